@@ -1,0 +1,81 @@
+"""One tree of exceptions. Each says what happened, where, and what to do about it.
+
+QwenqError                  exit code 1: the run failed
+├── UsageError              exit code 2: the command or its input has to change
+├── ModelError              a model folder, its config or its tensors are not usable
+│   ├── CorruptFileError    the bytes are damaged: truncated, bit-flipped, NaN
+│   └── UnsupportedError    sound, but nothing here can run it (yet)
+├── CalibrationError        the calibration data is missing, too short or does not fit the model
+├── QuantisationError       the algorithm could not keep its promise for a module
+├── StorageError            the disk refused: full, read-only, gone
+├── HubError                the hub could not be reached or refused
+└── VerificationError       what was written does not pass its own check
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class QwenqError(Exception):
+    """A failure that is explained to the user instead of shown as a traceback.
+
+    Args:
+        what: one sentence that says what happened.
+        where: the file, tensor, module or option concerned.
+        hint: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | Path | None = None, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = str(where) if where is not None else None
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.hint:
+            lines.append(f"  try:   {self.hint}")
+        return "\n".join(lines)
+
+
+class UsageError(QwenqError):
+    """The command line or a file that the user wrote has to change."""
+
+    exit_code = 2
+
+
+class ModelError(QwenqError):
+    """A model folder, its config or its tensors are not usable."""
+
+
+class CorruptFileError(ModelError):
+    """The bytes are damaged: truncated, bit-flipped, or not finite."""
+
+
+class UnsupportedError(ModelError):
+    """A sound model that nothing here can quantise or run (yet)."""
+
+
+class CalibrationError(QwenqError):
+    """Calibration data is missing, too short, or does not fit the model."""
+
+
+class QuantisationError(QwenqError):
+    """The algorithm could not keep its promise for a module."""
+
+
+class StorageError(QwenqError):
+    """The disk refused: full, read-only, or gone."""
+
+
+class HubError(QwenqError):
+    """The hub could not be reached, or refused."""
+
+
+class VerificationError(QwenqError):
+    """What was written does not pass its own check."""

@@ -1,0 +1,46 @@
+"""Where tensors come from: anything that lists names and reads one tensor at a time.
+
+A checkpoint is a config and a source. Sources nest: a safetensors folder, the Qwen2 view of a Qwen v1
+folder, the dequantised view of a GPTQ folder all look the same to whoever reads from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of a tensor, without its bytes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorSource(Protocol):
+    """Lazy access to named tensors. ``read`` raises ``ModelError`` for an unknown name."""
+
+    def names(self) -> Iterable[str]:
+        """All tensor names, in file order."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype from the header alone."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in its stored dtype."""
+        ...
