@@ -1,0 +1,62 @@
+"""The root command: global options, the list of commands, and how errors reach the user."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from qwenq import __version__
+from qwenq.errors import QwenqError
+
+app = typer.Typer(
+    name="qwenq",
+    help="Quantise Qwen models with GPTQ, and prove what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qwenq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of short errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantise Qwen models with GPTQ, and prove what it cost."""
+    if debug:
+        os.environ["QWENQ_DEBUG"] = "1"  # read by main(), also in child processes
+
+
+def _register_commands() -> None:
+    """Import the command modules; each one adds itself to ``app`` (they import no torch)."""
+    from qwenq.cli import commands  # noqa: F401
+
+
+def main() -> None:
+    """Entry point: run a command; turn a QwenqError into its message and exit code."""
+    _register_commands()
+    try:
+        app()
+    except QwenqError as error:
+        if os.environ.get("QWENQ_DEBUG"):
+            raise
+        typer.secho(f"qwenq: {error}", fg="red", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `qwenq … | head`: the reader left, which is no failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

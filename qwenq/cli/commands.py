@@ -1,0 +1,5 @@
+"""The commands, in the order in which a user meets them. Add a command: write its module, list it here."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
