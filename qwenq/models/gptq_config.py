@@ -1,0 +1,196 @@
+"""The settings of a GPTQ checkpoint as its JSON files hold them, and the bytes that follow from them.
+
+Keys of ``quantization_config`` (config.json) and ``quantize_config.json``, in all variants that were published:
+AutoGPTQ's nine keys (Qwen v1 and later), transformers' and optimum's (Qwen2.5), GPTQModel's (Qwen3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from qwenq.errors import ModelError, UnsupportedError
+
+if TYPE_CHECKING:
+    from qwenq.models.packing import CheckpointFormat
+
+SUPPORTED_BITS = (2, 4, 8)
+CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a checkpoint was quantised: what a reader has to know, and what the quantiser was told.
+
+    Attributes:
+        bits: 2, 4 or 8.
+        group_size: input columns that share a scale; -1 for all of them.
+        sym: whether every zero point is ``2 ** (bits - 1)``.
+        desc_act: whether the *file* is in activation order (``g_idx`` not trivial). Act-order with static
+            groups leaves the natural order: false.
+        static_groups: whether scales were fixed before the columns were reordered.
+        true_sequential: whether modules of a block were quantised in the order in which they run.
+        damp_percent: share of the Hessian's mean diagonal that was added to it; between 0 and 1.
+        checkpoint_format: ``gptq`` stores zero points minus one, ``gptq_v2`` as they are.
+        lm_head: whether the head is quantised too.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    desc_act: bool = False
+    static_groups: bool = False
+    true_sequential: bool = True
+    damp_percent: float = 0.01
+    checkpoint_format: CheckpointFormat = "gptq"
+    lm_head: bool = False
+
+    def groups(self, in_features: int) -> int:
+        """Number of groups along an input axis of that width."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def to_quantize_config_json(self) -> dict[str, Any]:
+        """The contents of ``quantize_config.json``: AutoGPTQ's nine keys, and those of its 0.7."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "damp_percent": self.damp_percent,
+            "desc_act": self.desc_act,
+            "static_groups": self.static_groups,
+            "sym": self.sym,
+            "true_sequential": self.true_sequential,
+            "model_name_or_path": None,
+            "model_file_base_name": "model",
+            "quant_method": "gptq",
+            "checkpoint_format": self.checkpoint_format,
+        }
+
+    def to_config_json(self) -> dict[str, Any]:
+        """``quantization_config`` of config.json, as transformers, optimum, GPTQModel and vLLM read it."""
+        return {**self.to_quantize_config_json(), "lm_head": self.lm_head, "pack_dtype": "int32"}
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> QuantConfig:
+        """From a whole config.json, or from the contents of quantize_config.json.
+
+        Raises:
+            ModelError: there is no quantisation config in it, or a value makes no sense.
+            UnsupportedError: another method, width or layout than those read here.
+        """
+        keys = config.get("quantization_config", config)
+        if not isinstance(keys, Mapping) or "bits" not in keys:
+            _refuse_foreign_method(keys if isinstance(keys, Mapping) else {})
+            raise ModelError(
+                "the config names no GPTQ settings: quantization_config.bits is missing",
+                where="config.json",
+                hint="is this a quantised model? Its config.json needs a quantization_config",
+            )
+        _refuse_foreign_method(keys)
+        return cls(
+            bits=_bits(keys["bits"]),
+            group_size=_group_size(keys.get("group_size", 128)),
+            sym=_flag(keys, "sym", True),
+            desc_act=_flag(keys, "desc_act", False),
+            static_groups=_flag(keys, "static_groups", False),
+            true_sequential=_flag(keys, "true_sequential", True),
+            damp_percent=float(keys.get("damp_percent") or 0.01),
+            checkpoint_format=_checkpoint_format(keys),
+            lm_head=_flag(keys, "lm_head", False),
+        )
+
+
+def is_quantised(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json claims a quantised model, by whatever method."""
+    return bool(config.get("quantization_config"))
+
+
+def linear_bytes(in_features: int, out_features: int, bits: int, group_size: int, *, bias: bool) -> int:
+    """Bytes of one quantised linear: qweight, qzeros, scales (fp16), g_idx (int32), bias (fp16)."""
+    groups = 1 if group_size == -1 else -(-in_features // group_size)
+    qweight = in_features * out_features * bits // 8
+    qzeros = groups * out_features * bits // 8
+    return qweight + qzeros + groups * out_features * 2 + in_features * 4 + (out_features * 2 if bias else 0)
+
+
+def quantised_bytes(
+    linears: Iterable[tuple[int, int, bool]],
+    unquantised_elements: int,
+    bits: int,
+    group_size: int,
+    *,
+    zero_biases: bool = False,
+) -> int:
+    """Bytes of all tensors of a GPTQ checkpoint (the index's ``total_size``), to the byte.
+
+    Args:
+        linears: ``(in_features, out_features, has_bias)`` of each quantised linear.
+        unquantised_elements: elements of everything else (embedding, norms, head), stored in 16 bits.
+        bits: 2, 4 or 8.
+        group_size: input columns a group; -1 for all.
+        zero_biases: count a bias for every quantised linear, as AutoGPTQ wrote it until March 2024.
+    """
+    packed = sum(
+        linear_bytes(n_in, n_out, bits, group_size, bias=bias or zero_biases) for n_in, n_out, bias in linears
+    )
+    return packed + 2 * unquantised_elements
+
+
+def _refuse_foreign_method(keys: Mapping[str, Any]) -> None:
+    method = keys.get("quant_method", "gptq")
+    if str(method).lower() != "gptq":
+        raise UnsupportedError(
+            f"the model is quantised with {method}, not with GPTQ",
+            where="quantization_config.quant_method",
+            hint="start from a full-precision or a GPTQ checkpoint",
+        )
+    for key, plain in (("pack_dtype", "int32"), ("dynamic", None)):
+        if keys.get(key) and keys[key] != plain:
+            raise UnsupportedError(
+                f"quantization_config.{key} is {keys[key]!r}; only models without it are read",
+                where=f"quantization_config.{key}",
+                hint="quantise the full-precision model with the same settings for all modules",
+            )
+
+
+def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:
+    """``checkpoint_format`` (AutoGPTQ, GPTQModel) or ``format`` (newer GPTQModel); absent: v1."""
+    value = keys.get("checkpoint_format") or keys.get("format") or "gptq"
+    if value not in CHECKPOINT_FORMATS:
+        raise UnsupportedError(
+            f"checkpoint_format {value!r} is not read here",
+            where="quantization_config.checkpoint_format",
+            hint=f"convert it to one of {', '.join(CHECKPOINT_FORMATS)} with the tool that wrote it",
+        )
+    return cast("CheckpointFormat", value)
+
+
+def _bits(value: Any) -> int:
+    if value in SUPPORTED_BITS and not isinstance(value, bool):
+        return int(value)
+    raise UnsupportedError(
+        f"bits is {value!r}; only {', '.join(map(str, SUPPORTED_BITS))} are read here",
+        where="quantization_config.bits",
+        hint="quantise the full-precision model with --bits 4 or --bits 8",
+    )
+
+
+def _group_size(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0):
+        return value
+    raise ModelError(
+        f"group_size is {value!r}; it has to be -1 or a positive number",
+        where="quantization_config.group_size",
+        hint="restore config.json from where the model came from",
+    )
+
+
+def _flag(keys: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = keys.get(key, default)
+    if isinstance(value, bool):
+        return value
+    raise ModelError(
+        f"{key} is {value!r}; it has to be true or false",
+        where=f"quantization_config.{key}",
+        hint="restore config.json from where the model came from",
+    )

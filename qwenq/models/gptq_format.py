@@ -1,0 +1,200 @@
+"""GPTQ checkpoints: which modules are quantised, whether they are sound, and a view that reads like a plain one.
+
+The layout of one module's tensors is in ``packing``, the settings in ``gptq_config`` (its names are here too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from qwenq.errors import ModelError
+from qwenq.models.gptq_config import QuantConfig, is_quantised, linear_bytes, quantised_bytes
+from qwenq.models.source import TensorInfo, TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.models.packing import PackedLinear
+
+__all__ = [
+    "DequantisedSource",
+    "QuantConfig",
+    "check_module_shapes",
+    "is_quantised",
+    "linear_bytes",
+    "quantised_bytes",
+    "quantised_modules",
+    "read_packed",
+    "surplus_biases",
+    "validate_quantised",
+]
+
+PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def quantised_modules(source: TensorSource) -> list[str]:
+    """Names of the modules that have a ``.qweight``, in file order."""
+    return [name.removesuffix(".qweight") for name in source.names() if name.endswith(".qweight")]
+
+
+def read_packed(source: TensorSource, module: str, quant: QuantConfig) -> PackedLinear:
+    """The packed tensors of one module; a missing ``g_idx`` is trivial unless the config says otherwise.
+
+    Raises:
+        ModelError: one of its tensors is missing, or their shapes contradict the config.
+    """
+    from qwenq.models.packing import PackedLinear, trivial_g_idx
+
+    names = set(source.names())
+    check_module_shapes(source, names, module, quant)
+    qweight = source.read(f"{module}.qweight")  # [in * bits / 32, out]
+    if f"{module}.g_idx" in names:
+        g_idx = source.read(f"{module}.g_idx")
+    else:
+        g_idx = trivial_g_idx(qweight.shape[0] * 32 // quant.bits, quant.group_size)
+    return PackedLinear(qweight, source.read(f"{module}.qzeros"), source.read(f"{module}.scales"), g_idx)
+
+
+class DequantisedSource:
+    """A GPTQ checkpoint that reads like a plain one: ``X.weight`` in place of ``X.qweight`` and its company.
+
+    Weights are dequantised when they are read. All-zero biases that AutoGPTQ wrote beside modules which have
+    none (its releases up to 0.7.1) are hidden.
+
+    Args:
+        source: the packed tensors.
+        quant: their settings.
+        dtype: of the weights that are shown; None: that of the scales.
+    """
+
+    def __init__(self, source: TensorSource, quant: QuantConfig, dtype: torch.dtype | None = None) -> None:
+        self._source = source
+        self._quant = quant
+        self._dtype = dtype
+        self._modules = {f"{module}.weight": module for module in quantised_modules(source)}
+        self._names: list[str] | None = None
+
+    def names(self) -> Iterable[str]:
+        """All names, in file order; a weight stands where the first of its packed tensors stood."""
+        if self._names is None:
+            packed = {f"{m}.{part}": f"{m}.weight" for m in self._modules.values() for part in PACKED_PARTS}
+            hidden = surplus_biases(self._source, self._modules.values())
+            shown = (packed.get(name, name) for name in self._source.names() if name not in hidden)
+            self._names = list(dict.fromkeys(shown))
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype, without dequantising."""
+        if name not in self._modules:
+            return self._source.info(name)
+        module = self._modules[name]
+        words, out_features = self._source.info(f"{module}.qweight").shape
+        dtype = self._dtype or self._source.info(f"{module}.scales").dtype
+        return TensorInfo((out_features, words * 32 // self._quant.bits), dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor; a quantised weight as ``[out, in]`` in the dtype that ``info`` names."""
+        from qwenq.models.packing import dequantise
+
+        if name not in self._modules:
+            return self._source.read(name)
+        packed = read_packed(self._source, self._modules[name], self._quant)
+        return dequantise(packed, self._quant.bits, self._quant.checkpoint_format, self.info(name).dtype)
+
+
+def surplus_biases(source: TensorSource, modules: Iterable[str]) -> set[str]:
+    """All-zero biases of quantised modules that have no bias in a Qwen or Llama block: o, gate, up, down."""
+    names = set(source.names())
+    suffixes = (".o_proj", ".gate_proj", ".up_proj", ".down_proj")
+    candidates = [f"{m}.bias" for m in modules if m.endswith(suffixes) and f"{m}.bias" in names]
+    return {name for name in candidates if not bool(source.read(name).any())}
+
+
+def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
+    """Check every quantised module against the config; returns their names.
+
+    Raises:
+        ModelError: no quantised module at all, a tensor of a module is missing, a shape contradicts bits or
+            group size, a ``g_idx`` names a group that does not exist, or the zero points of a symmetric model
+            are stored in the other format than the config says.
+    """
+    modules = quantised_modules(source)
+    if not modules:
+        raise ModelError(
+            "the config says GPTQ, but no tensor is named *.qweight",
+            hint="the folder mixes the config and the weights of two models, or a shard is missing",
+        )
+    names = set(source.names())
+    for module in modules:
+        check_module_shapes(source, names, module, quant)
+        _check_g_idx(source, names, module, quant)
+        if quant.sym:
+            _check_symmetric_zeros(source, module, quant)
+    return modules
+
+
+def check_module_shapes(source: TensorSource, names: set[str], module: str, quant: QuantConfig) -> None:
+    """One module's tensors are all there, and their headers agree with bits and group size."""
+    required = PACKED_PARTS if quant.desc_act else PACKED_PARTS[:3]
+    missing = [part for part in required if f"{module}.{part}" not in names]
+    if missing:
+        raise ModelError(
+            f"a quantised module lacks {', '.join(missing)}",
+            where=module,
+            hint="a shard is missing or the file was cut; download or quantise the model again",
+        )
+    words, out_features = source.info(f"{module}.qweight").shape
+    in_features = words * 32 // quant.bits
+    groups = quant.groups(in_features)
+    expected = {
+        "scales": (groups, out_features),
+        "qzeros": (groups, out_features * quant.bits // 32),
+        "g_idx": (in_features,),
+    }
+    for part, shape in expected.items():
+        name = f"{module}.{part}"
+        if name in names and source.info(name).shape != shape:
+            raise ModelError(
+                f"{part} is {list(source.info(name).shape)}, but bits {quant.bits} and group_size "
+                f"{quant.group_size} make it {list(shape)} (qweight is {[words, out_features]})",
+                where=name,
+                hint="bits or group_size of quantization_config are not those of the weights",
+            )
+
+
+def _check_g_idx(source: TensorSource, names: set[str], module: str, quant: QuantConfig) -> None:
+    name = f"{module}.g_idx"
+    if name not in names:
+        return
+    g_idx = source.read(name)
+    groups = quant.groups(g_idx.shape[0])
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise ModelError(
+            f"g_idx runs from {int(g_idx.min())} to {int(g_idx.max())}, but there are {groups} groups",
+            where=name,
+            hint="the file is damaged, or group_size of quantization_config is wrong",
+        )
+
+
+def _check_symmetric_zeros(source: TensorSource, module: str, quant: QuantConfig) -> None:
+    """Every zero point of a symmetric model is the middle; one off means the other format."""
+    from qwenq.models.packing import unpack_zeros
+
+    zeros = unpack_zeros(source.read(f"{module}.qzeros"), quant.bits, quant.checkpoint_format)
+    middle = 2 ** (quant.bits - 1)
+    if bool((zeros == middle).all()):
+        return
+    other = "gptq_v2" if quant.checkpoint_format == "gptq" else "gptq"
+    off_by_one = middle + 1 if other == "gptq_v2" else middle - 1
+    if bool((zeros == off_by_one).all()):
+        raise ModelError(
+            f"the config says {quant.checkpoint_format}, but the zero points are stored as {other} does",
+            where=f"{module}.qzeros",
+            hint=f'set "checkpoint_format": "{other}" in config.json and quantize_config.json',
+        )
+    raise ModelError(
+        f"the config says sym, but zero points run from {int(zeros.min())} to {int(zeros.max())}",
+        where=f"{module}.qzeros",
+        hint='an asymmetric model needs "sym": false; otherwise the file is damaged',
+    )
