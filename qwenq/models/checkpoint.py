@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenq.models.config import read_config
 from qwenq.models.source import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ class Checkpoint:
         folder: where the files lie.
         config: config.json, in the layout of the architecture that is run (Qwen v1 is seen as Qwen2).
         source: the tensors, under the names of that architecture.
+        notices: what the user has to be told about how it was read, one line each.
     """
 
     folder: Path
     config: dict[str, Any]
     source: TensorSource
+    notices: list[str] = field(default_factory=list)
 
     def names(self) -> Iterable[str]:
         """All tensor names, in file order."""
@@ -41,6 +44,41 @@ class Checkpoint:
         return self.source.read(name)
 
     @cached_property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding: no ``lm_head.weight`` and the config says so."""
+        absent = "lm_head.weight" not in set(self.names())
+        return absent and bool(self.config.get("tie_word_embeddings", False))
+
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits over names, shapes, dtypes and bytes of all weights, and the config."""
-        raise NotImplementedError
+        from qwenq.models.fingerprint import fingerprint
+
+        return fingerprint(self.config, self.source)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a model folder for lazy reading; only headers are read, and all of them are checked.
+
+    A GPTQ folder opens with its packed tensors. A Qwen v1 folder opens in Qwen2's layout.
+
+    Raises:
+        ModelError: not a model folder, or a config that no model can have.
+        CorruptFileError: a shard is missing, truncated or damaged.
+        UnsupportedError: an architecture or a weight format that is not supported.
+    """
+    config, notices = read_config(folder)
+    source = open_weights(folder)
+    if config["model_type"] == "qwen":
+        from qwenq.models.qwen_v1 import qwen2_view
+
+        config, source = qwen2_view(folder, config, source)
+    return Checkpoint(folder=folder, config=config, source=source, notices=notices)
+
+
+def open_weights(folder: Path) -> TensorSource:
+    """The tensors of a folder under the names in its files: safetensors first, else pickle, read safely."""
+    from qwenq.models.pickles import open_pickles
+    from qwenq.models.safetensors_files import open_safetensors
+
+    return open_safetensors(folder) or open_pickles(folder)

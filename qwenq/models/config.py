@@ -1,0 +1,211 @@
+"""config.json: read, distrusted, and checked against the architectures that are known here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import ModelError, UnsupportedError
+
+KNOWN_ARCHITECTURES: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen": "QWenLMHeadModel",  # Qwen v1; seen as Qwen2
+}
+"""model_type → class name in config.json, of every architecture with a tested recipe."""
+
+NOT_YET: dict[str, str] = {
+    "qwen2_moe": "the experts' routing",
+    "qwen3_moe": "the experts' routing",
+    "qwen3_next": "linear-attention layers and the experts' routing",
+    "qwen3_5": "linear-attention layers",
+    "qwen3_5_text": "linear-attention layers",
+    "qwen3_5_moe": "linear-attention layers and the experts' routing",
+    "qwen3_5_moe_text": "linear-attention layers and the experts' routing",
+    "mixtral": "the experts' routing",
+    "qwen2_vl": "the vision tower",
+    "qwen2_5_vl": "the vision tower",
+    "qwen3_vl": "the vision tower",
+    "qwen2_audio": "the audio tower",
+}
+"""Relatives that are not supported, and which part of them is missing here."""
+
+_HARMLESS_PRIVATE_KEYS = {"_name_or_path"}
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Smallest and largest believable value of a count in config.json."""
+
+    low: int
+    high: int
+
+
+_LIMIT = 2**31 - 1
+_COUNTS: dict[str, _Bound] = {
+    "hidden_size": _Bound(1, 1 << 20),
+    "intermediate_size": _Bound(1, 1 << 24),
+    "num_hidden_layers": _Bound(1, 10_000),
+    "num_attention_heads": _Bound(1, 1 << 16),
+    "num_key_value_heads": _Bound(1, 1 << 16),
+    "head_dim": _Bound(1, 1 << 16),
+    "kv_channels": _Bound(1, 1 << 16),
+    "vocab_size": _Bound(1, 1 << 26),
+    "max_position_embeddings": _Bound(1, _LIMIT),
+    "seq_length": _Bound(1, _LIMIT),
+}
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_POSITIVE_REALS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_emb_base")
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """config.json of a model folder, validated, and what has to be said aloud about it.
+
+    Raises:
+        ModelError: no model folder, or a value that no model can have; names key and value.
+        UnsupportedError: an architecture that is not supported here; lists those that are.
+    """
+    config = _load(folder)
+    path = folder / "config.json"
+    _refuse_private_keys(config, path)
+    notices = check_architecture(config, path)
+    check_numbers(config, path)
+    return config, notices
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """``quantization_config`` of a model that is already quantised, else None."""
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) else None
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise _no_model("config.json is missing", folder) from None
+    except NotADirectoryError:
+        raise _no_model("it is a file", folder) from None
+    except OSError as error:
+        raise ModelError(f"config.json cannot be read: {error.strerror}", where=path) from error
+    except (ValueError, RecursionError) as error:
+        raise _no_model(f"config.json is not JSON ({error})", folder) from error
+    if not isinstance(config, dict):
+        raise _no_model(f"config.json holds a {type(config).__name__}, not an object", folder)
+    if not isinstance(config.get("model_type"), str):
+        if "QWenLMHeadModel" not in (config.get("architectures") or []):
+            raise _no_model("config.json names no model_type", folder)
+        config["model_type"] = "qwen"
+    return config
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _no_model(why: str, folder: Path) -> ModelError:
+    holds = _listing(folder)
+    return ModelError(
+        f"not a model folder: {why}",
+        where=folder,
+        hint=f"name a folder with config.json and *.safetensors; this one holds {holds}",
+    )
+
+
+def _listing(folder: Path, most: int = 8) -> str:
+    if not folder.is_dir():
+        return "nothing, it is a file" if folder.exists() else "nothing, it does not exist"
+    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(key, dotted path) of every object key in a JSON value, at any depth."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, f"{prefix}{key}"
+            yield from _keys(inner, f"{prefix}{key}.")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _keys(inner, prefix)
+
+
+def _refuse_private_keys(config: dict[str, Any], path: Path) -> None:
+    """Private keys steer the loader itself: ``_attn_implementation_internal`` makes it fetch and run code."""
+    for key, dotted in _keys(config):
+        if key.startswith("_") and key not in _HARMLESS_PRIVATE_KEYS:
+            raise ModelError(
+                f"config.json holds the private key {dotted}, which could make a loader run foreign code",
+                where=path,
+                hint="do not trust this model; if it is yours, remove the key",
+            )
+
+
+def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
+    """Notices about a known architecture; an unknown one raises ``UnsupportedError``."""
+    model_type = config["model_type"]
+    if model_type in KNOWN_ARCHITECTURES:
+        if "auto_map" in config:
+            return [f"auto_map in config.json is ignored: {model_type} is built in, and its code is not run"]
+        return []
+    supported = ", ".join(KNOWN_ARCHITECTURES)
+    hint = f"supported model types: {supported}"
+    if model_type in NOT_YET:
+        what = f"{model_type} is not supported yet: {NOT_YET[model_type]} would have to be added"
+    elif "auto_map" in config:
+        what = f"{model_type} can only be loaded by its own remote code, which is never run here"
+    else:
+        what = f"the model type {model_type!r} is unknown here"
+    raise UnsupportedError(what, where=path, hint=hint)
+
+
+def check_numbers(config: dict[str, Any], path: Path) -> None:
+    """Refuse counts that no model has, and heads that do not divide; names key and value."""
+    required = _REQUIRED if config["model_type"] != "qwen" else ()
+    for key in required:
+        if key not in config:
+            raise ModelError(
+                f"config.json has no {key}", where=path, hint="copy the model's config.json again"
+            )
+    for key, bound in _COUNTS.items():
+        if (value := config.get(key)) is not None and not _is_count(value, bound):
+            raise _absurd(key, value, f"a whole number from {bound.low} to {bound.high}", path)
+    for key in _POSITIVE_REALS:
+        value = config.get(key)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < 1e30):
+            raise _absurd(key, value, "a positive number", path)
+    if not isinstance(config.get("tie_word_embeddings", False), bool):
+        raise _absurd("tie_word_embeddings", config["tie_word_embeddings"], "true or false", path)
+    _check_heads(config, path)
+
+
+def _is_count(value: Any, bound: _Bound) -> bool:
+    return type(value) is int and bound.low <= value <= bound.high  # `type is`: True is no count
+
+
+def _check_heads(config: dict[str, Any], path: Path) -> None:
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if hidden is None or heads is None:
+        return
+    if config.get("head_dim") is None and hidden % heads:
+        raise _absurd("hidden_size", hidden, f"a multiple of num_attention_heads ({heads})", path)
+    shared = config.get("num_key_value_heads")
+    if shared is not None and heads % shared:
+        raise _absurd("num_key_value_heads", shared, f"a divisor of num_attention_heads ({heads})", path)
+
+
+def _absurd(key: str, value: Any, expected: str, path: Path) -> ModelError:
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "…"
+    return ModelError(
+        f"config.json says {key} = {shown}; it has to be {expected}",
+        where=path,
+        hint="copy the model's config.json again",
+    )

@@ -1,0 +1,82 @@
+"""What makes two models the same model: one short hash over weights and config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.errors import StorageError
+from qwenq.models.source import TensorSource
+from qwenq.storage import atomic_write_bytes, cache_folder
+
+_BYTES = 8  # 16 hex digits
+_BESIDE_THE_POINT = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def fingerprint(config: dict[str, Any], source: TensorSource) -> str:
+    """16 hex digits of BLAKE2b over sorted (name, shape, dtype, bytes) and the config keys that matter.
+
+    Reads one tensor at a time. The result is kept in the user's cache under the paths, sizes and
+    modification times of the files, where the source has ``files``; a changed file is hashed again.
+    """
+    key = _cache_key(config, source)
+    kept = cache_folder() / "fingerprints" / key if key else None
+    if kept is not None:
+        with suppress(OSError):
+            return _checked(kept.read_text(encoding="ascii"))
+    value = _hash_all(config, source)
+    if kept is not None:
+        with suppress(StorageError, OSError):  # the cache is a convenience: a read-only home is no failure
+            atomic_write_bytes(kept, value.encode("ascii"))
+    return value
+
+
+def _checked(text: str) -> str:
+    if len(text) != 2 * _BYTES or set(text) - set("0123456789abcdef"):
+        raise OSError("the cached fingerprint is damaged")
+    return text
+
+
+def _hash_all(config: dict[str, Any], source: TensorSource) -> str:
+    digest = hashlib.blake2b(digest_size=_BYTES)
+    digest.update(_canonical(config))
+    for name in sorted(source.names()):
+        digest.update(_describe(source, name))
+        tensor = source.read(name).contiguous()
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _describe(source: TensorSource, name: str) -> bytes:
+    info = source.info(name)
+    return json.dumps([name, list(info.shape), str(info.dtype)]).encode()
+
+
+def _canonical(config: dict[str, Any]) -> bytes:
+    relevant = {key: value for key, value in config.items() if key not in _BESIDE_THE_POINT}
+    return json.dumps(relevant, sort_keys=True).encode()
+
+
+def _cache_key(config: dict[str, Any], source: TensorSource) -> str | None:
+    files: list[Path] | None = getattr(source, "files", None)
+    if not files:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{type(source).__module__}.{type(source).__qualname__}".encode())
+    digest.update(_canonical(config))
+    for file in files:
+        try:
+            facts = file.stat()
+        except OSError:
+            return None
+        digest.update(json.dumps([str(file.resolve()), facts.st_size, facts.st_mtime_ns]).encode())
+    for name in sorted(source.names()):
+        digest.update(_describe(source, name))
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""Old pickle weights, read only as far as ``torch.load(weights_only=True)`` reads them."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
+from qwenq.models.safetensors_files import read_index, shard_path
+from qwenq.models.source import TensorInfo
+
+_INDEX = "pytorch_model.bin.index.json"
+_CONVERT = (
+    "convert it where you trust it: load it with transformers and call "
+    "model.save_pretrained(folder, safe_serialization=True)"
+)
+
+
+class PickleSource:
+    """Tensors of pytorch_model.bin files, memory-mapped, so that only what is read becomes resident.
+
+    Raises:
+        UnsupportedError: the pickle holds anything but plain tensors, or is the old format without zip.
+        CorruptFileError: the file is cut off or damaged.
+    """
+
+    def __init__(self, files: Sequence[Path], owners: dict[str, str] | None = None) -> None:
+        self.files = list(files)
+        self._where: dict[str, tuple[Path, TensorInfo]] = {}
+        for file in self.files:
+            for name, tensor in load_pickle(file).items():
+                if owners is None or owners.get(name) == file.name:
+                    self._where[name] = (file, TensorInfo(tuple(tensor.shape), tensor.dtype))
+        for name, file_name in (owners or {}).items():
+            if name not in self._where:
+                raise CorruptFileError(
+                    f"the tensor {name} is in the index but not in {file_name}",
+                    where=self.files[0].parent,
+                    hint="download the model again, or convert it: " + _CONVERT,
+                )
+
+    def names(self) -> Iterable[str]:
+        """All tensor names, in file order."""
+        return list(self._where)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype."""
+        return self._find(name)[1]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in its stored dtype; a copy, so that the file's mapping can close."""
+        return load_pickle(self._find(name)[0])[name].clone()
+
+    def _find(self, name: str) -> tuple[Path, TensorInfo]:
+        try:
+            return self._where[name]
+        except KeyError:
+            raise ModelError(f"there is no tensor named {name}", where=self.files[0].parent) from None
+
+
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a zip-format torch file, memory-mapped; nothing but tensors is accepted."""
+    if not zipfile.is_zipfile(path):
+        raise UnsupportedError(
+            "neither a whole zip-format torch file nor safetensors: cut off, or saved by torch before 1.6",
+            where=path,
+            hint=_CONVERT,
+        )
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnsupportedError(
+            "the pickle holds more than tensors, and loading it would run its code; refused",
+            where=path,
+            hint=_CONVERT,
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CorruptFileError(f"cannot be read: {error}", where=path, hint="download it again") from error
+    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        raise UnsupportedError("not a plain dict of tensors", where=path, hint=_CONVERT)
+    return loaded
+
+
+def open_pickles(folder: Path) -> PickleSource:
+    """The pickle source of a folder without safetensors.
+
+    Raises:
+        ModelError: there are no weights at all.
+    """
+    index = folder / _INDEX
+    if index.exists():
+        owners = read_index(index)
+        files = [shard_path(folder, name, index) for name in dict.fromkeys(owners.values())]
+        for file in files:
+            if not file.is_file():
+                raise CorruptFileError(
+                    f"the shard {file.name} is missing", where=index, hint="download it again"
+                )
+        return PickleSource(files, owners)
+    single = folder / "pytorch_model.bin"
+    if single.is_file():
+        return PickleSource([single])
+    raise ModelError(
+        "no weights: neither *.safetensors nor pytorch_model.bin",
+        where=folder,
+        hint="download the weights too, or name another folder",
+    )

@@ -1,0 +1,251 @@
+"""Reading safetensors folders: every header is checked before a byte of a tensor is trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwenq.errors import CorruptFileError, ModelError
+from qwenq.models.source import TensorInfo
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_REDOWNLOAD = "download or copy the file again; its checksum is on the hub's page of the file"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+
+
+class SafetensorsSource:
+    """Tensors of one or many safetensors files, read one at a time.
+
+    A file is opened for one read and closed again: what is resident is the tensor that was asked for,
+    so the memory stays flat however large the checkpoint is.
+
+    Raises:
+        CorruptFileError: a header, an offset or a file's length is wrong; a shard or tensor is missing.
+    """
+
+    def __init__(self, files: Sequence[Path], owners: dict[str, str] | None = None) -> None:
+        self.files = list(files)
+        self._where: dict[str, tuple[Path, TensorInfo]] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if owners is not None and owners.get(name) != file.name:
+                    continue
+                if name in self._where:
+                    raise CorruptFileError(
+                        f"the tensor {name} is in two files: {self._where[name][0].name} and {file.name}",
+                        where=file,
+                        hint="keep one of the two, or add the index file that says which one counts",
+                    )
+                self._where[name] = (file, info)
+
+    def names(self) -> Iterable[str]:
+        """All tensor names, in file order."""
+        return list(self._where)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype from the header."""
+        return self._find(name)[1]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in its stored dtype."""
+        file, info = self._find(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensor: torch.Tensor = opened.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CorruptFileError(
+                f"the tensor {name} cannot be read: {error}", where=file, hint=_REDOWNLOAD
+            ) from error
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
+        return tensor
+
+    def _find(self, name: str) -> tuple[Path, TensorInfo]:
+        try:
+            return self._where[name]
+        except KeyError:
+            raise ModelError(f"there is no tensor named {name}", where=_folder_of(self.files)) from None
+
+
+def _folder_of(files: Sequence[Path]) -> Path | None:
+    return files[0].parent if files else None
+
+
+def open_safetensors(folder: Path) -> SafetensorsSource | None:
+    """The safetensors source of a folder, or None when it holds no safetensors file.
+
+    An index decides where there is one; else ``model.safetensors``; else the only file there is.
+    """
+    if index := _find_index(folder):
+        owners = read_index(index)
+        files = [_shard(folder, name, index) for name in dict.fromkeys(owners.values())]
+        source = SafetensorsSource(files, owners)
+        _require_all(source, owners, index)
+        return source
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    single = folder / "model.safetensors"
+    if single in files:
+        return SafetensorsSource([single])
+    if len(files) > 1:
+        raise ModelError(
+            f"{len(files)} safetensors files and no index that says how they belong together",
+            where=folder,
+            hint="copy the model's *.safetensors.index.json into the folder",
+        )
+    return SafetensorsSource(files)
+
+
+def _find_index(folder: Path) -> Path | None:
+    preferred = folder / f"model{INDEX_SUFFIX}"
+    if preferred.exists():
+        return preferred
+    found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ModelError(f"{len(found)} index files: {names}", where=folder, hint="keep the one that counts")
+    return found[0] if found else None
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """``weight_map`` of an index file: tensor name → file name, checked to be one.
+
+    Raises:
+        CorruptFileError: not JSON, or no map of names to names.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"the index is not JSON: {error}", where=path, hint=_REDOWNLOAD) from error
+    owners = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(owners, dict) or not owners or not all(isinstance(v, str) for v in owners.values()):
+        raise CorruptFileError("the index has no weight_map of file names", where=path, hint=_REDOWNLOAD)
+    return owners
+
+
+def shard_path(folder: Path, name: str, index: Path) -> Path:
+    """The path of a file that an index names: a plain file name inside ``folder``, nothing else.
+
+    Raises:
+        CorruptFileError: the name has folders in it, or is absolute. Symbolic links are followed, since the
+            hub's cache is made of them, but only the folder's own: the index cannot point outside.
+    """
+    if name in {"", ".", ".."} or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
+        raise CorruptFileError(
+            f"the index points outside the model folder: {name!r}",
+            where=index,
+            hint="do not use this model; an honest index holds plain file names",
+        )
+    return folder / name
+
+
+def _shard(folder: Path, name: str, index: Path) -> Path:
+    path = shard_path(folder, name, index)
+    if not path.is_file():
+        raise CorruptFileError(
+            f"the shard {name} is missing",
+            where=index,
+            hint="download it again; an interrupted download resumes where it stopped",
+        )
+    return path
+
+
+def _require_all(source: SafetensorsSource, owners: dict[str, str], index: Path) -> None:
+    found = set(source.names())
+    missing = [name for name in owners if name not in found]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CorruptFileError(
+            f"the tensor {missing[0]}{more} is in the index but not in {owners[missing[0]]}",
+            where=index,
+            hint=_REDOWNLOAD,
+        )
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of a safetensors file, in file order, after checking the whole header.
+
+    Checked: its length against the file's, that it is JSON, that every dtype is known, that each tensor has
+    as many bytes as its shape takes, and that tensors cover the file from end to end without overlap.
+
+    Raises:
+        CorruptFileError: any of these is wrong; the message names the tensor where one is to blame.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CorruptFileError(
+                    f"not a whole safetensors file: {size} bytes, and the header would be {length}",
+                    where=path,
+                    hint=_REDOWNLOAD,
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
+    entries = _parse(raw, path)
+    _check_layout(entries, size - 8 - length, path)
+    ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    return {name: TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]]) for name, entry in ordered}
+
+
+def _parse(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError("the header is not JSON", where=path, hint=_REDOWNLOAD) from error
+    if not isinstance(header, dict):
+        raise CorruptFileError("the header is not an object", where=path, hint=_REDOWNLOAD)
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _sound(entry):
+            raise CorruptFileError(f"the header's entry of {name} is damaged", where=path, hint=_REDOWNLOAD)
+    return header
+
+
+def _sound(entry: Any) -> bool:
+    """Whether a header entry has a known dtype, a shape and a pair of offsets, all plain counts."""
+    if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+
+
+def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Path) -> None:
+    """Tensors must tile the data part: this is where truncation and shifted offsets show."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        expected = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
+        if start != end or stop - start != expected:
+            raise CorruptFileError(
+                f"{name} does not lie where its shape says: bytes {start} to {stop}, {expected} expected",
+                where=path,
+                hint=_REDOWNLOAD,
+            )
+        end = stop
+        if stop > data_bytes:
+            raise CorruptFileError(
+                f"the file is cut off inside {name}: {data_bytes} bytes of tensors, {stop} needed",
+                where=path,
+                hint=_REDOWNLOAD,
+            )
+    if end != data_bytes:
+        raise CorruptFileError(f"{data_bytes - end} bytes too many at the end", where=path, hint=_REDOWNLOAD)

@@ -1,0 +1,156 @@
+"""Writing without losing anything: atomic files, flushed folders, and disks that refuse."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import StorageError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def readable_bytes(count: float) -> str:
+    """A size for people, in powers of 1000: ``15_442_649_088`` is ``15.4 GB``."""
+    for unit in _UNITS[:-1]:
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes free for us on the disk that holds ``path`` or its nearest existing parent; None if unknown."""
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None
+
+
+@contextmanager
+def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn the errors of a full, read-only or forbidden disk into ``StorageError``; others pass.
+
+    Args:
+        path: what is being written; named in the message, and its disk's free space with it.
+        needed: bytes that the whole job writes there, if known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(
+                f"the disk is full{_needed_and_free(path, needed)}",
+                where=path,
+                hint="free some space or name another folder, then run the same command again",
+            ) from error
+        if error.errno in _REFUSED:
+            reason = "is on a read-only disk" if error.errno == errno.EROFS else "may not be written"
+            raise StorageError(
+                f"{error.filename or path} {reason}", where=path, hint="name a folder that you may write to"
+            ) from error
+        raise
+
+
+def _needed_and_free(path: Path, needed: int | None) -> str:
+    free = free_bytes(path)
+    facts = []
+    if needed is not None:
+        facts.append(f"{readable_bytes(needed)} needed")
+    if free is not None:
+        facts.append(f"{readable_bytes(free)} free")
+    return f": {', '.join(facts)}" if facts else ""
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Refuse before the first byte is written when the disk of ``path`` cannot hold ``needed`` bytes."""
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        raise StorageError(
+            f"not enough space: {readable_bytes(needed)} needed, {readable_bytes(free)} free",
+            where=path,
+            hint="free some space or name another folder",
+        )
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut (no-op where folders cannot be opened)."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_file(path: Path) -> None:
+    """Flush a finished file to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old one or the new one, never half, even after a power cut.
+
+    Raises:
+        StorageError: the disk is full, read-only, or forbids it; nothing is left behind.
+    """
+    with guard_storage(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """``atomic_write_bytes`` of UTF-8 JSON with a final newline; NaN is refused (it is not JSON)."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    atomic_write_bytes(path, text.encode() + b"\n")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, streamed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where qwenq keeps what it can make again: ``$QWENQ_CACHE``, else the platform's cache folder."""
+    if named := os.environ.get("QWENQ_CACHE"):
+        return Path(named).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "qwenq"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "qwenq"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "qwenq" / "Cache"
+    return Path.home() / ".cache" / "qwenq"
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
