@@ -1,6 +1,6 @@
 """The settings of a GPTQ checkpoint as its JSON files hold them, and the bytes that follow from them.
 
-Keys of ``quantization_config`` (config.json) and ``quantize_config.json``, in all variants that were published:
+Keys of ``quantization_config`` (config.json) and ``quantize_config.json``, in all published variants:
 AutoGPTQ's nine keys (Qwen v1 and later), transformers' and optimum's (Qwen2.5), GPTQModel's (Qwen3).
 """
 

@@ -1,6 +1,6 @@
-"""GPTQ checkpoints: which modules are quantised, whether they are sound, and a view that reads like a plain one.
+"""GPTQ checkpoints: which modules are quantised, are they sound, and a view that reads like a plain one.
 
-The layout of one module's tensors is in ``packing``, the settings in ``gptq_config`` (its names are here too).
+The layout of one module's tensors is in ``packing``, the settings in ``gptq_config`` (shown here as well).
 """
 
 from __future__ import annotations

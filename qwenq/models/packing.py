@@ -25,7 +25,7 @@ from qwenq.errors import QuantisationError
 CheckpointFormat = Literal["gptq", "gptq_v2"]
 PACKABLE_BITS = (2, 4, 8)
 
-_ROWS_AT_ONCE = 1024  # output rows dequantised in one go: bounds the float32 temporary
+_ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 temporary
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def unpack(
         integers uint8 ``[out, in]``, scales ``[out, groups]`` in their stored dtype, zeros uint8
         ``[out, groups]``.
     """
-    integers = _from_int32(packed.qweight.t().contiguous(), bits)  # [out, in]
+    integers = _from_int32(packed.qweight.t(), bits)  # [out, in]
     return integers, packed.scales.t(), unpack_zeros(packed.qzeros, bits, checkpoint_format)
 
 
@@ -143,7 +143,7 @@ def dequantise(
     columns = packed.g_idx.long()
     for start in range(0, packed.out_features, _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
-        values = _from_int32(packed.qweight[:, block].t().contiguous(), bits).to(torch.float32)
+        values = _from_int32(packed.qweight[:, block].t(), bits).to(torch.float32)
         if run:
             grouped = values.view(-1, packed.groups, run)  # [rows, groups, group_size]
             grouped.sub_(zeros[block].unsqueeze(-1)).mul_(scales[block].unsqueeze(-1))
@@ -166,12 +166,12 @@ def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "
                 hint="quantise with zero points of at least 1, or write checkpoint_format gptq_v2",
             )
         zeros = zeros - 1
-    return _to_int32(zeros.t().contiguous(), bits)
+    return _to_int32(zeros.t(), bits)
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "gptq") -> Tensor:
     """int32 ``[groups, out * bits / 32]`` to zero points uint8 ``[out, groups]``."""
-    zeros = _from_int32(qzeros.contiguous(), bits).t()
+    zeros = _from_int32(qzeros, bits).t()
     if checkpoint_format == "gptq":
         zeros = (zeros + 1) & (2**bits - 1)  # at 8 bits uint8 wraps by itself
     return zeros.contiguous()
@@ -193,24 +193,28 @@ def _run_length(packed: PackedLinear) -> int:
 
 
 def _to_int32(values: Tensor, bits: int) -> Tensor:
-    """uint8 ``[rows, n]``, each below ``2**bits``, to int32 ``[rows, n * bits / 32]``, first value lowest."""
-    per_byte = 8 // bits
-    lanes = values[:, 0::per_byte].clone(memory_format=torch.contiguous_format)  # [rows, n / per_byte]
-    for lane in range(1, per_byte):
-        lanes |= values[:, lane::per_byte] << (bits * lane)
-    return lanes.view(torch.int32)
+    """uint8 ``[rows, n]``, each below ``2**bits``, to int32 ``[rows, n * bits / 32]``, first value lowest.
+
+    Two neighbours read as one int16 are ``first | second << 8``; shifted onto itself, that leaves both in
+    the low byte. Repeat until a byte is full.
+    """
+    rows, values, width = values.shape[0], values.flatten(), bits
+    while width < 8:
+        pairs = values.view(torch.int16)  # [rows * n / 2]
+        values = (pairs >> (8 - width)).bitwise_or_(pairs).to(torch.uint8)  # the high byte falls off
+        width *= 2
+    return values.view(torch.int32).view(rows, -1)
 
 
 def _from_int32(words: Tensor, bits: int) -> Tensor:
-    """int32 ``[rows, n * bits / 32]``, contiguous, to uint8 ``[rows, n]``."""
-    lanes = words.view(torch.uint8)  # [rows, n / per_byte]
-    per_byte, mask = 8 // bits, 2**bits - 1
-    if per_byte == 1:
-        return lanes.clone()
-    values = torch.empty(*lanes.shape, per_byte, dtype=torch.uint8)
-    for lane in range(per_byte):
-        values[..., lane] = (lanes >> (bits * lane)) & mask
-    return values.view(lanes.shape[0], -1)  # [rows, n]
+    """int32 ``[rows, n * bits / 32]`` to uint8 ``[rows, n]``: ``_to_int32`` backwards."""
+    values, width = words.flatten().view(torch.uint8), 4
+    while width >= bits:
+        mask = (2**width - 1) * 0x0101
+        pairs = values.to(torch.int16)
+        values = (pairs << (8 - width)).bitwise_or_(pairs).bitwise_and_(mask).view(torch.uint8)
+        width //= 2
+    return values.view(words.shape[0], -1)
 
 
 def _check_unpacked(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
