@@ -1,0 +1,180 @@
+"""Public model shapes under the names people type, so that planning needs no download. Imports no torch.
+
+The data lie beside this file: ``catalogue.toml`` (shapes) and ``published.toml`` (what the cards say).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from qwenq.errors import UsageError
+from qwenq.models.shapes import ModelShape
+
+BUNDLED = "smollm2-135m-instruct"
+"""The catalogue name of the model that commands take when none is given."""
+
+_END_OF_TEXT, _IM_END = 151643, 151645  # Qwen's token ids
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One public shape.
+
+    Attributes:
+        names: what it is called here, the preferred name first.
+        hub: hub ids with this shape, in the same order.
+        parameters: elements in the publisher's own files, a stored copy of a tied head included.
+        stored_head: the publisher's files hold that copy.
+        is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's.
+        config: a config.json in Llama, Qwen2 or Qwen3 layout.
+    """
+
+    names: tuple[str, ...]
+    hub: tuple[str, ...]
+    parameters: int
+    stored_head: bool
+    is_v1: bool
+    config: dict[str, Any]
+
+    @property
+    def shape(self) -> ModelShape:
+        """Its sizes; for Qwen v1 it remembers that the published GPTQ files fuse q, k and v."""
+        return ModelShape.from_config(self.config, fused_qkv=self.is_v1)
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """What a card says of one precision of a model (units and protocol: head of ``published.toml``)."""
+
+    model: str
+    precision: str
+    hardware: str
+    source: str
+    accuracy: dict[str, float]
+    speed: dict[str, list[float]]
+    memory_gib: list[float]
+
+
+def names() -> list[str]:
+    """The preferred name of every entry, in the order of the catalogue."""
+    return [entry.names[0] for entry in _entries()]
+
+
+def find(name: str) -> Entry | None:
+    """The entry of a name or hub id, in any case; None where the catalogue has no such thing."""
+    return _by_name().get(name.lower())
+
+
+def entry(name: str) -> Entry:
+    """The entry of a name or hub id.
+
+    Raises:
+        UsageError: no such name; the nearest ones are suggested.
+    """
+    found = find(name)
+    if found is None:
+        raise UsageError(
+            f"no model called {name!r} in the catalogue",
+            where="MODEL",
+            hint=f"did you mean {' or '.join(suggestions(name))}?",
+        )
+    return found
+
+
+def suggestions(name: str, count: int = 2) -> list[str]:
+    """The catalogue names nearest to a misspelt one, best first."""
+    from rapidfuzz import fuzz, process
+
+    known = [known for item in _entries() for known in item.names]
+    matches = process.extract(name.lower(), known, scorer=fuzz.ratio, limit=count)
+    return [str(match[0]) for match in matches]
+
+
+def config_for(name: str) -> dict[str, Any]:
+    """A config.json for a catalogue name, in Llama, Qwen2 or Qwen3 layout (Qwen v1 as Qwen2).
+
+    Raises:
+        UsageError: no such name.
+    """
+    return dict(entry(name).config)
+
+
+def shape_for(name: str) -> ModelShape:
+    """The sizes of a catalogue name.
+
+    Raises:
+        UsageError: no such name.
+    """
+    return entry(name).shape
+
+
+def published(name: str) -> list[PublishedRow]:
+    """What the cards say of a model, one row a precision; empty where nothing is recorded."""
+    found = find(name)
+    return [row for row in _published_rows() if found is not None and row.model in found.names]
+
+
+@cache
+def _entries() -> tuple[Entry, ...]:
+    return tuple(_entry(table) for table in _read("catalogue.toml")["model"])
+
+
+@cache
+def _by_name() -> dict[str, Entry]:
+    return {key.lower(): item for item in _entries() for key in (*item.names, *item.hub)}
+
+
+@cache
+def _published_rows() -> tuple[PublishedRow, ...]:
+    data = _read("published.toml")
+    return tuple(
+        PublishedRow(**{**row, "hardware": data["hardware"][row["hardware"]]}) for row in data["row"]
+    )
+
+
+def _read(file: str) -> dict[str, Any]:
+    return tomllib.loads(files("qwenq.models").joinpath(file).read_text(encoding="utf-8"))
+
+
+def _entry(table: dict[str, Any]) -> Entry:
+    return Entry(
+        names=tuple(table["names"]),
+        hub=tuple(table["hub"]),
+        parameters=table["parameters"],
+        stored_head=table.get("stored_head", False),
+        is_v1=table["family"] == "v1",
+        config=_config(table),
+    )
+
+
+def _config(table: dict[str, Any]) -> dict[str, Any]:
+    """A catalogue table as the config.json that transformers would save for such a model."""
+    kind = "qwen2" if table["family"] == "v1" else table["family"]
+    config: dict[str, Any] = {
+        "architectures": [_CLASSES[kind]],
+        "model_type": kind,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": table["hidden"],
+        "initializer_range": 0.02,
+        "intermediate_size": table["ffn"],
+        "max_position_embeddings": table["context"],
+        "num_attention_heads": table["heads"],
+        "num_hidden_layers": table["layers"],
+        "num_key_value_heads": table["kv_heads"],
+        "rms_norm_eps": table.get("rms_norm_eps", 1e-6),
+        "rope_theta": table.get("rope_theta", 1_000_000.0),
+        "tie_word_embeddings": table.get("tied", False),
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": table["vocab"],
+    }
+    if kind == "llama":
+        return config | {"attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2}
+    config |= {"bos_token_id": _END_OF_TEXT, "eos_token_id": _IM_END, "use_sliding_window": False}
+    return config | ({"head_dim": table["head_dim"], "attention_bias": False} if kind == "qwen3" else {})

@@ -1,0 +1,125 @@
+"""Widening an MLP with zero channels, so that its groups can be shared among GPUs. Exact by construction.
+
+A quantised ``down_proj`` of 29568 inputs has 231 groups of 128: no two GPUs can share them evenly. Qwen's
+own fix widens the MLP to 29696 before quantising it, with one zero channel after each of the first 128
+channels, so that no group consists of zeros alone. A zero channel adds ``silu(0) * 0`` times a zero column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from qwenq.errors import UsageError
+from qwenq.models.source import TensorInfo, TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+_PADDED_AXIS = {
+    "mlp.gate_proj.weight": 0,  # [ffn, hidden]
+    "mlp.gate_proj.bias": 0,
+    "mlp.up_proj.weight": 0,
+    "mlp.up_proj.bias": 0,
+    "mlp.down_proj.weight": 1,  # [hidden, ffn]
+}
+
+
+def padded_width(ffn: int, group_size: int, tensor_parallel: Iterable[int] = (8,)) -> int:
+    """The smallest width >= ffn whose groups can be shared among each of these numbers of GPUs.
+
+    The least multiple of ``group_size * lcm(tensor_parallel)``: 29568 becomes 29696, 13696 becomes 14336.
+    """
+    step = group_size * math.lcm(*tensor_parallel)
+    return -(-ffn // step) * step
+
+
+def padded_groups(to: int, group_size: int) -> int:
+    """Groups of ``down_proj`` after padding: ``to / group_size``.
+
+    Raises:
+        UsageError: the width is no multiple of the group size.
+    """
+    if to % group_size:
+        raise UsageError(f"{to} is no multiple of the group size {group_size}", where="--pad-ffn")
+    return to // group_size
+
+
+def interleave_zeros(tensor: torch.Tensor, to: int, axis: int) -> torch.Tensor:
+    """A copy that is ``to`` long on ``axis``: one zero slice after each of its first ``to - length`` slices.
+
+    Raises:
+        UsageError: ``to`` is shorter than the axis, or more than twice as long.
+    """
+    length = tensor.shape[axis]
+    zeros = to - length
+    if not 0 <= zeros <= length:
+        raise UsageError(
+            f"an FFN of {length} channels cannot be padded to {to}",
+            where="--pad-ffn",
+            hint=f"choose a width between {length} and {2 * length}",
+        )
+    source = tensor.movedim(axis, 0)
+    padded = source.new_zeros((to, *source.shape[1:]))
+    padded[: 2 * zeros : 2] = source[:zeros]
+    padded[2 * zeros :] = source[zeros:]
+    return padded.movedim(0, axis).contiguous()
+
+
+def pad_ffn(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, to: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weights of an MLP widened to ``to`` channels; its output stays the same.
+
+    Args:
+        gate: [ffn, hidden], any dtype.
+        up: [ffn, hidden].
+        down: [hidden, ffn].
+        to: the new width, from ffn to 2 * ffn.
+
+    Returns:
+        gate and up [to, hidden], down [hidden, to].
+
+    Raises:
+        UsageError: the width is out of range, or the three tensors are not one MLP.
+    """
+    if not gate.shape[0] == up.shape[0] == down.shape[1]:
+        raise UsageError(
+            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} are not one MLP"
+        )
+    return interleave_zeros(gate, to, 0), interleave_zeros(up, to, 0), interleave_zeros(down, to, 1)
+
+
+class PaddedFFNSource:
+    """A lazy view of an unquantised checkpoint whose MLPs are ``to`` channels wide.
+
+    The config that goes with it has ``intermediate_size = to``.
+    """
+
+    def __init__(self, source: TensorSource, to: int) -> None:
+        self._source = source
+        self._to = to
+
+    def names(self) -> Iterable[str]:
+        """All tensor names, in file order."""
+        return self._source.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape (padded) and dtype from the header alone."""
+        info = self._source.info(name)
+        axis = _padded_axis(name)
+        if axis is None:
+            return info
+        shape = (*info.shape[:axis], self._to, *info.shape[axis + 1 :])
+        return TensorInfo(shape, info.dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, padded where it belongs to an MLP."""
+        tensor = self._source.read(name)
+        axis = _padded_axis(name)
+        return tensor if axis is None else interleave_zeros(tensor, self._to, axis)
+
+
+def _padded_axis(name: str) -> int | None:
+    return next((axis for suffix, axis in _PADDED_AXIS.items() if name.endswith(suffix)), None)
