@@ -12,12 +12,12 @@ from importlib.resources import files
 from typing import Any
 
 from qwenq.errors import UsageError
+from qwenq.models.qwen_v1_config import END_OF_TEXT, IM_END, qwen2_config
 from qwenq.models.shapes import ModelShape
 
 BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
 
-_END_OF_TEXT, _IM_END = 151643, 151645  # Qwen's token ids
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -30,7 +30,7 @@ class Entry:
         hub: hub ids with this shape, in the same order.
         parameters: elements in the publisher's own files, a stored copy of a tied head included.
         stored_head: the publisher's files hold that copy.
-        is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's.
+        is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's, long-context flags kept.
         config: a config.json in Llama, Qwen2 or Qwen3 layout.
     """
 
@@ -43,8 +43,8 @@ class Entry:
 
     @property
     def shape(self) -> ModelShape:
-        """Its sizes; for Qwen v1 it remembers that the published GPTQ files fuse q, k and v."""
-        return ModelShape.from_config(self.config, fused_qkv=self.is_v1)
+        """Its sizes."""
+        return ModelShape.from_config(self.config)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def _entry(table: dict[str, Any]) -> Entry:
 
 def _config(table: dict[str, Any]) -> dict[str, Any]:
     """A catalogue table as the config.json that transformers would save for such a model."""
-    kind = "qwen2" if table["family"] == "v1" else table["family"]
+    if table["family"] == "v1":
+        return qwen2_config(_v1_config(table))
+    kind = table["family"]
     config: dict[str, Any] = {
         "architectures": [_CLASSES[kind]],
         "model_type": kind,
@@ -176,5 +178,23 @@ def _config(table: dict[str, Any]) -> dict[str, Any]:
     }
     if kind == "llama":
         return config | {"attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2}
-    config |= {"bos_token_id": _END_OF_TEXT, "eos_token_id": _IM_END, "use_sliding_window": False}
+    config |= {"bos_token_id": END_OF_TEXT, "eos_token_id": IM_END, "use_sliding_window": False}
     return config | ({"head_dim": table["head_dim"], "attention_bias": False} if kind == "qwen3" else {})
+
+
+def _v1_config(table: dict[str, Any]) -> dict[str, Any]:
+    """A catalogue table as the config.json of a Qwen v1 model, which counts both halves of the MLP."""
+    return {
+        "hidden_size": table["hidden"],
+        "intermediate_size": 2 * table["ffn"],
+        "num_hidden_layers": table["layers"],
+        "num_attention_heads": table["heads"],
+        "kv_channels": table["hidden"] // table["heads"],
+        "max_position_embeddings": table["context"],
+        "rotary_emb_base": table["rope_theta"],
+        "seq_length": table["seq_length"],
+        "use_dynamic_ntk": table["dynamic_ntk"],
+        "use_logn_attn": table["logn"],
+        "torch_dtype": "bfloat16",
+        "vocab_size": table["vocab"],
+    }

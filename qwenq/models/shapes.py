@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.models.config_sizes import sizes_of
+from qwenq.models.config import check_architecture, check_numbers
+from qwenq.models.qwen_v1_config import V1_KEY, qwen2_config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 """Bytes per element of the dtypes that are written."""
@@ -82,19 +84,38 @@ class ModelShape:
     fused_qkv: bool = False
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], *, fused_qkv: bool | None = None) -> ModelShape:
+    def from_config(cls, config: dict[str, Any]) -> ModelShape:
         """Read a config.json of a dense Llama, Qwen2, Qwen3 or Qwen v1 model.
 
-        Args:
-            config: the parsed config.json.
-            fused_qkv: overrides the field of that name, for a Qwen v1 model under a Qwen2 config.
-
         Raises:
-            UnsupportedError: an architecture that is not one of these, or not dense.
+            UnsupportedError: another architecture; names what is missing for it.
             ModelError: a size is missing, not a positive integer, or contradicts another one.
         """
-        shape = cls(**sizes_of(config))
-        return shape if fused_qkv is None else replace(shape, fused_qkv=fused_qkv)
+        where = Path("config.json")
+        config = {"model_type": "none", "max_position_embeddings": 2048, **config}
+        check_architecture(config, where)
+        check_numbers(config, where)
+        if config["model_type"] == "qwen":
+            config = qwen2_config(config)
+        kind, heads, hidden = config["model_type"], config["num_attention_heads"], config["hidden_size"]
+        attention_bias = bool(config.get("attention_bias", False))
+        return cls(
+            architecture=kind,
+            hidden=hidden,
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            ffn=config["intermediate_size"],
+            vocab=config["vocab_size"],
+            tied=bool(config.get("tie_word_embeddings", False)),
+            context=config["max_position_embeddings"],
+            qkv_bias=kind == "qwen2" or attention_bias,  # Qwen2 has it in the code, whatever the config says
+            o_bias=kind != "qwen2" and attention_bias,
+            mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            fused_qkv=V1_KEY in config,
+        )
 
     def linears(self) -> tuple[Linear, ...]:
         """The seven linear modules of a block, named relative to it."""
@@ -173,6 +194,10 @@ class ModelShape:
     def block_parameters(self) -> int:
         """Elements of one decoder block."""
         return sum(TensorShape(name, size, "bfloat16").numel for name, size in self._block_tensors())
+
+    def with_ffn(self, ffn: int) -> ModelShape:
+        """The same model with an MLP of another width."""
+        return replace(self, ffn=ffn)
 
     def auto_group_size(self) -> int:
         """The group size ``auto`` takes: the largest of 128, 64, 32 that divides every input width."""
