@@ -1,0 +1,79 @@
+"""From what the user typed to a model folder: a path, a hub id, or nothing."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwenq.errors import HubError, UsageError
+
+BUNDLED_NOTICE = (
+    "no MODEL given: using the bundled SmolLM2-135M-Instruct; "
+    "name a Qwen with e.g. `qwenq quantize Qwen/Qwen2.5-0.5B-Instruct`"
+)
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"{_PART}/{_PART}")
+_ALIKE = 60.0  # of 100: how near a sibling's name has to be to be suggested
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model folder that exists, and what has to be told about how it was found."""
+
+    folder: Path
+    notices: list[str] = field(default_factory=list)
+
+
+def resolve_model(model: str | None) -> Resolved:
+    """The folder of MODEL: an existing folder, a hub id ``owner/name``, or None for the bundled model.
+
+    An existing folder wins over a hub id of the same spelling.
+
+    Raises:
+        UsageError: a path that does not exist (suggests the nearest), or a file instead of a folder.
+        HubError: the hub could not be reached or refused.
+    """
+    if model is None:
+        from qwenq.models.bundled import bundled_model
+
+        return Resolved(bundled_model(), [BUNDLED_NOTICE])
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Resolved(path)
+    if path.exists():
+        raise UsageError(
+            "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
+        )
+    if _HUB_ID.fullmatch(model):
+        return _from_hub(model, path)
+    raise UsageError(
+        f"no such model folder: {model}",
+        where=path.absolute(),
+        hint=_did_you_mean(path) or "name a folder with config.json, or a hub id like Qwen/Qwen2.5-0.5B",
+    )
+
+
+def _from_hub(model: str, path: Path) -> Resolved:
+    from qwenq.models.hub import download
+
+    try:
+        folder = download(model)
+    except HubError as error:
+        if near := _did_you_mean(path):  # `models/qwem` is shaped like a hub id, and was a typo for a folder
+            error.hint = f"{near} {error.hint or ''}".strip()
+        raise
+    return Resolved(folder, [f"{model} from the hub, kept in {folder}"])
+
+
+def _did_you_mean(path: Path) -> str | None:
+    """A sentence that names the sibling folder with the most similar name, if one is near."""
+    from rapidfuzz import fuzz, process
+
+    parent = path.parent
+    with suppress(OSError):
+        names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+        if found := process.extractOne(path.name, names, scorer=fuzz.ratio, score_cutoff=_ALIKE):
+            return f"did you mean the folder {parent / found[0]}?"
+    return None
