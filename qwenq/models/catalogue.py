@@ -30,7 +30,7 @@ class Entry:
         hub: hub ids with this shape, in the same order.
         parameters: elements in the publisher's own files, a stored copy of a tied head included.
         stored_head: the publisher's files hold that copy.
-        is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's, long-context flags kept.
+        is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's.
         config: a config.json in Llama, Qwen2 or Qwen3 layout.
     """
 

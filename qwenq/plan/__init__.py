@@ -1,1 +1,1 @@
-"""What a model will need, from its config alone: bytes, memory, tensor parallelism, speed. Imports no torch."""
+"""What a model will need, from its config alone: bytes, memory, tensor parallelism, speed."""

@@ -1,8 +1,8 @@
 """Memory at load, at quantisation and at generation, in bytes. Arithmetic only, nothing is measured.
 
-Two cache models are kept apart. A *single-copy* cache (static, or today's layer-by-layer one) holds the keys
-and values of ``n`` tokens once. The *two-copies* cache of the published cards is the tuple cache of 2023: the
-old ``past_key_values`` stays alive while ``torch.cat`` builds the new one, so that the peak is weights + 2 KV.
+Two cache models are kept apart. A *single-copy* cache (static, or today's layer-by-layer one) holds the
+keys and values of ``n`` tokens once. The *two-copies* cache of the published cards is 2023's tuple cache: the
+old ``past_key_values`` stays alive while ``torch.cat`` builds the new one, so the peak is weights + 2 KV.
 It reproduces the published peaks within 2 %; nothing that runs today needs that much.
 """
 
@@ -27,7 +27,8 @@ class GenerationMemory:
         prefill_activations: while ``context`` tokens of one sequence are encoded (no score matrix is kept;
             logits of the last position only, with a float32 copy).
         decode_activations: while one token a sequence is generated.
-        peak: single-copy cache: weights, cache and the larger of the two activations.
+        peak: single-copy cache, a prompt that fills the context: weights, cache, prefill activations.
+        decode_peak: single-copy cache, generated from one token: weights, cache, decode activations.
         two_copies_peak: the tuple cache of the published cards: weights and twice the cache.
         two_copies_load: what their loading held beside the weights: one more float16 embedding and head.
     """
@@ -38,6 +39,7 @@ class GenerationMemory:
     prefill_activations: int
     decode_activations: int
     peak: int
+    decode_peak: int
     two_copies_peak: int
     two_copies_load: int
 
@@ -92,6 +94,7 @@ def generation_memory(
         prefill_activations=prefill,
         decode_activations=decode,
         peak=weights + kv_cache + max(prefill, decode),
+        decode_peak=weights + kv_cache + decode,
         two_copies_peak=weights + 2 * kv_cache,
         two_copies_load=weights + 2 * shape.embedding_parameters * ITEMSIZE["float16"],
     )

@@ -1,13 +1,13 @@
 """Which numbers of GPUs can share a model, and what a wider MLP would change.
 
-Row-parallel modules (``o_proj``, ``down_proj``) are split along their inputs, so a GPU has to get whole groups
-of a quantised one; heads and the MLP's channels have to be shared evenly too. Key/value heads are shared
-evenly or, where there are fewer heads than GPUs, repeated evenly.
+Row-parallel modules (``o_proj``, ``down_proj``) are split along their inputs, so a GPU has to get whole
+groups of a quantised one; heads and the MLP's channels have to be shared evenly too. Key/value heads are
+shared evenly or, where there are fewer heads than GPUs, repeated evenly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from qwenq.models.pad_ffn import padded_groups, padded_width
 from qwenq.models.shapes import ModelShape
@@ -71,13 +71,17 @@ def possible_splits(shape: ModelShape, gpus: tuple[int, ...], group_size: int | 
 
 
 def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Padding | None:
-    """What the smallest padding for all these numbers of GPUs changes; None where the width fits already."""
+    """What the smallest padding that admits the most of these numbers of GPUs changes.
+
+    None where no padding helps: the width fits already, or something else than the MLP stands in the way.
+    """
     if group_size == -1:
         return None
-    to = padded_width(shape.ffn, group_size, gpus)
+    within_reach = tuple(count for count in gpus if not _beside_the_ffn(split(shape, count, group_size)))
+    to = padded_width(shape.ffn, group_size, within_reach or (1,))
     if to == shape.ffn or to > 2 * shape.ffn:
         return None
-    padded = replace(shape, ffn=to)
+    padded = shape.with_ffn(to)
     return Padding(
         ffn=shape.ffn,
         to=to,
@@ -92,6 +96,10 @@ def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Paddin
 def kv_share(shape: ModelShape, gpus: int) -> float:
     """The part of the cache that each of the GPUs holds; heads fewer than GPUs are repeated."""
     return 1 / min(gpus, shape.kv_heads)
+
+
+def _beside_the_ffn(found: Split) -> tuple[str, ...]:
+    return tuple(obstacle for obstacle in found.obstacles if not obstacle.endswith("down_proj"))
 
 
 def _groups(width: int, group_size: int) -> int:

@@ -1,0 +1,208 @@
+"""Models with seeded random weights: for speed and memory, where the real weights cannot be had.
+
+Every tensor depends on the seed and its own name alone, so that a checkpoint can be written, or read, one
+tensor at a time in any order. Norms are ones; everything else is normal with the config's
+``initializer_range``. config.json carries ``qwenq_random_weights``, and commands about accuracy refuse it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.errors import ModelError, UsageError
+from qwenq.models import catalogue
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.shapes import ModelShape
+from qwenq.models.shards import write_shards
+from qwenq.models.source import TensorInfo
+from qwenq.storage import atomic_write_json, guard_storage
+
+RANDOM_KEY = "qwenq_random_weights"
+"""Key of config.json that marks such a model: ``{"seed": …}``."""
+
+_UNFINISHED = ".qwenq-random-weights-unfinished"  # in the folder until the model is whole
+_CHUNK = 1 << 22  # elements drawn at once: 16 MB in float32, whatever the tensor
+
+
+def is_random(config: dict[str, Any]) -> bool:
+    """Whether a config.json belongs to a model with random weights."""
+    return RANDOM_KEY in config
+
+
+def refuse_random(config: dict[str, Any], what: str) -> None:
+    """Raise where ``what`` (such as "accuracy") would be measured on random weights.
+
+    Raises:
+        UsageError: the model has random weights.
+    """
+    if is_random(config):
+        raise UsageError(
+            f"this model has random weights: {what} would mean nothing",
+            where=f"config.json: {RANDOM_KEY}",
+            hint="name a model with real weights; random ones serve speed and memory only",
+        )
+
+
+class RandomSource:
+    """The tensors of a model that exists nowhere: each is made when it is read.
+
+    The same seed, name and device type give the same values; on another device they differ.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        seed: int,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        std: float = 0.02,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._infos = {
+            tensor.name: TensorInfo(tensor.shape, dtype) for tensor in shape.tensors(_dtype_name(dtype))
+        }
+        self._seed = seed
+        self._std = std
+        self._device = torch.device(device)
+
+    def names(self) -> Iterable[str]:
+        """All tensor names, in layer order."""
+        return self._infos.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor, which is not made for that.
+
+        Raises:
+            ModelError: no tensor of that name.
+        """
+        if name not in self._infos:
+            raise ModelError(f"this model has no tensor {name}", where=name)
+        return self._infos[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Make the tensor, on the device of this source."""
+        info = self.info(name)
+        if name.endswith("norm.weight"):
+            return torch.ones(info.shape, dtype=info.dtype, device=self._device)
+        generator = torch.Generator(self._device).manual_seed(tensor_seed(self._seed, name))
+        flat = torch.empty(info.numel, dtype=info.dtype, device=self._device)
+        for start in range(0, info.numel, _CHUNK):
+            part = flat[start : start + _CHUNK]
+            drawn = torch.randn(part.numel(), generator=generator, device=self._device)
+            part.copy_(drawn.mul_(self._std))
+        return flat.reshape(info.shape)
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """63 bits that depend on the seed and the tensor's name, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def random_config(
+    name_or_config: str | dict[str, Any], seed: int, dtype: str = "bfloat16", layers: int | None = None
+) -> dict[str, Any]:
+    """A config.json marked as random, from a catalogue name or a config; ``layers`` overrides the depth.
+
+    Raises:
+        UsageError: no such catalogue name, dtype or depth.
+    """
+    config = catalogue.config_for(name_or_config) if isinstance(name_or_config, str) else dict(name_or_config)
+    _dtype(dtype)
+    if layers is not None and layers < 1:
+        raise UsageError(f"a model of {layers} layers cannot be made", hint="give at least 1")
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+        config.pop("layer_types", None)
+    return config | {"torch_dtype": dtype, RANDOM_KEY: {"seed": seed}}
+
+
+def random_checkpoint(
+    name_or_config: str | dict[str, Any],
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    *,
+    layers: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Checkpoint:
+    """A checkpoint that lies on no disk: its tensors are made on ``device`` as they are read.
+
+    Raises:
+        UsageError: no such catalogue name, dtype or depth.
+    """
+    config = random_config(name_or_config, seed, dtype, layers)
+    source = RandomSource(
+        ModelShape.from_config(config),
+        seed,
+        _dtype(dtype),
+        std=config.get("initializer_range", 0.02),
+        device=device,
+    )
+    return Checkpoint(Path("random-weights"), config, source)
+
+
+def write_random_checkpoint(
+    name_or_config: str | dict[str, Any],
+    folder: Path,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    *,
+    layers: int | None = None,
+    max_bytes: int = 5_000_000_000,
+) -> Checkpoint:
+    """Write a model with random weights, one tensor in memory at a time; config.json comes last.
+
+    Args:
+        name_or_config: a catalogue name, or a config.json in Llama, Qwen2 or Qwen3 layout.
+        folder: made if missing. It may hold an earlier model of this kind, nothing else.
+        seed: of the weights.
+        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        layers: overrides the depth.
+        max_bytes: of tensors in one file.
+
+    Raises:
+        UsageError: no such name, dtype or depth, or the folder holds something else.
+        StorageError: the disk is full or read-only.
+    """
+    made = random_checkpoint(name_or_config, seed, dtype, layers=layers)
+    with guard_storage(folder):
+        _clear(folder)
+    write_shards(folder, [(name, made.info(name)) for name in made.names()], made.read, max_bytes)
+    atomic_write_json(folder / "config.json", made.config)
+    (folder / _UNFINISHED).unlink()
+    return Checkpoint(folder, made.config, made.source)
+
+
+def _clear(folder: Path) -> None:
+    """Make room for a random model: remove an earlier one, also an unfinished one; refuse anything else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker, config = folder / _UNFINISHED, folder / "config.json"
+    held = sorted(folder.iterdir())
+    ours = marker.exists() or (config.is_file() and is_random(json.loads(config.read_text(encoding="utf-8"))))
+    if held and not ours:
+        raise UsageError(
+            "the folder holds something else than a model with random weights",
+            where=folder,
+            hint="name a new or empty folder",
+        )
+    marker.touch()
+    config.unlink(missing_ok=True)  # first: without it the folder is no model
+    for item in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+        item.unlink()
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in known:
+        raise UsageError(f"{name!r} is no dtype for weights", hint=f"use {', '.join(known)}")
+    return known[name]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

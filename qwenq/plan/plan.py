@@ -1,0 +1,191 @@
+"""A plan: everything that follows from a model's sizes and the user's wishes, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qwenq.errors import UsageError
+from qwenq.models.shapes import ModelShape
+from qwenq.plan.gpus import Gpu
+from qwenq.plan.memory import (
+    GIB,
+    GenerationMemory,
+    QuantisationMemory,
+    generation_memory,
+    quantisation_memory,
+)
+from qwenq.plan.model import PlannedModel
+from qwenq.plan.published import PublishedPeak, published_peaks
+from qwenq.plan.speed import SpeedBound, speed_bound
+from qwenq.plan.tensor_parallel import Padding, Split, kv_share, padding, split
+
+_LABELS = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked a plan for; ``group_size`` None is ``auto``."""
+
+    bits: tuple[int, ...] = (4, 8)
+    context: int = 8192
+    batch: int = 1
+    gpus: tuple[Gpu, ...] = ()
+    tensor_parallel: tuple[int, ...] = (1, 2, 4, 8)
+    group_size: int | None = None
+    samples: int = 32
+    seq_len: int = 512
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to store the model.
+
+    Attributes:
+        label: BF16, FP16, FP32, Int8 or Int4.
+        dtype: of activations and cache.
+        group_size: None where nothing is quantised.
+        bytes: of the tensors on disk, file headers excluded.
+        published_bytes: of the publisher's own file, where it differs (see ``published_note``).
+    """
+
+    label: str
+    dtype: str
+    group_size: int | None
+    bytes: int
+    published_bytes: int | None = None
+    published_note: str | None = None
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One precision on some GPUs of one kind; memory is per GPU, for a prompt that fills the context."""
+
+    precision: str
+    split: Split
+    memory: int
+    fits: bool
+    speed: SpeedBound
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole answer of ``qwenq plan``; bytes and tokens per second throughout."""
+
+    model: str
+    origin: str
+    shape: ModelShape
+    wishes: Wishes
+    parameters: int
+    precisions: list[Precision]
+    generation: dict[str, GenerationMemory]
+    quantisation: QuantisationMemory
+    deployments: list[Deployment]
+    padding: Padding | None
+    padded_bytes: dict[str, int] = field(default_factory=dict)
+    published_peaks: list[PublishedPeak] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+def make_plan(model: PlannedModel, wishes: Wishes) -> Plan:
+    """Work out a plan.
+
+    Raises:
+        UsageError: a wish that makes no sense for this model.
+    """
+    _check(wishes)
+    shape = model.shape
+    group_size = wishes.group_size if wishes.group_size is not None else shape.auto_group_size()
+    precisions = _precisions(model, wishes, group_size)
+    generation = {
+        item.label: generation_memory(
+            shape, item.bytes, dtype=item.dtype, context=wishes.context, batch=wishes.batch
+        )
+        for item in precisions
+    }
+    padded = padding(shape, group_size, wishes.tensor_parallel)
+    return Plan(
+        model=model.name,
+        origin=model.origin,
+        shape=shape,
+        wishes=wishes,
+        parameters=shape.parameters,
+        precisions=precisions,
+        generation=generation,
+        quantisation=quantisation_memory(
+            shape, samples=wishes.samples, seq_len=wishes.seq_len, dtype=model.dtype
+        ),
+        deployments=[
+            _deployment(shape, item, generation[item.label], gpu, count, wishes)
+            for gpu in wishes.gpus
+            for item in precisions
+            for count in wishes.tensor_parallel
+        ],
+        padding=padded,
+        padded_bytes=_padded_bytes(shape, padded, precisions),
+        published_peaks=published_peaks(model.name),
+    )
+
+
+def _precisions(model: PlannedModel, wishes: Wishes, group_size: int) -> list[Precision]:
+    shape, entry = model.shape, model.entry
+    note = published = None
+    if entry is not None and entry.stored_head:
+        note = "the publisher's file stores the tied head a second time"
+        published = shape.bytes(model.dtype) + shape.embedding_parameters * 2
+    found = [Precision(_LABELS[model.dtype], model.dtype, None, shape.bytes(model.dtype), published, note)]
+    for bits in sorted(wishes.bits, reverse=True):
+        size = shape.quantised_bytes(bits, group_size)
+        published = note = None
+        if shape.fused_qkv:  # Qwen v1's own GPTQ files
+            note = "Qwen v1's own GPTQ layout: fused c_attn, a zero bias beside every module"
+            published = shape.quantised_bytes(bits, group_size, zero_biases=True, fused_qkv=True)
+        found.append(Precision(f"Int{bits}", "float16", group_size, size, published, note))
+    return found
+
+
+def _deployment(
+    shape: ModelShape, item: Precision, memory: GenerationMemory, gpu: Gpu, count: int, wishes: Wishes
+) -> Deployment:
+    activations = memory.peak - memory.weights - memory.kv_cache  # repeated on every GPU: the safe side
+    need = -(-memory.weights // count) + int(memory.kv_cache * kv_share(shape, count)) + activations
+    bound = speed_bound(
+        shape,
+        item.bytes,
+        gpu,
+        dtype=item.dtype,
+        context=wishes.context,
+        batch=wishes.batch,
+        gpus=count,
+    )
+    return Deployment(
+        item.label, split(shape, count, item.group_size), need, need <= gpu.memory_gib * GIB, bound
+    )
+
+
+def _padded_bytes(shape: ModelShape, padded: Padding | None, precisions: list[Precision]) -> dict[str, int]:
+    if padded is None:
+        return {}
+    wider = shape.with_ffn(padded.to)
+    return {
+        item.label: wider.bytes(item.dtype)
+        if item.group_size is None
+        else wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size)
+        for item in precisions
+    }
+
+
+def _check(wishes: Wishes) -> None:
+    numbers = {
+        "--context": wishes.context,
+        "--batch": wishes.batch,
+        "--samples": wishes.samples,
+        "--seq-len": wishes.seq_len,
+        "--tp": min(wishes.tensor_parallel, default=0),
+    }
+    for option, value in numbers.items():
+        if value < 1:
+            raise UsageError(f"{option} has to be at least 1, not {value}", where=option)
