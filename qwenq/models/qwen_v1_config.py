@@ -81,7 +81,7 @@ def qwen2_config(config: Mapping[str, Any], dtype: str | None = None) -> dict[st
 def qwen2_generation_config(generation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """generation_config.json in the words of today's transformers.
 
-    v1's own code stopped a chat by its ChatML ids; here they are among ``eos_token_id``, which all engines know.
+    v1's own code stopped a chat by its ChatML ids; here they are among ``eos_token_id``.
 
     Args:
         generation: the v1 file's contents, ``{}`` where there is none.
