@@ -50,7 +50,7 @@ def _hash_all(config: dict[str, Any], source: TensorSource) -> str:
     for name in sorted(source.names()):
         digest.update(_describe(source, name))
         tensor = source.read(name).contiguous()
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -56,15 +56,15 @@ def resolve_model(model: str | None) -> Resolved:
 
 
 def _from_hub(model: str, path: Path) -> Resolved:
-    from qwenq.models.hub import download
+    from qwenq.models.hub import fetch
 
     try:
-        folder = download(model)
+        fetched = fetch(model)
     except HubError as error:
         if near := _did_you_mean(path):  # `models/qwem` is shaped like a hub id, and was a typo for a folder
             error.hint = f"{near} {error.hint or ''}".strip()
         raise
-    return Resolved(folder, [f"{model} from the hub, kept in {folder}"])
+    return Resolved(fetched.folder, [fetched.notice])
 
 
 def _did_you_mean(path: Path) -> str | None:

@@ -137,4 +137,4 @@ def _write_tensor(file: BinaryIO, name: str, info: TensorInfo, tensor: torch.Ten
             where=file.name,
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    file.write(flat.view(torch.uint8).numpy())
+    file.write(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,220 @@
+"""Models from the hub, through ``huggingface_hub``, with errors that say what to do.
+
+Environment, as that library documents it: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+A connection that drops is resumed by that library within the run; what was whole is kept for the next run.
+No ``*.py`` is ever fetched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwenq.errors import HubError
+from qwenq.storage import guard_storage
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import ModelInfo
+
+_SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
+_PICKLE = ["pytorch_model*.bin", "*.bin.index.json"]
+_BESIDE_WEIGHTS = [
+    "*.json", "*.jinja", "*.tiktoken", "*.model", "merges.txt", "vocab.txt",
+    "LICENSE*", "LICENCE*", "NOTICE*", "README.md",
+]  # fmt: skip
+_NEVER = ["*.py", "*/*"]
+_OR_LOCAL = "or download the model elsewhere and name its folder"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A snapshot folder, its commit, and how it was obtained (one line for the user)."""
+
+    folder: Path
+    commit: str
+    notice: str
+
+
+def download(repo_id: str, revision: str | None = None) -> Path:
+    """The local snapshot folder of a hub model; see ``fetch``."""
+    return fetch(repo_id, revision).folder
+
+
+def fetch(repo_id: str, revision: str | None = None) -> Fetched:
+    """Download what a model needs (or find it in the cache) and say which of the two happened.
+
+    Safetensors are preferred; pickle weights are fetched only where there are no others. When the hub cannot
+    be reached or is out of order, a whole copy in the cache is used, and the notice says so.
+
+    Raises:
+        HubError: not found, no access, gated, out of order, no network, or a download that broke off.
+        StorageError: the cache cannot be written.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return _from_cache(repo_id, revision, None)
+    try:
+        info = _model_info(repo_id, revision)
+    except _UnreachableError as error:
+        return _from_cache(repo_id, revision, error)
+    return _snapshot(repo_id, revision, info)
+
+
+class _UnreachableError(Exception):
+    """The hub did not answer, or with an error of its own; ``problem`` is what to raise without a cache."""
+
+    def __init__(self, problem: HubError) -> None:
+        super().__init__(problem.what)
+        self.problem = problem
+
+
+def _model_info(repo_id: str, revision: str | None) -> ModelInfo:
+    """Commit and file list, from the hub."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return HfApi().model_info(repo_id, revision=revision)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id} is no hub id: {error}", hint="hub ids look like owner/name") from error
+    except HfHubHTTPError as error:
+        problem = _explain(error, repo_id, revision)
+        if error.response.status_code >= 500:
+            raise _UnreachableError(problem) from error
+        raise problem from error
+    except _network_errors() as error:
+        raise _UnreachableError(_no_network(repo_id, error)) from error
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What the hub's HTTP library raises below the level of HTTP: no route, refused, cut off, timed out."""
+    from huggingface_hub import errors
+
+    # The library is httpx or a successor, by version: its transport errors are found by the class they share.
+    http_error = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    xet_error = getattr(errors, "XetDownloadError", http_error)  # since huggingface_hub 2
+    return (http_error, xet_error, ConnectionError, TimeoutError)
+
+
+def _snapshot(repo_id: str, revision: str | None, info: ModelInfo) -> Fetched:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    names = [file.rfilename for file in info.siblings or []]
+    try:
+        with guard_storage(Path(constants.HF_HUB_CACHE)):
+            folder = _call_library(repo_id, revision, names, offline=False)
+    except HfHubHTTPError as error:
+        if error.response.status_code >= 500:
+            raise _broke_off(repo_id, error) from error
+        raise _explain(error, repo_id, revision) from error
+    except _network_errors() as error:
+        raise _broke_off(repo_id, error) from error
+    except OSError as error:  # the library's own check of the size
+        raise _broke_off(repo_id, error) from error
+    commit = folder.name
+    return Fetched(folder, commit, f"{repo_id} at {commit[:12]} from {constants.ENDPOINT}, in {folder}")
+
+
+def _call_library(repo_id: str, revision: str | None, names: list[str], *, offline: bool) -> Path:
+    """``snapshot_download``, by the branch's name, so that the cache also answers to that name offline."""
+    from huggingface_hub import snapshot_download
+
+    allow, ignore = _patterns(names, repo_id)
+    return Path(
+        snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=allow,
+            ignore_patterns=ignore,
+            local_files_only=offline,
+        )
+    )
+
+
+def _patterns(names: list[str], repo_id: str) -> tuple[list[str], list[str]]:
+    """Allowed and ignored patterns for ``snapshot_download``, by the kind of weights that there are."""
+    top = [name for name in names if "/" not in name]
+    if any(name.endswith(".safetensors") for name in top):
+        weights, others = _SAFETENSORS, _PICKLE
+    elif any(name.endswith(".bin") for name in top):
+        weights, others = _PICKLE, _SAFETENSORS
+    else:
+        raise HubError(
+            f"{repo_id} holds no weights that can be read: no *.safetensors and no pytorch_model*.bin",
+            hint="GGUF, ONNX and others are not read; name the repository of the original model",
+        )
+    return [*weights, *_BESIDE_WEIGHTS], [*_NEVER, *others]
+
+
+def _from_cache(repo_id: str, revision: str | None, error: _UnreachableError | None) -> Fetched:
+    """A whole snapshot in the cache, for when the hub is not asked (offline) or does not answer."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            folder = _call_library(repo_id, revision, [weights], offline=True)
+        except LocalEntryNotFoundError:
+            continue
+        if any(folder.glob("*" + Path(weights).suffix)):
+            why = "HF_HUB_OFFLINE is set" if error is None else error.problem.what
+            notice = f"{repo_id} at {folder.name[:12]} from the cache, {folder}: {why}"
+            return Fetched(folder, folder.name, notice)
+    if error is not None:
+        raise error.problem from error
+    raise HubError(
+        f"{repo_id} is not (wholly) in the cache, and HF_HUB_OFFLINE forbids to download it",
+        where="HF_HUB_OFFLINE",
+        hint=f"unset HF_HUB_OFFLINE and run again, {_OR_LOCAL}",
+    )
+
+
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+_ANSWERS: dict[int, tuple[str, str]] = {
+    401: (
+        "{id} does not exist, or is private and you are not known",
+        f"check the spelling; {_LOG_IN}",
+    ),
+    403: ("no access to {id}", _LOG_IN),
+    404: ("{id} was not found", f"check the spelling, {_OR_LOCAL}"),
+    429: ("the hub asks to slow down", f"wait some minutes; {_LOG_IN}"),
+}
+
+
+def _explain(error: HfHubHTTPError, repo_id: str, revision: str | None) -> HubError:
+    """A ``HubError`` for an HTTP answer of the hub."""
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    status = error.response.status_code
+    if isinstance(error, GatedRepoError):
+        what = "{id} is gated: its owner gives access on request"
+        hint = f"accept its terms on its page, then {_LOG_IN}"
+    elif isinstance(error, RevisionNotFoundError):
+        what, hint = f"{{id}} has no revision {revision}", "leave the revision out"
+    elif status >= 500:
+        what, hint = f"the hub is out of order ({status})", f"run the same command again later, {_OR_LOCAL}"
+    else:
+        refused = (f"the hub refused ({status})", f"check the id and the token, {_OR_LOCAL}")
+        what, hint = _ANSWERS.get(status, refused)
+    return HubError(what.replace("{id}", repo_id), where=str(error.response.url), hint=hint)
+
+
+def _no_network(repo_id: str, error: Exception) -> HubError:
+    from huggingface_hub import constants
+
+    return HubError(
+        f"the hub could not be reached for {repo_id}: {error}",
+        where=constants.ENDPOINT,
+        hint=f"check the network, HF_ENDPOINT and the proxy settings, {_OR_LOCAL}",
+    )
+
+
+def _broke_off(repo_id: str, error: Exception) -> HubError:
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    return HubError(
+        f"the download of {repo_id} broke off: {first_line}",
+        hint=f"run the same command again: files that came whole are kept; {_OR_LOCAL}",
+    )
