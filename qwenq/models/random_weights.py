@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qwenq.errors import ModelError, UsageError
@@ -27,7 +31,8 @@ RANDOM_KEY = "qwenq_random_weights"
 """Key of config.json that marks such a model: ``{"seed": …}``."""
 
 _UNFINISHED = ".qwenq-random-weights-unfinished"  # in the folder until the model is whole
-_CHUNK = 1 << 22  # elements drawn at once: 16 MB in float32, whatever the tensor
+_CHUNK = 1 << 20  # elements drawn at once, whatever the tensor
+_BITS_OF = {2: torch.int16, 4: torch.int32}
 
 
 def is_random(config: dict[str, Any]) -> bool:
@@ -90,13 +95,41 @@ class RandomSource:
         info = self.info(name)
         if name.endswith("norm.weight"):
             return torch.ones(info.shape, dtype=info.dtype, device=self._device)
-        generator = torch.Generator(self._device).manual_seed(tensor_seed(self._seed, name))
-        flat = torch.empty(info.numel, dtype=info.dtype, device=self._device)
-        for start in range(0, info.numel, _CHUNK):
-            part = flat[start : start + _CHUNK]
-            drawn = torch.randn(part.numel(), generator=generator, device=self._device)
-            part.copy_(drawn.mul_(self._std))
-        return flat.reshape(info.shape)
+        seed = tensor_seed(self._seed, name)
+        if self._device.type == "cpu":
+            return _normal_on_cpu(info, seed, self._std)
+        generator = torch.Generator(self._device).manual_seed(seed)
+        return torch.empty(info.shape, dtype=info.dtype, device=self._device).normal_(
+            0.0, self._std, generator=generator
+        )
+
+
+def _normal_on_cpu(info: TensorInfo, seed: int, std: float) -> torch.Tensor:
+    """Normal values by inverse transform of 16 random bits each: four draws for one 64-bit word.
+
+    Chunks have streams of their own and are made on all cores, so that a large model is written about as fast
+    as the disk takes it; torch's generator is serial. numpy promises that SFC64's streams never change.
+    """
+    quantiles = _quantiles(std, info.dtype).numpy()
+    flat = torch.empty(info.numel, dtype=info.dtype)
+    target = flat.view(_BITS_OF[info.dtype.itemsize]).numpy()
+
+    def fill(start: int) -> None:
+        part = target[start : start + _CHUNK]
+        words = np.random.SFC64([seed, start // _CHUNK]).random_raw(-(-part.size // 4))
+        part[:] = quantiles[words.astype("<u8", copy=False).view(np.uint16)[: part.size]]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, range(0, info.numel, _CHUNK)))
+    return flat.reshape(info.shape)
+
+
+@cache
+def _quantiles(std: float, dtype: torch.dtype) -> torch.Tensor:
+    """65536 equally likely values of a normal distribution, ascending, as the bits of ``dtype``."""
+    probabilities = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
+    values: torch.Tensor = torch.special.ndtri(probabilities)
+    return values.mul_(std).to(dtype).view(_BITS_OF[dtype.itemsize])
 
 
 def tensor_seed(seed: int, name: str) -> int:
