@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qwenq.cli import plan
+from qwenq.cli import convert, plan
 
-__all__ = ["plan"]
+__all__ = ["convert", "plan"]

@@ -1,0 +1,215 @@
+"""One model folder from another, in the layout that today's clients load without remote code.
+
+Qwen v1 becomes Qwen2 (full precision or GPTQ), GPTQ zero points change between v1 and v2, shards are cut
+anew. One tensor is in memory at a time; the target appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qwenq.errors import QuantisationError, UsageError
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.companions import write_companions
+from qwenq.models.gptq_format import QuantConfig, is_quantised, surplus_biases, validate_quantised
+from qwenq.models.qwen_v1 import QwenV1Source
+from qwenq.models.shards import tensor_bytes, write_shards
+from qwenq.storage import atomic_write_json, fsync_folder, guard_storage
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.models.packing import CheckpointFormat
+    from qwenq.models.source import TensorInfo
+
+ZeroPoints = Literal["v1", "v2"]
+FORMATS: dict[str, CheckpointFormat] = {"v1": "gptq", "v2": "gptq_v2"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What ``convert`` wrote.
+
+    Attributes:
+        folder: the new model folder.
+        files: its weight files.
+        tensors: their number.
+        total_bytes: of all tensors.
+        changes: what differs from the source, one line each; empty when only the shards do.
+        notices: what the user has to be told.
+    """
+
+    folder: Path
+    files: list[Path]
+    tensors: int
+    total_bytes: int
+    changes: list[str]
+    notices: list[str]
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    zeros: ZeroPoints | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Converted:
+    """Write ``source`` to ``target`` in Qwen2's (or its own) layout, as safetensors.
+
+    Args:
+        source: a model folder: full precision or GPTQ; Qwen v1 or any architecture that is known.
+        target: missing or empty.
+        zeros: how zero points are to be stored; None leaves them.
+        max_shard_bytes: most bytes of tensors in one file.
+        progress: called with (bytes written, bytes in all) before each tensor.
+
+    Raises:
+        UsageError: the target is the source or holds something; ``zeros`` for a model that is not quantised.
+        ModelError: the source is damaged or contradicts itself.
+        QuantisationError: a zero point that format v1 cannot hold.
+        StorageError: the disk refused.
+    """
+    _refuse_target(source, target)
+    checkpoint = open_checkpoint(source)
+    quant = _settings(checkpoint, zeros)
+    config, changes = _target_config(checkpoint, quant, zeros)
+    entries = _entries(checkpoint, quant)
+    total = sum(tensor_bytes(info) for _, info in entries)
+    read = _reader(checkpoint, quant, zeros)
+    with _new_folder(target) as folder:
+        files = write_shards(folder, entries, _counted(read, entries, total, progress), max_shard_bytes)
+        atomic_write_json(folder / "config.json", config)
+        if quant is not None:
+            written = QuantConfig.read(config)
+            atomic_write_json(folder / "quantize_config.json", written.to_quantize_config_json())
+        notices = write_companions(source, folder, config)
+    return Converted(
+        folder=target,
+        files=[target / file.name for file in files],
+        tensors=len(entries),
+        total_bytes=total,
+        changes=changes,
+        notices=[*checkpoint.notices, *notices],
+    )
+
+
+def _refuse_target(source: Path, target: Path) -> None:
+    if source.resolve() == target.resolve():
+        raise UsageError("DST is SRC: nothing is converted in place", where=target, hint="name a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError("DST holds something already", where=target, hint="name a new or empty folder")
+    if target.exists() and not target.is_dir():
+        raise UsageError("DST is a file", where=target, hint="name a new or empty folder")
+
+
+def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:
+    """GPTQ settings of the source, whose packed tensors are checked against them; None: full precision."""
+    if is_quantised(checkpoint.config):
+        quant = QuantConfig.read(checkpoint.config)
+        validate_quantised(checkpoint.source, quant)
+        return quant
+    if zeros is not None:
+        raise UsageError(
+            "--zeros is about a quantised model, and this one is not",
+            where=checkpoint.folder,
+            hint="leave --zeros out, or quantise the model first",
+        )
+    return None
+
+
+def _target_config(
+    checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
+) -> tuple[dict[str, Any], list[str]]:
+    """config.json of the target, and the changes in words."""
+    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    changes = []
+    if isinstance(checkpoint.source, QwenV1Source):
+        changes.append("Qwen v1 layout → Qwen2 layout")
+    if quant is not None and zeros is not None and FORMATS[zeros] != quant.checkpoint_format:
+        settings = {**config["quantization_config"], "checkpoint_format": FORMATS[zeros]}
+        if "format" in settings:  # the newer name of the same key
+            settings["format"] = FORMATS[zeros]
+        config["quantization_config"] = settings
+        changes.append(f"zero points {quant.checkpoint_format} → {FORMATS[zeros]}")
+    return config, changes
+
+
+def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[str, TensorInfo]]:
+    """Names and headers to write; zero biases that the architecture has no place for are left out."""
+    hidden: set[str] = set()
+    if quant is not None and checkpoint.config.get("model_type") == "qwen2":
+        modules = (name.removesuffix(".qweight") for name in checkpoint.names() if name.endswith(".qweight"))
+        hidden = surplus_biases(checkpoint.source, modules)
+    return [(name, checkpoint.info(name)) for name in checkpoint.names() if name not in hidden]
+
+
+def _reader(
+    checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
+) -> Callable[[str], torch.Tensor]:
+    """Reads a tensor as it is to be written."""
+    if quant is None or zeros is None or FORMATS[zeros] == quant.checkpoint_format:
+        return checkpoint.read
+    settings, wanted = quant, FORMATS[zeros]
+
+    def read(name: str) -> torch.Tensor:
+        tensor = checkpoint.read(name)
+        return restored_zeros(tensor, settings, wanted, name) if name.endswith(".qzeros") else tensor
+
+    return read
+
+
+def restored_zeros(
+    qzeros: torch.Tensor, quant: QuantConfig, wanted: CheckpointFormat, name: str
+) -> torch.Tensor:
+    """Packed zero points of the format in ``quant``, stored as ``wanted`` stores them."""
+    from qwenq.models.packing import pack_zeros, unpack_zeros
+
+    try:
+        return pack_zeros(unpack_zeros(qzeros, quant.bits, quant.checkpoint_format), quant.bits, wanted)
+    except QuantisationError as error:
+        error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
+        raise
+
+
+def _counted(
+    read: Callable[[str], torch.Tensor],
+    entries: list[tuple[str, TensorInfo]],
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> Callable[[str], torch.Tensor]:
+    if progress is None:
+        return read
+    sizes = {name: tensor_bytes(info) for name, info in entries}
+    done = 0
+
+    def counted(name: str) -> torch.Tensor:
+        nonlocal done
+        progress(done, total)
+        done += sizes[name]
+        return read(name)
+
+    return counted
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A sibling folder that takes the target's name at the end; nothing is left when something fails."""
+    temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
+    with guard_storage(target):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            if target.is_dir():
+                target.rmdir()  # empty, see _refuse_target
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_folder(target.absolute().parent)
