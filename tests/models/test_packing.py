@@ -38,9 +38,9 @@ def words_one_by_one(integers: Tensor, bits: int) -> list[list[int]]:
     per_word = 32 // bits
     out_features, in_features = integers.shape
     words = [[0] * out_features for _ in range(in_features // per_word)]
-    for o in range(out_features):
-        for i in range(in_features):
-            words[i // per_word][o] |= int(integers[o, i]) << (bits * (i % per_word))
+    for o, row in enumerate(integers.tolist()):
+        for i, value in enumerate(row):
+            words[i // per_word][o] |= value << (bits * (i % per_word))
     return words
 
 
