@@ -63,7 +63,7 @@ class ModelShape:
         ffn: width of the MLP as it is computed (v1's config counts both halves; this does not).
         vocab: rows of the embedding, padding included.
         tied: the head is the embedding and is not stored again.
-        context: the longest sequence that the config promises.
+        context: the longest sequence that the config promises; None where it says nothing.
         fused_qkv: the model's own GPTQ files hold q, k and v as one module (Qwen v1).
     """
 
@@ -76,7 +76,7 @@ class ModelShape:
     ffn: int
     vocab: int
     tied: bool
-    context: int
+    context: int | None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -92,7 +92,7 @@ class ModelShape:
             ModelError: a size is missing, not a positive integer, or contradicts another one.
         """
         where = Path("config.json")
-        config = {"model_type": "none", "max_position_embeddings": 2048, **config}
+        config = {"model_type": "none", **config}
         check_architecture(config, where)
         check_numbers(config, where)
         if config["model_type"] == "qwen":
@@ -109,7 +109,7 @@ class ModelShape:
             ffn=config["intermediate_size"],
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
-            context=config["max_position_embeddings"],
+            context=config.get("max_position_embeddings"),
             qkv_bias=kind == "qwen2" or attention_bias,  # Qwen2 has it in the code, whatever the config says
             o_bias=kind != "qwen2" and attention_bias,
             mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),

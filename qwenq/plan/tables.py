@@ -32,6 +32,8 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
         f"hidden {shape.hidden}, {shape.heads} heads / {shape.kv_heads} key-value heads of {shape.head_dim}, "
         f"FFN {shape.ffn}, vocabulary {shape.vocab}{', tied head' if shape.tied else ''}"
     )
+    if shape.context is not None and plan.wishes.context > shape.context:
+        yield f"[yellow]{plan.wishes.context} tokens: the model promises {shape.context} at most[/yellow]"
     yield _disk(plan)
     yield _generation(plan)
     if plan.published_peaks:

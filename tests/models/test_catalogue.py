@@ -1,0 +1,91 @@
+"""The catalogue against the publishers' own parameter counts, and against transformers' reading of it."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig
+
+from qwenq.errors import UsageError
+from qwenq.models import catalogue
+from qwenq.models.qwen_v1_config import V1_KEY
+
+ALL = catalogue.names()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_are_the_published_ones(name: str) -> None:
+    entry = catalogue.entry(name)
+    copy = entry.shape.embedding_parameters if entry.stored_head else 0
+    assert entry.shape.parameters + copy == entry.parameters
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_transformers_reads_the_config(name: str) -> None:
+    config = catalogue.config_for(name)
+    read = AutoConfig.for_model(**config)
+    assert read.model_type == config["model_type"]
+    for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "vocab_size", "rms_norm_eps"):
+        assert getattr(read, key) == config[key]
+    assert read.rope_parameters["rope_theta"] == config["rope_theta"]
+    assert (
+        set(read.layer_types or ["full_attention"]) == {"full_attention"}
+        if hasattr(read, "layer_types")
+        else True
+    )
+
+
+def test_every_name_is_there_once() -> None:
+    every = [key for name in ALL for key in (*catalogue.entry(name).names, *catalogue.entry(name).hub)]
+    assert len(every) == len(set(every))
+    wanted = ["qwen-1.8b-chat", "qwen-7b", "qwen-72b", "qwen1.5-32b-chat", "qwen2-7b-instruct"]
+    wanted += [f"qwen2.5-{size}-instruct" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")]
+    wanted += [f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")]
+    assert not [name for name in wanted if catalogue.find(name) is None]
+
+
+def test_hub_ids_and_case_do_not_matter() -> None:
+    assert catalogue.entry("Qwen/Qwen-1_8B-Chat") == catalogue.entry("QWEN-1.8B-chat")
+
+
+def test_qwen_v1_keeps_its_long_context_flags() -> None:
+    v1 = catalogue.config_for("qwen-14b-chat")[V1_KEY]
+    assert (v1["seq_length"], v1["use_dynamic_ntk"], v1["use_logn_attn"]) == (2048, True, True)
+    assert not catalogue.config_for("qwen-72b")[V1_KEY]["use_dynamic_ntk"]
+    assert V1_KEY not in catalogue.config_for("qwen1.5-7b")
+
+
+def test_a_config_is_a_copy() -> None:
+    catalogue.config_for("qwen3-8b")["hidden_size"] = 1
+    assert catalogue.config_for("qwen3-8b")["hidden_size"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("qwen2.5-7b-instrct", "qwen2.5-7b-instruct"),
+        ("qwen-7b-chta", "qwen-7b-chat"),
+        ("Qwen3_8B", "qwen3-8b"),
+    ],
+)
+def test_a_misspelt_name_is_suggested(typed: str, meant: str) -> None:
+    with pytest.raises(UsageError) as error:
+        catalogue.entry(typed)
+    assert meant in str(error.value.hint)
+
+
+def test_published_rows() -> None:
+    rows = {row.precision: row for row in catalogue.published("qwen-1.8b-chat")}
+    assert list(rows) == ["FP32", "BF16", "Int8", "Int4"]
+    assert rows["Int4"].accuracy == {"mmlu": 42.9, "ceval": 52.8, "gsm8k": 31.2, "humaneval": 25.0}
+    assert rows["FP32"].speed["plain"] == [52.28, 44.95]
+    assert rows["BF16"].memory_gib == [4.23, 6.48]
+    assert "A100" in rows["Int8"].hardware
+    assert catalogue.published("qwen3-8b") == []
+    assert len(catalogue.published("qwen-7b-chat")) == len(catalogue.published("qwen-14b-chat")) == 3
+
+
+def test_every_published_row_belongs_to_an_entry() -> None:
+    known = [row for name in ALL for row in catalogue.published(name)]
+    assert len(known) == 4 + 3 + 3 + 3
+    for row in known:
+        assert min(row.accuracy.values()) > 0 and max(row.accuracy.values()) < 100

@@ -1,0 +1,124 @@
+"""Padding the MLP: where the zeros go, and that nobody can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenq.errors import UsageError
+from qwenq.models.pad_ffn import PaddedFFNSource, interleave_zeros, pad_ffn, padded_groups, padded_width
+from qwenq.models.source import TensorInfo
+
+
+def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+@given(ffn=st.integers(1, 40), zeros=st.integers(0, 40), hidden=st.integers(1, 8), seed=st.integers(0, 99))
+def test_the_output_stays_the_same(ffn: int, zeros: int, hidden: int, seed: int) -> None:
+    zeros = min(zeros, ffn)
+    generator = torch.Generator().manual_seed(seed)
+    gate, up = (torch.randn(ffn, hidden, generator=generator, dtype=torch.float64) for _ in range(2))
+    down = torch.randn(hidden, ffn, generator=generator, dtype=torch.float64)
+    x = torch.randn(5, hidden, generator=generator, dtype=torch.float64)
+    padded = pad_ffn(gate, up, down, ffn + zeros)
+    assert [tuple(t.shape) for t in padded] == [(ffn + zeros, hidden)] * 2 + [(hidden, ffn + zeros)]
+    torch.testing.assert_close(mlp(x, *padded), mlp(x, gate, up, down), rtol=1e-12, atol=1e-12)
+
+
+def test_one_zero_follows_each_of_the_first_channels() -> None:
+    column = torch.arange(1, 6)
+    assert interleave_zeros(column, 8, 0).tolist() == [1, 0, 2, 0, 3, 0, 4, 5]
+    assert interleave_zeros(column, 5, 0).tolist() == [1, 2, 3, 4, 5]
+    assert interleave_zeros(column, 10, 0).tolist() == [1, 0, 2, 0, 3, 0, 4, 0, 5, 0]
+    down = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.bfloat16)
+    padded = interleave_zeros(down, 4, 1)
+    assert padded.tolist() == [[1, 0, 2, 3], [4, 0, 5, 6]]
+    assert padded.dtype == torch.bfloat16
+    assert padded.is_contiguous()
+
+
+def test_no_group_of_the_first_ones_is_all_zero() -> None:
+    """Qwen's 29568 → 29696: the 128 zeros spread over two groups of 128, each half full."""
+    padded = interleave_zeros(torch.ones(29568), 29696, 0)
+    filled = padded.reshape(232, 128).sum(1)  # [groups]
+    assert filled[:2].tolist() == [64, 64]
+    assert set(filled[2:].tolist()) == {128}
+
+
+def test_widths_of_qwens_own_fix() -> None:
+    assert padded_width(29568, 128, (1, 2, 4, 8)) == 29696
+    assert padded_width(13696, 128, (1, 2, 4, 8)) == 14336
+    assert padded_width(27648, 128, (1, 2, 4, 8)) == 27648
+    assert (padded_groups(29696, 128), padded_groups(14336, 128)) == (232, 112)
+
+
+@given(
+    ffn=st.integers(1, 50_000),
+    group=st.sampled_from([32, 64, 128]),
+    gpus=st.lists(st.integers(1, 8), min_size=1, max_size=4),
+)
+def test_the_padded_width_is_the_smallest_that_can_be_shared(ffn: int, group: int, gpus: list[int]) -> None:
+    def shared(width: int) -> bool:
+        return width % group == 0 and all(width // group % count == 0 for count in gpus)
+
+    to = padded_width(ffn, group, gpus)
+    assert shared(to)
+    assert not any(shared(width) for width in range(-(-ffn // group) * group, to, group))
+
+
+@pytest.mark.parametrize("to", [3, 9])
+def test_widths_out_of_range_are_refused(to: int) -> None:
+    with pytest.raises(UsageError, match="cannot be padded"):
+        interleave_zeros(torch.ones(4), to, 0)
+
+
+def test_tensors_that_are_no_mlp_are_refused() -> None:
+    with pytest.raises(UsageError, match="not one MLP"):
+        pad_ffn(torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2), 6)
+    with pytest.raises(UsageError, match="multiple"):
+        padded_groups(100, 128)
+
+
+class Tensors:
+    """A source over a dict."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self.tensors[name].shape), self.tensors[name].dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+def test_a_padded_view_of_a_checkpoint() -> None:
+    block = "model.layers.0."
+    gate, up, down = torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, 6)
+    tensors = {
+        f"{block}mlp.{name}_proj.weight": t
+        for name, t in zip(("gate", "up", "down"), (gate, up, down), strict=True)
+    }
+    tensors |= {
+        f"{block}self_attn.q_proj.weight": torch.randn(4, 4),
+        f"{block}mlp.up_proj.bias": torch.ones(6),
+    }
+    view = PaddedFFNSource(Tensors(tensors), 8)
+    assert list(view.names()) == list(tensors)
+    for name in view.names():
+        assert view.info(name).shape == tuple(view.read(name).shape)
+    expected = pad_ffn(gate, up, down, 8)
+    for name, tensor in zip(("gate", "up", "down"), expected, strict=True):
+        assert torch.equal(view.read(f"{block}mlp.{name}_proj.weight"), tensor)
+    assert view.read(f"{block}mlp.up_proj.bias").tolist() == [1, 0, 1, 0, 1, 1, 1, 1]
+    assert torch.equal(
+        view.read(f"{block}self_attn.q_proj.weight"), tensors[f"{block}self_attn.q_proj.weight"]
+    )
