@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from qwenq.plan.memory import GIB
 from qwenq.plan.plan import Plan
@@ -44,20 +45,20 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
     yield from _padding(plan, show_padding)
 
 
-def _disk(plan: Plan) -> Table:
-    table = _table("On disk (tensor bytes)", "precision", "group size", "bytes", "GiB", "published file")
+def _disk(plan: Plan) -> RenderableType:
+    table = _Section("On disk (tensor bytes)", "precision", "group size", "bytes", "GiB", "published file")
     for item in plan.precisions:
         group = "" if item.group_size is None else str(item.group_size)
         published = "" if item.published_bytes is None else f"{item.published_bytes:,} (*)"
-        table.add_row(item.label, group, f"{item.bytes:,}", _gib(item.bytes), published)
+        table.row(item.label, group, f"{item.bytes:,}", _gib(item.bytes), published)
     notes = {item.published_note for item in plan.precisions if item.published_note}
-    table.caption = "; ".join(f"(*) {note}" for note in sorted(notes)) or None
-    return table
+    table.note = "; ".join(f"(*) {note}" for note in sorted(notes))
+    return table.render()
 
 
-def _generation(plan: Plan) -> Table:
+def _generation(plan: Plan) -> RenderableType:
     wishes = plan.wishes
-    table = _table(
+    table = _Section(
         f"Memory, GiB: {wishes.context} tokens of context, batch {wishes.batch}",
         *("precision", "weights", "load", "KV cache", "prefill", "decode", "peak", "peak from 1 token"),
         "two-copies peak",
@@ -73,40 +74,40 @@ def _generation(plan: Plan) -> Table:
             memory.decode_peak,
             memory.two_copies_peak,
         )
-        table.add_row(label, *(_gib(part) for part in parts))
-    table.caption = (
+        table.row(label, *(_gib(part) for part in parts))
+    table.note = (
         "peak: weights + one copy of the cache + activations (today's caches). "
         "two-copies peak: weights + 2 × cache, the tuple cache of the 2023 cards"
     )
-    return table
+    return table.render()
 
 
-def _published(plan: Plan) -> Table:
+def _published(plan: Plan) -> RenderableType:
     title = f"Two-copies cache model against the published cards, {CONTEXT} tokens, GiB"
-    table = _table(title, "precision", "model", "published", "deviation")
+    table = _Section(title, "precision", "model", "published", "deviation")
     for row in plan.published_peaks:
-        table.add_row(
+        table.row(
             row.precision, f"{row.predicted_gib:.2f}", f"{row.published_gib:.2f}", f"{row.deviation:+.1%}"
         )
     first = plan.published_peaks[0]
-    table.caption = f"{first.source}; {first.hardware}"
-    return table
+    table.note = f"{first.source}; {first.hardware}"
+    return table.render()
 
 
-def _quantisation(plan: Plan) -> Table:
+def _quantisation(plan: Plan) -> RenderableType:
     wishes = plan.wishes
     title = f"Memory while quantising, GiB: {wishes.samples} × {wishes.seq_len} calibration tokens"
-    table = _table(title, "part", "GiB")
+    table = _Section(title, "part", "GiB")
     for part in fields(plan.quantisation):
         size = getattr(plan.quantisation, part.name)
-        table.add_row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")
-    table.caption = "block by block; the rest of the model stays on disk"
-    return table
+        table.row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")
+    table.note = "block by block; the rest of the model stays on disk"
+    return table.render()
 
 
-def _deployments(plan: Plan) -> Iterator[Table]:
+def _deployments(plan: Plan) -> Iterator[RenderableType]:
     for gpu in plan.wishes.gpus:
-        table = _table(
+        table = _Section(
             f"{gpu.title}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:,.0f} GB/s",
             *("precision", "GPUs", "possible", "GiB per GPU", "fits"),
             *("tok/s, empty cache", f"tok/s at {plan.wishes.context}"),
@@ -119,9 +120,9 @@ def _deployments(plan: Plan) -> Iterator[Table]:
                 (f"{row.speed.empty:,.0f}", f"{row.speed.full:,.0f}") if row.split.possible else ("", "")
             )
             fits = ("yes" if row.fits else "[red]no[/red]") if row.split.possible else ""
-            table.add_row(row.precision, str(row.split.gpus), possible, _gib(row.memory), fits, *figures)
-        table.caption = f"upper bound: bytes read per token over peak bandwidth. {gpu.source}"
-        yield table
+            table.row(row.precision, str(row.split.gpus), possible, _gib(row.memory), fits, *figures)
+        table.note = f"upper bound: bytes read per token over peak bandwidth. {gpu.source}"
+        yield table.render()
 
 
 def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
@@ -137,25 +138,34 @@ def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
     if not wanted:
         yield f"--pad-ffn would help: {summary}"
         return
-    table = _table(f"--pad-ffn: {summary}", "precision", "bytes", "padded", "change")
+    table = _Section(f"--pad-ffn: {summary}", "precision", "bytes", "padded", "change")
     for item in plan.precisions:
         padded = plan.padded_bytes[item.label]
-        table.add_row(item.label, f"{item.bytes:,}", f"{padded:,}", f"{padded / item.bytes - 1:+.2%}")
+        table.row(item.label, f"{item.bytes:,}", f"{padded:,}", f"{padded / item.bytes - 1:+.2%}")
     zeros = found.to - found.ffn
-    table.caption = (
+    table.note = (
         f"one zero channel after each of the first {zeros} channels, {found.parameters:,} parameters more; "
         "the model's output stays the same"
     )
-    yield table
+    yield table.render()
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", caption_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or column == "possible" else "right")
-    return table
+class _Section:
+    """A table with a title above and a note below, which wrap at the screen's width and not the table's."""
+
+    def __init__(self, title: str, *columns: str) -> None:
+        self.title, self.note = title, ""
+        self._table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for number, column in enumerate(columns):
+            left = number == 0 or column == "possible"
+            self._table.add_column(column, justify="left" if left else "right")
+
+    def row(self, *cells: str, style: str = "") -> None:
+        self._table.add_row(*cells, style=style)
+
+    def render(self) -> RenderableType:
+        note = [Text(self.note + "\n", style="dim")] if self.note else []
+        return Group(Text(self.title, style="bold"), self._table, *note)
 
 
 def _gib(size: int) -> str:

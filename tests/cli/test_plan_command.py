@@ -1,0 +1,83 @@
+"""``qwenq plan`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def qwenq(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwenq", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_json_holds_the_published_figures() -> None:
+    result = qwenq("plan", "qwen-7b-chat", "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["parameters"] == 7_721_324_544
+    assert plan["precisions"][0]["bytes"] == 15_442_649_088
+    assert [item["published_bytes"] for item in plan["precisions"]][1:] == [9_123_864_576, 5_860_564_992]
+    assert all(abs(row["deviation"]) < 0.02 for row in plan["published_peaks"])
+    assert plan["padding"]["to"] == 11264
+    assert {row["speed"]["gpu"] for row in plan["deployments"]} == {"a100-80g"}
+
+
+def test_tables_for_people() -> None:
+    result = qwenq("plan", "Qwen/Qwen-1_8B-Chat", "--gpu", "h200,rtx-4090", "--pad-ffn", "--tp", "1,2")
+    assert result.returncode == 0, result.stderr
+    for expected in (
+        "1,836,828,672 parameters",
+        "two-copies peak",
+        "Two-copies cache model against the published cards",
+        "H200",
+        "RTX 4090",
+        "no: 43 groups of down_proj",
+        "FFN 5504 → 5632: 43 → 44 groups",
+    ):
+        assert expected in result.stdout
+    assert "…" not in result.stdout  # nothing is cut off in a pipe
+
+
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    script = (
+        "import sys; sys.argv = ['qwenq', 'plan', 'qwen3-8b'];"
+        "from qwenq.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+
+
+def test_it_answers_at_once() -> None:
+    """Processor seconds, not wall time: the machine may be busy."""
+    import resource
+
+    before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    assert qwenq("plan", "qwen2.5-72b-instruct").returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2
+    assert time.perf_counter() - wall < 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["qwen-7b-chta"], "did you mean qwen-7b-chat"),
+        (["qwen3-8b", "--gpu", "h300"], "did you mean h"),
+        (["qwen3-8b", "--bits", "3"], "use 4 or 8"),
+        (["qwen3-8b", "--bits", "four"], "no list of whole numbers"),
+        (["qwen3-8b", "--tp", ","], "no number is given"),
+        (["qwen3-8b", "--group-size", "100"], "does not divide"),
+        (["qwen3-8b", "--context", "0"], "at least 1"),
+    ],
+)
+def test_misuse_ends_with_code_2_and_a_hint(arguments: list[str], message: str) -> None:
+    result = qwenq("plan", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,108 @@
+"""A whole plan: from what the user names to numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwenq.errors import HubError, ModelError, UsageError
+from qwenq.models import catalogue
+from qwenq.plan.gpus import gpu
+from qwenq.plan.model import find_model
+from qwenq.plan.plan import Wishes, make_plan
+
+
+def test_bytes_of_qwen_7b_chat() -> None:
+    plan = make_plan(find_model("qwen-7b-chat"), Wishes())
+    assert plan.parameters == 7_721_324_544
+    found = {item.label: (item.bytes, item.published_bytes) for item in plan.precisions}
+    assert found["BF16"] == (15_442_649_088, None)
+    assert found["Int8"][1] == 9_123_864_576
+    assert found["Int4"][1] == 5_860_564_992
+    assert found["Int4"][0] == catalogue.shape_for("qwen-7b").quantised_bytes(4, 128)
+
+
+def test_a_tied_head_stored_twice_is_told() -> None:
+    bf16 = make_plan(find_model("qwen3-0.6b"), Wishes()).precisions[0]
+    assert (bf16.bytes, bf16.published_bytes) == (596_049_920 * 2, 751_632_384 * 2)
+    assert "tied head" in str(bf16.published_note)
+
+
+def test_deployments_share_weights_and_cache() -> None:
+    plan = make_plan(find_model("qwen2.5-72b-instruct"), Wishes(gpus=(gpu("h200"), gpu("rtx-4090"))))
+    found = {(row.speed.gpu, row.precision, row.split.gpus): row for row in plan.deployments}
+    assert len(found) == 2 * 3 * 4
+    assert found["h200", "BF16", 1].fits
+    assert not found["rtx-4090", "Int4", 1].fits
+    assert found["rtx-4090", "Int4", 2].memory < found["rtx-4090", "Int4", 1].memory
+    assert not found["h200", "Int4", 2].split.possible
+    assert found["h200", "BF16", 2].split.possible
+    assert set(plan.padded_bytes) == {"BF16", "Int8", "Int4"}
+    added = plan.padded_bytes["BF16"] - plan.precisions[0].bytes
+    assert added == 2 * plan.padding.parameters  # type: ignore[union-attr]
+
+
+def test_a_folder_and_its_config_file(tmp_path: Path) -> None:
+    config = catalogue.config_for("qwen3-4b") | {"dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for named in (tmp_path, tmp_path / "config.json"):
+        plan = make_plan(find_model(str(named)), Wishes(bits=(4,), group_size=64))
+        assert plan.shape == catalogue.shape_for("qwen3-4b")
+        assert [item.label for item in plan.precisions] == ["FP32", "Int4"]
+        assert plan.precisions[1].bytes == plan.shape.quantised_bytes(4, 64)
+
+
+def test_a_v1_folder_is_planned_as_the_catalogue_has_it(tmp_path: Path) -> None:
+    config = {"model_type": "qwen", "hidden_size": 2048, "intermediate_size": 11008, "vocab_size": 151936}
+    config |= {"num_hidden_layers": 24, "num_attention_heads": 16, "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"seq_length": 8192, "kv_channels": 128}))
+    found = make_plan(find_model(str(tmp_path)), Wishes())
+    assert found.parameters == 1_836_828_672
+    assert found.precisions == make_plan(find_model("qwen-1.8b"), Wishes()).precisions
+
+
+def test_hub_ids_in_the_catalogue_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_model("Qwen/Qwen2.5-7B-Instruct").name == "qwen2.5-7b-instruct"
+    assert find_model(None).name == catalogue.BUNDLED
+
+
+def test_a_hub_id_whose_config_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text(
+        json.dumps(catalogue.config_for("qwen3-8b"))
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_model("someone/tiny").shape == catalogue.shape_for("qwen3-8b")
+    with pytest.raises(HubError, match="someone/missing"):
+        find_model("someone/missing")
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        find_model("qwen3-8bb")
+    assert "qwen3-8b" in str(error.value.hint)
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        Wishes(context=0),
+        Wishes(batch=-1),
+        Wishes(tensor_parallel=(0, 1)),
+        Wishes(bits=(5,)),
+        Wishes(group_size=96),
+    ],
+)
+def test_wishes_without_sense(wishes: Wishes) -> None:
+    with pytest.raises(UsageError):
+        make_plan(find_model("qwen3-8b"), wishes)
