@@ -16,8 +16,16 @@ from typing import Any
 
 from qwenq.errors import StorageError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
+_REASONS = {
+    errno.EROFS: "is on a read-only disk",
+    errno.EACCES: "may not be written",
+    errno.EPERM: "may not be written",
+    errno.EFBIG: "grew larger than this file system or a limit of this process allows",
+    errno.EIO: "cannot be written: the disk reports an error",
+    errno.ENOTDIR: "lies below a file, not a folder",
+    errno.EEXIST: "is a file where a folder has to be",
+}
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -40,7 +48,7 @@ def free_bytes(path: Path) -> int | None:
 
 @contextmanager
 def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn the errors of a full, read-only or forbidden disk into ``StorageError``; others pass.
+    """Turn the errors of a full, read-only, forbidden or failing disk into ``StorageError``; others pass.
 
     Args:
         path: what is being written; named in the message, and its disk's free space with it.
@@ -55,8 +63,7 @@ def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
                 where=path,
                 hint="free some space or name another folder, then run the same command again",
             ) from error
-        if error.errno in _REFUSED:
-            reason = "is on a read-only disk" if error.errno == errno.EROFS else "may not be written"
+        if reason := _REASONS.get(error.errno or 0):
             raise StorageError(
                 f"{error.filename or path} {reason}", where=path, hint="name a folder that you may write to"
             ) from error

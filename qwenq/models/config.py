@@ -184,6 +184,8 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
             raise _absurd(key, value, "a positive number", path)
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise _absurd("tie_word_embeddings", config["tie_word_embeddings"], "true or false", path)
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise _absurd("quantization_config", config["quantization_config"], "an object", path)
     _check_heads(config, path)
 
 

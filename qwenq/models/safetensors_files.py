@@ -220,7 +220,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
 
 def _sound(entry: Any) -> bool:
     """Whether a header entry has a known dtype, a shape and a pair of offsets, all plain counts."""
-    if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in DTYPES:
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:

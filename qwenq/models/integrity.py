@@ -1,0 +1,92 @@
+"""Telling sound bytes from damaged ones: checksums where there are some, NaN and Inf where there are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenq.errors import CorruptFileError, ModelError
+from qwenq.models.safetensors_files import shard_path
+from qwenq.storage import sha256_file
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "qwenq.json"
+_CHUNK = 1 << 24  # elements looked at together, so that the check needs 16 MB and no copy of the tensor
+
+
+def verify_files(folder: Path) -> list[str]:
+    """Compare every file that the manifest lists with its size and SHA-256; the names, in its order.
+
+    The manifest is ``qwenq.json`` with ``{"files": {name: {"sha256": hex, "bytes": count}}}``.
+
+    Raises:
+        ModelError: there is no manifest, so nothing can be said.
+        CorruptFileError: a file is missing, cut off or altered; names it.
+    """
+    path = folder / MANIFEST
+    listed = _listed_files(path)
+    for name, facts in listed.items():
+        file = shard_path(folder, name, path)
+        hint = "copy the folder again, or make it again with `qwenq quantize`"
+        if not file.is_file():
+            raise CorruptFileError(f"{name} is in the manifest but not in the folder", where=file, hint=hint)
+        size = file.stat().st_size
+        if size != facts.get("bytes", size):
+            raise CorruptFileError(f"{size} bytes instead of {facts['bytes']}", where=file, hint=hint)
+        if sha256_file(file) != facts["sha256"]:
+            raise CorruptFileError("the bytes are not those that were written", where=file, hint=hint)
+    return list(listed)
+
+
+def _listed_files(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"there is no {MANIFEST}: an unfinished folder, or none that qwenq wrote",
+            where=path.parent,
+            hint="run the `qwenq quantize` command again: it resumes",
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"the manifest is not JSON: {error}", where=path) from error
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    sound = isinstance(listed, dict) and all(
+        isinstance(facts, dict) and isinstance(facts.get("sha256"), str) for facts in listed.values()
+    )
+    if not sound or not listed:
+        raise CorruptFileError("the manifest lists no files with their sha256", where=path)
+    checked: dict[str, dict[str, Any]] = listed
+    return checked
+
+
+def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> torch.Tensor:
+    """The tensor itself, once every element is known to be a number.
+
+    Args:
+        name: of the tensor, for the message.
+        tensor: any shape and dtype; integers are finite by nature.
+        where: the file or folder it came from.
+
+    Raises:
+        CorruptFileError: how many elements are NaN and how many infinite.
+    """
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor
+    nan = infinite = 0
+    for part in torch.split(tensor.detach().reshape(-1), _CHUNK):
+        values = part.float() if part.dtype.itemsize == 1 else part  # float8 has no isfinite
+        if not bool(values.isfinite().all()):
+            nan += int(values.isnan().sum())
+            infinite += int(values.isinf().sum())
+    if nan or infinite:
+        raise CorruptFileError(
+            f"{name} holds {nan} NaN and {infinite} infinite values of {tensor.numel()}",
+            where=where,
+            hint="the file is damaged or the training diverged: compare its checksum with the publisher's",
+        )
+    return tensor
