@@ -1,0 +1,18 @@
+"""Text sources → token sequences for the Hessians, with a manifest and a fingerprint."""
+
+from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet
+from qwenq.calibration.load import (
+    DEFAULT_HELD_OUT,
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQ_LEN,
+    load_calibration,
+)
+
+__all__ = [
+    "DEFAULT_HELD_OUT",
+    "DEFAULT_SAMPLES",
+    "DEFAULT_SEQ_LEN",
+    "CalibrationManifest",
+    "CalibrationSet",
+    "load_calibration",
+]

@@ -1,0 +1,150 @@
+"""Local files as streams of documents: nothing is read before it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qwenq.calibration.documents import KNOWN_KEYS, Document, from_record
+from qwenq.errors import CalibrationError, UsageError
+
+ACCEPTED = ".txt, .jsonl, .json, .parquet, or a .safetensors set from `qwenq calibrate`"
+PASSAGE, LONGEST_PASSAGE = 2_000, 8_000
+"""A .txt file is one long text. It is cut into passages so that the seed has something to choose from: at the
+first blank line after PASSAGE characters, or at the first line end after LONGEST_PASSAGE."""
+_LARGEST_JSON = 512_000_000
+
+
+def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
+    """Documents of a .txt, .jsonl, .json or .parquet file, in file order; blank ones are left out.
+
+    Args:
+        path: the file; its suffix decides how it is read.
+        column: key or column to read; None takes the first of text, messages, conversations.
+
+    Raises:
+        UsageError: not there, a folder, or a suffix that nothing here reads.
+        CalibrationError: what is inside cannot be read; says the line or row.
+    """
+    readers: dict[str, Callable[[Path, str | None], Iterator[Document]]] = {
+        ".txt": read_text,
+        ".jsonl": read_json_lines,
+        ".json": read_json,
+        ".parquet": read_parquet,
+    }
+    if not path.exists():
+        raise UsageError("no such calibration file", where=path, hint=f"accepted: {ACCEPTED}")
+    if path.is_dir():
+        raise UsageError("a folder is no calibration source", where=path, hint=f"name one file: {ACCEPTED}")
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UsageError(
+            f"cannot read a {path.suffix or 'suffixless'} file", where=path, hint=f"accepted: {ACCEPTED}"
+        )
+    return (document for document in reader(path, column) if document.characters)
+
+
+def read_text(path: Path, column: str | None = None) -> Iterator[Document]:
+    """Passages of a plain text (see PASSAGE)."""
+    if column is not None:
+        raise UsageError("--column means nothing for a .txt file", where=path, hint="leave it out")
+    passage: list[str] = []
+    size, start = 0, 1
+    for number, line in _lines(path):
+        passage.append(line)
+        size += len(line)
+        if size >= (LONGEST_PASSAGE if line.strip() else PASSAGE):
+            yield Document("".join(passage), f"{path}, line {start}")
+            passage, size, start = [], 0, number + 1
+    if "".join(passage).strip():
+        yield Document("".join(passage), f"{path}, line {start}")
+
+
+def read_json_lines(path: Path, column: str | None = None) -> Iterator[Document]:
+    """One record a line; blank lines are left out."""
+    for number, line in _lines(path):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield from_record(_parse_line(line, where), where, column)
+
+
+def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
+    """A list of records, as run_gptq.py takes it. It has to be parsed whole, so its size is bounded."""
+    if path.stat().st_size > _LARGEST_JSON:
+        raise UsageError(
+            f"a .json file of over {_LARGEST_JSON // 1_000_000} MB would have to be read whole",
+            where=path,
+            hint="write it as .jsonl, one record a line, which is read as far as needed",
+        )
+    try:
+        records = json.loads("".join(line for _, line in _lines(path)) or "null")
+    except json.JSONDecodeError as error:
+        raise CalibrationError(
+            f"not whole JSON: {error.msg}",
+            where=f"{path}, line {error.lineno}",
+            hint="repair or cut the file there; one record a line is called .jsonl",
+        ) from error
+    if records is None:
+        return
+    if not isinstance(records, list):
+        raise CalibrationError(
+            f"a .json file holds a list of records, this one a {type(records).__name__}",
+            where=path,
+            hint=f"write [{{…}}, {{…}}], each record with one of {', '.join(KNOWN_KEYS)}",
+        )
+    for number, record in enumerate(records, 1):
+        yield from_record(record, f"{path}, record {number}", column)
+
+
+def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
+    """One record a row; only the one column is read, a few hundred rows at a time."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(
+            "reading .parquet needs the package pyarrow", where=path, hint="pip install 'qwenq[data]'"
+        ) from None
+    number = 0
+    try:
+        file = parquet.ParquetFile(path)
+        wanted = [column] if column else [key for key in KNOWN_KEYS if key in file.schema_arrow.names][:1]
+        known = [key for key in wanted if key in file.schema_arrow.names]
+        if not known:  # from_record names the columns there are
+            from_record(dict.fromkeys(file.schema_arrow.names), str(path), column)
+        for batch in file.iter_batches(batch_size=256, columns=known):
+            for record in batch.to_pylist():
+                number += 1
+                yield from_record(record, f"{path}, row {number}", column)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CalibrationError(
+            f"not a whole parquet file: {error}", where=f"{path}, row {number + 1}", hint="copy it again"
+        ) from error
+
+
+def _parse_line(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        cut = "" if line.endswith("\n") else "; the file seems cut off here"
+        raise CalibrationError(
+            f"this line is not whole JSON: {error.msg} at column {error.colno}{cut}",
+            where=where,
+            hint="repair or remove the line",
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends; a byte-order mark is dropped, other encodings are refused."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise CalibrationError(
+                    f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start} of the line",
+                    where=f"{path}, line {number}",
+                    hint=f"convert it, e.g. `iconv -f GB18030 -t UTF-8 {path.name}`",
+                ) from error

@@ -1,0 +1,70 @@
+"""Hub datasets as streams of documents, through the ``datasets`` library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from qwenq.calibration.documents import Document, from_record
+from qwenq.errors import HubError, UsageError
+
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
+_WITHOUT_HUB = "without a network: `--source self`, or download the file elsewhere and give its path"
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether ``spec`` is spelt ``owner/name`` or ``owner/name:config``."""
+    return _HUB_ID.fullmatch(spec) is not None
+
+
+def read_hub(spec: str, split: str | None = None, column: str | None = None) -> Iterator[Document]:
+    """Documents of a hub dataset, in its own order, streamed.
+
+    Args:
+        spec: ``owner/name``, or ``owner/name:config`` for a dataset that has several.
+        split: None means ``train``.
+        column: None takes the first of text, messages, conversations.
+
+    Raises:
+        UsageError: ``datasets`` is not installed; no such split, config or column.
+        HubError: the hub could not be reached, or has no such dataset.
+    """
+    split = split or "train"
+    stream = _open(spec, split)
+    where = f"{spec}, split {split}"
+    number = 0
+    try:
+        for record in stream:
+            number += 1
+            document = from_record(record, f"{where}, row {number}", column)
+            if document.characters:
+                yield document
+    except (ConnectionError, OSError) as error:
+        raise HubError(
+            f"the hub stopped answering: {error}", where=f"{where}, row {number + 1}", hint=_WITHOUT_HUB
+        ) from error
+
+
+def _open(spec: str, split: str) -> Iterable[Any]:
+    parts = _HUB_ID.fullmatch(spec)
+    if parts is None:
+        raise UsageError("not a dataset id", where=spec, hint="write owner/name or owner/name:config")
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            "reading hub datasets needs the package datasets",
+            where=spec,
+            hint="pip install 'qwenq[data]', or use a local file, or `--source self`",
+        ) from None
+    try:
+        return datasets.load_dataset(parts["name"], parts["config"], split=split, streaming=True)
+    except ValueError as error:  # unknown split or config: the library's message lists those there are
+        raise UsageError(
+            f"the dataset has no such split or config: {error}",
+            where=f"{spec}, split {split}",
+            hint="name the split with --split, the config as owner/name:config",
+        ) from error
+    except (ConnectionError, OSError) as error:  # offline, unreachable, not found, gated
+        raise HubError(f"cannot open the dataset: {error}", where=spec, hint=_WITHOUT_HUB) from error

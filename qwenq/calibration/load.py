@@ -1,0 +1,263 @@
+"""From what the user named to a calibration set: the one door of this room."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
+from qwenq.calibration.documents import Document
+from qwenq.calibration.files import ACCEPTED, read_file
+from qwenq.calibration.hub_source import is_hub_id, read_hub
+from qwenq.calibration.sequences import (
+    Progress,
+    Wanted,
+    check_vocabulary,
+    pack,
+    read_pool,
+    shuffled,
+)
+from qwenq.errors import CalibrationError, CorruptFileError, StorageError, UsageError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.tokenizer import Tokenizer
+from qwenq.storage import cache_folder
+
+DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_HELD_OUT = 32, 512, 8
+POOL_CHARACTERS, CHARACTERS_PER_TOKEN = 32_000_000, 16
+"""The seed chooses among the first documents of a source: as many as hold POOL_CHARACTERS, or
+CHARACTERS_PER_TOKEN for each token that is needed, whichever is more. What comes after them is not read."""
+_SELF_TEXT_RULE = 1  # counts up when the same settings would write another text
+
+_log = logging.getLogger(__name__)
+
+
+def load_calibration(
+    spec: str,
+    *,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    held_out: int | None = None,
+    seed: int = 0,
+    split: str | None = None,
+    column: str | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> CalibrationSet:
+    """Make or load the calibration set that ``spec`` names.
+
+    Args:
+        spec: ``self`` (the model writes its own text), a file (.txt, .jsonl, .json, .parquet), a saved set
+            (.safetensors), or a hub dataset ``owner/name[:config]``. An existing file wins over a hub id.
+        checkpoint: the unquantised model; its vocabulary bounds the tokens.
+        tokenizer: that model's tokenizer.
+        samples, seq_len, held_out: None: 32, 512, 8. A saved set has its own; a different number is an error.
+        seed: which documents, or which text.
+        split, column: of a hub dataset or a table; None: ``train``, and the first of text, messages,
+            conversations.
+        device: where ``self`` runs the model.
+        progress: told (tokens done, tokens in all).
+
+    Raises:
+        UsageError: nothing that can be read is named, or options contradict it.
+        CalibrationError: empty, too short, damaged, or not of this model.
+    """
+    if Path(spec).suffix == ".safetensors":
+        return _load_saved(Path(spec), checkpoint, tokenizer, (samples, seq_len, held_out))
+    wanted = Wanted(
+        samples=DEFAULT_SAMPLES if samples is None else samples,
+        held_out=DEFAULT_HELD_OUT if held_out is None else held_out,
+        seq_len=DEFAULT_SEQ_LEN if seq_len is None else seq_len,
+    )
+    _require_sizes(wanted, checkpoint)
+    if spec == "self":
+        if split is not None or column is not None:
+            raise UsageError("the model's own text has no split or column", hint="leave both out")
+        return _self_written(checkpoint, tokenizer, wanted, seed, device, progress)
+    documents = _open(spec, split, column)
+    return _from_documents(spec, documents, checkpoint, tokenizer, wanted, seed, progress)
+
+
+def _open(spec: str, split: str | None, column: str | None) -> Iterator[Document]:
+    path = Path(spec).expanduser()
+    if not path.exists() and is_hub_id(spec) and path.suffix not in {".txt", ".jsonl", ".json", ".parquet"}:
+        return read_hub(spec, split, column)
+    if not path.exists():
+        raise UsageError(
+            f"no such calibration source: {spec}",
+            where=path.absolute(),
+            hint=f"self, a hub dataset (owner/name), or a file: {ACCEPTED}",
+        )
+    if split is not None:
+        raise UsageError("--split means nothing for a file", where=path, hint="leave it out")
+    return read_file(path, column)
+
+
+def _from_documents(
+    spec: str,
+    documents: Iterator[Document],
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    wanted: Wanted,
+    seed: int,
+    progress: Progress | None,
+) -> CalibrationSet:
+    # imported here: it loads transformers, which reading files has no need of
+    from qwenq.calibration.self_text import separator_of
+
+    pool = read_pool(documents, max(POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted.tokens))
+    if not pool.documents:
+        raise CalibrationError("the calibration source is empty", where=spec, hint="give one with text in it")
+    separator = separator_of(tokenizer)
+    ids = (_tokenise(document, tokenizer) for document in shuffled(pool.documents, seed))
+    packed = pack(ids, wanted, [] if separator is None else [separator], where=spec, progress=progress)
+    for tokens in (packed.tokens, packed.held_out):
+        check_vocabulary(tokens, int(checkpoint.config["vocab_size"]), spec)
+    manifest = CalibrationManifest(
+        source=spec,
+        template="plain" if isinstance(pool.documents[0].content, str) else "chat",
+        seed=seed,
+        **asdict(wanted),
+        held_out_from=packed.held_out_from,
+        documents=packed.documents,
+        documents_read=len(pool.documents),
+        source_read_to_end=pool.read_to_end,
+        tokenizer=tokenizer.fingerprint,
+        tokens=fingerprint_tokens(packed.tokens, packed.held_out),
+    )
+    return CalibrationSet(packed.tokens, packed.held_out, manifest)
+
+
+def _tokenise(document: Document, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(document.content, str):
+        return tokenizer.encode(document.content)
+    try:
+        return tokenizer.chat(document.content, add_generation_prompt=False)
+    except UsageError as error:
+        raise CalibrationError(error.what, where=document.where, hint=error.hint) from error
+
+
+def _self_written(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    wanted: Wanted,
+    seed: int,
+    device: str,
+    progress: Progress | None,
+) -> CalibrationSet:
+    from qwenq.calibration.self_text import HELD_OUT_ROWS, write_self_text
+    from qwenq.calibration.whole_model import require_base_model
+
+    require_base_model(checkpoint)
+    path = self_text_path(checkpoint, tokenizer, wanted, seed, device)
+    if (cached := _from_cache(path)) is not None:
+        return cached
+    rows = [*range(wanted.samples), *range(HELD_OUT_ROWS, HELD_OUT_ROWS + wanted.held_out)]
+    text = write_self_text(
+        checkpoint, tokenizer, rows, wanted.seq_len, seed=seed, device=device, progress=progress
+    )
+    tokens, held_out = text[: wanted.samples].clone(), text[wanted.samples :].clone()
+    manifest = CalibrationManifest(
+        source="self",
+        template="self",
+        seed=seed,
+        **asdict(wanted),
+        held_out_from="other random streams" if wanted.held_out else "none",
+        tokenizer=tokenizer.fingerprint,
+        model=checkpoint.fingerprint,
+        tokens=fingerprint_tokens(tokens, held_out),
+    )
+    made = CalibrationSet(tokens, held_out, manifest)
+    try:
+        made.save(path)
+    except StorageError as error:  # the text itself is fine: a read-only home must not cost a minute's work
+        _log.warning("the model's text is not kept for the next run: %s", error)
+    return made
+
+
+def self_text_path(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, wanted: Wanted, seed: int, device: str
+) -> Path:
+    """Where the model's own text is kept: its name is a hash of all that decides it."""
+    from qwenq.models.precision import compute_dtype
+
+    decides: list[Any] = [
+        _SELF_TEXT_RULE,
+        checkpoint.fingerprint,
+        tokenizer.fingerprint,
+        asdict(wanted),
+        seed,
+        torch.device(device).type,
+        str(compute_dtype(device)),
+    ]
+    return (
+        cache_folder()
+        / "self-text"
+        / f"{hashlib.sha256(repr(decides).encode()).hexdigest()[:16]}.safetensors"
+    )
+
+
+def _from_cache(path: Path) -> CalibrationSet | None:
+    """The kept text; a damaged file counts as none and is written anew."""
+    if not path.is_file():
+        return None
+    try:
+        return CalibrationSet.load(path)
+    except (CalibrationError, CorruptFileError) as error:
+        _log.warning("writing the model's text again: %s", error)
+        return None
+
+
+def _load_saved(
+    path: Path,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    asked: tuple[int | None, int | None, int | None],
+) -> CalibrationSet:
+    if not path.is_file():
+        raise UsageError("no such calibration set", where=path, hint="make it with `qwenq calibrate`")
+    loaded = CalibrationSet.load(path)
+    has = loaded.manifest
+    for name, wish, fact in zip(
+        ("samples", "seq-len", "held-out"), asked, (has.samples, has.seq_len, has.held_out), strict=True
+    ):
+        if wish is not None and wish != fact:
+            raise UsageError(
+                f"--{name} {wish} was asked for, but this saved set has {fact}",
+                where=path,
+                hint=f"leave --{name} out, or make another set",
+            )
+    if has.tokenizer != tokenizer.fingerprint:
+        raise CalibrationError(
+            "this calibration set was made with another tokenizer",
+            where=path,
+            hint=f"make one for this model: `qwenq calibrate {checkpoint.folder}`",
+        )
+    for tokens in (loaded.tokens, loaded.held_out):
+        check_vocabulary(tokens, int(checkpoint.config["vocab_size"]), str(path))
+    return loaded
+
+
+def _require_sizes(wanted: Wanted, checkpoint: Checkpoint) -> None:
+    limits = (
+        ("samples", wanted.samples, 1),
+        ("seq-len", wanted.seq_len, 2),
+        ("held-out", wanted.held_out, 0),
+    )
+    for name, value, least in limits:
+        if value < least:
+            raise UsageError(f"--{name} is {value}", hint=f"it has to be at least {least}")
+    longest = checkpoint.config.get("max_position_embeddings")
+    if isinstance(longest, int) and wanted.seq_len > longest:
+        raise UsageError(
+            f"--seq-len is {wanted.seq_len}, but the model takes {longest} tokens",
+            where=checkpoint.folder,
+            hint=f"give at most {longest}",
+        )

@@ -1,0 +1,222 @@
+"""Calibration without data: the model writes its own text, sampled from BOS at temperature 1.
+
+Every row has a random stream of its own, drawn from (seed, row): which text a row gets depends neither on
+how many rows there are nor, up to floating point, on how they are batched. (A product over another number of
+rows may round the last bit differently; where that moves a token over the edge of its draw, the row goes on
+with another text. The batch size follows from the model's shape alone, never from the machine's free memory,
+so that the same command gives the same text again on the same machine.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from qwenq.calibration.sequences import Progress
+from qwenq.calibration.whole_model import (
+    load_whole_model,
+    require_finite,
+    require_memory,
+    store_transposed,
+)
+from qwenq.errors import CalibrationError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.precision import compute_dtype
+from qwenq.models.tokenizer import Tokenizer
+
+HELD_OUT_ROWS = 1 << 32
+"""Held-out rows are numbered from here, so that no calibration row ever shares their random stream."""
+_MOST_ROWS = 64
+_CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Where texts begin and end.
+
+    Attributes:
+        start: the id that begins a text: BOS, or the document separator where there is none.
+        ends: ids after which a row begins a new text.
+        size: ids below this are real; a padded embedding has more rows.
+    """
+
+    start: int
+    ends: frozenset[int]
+    size: int
+
+
+def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:
+    """The ids that sampling needs.
+
+    Raises:
+        CalibrationError: the tokenizer names neither BOS nor an end.
+    """
+    separator = separator_of(tokenizer)
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else separator
+    if start is None:
+        raise CalibrationError(
+            "the tokenizer has neither a BOS nor an end-of-text token to begin a text with",
+            where=checkpoint.folder,
+            hint="give a text: --calibration FILE",
+        )
+    ends = set(tokenizer.eos_ids) | ({separator} if separator is not None else set())
+    rows = int(checkpoint.config["vocab_size"])
+    real = int(checkpoint.config.get("qwen_v1", {}).get("real_vocab", rows))
+    return Vocabulary(start, frozenset(ends), min(rows, real, tokenizer.vocab_size))
+
+
+def separator_of(tokenizer: Tokenizer) -> int | None:
+    """The id that parts documents: ``<|endoftext|>`` where it is a token, else the first end id."""
+    spelled = tokenizer.encode("<|endoftext|>", special=True)
+    if len(spelled) == 1:
+        return spelled[0]
+    return tokenizer.eos_ids[0] if tokenizer.eos_ids else None
+
+
+def write_self_text(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    rows: Sequence[int],
+    seq_len: int,
+    *,
+    seed: int,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Text that the model writes: one sequence for each number in ``rows``.
+
+    A row begins with BOS. Where it ends (an end id), it goes on with a new text, so that it is always full.
+
+    Returns:
+        int64 [len(rows), seq_len], on the CPU.
+
+    Raises:
+        UsageError: the whole model does not fit into memory.
+        CalibrationError: the model's logits are not finite.
+    """
+    vocabulary = vocabulary_of(checkpoint, tokenizer)
+    dtype = compute_dtype(device)
+    per_row = cache_bytes_per_row(checkpoint.config, seq_len, dtype)
+    size = batch_rows(per_row)
+    if torch.device(device).type == "cpu":
+        require_memory(checkpoint, dtype, min(size, len(rows)) * per_row)
+    model = load_whole_model(checkpoint, dtype, device)
+    if torch.device(device).type == "cpu" and dtype == torch.float32:
+        store_transposed(model)
+    written = []
+    for first in range(0, len(rows), size):
+        batch = rows[first : first + size]
+        meter = _BatchMeter(progress, first * seq_len, len(batch), len(rows) * seq_len)
+        uniforms = draws(seed, batch, seq_len).to(device)
+        written.append(sample_rows(model, checkpoint, vocabulary, uniforms, meter))
+    return torch.cat(written).cpu()
+
+
+@torch.inference_mode()
+def sample_rows(
+    model: Any,
+    checkpoint: Checkpoint,
+    vocabulary: Vocabulary,
+    uniforms: torch.Tensor,
+    meter: _BatchMeter,
+) -> torch.Tensor:
+    """Rows of text by inverse transform: draw u takes the first id whose cumulative probability exceeds u.
+
+    Args:
+        model: a causal language model of transformers.
+        checkpoint: for messages.
+        vocabulary: where texts begin and end.
+        uniforms: float64 [rows, seq_len] in [0, 1).
+        meter: told of every step.
+    """
+    rows, seq_len = uniforms.shape
+    ends = torch.tensor(sorted(vocabulary.ends), device=uniforms.device)
+    text = torch.full((rows, seq_len), vocabulary.start, dtype=torch.int64, device=uniforms.device)
+    cache = Cache(layers=[_GrowingLayer(seq_len) for _ in range(model.config.num_hidden_layers)])
+    for place in range(1, seq_len):
+        last = text[:, place - 1 : place]  # [rows, 1]
+        logits = model(last, past_key_values=cache, use_cache=True).logits[:, -1, : vocabulary.size]
+        cumulative = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # [rows, vocabulary]
+        total = cumulative[:, -1:]
+        require_finite(total, checkpoint)
+        chosen = torch.searchsorted(cumulative, uniforms[:, place, None] * total, right=True)
+        chosen.clamp_(max=vocabulary.size - 1)
+        restart = torch.isin(last, ends) & (last != vocabulary.start)
+        text[:, place] = torch.where(restart, vocabulary.start, chosen)[:, 0]
+        meter.step(place)
+    meter.step(seq_len)
+    return text
+
+
+def draws(seed: int, rows: Sequence[int], count: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1), float64 [len(rows), count]; each row has a stream of its own."""
+    streams = []
+    for row in rows:
+        digest = hashlib.sha256(f"qwenq self text, seed {seed}, row {row}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        streams.append(torch.rand(count, generator=generator, dtype=torch.float64))
+    return torch.stack(streams)
+
+
+def cache_bytes_per_row(config: dict[str, Any], seq_len: int, dtype: torch.dtype) -> int:
+    """Keys and values of one row of ``seq_len`` tokens over all layers, in bytes."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * seq_len * dtype.itemsize)
+
+
+def batch_rows(bytes_per_row: int) -> int:
+    """Rows written at once: at most 64, and at most 2 GiB of keys and values; at least one."""
+    return max(1, min(_MOST_ROWS, _CACHE_BYTES // bytes_per_row))
+
+
+@dataclass(frozen=True)
+class _BatchMeter:
+    progress: Progress | None
+    before: int
+    rows: int
+    total: int
+
+    def step(self, place: int) -> None:
+        if self.progress:
+            self.progress(self.before + self.rows * place, self.total)
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of a layer in one buffer of the final size; attention sees the filled part.
+
+    transformers' DynamicLayer copies all it holds at every token, its StaticLayer attends to the unfilled
+    part, too.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity, self._filled = capacity, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows, heads, _, _ = key_states.shape
+        self._keys = key_states.new_empty(rows, heads, self._capacity, key_states.shape[-1])
+        self._values = value_states.new_empty(rows, heads, self._capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self._filled + key_states.shape[-2]
+        self._keys[:, :, self._filled : end] = key_states
+        self._values[:, :, self._filled : end] = value_states
+        self._filled = end
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self._filled

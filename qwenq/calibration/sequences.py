@@ -1,0 +1,176 @@
+"""Documents → full sequences: shuffled, tokenised, joined, cut. There is no padding anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qwenq.calibration.documents import Document
+from qwenq.errors import CalibrationError
+
+Progress = Callable[[int, int], None]
+"""Told (tokens done, tokens in all)."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How much to make."""
+
+    samples: int
+    held_out: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all sequences together."""
+        return (self.samples + self.held_out) * self.seq_len
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences cut from documents.
+
+    Attributes:
+        tokens: int64 [samples, seq_len].
+        held_out: int64 [held_out, seq_len].
+        held_out_from: whether the held-out sequences have documents of their own.
+        documents: how many documents were tokenised for them.
+    """
+
+    tokens: torch.Tensor
+    held_out: torch.Tensor
+    held_out_from: Literal["other documents", "the same documents", "none"]
+    documents: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The documents that the seed chooses from."""
+
+    documents: list[Document]
+    read_to_end: bool
+
+
+def read_pool(documents: Iterator[Document], characters: int) -> Pool:
+    """The first documents of a source, until they hold ``characters`` characters."""
+    pool: list[Document] = []
+    for document in documents:
+        pool.append(document)
+        characters -= document.characters
+        if characters <= 0:
+            return Pool(pool, read_to_end=next(documents, None) is None)
+    return Pool(pool, read_to_end=True)
+
+
+def shuffled(documents: list[Document], seed: int) -> list[Document]:
+    """In an order that depends on seed and number alone, the same for every Python and platform."""
+
+    def draw(place: int) -> bytes:
+        return hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=16).digest()
+
+    return [documents[place] for place in sorted(range(len(documents)), key=draw)]
+
+
+def pack(
+    documents: Iterable[list[int]],
+    wanted: Wanted,
+    separator: list[int],
+    *,
+    where: str,
+    progress: Progress | None = None,
+) -> Packed:
+    """Join tokenised documents, ``separator`` after each, and cut full sequences.
+
+    The held-out sequences are cut first; the document that their last token falls into is used no further,
+    so that the calibration sequences come from other documents. Where the text is too short for that, both
+    are cut from one stream, and ``held_out_from`` says so. What is left over is dropped.
+
+    Raises:
+        CalibrationError: too little text: says how many tokens there are, how many are needed, what to lower.
+    """
+    stream = iter(documents)
+    meter = _Meter(wanted.tokens, progress)
+    checked, used_for_check = _take(stream, wanted.held_out * wanted.seq_len, separator, meter)
+    main, used = _take(stream, wanted.samples * wanted.seq_len, separator, meter)
+    origin: Literal["other documents", "the same documents", "none"] = "other documents"
+    if len(main) < wanted.samples * wanted.seq_len:
+        joined = checked + main
+        _require(len(joined), wanted, where)
+        cut = wanted.held_out * wanted.seq_len
+        checked, main, origin = joined[:cut], joined[cut:], "the same documents"
+    return Packed(
+        tokens=_cut(main, wanted.samples, wanted.seq_len),
+        held_out=_cut(checked, wanted.held_out, wanted.seq_len),
+        held_out_from=origin if wanted.held_out else "none",
+        documents=used_for_check + used,
+    )
+
+
+@dataclass
+class _Meter:
+    total: int
+    progress: Progress | None
+    done: int = 0
+
+    def add(self, count: int) -> None:
+        self.done = min(self.total, self.done + count)
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _take(
+    stream: Iterator[list[int]], count: int, separator: list[int], meter: _Meter
+) -> tuple[list[int], int]:
+    """Whole documents until there are ``count`` tokens, or no more documents; and how many those were."""
+    taken: list[int] = []
+    used = 0
+    while len(taken) < count:
+        document = next(stream, None)
+        if document is None:
+            break
+        taken += document
+        taken += separator
+        used += 1
+        meter.add(len(document) + len(separator) - max(0, len(taken) - count))
+    return taken, used
+
+
+def _cut(tokens: list[int], rows: int, seq_len: int) -> torch.Tensor:
+    flat = torch.tensor(tokens[: rows * seq_len], dtype=torch.int64)
+    return flat.view(rows, seq_len)  # [rows, seq_len]
+
+
+def _require(have: int, wanted: Wanted, where: str) -> None:
+    if have >= wanted.tokens:
+        return
+    fit = have // wanted.seq_len - wanted.held_out
+    ways = [f"lower --samples to {fit}"] if fit > 0 else ["lower --samples and --held-out"]
+    ways += ["lower --seq-len", "give more text"]
+    raise CalibrationError(
+        f"too little text: {have:,} tokens, but {wanted.tokens:,} are needed for "
+        f"{wanted.samples} + {wanted.held_out} sequences of {wanted.seq_len}",
+        where=where,
+        hint=", ".join(ways[:-1]) + f", or {ways[-1]}",
+    )
+
+
+def check_vocabulary(tokens: torch.Tensor, vocab_size: int, where: str) -> None:
+    """Refuse ids that the model's embedding has no row for.
+
+    Raises:
+        CalibrationError: names the id and the size.
+    """
+    if tokens.numel() == 0:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low >= 0 and high < vocab_size:
+        return
+    raise CalibrationError(
+        f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size} ids",
+        where=where,
+        hint="tokenizer and model do not belong together: use the tokenizer of this very model",
+    )
