@@ -1,0 +1,118 @@
+"""``qwenq tokenizer``: what a tokenizer makes of text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwenq.cli.app import app
+from qwenq.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwenq.models.tokenizer import Tokenizer
+
+tokenizer_app = typer.Typer(help="What a tokenizer makes of text.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@tokenizer_app.callback()
+def tokenizer() -> None:
+    """What a tokenizer makes of text."""
+
+
+@tokenizer_app.command()
+def stats(
+    files: Annotated[list[Path], typer.Argument(help="UTF-8 text files.", metavar="FILE...")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="A model folder or hub id, or a .tiktoken or tokenizer.json file.", metavar="MODEL"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Bytes per token of each file, the higher the better the compression."""
+    texts = [(file, *read_text(file)) for file in files]
+    reader, source = _open(tokenizer)
+    rows = [_row(str(file), size, text, reader) for file, size, text in texts]
+    total = _total(rows)
+    if as_json:
+        about = {"source": source, "fingerprint": reader.fingerprint, "vocab_size": reader.vocab_size}
+        typer.echo(
+            json.dumps({"tokenizer": about, "files": rows, "total": total}, ensure_ascii=False, indent=2)
+        )
+    else:
+        _print(rows if len(rows) == 1 else [*rows, total])
+
+
+def read_text(file: Path) -> tuple[int, str]:
+    """Size in bytes, and the text of a UTF-8 file, line ends as they are.
+
+    Raises:
+        UsageError: no such file, a folder, an empty file, or bytes that are no UTF-8 (with the offset).
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"the file cannot be read: {error.strerror}", where=file) from error
+    if not content:
+        raise UsageError("the file is empty: it has no bytes per token", where=file)
+    try:
+        return len(content), content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} ({error.reason})",
+            where=file,
+            hint="convert it first, e.g. with iconv -t utf-8",
+        ) from error
+
+
+def _open(tokenizer: str | None) -> tuple[Tokenizer, str]:
+    """The tokenizer, and its path; None means the bundled model's."""
+    from qwenq.models.resolve import resolve_model
+    from qwenq.models.tokenizer import load_tokenizer
+
+    if tokenizer is not None and Path(tokenizer).is_file():
+        return load_tokenizer(Path(tokenizer)), tokenizer
+    resolved = resolve_model(tokenizer)
+    if tokenizer is not None:
+        for notice in resolved.notices:
+            typer.echo(notice, err=True)
+    else:
+        typer.echo("no --tokenizer given: using the bundled model's", err=True)
+    return load_tokenizer(resolved.folder), str(resolved.folder)
+
+
+def _row(name: str, size: int, text: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    return _with_ratio(name, size, len(text), len(tokenizer.encode(text)))
+
+
+def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = [sum(row[key] for row in rows) for key in ("bytes", "characters", "tokens")]
+    return _with_ratio("total", *sums)
+
+
+def _with_ratio(name: str, size: int, characters: int, tokens: int) -> dict[str, Any]:
+    return {
+        "file": name,
+        "bytes": size,
+        "characters": characters,
+        "tokens": tokens,
+        "bytes_per_token": round(size / tokens, 4),
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", box=None, pad_edge=False)
+    for title in ("bytes", "characters", "tokens", "bytes/token"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        counts = [f"{row[key]:,}" for key in ("bytes", "characters", "tokens")]
+        table.add_row(row["file"], *counts, f"{row['bytes_per_token']:.2f}")
+    Console().print(table)

@@ -1,0 +1,198 @@
+"""A tokenizer that transformers loads: `tokenizer.json` folders of every newer generation.
+
+Chat templates are Jinja programs from the model folder; transformers renders them in Jinja's immutable
+sandbox. The rendered text is then encoded with special tokens parsed: a special token that a *user* typed
+becomes that token here. Only Qwen v1's own path (`chatml`) is safe against that; filter untrusted input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import decoders
+
+from qwenq.errors import ModelError, UnsupportedError, UsageError
+from qwenq.models.chatml import Message
+from qwenq.models.qwen_tokenizer import StreamDecoder, without_surrogates
+from qwenq.models.tokenizer import TextStream, digest, eos_ids_of
+from qwenq.models.tokenizer_json import byte_of_char
+
+
+class HfTokenizer:
+    """transformers' tokenizer behind the `qwenq.models.tokenizer.Tokenizer` protocol."""
+
+    max_window: int | None = None
+
+    def __init__(self, path: Path, generation: dict[str, Any]) -> None:
+        """Load from a folder or a tokenizer.json; ModelError when transformers cannot."""
+        self._path = path
+        self._hf = _load(path)
+        self.vocab_size: int = len(self._hf)
+        self.bos_id: int | None = self._hf.bos_token_id
+        self.pad_id: int | None = self._hf.pad_token_id
+        self.eos_ids = eos_ids_of(generation, self._hf.eos_token_id)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over the tokenizer's whole definition and its chat template."""
+        backend = getattr(self._hf, "backend_tokenizer", None)
+        definition = backend.to_str() if backend is not None else repr(sorted(self._hf.get_vocab().items()))
+        return digest(definition, str(self._hf.chat_template))
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids, without BOS or EOS.
+
+        With ``special=False``, tokens marked special stay plain text; added tokens that are not so marked
+        (such as Qwen3's ``<think>``) are always parsed, as everywhere in transformers.
+        """
+        ids: list[int] = self._call(without_surrogates(text), special)
+        return ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in parallel."""
+        rows: list[list[int]] = self._call([without_surrogates(text) for text in texts], False)
+        return rows
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens spelled out. ModelError names an unknown id."""
+        if self._byte_level:
+            return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        self._check(ids)
+        return str(self._hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The exact bytes. ModelError names an unknown id; UnsupportedError if not byte-level."""
+        if not self._byte_level:
+            raise UnsupportedError(
+                "this tokenizer is not byte-level: ids have no exact bytes", where=self._path
+            )
+        self._check(ids)
+        table = self._bytes_of_id
+        return b"".join(table[token_id] for token_id in ids)
+
+    def stream(self) -> TextStream:
+        """A decoder for one answer as it grows."""
+        return StreamDecoder(self.decode_bytes) if self._byte_level else _PieceStream(self._hf)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        max_window: int | None = None,
+    ) -> list[int]:
+        """The prompt that the folder's chat template renders.
+
+        With ``max_window``, the oldest rounds are left out until the prompt is shorter than that, the
+        system message and the last round always kept.
+
+        Raises:
+            UsageError: the folder has no chat template, or its template refuses the messages.
+        """
+        ids = self._render(messages, add_generation_prompt)
+        while max_window is not None and len(ids) >= max_window:
+            shorter = _without_oldest_round(messages)
+            if shorter is None:
+                break
+            messages = shorter
+            ids = self._render(messages, add_generation_prompt)
+        return ids
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        if not self._hf.chat_template:
+            raise UsageError(
+                "this model has no chat template", where=self._path, hint="use its -Chat or -Instruct sibling"
+            )
+        try:
+            rendered = self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # whatever a template raises: its own complaint, or a sandbox violation
+            raise UsageError(f"the chat template refuses this: {error}", where=self._path) from error
+        return self.encode(str(rendered), special=True)
+
+    def _call(self, text: str | list[str], special: bool) -> Any:
+        if isinstance(text, list) and not text:
+            return []
+        return self._hf(
+            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
+        ).input_ids
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise ModelError(
+                    f"token id {token_id} is not in the vocabulary (0 … {self.vocab_size - 1})",
+                    where=self._path,
+                )
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        backend = getattr(self._hf, "backend_tokenizer", None)
+        decoder = getattr(backend, "decoder", None)
+        return isinstance(decoder, decoders.ByteLevel) or (
+            isinstance(decoder, decoders.Sequence) and b'"ByteLevel"' in decoder.__getstate__()
+        )
+
+    @cached_property
+    def _bytes_of_id(self) -> list[bytes]:
+        table = byte_of_char()
+        added = {token_id: token.content for token_id, token in self._hf.added_tokens_decoder.items()}
+        result = []
+        for token_id, token in enumerate(self._hf.convert_ids_to_tokens(range(self.vocab_size))):
+            spelled = token or ""  # a gap in the vocabulary
+            plain = token_id in added or not all(char in table for char in spelled)
+            result.append(spelled.encode("utf-8") if plain else bytes(table[char] for char in spelled))
+        return result
+
+
+class _PieceStream:
+    """`TextStream` for tokenizers whose pieces depend on their neighbours (SentencePiece)."""
+
+    def __init__(self, hf: Any) -> None:
+        self._hf = hf
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._text()
+        return "" if text.endswith("\ufffd") else self._take(text)
+
+    def finish(self) -> str:
+        return self._take(self._text())
+
+    def _text(self) -> str:
+        return str(self._hf.decode(self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _take(self, text: str) -> str:
+        piece, self._shown = text[self._shown :], len(text)
+        return piece
+
+
+def _load(path: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if path.is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the readers below raise bare Exception, too
+        raise ModelError(
+            f"transformers cannot load the tokenizer: {error}",
+            where=path,
+            hint="no remote code is ever run; the folder needs a whole tokenizer.json",
+        ) from error
+
+
+def _without_oldest_round(messages: Sequence[Message]) -> list[Message] | None:
+    """The messages without the first user message and what follows up to the next; None if it is the last."""
+    starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    if len(starts) < 2:
+        return None
+    return [*messages[: starts[0]], *messages[starts[1] :]]

@@ -1,0 +1,245 @@
+"""Qwen v1's tokenizer: byte-level BPE over the ranks file ``qwen.tiktoken``, run by tiktoken.
+
+Text is brought to NFC by the ``tokenizers`` library, not by Python's own tables: so the ids depend neither on
+the Python version nor on whether ``qwen.tiktoken`` or the exported ``tokenizer.json`` is read. The two tables
+differ only on about a hundred combining marks that entered Unicode after version 9 (2016), where these stand
+in a non-canonical order or would compose.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tiktoken
+from tokenizers import normalizers
+
+from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
+from qwenq.models.chatml import Message, build_context, stop_ids
+
+RANKS_FILE = "qwen.tiktoken"
+RANK_COUNT = 151_643  # of every released v1 model
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ANY_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
+_NFC = normalizers.NFC()
+
+
+def read_ranks(path: Path, expected: int | None = RANK_COUNT) -> dict[bytes, int]:
+    """The ranks file: one ``base64(token) SP rank`` a line, LF or CRLF.
+
+    Args:
+        path: the file.
+        expected: how many ranks there have to be; None takes any number.
+
+    Returns:
+        Token bytes to rank; the ranks are 0 … n-1 and hold all 256 single bytes.
+
+    Raises:
+        ModelError: there is no such file.
+        CorruptFileError: a line that is no rank, a rank or token that occurs twice, or missing ranks.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"the ranks file cannot be read: {error.strerror}", where=path) from error
+    ranks: dict[bytes, int] = {}
+    line_of: dict[int, int] = {}
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        token, rank = _parse_line(line, where=f"{path}, line {number}")
+        if token in ranks:
+            raise _corrupt(f"the token {token!r} already has rank {ranks[token]}", f"{path}, line {number}")
+        if rank in line_of:
+            raise _corrupt(f"rank {rank} already occurred on line {line_of[rank]}", f"{path}, line {number}")
+        ranks[token], line_of[rank] = rank, number
+    _check_complete(ranks, expected, path)
+    return ranks
+
+
+class StreamDecoder:
+    """Text of a growing sequence of ids, piece by piece, never cutting a character.
+
+    The pieces and `finish` joined are exactly the text of all ids decoded at once.
+    """
+
+    def __init__(self, decode_bytes: Callable[[Sequence[int]], bytes]) -> None:
+        self._decode_bytes = decode_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this id; empty inside a character."""
+        return self._utf8.decode(self._decode_bytes([token_id]))
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD where the sequence ended inside a character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class QwenTokenizer:
+    """Encodes as Qwen v1 does; satisfies `qwenq.models.tokenizer.Tokenizer`.
+
+    Attributes:
+        im_start_id, im_end_id, eod_id: ids of the three named special tokens.
+        vocab_size: number of real ids (151,851); the model's padded rows beyond are never valid.
+        eos_ids: ids that end a generation.
+        max_window: tokens of history that a chat prompt may hold, or None.
+    """
+
+    bos_id: int | None = None
+
+    def __init__(
+        self, ranks: dict[bytes, int], *, chat_format: str = "chatml", max_window: int | None = None
+    ) -> None:
+        self.ranks = ranks
+        self.special_ids = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self._bpe = tiktoken.Encoding(
+            "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids
+        )
+        self.eod_id = self.special_ids["<|endoftext|>"]
+        self.im_start_id = self.special_ids["<|im_start|>"]
+        self.im_end_id = self.special_ids["<|im_end|>"]
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.pad_id: int | None = self.eod_id
+        self.eos_ids: tuple[int, ...] = stop_ids(self) if chat_format == "chatml" else (self.eod_id,)
+        self.max_window = max_window
+
+    @classmethod
+    def from_file(cls, path: Path, *, expected_ranks: int | None = RANK_COUNT) -> QwenTokenizer:
+        """Read a ranks file; errors as `read_ranks`."""
+        return cls(read_ranks(path, expected_ranks))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over all that decides the ids."""
+        digest = hashlib.sha256(SPLIT_PATTERN.encode())
+        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+            digest.update(b"%d %s\n" % (rank, base64.b64encode(token)))
+        return digest.hexdigest()[:16]
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text, without BOS or EOS.
+
+        With ``special=False`` the surface form of a special token is ordinary text: safe for user input.
+
+        Raises:
+            UnsupportedError: about a million white-space characters in a row, on which tiktoken gives up.
+        """
+        if special:
+            return self.encode_with_special(text)
+        return self._encode_ordinary(text)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Ids of a text in which the surface forms of special tokens become those tokens.
+
+        Special tokens are found before NFC, as in the exported tokenizer.json: what follows one can
+        therefore not compose with its last character and undo it.
+        """
+        ids: list[int] = []
+        for place, piece in enumerate(_ANY_SPECIAL.split(text)):
+            ids += [self.special_ids[piece]] if place % 2 else self._encode_ordinary(piece)
+        return ids
+
+    def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The exact bytes, which may begin or end inside a UTF-8 character.
+
+        Raises:
+            ModelError: an id outside the vocabulary (the model's padded rows are outside).
+        """
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise ModelError(f"token id {token_id} is not in the vocabulary (0 … {self.vocab_size - 1})")
+        return self._bpe.decode_bytes(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text; U+FFFD where the bytes are no UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for one answer as it grows."""
+        return StreamDecoder(self.decode_bytes)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        max_window: int | None = None,
+    ) -> list[int]:
+        """The ChatML prompt of a conversation; arguments and errors as `chatml.build_context`."""
+        return build_context(
+            self, messages, add_generation_prompt=add_generation_prompt, max_window=max_window
+        ).ids
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        text = to_nfc(text)
+        try:
+            return self._bpe.encode(text, allowed_special=set(), disallowed_special=())
+        except ValueError as error:
+            raise UnsupportedError(
+                f"a text of {len(text):,} characters cannot be split into words: {error}",
+                hint="shorten its longest run of white space",
+            ) from error
+
+
+def to_nfc(text: str) -> str:
+    """The text in NFC by the tables of ``tokenizers``; lone surrogates become U+FFFD."""
+    text = without_surrogates(text)
+    # Python's tables are newer, and what is normal by newer tables is normal by older ones.
+    return text if unicodedata.is_normalized("NFC", text) else _NFC.normalize_str(text)
+
+
+def without_surrogates(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates, which no UTF-8 can hold, as U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
+    fields = line.rstrip(b"\r").split(b" ")
+    if len(fields) != 2 or not fields[1].isdigit():
+        raise _corrupt(f"no `base64 rank` pair: {line[:60]!r}", where)
+    try:
+        token = base64.b64decode(fields[0], validate=True)
+    except binascii.Error as error:
+        raise _corrupt(f"bad base64 {fields[0][:60]!r}: {error}", where) from error
+    if not token:
+        raise _corrupt("an empty token", where)
+    return token, int(fields[1])
+
+
+def _check_complete(ranks: dict[bytes, int], expected: int | None, path: Path) -> None:
+    found = len(ranks)
+    present = set(ranks.values())
+    missing = next((rank for rank in range(found) if rank not in present), None)
+    if missing is not None:
+        raise _corrupt(f"rank {missing} is missing ({found} ranks, up to {max(present)})", path)
+    if expected is not None and found != expected:
+        raise _corrupt(f"{found} ranks instead of {expected}", path)
+    for value in range(256):
+        if bytes([value]) not in ranks:
+            raise _corrupt(f"{found} ranks, but none for the single byte 0x{value:02x}", path)
+
+
+def _corrupt(what: str, where: str | Path) -> CorruptFileError:
+    return CorruptFileError(
+        f"the ranks file is damaged: {what}", where=where, hint=f"fetch {RANKS_FILE} of the model again"
+    )

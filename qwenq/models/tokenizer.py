@@ -1,0 +1,218 @@
+"""One tokenizer for all rooms: Qwen v1's own, or whatever transformers loads from the folder.
+
+What decides who reads: a folder that holds ``qwen.tiktoken`` is read by `QwenTokenizer`, every other by
+transformers' AutoTokenizer, never with remote code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qwenq.errors import CorruptFileError, ModelError
+from qwenq.models.chatml import DEFAULT_MAX_WINDOW, Message
+from qwenq.models.qwen_tokenizer import RANK_COUNT, RANKS_FILE, SPECIAL_TOKENS, QwenTokenizer
+from qwenq.storage import atomic_write_json, guard_storage
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    RANKS_FILE,
+)
+_SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
+
+
+class TextStream(Protocol):
+    """Text of one answer as it grows."""
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this id; empty inside a character."""
+
+    def finish(self) -> str:
+        """What was held back because a character was never completed."""
+
+
+class Tokenizer(Protocol):
+    """What the other rooms need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that decode: 0 … vocab_size-1 (a model may have more, padded rows)."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation: the generation config's, and the tokenizer's own."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, if the model has one; `encode` never adds it."""
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id to fill batches with, if there is one."""
+
+    @property
+    def max_window(self) -> int | None:
+        """Tokens of history that v1's generation config allows in a chat prompt; None elsewhere."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over all that decides the ids."""
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids, without BOS or EOS; the surface forms of special tokens are parsed only if ``special``."""
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, ``special=False``."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens spelled out, U+FFFD where the bytes are no UTF-8."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The exact bytes; UnsupportedError where the tokenizer does not work on bytes."""
+
+    def stream(self) -> TextStream:
+        """A decoder for one answer as it grows."""
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        max_window: int | None = None,
+    ) -> list[int]:
+        """The prompt of a conversation, the oldest rounds dropped until it fits ``max_window`` tokens."""
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model folder, or of a single ``*.tiktoken`` or ``tokenizer.json`` file.
+
+    Raises:
+        ModelError: nothing there that is a tokenizer, or transformers cannot load it without remote code.
+        CorruptFileError: a damaged ranks file or generation_config.json.
+    """
+    if not path.exists():
+        raise ModelError("no such tokenizer", where=path, hint="name a model folder, or a tokenizer file")
+    if path.suffix == ".tiktoken":
+        return QwenTokenizer.from_file(path)
+    if path.is_dir() and (path / RANKS_FILE).is_file():
+        return load_qwen_tokenizer(path)
+    if path.is_dir() and not any((path / name).is_file() for name in _SUFFICIENT):
+        raise ModelError(
+            "the folder holds no tokenizer",
+            where=path,
+            hint=f"one of {', '.join(_SUFFICIENT)} has to be there",
+        )
+    from qwenq.models.hf_tokenizer import HfTokenizer
+
+    return HfTokenizer(path, read_json(path / "generation_config.json") if path.is_dir() else {})
+
+
+def load_qwen_tokenizer(folder: Path) -> QwenTokenizer:
+    """The tokenizer of a folder that holds ``qwen.tiktoken``; chat format and window as the folder says.
+
+    A config.json with a vocabulary too small for the released ranks file allows a smaller one.
+    """
+    generation = read_json(folder / "generation_config.json")
+    vocab_size = read_json(folder / "config.json").get("vocab_size")
+    small = isinstance(vocab_size, int) and vocab_size < RANK_COUNT + len(SPECIAL_TOKENS)
+    ranks = QwenTokenizer.from_file(folder / RANKS_FILE, expected_ranks=None if small else RANK_COUNT).ranks
+    chats = _is_chat(generation, len(ranks))
+    window = generation.get("max_window_size", DEFAULT_MAX_WINDOW if chats else None)
+    if window is not None and not isinstance(window, int):
+        raise CorruptFileError(
+            f"max_window_size is {window!r}, not a number of tokens", where=folder / "generation_config.json"
+        )
+    return QwenTokenizer(ranks, chat_format="chatml" if chats else "raw", max_window=window)
+
+
+def copy_tokenizer_files(src: Path, dst: Path) -> list[str]:
+    """Put the tokenizer of ``src`` beside a model in ``dst``, loadable by AutoTokenizer without remote code.
+
+    A folder with ``qwen.tiktoken`` alone gets a tokenizer.json exported from it, and none of v1's
+    tokenizer_config.json, which asks for remote code.
+
+    Returns:
+        The names of what was written.
+
+    Raises:
+        ModelError: ``src`` holds no tokenizer.
+        StorageError: the disk is full, read-only, or forbids it.
+    """
+    if not any((src / name).is_file() for name in _SUFFICIENT):
+        raise ModelError("the folder holds no tokenizer", where=src)
+    exports = (src / RANKS_FILE).is_file() and not (src / "tokenizer.json").is_file()
+    names = [RANKS_FILE] if exports else [name for name in COPIED if (src / name).exists()]
+    with guard_storage(dst):
+        dst.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            _copy(src / name, dst / name)
+    if exports:
+        from qwenq.models.tokenizer_json import WRITTEN, write_tokenizer_json
+
+        length = read_json(src / "config.json").get("seq_length")
+        write_tokenizer_json(
+            load_qwen_tokenizer(src), dst, max_length=length if isinstance(length, int) else None
+        )
+        names += WRITTEN
+    return names
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty when there is no such file.
+
+    Raises:
+        CorruptFileError: the file is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CorruptFileError(f"not JSON: {error}", where=path) from error
+    if not isinstance(content, dict):
+        raise CorruptFileError("not a JSON object", where=path)
+    return content
+
+
+def eos_ids_of(generation: dict[str, Any], own: int | None) -> tuple[int, ...]:
+    """The generation config's end ids (one or a list), then the tokenizer's own, each once."""
+    named = generation.get("eos_token_id")
+    listed = named if isinstance(named, list) else [named]
+    return tuple(dict.fromkeys(token for token in [*listed, own] if isinstance(token, int)))
+
+
+def digest(*parts: str) -> str:
+    """16 hex digits over texts, each set apart from the next."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part.encode("utf-8"))
+    return whole.hexdigest()[:16]
+
+
+def _is_chat(generation: dict[str, Any], im_start: int) -> bool:
+    """Whether a v1 model answers in ChatML: it says so, or ends at ``<|im_end|>`` (after conversion)."""
+    return generation.get("chat_format") == "chatml" or im_start + 2 in eos_ids_of(generation, None)
+
+
+def _copy(src: Path, dst: Path) -> None:
+    if src.name == "tokenizer_config.json":
+        settings = read_json(src)
+        settings.pop("auto_map", None)  # names remote code, which is neither copied nor run
+        atomic_write_json(dst, settings)
+    elif src.is_dir():
+        shutil.copytree(src, dst, dirs_exist_ok=True)
+    elif not (dst.exists() and src.samefile(dst)):
+        shutil.copyfile(src, dst)
