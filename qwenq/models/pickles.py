@@ -65,12 +65,7 @@ class PickleSource:
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """State dict of a zip-format torch file, memory-mapped; nothing but tensors is accepted."""
-    if not zipfile.is_zipfile(path):
-        raise UnsupportedError(
-            "neither a whole zip-format torch file nor safetensors: cut off, or saved by torch before 1.6",
-            where=path,
-            hint=_CONVERT,
-        )
+    _require_whole_zip(path)
     try:
         loaded: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -84,6 +79,17 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise UnsupportedError("not a plain dict of tensors", where=path, hint=_CONVERT)
     return loaded
+
+
+def _require_whole_zip(path: Path) -> None:
+    """The zip's directory is at its end: a file that starts as a zip and has none was cut off."""
+    if zipfile.is_zipfile(path):
+        return
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start in (b"PK\x03\x04", b""):
+        raise CorruptFileError("the file is cut off", where=path, hint="download it again")
+    raise UnsupportedError("not in the zip format that torch writes since 1.6", where=path, hint=_CONVERT)
 
 
 def open_pickles(folder: Path) -> PickleSource:

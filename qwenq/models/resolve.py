@@ -15,6 +15,7 @@ BUNDLED_NOTICE = (
 )
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}")
+_NAME_ONE = "name a folder with config.json, or a hub id like Qwen/Qwen2.5-0.5B"
 _ALIKE = 60.0  # of 100: how near a sibling's name has to be to be suggested
 
 
@@ -39,6 +40,8 @@ def resolve_model(model: str | None) -> Resolved:
         from qwenq.models.bundled import bundled_model
 
         return Resolved(bundled_model(), [BUNDLED_NOTICE])
+    if not model.strip():  # `--model "$UNSET"` must not mean the current folder
+        raise UsageError("MODEL is empty", hint=f"leave it out, or {_NAME_ONE}")
     path = Path(model).expanduser()
     if path.is_dir():
         return Resolved(path)
@@ -51,7 +54,7 @@ def resolve_model(model: str | None) -> Resolved:
     raise UsageError(
         f"no such model folder: {model}",
         where=path.absolute(),
-        hint=_did_you_mean(path) or "name a folder with config.json, or a hub id like Qwen/Qwen2.5-0.5B",
+        hint=_did_you_mean(path) or _NAME_ONE,
     )
 
 

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwenq.errors import HubError, UsageError
+from qwenq.models.resolve import resolve_model
+
+
+def test_an_existing_folder_is_itself(tmp_path: Path) -> None:
+    found = resolve_model(str(tmp_path))
+    assert found.folder == tmp_path and found.notices == []
+
+
+def test_an_existing_folder_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen" / "Qwen2.5-0.5B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("Qwen/Qwen2.5-0.5B").folder == Path("Qwen/Qwen2.5-0.5B")
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert resolve_model("~/model").folder == tmp_path / "model"
+
+
+def test_a_file_points_to_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(UsageError, match="is a file") as caught:
+        resolve_model(str(file))
+    assert str(tmp_path) in str(caught.value.hint) and caught.value.exit_code == 2
+
+
+def test_a_misspelt_path_suggests_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "Qwen2.5-0.5B-Instruct").mkdir()
+    (tmp_path / "unrelated").mkdir()
+    with pytest.raises(UsageError, match="no such model folder") as caught:
+        resolve_model(str(tmp_path / "Qwen2.5-0.5B-Instrct"))
+    assert "did you mean" in str(caught.value.hint) and "Qwen2.5-0.5B-Instruct" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "model", ["/no/such", "./Qwen/x/y", "just-a-name", "", " ", "a/b/c", "owner/", "../x/y"]
+)
+def test_what_is_neither_path_nor_hub_id_says_what_would_be(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        resolve_model(model)
+    assert "hub id" in str(caught.value.hint)
+
+
+def test_a_hub_shaped_typo_of_a_folder_mentions_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "qwen").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE") as caught:
+        resolve_model("models/qwem")
+    assert "did you mean the folder models/qwen?" in str(caught.value.hint)
