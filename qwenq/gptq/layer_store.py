@@ -1,0 +1,143 @@
+"""Finished layers on disk, so that a run that dies goes on where it stopped.
+
+    OUT.partial/
+      run.json                     what this run is: anything that changes its result
+      lock                         held while a process works here
+      layers/00007.json            {"file": …, "sha256": …, "modules": …}: the layer is finished
+      layers/00007-3f2a….safetensors
+
+A layer counts only when its JSON names a file whose content has the hash in its name, and the JSON is written
+after that file has reached the disk: whatever moment a kill hits, a layer is whole or it is not there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from qwenq.errors import StorageError, UsageError
+from qwenq.models.safetensors_files import SafetensorsSource
+from qwenq.storage import atomic_write_bytes, atomic_write_json, guard_storage, sha256_file
+
+
+class LayerStore:
+    """The work folder of one run.
+
+    Args:
+        folder: ``OUT.partial``.
+        run: JSON-able facts that decide the result; a store of another run is not resumed.
+        resume: False starts over.
+
+    Raises:
+        UsageError: the folder holds an unfinished run with other settings, or another process works in it.
+        StorageError: the disk refused.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        self._layers = folder / "layers"
+        with guard_storage(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        known = _read_json(folder / "run.json")
+        if known is not None and known != run and resume:
+            changed = sorted(key for key in {*known, *run} if known.get(key) != run.get(key))
+            raise UsageError(
+                f"an unfinished run with other settings is here: {', '.join(changed)} changed",
+                where=folder,
+                hint="--no-resume discards it; --out NAME leaves it alone",
+            )
+        with guard_storage(folder):
+            if known != run or not resume:
+                shutil.rmtree(self._layers, ignore_errors=True)
+                atomic_write_json(folder / "run.json", run)
+            self._layers.mkdir(exist_ok=True)
+
+    def finished(self) -> int:
+        """How many layers, from the first on without a gap, are whole."""
+        count = 0
+        while self._record(count) is not None:
+            count += 1
+        return count
+
+    def save(self, index: int, tensors: dict[str, Tensor], modules: dict[str, Any]) -> None:
+        """Put a layer on the disk: content first, then the record that says it is there."""
+        data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        digest = hashlib.sha256(data).hexdigest()
+        file = self._layers / f"{index:05d}-{digest[:16]}.safetensors"
+        atomic_write_bytes(file, data)
+        record = {"file": file.name, "sha256": digest, "modules": modules}
+        atomic_write_json(self._layers / f"{index:05d}.json", record)
+
+    def modules(self, index: int) -> dict[str, Any]:
+        """The statistics that were saved with a layer."""
+        record = self._record(index, verify=False)
+        assert record is not None, "modules() of a layer that is not finished"
+        return dict(record["modules"])
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """All packed tensors of a finished layer."""
+        with safe_open(self._file(index), framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+
+    def discard(self) -> None:
+        """Remove the work folder, once its result stands elsewhere."""
+        self.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def release(self) -> None:
+        """Let another process work here."""
+        self._lock.close()
+
+    def source(self, count: int) -> SafetensorsSource:
+        """The packed tensors of the first ``count`` layers, read one at a time."""
+        return SafetensorsSource([self._file(index) for index in range(count)])
+
+    def _file(self, index: int) -> Path:
+        record = self._record(index, verify=False)
+        assert record is not None, "a layer that is not finished was asked for"
+        return self._layers / str(record["file"])
+
+    def _record(self, index: int, *, verify: bool = True) -> dict[str, Any] | None:
+        record = _read_json(self._layers / f"{index:05d}.json")
+        if record is None:
+            return None
+        file = self._layers / str(record.get("file"))
+        if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
+            return None
+        return record
+
+    def _take_lock(self) -> IO[str]:
+        """An advisory lock of the kernel's: it goes with the process, however that ends."""
+        with guard_storage(self.folder):
+            handle = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise UsageError(
+                "another qwenq is working in this folder",
+                where=self.folder,
+                hint="wait for it, or name another --out",
+            ) from error
+        return handle
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"{path.name} cannot be read: {error}", where=path, hint="use --no-resume"
+        ) from error
+    return content if isinstance(content, dict) else None

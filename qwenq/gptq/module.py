@@ -1,0 +1,119 @@
+"""Quantising the linears that share an input: Hessian in, integers and grids out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import QuantisationError
+from qwenq.gptq.damping import Damped, damped
+from qwenq.gptq.grid import Grid
+from qwenq.gptq.refine import descend, refit_scales
+from qwenq.gptq.scales import ScaleSearch, search_grid
+from qwenq.gptq.solver import act_order, gptq, output_error
+
+SLACK = 1e-6  # of the output's energy: float32 cannot tell two errors apart that are nearer than this
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the algorithm can be told; the recipe holds the same names for users."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    act_order: bool
+    scale_search: ScaleSearch
+    damp: float
+    refine: bool
+
+
+@dataclass(frozen=True)
+class ModuleStats:
+    """What quantising one linear cost, as shares of its output's energy over the calibration tokens.
+
+    Attributes:
+        error: ‖(W − Q) X‖² / ‖W X‖², X including the damping.
+        rtn_error: the same for round-to-nearest on a min/max grid.
+        damp: the share of the mean diagonal that was added to the Hessian.
+        dead: input columns that were always zero.
+    """
+
+    error: float
+    rtn_error: float
+    damp: float
+    dead: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class QuantisedLinear:
+    """The result for one linear: integers uint8 [out, in] on a grid, and what it cost."""
+
+    integers: Tensor
+    grid: Grid
+    stats: ModuleStats
+
+
+def quantise_group(weights: dict[str, Tensor], H: Tensor, settings: Settings) -> dict[str, QuantisedLinear]:
+    """Quantise linears that read the same input, as one matrix: rows do not influence each other.
+
+    Args:
+        weights: name → [out, in] float32; all with the same ``in``.
+        H: [in, in] float32, their common Hessian; changed in place (damping).
+        settings: see ``Settings``.
+
+    Raises:
+        QuantisationError: the Hessian is unusable, or the result is worse than rounding to nearest.
+    """
+    W = torch.cat(list(weights.values()))  # [rows of all, in]
+    width = W.shape[1]
+    size = width if settings.group_size == -1 else settings.group_size
+    natural = torch.arange(width, device=W.device)
+    hessian = damped(H, settings.damp, act_order(H) if settings.act_order else natural)
+    grid = search_grid(
+        W, hessian.H.diagonal(), settings.bits, size, sym=settings.sym, search=settings.scale_search
+    )
+    integers = gptq(W, hessian.U, grid, hessian.order)
+    if settings.refine:
+        grid, integers = _refine(W, integers, grid, hessian)
+    return _split(weights, W, integers, grid, hessian, settings)
+
+
+def _refine(W: Tensor, integers: Tensor, grid: Grid, hessian: Damped) -> tuple[Grid, Tensor]:
+    grid = refit_scales(W, integers, grid, hessian.H)
+    integers = descend(W, integers, grid, hessian.H, hessian.order)
+    return refit_scales(W, integers, grid, hessian.H), integers
+
+
+def _split(
+    weights: dict[str, Tensor], W: Tensor, integers: Tensor, grid: Grid, hessian: Damped, settings: Settings
+) -> dict[str, QuantisedLinear]:
+    """One result per linear, each held against round-to-nearest."""
+    error = output_error(W, grid.values(integers), hessian.H)  # [rows of all]
+    plain = search_grid(W, hessian.H.diagonal(), grid.bits, grid.group_size, sym=settings.sym, search="none")
+    rtn_error = output_error(W, plain.values(plain.integers(W)), hessian.H)
+    energy = output_error(W, torch.zeros_like(W), hessian.H)
+    results, start = {}, 0
+    for name, weight in weights.items():
+        rows = slice(start, start + weight.shape[0])
+        start = rows.stop
+        scale = float(energy[rows].sum()) or 1.0
+        stats = ModuleStats(
+            float(error[rows].sum()) / scale, float(rtn_error[rows].sum()) / scale, hessian.damp, hessian.dead
+        )
+        if not stats.error <= stats.rtn_error + SLACK:  # also when it is NaN
+            raise QuantisationError(
+                f"GPTQ's error {stats.error:.3g} is above round-to-nearest's {stats.rtn_error:.3g}",
+                where=name,
+                hint="this is a defect, or calibration text the model cannot read; try more of it, or --damp 0.1",
+            )
+        part = Grid(grid.bits, grid.group_size, grid.scales[rows], grid.zeros[rows])
+        results[name] = QuantisedLinear(integers[rows], part, stats)
+    return results

@@ -1,0 +1,216 @@
+"""The pipeline: one decoder layer at a time: load, measure, solve, pack, write, forget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qwenq.errors import CalibrationError, QuantisationError, UsageError
+from qwenq.gptq.hessian import Hessian
+from qwenq.gptq.layer_store import LayerStore
+from qwenq.gptq.module import ModuleStats, QuantisedLinear, Settings, quantise_group
+from qwenq.gptq.walk import linears_of, shared_inputs, walk
+from qwenq.models.blocks import BlockwiseDecoder
+from qwenq.models.packing import PackedLinear, dequantise, pack
+
+if TYPE_CHECKING:
+    from qwenq.models.checkpoint import Checkpoint
+
+ALGORITHM = 1  # raise it when the same settings give other integers: unfinished runs are then not resumed
+TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
+GROUP_SIZES = (128, 64, 32)  # "auto" takes the first that divides every input width
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """Progress: a layer has been quantised, or taken over from an earlier run.
+
+    Attributes:
+        index, total: which layer, of how many.
+        seconds: spent on it.
+        modules: statistics by module name within the block.
+        resumed: it was already on disk.
+    """
+
+    index: int
+    total: int
+    seconds: float
+    modules: dict[str, ModuleStats]
+    resumed: bool
+
+    @property
+    def error(self) -> float:
+        """Mean share of output energy lost over the layer's modules."""
+        return sum(stats.error for stats in self.modules.values()) / len(self.modules)
+
+    @property
+    def rtn_error(self) -> float:
+        """The same for round-to-nearest."""
+        return sum(stats.rtn_error for stats in self.modules.values()) / len(self.modules)
+
+
+def choose_group_size(wanted: int | str, widths: dict[str, int]) -> tuple[int, str]:
+    """The group size, and a sentence that says why.
+
+    Args:
+        wanted: "auto", -1, or a number.
+        widths: input width of every linear that is quantised.
+
+    Raises:
+        UsageError: a size that does not divide every width.
+    """
+    if wanted == "auto":
+        for size in GROUP_SIZES:
+            if all(width % size == 0 for width in widths.values()):
+                return size, f"group size {size}: the largest of 128, 64, 32 that divides every input width"
+        raise _indivisible(GROUP_SIZES[-1], widths)
+    size = int(wanted)
+    if size != -1 and any(width % size for width in widths.values()):
+        raise _indivisible(size, widths)
+    return size, "group size -1: one scale per output row" if size == -1 else f"group size {size}: as asked"
+
+
+def _indivisible(size: int, widths: dict[str, int]) -> UsageError:
+    name, width = next((name, width) for name, width in widths.items() if width % size)
+    fitting = [str(s) for s in GROUP_SIZES if all(width % s == 0 for width in widths.values())]
+    return UsageError(
+        f"group size {size} does not divide the {width} input columns of {name}",
+        where="--group-size",
+        hint=f"use {' or '.join([*fitting, '-1 (one scale per row)'])}",
+    )
+
+
+def input_widths(decoder: BlockwiseDecoder) -> dict[str, int]:
+    """Input width of every linear in the first block, by name."""
+    return {name: linear.in_features for name, linear in linears_of(decoder.template).items()}
+
+
+def check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        CalibrationError: an id below zero or not below ``vocabulary``.
+    """
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise CalibrationError(
+            f"the calibration tokens hold id {low if low < 0 else high}; the model knows 0 … {vocabulary - 1}",
+            hint="make the calibration set again with this model's own tokenizer",
+        )
+
+
+def run_facts(
+    checkpoint: Checkpoint, calibration: str, settings: Settings, decoder: BlockwiseDecoder
+) -> dict[str, Any]:
+    """What decides the result of a run, for ``LayerStore``."""
+    return {
+        "algorithm": ALGORITHM,
+        "model": checkpoint.fingerprint,
+        "calibration": calibration,
+        "settings": asdict(settings),
+        "dtype": str(decoder.dtype),
+        "device": decoder.device.type,
+        "threads": torch.get_num_threads(),  # the order of float32 sums depends on it
+    }
+
+
+def quantise_layers(
+    decoder: BlockwiseDecoder,
+    tokens: Tensor,
+    settings: Settings,
+    store: LayerStore,
+    on_layer: Callable[[LayerDone], None],
+) -> None:
+    """Quantise every block into ``store``, each with the inputs that the quantised blocks before it produce.
+
+    Args:
+        decoder: the model, block by block.
+        tokens: int64 [samples, seq_len], no padding.
+        settings: GPTQ's.
+        store: finished layers in it are not done again; their forward pass is.
+        on_layer: called after each layer.
+
+    Raises:
+        QuantisationError: names the module.
+    """
+    check_tokens(tokens, decoder.vocabulary)
+    batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    with torch.inference_mode():
+        hidden = decoder.embed(tokens.split(batch))
+        groups: list[list[str]] = []
+        finished = store.finished()
+        for index in range(len(decoder.names)):
+            started = time.perf_counter()
+            last = index == len(decoder.names) - 1
+            with decoder.block(index) as block:
+                groups = groups or shared_inputs(block, _forward(decoder, block), hidden[0][:1])
+                if index < finished:
+                    if not (last or finished == len(decoder.names)):
+                        _load_finished(block, store, index, decoder, settings)
+                        hidden = [decoder.forward(block, states) for states in hidden]
+                else:
+                    layer = _Layer(decoder, block, index, settings)
+                    hidden = walk(block, _forward(decoder, block), hidden, groups, layer.solve)
+                    store.save(index, layer.tensors, {name: s.as_dict() for name, s in layer.stats.items()})
+            stats = {name: ModuleStats(**values) for name, values in store.modules(index).items()}
+            seconds = time.perf_counter() - started
+            on_layer(LayerDone(index, len(decoder.names), seconds, stats, index < finished))
+
+
+def _forward(decoder: BlockwiseDecoder, block: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: decoder.forward(block, hidden)
+
+
+class _Layer:
+    """One block while it is being quantised."""
+
+    def __init__(self, decoder: BlockwiseDecoder, block: nn.Module, index: int, settings: Settings) -> None:
+        self._linears, self._settings, self._dtype = linears_of(block), settings, decoder.dtype
+        self._prefix = decoder.names[index]
+        self.tensors: dict[str, Tensor] = {}
+        self.stats: dict[str, ModuleStats] = {}
+
+    def solve(self, names: Sequence[str], inputs: list[Tensor]) -> None:
+        """Quantise the linears ``names``, whose common input is ``inputs``, and put the result in place."""
+        hessian = Hessian(inputs[0].shape[-1], inputs[0].device)
+        for x in inputs:
+            hessian.add(x)
+        weights = {name: self._linears[name].weight.float() for name in names}
+        try:
+            results = quantise_group(weights, hessian.matrix(), self._settings)
+        except QuantisationError as error:
+            where = f"{self._prefix}.{error.where or names[0]}"
+            raise QuantisationError(error.what, where=where, hint=error.hint) from error
+        for name, result in results.items():
+            self._keep(name, result)
+
+    def _keep(self, name: str, result: QuantisedLinear) -> None:
+        grid = result.grid
+        packed = pack(result.integers.cpu(), grid.scales.cpu(), grid.zeros.to(torch.uint8).cpu(), grid.bits)
+        self.tensors.update(packed.tensors(f"{self._prefix}.{name}"))
+        self.stats[name] = result.stats
+        self._linears[name].weight.data = grid.values(result.integers).to(self._dtype)
+
+
+def _load_finished(
+    block: nn.Module, store: LayerStore, index: int, decoder: BlockwiseDecoder, settings: Settings
+) -> None:
+    """Give a block the weights that an earlier run found for it."""
+    tensors = store.tensors(index)
+    for name, linear in linears_of(block).items():
+        prefix = f"{decoder.names[index]}.{name}"
+        parts = (tensors[f"{prefix}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
+        weight = dequantise(PackedLinear(*parts), settings.bits)
+        linear.weight.data = weight.to(decoder.device, decoder.dtype)
+
+
+def module_errors(store: LayerStore, layers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Statistics of all modules, by full name, for the manifest."""
+    for index in range(layers):
+        for name, stats in store.modules(index).items():
+            yield f"model.layers.{index}.{name}", stats

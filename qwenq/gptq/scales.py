@@ -1,0 +1,107 @@
+"""Choosing the grid before rounding: plain min/max, or a search for the scale that costs least.
+
+The search minimises Σ_j h_j |w_j − q_j|^p over scale candidates, then refines the best in closed form.
+With ``h = diag(H)`` and p = 2 this is the diagonal part of GPTQ's own objective.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qwenq.gptq.grid import Grid, storable
+
+ScaleSearch = Literal["hessian", "mse", "none"]
+
+SHRINK = torch.linspace(1.0, 0.45, 23)  # candidates, as fractions of the min/max scale
+REFITS = 2  # rounds of least squares for the scale, integers held fixed
+CHUNK = 1 << 16  # weights per chunk, so that a candidate's temporaries stay in the L2 cache
+MSE_POWER = 2.4  # IST-DASLab/gptq, quant.py
+
+
+def search_grid(
+    weight: Tensor, importance: Tensor, bits: int, group_size: int, *, sym: bool, search: ScaleSearch
+) -> Grid:
+    """Pick scales and zero points for a weight matrix.
+
+    Args:
+        weight: [rows, in] float32.
+        importance: [in] float32, diag(H); only "hessian" reads it.
+        bits: 2…8.
+        group_size: divides ``in``.
+        sym: zero point fixed in the middle.
+        search: "hessian" (weighted squared error), "mse" (unweighted, power 2.4) or "none" (min/max).
+    """
+    rows, width = weight.shape
+    grouped = weight.reshape(-1, group_size)  # [rows · groups, group_size]
+    start = _symmetric_range if sym else _asymmetric_range
+    scales, zeros = start(grouped, bits)
+    if search != "none":
+        weights = importance if search == "hessian" else torch.ones_like(importance)
+        per_group = weights.reshape(-1, group_size).repeat(rows, 1)  # [rows · groups, group_size]
+        power = 2.0 if search == "hessian" else MSE_POWER
+        step = max(1, CHUNK // group_size)
+        for at in range(0, grouped.shape[0], step):
+            part = slice(at, at + step)
+            scales[part], zeros[part] = _best(
+                grouped[part], per_group[part], scales[part], zeros[part], bits, sym=sym, power=power
+            )
+    shape = (rows, width // group_size)
+    return Grid(bits, group_size, storable(scales.reshape(shape)), zeros.reshape(shape))
+
+
+def _symmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale so that the largest weight meets the grid's longer (negative) side; negative where it is positive."""
+    high, low = grouped.amax(1), grouped.amin(1)
+    half = 1 << (bits - 1)
+    scales = torch.where(high > -low, -high, -low) / half
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    return scales, torch.full_like(scales, float(half))
+
+
+def _asymmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    high, low = grouped.amax(1).clamp_(min=0), grouped.amin(1).clamp_(max=0)
+    levels = (1 << bits) - 1
+    scales = (high - low) / levels
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    return scales, (-low / scales).round_().clamp_(1, levels)  # 0 has no safe form in the v1 layout
+
+
+def _best(
+    w: Tensor, h: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, sym: bool, power: float
+) -> tuple[Tensor, Tensor]:
+    """Try every candidate on a chunk of groups, [n, group_size], and keep each group's best."""
+    levels = (1 << bits) - 1
+    best_cost = torch.full_like(scales, torch.inf)
+    best_scale, best_zero = scales.clone(), zeros.clone()
+    low = -zeros * scales  # real value of integer 0, kept in proportion by asymmetric candidates
+
+    def consider(scale: Tensor, zero: Tensor) -> Tensor:
+        q = (w / scale[:, None]).add_(zero[:, None]).round_().clamp_(0, levels).sub_(zero[:, None])
+        gap = (q * scale[:, None]).sub_(w)
+        cost = (gap.square_() if power == 2 else gap.abs_().pow_(power)).mul_(h).sum(1)
+        better = cost < best_cost
+        torch.where(better, cost, best_cost, out=best_cost)
+        torch.where(better, scale, best_scale, out=best_scale)
+        torch.where(better, zero, best_zero, out=best_zero)
+        return q
+
+    for fraction in SHRINK.tolist():
+        scale = scales * fraction
+        zero = zeros if sym else (-low * fraction / scale).round_().clamp_(1, levels)
+        consider(scale, zero)
+    for _ in range(REFITS):
+        q = (
+            (w / best_scale[:, None])
+            .add_(best_zero[:, None])
+            .round_()
+            .clamp_(0, levels)
+            .sub_(best_zero[:, None])
+        )
+        hq = h * q
+        scale = (hq * w).sum(1) / (hq * q).sum(1)  # least squares for the scale under h
+        scale = torch.where(torch.isfinite(scale) & (scale != 0), scale, best_scale)
+        consider(scale, best_zero.clone())
+    return best_scale, best_zero

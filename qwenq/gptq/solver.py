@@ -1,0 +1,87 @@
+"""GPTQ's column-by-column rounding (arXiv 2210.17323, Algorithm 1) with static groups and lazy blocks.
+
+The weight is kept transposed: a column of W, which the algorithm rounds and propagates at once, is then
+contiguous, and the rank-1 update touches whole cache lines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwenq.gptq.grid import Grid
+
+BLOCK = 128  # columns whose updates are applied to the rest of the matrix in one product (§3.3, step 2)
+
+
+def inverse_factor(H: Tensor) -> tuple[Tensor, int]:
+    """U, upper triangular with Uᵀ U = H⁻¹ (Algorithm 1's Cholesky factor), and LAPACK's failure code.
+
+    Reversing rows and columns turns H = R Rᵀ (R upper triangular) into an ordinary Cholesky factorisation,
+    and U = R⁻¹: one factorisation and one triangular inverse, H⁻¹ itself is never formed.
+
+    Args:
+        H: [in, in] float32 or float64, symmetric.
+
+    Returns:
+        U [in, in], and 0, or the order of the leading minor that is not positive (U is then meaningless).
+    """
+    lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
+    failed = int(info)
+    if failed:
+        return H, failed
+    R = lower.flip(0, 1).contiguous()
+    eye = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    U = torch.linalg.solve_triangular(R, eye, upper=True)
+    return (U, 0) if bool(torch.isfinite(U).all()) else (H, H.shape[0])
+
+
+def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: int = BLOCK) -> Tensor:
+    """Round W column by column, pushing each column's error onto the columns not yet rounded.
+
+    Args:
+        W: [rows, in] float32 or float64.
+        U: [in, in], ``inverse_factor`` of H, its rows and columns already in ``order``.
+        grid: scales and zeros in natural column order (static groups: fixed before the first column).
+        order: [in] int64, the columns in the order in which they are rounded; None is natural order.
+        block: columns per lazy update.
+
+    Returns:
+        [rows, in] uint8 integers in natural column order.
+    """
+    rows, width = W.shape
+    order = torch.arange(width, device=W.device) if order is None else order
+    groups = (order // grid.group_size).tolist()
+    scales = grid.scales.T.to(W.dtype).contiguous()  # [groups, rows]
+    zeros = grid.zeros.T.to(W.dtype).contiguous()
+    work = W.T[order]  # [in, rows]
+    integers = torch.empty(width, rows, dtype=torch.uint8, device=W.device)
+    diagonal = U.diagonal().tolist()
+    for start in range(0, width, block):
+        end = min(start + block, width)
+        errors = torch.empty(end - start, rows, dtype=W.dtype, device=W.device)
+        for i in range(start, end):
+            w, scale, zero, error = work[i], scales[groups[i]], zeros[groups[i]], errors[i - start]
+            q = torch.div(w, scale).add_(zero).round_().clamp_(0, grid.levels)
+            integers[i] = q
+            torch.sub(w, q.sub_(zero).mul_(scale), out=error)
+            error.div_(diagonal[i])  # e = (w_i − q_i) / U_ii
+            if i + 1 < end:
+                work[i + 1 : end].addr_(
+                    U[i, i + 1 : end], error, alpha=-1
+                )  # W_:,j −= e U_ij, j in this block
+        work[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)  # and beyond it, once per block
+    natural = torch.empty_like(integers)
+    natural[order] = integers
+    return natural.T.contiguous()
+
+
+def act_order(H: Tensor) -> Tensor:
+    """Columns by falling diag(H): the ones that cost most are rounded while most can still compensate."""
+    return torch.argsort(H.diagonal(), descending=True, stable=True)
+
+
+def output_error(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
+    """½ tr((W − Q) H (W − Q)ᵀ) per row: the mean squared change of the layer's output per token, [rows]."""
+    D = W - Q
+    return ((D @ H) * D).sum(1) / 2

@@ -1,0 +1,160 @@
+"""A decoder that is never whole in memory: transformers' own blocks on the meta device, filled one at a time.
+
+Quantising and checking both run a model layer by layer over many sequences. This gives them the hidden states
+before the first block, each block in turn with its weights read from the checkpoint, and the head's logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qwenq.errors import ModelError
+from qwenq.models.integrity import check_finite
+
+if TYPE_CHECKING:
+    from qwenq.models.checkpoint import Checkpoint
+
+VOCABULARY_CHUNK = 16_384  # rows of the head converted at a time: bounds the copy of a 150k-row matrix
+
+
+class BlockwiseDecoder:
+    """The blocks of a checkpoint's decoder, one at a time.
+
+    Args:
+        checkpoint: plain weights (a GPTQ folder is read through ``DequantisedSource``).
+        device: where blocks are computed.
+        dtype: of weights and hidden states.
+
+    Attributes:
+        names: "model.layers.0", …, the blocks' names in the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self._inner = model.model.eval()
+        # Not in any file, so not to be left on the meta device: the rotary frequencies follow from the config.
+        self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
+        self._blocks: nn.ModuleList = self._inner.layers
+        self._arguments: dict[str, Any] = {}
+        self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
+
+    @property
+    def template(self) -> nn.Module:
+        """The first block without weights: its modules and their shapes."""
+        first: nn.Module = self._blocks[0]
+        return first
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self.checkpoint.info("model.embed_tokens.weight").shape[0]
+
+    def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Hidden states before the first block.
+
+        Args:
+            batches: int64 [batch, tokens] each, all of one length, no padding.
+
+        Returns:
+            One [batch, tokens, hidden] per batch; what the blocks need besides (positions, rotary tables) is
+            kept for ``forward``.
+        """
+        recorder = _Recorder()
+        table = self.checkpoint.read("model.embed_tokens.weight")
+        check_finite("model.embed_tokens.weight", table, self.checkpoint.folder)
+        norm, self._inner.norm = self._inner.norm, nn.Identity()
+        self._inner.layers = nn.ModuleList([recorder])
+        try:
+            for batch in batches:
+                # Rows are looked up in the stored table: converting all of it would cost more than the blocks.
+                rows = functional.embedding(batch, table).to(self.device, self.dtype)
+                self._inner(inputs_embeds=rows, use_cache=False)
+        finally:
+            self._inner.norm, self._inner.layers = norm, self._blocks
+        self._arguments = recorder.arguments
+        return recorder.hidden
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights; they are dropped on leaving.
+
+        Raises:
+            ModelError: a tensor is missing or has another shape.
+            CorruptFileError: a tensor holds NaN or Inf.
+        """
+        block: nn.Module = self._blocks[index]
+        self._fill(block, self.names[index])
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run a block: [batch, tokens, hidden] → the same."""
+        output = block(hidden, **self._arguments)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    @contextmanager
+    def head(self) -> Iterator[_Head]:
+        """The final norm and the output head, callable on hidden states."""
+        self._fill(self._inner.norm, "model.norm")
+        name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
+        try:
+            yield _Head(self._inner.norm, self.checkpoint.read(name), self.device, self.dtype)
+        finally:
+            self._inner.norm.to("meta")
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        state = {}
+        for name, parameter in module.named_parameters():
+            full = f"{prefix}.{name}"
+            tensor = check_finite(full, self.checkpoint.read(full), self.checkpoint.folder)
+            if tensor.shape != parameter.shape:
+                raise ModelError(
+                    f"{full} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}",
+                    where=self.checkpoint.folder,
+                    hint="config.json and the weights are from different models: copy the folder again",
+                )
+            state[name] = tensor.to(self.device, self.dtype)
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)
+
+
+class _Head:
+    """Logits from hidden states, the head's rows converted chunk by chunk."""
+
+    def __init__(self, norm: nn.Module, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        self._norm, self._weight, self._device, self._dtype = norm, weight, device, dtype
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[…, hidden] → […, vocabulary] float32."""
+        normed = self._norm(hidden)
+        chunks = self._weight.split(VOCABULARY_CHUNK)
+        parts = [functional.linear(normed, rows.to(self._device, self._dtype)).float() for rows in chunks]
+        return torch.cat(parts, dim=-1)
+
+
+class _Recorder(nn.Module):
+    """Stands in for the blocks: keeps what a block would be given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: list[Tensor] = []
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.hidden.append(hidden)
+        self.arguments = arguments
+        return hidden

@@ -1,0 +1,113 @@
+"""Recipes: what to do to which model, as one TOML file. Every option of `qwenq quantize` is a field here.
+
+model = "Qwen/Qwen2.5-0.5B-Instruct"
+
+[calibration]
+source = "self"
+samples = 128
+
+[quantize]
+bits = 4
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rapidfuzz import process
+
+from qwenq.errors import UsageError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class CalibrationRecipe(_Section):
+    """Which tokens the Hessians are measured on."""
+
+    source: str = "self"
+    samples: int | Literal["auto"] = Field("auto", description="sequences; auto: 32 on CPU, 128 on a GPU")
+    seq_len: int | Literal["auto"] = Field("auto", description="tokens each; auto: 512 on CPU, 2048 on a GPU")
+    held_out: int = Field(8, ge=1, description="further sequences, for the check only")
+    split: str | None = None
+    column: str | None = None
+
+
+class QuantizeRecipe(_Section):
+    """GPTQ's settings."""
+
+    bits: Literal[4, 8] = 4
+    group_size: Literal["auto", 32, 64, 128, -1] = "auto"
+    sym: bool = True
+    act_order: Literal["static", "none"] = "static"
+    scale_search: Literal["hessian", "mse", "none"] = "hessian"
+    damp: float = Field(0.01, gt=0, lt=1)
+    refine: bool = Field(
+        True, description="after GPTQ: refit scales and descend on integers, column by column"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = Field(0, ge=0)
+
+
+class Recipe(_Section):
+    """A whole recipe. ``model`` None is the bundled model."""
+
+    model: str | None = None
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    quantize: QuantizeRecipe = QuantizeRecipe()
+
+    def override(self, **sections: dict[str, Any]) -> Recipe:
+        """A copy in which the given keys (those that are not None) replace the recipe's.
+
+        Raises:
+            UsageError: a value out of its range.
+        """
+        merged = self.model_dump()
+        for name, values in sections.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            merged[name] = {**merged[name], **given}
+        return _validate(merged, "the command line")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises:
+        UsageError: no such file, not TOML, an unknown key (the nearest is suggested), a bad value.
+    """
+    try:
+        with path.open("rb") as file:
+            content = tomllib.load(file)
+    except FileNotFoundError as error:
+        raise UsageError("no such recipe", where=path, hint="see recipes/ for examples") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe cannot be read: {error}", where=path) from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"the recipe is not TOML: {error}", where=path) from error
+    return _validate(content, str(path))
+
+
+def _validate(content: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _explained(error, where) from error
+
+
+def _explained(error: ValidationError, where: str) -> UsageError:
+    """The first complaint of pydantic in a sentence, with the nearest key where one is unknown."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] != "extra_forbidden":
+        shown = first["input"] if not isinstance(first["input"], dict) else "a table"
+        return UsageError(f"{key} = {shown!r}: {first['msg']}", where=where, hint="see docs/recipes.md")
+    section = Recipe.model_fields[path[0]].annotation if len(path) > 1 else Recipe
+    known = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    near = process.extractOne(path[-1], known)
+    hint = f"did you mean {near[0]!r}?" if near and near[1] >= 60 else f"known keys: {', '.join(known)}"
+    return UsageError(f"unknown key {key!r}", where=where, hint=hint)
