@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qwenq.cli import convert, plan
+from qwenq.cli import calibrate, convert, plan, tokenizer
 
-__all__ = ["convert", "plan"]
+__all__ = ["calibrate", "convert", "plan", "tokenizer"]

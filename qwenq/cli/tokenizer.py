@@ -109,7 +109,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
     for title in ("bytes", "characters", "tokens", "bytes/token"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:

@@ -21,7 +21,7 @@ from qwenq.models.qwen_tokenizer import SPECIAL_TOKENS, QwenTokenizer, StreamDec
 from qwenq.models.tokenizer_json import as_tokenizers, byte_of_char, recover_merges
 
 SAMPLE = (
-    "the theme: 'they're there', says the other 你好，你们好！ \n\n  naïve café 12 😀 the end of the line"
+    "the theme: 'they're there', says the other 你好，你们好！ \n\n  naïve café 12 😀 the end of the age"
 )
 
 
