@@ -20,9 +20,7 @@ from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.qwen_tokenizer import SPECIAL_TOKENS, QwenTokenizer, StreamDecoder, read_ranks, to_nfc
 from qwenq.models.tokenizer_json import as_tokenizers, byte_of_char, recover_merges
 
-SAMPLE = (
-    "the theme: 'they're there', says the other 你好，你们好！ \n\n  naïve café 12 😀 the end of the age"
-)
+SAMPLE = "the theme: 'they're there', says the other 你好，你们好！ \n\n  naïve café 12 😀 the end of the age"
 
 
 def small_ranks(extra: int = 60) -> dict[bytes, int]:
