@@ -30,7 +30,7 @@ def fingerprint(config: dict[str, Any], source: TensorSource) -> str:
     kept = cache_folder() / "fingerprints" / key if key else None
     if kept is not None:
         with suppress(OSError):
-            return _checked(kept.read_text(encoding="ascii"))
+            return _checked(kept.read_bytes().decode("ascii", "replace"))
     value = _hash_all(config, source)
     if kept is not None:
         with suppress(StorageError, OSError):  # the cache is a convenience: a read-only home is no failure

@@ -214,7 +214,11 @@ def _parse(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if not _sound(entry):
-            raise CorruptFileError(f"the header's entry of {name} is damaged", where=path, hint=_REDOWNLOAD)
+            raise CorruptFileError(
+                f"the header's entry of {name} is damaged, or of a dtype unknown here",
+                where=path,
+                hint=_REDOWNLOAD,
+            )
     return header
 
 

@@ -143,8 +143,9 @@ def test_fingerprint_is_cached_and_a_damaged_note_is_not_believed(folder: Path, 
     (note,) = (cache / "fingerprints").iterdir()
     note.write_text("0123456789abcdef")
     assert open_checkpoint(folder).fingerprint == "0123456789abcdef"  # the note is what is read
-    note.write_text("garbage")
-    assert open_checkpoint(folder).fingerprint == right
+    for garbage in (b"garbage", b"\xff" * 16, b""):
+        note.write_bytes(garbage)
+        assert open_checkpoint(folder).fingerprint == right
 
 
 def test_fingerprint_of_a_touched_file_is_taken_anew(folder: Path, cache: Path) -> None:
