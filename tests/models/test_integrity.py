@@ -76,3 +76,13 @@ def test_nan_and_inf_are_counted_and_the_tensor_named(dtype: torch.dtype) -> Non
 def test_numbers_pass_through_untouched() -> None:
     for tensor in (torch.randn(7, 7), torch.tensor(1.0), torch.empty(0), torch.arange(5)):
         assert check_finite("x", tensor) is tensor
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_bad_element_is_found_wherever_it_is(dtype: torch.dtype, bad: float) -> None:
+    for position in (0, 1, 63, 500, 1022):
+        values = torch.randn(1023).to(dtype)
+        values[position] = bad
+        with pytest.raises(CorruptFileError):
+            check_finite("x", values)
