@@ -114,7 +114,7 @@ class CalibrationSet:
 
 
 def manifest_path(path: Path) -> Path:
-    """The readable manifest beside a set: ``chats.safetensors.json``, for ``chats.json`` may be the source."""
+    """The readable manifest beside a set: ``chats.safetensors.json``, for ``chats.json`` may be a source."""
     return path.with_name(path.name + ".json")
 
 

@@ -59,7 +59,10 @@ def _open(spec: str, split: str) -> Iterable[Any]:
             hint="pip install 'qwenq[data]', or use a local file, or `--source self`",
         ) from None
     try:
-        return datasets.load_dataset(parts["name"], parts["config"], split=split, streaming=True)
+        stream: Iterable[Any] = datasets.load_dataset(
+            parts["name"], parts["config"], split=split, streaming=True
+        )
+        return stream
     except ValueError as error:  # unknown split or config: the library's message lists those there are
         raise UsageError(
             f"the dataset has no such split or config: {error}",

@@ -1,0 +1,1 @@
+"""Measuring a model: divergence from its base, and what that means."""

@@ -1,0 +1,1 @@
+"""The algorithm, and the pipeline that streams layers through it."""

@@ -79,9 +79,7 @@ class LayerStore:
 
     def modules(self, index: int) -> dict[str, Any]:
         """The statistics that were saved with a layer."""
-        record = self._record(index, verify=False)
-        assert record is not None, "modules() of a layer that is not finished"
-        return dict(record["modules"])
+        return dict(self._finished(index)["modules"])
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """All packed tensors of a finished layer."""
@@ -102,9 +100,13 @@ class LayerStore:
         return SafetensorsSource([self._file(index) for index in range(count)])
 
     def _file(self, index: int) -> Path:
+        return self._layers / str(self._finished(index)["file"])
+
+    def _finished(self, index: int) -> dict[str, Any]:
         record = self._record(index, verify=False)
-        assert record is not None, "a layer that is not finished was asked for"
-        return self._layers / str(record["file"])
+        if record is None:
+            raise StorageError(f"layer {index} has vanished from the work folder", where=self._layers)
+        return record
 
     def _record(self, index: int, *, verify: bool = True) -> dict[str, Any] | None:
         record = _read_json(self._layers / f"{index:05d}.json")

@@ -112,7 +112,7 @@ def _split(
             raise QuantisationError(
                 f"GPTQ's error {stats.error:.3g} is above round-to-nearest's {stats.rtn_error:.3g}",
                 where=name,
-                hint="this is a defect, or calibration text the model cannot read; try more of it, or --damp 0.1",
+                hint="this is a defect, or calibration text that says too little: try more of it",
             )
         part = Grid(grid.bits, grid.group_size, grid.scales[rows], grid.zeros[rows])
         results[name] = QuantisedLinear(integers[rows], part, stats)

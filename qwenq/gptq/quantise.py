@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ALGORITHM = 1  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
+LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GROUP_SIZES = (128, 64, 32)  # "auto" takes the first that divides every input width
 
 
@@ -99,7 +100,7 @@ def check_tokens(tokens: Tensor, vocabulary: int) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise CalibrationError(
-            f"the calibration tokens hold id {low if low < 0 else high}; the model knows 0 … {vocabulary - 1}",
+            f"token {low if low < 0 else high} in the calibration set; the model knows 0 … {vocabulary - 1}",
             hint="make the calibration set again with this model's own tokenizer",
         )
 
@@ -204,7 +205,7 @@ def _load_finished(
     tensors = store.tensors(index)
     for name, linear in linears_of(block).items():
         prefix = f"{decoder.names[index]}.{name}"
-        parts = (tensors[f"{prefix}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
+        parts = (tensors[f"{prefix}.{part}"] for part in LAYER_PARTS)
         weight = dequantise(PackedLinear(*parts), settings.bits)
         linear.weight.data = weight.to(decoder.device, decoder.dtype)
 

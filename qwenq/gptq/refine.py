@@ -2,9 +2,9 @@
 
     minimise over integers Z and scales s:   tr((Q − W) H (Q − W)ᵀ),   Q = s · (Z − z), per row and group
 
-Two steps that each can only lower it. ``refit_scales`` solves for a row's scales in closed form with the integers
-held fixed (the second stage of arXiv 2602.02126). ``descend`` goes once over the columns and moves each integer to
-the best value given all others (cyclic coordinate descent, QuantEase, arXiv 2309.01885).
+Two steps that each can only lower it. ``refit_scales`` solves for a row's scales in closed form with the
+integers held fixed (the second stage of arXiv 2602.02126). ``descend`` goes once over the columns and moves
+each integer to the best value given all others (cyclic coordinate descent, QuantEase, arXiv 2309.01885).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def search_grid(
 
 
 def _symmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale so that the largest weight meets the grid's longer (negative) side; negative where it is positive."""
+    """The largest weight meets the grid's longer, negative side: its scale is negative if it is positive."""
     high, low = grouped.amax(1), grouped.amin(1)
     half = 1 << (bits - 1)
     scales = torch.where(high > -low, -high, -low) / half

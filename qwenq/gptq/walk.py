@@ -1,10 +1,10 @@
 """A block's forward pass as a coroutine that pauses at every linear that is about to be quantised.
 
-Quantising a block needs, in this order: the inputs of q/k/v over the whole calibration set, their new weights,
-then the inputs of o_proj *as the quantised q/k/v produce them*, and so on ("true sequential"). Running the block
-again from its start for each of these steps costs a forward pass per step. Here each batch runs in a greenlet
-that pauses where a linear's input is known and goes on once its weights have been replaced, so that every linear
-is evaluated once per batch, by whatever code transformers has for the block.
+Quantising a block needs, in this order: the inputs of q/k/v over the whole calibration set, their new
+weights, then the inputs of o_proj *as the quantised q/k/v produce them*, and so on ("true sequential").
+Running the block again from its start for each of these steps costs a forward pass per step. Here each batch
+runs in a greenlet that pauses where a linear's input is known and goes on once its weights have been
+replaced, so that every linear is evaluated once per batch, by whatever code transformers has for the block.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+
+from qwenq.errors import UnsupportedError
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -84,7 +86,8 @@ def walk(
         runs = [greenlet(forward) for _ in batches]
         states = [run.switch(batch) for run, batch in zip(runs, batches, strict=True)]
         for names in groups:
-            assert all(name == names[0] for name, _ in states), "batches of one block took different paths"
+            if any(name != names[0] for name, _ in states):
+                raise UnsupportedError("a block whose path depends on the batch", where=names[0])
             solve(names, [x for _, x in states])
             states = [run.switch() for run in runs]
     return states

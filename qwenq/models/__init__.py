@@ -1,0 +1,1 @@
+"""What a model is: reading and writing checkpoints, layouts, tokenizers, shapes."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qwenq.errors import UsageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,3 +26,39 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
     if kind == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in _CPU_BF16):
         return torch.bfloat16
     return torch.float32
+
+
+def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype that "auto" or a name stands for, and a sentence that says why."""
+    import torch
+
+    if wanted != "auto":
+        return getattr(torch, wanted), f"computing in {wanted} on {device}: as asked"
+    dtype = compute_dtype(device)
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        why = "native on this CPU" if dtype is torch.bfloat16 else "this CPU only emulates bfloat16"
+    else:
+        why = "the device's native half precision" if dtype is not torch.float32 else "the safe choice there"
+    return dtype, f"computing in {name} on {device}: {why}"
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda", "cuda:1" … stands for.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"no device {wanted!r} here: {reason}", where="--device", hint="use --device cpu"
+        ) from error
+    return device

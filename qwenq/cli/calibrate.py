@@ -1,0 +1,127 @@
+"""``qwenq calibrate``: make the token sequences once, so that several quantisations share them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwenq.cli.app import app
+from qwenq.errors import CalibrationError, CorruptFileError, UsageError
+
+if TYPE_CHECKING:
+    from qwenq.calibration import CalibrationSet
+
+_PREVIEW = 80
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or hub id. Nothing: the bundled model.")
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option(
+            help="self (the model writes its own text), a .txt, .jsonl, .json or .parquet file, "
+            "or a hub dataset owner/name[:config]."
+        ),
+    ] = "self",
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence. Default: 512.")] = None,
+    held_out: Annotated[
+        int | None, typer.Option(help="Sequences kept apart for the check afterwards. Default: 8.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the documents, or the text.")] = 0,
+    split: Annotated[str | None, typer.Option(help="Split of a hub dataset. Default: train.")] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Key to read. Default: the first of text, messages, conversations."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where `self` runs the model.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a different file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Write calibration tokens once (safetensors and a manifest), to share between quantisations."""
+    _require_writable_name(out)
+    from qwenq.calibration import load_calibration
+    from qwenq.cli.progress import show_progress
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.resolve import resolve_model
+    from qwenq.models.tokenizer import load_tokenizer
+
+    resolved = resolve_model(model)
+    checkpoint = open_checkpoint(resolved.folder)
+    tokenizer = load_tokenizer(resolved.folder)
+    for notice in (*resolved.notices, *checkpoint.notices):
+        typer.echo(notice, err=True)
+    with show_progress("writing text" if source == "self" else "reading text") as progress:
+        made = load_calibration(
+            source,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            samples=samples,
+            seq_len=seq_len,
+            held_out=held_out,
+            seed=seed,
+            split=split,
+            column=column,
+            device=device,
+            progress=progress,
+        )
+    kept = not force and _is_there_already(made, out)
+    if not kept:
+        made.save(out)
+    if as_json:
+        typer.echo(made.manifest.model_dump_json(indent=2))
+        return
+    preview = tokenizer.decode(made.tokens[0, : 2 * _PREVIEW].tolist())[:_PREVIEW]
+    typer.echo(_describe(made, out, preview, kept))
+
+
+def _require_writable_name(out: Path) -> None:
+    """Refuse a name that could not be saved to, before any work."""
+    if out.is_dir():
+        raise UsageError("--out is a folder", where=out, hint=f"name a file: {out / 'calib.safetensors'}")
+    if out.suffix != ".safetensors":
+        raise UsageError("--out has to end in .safetensors", where=out, hint=f"{out.stem}.safetensors")
+
+
+def _is_there_already(made: CalibrationSet, out: Path) -> bool:
+    """Whether ``out`` holds these very tokens; a file that holds anything else is not overwritten."""
+    if not out.exists():
+        return False
+    try:
+        same = made.load(out).fingerprint == made.fingerprint
+    except (CalibrationError, CorruptFileError):
+        same = False
+    if not same:
+        raise UsageError(
+            "the output file is there and holds something else",
+            where=out,
+            hint="name another --out, or overwrite it with --force",
+        )
+    return True
+
+
+def _describe(made: CalibrationSet, out: Path, preview: str, kept: bool) -> str:
+    facts = made.manifest
+    lines = {
+        "source": facts.source if facts.template != "chat" else f"{facts.source} (chat template applied)",
+        "sequences": f"{facts.samples} × {facts.seq_len} tokens = {made.tokens.numel():,}",
+        "held out": f"{facts.held_out} × {facts.seq_len}, from {facts.held_out_from}",
+        "documents": f"{facts.documents:,} used of {facts.documents_read:,} read{_where_it_stopped(made)}"
+        if facts.documents is not None and facts.documents_read is not None
+        else None,
+        "seed": str(facts.seed),
+        "fingerprint": facts.tokens,
+        "begins": repr(preview),
+        "file": f"{out}{' (was there already, unchanged)' if kept else ''}",
+    }
+    return "\n".join(f"{name:<12}{value}" for name, value in lines.items() if value is not None)
+
+
+def _where_it_stopped(made: CalibrationSet) -> str:
+    return "" if made.manifest.source_read_to_end else ", the rest of the source was left unread"

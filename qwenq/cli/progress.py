@@ -1,0 +1,55 @@
+"""Progress of a long step: a live bar on a terminal, a few plain lines elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
+
+_PLAIN_STEPS = 10
+_PLAIN_SECONDS = 2.0  # quick steps are not worth a line
+
+
+@contextmanager
+def show_progress(label: str, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, total); nothing is shown before its first call."""
+    if sys.stderr.isatty():
+        with _live(label, unit) as update:
+            yield update
+    else:
+        yield _plain(label, unit)
+
+
+@contextmanager
+def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def _plain(label: str, unit: str) -> Callable[[int, int], None]:
+    started = time.monotonic()
+    shown = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown
+        step = _PLAIN_STEPS * done // max(total, 1)
+        seconds = time.monotonic() - started
+        if step > shown and seconds > _PLAIN_SECONDS:
+            shown = step
+            typer.echo(f"{label}: {done:,} of {total:,} {unit}, {seconds:.0f} s", err=True)
+
+    return update

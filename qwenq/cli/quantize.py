@@ -1,0 +1,123 @@
+"""``qwenq quantize``: a model in, a checked GPTQ checkpoint out."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qwenq.cli.app import app
+from qwenq.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwenq.recipe import Recipe
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. Nothing: the bundled model."
+        ),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8. [default: 4]")] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help="auto, 32, 64, 128, or -1 for one scale per row. [default: auto]")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="self (the model writes its own text), a text, JSON lines or parquet file, a set made by "
+            "`qwenq calibrate`, or a hub dataset. [default: self]"
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Sequences. [default: 32 on CPU, 128 on a GPU]")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens each. [default: 512 on CPU, 2048 on a GPU]")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here win over it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make. [default: NAME-GPTQ-Int4]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the forward pass: auto, float32, bfloat16, float16. [default: auto]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses the calibration text. [default: 0]")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run of the same settings.")] = True,
+    sym: Annotated[
+        bool | None,
+        typer.Option("--sym/--asym", help="Zero point fixed in the middle, or free. [default: sym]"),
+    ] = None,
+    act_order: Annotated[str | None, typer.Option(help="static or none. [default: static]")] = None,
+    scale_search: Annotated[str | None, typer.Option(help="hessian, mse or none. [default: hessian]")] = None,
+    damp: Annotated[
+        float | None, typer.Option(help="Share of the Hessian's mean diagonal. [default: 0.01]")
+    ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option("--refine/--no-refine", help="Refit scales and integers after GPTQ. [default: refine]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Events and the result as JSON lines.")] = False,
+) -> None:
+    """Quantise a model to Int4 or Int8 with GPTQ, check what was written, and say what it cost."""
+    chosen = _recipe(
+        recipe,
+        model,
+        calibration={"source": calibration, "samples": samples, "seq_len": seq_len},
+        quantize={
+            "bits": bits,
+            "group_size": _group_size(group_size),
+            "dtype": dtype,
+            "seed": seed,
+            "sym": sym,
+            "act_order": act_order,
+            "scale_search": scale_search,
+            "damp": damp,
+            "refine": refine,
+        },
+    )
+    _quit_on_sigterm()
+    from qwenq.cli.quantize_output import listener_for
+    from qwenq.quantize import quantize as run
+
+    with listener_for("json" if as_json else "text") as listener:
+        try:
+            result = run(chosen, out, listener, device=device, resume=resume)
+        except KeyboardInterrupt:
+            listener.interrupted()
+            raise
+        listener.finished(result)
+
+
+def _recipe(file: Path | None, model: str | None, **sections: dict[str, Any]) -> Recipe:
+    """The recipe file, if any, with the command line's options on top."""
+    from qwenq.recipe import Recipe, read_recipe
+
+    base = read_recipe(file) if file else Recipe()
+    if model is not None:
+        base = base.model_copy(update={"model": model})
+    return base.override(**sections)
+
+
+def _group_size(text: str | None) -> int | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return "auto" if text else None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UsageError(
+            f"group size {text!r}", where="--group-size", hint="use auto, 32, 64, 128 or -1"
+        ) from error
+
+
+def _quit_on_sigterm() -> None:
+    """A preempted job leaves as Ctrl-C does: finished layers stay on disk."""
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,159 @@
+"""How a quantisation shows: live on a terminal, plain lines in a log, JSON lines for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from qwenq.cli.progress import show_progress
+from qwenq.storage import readable_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from qwenq.gptq.quantise import LayerDone
+    from qwenq.quantize import Quantised
+
+RESUME_HINT = "finished layers are kept: the same command goes on where it stopped"
+
+
+@contextmanager
+def listener_for(kind: Literal["text", "json"]) -> Iterator[TextListener | JsonListener]:
+    """The listener for this output; what it shows live is cleared when it ends."""
+    with ExitStack() as stack:
+        yield JsonListener() if kind == "json" else TextListener(stack)
+
+
+class TextListener:
+    """For people: a bar on a terminal, one line per layer elsewhere."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._started = 0.0
+        self._fresh = 0
+
+    def say(self, line: str) -> None:
+        """A choice, or something to know."""
+        typer.echo(f"· {line}")
+
+    def progress(self, label: str) -> Callable[[int, int], None]:
+        """A step other than the layers; the bar before it is closed."""
+        self._stack.close()
+        return self._stack.enter_context(show_progress(label))
+
+    def layers(self, total: int) -> None:
+        """The layers begin."""
+        self._stack.close()
+        self._started = time.monotonic()
+        if sys.stdout.isatty():
+            self._bar = self._stack.enter_context(_layer_bar())
+            self._task = self._bar.add_task("quantising", total=total, error="")
+
+    def layer(self, done: LayerDone) -> None:
+        """One layer is finished."""
+        self._fresh += not done.resumed
+        error = f"error {done.error:.2%}, round-to-nearest {done.rtn_error:.2%}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done.index + 1, error=error)
+            self._bar.console.print(f"  layer {done.index + 1:>3} of {done.total}: {error}", highlight=False)
+            return
+        how = "resumed" if done.resumed else f"{done.seconds:.1f} s, {self._left(done)} left"
+        typer.echo(f"  layer {done.index + 1} of {done.total}: {error}; {how}")
+
+    def interrupted(self) -> None:
+        """Ctrl-C or SIGTERM."""
+        self._stack.close()
+        typer.echo(f"stopped; {RESUME_HINT}", err=True)
+
+    def finished(self, result: Quantised) -> None:
+        """The summary."""
+        self._stack.close()
+        seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
+        share = result.weight_bytes / result.base_bytes
+        check = result.check
+        lines = {
+            "checkpoint": str(result.folder),
+            "size": f"{readable_bytes(result.weight_bytes)} ({share:.0%} of {readable_bytes(result.base_bytes)})",
+            "time": seconds,
+            **check.summary(),
+        }
+        typer.echo()
+        for name, value in lines.items():
+            typer.echo(f"{name:<14}{value}")
+
+    def _left(self, done: LayerDone) -> str:
+        each = (time.monotonic() - self._started) / max(self._fresh, 1)
+        left = round(each * (done.total - done.index - 1))
+        return f"{left // 60}:{left % 60:02d}"
+
+
+class JsonListener:
+    """For machines: one JSON object per line on stdout, the result last."""
+
+    def say(self, line: str) -> None:
+        """A choice, or something to know."""
+        _emit("note", text=line)
+
+    def progress(self, label: str) -> Callable[[int, int], None]:
+        """A step; only its begin is told."""
+        _emit("step", text=label)
+        return lambda done, total: None
+
+    def layers(self, total: int) -> None:
+        """The layers begin."""
+        _emit("layers", total=total)
+
+    def layer(self, done: LayerDone) -> None:
+        """One layer is finished."""
+        _emit(
+            "layer",
+            index=done.index,
+            total=done.total,
+            seconds=round(done.seconds, 3),
+            error=done.error,
+            rtn_error=done.rtn_error,
+            resumed=done.resumed,
+        )
+
+    def interrupted(self) -> None:
+        """Ctrl-C or SIGTERM."""
+        _emit("interrupted", text=RESUME_HINT)
+
+    def finished(self, result: Quantised) -> None:
+        """The result."""
+        _emit("result", **result.to_json())
+
+
+def _emit(event: str, **facts: Any) -> None:
+    typer.echo(json.dumps({"event": event, **facts}, ensure_ascii=False))
+
+
+def _layer_bar() -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers ·"),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        transient=True,
+    )

@@ -1,0 +1,98 @@
+"""Intervals for figures measured on tokens that come in sequences.
+
+Tokens of one sequence share its topic and its context, so they are no independent draws: an interval that counts
+them one by one is too narrow. Sequences are independent, and all of one length. So the unit here is the sequence:
+
+* a mean is the mean of the sequences' means, with Student's t interval over those (n − 1 degrees of freedom). It
+  is exact for normal means at any n, and needs no seed; a bootstrap of a handful of sequences is too narrow.
+* a rate has Wilson's interval (JASA 1927) with the number of tokens divided by the design effect (Kish 1965): how
+  much more the sequences' rates scatter than independent tokens would.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval; the bounds are None where one sequence alone cannot give any."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain numbers; None where a number is not finite, which JSON cannot hold."""
+        return {
+            "value": json_number(self.value),
+            "low": json_number(self.low),
+            "high": json_number(self.high),
+        }
+
+
+def json_number(value: float | None) -> float | None:
+    """The number, or None for NaN, infinity and None."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def mean_of_sequences(values: NDArray[np.float64]) -> Estimate:
+    """Mean of [sequences, tokens] with the t interval over the sequences' means."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        means = values.mean(axis=1)  # [sequences]
+        mean, count = float(means.mean()), len(means)
+        if count < 2:
+            return Estimate(mean, None, None)
+        quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
+        half = quantile * float(means.std(ddof=1)) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def ratio_of_perplexities(nll: NDArray[np.float64], base_nll: NDArray[np.float64]) -> Estimate:
+    """exp(mean(nll − base_nll)), both [sequences, tokens] in nats: paired, the texts' own difficulty cancels."""
+    log_ratio = mean_of_sequences(nll - base_nll)
+    return Estimate(
+        *(None if x is None else _exp(x) for x in (log_ratio.value, log_ratio.low, log_ratio.high))
+    )  # type: ignore[arg-type]
+
+
+def perplexity(nll: NDArray[np.float64]) -> float:
+    """exp of the mean of nats."""
+    return _exp(float(nll.mean()))
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))
+
+
+def rate_of_sequences(hits: NDArray[np.bool_]) -> Estimate:
+    """Share of hits in [sequences, tokens] with Wilson's interval for the effective number of tokens."""
+    rate = float(hits.mean())
+    low, high = wilson(rate, hits.size / design_effect(hits))
+    return Estimate(rate, low, high)
+
+
+def design_effect(hits: NDArray[np.bool_]) -> float:
+    """Variance of the sequences' rates over that of independent tokens; at least 1."""
+    sequences, tokens = hits.shape
+    rate = float(hits.mean())
+    independent = rate * (1 - rate) / tokens
+    if sequences < 2 or independent == 0:
+        return 1.0
+    return max(1.0, float(hits.mean(axis=1).var(ddof=1)) / independent)
+
+
+def wilson(rate: float, count: float) -> tuple[float, float]:
+    """Wilson's score interval for a share ``rate`` of ``count`` draws."""
+    z2 = float(ndtri((1 + CONFIDENCE) / 2)) ** 2
+    centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (rate * (1 - rate) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,93 @@
+"""From finished layers to a checkpoint folder: whole under its own name, or not there at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenq.gptq.quantise import LAYER_PARTS
+from qwenq.models.companions import write_companions
+from qwenq.models.shards import write_shards
+from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, sha256_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.gptq.layer_store import LayerStore
+    from qwenq.models.checkpoint import Checkpoint
+    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.source import TensorInfo
+
+MANIFEST = "qwenq.json"
+
+
+def stage(
+    checkpoint: Checkpoint, store: LayerStore, layers: int, quant: QuantConfig
+) -> tuple[Path, list[str]]:
+    """Write the quantised checkpoint, without its manifest, inside the work folder.
+
+    Tensors that are not quantised keep their stored dtype, bit for bit.
+
+    Args:
+        checkpoint: the base model.
+        store: holding ``layers`` finished layers.
+        layers: how many.
+        quant: for config.json and quantize_config.json.
+
+    Returns:
+        The staging folder, and what the user has to be told.
+
+    Raises:
+        StorageError: the disk refused; finished layers are kept.
+    """
+    folder = store.folder / "checkpoint"
+    with guard_storage(folder):
+        folder.mkdir(exist_ok=True)
+    packed = store.source(layers)
+    entries = list(_entries(checkpoint, {name: packed.info(name) for name in packed.names()}))
+    of_layers = set(packed.names())
+
+    def read(name: str) -> torch.Tensor:
+        return packed.read(name) if name in of_layers else checkpoint.read(name)
+
+    write_shards(folder, entries, read)
+    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    config["quantization_config"] = quant.to_config_json()
+    atomic_write_json(folder / "config.json", config)
+    atomic_write_json(folder / "quantize_config.json", quant.to_quantize_config_json())
+    return folder, write_companions(checkpoint.folder, folder, config)
+
+
+def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
+    """Seal the staged folder with its manifest and give it its name, in one step.
+
+    Args:
+        staged: from ``stage``.
+        out: missing or an empty folder.
+        manifest: what was done; the size and sha256 of every file are added here.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in sorted(staged.iterdir())
+        if file.name != MANIFEST
+    }
+    atomic_write_json(staged / MANIFEST, {**manifest, "files": files})
+    with guard_storage(out):
+        os.replace(staged, out)  # noqa: PTH105  Path.replace refuses an empty folder on some systems
+        fsync_folder(out.parent)
+
+
+def _entries(checkpoint: Checkpoint, packed: dict[str, TensorInfo]) -> Iterable[tuple[str, TensorInfo]]:
+    """Names in the base's order; a quantised weight gives way to its packed tensors."""
+    for name in checkpoint.names():
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" in packed:
+            for part in LAYER_PARTS:
+                yield f"{module}.{part}", packed[f"{module}.{part}"]
+        else:
+            yield name, checkpoint.info(name)

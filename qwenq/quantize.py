@@ -1,0 +1,333 @@
+"""The whole of `qwenq quantize`: model and recipe in, a checked GPTQ checkpoint out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from qwenq import __version__
+from qwenq.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.calibration import CalibrationSet
+    from qwenq.evals.check import CheckResult
+    from qwenq.gptq.layer_store import LayerStore
+    from qwenq.gptq.module import Settings
+    from qwenq.gptq.quantise import LayerDone
+    from qwenq.models.blocks import BlockwiseDecoder
+    from qwenq.models.checkpoint import Checkpoint
+    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.recipe import Recipe
+
+T = TypeVar("T")
+
+
+class Listener(Protocol):
+    """Whoever shows a run to the user: a terminal, a log, a machine."""
+
+    def say(self, line: str) -> None:
+        """A choice that was made, and why; or something the user has to know."""
+
+    def progress(self, label: str) -> Callable[[int, int], None]:
+        """A step begins; the result is called with (done, total)."""
+
+    def layers(self, total: int) -> None:
+        """Quantisation begins."""
+
+    def layer(self, done: LayerDone) -> None:
+        """A layer is finished."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What was made.
+
+    Attributes:
+        folder: the checkpoint.
+        weight_bytes, base_bytes: of the weight files, after and before.
+        check: the comparison with the base, on the folder as read back from disk.
+        seconds: by phase: "calibration", "layers", "write", "check".
+        resumed_layers: taken over from an earlier run.
+    """
+
+    folder: Path
+    weight_bytes: int
+    base_bytes: int
+    check: CheckResult
+    seconds: dict[str, float]
+    resumed_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "folder": str(self.folder),
+            "weight_bytes": self.weight_bytes,
+            "base_bytes": self.base_bytes,
+            "seconds": self.seconds,
+            "resumed_layers": self.resumed_layers,
+            "check": self.check.to_json(),
+        }
+
+
+@dataclass
+class Job:
+    """One run: inputs resolved, choices made, work folder open.
+
+    Attributes:
+        quant: what config.json will say.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    out: Path
+    device: torch.device
+    decoder: BlockwiseDecoder
+    settings: Settings
+    quant: QuantConfig
+    listener: Listener
+    seconds: dict[str, float] = field(default_factory=dict)
+    resumed: int = 0
+
+
+def quantize(
+    recipe: Recipe, out: Path | None, listener: Listener, *, device: str = "auto", resume: bool = True
+) -> Quantised:
+    """Quantise, check what was written, and only then give it its name.
+
+    Args:
+        recipe: the model and all settings.
+        out: the folder to make; None: named after the model, in the current folder.
+        listener: is told every choice and every layer.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        resume: go on with an unfinished run in ``OUT.partial``.
+
+    Raises:
+        QwenqError: see qwenq/errors.py; finished layers are kept and the message says how to go on.
+    """
+    job = _prepare(recipe, out, listener, device)
+    calibration = _timed(job, "calibration", lambda: _calibration(job))
+    store = _open_store(job, calibration, resume=resume)
+    try:
+        _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
+        staged, notices = _timed(job, "write", lambda: _stage(job, store))
+        for notice in notices:
+            listener.say(notice)
+        result = _timed(job, "check", lambda: _check(job, staged, calibration))
+        return _publish(job, store, staged, calibration, result)
+    finally:
+        store.release()
+
+
+def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str) -> Job:
+    from qwenq.gptq.module import Settings
+    from qwenq.gptq.quantise import choose_group_size, input_widths
+    from qwenq.models.blocks import BlockwiseDecoder
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.precision import resolve_device, resolve_dtype
+    from qwenq.models.resolve import resolve_model
+
+    resolved = resolve_model(recipe.model)
+    checkpoint = open_checkpoint(resolved.folder)
+    for notice in (*resolved.notices, *checkpoint.notices):
+        listener.say(notice)
+    _refuse_quantised(checkpoint)
+    wanted = recipe.quantize
+    target = _target(out, recipe.model or resolved.folder.name, wanted.bits)
+    place = resolve_device(device)
+    dtype, why = resolve_dtype(wanted.dtype, place)
+    listener.say(why)
+    decoder = BlockwiseDecoder(checkpoint, place, dtype)
+    group_size, why = choose_group_size(wanted.group_size, input_widths(decoder))
+    listener.say(why)
+    settings = Settings(
+        bits=wanted.bits,
+        group_size=group_size,
+        sym=wanted.sym,
+        act_order=wanted.act_order == "static",
+        scale_search=wanted.scale_search,
+        damp=wanted.damp,
+        refine=wanted.refine,
+    )
+    quant = QuantConfig(
+        bits=settings.bits,
+        group_size=group_size,
+        sym=settings.sym,
+        static_groups=settings.act_order,
+        damp_percent=settings.damp,
+    )
+    listener.say(_describe(settings))
+    return Job(recipe, checkpoint, target, place, decoder, settings, quant, listener)
+
+
+def _describe(settings: Settings) -> str:
+    """One line on the choices that decide quality, and why they are the defaults."""
+    parts = [
+        f"Int{settings.bits}, {'symmetric' if settings.sym else 'asymmetric'}",
+        "act-order with static groups (columns stay in file order: every kernel loads it)"
+        if settings.act_order
+        else "no act-order",
+        f"scale search: {settings.scale_search}",
+        "scales and integers refined after GPTQ" if settings.refine else "no refinement",
+        f"damping {settings.damp:g}",
+    ]
+    return "; ".join(parts)
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    from qwenq.models.gptq_format import is_quantised
+
+    if is_quantised(checkpoint.config):
+        raise UsageError(
+            "this model is already quantised",
+            where=checkpoint.folder,
+            hint="name the full-precision model; `qwenq check` compares a quantised one with it",
+        )
+
+
+def _target(out: Path | None, model: str, bits: int) -> Path:
+    """The output folder, refused when it holds something already."""
+    target = (out or Path(f"{Path(model).name}-GPTQ-Int{bits}")).absolute()
+    if target.exists() and not target.is_dir():
+        raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
+    if target.is_dir() and any(target.iterdir()):
+        finished = (target / "qwenq.json").is_file()
+        raise UsageError(
+            "the output folder holds a finished checkpoint"
+            if finished
+            else "the output folder holds something else",
+            where=target,
+            hint="name a new folder with --out, or remove this one",
+        )
+    return target
+
+
+def _calibration(job: Job) -> CalibrationSet:
+    from qwenq.calibration import load_calibration
+    from qwenq.models.tokenizer import load_tokenizer
+
+    wanted = job.recipe.calibration
+    on_gpu = job.device.type == "cuda"
+    saved = Path(wanted.source).suffix == ".safetensors"  # has its own sizes
+    samples = (128 if on_gpu else 32) if wanted.samples == "auto" else wanted.samples
+    seq_len = (2048 if on_gpu else 512) if wanted.seq_len == "auto" else wanted.seq_len
+    label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
+    made = load_calibration(
+        wanted.source,
+        checkpoint=job.checkpoint,
+        tokenizer=load_tokenizer(job.checkpoint.folder),
+        samples=None if saved and wanted.samples == "auto" else samples,
+        seq_len=None if saved and wanted.seq_len == "auto" else seq_len,
+        held_out=None if saved else wanted.held_out,
+        seed=job.recipe.quantize.seed,
+        split=wanted.split,
+        column=wanted.column,
+        device=str(job.device),
+        progress=job.listener.progress(label),
+    )
+    facts = made.manifest
+    why = (
+        " (the model's own text: as good as C4 here, and it needs no network)"
+        if facts.source == "self"
+        else ""
+    )
+    job.listener.say(
+        f"calibration: {facts.samples} × {facts.seq_len} tokens from {facts.source}{why}, "
+        f"{facts.held_out} more held out for the check"
+    )
+    return made
+
+
+def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
+    from qwenq.gptq.layer_store import LayerStore
+    from qwenq.gptq.quantise import run_facts
+
+    folder = job.out.with_name(job.out.name + ".partial")
+    store = LayerStore(
+        folder, run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder), resume=resume
+    )
+    job.resumed = store.finished()
+    if job.resumed:
+        job.listener.say(
+            f"resuming: {job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
+        )
+    return store
+
+
+def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:
+    from qwenq.gptq.quantise import quantise_layers
+
+    job.listener.layers(len(job.decoder.names))
+    quantise_layers(job.decoder, calibration.tokens, job.settings, store, job.listener.layer)
+
+
+def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
+    from qwenq.gptq.publish import stage
+
+    return stage(job.checkpoint, store, len(job.decoder.names), job.quant)
+
+
+def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult:
+    """Compare what lies on the disk with the base; refuse it when it is broken."""
+    from qwenq.evals.check import check
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.gptq_format import validate_quantised
+
+    written = open_checkpoint(staged)
+    validate_quantised(written.source, job.quant)
+    result = check(
+        written,
+        job.checkpoint,
+        calibration.held_out,
+        device=job.device,
+        dtype=job.decoder.dtype,
+        progress=job.listener.progress("checking what was written"),
+    )
+    if result.broken:
+        raise VerificationError(
+            f"the quantised model is broken: {result.verdict}",
+            where=staged,
+            hint="nothing was published; try --bits 8, more calibration text, or --dtype float32",
+        )
+    return result
+
+
+def _publish(
+    job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult
+) -> Quantised:
+    from qwenq.gptq.publish import publish
+    from qwenq.gptq.quantise import module_errors
+    from qwenq.models.shards import tensor_bytes
+    from qwenq.versions import versions
+
+    manifest = {
+        "format": "qwenq-1",
+        "made_by": f"qwenq {__version__}",
+        "base": {"model": job.recipe.model, "fingerprint": job.checkpoint.fingerprint},
+        "recipe": job.recipe.model_dump(mode="json"),
+        "quantization": job.quant.to_config_json(),
+        "calibration": calibration.manifest.model_dump(mode="json"),
+        "computed_in": {"dtype": str(job.decoder.dtype).removeprefix("torch."), "device": job.device.type},
+        "versions": versions(),
+        "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
+        "modules": dict(module_errors(store, len(job.decoder.names))),
+        "check": result.to_json(),
+    }
+    weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
+    base_bytes = sum(tensor_bytes(job.checkpoint.info(name)) for name in job.checkpoint.names())
+    publish(staged, job.out, manifest)
+    store.discard()
+    return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
+
+
+def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    try:
+        return step()
+    finally:
+        job.seconds[phase] = time.perf_counter() - started

@@ -1,0 +1,170 @@
+"""Keys and values of a batch of sequences, each row with a length of its own.
+
+Row r's token p lies in slot p, whatever the other rows hold: no row is padded on the left, a token's slot is
+its position, and "may see" is one comparison (slot ≤ position). What lies behind a row's length is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one forward pass writes, and what its queries may see.
+
+    Attributes:
+        positions: int64 [batch or 1, tokens]; 1 when all rows are alike. Clamped below the capacity for the
+            padding of shorter rows.
+        start: the first slot, where it is the same in all rows and no row is padded; else None.
+        end: slots 0 … end-1 are read.
+        causal: every row starts at slot 0: query t sees keys 0 … t and no mask is needed.
+        mask: bool [batch or 1, 1, tokens, end], true where a query may look; None: causal, or one query that
+            sees everything.
+        rows, steps: int64 [written] row and step of each real token, None unless rows differ.
+    """
+
+    positions: Tensor
+    start: int | None
+    end: int
+    causal: bool
+    mask: Tensor | None
+    rows: Tensor | None = None
+    steps: Tensor | None = None
+
+
+class KVCache:
+    """Preallocated keys and values of all layers.
+
+    Args:
+        layers, batch, heads, capacity, head_dim: sizes; ``heads`` counts the key/value heads.
+        device, dtype: of the tensors.
+
+    Attributes:
+        lengths: tokens in each row.
+        alphas: NTK factor with which each row's keys were rotated (1 for all but long Qwen v1 prompts).
+        keys, values: one [batch, heads, capacity, d] per layer.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.lengths = [0] * batch
+        self.alphas = [1] * batch
+        # Zeros, because a masked NaN would still poison the sum over values.
+        shape = (batch, heads, capacity, head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row."""
+        return self.keys[0].shape[2]
+
+    def rewind(self, lengths: int | Sequence[int]) -> None:
+        """Forget what lies behind the given length of each row.
+
+        Raises:
+            UsageError: a length is negative or more than the row holds.
+        """
+        wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
+        if len(wanted) != self.batch or any(
+            not 0 <= new <= old for new, old in zip(wanted, self.lengths, strict=True)
+        ):
+            raise UsageError(f"the cache holds {self.lengths} tokens, it cannot be rewound to {wanted}")
+        self.lengths = wanted
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least ``capacity`` tokens in each row; what is there stays."""
+        if capacity <= self.capacity:
+            return
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                grown = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
+                grown[:, :, : old.shape[2]] = old
+                tensors[layer] = grown
+
+    def fork(self, batch: int, capacity: int) -> KVCache:
+        """A new cache of ``batch`` rows that all begin with the one row of this cache.
+
+        A prefix that many sequences share is encoded once and copied.
+
+        Raises:
+            UsageError: this cache has more than one row, or the prefix does not fit.
+        """
+        if self.batch != 1 or self.lengths[0] > capacity:
+            raise UsageError(
+                f"only one row that fits can be forked; this cache has {self.batch} rows of {self.lengths}"
+            )
+        heads, head_dim, length = self.keys[0].shape[1], self.keys[0].shape[3], self.lengths[0]
+        device, dtype = self.keys[0].device, self.keys[0].dtype
+        copy = KVCache(len(self.keys), batch, heads, capacity, head_dim, device, dtype)
+        copy.lengths, copy.alphas = self.lengths * batch, self.alphas * batch
+        for mine, theirs in ((self.keys, copy.keys), (self.values, copy.values)):
+            for source, target in zip(mine, theirs, strict=True):
+                target[:, :, :length] = source[:, :, :length]
+        return copy
+
+    def span(self, counts: Sequence[int]) -> Span:
+        """Plan a forward pass over ``counts[r]`` new tokens of each row r, padded on the right to the most.
+
+        Raises:
+            UsageError: a row would become longer than the capacity.
+        """
+        tokens, ends = max(counts), [old + new for old, new in zip(self.lengths, counts, strict=True)]
+        if max(ends) > self.capacity:
+            raise UsageError(
+                f"{max(ends)} tokens do not fit into a cache of {self.capacity}",
+                hint="shorten the prompt or ask for fewer new tokens",
+            )
+        device, first = self.keys[0].device, self.lengths[0]
+        from_zero = not any(self.lengths)
+        if len(set(self.lengths)) == 1 and len(set(counts)) == 1:
+            positions = torch.arange(first, first + tokens, device=device).unsqueeze(0)
+            mask = None if from_zero or tokens == 1 else _visible(positions, ends[0])
+            return Span(positions, first, ends[0], from_zero, mask)
+        starts = torch.tensor(self.lengths, device=device).unsqueeze(1)
+        steps = torch.arange(tokens, device=device).unsqueeze(0)
+        rows, kept = (steps < torch.tensor(counts, device=device).unsqueeze(1)).nonzero(as_tuple=True)
+        positions = (starts + steps).clamp_max(self.capacity - 1)  # [batch, tokens]
+        mask = None if from_zero else _visible(positions, max(ends))
+        return Span(positions, None, max(ends), from_zero, mask, rows, kept)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Put [batch, heads, tokens, d] into a layer's slots; returns that layer's slots 0 … end-1."""
+        stored_keys, stored_values = self.keys[layer], self.values[layer]
+        if span.start is not None:
+            stored_keys[:, :, span.start : span.end] = keys
+            stored_values[:, :, span.start : span.end] = values
+        else:
+            slots = span.positions[span.rows, span.steps]
+            stored_keys[span.rows, :, slots] = keys[span.rows, :, span.steps]  # [written, heads, d]
+            stored_values[span.rows, :, slots] = values[span.rows, :, span.steps]
+        return stored_keys[:, :, : span.end], stored_values[:, :, : span.end]
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count the tokens in, once all layers have written them."""
+        self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
+
+
+def _visible(positions: Tensor, end: int) -> Tensor:
+    slots = torch.arange(end, device=positions.device)
+    return (slots <= positions.unsqueeze(-1)).unsqueeze(1)  # [batch or 1, 1, tokens, end]

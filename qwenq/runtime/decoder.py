@@ -1,0 +1,158 @@
+"""A lean decoder for dense Llama, Qwen2 (Qwen v1 read as Qwen2) and Qwen3.
+
+Every block is two residual steps: attention over the cache, and the gated MLP. q, k and v are one product,
+gate and up are one, q and k are normalised and rotated together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, rms_norm, silu
+
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.runtime.attention import attend
+from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.linear import Dense, Kernel, float32_logits
+from qwenq.runtime.rope import Rope, logn_scales, rotate
+from qwenq.runtime.spec import DecoderSpec, read_spec
+from qwenq.runtime.weights import Weights
+
+
+@dataclass(frozen=True)
+class Block:
+    """Weights of one decoder block.
+
+    Attributes:
+        qkv: hidden → (heads + 2 · key/value heads) · d.
+        qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
+        gate_up: hidden → 2 · ffn.
+    """
+
+    attention_norm: Tensor
+    qkv: Kernel
+    qk_norm: Tensor | None
+    out: Kernel
+    mlp_norm: Tensor
+    gate_up: Kernel
+    down: Kernel
+
+
+class Decoder:
+    """The whole model, ready to run.
+
+    Args:
+        checkpoint: plain or GPTQ weights.
+        device: where everything lies.
+        dtype: of weights, activations and cache.
+
+    Raises:
+        UnsupportedError: something of the architecture that this decoder does not have.
+        ModelError: the weights do not fit the config.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.spec: DecoderSpec = read_spec(checkpoint.config)
+        self.device, self.dtype = device, dtype
+        weights = Weights(checkpoint, self.spec.shape, device, dtype)
+        self.rope = Rope(self.spec, device, dtype)
+        self.embedding = weights.tensor("model.embed_tokens.weight")
+        self.blocks = [_load_block(weights, self.spec, layer) for layer in range(self.spec.shape.layers)]
+        self.norm = weights.tensor("model.norm.weight")
+        self.head: Kernel = Dense(self.embedding) if checkpoint.tied else weights.linear("lm_head")
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
+        shape = self.spec.shape
+        return KVCache(
+            shape.layers, batch, shape.kv_heads, capacity, shape.head_dim, self.device, self.dtype
+        )
+
+    def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Run new tokens through all blocks and add them to the cache.
+
+        Args:
+            ids: int64 [batch, tokens]; row r holds ``counts[r]`` tokens, then anything.
+            counts: new tokens of each row; at least one.
+            cache: what came before.
+
+        Returns:
+            [batch, tokens, hidden] after the final norm; rows are meaningless behind their count.
+
+        Raises:
+            UsageError: the tokens do not fit into the cache.
+        """
+        span = cache.span(counts)
+        self._fix_alphas(counts, cache)
+        rotation = self.rope.at(span.positions, cache.alphas, cache.capacity)
+        query_scales = self._query_scales(span)
+        x = embedding(ids, self.embedding)
+        for layer, block in enumerate(self.blocks):
+            normed = rms_norm(x, x.shape[-1:], block.attention_norm, self.spec.eps)
+            x = x + self._attention(normed, block, layer, cache, span, rotation, query_scales)
+            normed = rms_norm(x, x.shape[-1:], block.mlp_norm, self.spec.eps)
+            gate, up = block.gate_up(normed).chunk(2, dim=-1)
+            x = x + block.down(silu(gate) * up)
+        cache.advance(counts)
+        return rms_norm(x, x.shape[-1:], self.norm, self.spec.eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] → float32 [..., vocabulary]."""
+        return float32_logits(self.head, hidden)
+
+    def _attention(
+        self,
+        x: Tensor,
+        block: Block,
+        layer: int,
+        cache: KVCache,
+        span: Span,
+        rotation: tuple[Tensor, Tensor],
+        query_scales: Tensor | None,
+    ) -> Tensor:
+        batch, tokens, _ = x.shape
+        shape = self.spec.shape
+        heads, shared = shape.heads, shape.kv_heads
+        qkv = block.qkv(x).view(batch, tokens, heads + 2 * shared, shape.head_dim)
+        qk, values = qkv.split([heads + shared, shared], dim=2)
+        if block.qk_norm is not None:
+            qk = rms_norm(qk, qk.shape[-1:], None, self.spec.eps) * block.qk_norm
+        queries, keys = rotate(qk, *rotation).split([heads, shared], dim=2)
+        if query_scales is not None:
+            queries = queries * query_scales
+        keys, values = cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), span)
+        mixed = attend(queries.transpose(1, 2), keys, values, span)  # [batch, heads, tokens, d]
+        return block.out(mixed.transpose(1, 2).reshape(batch, tokens, heads * shape.head_dim))
+
+    def _fix_alphas(self, counts: Sequence[int], cache: KVCache) -> None:
+        """v1 chooses a row's NTK factor by its prompt, and keeps it for all that follows."""
+        fresh = zip(cache.lengths, counts, cache.alphas, strict=True)
+        cache.alphas = [alpha if length else self.rope.alpha(count) for length, count, alpha in fresh]
+
+    def _query_scales(self, span: Span) -> Tensor | None:
+        """v1's logn factors [batch or 1, tokens, 1, 1], None where all are 1."""
+        context = self.spec.long_context
+        if context is None or not context.logn or span.end <= context.seq_length:
+            return None
+        return logn_scales(span.positions, context.seq_length).to(self.dtype)[..., None, None]
+
+
+def _load_block(weights: Weights, spec: DecoderSpec, layer: int) -> Block:
+    prefix = f"model.layers.{layer}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    qk_norm = None
+    if spec.shape.qk_norm:
+        q, k = weights.tensor(f"{attention}.q_norm.weight"), weights.tensor(f"{attention}.k_norm.weight")
+        qk_norm = torch.cat([q.expand(spec.shape.heads, -1), k.expand(spec.shape.kv_heads, -1)])
+    return Block(
+        attention_norm=weights.tensor(f"{prefix}.input_layernorm.weight"),
+        qkv=weights.linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+        qk_norm=qk_norm,
+        out=weights.linear(f"{attention}.o_proj"),
+        mlp_norm=weights.tensor(f"{prefix}.post_attention_layernorm.weight"),
+        gate_up=weights.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
+        down=weights.linear(f"{mlp}.down_proj"),
+    )

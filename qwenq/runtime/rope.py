@@ -1,0 +1,124 @@
+"""Rotary position embedding: tables of cosines and sines, and the rotation.
+
+Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Scaled variants take their frequencies
+from transformers; Qwen v1's dynamic NTK, which transformers does not know, is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import UsageError
+from qwenq.runtime.spec import DecoderSpec
+
+
+def ntk_alpha(tokens: int, seq_length: int) -> int:
+    """Qwen v1's factor for a prompt of ``tokens``: 1 up to ``seq_length``, 3 up to twice that, then 7, 15, …
+
+    v1's ``get_ntk_alpha``: ``max(2 ** ceil(log2(L / s) + 1) - 1, 1)``. It counts once, at prefill, and holds
+    for every token that is generated after it.
+    """
+    if tokens <= seq_length:
+        return 1
+    return int(max(2 ** math.ceil(math.log2(tokens / seq_length) + 1) - 1, 1))
+
+
+def logn_scales(positions: Tensor, seq_length: int) -> Tensor:
+    """Qwen v1's factor for the query at each position: ``log_s(p + 1)`` where p + 1 > s, else 1. Float32."""
+    return (torch.log(positions.float() + 1) / math.log(seq_length)).clamp_min(1.0)
+
+
+def inverse_frequencies(spec: DecoderSpec, alpha: int = 1) -> tuple[Tensor, float]:
+    """Float32 [d / 2] on the CPU, and the factor for cosines and sines (1 except for YaRN)."""
+    if spec.rope_scaling is not None:
+        return _scaled_frequencies(spec)
+    d = spec.shape.head_dim
+    base = spec.rope_theta * alpha ** (d / (d - 2)) if alpha > 1 else spec.rope_theta
+    return 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.float32) / d), 1.0
+
+
+def _scaled_frequencies(spec: DecoderSpec) -> tuple[Tensor, float]:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    settings = {key: value for key, value in spec.config.items() if key != "quantization_config"}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    # `dynamic` at its trained length is the plain rotation; `Rope` refuses what lies beyond.
+    frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
+    return frequencies.float(), float(factor)
+
+
+class Rope:
+    """Cosines and sines of every position, in one table per NTK factor (one table in all but Qwen v1).
+
+    Args:
+        spec: the model.
+        device: where the tables lie.
+        dtype: of the activations; the tables have it too, except Qwen v1's, which stay float32.
+    """
+
+    def __init__(self, spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self._spec, self._device = spec, device
+        self._dtype = torch.float32 if spec.keeps_rope_in_float32 else dtype
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def alpha(self, tokens: int) -> int:
+        """The NTK factor of a prompt of that many tokens; 1 for all but long prompts of Qwen v1."""
+        context = self._spec.long_context
+        return ntk_alpha(tokens, context.seq_length) if context is not None and context.dynamic_ntk else 1
+
+    def at(self, positions: Tensor, alphas: Sequence[int], capacity: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines for `rotate`.
+
+        Args:
+            positions: int64 [batch or 1, tokens], below ``capacity``.
+            alphas: NTK factor of each row.
+            capacity: positions that the tables have to hold.
+
+        Returns:
+            Two of [batch or 1, tokens, 1, d]: the 1 stands for the heads.
+        """
+        if len(set(alphas)) == 1:
+            cos, sin = (table[positions] for table in self._table(alphas[0], capacity))
+        else:
+            pairs = [self._table(alpha, capacity) for alpha in alphas]
+            rows = positions.expand(len(alphas), -1)
+            cos = torch.stack([pair[0][row] for pair, row in zip(pairs, rows, strict=True)])
+            sin = torch.stack([pair[1][row] for pair, row in zip(pairs, rows, strict=True)])
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def _table(self, alpha: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """[positions, d] each, with at least ``capacity`` positions; made longer by doubling."""
+        found = self._tables.get(alpha)
+        if found is not None and found[0].shape[0] >= capacity:
+            return found
+        length = max(capacity, 2 * found[0].shape[0] if found is not None else 1024)
+        self._refuse_beyond_dynamic(capacity)
+        frequencies, factor = inverse_frequencies(self._spec, alpha)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # [positions, d / 2]
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        # The sign of the rotation's off-diagonal lies in the table, so that `rotate` needs no negation.
+        halves = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        self._tables[alpha] = tuple(half.to(self._device, self._dtype) for half in halves)  # type: ignore[assignment]
+        return self._tables[alpha]
+
+    def _refuse_beyond_dynamic(self, capacity: int) -> None:
+        """transformers' dynamic scaling changes with every token beyond the trained length; that is not here."""
+        scaling, limit = self._spec.rope_scaling, self._spec.shape.context
+        kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
+        if kind == "dynamic" and limit is not None and capacity > limit:
+            raise UsageError(
+                f"{capacity} tokens are more than the {limit} of this model; its dynamic rope scaling "
+                "beyond them is not supported by this engine",
+                hint="shorten the prompt, or use --engine transformers",
+            )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [batch, tokens, heads, d] by its positions; the arithmetic is in the wider of both dtypes."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (a, b) → (b, a); the table holds (-sin, sin)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

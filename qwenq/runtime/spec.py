@@ -1,0 +1,129 @@
+"""What the lean decoder has to know of a config.json, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import ModelError, UnsupportedError
+from qwenq.models.qwen_v1 import V1_KEY
+from qwenq.models.shapes import ModelShape
+
+_USE_TRANSFORMERS = "use --engine transformers"
+
+
+@dataclass(frozen=True)
+class LongContext:
+    """How Qwen v1 goes beyond the length that it was trained on.
+
+    Attributes:
+        seq_length: tokens up to which the model is a plain Qwen2.
+        dynamic_ntk: stretch the rotary base by the prompt's length.
+        logn: scale queries by ``log(position + 1) / log(seq_length)`` beyond ``seq_length``.
+    """
+
+    seq_length: int
+    dynamic_ntk: bool
+    logn: bool
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Sizes and constants of a dense Llama, Qwen2 or Qwen3 decoder.
+
+    Attributes:
+        shape: all sizes.
+        eps: of every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: transformers' rope parameters where they are not the default, else None.
+        long_context: Qwen v1's own way beyond ``seq_length``; None for all newer models.
+        real_vocab: ids from here on pad the embedding and are never sampled.
+        config: the whole config.json.
+    """
+
+    shape: ModelShape
+    eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    long_context: LongContext | None
+    real_vocab: int
+    config: dict[str, Any]
+
+    @property
+    def keeps_rope_in_float32(self) -> bool:
+        """v1 rotates in float32, newer models in the dtype of the activations."""
+        return V1_KEY in self.config
+
+
+def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
+    """The spec of a config.json in Llama's, Qwen2's or Qwen3's words.
+
+    Raises:
+        UnsupportedError: an activation, a rope scaling or a sliding window that the decoder does not have.
+        ModelError: a size is missing or contradicts another one.
+    """
+    config = dict(config)
+    shape = ModelShape.from_config(config)
+    if (activation := config.get("hidden_act", "silu")) != "silu":
+        raise UnsupportedError(f"the activation {activation!r} is not supported here", hint=_USE_TRANSFORMERS)
+    _refuse_sliding_window(config, shape.layers)
+    theta, scaling = _rope(config)
+    real = config.get(V1_KEY, {}).get("real_vocab", shape.vocab)
+    return DecoderSpec(
+        shape=shape,
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        long_context=long_context_of(config),
+        real_vocab=min(int(real), shape.vocab),
+        config=config,
+    )
+
+
+def long_context_of(config: Mapping[str, Any]) -> LongContext | None:
+    """Qwen v1's long-context flags, as the Qwen2 view of its config keeps them.
+
+    Raises:
+        ModelError: the flags are there but incomplete.
+    """
+    flags = config.get(V1_KEY)
+    if flags is None:
+        return None
+    try:
+        return LongContext(
+            seq_length=int(flags["seq_length"]),
+            dynamic_ntk=bool(flags["use_dynamic_ntk"]),
+            logn=bool(flags["use_logn_attn"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{V1_KEY} in config.json is not as `qwenq convert` writes it: {error}",
+            where=Path("config.json"),
+            hint="convert the Qwen v1 model again",
+        ) from error
+
+
+def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
+    """Qwen2 and Qwen3 configs name a window that almost none of them uses."""
+    explicit = config.get("layer_types")
+    if explicit is not None:
+        slides = any(kind != "full_attention" for kind in explicit)
+    else:
+        first = config.get("max_window_layers", 28)  # transformers' default
+        slides = bool(config.get("use_sliding_window", False)) and first < layers
+    if slides and config.get("sliding_window", 4096) is not None:
+        raise UnsupportedError("sliding-window attention is not supported here", hint=_USE_TRANSFORMERS)
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base, and transformers' rope parameters where they scale; both spellings of config.json are read."""
+    parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(parameters.get("rope_theta", config.get("rope_theta") or 10_000.0))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "dynamic", "yarn", "llama3"):
+        raise UnsupportedError(f"rope scaling {kind!r} is not supported here", hint=_USE_TRANSFORMERS)
+    return theta, parameters

@@ -1,0 +1,19 @@
+"""Versions of what decides a result, for manifests and reports."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = ("qwenq", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Package name → version, Python included; packages that are absent are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
