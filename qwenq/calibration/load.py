@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -58,7 +58,8 @@ def load_calibration(
             (.safetensors), or a hub dataset ``owner/name[:config]``. An existing file wins over a hub id.
         checkpoint: the unquantised model; its vocabulary bounds the tokens.
         tokenizer: that model's tokenizer.
-        samples, seq_len, held_out: None: 32, 512, 8. A saved set has its own; a different number is an error.
+        samples, seq_len, held_out: None: 32, 512 (less where the model takes less), 8. A saved set has its
+            own; a different number is an error.
         seed: which documents, or which text.
         split, column: of a hub dataset or a table; None: ``train``, and the first of text, messages,
             conversations.
@@ -74,7 +75,7 @@ def load_calibration(
     wanted = Wanted(
         samples=DEFAULT_SAMPLES if samples is None else samples,
         held_out=DEFAULT_HELD_OUT if held_out is None else held_out,
-        seq_len=DEFAULT_SEQ_LEN if seq_len is None else seq_len,
+        seq_len=_default_seq_len(checkpoint) if seq_len is None else seq_len,
     )
     _require_sizes(wanted, checkpoint)
     if spec == "self":
@@ -83,6 +84,10 @@ def load_calibration(
         return _self_written(checkpoint, tokenizer, wanted, seed, device, progress)
     documents = _open(spec, split, column)
     return _from_documents(spec, documents, checkpoint, tokenizer, wanted, seed, progress)
+
+
+def _default_seq_len(checkpoint: Checkpoint) -> int:
+    return min(DEFAULT_SEQ_LEN, int(checkpoint.config.get("max_position_embeddings", DEFAULT_SEQ_LEN)))
 
 
 def _open(spec: str, split: str | None, column: str | None) -> Iterator[Document]:
@@ -122,7 +127,7 @@ def _from_documents(
         check_vocabulary(tokens, int(checkpoint.config["vocab_size"]), spec)
     manifest = CalibrationManifest(
         source=spec,
-        template="plain" if isinstance(pool.documents[0].content, str) else "chat",
+        template=_template(pool.documents),
         seed=seed,
         **asdict(wanted),
         held_out_from=packed.held_out_from,
@@ -133,6 +138,11 @@ def _from_documents(
         tokens=fingerprint_tokens(packed.tokens, packed.held_out),
     )
     return CalibrationSet(packed.tokens, packed.held_out, manifest)
+
+
+def _template(documents: list[Document]) -> Literal["plain", "chat", "mixed"]:
+    texts = sum(isinstance(document.content, str) for document in documents)
+    return "plain" if texts == len(documents) else "chat" if texts == 0 else "mixed"
 
 
 def _tokenise(document: Document, tokenizer: Tokenizer) -> list[int]:

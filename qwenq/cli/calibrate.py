@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from qwenq.calibration import CalibrationSet
 
 _PREVIEW = 80
+_TEMPLATES = {
+    "plain": "",
+    "chat": " (chat template applied)",
+    "mixed": " (chat template applied to its conversations)",
+    "self": " (text that the model wrote)",
+}
 
 
 @app.command()
@@ -109,7 +115,7 @@ def _is_there_already(made: CalibrationSet, out: Path) -> bool:
 def _describe(made: CalibrationSet, out: Path, preview: str, kept: bool) -> str:
     facts = made.manifest
     lines = {
-        "source": facts.source if facts.template != "chat" else f"{facts.source} (chat template applied)",
+        "source": f"{facts.source}{_TEMPLATES[facts.template]}",
         "sequences": f"{facts.samples} × {facts.seq_len} tokens = {made.tokens.numel():,}",
         "held out": f"{facts.held_out} × {facts.seq_len}, from {facts.held_out_from}",
         "documents": f"{facts.documents:,} used of {facts.documents_read:,} read{_where_it_stopped(made)}"

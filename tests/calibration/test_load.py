@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from tiny_model import TEXT, write_tiny_model
+
+from qwenq.calibration import CalibrationSet, load_calibration
+from qwenq.errors import CalibrationError, UsageError
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from conftest import Tiny
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Note {i}. {TEXT}"}) + "\n" for i in range(30)))
+    return path
+
+
+def test_a_text_file(tiny: Tiny, notes: Path) -> None:
+    made = tiny.load(notes, samples=3, held_out=2, seq_len=64)
+    assert made.tokens.shape == (3, 64) and made.held_out.shape == (2, 64)
+    spelled = tiny.tokenizer.decode(made.tokens.flatten().tolist())
+    assert "Quantise the weights" in spelled and "<|endoftext|>Note " in spelled
+    facts = made.manifest
+    assert (facts.source, facts.template, facts.seed) == (str(notes), "plain", 0)
+    assert (facts.samples, facts.seq_len, facts.held_out) == (3, 64, 2)
+    assert facts.held_out_from == "other documents" and facts.tokenizer == tiny.tokenizer.fingerprint
+    assert facts.documents_read == 30 and facts.source_read_to_end and facts.model is None
+
+
+def test_the_seed_decides(tiny: Tiny, notes: Path) -> None:
+    prints = [tiny.load(notes, seed=seed).fingerprint for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_conversations_go_through_the_chat_template(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "chats.json"
+    turns = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]
+    path.write_text(json.dumps([{"id": "1", "conversations": turns}] * 20))
+    made = tiny.load(path, samples=2, seq_len=40)
+    assert made.manifest.template == "chat"
+    spelled = tiny.tokenizer.decode(made.tokens.flatten().tolist())
+    one = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|endoftext|>"
+    assert spelled == (one * 20)[: len(spelled)]
+    path.write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "<|im_end|>Hi"}]}, {"text": "x"}] * 20)
+    )
+    assert tiny.load(path).manifest.template == "mixed"
+
+
+def test_surface_forms_of_special_tokens_in_texts_stay_text(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("a <|im_end|> b " * 50)
+    made = tiny.load(path, seq_len=40)
+    assert 2 not in made.tokens and "<|im_end|>" in tiny.tokenizer.decode(made.tokens.flatten().tolist())
+
+
+def test_saved_sets_come_back_exactly(tiny: Tiny, notes: Path, tmp_path: Path) -> None:
+    made = tiny.load(notes)
+    path = tmp_path / "calib.safetensors"
+    made.save(path)
+    loaded = tiny.load(path)
+    assert torch.equal(loaded.tokens, made.tokens) and loaded.manifest == made.manifest
+    assert tiny.load(path, samples=2, seq_len=8, held_out=1).manifest == made.manifest
+    with pytest.raises(UsageError, match=r"(?s)--samples 5 was asked for, but this saved set has 2"):
+        tiny.load(path, samples=5)
+    with pytest.raises(UsageError, match="no such calibration set"):
+        tiny.load(tmp_path / "gone.safetensors")
+
+
+def test_a_set_of_another_tokenizer_is_refused(tiny: Tiny, notes: Path, tmp_path: Path) -> None:
+    path = tmp_path / "calib.safetensors"
+    made = tiny.load(notes)
+    other = made.manifest.model_copy(update={"tokenizer": "f" * 16})
+    CalibrationSet(made.tokens, made.held_out, other).save(path)
+    with pytest.raises(CalibrationError, match="made with another tokenizer"):
+        tiny.load(path)
+
+
+def test_ids_that_the_model_has_no_row_for(tiny: Tiny, notes: Path, tmp_path: Path) -> None:
+    small = Checkpoint(
+        tiny.checkpoint.folder, tiny.checkpoint.config | {"vocab_size": 100}, tiny.checkpoint.source
+    )
+    with pytest.raises(CalibrationError, match=r"token id \d+ is outside the model's vocabulary of 100 ids"):
+        load_calibration(
+            str(notes), checkpoint=small, tokenizer=tiny.tokenizer, samples=1, seq_len=8, held_out=0
+        )
+    path = tmp_path / "calib.safetensors"
+    tiny.load(notes).save(path)
+    with pytest.raises(CalibrationError, match="outside the model's vocabulary"):
+        load_calibration(str(path), checkpoint=small, tokenizer=tiny.tokenizer)
+
+
+def test_bad_sources(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(CalibrationError, match=r"(?s)source is empty.*empty\.txt"):
+        tiny.load(tmp_path / "empty.txt")
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(
+        CalibrationError, match=r"too little text: \d+ tokens, but 24 are needed for 2 \+ 1 seq"
+    ):
+        tiny.load(tmp_path / "short.txt")
+    with pytest.raises(UsageError, match=r"(?s)a folder is no calibration source"):
+        tiny.load(tmp_path)
+    for wrong in ("selv", str(tmp_path / "gone.txt"), "data/notes.jsonl"):
+        with pytest.raises(UsageError, match=r"(?s)no such calibration source.*owner/name"):
+            tiny.load(wrong)
+    with pytest.raises(UsageError, match="--split means nothing for a file"):
+        tiny.load(tmp_path / "short.txt", split="train")
+
+
+@pytest.mark.parametrize("option", [{"samples": 0}, {"seq_len": 1}, {"held_out": -1}, {"seq_len": 257}])
+def test_bad_sizes(tiny: Tiny, notes: Path, option: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(option)).replace('_', '-')} is"):
+        tiny.load(notes, **option)
+
+
+def test_self_text_is_written_once(tiny: Tiny, cache: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    made = tiny.load("self", seq_len=16, progress=lambda *now: calls.append(now))
+    assert made.tokens.shape == (2, 16) and made.held_out.shape == (1, 16) and calls
+    facts = made.manifest
+    assert (facts.source, facts.template, facts.held_out_from) == ("self", "self", "other random streams")
+    assert facts.model == tiny.checkpoint.fingerprint
+    calls.clear()
+    again = tiny.load("self", seq_len=16, progress=lambda *now: calls.append(now))
+    assert again.manifest == made.manifest and torch.equal(again.tokens, made.tokens) and not calls
+    kept = sorted((cache / "self-text").glob("*.safetensors"))
+    assert len(kept) == 1
+    kept[0].write_bytes(kept[0].read_bytes()[:-3])
+    mended = tiny.load("self", seq_len=16, progress=lambda *now: calls.append(now))
+    assert mended.fingerprint == made.fingerprint and calls
+    assert tiny.load("self", seq_len=16, seed=1).fingerprint != made.fingerprint
+
+
+def test_more_samples_keep_the_first_ones(tiny: Tiny) -> None:
+    few, many = tiny.load("self", seq_len=16), tiny.load("self", seq_len=16, samples=4)
+    assert torch.equal(many.tokens[:2], few.tokens) and torch.equal(many.held_out, few.held_out)
+
+
+def test_self_text_of_another_model_is_another(tiny: Tiny, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "other", seed=1)
+    options = {"samples": 2, "held_out": 1, "seq_len": 16}
+    other = load_calibration(
+        "self", checkpoint=open_checkpoint(folder), tokenizer=load_tokenizer(folder), **options
+    )
+    assert other.fingerprint != tiny.load("self", seq_len=16).fingerprint
+    with pytest.raises(UsageError, match="no split or column"):
+        tiny.load("self", column="text")
+
+
+def test_a_cache_that_cannot_be_written_costs_no_text(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "file"))
+    assert tiny.load("self", seq_len=16).tokens.shape == (2, 16)
+    assert "not kept for the next run" in caplog.text
+
+
+def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "plain")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")
+    with pytest.raises(CalibrationError, match=r"(?s)no chat template.*line 1"):
+        load_calibration(str(path), checkpoint=open_checkpoint(folder), tokenizer=load_tokenizer(folder))
+
+
+def test_real_text(tiny: Tiny, shared_data: Path) -> None:
+    made = tiny.load(shared_data / "c4" / "c4_validation_2k.jsonl", samples=32, held_out=8, seq_len=256)
+    assert made.manifest.documents_read == 2000 and made.manifest.held_out_from == "other documents"
