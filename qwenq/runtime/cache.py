@@ -20,8 +20,8 @@ class Span:
     """Where one forward pass writes, and what its queries may see.
 
     Attributes:
-        positions: int64 [batch or 1, tokens]; 1 when all rows are alike. Clamped below the capacity for the
-            padding of shorter rows.
+        positions: int64 [batch or 1, tokens]; 1 when all rows are alike. The padding of shorter rows is
+            clamped below ``end``.
         start: the first slot, where it is the same in all rows and no row is padded; else None.
         end: slots 0 … end-1 are read.
         causal: every row starts at slot 0: query t sees keys 0 … t and no mask is needed.
@@ -144,7 +144,7 @@ class KVCache:
         starts = torch.tensor(self.lengths, device=device).unsqueeze(1)
         steps = torch.arange(tokens, device=device).unsqueeze(0)
         rows, kept = (steps < torch.tensor(counts, device=device).unsqueeze(1)).nonzero(as_tuple=True)
-        positions = (starts + steps).clamp_max(self.capacity - 1)  # [batch, tokens]
+        positions = (starts + steps).clamp_max(max(ends) - 1)  # [batch, tokens]
         mask = None if from_zero else _visible(positions, max(ends))
         return Span(positions, None, max(ends), from_zero, mask, rows, kept)
 

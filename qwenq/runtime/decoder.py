@@ -67,9 +67,7 @@ class Decoder:
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
         shape = self.spec.shape
-        return KVCache(
-            shape.layers, batch, shape.kv_heads, capacity, shape.head_dim, self.device, self.dtype
-        )
+        return KVCache(shape.layers, batch, shape.kv_heads, capacity, shape.head_dim, self.device, self.dtype)
 
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run new tokens through all blocks and add them to the cache.
@@ -87,7 +85,7 @@ class Decoder:
         """
         span = cache.span(counts)
         self._fix_alphas(counts, cache)
-        rotation = self.rope.at(span.positions, cache.alphas, cache.capacity)
+        rotation = self.rope.at(span.positions, cache.alphas, span.end)
         query_scales = self._query_scales(span)
         x = embedding(ids, self.embedding)
         for layer, block in enumerate(self.blocks):
@@ -117,10 +115,11 @@ class Decoder:
         shape = self.spec.shape
         heads, shared = shape.heads, shape.kv_heads
         qkv = block.qkv(x).view(batch, tokens, heads + 2 * shared, shape.head_dim)
-        qk, values = qkv.split([heads + shared, shared], dim=2)
+        qk, values = qkv[:, :, : heads + shared], qkv[:, :, heads + shared :]
         if block.qk_norm is not None:
             qk = rms_norm(qk, qk.shape[-1:], None, self.spec.eps) * block.qk_norm
-        queries, keys = rotate(qk, *rotation).split([heads, shared], dim=2)
+        rotated = rotate(qk, *rotation)
+        queries, keys = rotated[:, :, :heads], rotated[:, :, heads:]
         if query_scales is not None:
             queries = queries * query_scales
         keys, values = cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), span)

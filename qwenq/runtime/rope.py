@@ -48,7 +48,9 @@ def _scaled_frequencies(spec: DecoderSpec) -> tuple[Tensor, float]:
     settings = {key: value for key, value in spec.config.items() if key != "quantization_config"}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     # `dynamic` at its trained length is the plain rotation; `Rope` refuses what lies beyond.
-    frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
+        config, torch.device("cpu")
+    )
     return frequencies.float(), float(factor)
 
 
@@ -71,33 +73,33 @@ class Rope:
         context = self._spec.long_context
         return ntk_alpha(tokens, context.seq_length) if context is not None and context.dynamic_ntk else 1
 
-    def at(self, positions: Tensor, alphas: Sequence[int], capacity: int) -> tuple[Tensor, Tensor]:
+    def at(self, positions: Tensor, alphas: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines for `rotate`.
 
         Args:
-            positions: int64 [batch or 1, tokens], below ``capacity``.
+            positions: int64 [batch or 1, tokens], all below ``end``.
             alphas: NTK factor of each row.
-            capacity: positions that the tables have to hold.
+            end: number of positions that the tables have to hold.
 
         Returns:
             Two of [batch or 1, tokens, 1, d]: the 1 stands for the heads.
         """
         if len(set(alphas)) == 1:
-            cos, sin = (table[positions] for table in self._table(alphas[0], capacity))
+            cos, sin = (table[positions] for table in self._table(alphas[0], end))
         else:
-            pairs = [self._table(alpha, capacity) for alpha in alphas]
+            pairs = [self._table(alpha, end) for alpha in alphas]
             rows = positions.expand(len(alphas), -1)
             cos = torch.stack([pair[0][row] for pair, row in zip(pairs, rows, strict=True)])
             sin = torch.stack([pair[1][row] for pair, row in zip(pairs, rows, strict=True)])
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
-    def _table(self, alpha: int, capacity: int) -> tuple[Tensor, Tensor]:
-        """[positions, d] each, with at least ``capacity`` positions; made longer by doubling."""
+    def _table(self, alpha: int, end: int) -> tuple[Tensor, Tensor]:
+        """[positions, d] each, with at least ``end`` positions; made longer by doubling."""
+        self._refuse_beyond_dynamic(end)
         found = self._tables.get(alpha)
-        if found is not None and found[0].shape[0] >= capacity:
+        if found is not None and found[0].shape[0] >= end:
             return found
-        length = max(capacity, 2 * found[0].shape[0] if found is not None else 1024)
-        self._refuse_beyond_dynamic(capacity)
+        length = max(end, 2 * found[0].shape[0] if found is not None else 1024)
         frequencies, factor = inverse_frequencies(self._spec, alpha)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # [positions, d / 2]
         cos, sin = angles.cos() * factor, angles.sin() * factor
@@ -106,13 +108,13 @@ class Rope:
         self._tables[alpha] = tuple(half.to(self._device, self._dtype) for half in halves)  # type: ignore[assignment]
         return self._tables[alpha]
 
-    def _refuse_beyond_dynamic(self, capacity: int) -> None:
-        """transformers' dynamic scaling changes with every token beyond the trained length; that is not here."""
+    def _refuse_beyond_dynamic(self, end: int) -> None:
+        """Beyond the trained length transformers changes dynamic scaling with every token; that is not here."""
         scaling, limit = self._spec.rope_scaling, self._spec.shape.context
         kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
-        if kind == "dynamic" and limit is not None and capacity > limit:
+        if kind == "dynamic" and limit is not None and end > limit:
             raise UsageError(
-                f"{capacity} tokens are more than the {limit} of this model; its dynamic rope scaling "
+                f"{end} tokens are more than the {limit} of this model; its dynamic rope scaling "
                 "beyond them is not supported by this engine",
                 hint="shorten the prompt, or use --engine transformers",
             )

@@ -1,0 +1,280 @@
+"""One protocol for everything that runs a model, and the door to the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import UsageError
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.precision import compute_dtype
+from qwenq.runtime.cache import KVCache
+from qwenq.runtime.generation import Generated, OnToken, generate, padded
+from qwenq.runtime.sampling import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from qwenq.runtime.decoder import Decoder
+
+EngineName = Literal["fast", "transformers"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Engine(Protocol):
+    """Runs a model over a cache. Every method works on a batch whose rows may differ in length.
+
+    Attributes:
+        name: ``fast`` or ``transformers``.
+        implementation: what exactly runs, for the row of a table.
+        device, dtype: where and in what.
+        vocab_size: columns of the logits.
+        real_vocab: ids from here on are padding and are never sampled.
+        context: tokens that the model was made for; None where the config says nothing.
+    """
+
+    name: str
+    implementation: str
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    real_vocab: int
+    context: int | None
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
+        ...
+
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Add ``prompts[r]`` to row r of the cache; float32 [batch, vocabulary] after each row's last token.
+
+        Raises:
+            UsageError: a prompt is empty, holds an id that is not in the vocabulary, or does not fit.
+        """
+        ...
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Add one token to each row, int64 [batch]; float32 [batch, vocabulary] after it."""
+        ...
+
+    def logits(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> list[Tensor]:
+        """Float32 [len(prompts[r]), vocabulary] after *every* token of each row; fills the cache if given."""
+        ...
+
+    def prompt_alpha(self, tokens: int) -> int:
+        """Qwen v1's NTK factor for a prompt of that length (see ``rope``); 1 everywhere else.
+
+        A cache whose ``alphas`` differ from it cannot stand for the beginning of such a prompt.
+        """
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] = (),
+        exact_tokens: bool = False,
+        cache: KVCache | None = None,
+        on_token: OnToken | None = None,
+    ) -> Generated:
+        """Answer each prompt.
+
+        Args:
+            prompts: ids of each row; with a cache, what follows there.
+            max_new_tokens: at most so many per row.
+            sampling: how tokens are chosen.
+            stop_ids: each ends its row, and is not part of the answer.
+            exact_tokens: give every row exactly ``max_new_tokens``: stop ids count as any other.
+            cache: goes on from there; None: an empty one, of the size that is needed.
+            on_token: called with (row, id) as tokens come.
+
+        Raises:
+            UsageError: as `prefill`, or no token was asked for.
+        """
+        ...
+
+
+class CachedEngine:
+    """What the engines share; one has to say how tokens become hidden states, and those become logits."""
+
+    name: str
+    implementation: str
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    real_vocab: int
+    context: int | None
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache."""
+        raise NotImplementedError
+
+    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Int64 [batch, tokens] → [batch, tokens, hidden]; adds ``counts[r]`` tokens to each row r."""
+        raise NotImplementedError
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] → float32 [..., vocabulary]."""
+        raise NotImplementedError
+
+    def prompt_alpha(self, tokens: int) -> int:
+        """1: only the fast engine has Qwen v1's dynamic NTK."""
+        del tokens
+        return 1
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Float32 [batch, vocabulary] after each row's last token."""
+        hidden = self._prompt_hidden(prompts, cache)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        return self._head(hidden[torch.arange(len(prompts), device=self.device), last])
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Float32 [batch, vocabulary] after one more token in each row."""
+        hidden = self._hidden(tokens.unsqueeze(1), [1] * len(tokens), cache)
+        return self._head(hidden[:, 0])
+
+    @torch.inference_mode()
+    def logits(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> list[Tensor]:
+        """Float32 [len(prompts[r]), vocabulary] after every token of each row."""
+        cache = cache or self.new_cache(len(prompts), max(map(len, prompts), default=1))
+        hidden = self._prompt_hidden(prompts, cache)
+        return [self._head(row[: len(prompt)]) for row, prompt in zip(hidden, prompts, strict=True)]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        stop_ids: Collection[int] = (),
+        exact_tokens: bool = False,
+        cache: KVCache | None = None,
+        on_token: OnToken | None = None,
+    ) -> Generated:
+        """Answer each prompt; see `Engine.generate`."""
+        return generate(self, prompts, max_new_tokens, sampling, stop_ids, exact_tokens, cache, on_token)
+
+    def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        self._check(prompts, cache)
+        return self._hidden(padded(prompts, self.device), [len(prompt) for prompt in prompts], cache)
+
+    def _check(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> None:
+        if len(prompts) != cache.batch:
+            raise UsageError(f"{len(prompts)} prompts do not fit a cache of {cache.batch} rows")
+        for row, prompt in enumerate(prompts):
+            if not prompt:
+                raise UsageError("an empty prompt: there is nothing to go on from", where=f"prompt {row}")
+            if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
+                raise UsageError(
+                    f"ids run from {min(prompt)} to {max(prompt)}, the model knows 0 … {self.vocab_size - 1}",
+                    where=f"prompt {row}",
+                    hint="the tokenizer belongs to another model",
+                )
+
+
+class FastEngine(CachedEngine):
+    """The lean decoder."""
+
+    name = "fast"
+
+    def __init__(self, decoder: Decoder, real_vocab: int | None = None) -> None:
+        self.decoder = decoder
+        self.implementation = f"qwenq fast ({decoder.blocks[0].qkv.name}, torch {torch.__version__})"
+        self.device, self.dtype = decoder.device, decoder.dtype
+        self.vocab_size, self.context = decoder.spec.shape.vocab, decoder.spec.shape.context
+        self.real_vocab = min(decoder.spec.real_vocab, real_vocab or decoder.spec.real_vocab)
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache."""
+        return self.decoder.new_cache(batch, capacity)
+
+    def prompt_alpha(self, tokens: int) -> int:
+        """Qwen v1's NTK factor for a prompt of that length."""
+        return self.decoder.rope.alpha(tokens)
+
+    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        return self.decoder.forward(ids, counts, cache)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.decoder.logits(hidden)
+
+
+def load(
+    model: Path | Checkpoint,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    engine: str = "fast",
+    real_vocab: int | None = None,
+) -> Engine:
+    """Load a model folder, full precision or GPTQ, Qwen v1 or newer, to run it.
+
+    Args:
+        model: a model folder, or an open checkpoint.
+        device: ``auto`` (a CUDA GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: ``auto`` (bfloat16 where the device has it, see ``compute_dtype``), or a name in DTYPES.
+        engine: ``fast`` (the lean decoder) or ``transformers``.
+        real_vocab: never sample ids from here on; None: as the config says.
+
+    Raises:
+        UsageError: a device, dtype or engine that does not exist here.
+        ModelError: the folder cannot be read, or its weights do not fit its config.
+        UnsupportedError: the engine cannot run this architecture.
+    """
+    if engine not in ("fast", "transformers"):
+        raise UsageError(f"there is no engine {engine!r}", where="--engine", hint="use fast or transformers")
+    place = find_device(device)
+    number = find_dtype(dtype, place)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    if engine == "transformers":
+        from qwenq.runtime.transformers_engine import TransformersEngine
+
+        return TransformersEngine(checkpoint, place, number, real_vocab)
+    from qwenq.runtime.decoder import Decoder
+
+    return FastEngine(Decoder(checkpoint, place, number), real_vocab)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, once it is sure to be there.
+
+    Raises:
+        UsageError: no such device; says what is there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{name!r} is no device", where="--device", hint="use cpu, cuda, cuda:1 or auto")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        built = "" if torch.version.cuda else f"; this torch ({torch.__version__}) is built without CUDA"
+        found = f"{gpus} CUDA GPU{'' if gpus == 1 else 's'} found"
+        raise UsageError(f"{name} cannot be used: {found}{built}", where="--device", hint="use --device cpu")
+    return device
+
+
+def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of that name; ``auto`` is what the device computes fastest.
+
+    Raises:
+        UsageError: no such dtype.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    if name == "auto":
+        return compute_dtype(device)
+    if name not in DTYPES:
+        raise UsageError(
+            f"{name!r} is no dtype that models run in", where="--dtype", hint=f"use {', '.join(DTYPES)}"
+        )
+    return DTYPES[name]

@@ -1,0 +1,84 @@
+"""Choosing the next token: greedy, or temperature, top-k and top-p with a seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_p: keep the fewest likeliest tokens whose probabilities sum to at least this.
+        top_k: keep that many likeliest tokens; 0 keeps all.
+        seed: of the random numbers; row r of a batch draws from a stream of its own.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UsageError(
+                f"the temperature {self.temperature} is no number from 0 up", where="--temperature"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top-p {self.top_p} is not above 0 and at most 1", where="--top-p")
+        if self.top_k < 0:
+            raise UsageError(f"top-k {self.top_k} is negative", where="--top-k")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Sampler:
+    """Draws tokens for a batch.
+
+    Args:
+        sampling: how.
+        rows: rows of the batch.
+        real_vocab: ids from here on are padding of the embedding and are never chosen.
+    """
+
+    def __init__(self, sampling: Sampling, rows: int, real_vocab: int) -> None:
+        self._sampling, self._real_vocab = sampling, real_vocab
+        seeds = [(sampling.seed + row * 0x9E3779B97F4A7C15) % 2**63 for row in range(rows)]
+        self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Float32 [rows, vocabulary] → int64 [rows], on the same device."""
+        logits = logits[:, : self._real_vocab]
+        if self._sampling.greedy:
+            return logits.argmax(-1)
+        values, ids = self._candidates(logits / self._sampling.temperature)
+        cumulative = values.softmax(-1).cumsum(-1)  # [rows, candidates], likeliest first
+        before = torch.cat([cumulative.new_zeros(len(cumulative), 1), cumulative[:, :-1]], dim=-1)
+        kept = (before < self._sampling.top_p).sum(-1, keepdim=True)  # the likeliest is always kept
+        total = cumulative.gather(-1, kept - 1)
+        drawn = torch.stack([torch.rand(1, generator=stream) for stream in self._streams]).to(logits.device)
+        place = torch.searchsorted(cumulative, drawn * total, right=True)
+        return ids.gather(-1, torch.minimum(place, kept - 1)).squeeze(-1)
+
+    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and ids, likeliest first."""
+        if 0 < self._sampling.top_k < logits.shape[-1]:
+            return logits.topk(self._sampling.top_k)
+        return logits.sort(descending=True, stable=True)
