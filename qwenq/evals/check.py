@@ -1,4 +1,4 @@
-"""The check after quantising: how far is the quantised model from its base, on text that neither was fitted to?
+"""The check after quantising: how far is the quantised model from its base, on text held out from both?
 
 Both models are streamed block by block, so a 15 GB model is checked in the memory of one of its blocks, the
 hidden states, and two heads. Figures, intervals and bands: ``divergence``, ``statistics``, ``verdict``.
@@ -35,6 +35,7 @@ from qwenq.evals.verdict import Verdict, judge
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised, quantised_modules
+from qwenq.models.pad_ffn import PaddedFFNSource
 from qwenq.models.random_weights import refuse_random
 
 TOKENS_PER_BATCH = 2048
@@ -44,7 +45,6 @@ _SAME_IN_BOTH = (
     "model_type",
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
@@ -94,11 +94,10 @@ class CheckResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; None in place of numbers that are not finite."""
-        plain = {name: value for name, value in vars(self).items() if isinstance(value, int | str)}
-        estimates = {
-            name: value.to_json() for name, value in vars(self).items() if isinstance(value, Estimate)
-        }
-        numbers = {name: json_number(value) for name, value in vars(self).items() if isinstance(value, float)}
+        fields = vars(self).items()
+        plain = {name: value for name, value in fields if isinstance(value, int | str)}
+        estimates = {name: value.to_json() for name, value in fields if isinstance(value, Estimate)}
+        numbers = {name: json_number(value) for name, value in fields if isinstance(value, float)}
         modules = [
             {"name": m.name, "error": json_number(m.error), "rtn_error": json_number(m.rtn_error)}
             for m in self.modules
@@ -146,6 +145,7 @@ def check(
     """
     quant = require_comparable(quantised, base)
     require_tokens(held_out, base)
+    base = _as_wide(base, quantised)
     plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
     pair = _Pair(plain, base, quant, torch.device(device), dtype)
     with torch.inference_mode():
@@ -176,13 +176,20 @@ def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
         )
     for key in _SAME_IN_BOTH:
         has, wants = quantised.config.get(key), base.config.get(key)
-        if has != wants:
-            raise UsageError(
-                f"not the same model: {key} is {has} in the quantised one and {wants} in the base",
-                where=base.folder,
-                hint="name the model that was quantised: --against BASE",
-            )
+        if has != wants and None not in (has, wants):
+            raise _another_model(key, has, wants, base)
+    has, wants = base.config["intermediate_size"], quantised.config["intermediate_size"]
+    if not has <= wants <= 2 * has:  # wider: zero channels were added before quantising (models/pad_ffn.py)
+        raise _another_model("intermediate_size", wants, has, base)
     return QuantConfig.read(quantised.config)
+
+
+def _another_model(key: str, has: object, wants: object, base: Checkpoint) -> UsageError:
+    return UsageError(
+        f"not the same model: {key} is {has} in the quantised one and {wants} in the base",
+        where=base.folder,
+        hint="name the model that was quantised: --against BASE",
+    )
 
 
 def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
@@ -202,6 +209,15 @@ def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
             f"the held-out tokens hold id {low if low < 0 else high}; the model knows 0 … {rows - 1}",
             hint="make the text's tokens with this model's own tokenizer",
         )
+
+
+def _as_wide(base: Checkpoint, quantised: Checkpoint) -> Checkpoint:
+    """The base with its MLPs padded to the quantised model's width, where that is larger (Qwen's 72B)."""
+    has, wants = int(base.config["intermediate_size"]), int(quantised.config["intermediate_size"])
+    if has == wants:
+        return base
+    padded = PaddedFFNSource(base.source, wants)
+    return replace(base, source=padded, config=base.config | {"intermediate_size": wants})
 
 
 class _Pair:
@@ -224,13 +240,10 @@ class _Pair:
         self, tokens: Tensor, modules: list[str], progress: Progress | None
     ) -> tuple[TokenScores, list[ModuleError]]:
         """Score all tokens; ``modules`` are the quantised linears' full names."""
-        batches = tokens.split(max(1, TOKENS_PER_BATCH // tokens.shape[1]))
-        chosen = set(chosen_sequences(*tokens.shape))
-        # Batches go through the base's blocks one by one: these are their rows that module errors are measured on.
-        rows, start = [], 0
-        for batch in batches:
-            rows.append([i for i in range(len(batch)) if start + i in chosen])
-            start += len(batch)
+        size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+        batches = torch.split(tokens, size)
+        chosen = chosen_sequences(*tokens.shape)
+        rows = [[row - at * size for row in chosen if row // size == at] for at in range(len(batches))]
         step = _Steps(progress, len(self._base.names) + len(batches))
         base_hidden, hidden = self._base.embed(batches), self._quantised.embed(batches)
         errors: list[ModuleError] = []
@@ -248,7 +261,10 @@ class _Pair:
     def _advance_base(
         self, index: int, names: list[str], hidden: list[Tensor], rows: list[list[int]]
     ) -> dict[str, Tensor]:
-        """Take ``hidden`` through block ``index`` in place; the inputs of its linears, [tokens, in] each."""
+        """Take ``hidden`` through block ``index`` in place; the inputs of its linears, [tokens, in] each.
+
+        ``rows``: the sequences of each batch whose inputs are kept.
+        """
         kept: dict[str, list[Tensor]] = {name: [] for name in names}
         with self._base.block(index) as block:
             for at, states in enumerate(hidden):
@@ -265,6 +281,7 @@ class _Pair:
             raise ModelError(
                 f"the quantised weight is {list(quantised.shape)}, the base's {list(weight.shape)}",
                 where=name,
+                hint="the folder mixes two models: quantise again",
             )
         return module_error(name, weight, quantised, x.float(), self._quant)
 

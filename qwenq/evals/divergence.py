@@ -53,13 +53,13 @@ def score_tokens(
     with base.head() as base_head, quantised.head() as head:
         for base_states, states, batch in zip(*hidden, batches, strict=True):
             parts = zip(
-                base_states[:, :-1].flatten(0, 1).split(slab),  # [batch · (tokens − 1), hidden]
-                states[:, :-1].flatten(0, 1).split(slab),
-                batch[:, 1:].flatten().split(slab),
+                torch.split(base_states[:, :-1].flatten(0, 1), slab),  # [batch · (tokens − 1), hidden]
+                torch.split(states[:, :-1].flatten(0, 1), slab),
+                torch.split(batch[:, 1:].flatten(), slab),
                 strict=True,
             )
             scored = [compare_logits(base_head(b), head(q), t.to(base.device)).cpu() for b, q, t in parts]
-            rows.append(torch.cat(scored, dim=1).unflatten(1, (len(batch), -1)))  # [4, batch, tokens − 1]
+            rows.append(torch.cat(scored, dim=1).reshape(4, len(batch), -1))  # [4, batch, tokens − 1]
             step()
     kl, same, nll, base_nll = torch.cat(rows, dim=1).numpy()
     return TokenScores(kl, same.astype(bool), nll, base_nll)
@@ -69,8 +69,8 @@ def compare_logits(base: Tensor, quantised: Tensor, targets: Tensor) -> Tensor:
     """KL, same top token (0 or 1), the quantised model's nats and the base's: float64 [4, tokens].
 
     With a, b the logits less their maximum, Z = Σ exp: KL = Σ exp(a) (a − b) / Zₐ + log Z_b − log Zₐ. Nothing
-    overflows, nothing is a logarithm of zero; summed in float32 it is right to about 1e-6 nats, a tenth of what
-    computing the model in another float dtype changes.
+    overflows, nothing is a logarithm of zero. Summed in float32 it is right to about 1e-6 nats, a tenth of
+    what running the models in another float dtype changes.
 
     Args:
         base, quantised: float32 [tokens, vocabulary]; changed in place.

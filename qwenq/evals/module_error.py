@@ -81,7 +81,7 @@ def round_to_nearest(weight: Tensor, quant: QuantConfig) -> Tensor:
     """The grid that a group's range alone gives, and the nearest point of it for each weight.
 
     Symmetric: the group's largest magnitude meets the grid's longer side (−2^(bits−1)), so the scale is
-    absmax / 2^(bits−1), negative where that weight is positive. Asymmetric: minimum and maximum, zero included.
+    absmax / 2^(bits−1), negative where that weight is positive. Asymmetric: minimum to maximum, with zero.
 
     Args:
         weight: float32 [out, in].

@@ -1,12 +1,12 @@
 """Intervals for figures measured on tokens that come in sequences.
 
-Tokens of one sequence share its topic and its context, so they are no independent draws: an interval that counts
-them one by one is too narrow. Sequences are independent, and all of one length. So the unit here is the sequence:
+Tokens of one sequence share its topic and its context, so they are no independent draws: an interval that
+counts them one by one is too narrow. Sequences are independent, and all of one length: they are the unit.
 
-* a mean is the mean of the sequences' means, with Student's t interval over those (n − 1 degrees of freedom). It
-  is exact for normal means at any n, and needs no seed; a bootstrap of a handful of sequences is too narrow.
-* a rate has Wilson's interval (JASA 1927) with the number of tokens divided by the design effect (Kish 1965): how
-  much more the sequences' rates scatter than independent tokens would.
+* a mean is the mean of the sequences' means, with Student's t interval over those (n − 1 degrees of freedom).
+  It is exact for normal means at any n and needs no seed; a bootstrap of a few sequences is too narrow.
+* a rate has Wilson's interval (JASA 1927) with the number of tokens divided by the design effect (Kish 1965):
+  how much more the sequences' rates scatter than independent tokens would.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, float | None]:
         """Plain numbers; None where a number is not finite, which JSON cannot hold."""
-        return {
-            "value": json_number(self.value),
-            "low": json_number(self.low),
-            "high": json_number(self.high),
-        }
+        return {name: json_number(value) for name, value in vars(self).items()}
 
 
 def json_number(value: float | None) -> float | None:
@@ -56,11 +52,10 @@ def mean_of_sequences(values: NDArray[np.float64]) -> Estimate:
 
 
 def ratio_of_perplexities(nll: NDArray[np.float64], base_nll: NDArray[np.float64]) -> Estimate:
-    """exp(mean(nll − base_nll)), both [sequences, tokens] in nats: paired, the texts' own difficulty cancels."""
+    """exp(mean(nll − base_nll)), both [sequences, tokens] in nats: paired, the texts' difficulty cancels."""
     log_ratio = mean_of_sequences(nll - base_nll)
-    return Estimate(
-        *(None if x is None else _exp(x) for x in (log_ratio.value, log_ratio.low, log_ratio.high))
-    )  # type: ignore[arg-type]
+    bounds = (None if x is None else _exp(x) for x in (log_ratio.low, log_ratio.high))
+    return Estimate(_exp(log_ratio.value), *bounds)
 
 
 def perplexity(nll: NDArray[np.float64]) -> float:
@@ -84,7 +79,7 @@ def design_effect(hits: NDArray[np.bool_]) -> float:
     """Variance of the sequences' rates over that of independent tokens; at least 1."""
     sequences, tokens = hits.shape
     rate = float(hits.mean())
-    independent = rate * (1 - rate) / tokens
+    independent: float = rate * (1 - rate) / tokens
     if sequences < 2 or independent == 0:
         return 1.0
     return max(1.0, float(hits.mean(axis=1).var(ddof=1)) / independent)

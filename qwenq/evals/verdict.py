@@ -1,18 +1,18 @@
 """One word for what quantising cost, from two figures.
 
-======== ============== ================ ======================================================================
-word     KL (nats)      same top token   what reaches it
-======== ============== ================ ======================================================================
-excellent up to 0.01    95 % and more    Int8, and 6 bits of an 8B model (llama.cpp q8_0: .0014, 97.7 %; q6_K:
-                                         .0055, 96.0 %)
-good     up to 0.05     90 % and more    a sound Int4 of a 7B model (llama.cpp q4_K_M of Llama-3-8B: .031, 91.9 %)
-fair     up to 0.25     75 % and more    a sound Int4 of a model below 1B: fewer weights, each carries more
-poor     up to 2        30 % and more    usable for little: use more bits or smaller groups
-broken   above, or NaN  below            not this model any more: a defect, or another model's weights
-======== ============== ================ ======================================================================
+=========  ===============  ===============  ============================================================
+word       KL (nats)        same top token   what reaches it
+=========  ===============  ===============  ============================================================
+excellent  up to 0.01       95 % and more    a sound Int8; 6 bits of an 8B model
+good       up to 0.05       90 % and more    a sound Int4 of a 7B model
+fair       up to 0.25       75 % and more    a sound Int4 below 1B parameters: each weight carries more
+poor       up to 2          30 % and more    usable for little
+broken     above, or NaN    below            not this model any more: a defect, or another model's weights
+=========  ===============  ===============  ============================================================
 
-Both figures must reach a band. The figures of llama.cpp are its published ones for Llama-3-8B on WikiText-2; the
-bands are our own choice. They are the same for all bits, because a word says how near the model is to its base.
+Both figures must reach a band. The same bands hold for all bits, because the word says how near the model is
+to its base. They are our own choice, set by llama.cpp's published figures for Llama-3-8B on WikiText-2:
+q8_0 .0014 and 97.7 %, q6_K .0055 and 96.0 %, q4_K_M .031 and 91.9 %.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class Verdict:
 
     word: Word
     sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.sentence}"
 
 
 def judge(kl: float, same_top: float, bits: int) -> Verdict:
