@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rapidfuzz import process
 
 from qwenq.errors import UsageError
+
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
@@ -30,9 +33,9 @@ class CalibrationRecipe(_Section):
     """Which tokens the Hessians are measured on."""
 
     source: str = "self"
-    samples: int | Literal["auto"] = Field("auto", description="sequences; auto: 32 on CPU, 128 on a GPU")
-    seq_len: int | Literal["auto"] = Field("auto", description="tokens each; auto: 512 on CPU, 2048 on a GPU")
-    held_out: int = Field(8, ge=1, description="further sequences, for the check only")
+    samples: Count | Literal["auto"] = "auto"  # sequences; 32 on CPU, 128 on a GPU
+    seq_len: Count | Literal["auto"] = "auto"  # tokens each; 512 on CPU, 2048 on a GPU
+    held_out: Count = 8  # further sequences, for the check only
     split: str | None = None
     column: str | None = None
 
@@ -45,12 +48,10 @@ class QuantizeRecipe(_Section):
     sym: bool = True
     act_order: Literal["static", "none"] = "static"
     scale_search: Literal["hessian", "mse", "none"] = "hessian"
-    damp: float = Field(0.01, gt=0, lt=1)
-    refine: bool = Field(
-        True, description="after GPTQ: refit scales and descend on integers, column by column"
-    )
+    damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    refine: bool = True  # after GPTQ: refit scales, and descend on integers column by column
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: int = Field(0, ge=0)
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Recipe(_Section):

@@ -142,7 +142,7 @@ def quantise_layers(
     check_tokens(tokens, decoder.vocabulary)
     batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
     with torch.inference_mode():
-        hidden = decoder.embed(tokens.split(batch))
+        hidden = decoder.embed(torch.split(tokens, batch))
         groups: list[list[str]] = []
         finished = store.finished()
         for index in range(len(decoder.names)):

@@ -44,7 +44,7 @@ class BlockwiseDecoder:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self._inner = model.model.eval()
-        # Not in any file, so not to be left on the meta device: the rotary frequencies follow from the config.
+        # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
         self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
         self._arguments: dict[str, Any] = {}
@@ -78,7 +78,7 @@ class BlockwiseDecoder:
         self._inner.layers = nn.ModuleList([recorder])
         try:
             for batch in batches:
-                # Rows are looked up in the stored table: converting all of it would cost more than the blocks.
+                # Rows are looked up in the stored table: converting all of it would cost too much.
                 rows = functional.embedding(batch, table).to(self.device, self.dtype)
                 self._inner(inputs_embeds=rows, use_cache=False)
         finally:
@@ -141,7 +141,7 @@ class _Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[…, hidden] → […, vocabulary] float32."""
         normed = self._norm(hidden)
-        chunks = self._weight.split(VOCABULARY_CHUNK)
+        chunks = torch.split(self._weight, VOCABULARY_CHUNK)
         parts = [functional.linear(normed, rows.to(self._device, self._dtype)).float() for rows in chunks]
         return torch.cat(parts, dim=-1)
 
