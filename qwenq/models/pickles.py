@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     _require_whole_zip(path)
     try:
         loaded: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise UnsupportedError(
             "the pickle holds more than tensors, and loading it would run its code; refused",
             where=path,
