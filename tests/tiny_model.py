@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEXT = "Quantise the weights, measure what it cost, and write the table. 你好，世界。 0123456789\n"
@@ -20,7 +22,7 @@ PADDING_ROWS = 5
 
 
 def write_tiny_model(folder: Path, *, bos: bool = True, seed: int = 0, **changes: Any) -> Path:
-    """Write the folder; ``changes`` go over its config. The embedding has PADDING_ROWS rows beyond the ids."""
+    """Write the folder; ``changes`` go over its config. The embedding has PADDING_ROWS rows too many."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)

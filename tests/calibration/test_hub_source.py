@@ -1,4 +1,4 @@
-"""Through the real ``datasets`` client: a folder ``owner/name`` below the working folder is a dataset to it."""
+"""Through the real ``datasets`` client: a folder ``owner/name`` in the working folder is a dataset to it."""
 
 from __future__ import annotations
 
