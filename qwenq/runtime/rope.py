@@ -109,7 +109,7 @@ class Rope:
         return self._tables[alpha]
 
     def _refuse_beyond_dynamic(self, end: int) -> None:
-        """Beyond the trained length transformers changes dynamic scaling with every token; that is not here."""
+        """Beyond the trained length, transformers' dynamic scaling changes with every token: not here."""
         scaling, limit = self._spec.rope_scaling, self._spec.shape.context
         kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
         if kind == "dynamic" and limit is not None and end > limit:

@@ -1,0 +1,91 @@
+"""The cache: one length a row, spans, rewinding, forks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenq.errors import UsageError
+from qwenq.runtime.cache import KVCache
+
+CPU = torch.device("cpu")
+
+
+def small_cache(batch: int, capacity: int = 32) -> KVCache:
+    return KVCache(1, batch, heads=2, capacity=capacity, head_dim=4, device=CPU, dtype=torch.float32)
+
+
+@given(rounds=st.lists(st.lists(st.integers(1, 5), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_slots_are_positions_whatever_the_other_rows_hold(rounds: list[list[int]]) -> None:
+    cache, sequences = small_cache(3), [torch.zeros(2, 0, 4) for _ in range(3)]
+    for number, counts in enumerate(rounds):
+        fresh = torch.randn(3, 2, max(counts), 4, generator=torch.Generator().manual_seed(number))
+        span = cache.span(counts)
+        keys, values = cache.write(0, fresh, -fresh, span)
+        cache.advance(counts)
+        for row, count in enumerate(counts):
+            sequences[row] = torch.cat([sequences[row], fresh[row, :, :count]], dim=1)
+            assert torch.equal(keys[row, :, : cache.lengths[row]], sequences[row])
+            assert torch.equal(values[row, :, : cache.lengths[row]], -sequences[row])
+    assert cache.lengths == [sequence.shape[1] for sequence in sequences]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    counts=st.lists(st.integers(1, 6), min_size=4, max_size=4),
+)
+def test_a_query_sees_its_row_up_to_itself(lengths: list[int], counts: list[int]) -> None:
+    cache = small_cache(len(lengths))
+    cache.lengths = lengths
+    counts = counts[: len(lengths)]
+    span = cache.span(counts)
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        for step in range(count):
+            if span.causal:
+                seen = step + 1
+            elif span.mask is None:
+                seen = span.end
+            else:
+                mask = span.mask.expand(len(lengths), -1, -1, -1)[row, 0, step]
+                seen = int(mask.sum())
+                assert mask[:seen].all()
+            assert seen == length + step + 1
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    cache = small_cache(2, capacity=8)
+    cache.advance([3, 7])
+    with pytest.raises(UsageError, match="9 tokens do not fit into a cache of 8"):
+        cache.span([1, 2])
+    assert cache.lengths == [3, 7]
+
+
+@pytest.mark.parametrize("wanted", [[4, 7], [-1, 0], [3]])
+def test_rewinding_only_goes_back(wanted: list[int]) -> None:
+    cache = small_cache(2)
+    cache.advance([3, 7])
+    with pytest.raises(UsageError, match="cannot be rewound"):
+        cache.rewind(wanted)
+
+
+def test_only_one_row_forks() -> None:
+    with pytest.raises(UsageError, match="2 rows"):
+        small_cache(2).fork(3, 8)
+    single = small_cache(1)
+    single.advance([9])
+    with pytest.raises(UsageError, match="fits"):
+        single.fork(3, 8)
+
+
+def test_a_fork_is_independent() -> None:
+    cache = small_cache(1)
+    ones = torch.ones(1, 2, 3, 4)
+    cache.write(0, ones, ones, cache.span([3]))
+    cache.advance([3])
+    copy = cache.fork(2, 5)
+    copy.keys[0].zero_()
+    assert cache.keys[0][:, :, :3].eq(1).all()
+    assert copy.values[0][:, :, :3].eq(1).all()
+    assert (copy.batch, copy.capacity, copy.lengths) == (2, 5, [3, 3])
