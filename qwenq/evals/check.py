@@ -7,8 +7,7 @@ hidden states, and two heads. Figures, intervals and bands: ``divergence``, ``st
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,20 +22,21 @@ from qwenq.evals.module_error import (
     chosen_sequences,
     module_error,
 )
+from qwenq.evals.result import CheckResult
 from qwenq.evals.statistics import (
-    Estimate,
-    json_number,
     mean_of_sequences,
     perplexity,
     rate_of_sequences,
     ratio_of_perplexities,
 )
-from qwenq.evals.verdict import Verdict, judge
+from qwenq.evals.verdict import judge
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised, quantised_modules
 from qwenq.models.pad_ffn import PaddedFFNSource
 from qwenq.models.random_weights import refuse_random
+
+__all__ = ["CheckResult", "check", "require_comparable"]
 
 TOKENS_PER_BATCH = 2048
 Progress = Callable[[int, int], None]
@@ -49,72 +49,6 @@ _SAME_IN_BOTH = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """What quantising cost, measured on held-out text.
-
-    Attributes:
-        kl: mean KL(base ‖ quantised) a token, in nats.
-        kl_median, kl_p99: of the same, over tokens.
-        same_top: share of tokens where both models rank the same token first.
-        perplexity, base_perplexity: of the next token.
-        perplexity_ratio: quantised over base, paired by sequence.
-        sequences, seq_len, tokens: how much text; the first token of a sequence is not predicted.
-        modules: every quantised linear of the blocks, in file order.
-        module_tokens: how many tokens their errors were measured on.
-        bits, group_size: of the quantised model.
-        device, dtype: what computed both models.
-        verdict: a word and a sentence.
-    """
-
-    kl: Estimate
-    kl_median: float
-    kl_p99: float
-    same_top: Estimate
-    perplexity: float
-    base_perplexity: float
-    perplexity_ratio: Estimate
-    sequences: int
-    seq_len: int
-    tokens: int
-    modules: tuple[ModuleError, ...]
-    module_tokens: int
-    bits: int
-    group_size: int
-    device: str
-    dtype: str
-    verdict: Verdict
-
-    @property
-    def broken(self) -> bool:
-        """Whether this is no usable copy of its base: nothing should be published."""
-        return self.verdict.word == "broken"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; None in place of numbers that are not finite."""
-        fields = vars(self).items()
-        plain = {name: value for name, value in fields if isinstance(value, int | str)}
-        estimates = {name: value.to_json() for name, value in fields if isinstance(value, Estimate)}
-        numbers = {name: json_number(value) for name, value in fields if isinstance(value, float)}
-        modules = [
-            {"name": m.name, "error": json_number(m.error), "rtn_error": json_number(m.rtn_error)}
-            for m in self.modules
-        ]
-        verdict = asdict(self.verdict)
-        return {
-            "verdict": verdict,
-            "broken": self.broken,
-            **estimates,
-            **numbers,
-            **plain,
-            "modules": modules,
-        }
-
-    def worst_modules(self, count: int) -> list[ModuleError]:
-        """The ``count`` modules with the largest error, worst first."""
-        return sorted(self.modules, key=lambda module: module.error, reverse=True)[:count]
 
 
 def check(
