@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from qwenq.errors import CalibrationError, CorruptFileError, UsageError
 
 if TYPE_CHECKING:
     from qwenq.calibration import CalibrationSet
+    from qwenq.models.tokenizer import Tokenizer
 
 _PREVIEW = 80
 _TEMPLATES = {
@@ -46,37 +47,16 @@ def calibrate(
         str | None,
         typer.Option(help="Key to read. Default: the first of text, messages, conversations."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where `self` runs the model.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where `self` runs the model: auto, cpu, cuda, cuda:1, …")
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a different file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Write calibration tokens once (safetensors and a manifest), to share between quantisations."""
     _require_writable_name(out)
-    from qwenq.calibration import load_calibration
-    from qwenq.cli.progress import show_progress
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.resolve import resolve_model
-    from qwenq.models.tokenizer import load_tokenizer
-
-    resolved = resolve_model(model)
-    checkpoint = open_checkpoint(resolved.folder)
-    tokenizer = load_tokenizer(resolved.folder)
-    for notice in (*resolved.notices, *checkpoint.notices):
-        typer.echo(notice, err=True)
-    with show_progress("writing text" if source == "self" else "reading text") as progress:
-        made = load_calibration(
-            source,
-            checkpoint=checkpoint,
-            tokenizer=tokenizer,
-            samples=samples,
-            seq_len=seq_len,
-            held_out=held_out,
-            seed=seed,
-            split=split,
-            column=column,
-            device=device,
-            progress=progress,
-        )
+    sizes = {"samples": samples, "seq_len": seq_len, "held_out": held_out, "seed": seed}
+    made, tokenizer = _make(model, source, device, split=split, column=column, **sizes)
     kept = not force and _is_there_already(made, out)
     if not kept:
         made.save(out)
@@ -85,6 +65,27 @@ def calibrate(
         return
     preview = tokenizer.decode(made.tokens[0, : 2 * _PREVIEW].tolist())[:_PREVIEW]
     typer.echo(_describe(made, out, preview, kept))
+
+
+def _make(model: str | None, source: str, device: str, **options: Any) -> tuple[CalibrationSet, Tokenizer]:
+    from qwenq.calibration import load_calibration
+    from qwenq.cli.progress import show_progress
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.precision import resolve_device
+    from qwenq.models.resolve import resolve_model
+    from qwenq.models.tokenizer import load_tokenizer
+
+    place = str(resolve_device(device))
+    resolved = resolve_model(model)
+    checkpoint = open_checkpoint(resolved.folder)
+    tokenizer = load_tokenizer(resolved.folder)
+    for notice in (*resolved.notices, *checkpoint.notices):
+        typer.echo(notice, err=True)
+    with show_progress("writing text" if source == "self" else "reading text") as progress:
+        made = load_calibration(
+            source, checkpoint=checkpoint, tokenizer=tokenizer, device=place, progress=progress, **options
+        )
+    return made, tokenizer
 
 
 def _require_writable_name(out: Path) -> None:
