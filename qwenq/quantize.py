@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qwenq import __version__
-from qwenq.errors import UsageError, VerificationError
+from qwenq.errors import CalibrationError, UsageError, VerificationError
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,8 @@ class Quantised:
     Attributes:
         folder: the checkpoint.
         weight_bytes, base_bytes: of the weight files, after and before.
-        check: the comparison with the base, on the folder as read back from disk.
+        check: the comparison with the base, on the folder as read back from disk; None: its weights are
+            random, and the comparison would mean nothing.
         seconds: by phase: "calibration", "layers", "write", "check".
         resumed_layers: taken over from an earlier run.
     """
@@ -58,7 +59,7 @@ class Quantised:
     folder: Path
     weight_bytes: int
     base_bytes: int
-    check: CheckResult
+    check: CheckResult | None
     seconds: dict[str, float]
     resumed_layers: int
 
@@ -70,7 +71,7 @@ class Quantised:
             "base_bytes": self.base_bytes,
             "seconds": self.seconds,
             "resumed_layers": self.resumed_layers,
-            "check": self.check.to_json(),
+            "check": self.check.to_json() if self.check else None,
         }
 
 
@@ -125,24 +126,23 @@ def quantize(
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str) -> Job:
     from qwenq.gptq.module import Settings
-    from qwenq.gptq.quantise import choose_group_size, input_widths
+    from qwenq.gptq.quantise import check_packable, choose_group_size, input_widths
     from qwenq.models.blocks import BlockwiseDecoder
-    from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.opening import open_model
     from qwenq.models.precision import resolve_device, resolve_dtype
-    from qwenq.models.resolve import resolve_model
 
-    resolved = resolve_model(recipe.model)
-    checkpoint = open_checkpoint(resolved.folder)
-    for notice in (*resolved.notices, *checkpoint.notices):
+    checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
+    for notice in checkpoint.notices:
         listener.say(notice)
     _refuse_quantised(checkpoint)
     wanted = recipe.quantize
-    target = _target(out, recipe.model or resolved.folder.name, wanted.bits)
+    target = _target(out, recipe.model or checkpoint.folder.name, wanted.bits)
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
     listener.say(why)
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
+    check_packable(decoder, wanted.bits)
     group_size, why = choose_group_size(wanted.group_size, input_widths(decoder))
     listener.say(why)
     settings = Settings(
@@ -191,31 +191,32 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _target(out: Path | None, model: str, bits: int) -> Path:
-    """The output folder, refused when it holds something already."""
-    target = (out or Path(f"{Path(model).name}-GPTQ-Int{bits}")).absolute()
-    if target.exists() and not target.is_dir():
-        raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
-    if target.is_dir() and any(target.iterdir()):
-        finished = (target / "qwenq.json").is_file()
-        raise UsageError(
-            "the output folder holds a finished checkpoint"
-            if finished
-            else "the output folder holds something else",
-            where=target,
-            hint="name a new folder with --out, or remove this one",
-        )
+    """The output folder, refused when it holds something already or may not be made."""
+    from qwenq.gptq.publish import require_free
+
+    name = (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
+    target = (out or Path(f"{name}-GPTQ-Int{bits}")).absolute()
+    require_free(target)
     return target
 
 
 def _calibration(job: Job) -> CalibrationSet:
     from qwenq.calibration import load_calibration
+    from qwenq.calibration.random_tokens import random_tokens
+    from qwenq.calibration.sequences import Wanted
+    from qwenq.models.random_weights import is_random
     from qwenq.models.tokenizer import load_tokenizer
 
     wanted = job.recipe.calibration
     on_gpu = job.device.type == "cuda"
     saved = Path(wanted.source).suffix == ".safetensors"  # has its own sizes
     samples = (128 if on_gpu else 32) if wanted.samples == "auto" else wanted.samples
-    seq_len = (2048 if on_gpu else 512) if wanted.seq_len == "auto" else wanted.seq_len
+    longest = int(job.checkpoint.config.get("max_position_embeddings", 2048))
+    seq_len = min(2048 if on_gpu else 512, longest) if wanted.seq_len == "auto" else wanted.seq_len
+    if is_random(job.checkpoint.config) and wanted.source == "self":
+        job.listener.say("random weights write no text: calibrated on random tokens")
+        sizes = Wanted(samples=samples, held_out=wanted.held_out, seq_len=seq_len)
+        return random_tokens(job.decoder.vocabulary, sizes, job.recipe.quantize.seed)
     label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
     made = load_calibration(
         wanted.source,
@@ -231,11 +232,14 @@ def _calibration(job: Job) -> CalibrationSet:
         progress=job.listener.progress(label),
     )
     facts = made.manifest
-    why = (
-        " (the model's own text: as good as C4 here, and it needs no network)"
-        if facts.source == "self"
-        else ""
-    )
+    if not facts.held_out:
+        raise CalibrationError(
+            "this calibration set has no held-out sequences, and the check needs some",
+            where=wanted.source,
+            hint="make it again with `qwenq calibrate --held-out 8`",
+        )
+    own = " (the model's own text: as good as C4 here, and it needs no network)"
+    why = own if facts.source == "self" else ""
     job.listener.say(
         f"calibration: {facts.samples} × {facts.seq_len} tokens from {facts.source}{why}, "
         f"{facts.held_out} more held out for the check"
@@ -262,8 +266,15 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
 def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:
     from qwenq.gptq.quantise import quantise_layers
 
+    def on_layer(done: LayerDone) -> None:
+        job.listener.layer(done)
+        raised = {} if done.resumed else done.raised_damping(job.settings.damp)
+        for damp, names in raised.items():
+            at = f"layer {done.index + 1}, {', '.join(names)}"
+            job.listener.say(f"{at}: damping raised to {damp:.3g}")
+
     job.listener.layers(len(job.decoder.names))
-    quantise_layers(job.decoder, calibration.tokens, job.settings, store, job.listener.layer)
+    quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer)
 
 
 def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
@@ -272,14 +283,18 @@ def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
     return stage(job.checkpoint, store, len(job.decoder.names), job.quant)
 
 
-def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult:
+def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
     """Compare what lies on the disk with the base; refuse it when it is broken."""
     from qwenq.evals.check import check
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.gptq_format import validate_quantised
+    from qwenq.models.random_weights import is_random
 
     written = open_checkpoint(staged)
     validate_quantised(written.source, job.quant)
+    if is_random(job.checkpoint.config):
+        job.listener.say("random weights: what was written is whole; its accuracy would mean nothing")
+        return None
     result = check(
         written,
         job.checkpoint,
@@ -298,7 +313,7 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult:
 
 
 def _publish(
-    job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult
+    job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
     from qwenq.gptq.publish import publish
     from qwenq.gptq.quantise import module_errors
@@ -316,7 +331,7 @@ def _publish(
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "modules": dict(module_errors(store, len(job.decoder.names))),
-        "check": result.to_json(),
+        "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
     base_bytes = sum(tensor_bytes(job.checkpoint.info(name)) for name in job.checkpoint.names())

@@ -21,7 +21,6 @@ from rapidfuzz import process
 
 from qwenq.errors import UsageError
 
-
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -58,16 +57,22 @@ class Recipe(_Section):
     """A whole recipe. ``model`` None is the bundled model."""
 
     model: str | None = None
+    weights: Literal["stored", "random"] = "stored"  # random: model is a catalogue name
     calibration: CalibrationRecipe = CalibrationRecipe()
     quantize: QuantizeRecipe = QuantizeRecipe()
 
-    def override(self, **sections: dict[str, Any]) -> Recipe:
+    def override(self, top: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Recipe:
         """A copy in which the given keys (those that are not None) replace the recipe's.
+
+        Args:
+            top: keys outside any section.
+            sections: keys by section.
 
         Raises:
             UsageError: a value out of its range.
         """
         merged = self.model_dump()
+        merged.update({key: value for key, value in (top or {}).items() if value is not None})
         for name, values in sections.items():
             given = {key: value for key, value in values.items() if value is not None}
             merged[name] = {**merged[name], **given}
@@ -86,9 +91,13 @@ def read_recipe(path: Path) -> Recipe:
     except FileNotFoundError as error:
         raise UsageError("no such recipe", where=path, hint="see recipes/ for examples") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the recipe cannot be read: {error}", where=path) from error
+        raise UsageError(
+            f"the recipe cannot be read: {error}", where=path, hint="a recipe is a TOML file in UTF-8"
+        ) from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the recipe is not TOML: {error}", where=path) from error
+        raise UsageError(
+            f"the recipe is not TOML: {error}", where=path, hint="repair that line; strings need quotes"
+        ) from error
     return _validate(content, str(path))
 
 
@@ -103,7 +112,7 @@ def _explained(error: ValidationError, where: str) -> UsageError:
     """The first complaint of pydantic in a sentence, with the nearest key where one is unknown."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
-    key = ".".join(path)
+    key = ".".join(path[:2])  # what follows names a variant of a union
     if first["type"] != "extra_forbidden":
         shown = first["input"] if not isinstance(first["input"], dict) else "a table"
         return UsageError(f"{key} = {shown!r}: {first['msg']}", where=where, hint="see docs/recipes.md")

@@ -11,6 +11,7 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.errors import UsageError
+from qwenq.models.opening import WEIGHTS_HELP
 
 if TYPE_CHECKING:
     from qwenq.recipe import Recipe
@@ -28,6 +29,7 @@ def quantize(
     group_size: Annotated[
         str | None, typer.Option(help="auto, 32, 64, 128, or -1 for one scale per row. [default: auto]")
     ] = None,
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +68,7 @@ def quantize(
     """Quantise a model to Int4 or Int8 with GPTQ, check what was written, and say what it cost."""
     chosen = _recipe(
         recipe,
-        model,
+        {"model": model, "weights": weights},
         calibration={"source": calibration, "samples": samples, "seq_len": seq_len},
         quantize={
             "bits": bits,
@@ -80,27 +82,27 @@ def quantize(
             "refine": refine,
         },
     )
-    _quit_on_sigterm()
+    _stop_on_sigterm()
     from qwenq.cli.quantize_output import listener_for
-    from qwenq.quantize import quantize as run
 
     with listener_for("json" if as_json else "text") as listener:
         try:
+            from qwenq.quantize import quantize as run
+
             result = run(chosen, out, listener, device=device, resume=resume)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             listener.interrupted()
-            raise
+            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            raise typer.Exit(128 + number) from stop
         listener.finished(result)
 
 
-def _recipe(file: Path | None, model: str | None, **sections: dict[str, Any]) -> Recipe:
+def _recipe(file: Path | None, top: dict[str, str | None], **sections: dict[str, Any]) -> Recipe:
     """The recipe file, if any, with the command line's options on top."""
     from qwenq.recipe import Recipe, read_recipe
 
     base = read_recipe(file) if file else Recipe()
-    if model is not None:
-        base = base.model_copy(update={"model": model})
-    return base.override(**sections)
+    return base.override(top, **sections)
 
 
 def _group_size(text: str | None) -> int | Literal["auto"] | None:
@@ -114,10 +116,14 @@ def _group_size(text: str | None) -> int | Literal["auto"] | None:
         ) from error
 
 
-def _quit_on_sigterm() -> None:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as job schedulers send it before they take the machine away."""
+
+
+def _stop_on_sigterm() -> None:
     """A preempted job leaves as Ctrl-C does: finished layers stay on disk."""
 
     def stop(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     signal.signal(signal.SIGTERM, stop)

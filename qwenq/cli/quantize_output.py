@@ -79,11 +79,12 @@ class TextListener:
         seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
         share = result.weight_bytes / result.base_bytes
         check = result.check
+        base = readable_bytes(result.base_bytes)
         lines = {
             "checkpoint": str(result.folder),
-            "size": f"{readable_bytes(result.weight_bytes)} ({share:.0%} of {readable_bytes(result.base_bytes)})",
+            "size": f"{readable_bytes(result.weight_bytes)} ({share:.0%} of {base})",
             "time": seconds,
-            **check.summary(),
+            **(check.summary() if check else {"check": "none: random weights"}),
         }
         typer.echo()
         for name, value in lines.items():

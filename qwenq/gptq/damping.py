@@ -47,12 +47,14 @@ def damped(H: Tensor, damp: float, order: Tensor) -> Damped:
         order: [in] int64, a permutation of the columns.
 
     Raises:
-        QuantisationError: H holds NaN or Inf, or no damping makes it positive definite.
+        QuantisationError: H holds NaN or Inf, as the activations did, or no damping makes it positive
+            definite.
     """
     diagonal = H.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise QuantisationError(
-            "the Hessian is not finite", hint="activations overflowed: use --dtype float32"
+            "its input holds NaN or Inf, or values too large to square",
+            hint="activations overflowed: use --dtype float32; if they still do, the weights are damaged",
         )
     dead = diagonal == 0
     mean = float(diagonal.mean()) or 1.0

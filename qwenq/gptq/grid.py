@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST = torch.finfo(torch.float16).max
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -47,8 +49,8 @@ class Grid:
 
 
 def storable(scales: Tensor) -> Tensor:
-    """Scales as the file will hold them: rounded to float16, kept away from zero, back in float32."""
+    """Scales as the file will hold them: rounded to float16, never zero or infinite, in float32."""
     smallest = torch.finfo(torch.float16).smallest_normal
-    half = scales.half().float()
+    half = scales.clamp(-LARGEST, LARGEST).half().float()
     tiny = half.abs() < smallest
     return torch.where(tiny, torch.where(scales < 0, -smallest, smallest), half)

@@ -27,6 +27,8 @@ from qwenq.errors import StorageError, UsageError
 from qwenq.models.safetensors_files import SafetensorsSource
 from qwenq.storage import atomic_write_bytes, atomic_write_json, guard_storage, sha256_file
 
+_OURS = {"run.json", "lock", "layers", "checkpoint"}
+
 
 class LayerStore:
     """The work folder of one run.
@@ -37,7 +39,8 @@ class LayerStore:
         resume: False starts over.
 
     Raises:
-        UsageError: the folder holds an unfinished run with other settings, or another process works in it.
+        UsageError: the folder holds an unfinished run with other settings or files of someone else, or
+            another process works in it.
         StorageError: the disk refused.
     """
 
@@ -46,20 +49,50 @@ class LayerStore:
         self._layers = folder / "layers"
         with guard_storage(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
         self._lock = self._take_lock()
-        known = _read_json(folder / "run.json")
-        if known is not None and known != run and resume:
-            changed = sorted(key for key in {*known, *run} if known.get(key) != run.get(key))
+        try:
+            self._begin(run, resume=resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self, run: dict[str, Any], *, resume: bool) -> None:
+        """Go on with what is here, or start over."""
+        path = self.folder / "run.json"
+        known = _read_json(path) if resume else None
+        if resume and known is None and path.exists():
+            raise StorageError(
+                "the record of the unfinished run is damaged",
+                where=path,
+                hint="--no-resume discards the run; --out NAME leaves it alone",
+            )
+        if known is not None and known != run:
             raise UsageError(
-                f"an unfinished run with other settings is here: {', '.join(changed)} changed",
-                where=folder,
+                f"an unfinished run with other settings is here: {'; '.join(_changes(known, run))}",
+                where=self.folder,
                 hint="--no-resume discards it; --out NAME leaves it alone",
             )
-        with guard_storage(folder):
-            if known != run or not resume:
+        with guard_storage(self.folder):
+            if known is None:
+                path.unlink(missing_ok=True)
                 shutil.rmtree(self._layers, ignore_errors=True)
-                atomic_write_json(folder / "run.json", run)
+                atomic_write_json(path, run)
             self._layers.mkdir(exist_ok=True)
+
+    def _refuse_foreign(self) -> None:
+        """The folder is removed at the end, so it must hold nothing but ours."""
+        foreign = sorted(
+            entry.name
+            for entry in self.folder.iterdir()
+            if entry.name not in _OURS and not entry.name.startswith(".run.json.")
+        )
+        if foreign:
+            raise UsageError(
+                f"the work folder holds something else: {', '.join(foreign[:3])}",
+                where=self.folder,
+                hint="name another folder with --out, or move these files",
+            )
 
     def finished(self) -> int:
         """How many layers, from the first on without a gap, are whole."""
@@ -88,8 +121,8 @@ class LayerStore:
 
     def discard(self) -> None:
         """Remove the work folder, once its result stands elsewhere."""
-        self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
 
     def release(self) -> None:
         """Let another process work here."""
@@ -110,7 +143,7 @@ class LayerStore:
 
     def _record(self, index: int, *, verify: bool = True) -> dict[str, Any] | None:
         record = _read_json(self._layers / f"{index:05d}.json")
-        if record is None:
+        if record is None or not isinstance(record.get("modules"), dict):
             return None
         file = self._layers / str(record.get("file"))
         if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
@@ -133,13 +166,26 @@ class LayerStore:
         return handle
 
 
+def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two runs' facts, each as "name: before, now after"."""
+    changes = []
+    for key in sorted({*known, *run}):
+        before, after = known.get(key), run.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += _changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key} was {before}, now {after}")
+    return changes
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none, or none that is whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise StorageError(
-            f"{path.name} cannot be read: {error}", where=path, hint="use --no-resume"
+            f"{path.name} cannot be read: {error.strerror}", where=path, hint="name another --out"
         ) from error
     return content if isinstance(content, dict) else None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenq.errors import StorageError, UsageError
 from qwenq.gptq.quantise import LAYER_PARTS
 from qwenq.models.companions import write_companions
 from qwenq.models.shards import write_shards
-from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, sha256_file
+from qwenq.storage import atomic_write_json, fsync_file, fsync_folder, guard_storage, sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +23,31 @@ if TYPE_CHECKING:
     from qwenq.models.source import TensorInfo
 
 MANIFEST = "qwenq.json"
+
+
+def require_free(target: Path) -> None:
+    """Refuse an output folder that holds something or may not be made, before any work is done for it.
+
+    Raises:
+        UsageError: there is something.
+        StorageError: no permission.
+    """
+    if target.exists() and not target.is_dir():
+        raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
+    if target.is_dir() and any(target.iterdir()):
+        finished = (target / "qwenq.json").is_file()
+        raise UsageError(
+            "the output folder holds a finished checkpoint"
+            if finished
+            else "the output folder holds something else",
+            where=target,
+            hint="name a new folder with --out, or remove this one",
+        )
+    above = next(folder for folder in target.parents if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work
+        raise StorageError(
+            f"{above} may not be written", where=target, hint="name a folder that you may write to with --out"
+        )
 
 
 def stage(
@@ -44,7 +71,9 @@ def stage(
     """
     folder = store.folder / "checkpoint"
     with guard_storage(folder):
-        folder.mkdir(exist_ok=True)
+        if folder.exists():  # of a run that was killed while it wrote
+            shutil.rmtree(folder)
+        folder.mkdir()
     packed = store.source(layers)
     entries = list(_entries(checkpoint, {name: packed.info(name) for name in packed.names()}))
     of_layers = set(packed.names())
@@ -71,11 +100,11 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         StorageError: the disk refused.
     """
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        for file in sorted(staged.iterdir())
-        if file.name != MANIFEST
-    }
+    files = {}
+    with guard_storage(staged):
+        for file in sorted(staged.iterdir()):
+            fsync_file(file)  # copied ones are not on the disk yet
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     atomic_write_json(staged / MANIFEST, {**manifest, "files": files})
     with guard_storage(out):
         os.replace(staged, out)  # noqa: PTH105  Path.replace refuses an empty folder on some systems

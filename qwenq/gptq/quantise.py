@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qwenq.errors import CalibrationError, QuantisationError, UsageError
+from qwenq.errors import CalibrationError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.hessian import Hessian
 from qwenq.gptq.layer_store import LayerStore
 from qwenq.gptq.module import ModuleStats, QuantisedLinear, Settings, quantise_group
@@ -54,6 +55,14 @@ class LayerDone:
         """The same for round-to-nearest."""
         return sum(stats.rtn_error for stats in self.modules.values()) / len(self.modules)
 
+    def raised_damping(self, asked: float) -> dict[float, list[str]]:
+        """Modules whose Hessian needed more damping than was asked for, by how much they got."""
+        raised: dict[float, list[str]] = {}
+        for name, stats in self.modules.items():
+            if stats.damp > asked:
+                raised.setdefault(stats.damp, []).append(name)
+        return raised
+
 
 def choose_group_size(wanted: int | str, widths: dict[str, int]) -> tuple[int, str]:
     """The group size, and a sentence that says why.
@@ -89,6 +98,25 @@ def _indivisible(size: int, widths: dict[str, int]) -> UsageError:
 def input_widths(decoder: BlockwiseDecoder) -> dict[str, int]:
     """Input width of every linear in the first block, by name."""
     return {name: linear.in_features for name, linear in linears_of(decoder.template).items()}
+
+
+def check_packable(decoder: BlockwiseDecoder, bits: int) -> None:
+    """Refuse, before any work, a linear that no GPTQ file can hold: eight integers make a word of 32 bits.
+
+    Raises:
+        UnsupportedError: a side of a weight is not a multiple of the integers in a word.
+    """
+    per_word = 32 // bits
+    for name, linear in linears_of(decoder.template).items():
+        if linear.in_features % per_word or linear.out_features % per_word:
+            raise UnsupportedError(
+                f"{name} is {linear.out_features} × {linear.in_features}; the GPTQ layout at {bits} bits "
+                f"needs multiples of {per_word}",
+                where=decoder.checkpoint.folder,
+                hint="pad these widths with zeros first, or try --bits 8"
+                if bits == 4
+                else "pad these widths",
+            )
 
 
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:
@@ -141,26 +169,26 @@ def quantise_layers(
     """
     check_tokens(tokens, decoder.vocabulary)
     batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    total, finished = len(decoder.names), store.finished()
     with torch.inference_mode():
-        hidden = decoder.embed(torch.split(tokens, batch))
+        hidden = decoder.embed(torch.split(tokens, batch)) if finished < total else []
         groups: list[list[str]] = []
-        finished = store.finished()
-        for index in range(len(decoder.names)):
+        for index in range(total):
             started = time.perf_counter()
-            last = index == len(decoder.names) - 1
-            with decoder.block(index) as block:
-                groups = groups or shared_inputs(block, _forward(decoder, block), hidden[0][:1])
-                if index < finished:
-                    if not (last or finished == len(decoder.names)):
-                        _load_finished(block, store, index, decoder, settings)
-                        hidden = [decoder.forward(block, states) for states in hidden]
+            with decoder.block(index) if finished < total else nullcontext() as block:
+                if block is None:
+                    pass  # all layers are done: nothing reads the hidden states any more
+                elif index < finished:
+                    _load_finished(block, store, index, decoder, settings)
+                    hidden = [decoder.forward(block, states) for states in hidden]
                 else:
+                    groups = groups or shared_inputs(block, _forward(decoder, block), hidden[0][:1])
                     layer = _Layer(decoder, block, index, settings)
                     hidden = walk(block, _forward(decoder, block), hidden, groups, layer.solve)
                     store.save(index, layer.tensors, {name: s.as_dict() for name, s in layer.stats.items()})
             stats = {name: ModuleStats(**values) for name, values in store.modules(index).items()}
             seconds = time.perf_counter() - started
-            on_layer(LayerDone(index, len(decoder.names), seconds, stats, index < finished))
+            on_layer(LayerDone(index, total, seconds, stats, index < finished))
 
 
 def _forward(decoder: BlockwiseDecoder, block: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -171,7 +199,7 @@ class _Layer:
     """One block while it is being quantised."""
 
     def __init__(self, decoder: BlockwiseDecoder, block: nn.Module, index: int, settings: Settings) -> None:
-        self._linears, self._settings, self._dtype = linears_of(block), settings, decoder.dtype
+        self._linears, self._settings, self._decoder = linears_of(block), settings, decoder
         self._prefix = decoder.names[index]
         self.tensors: dict[str, Tensor] = {}
         self.stats: dict[str, ModuleStats] = {}
@@ -181,7 +209,7 @@ class _Layer:
         hessian = Hessian(inputs[0].shape[-1], inputs[0].device)
         for x in inputs:
             hessian.add(x)
-        weights = {name: self._linears[name].weight.float() for name in names}
+        weights = {name: self._stored(name) for name in names}
         try:
             results = quantise_group(weights, hessian.matrix(), self._settings)
         except QuantisationError as error:
@@ -190,12 +218,17 @@ class _Layer:
         for name, result in results.items():
             self._keep(name, result)
 
+    def _stored(self, name: str) -> Tensor:
+        """The weight as the checkpoint holds it, in float32: the block's has been rounded to its dtype."""
+        weight = self._decoder.checkpoint.read(f"{self._prefix}.{name}.weight")
+        return weight.to(self._decoder.device, torch.float32)
+
     def _keep(self, name: str, result: QuantisedLinear) -> None:
         grid = result.grid
         packed = pack(result.integers.cpu(), grid.scales.cpu(), grid.zeros.to(torch.uint8).cpu(), grid.bits)
         self.tensors.update(packed.tensors(f"{self._prefix}.{name}"))
         self.stats[name] = result.stats
-        self._linears[name].weight.data = grid.values(result.integers).to(self._dtype)
+        self._linears[name].weight.data = grid.values(result.integers).to(self._decoder.dtype)
 
 
 def _load_finished(

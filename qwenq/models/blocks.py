@@ -47,7 +47,7 @@ class BlockwiseDecoder:
         # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
         self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
-        self._arguments: dict[str, Any] = {}
+        self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
 
     @property
@@ -68,14 +68,14 @@ class BlockwiseDecoder:
             batches: int64 [batch, tokens] each, all of one length, no padding.
 
         Returns:
-            One [batch, tokens, hidden] per batch; what the blocks need besides (positions, rotary tables) is
-            kept for ``forward``.
+            One [batch, tokens, hidden] per batch; what the blocks need besides (positions, rotary tables,
+            masks where some layers slide a window) is kept for ``forward``.
         """
-        recorder = _Recorder()
+        recorders = [_Recorder() for _ in self._blocks]
         table = self.checkpoint.read("model.embed_tokens.weight")
         check_finite("model.embed_tokens.weight", table, self.checkpoint.folder)
         norm, self._inner.norm = self._inner.norm, nn.Identity()
-        self._inner.layers = nn.ModuleList([recorder])
+        self._inner.layers = nn.ModuleList(recorders)
         try:
             for batch in batches:
                 # Rows are looked up in the stored table: converting all of it would cost too much.
@@ -83,8 +83,9 @@ class BlockwiseDecoder:
                 self._inner(inputs_embeds=rows, use_cache=False)
         finally:
             self._inner.norm, self._inner.layers = norm, self._blocks
-        self._arguments = recorder.arguments
-        return recorder.hidden
+        recorded = zip(self._blocks, recorders, strict=True)
+        self._arguments = {block: recorder.arguments for block, recorder in recorded}
+        return recorders[0].hidden
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -103,7 +104,7 @@ class BlockwiseDecoder:
 
     def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run a block: [batch, tokens, hidden] → the same."""
-        output = block(hidden, **self._arguments)
+        output = block(hidden, **self._arguments[block])
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     @contextmanager
