@@ -31,7 +31,7 @@ class CalibrationManifest(BaseModel):
 
     format: Literal["qwenq-calibration-1"] = "qwenq-calibration-1"
     source: str
-    template: Literal["plain", "chat", "mixed", "self"]
+    template: Literal["plain", "chat", "mixed", "self", "random"]
     seed: int
     samples: int = Field(ge=1)
     seq_len: int = Field(ge=2)

@@ -50,6 +50,8 @@ def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> l
         ModelError: a JSON file of the source is damaged.
         StorageError: the disk refused.
     """
+    if not source.is_dir():
+        return ["random weights come from no folder: no tokenizer is written beside them"]
     with guard_storage(target):
         _copy_licences(source, target)
         _write_generation_config(source, target, config)

@@ -1,0 +1,28 @@
+"""Token sequences for models with random weights, which no text would tell anything about."""
+
+from __future__ import annotations
+
+import torch
+
+from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
+from qwenq.calibration.sequences import Wanted
+
+
+def random_tokens(vocabulary: int, wanted: Wanted, seed: int) -> CalibrationSet:
+    """Uniformly drawn ids, [samples, seq_len] and [held_out, seq_len]."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (wanted.samples + wanted.held_out, wanted.seq_len)
+    ids = torch.randint(vocabulary, shape, generator=generator)
+    tokens, held_out = ids[: wanted.samples], ids[wanted.samples :]
+    manifest = CalibrationManifest(
+        source="random",
+        template="random",
+        seed=seed,
+        samples=wanted.samples,
+        seq_len=wanted.seq_len,
+        held_out=wanted.held_out,
+        held_out_from="other random streams",
+        tokenizer="none",
+        tokens=fingerprint_tokens(tokens, held_out),
+    )
+    return CalibrationSet(tokens, held_out, manifest)
