@@ -1,0 +1,242 @@
+"""``qwenq check`` as a user runs it, on a tiny model that `qwenq quantize`'s own packer wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_model import TEXT, write_tiny_model
+
+from qwenq.cli import main
+from qwenq.gptq.scales import search_grid
+from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.gptq_format import QuantConfig
+from qwenq.models.packing import pack
+
+BITS, GROUP = 8, 16
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capture = patch, capture
+
+    def __call__(self, *arguments: object) -> Ran:
+        self._patch.setattr(sys, "argv", ["qwenq", "check", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = self._capture.readouterr()
+        return Ran(int(ended.value.code or 0), shown.out, shown.err)
+
+
+@pytest.fixture(autouse=True)
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    Path("notes.txt").write_text(TEXT * 60)
+    return Shell(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("base") / "tiny")
+
+
+def quantised_folder(folder: Path, base: Path, *, noise: float = 0.0) -> Path:
+    """A GPTQ folder as third parties write it: no manifest."""
+    folder.mkdir()
+    quant = QuantConfig(bits=BITS, group_size=GROUP)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if not name.endswith("proj.weight"):
+            tensors[name] = tensor
+            continue
+        torch.manual_seed(0)
+        W = tensor + noise * torch.randn_like(tensor)
+        grid = search_grid(W, torch.ones(W.shape[1]), BITS, GROUP, sym=True, search="none")
+        packed = pack(grid.integers(W).to(torch.uint8), grid.scales, grid.zeros.to(torch.uint8), BITS)
+        tensors |= packed.tensors(name.removesuffix(".weight"))
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = quant.to_config_json()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantised_folder(tmp_path_factory.mktemp("plain") / "q", base)
+
+
+@pytest.fixture
+def ours(base: Path, plain: Path, tmp_path: Path) -> Path:
+    """The same folder with a manifest that names its base."""
+    folder = tmp_path / "ours"
+    shutil.copytree(plain, folder)
+    write_manifest(folder, base={"model": str(base), "fingerprint": open_checkpoint(base).fingerprint})
+    return folder
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    files = {
+        file.name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+        for file in folder.iterdir()
+        if file.name != "qwenq.json"
+    }
+    (folder / "qwenq.json").write_text(json.dumps({**facts, "files": files}))
+
+
+SMALL = ("--text", "notes.txt", "--samples", 3, "--seq-len", 24, "--device", "cpu")
+
+
+def test_the_manifest_names_the_base(ours: Path, base: Path, check: Shell) -> None:
+    ran = check(ours, *SMALL, "--modules", 2)
+    assert ran.code == 0, ran.err
+    for expected in (
+        f"{ours} (Int8, groups of 16)",
+        str(base),
+        "notes.txt, 3 × 24 tokens; float32 on cpu",
+        "95 % interval",
+        "worst 2 of 14 modules",
+        "round-to-nearest",
+        "verdict     excellent: KL 0.00",
+    ):
+        assert expected in ran.out
+    assert "…" not in ran.out and "note:" not in ran.err
+    assert ran.out.count("model.layers.") == 2
+
+
+def test_json_alone_on_stdout(plain: Path, base: Path, check: Shell) -> None:
+    ran = check(plain, "--against", base, *SMALL, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["verdict"]["word"] == "excellent" and found["broken"] is False
+    assert 0 < found["kl"]["low"] < found["kl"]["value"] < found["kl"]["high"] < 0.01
+    assert found["tokens"] == 3 * 23 and found["text"] == "notes.txt" and len(found["modules"]) == 14
+    assert "not verified" in found["notices"][0] and "not verified" in ran.err
+
+
+def test_the_models_own_text_is_the_default_and_is_kept(plain: Path, base: Path, check: Shell) -> None:
+    asked = [plain, "--against", base, "--samples", 2, "--json", "--device", "cpu"]
+    first = check(*asked)
+    assert first.code == 0, first.err
+    found = json.loads(first.out)
+    assert found["text"] == "self" and found["seq_len"] == 256  # the model takes no more
+    assert json.loads(check(*asked).out) == found
+    assert json.loads(check(*asked, "--seed", 1).out)["kl"] != found["kl"]
+
+
+def test_text_kept_from_quantising_is_used_again(ours: Path, base: Path, check: Shell) -> None:
+    from qwenq.calibration import load_calibration
+    from qwenq.models.tokenizer import load_tokenizer
+
+    checkpoint, tokenizer = open_checkpoint(base), load_tokenizer(base)
+    made = load_calibration(
+        "self", checkpoint=checkpoint, tokenizer=tokenizer, samples=4, held_out=2, seq_len=32
+    )
+    manifest = json.loads((ours / "qwenq.json").read_text())
+    write_manifest(ours, base=manifest["base"], calibration=made.manifest.model_dump(mode="json"))
+    kept = set(Path("cache/self-text").iterdir())
+    ran = check(ours, "--samples", 2, "--seq-len", 32, "--device", "cpu")
+    assert ran.code == 0, ran.err
+    assert set(Path("cache/self-text").iterdir()) == kept
+
+
+def test_the_held_out_part_of_a_saved_set(plain: Path, base: Path, check: Shell) -> None:
+    from qwenq.calibration import load_calibration
+    from qwenq.models.tokenizer import load_tokenizer
+
+    checkpoint, tokenizer = open_checkpoint(base), load_tokenizer(base)
+    made = load_calibration(
+        "notes.txt", checkpoint=checkpoint, tokenizer=tokenizer, samples=2, held_out=4, seq_len=24
+    )
+    made.save(Path("set.safetensors"))
+    asked = [plain, "--against", base, "--text", "set.safetensors", "--json"]
+    assert json.loads(check(*asked).out)["sequences"] == 4
+    assert json.loads(check(*asked, "--samples", 3).out)["sequences"] == 3
+    ran = check(*asked, "--samples", 5)
+    assert ran.code == 2 and "this set has 4" in ran.err
+    ran = check(*asked, "--seq-len", 32)
+    assert ran.code == 2 and "this saved set has 24" in ran.err
+
+
+def test_a_broken_model_is_shown_and_fails(base: Path, tmp_path: Path, check: Shell) -> None:
+    ran = check(quantised_folder(tmp_path / "bad", base, noise=3.0), "--against", base, *SMALL)
+    assert ran.code == 1
+    assert "verdict     broken: KL" in ran.out and "the quantised model is broken" in ran.err
+
+
+def test_a_text_cut_in_another_way_is_told(ours: Path, base: Path, check: Shell) -> None:
+    used = {"source": "notes.txt", "seed": 0, "held_out": 3, "seq_len": 24, "samples": 2}
+    manifest = json.loads((ours / "qwenq.json").read_text())
+    write_manifest(ours, base=manifest["base"], calibration=used)
+    assert "may be seen again" not in check(ours, *SMALL).err
+    assert "may be seen again" in check(ours, *SMALL, "--seed", 1).err
+
+
+def test_another_base_than_was_quantised(ours: Path, base: Path, tmp_path: Path, check: Shell) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    ran = check(ours, "--against", other, *SMALL)
+    assert ran.code == 1 and "this is not the base that was quantised" in ran.err  # broken, as it must be
+    write_manifest(ours, base={"model": str(other), "fingerprint": open_checkpoint(base).fingerprint})
+    ran = check(ours, *SMALL)
+    assert ran.code == 2 and "has changed since it was quantised" in ran.err and "--against" in ran.err
+
+
+def test_a_base_that_is_gone(ours: Path, check: Shell) -> None:
+    write_manifest(ours, base={"model": "./gone", "fingerprint": "0" * 16})
+    ran = check(ours, *SMALL)
+    assert ran.code == 2
+    assert "the base that qwenq.json names cannot be had" in ran.err and "--against BASE" in ran.err
+
+
+def test_a_changed_file_is_named(ours: Path, check: Shell) -> None:
+    file = ours / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    ran = check(ours, *SMALL)
+    assert ran.code == 1 and "not those that were written" in ran.err and "model.safetensors" in ran.err
+
+
+def test_misuse_ends_with_code_2_and_a_hint(plain: Path, base: Path, tmp_path: Path, check: Shell) -> None:
+    wider = write_tiny_model(tmp_path / "wider", intermediate_size=112)
+    random = shutil.copytree(base, tmp_path / "random")
+    config = json.loads((random / "config.json").read_text()) | {"qwenq_random_weights": {"seed": 0}}
+    (random / "config.json").write_text(json.dumps(config))
+    for arguments, message in (
+        ([base, "--against", base], "not quantised"),
+        ([plain], "which model was this made from?"),
+        ([plain, "--against", plain], "itself quantised"),
+        ([plain, "--against", wider], "intermediate_size is 48"),
+        ([plain, "--against", random], "random weights"),
+        ([tmp_path / "none", "--against", base], "no such model folder"),
+        ([plain, "--against", base, "--text", "gone.txt"], "no such calibration source"),
+        ([plain, "--against", base, "--samples", "0"], "--samples"),
+        ([plain, "--against", base, "--device", "quantum"], "--device"),
+    ):
+        ran = check(*arguments)
+        assert ran.code == 2, (arguments, ran.err)
+        assert message in ran.err
+        assert "Traceback" not in ran.err
+
+
+def test_a_module_without_its_scales_is_named(plain: Path, base: Path, tmp_path: Path, check: Shell) -> None:
+    folder = shutil.copytree(plain, tmp_path / "cut")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.scales"]
+    save_file(tensors, folder / "model.safetensors")
+    ran = check(folder, "--against", base, *SMALL)
+    assert ran.code == 1 and "model.layers.1.mlp.up_proj" in ran.err and "lacks scales" in ran.err
