@@ -61,7 +61,8 @@ def test_a_seed_repeats_and_rows_do_not_share_a_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}]
+    "wrong",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}],
 )
 def test_out_of_range(wrong: dict) -> None:
     with pytest.raises(UsageError):

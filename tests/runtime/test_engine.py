@@ -1,0 +1,217 @@
+"""The protocol's generation, the door to the engines, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models.plain_qwen_v1 import MemorySource, quantise_v1, random_tensors, small_config, write_v1
+from runtime.small_models import random_ids, small_model
+
+from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+from qwenq.runtime.engine import Engine, find_device, find_dtype, load
+from qwenq.runtime.generation import Timing, stream
+from qwenq.runtime.sampling import GREEDY, Sampling
+
+ENGINES = ("fast", "transformers")
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def runner(request: pytest.FixtureRequest) -> Engine:
+    _, checkpoint = small_model("qwen2-tied")
+    return load(checkpoint, device="cpu", dtype="float32", engine=request.param)
+
+
+def changed(checkpoint: Checkpoint, config: dict | None = None, **tensors: torch.Tensor | None) -> Checkpoint:
+    """The checkpoint with other config keys, and tensors replaced or (None) removed."""
+    new = {**checkpoint.source.tensors, **{name.replace("__", "."): t for name, t in tensors.items()}}
+    kept = {name: tensor for name, tensor in new.items() if tensor is not None}
+    return Checkpoint(checkpoint.folder, {**checkpoint.config, **(config or {})}, MemorySource(kept))
+
+
+def test_a_batch_answers_as_each_row_alone(runner: Engine) -> None:
+    prompts = [random_ids(n, n) for n in (3, 40, 11)]
+    together = runner.generate(prompts, 12)
+    alone = [runner.generate([prompt], 12).answers[0] for prompt in prompts]
+    assert together.answers == alone
+    assert together.timing.prefill_tokens == 54
+    assert together.timing.decode_tokens == 3 * 11
+    assert together.timing.decode_seconds > 0
+
+
+def test_sampled_answers_repeat_with_their_seed(runner: Engine) -> None:
+    prompt = random_ids(5)
+    answers = [runner.generate([prompt], 30, sampling=Sampling(seed=s)).answers[0].ids for s in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_stop_id_ends_its_row_alone(runner: Engine) -> None:
+    prompts = [random_ids(n, n) for n in (3, 40)]
+    free = runner.generate(prompts, 12).answers
+    stop = free[0].ids[4]
+    seen: list[tuple[int, int]] = []
+    done = runner.generate(
+        prompts, 12, stop_ids=[stop], on_token=lambda row, token: seen.append((row, token))
+    )
+    assert done.answers[0].ids == free[0].ids[: free[0].ids.index(stop)]
+    assert done.answers[0].stop_id == stop
+    assert [token for row, token in seen if row == 1] == done.answers[1].ids
+    if stop not in free[1].ids:
+        assert done.answers[1] == free[1]
+
+
+def test_the_loop_ends_when_all_rows_have(runner: Engine) -> None:
+    prompt = random_ids(7)
+    first = runner.generate([prompt], 1).answers[0].ids[0]
+    done = runner.generate([prompt, prompt], 50, stop_ids=[first])
+    assert [answer.ids for answer in done.answers] == [[], []]
+    assert done.timing.decode_tokens == 0
+
+
+def test_exact_tokens_ignore_stop_ids(runner: Engine) -> None:
+    done = runner.generate([random_ids(7)], 25, stop_ids=range(runner.vocab_size), exact_tokens=True)
+    assert len(done.answers[0].ids) == 25
+    assert done.answers[0].stop_id is None
+
+
+def test_streaming_gives_the_same_tokens_and_leaves_a_usable_cache(runner: Engine) -> None:
+    prompt = random_ids(9)
+    whole = runner.generate([prompt], 20).answers[0].ids
+    cache = runner.new_cache(1, 40)
+    streamed = []
+    for token in stream(runner, prompt, 20, GREEDY, (), cache, Timing()):
+        streamed.append(token)
+        if len(streamed) == 8:
+            break
+    assert streamed == whole[:8]
+    assert cache.lengths == [9 + 7]  # all but the newest
+    assert runner.generate([streamed[-1:]], 12, cache=cache).answers[0].ids == whole[8:]
+
+
+def test_padded_vocabulary_rows_are_never_sampled() -> None:
+    config = small_config()
+    tensors = random_tensors(config)
+    from qwenq.models.qwen_v1 import qwen2_view
+
+    plain, source = qwen2_view(Path("in-memory"), config, MemorySource(tensors))
+    plain["qwen_v1"]["real_vocab"] = 5
+    for engine in ENGINES:
+        runner = load(Checkpoint(Path("in-memory"), plain, source), device="cpu", engine=engine)
+        for sampling in (GREEDY, Sampling(temperature=5.0)):
+            done = runner.generate([[1, 2, 3], [4]], 30, sampling=sampling)
+            assert max(max(answer.ids) for answer in done.answers) < 5
+        assert runner.logits([[1]])[0].shape == (1, 256)  # logits themselves are whole
+
+
+def test_a_gptq_folder_runs_as_its_dequantised_weights(tmp_path: Path) -> None:
+    config, tensors = quantise_v1(small_config(), random_tensors(small_config()), bits=4, group_size=16)
+    folder = write_v1(tmp_path / "int4", config, tensors)
+    packed = open_checkpoint(folder)
+    settings = QuantConfig.read(packed.config)
+    dense = DequantisedSource(packed.source, settings, torch.float32)
+    plain = {key: value for key, value in packed.config.items() if key != "quantization_config"}
+    expected = load(Checkpoint(folder, plain, dense), device="cpu", dtype="float32").logits([[5, 6, 7]])[0]
+    for engine in ENGINES:
+        found = load(folder, device="cpu", dtype="float32", engine=engine).logits([[5, 6, 7]])[0]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [([[]], "an empty prompt"), ([[1, 300]], "ids run from 1 to 300"), ([[-1]], "ids run from -1")],
+)
+def test_prompts_that_cannot_be_run(runner: Engine, prompts: list[list[int]], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        runner.prefill(prompts, runner.new_cache(1, 8))
+
+
+def test_what_does_not_fit_the_cache_is_said_before_anything_runs(runner: Engine) -> None:
+    cache = runner.new_cache(1, 10)
+    with pytest.raises(UsageError, match="a prompt of 8 and 4 new tokens do not fit into a cache of 10"):
+        runner.generate([random_ids(8)], 4, cache=cache)
+    assert cache.lengths == [0]
+    assert len(runner.generate([random_ids(8)], 3, cache=cache).answers[0].ids) == 3
+    with pytest.raises(UsageError, match="2 prompts"):
+        runner.prefill([[1], [2]], cache)
+    with pytest.raises(UsageError, match="0 new tokens"):
+        runner.generate([[1]], 0)
+
+
+def test_missing_surplus_and_misshapen_tensors_are_named() -> None:
+    _, checkpoint = small_model("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    cases = [
+        (changed(checkpoint, model__layers__1__mlp__up_proj__weight=None), name),
+        (changed(checkpoint, model__layers__1__mlp__up_proj__weight=torch.ones(95, 64)), "is \\[95, 64\\]"),
+        (changed(checkpoint, lm_head__weight=None), "lm_head.weight is missing"),
+        (changed(checkpoint, model__layers__0__self_attn__o_proj__bias=torch.ones(64)), "no place"),
+    ]
+    for broken, says in cases:
+        with pytest.raises(ModelError, match=says):
+            load(broken, device="cpu", dtype="float32")
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    _, checkpoint = small_model("llama")
+    nan = torch.full((96, 64), float("nan"))
+    with pytest.raises(CorruptFileError):
+        load(changed(checkpoint, model__layers__1__mlp__up_proj__weight=nan), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "sliding-window"),
+        (
+            {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
+            "sliding-window",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling 'longrope'"),
+    ],
+)
+def test_what_the_lean_decoder_does_not_have(config: dict, says: str) -> None:
+    _, checkpoint = small_model("qwen2-tied")
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        load(changed(checkpoint, config), device="cpu")
+    assert "--engine transformers" in (caught.value.hint or "")
+
+
+def test_a_window_that_no_layer_uses_is_no_obstacle() -> None:
+    _, checkpoint = small_model("qwen2-tied")
+    unused = {"layer_types": None, "use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}
+    assert load(changed(checkpoint, unused), device="cpu").logits([[1]])[0].shape == (1, 300)
+
+
+def test_dynamic_rope_is_plain_up_to_its_length_and_refused_beyond() -> None:
+    scaling = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model, checkpoint = small_model("llama", rope_parameters=scaling, max_position_embeddings=32)
+    ids = random_ids(33)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids[:32]])).logits[0]
+    runner = load(checkpoint, device="cpu", dtype="float32")
+    torch.testing.assert_close(runner.logits([ids[:32]])[0], expected, atol=1e-4, rtol=0)
+    with pytest.raises(UsageError, match="33 tokens are more than the 32"):
+        runner.logits([ids])
+
+
+def test_devices_and_dtypes() -> None:
+    assert find_device("cpu").type == "cpu"
+    assert find_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
+    assert find_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    with pytest.raises(UsageError, match="'tpu' is no device"):
+        find_device("tpu")
+    with pytest.raises(UsageError, match="is no dtype"):
+        find_dtype("int3", torch.device("cpu"))
+    with pytest.raises(UsageError, match="no engine 'vllm'"):
+        load(Path("anywhere"), engine="vllm")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_cuda_without_a_gpu_is_explained() -> None:
+    assert find_device("auto").type == "cpu"
+    with pytest.raises(UsageError, match="cuda cannot be used: 0 CUDA GPUs found"):
+        load(Path("anywhere"), device="cuda")
