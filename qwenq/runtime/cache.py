@@ -94,10 +94,10 @@ class KVCache:
 
     def reserve(self, capacity: int) -> None:
         """Make room for at least ``capacity`` tokens in each row; what is there stays."""
-        if capacity <= self.capacity:
-            return
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
+                if old.shape[2] >= capacity:
+                    continue
                 grown = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
                 grown[:, :, : old.shape[2]] = old
                 tensors[layer] = grown

@@ -60,7 +60,7 @@ def test_logn_scales_start_beyond_the_trained_length() -> None:
 
 
 def test_stretched_frequencies() -> None:
-    config, _, runner = v1_engine()
+    _, _, runner = v1_engine()
     frequencies, factor = inverse_frequencies(runner.decoder.spec, alpha=3)
     base = 10_000 * 3 ** (16 / 14)
     assert factor == 1.0

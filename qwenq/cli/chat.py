@@ -1,0 +1,131 @@
+"""``qwenq chat``: talk to a model, full precision or quantised."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qwenq.cli.app import app
+from qwenq.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwenq.runtime.chat import Conversation
+    from qwenq.runtime.generation import Timing
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="Model folder or hub id; the bundled model without it.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that sum to this.")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
+    engine: Annotated[
+        Literal["fast", "transformers"], typer.Option(help="The lean decoder, or transformers.")
+    ] = "fast",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
+    ] = "auto",
+) -> None:
+    """Chat with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves.
+
+    When the input is not a terminal, every line of it is one question.
+    """
+    from qwenq.models.resolve import resolve_model
+    from qwenq.models.tokenizer import load_tokenizer
+    from qwenq.runtime.chat import Conversation, require_chat
+    from qwenq.runtime.engine import find_device, load
+    from qwenq.runtime.sampling import Sampling
+    from qwenq.runtime.session import Session
+
+    sampling = Sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
+    find_device(device)  # before a download
+    resolved = resolve_model(model)
+    for notice in resolved.notices:
+        typer.echo(f"note: {notice}", err=True)
+    tokenizer = load_tokenizer(resolved.folder)
+    require_chat(tokenizer)
+    runner = load(resolved.folder, device=device, dtype=dtype, engine=engine, real_vocab=tokenizer.vocab_size)
+    session = Session(runner)
+    conversation = Conversation(
+        session, tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens
+    )
+    typer.echo(f"{runner.implementation}, {str(runner.dtype).removeprefix('torch.')}", err=True)
+    _talk(conversation)
+    typer.echo(summary(session.timing), err=True)
+
+
+def summary(timing: Timing) -> str:
+    """How fast it was: prefill and decode apart."""
+    parts = []
+    for name, tokens, seconds in (
+        ("prefill", timing.prefill_tokens, timing.prefill_seconds),
+        ("decode", timing.decode_tokens, timing.decode_seconds),
+    ):
+        speed = f"{tokens / seconds:.1f} tok/s" if tokens else "no tokens"
+        parts.append(f"{name} {speed} ({tokens} tokens)" if tokens else f"{name} {speed}")
+    return ", ".join(parts)
+
+
+def _talk(conversation: Conversation) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
+    on_terminal = sys.stdin.isatty()
+    reported = 0
+    for question in _typed() if on_terminal else _piped():
+        try:
+            with closing(conversation.ask(question)) as pieces:
+                for piece in pieces:
+                    typer.echo(piece, nl=False)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            typer.echo(" [stopped]", nl=False)
+        except UsageError as error:
+            if not on_terminal:
+                raise
+            typer.echo(f"qwenq: {error}", err=True, nl=False)
+        typer.echo()
+        if conversation.dropped_rounds > reported:
+            reported = conversation.dropped_rounds
+            rounds = "round" if reported == 1 else f"{reported} rounds"
+            typer.echo(f"note: the oldest {rounds} of the chat no longer fit the context", err=True)
+
+
+def _piped() -> Iterator[str]:
+    """One question a line; empty lines are none."""
+    for line in sys.stdin:
+        if question := line.strip():
+            yield question
+
+
+def _typed() -> Iterator[str]:
+    """What the user types, with line editing; ends at Ctrl-D, or at the second Ctrl-C in a row."""
+    with suppress(ImportError):  # not there on every platform
+        import readline  # noqa: F401 - gives input() its line editing
+    warned = False
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except EOFError:
+            typer.echo()
+            return
+        except KeyboardInterrupt:
+            typer.echo()
+            if warned:
+                return
+            warned = True
+            typer.echo("(Ctrl-C again, or Ctrl-D, leaves)", err=True)
+            continue
+        warned = False
+        if question:
+            yield question

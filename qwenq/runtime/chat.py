@@ -1,0 +1,129 @@
+"""A conversation: its history, the prompt that fits the context, and answers that are safe to show."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Generator
+from dataclasses import replace
+
+from qwenq.errors import UsageError
+from qwenq.models.chatml import Message, build_context
+from qwenq.models.qwen_tokenizer import QwenTokenizer
+from qwenq.models.tokenizer import Tokenizer
+from qwenq.runtime.sampling import Sampling
+from qwenq.runtime.session import Session
+
+_LEAST_ROOM = 16  # tokens that an answer has at least, else the question does not fit
+
+
+class Conversation:
+    """User and assistant in turn, over one session.
+
+    Args:
+        session: runs the model.
+        tokenizer: of the same model.
+        system: the system message; None: the template's own.
+        sampling: how answers are drawn.
+        max_new_tokens: at most so many per answer.
+
+    Attributes:
+        dropped_rounds: how many of the oldest rounds did not fit into the latest prompt.
+
+    Raises:
+        UsageError: a base model, which was never taught to answer.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        *,
+        system: str | None = None,
+        sampling: Sampling,
+        max_new_tokens: int,
+    ) -> None:
+        require_chat(tokenizer)
+        self._session, self._tokenizer = session, tokenizer
+        self._sampling, self._max_new_tokens = sampling, max_new_tokens
+        self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._rounds: list[list[Message]] = []
+        self.dropped_rounds = 0
+
+    def ask(self, question: str) -> Generator[str]:
+        """The answer, piece by piece, as text without control characters.
+
+        An answer that is cut short (the caller stops reading, or is interrupted) stays in the history as far
+        as it came; a question that got no answer at all is forgotten.
+
+        Raises:
+            UsageError: the question alone is too long for the model.
+        """
+        self._rounds.append([{"role": "user", "content": question}])
+        ids: list[int] = []
+        try:
+            prompt, room = self._prompt()
+            text = self._tokenizer.stream()
+            stops = self._tokenizer.eos_ids
+            # Every answer draws numbers of its own: the same ones again would favour the same words.
+            sampling = replace(self._sampling, seed=self._sampling.seed + len(self._rounds) - 1)
+            for token in self._session.answer(prompt, room, sampling=sampling, stop_ids=stops):
+                ids.append(token)
+                yield printable(text.push(token))
+            yield printable(text.finish())
+        finally:
+            self._remember(ids)
+
+    def _remember(self, ids: list[int]) -> None:
+        if not ids:
+            self._rounds.pop()
+            return
+        self._rounds[-1].append({"role": "assistant", "content": self._tokenizer.decode(ids)})
+
+    def _prompt(self) -> tuple[list[int], int]:
+        """The prompt's ids, the oldest rounds dropped until it fits, and how many new tokens fit after it."""
+        context = self._session.engine.context
+        # Room for a whole answer where possible; a model with a short context keeps half of it for history.
+        wanted = self._max_new_tokens if context is None else min(self._max_new_tokens, context // 2)
+        dropped = 0
+        while True:
+            ids, dropped_by_window = self._encode(self._rounds[dropped:])
+            room = self._max_new_tokens if context is None else context - len(ids)
+            if room >= wanted or dropped + dropped_by_window >= len(self._rounds) - 1:
+                break
+            dropped += dropped_by_window + 1
+        self.dropped_rounds = dropped + dropped_by_window
+        if room < _LEAST_ROOM and room < self._max_new_tokens:
+            raise UsageError(
+                f"the question makes a prompt of {len(ids)} tokens; the model takes {context}",
+                hint="ask it in fewer words",
+            )
+        return ids, min(room, self._max_new_tokens)
+
+    def _encode(self, rounds: list[list[Message]]) -> tuple[list[int], int]:
+        """Ids, and how many of these rounds v1's own window left out."""
+        messages = [*self._system, *(message for turns in rounds for message in turns)]
+        if isinstance(self._tokenizer, QwenTokenizer):
+            context = build_context(self._tokenizer, messages, max_window=self._tokenizer.max_window)
+            return context.ids, context.dropped_rounds
+        return self._tokenizer.chat(messages), 0
+
+
+def require_chat(tokenizer: Tokenizer) -> None:
+    """Refuse a model that was never taught to answer.
+
+    Raises:
+        UsageError: a base model.
+    """
+    if isinstance(tokenizer, QwenTokenizer):
+        if tokenizer.im_end_id in tokenizer.eos_ids:
+            return
+        raise UsageError(
+            "this is a base model: it continues text and does not answer",
+            hint="name its -Chat sibling, e.g. Qwen-1.8B-Chat",
+        )
+    tokenizer.chat([{"role": "user", "content": "?"}])  # says itself what is missing
+
+
+def printable(text: str) -> str:
+    """The text without control characters but line ends and tabs: no answer can steer the terminal."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
