@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from qwenq.cli import calibrate, check, convert, plan, quantize, tokenizer
+from qwenq.cli import calibrate, chat, check, convert, plan, quantize, tokenizer
 
-__all__ = ["calibrate", "check", "convert", "plan", "quantize", "tokenizer"]
+__all__ = ["calibrate", "chat", "check", "convert", "plan", "quantize", "tokenizer"]
