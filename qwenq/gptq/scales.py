@@ -64,9 +64,10 @@ def _symmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _asymmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     high, low = grouped.amax(1).clamp_(min=0), grouped.amin(1).clamp_(max=0)
     levels = (1 << bits) - 1
-    scales = (high - low) / levels
+    # The zero point is at least 1 (0 has no safe form in the v1 layout): one step is lost to weights above 0.
+    scales = torch.maximum((high - low) / levels, high / (levels - 1))
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    return scales, (-low / scales).round_().clamp_(1, levels)  # 0 has no safe form in the v1 layout
+    return scales, (-low / scales).round_().clamp_(1, levels)
 
 
 def _best(
@@ -79,6 +80,7 @@ def _best(
     low = -zeros * scales  # real value of integer 0, kept in proportion by asymmetric candidates
 
     def consider(scale: Tensor, zero: Tensor) -> Tensor:
+        scale = storable(scale)  # judged as it will be read back: at 8 bits float16 shifts integers visibly
         q = (w / scale[:, None]).add_(zero[:, None]).round_().clamp_(0, levels).sub_(zero[:, None])
         gap = (q * scale[:, None]).sub_(w)
         cost = (gap.square_() if power == 2 else gap.abs_().pow_(power)).mul_(h).sum(1)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenq.gptq.hessian import PANEL, Hessian
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    return 2 / x.shape[0] * x.T @ x
+
+
+def measured(width: int, *parts: torch.Tensor) -> torch.Tensor:
+    hessian = Hessian(width)
+    for part in parts:
+        hessian.add(part)
+    return hessian.matrix()
+
+
+@pytest.mark.parametrize("width", [1, 48, PANEL, PANEL + 40])
+def test_it_is_twice_the_mean_outer_product(width: int) -> None:
+    x = torch.randn(300, width, generator=torch.Generator().manual_seed(width))
+    got = measured(width, x)
+    assert got.dtype is torch.float32
+    assert torch.equal(got, got.T)
+    torch.testing.assert_close(got.double(), exact(x), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 199), max_size=4))
+def test_the_running_mean_does_not_depend_on_how_tokens_are_split(seed: int, cuts: list[int]) -> None:
+    x = torch.randn(200, 24, generator=torch.Generator().manual_seed(seed))
+    parts = torch.tensor_split(x, sorted(set(cuts)))
+    torch.testing.assert_close(measured(24, *parts).double(), exact(x), rtol=1e-5, atol=1e-5)
+
+
+def test_leading_dimensions_are_tokens() -> None:
+    x = torch.randn(3, 5, 7, 16)
+    hessian = Hessian(16)
+    hessian.add(x)
+    assert hessian.tokens == 105
+    torch.testing.assert_close(hessian.matrix(), measured(16, x.reshape(-1, 16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """4096 times 0.1²: bfloat16 would stop counting long before the end."""
+    x = torch.full((4096, 8), 0.1, dtype=dtype)
+    got = measured(8, *x.split(64))
+    torch.testing.assert_close(got.double(), exact(x), rtol=1e-5, atol=0)
+    assert got.dtype is torch.float32
+
+
+def test_float16_inputs_whose_square_would_overflow_do_not() -> None:
+    x = torch.full((16, 8), 6e4, dtype=torch.float16)
+    assert measured(8, x).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_bad_activation_shows_on_the_diagonal(bad: float) -> None:
+    """``damped`` looks at the diagonal alone."""
+    x = torch.randn(32, 600)
+    x[7, 550] = bad
+    good = torch.randn(32, 600)
+    assert not measured(600, good, x, good).diagonal()[550].isfinite()

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import algorithm_1
+from problems import Problem, problem
+
+from qwenq.gptq.grid import Grid
+from qwenq.gptq.scales import search_grid
+from qwenq.gptq.solver import act_order, gptq, inverse_factor, output_error
+
+
+def damp(H: torch.Tensor, share: float = 0.01) -> torch.Tensor:
+    return H + share * H.diagonal().mean() * torch.eye(H.shape[0], dtype=H.dtype)
+
+
+def both(
+    given: Problem, H: torch.Tensor, grid: Grid, *, reorder: bool, block: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Our integers, the oracle's, the values that it rounded, and the order."""
+    order = act_order(H) if reorder else torch.arange(H.shape[0])
+    U, failed = inverse_factor(H[order][:, order])
+    assert failed == 0
+    fast = gptq(given.W, U, grid, order, block)
+    slow, rounded = algorithm_1(given.W, H, grid.scales, grid.zeros, grid.bits, order, block)
+    return fast, slow, rounded, order
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("reorder", [False, True])
+@pytest.mark.parametrize(("bits", "group_size", "sym"), [(4, 32, True), (4, 64, False), (8, 192, True)])
+def test_the_fast_solver_is_algorithm_1_in_float64(
+    seed: int, reorder: bool, bits: int, group_size: int, sym: bool
+) -> None:
+    given = problem(seed, width=192, dtype=torch.float64)
+    grid = search_grid(
+        given.W.float(), given.H.diagonal().float(), bits, group_size, sym=sym, search="hessian"
+    )
+    fast, slow, _, _ = both(given, damp(given.H), grid, reorder=reorder, block=128)
+    assert fast.dtype is torch.uint8
+    assert torch.equal(fast.double(), slow)
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+def test_in_float32_every_decision_that_is_no_tie_agrees(reorder: bool) -> None:
+    """Sums in another order may break a tie differently, and with it the rest of that row; nothing else."""
+    equal = 0
+    for seed in range(40):
+        given = problem(seed, rows=16, width=96)
+        grid = search_grid(given.W, given.H.diagonal(), 4, 32, sym=True, search="hessian")
+        fast, slow, rounded, order = both(given, damp(given.H), grid, reorder=reorder, block=32)
+        different = (fast.float() != slow)[:, order]  # in the order of rounding
+        equal += not bool(different.any())
+        for row in different.any(1).nonzero().flatten().tolist():
+            first = int(order[int(different[row].nonzero()[0])])
+            from_tie = abs(float(rounded[row, first]) % 1 - 0.5)
+            assert from_tie < 1e-3, f"seed {seed}, row {row}, column {first}"
+    assert equal >= 36
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 500])
+def test_the_result_does_not_depend_on_the_block(block: int) -> None:
+    given = problem(3, width=192, dtype=torch.float64)
+    grid = search_grid(given.W.float(), given.H.diagonal().float(), 4, 64, sym=True, search="none")
+    fast, slow, _, _ = both(given, damp(given.H), grid, reorder=True, block=block)
+    usual, *_ = both(given, damp(given.H), grid, reorder=True, block=128)
+    assert torch.equal(fast, usual)
+    assert torch.equal(fast.double(), slow)
+
+
+def test_without_an_order_it_is_the_natural_one() -> None:
+    given = problem(5)
+    grid = search_grid(given.W, given.H.diagonal(), 4, 32, sym=True, search="none")
+    U, _ = inverse_factor(damp(given.H))
+    assert torch.equal(gptq(given.W, U, grid), gptq(given.W, U, grid, torch.arange(64)))
+
+
+def test_with_uncorrelated_inputs_it_is_rounding_to_nearest() -> None:
+    given = problem(1)
+    grid = search_grid(given.W, torch.ones(64), 4, 32, sym=True, search="none")
+    U, _ = inverse_factor(torch.eye(64) * 3)
+    assert torch.equal(gptq(given.W, U, grid).float(), grid.integers(given.W))
+
+
+def test_it_beats_rounding_to_nearest_by_far_on_correlated_inputs() -> None:
+    given = problem(1)
+    H = damp(given.H)
+    grid = search_grid(given.W, H.diagonal(), 4, 32, sym=True, search="none")
+    U, _ = inverse_factor(H)
+    solved = output_error(given.W, grid.values(gptq(given.W, U, grid)), H).sum()
+    nearest = output_error(given.W, grid.values(grid.integers(given.W)), H).sum()
+    assert solved < 0.7 * nearest
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), width=st.integers(1, 48))
+def test_the_factor_is_upper_triangular_and_squares_to_the_inverse(seed: int, width: int) -> None:
+    H = damp(problem(seed, width=width, tokens=64, dtype=torch.float64).H)
+    U, failed = inverse_factor(H)
+    assert failed == 0
+    assert torch.equal(U, U.triu())
+    assert (U.diagonal() > 0).all()
+    torch.testing.assert_close(U.T @ U @ H, torch.eye(width, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+
+
+def test_a_matrix_that_is_not_positive_definite_fails_with_a_code() -> None:
+    H = torch.diag(torch.tensor([1.0, -1.0, 2.0]))
+    assert inverse_factor(H)[1] != 0
+
+
+def test_an_inverse_that_overflows_is_a_failure_too() -> None:
+    H = torch.diag(torch.tensor([1e-42, 1.0], dtype=torch.float32)) ** 2 + torch.diag(
+        torch.tensor([1e-45, 0.0])
+    )
+    U, failed = inverse_factor(H)
+    assert failed or bool(U.isfinite().all())
+
+
+def test_the_costliest_columns_come_first_and_ties_keep_their_order() -> None:
+    H = torch.diag(torch.tensor([1.0, 5.0, 1.0, 7.0, 5.0]))
+    assert act_order(H).tolist() == [3, 1, 4, 0, 2]
+
+
+def test_output_error_is_the_mean_squared_change_of_the_output() -> None:
+    given = problem(2, dtype=torch.float64)
+    Q = given.W + 0.01 * torch.randn_like(given.W)
+    change = (given.X @ (given.W - Q).T).square().mean(0)  # [rows]
+    torch.testing.assert_close(output_error(given.W, Q, given.H), change)
