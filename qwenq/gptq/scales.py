@@ -80,7 +80,7 @@ def _best(
     low = -zeros * scales  # real value of integer 0, kept in proportion by asymmetric candidates
 
     def consider(scale: Tensor, zero: Tensor) -> Tensor:
-        scale = storable(scale)  # judged as it will be read back: at 8 bits float16 shifts integers visibly
+        scale = scale.half().float()  # judged as it will be read back: at 8 bits this moves integers
         q = (w / scale[:, None]).add_(zero[:, None]).round_().clamp_(0, levels).sub_(zero[:, None])
         gap = (q * scale[:, None]).sub_(w)
         cost = (gap.square_() if power == 2 else gap.abs_().pow_(power)).mul_(h).sum(1)
