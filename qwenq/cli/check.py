@@ -48,7 +48,9 @@ def check(
     modules: Annotated[int, typer.Option(min=0, help="How many of the worst modules to list.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, all modules.")] = False,
 ) -> None:
-    """Compare a quantised model with its base: KL divergence, same top token, perplexity, error by module.
+    """Compare a quantised model with its base.
+
+    Prints KL divergence, same top token, perplexity and the error by module.
 
     The verdict, by mean KL in nats and share of same top tokens; both must reach it:
 
@@ -97,6 +99,7 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
     from qwenq.evals.check import require_comparable
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.gptq_format import is_quantised, validate_quantised
+    from qwenq.models.random_weights import refuse_random
     from qwenq.models.resolve import resolve_model
 
     resolved = resolve_model(quantised)
@@ -107,6 +110,7 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
             where=resolved.folder,
             hint="the quantised model comes first: `qwenq check QUANTISED --against BASE`",
         )
+    refuse_random(packed.config, "accuracy")  # before its base is looked for: that one lies on no disk
     manifest = _verified_manifest(resolved.folder)
     folder, notices = _find_base(manifest, against, resolved.folder)
     pair = _Pair(packed, open_checkpoint(folder), manifest)

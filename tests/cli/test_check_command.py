@@ -216,7 +216,11 @@ def test_misuse_ends_with_code_2_and_a_hint(plain: Path, base: Path, tmp_path: P
     random = shutil.copytree(base, tmp_path / "random")
     config = json.loads((random / "config.json").read_text()) | {"qwenq_random_weights": {"seed": 0}}
     (random / "config.json").write_text(json.dumps(config))
+    drawn = shutil.copytree(plain, tmp_path / "drawn")  # its base lies on no disk
+    config = json.loads((drawn / "config.json").read_text()) | {"qwenq_random_weights": {"seed": 0}}
+    (drawn / "config.json").write_text(json.dumps(config))
     for arguments, message in (
+        ([drawn], "random weights"),
         ([base, "--against", base], "not quantised"),
         ([plain], "which model was this made from?"),
         ([plain, "--against", plain], "itself quantised"),

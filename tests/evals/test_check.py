@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ class Case:
         settings = {"device": "cpu", "dtype": torch.float32} | changes
         return check(self.quantised, self.base, self.tokens, **settings)
 
+    @cached_property
     def oracles(self) -> tuple[Any, Any]:
         """Both models whole, by transformers, in float64."""
         from transformers import AutoModelForCausalLM
@@ -121,7 +123,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @torch.inference_mode()
 def test_divergence_is_that_of_whole_models_in_float64(case: Case) -> None:
-    base, quantised = case.oracles()
+    base, quantised = case.oracles
     p, q = (model(case.tokens).logits[:, :-1].log_softmax(-1) for model in (base, quantised))
     kl = (p.exp() * (p - q)).sum(-1)  # [sequences, tokens - 1]
     result = case.result
@@ -136,7 +138,7 @@ def test_divergence_is_that_of_whole_models_in_float64(case: Case) -> None:
 
 @torch.inference_mode()
 def test_perplexities_are_transformers_losses(case: Case) -> None:
-    base, quantised = (float(m(case.tokens, labels=case.tokens).loss.exp()) for m in case.oracles())
+    base, quantised = (float(m(case.tokens, labels=case.tokens).loss.exp()) for m in case.oracles)
     assert case.result.base_perplexity == pytest.approx(base, rel=1e-5)
     assert case.result.perplexity == pytest.approx(quantised, rel=1e-5)
     ratio = case.result.perplexity_ratio
@@ -146,12 +148,16 @@ def test_perplexities_are_transformers_losses(case: Case) -> None:
 
 @torch.inference_mode()
 def test_module_errors_are_those_of_the_base_models_inputs(case: Case) -> None:
-    base, quantised = case.oracles()
+    base, quantised = case.oracles
     inputs: dict[str, Tensor] = {}
     linears = {n: m for n, m in base.named_modules() if n.endswith("proj")}
-    for name, module in linears.items():
+    handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+        for name, module in linears.items()
+    ]
     base(case.tokens)
+    for handle in handles:
+        handle.remove()
     assert [row.name for row in case.result.modules] and {r.name for r in case.result.modules} == set(linears)
     for row in case.result.modules:
         W, Q, x = linears[row.name].weight, quantised.get_submodule(row.name).weight, inputs[row.name]
