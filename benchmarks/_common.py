@@ -1,0 +1,133 @@
+"""What the benchmark scripts share: measured child processes, the environment, the report files.
+
+Standard library only, on purpose: Linux hands the peak memory of a parent down to its child at ``exec``, so a
+parent that had loaded torch would hide how little a child took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "reports" / "benchmarks"
+MIB = 2**20
+
+Command = Sequence["str | Path"]
+
+
+@dataclass(frozen=True)
+class Child:
+    """A finished child process.
+
+    Attributes:
+        wall_s: seconds from start to exit.
+        cpu_s: user and system seconds of the process and of the children it waited for.
+        peak_rss_mib: largest resident set of any one of these processes.
+        output: what it wrote to its standard output.
+    """
+
+    wall_s: float
+    cpu_s: float
+    peak_rss_mib: float
+    output: str
+
+    def json(self) -> dict[str, Any]:
+        """The last line of the output, as JSON."""
+        found: dict[str, Any] = json.loads(self.output.strip().splitlines()[-1])
+        return found
+
+
+def run_child(command: Command, threads: int, folder: Path = ROOT) -> Child:
+    """Run a command in a folder to its end, with that many threads for its arithmetic, and measure it.
+
+    Raises:
+        SystemExit: it failed; shows the end of what it wrote.
+    """
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+    }
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=out, stderr=err, env=environment, cwd=folder
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        texts = [_text(file) for file in (out, err)]
+    if process.returncode:
+        tail = "\n".join(text[-3000:] for text in texts)
+        sys.exit(f"{tail}\nexit status {process.returncode}: {' '.join(map(str, command))}")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    return Child(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / MIB, texts[0])
+
+
+def _text(file: Any) -> str:
+    file.seek(0)
+    return str(file.read().decode(errors="replace"))
+
+
+def versions(python: str | Path, packages: Sequence[str]) -> dict[str, str]:
+    """The versions of packages as that interpreter sees them; one that it lacks is left out."""
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
+        "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
+    )
+    found: dict[str, str] = run_child([python, "-c", code, *packages], threads=1).json()
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """CPU, memory and date; nothing that names the machine or its owner."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "os": platform.system(),
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+        # A machine that is busy with other work measures that work.
+        "load_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def resolve_bundled() -> Path:
+    """The bundled model's folder; converts it on the first call."""
+    code = "from qwenq.models.resolve import resolve_model; print(resolve_model(None).folder)"
+    return Path(run_child([sys.executable, "-c", code], threads=1).output.strip())
+
+
+def write_report(name: str, report: Mapping[str, Any], markdown: str, folder: Path = REPORTS) -> None:
+    """Write ``NAME.json`` and ``NAME.md``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(markdown)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A GitHub table: the first column left-aligned, the rest right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"

@@ -1,0 +1,258 @@
+"""Quantise the same model on the same tokens with qwenq, GPTQModel and by rounding to nearest, taking turns.
+
+    make interop                     # once: the environment that holds GPTQModel
+    python benchmarks/quantize_vs_peers.py --data FOLDER --repeats 3
+
+FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt`` to evaluate on. Every
+contender is a process of its own, timed from its start to its exit: imports, loading, quantising, saving, and
+in qwenq's case the check of what it wrote. Perplexity is computed afterwards, by one evaluator for all.
+Writes ``reports/benchmarks/quantize.json`` and the table ``quantize.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _common import (
+    REPORTS,
+    ROOT,
+    Command,
+    machine,
+    markdown_table,
+    resolve_bundled,
+    run_child,
+    versions,
+    write_report,
+)
+
+HERE = Path(__file__).resolve().parent
+INTEROP_PYTHON = ROOT / ".venv-interop" / "bin" / "python"
+SHOWN = ("wall_s", "peak_rss_mib", "perplexity")
+QWENQ, GPTQMODEL, ROUND_TO_NEAREST = "qwenq", "GPTQModel", "round to nearest"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is the same for all: the settings, and where the files of one run of this script lie."""
+
+    options: argparse.Namespace
+    model: Path
+    folder: Path
+
+    @property
+    def calibration(self) -> Path:
+        """Calibration set as `qwenq calibrate` writes it: tensor ``tokens``, int64 ``[samples, seq_len]``."""
+        return self.folder / "calibration.safetensors"
+
+    @property
+    def evaluation(self) -> Path:
+        """Evaluation tokens, int64 ``[samples, seq_len]``."""
+        return self.folder / "evaluation.safetensors"
+
+
+def qwenq_command(bench: Bench, out: Path) -> Command:
+    """Its defaults."""
+    bits, group = str(bench.options.bits), str(bench.options.group_size)
+    command: Command = [sys.executable, "-m", "qwenq", "quantize", bench.model]
+    settings = ("--bits", bits, "--group-size", group, "--no-resume", "--json")
+    return [*command, *settings, "--calibration", bench.calibration, "--out", out]
+
+
+def gptqmodel_command(bench: Bench, out: Path) -> Command:
+    """Its defaults."""
+    script, sizes = HERE / "_gptqmodel_quantize.py", (str(bench.options.bits), str(bench.options.group_size))
+    return [bench.options.interop_python, script, bench.model, bench.calibration, out, *sizes]
+
+
+def rtn_command(bench: Bench, out: Path) -> Command:
+    """No calibration."""
+    sizes = (str(bench.options.bits), str(bench.options.group_size))
+    return [sys.executable, HERE / "_rtn_quantize.py", bench.model, out, *sizes]
+
+
+CONTENDERS: dict[str, Callable[[Bench, Path], Command]] = {
+    QWENQ: qwenq_command,
+    GPTQMODEL: gptqmodel_command,
+    ROUND_TO_NEAREST: rtn_command,
+}
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with c4/ and wikitext2/")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that each contender takes")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--eval-samples", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON)
+    parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
+    return parser.parse_args()
+
+
+def only_file(folder: Path, pattern: str) -> Path:
+    """The file of that kind in a folder; the test split where there are several."""
+    files = sorted(folder.glob(pattern))
+    files = [file for file in files if "test" in file.name] or files
+    if len(files) != 1:
+        sys.exit(f"{folder}: expected one {pattern}, found {len(files)}")
+    return files[0]
+
+
+def sources(data: Path) -> tuple[Path, Path]:
+    """The text to calibrate on, and the one to evaluate on."""
+    return only_file(data / "c4", "*.jsonl"), only_file(data / "wikitext2", "*.txt")
+
+
+def prepare(bench: Bench) -> None:
+    """Calibration and evaluation tokens, once for all contenders."""
+    options = bench.options
+    sizes = ("--samples", str(options.samples), "--seq-len", str(options.seq_len))
+    source, text = sources(options.data)
+    calibrate: Command = [sys.executable, "-m", "qwenq", "calibrate", bench.model, "--source", source]
+    run_child([*calibrate, "--out", bench.calibration, *sizes], options.threads)
+    tokenise: Command = [sys.executable, HERE / "_evaluation_tokens.py", bench.model, text, bench.evaluation]
+    run_child([*tokenise, str(options.eval_samples), str(options.seq_len)], options.threads)
+
+
+def perplexity(bench: Bench, model: Path) -> float:
+    """By the common evaluator."""
+    command: Command = [sys.executable, HERE / "_perplexity.py", model, bench.evaluation]
+    return float(run_child(command, bench.options.threads).json()["perplexity"])
+
+
+def weights_sha256(folder: Path) -> str:
+    """Over the safetensors files, by name: whether two runs gave the same model."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def take_turn(bench: Bench, tool: str, turn: int, seen: dict[str, float]) -> dict[str, Any]:
+    """One run of one contender; its perplexity, unless these very weights have been measured (``seen``)."""
+    out = bench.folder / "out"
+    child = run_child(CONTENDERS[tool](bench, out), bench.options.threads, bench.folder)
+    told = child.json()
+    digest = weights_sha256(out)
+    if digest not in seen:
+        seen[digest] = perplexity(bench, out)
+    shutil.rmtree(out)
+    row = {
+        "tool": tool,
+        "turn": turn,
+        "wall_s": round(child.wall_s, 2),
+        "cpu_s": round(child.cpu_s, 2),
+        "phases_s": told.get("seconds", {k: v for k, v in told.items() if k.endswith("_s")}),
+        "peak_rss_mib": round(child.peak_rss_mib, 1),
+        "perplexity": round(seen[digest], 4),
+        "weights_sha256": digest,
+    }
+    print(", ".join([f"{tool} turn {turn}", *(f"{key} {row[key]}" for key in SHOWN)]), flush=True)
+    return row
+
+
+def measure(bench: Bench) -> list[dict[str, Any]]:
+    """All rows: the unquantised model's, then each contender's, turn by turn."""
+    base = perplexity(bench, bench.model)
+    print(f"unquantised: perplexity {base:.4f}")
+    rows: list[dict[str, Any]] = [{"tool": "unquantised", "perplexity": round(base, 4)}]
+    seen: dict[str, float] = {}
+    for turn in range(1, bench.options.repeats + 1):
+        rows += [take_turn(bench, tool, turn, seen) for tool in bench.options.only]
+    return rows
+
+
+def middle(rows: list[dict[str, Any]], tool: str, key: str) -> float:
+    """Median over a tool's turns."""
+    return float(median(row[key] for row in rows if row["tool"] == tool))
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Qwenq's medians over GPTQModel's; the gap is the perplexity above the unquantised model's."""
+    if not {QWENQ, GPTQMODEL} <= {row["tool"] for row in rows}:
+        return {}
+    base = rows[0]["perplexity"]
+    pairs = {
+        "time_vs_gptqmodel": [middle(rows, tool, "wall_s") for tool in (QWENQ, GPTQMODEL)],
+        "gap_vs_gptqmodel": [middle(rows, tool, "perplexity") - base for tool in (QWENQ, GPTQMODEL)],
+        "memory_vs_gptqmodel": [middle(rows, tool, "peak_rss_mib") for tool in (QWENQ, GPTQMODEL)],
+    }
+    return {name: round(ours / theirs, 3) for name, (ours, theirs) in pairs.items()}
+
+
+def environment(bench: Bench) -> dict[str, Any]:
+    """Machine, versions on both sides, settings, and which texts were used."""
+    options = bench.options
+    source, text = sources(options.data)
+    return {
+        **machine(),
+        "versions": versions(sys.executable, ["torch", "transformers", "safetensors", "numpy"]),
+        "versions_gptqmodel": versions(options.interop_python, ["gptqmodel", "torch", "transformers"]),
+        "threads": options.threads,
+        "model": bench.model.name,
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "calibration": f"{source.name}, {options.samples} × {options.seq_len}",
+        "evaluation": f"WikiText-2 {text.name}, first {options.eval_samples} × {options.seq_len}",
+        "turns": options.repeats,
+    }
+
+
+def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
+    """The report for people."""
+    base = rows[0]["perplexity"]
+    lines = [["unquantised", "", "", "", f"{base:.2f}", ""]]
+    for tool in dict.fromkeys(row["tool"] for row in rows[1:]):
+        walls = [row["wall_s"] for row in rows if row["tool"] == tool]
+        ppl = middle(rows, tool, "perplexity")
+        wall, peak = f"{median(walls):.1f}", f"{middle(rows, tool, 'peak_rss_mib'):.0f}"
+        spread, gap = f"{min(walls):.1f}–{max(walls):.1f}", f"{ppl - base:.2f}"
+        lines.append([tool, wall, spread, peak, f"{ppl:.2f}", gap])
+    header = ["", "seconds", "range", "peak MiB", "perplexity", "gap"]
+    shares = "; ".join(f"{name.split('_')[0]} {value:.2f} ×" for name, value in found.items())
+    return (
+        f"# Quantising: qwenq beside its peers\n\n{markdown_table(header, lines)}\n"
+        + (f"qwenq against GPTQModel: {shares}.\n\n" if found else "")
+        + f"{facts['model']}, Int{facts['bits']}, group size {facts['group_size']}; calibrated on "
+        f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
+        f"float32 with dequantised weights. Seconds are those of the whole command, the median of "
+        f"{facts['turns']} alternating turns. {facts['cpu']}, {facts['threads']} threads; torch "
+        f"{facts['versions'].get('torch')}; "
+        f"GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')} with its defaults; {facts['date']}.\n"
+    )
+
+
+def main() -> None:
+    """Prepare, measure, report."""
+    options = parse_options()
+    if GPTQMODEL in options.only and not options.interop_python.exists():
+        sys.exit(f"{options.interop_python} is missing: run `make interop`")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, resolve_bundled(), Path(folder))
+        facts = environment(bench)
+        prepare(bench)
+        rows = measure(bench)
+    found = ratios(rows)
+    text = table(rows, found, facts)
+    write_report("quantize", {"environment": facts, "rows": rows, "ratios": found}, text, options.out)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
