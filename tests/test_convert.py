@@ -12,7 +12,8 @@ import torch
 from models.plain_qwen_v1 import forward, quantise_v1, random_tensors, small_config, write_v1
 from typer.testing import CliRunner
 
-from qwenq.cli.app import _register_commands, app
+from qwenq.cli.app import app
+from qwenq.cli.commands import register
 from qwenq.cli.convert import parse_size
 from qwenq.convert import convert
 from qwenq.errors import CorruptFileError, ModelError, QuantisationError, UsageError
@@ -194,7 +195,7 @@ def test_progress_counts_all_bytes(v1_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_it_did(v1_folder: Path, tmp_path: Path) -> None:
-    _register_commands()
+    register()
     run = CliRunner().invoke(app, ["convert", str(v1_folder), str(tmp_path / "out"), "--max-shard", "100KB"])
     assert run.exit_code == 0, run.output
     assert "changed: Qwen v1 layout → Qwen2 layout" in run.output

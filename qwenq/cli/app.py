@@ -40,14 +40,11 @@ def root(
         os.environ["QWENQ_DEBUG"] = "1"  # read by main(), also in child processes
 
 
-def _register_commands() -> None:
-    """Import the command modules; each one adds itself to ``app`` (they import no torch)."""
-    from qwenq.cli import commands  # noqa: F401
-
-
 def main() -> None:
     """Entry point: run a command; turn a QwenqError into its message and exit code."""
-    _register_commands()
+    from qwenq.cli import commands
+
+    commands.register()
     try:
         app()
     except QwenqError as error:
@@ -57,6 +54,3 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # `qwenq … | head`: the reader left, which is no failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

@@ -53,7 +53,10 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a different file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Write calibration tokens once (safetensors and a manifest), to share between quantisations."""
+    """Write calibration tokens once, to share between quantisations.
+
+    One safetensors file that holds the tokens and their manifest.
+    """
     _require_writable_name(out)
     sizes = {"samples": samples, "seq_len": seq_len, "held_out": held_out, "seed": seed}
     made, tokenizer = _make(model, source, device, split=split, column=column, **sizes)

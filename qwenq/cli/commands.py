@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from qwenq.cli import calibrate, chat, check, convert, plan, quantize, tokenizer
+from importlib import import_module
 
-__all__ = ["calibrate", "chat", "check", "convert", "plan", "quantize", "tokenizer"]
+COMMANDS = ("quantize", "check", "chat", "calibrate", "plan", "convert", "tokenizer")
+
+
+def register() -> None:
+    """Import the command modules; each one adds itself to ``app`` (they import no torch)."""
+    for name in COMMANDS:
+        import_module(f"qwenq.cli.{name}")

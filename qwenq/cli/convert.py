@@ -24,7 +24,10 @@ def convert(
     ] = None,
     max_shard: Annotated[str, typer.Option(help="Most bytes in one file: 5GB, 500MB, 2GiB.")] = "5GB",
 ) -> None:
-    """Rewrite a model: Qwen v1 as Qwen2, GPTQ zero points v1 ↔ v2, shards of another size."""
+    """Rewrite a model in another layout.
+
+    Qwen v1 as Qwen2, GPTQ zero points v1 ↔ v2, shards of another size.
+    """
     shard_bytes = parse_size(max_shard)
     from qwenq.convert import convert as run
     from qwenq.models.resolve import resolve_model

@@ -29,7 +29,10 @@ def plan(
     pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show what padding the MLP changes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
 ) -> None:
-    """Say what a model needs: bytes on disk, memory, tensor parallelism, the bound on its speed."""
+    """Say what a model needs, before anything is downloaded.
+
+    Bytes on disk, memory, tensor parallelism, the bound on its speed.
+    """
     from qwenq.plan.gpus import gpu as find_gpu
     from qwenq.plan.model import find_model
     from qwenq.plan.plan import Wishes, make_plan

@@ -65,7 +65,10 @@ def quantize(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Events and the result as JSON lines.")] = False,
 ) -> None:
-    """Quantise a model to Int4 or Int8 with GPTQ, check what was written, and say what it cost."""
+    """Quantise a model with GPTQ to Int4 or Int8, and check it.
+
+    Success is said only about what was read back from the disk and compared with the base.
+    """
     chosen = _recipe(
         recipe,
         {"model": model, "weights": weights},

@@ -14,7 +14,9 @@ from qwenq.errors import UsageError
 if TYPE_CHECKING:
     from qwenq.models.tokenizer import Tokenizer
 
-tokenizer_app = typer.Typer(help="What a tokenizer makes of text.", no_args_is_help=True)
+tokenizer_app = typer.Typer(
+    help="What a tokenizer makes of text.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
@@ -34,7 +36,7 @@ def stats(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Bytes per token of each file, the higher the better the compression."""
+    """Bytes per token of each file: the higher, the better it compresses."""
     texts = [(file, *read_text(file)) for file in files]
     reader, source = _open(tokenizer)
     rows = [_row(str(file), size, text, reader) for file, size, text in texts]

@@ -1,0 +1,120 @@
+"""The root command: the list of commands, and how a failure reaches the user."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenq import __version__, cli
+from qwenq.cli.app import app
+from qwenq.cli.commands import COMMANDS
+from qwenq.errors import ModelError, QwenqError, UsageError
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwenq", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def main_fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *before: str) -> int:
+    """The exit code of main() when the command `plan` raises ``error``."""
+    monkeypatch.setattr("qwenq.plan.gpus.gpu", lambda name: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(sys, "argv", ["qwenq", *before, "plan", "qwen-7b-chat"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+def test_help_names_every_command_in_a_whole_sentence() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    listed = done.stdout.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed), done.stdout
+
+
+def test_every_command_module_is_listed() -> None:
+    helpers = {"__init__", "app", "commands", "progress", "quantize_output"}
+    files = {file.stem for file in Path(cli.__file__).parent.glob("*.py")}
+    with_a_command = {
+        name for name in files if "app.command()" in _source(name) or "app.add_typer" in _source(name)
+    }
+    assert with_a_command == set(COMMANDS)
+    assert helpers <= files
+
+
+def _source(name: str) -> str:
+    return (Path(cli.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+
+
+def test_version() -> None:
+    assert run("--version").stdout == f"qwenq {__version__}\n"
+
+
+def test_no_command_shows_the_help() -> None:
+    done = run()
+    assert "Commands:" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("qantize",), ("plan", "--batsch", "2"), ("plan", "--batch", "two")])
+def test_what_cannot_be_parsed_exits_with_2(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert arguments[-1] in done.stderr or arguments[1] in done.stderr
+
+
+def test_a_wrong_input_exits_with_2_and_says_what_where_and_what_to_do(tmp_path: Path) -> None:
+    missing = tmp_path / "no-such-model"
+    done = run("quantize", str(missing))
+    assert done.returncode == 2
+    assert str(missing) in done.stderr
+    assert "try:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = run("--debug", "quantize", str(tmp_path / "no-such-model"))
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "qwenq.errors.UsageError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UsageError("wrong"), 2), (ModelError("unusable"), 1), (QwenqError("failed"), 1)]
+)
+def test_exit_code_of_an_error(
+    error: QwenqError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main_fails_with(error, monkeypatch) == code
+    assert capsys.readouterr().err == f"qwenq: {error}\n"
+
+
+def test_a_defect_of_ours_is_never_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        main_fails_with(ZeroDivisionError(), monkeypatch)
+
+
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main_fails_with(KeyboardInterrupt(), monkeypatch) == 130
+
+
+def test_a_reader_that_left_gets_no_traceback() -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "qwenq", "plan", "qwen-7b-chat", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdout is not None
+    writer.stdout.close()
+    _, errors = writer.communicate(timeout=60)
+    assert errors == ""
+
+
+def test_commands_share_one_app() -> None:
+    assert app.info.name == "qwenq"
