@@ -1,0 +1,136 @@
+"""Fill the README's tables from the committed reports, so that no figure in it is typed by hand.
+
+    python benchmarks/readme.py --demo build/demo/SmolLM2-135M-Instruct-GPTQ-Int4     # after `make demo`
+    python benchmarks/readme.py                                                       # after any new report
+
+The first form also writes ``reports/demo.json`` from the demo's manifest. A block whose report is missing is
+left empty. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _common import ROOT, machine, markdown_table
+
+README = ROOT / "README.md"
+Report = dict[str, Any]
+
+
+def demo_report(folder: Path) -> Report:
+    """What the demo made, from its manifest, and the machine that made it."""
+    manifest = json.loads((folder / "qwenq.json").read_text(encoding="utf-8"))
+    check = manifest["check"]
+    errors = check.pop("modules")
+    return {
+        "environment": {**machine(), "versions": manifest["versions"]},
+        "model": folder.name,
+        "quantization": manifest["quantization"],
+        "calibration": {
+            key: manifest["calibration"][key] for key in ("source", "samples", "seq_len", "seed")
+        },
+        "weight_bytes": sum(f["bytes"] for n, f in manifest["files"].items() if n.endswith(".safetensors")),
+        "seconds": manifest["seconds"],
+        "check": check,
+        "module_error": {key: median(module[key] for module in errors) for key in ("error", "rtn_error")},
+    }
+
+
+def demo_table(report: Report) -> str:
+    """For the block ``demo``."""
+    check, quant, machine_ = report["check"], report["quantization"], report["environment"]
+    kl, top, ratio = check["kl"], check["same_top"], check["perplexity_ratio"]
+    seconds, text = report["seconds"], report["calibration"]
+    rows = [
+        [
+            "weights",
+            f"{report['weight_bytes'] / 1e6:.0f} MB: Int{quant['bits']}, groups of {quant['group_size']}",
+        ],
+        ["calibration", f"{text['samples']} × {text['seq_len']} tokens, source `{text['source']}`"],
+        ["seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())],
+        ["KL divergence", f"{kl['value']:.4f} nats a token ({kl['low']:.4f} to {kl['high']:.4f})"],
+        ["same top token", f"{top['value']:.1%} ({top['low']:.1%} to {top['high']:.1%})"],
+        [
+            "perplexity",
+            f"{check['perplexity']:.2f}; unquantised {check['base_perplexity']:.2f}; × {ratio['value']:.3f}",
+        ],
+        ["verdict", f"{check['verdict']['word']}"],
+    ]
+    table = "\n".join(
+        ["| what the demo made | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    )
+    return (
+        f"{table}\n\n{machine_['cores']} cores of {machine_['cpu']}, {machine_['date']}; reports/demo.json."
+    )
+
+
+def quantize_table(report: Report) -> str:
+    """For the block ``quantize``: medians over the turns."""
+    rows = []
+    for tool in dict.fromkeys(row["tool"] for row in report["rows"]):
+        mine = [row for row in report["rows"] if row["tool"] == tool]
+        middle = {key: _median(mine, key) for key in ("wall_s", "peak_rss_mib", "perplexity")}
+        rows.append(
+            [
+                tool,
+                *(
+                    f"{middle[key]:.0f}" if middle[key] is not None else ""
+                    for key in ("wall_s", "peak_rss_mib")
+                ),
+                f"{middle['perplexity']:.2f}",
+            ]
+        )
+    facts, peer = report["environment"], report["environment"]["versions_gptqmodel"].get("gptqmodel", "")
+    ratios = "; ".join(f"{name.split('_')[0]} × {value:.2f}" for name, value in report["ratios"].items())
+    return (
+        f"{markdown_table(['', 'seconds', 'peak MiB', 'perplexity'], rows)}\n"
+        f"qwenq against GPTQModel {peer}: {ratios} (gap: perplexity above the unquantised model's). "
+        f"{facts['model']}, Int{facts['bits']}, groups of {facts['group_size']}, the same tokens for "
+        f"all, {facts['threads']} threads of {facts['cpu']}, {facts['date']}; more in reports/benchmarks/quantize.md."
+    )
+
+
+def _median(rows: list[Report], key: str) -> float | None:
+    values = [row[key] for row in rows if key in row]
+    return median(values) if values else None
+
+
+BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
+    "demo": (ROOT / "reports" / "demo.json", demo_table),
+    "quantize": (ROOT / "reports" / "benchmarks" / "quantize.json", quantize_table),
+}
+
+
+def filled(readme: str) -> str:
+    """The README with every block made anew."""
+    for name, (file, table) in BLOCKS.items():
+        content = f"{table(json.loads(file.read_text(encoding='utf-8'))).strip()}\n" if file.is_file() else ""
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        readme, found = pattern.subn(lambda m, new=content: m[1] + new + m[2], readme)
+        if found != 1:
+            sys.exit(f"README.md: expected one block {name}, found {found}")
+    return readme
+
+
+def main() -> None:
+    """Write ``reports/demo.json`` where asked, then the README."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="folder that `make demo` made")
+    options = parser.parse_args()
+    if options.demo:
+        text = json.dumps(demo_report(options.demo), indent=2, ensure_ascii=False)
+        BLOCKS["demo"][0].parent.mkdir(exist_ok=True)
+        BLOCKS["demo"][0].write_text(text + "\n", encoding="utf-8")
+    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What the documents say is true: commands exist, links lead somewhere, figures come from reports."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+from test_house import MAY_IMPORT
+
+from qwenq.cli.app import app
+from qwenq.cli.commands import COMMANDS, register
+from qwenq.recipe import CalibrationRecipe, QuantizeRecipe, Recipe, read_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+QUICK = ("qwenq plan", "qwenq --help", "qwenq --version")  # the rest takes minutes, a hub or a model
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(document, text) of every fenced block in that language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [
+        (path.name, text) for path in DOCUMENTS for text in fence.findall(path.read_text(encoding="utf-8"))
+    ]
+
+
+COMMAND_LINES = [
+    pytest.param(line, id=f"{name}: {line}")
+    for name, text in blocks("sh")
+    for line in text.splitlines()
+    if line.strip()
+]
+
+
+@pytest.fixture(scope="module")
+def commands() -> Any:
+    register()
+    return typer.main.get_command(app)
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_command_lines_exist(line: str, commands: Any) -> None:
+    program, *arguments = shlex.split(line, comments=True)
+    match program:
+        case "make":
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
+        case "qwenq":
+            parse(commands, arguments)
+        case "python":
+            assert (ROOT / arguments[0]).is_file()
+        case ".":
+            assert arguments == [".venv/bin/activate"]
+        case _:
+            pytest.fail(f"nothing here checks {program}")
+
+
+def parse(command: Any, arguments: list[str]) -> None:
+    """Down to the command, which must take these options; recipes that are named must be there."""
+    while hasattr(command, "commands"):
+        name, *arguments = arguments
+        command = command.commands[name]
+    command.make_context(command.name, list(arguments))
+    for before, after in pairwise(arguments):
+        assert before != "--recipe" or (ROOT / after).is_file(), after
+
+
+@pytest.mark.parametrize("line", [p for p in COMMAND_LINES if p.values[0].startswith(QUICK)])
+def test_quick_command_lines_run(line: str) -> None:
+    arguments = shlex.split(line, comments=True)[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "qwenq", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_shown() -> None:
+    shown = {
+        shlex.split(p.values[0], comments=True)[1] for p in COMMAND_LINES if p.values[0].startswith("qwenq ")
+    }
+    assert shown == set(COMMANDS)
+
+
+@pytest.mark.parametrize(("name", "text"), blocks("python"))
+def test_python_blocks_are_python(name: str, text: str) -> None:
+    ast.parse(text, name)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_named_files_are_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    named = re.findall(r"`((?:recipes|tests|benchmarks|docs)/[\w./-]+)`", text)
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def readme_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_the_readme_are_those_of_the_reports() -> None:
+    assert readme_script().filled(README) == README, "run python benchmarks/readme.py"
+
+
+def test_no_figure_in_the_readme_is_typed_by_hand() -> None:
+    by_hand = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->|```.*?```", "", README, flags=re.DOTALL)
+    unit = r"(?:s|ms|seconds|minutes|%|×|MB|GB|MiB|GiB|nats|tok/s|tokens/s|percent|times)(?!\w)"
+    assert re.findall(rf"\d+(?:\.\d+)? ?{unit}", by_hand) == []
+
+
+def test_demo_table_shows_the_manifests_figures(tmp_path: Path) -> None:
+    estimate = {"value": 0.0712, "low": 0.0688, "high": 0.0736}
+    manifest = {
+        "versions": {"torch": "2.13.0"},
+        "quantization": {"bits": 4, "group_size": 64},
+        "calibration": {"source": "self", "samples": 32, "seq_len": 512, "seed": 0, "tokens": "…"},
+        "files": {"model.safetensors": {"bytes": 123_400_000}, "config.json": {"bytes": 10**9}},
+        "seconds": {"layers": 41.3},
+        "check": {
+            "kl": estimate,
+            "same_top": {"value": 0.861, "low": 0.85, "high": 0.87},
+            "perplexity": 12.34,
+            "base_perplexity": 11.56,
+            "perplexity_ratio": {"value": 1.0675, "low": 1.05, "high": 1.08},
+            "verdict": {"word": "fair", "sentence": "…"},
+            "modules": [{"name": "a", "error": 0.01, "rtn_error": 0.02}],
+        },
+    }
+    (tmp_path / "qwenq.json").write_text(json.dumps(manifest))
+    script = readme_script()
+    report = script.demo_report(tmp_path)
+    assert report["module_error"] == {"error": 0.01, "rtn_error": 0.02}
+    table = script.demo_table(report)
+    for figure in ("123 MB", "layers 41", "0.0712", "86.1%", "12.34", "11.56", "1.067", "fair"):
+        assert figure in table
+
+
+def test_every_field_of_a_recipe_is_explained() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    sections = {"calibration", "quantize"}
+    fields = (
+        set(Recipe.model_fields) - sections
+        | set(CalibrationRecipe.model_fields)
+        | set(QuantizeRecipe.model_fields)
+    )
+    assert explained == fields
+
+
+def test_documented_defaults_are_the_defaults() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for section in (CalibrationRecipe, QuantizeRecipe):
+        for name, value in section().model_dump().items():
+            if value is not None:
+                shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
+                assert f"| `{name}` | `{shown}` |" in text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_are_valid_and_say_what_they_are(path: Path) -> None:
+    read_recipe(path)
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("name", ["qwen-1_8b-chat", "qwen-7b-chat"])
+def test_released_recipes_are_qwens_settings(name: str) -> None:
+    recipe = read_recipe(ROOT / "recipes" / f"{name}.toml").quantize
+    settings = recipe.model_dump(include=set(QuantizeRecipe.model_fields) - {"dtype", "seed"})
+    assert settings == {
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+        "act_order": "none",
+        "scale_search": "none",
+        "damp": 0.01,
+        "drift": 0.0,
+        "refine": False,
+    }
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-instruct", "qwen3", "demo"])
+def test_family_recipes_are_the_defaults(name: str) -> None:
+    written = read_recipe(ROOT / "recipes" / f"{name}.toml").quantize
+    assert written.model_copy(update={"group_size": "auto"}) == QuantizeRecipe()
+
+
+def test_the_house_is_described_room_by_room() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    described = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert set(described) == set(MAY_IMPORT) - {"__main__"}
+    assert len(described) == len(set(described))
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    canonical = lambda name: re.sub(r"[-_.]+", "-", name).lower()  # noqa: E731
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {canonical(line.split("==")[0]) for line in lines if "==" in line and not line.startswith("#")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(d for extra in project["optional-dependencies"].values() for d in extra),
+    ]
+    names = {canonical(re.match(r"[\w.-]+", requirement)[0]) for requirement in wanted} - {"qwenq"}
+    assert names - pinned == set()
+    assert "torch==2.13.0" in lines
