@@ -32,8 +32,8 @@ test: .venv/.dev
 test-slow: .venv/.dev
 	$(PYTEST) -m 'slow and not interop' --timeout 1800
 
-interop: .venv/.dev
-	bash tests/interop/setup.sh
+interop:
+	PYTHON='$(PYTHON)' bash tests/interop/setup.sh
 	.venv-interop/bin/python -m pytest -q -m interop tests/interop --timeout 1800
 
 lint: .venv/.dev
