@@ -94,7 +94,7 @@ def quantize_table(report: Report) -> str:
         f"{markdown_table(['', 'seconds', 'peak MiB', 'perplexity'], rows)}\n"
         f"qwenq against GPTQModel {peer}: {ratios} (gap: perplexity above the unquantised model's). "
         f"{facts['model']}, Int{facts['bits']}, groups of {facts['group_size']}, the same tokens for "
-        f"all, {facts['threads']} threads of {facts['cpu']}, {facts['date']}; more: reports/benchmarks/quantize.md."
+        f"all, {facts['threads']} threads of {facts['cpu']}, {facts['date']}; see quantize.md."
     )
 
 
