@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qwenq.gptq.module import Settings
+from qwenq.recipe import QuantizeRecipe
 
 
 @dataclass(frozen=True)
@@ -28,3 +32,10 @@ def problem(
     W = torch.randn(rows, width, generator=draw, dtype=torch.float64) * 0.02
     H = 2 / tokens * X.T @ X
     return Problem(W.to(dtype), X.to(dtype), H.to(dtype))
+
+
+def usual(**changes: Any) -> Settings:
+    """The recipe's defaults, Int4, groups of 32; ``changes`` go over them."""
+    recipe = QuantizeRecipe()
+    values = {field.name: getattr(recipe, field.name) for field in fields(Settings)}
+    return Settings(**(values | {"bits": 4, "group_size": 32, "act_order": True} | changes))

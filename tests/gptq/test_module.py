@@ -4,15 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import problem
+from problems import problem, usual
 
 from qwenq.errors import QuantisationError
 from qwenq.gptq import module
-from qwenq.gptq.module import Settings, quantise_group
+from qwenq.gptq.module import quantise_group
 
-USUAL = Settings(
-    bits=4, group_size=32, sym=True, act_order=True, scale_search="hessian", damp=0.01, refine=True
-)
+USUAL = usual()
 
 
 def layer(seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -34,7 +32,7 @@ def energy(W: torch.Tensor, X: torch.Tensor) -> float:
 def test_every_module_is_better_than_rounding_to_nearest(changes: dict[str, object]) -> None:
     weights, H, X = layer()
     settings = replace(USUAL, **changes)
-    results = quantise_group(weights, H.clone(), settings)
+    results = quantise_group(weights, H.clone(), None, settings)
     assert list(results) == ["q", "k"]
     for name, result in results.items():
         W, Q = weights[name], result.grid.values(result.integers)
@@ -45,9 +43,9 @@ def test_every_module_is_better_than_rounding_to_nearest(changes: dict[str, obje
 
 def test_a_group_gives_each_what_it_would_get_alone() -> None:
     weights, H, _ = layer()
-    together = quantise_group(weights, H.clone(), USUAL)
+    together = quantise_group(weights, H.clone(), None, USUAL)
     for name, weight in weights.items():
-        alone = quantise_group({name: weight}, H.clone(), USUAL)[name]
+        alone = quantise_group({name: weight}, H.clone(), None, USUAL)[name]
         assert (alone.integers == together[name].integers).float().mean() > 0.99
         torch.testing.assert_close(alone.grid.scales, together[name].grid.scales, rtol=2e-2, atol=0)
 
@@ -56,9 +54,9 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
     weights, _, X = layer()
     X[:, 7] = 0
     H = 2 / X.shape[0] * X.T @ X
-    for result in quantise_group(weights, H, replace(USUAL, refine=False)).values():
+    for result in quantise_group(weights, H, None, replace(USUAL, refine=False)).values():
         assert result.stats.dead == 1
-    results = quantise_group(weights, 2 / X.shape[0] * X.T @ X, replace(USUAL, refine=False))
+    results = quantise_group(weights, 2 / X.shape[0] * X.T @ X, None, replace(USUAL, refine=False))
     q = results["q"]
     assert torch.equal(q.integers[:, 7].float(), q.grid.integers(weights["q"])[:, 7])
 
@@ -75,7 +73,7 @@ def test_the_assertion_fires_when_a_module_is_worse_than_rounding(monkeypatch: p
     monkeypatch.setattr(module, "gptq", rubbish)
     weights, H, _ = layer()
     with pytest.raises(QuantisationError, match="above round-to-nearest's") as caught:
-        quantise_group(weights, H, replace(USUAL, refine=False))
+        quantise_group(weights, H, None, replace(USUAL, refine=False))
     assert caught.value.where == "k"
     assert caught.value.hint
 
@@ -87,18 +85,18 @@ def test_the_assertion_fires_on_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "output_error", nothing)
     weights, H, _ = layer()
     with pytest.raises(QuantisationError, match="nan"):
-        quantise_group(weights, H, USUAL)
+        quantise_group(weights, H, None, USUAL)
 
 
 def test_rows_of_zeros_pass() -> None:
     _, H, _ = layer()
-    result = quantise_group({"zero": torch.zeros(8, 64)}, H, USUAL)["zero"]
+    result = quantise_group({"zero": torch.zeros(8, 64)}, H, None, USUAL)["zero"]
     assert result.stats.error == 0
     assert (result.grid.values(result.integers) == 0).all()
 
 
 def test_one_scale_a_row() -> None:
     weights, H, _ = layer()
-    result = quantise_group(weights, H, replace(USUAL, group_size=-1))["q"]
+    result = quantise_group(weights, H, None, replace(USUAL, group_size=-1))["q"]
     assert result.grid.scales.shape == (32, 1)
     assert result.grid.group_size == 64

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import problem
+
+from qwenq.gptq.damping import damped
+from qwenq.gptq.drift import Drift, drifted_target
+from qwenq.gptq.solver import act_order
+
+
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drifted inputs and the original ones, [tokens, in] float64."""
+    x = problem(seed, dtype=torch.float64).X
+    return x, x + 0.3 * problem(seed + 1, dtype=torch.float64).X @ torch.eye(64, dtype=torch.float64).roll(
+        1, 0
+    )
+
+
+def test_the_matrix_is_the_mean_product_of_drift_and_input_however_it_is_split() -> None:
+    x, original = inputs()
+    expected = 2 / x.shape[0] * (original - x).T @ x
+    for parts in (1, 3, 7):
+        drift = Drift(64)
+        for a, b in zip(x.float().chunk(parts), original.float().chunk(parts), strict=True):
+            drift.add(a, b)
+        assert drift.matrix().dtype is torch.float32
+        torch.testing.assert_close(drift.matrix().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reorder", [False, True])
+def test_the_target_is_the_regression_of_the_original_outputs(reorder: bool) -> None:
+    """Against float64 least squares of W x̃ on x, with the same damping as a ridge towards W."""
+    x, original = inputs()
+    W = problem(0, dtype=torch.float64).W
+    H = 2 / x.shape[0] * x.T @ x
+    hessian = damped(H.clone(), 0.01, act_order(H) if reorder else torch.arange(64))
+    C = 2 / x.shape[0] * (original - x).T @ x
+    got = drifted_target(W, C, hessian, 1.0)
+    ridge = 0.01 * H.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    wanted = torch.linalg.solve(H + ridge, (W @ C).T).T + W
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
+    before = ((x @ W.T) - original @ W.T).square().sum()
+    assert ((x @ got.T) - original @ W.T).square().sum() < 0.9 * before
+
+
+def test_no_strength_and_no_drift_leave_the_weight_alone() -> None:
+    x, original = inputs()
+    W = problem(0, dtype=torch.float64).W
+    hessian = damped(2 / x.shape[0] * x.T @ x, 0.01, torch.arange(64))
+    C = 2 / x.shape[0] * (original - x).T @ x
+    assert torch.equal(drifted_target(W, C, hessian, 0.0), W)
+    assert torch.equal(drifted_target(W, torch.zeros_like(C), hessian, 1.0), W)
