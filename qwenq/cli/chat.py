@@ -115,7 +115,8 @@ def _typed() -> Iterator[str]:
     warned = False
     while True:
         try:
-            question = input("\n> ").strip()
+            typer.echo()
+            question = input("> ").strip()
         except EOFError:
             typer.echo()
             return

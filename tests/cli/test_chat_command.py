@@ -1,0 +1,160 @@
+"""``qwenq chat`` as users run it: through a pipe, and on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runtime.small_chat import write_chat_folder
+from typer.testing import CliRunner
+
+from qwenq.cli.app import app
+from qwenq.cli.commands import register
+from qwenq.cli.commands import register
+from qwenq.errors import UsageError
+
+register()
+register()
+runner = CliRunner()
+QUICK = ["--max-new-tokens", "6", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_folder(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.mark.parametrize("options", [["--greedy"], ["--temperature", "0.5", "--top-p", "0.9", "--seed", "3"]])
+def test_piped_questions_are_answered_one_a_line(folder: Path, options: list[str]) -> None:
+    done = runner.invoke(app, ["chat", str(folder), *QUICK, *options], input="first\n\n  second \n")
+    assert done.exit_code == 0, done.output
+    assert "prefill" in done.stderr
+    assert "decode" in done.stderr
+    assert "(10 tokens)" in done.stderr  # 2 answers, each with 5 tokens after its first
+    again = runner.invoke(app, ["chat", str(folder), *QUICK, *options], input="first\n\n  second \n")
+    assert again.stdout == done.stdout
+
+
+def test_both_engines_say_the_same(folder: Path) -> None:
+    texts = [
+        runner.invoke(
+            app, ["chat", str(folder), *QUICK, "--greedy", "--engine", engine], input="hello\nagain\n"
+        ).stdout
+        for engine in ("fast", "transformers")
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+def test_a_quantised_folder_answers(tmp_path: Path) -> None:
+    folder = write_chat_folder(tmp_path / "int8", bits=8)
+    done = runner.invoke(app, ["chat", str(folder), *QUICK, "--greedy", "--system", "Hm."], input="hello\n")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip()
+
+
+def test_no_input_is_no_error(folder: Path) -> None:
+    done = runner.invoke(app, ["chat", str(folder)], input="")
+    assert done.exit_code == 0
+    assert "decode no tokens" in done.stderr
+
+
+def test_a_dropped_round_is_told(tmp_path: Path) -> None:
+    folder = write_chat_folder(tmp_path / "small", max_position_embeddings=160)
+    questions = "".join(f"question number {turn}\n" for turn in range(4))
+    done = runner.invoke(app, ["chat", str(folder), *QUICK, "--greedy"], input=questions)
+    assert done.exit_code == 0, done.output
+    assert "no longer fit the context" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--temperature", "-1"], "the temperature -1.0"),
+        (["--top-p", "0"], "top-p 0.0"),
+        (["--device", "abacus"], "'abacus' is no device"),
+    ],
+)
+def test_wrong_options(folder: Path, arguments: list[str], says: str) -> None:
+    done = runner.invoke(app, ["chat", str(folder), *arguments], input="hello\n")
+    assert isinstance(done.exception, UsageError)
+    assert says in str(done.exception)
+
+
+def test_a_base_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+    folder = write_chat_folder(tmp_path / "base", chat_format="raw")
+    (folder / "model.safetensors").unlink()
+    done = runner.invoke(app, ["chat", str(folder)], input="hello\n")
+    assert isinstance(done.exception, UsageError)
+    assert "base model" in str(done.exception)
+
+
+class Terminal:
+    """A child process on a pseudo-terminal."""
+
+    def __init__(self, command: list[str]) -> None:
+        # A session of its own, whose controlling terminal is this one: that is what turns Ctrl-C into SIGINT.
+        child, self._master = pty.fork()
+        if child == 0:
+            os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
+            os.execv(command[0], command)
+        self._child = child
+        self.text = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self._master, keys.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Read until ``text`` comes after what was waited for before."""
+        end = time.monotonic() + seconds
+        while text not in self.text:
+            ready, _, _ = select.select([self._master], [], [], max(0, end - time.monotonic()))
+            assert ready, f"waited for {text!r}, the screen shows {self.text!r}"
+            try:
+                self.text += os.read(self._master, 4096).decode(errors="replace")
+            except OSError:  # the child closed the terminal
+                assert text in self.text, f"ended without {text!r}: {self.text!r}"
+        self.text = self.text.partition(text)[2]
+
+    def exit_code(self) -> int:
+        """Wait for the end."""
+        _, status = os.waitpid(self._child, 0)
+        self._child = 0
+        return os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            self.exit_code()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(folder: Path) -> Iterator[Terminal]:
+    command = [sys.executable, "-m", "qwenq", "chat", str(folder), "--max-new-tokens", "4000", "--greedy"]
+    child = Terminal(command)
+    yield child
+    child.close()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Terminal) -> None:
+    terminal.wait_for("> ")
+    terminal.type("hello\n")
+    terminal.wait_for("hello\r\n")
+    time.sleep(1)
+    terminal.type("\x03")
+    terminal.wait_for("[stopped]")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-C again")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("decode")
+    terminal.wait_for("tokens)")
+    assert terminal.exit_code() == 0
