@@ -20,7 +20,13 @@ def write_family(folder: Path, family: str = "llama", dtype: str = "float32", **
     """A model folder with a tokenizer; norms and biases are random as well, as in trained models."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "torch_dtype": dtype}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "initializer_range": 0.04,  # blocks do not drown the embedding: Int4 is no disaster
+        "torch_dtype": dtype,
+    }
     changes = {"model_type": family, "architectures": [CLASSES[family]], **sizes, **changes}
     write_tiny_model(folder, **(changes | {"model_type": "llama", "num_hidden_layers": 1}))
     config = json.loads((folder / "config.json").read_text())
