@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from qwenq.cli.app import app
 from qwenq.cli.commands import register
-from qwenq.cli.commands import register
 from qwenq.errors import UsageError
 
 register()
