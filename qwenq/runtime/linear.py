@@ -31,12 +31,11 @@ class Dense:
     Args:
         weight: [out, in].
         bias: [out] or None.
+        name: ``dense``, or ``dequantise`` where the file held packed integers.
     """
 
-    name = "dense"
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, name: str = "dense") -> None:
+        self.weight, self.bias, self.name = weight, bias, name
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""

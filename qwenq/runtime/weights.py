@@ -70,6 +70,7 @@ class Weights:
     ) -> None:
         self._source = readable(checkpoint, dtype)
         self._folder, self._device, self._dtype = checkpoint.folder, device, dtype
+        self._packed = {name for name in checkpoint.names() if name.endswith(".qweight")}
         self._names = set(self._source.names())
         check_tensors(self._source, shape, checkpoint.tied)
 
@@ -82,7 +83,8 @@ class Weights:
         weight = self._stacked([f"{module}.weight" for module in modules])
         biases = [f"{module}.bias" for module in modules]
         bias = self._stacked(biases) if biases[0] in self._names else None
-        return Dense(weight, bias)
+        packed = f"{modules[0]}.qweight" in self._packed
+        return Dense(weight, bias, "dequantise" if packed else "dense")
 
     def _stacked(self, names: Sequence[str]) -> Tensor:
         if len(names) == 1:
