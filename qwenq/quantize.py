@@ -152,6 +152,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str) 
         act_order=wanted.act_order == "static",
         scale_search=wanted.scale_search,
         damp=wanted.damp,
+        drift=wanted.drift,
         refine=wanted.refine,
     )
     quant = QuantConfig(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qwenq.errors import QuantisationError
 from qwenq.gptq.damping import Damped, damped
+from qwenq.gptq.drift import drifted_target
 from qwenq.gptq.grid import Grid
 from qwenq.gptq.refine import descend, refit_scales
 from qwenq.gptq.scales import ScaleSearch, search_grid
@@ -28,6 +29,7 @@ class Settings:
     act_order: bool
     scale_search: ScaleSearch
     damp: float
+    drift: float
     refine: bool
 
 
@@ -36,7 +38,7 @@ class ModuleStats:
     """What quantising one linear cost, as shares of its output's energy over the calibration tokens.
 
     Attributes:
-        error: ‖(W − Q) X‖² / ‖W X‖², X including the damping.
+        error: ‖(W′ − Q) X‖² / ‖W′ X‖², W′ the weight aimed at (``drift``), X including the damping.
         rtn_error: the same for round-to-nearest on a min/max grid.
         damp: the share of the mean diagonal that was added to the Hessian.
         dead: input columns that were always zero.
@@ -61,12 +63,15 @@ class QuantisedLinear:
     stats: ModuleStats
 
 
-def quantise_group(weights: dict[str, Tensor], H: Tensor, settings: Settings) -> dict[str, QuantisedLinear]:
+def quantise_group(
+    weights: dict[str, Tensor], H: Tensor, C: Tensor | None, settings: Settings
+) -> dict[str, QuantisedLinear]:
     """Quantise linears that read the same input, as one matrix: rows do not influence each other.
 
     Args:
         weights: name → [out, in] float32; all with the same ``in``.
         H: [in, in] float32, their common Hessian; changed in place (damping).
+        C: [in, in] float32 from ``Drift``; None: their inputs have not drifted.
         settings: see ``Settings``.
 
     Raises:
@@ -77,6 +82,8 @@ def quantise_group(weights: dict[str, Tensor], H: Tensor, settings: Settings) ->
     size = width if settings.group_size == -1 else settings.group_size
     natural = torch.arange(width, device=W.device)
     hessian = damped(H, settings.damp, act_order(H) if settings.act_order else natural)
+    if C is not None:
+        W = drifted_target(W, C, hessian, settings.drift)
     grid = search_grid(
         W, hessian.H.diagonal(), settings.bits, size, sym=settings.sym, search=settings.scale_search
     )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qwenq.errors import CalibrationError, QuantisationError, UnsupportedError, UsageError
+from qwenq.gptq.drift import Drift
 from qwenq.gptq.hessian import Hessian
 from qwenq.gptq.layer_store import LayerStore
 from qwenq.gptq.module import ModuleStats, QuantisedLinear, Settings, quantise_group
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
 ALGORITHM = 1  # raise it when the same settings give other integers: unfinished runs are then not resumed
+DRIFT_SHARE = 1.0  # of the batches also run through the original model, to see how inputs have drifted
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GROUP_SIZES = (128, 64, 32)  # "auto" takes the first that divides every input width
@@ -168,31 +170,43 @@ def quantise_layers(
         QuantisationError: names the module.
     """
     check_tokens(tokens, decoder.vocabulary)
-    batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
     total, finished = len(decoder.names), store.finished()
     with torch.inference_mode():
-        hidden = decoder.embed(torch.split(tokens, batch)) if finished < total else []
-        groups: list[list[str]] = []
+        streams = _begin(decoder, tokens, settings) if finished < total else None
         for index in range(total):
             started = time.perf_counter()
-            with decoder.block(index) if finished < total else nullcontext() as block:
-                if block is None:
-                    pass  # all layers are done: nothing reads the hidden states any more
-                elif index < finished:
-                    _load_finished(block, store, index, decoder, settings)
-                    hidden = [decoder.forward(block, states) for states in hidden]
-                else:
-                    groups = groups or shared_inputs(block, _forward(decoder, block), hidden[0][:1])
+            if streams is not None:  # None: all layers are done, nothing reads hidden states any more
+                with decoder.block(index) as block:
                     layer = _Layer(decoder, block, index, settings)
-                    hidden = walk(block, _forward(decoder, block), hidden, groups, layer.solve)
-                    store.save(index, layer.tensors, {name: s.as_dict() for name, s in layer.stats.items()})
+                    if index < finished:
+                        layer.load(store.tensors(index), streams)
+                    else:
+                        layer.quantise(streams)
+                        store.save(index, layer.tensors, {n: s.as_dict() for n, s in layer.stats.items()})
             stats = {name: ModuleStats(**values) for name, values in store.modules(index).items()}
             seconds = time.perf_counter() - started
             on_layer(LayerDone(index, total, seconds, stats, index < finished))
 
 
-def _forward(decoder: BlockwiseDecoder, block: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda hidden: decoder.forward(block, hidden)
+@dataclass
+class _Streams:
+    """Hidden states between two blocks, one tensor per batch.
+
+    Attributes:
+        quantised: as the quantised blocks so far produce them.
+        original: as the original blocks do, for the first of the batches (all of them, or none).
+        groups: linears of a block that read the same tensor, found on the first block.
+    """
+
+    quantised: list[Tensor]
+    original: list[Tensor]
+    groups: list[list[str]] = field(default_factory=list)
+
+
+def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings) -> _Streams:
+    hidden = decoder.embed(torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])))
+    compared = math.ceil(DRIFT_SHARE * len(hidden)) if settings.drift else 0
+    return _Streams(hidden, hidden[:compared])
 
 
 class _Layer:
@@ -200,47 +214,58 @@ class _Layer:
 
     def __init__(self, decoder: BlockwiseDecoder, block: nn.Module, index: int, settings: Settings) -> None:
         self._linears, self._settings, self._decoder = linears_of(block), settings, decoder
-        self._prefix = decoder.names[index]
+        self._block, self._prefix = block, decoder.names[index]
         self.tensors: dict[str, Tensor] = {}
         self.stats: dict[str, ModuleStats] = {}
 
-    def solve(self, names: Sequence[str], inputs: list[Tensor]) -> None:
-        """Quantise the linears ``names``, whose common input is ``inputs``, and put the result in place."""
-        hessian = Hessian(inputs[0].shape[-1], inputs[0].device)
+    def quantise(self, streams: _Streams) -> None:
+        """Solve all linears and advance the streams; ``tensors`` and ``stats`` then hold the result."""
+        if not streams.groups:
+            streams.groups = shared_inputs(self._block, self._forward, streams.quantised[0][:1])
+        streams.quantised, streams.original = walk(
+            self._block, self._forward, streams.quantised, streams.groups, self.solve, streams.original
+        )
+
+    def load(self, tensors: dict[str, Tensor], streams: _Streams) -> None:
+        """Advance the streams with the weights that an earlier run found for this block."""
+        streams.original = [self._forward(hidden) for hidden in streams.original]
+        for name, linear in self._linears.items():
+            parts = (tensors[f"{self._prefix}.{name}.{part}"] for part in LAYER_PARTS)
+            weight = dequantise(PackedLinear(*parts), self._settings.bits)
+            linear.weight.data = weight.to(self._decoder.device, self._decoder.dtype)
+        streams.quantised = [self._forward(hidden) for hidden in streams.quantised]
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        return self._decoder.forward(self._block, hidden)
+
+    def solve(self, names: Sequence[str], inputs: list[Tensor], reference: list[Tensor]) -> dict[str, Tensor]:
+        """Quantise the linears ``names``, whose common input is ``inputs``: their new weights."""
+        width, device = inputs[0].shape[-1], inputs[0].device
+        hessian, drift = Hessian(width, device), Drift(width, device)
         for x in inputs:
             hessian.add(x)
+        for x, original in zip(inputs, reference, strict=False):  # the reference is a part of the batches
+            drift.add(x, original)
         weights = {name: self._stored(name) for name in names}
         try:
-            results = quantise_group(weights, hessian.matrix(), self._settings)
+            C = drift.matrix() if drift.tokens else None
+            results = quantise_group(weights, hessian.matrix(), C, self._settings)
         except QuantisationError as error:
             where = f"{self._prefix}.{error.where or names[0]}"
             raise QuantisationError(error.what, where=where, hint=error.hint) from error
-        for name, result in results.items():
-            self._keep(name, result)
+        return {name: self._keep(name, result) for name, result in results.items()}
 
     def _stored(self, name: str) -> Tensor:
         """The weight as the checkpoint holds it, in float32: the block's has been rounded to its dtype."""
         weight = self._decoder.checkpoint.read(f"{self._prefix}.{name}.weight")
         return weight.to(self._decoder.device, torch.float32)
 
-    def _keep(self, name: str, result: QuantisedLinear) -> None:
+    def _keep(self, name: str, result: QuantisedLinear) -> Tensor:
         grid = result.grid
         packed = pack(result.integers.cpu(), grid.scales.cpu(), grid.zeros.to(torch.uint8).cpu(), grid.bits)
         self.tensors.update(packed.tensors(f"{self._prefix}.{name}"))
         self.stats[name] = result.stats
-        self._linears[name].weight.data = grid.values(result.integers).to(self._decoder.dtype)
-
-
-def _load_finished(
-    block: nn.Module, store: LayerStore, index: int, decoder: BlockwiseDecoder, settings: Settings
-) -> None:
-    """Give a block the weights that an earlier run found for it."""
-    tensors = store.tensors(index)
-    for name, linear in linears_of(block).items():
-        prefix = f"{decoder.names[index]}.{name}"
-        parts = (tensors[f"{prefix}.{part}"] for part in LAYER_PARTS)
-        weight = dequantise(PackedLinear(*parts), settings.bits)
-        linear.weight.data = weight.to(decoder.device, decoder.dtype)
+        return grid.values(result.integers).to(self._decoder.dtype)
 
 
 def module_errors(store: LayerStore, layers: int) -> Iterator[tuple[str, dict[str, Any]]]:

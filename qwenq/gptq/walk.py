@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from qwenq.errors import UnsupportedError
 
 Forward = Callable[[Tensor], Tensor]
+Solve = Callable[[Sequence[str], list[Tensor], list[Tensor]], dict[str, Tensor]]
+"""(names of a group, its input per batch, its input per reference batch) → new weights by name."""
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
@@ -56,8 +58,9 @@ def walk(
     forward: Forward,
     batches: Sequence[Tensor],
     groups: Sequence[Sequence[str]],
-    solve: Callable[[Sequence[str], list[Tensor]], None],
-) -> list[Tensor]:
+    solve: Solve,
+    reference: Sequence[Tensor] = (),
+) -> tuple[list[Tensor], list[Tensor]]:
     """Run all batches through the block, handing over the inputs of each group before it is evaluated.
 
     Args:
@@ -65,10 +68,12 @@ def walk(
         forward: runs the block on hidden states.
         batches: hidden states, [batch, tokens, hidden] each.
         groups: from ``shared_inputs``.
-        solve: called once per group, in order, with its names and one input per batch; replaces the weights.
+        solve: called once per group, in order; the weights it returns take the place of the block's.
+        reference: hidden states of the original model for some of the batches, in their order. They pause at
+            the same places and go on with the original weights: one copy of the block serves both.
 
     Returns:
-        The block's output per batch, computed with the replaced weights.
+        The block's output per batch with the new weights, and per reference batch with the original ones.
     """
     main = getcurrent()
     first = {names[0] for names in groups}
@@ -83,14 +88,19 @@ def walk(
         return hook
 
     with _hooks(block, pause):
-        runs = [greenlet(forward) for _ in batches]
-        states = [run.switch(batch) for run, batch in zip(runs, batches, strict=True)]
+        runs = [greenlet(forward) for _ in (*batches, *reference)]
+        states = [run.switch(batch) for run, batch in zip(runs, (*batches, *reference), strict=True)]
+        count = len(batches)
         for names in groups:
             if any(name != names[0] for name, _ in states):
                 raise UnsupportedError("a block whose path depends on the batch", where=names[0])
-            solve(names, [x for _, x in states])
-            states = [run.switch() for run in runs]
-    return states
+            inputs = [x for _, x in states]
+            weights = solve(names, inputs[:count], inputs[count:])
+            original = [run.switch() for run in runs[count:]]
+            for name, weight in weights.items():
+                block.get_submodule(name).weight.data = weight
+            states = [run.switch() for run in runs[:count]] + original
+    return states[:count], states[count:]
 
 
 @contextmanager
