@@ -1,0 +1,248 @@
+"""Bad input to ``qwenq quantize``: what happened, where, what to try; exit 2 for misuse, 1 for failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from quantize_shell import TEXT, QuantizeShell
+from safetensors.torch import load_file, save_file
+from tiny_families import random_tokens, save_calibration, write_calibration, write_family
+
+# Misuse: exit code 2
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--bits", 3], "bits = 3"),
+    (["--group-size", 48], "group_size = 48"),
+    (["--group-size", 64], "does not divide the 96 input columns of mlp.down_proj"),
+    (["--group-size", "big"], "group size 'big'"),
+    (["--damp", 2], "damp = 2"),
+    (["--dtype", "int7"], "dtype = 'int7'"),
+    (["--act-order", "yes"], "act_order = 'yes'"),
+    (["--samples", 0], "samples = 0"),
+    (["--device", "quantum:0"], "quantum"),
+    (["--recipe", "none.toml"], "no such recipe"),
+    (["--calibration", "none.txt"], "none.txt"),
+    (["--seq-len", 5000], "5000"),
+])  # fmt: skip
+def test_a_wrong_option_is_exit_2(
+    quantize: QuantizeShell, tmp_path: Path, options: list[object], says: str
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    ran = quantize.refused("--calibration", "text.txt", "--out", "q", *options)
+    assert ran.code == 2
+    assert says in ran.err
+    assert not Path("q").exists()
+
+
+def test_an_unknown_key_in_a_recipe_suggests_the_nearest(quantize: QuantizeShell, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[quantize]\ngroup_sise = 32")
+    ran = quantize.refused("--recipe", "r.toml")
+    assert ran.code == 2
+    assert "unknown key 'quantize.group_sise'" in ran.err
+    assert "did you mean 'group_size'?" in ran.err
+
+
+def test_a_device_that_is_not_here(quantize: QuantizeShell, calibration: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("has the device that must be absent")
+    ran = quantize.refused("--device", "cuda:3", "--calibration", calibration)
+    assert ran.code == 2
+    assert "--device cpu" in ran.err
+
+
+def test_an_output_folder_of_someone_else(quantize: QuantizeShell, calibration: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "thesis.tex").write_text("the only copy")
+    ran = quantize.refused("--calibration", calibration, "--out", "q")
+    assert ran.code == 2
+    assert "holds something else" in ran.err
+    assert [file.name for file in (tmp_path / "q").iterdir()] == ["thesis.tex"]
+
+
+def test_an_output_that_is_a_file(quantize: QuantizeShell, calibration: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").write_text("")
+    assert quantize.refused("--calibration", calibration, "--out", "q").code == 2
+
+
+def test_a_finished_checkpoint_is_kept_and_not_quantised_again(
+    quantize: QuantizeShell, calibration: Path
+) -> None:
+    assert quantize("--calibration", calibration, "--out", "q").code == 0
+    before = Path("q/model.safetensors").read_bytes()
+    ran = quantize.refused("--calibration", calibration, "--out", "q", "--bits", 8)
+    assert ran.code == 2
+    assert "finished checkpoint" in ran.err
+    assert Path("q/model.safetensors").read_bytes() == before
+    again = quantize.refused("--calibration", calibration, "--out", "q2", model="q")
+    assert again.code == 2
+    assert "already quantised" in again.err
+    assert "qwenq check" in again.err
+
+
+def test_other_settings_on_an_unfinished_run(
+    quantize: QuantizeShell, calibration: Path, tmp_path: Path
+) -> None:
+    partial = tmp_path / "q.partial"
+    partial.mkdir()
+    (partial / "run.json").write_text('{"settings": {"bits": 8}}')
+    ran = quantize.refused("--calibration", calibration, "--out", "q")
+    assert ran.code == 2
+    assert "settings.bits was 8, now 4" in ran.err
+    assert quantize("--calibration", calibration, "--out", "q", "--no-resume").code == 0
+
+
+# The model
+
+
+def test_not_a_model_folder(quantize: QuantizeShell, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ran = quantize.refused(model="./empty")
+    assert ran.code == 1
+    assert "not a model folder" in ran.err
+
+
+def test_neither_a_folder_nor_a_hub_id(quantize: QuantizeShell) -> None:
+    assert quantize.refused(model="./nowhere/to/be found").code == 2
+
+
+def test_a_second_process_on_one_output_is_refused(
+    quantize: QuantizeShell, calibration: Path, tmp_path: Path
+) -> None:
+    from qwenq.gptq.layer_store import LayerStore
+
+    first = LayerStore(tmp_path / "q.partial", {}, resume=True)
+    for option in ("--resume", "--no-resume"):
+        ran = quantize.refused("--calibration", calibration, "--out", "q", option)
+        assert ran.code == 2
+        assert "another qwenq is working" in ran.err
+    first.release()
+
+
+def test_an_architecture_that_is_unknown(quantize: QuantizeShell, damaged: Path) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"model_type": "perceptron"}))
+    ran = quantize.refused(model=damaged)
+    assert ran.code == 1
+    assert "perceptron" in ran.err
+    assert all(known in ran.err for known in ("llama", "qwen2", "qwen3"))
+
+
+def test_a_missing_shard(quantize: QuantizeShell, damaged: Path) -> None:
+    tensors = load_file(damaged / "model.safetensors")
+    (damaged / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    ran = quantize.refused(model=damaged)
+    assert ran.code == 1
+    assert "model-00001-of-00002.safetensors is missing" in ran.err
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.5, 0.99])
+def test_truncated_safetensors(
+    quantize: QuantizeShell, calibration: Path, damaged: Path, share: float
+) -> None:
+    file = damaged / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[: int(len(raw) * share)])
+    ran = quantize.refused("--calibration", calibration, model=damaged)
+    assert ran.code == 1
+    assert "model.safetensors" in ran.err
+
+
+@pytest.mark.parametrize("at", [3, 40, 200])
+def test_a_flipped_bit_in_the_header(
+    quantize: QuantizeShell, calibration: Path, damaged: Path, at: int
+) -> None:
+    file = damaged / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 0x80
+    file.write_bytes(raw)
+    assert quantize.refused("--calibration", calibration, model=damaged).code == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_a_number_is_named(
+    quantize: QuantizeShell, calibration: Path, damaged: Path, bad: float
+) -> None:
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][2, 3] = bad
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    ran = quantize.refused("--calibration", calibration, "--out", "q", model=damaged)
+    assert ran.code == 1
+    assert re.search(r"model\.layers\.1\.self_attn\.v_proj\.weight holds \d NaN and \d infinite", ran.err)
+    assert not Path("q").exists()
+
+
+def test_a_flipped_exponent_bit_that_overflows_names_the_module(
+    quantize: QuantizeShell, calibration: Path, damaged: Path
+) -> None:
+    """A finite but absurd weight: what it does to the activations is caught where they are measured."""
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][:] = 3e30
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    ran = quantize.refused("--calibration", calibration, "--out", "q", "--dtype", "float32", model=damaged)
+    assert ran.code == 1
+    assert "model.layers.1.self_attn.q_proj" in ran.err
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.system, ("touch pwned",))
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(
+    quantize: QuantizeShell, calibration: Path, damaged: Path
+) -> None:
+    (damaged / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": torch.zeros(4), "x": Evil()}, damaged / "pytorch_model.bin")
+    ran = quantize.refused("--calibration", calibration, model=damaged)
+    assert ran.code == 1
+    assert "pytorch_model.bin" in ran.err
+    assert not Path("pwned").exists()
+
+
+# The calibration
+
+
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("empty.txt", "", "empty"),
+    ("blank.txt", "\n\n  \n", "empty"),
+    ("short.txt", "Too short.", "too little text"),
+    ("cut.jsonl", '{"text": "one"}\n{"text": "tw', "cut off"),
+    ("other.jsonl", '{"picture": "one"}\n', "picture"),
+])  # fmt: skip
+def test_calibration_files_that_do_not_do(
+    quantize: QuantizeShell, tmp_path: Path, name: str, content: str, says: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    ran = quantize.refused("--calibration", name, "--samples", 4, "--seq-len", 32, "--out", "q")
+    assert ran.code in (1, 2)
+    assert says in ran.err
+    assert name in ran.err
+    assert not list(tmp_path.glob("q*"))
+
+
+def test_tokens_out_of_the_vocabulary(quantize: QuantizeShell, tiny_model: Path, tmp_path: Path) -> None:
+    tokens = random_tokens(tiny_model, 4, 16)
+    tokens[2, 5] = 4242
+    path = save_calibration(tiny_model, tmp_path / "c.safetensors", tokens[:3].clone(), tokens[3:].clone())
+    ran = quantize.refused("--calibration", path, "--out", "q")
+    assert ran.code == 1
+    assert "4242" in ran.err
+
+
+def test_a_set_of_another_tokenizer(quantize: QuantizeShell, tmp_path: Path) -> None:
+    other = write_family(tmp_path / "other", bos=False)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    path = write_calibration(other, tmp_path / "c.safetensors")
+    ran = quantize.refused("--calibration", path, "--out", "q")
+    assert ran.code == 1
+    assert "another tokenizer" in ran.err

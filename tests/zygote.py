@@ -1,0 +1,79 @@
+"""Starts `qwenq` commands in processes of their own without importing torch for each: it forks.
+
+One JSON object per line on stdin: ``{"argv": […], "cwd": …, "output": path, "at": {…}}``; one integer per
+line on stdout: the exit status, negative for a signal. ``at`` says when the process sends itself a signal:
+``{"signal": 9, "fsync": 5}`` at its 5th fsync, ``{"signal": 15, "print": "text"}`` after printing a text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def arm(at: dict[str, Any]) -> None:
+    """Make this process send itself the signal at the place that ``at`` names."""
+    flush, calls = os.fsync, [0]
+
+    def fsync(handle: int) -> None:
+        calls[0] += 1
+        if calls[0] == at["fsync"]:
+            os.kill(os.getpid(), at["signal"])
+        flush(handle)
+
+    write = sys.stdout.write
+
+    def watched(text: str) -> int:
+        count = write(text)
+        if at["print"] in text:
+            sys.stdout.flush()
+            os.kill(os.getpid(), at["signal"])
+        return count
+
+    if "fsync" in at:
+        os.fsync = fsync
+    if "print" in at:
+        sys.stdout.write = watched  # type: ignore[method-assign]
+
+
+def child(request: dict[str, Any]) -> None:
+    """Become the command; never returns."""
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.chdir(request["cwd"])
+    sys.argv = ["qwenq", *request["argv"]]
+    arm(request["at"] or {})
+    from qwenq.cli import main
+
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException as error:
+        print(repr(error), file=sys.stderr)
+        code = 99
+    sys.stdout.flush()
+    os._exit(code or 0)
+
+
+def serve() -> None:
+    """Answer requests until stdin closes."""
+    import transformers.models.llama.modeling_llama  # noqa: F401  what all commands load, loaded once
+
+    import qwenq.evals.check
+    import qwenq.gptq.quantise  # noqa: F401
+
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            child(json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
