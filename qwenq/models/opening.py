@@ -1,4 +1,4 @@
-"""From what the user typed to a checkpoint: weights from a folder, a hub id, the bundle, or drawn at random."""
+"""From what the user typed to a checkpoint: weights of a folder, a hub id, the bundle, or drawn at random."""
 
 from __future__ import annotations
 
