@@ -202,7 +202,7 @@ def environment(bench: Bench) -> dict[str, Any]:
     source, text = sources(options.data)
     return {
         **machine(),
-        "versions": versions(sys.executable, ["torch", "transformers", "safetensors", "numpy"]),
+        "versions": versions(sys.executable, ["qwenq", "torch", "transformers", "safetensors", "numpy"]),
         "versions_gptqmodel": versions(options.interop_python, ["gptqmodel", "torch", "transformers"]),
         "threads": options.threads,
         "model": bench.model.name,
