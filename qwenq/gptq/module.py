@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from qwenq.gptq.refine import descend, refit_scales
 from qwenq.gptq.scales import ScaleSearch, search_grid
 from qwenq.gptq.solver import act_order, gptq, output_error
 
+MEASURED_ROWS = 256  # output rows whose errors are summed up: more would cost as much as a tenth of the run
 SLACK = 1e-6  # of the output's energy: float32 cannot tell two errors apart that are nearer than this
 
 
@@ -103,24 +105,29 @@ def _split(
     weights: dict[str, Tensor], W: Tensor, integers: Tensor, grid: Grid, hessian: Damped, settings: Settings
 ) -> dict[str, QuantisedLinear]:
     """One result per linear, each held against round-to-nearest."""
-    error = output_error(W, grid.values(integers), hessian.H)  # [rows of all]
-    plain = search_grid(W, hessian.H.diagonal(), grid.bits, grid.group_size, sym=settings.sym, search="none")
-    rtn_error = output_error(W, plain.values(plain.integers(W)), hessian.H)
-    energy = output_error(W, torch.zeros_like(W), hessian.H)
     results, start = {}, 0
     for name, weight in weights.items():
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
-        scale = float(energy[rows].sum()) or 1.0
-        stats = ModuleStats(
-            float(error[rows].sum()) / scale, float(rtn_error[rows].sum()) / scale, hessian.damp, hessian.dead
-        )
+        part = Grid(grid.bits, grid.group_size, grid.scales[rows], grid.zeros[rows])
+        stats = _stats(W[rows], integers[rows], part, hessian, sym=settings.sym)
         if not stats.error <= stats.rtn_error + SLACK:  # also when it is NaN
             raise QuantisationError(
                 f"GPTQ's error {stats.error:.3g} is above round-to-nearest's {stats.rtn_error:.3g}",
                 where=name,
                 hint="this is a defect, or calibration text that says too little: try more of it",
             )
-        part = Grid(grid.bits, grid.group_size, grid.scales[rows], grid.zeros[rows])
         results[name] = QuantisedLinear(integers[rows], part, stats)
     return results
+
+
+def _stats(W: Tensor, integers: Tensor, grid: Grid, hessian: Damped, *, sym: bool) -> ModuleStats:
+    """Errors of one linear, on rows spread evenly over it."""
+    some = slice(None, None, math.ceil(W.shape[0] / MEASURED_ROWS))
+    W = W[some]
+    Q = Grid(grid.bits, grid.group_size, grid.scales[some], grid.zeros[some]).values(integers[some])
+    plain = search_grid(W, hessian.H.diagonal(), grid.bits, grid.group_size, sym=sym, search="none")
+    energy = float(output_error(W, torch.zeros_like(W), hessian.H).sum()) or 1.0
+    error = float(output_error(W, Q, hessian.H).sum())
+    rtn_error = float(output_error(W, plain.values(plain.integers(W)), hessian.H).sum())
+    return ModuleStats(error / energy, rtn_error / energy, hessian.damp, hessian.dead)

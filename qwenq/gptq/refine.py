@@ -70,14 +70,17 @@ def descend(W: Tensor, integers: Tensor, grid: Grid, H: Tensor, order: Tensor, b
     for start in range(0, width, block):
         end = min(start + block, width)
         moves = torch.empty(end - start, W.shape[0], dtype=W.dtype, device=W.device)
-        for i in range(start, end):
-            scale, zero, move = scales[groups[i]], zeros[groups[i]], moves[i - start]
-            wanted = torch.sub(Q[i], G[i], alpha=1 / diagonal[i])
+        rows = zip(
+            Q[start:end].unbind(), G[start:end].unbind(), moves.unbind(), H[start:end].unbind(), strict=True
+        )
+        for i, (value, gradient, move, h) in enumerate(rows, start):
+            scale, zero = scales[groups[i]], zeros[groups[i]]
+            wanted = torch.sub(value, gradient, alpha=1 / diagonal[i])
             z = wanted.div_(scale).add_(zero).round_().clamp_(0, grid.levels)
             new[i] = z
-            torch.sub(z.sub_(zero).mul_(scale), Q[i], out=move)
+            torch.sub(z.sub_(zero).mul_(scale), value, out=move)
             if i + 1 < end:
-                G[i + 1 : end].addr_(H[i, i + 1 : end], move)
+                G[i + 1 : end].addr_(h[i + 1 : end], move)
         G[end:].addmm_(H[end:, start:end], moves)
     natural = torch.empty_like(new)
     natural[order] = new

@@ -15,9 +15,9 @@ from qwenq.gptq.grid import Grid, storable
 
 ScaleSearch = Literal["hessian", "mse", "none"]
 
-SHRINK = torch.linspace(1.0, 0.45, 23)  # candidates, as fractions of the min/max scale
-REFITS = 2  # rounds of least squares for the scale, integers held fixed
-CHUNK = 1 << 16  # weights per chunk, so that a candidate's temporaries stay in the L2 cache
+SHRINK = torch.linspace(1.0, 0.45, 12)  # candidates, as fractions of the min/max scale
+REFITS = 3  # rounds of least squares for the scale, integers held fixed
+CHUNK = 1 << 17  # weights per chunk: the temporaries of a candidate stay in the cache
 MSE_POWER = 2.4  # IST-DASLab/gptq, quant.py
 
 
