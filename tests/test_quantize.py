@@ -11,64 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline import Ear, manifest_of, recipe_for, run
 from safetensors.torch import load_file
-from tiny_families import save_calibration, write_calibration, write_family
+from tiny_families import save_calibration, write_family
 
 from qwenq import quantize as pipeline
 from qwenq.errors import CalibrationError, StorageError, UsageError, VerificationError
 from qwenq.gptq import publish
 from qwenq.gptq.layer_store import LayerStore
-from qwenq.gptq.quantise import LayerDone, quantise_layers
+from qwenq.gptq.quantise import quantise_layers
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig
 from qwenq.models.integrity import verify_files
-from qwenq.quantize import Quantised, quantize
-from qwenq.recipe import Recipe
+from qwenq.quantize import quantize
 
 ALWAYS = {"config.json", "quantize_config.json", "qwenq.json", "tokenizer.json", "tokenizer_config.json"}
 LINEARS = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
 
 
-class Ear:
-    """A listener that remembers."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.done: list[LayerDone] = []
-        self.total = 0
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def progress(self, label: str) -> Callable[[int, int], None]:
-        self.lines.append(label)
-        return lambda done, total: None
-
-    def layers(self, total: int) -> None:
-        self.total = total
-
-    def layer(self, done: LayerDone) -> None:
-        self.done.append(done)
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
-
-
-def recipe_for(model: Path, calibration: Path | None = None, **changes: Any) -> Recipe:
-    source = calibration or write_calibration(model, model.parent / "calibration.safetensors")
-    recipe = Recipe().override({"model": str(model)}, calibration={"source": str(source)})
-    return recipe.override(quantize={"dtype": "float32", **changes})
-
-
-def run(model: Path, out: Path, ear: Ear | None = None, **changes: Any) -> Quantised:
-    return quantize(recipe_for(model, **changes), out, ear or Ear(), device="cpu")
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "qwenq.json").read_text())
-    return content
 
 
 FAMILIES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [

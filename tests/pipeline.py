@@ -1,0 +1,51 @@
+"""The pipeline as a function call, and a listener that remembers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny_families import write_calibration
+
+from qwenq.gptq.quantise import LayerDone
+from qwenq.quantize import Quantised, quantize
+from qwenq.recipe import Recipe
+
+
+class Ear:
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.done: list[LayerDone] = []
+        self.total = 0
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def progress(self, label: str) -> Callable[[int, int], None]:
+        self.lines.append(label)
+        return lambda done, total: None
+
+    def layers(self, total: int) -> None:
+        self.total = total
+
+    def layer(self, done: LayerDone) -> None:
+        self.done.append(done)
+
+
+def recipe_for(model: Path, calibration: Path | None = None, **changes: Any) -> Recipe:
+    source = calibration or write_calibration(model, model.parent / "calibration.safetensors")
+    recipe = Recipe().override({"model": str(model)}, calibration={"source": str(source)})
+    return recipe.override(quantize={"dtype": "float32", **changes})
+
+
+def run(model: Path, out: Path, ear: Ear | None = None, **changes: Any) -> Quantised:
+    return quantize(recipe_for(model, **changes), out, ear or Ear(), device="cpu")
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "qwenq.json").read_text())
+    return content
