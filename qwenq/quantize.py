@@ -306,7 +306,7 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
     )
     if result.broken:
         raise VerificationError(
-            f"the quantised model is broken: {result.verdict}",
+            f"the quantised model is broken: {result.verdict.sentence}",
             where=staged,
             hint="nothing was published; try --bits 8, more calibration text, or --dtype float32",
         )

@@ -47,7 +47,8 @@ class TextListener:
     def progress(self, label: str) -> Callable[[int, int], None]:
         """A step other than the layers; the bar before it is closed."""
         self._stack.close()
-        return self._stack.enter_context(show_progress(label))
+        unit = "steps" if label.startswith("check") else "tokens"
+        return self._stack.enter_context(show_progress(label, unit))
 
     def layers(self, total: int) -> None:
         """The layers begin."""

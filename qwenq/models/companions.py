@@ -15,28 +15,17 @@ from typing import Any
 
 from qwenq.errors import ModelError
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_generation_config
+from qwenq.models.tokenizer import copy_tokenizer_files, has_tokenizer
 from qwenq.storage import atomic_write_json, guard_storage
 
-RANKS_FILE = "qwen.tiktoken"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _LICENCE = re.compile(r"[\w -]*(?:licen[sc]e|notice|copying)[\w -]*(?:\.(?:txt|md|pdf))?", re.IGNORECASE)
 
 
 def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> list[str]:
     """Copy what belongs to a model but is neither weights nor config.json.
 
-    Beside Qwen v1's ranks file a ``tokenizer.json`` is made from it instead, and generation_config.json is
-    said in today's words.
+    Beside Qwen v1's ranks file stands a ``tokenizer.json`` made from it, and generation_config.json is said in
+    today's words.
 
     Args:
         source: the folder of the original model.
@@ -55,25 +44,10 @@ def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> l
     with guard_storage(target):
         _copy_licences(source, target)
         _write_generation_config(source, target, config)
-        if (source / RANKS_FILE).is_file():
-            _export_ranks(source, target, config)
-            return []
-        copied = [_copy(source, target, name) for name in TOKENIZER_FILES]
-    if any(copied):
-        return []
-    return [f"{source} holds no tokenizer; the folder that was written has none either"]
-
-
-def _copy(source: Path, target: Path, name: str) -> bool:
-    if not (source / name).is_file():
-        return False
-    if name == "tokenizer_config.json":
-        settings = _read_json(source / name)
-        settings.pop("auto_map", None)  # names remote code, which is not copied
-        atomic_write_json(target / name, settings)
-    else:
-        shutil.copyfile(source / name, target / name)
-    return True
+    if not has_tokenizer(source):
+        return [f"{source} holds no tokenizer; the folder that was written has none either"]
+    copy_tokenizer_files(source, target)
+    return []
 
 
 def _copy_licences(source: Path, target: Path) -> None:
@@ -89,17 +63,6 @@ def _write_generation_config(source: Path, target: Path, config: Mapping[str, An
         settings = qwen2_generation_config(settings, config)
     if settings:
         atomic_write_json(target / path.name, settings)
-
-
-def _export_ranks(source: Path, target: Path, config: Mapping[str, Any]) -> None:
-    from qwenq.models.qwen_tokenizer import QwenTokenizer
-    from qwenq.models.tokenizer import load_tokenizer
-    from qwenq.models.tokenizer_json import write_tokenizer_json
-
-    tokenizer = load_tokenizer(source)
-    if not isinstance(tokenizer, QwenTokenizer):
-        raise ModelError("two tokenizers in one folder", where=source, hint=f"keep {RANKS_FILE} or the other")
-    write_tokenizer_json(tokenizer, target, max_length=config.get("max_position_embeddings"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

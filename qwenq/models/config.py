@@ -34,7 +34,7 @@ NOT_YET: dict[str, str] = {
 }
 """Relatives that are not supported, and which part of them is missing here."""
 
-_HARMLESS_PRIVATE_KEYS = {"_name_or_path"}
+_HARMLESS_PRIVATE_KEYS = {"_name_or_path", "_model_name_or_path"}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ def qwen2_generation_config(generation: Mapping[str, Any], config: Mapping[str, 
             ids[key] = value
     if config["vocab_size"] > IM_END and generation.get("chat_format") == "chatml":
         ids["eos_token_id"] = [IM_END, END_OF_TEXT]
-    return {**ids, **sampling}
+    window = {key: generation[key] for key in ("max_window_size",) if key in generation}  # for ``chatml``
+    return {**ids, **sampling, **window}
 
 
 def _token_ids(config: Mapping[str, Any], vocab: int) -> dict[str, Any]:

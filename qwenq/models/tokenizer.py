@@ -138,6 +138,11 @@ def load_qwen_tokenizer(folder: Path) -> QwenTokenizer:
     return QwenTokenizer(ranks, chat_format="chatml" if chats else "raw", max_window=window)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds files that a tokenizer can be loaded from."""
+    return any((folder / name).is_file() for name in _SUFFICIENT)
+
+
 def copy_tokenizer_files(src: Path, dst: Path) -> list[str]:
     """Put the tokenizer of ``src`` beside a model in ``dst``, loadable by AutoTokenizer without remote code.
 
@@ -151,7 +156,7 @@ def copy_tokenizer_files(src: Path, dst: Path) -> list[str]:
         ModelError: ``src`` holds no tokenizer.
         StorageError: the disk is full, read-only, or forbids it.
     """
-    if not any((src / name).is_file() for name in _SUFFICIENT):
+    if not has_tokenizer(src):
         raise ModelError("the folder holds no tokenizer", where=src)
     exports = (src / RANKS_FILE).is_file() and not (src / "tokenizer.json").is_file()
     names = [RANKS_FILE] if exports else [name for name in COPIED if (src / name).exists()]
