@@ -60,6 +60,7 @@ def peak_of(folder: Path, layers: int) -> int:
         [sys.executable, "-c", PEAK, *command], capture_output=True, text=True, env=environment, check=False
     )
     assert ended.returncode == 0, ended.stderr
+    print(layers, ended.stdout[-120:])
     return int(ended.stdout.split("peak ")[1])
 
 

@@ -24,7 +24,7 @@ _LICENCE = re.compile(r"[\w -]*(?:licen[sc]e|notice|copying)[\w -]*(?:\.(?:txt|m
 def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> list[str]:
     """Copy what belongs to a model but is neither weights nor config.json.
 
-    Beside Qwen v1's ranks file stands a ``tokenizer.json`` made from it, and generation_config.json is said in
+    Beside Qwen v1's ranks file stands a ``tokenizer.json`` made from it; generation_config.json is said in
     today's words.
 
     Args:
