@@ -174,7 +174,8 @@ def _describe(settings: Settings) -> str:
         if settings.act_order
         else "no act-order",
         f"scale search: {settings.scale_search}",
-        "scales and integers refined after GPTQ" if settings.refine else "no refinement",
+        f"{settings.drift:.0%} of inherited error made good (aims at the original model's outputs)",
+        *(["scales and integers refined after GPTQ"] if settings.refine else []),
         f"damping {settings.damp:g}",
     ]
     return "; ".join(parts)

@@ -48,8 +48,8 @@ class QuantizeRecipe(_Section):
     act_order: Literal["static", "none"] = "static"
     scale_search: Literal["hessian", "mse", "none"] = "hessian"
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    drift: Annotated[float, Field(ge=0, le=1)] = 1.0  # share of inherited error that later layers make good
-    refine: bool = True  # after GPTQ: refit scales, and descend on integers column by column
+    drift: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of inherited error that later layers make good
+    refine: bool = False  # after GPTQ: refit scales, and descend on integers column by column
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
 

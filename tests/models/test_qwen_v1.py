@@ -177,7 +177,7 @@ def test_generation_config_stops_a_chat_at_im_end() -> None:
     config = qwen2_config(small_config(vocab_size=151936))
     assert qwen2_generation_config(chat, config) == {
         "bos_token_id": 151643, "eos_token_id": [151645, 151643], "pad_token_id": 151643,
-        "max_new_tokens": 512, "do_sample": True, "top_k": 0, "top_p": 0.8,
+        "max_new_tokens": 512, "do_sample": True, "top_k": 0, "top_p": 0.8, "max_window_size": 6144,
     }  # fmt: skip
     base = {**chat, "chat_format": "raw", "stop_words_ids": [[151643]]}
     assert qwen2_generation_config(base, config)["eos_token_id"] == 151643
