@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_families import write_calibration
 
-WIDTH, FFN = 1024, 2816
-LAYER_BYTES = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)  # 51 MB in float32
+WIDTH, FFN = 512, 1408
+LAYER_BYTES = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)  # 13 MB in float32
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -26,15 +26,18 @@ CONFIG = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
+# Not getrusage's ru_maxrss: that starts with the peak of the process that was forked, which is pytest's.
 PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 from qwenq.cli import main
 sys.argv = ["qwenq", *sys.argv[1:]]
 try:
     main()
 except SystemExit as ended:
     assert not ended.code, ended.code
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+lines = Path("/proc/self/status").read_text().splitlines()
+print("peak", *(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
 """
 
 
@@ -60,13 +63,13 @@ def peak_of(folder: Path, layers: int) -> int:
         [sys.executable, "-c", PEAK, *command], capture_output=True, text=True, env=environment, check=False
     )
     assert ended.returncode == 0, ended.stderr
-    print(layers, ended.stdout[-120:])
     return int(ended.stdout.split("peak ")[1])
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.timeout(1200)
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     few, many = peak_of(tmp_path, 24), peak_of(tmp_path, 48)
     assert abs(many - few) <= 0.1 * few, f"{few / 1e6:.0f} MB with 24 layers, {many / 1e6:.0f} MB with 48"
-    assert few < 24 * LAYER_BYTES, "a run that kept all layers would not show"
+    assert 0.3 * few < 24 * LAYER_BYTES, "a run that kept all layers would not show"
