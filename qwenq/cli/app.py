@@ -40,10 +40,21 @@ def root(
         os.environ["QWENQ_DEBUG"] = "1"  # read by main(), also in child processes
 
 
+def _share_the_cores() -> None:
+    """Let idle threads sleep soon; said before torch is loaded, as GNU OpenMP reads it once.
+
+    By default they spin for milliseconds at the end of each small operation. The solver has a hundred
+    thousand of these: on a machine that does something else as well, spinning made it ten times slower.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def main() -> None:
     """Entry point: run a command; turn a QwenqError into its message and exit code."""
     from qwenq.cli import commands
 
+    _share_the_cores()
     commands.register()
     try:
         app()

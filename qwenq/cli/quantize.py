@@ -61,7 +61,9 @@ def quantize(
     ] = None,
     refine: Annotated[
         bool | None,
-        typer.Option("--refine/--no-refine", help="Refit scales and integers after GPTQ. [default: no-refine]"),
+        typer.Option(
+            "--refine/--no-refine", help="Refit scales and integers after GPTQ. [default: no-refine]"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Events and the result as JSON lines.")] = False,
 ) -> None:

@@ -95,9 +95,7 @@ class QwenV1Source:
 
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
         self._source = source
-        self.files: list[Path] | None = getattr(
-            source, "files", None
-        )  # for ``fingerprint``
+        self.files: list[Path] | None = getattr(source, "files", None)  # for ``fingerprint``
         _check_shapes(source, config, quant)
         if quant is not None:
             _refuse_activation_order(source, quant)
