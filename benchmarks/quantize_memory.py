@@ -1,9 +1,9 @@
 """Peak memory of quantising a model far larger than it: random weights in a catalogue shape.
 
-    python benchmarks/quantize_memory.py --work FOLDER               # Qwen-7B's shape, 15.4 GB of bfloat16
-    python benchmarks/quantize_memory.py --work FOLDER --layers 2    # the same width, less depth
+    python benchmarks/quantize_memory.py --work DIR               # Qwen-7B's shape, 15.4 GB of bfloat16
+    python benchmarks/quantize_memory.py --work DIR --layers 2    # the same width, less depth
 
-    python benchmarks/quantize_memory.py --work DIR             # Qwen-7B's shape, 15.4 GB of bfloat16
+DIR takes the random checkpoint (kept for the next time) and what is quantised from it. Calibrates on 4 × 256
 random tokens: random weights are for speed and memory only. Writes ``reports/benchmarks/memory.json`` and
 ``memory.md``, one row for each model, depth and recipe that was measured.
 """
