@@ -54,6 +54,7 @@ def test_a_tokenizer_config_is_freed_of_remote_code(folders: tuple[Path, Path]) 
         "chat_template": "{{ 你 }}",
     }
     (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "tokenizer.json").write_text("{}")
     write_companions(source, target, {})
     written = json.loads((target / "tokenizer_config.json").read_text())
     assert written == {"tokenizer_class": "X", "chat_template": "{{ 你 }}"}
@@ -67,6 +68,7 @@ def test_a_folder_without_tokenizer_is_said_aloud(folders: tuple[Path, Path]) ->
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
 def test_damaged_json_is_named(folders: tuple[Path, Path], name: str, text: str) -> None:
     source, target = folders
+    (source / "tokenizer.json").write_text("{}")
     (source / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ModelError, match=name) as raised:
         write_companions(source, target, {})
