@@ -212,9 +212,9 @@ def _calibration(job: Job) -> CalibrationSet:
     wanted = job.recipe.calibration
     on_gpu = job.device.type == "cuda"
     saved = Path(wanted.source).suffix == ".safetensors"  # has its own sizes
-    samples = (128 if on_gpu else 32) if wanted.samples == "auto" else wanted.samples
+    samples = (128 if on_gpu else 48) if wanted.samples == "auto" else wanted.samples
     longest = int(job.checkpoint.config.get("max_position_embeddings", 2048))
-    seq_len = min(2048 if on_gpu else 512, longest) if wanted.seq_len == "auto" else wanted.seq_len
+    seq_len = min(2048 if on_gpu else 256, longest) if wanted.seq_len == "auto" else wanted.seq_len
     if is_random(job.checkpoint.config) and wanted.source == "self":
         job.listener.say("random weights write no text: calibrated on random tokens")
         sizes = Wanted(samples=samples, held_out=wanted.held_out, seq_len=seq_len)

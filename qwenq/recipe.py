@@ -32,8 +32,8 @@ class CalibrationRecipe(_Section):
     """Which tokens the Hessians are measured on."""
 
     source: str = "self"
-    samples: Count | Literal["auto"] = "auto"  # sequences; 32 on CPU, 128 on a GPU
-    seq_len: Count | Literal["auto"] = "auto"  # tokens each; 512 on CPU, 2048 on a GPU
+    samples: Count | Literal["auto"] = "auto"  # sequences; 48 on CPU, 128 on a GPU
+    seq_len: Count | Literal["auto"] = "auto"  # tokens each; 256 on CPU, 2048 on a GPU
     held_out: Count = 8  # further sequences, for the check only
     split: str | None = None
     column: str | None = None

@@ -24,8 +24,8 @@ def plan(
     ] = "a100-80g",
     tp: Annotated[str, typer.Option(help="Numbers of GPUs that share the model.")] = "1,2,4,8",
     group_size: Annotated[str, typer.Option(help="auto, 128, 64, 32, or -1 for whole rows.")] = "auto",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 48,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 256,
     pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show what padding the MLP changes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
 ) -> None:

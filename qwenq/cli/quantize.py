@@ -37,9 +37,9 @@ def quantize(
             "`qwenq calibrate`, or a hub dataset. [default: self]"
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Sequences. [default: 32 on CPU, 128 on a GPU]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Sequences. [default: 48 on CPU, 128 on a GPU]")] = None,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens each. [default: 512 on CPU, 2048 on a GPU]")
+        int | None, typer.Option(help="Tokens each. [default: 256 on CPU, 2048 on a GPU]")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here win over it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make. [default: NAME-GPTQ-Int4]")] = None,

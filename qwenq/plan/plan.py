@@ -33,8 +33,8 @@ class Wishes:
     gpus: tuple[Gpu, ...] = ()
     tensor_parallel: tuple[int, ...] = (1, 2, 4, 8)
     group_size: int | None = None
-    samples: int = 32
-    seq_len: int = 512
+    samples: int = 48
+    seq_len: int = 256
 
 
 @dataclass(frozen=True)

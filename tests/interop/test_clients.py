@@ -120,8 +120,8 @@ def test_each_greedy_token_is_the_likeliest_to_the_client_too(
     ours = greedy(quantised.reference, tokenizer, prompt)
     with torch.inference_mode():
         scores = plain_client(torch.tensor([start + ours])).logits[0]  # [tokens, vocabulary]
-    # `greedy` asks for 32 tokens: generate() rules out the end of the text, also where it is the likeliest.
-    scores[:, quantised.reference.generation_config.eos_token_id] = -torch.inf
+        # `greedy` asks for 32 tokens: generate() rules out the end of the text, even where it is likeliest.
+        scores[:, quantised.reference.generation_config.eos_token_id] = -torch.inf
     assert scores.argmax(-1)[len(start) - 1 : -1].tolist() == ours
 
 
