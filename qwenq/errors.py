@@ -7,6 +7,7 @@ QwenqError                  exit code 1: the run failed
 │   └── UnsupportedError    sound, but nothing here can run it (yet)
 ├── CalibrationError        the calibration data is missing, too short or does not fit the model
 ├── QuantisationError       the algorithm could not keep its promise for a module
+├── DataError               benchmark data is missing, broken, or of another layout
 ├── StorageError            the disk refused: full, read-only, gone
 ├── HubError                the hub could not be reached or refused
 └── VerificationError       what was written does not pass its own check
@@ -67,6 +68,10 @@ class CalibrationError(QwenqError):
 
 class QuantisationError(QwenqError):
     """The algorithm could not keep its promise for a module."""
+
+
+class DataError(QwenqError):
+    """Benchmark data is missing, broken, or of another layout."""
 
 
 class StorageError(QwenqError):

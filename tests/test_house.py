@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qwenq"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"errors", "storage", "versions", "recipe"}
+LEAVES = {"errors", "storage", "versions", "recipe", "results"}
 ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
 COMPOSER = ROOMS - {"cli", "__main__"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -25,11 +25,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "versions": set(),
     "storage": {"errors"},
     "recipe": {"errors"},
+    "results": {"errors", "storage"},
     "models": LEAVES,
     "calibration": LEAVES | {"models"},
     "gptq": LEAVES | {"models", "calibration"},
     "runtime": LEAVES | {"models"},
     "evals": LEAVES | {"models", "runtime"},
+    "profiling": LEAVES | {"models", "runtime"},
+    "reporting": LEAVES,
     "plan": LEAVES | {"models"},
     "convert": COMPOSER,
     "quantize": COMPOSER,

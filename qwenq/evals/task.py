@@ -1,0 +1,165 @@
+"""What a benchmark is: items from its data, a request for each, a judgement on the answer, a score of all.
+
+A task knows no model, tokenizer or engine. It says what to ask (``Choose`` one of some continuations, or
+``Write`` text) and reads what came back. Whoever runs it (``evals.run``) turns requests into tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+ProtocolName = Literal["card", "base", "lm-eval"]
+Message = Mapping[str, str]
+"""A turn of a chat: ``role`` and ``content``."""
+Prompt = str | tuple[Message, ...]
+"""Text as it is (no special token is parsed in it), or turns for the model's chat template."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        id: unique in the task: ``abstract_algebra/12``, ``HumanEval/3``.
+        subject: what its score is averaged with first; None where the task has no subjects.
+        data: the row as the data file has it.
+        shots: rows shown before it, in order.
+    """
+
+    id: str
+    subject: str | None
+    data: Mapping[str, str]
+    shots: tuple[Mapping[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Which of these continuations is likeliest right behind the prompt? No text is generated."""
+
+    prompt: Prompt
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Write:
+    """Go on greedily; stop at an end-of-text id, before any of ``until``, or at the limit."""
+
+    prompt: Prompt
+    max_new_tokens: int
+    until: tuple[str, ...] = ()
+
+
+Request = Choose | Write
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Answer to ``Choose``.
+
+    Attributes:
+        logprobs: float32 log softmax over the vocabulary, summed over each continuation's tokens.
+        published: the published base scripts' score: softmax over the vocabulary, then over the choices, both
+            in the model's own dtype. Near choices tie there, and the first of them wins.
+    """
+
+    logprobs: tuple[float, ...]
+    published: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Answer to ``Write``: the new text without what stopped it, and how many tokens it took."""
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
+Answer = Chosen | Written
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an answer was worth.
+
+    Attributes:
+        correct: the task's main metric.
+        extracted: what was read out of the answer, for people; None: nothing was found.
+        also: further verdicts by metric name, such as ``published`` or ``flexible``.
+        note: why, where that is worth saying (the sandbox's verdict on a program).
+    """
+
+    correct: bool
+    extracted: str | None
+    also: Mapping[str, bool] = field(default_factory=dict)
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of correct items under one metric.
+
+    Attributes:
+        metric: ``accuracy``, or ``accuracy.published``, ``accuracy.flexible`` …
+        value: micro or macro average, as the task's protocol says.
+        macro: whether subjects count alike, whatever their size.
+        parts: value by subject or category.
+    """
+
+    metric: str
+    value: float
+    macro: bool
+    n: int
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where benchmark files come from.
+
+    Attributes:
+        folder: holds ``mmlu/``, ``ceval/``, ``gsm8k/``, ``humaneval/`` in the original layouts; None: the hub.
+        sample: the suite that ships with qwenq, which is not the benchmark.
+    """
+
+    folder: Path | None = None
+    sample: bool = False
+
+
+class Task(Protocol):
+    """A benchmark under one protocol.
+
+    Attributes:
+        name: ``mmlu``, ``ceval``, ``gsm8k``, ``humaneval``.
+        protocol: whose prompts, extraction and averages.
+        version: raised whenever prompts, extraction or averages change: records of another version are void.
+        needs_sandbox: ``judge`` runs code that a model wrote.
+    """
+
+    name: str
+    protocol: ProtocolName
+    version: int
+    needs_sandbox: bool
+
+    def items(self, source: DataSource, subjects: Sequence[str], shots: int | None) -> list[Item]:
+        """All items, validated; of these subjects only, unless none are given. ``shots``: None, the protocol's own.
+
+        Raises:
+            DataError: no data, broken data, or a subject that does not exist.
+        """
+        ...
+
+    def request(self, item: Item) -> Request:
+        """What to ask."""
+        ...
+
+    def judge(self, item: Item, answer: Any) -> Judgement:
+        """What the answer was worth; runs no code (see ``evals.tasks.humaneval`` for the one that does)."""
+        ...
+
+    def scores(self, judged: Sequence[tuple[Item, Judgement]]) -> list[Score]:
+        """The main score first."""
+        ...

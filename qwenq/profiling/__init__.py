@@ -1,0 +1,1 @@
+"""Speed, memory, energy and the environment: each point in a process of its own, each figure a row."""

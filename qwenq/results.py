@@ -1,0 +1,232 @@
+"""Rows of a run folder: the one language between what measures (evals, profiling) and what reports.
+
+A run folder holds ``results.jsonl``, one row a line, and ``environment.json``; whatever else a command keeps
+there (item records, plots) is its own. A row that could not be measured is still a row: ``unavailable`` and
+why. Rows are appended and flushed one by one, so a kill loses none that was finished.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qwenq.errors import StorageError, UsageError
+from qwenq.storage import atomic_write_json, guard_storage
+
+RESULTS_FILE = "results.jsonl"
+ENVIRONMENT_FILE = "environment.json"
+FORMAT = 1
+Status = Literal["ok", "unavailable", "failed"]
+Value = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which weights a row is about.
+
+    Attributes:
+        name: for people: the folder's or the hub's name.
+        fingerprint: of the weights' bytes (models.fingerprint); "random:…" for random weights.
+        precision: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``.
+        family: name of the unquantised model that it and its siblings come from; rows of one family are
+            compared with each other.
+        nbytes: bytes of its weights on the disk; None if unknown.
+        group_size: of a quantised model, else None.
+    """
+
+    name: str
+    fingerprint: str
+    precision: str
+    family: str
+    nbytes: int | None = None
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement, or why there is none.
+
+    Attributes:
+        metric: what was measured, with a dot between family and figure: ``accuracy``, ``accuracy.float32``,
+            ``kl``, ``same_top``, ``perplexity``, ``speed.protocol``, ``speed.decode``, ``speed.prefill``,
+            ``time.first_token``, ``memory.load``, ``memory.generate``, ``memory.unreset``, ``energy.token``,
+            ``bandwidth.share``, ``size``.
+        point: what it was measured at, flat: for accuracy ``task``, ``protocol``, ``version``, ``limit``; for
+            speed and memory ``attention``, ``engine``, ``context``, ``tokens``, ``batch``, ``device``.
+        value: the figure; None unless ``status`` is ``ok``.
+        unit: ``share`` (0 … 1), ``tokens/s``, ``bytes``, ``seconds``, ``nats/token``, ``joules/token``, ``ratio``.
+        low, high: 95 % interval, None where there is none.
+        n: items, repetitions or tokens behind the value.
+        status: ``ok``, ``unavailable`` (cannot run here) or ``failed`` (ran, and did not finish).
+        reason: one sentence, wherever the status is not ``ok``.
+        implementation: exactly what ran: package and version, or our kernel.
+        settings: whatever else decides the value (seed, dtype, generation settings, limits).
+        details: series and side figures for plots: JSON values.
+        date: ISO date.
+    """
+
+    metric: str
+    model: Model
+    point: dict[str, Value]
+    value: float | None
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    status: Status = "ok"
+    reason: str | None = None
+    implementation: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"no status {self.status!r}")
+        if (self.status == "ok") != (self.value is not None):
+            raise ValueError(f"{self.metric}: a value belongs to status ok and to no other")
+        if self.status != "ok" and not self.reason:
+            raise ValueError(f"{self.metric}: status {self.status} needs a reason")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"{self.metric}: {self.value} is no figure")
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What makes two rows the same measurement of perhaps different weights: precision, metric, point."""
+        where = (f"{key}={self.point[key]}" for key in sorted(self.point))
+        return (self.model.family, self.model.precision, self.metric, *where)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, one line of ``results.jsonl``."""
+        return {"format": FORMAT, **asdict(self)}
+
+
+def append_row(run: Path, row: Row) -> None:
+    """Add a row to a run folder and flush it to the disk; the folder is made where it is missing.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    path = run / RESULTS_FILE
+    line = json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
+    with guard_storage(path, len(line)):
+        run.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_rows(run: Path) -> list[Row]:
+    """All rows of a run folder; of rows with one identity and model the last one counts.
+
+    A last line without its end is the trace of a kill: it is left out. Any other broken line is an error.
+
+    Raises:
+        UsageError: no results there, or a line that is no row; says which.
+    """
+    path = run / RESULTS_FILE
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        hint = "name a folder that qwenq eval, profile or run has written"
+        raise UsageError(f"no {RESULTS_FILE} there", where=run, hint=hint) from error
+    except UnicodeDecodeError as error:
+        raise UsageError("not UTF-8", where=path, hint="copy the run folder again") from error
+    except OSError as error:
+        raise StorageError(f"it cannot be read: {error.strerror}", where=path) from error
+    whole = text[: text.rfind("\n") + 1]
+    rows = [_row(line, path, number) for number, line in enumerate(whole.split("\n"), 1) if line.strip()]
+    latest = {(row.identity, row.model.fingerprint): row for row in rows}
+    return list(latest.values())
+
+
+def write_environment(run: Path, environment: dict[str, Any]) -> None:
+    """Write what the rows of this folder were measured on."""
+    atomic_write_json(run / ENVIRONMENT_FILE, environment)
+
+
+def read_environment(run: Path) -> dict[str, Any]:
+    """What the rows were measured on; empty where the file is missing.
+
+    Raises:
+        UsageError: the file is not a JSON object.
+    """
+    path = run / ENVIRONMENT_FILE
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"it cannot be read: {error}", where=path) from error
+    if not isinstance(found, dict):
+        raise UsageError("not a JSON object", where=path)
+    return found
+
+
+def _row(line: str, path: Path, number: int) -> Row:
+    try:
+        content = json.loads(line)
+        if content.pop("format", None) != FORMAT:
+            raise ValueError(f"a row of another format than {FORMAT}")
+        model = Model(**content.pop("model"))
+        row = Row(model=model, **content)
+        _check_types(row)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise UsageError(
+            f"not a row of results: {error}", where=f"{path}, line {number}", hint="delete that line"
+        ) from error
+    return row
+
+
+def _check_types(row: Row) -> None:
+    """JSON has types of its own: what the rest of the code relies on is checked here, once."""
+    for name, kinds in _KINDS.items():
+        value = getattr(row, name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{name} is {value!r}")
+    strings = (row.model.name, row.model.fingerprint, row.model.precision, row.model.family)
+    if not all(isinstance(value, str) for value in strings):
+        raise TypeError("the model's names are not strings")
+    if any(isinstance(value, list | dict) for value in row.point.values()):
+        raise TypeError("point holds something that is not flat")
+
+
+_NUMBER = (int, float, type(None))
+_KINDS: dict[str, tuple[type, ...]] = {
+    "metric": (str,),
+    "unit": (str,),
+    "implementation": (str,),
+    "date": (str,),
+    "point": (dict,),
+    "settings": (dict,),
+    "details": (dict,),
+    "value": _NUMBER,
+    "low": _NUMBER,
+    "high": _NUMBER,
+    "n": (int, type(None)),
+    "reason": (str, type(None)),
+}
+assert _KINDS.keys() <= {f.name for f in fields(Row)}  # noqa: S101 - a misspelt name would check nothing
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a kill left without its end, or the next row would be glued to it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def each_run(folders: list[Path]) -> Iterator[tuple[Path, list[Row], dict[str, Any]]]:
+    """(folder, rows, environment) of each run folder, in the order given."""
+    for folder in folders:
+        yield folder, read_rows(folder), read_environment(folder)
