@@ -102,10 +102,62 @@ class KVCache:
                 grown[:, :, : old.shape[2]] = old
                 tensors[layer] = grown
 
+    def clear(self, rows: Sequence[int]) -> None:
+        """Empty these rows, as if nothing had ever been in them; the others stay.
+
+        Raises:
+            UsageError: there is no such row.
+        """
+        self._check_rows(rows)
+        for row in rows:
+            self.lengths[row], self.alphas[row] = 0, 1
+
+    def take(self, rows: Sequence[int], capacity: int | None = None) -> KVCache:
+        """A new cache whose row i is a copy of this cache's row ``rows[i]``; a row may be named many times.
+
+        A prefix that many sequences share is encoded once and taken many times; the rows of a batch that are
+        not finished yet are taken together, so that the rest costs nothing more.
+
+        Args:
+            rows: of this cache.
+            capacity: slots of each row of the copy; None: as many as here.
+
+        Raises:
+            UsageError: there is no such row, or what it holds does not fit.
+        """
+        self._check_rows(rows)
+        capacity = self.capacity if capacity is None else capacity
+        lengths = [self.lengths[row] for row in rows]
+        held = max(lengths, default=0)
+        if held > capacity:
+            raise UsageError(f"{held} tokens do not fit into a cache of {capacity}")
+        heads, head_dim = self.keys[0].shape[1], self.keys[0].shape[3]
+        device, dtype = self.keys[0].device, self.keys[0].dtype
+        copy = KVCache(len(self.keys), len(rows), heads, capacity, head_dim, device, dtype)
+        copy.lengths, copy.alphas = lengths, [self.alphas[row] for row in rows]
+        copy._copy_rows(range(len(rows)), self, rows, held)
+        return copy
+
+    def put(self, rows: Sequence[int], source: KVCache) -> None:
+        """Replace row ``rows[i]`` by row i of another cache of the same model; the others stay.
+
+        A finished row of a batch makes room for the next prompt: prefill that alone, then put it there.
+
+        Raises:
+            UsageError: there is no such row, one is named twice, or what the other cache holds does not fit.
+        """
+        self._check_rows(rows)
+        if len(rows) != source.batch or len(set(rows)) != len(rows):
+            raise UsageError(f"{source.batch} rows cannot be put into the rows {list(rows)} of a cache")
+        held = max(source.lengths, default=0)
+        if held > self.capacity:
+            raise UsageError(f"{held} tokens do not fit into a cache of {self.capacity}")
+        self._copy_rows(rows, source, range(source.batch), held)
+        for row, length, alpha in zip(rows, source.lengths, source.alphas, strict=True):
+            self.lengths[row], self.alphas[row] = length, alpha
+
     def fork(self, batch: int, capacity: int) -> KVCache:
         """A new cache of ``batch`` rows that all begin with the one row of this cache.
-
-        A prefix that many sequences share is encoded once and copied.
 
         Raises:
             UsageError: this cache has more than one row, or the prefix does not fit.
@@ -114,14 +166,18 @@ class KVCache:
             raise UsageError(
                 f"only one row that fits can be forked; this cache has {self.batch} rows of {self.lengths}"
             )
-        heads, head_dim, length = self.keys[0].shape[1], self.keys[0].shape[3], self.lengths[0]
-        device, dtype = self.keys[0].device, self.keys[0].dtype
-        copy = KVCache(len(self.keys), batch, heads, capacity, head_dim, device, dtype)
-        copy.lengths, copy.alphas = self.lengths * batch, self.alphas * batch
-        for mine, theirs in ((self.keys, copy.keys), (self.values, copy.values)):
-            for source, target in zip(mine, theirs, strict=True):
-                target[:, :, :length] = source[:, :, :length]
-        return copy
+        return self.take([0] * batch, capacity)
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        if wrong := [row for row in rows if not 0 <= row < self.batch]:
+            raise UsageError(f"a cache of {self.batch} rows has no row {wrong[0]}")
+
+    def _copy_rows(self, rows: Sequence[int], source: KVCache, theirs: Sequence[int], held: int) -> None:
+        """Slots 0 … held-1 of the other cache's rows into these rows, in all layers."""
+        for mine, other in ((self.keys, source.keys), (self.values, source.values)):
+            for target, origin in zip(mine, other, strict=True):
+                for row, their in zip(rows, theirs, strict=True):
+                    target[row, :, :held] = origin[their, :, :held]
 
     def span(self, counts: Sequence[int]) -> Span:
         """Plan a forward pass over ``counts[r]`` new tokens of each row r, padded on the right to the most.

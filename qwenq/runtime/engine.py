@@ -47,8 +47,18 @@ class Engine(Protocol):
         """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
         ...
 
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        """Add ``prompts[r]`` to row r of the cache; float32 [batch, vocabulary] after each row's last token.
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Add prompts to rows of a cache; the head is computed at the last token of each alone.
+
+        Args:
+            prompts: ``prompts[i]`` is added to row ``rows[i]``.
+            cache: what came before.
+            rows: these rows of the cache and no others; None: all of them, in order.
+
+        Returns:
+            Float32 [len(prompts), vocabulary] after each prompt's last token.
 
         Raises:
             UsageError: a prompt is empty, holds an id that is not in the vocabulary, or does not fit.
@@ -127,8 +137,17 @@ class CachedEngine:
         return 1
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        """Float32 [batch, vocabulary] after each row's last token."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """Float32 [len(prompts), vocabulary] after each prompt's last token."""
+        if rows is not None:
+            # A small cache of their own: the other rows cost nothing, and what is copied is little.
+            added = max(map(len, prompts), default=0)
+            part = cache.take(rows, max((cache.lengths[row] for row in rows), default=0) + added)
+            found = self.prefill(prompts, part)
+            cache.put(rows, part)
+            return found
         hidden = self._prompt_hidden(prompts, cache)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         return self._head(hidden[torch.arange(len(prompts), device=self.device), last])

@@ -89,3 +89,46 @@ def test_a_fork_is_independent() -> None:
     assert cache.keys[0][:, :, :3].eq(1).all()
     assert copy.values[0][:, :, :3].eq(1).all()
     assert (copy.batch, copy.capacity, copy.lengths) == (2, 5, [3, 3])
+
+
+def numbered_cache(batch: int, capacity: int = 8) -> KVCache:
+    """Row r holds r + 2 tokens, all of value r + 1."""
+    cache = small_cache(batch, capacity)
+    counts = [row + 2 for row in range(batch)]
+    values = torch.arange(1.0, batch + 1).view(-1, 1, 1, 1).expand(batch, 2, max(counts), 4)
+    cache.write(0, values, -values, cache.span(counts))
+    cache.advance(counts)
+    cache.alphas = [10 + row for row in range(batch)]
+    return cache
+
+
+def test_rows_are_taken_in_any_order_and_more_than_once() -> None:
+    cache = numbered_cache(3)
+    copy = cache.take([2, 0, 2], capacity=5)
+    assert (copy.lengths, copy.alphas, copy.capacity) == ([4, 2, 4], [12, 10, 12], 5)
+    for row, (length, value) in enumerate([(4, 3), (2, 1), (4, 3)]):
+        assert copy.keys[0][row, :, :length].eq(value).all()
+        assert copy.values[0][row, :, :length].eq(-value).all()
+    with pytest.raises(UsageError, match="4 tokens do not fit into a cache of 3"):
+        cache.take([2], capacity=3)
+
+
+def test_a_row_is_replaced_and_the_others_stay() -> None:
+    cache, other = numbered_cache(3), numbered_cache(2)
+    cache.put([2, 0], other)
+    assert (cache.lengths, cache.alphas) == ([3, 3, 2], [11, 11, 10])
+    for row, (length, value) in enumerate([(3, 2), (3, 2), (2, 1)]):
+        assert cache.keys[0][row, :, :length].eq(value).all()
+    for rows in ([0], [1, 1], [0, 3]):
+        with pytest.raises(UsageError, match="row"):
+            cache.put(rows, other)
+    with pytest.raises(UsageError, match="do not fit"):
+        small_cache(1, capacity=2).put([0], numbered_cache(3).take([2]))
+
+
+def test_single_rows_are_emptied() -> None:
+    cache = numbered_cache(3)
+    cache.clear([1])
+    assert (cache.lengths, cache.alphas) == ([2, 0, 4], [10, 1, 12])
+    with pytest.raises(UsageError, match="no row 3"):
+        cache.clear([3])

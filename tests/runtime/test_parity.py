@@ -100,6 +100,23 @@ def test_forked_prefix(engine: str) -> None:
     assert shared.lengths == [33]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_finished_rows_make_room_for_the_next_prompts(engine: str) -> None:
+    model, checkpoint = small_model("qwen3")
+    runner = float32_engine(checkpoint, engine)
+    first, second = [random_ids(n, n) for n in (9, 4, 20)], [random_ids(n, n) for n in (15, 6)]
+    cache = runner.new_cache(3, 24)
+    runner.prefill(first, cache)
+    cache.clear([2, 0])
+    found = runner.prefill(second, cache, rows=[2, 0])
+    assert_close(found, torch.stack([reference_logits(model, row)[-1] for row in second]))
+    now = [second[1], first[1], second[0]]
+    found = runner.decode(torch.tensor([5, 6, 7]), cache)
+    expected = [reference_logits(model, [*row, new])[-1] for row, new in zip(now, (5, 6, 7), strict=True)]
+    assert_close(found, torch.stack(expected))
+    assert cache.lengths == [7, 5, 16]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers_generate(family: str) -> None:
     model, checkpoint = small_model(family)
