@@ -1,0 +1,140 @@
+"""What a measurement was made on: versions, processor, memory, GPUs. Nothing that names machine or owner.
+
+Nothing heavy is loaded for it: torch is asked only if the process has it already, else NVIDIA's own library
+if it is installed. What cannot be found out is left out, never guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from contextlib import suppress
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("qwenq", "torch", "transformers", "triton", "tokenizers", "numpy")
+# What decides how fast a CPU multiplies: the rest of /proc/cpuinfo's flags does not.
+FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
+    "amx_tile", "amx_bf16", "amx_int8", "neon", "asimd", "asimddp", "sve", "i8mm", "bf16",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Plain JSON values: ``versions``, ``python``, ``os``, ``cpu``, ``memory_bytes``, ``gpus``, ``date``.
+
+    ``gpus`` is None where nothing here could ask, and empty where there are none.
+    """
+    return {
+        "date": date.today().isoformat(),
+        "versions": _versions(),
+        "python": platform.python_version(),
+        "os": _system(),
+        "cpu": _cpu(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": _gpus(),
+    }
+
+
+def _system() -> str:
+    """Name and version number; what builders of kernels append to it may name a machine."""
+    number = re.match(r"[0-9.]*", platform.release())
+    return f"{platform.system()} {number[0] if number else ''}".strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _cpu() -> dict[str, Any]:
+    """Model, features that matter for arithmetic, usable cores, and threads it computes with."""
+    torch = sys.modules.get("torch")
+    return {
+        "model": _cpu_line("model name") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "features": _features(),
+        "cores": _usable_cores(),
+        "threads": torch.get_num_threads() if torch is not None else None,
+    }
+
+
+def _features() -> list[str]:
+    flags = (_cpu_line("flags") or _cpu_line("Features") or "").split()
+    return [name for name in FEATURES if name in flags]
+
+
+def _usable_cores() -> int | None:
+    """A container or ``taskset`` may grant fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _cpu_line(name: str) -> str | None:
+    """The first value of that name in /proc/cpuinfo, where there is such a file."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return value.strip()
+    return None
+
+
+def _memory_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def _gpus() -> list[dict[str, Any]] | None:
+    """Name, memory in bytes and driver of each GPU."""
+    torch = sys.modules.get("torch")
+    asked = _gpus_by_nvml()
+    if asked is not None or torch is None:
+        return asked
+    if not torch.cuda.is_available():
+        return []
+    facts = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    capabilities = (f"{gpu.major}.{gpu.minor}" for gpu in facts)
+    return [
+        {"name": gpu.name, "memory_bytes": gpu.total_memory, "capability": capability, "driver": None}
+        for gpu, capability in zip(facts, capabilities, strict=True)
+    ]
+
+
+def _gpus_by_nvml() -> list[dict[str, Any]] | None:
+    """By nvidia-ml-py; None where it is not installed or finds no driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [_gpu_by_nvml(pynvml, handle, driver) for handle in handles]
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu_by_nvml(pynvml: Any, handle: Any, driver: str) -> dict[str, Any]:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return {
+        "name": pynvml.nvmlDeviceGetName(handle),
+        "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
+        "capability": f"{major}.{minor}",
+        "driver": driver,
+    }
