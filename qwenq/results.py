@@ -3,6 +3,14 @@
 A run folder holds ``results.jsonl``, one row a line, and ``environment.json``; whatever else a command keeps
 there (item records, plots) is its own. A row that could not be measured is still a row: ``unavailable`` and
 why. Rows are appended and flushed one by one, so a kill loses none that was finished.
+
+What reports read out of ``details``, each where a row has it (lists of one row are of one length):
+
+* accuracy: ``items`` {item id: correct}, ``parts`` {subject: share}; tests pair two rows by item id
+* kl: ``positions`` [token] with ``values`` [nats]; ``modules`` [{name, error, rtn_error}], relative errors
+* speed.decode: ``positions`` [token] with ``values`` [tokens/s]
+* memory.generate: ``parts`` {weights, cache, activations: bytes}
+* any: ``command``, the exact command that measured it
 """
 
 from __future__ import annotations
@@ -59,7 +67,8 @@ class Row:
         point: what it was measured at, flat: for accuracy ``task``, ``protocol``, ``version``, ``limit``; for
             speed and memory ``attention``, ``engine``, ``context``, ``tokens``, ``batch``, ``device``.
         value: the figure; None unless ``status`` is ``ok``.
-        unit: ``share`` (0 … 1), ``tokens/s``, ``bytes``, ``seconds``, ``nats/token``, ``joules/token``, ``ratio``.
+        unit: ``share`` (0 … 1), ``tokens/s``, ``bytes``, ``seconds``, ``nats/token``, ``joules/token``,
+            ``ratio``.
         low, high: 95 % interval, None where there is none.
         n: items, repetitions or tokens behind the value.
         status: ``ok``, ``unavailable`` (cannot run here) or ``failed`` (ran, and did not finish).
@@ -133,7 +142,8 @@ def read_rows(run: Path) -> list[Row]:
     """
     path = run / RESULTS_FILE
     try:
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1].decode("utf-8")  # a kill may tear a character, too
     except FileNotFoundError as error:
         hint = "name a folder that qwenq eval, profile or run has written"
         raise UsageError(f"no {RESULTS_FILE} there", where=run, hint=hint) from error
@@ -141,7 +151,6 @@ def read_rows(run: Path) -> list[Row]:
         raise UsageError("not UTF-8", where=path, hint="copy the run folder again") from error
     except OSError as error:
         raise StorageError(f"it cannot be read: {error.strerror}", where=path) from error
-    whole = text[: text.rfind("\n") + 1]
     rows = [_row(line, path, number) for number, line in enumerate(whole.split("\n"), 1) if line.strip()]
     latest = {(row.identity, row.model.fingerprint): row for row in rows}
     return list(latest.values())
@@ -173,12 +182,14 @@ def read_environment(run: Path) -> dict[str, Any]:
 def _row(line: str, path: Path, number: int) -> Row:
     try:
         content = json.loads(line)
+        # Infinity, NaN and halves of surrogate pairs can be read but not written again.
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         if content.pop("format", None) != FORMAT:
             raise ValueError(f"a row of another format than {FORMAT}")
         model = Model(**content.pop("model"))
         row = Row(model=model, **content)
         _check_types(row)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UsageError(
             f"not a row of results: {error}", where=f"{path}, line {number}", hint="delete that line"
         ) from error
@@ -194,6 +205,12 @@ def _check_types(row: Row) -> None:
     strings = (row.model.name, row.model.fingerprint, row.model.precision, row.model.family)
     if not all(isinstance(value, str) for value in strings):
         raise TypeError("the model's names are not strings")
+    for count in (row.n, row.model.nbytes, row.model.group_size):
+        if isinstance(count, bool) or not isinstance(count, int | None):
+            raise TypeError(f"{count!r} is no count")
+    for bound in (row.low, row.high):
+        if bound is not None and not math.isfinite(bound):
+            raise ValueError(f"{bound} is no bound of an interval")
     if any(isinstance(value, list | dict) for value in row.point.values()):
         raise TypeError("point holds something that is not flat")
 
