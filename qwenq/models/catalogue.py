@@ -1,6 +1,6 @@
 """Public model shapes under the names people type, so that planning needs no download. Imports no torch.
 
-The data lie beside this file: ``catalogue.toml`` (shapes) and ``published.toml`` (what the cards say).
+The data lie beside this file, in ``catalogue.toml``; what the cards say is a leaf, ``qwenq.published``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from qwenq.errors import UsageError
 from qwenq.models.qwen_v1_config import END_OF_TEXT, IM_END, qwen2_config
 from qwenq.models.shapes import ModelShape
+from qwenq.published import PublishedRow, published_rows
 
 BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
@@ -45,19 +46,6 @@ class Entry:
     def shape(self) -> ModelShape:
         """Its sizes."""
         return ModelShape.from_config(self.config)
-
-
-@dataclass(frozen=True)
-class PublishedRow:
-    """What a card says of one precision of a model (units and protocol: head of ``published.toml``)."""
-
-    model: str
-    precision: str
-    hardware: str
-    source: str
-    accuracy: dict[str, float]
-    speed: dict[str, list[float]]
-    memory_gib: list[float]
 
 
 def names() -> list[str]:
@@ -116,7 +104,7 @@ def shape_for(name: str) -> ModelShape:
 def published(name: str) -> list[PublishedRow]:
     """What the cards say of a model, one row a precision; empty where nothing is recorded."""
     found = find(name)
-    return [row for row in _published_rows() if found is not None and row.model in found.names]
+    return [row for row in published_rows() if found is not None and row.model in found.names]
 
 
 @cache
@@ -127,14 +115,6 @@ def _entries() -> tuple[Entry, ...]:
 @cache
 def _by_name() -> dict[str, Entry]:
     return {key.lower(): item for item in _entries() for key in (*item.names, *item.hub)}
-
-
-@cache
-def _published_rows() -> tuple[PublishedRow, ...]:
-    data = _read("published.toml")
-    return tuple(
-        PublishedRow(**{**row, "hardware": data["hardware"][row["hardware"]]}) for row in data["row"]
-    )
 
 
 def _read(file: str) -> dict[str, Any]:
