@@ -1,0 +1,15 @@
+"""Attention over the cache: the backends of the cards (``v2``, ``v1``, ``off``), and what is best today."""
+
+from qwenq.runtime.attention.backends import BACKENDS, Availability, attention_backend, available
+from qwenq.runtime.attention.plain import Attention, Off, Sdpa, attend
+
+__all__ = [
+    "BACKENDS",
+    "Attention",
+    "Availability",
+    "Off",
+    "Sdpa",
+    "attend",
+    "attention_backend",
+    "available",
+]

@@ -1,0 +1,193 @@
+"""FlashAttention kernels of other people behind `Attention`: ``v2``, and the ``flash-attn`` 1 package.
+
+Such a kernel knows one mask: none, or causal with the last query at the last key. What the cache asks for is
+put to it in calls of that kind.
+
+FlashAttention-2: Dao, arXiv 2307.08691. FlashAttention: Dao et al., arXiv 2205.14135.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module, metadata
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import UnsupportedError
+from qwenq.runtime.cache import Span
+
+FlashKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+"""(queries [b, heads, t, d], keys, values [b, key/value heads, n, d], causal) → [b, heads, t, d].
+
+Causal: query i sees the keys up to n - t + i. Key/value heads divide the heads.
+"""
+
+
+class Flash:
+    """A flash kernel over the cache.
+
+    Rows of unequal length that begin behind a prefix are computed one by one: such a kernel has no mask for
+    them.
+
+    Args:
+        name: ``v2`` or ``v1``.
+        implementation: for tables.
+        kernel: what computes.
+    """
+
+    def __init__(self, name: str, implementation: str, kernel: FlashKernel) -> None:
+        self.name, self.implementation = name, implementation
+        self._kernel = kernel
+        self._starts: tuple[Span, list[int]] | None = None
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """See `Attention`."""
+        batch, heads, tokens, d = queries.shape
+        shared = keys.shape[1]
+        if span.start is None and not span.causal:
+            return self._row_by_row(queries, keys, values, span)
+        if tokens == 1:
+            # The heads of a group are queries of one product: no key is read twice.
+            grouped = queries.reshape(batch, shared, heads // shared, d)
+            return self._kernel(grouped, keys, values, False).reshape(batch, heads, 1, d)
+        return self._kernel(queries, keys, values, True)
+
+    def _row_by_row(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        mixed, tokens = torch.zeros_like(queries), queries.shape[2]
+        for row, start in enumerate(self._first_slots(span)):
+            end = min(start + tokens, span.end)  # behind it a row has padding only
+            mixed[row, :, : end - start] = self._kernel(
+                queries[row : row + 1, :, : end - start],
+                keys[row : row + 1, :, :end],
+                values[row : row + 1, :, :end],
+                True,
+            )[0]
+        return mixed
+
+    def _first_slots(self, span: Span) -> list[int]:
+        """Where each row's new tokens begin; asked of the device once per pass, not once per layer."""
+        if self._starts is None or self._starts[0] is not span:
+            self._starts = span, span.positions[:, 0].tolist()
+        return self._starts[1]
+
+
+def flash_v2(device: torch.device, dtype: torch.dtype) -> Flash:
+    """FlashAttention-2: the ``flash-attn`` 2 package where it is installed, else torch's own build of it.
+
+    Raises:
+        UnsupportedError: no NVIDIA GPU of compute capability 8.0, or a dtype that the kernels do not take.
+    """
+    check_flash("v2", device, dtype)
+    version = package_version("flash-attn")
+    if version is not None and version.startswith("2."):
+        function = _import_flash("v2").flash_attn_func
+        return Flash("v2", f"flash-attn {version}", _with_tokens_first(function))
+    if not torch.backends.cuda.is_flash_attention_available():
+        raise UnsupportedError(
+            f"attention v2: torch {torch.__version__} is built without FlashAttention",
+            where="--attention v2",
+            hint="install flash-attn 2 or a torch with CUDA, or use --attention off",
+        )
+    return Flash("v2", f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)", _torch_flash)
+
+
+def flash_v1_package() -> Flash | None:
+    """The ``flash-attn`` 1 package, or None where it is not installed.
+
+    Its causal mask counts from the first key, and its heads do not share keys; both are made up for here.
+    """
+    version = package_version("flash-attn")
+    if version is None or not version.startswith(("0.", "1.")):
+        return None
+    function = _import_flash("v1", "flash_attn.flash_attn_interface").flash_attn_unpadded_func
+
+    def kernel(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+        batch, heads, tokens, d = queries.shape
+        end = keys.shape[2]
+        if causal and tokens < end:  # queries in front whose results are dropped bring the rest to its place
+            queries = torch.cat([queries.new_zeros(batch, heads, end - tokens, d), queries], dim=2)
+        group = heads // keys.shape[1]
+        packed = [_packed(x) for x in (queries, _repeated(keys, group), _repeated(values, group))]
+        ends = [
+            torch.arange(batch + 1, dtype=torch.int32, device=queries.device) * n
+            for n in (queries.shape[2], end)
+        ]
+        mixed: Tensor = function(*packed, *ends, queries.shape[2], end, 0.0, causal=causal)
+        return mixed.view(batch, -1, heads, d).transpose(1, 2)[:, :, -tokens:]  # [b, heads, tokens, d]
+
+    return Flash("v1", f"flash-attn {version}", kernel)
+
+
+def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Whether the hardware and the dtype can run flash kernels at all.
+
+    Raises:
+        UnsupportedError: says what is missing.
+    """
+    where = f"--attention {name}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedError(
+            f"attention {name}: FlashAttention computes in float16 and bfloat16, not in "
+            f"{str(dtype).removeprefix('torch.')}",
+            where=where,
+            hint="use --dtype bfloat16, or --attention off",
+        )
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"attention {name}: FlashAttention is a GPU algorithm, and this is a {device.type}",
+            where=where,
+            hint="use --attention sdpa (on a CPU torch picks a kernel that tiles in the same way) or off",
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise UnsupportedError(
+            f"attention {name}: it takes compute capability 8.0, this GPU has {major}.{minor}",
+            where=where,
+            hint="use --attention sdpa or off",
+        )
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package, None where there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _import_flash(name: str, module: str = "flash_attn") -> ModuleType:
+    try:
+        return import_module(module)
+    except (ImportError, OSError) as error:
+        raise UnsupportedError(
+            f"attention {name}: flash-attn is installed but cannot be imported: {error}",
+            where=f"--attention {name}",
+            hint="install a build for this torch, or remove it (v2 then runs torch's own, v1 ours)",
+        ) from error
+
+
+def _torch_flash(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+    # The operator behind SDPA: called by name it raises where it cannot run, and nothing replaces it.
+    mixed: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+        queries, keys, values, 0.0, causal, scale=queries.shape[-1] ** -0.5
+    )[0]
+    return mixed
+
+
+def _with_tokens_first(function: Callable[..., Tensor]) -> FlashKernel:
+    def kernel(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+        # flash-attn wants [b, tokens, heads, d]; it takes any strides but the last.
+        moved = (x.transpose(1, 2) for x in (queries, keys, values))
+        return function(*moved, causal=causal).transpose(1, 2)
+
+    return kernel
+
+
+def _repeated(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1).contiguous()  # [b · tokens, heads, d]
