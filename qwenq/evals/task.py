@@ -106,7 +106,8 @@ class Score:
         metric: ``accuracy``, or ``accuracy.published``, ``accuracy.flexible`` …
         value: micro or macro average, as the task's protocol says.
         macro: whether subjects count alike, whatever their size.
-        parts: value by subject or category.
+        parts: value by subject; empty where the task has none.
+        categories: value by category, as the protocol groups subjects and averages them.
     """
 
     metric: str
@@ -114,6 +115,7 @@ class Score:
     macro: bool
     n: int
     parts: Mapping[str, float] = field(default_factory=dict)
+    categories: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class DataSource:
     """Where benchmark files come from.
 
     Attributes:
-        folder: holds ``mmlu/``, ``ceval/``, ``gsm8k/``, ``humaneval/`` in the original layouts; None: the hub.
+        folder: holds ``mmlu/``, ``ceval/``, ``gsm8k/``, ``humaneval/`` in the original layouts; None: the
+            hub.
         sample: the suite that ships with qwenq, which is not the benchmark.
     """
 
@@ -139,13 +142,19 @@ class Task(Protocol):
         needs_sandbox: ``judge`` runs code that a model wrote.
     """
 
-    name: str
-    protocol: ProtocolName
-    version: int
-    needs_sandbox: bool
+    @property
+    def name(self) -> str: ...  # noqa: D102  (as above)
+    @property
+    def protocol(self) -> ProtocolName: ...  # noqa: D102
+    @property
+    def version(self) -> int: ...  # noqa: D102
+    @property
+    def needs_sandbox(self) -> bool: ...  # noqa: D102
 
     def items(self, source: DataSource, subjects: Sequence[str], shots: int | None) -> list[Item]:
-        """All items, validated; of these subjects only, unless none are given. ``shots``: None, the protocol's own.
+        """All items, validated; of these subjects only, unless none are given.
+
+        ``shots``: how many examples each item shows; None for the protocol's own number.
 
         Raises:
             DataError: no data, broken data, or a subject that does not exist.
@@ -162,4 +171,8 @@ class Task(Protocol):
 
     def scores(self, judged: Sequence[tuple[Item, Judgement]]) -> list[Score]:
         """The main score first."""
+        ...
+
+    def notes(self, items: Sequence[Item]) -> list[str]:
+        """What has to be said of these items beside their score: which subjects the set lacks."""
         ...

@@ -1,0 +1,216 @@
+"""What MMLU and C-Eval share: where questions with four options come from, and how a choice is judged."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenq.errors import DataError, UsageError
+from qwenq.evals.task import Chosen, DataSource, Item, Judgement
+from qwenq.evals.tasks.data import Row, check_count, local_folder, read_csv
+
+LETTERS = ("A", "B", "C", "D")
+COLUMNS = ("question", *LETTERS, "answer")
+_NOT_ASCII_LATIN = dict.fromkeys(range(128, 256))
+
+
+@dataclass(frozen=True)
+class ChoiceSet:
+    """Where the questions of a benchmark come from.
+
+    Attributes:
+        name: of its folder.
+        counts: published number of scored rows, by subject.
+        split: which split is scored; its files are ``{split}/{subject}_{split}.csv``.
+        columns: of its files.
+        header: whether the files begin with a line that names the columns.
+        hub: the rows of (split, subjects) from the hub, by subject.
+        answered: whether the scored split has its answers.
+    """
+
+    name: str
+    counts: Mapping[str, int]
+    split: str
+    columns: Sequence[str]
+    header: bool
+    hub: Callable[[str, Sequence[str]], Mapping[str, list[Row]]]
+    answered: bool = True
+
+
+def load_choices(origin: ChoiceSet, source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
+    """All items, subject by subject, in file order.
+
+    Raises:
+        DataError: no data, broken data, or a subject that the source does not have.
+        UsageError: a subject that does not exist.
+    """
+    folder = local_folder(source, origin.name)
+    known = _subjects_in(folder, origin.split) if source.sample and folder else list(origin.counts)
+    _check_known(origin.name, subjects, known)
+    wanted = [subject for subject in known if not subjects or subject in subjects]
+    if folder is None:
+        scored = origin.hub(origin.split, wanted)
+        examples = origin.hub("dev", wanted) if shots else {}
+    else:
+        wanted = _present(origin, folder, wanted, asked=bool(subjects))
+        scored = {subject: _read(origin, folder, origin.split, subject) for subject in wanted}
+        examples = {subject: _read(origin, folder, "dev", subject) for subject in wanted} if shots else {}
+    items = []
+    for subject in wanted:
+        rows = scored[subject]
+        if not source.sample:
+            check_count(len(rows), origin.counts[subject], rows[0].where.rsplit(", line", 1)[0])
+        _check_rows(rows, answered=origin.answered)
+        shown = _examples(examples.get(subject, []), shots, subject)
+        items += [Item(f"{subject}/{n}", subject, row.data, shown) for n, row in enumerate(rows)]
+    return items
+
+
+def missing_subjects(origin: ChoiceSet, items: Sequence[Item]) -> list[str]:
+    """A sentence when the items cover some of the benchmark's subjects only."""
+    covered = {item.subject for item in items} & set(origin.counts)
+    if not covered or len(covered) == len(origin.counts):
+        return []
+    return [
+        f"{len(covered)} of the {len(origin.counts)} subjects of {origin.name}: "
+        "not comparable with a score over all of them"
+    ]
+
+
+def judge_choice(item: Item, answer: Chosen) -> Judgement:
+    """The likeliest letter by float32 log probabilities; ``published`` by the base scripts' double softmax.
+
+    Of equals the first wins, as in ``numpy.argmax``, which both originals use.
+    """
+    letter, published = (LETTERS[_first_of_the_greatest(s)] for s in (answer.logprobs, answer.published))
+    gold = item.data["answer"]
+    return Judgement(letter == gold, letter, also={"published": published == gold})
+
+
+def judge_loglikelihood(item: Item, answer: Chosen) -> Judgement:
+    """The likeliest letter by float32 log probabilities, and nothing else."""
+    letter = LETTERS[_first_of_the_greatest(answer.logprobs)]
+    return Judgement(letter == item.data["answer"], letter)
+
+
+def judge_letter(item: Item, text: str, patterns: Iterable[re.Pattern[str]]) -> Judgement:
+    """The letter that the first matching pattern finds in the text, else that of the option most like it.
+
+    Args:
+        text: the answer, with the options' texts already replaced by their letters.
+        patterns: each with the letter as its group 1, in order.
+    """
+    gold = item.data["answer"]
+    for pattern in patterns:
+        if match := pattern.search(text):
+            return Judgement(match.group(1) == gold, match.group(1))
+    place = closest_option(text, [item.data[letter] for letter in LETTERS])
+    if place is None:
+        return Judgement(False, None, note="the answer has nothing in common with any option")
+    letter = LETTERS[place]
+    return Judgement(letter == gold, letter, note="no letter in the answer: the option most like its text")
+
+
+def closest_option(text: str, options: Sequence[str]) -> int | None:
+    """Index of the option that ``thefuzz.process.extractOne(text, options)`` gives; None where it has none.
+
+    thefuzz scores with rapidfuzz's WRatio after its own clean-up, which rapidfuzz alone leaves out: what is no
+    letter or digit becomes a space, ends are trimmed, case is dropped, and the code points 128 to 255 (é, ü, ×,
+    but no Chinese) are removed; from the query only after a first clean-up. Of equals the first wins.
+    """
+    from rapidfuzz import fuzz, process
+    from rapidfuzz.utils import default_process
+
+    def cleaned(value: str) -> str:
+        return str(default_process(value.translate(_NOT_ASCII_LATIN)))
+
+    found = process.extractOne(default_process(text), options, scorer=fuzz.WRatio, processor=cleaned)
+    return None if found is None else options.index(found[0])
+
+
+def options_by_length(item: Item) -> list[tuple[str, str]]:
+    """Letters and texts of the options, longest text first, so that no option is replaced inside another."""
+    return sorted(((letter, item.data[letter]) for letter in LETTERS), key=lambda pair: -len(pair[1]))
+
+
+def check_letter(row: Row) -> None:
+    """Refuse a row whose answer is none of the options.
+
+    Raises:
+        DataError: it is not A, B, C or D.
+    """
+    if row.data["answer"] not in LETTERS:
+        raise DataError(
+            f"the answer is {row.data['answer']!r}", where=row.where, hint="it has to be A, B, C or D"
+        )
+
+
+def _first_of_the_greatest(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _subjects_in(folder: Path, split: str) -> list[str]:
+    return sorted(path.name.removesuffix(f"_{split}.csv") for path in (folder / split).glob(f"*_{split}.csv"))
+
+
+def _check_known(name: str, subjects: Sequence[str], known: Sequence[str]) -> None:
+    for subject in subjects:
+        if subject not in known:
+            close = difflib.get_close_matches(subject, known, n=3)
+            raise UsageError(
+                f"{name} has no subject {subject!r}",
+                where="--subjects",
+                hint=f"did you mean {' or '.join(close)}?" if close else f"such as {', '.join(known[:3])}",
+            )
+
+
+def _present(origin: ChoiceSet, folder: Path, wanted: Sequence[str], *, asked: bool) -> list[str]:
+    """The subjects that have a file; all of them have to when they were asked for by name."""
+    there = [s for s in wanted if asked or (folder / origin.split / f"{s}_{origin.split}.csv").exists()]
+    if not there:
+        raise DataError(
+            f"no {origin.name} file there",
+            where=folder / origin.split,
+            hint=f"it should hold files such as {wanted[0]}_{origin.split}.csv",
+        )
+    return there
+
+
+def _read(origin: ChoiceSet, folder: Path, split: str, subject: str) -> list[Row]:
+    columns = list(origin.columns)
+    if split == origin.split and not origin.answered:
+        columns.remove("answer")
+    return read_csv(
+        folder / split / f"{subject}_{split}.csv", columns, header=origin.header, optional=("explanation",)
+    )
+
+
+def _check_rows(rows: Sequence[Row], *, answered: bool = True) -> None:
+    seen: dict[str, str] = {}
+    for row in rows:
+        if not row.data["question"].strip():
+            raise DataError("the question is empty", where=row.where)
+        if answered:
+            check_letter(row)
+        if "id" in row.data:
+            if row.data["id"] in seen:
+                raise DataError(
+                    f"id {row.data['id']} occurs twice",
+                    where=row.where,
+                    hint=f"first: {seen[row.data['id']]}",
+                )
+            seen[row.data["id"]] = row.where
+
+
+def _examples(rows: Sequence[Row], shots: int, subject: str) -> tuple[Mapping[str, str], ...]:
+    if len(rows) < shots:
+        raise DataError(
+            f"{len(rows)} examples where {shots} are to be shown",
+            where=rows[0].where.rsplit(", line", 1)[0] if rows else f"dev split of {subject}",
+            hint="get the dev files again, or show fewer with --shots",
+        )
+    _check_rows(rows)
+    return tuple(row.data for row in rows[:shots])

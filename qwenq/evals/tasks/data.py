@@ -1,0 +1,197 @@
+"""Benchmark files, read whole and checked line by line: what is wrong is said with its file and line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenq.errors import DataError
+from qwenq.evals.task import DataSource
+
+SAMPLE = Path(__file__).parents[1] / "sample"
+"""The suite that ships with qwenq: our own items in the benchmarks' layouts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a benchmark file.
+
+    Attributes:
+        data: text by column, exactly as it stands in the file: ``None`` and ``007`` are text too.
+        where: the file, and the line it starts on; or the hub's data set.
+    """
+
+    data: dict[str, str]
+    where: str
+
+
+def local_folder(source: DataSource, name: str) -> Path | None:
+    """The folder of one benchmark; None when the source is the hub.
+
+    Raises:
+        DataError: a folder was named that does not hold this benchmark.
+    """
+    if source.sample:
+        return SAMPLE / name
+    if source.folder is None:
+        return None
+    folder = source.folder / name
+    if not folder.is_dir():
+        raise DataError(
+            f"no {name} data there",
+            where=folder,
+            hint=f"put the original {name} files in a folder {name}/ below --data, "
+            "or leave --data out to load them from the hub",
+        )
+    return folder
+
+
+def read_csv(path: Path, columns: Sequence[str], *, header: bool, optional: Sequence[str] = ()) -> list[Row]:
+    """Rows of a CSV file; every value is text, whatever it looks like.
+
+    Args:
+        path: UTF-8, with or without a byte-order mark.
+        columns: their names, in order where the file has no header.
+        header: the first line names the columns.
+        optional: columns that the file may have besides.
+
+    Raises:
+        DataError: not there, empty, not UTF-8, not CSV, or of other columns.
+    """
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    names = list(columns)
+    rows = []
+    line = 0  # where the record that comes next begins, less one: a quoted value may span lines
+    try:
+        if header:
+            names = next(reader)
+            _check_header(path, names, columns, optional)
+            line = reader.line_num
+        for values in reader:
+            where = f"{path}, line {line + 1}"
+            line = reader.line_num
+            if not values:
+                continue
+            if len(values) != len(names):
+                raise DataError(
+                    f"{len(values)} columns where there should be {len(names)}",
+                    where=where,
+                    hint=f"the columns are {', '.join(names)}",
+                )
+            rows.append(Row(dict(zip(names, values, strict=True)), where))
+    except csv.Error as error:
+        raise DataError(f"not a whole CSV file: {error}", where=f"{path}, line {line + 1}") from error
+    return _some(rows, path)
+
+
+def read_json_lines(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Rows of a .jsonl or .jsonl.gz file whose named columns are all text; others are left out.
+
+    Raises:
+        DataError: not there, empty, not UTF-8, not JSON lines, or without one of the columns.
+    """
+    rows = []
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"this line is not whole JSON: {error}", where=where) from error
+        rows.append(Row(text_columns(record, columns, where), where))
+    return _some(rows, path)
+
+
+def text_columns(record: object, columns: Sequence[str], where: str) -> dict[str, str]:
+    """These columns of a record.
+
+    Raises:
+        DataError: the record is no table row, or one of them is missing or no text.
+    """
+    if not isinstance(record, dict):
+        raise DataError(
+            f"a row has to be an object with named columns, not {type(record).__name__}", where=where
+        )
+    missing = [name for name in columns if name not in record]
+    if missing:
+        raise DataError(
+            f"no column {', '.join(missing)}", where=where, hint=f"the columns are {', '.join(columns)}"
+        )
+    wrong = [name for name in columns if not isinstance(record[name], str)]
+    if wrong:
+        raise DataError(f"column {', '.join(wrong)} is not text", where=where)
+    return {name: record[name] for name in columns}
+
+
+def check_count(found: int, expected: int, where: object) -> None:
+    """Refuse a set that is not whole: its score would be of another benchmark.
+
+    Raises:
+        DataError: more or fewer rows than published.
+    """
+    if found != expected:
+        raise DataError(
+            f"{found} rows where the published set has {expected}",
+            where=str(where),
+            hint="get the file again; --limit N evaluates the first N items of a whole set",
+        )
+
+
+def _check_header(path: Path, names: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in names]
+    unknown = [name for name in names if name not in columns and name not in optional]
+    if missing or unknown or len(set(names)) != len(names):
+        raise DataError(
+            f"the columns are {', '.join(names)}",
+            where=f"{path}, line 1",
+            hint=f"they should be {', '.join(columns)}",
+        )
+
+
+def _text(path: Path) -> str:
+    """The whole file; it is read in one piece as the largest of these has 5 MB."""
+    try:
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+    except FileNotFoundError:
+        raise DataError("no such benchmark file", where=path, hint=_siblings(path)) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"not a whole gzip file: {error}", where=path, hint="copy it again") from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x}",
+            where=f"{path}, line {line}",
+            hint=f"convert it, e.g. `iconv -f GB18030 -t UTF-8 {path.name}`",
+        ) from error
+
+
+def _siblings(path: Path) -> str:
+    there = sorted(entry.name for entry in _entries(path.parent))
+    return (
+        f"the folder holds {', '.join(there[:8])}{' …' * (len(there) > 8)}"
+        if there
+        else "the folder is empty"
+    )
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() else iter(())
+
+
+def _some(rows: list[Row], path: Path) -> list[Row]:
+    if not rows:
+        raise DataError("the file is empty", where=path, hint="get it again")
+    return rows

@@ -1,0 +1,260 @@
+"""GSM8K: 1,319 word problems whose answer is a number (Cobbe et al. 2021).
+
+Sources of the protocols: ``evaluate_chat_gsm8k.py`` and ``evaluate_gsm8k.py`` of QwenLM/Qwen (card, base),
+``tasks/gsm8k`` of lm-evaluation-harness 0.4.13 (lm-eval).
+
+The examples of the card and base prompts are rows of the train split: they are looked up there, and formatted
+with the solution's ``<<…>>`` calculator notes left out, which gives the published prompt to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from pathlib import Path
+
+from qwenq.errors import DataError
+from qwenq.evals.task import DataSource, Item, Judgement, Message, Request, Write, Written
+from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
+from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.script import Script
+
+VERSION = 1
+
+SYSTEM = "You are a helpful assistant."
+MAX_NEW_TOKENS = 512
+QUESTION = "Question: {question}\nLet's think step by step"
+SHOT = QUESTION + "\n{steps}\nThe answer is {number}\n\n"
+BASE_STOPS = ("<|endoftext|>", "\n\n", "Question:")  # the script's fourth, three line ends, begins with two
+LM_EVAL_QUESTION = "Question: {question}\nAnswer:"
+LM_EVAL_SHOT = LM_EVAL_QUESTION + " {answer}\n\n"
+LM_EVAL_STOPS = ("Question:", "</s>", "<|im_end|>")
+LM_EVAL_MAX_NEW_TOKENS = 256
+LM_EVAL_SEED = 1234
+
+BASE_EXAMPLES = (  # cookout, rent, pizza, raise, treats, used cars, laundry, orchard
+    *("d97272d2652ff205", "d9655201db60eabf", "9ecbe4ab23b0051f", "9e72bae569796cdf"),
+    *("17ce48ef200c6aff", "0326094058f9ca38", "dbd9ea0def142666", "22f45bbd4a6f44e7"),
+)
+CHAT_EXAMPLES = (  # study plan, basketball, marbles, fruit baskets
+    *("40c1a60c6ce4f679", "be2aceb8a7f5f0ac", "e8d5da7770dac5e8", "b6468982b0e9dcb0"),
+)
+"""The train rows that are shown, in order: sha256 of the question, its first 16 digits."""
+
+GOLD = re.compile(r"#### (\-?[0-9\.\,]+)$")
+NOTE = re.compile(r"<<.*?>>")
+DIGITS = re.compile(r"\d+")
+NUMBER = re.compile(
+    r"([+-])?(?=([0-9]|\.[0-9]))(0|([1-9](\d{0,2}(,\d{3})*)|\d*))?(\.\d*)?(?=\D|$)",
+)
+TOLERANCE = 1e-4
+STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+IGNORED = tuple(map(re.compile, (",", r"\$", r"(?s).*#### ", r"\.$")))
+
+COUNTS = {"train": 7473, "test": 1319}
+
+
+def load(
+    examples: Sequence[str] | None, source: DataSource, subjects: Sequence[str], shots: int
+) -> list[Item]:
+    """The test split; subjects mean nothing here.
+
+    Args:
+        examples: which train rows are shown, by hash; None draws others for each item, as the harness does.
+
+    Raises:
+        DataError: no data, broken data, or a train split without the examples.
+    """
+    test = _read(source, "test")
+    train = _read(source, "train") if shots else []
+    if examples is None:
+        drawn = random.Random(LM_EVAL_SEED)  # noqa: S311  (the harness's own generator, not a secret)
+        shown = [tuple(row.data for row in _draw(drawn, train, shots)) for _ in test]
+    else:
+        rows = train[:shots] if source.sample else _find(train, examples[:shots])
+        shown = [tuple(row.data for row in rows)] * len(test)
+    return [Item(f"test/{n}", None, row.data, shown[n]) for n, row in enumerate(test)]
+
+
+def ask_chat(item: Item) -> Request:
+    """The bare question as the first turn of a chat; with examples, all of them in that turn."""
+    question = item.data["question"]
+    if item.shots:
+        question = _worked(item.shots) + QUESTION.format(question=question)
+    turns: tuple[Message, ...] = (
+        {"role": "system", "content": SYSTEM},  # said in so many words: a model's template may have another
+        {"role": "user", "content": question},
+    )
+    return Write(turns, MAX_NEW_TOKENS)
+
+
+def ask_base(item: Item) -> Request:
+    """Worked examples and question as plain text."""
+    prompt = _worked(item.shots) + QUESTION.format(question=item.data["question"]) + "\n"
+    return Write(prompt, MAX_NEW_TOKENS, BASE_STOPS)
+
+
+def ask_lm_eval(item: Item) -> Request:
+    """The harness's prompt; its examples keep their calculator notes."""
+    shown = "".join(LM_EVAL_SHOT.format_map(row) for row in item.shots)
+    return Write(shown + LM_EVAL_QUESTION.format_map(item.data), LM_EVAL_MAX_NEW_TOKENS, LM_EVAL_STOPS)
+
+
+def read_chat(item: Item, answer: Written) -> Judgement:
+    """The last number, with thousands, decimals and sign; right within 1e-4 of the gold answer's."""
+    found = last_number(answer.text)
+    gold = last_number(item.data["answer"])
+    value, expected = python_number(found), python_number(gold)
+    correct = None not in (value, expected) and math.isclose(
+        float(value or 0), float(expected or 0), rel_tol=0, abs_tol=TOLERANCE
+    )
+    return Judgement(correct, found, note=_note(found, value))
+
+
+def read_base(item: Item, answer: Written) -> Judgement:
+    """The last run of digits, which reads ``1,234`` as 234 and ``3.50`` as 50: so is the published score made."""
+    runs = DIGITS.findall(answer.text)
+    found = runs[-1] if runs else None
+    value = python_number(found)
+    correct = value is not None and value == python_number(gold_number(item))
+    return Judgement(correct, found, note=_note(found, value))
+
+
+def read_lm_eval(item: Item, answer: Written) -> Judgement:
+    """Strict: the first number behind ``####``; flexible: the last thing that looks like a number. Both as text."""
+    gold = _bare(item.data["answer"])
+    strict = STRICT.findall(answer.text)
+    flexible = [next(filter(None, groups)) for groups in FLEXIBLE.findall(answer.text)]
+    found = strict[0] if strict else None
+    return Judgement(
+        correct=found is not None and _bare(found) == gold,
+        extracted=found,
+        also={"flexible": bool(flexible) and _bare(flexible[-1]) == gold},
+        note=None if strict else "no number behind ####",
+    )
+
+
+def gold_number(item: Item) -> str:
+    """The number of the answer, without thousands separators."""
+    match = GOLD.search(item.data["answer"])
+    assert match is not None  # noqa: S101  (every row was checked when it was read)
+    return match.group(1).replace(",", "")
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without thousands separators and plus sign: ``$1,234.50.`` is ``1234.50``."""
+    matches = [match.group() for match in NUMBER.finditer(text)]
+    return matches[-1].replace(",", "").replace("+", "") if matches else None
+
+
+def python_number(text: str | None) -> Decimal | None:
+    """The value of a number as Python source has it, where ``007`` is an error: then, and for None, None."""
+    if text is None or not text.isascii():
+        return None
+    whole = text.lstrip("-").partition(".")[0]
+    if "." not in text and whole.startswith("0") and whole.strip("0"):
+        return None
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return None
+
+
+def _note(found: str | None, value: Decimal | None) -> str | None:
+    if found is None:
+        return "no number in the answer"
+    return "not a number to Python, so wrong as published" if value is None else None
+
+
+def _bare(text: str) -> str:
+    for pattern in IGNORED:
+        text = pattern.sub("", text)
+    return text.lower()
+
+
+def _worked(rows: Sequence[Mapping[str, str]]) -> str:
+    shown = ""
+    for row in rows:
+        steps, number = NOTE.sub("", row["answer"]).rsplit("\n#### ", 1)
+        shown += SHOT.format(question=row["question"], steps=steps, number=number)
+    return shown
+
+
+def _draw(generator: random.Random, train: Sequence[Row], shots: int) -> list[Row]:
+    """As the harness: a fresh sample for each item, from one generator that goes on."""
+    return generator.sample(train, shots)
+
+
+def _find(train: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
+    by_hash = {hashlib.sha256(row.data["question"].encode()).hexdigest()[:16]: row for row in train}
+    missing = [name for name in wanted if name not in by_hash]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the examples that the published prompt shows are not in the train split",
+            where=train[0].where.rsplit(", line", 1)[0],
+            hint="get the original train.jsonl of grade-school-math",
+        )
+    return [by_hash[name] for name in wanted]
+
+
+def _read(source: DataSource, split: str) -> list[Row]:
+    folder = local_folder(source, "gsm8k")
+    rows = _from_hub(split) if folder is None else _from_file(folder / f"{split}.jsonl")
+    if not source.sample:
+        check_count(len(rows), COUNTS[split], rows[0].where.rsplit(", ", 1)[0])
+    for row in rows:
+        if not row.data["question"].strip():
+            raise DataError("the question is empty", where=row.where)
+        if not GOLD.search(row.data["answer"]):
+            raise DataError(
+                "the answer does not end with its number", where=row.where, hint="its last line is `#### 42`"
+            )
+    return rows
+
+
+def _from_file(path: Path) -> list[Row]:
+    return read_json_lines(path, ("question", "answer"))
+
+
+def _from_hub(split: str) -> list[Row]:
+    where = f"hub dataset openai/gsm8k, split {split}"
+    return [
+        Row(text_columns(record, ("question", "answer"), f"{where}, row {n}"), f"{where}, row {n}")
+        for n, record in enumerate(read_hub("openai/gsm8k", "main", split), 1)
+    ]
+
+
+_script = partial(Script, name="gsm8k", version=VERSION, average=score_all)
+PROTOCOLS = (
+    _script(
+        protocol="card",
+        shots=0,
+        allowed_shots=(0, 4),
+        load=partial(load, CHAT_EXAMPLES),
+        ask=ask_chat,
+        read=read_chat,
+    ),
+    _script(
+        protocol="base",
+        shots=8,
+        allowed_shots=range(9),
+        load=partial(load, BASE_EXAMPLES),
+        ask=ask_base,
+        read=read_base,
+    ),
+    _script(
+        protocol="lm-eval",
+        shots=5,
+        allowed_shots=range(26),
+        load=partial(load, None),
+        ask=ask_lm_eval,
+        read=read_lm_eval,
+    ),
+)

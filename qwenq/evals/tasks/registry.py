@@ -1,0 +1,43 @@
+"""The benchmarks by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from qwenq.errors import UsageError
+from qwenq.evals.tasks import gsm8k, mmlu
+from qwenq.evals.tasks.script import Script
+
+_SCRIPTS = {(script.name, script.protocol): script for script in (*mmlu.PROTOCOLS, *gsm8k.PROTOCOLS)}
+
+
+def task_names() -> list[str]:
+    """The benchmarks there are."""
+    return list(dict.fromkeys(name for name, _ in _SCRIPTS))
+
+
+def protocol_names(task: str) -> list[str]:
+    """The protocols that a benchmark has."""
+    return [protocol for name, protocol in _SCRIPTS if name == task]
+
+
+def get_task(name: str, protocol: str) -> Script:
+    """A benchmark under a protocol.
+
+    Raises:
+        UsageError: no such benchmark, or it has no such protocol.
+    """
+    if name not in task_names():
+        close = difflib.get_close_matches(name.lower(), task_names(), n=1)
+        raise UsageError(
+            f"no benchmark is called {name!r}",
+            where="--tasks",
+            hint=f"did you mean {close[0]}?" if close else f"there are {', '.join(task_names())}",
+        )
+    protocols = protocol_names(name)
+    for (known, other), script in _SCRIPTS.items():
+        if known == name and other == protocol:
+            return script
+    raise UsageError(
+        f"{name} has no {protocol} protocol", where="--protocol", hint=f"it has {', '.join(protocols)}"
+    )
