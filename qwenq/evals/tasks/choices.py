@@ -117,9 +117,9 @@ def judge_letter(item: Item, text: str, patterns: Iterable[re.Pattern[str]]) -> 
 def closest_option(text: str, options: Sequence[str]) -> int | None:
     """Index of the option that ``thefuzz.process.extractOne(text, options)`` gives; None where it has none.
 
-    thefuzz scores with rapidfuzz's WRatio after its own clean-up, which rapidfuzz alone leaves out: what is no
-    letter or digit becomes a space, ends are trimmed, case is dropped, and the code points 128 to 255 (é, ü, ×,
-    but no Chinese) are removed; from the query only after a first clean-up. Of equals the first wins.
+    thefuzz scores with rapidfuzz's WRatio after its own clean-up, which rapidfuzz alone leaves out: what is
+    no letter or digit becomes a space, ends are trimmed, case is dropped, and the code points 128 to 255
+    (é, ü, ×, but no Chinese) are removed; from the query after a first clean-up. Of equals the first wins.
     """
     from rapidfuzz import fuzz, process
     from rapidfuzz.utils import default_process

@@ -119,7 +119,7 @@ def read_chat(item: Item, answer: Written) -> Judgement:
 
 
 def read_base(item: Item, answer: Written) -> Judgement:
-    """The last run of digits, which reads ``1,234`` as 234 and ``3.50`` as 50: so is the published score made."""
+    """The last run of digits: ``1,234`` is read as 234 and ``3.50`` as 50, as in the published score."""
     runs = DIGITS.findall(answer.text)
     found = runs[-1] if runs else None
     value = python_number(found)
@@ -128,7 +128,7 @@ def read_base(item: Item, answer: Written) -> Judgement:
 
 
 def read_lm_eval(item: Item, answer: Written) -> Judgement:
-    """Strict: the first number behind ``####``; flexible: the last thing that looks like a number. Both as text."""
+    """Strict: the first number behind ``####``; flexible: the last thing like a number. Compared as text."""
     gold = _bare(item.data["answer"])
     strict = STRICT.findall(answer.text)
     flexible = [next(filter(None, groups)) for groups in FLEXIBLE.findall(answer.text)]
@@ -149,7 +149,7 @@ def gold_number(item: Item) -> str:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, without thousands separators and plus sign: ``$1,234.50.`` is ``1234.50``."""
+    """The last number of a text, without thousands separators and plus sign: ``$1,234.50`` is ``1234.50``."""
     matches = [match.group() for match in NUMBER.finditer(text)]
     return matches[-1].replace(",", "").replace("+", "") if matches else None
 
