@@ -23,7 +23,8 @@ class ChoiceSet:
 
     Attributes:
         name: of its folder.
-        counts: published number of scored rows, by subject.
+        counts: published number of scored rows, by subject; None where only the total is known.
+        total: of all subjects.
         split: which split is scored; its files are ``{split}/{subject}_{split}.csv``.
         columns: of its files.
         header: whether the files begin with a line that names the columns.
@@ -32,7 +33,8 @@ class ChoiceSet:
     """
 
     name: str
-    counts: Mapping[str, int]
+    counts: Mapping[str, int | None]
+    total: int
     split: str
     columns: Sequence[str]
     header: bool
@@ -58,14 +60,13 @@ def load_choices(origin: ChoiceSet, source: DataSource, subjects: Sequence[str],
         wanted = _present(origin, folder, wanted, asked=bool(subjects))
         scored = {subject: _read(origin, folder, origin.split, subject) for subject in wanted}
         examples = {subject: _read(origin, folder, "dev", subject) for subject in wanted} if shots else {}
+    if not source.sample:
+        _check_counts(origin, scored, folder)
     items = []
     for subject in wanted:
-        rows = scored[subject]
-        if not source.sample:
-            check_count(len(rows), origin.counts[subject], rows[0].where.rsplit(", line", 1)[0])
-        _check_rows(rows, answered=origin.answered)
+        _check_rows(scored[subject], answered=origin.answered)
         shown = _examples(examples.get(subject, []), shots, subject)
-        items += [Item(f"{subject}/{n}", subject, row.data, shown) for n, row in enumerate(rows)]
+        items += [Item(f"{subject}/{n}", subject, row.data, shown) for n, row in enumerate(scored[subject])]
     return items
 
 
@@ -86,7 +87,7 @@ def judge_choice(item: Item, answer: Chosen) -> Judgement:
     Of equals the first wins, as in ``numpy.argmax``, which both originals use.
     """
     letter, published = (LETTERS[_first_of_the_greatest(s)] for s in (answer.logprobs, answer.published))
-    gold = item.data["answer"]
+    gold = item.data.get("answer")  # a split without answers has none
     return Judgement(letter == gold, letter, also={"published": published == gold})
 
 
@@ -103,7 +104,7 @@ def judge_letter(item: Item, text: str, patterns: Iterable[re.Pattern[str]]) -> 
         text: the answer, with the options' texts already replaced by their letters.
         patterns: each with the letter as its group 1, in order.
     """
-    gold = item.data["answer"]
+    gold = item.data.get("answer")
     for pattern in patterns:
         if match := pattern.search(text):
             return Judgement(match.group(1) == gold, match.group(1))
@@ -181,11 +182,22 @@ def _present(origin: ChoiceSet, folder: Path, wanted: Sequence[str], *, asked: b
 
 def _read(origin: ChoiceSet, folder: Path, split: str, subject: str) -> list[Row]:
     columns = list(origin.columns)
+    optional = ["explanation"]
     if split == origin.split and not origin.answered:
         columns.remove("answer")
+        optional.append("answer")  # some copies have the column, empty
     return read_csv(
-        folder / split / f"{subject}_{split}.csv", columns, header=origin.header, optional=("explanation",)
+        folder / split / f"{subject}_{split}.csv", columns, header=origin.header, optional=optional
     )
+
+
+def _check_counts(origin: ChoiceSet, scored: Mapping[str, Sequence[Row]], folder: Path | None) -> None:
+    for subject, rows in scored.items():
+        expected = origin.counts[subject]
+        if expected is not None:
+            check_count(len(rows), expected, rows[0].where.rsplit(", ", 1)[0])
+    if len(scored) == len(origin.counts):
+        check_count(sum(map(len, scored.values())), origin.total, folder or f"hub, {origin.name}")
 
 
 def _check_rows(rows: Sequence[Row], *, answered: bool = True) -> None:
@@ -209,7 +221,7 @@ def _examples(rows: Sequence[Row], shots: int, subject: str) -> tuple[Mapping[st
     if len(rows) < shots:
         raise DataError(
             f"{len(rows)} examples where {shots} are to be shown",
-            where=rows[0].where.rsplit(", line", 1)[0] if rows else f"dev split of {subject}",
+            where=rows[0].where.rsplit(", ", 1)[0] if rows else f"dev split of {subject}",
             hint="get the dev files again, or show fewer with --shots",
         )
     _check_rows(rows)

@@ -169,7 +169,7 @@ def _from_hub(split: str, subjects: Sequence[str]) -> dict[str, list[Row]]:
     return found
 
 
-ORIGIN = ChoiceSet("mmlu", COUNTS, "test", COLUMNS, header=False, hub=_from_hub)
+ORIGIN = ChoiceSet("mmlu", COUNTS, 14042, "test", COLUMNS, header=False, hub=_from_hub)
 _script = partial(
     Script,
     name="mmlu",

