@@ -65,8 +65,7 @@ def damped(H: Tensor, damp: float, order: Tensor) -> Damped:
         nonlocal used
         diagonal.add_((share - used) * mean)
         used = share
-        U, failed = inverse_factor(H[order][:, order])
-        return None if failed else U
+        return inverse_factor(H, order)[0]
 
     U = attempt(damp)
     if U is None:

@@ -52,7 +52,19 @@ def drifted_target(W: Tensor, C: Tensor, hessian: Damped, strength: float) -> Te
         hessian: of the drifted inputs; its damping keeps the regression from following noise.
         strength: 0 (plain GPTQ) … 1 (the whole correction).
     """
-    cross = (W @ C)[:, hessian.order]  # [rows, in], columns as in U
+    order, U = hessian.order, hessian.U
+    rows, width = W.shape
+    if (
+        rows > width
+    ):  # W C H⁻¹ takes 6 · rows · in² operations from the left, 4 · in³ + 2 · rows · in² from the right
+        change = W @ _times_inverse(C[:, order], U)  # [rows, in], columns as in U
+    else:
+        change = _times_inverse((W @ C)[:, order], U)
     target = W.clone()
-    target[:, hessian.order] += strength * (cross @ hessian.U.T) @ hessian.U  # H⁻¹ = Uᵀ U
+    target[:, order] += change.mul_(strength)
     return target
+
+
+def _times_inverse(M: Tensor, U: Tensor) -> Tensor:
+    """M H⁻¹, [any, in], as H⁻¹ = Uᵀ U."""
+    return (M @ U.T) @ U

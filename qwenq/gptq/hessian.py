@@ -41,5 +41,10 @@ class Hessian:
         self.tokens += new
 
     def matrix(self) -> Tensor:
-        """H, [width, width] float32, symmetric."""
-        return self._sum.tril() + self._sum.tril(-1).T
+        """H, [width, width] float32, symmetric: the accumulator itself, mirrored in place, not a copy of it."""
+        for start in range(0, self._sum.shape[0], PANEL):
+            stop = min(start + PANEL, self._sum.shape[0])
+            square = self._sum[start:stop, start:stop]
+            square.copy_(square.tril() + square.tril(-1).T)
+            self._sum[start:stop, stop:] = self._sum[stop:, start:stop].T
+        return self._sum

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from qwenq.gptq.refine import descend, refit_scales
 from qwenq.gptq.scales import ScaleSearch, search_grid
 from qwenq.gptq.solver import act_order, gptq, output_error
 
-MEASURED_ROWS = 256  # output rows whose errors are summed up: more would cost as much as a tenth of the run
 SLACK = 1e-6  # of the output's energy: float32 cannot tell two errors apart that are nearer than this
 
 
@@ -122,12 +120,9 @@ def _split(
 
 
 def _stats(W: Tensor, integers: Tensor, grid: Grid, hessian: Damped, *, sym: bool) -> ModuleStats:
-    """Errors of one linear, on rows spread evenly over it."""
-    some = slice(None, None, math.ceil(W.shape[0] / MEASURED_ROWS))
-    W = W[some]
-    Q = Grid(grid.bits, grid.group_size, grid.scales[some], grid.zeros[some]).values(integers[some])
+    """Errors of one linear over all of its rows."""
     plain = search_grid(W, hessian.H.diagonal(), grid.bits, grid.group_size, sym=sym, search="none")
     energy = float(output_error(W, torch.zeros_like(W), hessian.H).sum()) or 1.0
-    error = float(output_error(W, Q, hessian.H).sum())
+    error = float(output_error(W, grid.values(integers), hessian.H).sum())
     rtn_error = float(output_error(W, plain.values(plain.integers(W)), hessian.H).sum())
     return ModuleStats(error / energy, rtn_error / energy, hessian.damp, hessian.dead)

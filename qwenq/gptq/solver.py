@@ -11,29 +11,48 @@ from torch import Tensor
 
 from qwenq.gptq.grid import Grid
 
+INVERSE_PANEL = 256  # columns of a triangular inverse that are solved for at a time
 BLOCK = 64  # columns per lazy update (§3.3, step 2). The paper has 128; on a CPU shorter rank-1 updates win
 
 
-def inverse_factor(H: Tensor) -> tuple[Tensor, int]:
+def inverse_factor(H: Tensor, order: Tensor | None = None) -> tuple[Tensor | None, int]:
     """U, upper triangular with Uᵀ U = H⁻¹ (Algorithm 1's Cholesky factor), and LAPACK's failure code.
 
-    Reversing rows and columns turns H = R Rᵀ (R upper triangular) into an ordinary Cholesky factorisation,
-    and U = R⁻¹: one factorisation and one triangular inverse, H⁻¹ itself is never formed.
+    With J the reversal of rows and columns, J H J = L Lᵀ is an ordinary Cholesky factorisation, and
+    U = J L⁻¹ J: one factorisation and one triangular inverse, H⁻¹ itself is never formed. Beside H it holds
+    two matrices of its size at most, which decides the peak memory of a wide layer.
 
     Args:
         H: [in, in] float32 or float64, symmetric.
+        order: [in] int64: factorise H with rows and columns in this order; None is as they are.
 
     Returns:
-        U [in, in], and 0, or the order of the leading minor that is not positive (U is then meaningless).
+        U [in, in], and 0; or None, and the order of the leading minor that is not positive.
     """
-    lower, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-    failed = int(info)
-    if failed:
-        return H, failed
-    R = lower.flip(0, 1).contiguous()
-    eye = torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
-    U = torch.linalg.solve_triangular(R, eye, upper=True)
-    return (U, 0) if bool(torch.isfinite(U).all()) else (H, H.shape[0])
+    width = H.shape[0]
+    order = torch.arange(width, device=H.device) if order is None else order
+    backwards = order.flip(0)
+    L, info = torch.linalg.cholesky_ex(H[backwards[:, None], backwards])
+    if failed := int(info):
+        return None, failed
+    _invert_lower(L)
+    U = L.flip(0, 1)
+    return (U, 0) if bool(torch.isfinite(U).all()) else (None, width)
+
+
+def _invert_lower(L: Tensor) -> None:
+    """Replace a lower triangular matrix by its inverse, panel by panel from the left.
+
+    A panel of the inverse is zero above its diagonal block, and the columns to its right are still L's: a
+    third of the work of solving for a whole identity matrix, and no second matrix.
+    """
+    width = L.shape[0]
+    for start in range(0, width, INVERSE_PANEL):
+        size = min(INVERSE_PANEL, width - start)
+        identity = torch.eye(width - start, size, dtype=L.dtype, device=L.device)
+        L[start:, start : start + size] = torch.linalg.solve_triangular(
+            L[start:, start:], identity, upper=False
+        )
 
 
 def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: int = BLOCK) -> Tensor:
