@@ -1,0 +1,102 @@
+"""How many rows go through the model at once: as many as fit, and no more than help.
+
+The estimate is coarse, on the safe side, and corrected: what does not fit after all is tried again in halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from qwenq.errors import QwenqError
+from qwenq.runtime.engine import Engine
+
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+"""New tokens in one forward pass from which on more gain nothing."""
+CPU_ROWS, GPU_ROWS = 32, 256
+"""Rows of a decode step from which on more gain little."""
+_SHARE = 0.5  # of the free memory: other work wants some, too
+_ACTIVATIONS = 128  # times one layer's keys and values of a token: what a block holds while it runs
+_LOGITS = 4  # copies of a row of float32 logits: themselves, log softmax, published softmax, temporary
+
+
+@dataclass
+class Budget:
+    """What one forward pass may take.
+
+    Attributes:
+        memory: bytes.
+        tokens: new tokens, padding included.
+        rows: sequences in a pass.
+        cached: bytes of keys and values of one token in all layers.
+        computed: bytes that a new token needs while it is computed.
+        logits: bytes that the logits of one row need.
+    """
+
+    memory: int
+    tokens: int
+    rows: int
+    cached: int
+    computed: int
+    logits: int
+
+    def rows_that_fit(self, longest: int, capacity: int) -> int:
+        """Rows of at most ``longest`` new tokens, each in a cache row of ``capacity``; at least one."""
+        each = capacity * self.cached + longest * (self.computed + capacity * 4) + self.logits
+        return max(1, min(self.rows, self.tokens // max(longest, 1), self.memory // each))
+
+    def rows_to_decode(self, capacity: int) -> int:
+        """Rows that take a token each, again and again; at least one."""
+        each = capacity * self.cached + self.computed + self.logits
+        return max(1, min(self.rows, self.memory // each))
+
+    def halve(self, rows: int, error: BaseException) -> None:
+        """Take half as many rows from now on.
+
+        Raises:
+            QwenqError: a single row did not fit.
+        """
+        if rows <= 1:
+            raise QwenqError(
+                "not enough memory for a single prompt", hint="use a smaller model, dtype or prompt"
+            ) from error
+        self.rows = rows // 2
+
+
+def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -> Budget:
+    """What is free now, in units of this engine.
+
+    Args:
+        engine: loaded already.
+        batch: rows that the user wants at most; None: as many as help.
+        decode: for writing, where rows take one token at a time.
+    """
+    gpu = engine.device.type == "cuda"
+    free = torch.cuda.mem_get_info(engine.device)[0] if gpu else psutil.virtual_memory().available
+    probe = engine.new_cache(1, 1)
+    layer = probe.keys[0].nbytes + probe.values[0].nbytes
+    usual = (GPU_ROWS if gpu else CPU_ROWS) if decode else (GPU_TOKENS if gpu else CPU_TOKENS)
+    return Budget(
+        memory=int(free * _SHARE),
+        # Who asks for a number of rows gets them, however long they are, if they fit into memory.
+        tokens=(GPU_TOKENS if gpu else CPU_TOKENS) if batch is None else 1 << 40,
+        rows=usual if batch is None else batch,
+        cached=layer * len(probe.keys),
+        computed=layer * _ACTIVATIONS,
+        logits=engine.vocab_size * 4 * _LOGITS,
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the process had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Indexes by falling length: what needs most memory fails first, and rows of a batch are alike."""
+    return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))

@@ -1,0 +1,121 @@
+"""Requests in tokens: what a task asks for in text, ready for an engine.
+
+A continuation is encoded on its own and put behind the prompt's ids, as Qwen's scripts do: ``" A"`` is the
+token of a space and an A, whatever it would have merged with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwenq.errors import DataError
+from qwenq.evals.task import Choose, Item, Prompt, Request, Write
+from qwenq.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ChoiceTokens:
+    """`Choose` in ids: the prompt's, and each continuation's. ``name``: the item, for messages."""
+
+    name: str
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+    @property
+    def needed(self) -> int:
+        """Positions that the longest of its sequences takes; the last token of each is never an input."""
+        return len(self.prompt) + max(len(choice) for choice in self.choices) - 1
+
+
+@dataclass(frozen=True)
+class WriteTokens:
+    """`Write` in ids. ``name``: the item, for messages."""
+
+    name: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    until: tuple[str, ...]
+
+    @property
+    def needed(self) -> int:
+        """Positions that prompt and answer take."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+RequestTokens = ChoiceTokens | WriteTokens
+
+
+def encode_requests(
+    tokenizer: Tokenizer, items: Sequence[Item], requests: Sequence[Request]
+) -> list[RequestTokens]:
+    """The ids of each request.
+
+    Raises:
+        DataError: a prompt or a continuation without any token.
+        UsageError: turns for a model without a chat template.
+    """
+    prompts = _encode_prompts(tokenizer, [request.prompt for request in requests])
+    found: list[RequestTokens] = []
+    for item, request, prompt in zip(items, requests, prompts, strict=True):
+        if not prompt:
+            raise DataError("an empty prompt: there is nothing to go on from", where=item.id)
+        if isinstance(request, Write):
+            found.append(WriteTokens(item.id, tuple(prompt), request.max_new_tokens, request.until))
+            continue
+        choices = tuple(tuple(tokenizer.encode(choice)) for choice in request.choices)
+        if not choices or not all(choices):
+            raise DataError("a continuation without any token cannot be scored", where=item.id)
+        found.append(ChoiceTokens(item.id, tuple(prompt), choices))
+    return found
+
+
+def require_context(requests: Sequence[RequestTokens], context: int | None) -> None:
+    """Refuse prompts that the model was not made for: nothing is cut, as that would be another question.
+
+    Raises:
+        DataError: says how many items, and the longest.
+    """
+    too_long = [request for request in requests if context is not None and request.needed > context]
+    if not too_long:
+        return
+    longest = max(too_long, key=lambda request: request.needed)
+    writes = isinstance(longest, WriteTokens)
+    answer = f" and up to {longest.max_new_tokens} new ones" if isinstance(longest, WriteTokens) else ""
+    raise DataError(
+        f"{len(too_long)} of {len(requests)} prompts are too long for this model, which takes {context} "
+        f"tokens; the longest has {len(longest.prompt):,}{answer}",
+        where=longest.name,
+        hint="lower --shots" + ("" if writes else ", or name the subjects that fit with --subjects"),
+    )
+
+
+def request_hash(item: Item, request: Request) -> str:
+    """16 hex digits over what is asked and what is known of the item: another answer key is another item."""
+    asked: dict[str, object] = {"prompt": _plain(request.prompt)}
+    if isinstance(request, Choose):
+        asked["choices"] = request.choices
+    else:
+        asked |= {"max_new_tokens": request.max_new_tokens, "until": request.until}
+    text = json.dumps([asked, dict(item.data)], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt for people: text as it is, turns under their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
+
+
+def _plain(prompt: Prompt) -> object:
+    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Texts all at once, which some tokenizers do in parallel; chats one by one."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(tokenizer.encode_many(texts))
+    return [next(encoded) if isinstance(prompt, str) else tokenizer.chat(list(prompt)) for prompt in prompts]
