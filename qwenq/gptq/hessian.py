@@ -41,7 +41,7 @@ class Hessian:
         self.tokens += new
 
     def matrix(self) -> Tensor:
-        """H, [width, width] float32, symmetric: the accumulator itself, mirrored in place, not a copy of it."""
+        """H, [width, width] float32, symmetric: the accumulator itself, mirrored in place."""
         for start in range(0, self._sum.shape[0], PANEL):
             stop = min(start + PANEL, self._sum.shape[0])
             square = self._sum[start:stop, start:stop]
