@@ -1,0 +1,159 @@
+"""The model card's three tables, with its own headings, and what the card itself says beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwenq.published import PublishedRow, published_of
+from qwenq.reporting.collect import PRECISIONS, Collection, Measured, rank
+from qwenq.reporting.tables import Cell, Layout, Pivot, Table, pivot
+from qwenq.reporting.text import clean
+from qwenq.reporting.units import fixed
+from qwenq.results import Row, Value
+
+TASKS = {"mmlu": "MMLU", "ceval": "CEval (val)", "gsm8k": "GSM8K", "humaneval": "Humaneval"}
+"""Names of tasks as the card's headings have them."""
+ATTENTION = {"off": "Disabled", "flash2": "v2", "flash1": "v1", "plain": "Disabled"}
+"""Names of attention backends as the card has them; others keep their own."""
+GENERATED_2048 = {"qwen-1.8b-chat", "qwen-72b-chat"}
+"""Cards whose first memory figure is of generating, as their text says; their heading says encoding."""
+_UNRESET = "peak since the process began, loading included, as the cards measured it"
+_RESET = "peak of generating alone: the counter is reset after loading, unlike the cards'"
+
+
+def card_tables(collection: Collection, family: str) -> list[Table]:
+    """Those of the three tables that something was measured for."""
+    return [
+        table for make in (accuracy_table, speed_table, memory_table) if (table := make(collection, family))
+    ]
+
+
+def accuracy_table(collection: Collection, family: str) -> Table | None:
+    """Quantization | MMLU | CEval (val) | GSM8K | Humaneval; percent of items."""
+    rows = collection.of(family, "accuracy")
+    if not rows:
+        return None
+    layout = Layout("Quantization", _task, count="items", used=frozenset({"task"}))
+    made = pivot(rows, layout, collection)
+    made.caption.insert(0, "percent of items answered correctly, with 95 % intervals")
+    measured = {str(item.row.point.get("task")): _task(item)[1] for item in rows}
+    for row in published_of(family):
+        figures = {measured[task]: value for task, value in row.accuracy.items() if task in measured}
+        _add_published(made, row, {}, figures, digits=1)
+    return made.table("accuracy", "Accuracy")
+
+
+def speed_table(collection: Collection, family: str) -> Table | None:
+    """Quantization | FlashAttn | Speed (2048 tokens) | Speed (8192 tokens); tokens per second."""
+    rows = collection.of(family, "speed.protocol")
+    if not rows:
+        return None
+    layout = Layout(
+        "Quantization",
+        _length(
+            "Speed ({tokens} tokens)",
+            "Speed (encoding {context} tokens)",
+            "Speed ({context} + {tokens} tokens)",
+        ),
+        labels={"attention": "FlashAttn"},
+        used=frozenset({"context", "tokens"}),
+        names={"attention": attention},
+    )
+    made = pivot(rows, layout, collection)
+    made.caption.insert(
+        0, "tokens per second by the cards' protocol: the wall clock around one generate call"
+    )
+    for row in published_of(family):
+        for kind, pair in row.speed.items():
+            if ATTENTION[kind] not in {label for labels, _, _ in made.lines for label in labels}:
+                continue
+            figures = {f"Speed ({n} tokens)": v for n, v in zip((2048, 8192), pair, strict=False)}
+            _add_published(made, row, {"FlashAttn": ATTENTION[kind]}, figures, digits=2)
+    return made.table("speed", "Speed")
+
+
+def memory_table(collection: Collection, family: str) -> Table | None:
+    """Quantization Level | Peak Usage for Encoding 2048 Tokens | … for Generating 8192 Tokens; GiB."""
+    rows = collection.of(family, "memory.unreset")
+    how = _UNRESET
+    if not any(item.row.status == "ok" for item in rows):
+        rows, how = collection.of(family, "memory.generate"), _RESET
+    if not rows:
+        return None
+    layout = Layout(
+        "Quantization Level",
+        _length(
+            "Peak Usage for Generating {tokens} Tokens",
+            "Peak Usage for Encoding {context} Tokens",
+            "Peak Usage for Encoding {context} and Generating {tokens} Tokens",
+        ),
+        used=frozenset({"context", "tokens"}),
+        names={"attention": attention},
+    )
+    made = pivot(rows, layout, collection)
+    made.caption.insert(0, f"GiB (2³⁰ bytes, which the cards call GB); {how}")
+    for row in published_of(family):
+        doing = "Generating" if row.model in GENERATED_2048 else "Encoding"
+        headings = (f"Peak Usage for {doing} 2048 Tokens", "Peak Usage for Generating 8192 Tokens")
+        _add_published(made, row, {}, dict(zip(headings, row.memory_gib, strict=False)), digits=2)
+    return made.table("memory", "Memory")
+
+
+def attention(value: Value) -> str:
+    """A backend's name in the card's words."""
+    return ATTENTION.get(str(value), clean(value))
+
+
+def task_order(row: Row) -> tuple[int, str]:
+    """Place of a row's task: the card's first, in its order."""
+    task = str(row.point.get("task"))
+    known = list(TASKS)
+    return (known.index(task) if task in known else len(known)), task
+
+
+def _task(item: Measured) -> tuple[Any, str]:
+    order = task_order(item.row)
+    return order, TASKS.get(order[1], clean(order[1]))
+
+
+def _length(generating: str, encoding: str, both: str) -> Any:
+    """A column for each pair of context and new tokens, encoding first."""
+
+    def column(item: Measured) -> tuple[Any, str]:
+        point = item.row.point
+        context, tokens = (_count(point.get(key)) for key in ("context", "tokens"))
+        template = encoding if tokens <= 1 < context else generating if context <= 1 else both
+        return (tokens > 1, context, tokens), template.format(context=context, tokens=tokens)
+
+    return column
+
+
+def _count(value: Value) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _add_published(
+    made: Pivot, row: PublishedRow, labels: dict[str, str], figures: dict[str, float], digits: int
+) -> None:
+    """A line of the card below ours of that precision, its figures only where we have the column."""
+    shown = {heading: value for heading, value in figures.items() if heading in made.columns}
+    if not shown:
+        return
+    note = made.notes.number(f"published: {row.source}, measured on {row.hardware}")
+    label = f"{PRECISIONS.get(row.precision.lower(), row.precision)}, published"
+    cells = {heading: Cell(fixed(digits)(value), value) for heading, value in shown.items()}
+    names = [label, *(labels.get(header, "") for header in made.headers[1:])]
+    before = [_rank(line[0][0]) for line in made.lines]
+    place = sum(position <= rank(row.precision.lower()) for position in before)
+    made.lines.insert(place, (names, _with_note(cells, made.columns, note), True))
+
+
+def _with_note(cells: dict[str, Cell], columns: list[str], note: int) -> dict[str, Cell]:
+    """The footnote on the first figure of the line: all of them come from one card."""
+    first = next(heading for heading in columns if heading in cells)
+    return {**cells, first: Cell(cells[first].text, cells[first].value, note=note)}
+
+
+def _rank(label: str) -> int:
+    """Place of a line by its label, ``Int4, groups of 64`` or ``Int4, published``."""
+    return rank(label.partition(",")[0].lower())

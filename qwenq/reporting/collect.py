@@ -1,0 +1,129 @@
+"""Run folders read into one collection: rows with their run and hardware, models with names of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import UsageError
+from qwenq.reporting.text import clean
+from qwenq.results import Model, Row, each_run
+
+PRECISIONS = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "Int8", "int4": "Int4"}
+"""Names of precisions as the cards write them, in the cards' order."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        name: the folder's own name; never its path, which may name a machine or its owner.
+        environment: what it was measured on (``qwenq.environment``).
+    """
+
+    name: str
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row and the run that it comes from."""
+
+    row: Row
+    run: Run
+
+    @property
+    def hardware(self) -> str:
+        """What computed it."""
+        return hardware(self.run.environment, self.row.point.get("device"))
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a report is made of."""
+
+    runs: tuple[Run, ...]
+    measured: tuple[Measured, ...]
+
+    @property
+    def families(self) -> list[str]:
+        """Unquantised models, in order of appearance."""
+        return list(dict.fromkeys(item.row.model.family for item in self.measured))
+
+    def of(self, family: str, *metrics: str) -> list[Measured]:
+        """Rows of a family; of these metrics only, if any are named. Precisions in the cards' order."""
+        found = [
+            item
+            for item in self.measured
+            if item.row.model.family == family and (not metrics or item.row.metric in metrics)
+        ]
+        return sorted(found, key=lambda item: rank(item.row.model.precision))
+
+    def label(self, model: Model) -> str:
+        """``Int4``; with the group size or the name where the family has several of that precision."""
+        siblings = {
+            item.row.model
+            for item in self.measured
+            if (item.row.model.family, item.row.model.precision) == (model.family, model.precision)
+        }
+        base = PRECISIONS.get(model.precision, clean(model.precision))
+        if len({other.fingerprint for other in siblings}) < 2:
+            return base
+        if len({other.group_size for other in siblings}) == len({other.fingerprint for other in siblings}):
+            return f"{base}, groups of {model.group_size}" if model.group_size else base
+        if len({other.name for other in siblings}) == len({other.fingerprint for other in siblings}):
+            return f"{base}, {clean(model.name)}"
+        return f"{base}, {clean(model.fingerprint.rsplit(':', 1)[-1][:8])}"
+
+
+def collect(folders: list[Path]) -> Collection:
+    """Read run folders.
+
+    Raises:
+        UsageError: none is named, one has no results, or together they have no row.
+    """
+    if not folders:
+        raise UsageError("no run folder is named", where="RUNS", hint="name folders of qwenq eval or profile")
+    runs, measured = [], []
+    for folder, rows, environment in each_run(folders):
+        run = Run(clean(folder.resolve().name) or "run", environment)
+        runs.append(run)
+        measured += [Measured(row, run) for row in rows]
+    if not measured:
+        raise UsageError("there is no row in these runs", where=", ".join(str(f) for f in folders))
+    return Collection(tuple(runs), tuple(measured))
+
+
+def rank(precision: str) -> int:
+    """Place of a precision in the cards' order; unknown ones come last."""
+    known = list(PRECISIONS)
+    return known.index(precision) if precision in known else len(known)
+
+
+def reference(models: Iterable[Model]) -> Model | None:
+    """What quantised models are compared with: the first unquantised precision, fp32 before bf16 and fp16."""
+    plain = [model for model in models if model.precision in {"fp32", "bf16", "fp16"}]
+    return min(plain, key=lambda model: rank(model.precision), default=None)
+
+
+def hardware(environment: dict[str, Any], device: object = None) -> str:
+    """One line on what computed: the GPUs, or the processor with its threads; says so where it is unknown.
+
+    Args:
+        environment: of the run.
+        device: where the row says so, ``cpu`` or ``cuda``; None: a GPU, where there is one.
+    """
+    gpus = environment.get("gpus") if device is None or not str(device).startswith("cpu") else None
+    names = [str(gpu.get("name")) for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
+    if names:
+        return clean(" + ".join(names))
+    cpu = environment.get("cpu")
+    if isinstance(cpu, str):
+        return clean(cpu)
+    if not isinstance(cpu, dict) or not cpu.get("model"):
+        return "unknown hardware"
+    threads = cpu.get("threads") or cpu.get("cores")
+    return clean(f"{cpu['model']}, {threads} threads" if threads else cpu["model"])

@@ -1,0 +1,54 @@
+"""What runs were measured on, in lines; what all runs share is said once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwenq.reporting.collect import Run
+from qwenq.reporting.text import clean
+from qwenq.reporting.units import GIB
+
+
+def environment_lines(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(what, value); values that differ between runs name theirs."""
+    facts = {run.name: dict(_facts(run.environment)) for run in runs}
+    lines = []
+    for key in dict.fromkeys(key for found in facts.values() for key in found):
+        values = {name: found.get(key, "unknown") for name, found in facts.items()}
+        if len(set(values.values())) == 1:
+            lines.append((key, next(iter(values.values()))))
+        else:
+            lines += [(f"{key} of {name}", value) for name, value in values.items()]
+    return lines
+
+
+def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    cpu = environment.get("cpu")
+    if isinstance(cpu, str):
+        yield "processor", clean(cpu)
+    elif isinstance(cpu, dict):
+        counts = ", ".join(f"{cpu[key]} {key}" for key in ("cores", "threads") if cpu.get(key))
+        yield "processor", clean(", ".join(part for part in (str(cpu.get("model")), counts) if part))
+        if isinstance(cpu.get("features"), list) and cpu["features"]:
+            yield "instruction sets", clean(" ".join(map(str, cpu["features"])))
+    memory = environment.get("memory_bytes")
+    if isinstance(memory, int | float):
+        yield "memory", f"{memory / GIB:.1f} GiB"
+    gpus = environment.get("gpus")
+    if isinstance(gpus, list):
+        yield "GPUs", "; ".join(_gpu(gpu) for gpu in gpus if isinstance(gpu, dict)) or "none"
+    for key, name in (("os", "system"), ("python", "Python")):
+        if environment.get(key):
+            yield name, clean(environment[key])
+    versions = environment.get("versions")
+    if isinstance(versions, dict):
+        shown = (f"{name} {version}" for name, version in versions.items() if name != "python")
+        yield "versions", clean(", ".join(shown))
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    memory = gpu.get("memory_bytes")
+    size = f", {memory / GIB:.1f} GiB" if isinstance(memory, int | float) else ""
+    driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
+    return clean(f"{gpu.get('name')}{size}{driver}")

@@ -1,0 +1,248 @@
+"""Figures as data: what is drawn, before it is drawn for the page (``svg``) or for files (``plots``).
+
+A figure exists only where rows hold its data. None of its numbers is made up, smoothed or filled in.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qwenq.reporting.card import TASKS
+from qwenq.reporting.collect import Collection, Measured
+from qwenq.reporting.detail_tables import model_bytes
+from qwenq.reporting.losses import losses
+from qwenq.reporting.selection import at_one_point, decode_rows, said
+from qwenq.reporting.significance import Pairing
+from qwenq.reporting.text import clean
+from qwenq.reporting.units import GIB
+
+Kind = Literal["points", "lines", "stack", "balance"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark: ``low`` and ``high`` bound y; ``label`` is shown beside it or when it is pointed at."""
+
+    x: float
+    y: float
+    label: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Marks that belong together.
+
+    Attributes:
+        tone: which colour: a precision, or ``c0`` … ``c5``, ``lost``, ``won``.
+        dashed: a line for comparison.
+    """
+
+    name: str
+    points: tuple[Point, ...]
+    tone: str
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One plot.
+
+    Attributes:
+        key: file name and anchor.
+        kind: ``points`` joined in order of x, ``lines``, ``stack``: bars whose x is the category's index,
+            ``balance``: bars to the left and right of zero.
+        categories: of bars, top to bottom.
+        log_y: whether y is on a logarithmic scale.
+    """
+
+    key: str
+    kind: Kind
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    caption: str = ""
+    categories: tuple[str, ...] = ()
+    log_y: bool = False
+
+
+def figures_of(collection: Collection, family: str) -> Iterator[Figure]:
+    """Those figures that this family's rows have data for."""
+    for make in (_by_size, _by_speed, _balance, _decode, _memory, _kl, _layers):
+        if (figure := make(collection, family)) is not None:
+            yield figure
+
+
+def _by_size(collection: Collection, family: str) -> Figure | None:
+    sizes = {model.fingerprint: nbytes / 1e6 for model, nbytes in model_bytes(collection, family).items()}
+    series = _accuracies(collection, family, lambda item: sizes.get(item.row.model.fingerprint))
+    if not series:
+        return None
+    return Figure(
+        "accuracy_size", "points", "Accuracy against size", "weights, MB", "accuracy, %", series,
+        "Up and to the left is better. Bars are 95 % intervals.",
+    )  # fmt: skip
+
+
+def _by_speed(collection: Collection, family: str) -> Figure | None:
+    rows = decode_rows(collection, family)
+    speeds = {(item.row.model.fingerprint, item.row.model.precision): item.row.value for item in rows}
+    series = _accuracies(
+        collection, family, lambda item: speeds.get((item.row.model.fingerprint, item.row.model.precision))
+    )
+    if not series:
+        return None
+    return Figure(
+        "accuracy_speed", "points", "Accuracy against speed", "tokens/s", "accuracy, %", series,
+        f"Up and to the right is better. Bars are 95 % intervals. Speed: {said(rows[0])}.",
+    )  # fmt: skip
+
+
+def _accuracies(
+    collection: Collection, family: str, place: Callable[[Measured], float | None]
+) -> tuple[Series, ...]:
+    """One series a task, one point a model; only tasks with two points, as one shows no trade."""
+    tasks: dict[str, list[Measured]] = defaultdict(list)
+    for item in collection.of(family, "accuracy"):
+        tasks[str(item.row.point.get("task"))].append(item)
+    made = []
+    for task, rows in tasks.items():
+        points = [
+            Point(x, y * 100, collection.label(item.row.model), *_percent(item))
+            for item in at_one_point(rows)
+            if (x := place(item)) is not None and (y := item.row.value) is not None
+        ]
+        if len(points) > 1:
+            ordered = tuple(sorted(points, key=lambda point: point.x))
+            made.append(Series(TASKS.get(task, clean(task)), ordered, f"c{len(made) % 6}"))
+    return tuple(made)
+
+
+def _percent(item: Measured) -> tuple[float | None, float | None]:
+    low, high = item.row.low, item.row.high
+    return (None if low is None else low * 100, None if high is None else high * 100)
+
+
+def _balance(collection: Collection, family: str) -> Figure | None:
+    found = [loss for loss in losses(collection, family) if isinstance(loss.pairing, Pairing)]
+    if not found:
+        return None
+    names, lost, won = [], [], []
+    for index, loss in enumerate(found):
+        task = str(loss.after.point.get("task"))
+        names.append(f"{TASKS.get(task, clean(task))}, {collection.label(loss.after.model)}")
+        if isinstance(loss.pairing, Pairing):
+            lost.append(Point(index, -loss.pairing.lost, str(loss.pairing.lost)))
+            won.append(Point(index, loss.pairing.won, str(loss.pairing.won)))
+    return Figure(
+        "items", "balance", "Items lost and won", "items", "",
+        (Series("lost", tuple(lost), "lost"), Series("won", tuple(won), "won")),
+        f"Items that exactly one of both models answered, against {collection.label(found[0].before.model)}.",
+        categories=tuple(names),
+    )  # fmt: skip
+
+
+def _decode(collection: Collection, family: str) -> Figure | None:
+    rows = at_one_point([item for item in collection.of(family, "speed.decode") if _curve(item)])
+    series = tuple(_line(collection, item) for item in rows)
+    if not series:
+        return None
+    return Figure(
+        "decode", "lines", "Speed of decoding over position", "tokens in the cache", "tokens/s", series,
+        said(rows[0]),
+    )  # fmt: skip
+
+
+def _kl(collection: Collection, family: str) -> Figure | None:
+    rows = at_one_point([item for item in collection.of(family, "kl") if _curve(item)])
+    series = tuple(_line(collection, item) for item in rows)
+    if not series:
+        return None
+    return Figure(
+        "kl", "lines", "KL divergence by position", "position in the text", "nats a token", series,
+        "How far each model's next-token distribution is from the unquantised one's.",
+    )  # fmt: skip
+
+
+def _line(collection: Collection, item: Measured) -> Series:
+    name = collection.label(item.row.model)
+    points = tuple(Point(x, y) for x, y in _curve(item))
+    return Series(name, points, item.row.model.precision)
+
+
+def _curve(item: Measured) -> list[tuple[float, float]]:
+    """``positions`` and ``values`` of a row's details; empty where they are not two lists of numbers."""
+    xs, ys = item.row.details.get("positions"), item.row.details.get("values")
+    if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
+        return []
+    pairs = list(zip(xs, ys, strict=True))
+    return pairs if len(pairs) > 1 and all(_number(x) and _number(y) for x, y in pairs) else []
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+PARTS = ("weights", "cache", "activations", "other")
+
+
+def _memory(collection: Collection, family: str) -> Figure | None:
+    rows = at_one_point([item for item in collection.of(family, "memory.generate") if _parts(item)])
+    if not rows:
+        return None
+    series = []
+    for place, name in enumerate(PARTS):
+        points = [Point(i, _parts(item).get(name, 0.0) / GIB) for i, item in enumerate(rows)]
+        if any(point.y for point in points):
+            series.append(Series(name, tuple(points), f"c{place}"))
+    categories = tuple(collection.label(item.row.model) for item in rows)
+    return Figure(
+        "memory", "stack", "Memory by part", "GiB", "", tuple(series), said(rows[0]), categories
+    )  # fmt: skip
+
+
+def _parts(item: Measured) -> dict[str, float]:
+    parts = item.row.details.get("parts")
+    if not isinstance(parts, dict):
+        return {}
+    return {str(k): float(v) for k, v in parts.items() if k in PARTS and _number(v) and v > 0}
+
+
+_LAYER = re.compile(r"(?:layers|h)\.(\d+)\.")
+
+
+def _layers(collection: Collection, family: str) -> Figure | None:
+    """Mean relative error of a layer's modules, and what rounding to nearest would have given."""
+    rows = at_one_point([item for item in collection.of(family, "kl") if _by_layer(item, "error")])
+    series = []
+    for item in rows:
+        name, tone = collection.label(item.row.model), item.row.model.precision
+        series.append(Series(name, _by_layer(item, "error"), tone))
+        if nearest := _by_layer(item, "rtn_error"):
+            series.append(Series(f"{name}, rounded to nearest", nearest, tone, dashed=True))
+    if not series:
+        return None
+    return Figure(
+        "layers", "lines", "Error of each layer", "layer", "relative error, %", tuple(series),
+        "Mean over a layer's modules of the squared error of its output, relative to the output.",
+        log_y=True,
+    )  # fmt: skip
+
+
+def _by_layer(item: Measured, key: str) -> tuple[Point, ...]:
+    modules = item.row.details.get("modules")
+    layers: dict[int, list[float]] = defaultdict(list)
+    for module in modules if isinstance(modules, list) else []:
+        found = _LAYER.search(str(module.get("name"))) if isinstance(module, dict) else None
+        if found and _number(module.get(key)) and module[key] > 0:
+            layers[int(found[1])].append(float(module[key]) * 100)
+    points = (Point(layer, sum(errors) / len(errors)) for layer, errors in sorted(layers.items()))
+    made = tuple(points)
+    return made if len(made) > 1 else ()

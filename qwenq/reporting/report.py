@@ -1,0 +1,88 @@
+"""A report: tables, figures, summary and provenance of run folders, before it takes any form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qwenq.reporting.card import card_tables
+from qwenq.reporting.collect import Collection, Run
+from qwenq.reporting.detail_tables import closeness_table, other_accuracies, split_table
+from qwenq.reporting.figures import Figure, figures_of
+from qwenq.reporting.losses import loss_table
+from qwenq.reporting.summary import summary_of
+from qwenq.reporting.tables import Table
+from qwenq.reporting.text import LONGEST_COMMAND, clean
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything on one unquantised model and what was made of it."""
+
+    family: str
+    summary: tuple[str, ...]
+    tables: tuple[Table, ...]
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all forms are written from.
+
+    Attributes:
+        title: of the page and of the Markdown.
+        commands: exact commands that made the rows, in order; empty where no run recorded them.
+        dates: of the first and the last row.
+    """
+
+    title: str
+    collection: Collection
+    sections: tuple[Section, ...]
+    commands: tuple[str, ...]
+    dates: tuple[str, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The run folders."""
+        return self.collection.runs
+
+
+def make_report(collection: Collection, title: str) -> Report:
+    """Put together what the rows say; nothing is measured and nothing is made up."""
+    dates = sorted({clean(item.row.date) for item in collection.measured if item.row.date})
+    return Report(
+        title=clean(title),
+        collection=collection,
+        sections=tuple(_section(collection, family) for family in collection.families),
+        commands=_commands(collection),
+        dates=(dates[0], dates[-1]) if dates else (),
+    )
+
+
+def _section(collection: Collection, family: str) -> Section:
+    optional = [
+        make(collection, family) for make in (loss_table, closeness_table, split_table, other_accuracies)
+    ]
+    tables = [*card_tables(collection, family), *(table for table in optional if table)]
+    return Section(
+        family=clean(family),
+        summary=tuple(summary_of(collection, family)),
+        tables=tuple(tables),
+        figures=tuple(figures_of(collection, family)),
+    )
+
+
+def _commands(collection: Collection) -> tuple[str, ...]:
+    """Of the runs and of their rows, each once."""
+    found: dict[str, None] = {}
+    for run in collection.runs:
+        found |= dict.fromkeys(_listed(run.environment.get("command")))
+        found |= dict.fromkeys(_listed(run.environment.get("commands")))
+    for item in collection.measured:
+        found |= dict.fromkeys(_listed(item.row.details.get("command")))
+    return tuple(found)
+
+
+def _listed(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [clean(text, LONGEST_COMMAND) for text in values if isinstance(text, str) and text.strip()]

@@ -1,0 +1,45 @@
+"""Which rows may stand beside each other in one plot: those measured at one point."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from qwenq.reporting.collect import Collection, Measured
+from qwenq.reporting.text import clean
+
+
+def at_one_point(rows: list[Measured]) -> list[Measured]:
+    """The measured rows of the point, on one hardware, that most models were measured at; each model once.
+
+    Of points with equally many models, the one with most tokens counts, then the one with the largest sum.
+    """
+    groups: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    for item in rows:
+        if item.row.status == "ok":
+            point = (f"{key}={value}" for key, value in sorted(item.row.point.items()))
+            groups[(item.hardware, *point)].append(item)
+    if not groups:
+        return []
+    best = max(groups.values(), key=_worth)
+    return list({item.row.model: item for item in best}.values())
+
+
+def _worth(group: list[Measured]) -> tuple[int, int, float]:
+    tokens = group[0].row.point.get("tokens")
+    models = len({item.row.model for item in group})
+    return models, tokens if isinstance(tokens, int) else 0, sum(item.row.value or 0 for item in group)
+
+
+def said(item: Measured, *, without: tuple[str, ...] = ()) -> str:
+    """The point of a row and its hardware in words, for a caption."""
+    point = item.row.point.items()
+    parts = [f"{key} {value}" for key, value in point if key not in without and value is not None]
+    return clean(", ".join([*parts, item.hardware]))
+
+
+def decode_rows(collection: Collection, family: str) -> list[Measured]:
+    """Speed of decoding at one point; by the cards' protocol where decoding alone was not measured."""
+    for metric in ("speed.decode", "speed.protocol"):
+        if chosen := at_one_point(collection.of(family, metric)):
+            return chosen
+    return []

@@ -1,0 +1,250 @@
+"""Tables as data: rows of a run turned so that models are lines and points are columns.
+
+Markdown, the page and ``results.json`` are all written from these, so no form has figures of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwenq.reporting.collect import Collection, Measured
+from qwenq.reporting.text import clean
+from qwenq.reporting.units import Format, format_of
+from qwenq.results import Value
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure or label.
+
+    Attributes:
+        text: as shown, without its interval.
+        value: what it is sorted by: the figure as measured, or the label; None where there is none.
+        low, high: bounds as shown; both or neither.
+        note: number of the footnote, where there is one.
+        mark: ``significant`` for a loss that is no accident; else empty.
+    """
+
+    text: str
+    value: float | str | None = None
+    low: str | None = None
+    high: str | None = None
+    note: int | None = None
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table; ``published`` ones come from a card."""
+
+    cells: tuple[Cell, ...]
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        key: its name in ``results.json`` and the page's anchor.
+        title: its heading.
+        headers: of all columns.
+        labels: how many columns on the left are labels.
+        caption: what holds for all figures in it: what does not vary is said here, once.
+        notes: footnotes; number 1 is the first.
+    """
+
+    key: str
+    title: str
+    headers: tuple[str, ...]
+    labels: int
+    lines: tuple[Line, ...]
+    caption: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "key": self.key,
+            "title": self.title,
+            "headers": list(self.headers),
+            "caption": list(self.caption),
+            "notes": list(self.notes),
+            "lines": [
+                {
+                    "published": line.published,
+                    "cells": [
+                        {name: value for name, value in vars(cell).items() if value not in (None, "")}
+                        for cell in line.cells
+                    ],
+                }
+                for line in self.lines
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become a table.
+
+    Attributes:
+        first: heading of the first column, which names the model.
+        column: the column that a row belongs to: something to order by, and its heading.
+        labels: keys of ``point`` that always have a column, with its heading.
+        used: keys of ``point`` that the columns stand for, which are no labels.
+        names: how a value of a key is written; otherwise as it is.
+        count: what a row's ``n`` counts.
+    """
+
+    first: str
+    column: Callable[[Measured], tuple[Any, str]]
+    labels: dict[str, str] = field(default_factory=dict)
+    used: frozenset[str] = frozenset()
+    names: dict[str, Callable[[Value], str]] = field(default_factory=dict)
+    count: str = "repetitions"
+
+
+class Footnotes:
+    """Collects sentences; the same sentence has one number."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def number(self, sentence: str) -> int:
+        """The number of a sentence, from 1."""
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+        return self.sentences.index(sentence) + 1
+
+
+@dataclass
+class Pivot:
+    """Rows on their way to a table; lines may be added before it is made.
+
+    Attributes:
+        headers: of the label columns.
+        columns: (order, heading) of the figure columns.
+        lines: (labels, cells by heading, published).
+    """
+
+    headers: list[str]
+    columns: list[str]
+    caption: list[str]
+    lines: list[tuple[list[str], dict[str, Cell], bool]]
+    notes: Footnotes
+
+    def table(self, key: str, title: str) -> Table:
+        """The table: a cell that nothing was measured for is a dash."""
+        made = [
+            Line(
+                (
+                    *(Cell(label, label) for label in labels),
+                    *(cells.get(heading, Cell(MISSING)) for heading in self.columns),
+                ),
+                published,
+            )
+            for labels, cells, published in self.lines
+        ]
+        headers = (*self.headers, *self.columns)
+        return Table(
+            key,
+            title,
+            headers,
+            len(self.headers),
+            tuple(made),
+            tuple(self.caption),
+            tuple(self.notes.sentences),
+        )
+
+
+def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
+    """Lines by model and by whatever varies inside a column; what does not vary goes to the caption."""
+    facts = [_facts(item, layout) for item in rows]
+    headings = [layout.column(item)[1] for item in rows]
+    varying, caption = _split(facts, headings, layout)
+    labels = [
+        [names.label(item.row.model), *_labels(fact, varying, layout)]
+        for item, fact in zip(rows, facts, strict=True)
+    ]
+    places = [(tuple(label), heading) for label, heading in zip(labels, headings, strict=True)]
+    by_run = len(set(places)) < len(places)
+    notes = Footnotes()
+    lines: dict[tuple[str, ...], dict[str, Cell]] = {}
+    for item, label, heading in zip(rows, labels, headings, strict=True):
+        where = (*label, item.run.name) if by_run else tuple(label)
+        lines.setdefault(where, {})[heading] = cell_of(item, notes)
+    titles = [layout.first, *(layout.labels.get(key) or _title(key) for key in varying)]
+    return Pivot(
+        headers=[*titles, "Run"] if by_run else titles,
+        columns=list(dict.fromkeys(text for _, text in sorted({layout.column(item) for item in rows}))),
+        caption=caption,
+        lines=[(list(where), cells, False) for where, cells in lines.items()],
+        notes=notes,
+    )
+
+
+def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> Cell:
+    """A row's figure with its interval, or a footnote on why there is none."""
+    row = item.row
+    if row.value is None:
+        return Cell("failed" if row.status == "failed" else "n/a", note=notes.number(clean(row.reason)))
+    write = written or format_of(row.metric, row.unit)
+    if row.low is None or row.high is None:
+        return Cell(write(row.value), row.value)
+    return Cell(write(row.value), row.value, write(row.low), write(row.high))
+
+
+def _facts(item: Measured, layout: Layout) -> dict[str, str]:
+    """What decides a figure besides model and column, as text."""
+    point = {key: value for key, value in item.row.point.items() if key not in layout.used}
+    shown = {key: layout.names.get(key, _plain)(value) for key, value in point.items()}
+    if item.row.status == "ok" and item.row.n is not None:
+        shown["n"] = f"{item.row.n:,}"
+    return shown | {"hardware": item.hardware}
+
+
+def _split(facts: list[dict[str, str]], headings: list[str], layout: Layout) -> tuple[list[str], list[str]]:
+    """Keys that need a column of their own, and captions of those that do not.
+
+    ``n`` never makes a column: where it differs between lines of a column, it is left to ``results.json``.
+    """
+    varying = list(layout.labels)
+    caption = []
+    for key in dict.fromkeys(key for fact in facts for key in fact):
+        if key in layout.labels:
+            continue
+        by_heading: dict[str, set[str | None]] = {}
+        for heading, fact in zip(headings, facts, strict=True):
+            if key != "n" or key in fact:  # a row without a value has no count
+                by_heading.setdefault(heading, set()).add(fact.get(key))
+        if any(len(values) > 1 for values in by_heading.values()):
+            varying += [key] if key != "n" else []
+            continue
+        single = {heading: next(iter(values)) for heading, values in by_heading.items()}
+        caption += _captions(layout.count if key == "n" else _title(key).lower(), single)
+    return varying, caption
+
+
+def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:
+    given = {heading: value for heading, value in by_heading.items() if value not in (None, "", "none")}
+    if not given:
+        return []
+    if len(set(by_heading.values())) == 1:
+        return [f"{title}: {next(iter(given.values()))}"]
+    return [f"{title}: " + "; ".join(f"{heading} {value}" for heading, value in given.items())]
+
+
+def _labels(fact: dict[str, str], varying: Iterable[str], layout: Layout) -> list[str]:
+    return [fact.get(key) or MISSING for key in varying]
+
+
+def _title(key: str) -> str:
+    return clean(key).replace("_", " ").capitalize()
+
+
+def _plain(value: Value) -> str:
+    return "none" if value is None else clean(value)
