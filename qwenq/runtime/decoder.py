@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.functional import embedding, rms_norm, silu
 
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.runtime.attention import attend
+from qwenq.runtime.attention import Attention
 from qwenq.runtime.cache import KVCache, Span
-from qwenq.runtime.linear import Dense, Kernel, float32_logits
+from qwenq.runtime.kernels.base import Kernel
+from qwenq.runtime.kernels.int8_head import Int8Head
+from qwenq.runtime.linear import Dense, float32_logits
 from qwenq.runtime.rope import Rope, logn_scales, rotate
 from qwenq.runtime.spec import DecoderSpec, read_spec
 from qwenq.runtime.weights import Weights
@@ -48,21 +50,40 @@ class Decoder:
         checkpoint: plain or GPTQ weights.
         device: where everything lies.
         dtype: of weights, activations and cache.
+        attention: what mixes the cache's values.
+        kernel: of the quantised linears, see ``kernels.table``.
+        head: ``as-is``, or ``int8`` to round the output head to 8 bits.
+
+    Attributes:
+        notes: what a user should know about the choices that were made, one line each.
 
     Raises:
-        UnsupportedError: something of the architecture that this decoder does not have.
+        UnsupportedError: something of the architecture that this decoder does not have, or a kernel that
+            cannot run this model here.
         ModelError: the weights do not fit the config.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: Attention,
+        kernel: str = "auto",
+        head: str = "as-is",
+    ) -> None:
         self.spec: DecoderSpec = read_spec(checkpoint.config)
-        self.device, self.dtype = device, dtype
-        weights = Weights(checkpoint, self.spec.shape, device, dtype)
+        self.device, self.dtype, self.attend = device, dtype, attention
+        weights = Weights(checkpoint, device, dtype, kernel)
+        weights.check(self.spec.shape, checkpoint.tied)
+        self.kernel, self.notes = weights.kernel, weights.notes
         self.rope = Rope(self.spec, device, dtype)
         self.embedding = weights.tensor("model.embed_tokens.weight")
         self.blocks = [_load_block(weights, self.spec, layer) for layer in range(self.spec.shape.layers)]
         self.norm = weights.tensor("model.norm.weight")
         self.head: Kernel = Dense(self.embedding) if checkpoint.tied else weights.linear("lm_head")
+        if head == "int8":
+            self.head = Int8Head.of(self.head)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
@@ -123,7 +144,7 @@ class Decoder:
         if query_scales is not None:
             queries = queries * query_scales
         keys, values = cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), span)
-        mixed = attend(queries.transpose(1, 2), keys, values, span)  # [batch, heads, tokens, d]
+        mixed = self.attend(queries.transpose(1, 2), keys, values, span)  # [batch, heads, tokens, d]
         return block.out(mixed.transpose(1, 2).reshape(batch, tokens, heads * shape.head_dim))
 
     def _fix_alphas(self, counts: Sequence[int], cache: KVCache) -> None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from qwenq import __version__
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.precision import compute_dtype
+from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.generation import Generated, OnToken, generate, padded
 from qwenq.runtime.sampling import GREEDY, Sampling
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from qwenq.runtime.decoder import Decoder
 
 EngineName = Literal["fast", "transformers"]
+HEADS = ("as-is", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,7 +31,9 @@ class Engine(Protocol):
 
     Attributes:
         name: ``fast`` or ``transformers``.
-        implementation: what exactly runs, for the row of a table.
+        implementation: what exactly runs, for the row of a table: kernel, attention, package versions.
+        notes: what a user should know about the choices made at load (a faster kernel that was passed over,
+            and why), one line each.
         device, dtype: where and in what.
         vocab_size: columns of the logits.
         real_vocab: ids from here on are padding and are never sampled.
@@ -37,6 +42,7 @@ class Engine(Protocol):
 
     name: str
     implementation: str
+    notes: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
@@ -113,6 +119,7 @@ class CachedEngine:
 
     name: str
     implementation: str
+    notes: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
@@ -204,7 +211,12 @@ class FastEngine(CachedEngine):
 
     def __init__(self, decoder: Decoder, real_vocab: int | None = None) -> None:
         self.decoder = decoder
-        self.implementation = f"qwenq fast ({decoder.blocks[0].qkv.name}, torch {torch.__version__})"
+        head = "" if decoder.head.name in ("dense", decoder.kernel) else f", {decoder.head.name}"
+        self.implementation = (
+            f"qwenq {__version__} fast, kernel {decoder.kernel}{head}, "
+            f"attention {decoder.attend.name}: {decoder.attend.implementation}; torch {torch.__version__}"
+        )
+        self.notes = decoder.notes
         self.device, self.dtype = decoder.device, decoder.dtype
         self.vocab_size, self.context = decoder.spec.shape.vocab, decoder.spec.shape.context
         self.real_vocab = min(decoder.spec.real_vocab, real_vocab or decoder.spec.real_vocab)
@@ -230,6 +242,9 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     engine: str = "fast",
+    kernel: str = "auto",
+    attention: str = "sdpa",
+    head: str = "as-is",
     real_vocab: int | None = None,
 ) -> Engine:
     """Load a model folder, full precision or GPTQ, Qwen v1 or newer, to run it.
@@ -239,25 +254,33 @@ def load(
         device: ``auto`` (a CUDA GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``.
         dtype: ``auto`` (bfloat16 where the device has it, see ``compute_dtype``), or a name in DTYPES.
         engine: ``fast`` (the lean decoder) or ``transformers``.
+        kernel: what multiplies quantised weights, see ``kernels.table``; ``auto``: the fastest that can.
+        attention: see ``attention_backend``.
+        head: ``as-is``, or ``int8``: the output head rounded to 8 bits (fast engine, CPU, bfloat16).
         real_vocab: never sample ids from here on; None: as the config says.
 
     Raises:
-        UsageError: a device, dtype or engine that does not exist here.
+        UsageError: a device, dtype, engine, kernel or attention that does not exist here.
         ModelError: the folder cannot be read, or its weights do not fit its config.
-        UnsupportedError: the engine cannot run this architecture.
+        UnsupportedError: the engine cannot run this architecture, or what was asked for cannot run here.
     """
     if engine not in ("fast", "transformers"):
         raise UsageError(f"there is no engine {engine!r}", where="--engine", hint="use fast or transformers")
+    if head not in HEADS or (head != "as-is" and engine != "fast"):
+        raise UsageError(
+            f"the engine {engine} has no head {head!r}", where="--head", hint=f"use {' or '.join(HEADS)}"
+        )
     place = find_device(device)
     number = find_dtype(dtype, place)
+    backend = attention_backend(attention, place, number)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if engine == "transformers":
         from qwenq.runtime.transformers_engine import TransformersEngine
 
-        return TransformersEngine(checkpoint, place, number, real_vocab)
+        return TransformersEngine(checkpoint, place, number, backend, kernel, real_vocab)
     from qwenq.runtime.decoder import Decoder
 
-    return FastEngine(Decoder(checkpoint, place, number), real_vocab)
+    return FastEngine(Decoder(checkpoint, place, number, backend, kernel, head), real_vocab)
 
 
 def find_device(name: str) -> torch.device:

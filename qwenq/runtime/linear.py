@@ -1,41 +1,28 @@
-"""Linear layers behind one small protocol: what multiplies is decided once, when the weights are loaded."""
+"""Linear layers over plain weights, and what joins layers; those over packed integers are in ``kernels``."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-
-class Kernel(Protocol):
-    """A linear layer that is ready to run."""
-
-    name: str
-    """What it is called in tables."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out], in the dtype of ``x``."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one product has to read: weights, scales, bias."""
-        ...
+from qwenq.runtime.kernels.base import Kernel
 
 
 class Dense:
-    """A matrix in the dtype of the activations: plain weights, or quantised ones dequantised at load.
+    """A matrix in the dtype of the activations.
 
     Args:
         weight: [out, in].
         bias: [out] or None.
-        name: ``dense``, or ``dequantise`` where the file held packed integers.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, name: str = "dense") -> None:
-        self.weight, self.bias, self.name = weight, bias, name
+    name = "dense"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
@@ -45,6 +32,22 @@ class Dense:
     def nbytes(self) -> int:
         """Bytes of weight and bias."""
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+
+class SideBySide:
+    """Layers over the same input that cannot be one, as their columns are ordered differently."""
+
+    def __init__(self, parts: Sequence[Kernel]) -> None:
+        self.parts, self.name = parts, " + ".join(dict.fromkeys(part.name for part in parts))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out], the outputs one after the other."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
 
 
 def float32_logits(head: Kernel, hidden: Tensor) -> Tensor:

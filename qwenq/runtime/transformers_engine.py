@@ -1,7 +1,8 @@
 """The transformers engine: its own modelling code, over the same cache as the lean decoder.
 
 Keys and values go into our cache, row by row at their own positions, so that ragged batches, rewinding and
-shared prefixes work the same in both engines.
+shared prefixes work the same in both engines. Quantised linears are swapped for kernels of the same table,
+and attention is one of our backends, called through transformers' attention interface.
 """
 
 from __future__ import annotations
@@ -12,23 +13,33 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.integrity import check_finite
+from qwenq.runtime.attention import Attention
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.engine import CachedEngine
+from qwenq.runtime.kernels.base import Kernel
 from qwenq.runtime.spec import LongContext, long_context_of
-from qwenq.runtime.weights import readable
+from qwenq.runtime.weights import Weights
+
+_ATTENTION = "qwenq"
 
 
 class TransformersEngine(CachedEngine):
-    """A causal language model of transformers, its GPTQ linears dequantised at load.
+    """A causal language model of transformers.
+
+    Args:
+        checkpoint: plain or GPTQ weights.
+        device, dtype: where it runs, and in what.
+        attention: what mixes the cache's values.
+        kernel: of the quantised linears, see ``kernels.table``.
+        real_vocab: never sample ids from here on; None: as the config says.
 
     Raises:
-        UnsupportedError: transformers does not know the architecture.
+        UnsupportedError: transformers does not know the architecture, or a kernel cannot run this model here.
         ModelError: tensors are missing or of another shape; names the first.
     """
 
@@ -39,13 +50,19 @@ class TransformersEngine(CachedEngine):
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
+        attention: Attention,
+        kernel: str = "auto",
         real_vocab: int | None = None,
     ) -> None:
-        self.device, self.dtype = device, dtype
-        self._model = _build(checkpoint, dtype).to(device)
+        self.device, self.dtype, self._attention = device, dtype, attention
+        weights = Weights(checkpoint, device, dtype, kernel)
+        self._model = _build(checkpoint, weights, dtype).to(device)
         self._config = self._model.config
-        attention = self._config._attn_implementation
-        self.implementation = f"transformers {transformers.__version__} ({attention})"
+        self.notes = weights.notes
+        self.implementation = (
+            f"transformers {transformers.__version__}, kernel {weights.kernel}, "
+            f"attention {attention.name}: {attention.implementation}; torch {torch.__version__}"
+        )
         self.vocab_size = int(checkpoint.config["vocab_size"])
         self.context = checkpoint.config.get("max_position_embeddings")
         real = checkpoint.config.get("qwen_v1", {}).get("real_vocab", self.vocab_size)
@@ -70,6 +87,8 @@ class TransformersEngine(CachedEngine):
             attention_mask=span.mask,
             past_key_values=view,
             use_cache=True,
+            qwenq_attention=self._attention,
+            qwenq_span=span,
         )
         cache.advance(counts)
         hidden: Tensor = output.last_hidden_state
@@ -111,8 +130,40 @@ def _refuse_long_v1(context: LongContext | None, end: int) -> None:
         )
 
 
-def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model with its weights, on the CPU."""
+class _Linear(torch.nn.Module):
+    """A kernel as a module, in the place of a linear layer."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self._kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._kernel(x)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    qwenq_attention: Attention,
+    qwenq_span: Span,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One of our backends as transformers calls attention; gives back [batch, tokens, heads, d]."""
+    del module, attention_mask  # the span says the same, and more
+    natural = query.shape[-1] ** -0.5
+    if scaling is not None and scaling != natural:
+        query = query * (scaling / natural)
+    mixed = qwenq_attention(query, key, value, qwenq_span)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype) -> Any:
+    """The model with its weights, on the CPU, all but the kernels."""
     settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     kind = settings.pop("model_type")
     try:
@@ -122,15 +173,15 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         raise UnsupportedError(
             f"transformers has no causal language model of type {kind!r}", where=checkpoint.folder
         ) from error
-    source = readable(checkpoint, dtype)
-    tensors = {name: check_finite(name, source.read(name), checkpoint.folder) for name in source.names()}
+    _refuse_what_attention_lacks(config, checkpoint)
+    AttentionInterface.register(_ATTENTION, _attend)
     with _quiet():
         model, report = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=tensors,
+            state_dict=weights.plain(),
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=_ATTENTION,
             output_loading_info=True,
         )
     wrong = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
@@ -140,7 +191,22 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             where=checkpoint.folder,
             hint="copy the model again",
         )
+    for module in sorted(weights.quantised):
+        model.set_submodule(module, _Linear(weights.linear(module)))
     return model.eval().requires_grad_(False)
+
+
+def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:
+    """Our backends know softmax over all earlier tokens; some architectures want something else."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    soft_cap = getattr(config, "attn_logit_softcapping", None)
+    if soft_cap is not None or kinds != {"full_attention"}:
+        found = "soft-capped scores" if soft_cap is not None else ", ".join(sorted(kinds))
+        raise UnsupportedError(
+            f"this model's attention ({found}) is not supported: the cache here serves full attention only",
+            where=checkpoint.folder,
+            hint="run a dense Qwen or Llama model",
+        )
 
 
 class _quiet:  # noqa: N801 - reads as a statement

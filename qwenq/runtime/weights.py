@@ -1,4 +1,4 @@
-"""Weights for the decoder, out of a checkpoint: checked, dequantised where packed, fused, on the device."""
+"""Weights for the engines, out of a checkpoint: checked, fused, in the chosen kernel, on the device."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qwenq.errors import ModelError
+from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.config import quantization_of
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, validate_quantised
+from qwenq.models.gptq_format import (
+    DequantisedSource,
+    QuantConfig,
+    quantised_modules,
+    read_packed,
+    validate_quantised,
+)
 from qwenq.models.integrity import check_finite
+from qwenq.models.packing import PackedLinear
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorSource
-from qwenq.runtime.linear import Dense, Kernel
+from qwenq.runtime.kernels.base import Kernel, Layer, Need, stacked
+from qwenq.runtime.kernels.table import choose
+from qwenq.runtime.linear import Dense, SideBySide
 
 _HINT = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
 
@@ -33,12 +42,7 @@ def readable(checkpoint: Checkpoint, dtype: torch.dtype) -> TensorSource:
     return DequantisedSource(checkpoint.source, quant, dtype)
 
 
-def check_tensors(source: TensorSource, shape: ModelShape, tied: bool) -> None:
-    """Every tensor that the config asks for is there in its shape, and the blocks hold no other.
-
-    Raises:
-        ModelError: names the first tensor that is missing, surplus, or of another shape.
-    """
+def _check_tensors(source: TensorSource, shape: ModelShape, tied: bool) -> None:
     names = set(source.names())
     expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
     if not tied:
@@ -57,34 +61,104 @@ def check_tensors(source: TensorSource, shape: ModelShape, tied: bool) -> None:
             raise ModelError(f"{name} has no place in this architecture", where=name, hint=_HINT)
 
 
+def quantised_layers(checkpoint: Checkpoint, quant: QuantConfig) -> tuple[Layer, ...]:
+    """Sizes of every quantised module, in file order."""
+    layers = []
+    names = set(checkpoint.names())
+    for module in quantised_modules(checkpoint.source):
+        words, out_features = checkpoint.info(f"{module}.qweight").shape
+        in_features, even = words * 32 // quant.bits, True
+        if f"{module}.g_idx" in names:
+            counts = torch.bincount(checkpoint.read(f"{module}.g_idx"))
+            even = bool((counts == counts[0]).all())
+        elif quant.group_size > 0:
+            even = in_features % quant.group_size == 0
+        layers.append(Layer(module, in_features, out_features, even))
+    return tuple(layers)
+
+
 class Weights:
-    """Reads a checkpoint's tensors onto a device, in one dtype.
+    """Reads a checkpoint's tensors onto a device, in one dtype; packed linears become the chosen kernel.
+
+    Args:
+        checkpoint: plain or GPTQ weights.
+        device, dtype: of what is read.
+        kernel: ``auto`` or a name of the kernel table.
+
+    Attributes:
+        kernel: name of what runs the linear layers.
+        notes: faster kernels that were passed over, and why.
 
     Raises:
-        ModelError: a tensor is missing, surplus, or of another shape than config.json says.
+        ModelError: a quantised module is incomplete or contradicts its settings.
+        UsageError: there is no such kernel.
+        UnsupportedError: the kernel cannot run this model here.
         CorruptFileError: on reading, a tensor with NaN or Inf.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, shape: ModelShape, device: torch.device, dtype: torch.dtype
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, kernel: str = "auto"
     ) -> None:
-        self._source = readable(checkpoint, dtype)
+        self._source, self._packed_source = readable(checkpoint, dtype), checkpoint.source
         self._folder, self._device, self._dtype = checkpoint.folder, device, dtype
-        self._packed = {name for name in checkpoint.names() if name.endswith(".qweight")}
         self._names = set(self._source.names())
-        check_tensors(self._source, shape, checkpoint.tied)
+        self.kernel, self.notes = "dense", tuple[str, ...]()
+        self.quantised: frozenset[str] = frozenset()
+        if quantization_of(checkpoint.config) is None:
+            _refuse_kernel(kernel)
+            return
+        self._quant = QuantConfig.read(checkpoint.config)
+        layers = quantised_layers(checkpoint, self._quant)
+        quant = self._quant
+        self._need = Need(quant.bits, quant.group_size, quant.checkpoint_format, device, dtype, layers)
+        choice = choose(kernel, self._need)
+        self._kernel, self.kernel, self.notes = choice.kernel, choice.kernel.name, choice.passed_over
+        self.quantised = frozenset(layer.name for layer in layers)
+
+    def check(self, shape: ModelShape, tied: bool) -> None:
+        """Every tensor that the config asks for is there in its shape, and the blocks hold no other.
+
+        Raises:
+            ModelError: names the first tensor that is missing, surplus, or of another shape.
+        """
+        _check_tensors(self._source, shape, tied)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
         return self._read(name).to(self._device, self._dtype)
 
+    def plain(self) -> dict[str, Tensor]:
+        """All tensors that are not packed, under their names; a weight that is has a placeholder's storage.
+
+        The placeholder is one number seen as a whole matrix: it costs nothing, and has the right shape.
+        """
+        packed = {f"{module}.weight" for module in self.quantised}
+        placeholder = torch.zeros((), dtype=self._dtype)
+        return {
+            name: placeholder.expand(self._source.info(name).shape) if name in packed else self._read(name)
+            for name in self._names
+        }
+
     def linear(self, *modules: str) -> Kernel:
         """The modules as one linear layer, their outputs one after the other."""
-        weight = self._stacked([f"{module}.weight" for module in modules])
+        packed = [module for module in modules if module in self.quantised]
+        if not packed:
+            weight = self._stacked([f"{module}.weight" for module in modules])
+            return Dense(weight, self._bias(modules))
+        if len(packed) == len(modules):
+            parts = [self._packed(module) for module in modules]
+            if (whole := stacked(parts)) is not None:
+                return self._kernel(whole, self._need, self._bias(modules))
+        return SideBySide([self.linear(module) for module in modules])
+
+    def _packed(self, module: str) -> PackedLinear:
+        packed = read_packed(self._packed_source, module, self._quant)
+        check_finite(f"{module}.scales", packed.scales, self._folder)
+        return packed
+
+    def _bias(self, modules: Sequence[str]) -> Tensor | None:
         biases = [f"{module}.bias" for module in modules]
-        bias = self._stacked(biases) if biases[0] in self._names else None
-        packed = f"{modules[0]}.qweight" in self._packed
-        return Dense(weight, bias, "dequantise" if packed else "dense")
+        return self._stacked(biases) if biases[0] in self._names else None
 
     def _stacked(self, names: Sequence[str]) -> Tensor:
         if len(names) == 1:
@@ -93,3 +167,12 @@ class Weights:
 
     def _read(self, name: str) -> Tensor:
         return check_finite(name, self._source.read(name), self._folder)
+
+
+def _refuse_kernel(name: str) -> None:
+    if name != "auto":
+        raise UnsupportedError(
+            f"the kernel {name} multiplies packed integers, and this model is not quantised",
+            where="--kernel",
+            hint="leave --kernel out, or quantise the model first",
+        )

@@ -1,0 +1,38 @@
+"""The reference: integers become numbers once, at load. Runs everywhere, in the memory of plain weights."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from qwenq.models.packing import PackedLinear, dequantise
+from qwenq.runtime.kernels.base import Need
+
+
+class Dequantise:
+    """A plain matrix product in the dtype of the activations."""
+
+    name = "dequantise"
+    device_type: ClassVar[str] = "any"
+
+    def __init__(self, packed: PackedLinear, need: Need, bias: Tensor | None) -> None:
+        weight = dequantise(packed, need.bits, need.checkpoint_format, need.dtype)
+        self.weight = weight.to(need.device)
+        self.bias = None if bias is None else bias.to(need.device, need.dtype)
+
+    @staticmethod
+    def why_not(need: Need) -> str | None:
+        """It always can."""
+        del need
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        return linear(x, self.weight, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight and bias."""
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)

@@ -1,0 +1,162 @@
+"""Every kernel of the table against float64, on random shapes, groups, bits, rows and dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from runtime.kernels.packed_layers import random_case
+
+from qwenq.errors import UnsupportedError, UsageError
+from qwenq.runtime.kernels.base import Layer, Need, stacked
+from qwenq.runtime.kernels.cpu_int4 import CpuInt4, CpuInt8, block
+from qwenq.runtime.kernels.dequantise import Dequantise
+from qwenq.runtime.kernels.int8_head import Int8Head
+from qwenq.runtime.kernels.table import KERNELS, choose
+
+CPU = torch.device("cpu")
+# What rounding makes of a product, relative to its norm: scales, weights or result once each.
+PRECISION = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+needs_int4 = pytest.mark.skipif(block() == 0, reason="this CPU has neither AVX-512 nor AVX2")
+
+
+def assert_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    expected = x.double() @ weight.t() + bias.double()
+    assert found.dtype == x.dtype
+    error = (found.double() - expected).norm() / expected.norm()
+    assert error < PRECISION[x.dtype]
+
+
+def check(kernel: type, case, rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    out_features, in_features = case.weight.shape
+    x = torch.randn(rows, in_features, generator=generator).to(case.need.dtype)
+    bias = torch.randn(out_features, generator=generator).to(case.need.dtype)
+    layer = kernel(case.packed, case.need, bias)
+    with torch.inference_mode():
+        assert_product(layer(x), x, case.weight, bias)
+        assert torch.equal(layer(x.view(1, rows, -1))[0], layer(x))
+    assert layer.nbytes > 0
+
+
+@given(
+    bits=st.sampled_from((2, 4, 8)),
+    group_size=st.sampled_from((32, 64, 128, -1)),
+    widths=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    rows=st.sampled_from((1, 2, 5, 15, 16, 17, 70)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    sym=st.booleans(),
+    shuffled=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_every_kernel_that_says_it_can_is_right(
+    bits: int,
+    group_size: int,
+    widths: tuple[int, int],
+    rows: int,
+    dtype: torch.dtype,
+    sym: bool,
+    shuffled: bool,
+    seed: int,
+) -> None:
+    in_features, out_features = 128 * widths[0], 64 * widths[1]
+    case = random_case(
+        bits, group_size, in_features, out_features, seed=seed, sym=sym, shuffled=shuffled, dtype=dtype
+    )
+    able = [kernel for kernel in KERNELS if kernel.why_not(case.need) is None]
+    assert Dequantise in able
+    for kernel in able:
+        check(kernel, case, rows, seed)
+
+
+@needs_int4
+@pytest.mark.parametrize(("kernel", "bits"), [(CpuInt4, 2), (CpuInt4, 4), (CpuInt8, 8)])
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 192, 512, -1])
+def test_group_sizes_of_the_int4_product(kernel: type, bits: int, group_size: int) -> None:
+    case = random_case(bits, group_size, 3 * 512, 192, sym=False)
+    assert kernel.why_not(case.need) is None
+    for rows in (1, 64):
+        check(kernel, case, rows, seed=rows)
+
+
+@needs_int4
+def test_integers_are_read_back_as_they_were_packed() -> None:
+    case = random_case(4, 64, 128, 128)
+    layer = CpuInt4(case.packed, case.need, None)
+    eye = torch.eye(128, dtype=torch.bfloat16)
+    few = torch.cat([layer(eye[start : start + 8]) for start in range(0, 128, 8)])
+    assert torch.equal(few, layer(eye))  # the same numbers by both paths, to the bit
+
+
+def need(**changes: object) -> Need:
+    values = {
+        "bits": 4,
+        "group_size": 128,
+        "checkpoint_format": "gptq",
+        "device": CPU,
+        "dtype": torch.bfloat16,
+        "layers": (Layer("q", 256, 128),),
+    }
+    return Need(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@needs_int4
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "it computes in bfloat16, not in float32"),
+        ({"bits": 8}, "it holds 2 or 4 bits, not 8"),
+        ({"device": torch.device("cuda")}, "it runs on the CPU, not on cuda"),
+        ({"group_size": 16}, "a group of q has 16 columns"),
+        ({"layers": (Layer("k", 256, 40),)}, "k has 40 outputs"),
+        ({"layers": (Layer("k", 256, 128, even=False),)}, "the groups of k differ in size"),
+    ],
+)
+def test_what_is_asked_for_is_refused_with_its_reason_and_never_replaced(changes: dict, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        choose("cpu-int4", need(**changes))
+
+
+@needs_int4
+def test_auto_takes_the_fastest_and_says_what_it_passed_over() -> None:
+    assert choose("auto", need()).kernel is CpuInt4
+    assert choose("auto", need()).passed_over == ()
+    assert choose("auto", need(bits=8)).kernel is CpuInt8
+    plain = choose("auto", need(dtype=torch.float32))
+    assert plain.kernel is Dequantise
+    assert plain.passed_over == (
+        "the faster kernel cpu-int4 was passed over: it computes in bfloat16, not in float32",
+    )
+    assert choose("dequantise", need()).kernel is Dequantise
+
+
+def test_a_kernel_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="no kernel 'marlin'"):
+        choose("marlin", need())
+
+
+def test_layers_are_stacked_unless_their_columns_are_ordered_differently() -> None:
+    first, second = (random_case(4, 32, 128, 64, seed=seed) for seed in (1, 2))
+    whole = stacked([first.packed, second.packed])
+    assert whole is not None
+    x = torch.randn(3, 128)
+    found = Dequantise(whole, need(group_size=32, dtype=torch.float32), None)(x)
+    expected = x.double() @ torch.cat([first.weight, second.weight]).t()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    shuffled = random_case(4, 32, 128, 64, shuffled=True)
+    assert stacked([first.packed, shuffled.packed]) is None
+
+
+def test_the_int8_head_is_near_the_head_and_its_error_is_that_of_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5000, 96, generator=generator).bfloat16()
+    weight[7] = 0
+    head, x = Int8Head(weight), torch.randn(3, 96, generator=generator).bfloat16()
+    expected = x.double() @ weight.double().t()
+    error = (head(x).double() - expected).norm() / expected.norm()
+    assert 1e-3 < error < 1.2e-2
+    assert head(x)[:, 7].eq(0).all()
+    assert head.nbytes < weight.nbytes * 0.6
+    with pytest.raises(UnsupportedError, match="computes in bfloat16"):
+        Int8Head(weight.float())
