@@ -1,6 +1,7 @@
 """One tree of exceptions. Each says what happened, where, and what to do about it.
 
 QwenqError                  exit code 1: the run failed
+├── AlreadyDoneError             exit code 0: an earlier run made what this one would make
 ├── UsageError              exit code 2: the command or its input has to change
 ├── ModelError              a model folder, its config or its tensors are not usable
 │   ├── CorruptFileError    the bytes are damaged: truncated, bit-flipped, NaN
@@ -42,6 +43,12 @@ class QwenqError(Exception):
         if self.hint:
             lines.append(f"  try:   {self.hint}")
         return "\n".join(lines)
+
+
+class AlreadyDoneError(QwenqError):
+    """What the command would make is there already, made by the same command: nothing is left to do."""
+
+    exit_code = 0
 
 
 class UsageError(QwenqError):

@@ -137,7 +137,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str) 
         listener.say(notice)
     _refuse_quantised(checkpoint)
     wanted = recipe.quantize
-    target = _target(out, recipe.model or checkpoint.folder.name, wanted.bits)
+    target = _target(out, recipe, checkpoint)
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
     listener.say(why)
@@ -192,12 +192,14 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def _target(out: Path | None, model: str, bits: int) -> Path:
+def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """The output folder, refused when it holds something already or may not be made."""
-    from qwenq.gptq.publish import require_free
+    from qwenq.gptq.publish import clean_up_after_kill, require_free
 
-    name = (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
-    target = (out or Path(f"{name}-GPTQ-Int{bits}")).absolute()
+    model = Path(recipe.model or checkpoint.folder.name)
+    name = (model.resolve() if model.is_dir() else model).name
+    target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
+    clean_up_after_kill(target, recipe.model_dump(mode="json"), checkpoint.fingerprint)
     require_free(target)
     return target
 
@@ -241,11 +243,9 @@ def _calibration(job: Job) -> CalibrationSet:
             hint="make it again with `qwenq calibrate --held-out 8`",
         )
     own = " (the model's own text: as good as C4 here, and it needs no network)"
-    why = own if facts.source == "self" else ""
-    job.listener.say(
-        f"calibration: {facts.samples} × {facts.seq_len} tokens from {facts.source}{why}, "
-        f"{facts.held_out} more held out for the check"
-    )
+    source = f"{facts.source}{own if facts.source == 'self' else ''}"
+    made_of = f"{facts.samples} × {facts.seq_len} tokens from {source}"
+    job.listener.say(f"calibration: {made_of}, {facts.held_out} more held out for the check")
     return made
 
 
@@ -254,9 +254,8 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
     from qwenq.gptq.quantise import run_facts
 
     folder = job.out.with_name(job.out.name + ".partial")
-    store = LayerStore(
-        folder, run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder), resume=resume
-    )
+    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder)
+    store = LayerStore(folder, facts, resume=resume)
     job.resumed = store.finished()
     if job.resumed:
         job.listener.say(

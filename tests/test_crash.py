@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,9 +125,39 @@ def test_a_process_that_dies_again_and_again_ends_with_the_same_bits(
 def test_a_kill_at_any_fsync(machine: Machine, expected: dict[str, str], tmp_path: Path, number: int) -> None:
     out = tmp_path / "q"
     first = machine(out, at=killed_at_fsync(number))
-    if first.status == -signal.SIGKILL and not out.exists():
+    if first.status == -signal.SIGKILL:
         assert machine(out).status == 0
     assert hashes(out) == expected
+    assert not out.with_name("q.partial").exists()
+
+
+def test_a_kill_before_the_clean_up(machine: Machine, expected: dict[str, str], tmp_path: Path) -> None:
+    """The checkpoint has its name, the work folder is still there: the same command tidies up and succeeds."""
+    out = tmp_path / "q"
+    reached, beyond = 1, 100
+    while beyond - reached > 1:  # the last fsync of a run is that of the rename: bisect for it
+        number = (reached + beyond) // 2
+        killed = machine(out, "--no-resume", at=killed_at_fsync(number)).status == -signal.SIGKILL
+        reached, beyond = (number, beyond) if killed else (reached, number)
+        shutil.rmtree(out, ignore_errors=True)
+    assert machine(out, "--no-resume", at=killed_at_fsync(reached)).status == -signal.SIGKILL
+    assert hashes(out) == expected
+    assert out.with_name("q.partial").is_dir()
+    again = machine(out)
+    assert again.status == 0
+    assert "the checkpoint is whole" in again.shown
+    assert not out.with_name("q.partial").exists()
+    assert machine(out).status == 2  # now it is simply there
+    assert hashes(out) == expected
+
+
+def test_other_settings_do_not_pass_for_the_finished_run(machine: Machine, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    assert machine(out).status == 0
+    work = out.with_name("q.partial")
+    work.mkdir()
+    assert machine(out, "--bits", "8").status == 2
+    assert work.is_dir()
 
 
 @pytest.mark.parametrize(("text", "resumes"), [

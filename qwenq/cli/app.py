@@ -61,7 +61,7 @@ def main() -> None:
     except QwenqError as error:
         if os.environ.get("QWENQ_DEBUG"):
             raise
-        typer.secho(f"qwenq: {error}", fg="red", err=True)
+        typer.secho(f"qwenq: {error}", fg="red" if error.exit_code else None, err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

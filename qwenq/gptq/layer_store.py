@@ -50,7 +50,7 @@ class LayerStore:
         with guard_storage(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign()
-        self._lock = self._take_lock()
+        self._lock = take_lock(folder)
         try:
             self._begin(run, resume=resume)
         except BaseException:
@@ -150,20 +150,39 @@ class LayerStore:
             return None
         return record
 
-    def _take_lock(self) -> IO[str]:
-        """An advisory lock of the kernel's: it goes with the process, however that ends."""
-        with guard_storage(self.folder):
-            handle = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            raise UsageError(
-                "another qwenq is working in this folder",
-                where=self.folder,
-                hint="wait for it, or name another --out",
-            ) from error
-        return handle
+
+def discard_leftover(folder: Path) -> bool:
+    """Remove the work folder of a finished run, once nobody works in it; False: somebody does, or cannot."""
+    staged = (folder / "checkpoint").exists()  # another run's: its rename has not happened
+    if staged or any(entry.name not in _OURS for entry in folder.iterdir()):
+        return False
+    try:
+        lock = take_lock(folder)
+    except (UsageError, StorageError):
+        return False
+    with lock:
+        shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
+def take_lock(folder: Path) -> IO[str]:
+    """An advisory lock of the kernel's on a folder: it goes with the process, however that ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    with guard_storage(folder):
+        handle = (folder / "lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise UsageError(
+            "another qwenq is working in this folder",
+            where=folder,
+            hint="wait for it, or name another --out",
+        ) from error
+    return handle
 
 
 def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenq.errors import StorageError, UsageError
+from qwenq.errors import AlreadyDoneError, StorageError, UsageError
+from qwenq.gptq.layer_store import discard_leftover
 from qwenq.gptq.quantise import LAYER_PARTS
 from qwenq.models.companions import write_companions
 from qwenq.models.shards import write_shards
@@ -47,6 +49,31 @@ def require_free(target: Path) -> None:
     if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work
         raise StorageError(
             f"{above} may not be written", where=target, hint="name a folder that you may write to with --out"
+        )
+
+
+def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: str) -> None:
+    """A run that was killed after it gave its folder the name left its work folder: remove that.
+
+    Args:
+        target: the output folder.
+        recipe: of this run, as the manifest holds it.
+        fingerprint: of the base model.
+
+    Raises:
+        AlreadyDoneError: the same command had finished; now it has cleaned up, too.
+    """
+    work = target.with_name(target.name + ".partial")
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        same = manifest["recipe"] == recipe and manifest["base"]["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if same and work.is_dir() and discard_leftover(work):
+        raise AlreadyDoneError(
+            "an earlier run of this command had finished and was stopped while it cleaned up: "
+            "the checkpoint is whole, its work folder is now removed",
+            where=target,
         )
 
 

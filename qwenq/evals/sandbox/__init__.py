@@ -11,7 +11,7 @@ tests and makes the calls. Each is in a sandbox of its own, and between them go 
 text, lists, tuples, dicts, sets). The verdict is written by the process that never runs a line of the
 model's code. So nothing that the model's code prints, exits with, patches, reads or finds in memory can be
 a verdict: all it can do is answer calls, rightly or wrongly. openai/human-eval, whose verdicts these
-otherwise are, runs both parts in one process, where ``os._exit(0)`` at the right place passes.
+otherwise are, runs both parts in one process, where code can reach whatever will record the verdict.
 
 **What holds it:** namespaces without network, without other processes, without the home folder; the
 system's libraries and Python's standard library read-only; an empty /tmp of 16 MiB; no capability; a

@@ -131,7 +131,8 @@ def _visible() -> list[tuple[str, str]]:
     folders = [
         f for f in ("/usr", "/lib", "/lib64", "/lib32") if Path(f).is_dir() and not Path(f).is_symlink()
     ]
-    python = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment's
+    python = [sysconfig.get_path(name, vars=base) for name in ("stdlib", "platstdlib")]
     python += [str(library) for library in Path(sys.base_prefix, "lib").glob("lib*.so*")]
     wanted = [*folders, _python(), *python, "/etc/ld.so.cache"]
     shown: list[str] = []

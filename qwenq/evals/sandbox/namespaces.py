@@ -2,8 +2,8 @@
 
 Done by hand, as Python 3.11 has no ``os.unshare``: new user, mount, process, network, IPC, host-name and
 cgroup namespaces; a root of an empty file system with the plan's folders bound into it read-only; then the
-command, as nobody, without a capability. Needs Linux 5.12 (``mount_setattr`` makes a whole tree read-only). See
-user_namespaces(7), mount_namespaces(7), pivot_root(2).
+command, as nobody, without a capability. Needs Linux 5.12 (``mount_setattr`` makes a whole tree read-only).
+See user_namespaces(7), mount_namespaces(7), pivot_root(2).
 """
 
 from __future__ import annotations

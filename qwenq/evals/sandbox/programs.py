@@ -67,7 +67,8 @@ class Outcome:
     Attributes:
         passed: the tests ran to their end.
         reason: ``passed``; ``failed``: an assertion of the tests; ``raised``: another exception, in the
-            solution or because of what it returned; ``timeout``; ``memory``; ``died``: its process ended on its own.
+            solution or because of what it returned; ``timeout``; ``memory``; ``died``: its process
+            ended on its own.
         detail: one line for people; written under the influence of the solution, so never parsed.
     """
 

@@ -76,6 +76,8 @@ def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Eve
             raise QwenqError(what, where=sandbox.implementation, hint="qwenq doctor says what is missing")
         began = time.monotonic()
         verdict = lines.next(limits.wall)
+        if stop.is_set():
+            return Outcome(False, "died", "interrupted")
         if verdict is not None and verdict.get("reason") != "died":
             return _outcome(verdict)
         return _without_verdict(solution, tests, verdict, time.monotonic() - began, limits)
@@ -86,9 +88,8 @@ def _start(
 ) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], IO[bytes]]:
     """Both processes, which end with the stack, and the file with the complaints of their sandboxes."""
     ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
-    complaints, job = (
-        stack.enter_context(file) for file in (tempfile.TemporaryFile(), tempfile.TemporaryFile())
-    )
+    complaints = stack.enter_context(_file())
+    job = stack.enter_context(_file())
     content = {"solution": program.solution, "prelude": program.prelude, "tests": program.tests}
     job.write(json.dumps({**content, "entry_points": program.entry_points}).encode())
     job.seek(0)
@@ -113,6 +114,10 @@ def _start(
     ours.close()
     theirs.close()
     return solution, tests, complaints
+
+
+def _file() -> IO[bytes]:
+    return tempfile.TemporaryFile()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

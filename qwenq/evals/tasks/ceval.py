@@ -182,7 +182,7 @@ _test = partial(
     average=no_scores,
     comment=partial(missing_subjects, TEST),
 )
-PROTOCOLS = (
+PROTOCOLS: tuple[Script, ...] = (
     _val(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
     _val(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
     _test(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),

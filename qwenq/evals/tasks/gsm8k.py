@@ -232,7 +232,7 @@ def _from_hub(split: str) -> list[Row]:
 
 
 _script = partial(Script, name="gsm8k", version=VERSION, average=score_all)
-PROTOCOLS = (
+PROTOCOLS: tuple[Script, ...] = (
     _script(
         protocol="card",
         shots=0,

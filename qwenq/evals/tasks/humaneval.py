@@ -162,7 +162,7 @@ _script = partial(
     average=partial(score_all, metric="pass@1"),
     program=program,
 )
-PROTOCOLS = (
+PROTOCOLS: tuple[Script, ...] = (
     _script(protocol="card", ask=ask_chat, read=read_chat),
     _script(protocol="base", ask=ask_base, read=read_base),
 )

@@ -178,7 +178,7 @@ _script = partial(
     average=partial(score_all, categories=CATEGORIES),
     comment=partial(missing_subjects, ORIGIN),
 )
-PROTOCOLS = (
+PROTOCOLS: tuple[Script, ...] = (
     _script(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
     _script(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
     _script(protocol="lm-eval", shots=5, allowed_shots=range(6), ask=ask_lm_eval, read=judge_loglikelihood),

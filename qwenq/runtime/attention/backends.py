@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.attention.flash import check_flash, flash_v1_package, flash_v2
+from qwenq.runtime.attention.best import Best
+from qwenq.runtime.attention.flash import flash_v1_package, flash_v2
+from qwenq.runtime.attention.ours import flash_v1_ours, split
 from qwenq.runtime.attention.plain import Attention, Off, Sdpa
-
-BACKENDS = ("v2", "v1", "off", "sdpa")
 
 
 class Availability(NamedTuple):
@@ -32,7 +33,8 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
 
     Args:
         name: ``v2`` (FlashAttention-2), ``v1`` (FlashAttention), ``off`` (no fused kernel), ``sdpa``
-            (whatever torch picks).
+            (whatever torch picks), ``split`` (``sdpa``, decode steps with the cache split over programs),
+            ``best`` (the fastest of these, measured now).
         device, dtype: of queries, keys and values.
 
     Raises:
@@ -43,34 +45,51 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
         raise UsageError(
             f"there is no attention {name!r}", where="--attention", hint=f"use {', '.join(BACKENDS)}"
         )
-    if name == "off":
-        return Off()
-    if name == "v2":
-        return flash_v2(device, dtype)
-    if name == "v1":
-        return _flash_v1(device, dtype)
-    return Sdpa()
+    if name == "best":
+        return Best(_all(device, dtype), device, dtype)
+    return _BUILDERS[name](device, dtype)
 
 
 def available(device: torch.device, dtype: torch.dtype) -> list[Availability]:
     """Every backend: what it would run on this device in this dtype, or why it cannot."""
     found = []
-    for name in BACKENDS:
+    for name, build in _BUILDERS.items():
         try:
-            found.append(Availability(name, attention_backend(name, device, dtype).implementation, None))
+            found.append(Availability(name, build(device, dtype).implementation, None))
         except UnsupportedError as error:
             reason = error.what.removeprefix(f"attention {name}: ")
             found.append(Availability(name, None, f"{reason}; {error.hint}" if error.hint else reason))
-    return found
+    names = ", ".join(each.name for each in found if each.implementation is not None)
+    return [*found, Availability("best", f"the fastest of {names}, measured at load", None)]
 
 
-def _flash_v1(device: torch.device, dtype: torch.dtype) -> Attention:
-    check_flash("v1", device, dtype)
-    package = flash_v1_package()
-    if package is None:
-        raise UnsupportedError(
-            "attention v1: flash-attn 1 is not installed",
-            where="--attention v1",
-            hint="use --attention v2 or off",
-        )
-    return package
+def _all(device: torch.device, dtype: torch.dtype) -> list[Attention]:
+    """Every backend that can run here."""
+    can = [each.name for each in available(device, dtype) if each.implementation and each.name != "best"]
+    return [_BUILDERS[name](device, dtype) for name in can]
+
+
+def _v1(device: torch.device, dtype: torch.dtype) -> Attention:
+    """The package of version 1 where it is installed, else our kernel."""
+    package = flash_v1_package() if device.type == "cuda" else None
+    return package or flash_v1_ours(device, dtype)
+
+
+def _off(device: torch.device, dtype: torch.dtype) -> Attention:
+    del device, dtype
+    return Off()
+
+
+def _sdpa(device: torch.device, dtype: torch.dtype) -> Attention:
+    del device, dtype
+    return Sdpa()
+
+
+_BUILDERS: dict[str, Callable[[torch.device, torch.dtype], Attention]] = {
+    "v2": flash_v2,
+    "v1": _v1,
+    "off": _off,
+    "sdpa": _sdpa,
+    "split": split,
+}
+BACKENDS = (*_BUILDERS, "best")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 LARGEST = 32 << 20
@@ -121,7 +122,7 @@ def decode(content: Any) -> Any:
         raise Broken("not a value") from error
 
 
-_DECODERS = {
+_DECODERS: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "float": lambda text: {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[text],
     "dict": lambda pairs: {decode(key): decode(value) for key, value in pairs},
