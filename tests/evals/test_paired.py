@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenq.evals.paired import ALPHA, POWER, Paired, compare, detectable_drop, mcnemar, power
+
+
+@given(lost=st.integers(0, 200), won=st.integers(0, 200))
+def test_mcnemar_is_scipys_binomial_test(lost: int, won: int) -> None:
+    from scipy import stats
+
+    expected = stats.binomtest(lost, lost + won, 0.5).pvalue if lost + won else 1.0
+    assert mcnemar(lost, won) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n", "discordant", "drop"),
+    [(164, 0.1, 0.05), (164, 0.02, 0.05), (40, 0.3, 0.2), (1000, 0.1, 0.03), (300, 0.05, 0.0)],
+)
+def test_power_is_what_a_simulation_finds(n: int, discordant: float, drop: float) -> None:
+    rng, runs = np.random.default_rng(0), 20_000
+    share = max(discordant, drop)
+    chances = [(share + drop) / 2, (share - drop) / 2, 1 - share]
+    lost, won, _ = rng.multinomial(n, chances, size=runs).T
+    known: dict[tuple[int, int], float] = {}
+    hits = 0
+    for pair in zip(lost.tolist(), won.tolist(), strict=True):
+        if pair not in known:
+            known[pair] = mcnemar(*pair)
+        hits += known[pair] < ALPHA and pair[0] > pair[1]
+    assert power(n, discordant, drop) == pytest.approx(hits / runs, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    ("n", "discordant"), [(164, 0.08), (164, 0.0), (1319, 0.1), (14_042, 0.06), (50, 0.4)]
+)
+def test_the_smallest_drop_is_found_four_times_in_five(n: int, discordant: float) -> None:
+    drop = detectable_drop(n, discordant)
+    assert drop is not None
+    assert power(n, discordant, drop) >= POWER
+    assert power(n, discordant, 0.97 * drop) < POWER + 0.02  # the test's steps make the power bump
+    if n > 1000:  # there the normal approximation holds (Connor 1987)
+        approximate = (1.96 * discordant**0.5 + 0.84 * (discordant - drop**2) ** 0.5) / n**0.5
+        assert drop == pytest.approx(approximate, rel=0.1)
+
+
+def test_no_disagreement_still_needs_six_losses() -> None:
+    """With no win, 6 losses are significant and 5 are not."""
+    assert mcnemar(5, 0) > ALPHA > mcnemar(6, 0)
+    assert detectable_drop(5, 0.0) is None
+    assert detectable_drop(6, 0.0) == pytest.approx(0.8 ** (1 / 6), abs=1e-6)
+
+
+def test_more_items_show_smaller_drops() -> None:
+    drops = [detectable_drop(n, 0.1) or 1 for n in (100, 400, 1600, 6400)]
+    assert drops == sorted(drops, reverse=True)
+
+
+def verdicts(*, lost: int, won: int, both: int) -> tuple[dict[str, bool], dict[str, bool]]:
+    base = {f"l{i}": True for i in range(lost)} | {f"w{i}": False for i in range(won)}
+    model = {f"l{i}": False for i in range(lost)} | {f"w{i}": True for i in range(won)}
+    same = {f"b{i}": i % 2 == 0 for i in range(both)}
+    return base | same, model | same
+
+
+def test_items_are_paired_by_id() -> None:
+    base, model = verdicts(lost=3, won=2, both=95)
+    base["only here"] = True
+    found = compare(base, dict(reversed(model.items())))
+    assert found is not None
+    assert (found.n, found.lost, found.won, found.p) == (100, 3, 2, 1.0)
+    assert found.change == pytest.approx(-0.01)
+    assert found.to_json()["sentence"] == found.sentence
+    assert compare({"a": True}, {"b": True}) is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "both", "sentence"),
+    [
+        (30, 5, 500, r"lost 4\.7 points \(p = < 0\.001\)"),
+        (2, 14, 100, r"gained 10\.3 points \(p = 0\.004\)"),
+        (12, 10, 1000, r"no loss detectable above \d\.\d points"),
+        (0, 0, 4, r"too few items: with 4, no loss at all could be shown"),
+    ],
+)
+def test_it_is_said_in_words(lost: int, won: int, both: int, sentence: str) -> None:
+    import re
+
+    found = compare(*verdicts(lost=lost, won=won, both=both))
+    assert isinstance(found, Paired)
+    assert re.fullmatch(sentence.replace("p = <", "p <"), found.sentence), found.sentence
