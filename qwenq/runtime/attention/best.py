@@ -1,0 +1,74 @@
+"""The fastest backend here, measured at load: one for prompts, one for decode steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwenq.runtime.attention.plain import Attention
+from qwenq.runtime.cache import Span
+
+HEADS, HEAD_DIM = 16, 128
+"""Of the measurement: one layer of Qwen-1.8B."""
+PROMPT, CONTEXT = 512, 2048
+"""Tokens of the prompt, and slots that a decode step reads."""
+_REPEATS = 3
+
+
+class Best:
+    """Whichever was fastest for prompts and for decode steps.
+
+    Args:
+        candidates: backends that can run here.
+        device, dtype: of the measurement.
+
+    Attributes:
+        seconds: of each candidate, by name: one prompt, one decode step.
+    """
+
+    name = "best"
+
+    def __init__(self, candidates: Sequence[Attention], device: torch.device, dtype: torch.dtype) -> None:
+        self.seconds = {
+            each.name: (
+                _measure(each, PROMPT, PROMPT, device, dtype),
+                _measure(each, 1, CONTEXT, device, dtype),
+            )
+            for each in candidates
+        }
+        self._prefill = min(candidates, key=lambda each: self.seconds[each.name][0])
+        self._decode = min(candidates, key=lambda each: self.seconds[each.name][1])
+        self.implementation = (
+            f"fastest measured at load among {', '.join(self.seconds)}: "
+            f"prefill {self._prefill.name} ({self._prefill.implementation}), "
+            f"decode {self._decode.name} ({self._decode.implementation})"
+        )
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """See `Attention`."""
+        chosen = self._decode if queries.shape[2] == 1 else self._prefill
+        return chosen(queries, keys, values, span)
+
+
+def _measure(attention: Attention, tokens: int, end: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of one call, the shortest of a few after a first that builds what is built."""
+    queries = torch.zeros(1, HEADS, tokens, HEAD_DIM, device=device, dtype=dtype)
+    keys = torch.zeros(1, HEADS, end, HEAD_DIM, device=device, dtype=dtype)
+    positions = torch.arange(end - tokens, end, device=device).unsqueeze(0)
+    span = Span(positions, end - tokens, end, causal=tokens == end, mask=None)
+    seconds = []
+    for _ in range(_REPEATS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        attention(queries, keys, keys, span)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

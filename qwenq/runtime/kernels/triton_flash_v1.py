@@ -1,0 +1,146 @@
+"""FlashAttention as first published: Dao et al., arXiv 2205.14135, Algorithm 1, the forward pass.
+
+Work is split over batch × heads only: one program computes a whole head, however long the sequence. Keys and
+values are the outer loop, queries the inner one, and the unfinished output and its softmax statistics go
+through device memory each time. This is what version 2 mended (arXiv 2307.08691, §3), and the reason to keep
+it is the column "FlashAttention v1" of the cards.
+
+Beyond the paper: a query sees the slots up to its own position, blocks that no query sees are skipped, and
+query heads may share keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwenq.runtime.kernels.triton_math import product
+from qwenq.runtime.kernels.triton_support import bound, power_of_2
+
+_LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def _flash_v1(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    o: tl.tensor,
+    row_sum: tl.tensor,
+    row_max: tl.tensor,
+    positions: tl.tensor,
+    scale: tl.tensor,
+    heads: tl.tensor,
+    group: tl.tensor,
+    tokens: tl.tensor,
+    end: tl.tensor,
+    column_blocks: tl.tensor,
+    row_blocks: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_token: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_slot: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_slot: tl.tensor,
+    position_batch: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+) -> None:
+    """One program: one head of one row. Names as in the paper: B_r, B_c, l (row_sum), m (row_max)."""
+    batch = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    q += batch.to(tl.int64) * q_batch + head * q_head
+    k += batch.to(tl.int64) * k_batch + (head // group) * k_head
+    v += batch.to(tl.int64) * v_batch + (head // group) * v_head
+    o += tl.program_id(0).to(tl.int64) * tokens * D
+    row_sum += tl.program_id(0).to(tl.int64) * tokens
+    row_max += tl.program_id(0).to(tl.int64) * tokens
+    features = tl.arange(0, BLOCK_D)
+    inside = features < D
+    for j in range(0, column_blocks):  # line 5
+        slots = j * BC + tl.arange(0, BC)
+        read = (slots < end)[:, None] & inside[None, :]
+        key = tl.load(k + slots[:, None] * k_slot + features[None, :], read, 0.0)  # line 6
+        value = tl.load(v + slots[:, None] * v_slot + features[None, :], read, 0.0)
+        for i in range(0, row_blocks):  # line 7
+            steps = i * BR + tl.arange(0, BR)
+            real = steps < tokens
+            # A query of the padding looks at slot 0, so that no row of scores is empty.
+            position = tl.load(positions + batch * position_batch + steps, real, 0)
+            if j * BC <= tl.max(position, axis=0):
+                whole = real[:, None] & inside[None, :]
+                query = tl.load(q + steps[:, None] * q_token + features[None, :], whole, 0.0)  # line 8
+                place = o + steps[:, None] * D + features[None, :]
+                scores = product(query, tl.trans(key)) * scale  # line 9, in units of log2
+                seen = (slots[None, :] <= position[:, None]) & (slots < end)[None, :]
+                scores = tl.where(seen, scores, float("-inf"))
+                old_max = tl.load(row_max + steps, real, 0.0)
+                old_sum = tl.load(row_sum + steps, real, 1.0)
+                # Lines 10 and 11, with the exponentials taken against the new maximum at once: the block's
+                # own would be -inf in a row that sees nothing of it.
+                new_max = tl.maximum(old_max, tl.max(scores, axis=1))
+                weights = tl.exp2(scores - new_max[:, None])
+                kept = old_sum * tl.exp2(old_max - new_max)
+                new_sum = kept + tl.sum(weights, axis=1)
+                mixed = product(weights.to(value.dtype), value)
+                before = tl.load(place, whole, 0.0) * kept[:, None]
+                tl.store(place, (before + mixed) / new_sum[:, None], whole)  # line 12
+                tl.store(row_sum + steps, new_sum, real)  # line 13
+                tl.store(row_max + steps, new_max, real)
+        tl.debug_barrier()  # what this block of keys wrote, the next one reads
+
+
+def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """FlashAttention (1) over the cache.
+
+    Args:
+        queries: [batch, heads, tokens, d], float16 or bfloat16.
+        keys, values: [batch, key/value heads, end, d]; d has stride 1.
+        positions: int64 [batch or 1, tokens]: query t sees the slots 0 … positions[t].
+
+    Returns:
+        [batch, heads, tokens, d]
+    """
+    batch, heads, tokens, d = queries.shape
+    shared, end = keys.shape[1:3]
+    queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys, values))
+    block_d = max(16, power_of_2(d))
+    rows, columns = min(64, max(16, power_of_2(tokens))), 64 if block_d <= 128 else 32
+    mixed = queries.new_zeros((batch, heads, tokens, d), dtype=torch.float32)  # line 2
+    row_sum = mixed.new_zeros((batch, heads, tokens))
+    row_max = torch.full_like(row_sum, float("-inf"))
+    _flash_v1[(batch * heads,)](
+        queries,
+        keys,
+        values,
+        mixed,
+        row_sum,
+        row_max,
+        positions,
+        d**-0.5 * _LOG2E,
+        heads,
+        heads // shared,
+        tokens,
+        end,
+        bound(triton.cdiv(end, columns)),
+        bound(triton.cdiv(tokens, rows)),
+        *queries.stride()[:3],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        positions.stride(0) if positions.shape[0] > 1 else 0,
+        D=d,
+        BLOCK_D=block_d,
+        BR=rows,
+        BC=columns,
+        num_warps=4,
+        # One stage: what a program writes to `mixed` it reads again, and a load moved ahead would miss it.
+        num_stages=1,
+    )
+    return mixed.to(queries.dtype)

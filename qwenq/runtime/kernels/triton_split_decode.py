@@ -1,0 +1,193 @@
+"""One new token against a long cache: the slots are split over programs, and a second pass joins the parts.
+
+A decode step has batch × key/value heads to do, far fewer than a GPU has multiprocessors. Flash-decoding
+(Dao, Haziza, Massa, Sizov, 2023) cuts the keys of each head into runs; each yields an output and the
+logarithm of its softmax's denominator, and those are joined exactly. Every order is fixed: the same input
+gives the same bits.
+
+Lengths are read from the device, so that a launch can be captured in a CUDA graph and replayed as rows grow.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwenq.runtime.kernels.triton_math import product
+from qwenq.runtime.kernels.triton_support import multiprocessors, power_of_2
+
+_LOG2E = 1.4426950408889634
+_BLOCK = 64  # slots of one step of the loop
+
+
+@triton.jit
+def _attend_run(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    parts: tl.tensor,
+    logs: tl.tensor,
+    positions: tl.tensor,
+    scale: tl.tensor,
+    shared: tl.tensor,
+    runs: tl.tensor,
+    end: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_slot: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_slot: tl.tensor,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """One run of BLOCK · BLOCKS slots for the GROUP heads that share a key/value head."""
+    run = tl.program_id(0)
+    batch = tl.program_id(1) // shared
+    head = tl.program_id(1) % shared
+    length = tl.minimum(tl.load(positions + batch) + 1, end)
+    if run * (BLOCK * BLOCKS) < length:
+        rows = tl.arange(0, ROWS)
+        features = tl.arange(0, BLOCK_D)
+        inside = features < D
+        whole = (rows < GROUP)[:, None] & inside[None, :]
+        q += batch.to(tl.int64) * q_batch + (head * GROUP) * q_head
+        k += batch.to(tl.int64) * k_batch + head * k_head
+        v += batch.to(tl.int64) * v_batch + head * v_head
+        query = tl.load(q + rows[:, None] * q_head + features[None, :], whole, 0.0)
+        highest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        mixed = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for block in range(BLOCKS):
+            slots = (run * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
+            seen = slots < length
+            read = seen[:, None] & inside[None, :]
+            key = tl.load(k + slots[:, None] * k_slot + features[None, :], read, 0.0)
+            value = tl.load(v + slots[:, None] * v_slot + features[None, :], read, 0.0)
+            if ROWS == 1:  # tensor cores have nothing to do for one row
+                scores = tl.sum(key.to(tl.float32) * query.to(tl.float32), axis=1)[None, :]
+            else:
+                scores = product(query, tl.trans(key))
+            scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+            # The first block of a live run has a slot that is seen, so the maximum is finite from there on.
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_highest[:, None])
+            shrink = tl.exp2(highest - new_highest)
+            total = total * shrink + tl.sum(weights, axis=1)
+            if ROWS == 1:
+                added = tl.sum(tl.trans(weights) * value.to(tl.float32), axis=0)[None, :]
+            else:
+                added = product(weights.to(value.dtype), value)
+            mixed = mixed * shrink[:, None] + added
+            highest = new_highest
+        place = (tl.program_id(1).to(tl.int64) * GROUP + rows) * runs + run  # [batch, head, run]
+        tl.store(parts + place[:, None] * D + features[None, :], mixed / total[:, None], whole)
+        tl.store(logs + place, highest + tl.log2(total), rows < GROUP)
+
+
+@triton.jit
+def _join_runs(
+    parts: tl.tensor,
+    logs: tl.tensor,
+    o: tl.tensor,
+    positions: tl.tensor,
+    heads: tl.tensor,
+    runs: tl.tensor,
+    end: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RUNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+) -> None:
+    """One program joins the runs of one head; what was not written is not read."""
+    head = tl.program_id(0)
+    length = tl.minimum(tl.load(positions + head // heads) + 1, end)
+    number = tl.arange(0, RUNS)
+    features = tl.arange(0, BLOCK_D)
+    live = number * SLOTS < length
+    place = head.to(tl.int64) * runs + number
+    log = tl.load(logs + place, live, float("-inf"))
+    share = tl.exp2(log - tl.max(log, axis=0))
+    part = tl.load(
+        parts + place[:, None] * D + features[None, :], live[:, None] & (features < D)[None, :], 0.0
+    )
+    mixed = tl.sum(part * share[:, None], axis=0) / tl.sum(share, axis=0)
+    tl.store(o + head.to(tl.int64) * D + features, mixed.to(o.dtype.element_ty), features < D)
+
+
+def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Attention of one query per head over the cache.
+
+    Args:
+        queries: [batch, heads, 1, d]. Heads that share keys: float16 or bfloat16; else float32 too.
+        keys, values: [batch, key/value heads, end, d]; d has stride 1.
+        positions: int64 [batch]: row r sees the slots 0 … positions[r], on the device.
+
+    Returns:
+        [batch, heads, 1, d], in the dtype of the queries.
+    """
+    batch, heads, _, d = queries.shape
+    shared, end = keys.shape[1:3]
+    group = heads // shared
+    queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys, values))
+    slots = run_length(end, batch * shared, multiprocessors(queries.device))
+    runs = triton.cdiv(end, slots)
+    block_d = max(16, power_of_2(d))
+    parts = queries.new_empty((batch, heads, runs, d), dtype=torch.float32)
+    logs = parts.new_empty((batch, heads, runs))
+    mixed = queries.new_empty((batch, heads, 1, d))
+    _attend_run[(runs, batch * shared)](
+        queries,
+        keys,
+        values,
+        parts,
+        logs,
+        positions,
+        d**-0.5 * _LOG2E,
+        shared,
+        runs,
+        end,
+        *queries.stride()[:2],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        GROUP=group,
+        ROWS=1 if group == 1 else max(16, power_of_2(group)),
+        D=d,
+        BLOCK_D=block_d,
+        BLOCK=_BLOCK,
+        BLOCKS=slots // _BLOCK,
+        num_warps=4,
+        num_stages=3,
+    )
+    _join_runs[(batch * heads,)](
+        parts,
+        logs,
+        mixed,
+        positions,
+        heads,
+        runs,
+        end,
+        D=d,
+        BLOCK_D=block_d,
+        RUNS=power_of_2(runs),
+        SLOTS=slots,
+        num_warps=4,
+    )
+    return mixed
+
+
+def run_length(end: int, groups: int, processors: int) -> int:
+    """Slots of one run: a power of two from 64 to 1024, such that there are about two programs a processor.
+
+    A power of two, because a kernel is built for each.
+    """
+    wanted = end * groups / (2 * processors)
+    return min(max(power_of_2(int(wanted)), _BLOCK), 1024)
