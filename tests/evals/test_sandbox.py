@@ -199,7 +199,7 @@ def test_harm_is_bounded_and_the_run_goes_on(name: str, outcomes: dict[str, Outc
 
 
 def test_nothing_stays_behind(sandbox: Sandbox) -> None:
-    """Every process of the sandbox goes, sleeping ones too; they are known by the limit that they were given."""
+    """Every process of the sandbox goes, sleeping ones too; they are known by their limit."""
     limit = 0.2 + time.time_ns() % 10**6 / 1e8
     assert outcome(sandbox, "import time\ntime.sleep(10 ** 6)\n", timeout=limit).reason == "timeout"
     deadline = time.monotonic() + 20
