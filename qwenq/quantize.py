@@ -206,7 +206,7 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 
 def _calibration(job: Job) -> CalibrationSet:
     from qwenq.calibration import load_calibration
-    from qwenq.calibration.random_tokens import random_tokens
+    from qwenq.calibration.random_tokens import tokens_for_random_weights
     from qwenq.calibration.sequences import Wanted
     from qwenq.models.random_weights import is_random
     from qwenq.models.tokenizer import load_tokenizer
@@ -217,10 +217,11 @@ def _calibration(job: Job) -> CalibrationSet:
     samples = (128 if on_gpu else 48) if wanted.samples == "auto" else wanted.samples
     longest = int(job.checkpoint.config.get("max_position_embeddings", 2048))
     seq_len = min(2048 if on_gpu else 256, longest) if wanted.seq_len == "auto" else wanted.seq_len
-    if is_random(job.checkpoint.config) and wanted.source == "self":
+    if is_random(job.checkpoint.config) and (saved or wanted.source == "self"):
         job.listener.say("random weights write no text: calibrated on random tokens")
         sizes = Wanted(samples=samples, held_out=wanted.held_out, seq_len=seq_len)
-        return random_tokens(job.decoder.vocabulary, sizes, job.recipe.quantize.seed)
+        seed = job.recipe.quantize.seed
+        return tokens_for_random_weights(wanted.source, job.decoder.vocabulary, sizes, seed)
     label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
     made = load_calibration(
         wanted.source,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ _TEMPLATES = {
     "chat": " (chat template applied)",
     "mixed": " (chat template applied to its conversations)",
     "self": " (text that the model wrote)",
+    "random": " (drawn evenly from the vocabulary)",
 }
 
 
@@ -29,6 +30,10 @@ def calibrate(
     model: Annotated[
         str | None, typer.Argument(help="Model folder or hub id. Nothing: the bundled model.")
     ] = None,
+    weights: Annotated[
+        Literal["stored", "random"],
+        typer.Option(help="random: MODEL is a catalogue name; writes random tokens of its vocabulary."),
+    ] = "stored",
     source: Annotated[
         str,
         typer.Option(
@@ -59,14 +64,18 @@ def calibrate(
     """
     _require_writable_name(out)
     sizes = {"samples": samples, "seq_len": seq_len, "held_out": held_out, "seed": seed}
-    made, tokenizer = _make(model, source, device, split=split, column=column, **sizes)
+    if weights == "random":
+        made, tokenizer = _random(model, source, sizes), None
+    else:
+        made, tokenizer = _make(model, source, device, split=split, column=column, **sizes)
     kept = not force and _is_there_already(made, out)
     if not kept:
         made.save(out)
     if as_json:
         typer.echo(made.manifest.model_dump_json(indent=2))
         return
-    preview = tokenizer.decode(made.tokens[0, : 2 * _PREVIEW].tolist())[:_PREVIEW]
+    first = made.tokens[0, : 2 * _PREVIEW].tolist()
+    preview = tokenizer.decode(first)[:_PREVIEW] if tokenizer else " ".join(map(str, first))[:_PREVIEW]
     typer.echo(_describe(made, out, preview, kept))
 
 
@@ -89,6 +98,29 @@ def _make(model: str | None, source: str, device: str, **options: Any) -> tuple[
             source, checkpoint=checkpoint, tokenizer=tokenizer, device=place, progress=progress, **options
         )
     return made, tokenizer
+
+
+def _random(model: str | None, source: str, sizes: dict[str, Any]) -> CalibrationSet:
+    """Tokens for a model with random weights, which can write no text and has no tokenizer to read one."""
+    from qwenq.calibration.load import DEFAULT_HELD_OUT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
+    from qwenq.calibration.random_tokens import random_tokens
+    from qwenq.calibration.sequences import Wanted
+    from qwenq.models.opening import open_model
+
+    if source != "self":
+        hint = "leave --source out: the tokens are random, too"
+        raise UsageError(
+            "a model with random weights has no tokenizer to read a text", where="--source", hint=hint
+        )
+    checkpoint = open_model(model, "random", sizes["seed"])
+    for notice in checkpoint.notices:
+        typer.echo(notice, err=True)
+    wanted = Wanted(
+        samples=sizes["samples"] or DEFAULT_SAMPLES,
+        held_out=DEFAULT_HELD_OUT if sizes["held_out"] is None else sizes["held_out"],
+        seq_len=sizes["seq_len"] or DEFAULT_SEQ_LEN,
+    )
+    return random_tokens(int(checkpoint.config["vocab_size"]), wanted, sizes["seed"])
 
 
 def _require_writable_name(out: Path) -> None:

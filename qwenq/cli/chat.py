@@ -23,6 +23,7 @@ def chat(
     model: Annotated[
         str | None, typer.Argument(help="Model folder or hub id; the bundled model without it.")
     ] = None,
+    weights: Annotated[Literal["stored", "random"], typer.Option(help="random is refused here.")] = "stored",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that sum to this.")] = 0.8,
@@ -48,6 +49,12 @@ def chat(
     from qwenq.runtime.sampling import Sampling
     from qwenq.runtime.session import Session
 
+    if weights == "random":
+        raise UsageError(
+            "a model with random weights has nothing to say, and no tokenizer to say it with",
+            where="--weights",
+            hint="qwenq profile measures its speed and memory",
+        )
     sampling = Sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
     find_device(device)  # before a download
     resolved = resolve_model(model)

@@ -23,12 +23,20 @@ def convert(
         Literal["v1", "v2"] | None, typer.Option(help="Store GPTQ zero points as v1 (minus one) or v2 does.")
     ] = None,
     max_shard: Annotated[str, typer.Option(help="Most bytes in one file: 5GB, 500MB, 2GiB.")] = "5GB",
+    weights: Annotated[
+        Literal["stored", "random"],
+        typer.Option(help="random: SRC is a catalogue name; writes it with seeded random weights."),
+    ] = "stored",
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights.")] = 0,
 ) -> None:
     """Rewrite a model in another layout.
 
     Qwen v1 as Qwen2, GPTQ zero points v1 ↔ v2, shards of another size.
     """
     shard_bytes = parse_size(max_shard)
+    if weights == "random":
+        _write_random(src, dst, seed, shard_bytes, zeros)
+        return
     from qwenq.convert import convert as run
     from qwenq.models.resolve import resolve_model
     from qwenq.storage import readable_bytes
@@ -42,6 +50,23 @@ def convert(
         typer.echo(f"changed: {change}")
     files = "1 file" if len(done.files) == 1 else f"{len(done.files)} files"
     typer.echo(f"wrote {done.folder}: {done.tensors} tensors, {readable_bytes(done.total_bytes)} in {files}")
+
+
+def _write_random(name: str, dst: Path, seed: int, shard_bytes: int, zeros: str | None) -> None:
+    """A catalogue model on the disk, for whatever wants a folder."""
+    from qwenq.models.random_weights import write_random_checkpoint
+    from qwenq.models.shards import tensor_bytes
+    from qwenq.storage import readable_bytes
+
+    if zeros is not None:
+        hint = "leave --zeros out; `qwenq quantize --weights random` makes a GPTQ model"
+        raise UsageError("random weights are not GPTQ weights", where="--zeros", hint=hint)
+    made = write_random_checkpoint(name, dst, seed, max_bytes=shard_bytes)
+    names = list(made.names())
+    size = readable_bytes(sum(tensor_bytes(made.info(name)) for name in names))
+    typer.echo(
+        f"wrote {dst}: {len(names)} tensors, {size}, random weights (seed {seed}): for speed and memory"
+    )
 
 
 def parse_size(text: str) -> int:
