@@ -6,7 +6,7 @@ from typing import Any
 
 from qwenq.published import PublishedRow, published_of
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured, rank
-from qwenq.reporting.tables import Cell, Layout, Pivot, Table, pivot
+from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, pivot
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import fixed
 from qwenq.results import Row, Value
@@ -65,7 +65,7 @@ def speed_table(collection: Collection, family: str) -> Table | None:
     )
     for row in published_of(family):
         for kind, pair in row.speed.items():
-            if ATTENTION[kind] not in {label for labels, _, _ in made.lines for label in labels}:
+            if ATTENTION[kind] not in {label for line in made.lines for label in line.labels}:
                 continue
             figures = {f"Speed ({n} tokens)": v for n, v in zip((2048, 8192), pair, strict=False)}
             _add_published(made, row, {"FlashAttn": ATTENTION[kind]}, figures, digits=2)
@@ -143,15 +143,8 @@ def _add_published(
     label = f"{PRECISIONS.get(row.precision.lower(), row.precision)}, published"
     cells = {heading: Cell(fixed(digits)(value), value) for heading, value in shown.items()}
     names = [label, *(labels.get(header, "") for header in made.headers[1:])]
-    before = [_rank(line[0][0]) for line in made.lines]
-    place = sum(position <= rank(row.precision.lower()) for position in before)
-    made.lines.insert(place, (names, _with_note(cells, made.columns, note), True))
-
-
-def _with_note(cells: dict[str, Cell], columns: list[str], note: int) -> dict[str, Cell]:
-    """The footnote on the first figure of the line: all of them come from one card."""
-    first = next(heading for heading in columns if heading in cells)
-    return {**cells, first: Cell(cells[first].text, cells[first].value, note=note)}
+    place = sum(_rank(line.labels[0]) <= rank(row.precision.lower()) for line in made.lines)
+    made.lines.insert(place, Draft(names, cells, published=True, note=note))
 
 
 def _rank(label: str) -> int:

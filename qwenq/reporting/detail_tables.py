@@ -38,10 +38,10 @@ def closeness_table(collection: Collection, family: str) -> Table | None:
     sizes = {collection.label(model): nbytes for model, nbytes in model_bytes(collection, family).items()}
     heading = "Weights (MB)"
     write = format_of("size", "bytes")
-    for labels, cells, _ in made.lines:
-        if (nbytes := sizes.get(labels[0])) is not None:
-            cells[heading] = Cell(write(nbytes), nbytes)
-    made.columns += [heading] if any(heading in cells for _, cells, _ in made.lines) else []
+    for line in made.lines:
+        if (nbytes := sizes.get(line.labels[0])) is not None:
+            line.cells[heading] = Cell(write(nbytes), nbytes)
+    made.columns += [heading] if any(heading in line.cells for line in made.lines) else []
     return made.table("closeness", "How near the unquantised model")
 
 

@@ -156,7 +156,7 @@ def _decode(collection: Collection, family: str) -> Figure | None:
         return None
     return Figure(
         "decode", "lines", "Speed of decoding over position", "tokens in the cache", "tokens/s", series,
-        said(rows[0]),
+        f"At {said(rows[0])}.",
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def _memory(collection: Collection, family: str) -> Figure | None:
             series.append(Series(name, tuple(points), f"c{place}"))
     categories = tuple(collection.label(item.row.model) for item in rows)
     return Figure(
-        "memory", "stack", "Memory by part", "GiB", "", tuple(series), said(rows[0]), categories
+        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {said(rows[0])}.", categories
     )  # fmt: skip
 
 

@@ -64,16 +64,16 @@ def render_table(table: Table) -> str:
 
 
 def _cells(line: Line) -> Iterable[str]:
-    shown = [render_cell(cell) for cell in line.cells]
-    return (f"*{text}*" if text and line.published else text for text in shown)
+    return (render_cell(cell, italic=line.published) for cell in line.cells)
 
 
-def render_cell(cell: Cell) -> str:
+def render_cell(cell: Cell, *, italic: bool = False) -> str:
     """A figure with its interval, mark and footnote: ``42.9 (42.1–43.7)\\*¹``."""
     interval = f" ({markdown(cell.low)}–{markdown(cell.high)})" if cell.low is not None else ""
     mark = SIGNIFICANT if cell.mark == "significant" else ""
     note = str(cell.note).translate(SUPERSCRIPT) if cell.note else ""
-    return f"{markdown(cell.text)}{interval}{mark}{note}"
+    text = markdown(cell.text)
+    return f"{f'*{text}*' if italic and text else text}{interval}{mark}{note}"
 
 
 def _below(table: Table) -> Iterator[str]:

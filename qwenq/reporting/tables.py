@@ -122,43 +122,48 @@ class Footnotes:
 
 
 @dataclass
+class Draft:
+    """A line before the table has all its columns; ``note`` is the footnote of its first label."""
+
+    labels: list[str]
+    cells: dict[str, Cell]
+    published: bool = False
+    note: int | None = None
+
+
+@dataclass
 class Pivot:
-    """Rows on their way to a table; lines may be added before it is made.
+    """Rows on their way to a table; lines and columns may be added before it is made.
 
     Attributes:
         headers: of the label columns.
-        columns: (order, heading) of the figure columns.
-        lines: (labels, cells by heading, published).
+        columns: headings of the figure columns, in order.
+        lines: their cells are found by heading.
     """
 
     headers: list[str]
     columns: list[str]
     caption: list[str]
-    lines: list[tuple[list[str], dict[str, Cell], bool]]
+    lines: list[Draft]
     notes: Footnotes
 
     def table(self, key: str, title: str) -> Table:
         """The table: a cell that nothing was measured for is a dash."""
-        made = [
-            Line(
-                (
-                    *(Cell(label, label) for label in labels),
-                    *(cells.get(heading, Cell(MISSING)) for heading in self.columns),
-                ),
-                published,
-            )
-            for labels, cells, published in self.lines
-        ]
-        headers = (*self.headers, *self.columns)
         return Table(
             key,
             title,
-            headers,
+            (*self.headers, *self.columns),
             len(self.headers),
-            tuple(made),
+            tuple(self._line(draft) for draft in self.lines),
             tuple(self.caption),
             tuple(self.notes.sentences),
         )
+
+    def _line(self, draft: Draft) -> Line:
+        first, *others = draft.labels
+        labels = (Cell(first, first, note=draft.note), *(Cell(label, label) for label in others))
+        figures = (draft.cells.get(heading, Cell(MISSING)) for heading in self.columns)
+        return Line((*labels, *figures), draft.published)
 
 
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
@@ -182,7 +187,7 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
         headers=[*titles, "Run"] if by_run else titles,
         columns=list(dict.fromkeys(text for _, text in sorted({layout.column(item) for item in rows}))),
         caption=caption,
-        lines=[(list(where), cells, False) for where, cells in lines.items()],
+        lines=[Draft(list(where), cells) for where, cells in lines.items()],
         notes=notes,
     )
 

@@ -1,0 +1,25 @@
+"""``qwenq report``: run folders in; a model card, a page, and data out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenq.cli.app import app
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of qwenq eval, profile or run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, e.g. reports/NAME.")],
+    title: Annotated[str | None, typer.Option(help="Heading. [default: the models' names]")] = None,
+) -> None:
+    """Write what was measured: the model card's tables, one page to look at, plots, JSON and CSV.
+
+    Reads run folders only: nothing is measured, no model is loaded.
+    """
+    from qwenq.reporting.write import write_report
+
+    typer.echo(write_report(runs, out, title))

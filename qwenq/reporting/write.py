@@ -1,0 +1,66 @@
+"""A report in all its forms, in one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwenq.errors import UsageError
+from qwenq.reporting import export, markdown, page
+from qwenq.reporting.collect import collect
+from qwenq.reporting.plots import write_plot
+from qwenq.reporting.report import make_report
+from qwenq.storage import atomic_write_bytes
+
+
+def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
+    """Read run folders, write ``README.md``, ``index.html``, ``results.json``, ``results.csv`` and ``plots/``.
+
+    Args:
+        runs: run folders.
+        out: the folder to write; what is there is replaced, plots of an earlier report included.
+        title: None: the unquantised models' names.
+
+    Returns:
+        The page.
+
+    Raises:
+        UsageError: a run cannot be read, or ``out`` holds something other than a report.
+        StorageError: the disk refused.
+    """
+    _refuse_foreign(runs, out)
+    collection = collect(runs)
+    report = make_report(collection, title or ", ".join(collection.families))
+    texts = {
+        "results.json": export.json_text(report),
+        "results.csv": export.csv_text(report),
+        "README.md": markdown.render(report),
+        "index.html": page.render(report),
+    }
+    for name, text in texts.items():
+        atomic_write_bytes(out / name, text.encode())
+    plots = [
+        path
+        for section in report.sections
+        for figure in section.figures
+        for path in write_plot(figure, out / markdown.PLOTS / markdown.file_name(section.family, figure.key))
+    ]
+    _forget_others(out / markdown.PLOTS, plots)
+    return out / "index.html"
+
+
+def _refuse_foreign(runs: list[Path], out: Path) -> None:
+    """A report has names that other folders use, too: somebody's README.md must not be overwritten."""
+    if out.resolve() in {run.resolve() for run in runs}:
+        raise UsageError("the report would be mixed with its run", where=out, hint="give --out another folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError("--out is a file", where=out, hint="name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
+        raise UsageError("there are other files than a report", where=out, hint="name a new or empty folder")
+
+
+def _forget_others(folder: Path, plots: list[Path]) -> None:
+    """Plots that an earlier report wrote here, and this one has no data for."""
+    if folder.is_dir():
+        for old in folder.iterdir():
+            if old.suffix in {".png", ".svg"} and old not in plots:
+                old.unlink()
