@@ -16,6 +16,28 @@ from qwenq.errors import UsageError
 
 
 @dataclass(frozen=True)
+class Step:
+    """One decode step: the newest token of every row, over a cache that is arranged for it.
+
+    Attributes:
+        positions: int64 [batch or 1, 1]; 1 when all rows are alike.
+        end: slots 0 … end-1 are read.
+        keys: per layer float32 [batch · heads, d, end], the slots side by side.
+        values: per layer float32 [batch · heads, end, d].
+        key_slots, value_slots: per layer [batch, heads, d], where the new token goes; None: rows differ.
+        mask: float32 [batch · heads, 1, end], -inf behind a row's length; None: no row is shorter.
+    """
+
+    positions: Tensor
+    end: int
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    key_slots: Sequence[Tensor] | None
+    value_slots: Sequence[Tensor] | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
 class Span:
     """Where one forward pass writes, and what its queries may see.
 
@@ -64,6 +86,8 @@ class KVCache:
     ) -> None:
         self.lengths = [0] * batch
         self.alphas = [1] * batch
+        self._dtype = dtype
+        self._arranged: tuple[Tensor, Tensor] | None = None
         # Zeros, because a masked NaN would still poison the sum over values.
         shape = (batch, heads, capacity, head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
@@ -94,6 +118,9 @@ class KVCache:
 
     def reserve(self, capacity: int) -> None:
         """Make room for at least ``capacity`` tokens in each row; what is there stays."""
+        if self.capacity >= capacity:
+            return
+        self._arrange_plainly()
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 if old.shape[2] >= capacity:
@@ -132,8 +159,8 @@ class KVCache:
         if held > capacity:
             raise UsageError(f"{held} tokens do not fit into a cache of {capacity}")
         heads, head_dim = self.keys[0].shape[1], self.keys[0].shape[3]
-        device, dtype = self.keys[0].device, self.keys[0].dtype
-        copy = KVCache(len(self.keys), len(rows), heads, capacity, head_dim, device, dtype)
+        device = self.keys[0].device
+        copy = KVCache(len(self.keys), len(rows), heads, capacity, head_dim, device, self._dtype)
         copy.lengths, copy.alphas = lengths, [self.alphas[row] for row in rows]
         copy._copy_rows(range(len(rows)), self, rows, held)
         return copy
@@ -168,6 +195,44 @@ class KVCache:
             )
         return self.take([0] * batch, capacity)
 
+    def _refuse_more_than(self, end: int) -> None:
+        if end > self.capacity:
+            raise UsageError(
+                f"{end} tokens do not fit into a cache of {self.capacity}",
+                hint="shorten the prompt or ask for fewer new tokens",
+            )
+
+    def _arrange_for_steps(self) -> tuple[Tensor, Tensor]:
+        """Keys [layers, batch, heads, d, slots], values [..., slots, d]; ``keys``, ``values`` view them."""
+        if self._arranged is None:
+            batch, heads, capacity, d = self.keys[0].shape
+            # Rows of keys that lie a power of two apart would share few lines of the processor's cache.
+            slots = -(-capacity // 16) * 16 + 16
+            keys = torch.zeros(len(self.keys), batch, heads, d, slots)
+            values = torch.zeros(len(self.keys), batch, heads, slots, d)
+            new_keys = [layer.transpose(-1, -2)[:, :, :capacity] for layer in keys.unbind(0)]
+            new_values = [layer[:, :, :capacity] for layer in values.unbind(0)]
+            self._move_to(new_keys, new_values)
+            self._arranged = keys, values
+        return self._arranged
+
+    def _arrange_plainly(self) -> None:
+        """Back to one [batch, heads, capacity, d] per layer, in the dtype of the activations."""
+        if self._arranged is not None:
+            shape = self.keys[0].shape
+            self._move_to(
+                [torch.zeros(shape, dtype=self._dtype) for _ in self.keys],
+                [torch.zeros(shape, dtype=self._dtype) for _ in self.values],
+            )
+            self._arranged = None
+
+    def _move_to(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        held = max(self.lengths)
+        for old, new in ((self.keys, keys), (self.values, values)):
+            for source, target in zip(old, new, strict=True):
+                target[:, :, :held] = source[:, :, :held]
+        self.keys, self.values = keys, values
+
     def _check_rows(self, rows: Sequence[int]) -> None:
         if wrong := [row for row in rows if not 0 <= row < self.batch]:
             raise UsageError(f"a cache of {self.batch} rows has no row {wrong[0]}")
@@ -185,12 +250,9 @@ class KVCache:
         Raises:
             UsageError: a row would become longer than the capacity.
         """
+        self._arrange_plainly()
         tokens, ends = max(counts), [old + new for old, new in zip(self.lengths, counts, strict=True)]
-        if max(ends) > self.capacity:
-            raise UsageError(
-                f"{max(ends)} tokens do not fit into a cache of {self.capacity}",
-                hint="shorten the prompt or ask for fewer new tokens",
-            )
+        self._refuse_more_than(max(ends))
         device, first = self.keys[0].device, self.lengths[0]
         from_zero = not any(self.lengths)
         if len(set(self.lengths)) == 1 and len(set(counts)) == 1:
@@ -215,6 +277,49 @@ class KVCache:
             stored_keys[span.rows, :, slots] = keys[span.rows, :, span.steps]  # [written, heads, d]
             stored_values[span.rows, :, slots] = values[span.rows, :, span.steps]
         return stored_keys[:, :, : span.end], stored_values[:, :, : span.end]
+
+    def step(self) -> Step:
+        """Plan a decode step on the CPU: one new token in every row.
+
+        Such a step reads everything and multiplies little, so keys and values are brought, once, to the form
+        in which reading is fastest: keys transposed, as their product with a query runs over slots; float32,
+        as products of so few rows are slower in bfloat16 on a CPU, and scores keep their precision.
+
+        Raises:
+            UsageError: a row is full.
+        """
+        end = max(self.lengths) + 1
+        self._refuse_more_than(end)
+        keys, values = self._arrange_for_steps()
+        layers, batch, heads, d, slots = keys.shape
+        key_slots = value_slots = mask = None
+        if min(self.lengths) == end - 1:
+            positions = torch.tensor([[end - 1]])
+            key_slots, value_slots = keys[..., end - 1].unbind(0), values[..., end - 1, :].unbind(0)
+        else:
+            positions = torch.tensor(self.lengths).unsqueeze(1)
+            behind = torch.arange(end) > positions  # [batch, end]
+            mask = torch.zeros(behind.shape).masked_fill_(behind, float("-inf"))
+            mask = mask.repeat_interleave(heads, dim=0).unsqueeze(1)
+        return Step(
+            positions,
+            end,
+            keys.view(layers, batch * heads, d, slots)[..., :end].unbind(0),
+            values.view(layers, batch * heads, slots, d)[:, :, :end].unbind(0),
+            key_slots,
+            value_slots,
+            mask,
+        )
+
+    def write_step(self, layer: int, keys: Tensor, values: Tensor, step: Step) -> None:
+        """Put the new token of each row, float32 [batch, heads, d], into a layer's slots."""
+        if step.key_slots is not None and step.value_slots is not None:
+            step.key_slots[layer].copy_(keys)
+            step.value_slots[layer].copy_(values)
+        else:
+            rows, slots = torch.arange(self.batch), step.positions[:, 0]
+            self.keys[layer][rows, :, slots] = keys
+            self.values[layer][rows, :, slots] = values
 
     def advance(self, counts: Sequence[int]) -> None:
         """Count the tokens in, once all layers have written them."""

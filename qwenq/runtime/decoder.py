@@ -15,7 +15,9 @@ from torch.nn.functional import embedding, rms_norm, silu
 
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
+from qwenq.runtime.attention.grouped_decode import GroupedDecode
 from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.decode_step import DecodeStep
 from qwenq.runtime.kernels.base import Kernel
 from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.linear import Dense, float32_logits
@@ -84,6 +86,7 @@ class Decoder:
         self.head: Kernel = Dense(self.embedding) if checkpoint.tied else weights.linear("lm_head")
         if head == "int8":
             self.head = Int8Head.of(self.head)
+        self._step = DecodeStep(self) if isinstance(attention, GroupedDecode) else None
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
@@ -104,8 +107,10 @@ class Decoder:
         Raises:
             UsageError: the tokens do not fit into the cache.
         """
-        span = cache.span(counts)
         self._fix_alphas(counts, cache)
+        if self._step is not None and ids.shape[1] == 1:
+            return self._step(ids[:, 0], cache).unsqueeze(1)
+        span = cache.span(counts)
         rotation = self.rope.at(span.positions, cache.alphas, span.end)
         query_scales = self._query_scales(span)
         x = embedding(ids, self.embedding)

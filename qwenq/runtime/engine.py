@@ -243,7 +243,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     engine: str = "fast",
     kernel: str = "auto",
-    attention: str = "sdpa",
+    attention: str = "auto",
     head: str = "as-is",
     real_vocab: int | None = None,
 ) -> Engine:
@@ -255,7 +255,7 @@ def load(
         dtype: ``auto`` (bfloat16 where the device has it, see ``compute_dtype``), or a name in DTYPES.
         engine: ``fast`` (the lean decoder) or ``transformers``.
         kernel: what multiplies quantised weights, see ``kernels.table``; ``auto``: the fastest that can.
-        attention: see ``attention_backend``.
+        attention: see ``attention_backend``; ``auto``: ``grouped`` on a CPU with the fast engine, else ``sdpa``.
         head: ``as-is``, or ``int8``: the output head rounded to 8 bits (fast engine, CPU, bfloat16).
         real_vocab: never sample ids from here on; None: as the config says.
 
@@ -272,6 +272,8 @@ def load(
         )
     place = find_device(device)
     number = find_dtype(dtype, place)
+    if attention == "auto":
+        attention = "grouped" if engine == "fast" and place.type == "cpu" else "sdpa"
     backend = attention_backend(attention, place, number)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if engine == "transformers":

@@ -10,6 +10,7 @@ import torch
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.attention.best import Best
 from qwenq.runtime.attention.flash import flash_v1_package, flash_v2
+from qwenq.runtime.attention.grouped_decode import grouped
 from qwenq.runtime.attention.ours import flash_v1_ours, split
 from qwenq.runtime.attention.plain import Attention, Off, Sdpa
 
@@ -34,6 +35,7 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
     Args:
         name: ``v2`` (FlashAttention-2), ``v1`` (FlashAttention), ``off`` (no fused kernel), ``sdpa``
             (whatever torch picks), ``split`` (``sdpa``, decode steps with the cache split over programs),
+            ``grouped`` (``sdpa``, decode steps laid out for a CPU),
             ``best`` (the fastest of these, measured now).
         device, dtype: of queries, keys and values.
 
@@ -91,5 +93,6 @@ _BUILDERS: dict[str, Callable[[torch.device, torch.dtype], Attention]] = {
     "off": _off,
     "sdpa": _sdpa,
     "split": split,
+    "grouped": grouped,
 }
 BACKENDS = (*_BUILDERS, "best")

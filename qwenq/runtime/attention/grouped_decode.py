@@ -1,0 +1,77 @@
+"""Attention of decode steps on a CPU: one batched product per group of heads, over keys kept transposed.
+
+Query heads that share a key/value head are rows of one product, so no key is read twice. `DecodeStep` has
+a cache arranged for it (see ``KVCache.step``); over any other cache it has to be brought to that form first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import UnsupportedError
+from qwenq.runtime.attention.plain import attend
+from qwenq.runtime.cache import Span
+
+
+class GroupedDecode:
+    """torch's SDPA for prompts; for the one query of a decode step, products in float32."""
+
+    name = "grouped"
+
+    def __init__(self) -> None:
+        self.implementation = (
+            f"decode: batched products by key/value head in float32; "
+            f"prompts: torch {torch.__version__} scaled_dot_product_attention"
+        )
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """See `Attention`."""
+        batch, heads, tokens, d = queries.shape
+        if tokens > 1:
+            return attend(queries, keys, values, span)
+        shared, end = keys.shape[1:3]
+        mask = None
+        if span.mask is not None:
+            hidden = ~span.mask.expand(batch, shared, 1, end).reshape(batch * shared, 1, end)
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        grouped = (queries.float() * d**-0.5).reshape(batch * shared, heads // shared, d)
+        mixed = mix(
+            grouped,
+            keys.float().reshape(batch * shared, end, d).transpose(1, 2),
+            values.float().reshape(batch * shared, end, d),
+            mask,
+        )
+        return mixed.view(batch, heads, 1, d).to(queries.dtype)
+
+
+def mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of one step, all float32.
+
+    Args:
+        queries: [batch · key/value heads, heads of a group, d], scaled.
+        keys: [batch · key/value heads, d, end].
+        values: [batch · key/value heads, end, d].
+        mask: [batch · key/value heads, 1, end], added to the scores; None: everything is seen.
+
+    Returns:
+        [batch · key/value heads, heads of a group, d].
+    """
+    scores = torch.bmm(queries, keys) if mask is None else torch.baddbmm(mask, queries, keys)
+    return torch.bmm(torch.softmax(scores, dim=-1), values)
+
+
+def grouped(device: torch.device, dtype: torch.dtype) -> GroupedDecode:
+    """The backend, on a CPU.
+
+    Raises:
+        UnsupportedError: on a GPU.
+    """
+    del dtype
+    if device.type != "cpu":
+        raise UnsupportedError(
+            f"attention grouped: it is laid out for a CPU, and this is a {device.type}",
+            where="--attention grouped",
+            hint="use --attention split, v2 or sdpa",
+        )
+    return GroupedDecode()
