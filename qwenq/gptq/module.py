@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +15,9 @@ from qwenq.gptq.drift import drifted_target
 from qwenq.gptq.grid import Grid
 from qwenq.gptq.refine import descend, refit_scales
 from qwenq.gptq.scales import ScaleSearch, search_grid
-from qwenq.gptq.solver import act_order, gptq, output_error
+from qwenq.gptq.solver import Rounded, act_order, gptq, output_error
 
+MEASURED_ROWS = 256  # evenly spread output rows on which the solver's own figure is checked
 SLACK = 1e-6  # of the output's energy: float32 cannot tell two errors apart that are nearer than this
 
 
@@ -87,20 +89,21 @@ def quantise_group(
     grid = search_grid(
         W, hessian.H.diagonal(), settings.bits, size, sym=settings.sym, search=settings.scale_search
     )
-    integers = gptq(W, hessian.U, grid, hessian.order)
+    rounded = gptq(W, hessian.U, grid, hessian.order)
     if settings.refine:
-        grid, integers = _refine(W, integers, grid, hessian)
-    return _split(weights, W, integers, grid, hessian, settings)
+        grid, rounded = _refine(W, rounded.integers, grid, hessian)
+    return _split(weights, W, rounded, grid, hessian, settings)
 
 
-def _refine(W: Tensor, integers: Tensor, grid: Grid, hessian: Damped) -> tuple[Grid, Tensor]:
+def _refine(W: Tensor, integers: Tensor, grid: Grid, hessian: Damped) -> tuple[Grid, Rounded]:
     grid = refit_scales(W, integers, grid, hessian.H)
     integers = descend(W, integers, grid, hessian.H, hessian.order)
-    return refit_scales(W, integers, grid, hessian.H), integers
+    grid = refit_scales(W, integers, grid, hessian.H)
+    return grid, Rounded(integers, output_error(W, grid.values(integers), hessian.H))
 
 
 def _split(
-    weights: dict[str, Tensor], W: Tensor, integers: Tensor, grid: Grid, hessian: Damped, settings: Settings
+    weights: dict[str, Tensor], W: Tensor, rounded: Rounded, grid: Grid, hessian: Damped, settings: Settings
 ) -> dict[str, QuantisedLinear]:
     """One result per linear, each held against round-to-nearest."""
     results, start = {}, 0
@@ -108,21 +111,30 @@ def _split(
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
         part = Grid(grid.bits, grid.group_size, grid.scales[rows], grid.zeros[rows])
-        stats = _stats(W[rows], integers[rows], part, hessian, sym=settings.sym)
+        of_part = Rounded(rounded.integers[rows], rounded.errors[rows])
+        stats = _stats(W[rows], of_part, part, hessian, sym=settings.sym)
         if not stats.error <= stats.rtn_error + SLACK:  # also when it is NaN
             raise QuantisationError(
                 f"GPTQ's error {stats.error:.3g} is above round-to-nearest's {stats.rtn_error:.3g}",
                 where=name,
                 hint="this is a defect, or calibration text that says too little: try more of it",
             )
-        results[name] = QuantisedLinear(integers[rows], part, stats)
+        results[name] = QuantisedLinear(of_part.integers, part, stats)
     return results
 
 
-def _stats(W: Tensor, integers: Tensor, grid: Grid, hessian: Damped, *, sym: bool) -> ModuleStats:
-    """Errors of one linear over all of its rows."""
-    plain = search_grid(W, hessian.H.diagonal(), grid.bits, grid.group_size, sym=sym, search="none")
-    energy = float(output_error(W, torch.zeros_like(W), hessian.H).sum()) or 1.0
-    error = float(output_error(W, grid.values(integers), hessian.H).sum())
-    rtn_error = float(output_error(W, plain.values(plain.integers(W)), hessian.H).sum())
+def _stats(W: Tensor, rounded: Rounded, grid: Grid, hessian: Damped, *, sym: bool) -> ModuleStats:
+    """Errors of one linear over all of its rows.
+
+    GPTQ's is what the solver summed up on its way, corrected by what the integers that it returned cost on
+    MEASURED_ROWS rows, so that wrong integers show. These rows also stand for the energy.
+    """
+    H, rows = hessian.H, W.shape[0]
+    some = slice(None, None, math.ceil(rows / MEASURED_ROWS))
+    Q = Grid(grid.bits, grid.group_size, grid.scales[some], grid.zeros[some]).values(rounded.integers[some])
+    gap = output_error(W[some], Q, H) - rounded.errors[some]
+    error = float(rounded.errors.sum() + gap.mean() * rows)
+    energy = float(output_error(W[some], torch.zeros_like(Q), H).mean() * rows) or 1.0
+    plain = search_grid(W, H.diagonal(), grid.bits, grid.group_size, sym=sym, search="none")
+    rtn_error = float(output_error(W, plain.values(plain.integers(W)), H).sum())
     return ModuleStats(error / energy, rtn_error / energy, hessian.damp, hessian.dead)

@@ -9,17 +9,21 @@ each integer to the best value given all others (cyclic coordinate descent, Quan
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from qwenq.gptq.grid import Grid, storable
-from qwenq.gptq.solver import BLOCK
+from qwenq.gptq.solver import BLOCK, output_error
 
 RIDGE = 1e-6  # of the mean diagonal: keeps the small systems solvable when a group's integers are all zero
 
 
 def refit_scales(W: Tensor, integers: Tensor, grid: Grid, H: Tensor) -> Grid:
     """The scales that minimise the objective for fixed integers: one groups × groups system per row.
+
+    They are rounded to float16, as they are stored: a row that this leaves worse than before keeps its scales.
 
     Args:
         W: [rows, in] float32.
@@ -40,7 +44,9 @@ def refit_scales(W: Tensor, integers: Tensor, grid: Grid, H: Tensor) -> Grid:
     diagonal += RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(W.dtype).tiny
     scales, _ = torch.linalg.solve_ex(left, right)
     scales = torch.where(torch.isfinite(scales) & (scales != 0), scales, grid.scales)
-    return Grid(grid.bits, size, storable(scales), grid.zeros)
+    refitted = Grid(grid.bits, size, storable(scales), grid.zeros)
+    before, after = (output_error(W, each.values(integers), H) for each in (grid, refitted))
+    return replace(refitted, scales=torch.where((after < before)[:, None], refitted.scales, grid.scales))
 
 
 def descend(W: Tensor, integers: Tensor, grid: Grid, H: Tensor, order: Tensor, block: int = BLOCK) -> Tensor:

@@ -6,6 +6,8 @@ contiguous, and the rank-1 update touches whole cache lines.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,20 @@ def _invert_lower(L: Tensor) -> None:
         )
 
 
-def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: int = BLOCK) -> Tensor:
+class Rounded(NamedTuple):
+    """Integers, and what they cost.
+
+    Attributes:
+        integers: [rows, in] uint8, natural column order.
+        errors: [rows], the same figure as ``output_error``, for nothing: with H⁻¹ = Uᵀ U the rounding errors
+            E that were pushed on satisfy W − Q = E U, so (W − Q) H (W − Q)ᵀ = E Eᵀ.
+    """
+
+    integers: Tensor
+    errors: Tensor
+
+
+def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: int = BLOCK) -> Rounded:
     """Round W column by column, pushing each column's error onto the columns not yet rounded.
 
     Args:
@@ -64,9 +79,6 @@ def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: i
         grid: scales and zeros in natural column order (static groups: fixed before the first column).
         order: [in] int64, the columns in the order in which they are rounded; None is natural order.
         block: columns per lazy update.
-
-    Returns:
-        [rows, in] uint8 integers in natural column order.
     """
     rows, width = W.shape
     order = torch.arange(width, device=W.device) if order is None else order
@@ -76,6 +88,7 @@ def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: i
     work = W.T[order]  # [in, rows]
     integers = torch.empty(width, rows, dtype=torch.uint8, device=W.device)
     diagonal = U.diagonal().tolist()
+    cost = torch.zeros(rows, dtype=W.dtype, device=W.device)
     for start in range(0, width, block):
         end = min(start + block, width)
         errors = torch.empty(end - start, rows, dtype=W.dtype, device=W.device)
@@ -92,9 +105,10 @@ def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: i
             (work[start:end] / scales[places]).add_(zeros[places]).round_().clamp_(0, grid.levels)
         )
         work[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)  # and beyond it, once per block
+        cost += errors.square_().sum(0)
     natural = torch.empty_like(integers)
     natural[order] = integers
-    return natural.T.contiguous()
+    return Rounded(natural.T.contiguous(), cost / 2)
 
 
 def act_order(H: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from problems import problem, usual
 from qwenq.errors import QuantisationError
 from qwenq.gptq import module
 from qwenq.gptq.module import quantise_group
+from qwenq.gptq.solver import Rounded
 
 USUAL = usual()
 
@@ -65,10 +66,10 @@ def test_the_assertion_fires_when_a_module_is_worse_than_rounding(monkeypatch: p
     """Were the solver to return rubbish for one linear of a group, that one is named."""
     solve = module.gptq
 
-    def rubbish(W: torch.Tensor, *rest: object) -> torch.Tensor:
-        integers = solve(W, *rest)  # type: ignore[arg-type]
-        integers[32:] = 15 - integers[32:]
-        return integers
+    def rubbish(W: torch.Tensor, *rest: object) -> Rounded:
+        rounded = solve(W, *rest)  # type: ignore[arg-type]
+        rounded.integers[32:] = 15 - rounded.integers[32:]
+        return rounded
 
     monkeypatch.setattr(module, "gptq", rubbish)
     weights, H, _ = layer()
@@ -79,8 +80,8 @@ def test_the_assertion_fires_when_a_module_is_worse_than_rounding(monkeypatch: p
 
 
 def test_the_assertion_fires_on_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(*_: object, **__: object) -> torch.Tensor:
-        return torch.full((48,), torch.nan)
+    def nothing(W: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.full((W.shape[0],), torch.nan)
 
     monkeypatch.setattr(module, "output_error", nothing)
     weights, H, _ = layer()

@@ -21,7 +21,9 @@ def start(
     hessian = damped(given.H, 0.01, act_order(given.H))
     search = "none" if nearest else "hessian"
     grid = search_grid(given.W, hessian.H.diagonal(), bits, size, sym=sym, search=search)
-    integers = grid.integers(given.W).byte() if nearest else gptq(given.W, hessian.U, grid, hessian.order)
+    integers = (
+        grid.integers(given.W).byte() if nearest else gptq(given.W, hessian.U, grid, hessian.order).integers
+    )
     return given.W, hessian, grid, integers
 
 
@@ -44,7 +46,7 @@ def test_refitting_never_raises_the_objective(
     before = output_error(W, grid.values(integers), hessian.H)
     refitted = refit_scales(W, integers, grid, hessian.H)
     after = output_error(W, refitted.values(integers), hessian.H)
-    assert float(after.sum()) <= float(before.sum()) * ROUNDING
+    assert (after <= before).all()
     assert torch.equal(refitted.zeros, grid.zeros)
     assert torch.equal(refitted.scales.half().float(), refitted.scales)
 

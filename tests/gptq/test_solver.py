@@ -23,7 +23,7 @@ def both(
     order = act_order(H) if reorder else torch.arange(H.shape[0])
     U, failed = inverse_factor(H[order][:, order])
     assert failed == 0
-    fast = gptq(given.W, U, grid, order, block)
+    fast = gptq(given.W, U, grid, order, block).integers
     slow, rounded = algorithm_1(given.W, H, grid.scales, grid.zeros, grid.bits, order, block)
     return fast, slow, rounded, order
 
@@ -70,18 +70,31 @@ def test_the_result_does_not_depend_on_the_block(block: int) -> None:
     assert torch.equal(fast.double(), slow)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_the_errors_on_the_way_are_the_output_errors(dtype: torch.dtype, rtol: float) -> None:
+    given = problem(4, width=192, dtype=dtype)
+    H = damp(given.H)
+    grid = search_grid(given.W.float(), H.diagonal().float(), 4, 64, sym=True, search="hessian")
+    order = act_order(H)
+    U, _ = inverse_factor(H, order)
+    rounded = gptq(given.W, U, grid, order)
+    exact = output_error(given.W, grid.values(rounded.integers).to(dtype), H)
+    torch.testing.assert_close(rounded.errors, exact, rtol=rtol, atol=0)
+
+
 def test_without_an_order_it_is_the_natural_one() -> None:
     given = problem(5)
     grid = search_grid(given.W, given.H.diagonal(), 4, 32, sym=True, search="none")
     U, _ = inverse_factor(damp(given.H))
-    assert torch.equal(gptq(given.W, U, grid), gptq(given.W, U, grid, torch.arange(64)))
+    natural = gptq(given.W, U, grid, torch.arange(64)).integers
+    assert torch.equal(gptq(given.W, U, grid).integers, natural)
 
 
 def test_with_uncorrelated_inputs_it_is_rounding_to_nearest() -> None:
     given = problem(1)
     grid = search_grid(given.W, torch.ones(64), 4, 32, sym=True, search="none")
     U, _ = inverse_factor(torch.eye(64) * 3)
-    assert torch.equal(gptq(given.W, U, grid).float(), grid.integers(given.W))
+    assert torch.equal(gptq(given.W, U, grid).integers.float(), grid.integers(given.W))
 
 
 def test_it_beats_rounding_to_nearest_by_far_on_correlated_inputs() -> None:
@@ -89,7 +102,7 @@ def test_it_beats_rounding_to_nearest_by_far_on_correlated_inputs() -> None:
     H = damp(given.H)
     grid = search_grid(given.W, H.diagonal(), 4, 32, sym=True, search="none")
     U, _ = inverse_factor(H)
-    solved = output_error(given.W, grid.values(gptq(given.W, U, grid)), H).sum()
+    solved = output_error(given.W, grid.values(gptq(given.W, U, grid).integers), H).sum()
     nearest = output_error(given.W, grid.values(grid.integers(given.W)), H).sum()
     assert solved < 0.7 * nearest
 
@@ -103,6 +116,17 @@ def test_the_factor_is_upper_triangular_and_squares_to_the_inverse(seed: int, wi
     assert torch.equal(U, U.triu())
     assert (U.diagonal() > 0).all()
     torch.testing.assert_close(U.T @ U @ H, torch.eye(width, dtype=torch.float64), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 700])
+def test_the_factor_of_a_reordered_matrix_over_several_panels(width: int) -> None:
+    H = damp(problem(2, width=width, tokens=900, dtype=torch.float64).H)
+    order = act_order(H)
+    U, failed = inverse_factor(H, order)
+    assert failed == 0
+    expected, _ = inverse_factor(H[order][:, order])
+    assert torch.equal(U, expected)
+    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H[order][:, order]), rtol=1e-7, atol=1e-9)
 
 
 def test_a_matrix_that_is_not_positive_definite_fails_with_a_code() -> None:
