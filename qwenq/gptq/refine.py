@@ -23,7 +23,7 @@ RIDGE = 1e-6  # of the mean diagonal: keeps the small systems solvable when a gr
 def refit_scales(W: Tensor, integers: Tensor, grid: Grid, H: Tensor) -> Grid:
     """The scales that minimise the objective for fixed integers: one groups × groups system per row.
 
-    They are rounded to float16, as they are stored: a row that this leaves worse than before keeps its scales.
+    They are rounded to float16, as they are stored; a row that this leaves worse off keeps its scales.
 
     Args:
         W: [rows, in] float32.
