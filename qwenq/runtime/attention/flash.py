@@ -129,16 +129,16 @@ def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
     where = f"--attention {name}"
     if dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedError(
-            f"attention {name}: FlashAttention computes in float16 and bfloat16, not in "
+            f"attention {name}: its kernels compute in float16 and bfloat16, not in "
             f"{str(dtype).removeprefix('torch.')}",
             where=where,
             hint="use --dtype bfloat16, or --attention off",
         )
     if device.type != "cuda":
         raise UnsupportedError(
-            f"attention {name}: FlashAttention is a GPU algorithm, and this is a {device.type}",
+            f"attention {name}: it is made for NVIDIA GPUs, and this is a {device.type}",
             where=where,
-            hint="use --attention sdpa (on a CPU torch picks a kernel that tiles in the same way) or off",
+            hint="use --attention sdpa (on a CPU torch has a kernel that tiles in the same way) or off",
         )
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:

@@ -17,10 +17,8 @@ from qwenq.models.packing import PackedLinear, has_trivial_g_idx, pack, unpack_z
 from qwenq.runtime.kernels.base import Need, grouped
 from qwenq.runtime.kernels.triton_support import why_not_triton
 
-FEW_ROWS = 4
-"""Up to so many rows, multiply-adds keep up with the memory."""
 SOME_ROWS = 16
-"""Up to so many, tensor cores over words that are unpacked on the way; above, the weight is unpacked whole."""
+"""Up to so many rows, tensor cores over words unpacked on the way; above, the weight is unpacked whole."""
 
 
 class TritonInt4:
@@ -73,7 +71,7 @@ class TritonInt4:
         if self._order is not None:
             rows = rows[:, self._order]
         weight = (self._words, self._scales, self._zeros, self._bits)
-        if len(rows) <= FEW_ROWS:
+        if len(rows) == 1:
             y = triton_gptq_gemv.multiply(rows, *weight)
         elif len(rows) <= SOME_ROWS:
             y = triton_gptq_dot.multiply(rows, *weight)

@@ -1,4 +1,4 @@
-"""Five to sixteen rows times packed integers: tensor cores, over words that are unpacked on their way.
+"""Two to sixteen rows times packed integers: tensor cores, over words that are unpacked on their way.
 
 Integers less their zero point are exact in bfloat16 and float16 (they are at most 255 in size), so each
 group is summed in float32 and scaled there: no weight is rounded.
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenq.runtime.kernels.triton_gptq_gemv import EXPONENT
 from qwenq.runtime.kernels.triton_math import product
 from qwenq.runtime.kernels.triton_support import multiprocessors
 
@@ -28,6 +29,7 @@ def _dot(
     rows: tl.tensor,
     outputs: tl.tensor,
     x_row: tl.tensor,
+    exponent: tl.tensor,
     WORDS: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
     BITS: tl.constexpr,
@@ -59,16 +61,18 @@ def _dot(
         real = (out < outputs) & (first < WORDS)
         scale = tl.load(scales + place, real, 0.0).to(tl.float32)
         if SYMMETRIC:
-            zero = tl.full([BLOCK_OUT], 1 << (BITS - 1), tl.int32)
+            offset = tl.full([BLOCK_OUT], 8388608.0 + (1 << (BITS - 1)), tl.float32)
         else:
-            zero = tl.load(zeros + place, real, 0).to(tl.int32)
+            offset = 8388608.0 + tl.load(zeros + place, real, 0).to(tl.float32)
         part = tl.zeros([16, BLOCK_OUT], tl.float32)
         for turn in tl.static_range(PER_WORD // REPEAT):
             field = turn * REPEAT + inner % REPEAT
-            number = ((packed >> (field * BITS)[:, None]) & MASK) - zero[None, :]
+            # A field below the exponent of 2^23 reads 2^23 + q, see triton_gptq_gemv; a conversion is slower.
+            number = ((packed >> (field * BITS)[:, None]) & MASK) | exponent
+            number = number.to(tl.float32, bitcast=True) - offset[None, :]
             given = (row < rows)[:, None] & here[None, :]
             activation = tl.load(x + row[:, None] * x_row + (word * PER_WORD + field)[None, :], given, 0.0)
-            part += product(activation, number.to(tl.float32).to(activation.dtype))
+            part += product(activation, number.to(activation.dtype))
         sums += part * scale[None, :]
     place = y + (split * rows + row[:, None]) * outputs + out[None, :]
     tl.store(place, sums.to(y.dtype.element_ty), (row < rows)[:, None] & (out < outputs)[None, :])
@@ -99,6 +103,7 @@ def multiply(rows: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, 
         count,
         outputs,
         rows.stride(0),
+        EXPONENT,
         WORDS=words.shape[0],
         GROUP_WORDS=group_words,
         BITS=bits,

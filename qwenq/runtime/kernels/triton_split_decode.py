@@ -48,6 +48,7 @@ def _attend_run(
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """One run of BLOCK · BLOCKS slots for the GROUP heads that share a key/value head."""
     run = tl.program_id(0)
@@ -66,27 +67,20 @@ def _attend_run(
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         mixed = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for block in range(BLOCKS):
+        for block in tl.range(0, BLOCKS, num_stages=STAGES):
             slots = (run * BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
             seen = slots < length
             read = seen[:, None] & inside[None, :]
             key = tl.load(k + slots[:, None] * k_slot + features[None, :], read, 0.0)
             value = tl.load(v + slots[:, None] * v_slot + features[None, :], read, 0.0)
-            if ROWS == 1:  # tensor cores have nothing to do for one row
-                scores = tl.sum(key.to(tl.float32) * query.to(tl.float32), axis=1)[None, :]
-            else:
-                scores = product(query, tl.trans(key))
-            scores = tl.where(seen[None, :], scores * scale, float("-inf"))
+            scores = product(query, tl.trans(key)) * scale  # units of log2
+            scores = tl.where(seen[None, :], scores, float("-inf"))
             # The first block of a live run has a slot that is seen, so the maximum is finite from there on.
             new_highest = tl.maximum(highest, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_highest[:, None])
             shrink = tl.exp2(highest - new_highest)
             total = total * shrink + tl.sum(weights, axis=1)
-            if ROWS == 1:
-                added = tl.sum(tl.trans(weights) * value.to(tl.float32), axis=0)[None, :]
-            else:
-                added = product(weights.to(value.dtype), value)
-            mixed = mixed * shrink[:, None] + added
+            mixed = mixed * shrink[:, None] + product(weights.to(value.dtype), value)
             highest = new_highest
         place = (tl.program_id(1).to(tl.int64) * GROUP + rows) * runs + run  # [batch, head, run]
         tl.store(parts + place[:, None] * D + features[None, :], mixed / total[:, None], whole)
@@ -127,7 +121,7 @@ def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
     """Attention of one query per head over the cache.
 
     Args:
-        queries: [batch, heads, 1, d]. Heads that share keys: float16 or bfloat16; else float32 too.
+        queries: [batch, heads, 1, d], float16 or bfloat16.
         keys, values: [batch, key/value heads, end, d]; d has stride 1.
         positions: int64 [batch]: row r sees the slots 0 … positions[r], on the device.
 
@@ -159,13 +153,13 @@ def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
         *keys.stride()[:3],
         *values.stride()[:3],
         GROUP=group,
-        ROWS=1 if group == 1 else max(16, power_of_2(group)),
+        ROWS=max(16, power_of_2(group)),  # the fewest that tensor cores take
         D=d,
         BLOCK_D=block_d,
         BLOCK=_BLOCK,
         BLOCKS=slots // _BLOCK,
         num_warps=4,
-        num_stages=3,
+        STAGES=stages(block_d),
     )
     _join_runs[(batch * heads,)](
         parts,
@@ -182,6 +176,11 @@ def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
         num_warps=4,
     )
     return mixed
+
+
+def stages(block_d: int) -> int:
+    """Blocks of keys and values on their way at once: what fits the shared memory of sm_89, 99 KB."""
+    return 2 if block_d <= 128 else 1
 
 
 def run_length(end: int, groups: int, processors: int) -> int:
