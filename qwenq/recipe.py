@@ -1,5 +1,7 @@
 """Recipes: what to do to which model, as one TOML file. Every option of `qwenq quantize` is a field here.
 
+The sections after it are for `qwenq run`, which evaluates, profiles, reports and gates what was quantised.
+
 model = "Qwen/Qwen2.5-0.5B-Instruct"
 
 [calibration]
@@ -22,6 +24,9 @@ from rapidfuzz import process
 from qwenq.errors import UsageError
 
 Count = Annotated[int, Field(ge=1)]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+FAIL_ON = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1.0"
+"""What fails unless something else is asked (``reporting.gate`` has the rules)."""
 
 
 class _Section(BaseModel):
@@ -54,13 +59,54 @@ class QuantizeRecipe(_Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class EvalRecipe(_Section):
+    """Which benchmarks `qwenq run` asks, and how."""
+
+    tasks: tuple[str, ...] = ("mmlu", "ceval", "gsm8k", "humaneval")
+    protocol: Literal["card", "base", "lm-eval"] = "card"
+    subjects: tuple[str, ...] = ()  # none: all
+    limit: Count | None = None  # items of each task
+    shots: Annotated[int, Field(ge=0)] | None = None  # none: the protocol's own
+    data: str | None = None  # folder of the benchmarks' files; none: the hub
+    sample: bool = False  # the suite that ships with qwenq, which is not the benchmark
+
+
+class ProfileRecipe(_Section):
+    """Which points `qwenq run` measures speed and memory at."""
+
+    tokens: tuple[Count, ...] = (2048, 8192)
+    attention: tuple[str, ...] = ()  # none: the command's own
+    engine: tuple[str, ...] = ()
+    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smh]$")] | None = None  # such as 10m
+
+
+class ReportRecipe(_Section):
+    """What `qwenq run` calls its report."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None  # none: the recipe's
+    folder: str = "reports"
+    title: str | None = None
+
+
+class GateRecipe(_Section):
+    """What the result is compared with, and what fails."""
+
+    baseline: str | None = None  # a run folder; none: no gate
+    fail_on: str = FAIL_ON
+
+
 class Recipe(_Section):
-    """A whole recipe. ``model`` None is the bundled model."""
+    """A whole recipe. ``model`` None is the bundled model; `qwenq run` leaves out sections that are None."""
 
     model: str | None = None
     weights: Literal["stored", "random"] = "stored"  # random: model is a catalogue name
+    precisions: tuple[Precision, ...] = ()  # of `qwenq run`; none: the unquantised model and quantize.bits
     calibration: CalibrationRecipe = CalibrationRecipe()
     quantize: QuantizeRecipe = QuantizeRecipe()
+    eval: EvalRecipe | None = None
+    profile: ProfileRecipe | None = None
+    report: ReportRecipe = ReportRecipe()
+    gate: GateRecipe = GateRecipe()
 
     def override(self, top: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Recipe:
         """A copy in which the given keys (those that are not None) replace the recipe's.
@@ -78,6 +124,17 @@ class Recipe(_Section):
             given = {key: value for key, value in values.items() if value is not None}
             merged[name] = {**merged[name], **given}
         return _validate(merged, "the command line")
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "calibration": CalibrationRecipe,
+    "quantize": QuantizeRecipe,
+    "eval": EvalRecipe,
+    "profile": ProfileRecipe,
+    "report": ReportRecipe,
+    "gate": GateRecipe,
+}
+"""The tables of a recipe file."""
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -117,8 +174,7 @@ def _explained(error: ValidationError, where: str) -> UsageError:
     if first["type"] != "extra_forbidden":
         shown = first["input"] if not isinstance(first["input"], dict) else "a table"
         return UsageError(f"{key} = {shown!r}: {first['msg']}", where=where, hint="see docs/recipes.md")
-    section = Recipe.model_fields[path[0]].annotation if len(path) > 1 else Recipe
-    known = list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+    known = list((SECTIONS[path[0]] if len(path) > 1 else Recipe).model_fields)
     near = process.extractOne(path[-1], known)
     hint = f"did you mean {near[0]!r}?" if near and near[1] >= 60 else f"known keys: {', '.join(known)}"
     return UsageError(f"unknown key {key!r}", where=where, hint=hint)

@@ -1,4 +1,4 @@
-"""Figures as files, PNG and SVG, by matplotlib, for documents and slides; the page draws its own (``svg``)."""
+"""Figures as files, PNG and SVG, by matplotlib, for documents; the page draws its own (``svg``)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ _TERMINAL = re.compile(
     r"|\x1b[ -/]*[0-~]?",
     re.DOTALL,
 )
-_UNSEEN = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffe\uffff]"
+)
 _HALF = re.compile(r"[\ud800-\udfff]")
 _SPACE = re.compile(r"\s+")
 

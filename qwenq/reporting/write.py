@@ -13,7 +13,7 @@ from qwenq.storage import atomic_write_bytes
 
 
 def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
-    """Read run folders, write ``README.md``, ``index.html``, ``results.json``, ``results.csv`` and ``plots/``.
+    """Read run folders; write ``README.md``, ``index.html``, ``results.json``, ``results.csv``, ``plots/``.
 
     Args:
         runs: run folders.
@@ -51,7 +51,9 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
 def _refuse_foreign(runs: list[Path], out: Path) -> None:
     """A report has names that other folders use, too: somebody's README.md must not be overwritten."""
     if out.resolve() in {run.resolve() for run in runs}:
-        raise UsageError("the report would be mixed with its run", where=out, hint="give --out another folder")
+        raise UsageError(
+            "the report would be mixed with its run", where=out, hint="give --out another folder"
+        )
     if out.exists() and not out.is_dir():
         raise UsageError("--out is a file", where=out, hint="name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():

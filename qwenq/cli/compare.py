@@ -1,0 +1,54 @@
+"""``qwenq compare``: two runs row by row, and a gate that fails on what got worse."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenq.cli.app import app
+
+
+@app.command()
+def compare(
+    baseline: Annotated[Path, typer.Argument(help="Run folder to compare with.")],
+    new: Annotated[Path, typer.Argument(help="Run folder to judge.")],
+    fail_on: Annotated[
+        str | None,
+        typer.Option(
+            help="Conditions, comma-separated: accuracy:significant, speed:<0.95 (new / baseline), kl:>0.05 "
+            "(new − baseline) … ; none: compare only. [default: accuracy:significant, kl:>0.05, speed:<0.95, "
+            "memory:>1.05, size:>1.0, those that the baseline has rows for]"
+        ),
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a summary fit for a pull request.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
+) -> None:
+    """Say which differences between two runs are real, and fail on regressions.
+
+    Exit code 1: a regression. 3: something that was asked about is missing or cannot be compared (another
+    protocol, task version, model or machine); that is no pass. 0: passed.
+    """
+    from qwenq.recipe import FAIL_ON
+    from qwenq.reporting import gate, gate_output
+    from qwenq.reporting.collect import collect
+    from qwenq.reporting.compare import compare as compare_rows
+    from qwenq.storage import atomic_write_bytes
+
+    conditions = gate.parse(FAIL_ON if fail_on is None else "" if fail_on == "none" else fail_on)
+    comparisons = compare_rows(collect([baseline]), collect([new]))
+    verdict = gate.judge(comparisons, conditions, strict=fail_on is not None)
+    for line in gate_output.text_lines(verdict):
+        typer.echo(line)
+    if markdown is not None:
+        text = gate_output.markdown_text(verdict, str(baseline), str(new))
+        atomic_write_bytes(markdown, text.encode())
+    if junit is not None:
+        atomic_write_bytes(junit, gate_output.junit_text(verdict).encode())
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in gate_output.annotations(verdict):
+            typer.echo(line)
+    if verdict.exit_code:
+        raise typer.Exit(verdict.exit_code)

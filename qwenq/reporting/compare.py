@@ -1,0 +1,227 @@
+"""Two runs row by row: which rows can be compared, how they differ, and whether the difference is real."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qwenq.reporting.collect import PRECISIONS, Collection, Measured
+from qwenq.reporting.significance import LEVEL, Pairing, holm, paired
+from qwenq.reporting.text import clean
+from qwenq.results import Row
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How two values of a metric are compared.
+
+    Attributes:
+        relation: ``ratio``: new / baseline; ``difference``: new − baseline.
+        better: ``up`` or ``down``.
+        paired: item by item.
+        noisy: two runs of the same code differ; only intervals that do not overlap are a difference.
+        machine: means something on one machine only.
+    """
+
+    relation: Literal["ratio", "difference"]
+    better: Literal["up", "down"]
+    paired: bool = False
+    noisy: bool = False
+    machine: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric("difference", "up", paired=True),
+    "same_top": Metric("difference", "up"),
+    "kl": Metric("difference", "down"),
+    "perplexity": Metric("ratio", "down"),
+    "speed": Metric("ratio", "up", noisy=True, machine=True),
+    "time": Metric("ratio", "down", noisy=True, machine=True),
+    "energy": Metric("ratio", "down", noisy=True, machine=True),
+    "bandwidth": Metric("ratio", "up", noisy=True, machine=True),
+    "memory": Metric("ratio", "down", machine=True),
+    "size": Metric("ratio", "down"),
+}
+"""By the part of a metric's name before the dot."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row of the baseline and its match.
+
+    Attributes:
+        before, after: one of both may be missing.
+        change: ratio or difference, as the metric has it; None where there is none.
+        real: whether the difference is more than noise; None: nobody can tell.
+        why: why the rows cannot be compared, or why nobody can tell; empty otherwise.
+        comparable: the two figures are of the same thing.
+        pairing, p: of accuracies; p is corrected for all tests of the comparison.
+    """
+
+    before: Row | None
+    after: Row | None
+    comparable: bool = False
+    change: float | None = None
+    real: bool | None = None
+    why: str = ""
+    pairing: Pairing | None = None
+    p: float | None = None
+
+    @property
+    def row(self) -> Row:
+        """The baseline's row, or the new one where the baseline has none."""
+        row = self.before or self.after
+        assert row is not None  # noqa: S101 - the constructor's callers give one of both
+        return row
+
+    @property
+    def metric(self) -> Metric | None:
+        """How it is compared."""
+        return METRICS.get(self.row.metric.partition(".")[0])
+
+    @property
+    def worse(self) -> bool:
+        """Whether the change goes the wrong way, real or not."""
+        if self.change is None or self.metric is None:
+            return False
+        neutral = 1.0 if self.metric.relation == "ratio" else 0.0
+        return self.change < neutral if self.metric.better == "up" else self.change > neutral
+
+    @property
+    def name(self) -> str:
+        """``Int4 accuracy: task mmlu, protocol card``."""
+        model = self.row.model
+        precision = PRECISIONS.get(model.precision, model.precision)
+        point = ", ".join(f"{key} {value}" for key, value in self.row.point.items() if value is not None)
+        return clean(f"{precision} {self.row.metric}{f': {point}' if point else ''}")
+
+
+def compare(baseline: Collection, new: Collection) -> list[Comparison]:
+    """Every row of the baseline with its match in the new run, then what the baseline does not have."""
+    olds, news = list(_with_sizes(baseline.measured)), list(_with_sizes(new.measured))
+    by_identity: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    for item in news:
+        by_identity[item.row.identity].append(item)
+    made, used = [], set()
+    for old in olds:
+        matches = _matches(old, by_identity[old.row.identity])
+        used |= {id(match) for match in matches}
+        made.append(_compared(old, matches, news))
+    made += [Comparison(None, item.row) for item in news if id(item) not in used]
+    return _corrected(made)
+
+
+def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
+    """The rows, and a row of its bytes for each model that has none."""
+    items = list(measured)
+    yield from items
+    known = {item.row.model.fingerprint for item in items if item.row.metric == "size"}
+    for item in {item.row.model.fingerprint: item for item in items}.values():
+        model = item.row.model
+        if model.nbytes is not None and model.fingerprint not in known:
+            yield replace(item, row=Row("size", model, {}, float(model.nbytes), "bytes"))
+
+
+def _matches(old: Measured, candidates: list[Measured]) -> list[Measured]:
+    """The candidates that may be meant: of several, those of the same weights, group size or name."""
+    model = old.row.model
+    for same in (
+        [item for item in candidates if item.row.model.fingerprint == model.fingerprint],
+        [item for item in candidates if item.row.model.group_size == model.group_size],
+        [item for item in candidates if item.row.model.name == model.name],
+    ):
+        if len(candidates) > 1 and same:
+            candidates = same
+    return candidates
+
+
+def _compared(old: Measured, matches: list[Measured], news: list[Measured]) -> Comparison:
+    if old.row.status != "ok" and not (matches and matches[0].row.status == "ok"):
+        return Comparison(old.row, matches[0].row if matches else None, why="not measured in the baseline")
+    if not matches:
+        return Comparison(old.row, None, why=_nearest(old.row, news))
+    if len(matches) > 1:
+        return Comparison(old.row, None, why=f"{len(matches)} models of the new run could be meant")
+    new = matches[0]
+    if old.row.status != "ok":
+        return Comparison(None, new.row)
+    if why := _apart(old, new):
+        return Comparison(old.row, new.row, why=why)
+    return _difference(old.row, new.row)
+
+
+def _apart(old: Measured, new: Measured) -> str:
+    """Why two rows of one identity are still not to be compared."""
+    metric = METRICS.get(old.row.metric.partition(".")[0])
+    if new.row.status != "ok":
+        return f"{new.row.status} in the new run: {clean(new.row.reason)}"
+    if metric is None:
+        return f"no rule for {clean(old.row.metric)}"
+    if old.row.unit != new.row.unit:
+        return f"another unit: {clean(new.row.unit)} instead of {clean(old.row.unit)}"
+    if metric.machine and "unknown hardware" in (old.hardware, new.hardware):
+        return "a run does not say its hardware"
+    if metric.machine and old.hardware != new.hardware:
+        return f"another machine: {new.hardware} instead of {old.hardware}"
+    return ""
+
+
+def _nearest(row: Row, news: list[Measured]) -> str:
+    """What the new run has in the place of a row that it does not have."""
+    rows = [item.row for item in news if item.row.metric == row.metric]
+    alike = [other for other in rows if other.model.precision == row.model.precision]
+    family = [other for other in alike if other.model.family == row.model.family]
+    if not family:
+        if alike:
+            return f"another model: {clean(alike[0].model.family)} instead of {clean(row.model.family)}"
+        return "missing in the new run"
+    other = min(family, key=lambda other: len(_differing(row, other)))
+    keys = _differing(row, other)
+    if len(keys) > 2:  # nothing that was meant to be the same
+        return "missing in the new run"
+    shown = (f"another {key}: {other.point.get(key)} instead of {row.point.get(key)}" for key in keys)
+    return clean("; ".join(shown))
+
+
+def _differing(row: Row, other: Row) -> list[str]:
+    keys = dict.fromkeys([*row.point, *other.point])
+    return [key for key in keys if str(row.point.get(key)) != str(other.point.get(key))]
+
+
+def _difference(before: Row, after: Row) -> Comparison:
+    metric = METRICS[before.metric.partition(".")[0]]
+    old, new = before.value or 0.0, after.value or 0.0
+    change = new - old
+    if metric.relation == "ratio":
+        change = new / old if old else (1.0 if new == old else math.inf)
+    made = Comparison(before, after, comparable=True, change=change, real=new != old)
+    if metric.paired:
+        pairing = paired(before, after)
+        if isinstance(pairing, str):
+            return replace(made, real=None, why=pairing)
+        return replace(made, real=pairing.p < LEVEL, pairing=pairing, p=pairing.p)
+    if metric.noisy:
+        return replace(made, real=_disjoint(before, after), why=_no_interval(before, after))
+    return made
+
+
+def _disjoint(before: Row, after: Row) -> bool | None:
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return None
+    return before.high < after.low or after.high < before.low
+
+
+def _no_interval(before: Row, after: Row) -> str:
+    return "measured once: no interval says how much is noise" if _disjoint(before, after) is None else ""
+
+
+def _corrected(made: list[Comparison]) -> list[Comparison]:
+    """Holm's correction over all paired tests: of many accuracies, one looks worse by chance."""
+    tested = [index for index, item in enumerate(made) if item.pairing is not None]
+    p_values = holm([made[index].p or 0.0 for index in tested])
+    for index, p in zip(tested, p_values, strict=True):
+        made[index] = replace(made[index], p=p, real=p < LEVEL)
+    return made

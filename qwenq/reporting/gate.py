@@ -1,0 +1,203 @@
+"""The gate: which differences fail, and what the verdict is. A row that cannot be compared never passes.
+
+A condition is ``metric:rule``; several stand behind each other with commas:
+
+* ``accuracy:significant``: items lost are more than items won, and McNemar's test calls it no accident.
+  For speed, time and energy: the intervals do not overlap. For exact figures: any change to the worse.
+* ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline. Where
+  both runs say how much is noise, intervals that overlap do not fail, whatever the ratio. A speed or a time
+  that was measured once has no interval: it is judged, by its ratio alone, only where a condition names it.
+* ``kl:>0.05``, ``accuracy:<-0.02``, ``same_top:<-0.01``: new − baseline, in nats a token or as a share.
+
+``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` mean all their rows, ``speed.decode`` one kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from qwenq.errors import UsageError
+from qwenq.recipe import FAIL_ON
+from qwenq.reporting.compare import METRICS, Comparison
+
+PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
+"""Exit codes. 2 is a command that has to change."""
+GROUPS = {"speed", "memory", "time", "energy", "bandwidth"}
+Outcome = Literal["regression", "not comparable", "passed", "not judged"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition; ``limit`` None means ``significant``."""
+
+    metric: str
+    sign: Literal["<", ">"]
+    limit: float | None
+
+    def __str__(self) -> str:
+        return f"{self.metric}:{'significant' if self.limit is None else f'{self.sign}{self.limit:g}'}"
+
+    def covers(self, metric: str) -> bool:
+        """Whether rows of this metric are meant."""
+        return metric == self.metric or (self.metric in GROUPS and metric.startswith(f"{self.metric}."))
+
+    def violated(self, item: Comparison) -> bool | None:
+        """Whether a comparison fails; None where nobody can tell."""
+        if self.limit is None:
+            return None if item.real is None else item.real and item.worse
+        if item.change is None:
+            return None
+        over = item.change < self.limit if self.sign == "<" else item.change > self.limit
+        return over and item.real is not False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A comparison and what the gate says of it; ``condition`` is the one that was asked, if any."""
+
+    comparison: Comparison
+    outcome: Outcome
+    condition: Condition | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of a whole run.
+
+    Attributes:
+        judged: every row.
+        idle: conditions that judged no row.
+        blind: those of them whose rows the baseline has measured: nothing but noise could be said of them.
+        strict: whether an idle condition is a failure: it was asked for by name.
+    """
+
+    judged: tuple[Judged, ...]
+    conditions: tuple[Condition, ...]
+    idle: tuple[Condition, ...]
+    blind: tuple[Condition, ...]
+    strict: bool
+
+    def of(self, outcome: Outcome) -> list[Judged]:
+        """Rows with that outcome."""
+        return [item for item in self.judged if item.outcome == outcome]
+
+    @property
+    def unjudged(self) -> tuple[Condition, ...]:
+        """Conditions that could not do what was asked of them."""
+        return self.idle if self.strict else self.blind
+
+    @property
+    def exit_code(self) -> int:
+        """0 passed, 1 a regression, 3 not comparable; a regression outweighs."""
+        if self.of("regression"):
+            return REGRESSION
+        nothing = bool(self.conditions) and not self.of("passed")
+        return NOT_COMPARABLE if self.of("not comparable") or self.unjudged or nothing else PASSED
+
+    @property
+    def headline(self) -> str:
+        """One sentence."""
+        asked = len(self.judged) - len(self.of("not judged"))
+        if not self.conditions:
+            return f"Compared {len(self.judged)} rows; nothing was asked to fail"
+        if self.exit_code == REGRESSION:
+            return f"Regression: {len(self.of('regression'))} of {asked} rows got worse than allowed"
+        if apart := self.of("not comparable"):
+            return f"Not comparable: {len(apart)} of {asked} rows; that is no pass"
+        if self.exit_code == NOT_COMPARABLE:
+            return "Not comparable: there was nothing to judge; that is no pass"
+        return f"Passed: no regression in {asked} rows"
+
+
+def judge(
+    comparisons: Sequence[Comparison], conditions: Sequence[Condition], *, strict: bool = True
+) -> Verdict:
+    """Apply conditions to comparisons."""
+    judged = tuple(_judge(item, conditions) for item in comparisons)
+    active = {item.condition for item in judged if item.outcome != "not judged"}
+    idle = tuple(condition for condition in conditions if condition not in active)
+    measured = {item.row.metric for item in comparisons if item.before and item.before.status == "ok"}
+    blind = tuple(condition for condition in idle if any(condition.covers(metric) for metric in measured))
+    return Verdict(judged, tuple(conditions), idle, blind, strict)
+
+
+def _judge(item: Comparison, conditions: Sequence[Condition]) -> Judged:
+    asked = [condition for condition in conditions if condition.covers(item.row.metric)]
+    if not asked:
+        return Judged(item, "not judged", reason=item.why)
+    if item.before is None or item.before.status != "ok":
+        return Judged(item, "not judged", asked[0], item.why or "the baseline has no such row")
+    if not item.comparable:
+        return Judged(item, "not comparable", asked[0], item.why)
+    return _apply(item, asked)
+
+
+def _apply(item: Comparison, asked: list[Condition]) -> Judged:
+    """The first condition that is violated, else the first that cannot be judged, else a pass."""
+    noisy = item.metric is not None and item.metric.noisy
+    named = [condition for condition in asked if condition.metric == item.row.metric]
+    if noisy and item.real is None and not named:
+        return Judged(item, "not judged", asked[0], f"{item.why}; name {item.row.metric} to judge it anyway")
+    results = [(condition, condition.violated(item)) for condition in asked]
+    outcomes: list[tuple[bool | None, Outcome]] = [(True, "regression"), (None, "not comparable")]
+    for wanted, outcome in outcomes:
+        for condition, violated in results:
+            if violated is wanted:
+                return Judged(item, outcome, condition, item.why)
+    return Judged(item, "passed", asked[0], item.why)
+
+
+_CONDITION = re.compile(
+    r"\s*([\w.]+)\s*:\s*(?:(significant)|([<>])\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))\s*"
+)
+_WHERE = "--fail-on"
+
+
+def parse(text: str) -> list[Condition]:
+    """Conditions out of ``accuracy:significant, kl:>0.05``; an empty text has none.
+
+    Raises:
+        UsageError: a condition that is none, an unknown metric (the nearest is suggested), or a sign that
+            would fail what got better.
+    """
+    parts = [part for part in text.split(",") if part.strip()]
+    return [_condition(part) for part in parts]
+
+
+def _condition(part: str) -> Condition:
+    found = _CONDITION.fullmatch(part)
+    metric = part.partition(":")[0].strip()
+    rule = METRICS.get(metric.partition(".")[0])
+    if rule is None:
+        near = get_close_matches(metric, METRICS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known metrics: {', '.join(METRICS)}"
+        raise UsageError(f"unknown metric {metric!r}", where=_WHERE, hint=hint)
+    sign: Literal["<", ">"] = "<" if rule.better == "up" else ">"
+    example = f"write {metric}:significant or {metric}:{sign}{_EXAMPLES[rule.relation][rule.better]}"
+    if found is None:
+        raise UsageError(f"{part.strip()!r} is no condition", where=_WHERE, hint=example)
+    if found[2]:
+        return Condition(metric, sign, None)
+    if found[3] != sign:
+        better = "more" if rule.better == "up" else "less"
+        raise UsageError(
+            f"{part.strip()!r} would fail what got better: {better} {metric} is better",
+            where=_WHERE,
+            hint=example,
+        )
+    limit = float(found[4])
+    if rule.relation == "ratio" and limit <= 0:
+        raise UsageError(
+            f"{part.strip()!r}: the limit is a ratio of new to baseline", where=_WHERE, hint=example
+        )
+    return Condition(metric, sign, limit)
+
+
+_EXAMPLES = {"ratio": {"up": "0.95", "down": "1.05"}, "difference": {"up": "-0.02", "down": "0.05"}}
+
+__all__ = ["FAIL_ON", "Condition", "Judged", "Verdict", "judge", "parse"]

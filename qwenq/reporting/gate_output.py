@@ -1,0 +1,150 @@
+"""What the gate said: for a terminal, a pull request, a test report, and GitHub's own view of a change."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+
+from qwenq.reporting.compare import Comparison
+from qwenq.reporting.gate import Condition, Judged, Verdict
+from qwenq.reporting.text import clean, markdown
+from qwenq.reporting.units import format_of, probability, signed
+
+MOST_ROWS = 60
+"""Rows of a table in a comment, which GitHub cuts at 65,536 characters."""
+
+
+def change_text(item: Comparison) -> str:
+    """``48.0 → 43.6 %, −4.4; 22 lost, 0 won, p < 0.001``; ``54.10 → 48.20 tokens/s, × 0.891``."""
+    before, after, metric = item.before, item.after, item.metric
+    if before is None or after is None or before.value is None or after.value is None or metric is None:
+        return ""
+    write = format_of(before.metric, before.unit)
+    shown = f"{write(before.value)} → {write(after.value)} {write.unit}"
+    if item.change is None:
+        return shown
+    if metric.relation == "ratio":
+        return f"{shown}, × {item.change:.3f}"
+    digits = len(write(0.0).partition(".")[2])
+    shown = f"{shown}, {signed(item.change * write.scale, digits)}"
+    if item.pairing is None:
+        return shown
+    p = probability(1.0 if item.p is None else item.p)
+    return f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, p {p if p[0] == '<' else f'= {p}'}"
+
+
+def effect(judged: Judged) -> str:
+    """A word or two: what a difference is."""
+    item = judged.comparison
+    if item.before is None or item.after is None or not item.comparable:
+        return "new" if item.before is None else ""
+    if item.before.value == item.after.value:
+        return "the same"
+    if item.real is False:
+        return "no real difference"
+    word = "worse" if item.worse else "better"
+    return word if item.real else f"{word}, or noise"
+
+
+def text_lines(verdict: Verdict) -> Iterator[str]:
+    """For a terminal: what failed first, then what changed without failing, then the verdict."""
+    passed = verdict.of("passed")
+    changed = [item for item in passed if effect(item) not in {"the same", "no real difference"}]
+    for judged in [*verdict.of("regression"), *verdict.of("not comparable"), *changed]:
+        yield f"{judged.outcome:<15}{judged.comparison.name}"
+        parts = (change_text(judged.comparison), effect(judged), _reason(judged))
+        yield f"{'':<15}{'; '.join(part for part in parts if part)}"
+    if same := len(passed) - len(changed):
+        yield f"{same} rows passed without a real difference"
+    if rest := len(verdict.of("not judged")):
+        yield f"{rest} rows were not judged"
+    for condition in verdict.idle:
+        yield f"{condition} {_idle(verdict, condition)}"
+    yield f"{verdict.headline}."
+
+
+def _idle(verdict: Verdict, condition: Condition) -> str:
+    if condition in verdict.blind:
+        return "judged nothing: no row has what it needs"
+    return "judged nothing: the baseline has no such row"
+
+
+def _reason(judged: Judged) -> str:
+    parts = [f"fails {judged.condition}"] if judged.outcome == "regression" else []
+    return "; ".join([*parts, *([judged.reason] if judged.reason else [])])
+
+
+def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
+    """A comment for a pull request: the verdict, what failed, and the rest folded."""
+    failed = [*verdict.of("regression"), *verdict.of("not comparable")]
+    parts = [f"### {markdown(verdict.headline)}", f"{markdown(baseline)} → {markdown(new)}"]
+    if failed:
+        parts.append(_table(failed))
+    if verdict.idle:
+        parts.append("\n".join(f"- {markdown(c)} {_idle(verdict, c)}" for c in verdict.idle))
+    passed, rest = verdict.of("passed"), verdict.of("not judged")
+    if passed:
+        parts.append(_folded(f"{len(passed)} rows passed", passed))
+    if rest:
+        parts.append(_folded(f"{len(rest)} rows were not judged", rest))
+    if verdict.conditions:
+        rules = ", ".join(markdown(condition) for condition in verdict.conditions)
+        parts.append(f"Fails on {rules}. Accuracies are paired item by item, p corrected by Holm.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: list[Judged]) -> str:
+    lines = ["| | measurement | baseline → new | |", "| --- | --- | --- | --- |"]
+    for judged in rows[:MOST_ROWS]:
+        item = judged.comparison
+        cells = (judged.outcome if judged.outcome != "not judged" else "", item.name, change_text(item))
+        told = "; ".join(part for part in (effect(judged), _reason(judged)) if part)
+        lines.append(f"| {' | '.join(markdown(cell) for cell in (*cells, told))} |")
+    more = [f"\n… and {len(rows) - MOST_ROWS} more."] if len(rows) > MOST_ROWS else []
+    return "\n".join([*lines, *more])
+
+
+def _folded(title: str, rows: list[Judged]) -> str:
+    return f"<details><summary>{title}</summary>\n\n{_table(rows)}\n\n</details>"
+
+
+def junit_text(verdict: Verdict) -> str:
+    """JUnit XML: a failure is a regression, an error is a row that cannot be compared."""
+    counts = {
+        "tests": len(verdict.judged) + len(verdict.idle),
+        "failures": len(verdict.of("regression")),
+        "errors": len(verdict.of("not comparable")) + len(verdict.unjudged),
+        "skipped": len(verdict.of("not judged")) + len(verdict.idle) - len(verdict.unjudged),
+    }
+    suite = ET.Element("testsuite", {"name": "qwenq compare", **{key: str(n) for key, n in counts.items()}})
+    tags = {"regression": "failure", "not comparable": "error", "not judged": "skipped"}
+    for judged in verdict.judged:
+        item = judged.comparison
+        case = ET.SubElement(suite, "testcase", {"classname": clean(item.row.metric), "name": item.name})
+        if tag := tags.get(judged.outcome):
+            message = "; ".join(part for part in (_reason(judged), change_text(item)) if part)
+            ET.SubElement(case, tag, {"message": clean(message or "no condition")})
+    for condition in verdict.idle:
+        case = ET.SubElement(suite, "testcase", {"classname": condition.metric, "name": str(condition)})
+        tag = "error" if condition in verdict.unjudged else "skipped"
+        ET.SubElement(case, tag, {"message": _idle(verdict, condition)})
+    ET.indent(suite)
+    return ET.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
+
+
+def annotations(verdict: Verdict) -> Iterator[str]:
+    """Workflow commands that GitHub shows at a change."""
+    for judged in (*verdict.of("regression"), *verdict.of("not comparable")):
+        told = "; ".join(part for part in (change_text(judged.comparison), _reason(judged)) if part)
+        yield f"::error title={_property(judged.comparison.name)}::{_data(f'{judged.outcome}: {told}')}"
+    for condition in verdict.idle:
+        level = "error" if condition in verdict.unjudged else "notice"
+        yield f"::{level} title={_property(str(condition))}::{_idle(verdict, condition)}"
+
+
+def _data(text: str) -> str:
+    return clean(text).replace("%", "%25")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

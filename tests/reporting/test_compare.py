@@ -1,0 +1,148 @@
+"""Which rows of two runs can be compared, and which differences are real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_runs import BYTES, accuracy, model, rows, speed, write_run
+
+from qwenq.reporting.collect import Collection, collect
+from qwenq.reporting.compare import Comparison, compare
+from qwenq.results import Row
+
+Compare = Callable[..., list[Comparison]]
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Compare:
+    """Write both runs, read them back, compare."""
+
+    def run(old: list[Row], new: list[Row], **environment: Any) -> list[Comparison]:
+        before: Collection = collect([write_run(tmp_path / "old", old)])
+        return compare(before, collect([write_run(tmp_path / "new", new, **environment)]))
+
+    return run
+
+
+def decode(precision: str = "int4", factor: float = 1.0) -> Row:
+    return next(row for row in speed(precision, 2048, factor=factor) if row.metric == "speed.decode")
+
+
+def kept(found: list[Comparison], metric: str) -> Comparison:
+    (one,) = (item for item in found if item.row.metric == metric)
+    return one
+
+
+def test_a_run_is_the_same_as_itself(compared: Compare) -> None:
+    found = compared(list(rows()), list(rows()))
+    assert not any(item.worse for item in found)
+    measured = [item for item in found if item.before and item.before.status == "ok"]
+    assert all(item.comparable for item in measured)
+    assert {item.row.metric for item in measured} > {
+        "accuracy",
+        "kl",
+        "speed.decode",
+        "memory.generate",
+        "size",
+    }
+
+
+def test_speed_is_a_ratio_and_real_where_intervals_are_apart(compared: Compare) -> None:
+    slower = kept(compared([decode()], [decode(factor=0.8)]), "speed.decode")
+    assert slower.change == pytest.approx(0.8)
+    assert (slower.worse, slower.real) == (True, True)
+
+
+def test_intervals_that_overlap_are_no_difference(compared: Compare) -> None:
+    assert kept(compared([decode()], [decode(factor=0.99)]), "speed.decode").real is False
+
+
+def test_a_speed_measured_once_says_that_nobody_can_tell(compared: Compare) -> None:
+    once = replace(decode(), low=None, high=None)
+    found = kept(compared([once], [replace(once, value=1.0)]), "speed.decode")
+    assert found.real is None
+    assert "measured once" in found.why
+
+
+def test_accuracies_are_paired_by_item(compared: Compare) -> None:
+    found = kept(compared([accuracy("int4")], [accuracy("int4", flips=20)]), "accuracy")
+    assert found.change == pytest.approx(-0.04)
+    assert found.pairing
+    assert (found.pairing.lost, found.pairing.won, found.real) == (20, 0, True)
+
+
+def test_many_tests_are_corrected(compared: Compare) -> None:
+    """Six items lost and none won is p = 0.031: real alone, no more than chance among ten tests."""
+    tasks = [f"task{number}" for number in range(10)]
+    assert kept(compared([accuracy("int4")], [accuracy("int4", flips=6)]), "accuracy").real is True
+    new = [accuracy("int4", task, flips=6 if task == "task3" else 0) for task in tasks]
+    found = compared([accuracy("int4", task) for task in tasks], new)
+    assert [item.real for item in found if item.row.metric == "accuracy"] == [False] * 10
+
+
+def test_weights_of_the_rows_are_compared_where_no_row_has_their_size(compared: Compare) -> None:
+    larger = replace(accuracy("int4"), model=model("int4", nbytes=BYTES["int4"] + 1))
+    found = kept(compared([accuracy("int4")], [larger]), "size")
+    assert found.worse
+    assert found.real
+
+
+def test_two_models_of_one_precision_find_their_own(compared: Compare) -> None:
+    coarse = replace(decode(), model=model("int4", group_size=128))
+    fine = replace(decode(factor=0.9), model=replace(model("int4", group_size=64), fingerprint="sha256:fine"))
+    new = [
+        replace(row, model=replace(row.model, fingerprint=f"{row.model.fingerprint}2"))
+        for row in (fine, coarse)
+    ]
+    found = [item for item in compared([coarse, fine], new) if item.row.metric == "speed.decode"]
+    assert [item.change for item in found] == [1.0, 1.0]
+
+
+CHANGED: dict[str, tuple[Callable[[Row], Row], str]] = {
+    "protocol": (lambda row: replace(row, point=row.point | {"protocol": "base"}), "another protocol: base instead of card"),
+    "version": (lambda row: replace(row, point=row.point | {"version": 2}), "another version: 2 instead of 1"),
+    "limit": (lambda row: replace(row, point=row.point | {"limit": None}), "another limit: None instead of 500"),
+    "family": (lambda row: replace(row, model=replace(row.model, family="other")), "another model: other instead of"),
+    "status": (
+        lambda row: replace(row, value=None, low=None, high=None, status="failed", reason="killed"),
+        "failed in the new run: killed",
+    ),
+    "unit": (lambda row: replace(row, unit="percent"), "another unit: percent instead of share"),
+    "precision": (lambda row: replace(row, model=model("int8")), "missing in the new run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "why"), CHANGED.values(), ids=CHANGED)
+def test_what_is_not_the_same_measurement_says_so(
+    compared: Compare, change: Callable[[Row], Row], why: str
+) -> None:
+    found = compared([accuracy("int4")], [change(accuracy("int4"))])[0]
+    assert not found.comparable
+    assert found.why.startswith(why)
+
+
+def test_speed_of_another_machine_is_not_comparable_but_accuracy_is(compared: Compare) -> None:
+    rows_ = [decode(), accuracy("int4")]
+    other = {"cpu": {"model": "Faster CPU", "cores": 2, "threads": 2}}
+    found = compared(rows_, rows_, **other)
+    assert (
+        kept(found, "speed.decode").why
+        == "another machine: Faster CPU, 2 threads instead of Imaginary CPU, 2 threads"
+    )
+    assert kept(found, "accuracy").comparable
+
+
+def test_speed_of_an_unknown_machine_is_not_comparable(compared: Compare) -> None:
+    assert (
+        kept(compared([decode()], [decode()], cpu=None), "speed.decode").why
+        == "a run does not say its hardware"
+    )
+
+
+def test_a_row_that_the_baseline_lacks_is_new(compared: Compare) -> None:
+    found = compared([accuracy("int4")], [accuracy("int4"), decode()])
+    assert [item.row.metric for item in found if item.before is None] == ["speed.decode"]

@@ -1,0 +1,60 @@
+"""McNemar and Holm against scipy and against hand-worked examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from example_runs import accuracy
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from qwenq.reporting.significance import Pairing, holm, mcnemar, paired
+
+counts = st.integers(0, 400)
+
+
+@given(counts, counts)
+def test_mcnemar_is_the_two_sided_binomial_test(lost: int, won: int) -> None:
+    expected = binomtest(lost, lost + won, 0.5).pvalue if lost + won else 1.0
+    assert mcnemar(lost, won) == pytest.approx(expected, rel=1e-9)
+
+
+def test_as_many_items_as_mmlu_has() -> None:
+    assert 0 < mcnemar(7300, 6742) < 0.001
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    assert holm([0.7, 0.9]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_keeps_the_order_and_never_lowers(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(after >= before for before, after in zip(p_values, adjusted, strict=True))
+    assert all(
+        after <= min(1.0, before * len(p_values)) + 1e-12
+        for before, after in zip(p_values, adjusted, strict=True)
+    )
+
+
+def test_pairing_counts_items_by_id() -> None:
+    before, after = accuracy("fp32", n=100), accuracy("int4", n=100, flips=7)
+    assert paired(before, after) == Pairing(7, 0, 100, mcnemar(7, 0))
+    assert paired(after, before) == Pairing(0, 7, 100, mcnemar(7, 0))
+    shuffled = replace(after, details={"items": dict(reversed(after.details["items"].items()))})
+    assert paired(before, shuffled) == paired(before, after)
+
+
+@pytest.mark.parametrize("items", [None, {}, [], {"mmlu/0": "yes"}, {"mmlu/0": 1}])
+def test_no_sound_record_no_pairing(items: object) -> None:
+    broken = replace(accuracy("int4", n=10), details={"items": items})
+    assert paired(accuracy("fp32", n=10), broken) == "no record of single items"
+
+
+def test_other_items_are_not_paired() -> None:
+    message = paired(accuracy("fp32", n=10), accuracy("int4", n=12))
+    assert message == "other items: 2 of 12 are in one of the two only"
