@@ -128,9 +128,10 @@ def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
     names = set(source.names())
     for module in modules:
         check_module_shapes(source, names, module, quant)
-        _check_g_idx(source, names, module, quant)
+        if f"{module}.g_idx" in names:
+            check_g_idx(source.read(f"{module}.g_idx"), module, quant)
         if quant.sym:
-            _check_symmetric_zeros(source, module, quant)
+            check_symmetric_zeros(source.read(f"{module}.qzeros"), module, quant)
     return modules
 
 
@@ -163,25 +164,30 @@ def check_module_shapes(source: TensorSource, names: set[str], module: str, quan
             )
 
 
-def _check_g_idx(source: TensorSource, names: set[str], module: str, quant: QuantConfig) -> None:
-    name = f"{module}.g_idx"
-    if name not in names:
-        return
-    g_idx = source.read(name)
+def check_g_idx(g_idx: torch.Tensor, module: str, quant: QuantConfig) -> None:
+    """A module's ``g_idx`` names groups that exist.
+
+    Raises:
+        ModelError: it does not.
+    """
     groups = quant.groups(g_idx.shape[0])
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise ModelError(
             f"g_idx runs from {int(g_idx.min())} to {int(g_idx.max())}, but there are {groups} groups",
-            where=name,
+            where=f"{module}.g_idx",
             hint="the file is damaged, or group_size of quantization_config is wrong",
         )
 
 
-def _check_symmetric_zeros(source: TensorSource, module: str, quant: QuantConfig) -> None:
-    """Every zero point of a symmetric model is the middle; one off means the other format."""
+def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
+    """Every zero point of a symmetric model is the middle; one off means the other format.
+
+    Raises:
+        ModelError: they are stored in the other format than the config says, or are no middle at all.
+    """
     from qwenq.models.packing import unpack_zeros
 
-    zeros = unpack_zeros(source.read(f"{module}.qzeros"), quant.bits, quant.checkpoint_format)
+    zeros = unpack_zeros(qzeros, quant.bits, quant.checkpoint_format)
     middle = 2 ** (quant.bits - 1)
     if bool((zeros == middle).all()):
         return

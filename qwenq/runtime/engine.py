@@ -255,7 +255,7 @@ def load(
         dtype: ``auto`` (bfloat16 where the device has it, see ``compute_dtype``), or a name in DTYPES.
         engine: ``fast`` (the lean decoder) or ``transformers``.
         kernel: what multiplies quantised weights, see ``kernels.table``; ``auto``: the fastest that can.
-        attention: see ``attention_backend``; ``auto``: ``grouped`` on a CPU with the fast engine, else ``sdpa``.
+        attention: see ``attention_backend``; ``auto``: ``grouped`` if fast on a CPU, else ``sdpa``.
         head: ``as-is``, or ``int8``: the output head rounded to 8 bits (fast engine, CPU, bfloat16).
         real_vocab: never sample ids from here on; None: as the config says.
 

@@ -13,9 +13,11 @@ from qwenq.models.config import quantization_of
 from qwenq.models.gptq_format import (
     DequantisedSource,
     QuantConfig,
+    check_g_idx,
+    check_module_shapes,
+    check_symmetric_zeros,
     quantised_modules,
     read_packed,
-    validate_quantised,
 )
 from qwenq.models.integrity import check_finite
 from qwenq.models.packing import PackedLinear
@@ -26,20 +28,6 @@ from qwenq.runtime.kernels.table import choose
 from qwenq.runtime.linear import Dense, SideBySide
 
 _HINT = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
-
-
-def readable(checkpoint: Checkpoint, dtype: torch.dtype) -> TensorSource:
-    """The checkpoint's tensors as plain weights; packed ones are dequantised to ``dtype`` when read.
-
-    Raises:
-        ModelError: a quantised module is incomplete or contradicts its settings.
-        UnsupportedError: quantised by another method than GPTQ.
-    """
-    if quantization_of(checkpoint.config) is None:
-        return checkpoint.source
-    quant = QuantConfig.read(checkpoint.config)
-    validate_quantised(checkpoint.source, quant)
-    return DequantisedSource(checkpoint.source, quant, dtype)
 
 
 def _check_tensors(source: TensorSource, shape: ModelShape, tied: bool) -> None:
@@ -61,18 +49,24 @@ def _check_tensors(source: TensorSource, shape: ModelShape, tied: bool) -> None:
             raise ModelError(f"{name} has no place in this architecture", where=name, hint=_HINT)
 
 
-def quantised_layers(checkpoint: Checkpoint, quant: QuantConfig) -> tuple[Layer, ...]:
-    """Sizes of every quantised module, in file order."""
+def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, ...]:
+    """Sizes of every quantised module, in file order; their headers agree with the settings.
+
+    Raises:
+        ModelError: there is none, one lacks a tensor, or a shape contradicts bits or group size.
+    """
+    modules, names = quantised_modules(source), set(source.names())
+    if not modules:
+        raise ModelError(
+            "the config says GPTQ, but no tensor is named *.qweight",
+            hint="the folder mixes the config and the weights of two models, or a shard is missing",
+        )
     layers = []
-    names = set(checkpoint.names())
-    for module in quantised_modules(checkpoint.source):
-        words, out_features = checkpoint.info(f"{module}.qweight").shape
-        in_features, even = words * 32 // quant.bits, True
-        if f"{module}.g_idx" in names:
-            counts = torch.bincount(checkpoint.read(f"{module}.g_idx"))
-            even = bool((counts == counts[0]).all())
-        elif quant.group_size > 0:
-            even = in_features % quant.group_size == 0
+    for module in modules:
+        check_module_shapes(source, names, module, quant)
+        words, out_features = source.info(f"{module}.qweight").shape
+        in_features = words * 32 // quant.bits
+        even = quant.group_size == -1 or in_features % quant.group_size == 0
         layers.append(Layer(module, in_features, out_features, even))
     return tuple(layers)
 
@@ -99,17 +93,18 @@ class Weights:
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, kernel: str = "auto"
     ) -> None:
-        self._source, self._packed_source = readable(checkpoint, dtype), checkpoint.source
+        self._source = self._packed_source = checkpoint.source
         self._folder, self._device, self._dtype = checkpoint.folder, device, dtype
-        self._names = set(self._source.names())
         self.kernel, self.notes = "dense", tuple[str, ...]()
         self.quantised: frozenset[str] = frozenset()
         if quantization_of(checkpoint.config) is None:
             _refuse_kernel(kernel)
+            self._names = set(self._source.names())
             return
-        self._quant = QuantConfig.read(checkpoint.config)
-        layers = quantised_layers(checkpoint, self._quant)
-        quant = self._quant
+        quant = self._quant = QuantConfig.read(checkpoint.config)
+        layers = _quantised_layers(checkpoint.source, quant)
+        self._source = DequantisedSource(checkpoint.source, quant, dtype)
+        self._names = set(self._source.names())
         self._need = Need(quant.bits, quant.group_size, quant.checkpoint_format, device, dtype, layers)
         choice = choose(kernel, self._need)
         self._kernel, self.kernel, self.notes = choice.kernel, choice.kernel.name, choice.passed_over
@@ -153,7 +148,11 @@ class Weights:
 
     def _packed(self, module: str) -> PackedLinear:
         packed = read_packed(self._packed_source, module, self._quant)
+        # What only values can tell is checked here, where they are read anyway.
         check_finite(f"{module}.scales", packed.scales, self._folder)
+        check_g_idx(packed.g_idx, module, self._quant)
+        if self._quant.sym:
+            check_symmetric_zeros(packed.qzeros, module, self._quant)
         return packed
 
     def _bias(self, modules: Sequence[str]) -> Tensor | None:

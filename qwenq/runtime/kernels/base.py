@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from qwenq.errors import UnsupportedError
 from qwenq.models.packing import CheckpointFormat, PackedLinear, has_trivial_g_idx, unpack
 
 
@@ -38,7 +39,7 @@ class Layer:
     Attributes:
         name: of the module.
         in_features, out_features: of the weight.
-        even: whether every group has as many columns as all others, in whatever order.
+        even: whether the group size divides the columns.
     """
 
     name: str
@@ -116,10 +117,20 @@ class Grouped:
 
 
 def grouped(packed: PackedLinear, need: Need) -> Grouped:
-    """Unpack a layer whose groups are all of one size; columns in activation order are sorted by group."""
+    """Unpack a layer; columns in activation order are sorted by group.
+
+    Raises:
+        UnsupportedError: groups of unequal size.
+    """
     integers, scales, zeros = unpack(packed, need.bits, need.checkpoint_format)
     order = None
     if not has_trivial_g_idx(packed.g_idx, packed.groups):
+        counts = torch.bincount(packed.g_idx, minlength=packed.groups)
+        if not bool((counts == counts[0]).all()):
+            raise UnsupportedError(
+                "groups that g_idx makes differ in size, which this kernel has no layout for",
+                hint="use --kernel dequantise",
+            )
         order = torch.sort(packed.g_idx.long(), stable=True).indices
         integers = integers[:, order]
     return Grouped(integers, scales.to(torch.float32), zeros, order)

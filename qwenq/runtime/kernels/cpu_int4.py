@@ -14,7 +14,7 @@ Scales are float16 in the file and rounded to bfloat16 here, as the op wants the
 from __future__ import annotations
 
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ _GROUP_SIZES = (256, 128, 64, 32)
 _BLOCKS = (64, 32)
 # Rows from which unpacking to bfloat16 and one large product are faster.
 _MANY_ROWS = 16
+_ROWS_AT_ONCE = 4096  # of a weight that are packed in one go: bounds the int32 that the op wants
 
 
 class CpuInt4:
@@ -36,19 +37,30 @@ class CpuInt4:
     widths: ClassVar[tuple[int, ...]] = (2, 4)
 
     def __init__(self, packed: PackedLinear, need: Need, bias: Tensor | None) -> None:
-        layer = grouped(packed, need)
-        self._order = layer.order
-        self._bias = None if bias is None else bias.to(need.dtype)
-        middle = 2 ** (need.bits - 1)
-        offsets = layer.offsets(middle)
+        self._hold(grouped(packed, need), need.bits, None if bias is None else bias.to(need.dtype))
+
+    @classmethod
+    def of(cls, layer: Grouped, bits: int) -> Self:
+        """A layer without a bias that comes from elsewhere than a file."""
+        self = cls.__new__(cls)
+        self._hold(layer, bits, None)
+        return self
+
+    def _hold(self, layer: Grouped, bits: int, bias: Tensor | None) -> None:
+        self._order, self._bias = layer.order, bias
+        offsets = layer.offsets(2 ** (bits - 1))
         self._offsets = None if offsets is None else offsets.t().contiguous()  # [groups, out]
         self._size = _group_size(layer.group_size)
-        integers, scales, zero = self._nibbles(layer, need.bits)
-        scales = scales.repeat_interleave(layer.group_size // self._size, dim=1)  # [out, groups]
-        zero = zero.repeat_interleave(layer.group_size // self._size, dim=1)
-        self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int(), 1)
+        scales, zero = (
+            part.repeat_interleave(layer.group_size // self._size, dim=1)  # [out, groups]
+            for part in self._factors(layer.scales)
+        )
         pairs = torch.stack([scales, zero], dim=-1).transpose(0, 1)  # [groups, out, 2]
         self._scales = pairs.to(torch.bfloat16).contiguous()
+        parts = (self._nibbles(rows, bits).int() for rows in layer.integers.split(_ROWS_AT_ONCE))
+        self._weight = torch.cat(
+            [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part, 1) for part in parts]
+        )
         self._multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
     @classmethod
@@ -87,9 +99,13 @@ class CpuInt4:
         held = (self._weight, self._scales, self._offsets, self._bias)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
-    def _nibbles(self, layer: Grouped, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Integers 0 … 15 around 8, their scales, and what is added: all as the op multiplies them."""
-        return layer.integers + (8 - 2 ** (bits - 1)), layer.scales, torch.zeros_like(layer.scales)
+    def _nibbles(self, integers: Tensor, bits: int) -> Tensor:
+        """Uint8 [rows, in] as integers 0 … 15 around 8."""
+        return integers + (8 - 2 ** (bits - 1))
+
+    def _factors(self, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """What the op multiplies each integer by, and what it adds; both [out, groups] as stored."""
+        return scales, torch.zeros_like(scales)
 
     def _widened(self, rows: Tensor) -> Tensor:
         """The input as the stored integers want it."""
@@ -111,11 +127,13 @@ class CpuInt8(CpuInt4):
     name = "cpu-int8"
     widths: ClassVar[tuple[int, ...]] = (8,)
 
-    def _nibbles(self, layer: Grouped, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _nibbles(self, integers: Tensor, bits: int) -> Tensor:
         del bits
-        halves = torch.cat([layer.integers >> 4, layer.integers & 15], dim=1)  # [out, 2 · in]
-        scales = torch.cat([16 * layer.scales, layer.scales], dim=1)
-        return halves, scales, torch.cat([torch.zeros_like(layer.scales), 8 * layer.scales], dim=1)
+        return torch.cat([integers >> 4, integers & 15], dim=1)  # [rows, 2 · in]
+
+    def _factors(self, scales: Tensor) -> tuple[Tensor, Tensor]:
+        added = torch.cat([torch.zeros_like(scales), 8 * scales], dim=1)
+        return torch.cat([16 * scales, scales], dim=1), added
 
     def _widened(self, rows: Tensor) -> Tensor:
         return torch.cat([rows, rows], dim=1)

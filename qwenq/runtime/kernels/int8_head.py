@@ -6,67 +6,81 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError
-from qwenq.runtime.kernels.base import Kernel
+from qwenq.runtime.kernels.base import Grouped, Kernel
+from qwenq.runtime.kernels.cpu_int4 import CpuInt8, block
 from qwenq.runtime.linear import Dense
+
+_GROUP_SIZE = 32  # as in GGUF's Q8_0, the usual form of a head there
+_ROWS_AT_ONCE = 4096
 
 
 class Int8Head:
-    """Each row of the head rounded to nearest in 8 bits with a scale of its own. On the CPU, in bfloat16.
+    """The head rounded to nearest in 8 bits, a scale for each 32 columns. On the CPU, in bfloat16.
 
     Args:
-        weight: [vocabulary, hidden].
-
-    Raises:
-        UnsupportedError: another device or dtype.
+        weight: bfloat16 [vocabulary, hidden].
     """
 
     name = "int8 head"
 
     def __init__(self, weight: Tensor) -> None:
-        if reason := self.why_not(weight.device, weight.dtype):
-            raise UnsupportedError(
-                f"the Int8 head cannot be used: {reason}", where="--head", hint="leave --head out"
-            )
-        largest = weight.abs().amax(dim=1).to(torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
-        # Rounded first, as the product multiplies by it in bfloat16.
-        self._scales = (largest / 127).to(torch.bfloat16)
-        self._integers = torch.empty(weight.shape, dtype=torch.int8)
-        for start in range(0, len(weight), 4096):  # bounds the float32 temporary
-            rows = slice(start, start + 4096)
-            scaled = weight[rows].to(torch.float32) / self._scales[rows].to(torch.float32).unsqueeze(1)
-            self._integers[rows] = scaled.round_().clamp_(-127, 127).to(torch.int8)
-        self._multiply = torch.ops.aten._weight_int8pack_mm.default
+        self._vocab, hidden = weight.shape
+        rows = -(-self._vocab // block()) * block()  # the product works on blocks of outputs
+        integers = torch.full((rows, hidden), 128, dtype=torch.uint8)
+        scales = torch.zeros(rows, hidden // _GROUP_SIZE)
+        for start in range(0, self._vocab, _ROWS_AT_ONCE):  # bounds the float32 temporary
+            part = slice(start, min(start + _ROWS_AT_ONCE, self._vocab))
+            integers[part], scales[part] = _rounded(weight[part].float())
+        zeros = torch.full(scales.shape, 128, dtype=torch.uint8)
+        self._layer = CpuInt8.of(Grouped(integers, scales, zeros, None), bits=8)
 
     @classmethod
     def of(cls, head: Kernel) -> Int8Head:
         """A plain head in 8 bits.
 
         Raises:
-            UnsupportedError: the head is quantised already, or this device or dtype cannot run one in Int8.
+            UnsupportedError: the head is quantised already, or it cannot run in Int8 here.
         """
         if not isinstance(head, Dense):
-            raise UnsupportedError(
-                f"the output head is quantised already ({head.name})",
-                where="--head",
-                hint="leave --head out",
-            )
+            raise _refused(f"the output head is quantised already ({head.name})")
+        if reason := cls.why_not(head.weight):
+            raise _refused(reason)
         return cls(head.weight)
 
     @staticmethod
-    def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    def why_not(weight: Tensor) -> str | None:
         """Why not, in words that follow "because"; None: it can."""
-        if device.type != "cpu":
-            return f"it runs on the CPU, not on {device.type}"
-        if dtype != torch.bfloat16:
-            return f"it computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
+        if weight.device.type != "cpu":
+            return f"it runs on the CPU, not on {weight.device.type}"
+        if weight.dtype != torch.bfloat16:
+            return f"it computes in bfloat16, not in {str(weight.dtype).removeprefix('torch.')}"
+        if block() == 0:
+            return f"this CPU has neither AVX-512 nor AVX2 ({torch.backends.cpu.get_cpu_capability()})"
+        if weight.shape[1] % _GROUP_SIZE:
+            return f"{weight.shape[1]} columns are no multiple of {_GROUP_SIZE}"
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., hidden] → [..., vocabulary]."""
-        logits = self._multiply(x.reshape(-1, x.shape[-1]), self._integers, self._scales)
-        return logits.view(*x.shape[:-1], -1)
+        return self._layer(x)[..., : self._vocab]
 
     @property
     def nbytes(self) -> int:
         """Bytes of integers and scales."""
-        return self._integers.nbytes + self._scales.nbytes
+        return self._layer.nbytes
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 [rows, hidden] to uint8 around 128 of the same shape, and float32 scales [rows, groups]."""
+    groups = weight.view(len(weight), -1, _GROUP_SIZE)  # [rows, groups, group_size]
+    largest = groups.abs().amax(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    # Scales are bfloat16 in the product: rounded first, they are what the integers are rounded against.
+    scales = (largest / 127).to(torch.bfloat16).float()
+    integers = (groups / scales.unsqueeze(-1)).round_().clamp_(-127, 127).add_(128)
+    return integers.to(torch.uint8).view(weight.shape), scales
+
+
+def _refused(reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the Int8 head cannot be used: {reason}", where="--head", hint="leave --head out"
+    )

@@ -14,6 +14,7 @@ from qwenq.runtime.kernels.cpu_int4 import CpuInt4, CpuInt8, block
 from qwenq.runtime.kernels.dequantise import Dequantise
 from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.kernels.table import KERNELS, choose
+from qwenq.runtime.linear import Dense
 
 CPU = torch.device("cpu")
 # What rounding makes of a product, relative to its norm: scales, weights or result once each.
@@ -155,8 +156,8 @@ def test_the_int8_head_is_near_the_head_and_its_error_is_that_of_rounding() -> N
     head, x = Int8Head(weight), torch.randn(3, 96, generator=generator).bfloat16()
     expected = x.double() @ weight.double().t()
     error = (head(x).double() - expected).norm() / expected.norm()
-    assert 1e-3 < error < 1.2e-2
+    assert 1e-3 < error < 1e-2
     assert head(x)[:, 7].eq(0).all()
-    assert head.nbytes < weight.nbytes * 0.6
+    assert head.nbytes < weight.nbytes * 0.7
     with pytest.raises(UnsupportedError, match="computes in bfloat16"):
-        Int8Head(weight.float())
+        Int8Head.of(Dense(weight.float()))
