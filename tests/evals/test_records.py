@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenq.errors import StorageError, UsageError
+from qwenq.evals.records import FOLDER, Record, Records, locked, read_records
+
+KEY = {"model": "abc", "task": "mmlu", "version": 1}
+
+
+def record(number: int, **changes: object) -> Record:
+    values: dict[str, object] = {
+        "id": f"subject/{number}",
+        "subject": "subject",
+        "asked": "hash",
+        "prompt_tokens": 7,
+        "output": "das ist 答案",
+        "correct": True,
+        "also": {"published": False},
+    }
+    return Record(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_what_was_written_is_found_again(tmp_path: Path) -> None:
+    with Records(tmp_path, "model mmlu", KEY) as records:
+        records.append(record(1))
+        records.append(record(2, correct=None))
+        records.append(record(2, correct=False, note="timeout"))
+    with Records(tmp_path, "model mmlu", KEY) as records:
+        assert records.find("subject/1", "hash") == record(1)
+        assert records.find("subject/2", "hash") == record(2, correct=False, note="timeout")
+        assert records.find("subject/1", "another question") is None
+        assert records.find("subject/3", "hash") is None
+    assert [one.id for one in read_records(records.path)] == ["subject/1", "subject/2"]
+
+
+def test_lines_are_plain_json(tmp_path: Path) -> None:
+    with Records(tmp_path, "m", KEY) as records:
+        records.append(record(1, output="a\u2028b", logprobs=(-1.5, -2.0)))
+    head, line = records.path.read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(head) == {"format": 1, "key": KEY}
+    assert json.loads(line)["logprobs"] == [-1.5, -2.0]
+    assert read_records(records.path)[0].logprobs == (-1.5, -2.0)
+
+
+def test_another_key_is_another_file(tmp_path: Path) -> None:
+    with Records(tmp_path, "m", KEY) as first:
+        first.append(record(1))
+    with Records(tmp_path, "m", {**KEY, "version": 2}) as second:
+        assert second.find("subject/1", "hash") is None
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+
+
+@pytest.mark.parametrize("title", ["../../etc/x", ".hidden", "a b/ü", "x" * 500])
+def test_any_title_makes_a_file_in_the_folder(title: str, tmp_path: Path) -> None:
+    with Records(tmp_path, title, KEY) as records:
+        assert records.path.resolve().parent == tmp_path / FOLDER
+
+
+def test_at_every_torn_end_whole_lines_are_kept(tmp_path: Path) -> None:
+    with Records(tmp_path, "m", KEY) as records:
+        records.append(record(1))
+        records.append(record(2))
+    whole = records.path.read_bytes()
+    for length in range(len(whole)):
+        records.path.write_bytes(whole[:length])
+        with Records(tmp_path, "m", KEY) as again:
+            kept = [number for number in (1, 2) if again.find(f"subject/{number}", "hash")]
+            assert kept == [1, 2][: max(0, whole[:length].count(b"\n") - 1)]
+            again.append(record(3))
+        with Records(tmp_path, "m", KEY) as again:
+            assert again.find("subject/3", "hash")
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    with Records(tmp_path, "m", KEY) as records:
+        records.append(record(1))
+    with records.path.open("a") as file:
+        file.write('{"id": 3}\n')
+    with pytest.raises(StorageError, match="not a record") as caught:
+        Records(tmp_path, "m", KEY)
+    assert caught.value.where and caught.value.where.endswith("line 3")
+
+
+def test_after_kill_9_what_was_recorded_is_there(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\n"
+        "from qwenq.evals import records as r\n"
+        "records = r.Records(Path(sys.argv[1]), 'm', {'k': 1})\n"
+        "for n in range(50): records.append(r.Record(str(n), None, 'h', 1, correct=True))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), root], check=False)
+    assert done.returncode == -9
+    with Records(tmp_path, "m", {"k": 1}) as again:
+        assert all(again.find(str(number), "h") for number in range(50))
+
+
+def test_two_commands_cannot_write_one_run(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        with pytest.raises(UsageError, match="another qwenq"), locked(tmp_path / "run"):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_text_that_no_utf8_can_hold_is_replaced(tmp_path: Path) -> None:
+    with Records(tmp_path, "m", KEY) as records:
+        records.append(record(1, output="a\ud800b"))
+    assert read_records(records.path)[0].output == "a?b"
