@@ -196,7 +196,8 @@ class _Writer:
 
     def _next_of(self, group: int, most: int, longest: int) -> list[int]:
         """The next prompts of one group in the queue's order, none of more than ``longest`` fresh tokens."""
-        shared, chosen = self._lengths[group], []
+        shared = self._lengths[group]
+        chosen: list[int] = []
         while self._queue and len(chosen) < most:
             index = self._queue[0]
             if self._group_of[index] != group or len(self._requests[index].prompt) - shared > longest:

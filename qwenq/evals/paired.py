@@ -129,4 +129,5 @@ def _binomial(counts: NDArray[np.int64], n: int, share: float) -> NDArray[np.flo
     if share >= 1:
         return (counts == n).astype(np.float64)
     logs = gammaln(n + 1) - gammaln(counts + 1) - gammaln(n - counts + 1)
-    return np.asarray(np.exp(logs + counts * math.log(share) + (n - counts) * math.log1p(-share)))
+    found: NDArray[np.float64] = np.exp(logs + counts * math.log(share) + (n - counts) * math.log1p(-share))
+    return found

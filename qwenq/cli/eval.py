@@ -1,0 +1,142 @@
+"""``qwenq eval``: benchmarks, item by item, with what the difference between two models can mean."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+from qwenq.cli.app import app
+from qwenq.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwenq.evals.task import DataSource, ProtocolName
+
+_RUNS = Path("runs")
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL...",
+            help="Folders or hub ids; quantised ones are compared with their base. Nothing: the bundled one.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Of mmlu, ceval, gsm8k, humaneval; with commas between.")
+    ] = "mmlu,ceval,gsm8k,humaneval",
+    protocol: Annotated[
+        Literal["card", "base", "lm-eval"] | None,
+        typer.Option(help="Whose prompts and averages. [default: card for chat models, else base]"),
+    ] = None,
+    subjects: Annotated[str | None, typer.Option(help="Only these, with commas between.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first so many items of each subject or task.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples. [default: the protocol's]")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with mmlu/, ceval/, gsm8k/, humaneval/. [default: the hub]"),
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="The small suite that ships with qwenq; not the benchmarks.")
+    ] = False,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    engine: Annotated[
+        Literal["fast", "transformers"], typer.Option(help="The lean decoder, or transformers.")
+    ] = "fast",
+    attention: Annotated[str, typer.Option(help="off, sdpa or v2.")] = "sdpa",
+    kernel: Annotated[
+        str, typer.Option(help="What multiplies quantised weights; auto: the fastest.")
+    ] = "auto",
+    batch: Annotated[str, typer.Option(help="auto, or how many prompts at once.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")] = None,
+    unsafe_code: Annotated[
+        bool, typer.Option("--unsafe-code", help="Run what the model wrote without a sandbox, as you.")
+    ] = False,
+    show: Annotated[
+        str | None, typer.Option(metavar="ID", help="Print one recorded item in full; run nothing.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Evaluate models on MMLU, C-Eval, GSM8K and HumanEval.
+
+    Answers are recorded in the run folder: the same command goes on where it was stopped, and asks nothing
+    twice. Quantised models are compared with their base on the same items.
+    """
+    from qwenq.models.identity import model_name
+
+    given: list[str | None] = list(models) if models else [None]
+    run = out if out is not None else _RUNS / model_name(given[0])
+    source = _source(data, sample)
+    if show is not None:
+        from qwenq.evals.show import show_item
+
+        typer.echo(show_item(run, show, source))
+        return
+    names, size = _listed(tasks, "--tasks"), _batch(batch)
+    from qwenq.cli.eval_output import Progress, print_json, print_table
+    from qwenq.evals.contender import How, open_contender
+    from qwenq.evals.suite import Wanted
+    from qwenq.evals.suite import evaluate as run_all
+
+    how = How(device, dtype, engine, attention, kernel)
+    wanted = Wanted(
+        tasks=names,
+        protocol=cast("ProtocolName | None", protocol),
+        subjects=_listed(subjects, "--subjects") if subjects is not None else (),
+        shots=shots,
+        limit=limit,
+        source=source,
+        batch=size,
+        unsafe_code=unsafe_code,
+    )
+    contenders = [open_contender(model, how) for model in given]
+    for notice in dict.fromkeys(notice for contender in contenders for notice in contender.notices):
+        _note(notice)
+    command = shlex.join(["qwenq", *sys.argv[1:]])
+    with Progress() as progress:
+        rows = run_all(contenders, wanted, run, progress, _note, command)
+    if as_json:
+        print_json(run, rows)
+    else:
+        print_table(run, rows)
+
+
+def _note(line: str) -> None:
+    typer.echo(f"note: {line}", err=True)
+
+
+def _source(data: Path | None, sample: bool) -> DataSource:
+    from qwenq.evals.task import DataSource
+
+    if data is not None and sample:
+        raise UsageError("--data and --sample exclude each other", hint="give one of them")
+    if data is not None and not data.is_dir():
+        raise UsageError(
+            "no such folder", where=data, hint="--data names a folder that holds mmlu/, ceval/, …"
+        )
+    return DataSource(data, sample)
+
+
+def _listed(text: str, where: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise UsageError("no name given", where=where)
+    return names
+
+
+def _batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UsageError(f"{text!r} prompts at once", where="--batch", hint="use auto, or a number from 1 on")
+    return int(text)

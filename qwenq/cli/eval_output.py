@@ -1,0 +1,172 @@
+"""How an evaluation shows: live on a terminal, plain lines in a log, a table or JSON at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from qwenq.evals.contender import Contender
+    from qwenq.evals.run import Plan
+    from qwenq.results import Row
+
+_PLAIN_SECONDS = 10.0
+
+
+class Progress:
+    """Implements ``evals.run.Listener``, on stderr."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._bar: Bar | None = None
+        self._task: Any = None
+        self._label = ""
+        self._begin("", 0, 0)
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            self._bar = self._stack.enter_context(_bar())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def started(self, contender: Contender, plan: Plan, recorded: int) -> None:
+        """A model begins with a task."""
+        self._label = f"{contender.model.name} {contender.model.precision}, {plan.task.name}"
+        self._begin(self._label, len(plan.items), recorded)
+        if self._bar is None:
+            known = f", {recorded:,} known from records" if recorded else ""
+            typer.echo(f"{self._label}: {len(plan.items):,} items{known}", err=True)
+
+    def judged(self, correct: bool | None) -> None:
+        """One more item."""
+        self._step(correct)
+
+    def running(self, total: int) -> None:
+        """Programs go through the sandbox."""
+        self.finished()
+        self._begin(f"{self._label}: running programs".lstrip(": "), total, 0)
+
+    def ran(self, passed: bool) -> None:
+        """One program more has ended."""
+        self._step(passed)
+
+    def finished(self) -> None:
+        """The bar has done its duty."""
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+    def _begin(self, label: str, total: int, done: int) -> None:
+        self._name, self._total, self._done, self._known = label, total, done, done
+        self._correct = self._verdicts = 0
+        self._since = self._told = time.monotonic()
+        if self._bar is not None:
+            self._task = self._bar.add_task(label, total=total, completed=done, accuracy="")
+
+    def _step(self, correct: bool | None) -> None:
+        self._done += 1
+        self._verdicts += correct is not None
+        self._correct += bool(correct)
+        share = f"{self._correct / self._verdicts:.1%} correct" if self._verdicts else ""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, accuracy=share)
+        elif (now := time.monotonic()) - self._told >= _PLAIN_SECONDS or self._done == self._total:
+            self._told = now
+            left = (now - self._since) / (self._done - self._known) * (self._total - self._done)
+            pace = f"{left:.0f} s left" if self._done < self._total else f"{now - self._since:.0f} s"
+            parts = [f"{self._done:,} of {self._total:,}", share, pace]
+            typer.echo(f"{self._name}: {', '.join(part for part in parts if part)}", err=True)
+
+
+def print_json(run: Path, rows: Sequence[Row]) -> None:
+    """One object: the run folder and its new rows."""
+    content = {"run": str(run), "rows": [row.to_json() for row in rows]}
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(run: Path, rows: Sequence[Row]) -> None:
+    """Scores with their intervals, and each model beside its base."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from qwenq.evals.rows import paired_of
+
+    compared = any(paired_of(row) for row in rows)
+    table = Table(box=None, pad_edge=False)
+    for title in ("task", "protocol", "model"):
+        table.add_column(title, overflow="fold")
+    for title in ("score", "95 % interval", "items", *(("change", "lost / won", "p") if compared else ())):
+        table.add_column(title, justify="right", no_wrap=True)
+    if compared:
+        table.add_column("beside its base", overflow="fold")
+    order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
+    for row in sorted(rows, key=lambda row: order[row.point["task"]]):
+        table.add_row(*_cells(row), *(_comparison(row) if compared else ()))
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width of its own
+        console.width = 200
+    console.print(table)
+    for line in _remarks(rows):
+        console.print(line, soft_wrap=True)
+    console.print(f"run folder: {run}", soft_wrap=True)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    metric = row.metric.removeprefix("accuracy").lstrip(".")
+    task = f"{row.point['task']}{f' ({metric})' if metric else ''}"
+    interval = f"{row.low:.1%} – {row.high:.1%}" if row.low is not None and row.high is not None else "-"
+    model = f"{row.model.name} {row.model.precision}"
+    value = f"{row.value:.1%}" if row.value is not None else "-"
+    return task, str(row.point["protocol"]), model, value, interval, f"{row.n:,}"
+
+
+def _comparison(row: Row) -> tuple[str, ...]:
+    from qwenq.evals.rows import paired_of
+
+    found = paired_of(row)
+    if found is None:
+        return "", "", "", ""
+    p = f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
+    return f"{100 * found.change:+.1f}", f"{found.lost} / {found.won}", p, found.sentence
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What a reader must not miss."""
+    lines = []
+    if any(row.point.get("data") == "sample suite" for row in rows):
+        lines.append("the sample suite is not the benchmark: its scores compare with nothing published")
+    limits = {row.point.get("limit") for row in rows if row.point.get("limit") is not None}
+    if limits:
+        lines.append(f"limited to the first {limits.pop()} items of each subject or task")
+    return lines
+
+
+def _bar() -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[accuracy]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,223 @@
+"""What was asked and answered, item by item, so that no run has to ask twice.
+
+    RUN/lock                      held while a process works here
+    RUN/records/NAME.jsonl        one file per model and task; NAME ends in a hash of the key
+        {"format": 1, "key": {…}}     first line: all that decides an answer but the item itself
+        {"id": …, "asked": …, …}      a record; of records with one id the last counts
+
+A record answers for an item only while ``asked``, a hash of the prompt, the limits and the item's data, is
+the same. Each line is handed to the system as it comes, so a kill loses nothing that was recorded, and to the
+disk once a second, so a power cut loses little. A line that was torn is cut off by the next run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from qwenq.errors import StorageError, UsageError
+from qwenq.storage import fsync_folder, guard_storage
+
+FORMAT = 1
+FOLDER = "records"
+FLUSH_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One item, asked and judged.
+
+    Attributes:
+        id, subject: the item's.
+        asked: `requests.request_hash`.
+        prompt_tokens: tokens of the prompt.
+        implementation: exactly what ran, see ``Engine.implementation``.
+        tokens: new tokens; 0 where continuations were scored.
+        output: the text, or None for a choice.
+        logprobs, published: of the continuations (see ``task.Chosen``), or None.
+        extracted: what was read out of it.
+        correct: the verdict; None where the answer still has to be run in the sandbox.
+        also: further verdicts.
+        note: why.
+        stopped: whether the text came to its end before the limit.
+    """
+
+    id: str
+    subject: str | None
+    asked: str
+    prompt_tokens: int
+    implementation: str = ""
+    tokens: int = 0
+    output: str | None = None
+    logprobs: tuple[float, ...] | None = None
+    published: tuple[float, ...] | None = None
+    extracted: str | None = None
+    correct: bool | None = None
+    also: Mapping[str, bool] = field(default_factory=dict)
+    note: str | None = None
+    stopped: bool | None = None
+
+
+class Records:
+    """The records of one model and task, open for reading and appending.
+
+    Args:
+        run: the run folder.
+        title: what the file is called, for people; made into a sound file name.
+        key: all that decides an answer but the item: JSON values.
+
+    Raises:
+        StorageError: the disk refused, or a line is broken that no kill can have torn.
+    """
+
+    def __init__(self, run: Path, title: str, key: Mapping[str, Any]) -> None:
+        text = json.dumps(key, ensure_ascii=False, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", title)[:120].lstrip(".")
+        self.path = run / FOLDER / f"{name}.{digest}.jsonl"
+        self._key = json.loads(text)
+        with guard_storage(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = self.path.open("ab+")
+        try:
+            self._known = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+        self._flushed = time.monotonic()
+
+    def find(self, id_: str, asked: str) -> Record | None:
+        """The record of an item, if this very question was asked."""
+        record = self._known.get(id_)
+        return record if record is not None and record.asked == asked else None
+
+    def append(self, record: Record) -> None:
+        """Write a record: no kill takes it away; it survives a power cut once a second, and when closed."""
+        self._known[record.id] = record
+        self._write(_plain(record))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put everything on the disk."""
+        with guard_storage(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
+        with guard_storage(self.path, len(line)):
+            self._file.write(line)
+            self._file.flush()
+
+    def _read(self) -> dict[str, Record]:
+        """All records; begins the file where there is none, and cuts off a torn end."""
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        with guard_storage(self.path):
+            if len(whole) < len(content):
+                self._file.truncate(len(whole))
+            if not whole:
+                self._write({"format": FORMAT, "key": self._key})
+                self.flush()
+                fsync_folder(self.path.parent)
+                return {}
+        return {record.id: record for record in _records(self.path, whole)}
+
+
+def read_records(path: Path) -> list[Record]:
+    """The last record of every item in a file, in the order of their first.
+
+    Raises:
+        StorageError: the file cannot be read, or a line is broken.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"it cannot be read: {error.strerror}", where=path) from error
+    found = {record.id: record for record in _records(path, content[: content.rfind(b"\n") + 1])}
+    return list(found.values())
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder, which is made where it is missing, for this process alone.
+
+    The lock is the kernel's: it goes with the process, however that ends.
+
+    Raises:
+        UsageError: another process works there.
+        StorageError: the disk refused.
+    """
+    with guard_storage(run):
+        run.mkdir(parents=True, exist_ok=True)
+        handle = (run / "lock").open("w")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                "another qwenq is working in this run folder",
+                where=run,
+                hint="wait for it, or name another --out",
+            ) from error
+        yield
+
+
+def _records(path: Path, content: bytes) -> Iterator[Record]:
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+            if number == 1:
+                if value["format"] != FORMAT:
+                    raise ValueError(f"records of another format than {FORMAT}")
+                continue
+            record = _record(value)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise StorageError(
+                f"not a record: {error}",
+                where=f"{path}, line {number}",
+                hint="delete that line; its item is then asked again"
+                if number > 1
+                else "move this file away; its items are then asked again",
+            ) from error
+        yield record
+
+
+def _record(value: Mapping[str, Any]) -> Record:
+    lists = {name: tuple(value[name]) for name in ("logprobs", "published") if name in value}
+    record = Record(**{**value, **lists})
+    if not isinstance(record.id, str) or not isinstance(record.asked, str):
+        raise TypeError("id and asked have to be texts")
+    if not isinstance(record.correct, bool | None) or not isinstance(record.also, dict):
+        raise TypeError("the verdicts have to be true or false")
+    return record
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    """Only what says something: a choice has no output, a text no log-probabilities."""
+    values = asdict(record).items()
+    return {name: value for name, value in values if name == "subject" or value not in (None, {})}

@@ -1,0 +1,137 @@
+"""From verdicts to rows of results: scores with their intervals, and each model beside its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import UsageError
+from qwenq.evals.accuracy import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
+from qwenq.evals.contender import Contender
+from qwenq.evals.paired import Paired, compare
+from qwenq.evals.run import Answers, Judged, Plan
+from qwenq.evals.task import Score
+from qwenq.results import RESULTS_FILE, Row, Value, read_rows
+
+MAIN = "accuracy"
+
+
+def rows_of(
+    contender: Contender,
+    plan: Plan,
+    answers: Answers,
+    base: Mapping[str, bool] | None,
+    settings: Mapping[str, Any],
+    command: str = "",
+) -> list[Row]:
+    """One row a score, the main one first, which also holds the verdict on every item.
+
+    Args:
+        base: the verdicts of the model that this one was made from, by item id; None: it has none here.
+        settings: what else decides the value.
+        command: what the user typed.
+    """
+    rows = []
+    for place, score in enumerate(plan.task.scores(answers.judged)):
+        found = _accuracy(score, answers.judged)
+        details: dict[str, Any] = {"parts": dict(score.parts), "categories": dict(score.categories)}
+        details["average"] = "macro" if score.macro else "micro"
+        details["standard_error"] = found.error
+        details["command"] = command or None
+        if place == 0:
+            items = verdicts(answers.judged)
+            details["items"] = items
+            if base is not None and (paired := compare(base, items)) is not None:
+                details["paired"] = paired.to_json()
+        rows.append(
+            Row(
+                metric=score.metric,
+                model=contender.model,
+                point=point_of(plan),
+                value=score.value,
+                unit="share",
+                low=found.low,
+                high=found.high,
+                n=score.n,
+                implementation="; ".join(answers.implementations),
+                settings={**dict(settings), **_interval(score)},
+                details={name: value for name, value in details.items() if value not in ({}, None)},
+                date=date.today().isoformat(),
+            )
+        )
+    return rows
+
+
+def point_of(plan: Plan) -> dict[str, Value]:
+    """What was measured; equal points of two models were asked the same."""
+    point: dict[str, Value] = {
+        "task": plan.task.name,
+        "protocol": plan.task.protocol,
+        "version": plan.task.version,
+        "limit": plan.limit,
+        "shots": plan.shots,
+    }
+    if plan.subjects:
+        point["subjects"] = ",".join(sorted(plan.subjects))
+    if plan.source.sample:
+        point["data"] = "sample suite"
+    return point
+
+
+def verdicts(judged: Judged) -> dict[str, bool]:
+    """The main verdict by item id."""
+    return {item.id: judgement.correct for item, judgement in judged}
+
+
+def paired_of(row: Row) -> Paired | None:
+    """The comparison that a row holds."""
+    found = row.details.get("paired")
+    if not isinstance(found, dict):
+        return None
+    return Paired(**{name: found[name] for name in ("n", "lost", "won", "p", "detectable")})
+
+
+def base_verdicts(run: Path, contender: Contender, plan: Plan) -> dict[str, bool] | None:
+    """Verdicts of the family's unquantised model on this very point, from rows of this run folder.
+
+    Of several the last one counts.
+
+    Raises:
+        UsageError: a broken row.
+    """
+    if not contender.quantised or not (run / RESULTS_FILE).exists():
+        return None
+    point = point_of(plan)
+    found: dict[str, bool] | None = None
+    for row in read_rows(run):
+        of_base = row.model.family == contender.model.family and not row.model.precision.startswith("int")
+        if row.metric == MAIN and of_base and row.point == point and row.status == "ok":
+            items = row.details.get("items")
+            found = items if isinstance(items, dict) else found
+    return found
+
+
+def _accuracy(score: Score, judged: Judged) -> Accuracy:
+    correct = _correct(score.metric, judged)
+    if score.macro:
+        return macro_accuracy(correct, [item.subject for item, _ in judged])
+    return micro_accuracy(correct)
+
+
+def _correct(metric: str, judged: Judged) -> Sequence[bool]:
+    """The verdicts that a metric counts: ``accuracy`` the main one, ``accuracy.NAME`` the one called NAME."""
+    if metric == MAIN:
+        return [judgement.correct for _, judgement in judged]
+    name = metric.removeprefix(f"{MAIN}.")
+    try:
+        return [judgement.also[name] for _, judgement in judged]
+    except KeyError as error:
+        raise UsageError(f"no verdicts for the metric {metric}") from error
+
+
+def _interval(score: Score) -> dict[str, Any]:
+    if score.macro:
+        return {"interval": f"bootstrap within subjects, {RESAMPLES} resamples", "seed": SEED}
+    return {"interval": "Wilson"}

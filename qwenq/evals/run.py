@@ -1,0 +1,247 @@
+"""One model through one task: ask what is not recorded yet, record each answer, give back all verdicts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from qwenq.errors import DataError
+from qwenq.evals.contender import Contender
+from qwenq.evals.generating import write
+from qwenq.evals.memory import budget_for
+from qwenq.evals.records import Record, Records
+from qwenq.evals.requests import (
+    ChoiceTokens,
+    RequestTokens,
+    WriteTokens,
+    encode_requests,
+    request_hash,
+    require_context,
+)
+from qwenq.evals.sandbox.find import Sandbox
+from qwenq.evals.sandbox.programs import Outcome, Program
+from qwenq.evals.sandbox.run import run_programs
+from qwenq.evals.scoring import score
+from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Task
+from qwenq.evals.tasks.humaneval import program
+
+
+class Listener(Protocol):
+    """Told how far it is."""
+
+    def started(self, contender: Contender, plan: Plan, recorded: int) -> None:
+        """A model begins with a task; so many items are known from records."""
+
+    def judged(self, correct: bool | None) -> None:
+        """One more item: its verdict, None where the sandbox still has to say it."""
+
+    def running(self, total: int) -> None:
+        """So many programs go through the sandbox."""
+
+    def ran(self, passed: bool) -> None:
+        """One program more has ended."""
+
+    def finished(self) -> None:
+        """The model is done with the task."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of a model.
+
+    Attributes:
+        task: a benchmark under a protocol.
+        items: in their order; at least one.
+        shots: examples that were asked for; None: the protocol's own number.
+        limit: items of each subject at most; None: all.
+        subjects: only these; empty: all.
+        source: where the items came from.
+    """
+
+    task: Task
+    items: Sequence[Item]
+    shots: int | None = None
+    limit: int | None = None
+    subjects: tuple[str, ...] = ()
+    source: DataSource = field(default_factory=DataSource)
+
+
+Judged = list[tuple[Item, Judgement]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All verdicts of a model on a task.
+
+    Attributes:
+        judged: in the order of the items.
+        implementations: what ran, each once; more than one where a run was gone on with elsewhere.
+        recorded: items that were not asked again.
+        tokens: new tokens of all answers.
+    """
+
+    judged: Judged
+    implementations: tuple[str, ...]
+    recorded: int
+    tokens: int
+
+
+def make_plan(
+    task: Task, source: DataSource, subjects: Sequence[str], shots: int | None, limit: int | None
+) -> Plan:
+    """Load and validate the items: of each subject the first ``limit``.
+
+    Raises:
+        DataError: no data, broken data, an unknown subject, the same id twice, or no item at all.
+    """
+    counts: dict[str | None, int] = defaultdict(int)
+    items: dict[str, Item] = {}
+    for item in task.items(source, subjects, shots):
+        counts[item.subject] += 1
+        if limit is not None and counts[item.subject] > limit:
+            continue
+        if item.id in items:
+            raise DataError(f"the id {item.id} occurs twice", where=task.name)
+        items[item.id] = item
+    if not items:
+        raise DataError("there is no item to ask", where=task.name)
+    return Plan(task, list(items.values()), shots, limit, tuple(subjects), source)
+
+
+def answer(
+    contender: Contender,
+    plan: Plan,
+    run: Path,
+    listener: Listener,
+    *,
+    batch: int | None = None,
+    sandbox: Sandbox | None = None,
+) -> Answers:
+    """Ask a model what its records do not answer yet.
+
+    Args:
+        run: the run folder; hold it (``records.locked``).
+        batch: rows at once; None: what fits.
+        sandbox: runs the programs of tasks that need it.
+
+    Raises:
+        DataError: prompts that do not fit the model's context; nothing has been asked then.
+        ModelError: logits that are not finite; what was recorded before stays.
+    """
+    if plan.task.needs_sandbox and sandbox is None:
+        raise ValueError(f"{plan.task.name} needs a sandbox")
+    task, asked = plan.task, {item.id: plan.task.request(item) for item in plan.items}
+    hashes = {item.id: request_hash(item, asked[item.id]) for item in plan.items}
+    with Records(run, _title(contender, plan), records_key(contender, plan)) as records:
+        open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
+        listener.started(contender, plan, len(plan.items) - len(open_))
+        if open_:
+            encoded = encode_requests(contender.tokenizer, open_, [asked[item.id] for item in open_])
+            require_context(encoded, contender.engine.context)
+            for index, found in _answers(contender, encoded, batch):
+                item = open_[index]
+                judgement = task.judge(item, found)
+                record = _record(item, hashes[item.id], encoded[index], found, judgement)
+                pending = replace(record, implementation=contender.engine.implementation)
+                if task.needs_sandbox:
+                    pending = replace(pending, correct=None)
+                records.append(pending)
+                listener.judged(pending.correct)
+        found_records = _all(records, plan.items, hashes)
+        if sandbox is not None and task.needs_sandbox:
+            _run_pending(plan.items, found_records, records, sandbox, listener)
+            found_records = _all(records, plan.items, hashes)
+    listener.finished()
+    return _answers_of(plan.items, found_records, len(plan.items) - len(open_))
+
+
+def records_key(contender: Contender, plan: Plan) -> dict[str, object]:
+    """All that decides an answer but the item itself, which has a hash of its own."""
+    task = plan.task
+    return {
+        **contender.key,
+        "task": task.name,
+        "protocol": task.protocol,
+        "version": task.version,
+        "shots": plan.shots,
+        "sampling": "greedy",
+    }
+
+
+def _title(contender: Contender, plan: Plan) -> str:
+    model = contender.model
+    return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
+
+
+def _answers(
+    contender: Contender, encoded: Sequence[RequestTokens], batch: int | None
+) -> Iterator[tuple[int, Answer]]:
+    """Choices first, then texts: (index into ``encoded``, answer), as they come."""
+    choices = [(i, one) for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)]
+    texts = [(i, one) for i, one in enumerate(encoded) if isinstance(one, WriteTokens)]
+    engine = contender.engine
+    if choices:
+        for place, chosen in score(engine, [one for _, one in choices], budget_for(engine, batch)):
+            yield choices[place][0], chosen
+    if texts:
+        tokenizer, requests = contender.tokenizer, [one for _, one in texts]
+        budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
+        for place, written in write(engine, tokenizer, requests, tokenizer.eos_ids, *budgets):
+            yield texts[place][0], written
+
+
+def _record(item: Item, asked: str, request: RequestTokens, found: Answer, judgement: Judgement) -> Record:
+    base = Record(
+        id=item.id,
+        subject=item.subject,
+        asked=asked,
+        prompt_tokens=len(request.prompt),
+        extracted=judgement.extracted,
+        correct=judgement.correct,
+        also=dict(judgement.also),
+        note=judgement.note,
+    )
+    if isinstance(found, Chosen):
+        return replace(base, logprobs=found.logprobs, published=found.published)
+    return replace(base, output=found.text, tokens=found.tokens, stopped=found.stopped)
+
+
+def _run_pending(
+    items: Sequence[Item], found: Sequence[Record], records: Records, sandbox: Sandbox, listener: Listener
+) -> None:
+    """Run the programs that have no verdict yet, and record it."""
+    pending = {
+        record.id: (record, program(item, record.extracted or ""))
+        for item, record in zip(items, found, strict=True)
+        if record.correct is None
+    }
+    if not pending:
+        return
+
+    def done(ended: Program, outcome: Outcome) -> None:
+        note = outcome.reason + (f": {outcome.detail}" if outcome.detail else "")
+        records.append(replace(pending[ended.id][0], correct=outcome.passed, note=note))
+        listener.ran(outcome.passed)
+
+    listener.running(len(pending))
+    run_programs([one for _, one in pending.values()], sandbox=sandbox, on_done=done)
+
+
+def _all(records: Records, items: Sequence[Item], hashes: dict[str, str]) -> list[Record]:
+    found = [records.find(item.id, hashes[item.id]) for item in items]
+    missing = [item.id for item, record in zip(items, found, strict=True) if record is None]
+    if missing:
+        raise AssertionError(f"{len(missing)} items were not answered, the first is {missing[0]}")
+    return [record for record in found if record is not None]
+
+
+def _answers_of(items: Sequence[Item], found: Sequence[Record], recorded: int) -> Answers:
+    judged = [
+        (item, Judgement(bool(record.correct), record.extracted, record.also, record.note))
+        for item, record in zip(items, found, strict=True)
+    ]
+    implementations = tuple(dict.fromkeys(record.implementation for record in found))
+    return Answers(judged, implementations, recorded, sum(record.tokens for record in found))

@@ -1,0 +1,158 @@
+"""Several models through several tasks: bases first, as each quantised model is compared with its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwenq.environment import environment
+from qwenq.errors import DataError
+from qwenq.evals.contender import Contender, by_need, settle_families
+from qwenq.evals.records import FOLDER, locked
+from qwenq.evals.rows import base_verdicts, rows_of
+from qwenq.evals.run import Listener, Plan, answer, make_plan
+from qwenq.evals.sandbox.find import Sandbox, find_sandbox
+from qwenq.evals.sandbox.run import run_programs
+from qwenq.evals.task import DataSource, ProtocolName
+from qwenq.evals.tasks.humaneval import canonical, program
+from qwenq.evals.tasks.registry import get_task
+from qwenq.results import Row, append_row, write_environment
+from qwenq.storage import atomic_write_json
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of every model.
+
+    Attributes:
+        tasks: by name.
+        protocol: None: each model's own, ``card`` for chat models and ``base`` for others.
+        subjects: only these; empty: all.
+        shots: examples; None: the protocol's own number.
+        limit: of each subject the first so many items; None: all.
+        source: where items come from.
+        batch: rows at once; None: what fits.
+        unsafe_code: run programs without a sandbox.
+    """
+
+    tasks: tuple[str, ...]
+    protocol: ProtocolName | None = None
+    subjects: tuple[str, ...] = ()
+    shots: int | None = None
+    limit: int | None = None
+    source: DataSource = field(default_factory=DataSource)
+    batch: int | None = None
+    unsafe_code: bool = False
+
+
+Say = Callable[[str], None]
+"""Told what the user has to know, a line each."""
+
+
+def evaluate(
+    contenders: Sequence[Contender],
+    wanted: Wanted,
+    run: Path,
+    listener: Listener,
+    say: Say,
+    command: str = "",
+) -> list[Row]:
+    """Ask every model every task; the rows, also appended to ``run`` as they are made.
+
+    Data and sandbox are checked before the first model is loaded.
+
+    Args:
+        command: what the user typed, for the rows.
+
+    Raises:
+        DataError: no data, broken data, prompts that no model here can take.
+        UsageError: an unknown task, protocol or subject, or another process works in ``run``.
+        UnsupportedError: no sandbox works here, and none was waived.
+        QwenqError: a model cannot be loaded, or its logits are not finite.
+    """
+    order = by_need(contenders)
+    plans = {
+        (name, protocol): make_plan(
+            get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, wanted.limit
+        )
+        for protocol in dict.fromkeys(wanted.protocol or one.protocol for one in order)
+        for name in wanted.tasks
+    }
+    coded = [plan for plan in plans.values() if plan.task.needs_sandbox]
+    sandbox = find_sandbox(wanted.unsafe_code) if coded else None
+    rows: list[Row] = []
+    with locked(run):
+        for line in settle_families(order):
+            say(line)
+        if sandbox is not None:
+            for plan in coded:
+                check_solutions(plan, sandbox, run, listener, say)
+        for contender in order:
+            for name in wanted.tasks:
+                plan = plans[name, wanted.protocol or contender.protocol]
+                rows += _one(contender, plan, wanted, run, listener, sandbox, command)
+            contender.unload()
+        write_environment(run, environment())
+    return rows
+
+
+def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener, say: Say) -> None:
+    """The benchmark's own solutions have to pass, or no verdict means anything; once for each run folder.
+
+    Raises:
+        DataError: one did not; says which, and why.
+    """
+    text = json.dumps([sandbox.implementation, [dict(item.data) for item in plan.items]], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    kept = run / FOLDER / f"{plan.task.name}.solutions.{digest}.json"
+    if kept.exists():
+        return
+    listener.running(len(plan.items))
+    outcomes = run_programs(
+        [program(item, canonical(item)) for item in plan.items],
+        sandbox=sandbox,
+        on_done=lambda _, outcome: listener.ran(outcome.passed),
+    )
+    failed = [(item, o) for item, o in zip(plan.items, outcomes, strict=True) if not o.passed]
+    if failed:
+        item, outcome = failed[0]
+        raise DataError(
+            f"{len(failed)} of {len(plan.items)} solutions of the benchmark itself do not pass "
+            f"({outcome.reason}: {outcome.detail}): the data or this sandbox ({sandbox.implementation}) is "
+            "broken",
+            where=item.id,
+        )
+    atomic_write_json(kept, {"sandbox": sandbox.implementation, "passed": len(outcomes)})
+    passed = f"all {len(outcomes)} of the benchmark's own solutions pass"
+    say(f"{plan.task.name}: {passed}; {sandbox.implementation}")
+
+
+def _one(
+    contender: Contender,
+    plan: Plan,
+    wanted: Wanted,
+    run: Path,
+    listener: Listener,
+    sandbox: Sandbox | None,
+    command: str,
+) -> list[Row]:
+    answers = answer(contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox)
+    how = contender.how
+    settings = {
+        "dtype": how.dtype,
+        "device": how.device,
+        "engine": how.engine,
+        "attention": how.attention,
+        "kernel": how.kernel,
+        "batch": wanted.batch or "auto",
+        "generation": "greedy, repetition penalty 1",
+    }
+    if plan.task.needs_sandbox and sandbox is not None:
+        settings["sandbox"] = sandbox.implementation
+    rows = rows_of(contender, plan, answers, base_verdicts(run, contender, plan), settings, command)
+    for row in rows:
+        append_row(run, row)
+    return rows
