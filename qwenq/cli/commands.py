@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-COMMANDS = ("quantize", "check", "chat", "calibrate", "plan", "convert", "tokenizer")
+COMMANDS = ("quantize", "check", "eval", "chat", "calibrate", "plan", "convert", "tokenizer")
 
 
 def register() -> None:
