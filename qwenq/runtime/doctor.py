@@ -1,0 +1,62 @@
+"""What can run here: engines, kernels and attention backends; what each would run, or why it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from qwenq.runtime.attention import available
+from qwenq.runtime.kernels.base import Need
+from qwenq.runtime.kernels.table import KERNELS
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that runs models, or would.
+
+    Attributes:
+        kind: ``engine``, ``kernel`` or ``attention``.
+        name: as an option takes it.
+        runs: what it is, where it can run here; else None.
+        why_not: why it cannot; None where it can.
+    """
+
+    kind: str
+    name: str
+    runs: str | None
+    why_not: str | None
+
+
+def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:
+    """Every engine, kernel and attention backend on this device in this dtype.
+
+    Kernels are asked for a model in groups of 128 without a layer of unusual size; a model may have one, and
+    then loading it says so.
+    """
+    return [*_engines(), *_kernels(device, dtype), *_attention(device, dtype)]
+
+
+def _engines() -> list[Part]:
+    version = metadata.version("transformers")
+    return [
+        Part("engine", "fast", "dense Qwen (v1 to Qwen3) and Llama", None),
+        Part("engine", "transformers", f"architectures of transformers {version} with full attention", None),
+    ]
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> list[Part]:
+    parts = []
+    for kernel in KERNELS:
+        widths: tuple[int, ...] = getattr(kernel, "widths", (2, 4, 8))
+        reason = kernel.why_not(Need(widths[-1], 128, "gptq", device, dtype))
+        bits = ", ".join(map(str, widths))
+        parts.append(Part("kernel", kernel.name, None if reason else f"{bits} bits", reason))
+    return parts
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> list[Part]:
+    return [
+        Part("attention", each.name, each.implementation, each.reason) for each in available(device, dtype)
+    ]

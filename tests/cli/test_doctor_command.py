@@ -1,0 +1,57 @@
+"""``qwenq doctor`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qwenq.cli.app import app
+from qwenq.cli.doctor import examination
+from qwenq.errors import UsageError
+from qwenq.runtime.attention import BACKENDS
+from qwenq.runtime.kernels.table import KERNELS
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    return examination("cpu", "bfloat16")
+
+
+def test_every_kernel_and_backend_runs_or_says_why_not(found: dict) -> None:
+    names = {(part["kind"], part["name"]) for part in found["parts"]}
+    assert names >= {("kernel", kernel.name) for kernel in KERNELS}
+    assert names >= {("attention", name) for name in BACKENDS}
+    assert {name for kind, name in names if kind == "engine"} == {"fast", "transformers"}
+    assert all((part["runs"] is None) != (part["why_not"] is None) for part in found["parts"])
+
+
+def test_a_gpu_that_is_not_there_is_the_reason(found: dict) -> None:
+    reasons = {part["name"]: part["why_not"] for part in found["parts"]}
+    assert "GPU" in reasons["v2"]
+    assert reasons["dequantise"] is None
+    assert reasons["off"] is None
+
+
+def test_another_dtype_has_other_reasons() -> None:
+    reasons = {part["name"]: part["why_not"] for part in examination("cpu", "float32")["parts"]}
+    assert reasons["cpu-int4"] == "it computes in bfloat16, not in float32"
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError, match="0 CUDA GPUs"):
+        examination("cuda", "auto")
+
+
+def test_the_same_for_people_and_as_json() -> None:
+    shown = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
+    assert shown.exit_code == 0, shown.output
+    for expected in ("engine:", "kernel:", "attention:", "sandbox", "dequantise    yes", "torch "):
+        assert expected in shown.output
+    told = json.loads(CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"]).output)
+    assert told["device"] == "cpu"
+    assert all(package["version"] or package["get"] for package in told["optional"])
