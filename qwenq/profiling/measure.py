@@ -1,0 +1,288 @@
+"""Measures one point. Runs in a process of its own, and yields rows as they are known.
+
+Sources: the protocol is ``profile.py`` of QwenLM/Qwen (2023-08-28): the wall clock around one ``generate``
+call with a prompt of one repeated token, exactly so many new tokens, generated tokens alone counted. The
+split numbers follow llama-bench: what is measured is one thing at a time, repeated, with its warm-up outside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwenq.errors import UnsupportedError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.shapes import ModelShape
+from qwenq.profiling.bandwidth import copy_bandwidth, step_bytes, synchronise, weight_bytes
+from qwenq.profiling.decoding import decode_speed
+from qwenq.profiling.energy import HOW as ENERGY
+from qwenq.profiling.energy import EnergyCounter
+from qwenq.profiling.memory import Meter, meter_for
+from qwenq.profiling.points import Point
+from qwenq.profiling.protocol import protocol_sampling
+from qwenq.profiling.rounded import rounded
+from qwenq.profiling.statistics import MOST, Summary, repeat, summarise
+from qwenq.results import Row
+
+if TYPE_CHECKING:
+    from qwenq.runtime.engine import Engine
+
+PATIENCE = 20.0
+"""Seconds of repeating one thing where no budget says otherwise; one repetition is always made."""
+PROTOCOL_PATIENCE = 60.0
+
+
+@dataclass
+class Allowance:
+    """Seconds that a point may take; None: as long as it needs."""
+
+    seconds: float | None
+    began: float = field(default_factory=time.monotonic)
+
+    def left(self, share: float = 1.0) -> float:
+        """Part of what is left; infinite without a budget."""
+        if self.seconds is None:
+            return float("inf")
+        return max(0.0, share * (self.seconds - (time.monotonic() - self.began)))
+
+
+@dataclass
+class Bench:
+    """A loaded model on its point."""
+
+    point: Point
+    engine: Engine
+    checkpoint: Checkpoint
+    shape: ModelShape
+    meter: Meter
+    allowance: Allowance
+    before: int
+    settings: dict[str, Any]
+
+    @property
+    def prompt(self) -> list[int]:
+        """One token id again and again: what it says decides nothing about speed. 35946 is Qwen's 我."""
+        real = self.engine.real_vocab
+        return [35946 if real > 35946 else real // 2] * self.point.context
+
+    def row(self, metric: str, value: float | None, **more: Any) -> Row:
+        """A row with all that rows of this point share."""
+        more["settings"] = {**self.settings, **more.get("settings", {})}
+        more.setdefault("implementation", self.engine.implementation)
+        return self.point.row(metric, value, date=date.today().isoformat(), **more)
+
+    def summary(self, metric: str, of: Summary, **more: Any) -> Row:
+        """A row of repeated measurements."""
+        details = {**of.details(), **more.pop("details", {})}
+        return self.row(metric, of.median, low=of.low, high=of.high, n=of.n, details=details, **more)
+
+    def absent(self, metric: str, reason: str, *, again: bool = False) -> Row:
+        """A row without a figure."""
+        return self.row(
+            metric, None, status="unavailable", reason=reason, details={"again": True} if again else {}
+        )
+
+
+def measure(point: Point, seconds: float | None = None) -> Iterator[Row]:
+    """All rows of a point, in the order of ``point.metrics``.
+
+    Args:
+        seconds: what it may take, loading included; None: until the intervals are narrow.
+
+    Raises:
+        QwenqError: the model cannot be loaded or run like that.
+        MemoryError, torch.OutOfMemoryError: as it says.
+    """
+    bench = _load(point, Allowance(seconds))
+    yield _load_row(bench)
+    yield from (_encoding if point.encodes else _generating)(bench)
+
+
+def _load(point: Point, allowance: Allowance) -> Bench:
+    from qwenq.models.catalogue import BUNDLED
+    from qwenq.models.opening import open_model
+    from qwenq.models.random_weights import random_checkpoint
+    from qwenq.runtime.engine import find_device, load
+
+    subject, device = point.subject, find_device(point.device)
+    meter = meter_for(device)
+    if device.type == "cuda":
+        torch.zeros(1, device=device)  # the context is there before the clock and the meter start
+    before = meter.now()
+    if subject.weights == "random":  # drawn where they are used
+        checkpoint = random_checkpoint(subject.given or BUNDLED, subject.seed, device=device)
+    else:
+        checkpoint = open_model(subject.given)
+    shape = ModelShape.from_config(checkpoint.config)
+    if subject.rounded:
+        checkpoint = rounded(checkpoint, subject.rounded)
+    engine = load(
+        checkpoint,
+        device=point.device,
+        dtype=subject.dtype,
+        engine=point.engine,
+        kernel=point.kernel,
+        attention=point.attention,
+    )
+    settings = {
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "prompt": "one token id, repeated",
+        **_weights_settings(point),
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
+        **({"notes": list(engine.notes)} if engine.notes else {}),
+    }
+    return Bench(point, engine, checkpoint, shape, meter, allowance, before, settings)
+
+
+def _weights_settings(point: Point) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if point.subject.weights == "random":
+        found["weights"] = f"random, seed {point.subject.seed}"
+    if point.subject.rounded:
+        found["rounding"] = "to nearest on the fly: speed and memory do not depend on the integers"
+    return found
+
+
+def _load_row(bench: Bench) -> Row:
+    details = {"before_bytes": bench.before, **bench.meter.also()}
+    settings = {"memory": bench.meter.how}
+    return bench.row("memory.load", bench.meter.peak(), details=details, settings=settings)
+
+
+def _generating(bench: Bench) -> Iterator[Row]:
+    """The protocol first, as its memory must not be that of anything else; then one thing at a time."""
+    point, engine = bench.point, bench.engine
+    load_peak = bench.meter.peak()
+    engine.generate([bench.prompt], min(8, point.tokens), exact_tokens=True)  # warm-up
+    decoding = decode_speed(bench, rounds=0)
+    estimate = point.tokens / decoding.mean
+    held = bench.meter.now()
+    reset_error = _reset(bench.meter)
+    if estimate <= bench.allowance.left(0.9):
+        speed, energy = _protocol(bench)
+        yield speed
+    else:
+        decode_speed(bench, rounds=0)  # memory is that of a full cache all the same
+        left = bench.allowance.left()
+        reason = f"one generation takes about {estimate:.0f} s, and the budget leaves {left:.0f} s"
+        yield bench.absent("speed.protocol", reason, again=True)
+        energy = bench.absent("energy.token", reason, again=True)
+    yield from _memory_rows(bench, load_peak, held, reset_error)
+    yield energy
+    found = decode_speed(bench, rounds=MOST, patience=min(PATIENCE, bench.allowance.left(0.6)))
+    yield found.row(bench)
+    yield _first_token(bench)
+    yield _bandwidth(bench, found.first_step)
+
+
+def _encoding(bench: Bench) -> Iterator[Row]:
+    load_peak, held = bench.meter.peak(), bench.meter.now()
+    seconds_once = _prefill(bench)  # warm-up
+    reset_error = _reset(bench.meter)
+    if seconds_once > bench.allowance.left():
+        values, extra = [seconds_once], {"warm_up": "none: the budget is over after one prefill"}
+    else:
+        values = repeat(lambda: _prefill(bench), min(PATIENCE, bench.allowance.left(0.8)))
+        extra = {"warm_up": "one prefill"}
+    speeds = summarise([bench.point.context / value for value in values])
+    yield bench.summary("speed.prefill", speeds, settings=extra)
+    yield bench.summary("time.first_token", summarise(values), settings=extra)
+    yield from _memory_rows(bench, load_peak, held, reset_error)
+
+
+def _prefill(bench: Bench) -> float:
+    """Seconds from the prompt to its first new token."""
+    cache = bench.engine.new_cache(1, bench.point.context + 1)
+    synchronise(bench.engine.device)
+    start = time.perf_counter()
+    bench.engine.prefill([bench.prompt], cache).argmax(-1).tolist()
+    return time.perf_counter() - start
+
+
+def _first_token(bench: Bench) -> Row:
+    _prefill(bench)
+    values = repeat(lambda: _prefill(bench), min(PATIENCE / 4, bench.allowance.left(0.5)))
+    return bench.summary("time.first_token", summarise(values), settings={"warm_up": "one prefill"})
+
+
+def _protocol(bench: Bench) -> tuple[Row, Row]:
+    """Speed by the cards' protocol, and energy over the same generations."""
+    point, engine = bench.point, bench.engine
+    sampling, how = protocol_sampling(bench.checkpoint)
+    counter: EnergyCounter | None = None
+    try:
+        counter = EnergyCounter(engine.device)
+        why = ""
+    except UnsupportedError as error:
+        why = error.what
+
+    def once() -> float:
+        synchronise(engine.device)
+        start = time.perf_counter()
+        made = engine.generate([bench.prompt], point.tokens, sampling=sampling, exact_tokens=True)
+        seconds = time.perf_counter() - start
+        assert len(made.answers[0].ids) == point.tokens  # noqa: S101 - as the cards' script does
+        return point.tokens / seconds
+
+    joules = counter.joules() if counter else 0.0
+    values = repeat(once, min(PROTOCOL_PATIENCE, bench.allowance.left(0.6)))
+    settings = {"sampling": how, "end_of_text": "counts as any other token", "warm_up": "8 tokens"}
+    speed = bench.summary("speed.protocol", summarise(values), settings=settings)
+    if counter is None:
+        return speed, bench.absent("energy.token", why)
+    spent = (counter.joules() - joules) / (len(values) * point.tokens)
+    if spent <= 0:
+        return speed, bench.absent("energy.token", "too short: the GPU's counter did not move")
+    return speed, bench.row("energy.token", spent, n=len(values), settings={**settings, "energy": ENERGY})
+
+
+def _reset(meter: Meter) -> str | None:
+    try:
+        meter.reset()
+    except UnsupportedError as error:
+        return error.what
+    return None
+
+
+def _memory_rows(bench: Bench, load_peak: int, held: int, reset_error: str | None) -> Iterator[Row]:
+    """Peak since the reset, with its parts; and what a script that never resets would have printed."""
+    peak, how = bench.meter.peak(), {"memory": bench.meter.how}
+    point = bench.point
+    if reset_error:
+        yield bench.absent("memory.generate", reset_error)
+    else:
+        # the engine's cache is allocated whole, keys and values once
+        cache = bench.shape.kv_bytes_per_token(bench.settings["dtype"]) * (point.context + point.tokens)
+        details = {"before_bytes": bench.before, "at_rest_bytes": held, **bench.meter.also()}
+        try:
+            parts = {"weights": weight_bytes(bench.engine, embedding=True), "cache": cache}
+            details["parts"] = {**parts, "activations": max(0, peak - held - cache)}
+        except UnsupportedError as error:
+            details["no_parts"] = error.what
+        yield bench.row("memory.generate", peak, details=details, settings=how)
+    settings = {"memory": f"{bench.meter.how}, never reset: loading included"}
+    yield bench.row("memory.unreset", max(peak, load_peak), settings=settings)
+
+
+def _bandwidth(bench: Bench, first_step: tuple[int, float]) -> Row:
+    """Bytes a step has to read, times steps per second, over what a copy moves here and now."""
+    position, seconds = first_step
+    try:
+        read = step_bytes(bench.engine, bench.shape, position)
+    except UnsupportedError as error:
+        return bench.absent("bandwidth.share", error.what)
+    copied, achieved = copy_bandwidth(bench.engine.device), read / seconds
+    details = {
+        "bytes_per_step": read,
+        "position": position,
+        "achieved_bytes_per_s": achieved,
+        "copy_bytes_per_s": copied,
+    }
+    return bench.row(
+        "bandwidth.share", achieved / copied, details=details, settings={"copy": "read and written"}
+    )

@@ -1,0 +1,97 @@
+"""``python -m qwenq.profiling.point``: measures the point on standard input, one JSON row a line.
+
+Standard output carries rows and nothing else; what libraries print goes to standard error. With
+``{"probe": device}`` it says what the plan needs to know of the device instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from qwenq.errors import QwenqError, UnsupportedError
+from qwenq.profiling.points import Point
+
+
+def main() -> None:
+    """Read the request, answer it, and turn what goes wrong into rows."""
+    out = os.dup(1)
+    os.dup2(2, 1)
+    request = json.loads(sys.stdin.read())
+    if "probe" in request:
+        _write(out, probe(request["probe"]))
+        return
+    point = Point.from_json(request["point"])
+    done: list[str] = []
+    try:
+        from qwenq.profiling.measure import measure
+
+        for row in measure(point, request.get("seconds")):
+            _write(out, row.to_json())
+            done.append(row.metric)
+    except Exception as error:  # whatever it is, it is this point's end and not the sweep's
+        if os.environ.get("QWENQ_DEBUG"):
+            raise
+        status, reason = explain(error)
+        left = [metric for metric in point.metrics if metric not in done]
+        for row in point.without(status, reason, left, again=status == "failed"):
+            _write(out, row.to_json())
+
+
+def explain(error: Exception) -> tuple[Any, str]:
+    """Status and reason of a row, for what was raised."""
+    if isinstance(error, UnsupportedError):
+        return "unavailable", _sentence(error)
+    if isinstance(error, QwenqError):
+        return "failed", _sentence(error)
+    name, text = type(error).__name__, (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        return "failed", f"out of memory: {text}" if text else "out of memory"
+    return "failed", f"{name}: {text}" if text else name
+
+
+def _sentence(error: QwenqError) -> str:
+    return f"{error.what}; {error.hint}" if error.hint else error.what
+
+
+def probe(device: str) -> dict[str, Any]:
+    """Type of the device, bytes free on it, bytes per second of a copy, and operations per second.
+
+    ``error`` where there is no such device.
+    """
+    from qwenq.models.precision import compute_dtype
+    from qwenq.profiling.bandwidth import copy_bandwidth, matmul_rate
+    from qwenq.runtime.engine import find_device
+
+    try:
+        place = find_device(device)
+    except QwenqError as error:
+        return {"error": {"what": error.what, "where": error.where, "hint": error.hint}}
+    if place.type == "cuda":
+        import torch
+
+        free = torch.cuda.mem_get_info(place)[0]
+    else:
+        import psutil
+
+        free = int(psutil.virtual_memory().available)
+    dtype = compute_dtype(place)
+    return {
+        "device": str(place),
+        "free_bytes": free,
+        "copy_bytes_per_s": copy_bandwidth(place, 3),
+        "operations_per_s": matmul_rate(place, dtype),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _write(out: int, content: dict[str, Any]) -> None:
+    data = (json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    while data:
+        data = data[os.write(out, data) :]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What is measured: a point is one model in one precision, with one attention and engine, at one length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any, Literal
+
+from qwenq.results import Model, Row, Status, Value
+
+Weights = Literal["stored", "random"]
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "auto", "int4": "auto"}
+"""Precision → dtype to compute in."""
+BITS = {"int8": 8, "int4": 4}
+
+GENERATING = {
+    "memory.load": "bytes",
+    "speed.protocol": "tokens/s",
+    "memory.generate": "bytes",
+    "memory.unreset": "bytes",
+    "energy.token": "joules/token",
+    "speed.decode": "tokens/s",
+    "time.first_token": "seconds",
+    "bandwidth.share": "ratio",
+}
+ENCODING = {
+    "memory.load": "bytes",
+    "speed.prefill": "tokens/s",
+    "time.first_token": "seconds",
+    "memory.generate": "bytes",
+    "memory.unreset": "bytes",
+}
+"""Metrics of a point and their units, in the order in which they are measured."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in one precision.
+
+    Attributes:
+        given: what the user typed; None: the bundled model.
+        weights: stored, or random in a catalogue model's shape.
+        seed: of random weights.
+        rounded: bits to round to on the fly; None: run as it is.
+        dtype: to compute in, a name of ``runtime.engine.DTYPES`` or ``auto``.
+        model: for the rows.
+    """
+
+    given: str | None
+    weights: Weights
+    seed: int
+    rounded: int | None
+    dtype: str
+    model: Model
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement.
+
+    Attributes:
+        context: tokens of the prompt.
+        tokens: new tokens; 1: the point is about encoding the prompt.
+        kernel: of quantised weights; ``auto`` is the fastest that can.
+    """
+
+    subject: Subject
+    attention: str
+    engine: str
+    context: int
+    tokens: int
+    device: str
+    kernel: str = "auto"
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is about the prompt, not about what follows."""
+        return self.tokens == 1
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """What it yields: metric → unit."""
+        return ENCODING if self.encodes else GENERATING
+
+    @property
+    def place(self) -> dict[str, Value]:
+        """``Row.point``; a kernel is part of it only where one was asked for."""
+        found: dict[str, Value] = {
+            "attention": self.attention,
+            "engine": self.engine,
+            "context": self.context,
+            "tokens": self.tokens,
+            "batch": 1,
+            "device": self.device,
+        }
+        return found if self.kernel == "auto" else {**found, "kernel": self.kernel}
+
+    @property
+    def label(self) -> str:
+        """For people, one line."""
+        what = f"encode {self.context}" if self.encodes else f"generate {self.tokens}"
+        if not self.encodes and self.context > 1:
+            what += f" after {self.context}"
+        model = self.subject.model
+        return f"{model.name} {model.precision}, {self.attention}, {self.engine}, {what}"
+
+    def row(self, metric: str, value: float | None, **more: Any) -> Row:
+        """A row of this point."""
+        return Row(metric, self.subject.model, self.place, value, self.metrics[metric], **more)
+
+    def without(
+        self, status: Status, reason: str, metrics: Iterable[str] | None = None, *, again: bool = False
+    ) -> list[Row]:
+        """Rows that say why there are no figures.
+
+        Args:
+            again: a later run of the same command may have them: more budget, or more luck.
+        """
+        details = {"again": True} if again else {}
+        return [
+            self.row(metric, None, status=status, reason=reason, details=details)
+            for metric in (self.metrics if metrics is None else metrics)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the child process."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Point:
+        """What ``to_json`` wrote."""
+        subject = dict(content["subject"])
+        subject["model"] = Model(**subject["model"])
+        return cls(**{**content, "subject": Subject(**subject)})
+
+
+def sweep(
+    subjects: Sequence[Subject],
+    *,
+    attentions: Sequence[str],
+    engines: Sequence[str],
+    lengths: Sequence[tuple[int, int]],
+    device: str,
+    kernel: str = "auto",
+) -> list[Point]:
+    """Every combination; the quick lengths of all subjects before the slow ones, so that a stop costs least.
+
+    Args:
+        lengths: (context, new tokens).
+    """
+    ordered = sorted(lengths, key=lambda pair: (pair[1], pair[0]))
+    return [
+        Point(subject, attention, engine, context, tokens, device, kernel)
+        for (context, tokens), subject, attention, engine in product(ordered, subjects, attentions, engines)
+    ]
+
+
+def is_done(point: Point, rows: Iterable[Row]) -> bool:
+    """Whether a run folder has every row of a point, and none of them is worth another try."""
+    place, model = point.place, point.subject.model
+    mine = {row.metric: row for row in rows if row.point == place and row.model == model}
+    return all(metric in mine and not mine[metric].details.get("again") for metric in point.metrics)
