@@ -112,7 +112,29 @@ class Decoder:
             return self._step(ids[:, 0], cache).unsqueeze(1)
         span = cache.span(counts)
         rotation = self.rope.at(span.positions, cache.alphas, span.end)
-        query_scales = self._query_scales(span)
+        hidden = self.run(ids, cache, span, rotation, self._query_scales(span))
+        cache.advance(counts)
+        return hidden
+
+    def run(
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        span: Span,
+        rotation: tuple[Tensor, Tensor],
+        query_scales: Tensor | None,
+    ) -> Tensor:
+        """All blocks over a planned pass. Tensors alone decide what happens, so a graph can capture it.
+
+        Args:
+            ids: int64 [batch, tokens].
+            cache: written where ``span`` says; its lengths stay as they are.
+            rotation: cosines and sines, see ``Rope.at``.
+            query_scales: [batch or 1, tokens, 1, 1] or None.
+
+        Returns:
+            [batch, tokens, hidden] after the final norm.
+        """
         x = embedding(ids, self.embedding)
         for layer, block in enumerate(self.blocks):
             normed = rms_norm(x, x.shape[-1:], block.attention_norm, self.spec.eps)
@@ -120,7 +142,6 @@ class Decoder:
             normed = rms_norm(x, x.shape[-1:], block.mlp_norm, self.spec.eps)
             gate, up = block.gate_up(normed).chunk(2, dim=-1)
             x = x + block.down(silu(gate) * up)
-        cache.advance(counts)
         return rms_norm(x, x.shape[-1:], self.norm, self.spec.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

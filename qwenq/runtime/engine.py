@@ -15,6 +15,7 @@ from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.precision import compute_dtype
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
+from qwenq.runtime.cuda_graph import Graphs
 from qwenq.runtime.generation import Generated, OnToken, generate, padded
 from qwenq.runtime.sampling import GREEDY, Sampling
 
@@ -217,6 +218,12 @@ class FastEngine(CachedEngine):
             f"attention {decoder.attend.name}: {decoder.attend.implementation}; torch {torch.__version__}"
         )
         self.notes = decoder.notes
+        self._graphs = None
+        if (why_not := Graphs.why_not(decoder)) is None:
+            self._graphs = Graphs(decoder)
+            self.implementation += ", decode steps in CUDA graphs"
+        elif decoder.device.type == "cuda":
+            self.notes = (*self.notes, f"decode steps run without CUDA graphs: {why_not}")
         self.device, self.dtype = decoder.device, decoder.dtype
         self.vocab_size, self.context = decoder.spec.shape.vocab, decoder.spec.shape.context
         self.real_vocab = min(decoder.spec.real_vocab, real_vocab or decoder.spec.real_vocab)
@@ -224,6 +231,13 @@ class FastEngine(CachedEngine):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache."""
         return self.decoder.new_cache(batch, capacity)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Float32 [batch, vocabulary] after one more token in each row."""
+        if self._graphs is not None and self._graphs.wants(cache):
+            return self._graphs.decode(tokens, cache)
+        return super().decode(tokens, cache)
 
     def prompt_alpha(self, tokens: int) -> int:
         """Qwen v1's NTK factor for a prompt of that length."""

@@ -1,0 +1,197 @@
+"""A whole decode step of the fast engine captured in a CUDA graph: one launch instead of hundreds.
+
+A graph replays the same kernels on the same addresses. So a step is written here with shapes that do not
+depend on how far the rows are: tokens and positions lie in tensors of their own, the cache is read up to a
+bound, and what a row may not see yet is masked. There is a graph for each bound, a power of two, made when
+the rows first get there. `StaticStep` is the step, on any device; `Graphs` captures and replays it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.rope import logn_scales
+
+if TYPE_CHECKING:
+    from qwenq.runtime.decoder import Decoder
+
+SHORTEST = 256
+"""Slots that the first graph reads."""
+PATIENCE = 4
+"""Steps of a cache that run without a graph: making one takes as long as several."""
+MOST_ROWS = 16
+_CAPTURABLE = ("off", "sdpa", "split", "v1")
+"""Attention backends that take positions or a mask from the device and ask it nothing."""
+
+Step = Callable[[], Tensor]
+Capture = Callable[[Step], Step]
+"""Runs a step once or more and gives back what runs it again, on the same tensors."""
+
+
+class StaticStep:
+    """One new token for each row of one cache, with shapes that stay the same.
+
+    Args:
+        decoder: what runs.
+        cache: what it runs over; its tensors must stay where they are.
+
+    Attributes:
+        tokens: int64 [batch], the input.
+        positions: int64 [batch], where the tokens go.
+    """
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        # A copy that shares the tensors: graphs are kept while the cache lives, and must not keep it alive.
+        self._decoder, self._cache = decoder, copy(cache)
+        batch, device = cache.batch, decoder.device
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._rows = torch.arange(batch, device=device)
+        self._first = torch.zeros_like(self._rows)
+        self._slots = torch.arange(cache.capacity, device=device)
+        # Tables of its own: the decoder makes longer ones when it needs them, and drops these.
+        cos, sin = decoder.rope.at(self._slots.unsqueeze(0), cache.alphas, cache.capacity)
+        self._cos, self._sin = (table.expand(batch, -1, -1, -1) for table in (cos, sin))
+        self._scales = self._logn()
+
+    def __call__(self, end: int) -> Tensor:
+        """Float32 [batch, vocabulary] after ``tokens``, written at ``positions``, which are below ``end``."""
+        places = self.positions.unsqueeze(1)  # [batch, 1]
+        mask = (self._slots[:end] <= places).view(-1, 1, 1, end)
+        span = Span(places, None, end, causal=False, mask=mask, rows=self._rows, steps=self._first)
+        rotation = tuple(table[self._rows, self.positions].unsqueeze(1) for table in (self._cos, self._sin))
+        scales = None if self._scales is None else self._scales[places][..., None, None]
+        hidden = self._decoder.run(
+            self.tokens.unsqueeze(1), self._cache, span, (rotation[0], rotation[1]), scales
+        )
+        return self._decoder.logits(hidden[:, 0])
+
+    def _logn(self) -> Tensor | None:
+        """Qwen v1's factors of the queries, [capacity]; None where no position has one."""
+        context = self._decoder.spec.long_context
+        if context is None or not context.logn or len(self._slots) <= context.seq_length:
+            return None
+        return logn_scales(self._slots, context.seq_length).to(self._decoder.dtype)
+
+
+class Graphs:
+    """Decode steps of one decoder by graphs, kept for as long as the cache that they were made for.
+
+    Args:
+        decoder: on a CUDA GPU, or anywhere with a ``capture`` of one's own.
+        capture: how a step becomes a graph.
+
+    Attributes:
+        captured: how many graphs were made so far.
+    """
+
+    def __init__(self, decoder: Decoder, capture: Capture | None = None) -> None:
+        self._decoder, self._capture = decoder, capture or capture_on_gpu
+        self._of_cache: WeakKeyDictionary[KVCache, _OfCache] = WeakKeyDictionary()
+        self._steps: WeakKeyDictionary[KVCache, int] = WeakKeyDictionary()
+        self.captured = 0
+
+    def wants(self, cache: KVCache) -> bool:
+        """Whether the next step over this cache gets a graph: not the first few, nor those of many rows."""
+        done = self._steps.get(cache, 0)
+        self._steps[cache] = done + 1
+        return done >= PATIENCE and cache.batch <= MOST_ROWS
+
+    @staticmethod
+    def why_not(decoder: Decoder) -> str | None:
+        """Why steps of this decoder cannot be captured; None: they can."""
+        if decoder.device.type != "cuda":
+            return f"CUDA graphs need a CUDA GPU, and this is a {decoder.device.type}"
+        if decoder.attend.name not in _CAPTURABLE:
+            return f"attention {decoder.attend.name} asks the device for lengths, which a graph cannot"
+        return None
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Float32 [batch, vocabulary] after one more token, int64 [batch], in each row of the cache.
+
+        Raises:
+            UsageError: a row is full.
+        """
+        if max(cache.lengths) >= cache.capacity:
+            cache.span([1] * cache.batch)  # raises
+        held = self._of_cache.get(cache)
+        if held is None or not held.fits(cache):
+            held = self._of_cache[cache] = _OfCache(self._decoder, cache)
+        logits = held.replay(tokens, cache.lengths, self._make)
+        cache.advance([1] * cache.batch)
+        return logits.clone()  # the next replay writes into the same tensor
+
+    def _make(self, step: Step) -> Step:
+        self.captured += 1
+        return self._capture(step)
+
+
+class _OfCache:
+    """The graphs over one cache, and what has to be as it was for them to be right."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self._step = StaticStep(decoder, cache)
+        self._made_for = _fingerprint(cache)
+        self._by_bound: dict[int, Step] = {}
+        self._at: list[int] = []  # what `positions` holds on the device
+        self._capacity = cache.capacity
+
+    def fits(self, cache: KVCache) -> bool:
+        """Whether the cache's tensors lie where they lay, and its rows are rotated as they were."""
+        return _fingerprint(cache) == self._made_for
+
+    def replay(self, tokens: Tensor, lengths: list[int], make: Capture) -> Tensor:
+        self._step.tokens.copy_(tokens)
+        bound = bound_for(max(lengths) + 1, self._capacity)
+        if bound not in self._by_bound:
+            self._place(lengths)
+            self._by_bound[bound] = make(lambda: self._step(bound))
+        if self._at != lengths:
+            self._place(lengths)
+        logits = self._by_bound[bound]()
+        self._step.positions.add_(1)
+        self._at = [length + 1 for length in lengths]
+        return logits
+
+    def _place(self, lengths: list[int]) -> None:
+        self._step.positions.copy_(torch.tensor(lengths))
+        self._at = list(lengths)
+
+
+def _fingerprint(cache: KVCache) -> tuple[int, ...]:
+    tensors = (*cache.keys, *cache.values)
+    return (cache.capacity, *cache.alphas, *(tensor.data_ptr() for tensor in tensors))
+
+
+def bound_for(needed: int, capacity: int) -> int:
+    """Slots that a graph reads: the least power of two that is enough, from `SHORTEST` to the capacity."""
+    bound = SHORTEST
+    while bound < needed:
+        bound *= 2
+    return min(bound, capacity)
+
+
+def capture_on_gpu(step: Step) -> Step:
+    """A CUDA graph of a step, run twice before: kernels are built then, and libraries take their space."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay

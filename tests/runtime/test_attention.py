@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from runtime.attention_oracle import CPU, SPANS, error
+from torch import Tensor
+
+from qwenq.errors import UnsupportedError, UsageError
+from qwenq.runtime.attention import BACKENDS, attention_backend, available, flash
+from qwenq.runtime.attention.best import Best
+from qwenq.runtime.attention.flash import Flash
+from qwenq.runtime.cache import Span
+
+CUDA = torch.device("cuda")
+HEADS = [(4, 4, 16), (6, 2, 24)]
+
+
+@pytest.mark.parametrize("name", ["off", "sdpa"])
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize(("heads", "shared", "d"), HEADS)
+def test_off_and_sdpa_agree_with_float64(name: str, span: str, heads: int, shared: int, d: int) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        backend = attention_backend(name, CPU, dtype)
+        assert backend.name == name
+        assert torch.__version__ in backend.implementation
+        assert error(backend, dtype, (heads, shared), d, *SPANS[span]) < tolerance
+
+
+def last_query_at_last_key(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+    """What a flash kernel of today computes: its causal mask is aligned at the end."""
+    assert queries.shape[1] % keys.shape[1] == 0
+    keys, values = (x.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for x in (keys, values))
+    tokens, end = queries.shape[2], keys.shape[2]
+    scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+    if causal:
+        hidden = torch.ones(tokens, end, dtype=torch.bool).triu(end - tokens + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1) @ values
+
+
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize(("heads", "shared", "d"), HEADS)
+def test_a_flash_kernel_is_asked_only_what_it_can_answer(span: str, heads: int, shared: int, d: int) -> None:
+    backend = Flash("v2", "reference", last_query_at_last_key)
+    assert error(backend, torch.float32, (heads, shared), d, *SPANS[span]) < 1e-5
+
+
+def test_a_step_reads_no_key_twice() -> None:
+    shapes = []
+
+    def kernel(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+        shapes.append((tuple(queries.shape), tuple(keys.shape), causal))
+        return queries
+
+    span = Span(torch.tensor([[9]]), 9, 10, causal=False, mask=None)
+    keys = torch.zeros(1, 2, 10, 8)
+    Flash("v2", "reference", kernel)(torch.zeros(1, 6, 1, 8), keys, keys, span)
+    assert shapes == [((1, 2, 3, 8), (1, 2, 10, 8), False)]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, version: str, **functions: Any) -> None:
+    """Pretend that a flash-attn package is installed."""
+    monkeypatch.setattr(flash, "package_version", lambda name: version)
+    monkeypatch.setattr(flash, "import_module", lambda name: SimpleNamespace(**functions))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("span", SPANS)
+def test_v2_takes_the_package_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, span: str) -> None:
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        moved = (x.transpose(1, 2).float() for x in (q, k, v))  # the package has tokens before heads
+        return last_query_at_last_key(*moved, causal).transpose(1, 2).to(q.dtype)
+
+    install(monkeypatch, "2.8.3", flash_attn_func=flash_attn_func)
+    backend = attention_backend("v2", CUDA, torch.bfloat16)
+    assert backend.implementation == "flash-attn 2.8.3"
+    assert error(backend, torch.bfloat16, (6, 2), 24, *SPANS[span]) < 2e-2
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("span", SPANS)
+def test_v1_takes_the_package_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, span: str) -> None:
+    """Version 1 counts its causal mask from the first key, and has as many key heads as query heads."""
+
+    def flash_attn_unpadded_func(
+        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int,
+        dropout_p: float, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        assert q.shape[1] == k.shape[1] == v.shape[1]
+        assert q_ends[-1] == len(q) and k_ends[-1] == len(k) and dropout_p == 0.0
+        mixed = torch.empty_like(q)
+        for row in range(len(q_ends) - 1):
+            a, b, c, e = (int(x) for x in (*q_ends[row : row + 2], *k_ends[row : row + 2]))
+            assert b - a == q_most and e - c == k_most
+            scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[c:e].float()) * q.shape[-1] ** -0.5
+            if causal:
+                hidden = torch.ones(b - a, e - c, dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(hidden, float("-inf"))
+            mixed[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:e].float()).to(q.dtype)
+        return mixed
+
+    install(monkeypatch, "1.0.9", flash_attn_unpadded_func=flash_attn_unpadded_func)
+    backend = attention_backend("v1", CUDA, torch.bfloat16)
+    assert backend.implementation == "flash-attn 1.0.9"
+    assert error(backend, torch.bfloat16, (6, 2), 24, *SPANS[span]) < 2e-2
+
+
+@pytest.mark.usefixtures("hopper")
+def test_without_the_package_v2_is_torchs_own_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "package_version", lambda name: None)
+    backend = attention_backend("v2", CUDA, torch.bfloat16)
+    assert backend.implementation == f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)"
+    x = torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)
+    span = Span(torch.arange(4).unsqueeze(0), 0, 4, causal=True, mask=None)
+    with pytest.raises(
+        NotImplementedError
+    ):  # on the CPU this operator does not exist: nothing takes its place
+        backend(x, x, x, span)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_package_that_cannot_be_imported_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN3c104")
+
+    monkeypatch.setattr(flash, "package_version", lambda name: "2.8.3")
+    monkeypatch.setattr(flash, "import_module", broken)
+    with pytest.raises(UnsupportedError, match=r"cannot be imported: undefined symbol") as caught:
+        attention_backend("v2", CUDA, torch.bfloat16)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "capability", "reason"),
+    [
+        ("v2", CPU, torch.bfloat16, (9, 0), "made for NVIDIA GPUs, and this is a cpu"),
+        ("v1", CPU, torch.float16, (9, 0), "made for NVIDIA GPUs, and this is a cpu"),
+        ("split", CPU, torch.float16, (9, 0), "made for NVIDIA GPUs, and this is a cpu"),
+        ("v2", CUDA, torch.float32, (9, 0), "float16 and bfloat16, not in float32"),
+        ("v1", CUDA, torch.float32, (9, 0), "float16 and bfloat16, not in float32"),
+        ("v2", CUDA, torch.float16, (7, 5), "compute capability 8.0, this GPU has 7.5"),
+        ("split", CUDA, torch.float16, (7, 0), "compute capability 8.0, this GPU has 7.0"),
+    ],
+)
+def test_what_cannot_run_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    reason: str,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(UnsupportedError, match=f"attention {name}: .*{reason}") as caught:
+        attention_backend(name, device, dtype)
+    assert caught.value.where == f"--attention {name}"
+    assert "--attention" in str(caught.value.hint)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="no attention 'flash'") as caught:
+        attention_backend("flash", CPU, torch.float32)
+    assert caught.value.hint == f"use {', '.join(BACKENDS)}"
+    assert {"v2", "v1", "off", "sdpa", "split", "best"} <= set(BACKENDS)
+
+
+def test_available_lists_every_backend_with_what_runs_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    listed = available(CPU, torch.bfloat16)
+    assert tuple(each.name for each in listed) == BACKENDS
+    assert {each.name for each in listed if each.implementation is None} == {"v2", "v1", "split"}
+    assert all((each.implementation is None) != (each.reason is None) for each in listed)
+    assert "the fastest of off, sdpa" in str(listed[-1].implementation)
+
+
+class Slow:
+    """Takes longer for prompts, or for steps."""
+
+    def __init__(self, name: str, prompt: float, step: float) -> None:
+        self.name, self.implementation = name, f"{name} 1.0"
+        self._seconds = {False: prompt, True: step}
+        self.calls = 0
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        self.calls += 1
+        time.sleep(self._seconds[queries.shape[2] == 1])
+        return queries
+
+
+def test_best_takes_the_faster_one_for_prompts_and_for_steps_and_says_which() -> None:
+    one, other = Slow("one", 0.0, 0.02), Slow("other", 0.02, 0.0)
+    best = Best([one, other], CPU, torch.float32)
+    assert best.implementation.startswith(
+        "fastest measured at load among one, other: prefill one (one 1.0), "
+    )
+    assert best.implementation.endswith("decode other (other 1.0)")
+    before = one.calls, other.calls
+    span = Span(torch.tensor([[3]]), 3, 4, causal=False, mask=None)
+    best(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8), span)
+    assert (one.calls, other.calls) == (before[0], before[1] + 1)
+
+
+def test_best_of_this_machine_agrees_with_float64() -> None:
+    backend = attention_backend("best", CPU, torch.float32)
+    assert backend.name == "best"
+    for span in ("prompt", "step-ragged"):
+        assert error(backend, torch.float32, (6, 2), 24, *SPANS[span]) < 1e-5
