@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from importlib import import_module
 
-COMMANDS = ("quantize", "check", "eval", "chat", "calibrate", "plan", "convert", "tokenizer")
+COMMANDS = (
+    "quantize",
+    "check",
+    "eval",
+    "chat",
+    "calibrate",
+    "plan",
+    "profile",
+    "convert",
+    "tokenizer",
+    "doctor",
+)
 
 
 def register() -> None:

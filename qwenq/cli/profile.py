@@ -1,0 +1,195 @@
+"""``qwenq profile``: how fast a model runs, and what it needs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qwenq.cli.app import app
+from qwenq.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qwenq.profiling.planning import Device, Planned
+    from qwenq.results import Row
+
+RESUME_HINT = "what is measured is kept: the same command goes on where it stopped"
+
+
+@app.command()
+def profile(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Model folders or hub ids; the bundled model without any.")
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(help="New tokens after a prompt of --context, comma-separated.")
+    ] = "2048",
+    context: Annotated[str, typer.Option(help="Prompt tokens before them; the cards take 1.")] = "1",
+    encode: Annotated[str, typer.Option(help="Prompts to encode, in tokens; 0 for none.")] = "2048",
+    precision: Annotated[
+        str, typer.Option(help="Of models that are not quantised: fp32, bf16, fp16, int8, int4.")
+    ] = "fp32,bf16,int8,int4",
+    attention: Annotated[str, typer.Option(help="v2, v1, off, sdpa, …, comma-separated.")] = "sdpa",
+    engine: Annotated[str, typer.Option(help="fast, transformers.")] = "fast",
+    kernel: Annotated[str, typer.Option(help="Of quantised weights.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    weights: Annotated[
+        Literal["stored", "random"], typer.Option(help="random: MODEL is a catalogue name, see qwenq plan.")
+    ] = "stored",
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights.")] = 0,
+    budget: Annotated[str | None, typer.Option(help="Time for the whole sweep: 90s, 10m, 1h30m.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/profile-… without it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
+) -> None:
+    """Measure speed, memory and energy, each point in a process of its own.
+
+    Points: models in each precision × attention × engine × length. One that cannot run says why, and the
+    sweep goes on. Ctrl-C keeps what is done; the same command goes on.
+    """
+    from qwenq.environment import environment
+    from qwenq.profiling.child import probe
+    from qwenq.profiling.planning import parse_budget, plan, read_device
+    from qwenq.profiling.points import sweep
+    from qwenq.profiling.subjects import subjects_of
+    from qwenq.profiling.sweep import run_sweep
+    from qwenq.results import write_environment
+
+    seconds = parse_budget(budget) if budget else None
+    lengths = _lengths(context, tokens, encode)
+    attentions, engines = _names(attention, "--attention"), _names(engine, "--engine")
+    _check_names(attentions, engines, kernel)
+    found = subjects_of(models or [None], _names(precision, "--precision"), weights, seed)
+    for notice in found.notices:
+        typer.echo(f"note: {notice}", err=True)
+    place = read_device(probe(device))
+    points = sweep(
+        found.subjects,
+        attentions=attentions,
+        engines=engines,
+        lengths=lengths,
+        device=place.device,
+        kernel=kernel,
+    )
+    planned = plan(points, found.shapes, place)
+    folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
+    listener = _Listener(as_json)
+    if not as_json:
+        show_plan(planned, place, seconds, folder)
+    write_environment(folder, environment())
+    command = shlex.join(["qwenq", *sys.argv[1:]])
+    try:
+        progress = run_sweep(planned, folder, listener, budget=seconds, command=command)
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; {RESUME_HINT}: {command}", err=True)
+        raise
+    if not as_json:
+        _show(folder, planned, progress.kept)
+
+
+def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, folder: Path) -> None:
+    """What will be measured, in which order, and how long it takes, about."""
+    from qwenq.storage import readable_bytes
+
+    total = sum(each.seconds for each in planned)
+    count = f"{len(planned)} point{'' if len(planned) == 1 else 's'}"
+    limit = f", budget {_clock(budget)}" if budget is not None else ""
+    typer.echo(f"plan: {count} on {place.device}, about {_clock(total)}{limit}; into {folder}")
+    if budget is not None and total > budget:
+        typer.echo(
+            "  more than the budget: generations that would not fit are left out, the rest is measured"
+        )
+    for each in planned:
+        estimate = each.too_large or f"about {_clock(each.seconds)}, {readable_bytes(each.nbytes)}"
+        typer.echo(f"  {each.point.label}: {estimate}")
+
+
+class _Listener:
+    """One line a point on stderr, or rows as JSON on stdout."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._json, self._began = as_json, time.monotonic()
+
+    def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None:
+        if not self._json:
+            share = f", at most {_clock(seconds)}" if seconds is not None else ""
+            typer.echo(f"{number} of {total}: {planned.point.label}{share}", err=True)
+
+    def row(self, row: Row) -> None:
+        if self._json:
+            typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
+
+
+def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
+    """The table of this sweep's points, those measured earlier included."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from qwenq.profiling.table import table
+    from qwenq.results import read_rows
+
+    wanted = [(each.point.place, each.point.subject.model) for each in planned]
+    rows = [row for row in read_rows(folder) if (row.point, row.model) in wanted]
+    printed = table(rows)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width of its own
+        console.width = 160
+    console.print(", ".join(f"{name} {value}" for name, value in printed.constant), markup=False)
+    grid = Table(*printed.headings)
+    for line in printed.lines:
+        grid.add_row(*(cell.replace("[", r"\[") for cell in line))
+    console.print(grid)
+    for note in printed.notes:
+        console.print(note, markup=False)
+    if kept:
+        console.print(f"{kept} of {len(planned)} points were there already", markup=False)
+    console.print(f"rows: {folder}; next: qwenq report {folder}", markup=False)
+
+
+def _lengths(context: str, tokens: str, encode: str) -> list[tuple[int, int]]:
+    generating = [(c, t) for t in _numbers(tokens, "--tokens") for c in _numbers(context, "--context")]
+    if any(c < 1 or t < 2 for c, t in generating):
+        raise UsageError(
+            "a generation has a prompt of 1 token or more, and 2 new ones or more", where="--tokens"
+        )
+    return [*((length, 1) for length in _numbers(encode, "--encode") if length > 0), *generating]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in _names(text, option)]
+    except ValueError as error:
+        raise UsageError(
+            f"{text!r} is no list of whole numbers", where=option, hint="write 2048,8192"
+        ) from error
+
+
+def _names(text: str, option: str) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UsageError("nothing is named", where=option)
+    return names
+
+
+def _check_names(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
+    """A misspelt name is found before the first point, not by each of them."""
+    from qwenq.runtime.attention import BACKENDS
+    from qwenq.runtime.kernels.table import KERNELS
+
+    for option, given, known in (
+        ("--attention", attentions, BACKENDS),
+        ("--engine", engines, ("fast", "transformers")),
+        ("--kernel", [kernel], ("auto", *(each.name for each in KERNELS))),
+    ):
+        if wrong := [name for name in given if name not in known]:
+            raise UsageError(f"there is no {wrong[0]!r}", where=option, hint=f"use {', '.join(known)}")
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,151 @@
+"""What a sweep will take, before it begins: seconds and bytes of each point, and its share of a budget.
+
+Seconds are estimates, from a copy and a product timed on the device: good enough to share out a budget, and
+never reported as a measurement. Bytes are exact for weights and cache, so what cannot fit is not tried.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwenq.errors import UsageError
+from qwenq.models.shapes import ITEMSIZE, ModelShape
+from qwenq.profiling.points import Point
+from qwenq.storage import readable_bytes
+
+_START_SECONDS = 6.0
+_LOAD_RATE = 0.4e9
+"""Bytes of weights read, checked and rearranged in a second."""
+_EFFICIENCY = 0.4
+"""Share of a copy's bandwidth, and of a large product's rate, that a model reaches; a guess for estimates."""
+_STEP_SECONDS = {("cpu", "fast"): 0.004, ("cuda", "fast"): 0.004}
+_SLOW_STEP_SECONDS = 0.025
+"""What a decoding step costs besides memory: Python, launches; the second for transformers."""
+_SPLIT_SECONDS = 15.0
+_OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the probe found.
+
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``cuda:1``.
+        dtype: what ``auto`` computes in there.
+    """
+
+    device: str
+    free_bytes: int
+    copy_bytes_per_s: float
+    operations_per_s: float
+    dtype: str
+
+    @property
+    def kind(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return self.device.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A point with its estimates.
+
+    Attributes:
+        seconds: what it will take, about.
+        nbytes: what it has to hold.
+        too_large: why it cannot run here at all; None: it can.
+    """
+
+    point: Point
+    seconds: float
+    nbytes: int
+    too_large: str | None = None
+
+
+def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Device) -> list[Planned]:
+    """Estimates for every point.
+
+    Args:
+        shapes: by model name.
+    """
+    return [_planned(point, shapes[point.subject.model.name], device) for point in points]
+
+
+def allowances(planned: Sequence[Planned], budget: float | None) -> list[float | None]:
+    """Seconds for the first of these points and what would be left for the others, in proportion to need.
+
+    The sweep asks again before each point, with what is left: seconds that a point did not use go to the
+    rest.
+    """
+    runs = [each.seconds if each.too_large is None else 0.0 for each in planned]
+    if budget is None:
+        return [None] * len(runs)
+    total = sum(runs) or 1.0
+    return [budget * seconds / total for seconds in runs]
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of ``90``, ``90s``, ``10m``, ``1h`` or ``1h30m``.
+
+    Raises:
+        UsageError: it is none of these, or no time at all.
+    """
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
+    if not (total := 3600 * hours + 60 * minutes + seconds):
+        raise UsageError(f"{text!r} is no time", where="--budget", hint="write 90s, 10m or 1h30m")
+    return total
+
+
+def read_device(content: dict[str, Any]) -> Device:
+    """What the probe wrote.
+
+    Raises:
+        UsageError: there is no such device; says what is there.
+    """
+    if error := content.get("error"):
+        raise UsageError(error["what"], where=error["where"], hint=error["hint"])
+    return Device(**content)
+
+
+def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
+    dtype = _dtype(point, device)
+    weights = _weight_bytes(point, shape, dtype)
+    cache = shape.kv_bytes_per_token(dtype) * (point.context + point.tokens)
+    nbytes = weights + cache + shape.embedding_parameters * ITEMSIZE[dtype]  # one large tensor in flight
+    seconds = _START_SECONDS + weights / _LOAD_RATE + _work(point, shape, device, weights, cache)
+    needed = nbytes + _OVERHEAD_BYTES[device.kind]
+    if needed <= device.free_bytes:
+        return Planned(point, seconds, nbytes)
+    free = readable_bytes(device.free_bytes)
+    return Planned(point, 0.0, nbytes, f"it needs about {readable_bytes(needed)}, and {free} are free")
+
+
+def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: int) -> float:
+    """Seconds of measuring, loading left out."""
+    prefill = 2 * shape.parameters * point.context / (device.operations_per_s * _EFFICIENCY)
+    if point.encodes:
+        return 8 * prefill + _SPLIT_SECONDS / 3
+    fixed = _STEP_SECONDS[device.kind, "fast"] if point.engine == "fast" else _SLOW_STEP_SECONDS
+    step = fixed + (weights + cache / 2) / (device.copy_bytes_per_s * _EFFICIENCY)
+    generation = point.tokens * step
+    # Short generations are repeated for a minute at most, or until there are enough.
+    return prefill + max(generation, min(12 * generation, 60.0)) + max(_SPLIT_SECONDS, 150 * step)
+
+
+def _weight_bytes(point: Point, shape: ModelShape, dtype: str) -> int:
+    """Bytes in the form that is run."""
+    model = point.subject.model
+    if model.precision in ("int8", "int4"):
+        bits = int(model.precision.removeprefix("int"))
+        linear = sum(m.rows * m.columns for m in shape.linears()) * shape.layers
+        rest = shape.parameters - linear
+        return linear * bits // 8 + linear // (model.group_size or 128) * 4 + rest * ITEMSIZE[dtype]
+    return shape.bytes(dtype)
+
+
+def _dtype(point: Point, device: Device) -> str:
+    return device.dtype if point.subject.dtype == "auto" else point.subject.dtype

@@ -1,0 +1,98 @@
+"""Models in the precisions that are measured: a quantised one in its own, others in each asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from qwenq.errors import UsageError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.gptq_config import is_quantised
+from qwenq.models.shapes import ModelShape
+from qwenq.profiling.points import BITS, PRECISIONS, Subject, Weights
+from qwenq.results import Model
+
+
+@dataclass
+class Subjects:
+    """What a sweep is about.
+
+    Attributes:
+        shapes: by model name.
+        notices: what the user has to be told, one line each.
+    """
+
+    subjects: list[Subject] = field(default_factory=list)
+    shapes: dict[str, ModelShape] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+def subjects_of(
+    models: Sequence[str | None], precisions: Sequence[str], weights: Weights = "stored", seed: int = 0
+) -> Subjects:
+    """Open the models and list what is to be measured of each.
+
+    Raises:
+        UsageError: no such precision or model, or one is named twice.
+        QwenqError: a model cannot be read.
+    """
+    if wrong := [name for name in precisions if name not in PRECISIONS]:
+        hint = f"use {', '.join(PRECISIONS)}"
+        raise UsageError(f"there is no precision {wrong[0]!r}", where="--precision", hint=hint)
+    found = Subjects()
+    for given in models:
+        _add(found, given, precisions, weights, seed)
+    return found
+
+
+def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights: Weights, seed: int) -> None:
+    from qwenq.models.opening import open_model
+
+    checkpoint = open_model(given, weights, seed)
+    found.notices += checkpoint.notices
+    shape = ModelShape.from_config(checkpoint.config)
+    made = _quantised(checkpoint, given, weights, seed) or [
+        _plain(checkpoint, shape, given, weights, seed, precision) for precision in precisions
+    ]
+    name = made[0].model.name
+    if name in found.shapes:
+        raise UsageError(f"two models are called {name}", where=given, hint="rename one of the folders")
+    found.shapes[name] = shape
+    found.subjects += made
+
+
+def _quantised(checkpoint: Checkpoint, given: str | None, weights: Weights, seed: int) -> list[Subject]:
+    """A quantised folder: in its own precision, whatever others were asked for."""
+    import torch
+
+    from qwenq.models.identity import result_model
+
+    if not is_quantised(checkpoint.config):
+        return []
+    return [Subject(given, weights, seed, None, "auto", result_model(checkpoint, torch.float32, given))]
+
+
+def _plain(
+    checkpoint: Checkpoint, shape: ModelShape, given: str | None, weights: Weights, seed: int, precision: str
+) -> Subject:
+    import torch
+
+    from qwenq.models.catalogue import BUNDLED
+    from qwenq.models.identity import result_model
+    from qwenq.profiling.rounded import group_size_for
+
+    name = given or BUNDLED if weights == "random" else given
+    if precision not in BITS:
+        model = result_model(checkpoint, getattr(torch, PRECISIONS[precision]), name)
+        return Subject(given, weights, seed, None, PRECISIONS[precision], model)
+    bits, group_size = BITS[precision], group_size_for(shape)
+    base = result_model(checkpoint, torch.bfloat16, name)
+    model = Model(
+        name=base.name,
+        fingerprint=f"rounded-{bits}-{group_size}:{base.fingerprint}",
+        precision=precision,
+        family=base.family,
+        nbytes=shape.quantised_bytes(bits, group_size),
+        group_size=group_size,
+    )
+    return Subject(given, weights, seed, bits, "auto", replace(model))

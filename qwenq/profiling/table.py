@@ -1,0 +1,100 @@
+"""Rows of a sweep as a table: a line a point, a column a figure; what does not vary is said once, above."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwenq.results import Row, Value
+
+_FIGURES = {
+    "speed.protocol": ("protocol tok/s", 1.0, ".2f"),
+    "speed.prefill": ("prefill tok/s", 1.0, ".1f"),
+    "speed.decode": ("decode tok/s", 1.0, ".2f"),
+    "time.first_token": ("first token ms", 1e3, ".1f"),
+    "memory.load": ("load GiB", 1 / 2**30, ".2f"),
+    "memory.generate": ("running GiB", 1 / 2**30, ".2f"),
+    "memory.unreset": ("both GiB", 1 / 2**30, ".2f"),
+    "energy.token": ("J/token", 1.0, ".3f"),
+    "bandwidth.share": ("of a copy", 100.0, ".0f"),
+}
+"""Metric → heading, factor, format."""
+_PERCENT = {"bandwidth.share"}
+
+
+@dataclass(frozen=True)
+class PrintedTable:
+    """Strings only.
+
+    Attributes:
+        constant: what is the same in every line, (name, value).
+        headings: of the columns that remain.
+        lines: one a point.
+        notes: why figures are missing, each reason once.
+    """
+
+    constant: tuple[tuple[str, str], ...]
+    headings: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+
+def table(rows: Sequence[Row]) -> PrintedTable:
+    """Pivot rows by point; columns without any figure are left out, constant ones named once."""
+    points: dict[tuple[tuple[str, str], ...], dict[str, Row]] = {}
+    for row in rows:
+        points.setdefault(_labels(row), {})[row.metric] = row
+    names = list(dict.fromkeys(name for labels in points for name, _ in labels))
+    values = {name: [dict(labels).get(name, "") for labels in points] for name in names}
+    varying = [name for name in names if len(set(values[name])) > 1]
+    constant = tuple((name, values[name][0]) for name in names if name not in varying)
+    metrics = [
+        m for m in _FIGURES if any(m in found and found[m].status == "ok" for found in points.values())
+    ]
+    notes = _Notes()
+    lines = tuple(
+        (*(dict(labels).get(name, "") for name in varying), *(_cell(found.get(m), notes) for m in metrics))
+        for labels, found in points.items()
+    )
+    for found in points.values():
+        for metric in _FIGURES.keys() - set(metrics):
+            if metric in found:
+                notes.mark(found[metric], metric)
+    return PrintedTable(constant, (*varying, *(_FIGURES[m][0] for m in metrics)), lines, notes.texts)
+
+
+class _Notes:
+    """Reasons, each with a number that stands in its cells."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, int] = {}
+
+    def mark(self, row: Row, what: str = "") -> str:
+        text = f"{what}: {row.reason}" if what else str(row.reason)
+        return f"[{self._reasons.setdefault(text, len(self._reasons) + 1)}]"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(f"[{number}] {text}" for text, number in self._reasons.items())
+
+
+def _labels(row: Row) -> tuple[tuple[str, str], ...]:
+    point: dict[str, Value] = dict(row.point)
+    context, tokens = point.pop("context", None), point.pop("tokens", None)
+    does = f"encode {context}" if tokens == 1 else f"generate {tokens}"
+    if tokens != 1 and context != 1:
+        does += f" after {context}"
+    model = (("model", row.model.name), ("precision", row.model.precision))
+    return (*model, *((name, str(value)) for name, value in point.items()), ("does", does))
+
+
+def _cell(row: Row | None, notes: _Notes) -> str:
+    if row is None:
+        return ""
+    if row.value is None:
+        return f"{'failed' if row.status == 'failed' else '-'} {notes.mark(row)}"
+    _, factor, form = _FIGURES[row.metric]
+    text = f"{row.value * factor:{form}}" + ("%" if row.metric in _PERCENT else "")
+    if row.low is None or row.high is None:
+        return text
+    return f"{text} ± {(row.high - row.low) / 2 * factor:{form}}"

@@ -1,0 +1,133 @@
+"""``qwenq profile`` as a user meets it, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qwenq.cli import main
+from qwenq.profiling.points import Point
+from qwenq.results import Row, read_environment, read_rows
+
+Shell = Callable[..., tuple[int, str, str]]
+DEVICE = {
+    "device": "cpu",
+    "free_bytes": 1 << 34,
+    "copy_bytes_per_s": 1e10,
+    "operations_per_s": 1e11,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def shell(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Shell:
+    """Runs the command; points are measured by a stand-in unless ``real``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QWENQ_DEBUG", raising=False)
+
+    def stand_in(point: Point, seconds: float | None) -> Iterator[Row]:
+        for metric in point.metrics:
+            yield point.row(metric, 2.0)
+
+    def run(*arguments: str, real: bool = False, measure: object = stand_in) -> tuple[int, str, str]:
+        with monkeypatch.context() as patch:
+            if not real:
+                patch.setattr("qwenq.profiling.child.probe", lambda device: DEVICE)
+                patch.setattr("qwenq.profiling.sweep.run_sweep.__kwdefaults__", {
+                    "budget": None, "command": "", "measure": measure,
+                })  # fmt: skip
+            patch.setattr(sys, "argv", ["qwenq", "profile", str(tiny_model), *arguments])
+            code = 0
+            try:
+                main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_the_plan_comes_first_then_the_table(shell: Shell) -> None:
+    code, out, _ = shell("--tokens", "4,8", "--encode", "6", "--out", "runs/one")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("plan: 12 points on cpu, about ")
+    assert sum("generate 8" in line and "about" in line for line in lines) == 4
+    assert "protocol tok/s" in out
+    assert "next: qwenq report runs/one" in out
+    rows = read_rows(Path("runs/one"))
+    assert len(rows) == 4 * 5 + 8 * 8
+    assert rows[0].details["command"].startswith("qwenq profile ")
+    assert "versions" in read_environment(Path("runs/one"))
+
+
+def test_the_same_command_goes_on(shell: Shell) -> None:
+    arguments = ("--tokens", "4", "--encode", "0", "--precision", "fp32,int8", "--out", "runs/one")
+
+    def stop(point: Point, seconds: float | None) -> Iterator[Row]:
+        if point.subject.rounded:
+            raise KeyboardInterrupt
+        yield from (point.row(metric, 1.0) for metric in point.metrics)
+
+    code, _, err = shell(*arguments, measure=stop)
+    assert code == 130
+    assert "the same command goes on where it stopped: qwenq profile" in err
+    assert "Traceback" not in err
+    assert len(read_rows(Path("runs/one"))) == 8
+    code, out, _ = shell(*arguments)
+    assert code == 0
+    assert "1 of 2 points were there already" in out
+
+
+def test_json_is_rows_and_nothing_else(shell: Shell) -> None:
+    code, out, _ = shell("--tokens", "4", "--encode", "0", "--precision", "fp32", "--json")
+    assert code == 0
+    assert {json.loads(line)["metric"] for line in out.splitlines()} >= {"speed.protocol", "memory.load"}
+
+
+def test_a_real_point(shell: Shell) -> None:
+    arguments = (
+        "--tokens",
+        "4",
+        "--encode",
+        "0",
+        "--precision",
+        "int8",
+        "--budget",
+        "2s",
+        "--out",
+        "runs/real",
+    )
+    code, out, err = shell(*arguments, real=True)
+    assert code == 0, err
+    rows = {row.metric: row for row in read_rows(Path("runs/real"))}
+    assert rows["speed.decode"].status == "ok"
+    assert "decode tok/s" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--attention", "v3"), "there is no 'v3'"),
+        (("--engine", "slow"), "there is no 'slow'"),
+        (("--kernel", "magic"), "there is no 'magic'"),
+        (("--precision", "int3"), "there is no precision 'int3'"),
+        (("--tokens", "many"), "is no list of whole numbers"),
+        (("--tokens", "1"), "2 new ones or more"),
+        (("--tokens", ""), "nothing is named"),
+        (("--context", "0"), "a prompt of 1 token or more"),
+        (("--budget", "soon"), "is no time"),
+    ],
+)
+def test_misuse_is_refused_before_anything_runs(shell: Shell, arguments: tuple[str, ...], said: str) -> None:
+    code, _, err = shell(*arguments)
+    assert code == 2
+    assert said in err
+    assert not Path("runs").exists()

@@ -1,0 +1,151 @@
+"""A point measured in this process, for what its rows say; and in a child, for how that can end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwenq.profiling import child
+from qwenq.profiling.decoding import spread
+from qwenq.profiling.measure import measure
+from qwenq.profiling.point import explain
+from qwenq.profiling.points import Point
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
+        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 0.0)
+    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_every_metric_has_its_row_in_order(
+    points: list[Point], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    point = points[number]
+    rows = list(measure(point))
+    assert [row.metric for row in rows] == list(point.metrics)
+    found = {row.metric: row for row in rows}
+    assert {name for name, row in found.items() if row.status != "ok"} <= {"energy.token"}
+    for row in rows:
+        assert row.unit == point.metrics[row.metric]
+        assert row.point == point.place
+        assert "torch" in row.implementation
+        assert row.status == "ok" or row.reason
+    if point.subject.rounded:
+        assert "rounding" in rows[0].settings
+    assert found["memory.unreset"].value >= found["memory.generate"].value
+    if not point.encodes:
+        decode = found["speed.decode"].details
+        assert len(decode["positions"]) == len(decode["values"]) > 0
+        assert decode["positions"][0] == 1
+        assert set(found["memory.generate"].details["parts"]) == {"weights", "cache", "activations"}
+        assert found["energy.token"].reason == "no energy counter of a CPU is read here"
+        share = found["bandwidth.share"]
+        assert share.value == pytest.approx(
+            share.details["achieved_bytes_per_s"] / share.details["copy_bytes_per_s"]
+        )
+
+
+def test_weights_are_counted_as_they_are_run(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32: every parameter but the norms; a step reads all of them, as the head is the embedding."""
+    quick(monkeypatch)
+    point = next(p for p in points if not p.encodes and p.subject.model.precision == "fp32")
+    found = {row.metric: row for row in measure(point)}
+    parts = found["memory.generate"].details["parts"]
+    assert 0.95 < parts["weights"] / point.subject.model.nbytes <= 1.0
+    assert parts["weights"] <= found["bandwidth.share"].details["bytes_per_step"]
+
+
+def test_a_generation_beyond_its_allowance_is_left_out_and_said(
+    points: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    found = {row.metric: row for row in measure(points[2], seconds=0.0)}
+    protocol = found["speed.protocol"]
+    assert protocol.status == "unavailable"
+    assert "one generation takes about" in protocol.reason
+    assert protocol.details["again"]
+    for metric in ("speed.decode", "memory.generate", "bandwidth.share"):
+        assert found[metric].status == "ok", metric
+
+
+def test_positions_are_spread_from_end_to_end() -> None:
+    assert spread(1, 8185)[0] == 1
+    assert spread(1, 8185)[-1] == 8185
+    assert len(spread(1, 8185)) == 9
+    assert spread(1, 3) == (1, 2, 3)
+    assert spread(5, 5) == spread(5, 4) == (5,)
+
+
+def test_a_child_measures_like_this_process(points: list[Point]) -> None:
+    rows = list(child.measure_in_child(points[0], 1.0))
+    assert [row.metric for row in rows] == list(points[0].metrics)
+    assert all(row.status == "ok" for row in rows)
+
+
+def test_what_cannot_run_says_why(points: list[Point]) -> None:
+    rows = list(child.measure_in_child(replace(points[0], attention="v2"), None))
+    assert {row.metric for row in rows} == set(points[0].metrics)
+    assert {row.status for row in rows} == {"unavailable"}
+    assert rows[0].reason.startswith("attention v2: ")
+
+
+ENDS = {
+    "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)": "for want of memory",
+    "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)": "SIGSEGV",
+    "raise SystemExit('the last words')": "exit code 1: the last words",
+}
+
+
+@pytest.mark.parametrize("source", ENDS)
+def test_a_crash_is_a_row(source: str, points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_COMMAND", [sys.executable, "-c", source])
+    rows = list(child.measure_in_child(points[0], None))
+    assert [row.metric for row in rows] == list(points[0].metrics)
+    assert {row.status for row in rows} == {"failed"}
+    assert ENDS[source] in rows[0].reason
+    assert rows[0].details["again"]
+
+
+def test_a_hung_child_is_ended(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_COMMAND", [sys.executable, "-c", "import time; time.sleep(1000)"])
+    monkeypatch.setattr(child, "_GRACE", 0.2)
+    rows = list(child.measure_in_child(points[0], 0.0001))
+    assert "did not end within" in rows[0].reason
+
+
+def test_a_child_ends_with_its_reader(
+    points: list[Point], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = tmp_path / "pid"
+    row = points[0].row("memory.load", 1.0).to_json()
+    source = (
+        "import os, json, time, pathlib\n"
+        f"pathlib.Path({str(said)!r}).write_text(str(os.getpid()))\n"
+        f"print(json.dumps({row!r}), flush=True)\ntime.sleep(1000)"
+    )
+    monkeypatch.setattr(child, "_COMMAND", [sys.executable, "-c", source])
+    rows = child.measure_in_child(points[0], None)
+    next(rows)
+    rows.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(said.read_text()), signal.SIG_DFL)
+
+
+def test_out_of_memory_is_called_that() -> None:
+    import torch
+
+    assert explain(MemoryError())[1] == "out of memory"
+    assert explain(torch.OutOfMemoryError("CUDA out of memory"))[1].startswith("out of memory")
+    cpu = RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: 9"
+    )
+    assert explain(cpu)[1].startswith("out of memory")
+    assert explain(KeyError("x")) == ("failed", "KeyError: 'x'")

@@ -1,0 +1,68 @@
+"""What a sweep consists of, and when a point is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwenq.errors import UsageError
+from qwenq.profiling.points import Point, is_done, sweep
+from qwenq.profiling.subjects import Subjects, subjects_of
+
+
+def test_a_sweep_is_every_combination_the_quick_lengths_first(subjects: Subjects) -> None:
+    lengths = [(1, 8192), (1, 2048), (2048, 1)]
+    made = sweep(subjects.subjects, attentions=["v2", "off"], engines=["fast"], lengths=lengths, device="cpu")
+    assert len(made) == len(set(made)) == 2 * 2 * 3
+    assert [(p.context, p.tokens) for p in made[::4]] == [(2048, 1), (1, 2048), (1, 8192)]
+    assert {p.subject.model.precision for p in made} == {"fp32", "int4"}
+
+
+def test_a_point_survives_its_way_to_the_child(points: list[Point]) -> None:
+    for point in points:
+        assert Point.from_json(point.to_json()) == point
+
+
+def test_a_point_is_done_when_every_metric_has_its_row(points: list[Point]) -> None:
+    point = points[0]
+    rows = [point.row(metric, 1.0) for metric in point.metrics]
+    assert is_done(point, rows)
+    assert not is_done(point, rows[:-1])
+    assert not is_done(points[1], rows)
+    other = replace(point.subject.model, fingerprint="another")
+    assert not is_done(replace(point, subject=replace(point.subject, model=other)), rows)
+
+
+def test_what_is_worth_another_try_is_not_done(points: list[Point]) -> None:
+    point = points[0]
+    rows = [point.row(metric, 1.0) for metric in point.metrics]
+    assert is_done(
+        point, [*rows[:-1], *point.without("unavailable", "no such kernel", list(point.metrics)[-1:])]
+    )
+    late = point.without("unavailable", "the budget was over", list(point.metrics)[-1:], again=True)
+    assert not is_done(point, [*rows[:-1], *late])
+
+
+def test_subjects_of_a_plain_model(tiny: Path, subjects: Subjects) -> None:
+    fp32, int4 = (each.model for each in subjects.subjects)
+    assert (fp32.precision, int4.precision) == ("fp32", "int4")
+    assert fp32.family == int4.family == tiny.name
+    assert int4.fingerprint.endswith(fp32.fingerprint)
+    assert int4.fingerprint != fp32.fingerprint
+    assert int4.nbytes < fp32.nbytes
+    assert subjects.subjects[1].rounded == 4
+
+
+def test_random_weights_of_a_catalogue_shape_are_not_made_to_list_them() -> None:
+    found = subjects_of(["qwen-7b-chat"], ["bf16", "int4"], "random", seed=3)
+    assert found.shapes["qwen-7b-chat"].parameters == 7_721_324_544
+    assert all("random:3:qwen-7b-chat" in each.model.fingerprint for each in found.subjects)
+
+
+def test_misuse_is_refused(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="no precision 'int3'"):
+        subjects_of([str(tiny)], ["int3"])
+    with pytest.raises(UsageError, match="two models are called tiny"):
+        subjects_of([str(tiny), str(tiny)], ["fp32"])

@@ -1,0 +1,48 @@
+"""The printed table: what varies is a column, what does not is said once, what is missing says why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from qwenq.profiling.points import Point
+from qwenq.profiling.table import table
+from qwenq.results import Row
+
+
+def rows_of(point: Point) -> list[Row]:
+    return [point.row(metric, 2.0, low=1.5, high=2.5, n=6) for metric in point.metrics]
+
+
+def test_what_does_not_vary_is_no_column(points: list[Point]) -> None:
+    printed = table([row for point in points[2:] for row in rows_of(point)])
+    assert printed.headings[0] == "precision"
+    assert dict(printed.constant)["does"] == "generate 8"
+    assert dict(printed.constant)["attention"] == "sdpa"
+    assert [line[0] for line in printed.lines] == ["fp32", "int4"]
+    assert "2.00 ± 0.50" in printed.lines[0]
+
+
+def test_encoding_and_generating_share_a_table(points: list[Point]) -> None:
+    printed = table([row for point in points for row in rows_of(point)])
+    assert printed.headings[:2] == ("precision", "does")
+    prefill = printed.headings.index("prefill tok/s")
+    assert [line[prefill] != "" for line in printed.lines] == [True, True, False, False]
+
+
+def test_what_is_missing_says_why_once(points: list[Point]) -> None:
+    broken = points[3].without("failed", "out of memory")
+    printed = table([*rows_of(points[2]), *broken])
+    assert "failed [1]" in printed.lines[1]
+    assert printed.notes == ("[1] out of memory",)
+
+
+def test_a_column_without_any_figure_is_a_note(points: list[Point]) -> None:
+    rows = [row for row in rows_of(points[2]) if row.metric != "energy.token"]
+    printed = table([*rows, *points[2].without("unavailable", "no counter", ["energy.token"])])
+    assert "J/token" not in printed.headings
+    assert printed.notes == ("[1] energy.token: no counter",)
+
+
+def test_another_attention_is_a_column(points: list[Point]) -> None:
+    printed = table([*rows_of(points[2]), *rows_of(replace(points[2], attention="off"))])
+    assert "attention" in printed.headings
