@@ -6,6 +6,7 @@ its position, and "may see" is one comparison (slot ≤ position). What lies beh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UsageError
+from qwenq.runtime.memory import require
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class KVCache:
         layers, batch, heads, capacity, head_dim: sizes; ``heads`` counts the key/value heads.
         device, dtype: of the tensors.
 
+    Raises:
+        OutOfMemoryError: more bytes than are free.
+
     Attributes:
         lengths: tokens in each row.
         alphas: NTK factor with which each row's keys were rotated (1 for all but long Qwen v1 prompts).
@@ -88,8 +93,14 @@ class KVCache:
         self.alphas = [1] * batch
         self._dtype = dtype
         self._arranged: tuple[Tensor, Tensor] | None = None
-        # Zeros, because a masked NaN would still poison the sum over values.
         shape = (batch, heads, capacity, head_dim)
+        require(
+            2 * layers * math.prod(shape) * dtype.itemsize,
+            device,
+            f"a cache of {batch} rows of {capacity} tokens",
+            "ask for fewer new tokens, a shorter prompt or fewer rows at once",
+        )
+        # Zeros, because a masked NaN would still poison the sum over values.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
 

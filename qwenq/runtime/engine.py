@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -17,6 +18,7 @@ from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
 from qwenq.runtime.generation import Generated, OnToken, generate, padded
+from qwenq.runtime.memory import explained
 from qwenq.runtime.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -156,9 +158,10 @@ class CachedEngine:
             found = self.prefill(prompts, part)
             cache.put(rows, part)
             return found
-        hidden = self._prompt_hidden(prompts, cache)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        return self._head(hidden[torch.arange(len(prompts), device=self.device), last])
+        with self._memory(prompts):
+            hidden = self._prompt_hidden(prompts, cache)
+            last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+            return self._head(hidden[torch.arange(len(prompts), device=self.device), last])
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -170,8 +173,9 @@ class CachedEngine:
     def logits(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> list[Tensor]:
         """Float32 [len(prompts[r]), vocabulary] after every token of each row."""
         cache = cache or self.new_cache(len(prompts), max(map(len, prompts), default=1))
-        hidden = self._prompt_hidden(prompts, cache)
-        return [self._head(row[: len(prompt)]) for row, prompt in zip(hidden, prompts, strict=True)]
+        with self._memory(prompts):
+            hidden = self._prompt_hidden(prompts, cache)
+            return [self._head(row[: len(prompt)]) for row, prompt in zip(hidden, prompts, strict=True)]
 
     def generate(
         self,
@@ -190,6 +194,10 @@ class CachedEngine:
     def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
         self._check(prompts, cache)
         return self._hidden(padded(prompts, self.device), [len(prompt) for prompt in prompts], cache)
+
+    def _memory(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+        what = f"{len(prompts)} prompts of up to {max(map(len, prompts), default=0)} tokens"
+        return explained(self.device, what, "run fewer prompts at once, or shorter ones")
 
     def _check(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> None:
         if len(prompts) != cache.batch:
@@ -277,6 +285,7 @@ def load(
         UsageError: a device, dtype, engine, kernel or attention that does not exist here.
         ModelError: the folder cannot be read, or its weights do not fit its config.
         UnsupportedError: the engine cannot run this architecture, or what was asked for cannot run here.
+        OutOfMemoryError: the weights take more than what is free.
     """
     if engine not in ("fast", "transformers"):
         raise UsageError(f"there is no engine {engine!r}", where="--engine", hint="use fast or transformers")

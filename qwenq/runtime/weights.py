@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,7 @@ from qwenq.models.source import TensorSource
 from qwenq.runtime.kernels.base import Kernel, Layer, Need, stacked
 from qwenq.runtime.kernels.table import choose
 from qwenq.runtime.linear import Dense, SideBySide
+from qwenq.runtime.memory import require
 
 _HINT = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
 
@@ -87,6 +89,7 @@ class Weights:
         ModelError: a quantised module is incomplete or contradicts its settings.
         UsageError: there is no such kernel.
         UnsupportedError: the kernel cannot run this model here.
+        OutOfMemoryError: the weights alone take more than what is free.
         CorruptFileError: on reading, a tensor with NaN or Inf.
     """
 
@@ -100,6 +103,7 @@ class Weights:
         if quantization_of(checkpoint.config) is None:
             _refuse_kernel(kernel)
             self._names = set(self._source.names())
+            self._require_memory()
             return
         quant = self._quant = QuantConfig.read(checkpoint.config)
         layers = _quantised_layers(checkpoint.source, quant)
@@ -109,6 +113,19 @@ class Weights:
         choice = choose(kernel, self._need)
         self._kernel, self.kernel, self.notes = choice.kernel, choice.kernel.name, choice.passed_over
         self.quantised = frozenset(layer.name for layer in layers)
+        self._require_memory()
+
+    def _require_memory(self) -> None:
+        """Refuse a model whose weights alone are more than what is free."""
+        dense = self.kernel == "dequantise" or not self.quantised
+        needed = 0
+        for name in self._names:
+            packed = name.removesuffix(".weight") in self.quantised
+            size = self._dtype.itemsize if dense or not packed else self._need.bits / 8
+            needed += int(math.prod(self._source.info(name).shape) * size)
+        form = f"in {str(self._dtype).removeprefix('torch.')}" if dense else f"in {self._need.bits} bits"
+        hint = "use --dtype bfloat16, a quantised model, a smaller one, or another --device"
+        require(needed, self._device, f"the model's weights {form}", hint)
 
     def check(self, shape: ModelShape, tied: bool) -> None:
         """Every tensor that the config asks for is there in its shape, and the blocks hold no other.

@@ -1,0 +1,74 @@
+"""Memory that is not there: said before it is asked for where it can be known, else explained after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from qwenq.errors import OutOfMemoryError
+
+_CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated there: on a GPU, what torch holds but does not use counts as free."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def require(needed: int, device: torch.device, what: str, hint: str) -> None:
+    """Refuse what cannot fit, before the machine starts to swap or ends the process.
+
+    Args:
+        needed: bytes.
+        device: where.
+        what: what needs them, as the subject of a sentence.
+        hint: which option lowers it.
+
+    Raises:
+        OutOfMemoryError: fewer bytes are free.
+    """
+    free = free_bytes(device)
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{what} needs {gib(needed)}, and {gib(free)} are free on {device}", where=str(device), hint=hint
+        )
+
+
+@contextmanager
+def explained(device: torch.device, what: str, hint: str) -> Iterator[None]:
+    """Turn torch's refusals to allocate into an error that says what was running and what would lower it.
+
+    Raises:
+        OutOfMemoryError: torch was refused memory inside the block.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = str(error).split(". ")[0].removeprefix("CUDA out of memory")
+        raise _out_of_memory(what, asked.strip(". "), device, hint) from error
+    except RuntimeError as error:
+        found = _CPU_REFUSAL.search(str(error))
+        if found is None:
+            raise
+        raise _out_of_memory(what, f"{gib(int(found[1]))} more were asked for", device, hint) from error
+
+
+def gib(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+
+
+def _out_of_memory(what: str, asked: str, device: torch.device, hint: str) -> OutOfMemoryError:
+    free = gib(free_bytes(device))
+    return OutOfMemoryError(
+        f"{what}: out of memory; {asked or 'more was asked for'}, {free} are free",
+        where=str(device),
+        hint=hint,
+    )

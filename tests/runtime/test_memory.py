@@ -1,0 +1,50 @@
+"""What does not fit is refused with its size and the option that lowers it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runtime.small_models import random_ids, small_model
+
+from qwenq.errors import OutOfMemoryError
+from qwenq.runtime import memory
+from qwenq.runtime.engine import load
+from qwenq.runtime.memory import explained, require
+
+CPU = torch.device("cpu")
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_allocated() -> None:
+    _, checkpoint = small_model("qwen3")
+    engine = load(checkpoint, device="cpu", dtype="float32")
+    with pytest.raises(OutOfMemoryError, match=r"a cache of 1000000 rows of 1000000 tokens needs .* GiB"):
+        engine.new_cache(10**6, 10**6)
+    with pytest.raises(OutOfMemoryError) as refused:
+        engine.generate([random_ids(5)], 10**12)
+    assert "fewer new tokens" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("engine", ["fast", "transformers"])
+def test_weights_that_cannot_fit_are_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, checkpoint = small_model("llama")
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 1000)
+    with pytest.raises(OutOfMemoryError, match=r"weights in float32 needs .* free on cpu"):
+        load(checkpoint, device="cpu", dtype="float32", engine=engine)
+
+
+def test_torchs_own_refusal_is_explained() -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match=r"a test: out of memory; .* GiB more were asked for"),
+        explained(CPU, "a test", "ask for less"),
+    ):
+        torch.empty(2**55, dtype=torch.uint8)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shape"), explained(CPU, "a test", "ask for less"):
+        torch.zeros(3).view(7)
+    require(1, CPU, "a byte", "ask for less")
+
+
+def test_it_is_a_memory_error_for_those_who_try_again_with_less() -> None:
+    assert issubclass(OutOfMemoryError, MemoryError)
