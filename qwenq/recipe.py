@@ -75,6 +75,7 @@ class ProfileRecipe(_Section):
     """Which points `qwenq run` measures speed and memory at."""
 
     tokens: tuple[Count, ...] = (2048, 8192)
+    encode: tuple[Count, ...] = (2048,)  # lengths of prompts whose encoding is measured
     attention: tuple[str, ...] = ()  # none: the command's own
     engine: tuple[str, ...] = ()
     budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smh]$")] | None = None  # such as 10m

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": LEAVES | {"models"},
     "convert": COMPOSER,
     "quantize": COMPOSER,
+    "run": COMPOSER,
     "cli": ROOMS,
     "__main__": {"cli"},
 }

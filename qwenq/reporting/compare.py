@@ -59,6 +59,7 @@ class Comparison:
         why: why the rows cannot be compared, or why nobody can tell; empty otherwise.
         comparable: the two figures are of the same thing.
         pairing, p: of accuracies; p is corrected for all tests of the comparison.
+        kindest: of ratios with intervals, the one best for the new run that the intervals allow.
     """
 
     before: Row | None
@@ -69,6 +70,7 @@ class Comparison:
     why: str = ""
     pairing: Pairing | None = None
     p: float | None = None
+    kindest: float | None = None
 
     @property
     def row(self) -> Row:
@@ -118,10 +120,10 @@ def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
     """The rows, and a row of its bytes for each model that has none."""
     items = list(measured)
     yield from items
-    known = {item.row.model.fingerprint for item in items if item.row.metric == "size"}
-    for item in {item.row.model.fingerprint: item for item in items}.values():
+    known = {item.row.model for item in items if item.row.metric == "size"}
+    for item in {item.row.model: item for item in items}.values():
         model = item.row.model
-        if model.nbytes is not None and model.fingerprint not in known:
+        if model.nbytes is not None and model not in known:
             yield replace(item, row=Row("size", model, {}, float(model.nbytes), "bytes"))
 
 
@@ -169,20 +171,26 @@ def _apart(old: Measured, new: Measured) -> str:
     return ""
 
 
+NAMING = ("task", "context", "tokens")
+"""Keys of a point without which another row is another measurement, not this one measured otherwise."""
+
+
 def _nearest(row: Row, news: list[Measured]) -> str:
     """What the new run has in the place of a row that it does not have."""
-    rows = [item.row for item in news if item.row.metric == row.metric]
-    alike = [other for other in rows if other.model.precision == row.model.precision]
+    alike = [
+        item.row
+        for item in news
+        if (item.row.metric, item.row.model.precision) == (row.metric, row.model.precision)
+        and all(item.row.point.get(key) == row.point.get(key) for key in NAMING)
+    ]
     family = [other for other in alike if other.model.family == row.model.family]
+    if not alike:
+        return "missing in the new run"
     if not family:
-        if alike:
-            return f"another model: {clean(alike[0].model.family)} instead of {clean(row.model.family)}"
-        return "missing in the new run"
+        return f"another model: {clean(alike[0].model.family)} instead of {clean(row.model.family)}"
     other = min(family, key=lambda other: len(_differing(row, other)))
-    keys = _differing(row, other)
-    if len(keys) > 2:  # nothing that was meant to be the same
-        return "missing in the new run"
-    shown = (f"another {key}: {other.point.get(key)} instead of {row.point.get(key)}" for key in keys)
+    differing = _differing(row, other)
+    shown = (f"another {key}: {other.point.get(key)} instead of {row.point.get(key)}" for key in differing)
     return clean("; ".join(shown))
 
 
@@ -204,7 +212,8 @@ def _difference(before: Row, after: Row) -> Comparison:
             return replace(made, real=None, why=pairing)
         return replace(made, real=pairing.p < LEVEL, pairing=pairing, p=pairing.p)
     if metric.noisy:
-        return replace(made, real=_disjoint(before, after), why=_no_interval(before, after))
+        kindest = _kindest(before, after, metric)
+        return replace(made, real=_disjoint(before, after), why=_no_interval(before, after), kindest=kindest)
     return made
 
 
@@ -212,6 +221,12 @@ def _disjoint(before: Row, after: Row) -> bool | None:
     if before.low is None or before.high is None or after.low is None or after.high is None:
         return None
     return before.high < after.low or after.high < before.low
+
+
+def _kindest(before: Row, after: Row, metric: Metric) -> float | None:
+    if metric.better == "up":
+        return after.high / before.low if after.high is not None and before.low else None
+    return after.low / before.high if after.low is not None and before.high else None
 
 
 def _no_interval(before: Row, after: Row) -> str:

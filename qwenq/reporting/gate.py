@@ -4,9 +4,9 @@ A condition is ``metric:rule``; several stand behind each other with commas:
 
 * ``accuracy:significant``: items lost are more than items won, and McNemar's test calls it no accident.
   For speed, time and energy: the intervals do not overlap. For exact figures: any change to the worse.
-* ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline. Where
-  both runs say how much is noise, intervals that overlap do not fail, whatever the ratio. A speed or a time
-  that was measured once has no interval: it is judged, by its ratio alone, only where a condition names it.
+* ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline. Of
+  speeds and times the kindest ratio that both intervals allow counts: what fails is no noise. One that was
+  measured once has no interval: it is judged, by its ratio alone, only where a condition names it.
 * ``kl:>0.05``, ``accuracy:<-0.02``, ``same_top:<-0.01``: new − baseline, in nats a token or as a share.
 
 ``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` mean all their rows, ``speed.decode`` one kind.
@@ -51,8 +51,8 @@ class Condition:
             return None if item.real is None else item.real and item.worse
         if item.change is None:
             return None
-        over = item.change < self.limit if self.sign == "<" else item.change > self.limit
-        return over and item.real is not False
+        change = item.change if item.kindest is None else item.kindest
+        return change < self.limit if self.sign == "<" else change > self.limit
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import comb
 
 from qwenq.results import Row
 
@@ -37,8 +36,10 @@ class Pairing:
 
 def mcnemar(lost: int, won: int) -> float:
     """Two-sided exact p of ``lost`` against ``won`` discordant pairs; 1 where there is none."""
-    discordant = lost + won
-    tail = sum(comb(discordant, k) for k in range(min(lost, won) + 1))
+    discordant, tail, ways = lost + won, 0, 1
+    for k in range(min(lost, won) + 1):
+        tail += ways
+        ways = ways * (discordant - k) // (k + 1)  # discordant over k + 1
     return min(1.0, float(Fraction(2 * tail, 2**discordant)))
 
 

@@ -48,7 +48,11 @@ _BY_UNIT = {
     "joules/token": Format("J/token", 1, fixed(3)),
     "ratio": Format("×", 1, fixed(3)),
 }
-_BY_METRIC = {"size": Format("MB", 1e-6, fixed(1)), "perplexity": Format("perplexity", 1, fixed(3))}
+_BY_METRIC = {
+    "size": Format("MB", 1e-6, fixed(1)),
+    "perplexity": Format("", 1, fixed(3)),
+    "bandwidth.share": PERCENT,
+}
 
 
 def format_of(metric: str, unit: str) -> Format:

@@ -21,9 +21,13 @@ Compare = Callable[..., list[Comparison]]
 def compared(tmp_path: Path) -> Compare:
     """Write both runs, read them back, compare."""
 
+    number = 0
+
     def run(old: list[Row], new: list[Row], **environment: Any) -> list[Comparison]:
-        before: Collection = collect([write_run(tmp_path / "old", old)])
-        return compare(before, collect([write_run(tmp_path / "new", new, **environment)]))
+        nonlocal number
+        number += 1
+        before: Collection = collect([write_run(tmp_path / f"old{number}", old)])
+        return compare(before, collect([write_run(tmp_path / f"new{number}", new, **environment)]))
 
     return run
 
@@ -102,18 +106,22 @@ def test_two_models_of_one_precision_find_their_own(compared: Compare) -> None:
     assert [item.change for item in found] == [1.0, 1.0]
 
 
+def at(**changes: Any) -> Callable[[Row], Row]:
+    return lambda row: replace(row, point=row.point | changes)
+
+
 CHANGED: dict[str, tuple[Callable[[Row], Row], str]] = {
-    "protocol": (lambda row: replace(row, point=row.point | {"protocol": "base"}), "another protocol: base instead of card"),
-    "version": (lambda row: replace(row, point=row.point | {"version": 2}), "another version: 2 instead of 1"),
-    "limit": (lambda row: replace(row, point=row.point | {"limit": None}), "another limit: None instead of 500"),
-    "family": (lambda row: replace(row, model=replace(row.model, family="other")), "another model: other instead of"),
+    "protocol": (at(protocol="base"), "another protocol: base instead of card"),
+    "version": (at(version=2), "another version: 2 instead of 1"),
+    "limit": (at(limit=None), "another limit: None instead of 500"),
+    "family": (lambda row: replace(row, model=replace(row.model, family="other")), "another model: other"),
     "status": (
         lambda row: replace(row, value=None, low=None, high=None, status="failed", reason="killed"),
         "failed in the new run: killed",
     ),
     "unit": (lambda row: replace(row, unit="percent"), "another unit: percent instead of share"),
     "precision": (lambda row: replace(row, model=model("int8")), "missing in the new run"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("change", "why"), CHANGED.values(), ids=CHANGED)

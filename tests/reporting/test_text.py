@@ -1,4 +1,4 @@
-"""Hostile text: nothing out of a row becomes markup, a link, a mention, a formula, or a terminal's command."""
+"""Hostile text: nothing out of a row becomes markup, a link, a mention, a formula or a terminal's command."""
 
 from __future__ import annotations
 

@@ -1,0 +1,63 @@
+"""``qwenq recipe``: recipes as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwenq.cli.app import app
+from qwenq.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwenq.recipe import Recipe
+
+recipe_app = typer.Typer(help="Recipes as files.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipe_app, name="recipe")
+
+
+@recipe_app.callback()
+def recipe() -> None:
+    """Recipes as files."""
+
+
+@recipe_app.command()
+def check(files: Annotated[list[Path], typer.Argument(help="TOML files.", metavar="FILE...")]) -> None:
+    """Say whether recipes are sound, and what `qwenq run` would do; nothing is run."""
+    from qwenq.run.chain import chain_of
+
+    for file in files:
+        chain = chain_of(checked(file), file)
+        typer.echo(f"{file}: {', '.join(step.name for step in chain.steps)}")
+
+
+def checked(file: Path) -> Recipe:
+    """The recipe, with its conditions parsed and the files that it names found.
+
+    Raises:
+        UsageError: a key, a value, a condition or a task that is wrong, or a file that is not there.
+    """
+    from qwenq.recipe import read_recipe
+    from qwenq.reporting.gate import parse
+
+    found = read_recipe(file)
+    parse(found.gate.fail_on)
+    for key, name in (
+        ("calibration.source", found.calibration.source),
+        ("eval.data", found.eval.data if found.eval else None),
+        ("gate.baseline", found.gate.baseline),
+    ):
+        if name is not None and _is_path(name) and not Path(name).exists():
+            raise UsageError(f"{key} = {name!r}: no such file or folder", where=file)
+    if found.eval is not None:
+        from qwenq.evals.tasks import TASKS
+
+        if wrong := [task for task in found.eval.tasks if task not in TASKS]:
+            raise UsageError(f"no task {wrong[0]!r}", where=file, hint=f"use {', '.join(TASKS)}")
+    return found
+
+
+def _is_path(name: str) -> bool:
+    """Unless it is a word such as ``self``, or the ``owner/name`` of a hub dataset."""
+    return name.startswith((".", "/", "~")) or Path(name).suffix != "" or name.count("/") > 1

@@ -1,0 +1,53 @@
+"""``qwenq run``: a recipe from beginning to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwenq.cli.app import app
+
+if TYPE_CHECKING:
+    from qwenq.run.chain import Chain
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="TOML file, e.g. recipes/demo.toml.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps, do nothing.")] = False,
+) -> None:
+    """Quantise, evaluate, profile, report and gate, as a recipe says.
+
+    Stopped or failed? The same command goes on where it was: steps that are done are not done again, and a
+    step that was interrupted goes on itself. Exit codes of the gate as in `qwenq compare`.
+    """
+    from qwenq.cli.recipe import checked
+    from qwenq.run.chain import chain_of
+    from qwenq.run.execute import run_chain
+
+    chain = chain_of(checked(recipe), recipe, out)
+    _show(chain)
+    if dry_run:
+        return
+    code = run_chain(chain, lambda line: typer.secho(line, bold=True, err=True))
+    if code:
+        raise typer.Exit(code)
+    if chain.page is not None:
+        typer.echo(chain.page)
+
+
+def _show(chain: Chain) -> None:
+    """What is done, and what will be, with the commands."""
+    import shlex
+
+    from qwenq.run.execute import is_done
+
+    typer.echo(f"{len(chain.steps)} steps; run folder {chain.work}", err=True)
+    for number, step in enumerate(chain.steps, 1):
+        mark = "done" if is_done(chain, step) else ""
+        typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)
+        program = "qwenq" if step.module == "qwenq" else f"python -m {step.module}"
+        typer.echo(f"           {program} {shlex.join(step.arguments)}", err=True)

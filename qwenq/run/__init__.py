@@ -1,0 +1,1 @@
+"""The whole chain of a recipe: quantise, evaluate, profile, report, compare."""

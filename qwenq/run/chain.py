@@ -1,0 +1,195 @@
+"""The steps of a recipe: commands of qwenq, in order, and what decides whether one is necessary again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenq import __version__
+from qwenq.errors import UsageError
+from qwenq.recipe import Recipe
+from qwenq.results import RESULTS_FILE
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: for people and the journal.
+        arguments: behind ``qwenq``, or behind ``module``.
+        reads: files and folders whose change makes it necessary again.
+        makes: what is there when it is done.
+        always: cheap, or a verdict: never skipped.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    makes: Path
+    reads: tuple[Path, ...] = ()
+    always: bool = False
+    module: str = "qwenq"
+
+    def fingerprint(self) -> str:
+        """Of the command, qwenq's version, and the sizes and times of the files it reads."""
+        facts = [__version__, self.name, *self.arguments, *(state(path) for path in self.reads)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A recipe's steps and where they leave what they make.
+
+    Attributes:
+        work: run folder: rows, journal, quantised models.
+        page: the report; None where nothing was measured.
+    """
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    work: Path
+    page: Path | None
+
+
+def chain_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
+    """The steps of a recipe, in order.
+
+    Args:
+        file: the recipe, which `qwenq quantize` reads itself.
+        work: run folder; None: ``runs/NAME``.
+
+    Raises:
+        UsageError: the recipe asks for what has no meaning.
+    """
+    name = recipe.report.name or file.stem
+    folder = work or Path("runs") / name
+    quantised = {p: folder / "models" / _model_folder(recipe, p) for p in precisions(recipe) if p in BITS}
+    plain = [precision for precision in precisions(recipe) if precision in DTYPES]
+    steps = [_quantise(recipe, file, precision, out) for precision, out in quantised.items()]
+    if (recipe.eval or recipe.profile) and recipe.weights == "stored":
+        steps += [_record(precision, out, folder) for precision, out in quantised.items()]
+    if recipe.eval is not None:
+        _refuse_random(recipe)
+        steps += [*_evaluate(recipe, folder, plain, quantised)]
+    if recipe.profile is not None:
+        steps.append(_profile(recipe, folder, plain, quantised))
+    page = None
+    if recipe.eval is not None or recipe.profile is not None:
+        page = Path(recipe.report.folder) / name / "index.html"
+        steps.append(_report(recipe, folder, page))
+    if recipe.gate.baseline is not None:
+        arguments = ("compare", recipe.gate.baseline, str(folder), "--fail-on", recipe.gate.fail_on)
+        steps.append(Step("gate", arguments, folder / RESULTS_FILE, always=True))
+    return Chain(recipe, tuple(steps), folder, page)
+
+
+def precisions(recipe: Recipe) -> tuple[str, ...]:
+    """Those that are named, each once; else the unquantised model in bf16 and ``quantize.bits``."""
+    return tuple(dict.fromkeys(recipe.precisions)) or ("bf16", f"int{recipe.quantize.bits}")
+
+
+def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
+    model = () if recipe.model is None else (recipe.model,)
+    bits = str(BITS[precision])
+    arguments = ("quantize", *model, "--recipe", str(file), "--bits", bits, "--out", str(out))
+    return Step(f"quantise to {precision}", arguments, out, _local(recipe.model, recipe.calibration.source))
+
+
+def _model_folder(recipe: Recipe, precision: str) -> Path:
+    """``3f2a91c0/NAME-GPTQ-Int4``: another recipe or model gets another folder, and none is overwritten."""
+    parts = recipe.model_dump(mode="json", include={"model", "weights", "calibration", "quantize"})
+    parts["quantize"]["bits"] = BITS[precision]
+    states = [state(path) for path in _local(recipe.model, recipe.calibration.source)]
+    facts = json.dumps([__version__, parts, states], sort_keys=True)
+    name = Path(recipe.model).name if recipe.model else "bundled"
+    return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
+
+
+def _record(precision: str, model: Path, folder: Path) -> Step:
+    arguments = (str(model), str(folder))
+    rows = folder / RESULTS_FILE
+    return Step(f"record the check of {precision}", arguments, rows, (model,), module="qwenq.run.recorded")
+
+
+def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
+    """The unquantised model first: the others are paired with its answers."""
+    options = [*_eval_options(recipe), "--out", str(folder)]
+    base = [] if recipe.model is None else [recipe.model]
+    rows = folder / RESULTS_FILE
+    data = recipe.eval.data if recipe.eval else None
+    for precision in plain:
+        arguments = ("eval", *base, "--dtype", DTYPES[precision], *options)
+        yield Step(f"evaluate {precision}", arguments, rows, _local(recipe.model, data))
+    for precision, model in quantised.items():
+        yield Step(f"evaluate {precision}", ("eval", str(model), *options), rows, (model, *_local(data)))
+
+
+def _eval_options(recipe: Recipe) -> Iterator[str]:
+    wanted = recipe.eval
+    if wanted is None:
+        return
+    yield from ("--tasks", ",".join(wanted.tasks), "--protocol", wanted.protocol)
+    if wanted.subjects:
+        yield from ("--subjects", ",".join(wanted.subjects))
+    for option, value in (("--limit", wanted.limit), ("--shots", wanted.shots), ("--data", wanted.data)):
+        if value is not None:
+            yield from (option, str(value))
+    if wanted.sample:
+        yield "--sample"
+
+
+def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Step:
+    """One command for all models; it keeps what it has measured, and goes on there."""
+    wanted = recipe.profile
+    assert wanted is not None  # noqa: S101 - the caller has looked
+    random = recipe.weights == "random"
+    models = [recipe.model] if recipe.model is not None else [None]
+    names = [model for model in models if model is not None]
+    if random:  # int8 and int4 of random weights are rounded on the fly
+        shown = [*plain, *quantised]
+    else:
+        names, shown = [*(names if plain else []), *map(str, quantised.values())], plain
+    options = {
+        "--precision": ",".join(shown),
+        "--tokens": ",".join(map(str, wanted.tokens)),
+        "--encode": ",".join(map(str, wanted.encode)) or "0",
+        "--attention": ",".join(wanted.attention),
+        "--engine": ",".join(wanted.engine),
+        "--weights": "random" if random else "",
+        "--budget": wanted.budget or "",
+        "--out": str(folder),
+    }
+    arguments = [text for option, value in options.items() if value for text in (option, value)]
+    reads = (*_local(recipe.model), *(() if random else quantised.values()))
+    return Step("profile", ("profile", *names, *arguments), folder / RESULTS_FILE, reads)
+
+
+def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
+    title = () if recipe.report.title is None else ("--title", recipe.report.title)
+    arguments = ("report", str(folder), "--out", str(page.parent), *title)
+    return Step("report", arguments, page, (folder / RESULTS_FILE,))
+
+
+def _refuse_random(recipe: Recipe) -> None:
+    if recipe.weights == "random":
+        raise UsageError(
+            "[eval] of random weights would measure chance", where="the recipe", hint="leave [eval] out"
+        )
+
+
+def _local(*names: str | None) -> tuple[Path, ...]:
+    """Those that are files or folders here; hub ids and the bundled model are not."""
+    return tuple(Path(name) for name in names if name is not None and Path(name).exists())
+
+
+def state(path: Path) -> str:
+    """Names, sizes and times of a file, or of the files of a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return json.dumps(found)

@@ -1,0 +1,99 @@
+"""Doing the steps of a chain, each in a process of its own, none of them twice.
+
+What a step costs in memory, and whether it crashes, is its own affair; what it has made counts by what is on
+the disk. A journal beside the results says which steps came to their end, under a fingerprint of everything
+that decides them: the command, the version, the files it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+from qwenq.run.chain import Chain, Step
+from qwenq.storage import guard_storage
+
+JOURNAL = "journal.jsonl"
+
+
+def is_done(chain: Chain, step: Step) -> bool:
+    """Whether the journal says so, and what the step made is still there."""
+    if step.always or not step.makes.exists():
+        return False
+    return _journal(chain.work).get(step.name) == step.fingerprint()
+
+
+def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
+    """Do what is not done; the first step that fails ends it.
+
+    Returns:
+        The exit code of the last step: 0, or that of the one that failed.
+    """
+    for number, step in enumerate(chain.steps, 1):
+        if is_done(chain, step):
+            continue
+        say(f"step {number} of {len(chain.steps)}: {step.name}")
+        started = time.monotonic()
+        code = _execute(step)
+        if code != 0:
+            say(f"{step.name} ended with exit code {code}; the same command goes on from here")
+            return code
+        _note(chain.work, step, time.monotonic() - started)
+    return 0
+
+
+def _execute(step: Step) -> int:
+    """Run a step; Ctrl-C and SIGTERM reach it, and it may save what it has."""
+    command = [sys.executable, "-m", step.module, *step.arguments]
+    with subprocess.Popen(command) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            child.wait()  # a terminal has told it, too
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return code if code >= 0 else 128 - code
+
+
+def _journal(work: Path) -> dict[str, str]:
+    """Step → fingerprint of its last good end; a line that a kill tore is no end."""
+    try:
+        lines = (work / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    ends: dict[str, str] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            ends[entry["step"]] = entry["fingerprint"]
+        except (ValueError, TypeError, KeyError):
+            continue
+    return ends
+
+
+def _note(work: Path, step: Step, seconds: float) -> None:
+    """A finished step, flushed to the disk."""
+    entry = {
+        "step": step.name,
+        "fingerprint": step.fingerprint(),
+        "command": [step.module, *step.arguments],
+        "seconds": round(seconds, 1),
+        "date": date.today().isoformat(),
+    }
+    path = work / JOURNAL
+    line = json.dumps(entry, ensure_ascii=False) + "\n"
+    with guard_storage(path, len(line)):
+        work.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())

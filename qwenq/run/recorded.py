@@ -1,0 +1,82 @@
+"""The check that `qwenq quantize` made of a model, as rows: ``python -m qwenq.run.recorded MODEL RUN``.
+
+The check is in the manifest already; nothing is measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import CorruptFileError
+from qwenq.results import Model, Row, Value, append_row
+
+UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
+"""Metrics of the check that have an interval."""
+
+
+def record_check(model: Path, run: Path) -> list[Row]:
+    """Append the rows of a quantised model's check to a run folder.
+
+    Raises:
+        CorruptFileError: the folder has no manifest, or one without a check.
+    """
+    rows = list(rows_of(_read(model / "qwenq.json"), _identity(model)))
+    for row in rows:
+        append_row(run, row)
+    return rows
+
+
+def rows_of(manifest: dict[str, Any], model: Model) -> Iterator[Row]:
+    """KL, with the errors of the modules; same top token; perplexity as a ratio to the base's; bytes."""
+    check, calibration = manifest["check"], manifest["calibration"]
+    point: dict[str, Value] = {
+        "text": f"held out of {calibration['source']}",
+        "text_fingerprint": calibration["tokens"],
+        "sequences": check["sequences"],
+        "seq_len": check["seq_len"],
+        "dtype": check["dtype"],
+    }
+    common: dict[str, Any] = {
+        "n": check["tokens"],
+        "implementation": manifest["made_by"],
+        "settings": {"recipe": manifest["recipe"], "device": check["device"]},
+        "date": date.today().isoformat(),
+    }
+    for metric, unit in UNITS.items():
+        found = check[metric.replace(".", "_")]
+        if found["value"] is None:
+            reason = "not finite"
+            yield Row(metric, model, point, None, unit, status="failed", reason=reason, **common)
+            continue
+        details = {"modules": check["modules"]} if metric == "kl" else {}
+        bounds = (found["low"], found["high"])
+        yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(manifest["check"], dict) and isinstance(manifest["calibration"], dict):
+            return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"no manifest of a quantised model: {error!r}", where=path) from error
+    raise CorruptFileError("the manifest holds no check", where=path)
+
+
+def _identity(model: Path) -> Model:
+    """As the rows of evaluation and profile name it."""
+    import torch
+
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.identity import result_model
+
+    return result_model(open_checkpoint(model), torch.float32, str(model))
+
+
+if __name__ == "__main__":
+    record_check(Path(sys.argv[1]), Path(sys.argv[2]))

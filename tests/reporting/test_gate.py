@@ -1,0 +1,208 @@
+"""The gate: planted regressions fail for the right reason, noise does not, and doubt is no pass."""
+
+from __future__ import annotations
+
+import random
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from example_runs import accuracy, closeness, model, rows, speed, write_run
+
+from qwenq.errors import UsageError
+from qwenq.recipe import FAIL_ON
+from qwenq.reporting.collect import collect
+from qwenq.reporting.compare import compare
+from qwenq.reporting.gate import Verdict, judge, parse
+from qwenq.reporting.gate_output import annotations, junit_text, markdown_text, text_lines
+from qwenq.results import Row
+
+Gate = Callable[..., Verdict]
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    """Write both runs, read them back, judge the second."""
+    number = 0
+
+    def run(old: list[Row], new: list[Row], conditions: str = FAIL_ON, **options: bool) -> Verdict:
+        nonlocal number
+        number += 1
+        before = collect([write_run(tmp_path / f"old{number}", old)])
+        after = collect([write_run(tmp_path / f"new{number}", new)])
+        return judge(compare(before, after), parse(conditions), **options)
+
+    return run
+
+
+def changed(where: Callable[[Row], bool], change: Callable[[Row], Row]) -> list[Row]:
+    return [change(row) if row.status == "ok" and where(row) else row for row in rows()]
+
+
+def scaled(row: Row, factor: float) -> Row:
+    low, high = (None if bound is None else bound * factor for bound in (row.low, row.high))
+    return replace(row, value=(row.value or 0) * factor, low=low, high=high)
+
+
+def int4(metric: str) -> Callable[[Row], bool]:
+    return lambda row: row.model.precision == "int4" and row.metric.startswith(metric)
+
+
+PLANTED: dict[str, tuple[list[Row], set[str]]] = {
+    "a worse recipe": (
+        changed(int4("kl"), lambda row: next(closeness("int4", 0.12))),
+        {"kl:>0.05"},
+    ),
+    "a slowed kernel": (changed(int4("speed"), lambda row: scaled(row, 0.9)), {"speed:<0.95"}),
+    "a corrupted tensor": (
+        changed(int4("accuracy"), lambda row: accuracy("int4", row.point["task"], n=row.n, flips=45)),
+        {"accuracy:significant"},
+    ),
+    "a larger cache": (changed(int4("memory"), lambda row: scaled(row, 1.06)), {"memory:>1.05"}),
+    "one byte more": (
+        [replace(row, model=replace(row.model, nbytes=(row.model.nbytes or 0) + 1)) for row in rows()],
+        {"size:>1"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("new", "conditions"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_regression_fails_for_its_reason_and_no_other(
+    gate: Gate, new: list[Row], conditions: set[str]
+) -> None:
+    verdict = gate(list(rows()), new)
+    assert verdict.exit_code == 1
+    assert {str(item.condition) for item in verdict.of("regression")} == conditions
+    assert verdict.of("not comparable") == []
+
+
+def noisy(row: Row, chance: random.Random) -> Row:
+    """The row of another run of the same code: speeds scatter, a few items fall the other way."""
+    if row.status != "ok":
+        return row
+    if row.metric.startswith(("speed", "time")):
+        return scaled(row, chance.gauss(1, 0.015))
+    if row.metric == "accuracy":
+        items = dict(row.details["items"])
+        for item in chance.sample(sorted(items), len(items) // 100):
+            items[item] = not items[item]
+        return replace(row, value=sum(items.values()) / len(items), details={"items": items})
+    return row
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_another_run_of_the_same_code_passes(gate: Gate, seed: int) -> None:
+    chance = random.Random(seed)
+    verdict = gate([noisy(row, chance) for row in rows()], [noisy(row, chance) for row in rows()])
+    assert verdict.exit_code == 0, list(text_lines(verdict))
+
+
+def test_getting_better_passes(gate: Gate) -> None:
+    better = changed(lambda row: row.metric.startswith("speed"), lambda row: scaled(row, 2))
+    assert gate(list(rows()), better).exit_code == 0
+
+
+def test_a_missing_row_is_no_pass(gate: Gate) -> None:
+    without = [row for row in rows() if not (int4("accuracy")(row) and row.point["task"] == "gsm8k")]
+    verdict = gate(list(rows()), without)
+    assert verdict.exit_code == 3
+    assert [item.reason for item in verdict.of("not comparable")] == ["missing in the new run"]
+
+
+def test_a_regression_outweighs_a_missing_row(gate: Gate) -> None:
+    new = [row for row in changed(int4("speed"), lambda row: scaled(row, 0.5)) if row.metric != "kl"]
+    assert gate(list(rows()), new).exit_code == 1
+
+
+def test_a_condition_that_judges_nothing_is_no_pass(gate: Gate) -> None:
+    only = [accuracy("int4")]
+    assert gate(only, only, "accuracy:significant, kl:>0.05").exit_code == 3
+    assert gate(only, only, strict=False).exit_code == 0
+    assert gate(only, only, "kl:>0.05", strict=False).exit_code == 3
+
+
+def test_nothing_asked_nothing_failed(gate: Gate) -> None:
+    verdict = gate([accuracy("int4")], [accuracy("int4", flips=100)], "")
+    assert verdict.exit_code == 0
+    assert "nothing was asked" in verdict.headline
+
+
+def test_accuracies_without_items_are_not_comparable(gate: Gate) -> None:
+    bare = replace(accuracy("int4"), details={})
+    verdict = gate([bare], [bare], "accuracy:significant")
+    assert verdict.exit_code == 3
+    assert verdict.of("not comparable")[0].reason == "no record of single items"
+    assert gate([bare], [bare], "accuracy:<-0.02").exit_code == 0
+
+
+def test_a_speed_measured_once_is_judged_only_by_name(gate: Gate) -> None:
+    old, new = (
+        [row for row in speed("int4", 2048, factor=f) if row.metric == "speed.protocol"] for f in (1, 0.5)
+    )
+    assert gate(old, new, "speed:<0.95").exit_code == 3
+    assert gate(old, new, "speed.protocol:<0.95").exit_code == 1
+    assert gate(old, old, "speed.protocol:<0.95").exit_code == 0
+
+
+def test_another_group_size_of_the_same_model_is_compared(gate: Gate) -> None:
+    coarse = [replace(row, model=model("int4", group_size=64)) for row in [accuracy("int4", flips=40)]]
+    assert gate([accuracy("int4")], coarse, "accuracy:significant").exit_code == 1
+
+
+@pytest.mark.parametrize(("text", "says", "hint"), [
+    ("acuracy:significant", "unknown metric 'acuracy'", "did you mean 'accuracy'?"),
+    ("zzz:>1", "unknown metric 'zzz'", "known metrics: accuracy,"),
+    ("speed", "'speed' is no condition", "write speed:significant or speed:<0.95"),
+    ("speed:<fast", "'speed:<fast' is no condition", "write speed:significant or speed:<0.95"),
+    ("speed:>1.05", "'speed:>1.05' would fail what got better: more speed is better", "speed:<0.95"),
+    ("kl:<0.05", "'kl:<0.05' would fail what got better: less kl is better", "kl:>0.05"),
+    ("memory:>-1", "'memory:>-1': the limit is a ratio", "memory:>1.05"),
+    ("speed:<0.95;kl:>0.1", "'speed:<0.95;kl:>0.1' is no condition", "speed:<0.95"),
+])  # fmt: skip
+def test_a_wrong_condition_is_explained(text: str, says: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(text)
+    assert caught.value.what.startswith(says)
+    assert hint in str(caught.value.hint)
+
+
+def test_conditions_come_back_as_they_were_written() -> None:
+    written = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1, accuracy:<-0.02"
+    assert ", ".join(map(str, parse(written))) == written
+    assert parse(" , ") == []
+    assert len(parse(FAIL_ON)) == 5
+
+
+@pytest.fixture
+def failed(gate: Gate) -> Verdict:
+    new = changed(int4("speed"), lambda row: scaled(row, 0.9))
+    hostile = "a|b <script>alert(1)</script> 50%\n::error::forged @all"
+    gone = replace(accuracy("int8"), value=None, low=None, high=None, status="failed", reason=hostile)
+    return gate(list(rows()), [gone if row == accuracy("int8", flips=3) else row for row in new])
+
+
+def test_a_comment_for_a_pull_request(failed: Verdict) -> None:
+    text = markdown_text(failed, "main", "branch")
+    assert text.startswith("### Regression: 2 of 38 rows got worse than allowed\n\nmain → branch\n")
+    assert "53.55 → 48.20 tokens/s, × 0.900" in text
+    assert "<script>" not in text.replace("\\<script", "")
+    assert "@all" not in text
+    assert all(line.count(" | ") == 3 for line in text.splitlines() if line.startswith("| regression"))
+
+
+def test_junit_counts_what_it_holds(failed: Verdict) -> None:
+    suite = ET.fromstring(junit_text(failed))
+    for tag, attribute in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
+        assert len(suite.findall(f"testcase/{tag}")) == int(suite.attrib[attribute])
+    assert len(suite.findall("testcase")) == int(suite.attrib["tests"])
+    assert int(suite.attrib["failures"]) == 2
+
+
+def test_annotations_are_one_line_each_and_cannot_be_forged(failed: Verdict) -> None:
+    lines = list(annotations(failed))
+    assert len(lines) == 3
+    assert all(line.startswith("::error title=") and "\n" not in line for line in lines)
+    assert sum("forged" in line for line in lines) == 1
+    assert any("50%25" in line for line in lines)

@@ -1,0 +1,190 @@
+"""A whole report: golden Markdown, and the same figures in every form."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example_runs import accuracy, model, rows, speed, write_run
+
+from qwenq.errors import UsageError
+from qwenq.reporting.collect import collect
+from qwenq.reporting.markdown import render
+from qwenq.reporting.report import make_report
+from qwenq.reporting.write import write_report
+from qwenq.results import Row
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def markdown_of(run: Path, title: str = "Qwen-1.8B-Chat, quantised") -> str:
+    return render(make_report(collect([run]), title))
+
+
+def matches_golden(text: str, name: str) -> None:
+    """``QWENQ_GOLDEN=write pytest …`` writes the file anew; look at the difference before it is committed."""
+    path = GOLDEN / name
+    if os.environ.get("QWENQ_GOLDEN") == "write":
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+def test_the_markdown_is_golden(example: Path) -> None:
+    matches_golden(markdown_of(example), "card.md")
+
+
+def test_the_markdown_of_two_families_and_failures_is_golden(tmp_path: Path) -> None:
+    small = model("bf16", nbytes=269_000_000)
+    other = replace(small, name="SmolLM2-135M-Instruct", family="SmolLM2-135M-Instruct")
+    fine = replace(other, precision="int4", group_size=64, fingerprint="sha256:a", nbytes=171_000_000)
+    coarse = replace(fine, group_size=32, fingerprint="sha256:b", nbytes=180_000_000)
+    made = [
+        replace(accuracy("bf16"), model=other),
+        replace(accuracy("bf16", flips=30), model=fine),
+        replace(accuracy("bf16", flips=3), model=coarse, details={}),
+        *(row for precision in ("fp32", "int4") for row in speed(precision, 128, "sdpa")),
+    ]
+    failed = Row(
+        "speed.protocol",
+        model("int8"),
+        dict(made[3].point),
+        None,
+        "tokens/s",
+        status="failed",
+        reason="out of memory: 1.2 GB | more",
+    )
+    run = write_run(tmp_path / "mixed", [*made, failed], command=None)
+    matches_golden(markdown_of(run, "Two models"), "mixed.md")
+
+
+@pytest.fixture(scope="module")
+def written(example: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reports") / "demo"
+    write_report([example], out, "Qwen-1.8B-Chat, quantised")
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(written: Path) -> Any:
+    return json.loads((written / "results.json").read_text(encoding="utf-8"))
+
+
+def test_all_forms_are_written(written: Path) -> None:
+    plots = sorted(path.name for path in (written / "plots").iterdir())
+    assert {path.name for path in written.iterdir()} == {
+        "README.md",
+        "index.html",
+        "results.json",
+        "results.csv",
+        "plots",
+    }
+    assert len(plots) == 14
+    assert all((written / "plots" / name).stat().st_size > 1000 for name in plots)
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (written / "README.md").read_text(encoding="utf-8"))
+    assert len(links) == 7
+    assert all((written / link).is_file() for link in links)
+
+
+def test_the_same_runs_give_the_same_bytes(example: Path, written: Path, tmp_path: Path) -> None:
+    write_report([example], tmp_path / "again", "Qwen-1.8B-Chat, quantised")
+    for path in written.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "again" / path.relative_to(written)).read_bytes() == path.read_bytes(), (
+                path.name
+            )
+
+
+def shown(cell: dict[str, Any]) -> str:
+    interval = f" ({cell['low']}–{cell['high']})" if "low" in cell else ""
+    return f"{cell.get('text', '')}{interval}"
+
+
+def plain(cell: str) -> str:
+    """A Markdown cell without footnote, emphasis, escapes."""
+    text = re.sub(r"[⁰¹²³⁴-⁹]+$", "", cell.strip())
+    return re.sub(r"\\(.)", r"\1", re.sub(r"\\\*$", "", re.sub(r"^\*(.*)\*$", r"\1", text)))
+
+
+def test_markdown_shows_the_figures_of_results_json(written: Path, results: Any) -> None:
+    text = (written / "README.md").read_text(encoding="utf-8")
+    for table in results["sections"][0]["tables"]:
+        block = text[text.index(f"## {table['title']}\n") :].split("\n\n")[1].splitlines()
+        found = [[plain(cell) for cell in line.strip("|").split(" | ")] for line in block[2:]]
+        assert found == [[shown(cell) for cell in line["cells"]] for line in table["lines"]]
+
+
+def test_the_page_shows_the_figures_of_results_json(written: Path, results: Any) -> None:
+    page = (written / "index.html").read_text(encoding="utf-8")
+    for table in results["sections"][0]["tables"]:
+        body = page[page.index(f'<h2 id="s1-{table["key"]}">') :].split("<tbody>")[1].split("</tbody>")[0]
+        lines = re.findall(r"<tr.*?</tr>", body, re.DOTALL)
+        assert len(lines) == len(table["lines"])
+        for line, expected in zip(lines, table["lines"], strict=True):
+            cells = re.findall(r"<t[hd]([^>]*)>(.*?)</t[hd]>", line, re.DOTALL)
+            for (attributes, content), cell in zip(cells, expected["cells"], strict=True):
+                assert cell.get("text", "").replace("<", "&lt;") in content
+                if "value" in cell and not isinstance(cell["value"], str):
+                    assert float(re.search(r'data-sort="([^"]*)"', attributes)[1]) == cell["value"]
+
+
+def test_cells_are_the_rows_rounded(results: Any) -> None:
+    """Every figure that a table calls ours is the value of a row, and its text is that value rounded."""
+    values = {row["value"] for row in results["rows"]}
+    scales = {"accuracy": 100, "speed": 1, "memory": 2**-30}
+    for table in results["sections"][0]["tables"]:
+        for line in table["lines"] if table["key"] in scales else ():
+            figures = [cell for cell in line["cells"] if isinstance(cell.get("value"), float)]
+            for cell in figures if not line["published"] else ():
+                assert cell["value"] in values
+                digits = len(cell["text"].partition(".")[2])
+                assert cell["text"] == f"{cell['value'] * scales[table['key']]:.{digits}f}"
+
+
+def test_csv_has_every_row_with_the_same_values(written: Path, results: Any) -> None:
+    with (written / "results.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(results["rows"]) == len(list(rows()))
+    for line, row in zip(lines, results["rows"], strict=True):
+        assert (line["metric"], line["precision"]) == (row["metric"], row["model"]["precision"])
+        assert (float(line["value"]) if line["value"] else None) == row["value"]
+        assert line["point.tokens"] == str(row["point"].get("tokens", ""))
+
+
+def test_single_items_stay_in_the_run(results: Any) -> None:
+    assert all("items" not in row["details"] for row in results["rows"])
+
+
+def test_a_report_replaces_a_report_and_nothing_else(example: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    out.mkdir()
+    (out / "README.md").write_text("somebody's own")
+    with pytest.raises(UsageError, match="other files than a report"):
+        write_report([example], out)
+    assert (out / "README.md").read_text() == "somebody's own"
+    with pytest.raises(UsageError, match="mixed with its run"):
+        write_report([example], example)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        write_report([example], tmp_path / "file")
+
+
+def test_plots_that_have_no_data_any_more_are_removed(tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    write_report([write_run(tmp_path / "a", [*speed("int4", 128)])], out)
+    assert (out / "plots").is_dir()
+    write_report([write_run(tmp_path / "b", [accuracy("int4")])], out)
+    assert list((out / "plots").iterdir()) == []
+
+
+def test_a_run_without_rows_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "empty", [])
+    (run / "results.jsonl").touch()
+    with pytest.raises(UsageError, match="no row"):
+        write_report([run], tmp_path / "out")
