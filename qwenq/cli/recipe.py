@@ -51,10 +51,10 @@ def checked(file: Path) -> Recipe:
         if name is not None and _is_path(name) and not Path(name).exists():
             raise UsageError(f"{key} = {name!r}: no such file or folder", where=file)
     if found.eval is not None:
-        from qwenq.evals.tasks import TASKS
+        from qwenq.evals.tasks.registry import get_task
 
-        if wrong := [task for task in found.eval.tasks if task not in TASKS]:
-            raise UsageError(f"no task {wrong[0]!r}", where=file, hint=f"use {', '.join(TASKS)}")
+        for task in found.eval.tasks:
+            get_task(task, found.eval.protocol)
     return found
 
 

@@ -26,7 +26,9 @@ class Step:
         arguments: behind ``qwenq``, or behind ``module``.
         reads: files and folders whose change makes it necessary again.
         makes: what is there when it is done.
-        always: cheap, or a verdict: never skipped.
+        always: a verdict: never skipped.
+        whole: what it makes appears whole or not at all, under a name that holds what decides it; no journal
+            is asked.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Step:
     makes: Path
     reads: tuple[Path, ...] = ()
     always: bool = False
+    whole: bool = False
     module: str = "qwenq"
 
     def fingerprint(self) -> str:
@@ -98,7 +101,7 @@ def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
     model = () if recipe.model is None else (recipe.model,)
     bits = str(BITS[precision])
     arguments = ("quantize", *model, "--recipe", str(file), "--bits", bits, "--out", str(out))
-    return Step(f"quantise to {precision}", arguments, out, _local(recipe.model, recipe.calibration.source))
+    return Step(f"quantise to {precision}", arguments, out, whole=True)
 
 
 def _model_folder(recipe: Recipe, precision: str) -> Path:

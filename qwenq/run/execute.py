@@ -24,10 +24,10 @@ JOURNAL = "journal.jsonl"
 
 
 def is_done(chain: Chain, step: Step) -> bool:
-    """Whether the journal says so, and what the step made is still there."""
+    """Whether what the step makes is there, and the journal says that it is of this very step."""
     if step.always or not step.makes.exists():
         return False
-    return _journal(chain.work).get(step.name) == step.fingerprint()
+    return step.whole or _journal(chain.work).get(step.name) == step.fingerprint()
 
 
 def run_chain(chain: Chain, say: Callable[[str], None]) -> int:

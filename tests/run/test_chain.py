@@ -1,0 +1,278 @@
+"""The steps of a recipe: what they are, that their commands exist, and when one is necessary again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from qwenq.cli.app import app
+from qwenq.cli.commands import register
+from qwenq.errors import UsageError
+from qwenq.recipe import Recipe, read_recipe
+from qwenq.results import Model
+from qwenq.run.chain import Chain, Step, chain_of
+from qwenq.run.execute import is_done, run_chain
+from qwenq.run.recorded import rows_of
+
+ROOT = Path(__file__).parents[2]
+
+WHOLE = """
+precisions = ["fp32", "bf16", "int8", "int4"]
+[calibration]
+samples = 4
+[eval]
+tasks = ["mmlu", "gsm8k"]
+sample = true
+limit = 20
+[profile]
+tokens = [64]
+encode = [32]
+attention = ["off", "sdpa"]
+budget = "2m"
+[report]
+name = "small"
+folder = "out"
+[gate]
+baseline = "baseline"
+fail_on = "accuracy:significant"
+"""
+
+
+def chain(folder: Path, text: str = WHOLE) -> Chain:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return chain_of(read_recipe(path), path, folder / "work")
+
+
+def test_the_steps_of_a_whole_chain(tmp_path: Path) -> None:
+    assert [step.name for step in chain(tmp_path).steps] == [
+        "quantise to int8",
+        "quantise to int4",
+        "record the check of int8",
+        "record the check of int4",
+        "evaluate fp32",
+        "evaluate bf16",
+        "evaluate int8",
+        "evaluate int4",
+        "profile",
+        "report",
+        "gate",
+    ]
+    assert chain(tmp_path).page == Path("out/small/index.html")
+
+
+def test_a_recipe_of_quantising_alone(tmp_path: Path) -> None:
+    made = chain(tmp_path, "[quantize]\nbits = 8")
+    assert [step.name for step in made.steps] == ["quantise to int8"]
+    assert made.page is None
+
+
+@pytest.mark.parametrize(
+    "text", [WHOLE, 'model = "qwen-7b-chat"\nweights = "random"\n[profile]\n', "[eval]\n"]
+)
+def test_every_step_is_a_command_with_options_that_exist(tmp_path: Path, text: str) -> None:
+    register()
+    commands: Any = typer.main.get_command(app)
+    for step in chain(tmp_path, text).steps:
+        if step.module == "qwenq":
+            name, *arguments = step.arguments
+            commands.commands[name].make_context(name, arguments)
+
+
+def test_random_weights_are_profiled_and_never_evaluated(tmp_path: Path) -> None:
+    text = 'model = "qwen-7b-chat"\nweights = "random"\nprecisions = ["bf16", "int4"]\n'
+    (*_, profile, _) = chain(tmp_path, f"{text}[profile]").steps
+    assert profile.arguments[:4] == ("profile", "qwen-7b-chat", "--precision", "bf16,int4")
+    with pytest.raises(UsageError, match="measure chance"):
+        chain(tmp_path, f"{text}[eval]")
+
+
+def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
+    made = chain(tmp_path, "")
+    assert not is_done(made, made.steps[0])
+    made.steps[0].makes.mkdir(parents=True)
+    assert is_done(made, made.steps[0])
+
+
+def test_another_recipe_gets_other_folders_and_the_same_one_its_own(tmp_path: Path) -> None:
+    def folder(text: str) -> Path:
+        return chain(tmp_path, text).steps[0].makes
+
+    assert folder("") == folder("[eval]\nlimit = 3")
+    assert folder("") != folder("[quantize]\ndamp = 0.02")
+    assert folder("") != folder("[calibration]\nsamples = 3")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    text = f'model = "{tmp_path / "model"}"'
+    before = folder(text)
+    (tmp_path / "model" / "config.json").write_text("{ }")
+    assert folder(text) != before
+
+
+def marker(name: str, folder: Path, *, code: int = 0, reads: tuple[Path, ...] = ()) -> Step:
+    """A step that leaves a line in a log and makes a file."""
+    script = folder / "step.py"
+    script.write_text(
+        "import sys, pathlib\n"
+        "folder, name, code = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])\n"
+        "with (folder / 'log').open('a') as log: log.write(name + '\\n')\n"
+        "(folder / name).touch()\n"
+        "sys.exit(code)\n"
+    )
+    return Step(name, (str(folder), name, str(code)), folder / name, reads, module="step")
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    return tmp_path
+
+
+def made_of(folder: Path, *made: Step) -> Chain:
+    return Chain(Recipe(), made, folder / "work", None)
+
+
+def log(folder: Path) -> list[str]:
+    return (folder / "log").read_text().split()
+
+
+def test_a_step_that_is_done_is_not_done_again(steps: Path) -> None:
+    both = made_of(steps, marker("one", steps), marker("two", steps))
+    assert run_chain(both, lambda line: None) == 0
+    assert run_chain(both, lambda line: None) == 0
+    assert log(steps) == ["one", "two"]
+
+
+def test_what_failed_ends_the_chain_and_is_tried_again(steps: Path) -> None:
+    said: list[str] = []
+    broken = made_of(steps, marker("one", steps), marker("two", steps, code=5), marker("three", steps))
+    assert run_chain(broken, said.append) == 5
+    assert "exit code 5" in said[-1]
+    assert (
+        run_chain(made_of(steps, *broken.steps[:1], marker("two", steps), broken.steps[2]), said.append) == 0
+    )
+    assert log(steps) == ["one", "two", "two", "three"]
+
+
+def test_what_a_step_reads_or_has_made_decides(steps: Path) -> None:
+    source = steps / "source"
+    source.write_text("a")
+    one = made_of(steps, marker("one", steps, reads=(source,)))
+    run_chain(one, lambda line: None)
+    assert is_done(one, one.steps[0])
+    source.write_text("longer")
+    assert not is_done(one, one.steps[0])
+    run_chain(one, lambda line: None)
+    (steps / "one").unlink()
+    assert not is_done(one, one.steps[0])
+
+
+def test_a_verdict_is_always_asked_for(steps: Path) -> None:
+    gate = made_of(steps, replace(marker("gate", steps), always=True))
+    run_chain(gate, lambda line: None)
+    run_chain(gate, lambda line: None)
+    assert log(steps) == ["gate", "gate"]
+
+
+def test_a_torn_line_of_the_journal_is_no_end(steps: Path) -> None:
+    one = made_of(steps, marker("one", steps))
+    run_chain(one, lambda line: None)
+    journal = steps / "work" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-20])
+    assert not is_done(one, one.steps[0])
+    run_chain(one, lambda line: None)
+    assert is_done(one, one.steps[0])
+    assert log(steps) == ["one", "one"]
+
+
+def test_rows_of_a_check_are_those_of_the_manifest() -> None:
+    check = {
+        "kl": {"value": 0.1, "low": 0.08, "high": 0.12},
+        "same_top": {"value": 0.8, "low": 0.7, "high": 0.9},
+        "perplexity_ratio": {"value": None, "low": None, "high": None},
+        "sequences": 8, "seq_len": 64, "tokens": 504, "dtype": "float32", "device": "cpu",
+        "modules": [{"name": "model.layers.0.mlp.up_proj", "error": 0.01, "rtn_error": 0.02}],
+    }  # fmt: skip
+    calibration = {"source": "self", "tokens": "abc"}
+    manifest = {"check": check, "calibration": calibration, "made_by": "qwenq 1", "recipe": {}}
+    kl, same, ratio = rows_of(manifest, Model("m", "f", "int4", "m"))
+    assert (kl.metric, kl.value, kl.low, kl.high, kl.n) == ("kl", 0.1, 0.08, 0.12, 504)
+    assert kl.details["modules"] == check["modules"]
+    assert (same.metric, same.value) == ("same_top", 0.8)
+    assert (ratio.metric, ratio.status, ratio.reason) == ("perplexity.ratio", "failed", "not finite")
+
+
+def qwenq(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwenq", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_plan_is_shown_and_nothing_done(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(WHOLE.replace('baseline = "baseline"', ""))
+    done = qwenq("run", "r.toml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "10 steps; run folder runs/small" in done.stderr
+    assert "qwenq eval --dtype float32 --tasks mmlu,gsm8k" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.toml"]
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("[gate]\nfail_on = 'speed:>2'", "would fail what got better"),
+    ("[eval]\ntasks = ['mmul']", "mmul"),
+    ("[calibration]\nsource = 'nowhere.txt'", "no such file"),
+    ("[profile]\nbudget = 'soon'", "profile.budget = 'soon'"),
+    ("[report]\nname = '../x'", "report.name"),
+    ("precisions = ['int3']", "precisions"),
+])  # fmt: skip
+def test_an_unsound_recipe_is_refused_before_anything_runs(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    done = qwenq("recipe", "check", "r.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_the_step_and_the_chain(steps: Path) -> None:
+    (steps / "step.py").write_text(
+        "import pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: pathlib.Path(sys.argv[1] + '.saved').touch(); sys.exit(130)\n"
+    )
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from qwenq.recipe import Recipe\n"
+        "from qwenq.run.chain import Chain, Step\n"
+        "from qwenq.run.execute import run_chain\n"
+        f"step = Step('long', ({str(steps / 'begun')!r},), Path({str(steps / 'begun')!r}), module='step')\n"
+        f"run_chain(Chain(Recipe(), (step,), Path({str(steps / 'work')!r}), None), print)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, stderr=subprocess.PIPE
+    ) as child:
+        deadline = time.monotonic() + 30
+        while not (steps / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGINT)
+        child.communicate()
+    assert child.returncode != 0
+    assert (steps / "begun.saved").exists()
+    assert not (steps / "work" / "journal.jsonl").exists()
+
+
+def test_json_lines_of_the_journal_say_what_was_done(steps: Path) -> None:
+    run_chain(made_of(steps, marker("one", steps)), lambda line: None)
+    (entry,) = map(json.loads, (steps / "work" / "journal.jsonl").read_text().splitlines())
+    assert entry["step"] == "one"
+    assert entry["command"][0] == "step"
+    assert entry["seconds"] >= 0
