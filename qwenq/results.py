@@ -206,16 +206,18 @@ def _check_types(row: Row) -> None:
     if not all(isinstance(value, str) for value in strings):
         raise TypeError("the model's names are not strings")
     for count in (row.n, row.model.nbytes, row.model.group_size):
-        if isinstance(count, bool) or not isinstance(count, int | None):
+        if isinstance(count, bool) or not isinstance(count, int | None) or (count or 0) > _MOST:
             raise TypeError(f"{count!r} is no count")
-    for bound in (row.low, row.high):
-        if bound is not None and not math.isfinite(bound):
-            raise ValueError(f"{bound} is no bound of an interval")
+    for figure in (row.value, row.low, row.high):
+        if figure is not None and not abs(figure) < _MOST:
+            raise ValueError(f"{figure} is no figure")
     if any(isinstance(value, list | dict) for value in row.point.values()):
         raise TypeError("point holds something that is not flat")
 
 
 _NUMBER = (int, float, type(None))
+_MOST = 2**63
+"""No figure or count is larger; what is would overflow wherever it is scaled."""
 _KINDS: dict[str, tuple[type, ...]] = {
     "metric": (str,),
     "unit": (str,),

@@ -27,11 +27,17 @@ MODEL = Model("SmolLM2-135M-Instruct", "sha256:0", "bf16", "smollm2-135m-instruc
 ROW = Row("speed.decode", MODEL, {"tokens": 2048, "attention": "off"}, 54.09, "tokens/s", 53.0, 55.2, n=5)
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-finite = st.floats(allow_nan=False, allow_infinity=False)
+finite = st.floats(-1e18, 1e18)
 flat = st.none() | st.booleans() | st.integers() | finite | text
 json_values = st.recursive(flat, lambda inner: st.lists(inner) | st.dictionaries(text, inner), max_leaves=8)
 models = st.builds(
-    Model, text, text, text, text, st.none() | st.integers(0), st.none() | st.sampled_from([32, 64, 128])
+    Model,
+    text,
+    text,
+    text,
+    text,
+    st.none() | st.integers(0, 2**60),
+    st.none() | st.sampled_from([32, 64, 128]),
 )
 
 
@@ -46,7 +52,7 @@ def rows(draw: st.DrawFn) -> Row:
         unit=draw(text),
         low=draw(st.none() | finite),
         high=draw(st.none() | finite),
-        n=draw(st.none() | st.integers()),
+        n=draw(st.none() | st.integers(-5, 2**60)),
         status="ok" if measured else draw(st.sampled_from(["unavailable", "failed"])),
         reason=None if measured else draw(text.filter(bool)),
         implementation=draw(text),
@@ -122,6 +128,8 @@ HOSTILE = {
     "NaN in the details": changed(details={"values": [float("nan")]}),
     "NaN for a bound": changed(low=float("nan")),
     "a bound too large for a float": changed(high=10**400),
+    "a figure beyond all measure": changed(value=1e300),
+    "more bytes than there are": changed(model={**ROW.to_json()["model"], "nbytes": 10**400}),
     "half a surrogate pair": changed(implementation="\ud800"),
     "ok without a value": changed(value=None),
     "unavailable with a value": changed(status="unavailable", reason="no"),

@@ -46,7 +46,6 @@ def checked(file: Path) -> Recipe:
     for key, name in (
         ("calibration.source", found.calibration.source),
         ("eval.data", found.eval.data if found.eval else None),
-        ("gate.baseline", found.gate.baseline),
     ):
         if name is not None and _is_path(name) and not Path(name).exists():
             raise UsageError(f"{key} = {name!r}: no such file or folder", where=file)

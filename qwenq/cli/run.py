@@ -51,3 +51,6 @@ def _show(chain: Chain) -> None:
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)
         program = "qwenq" if step.module == "qwenq" else f"python -m {step.module}"
         typer.echo(f"           {program} {shlex.join(step.arguments)}", err=True)
+    baseline = chain.recipe.gate.baseline
+    if baseline is not None and not Path(baseline).is_dir():
+        typer.echo(f"note: there is no baseline {baseline} yet, so the last step will fail", err=True)

@@ -110,7 +110,7 @@ def reference(models: Iterable[Model]) -> Model | None:
 
 
 def hardware(environment: dict[str, Any], device: object = None) -> str:
-    """One line on what computed: the GPUs, or the processor with its threads; says so where it is unknown.
+    """One line on what computed: the GPUs, or the processor with its cores; says so where it is unknown.
 
     Args:
         environment: of the run.
@@ -125,5 +125,6 @@ def hardware(environment: dict[str, Any], device: object = None) -> str:
         return clean(cpu)
     if not isinstance(cpu, dict) or not cpu.get("model"):
         return "unknown hardware"
-    threads = cpu.get("threads") or cpu.get("cores")
-    return clean(f"{cpu['model']}, {threads} threads" if threads else cpu["model"])
+    cores, threads = cpu.get("cores"), cpu.get("threads")
+    parts = [str(cpu["model"]), *([f"{cores} cores"] if cores else [])]
+    return clean(", ".join([*parts, f"{threads} threads"] if threads and threads != cores else parts))

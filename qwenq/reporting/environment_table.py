@@ -32,9 +32,8 @@ def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "processor", clean(", ".join(part for part in (str(cpu.get("model")), counts) if part))
         if isinstance(cpu.get("features"), list) and cpu["features"]:
             yield "instruction sets", clean(" ".join(map(str, cpu["features"])))
-    memory = environment.get("memory_bytes")
-    if isinstance(memory, int | float):
-        yield "memory", f"{memory / GIB:.1f} GiB"
+    if size := _gib(environment.get("memory_bytes")):
+        yield "memory", size
     gpus = environment.get("gpus")
     if isinstance(gpus, list):
         yield "GPUs", "; ".join(_gpu(gpu) for gpu in gpus if isinstance(gpu, dict)) or "none"
@@ -47,8 +46,13 @@ def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "versions", clean(", ".join(shown))
 
 
+def _gib(nbytes: Any) -> str:
+    """Empty where it is no number of bytes."""
+    return f"{nbytes / GIB:.1f} GiB" if isinstance(nbytes, int) and 0 < nbytes < 2**63 else ""
+
+
 def _gpu(gpu: dict[str, Any]) -> str:
-    memory = gpu.get("memory_bytes")
-    size = f", {memory / GIB:.1f} GiB" if isinstance(memory, int | float) else ""
+    memory = _gib(gpu.get("memory_bytes"))
+    size = f", {memory}" if memory else ""
     driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
     return clean(f"{gpu.get('name')}{size}{driver}")

@@ -5,7 +5,6 @@ A figure exists only where rows hold its data. None of its numbers is made up, s
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -187,7 +186,7 @@ def _curve(item: Measured) -> list[tuple[float, float]]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 PARTS = ("weights", "cache", "activations", "other")

@@ -10,7 +10,7 @@ from qwenq.reporting.collect import Collection, Measured, reference
 from qwenq.reporting.significance import LEVEL, Pairing, holm, paired
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import clean
-from qwenq.reporting.units import PERCENT, probability, signed
+from qwenq.reporting.units import PERCENT, fixed, probability, signed
 from qwenq.results import Row, Value
 
 
@@ -70,6 +70,7 @@ def _point(point: dict[str, Value]) -> tuple[tuple[str, str], ...]:
 
 
 HEADERS = ("Task", "Quantization", "Unquantised", "Quantised", "Difference", "Items lost", "Items won", "p")
+DETECTABLE = "Detectable drop"
 
 
 def loss_table(collection: Collection, family: str) -> Table | None:
@@ -83,10 +84,28 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         f"against {', '.join(sorted(bases))}, item by item",
         "difference in percentage points",
         "p: McNemar's exact test on the items that exactly one of both answered, two-sided, "
-        f"corrected by Holm for the {sum(loss.p is not None for loss in found)} tests of this table",
+        "corrected by Holm for all tests of this table",
     ]
-    lines = tuple(Line(_cells(loss, collection, notes)) for loss in found)
-    return Table("losses", "What it cost", HEADERS, 2, lines, tuple(caption), tuple(notes.sentences))
+    lines = [_cells(loss, collection, notes) for loss in found]
+    headers, drops = HEADERS, [_detectable(loss) for loss in found]
+    if any(drop.value is not None for drop in drops):
+        headers = (*HEADERS, DETECTABLE)
+        lines = [(*line, drop) for line, drop in zip(lines, drops, strict=True)]
+        caption.append("detectable drop: the smallest that so many items would have shown 4 times in 5")
+    made = tuple(Line(line) for line in lines)
+    return Table("losses", "What it cost", headers, 2, made, tuple(caption), tuple(notes.sentences))
+
+
+def _detectable(loss: Loss) -> Cell:
+    """As the evaluation worked it out, if that was against the same model."""
+    found = loss.after.details.get("paired")
+    same = isinstance(found, dict) and isinstance(loss.pairing, Pairing)
+    if same and (found["lost"], found["won"]) == (loss.pairing.lost, loss.pairing.won):  # type: ignore[index, union-attr]
+        drop = found.get("detectable")  # type: ignore[union-attr]
+        return (
+            Cell(fixed(1)(drop * 100), drop) if isinstance(drop, float) and 0 <= drop <= 1 else Cell("none")
+        )
+    return Cell(MISSING)
 
 
 def _cells(loss: Loss, collection: Collection, notes: Footnotes) -> tuple[Cell, ...]:

@@ -69,7 +69,7 @@ def test_what_cannot_be_compared_is_no_pass(runs: Path) -> None:
     write_environment(runs / "after", {"cpu": {"model": "Another CPU", "cores": 2}})
     done = qwenq("compare", "before", "after", cwd=runs)
     assert done.returncode == 3
-    assert "another machine: Another CPU, 2 threads instead of Imaginary CPU, 2 threads" in done.stdout
+    assert "another machine: Another CPU, 2 cores instead of Imaginary CPU, 2 cores" in done.stdout
     assert qwenq("compare", "before", "after", "--fail-on", "accuracy:significant", cwd=runs).returncode == 0
     assert qwenq("compare", "before", "after", "--fail-on", "memory:>1.05", cwd=runs).returncode == 3
 

@@ -1,4 +1,7 @@
-"""Chromium without a window, driven over a pipe by its DevTools protocol: no driver, no port, no network."""
+"""Chromium without a window, driven over a pipe by its DevTools protocol: no driver, no port, no network.
+
+``python tests/reporting/browser.py PAGE OUT.png [WIDTH] [light|dark]`` takes the picture of a report.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -106,9 +111,9 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.send("Emulation.setEmulatedMedia", features=features)
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
-        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    def screenshot(self, path: Path, *, whole: bool = True) -> None:
+        """The page as a PNG, or what of it fits into the window."""
+        answer = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def _receive(self) -> dict[str, Any]:
@@ -137,3 +142,20 @@ class Browser:
                 url = params["request"]["url"]
                 if not url.startswith(("file:", "data:")):
                     self.console.append(f"request: {url}")
+
+
+def picture(page: Path, out: Path, width: int = 1200, scheme: str = "light") -> None:
+    """The upper part of a report, sharp enough for a README."""
+    program = chromium()
+    assert program, "needs chromium"
+    with tempfile.TemporaryDirectory() as profile:
+        browser = Browser(program, Path(profile))
+        browser.look(width, scheme, height=width, factor=1.5)
+        browser.open(page)
+        browser.screenshot(out, whole=False)
+        browser.close()
+
+
+if __name__ == "__main__":
+    page, out, *options = sys.argv[1:]
+    picture(Path(page), Path(out), *map(int, options[:1]), *options[1:])

@@ -139,7 +139,7 @@ def test_speed_of_another_machine_is_not_comparable_but_accuracy_is(compared: Co
     found = compared(rows_, rows_, **other)
     assert (
         kept(found, "speed.decode").why
-        == "another machine: Faster CPU, 2 threads instead of Imaginary CPU, 2 threads"
+        == "another machine: Faster CPU, 2 cores instead of Imaginary CPU, 2 cores"
     )
     assert kept(found, "accuracy").comparable
 

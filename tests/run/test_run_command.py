@@ -1,0 +1,87 @@
+"""``qwenq run`` from beginning to end on a tiny model: every step, then none of them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_families import write_calibration, write_family
+
+from qwenq.results import read_rows
+
+RECIPE = """
+model = "tiny"
+precisions = ["fp32", "int4"]
+[calibration]
+source = "calibration.safetensors"
+[quantize]
+bits = 4
+dtype = "float32"
+[eval]
+tasks = ["mmlu"]
+protocol = "base"
+shots = 0
+sample = true
+limit = 2
+[profile]
+tokens = [8]
+encode = [16]
+attention = ["sdpa", "v2"]
+[report]
+name = "tiny"
+title = "A tiny model"
+[gate]
+baseline = "baseline"
+fail_on = "accuracy:significant, kl:>0.05, size:>1.0"
+"""
+
+
+def qwenq(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwenq", *arguments]
+    known = {**os.environ, "QWENQ_CACHE": str(folder / "cache")}
+    return subprocess.run(command, cwd=folder, env=known, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_and_then_nothing_twice(tmp_path: Path) -> None:
+    write_calibration(
+        write_family(tmp_path / "tiny", max_position_embeddings=2048), tmp_path / "calibration.safetensors"
+    )
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+
+    first = qwenq(tmp_path, "run", "recipe.toml")
+    assert first.returncode == 2, first.stderr  # there is no baseline yet: said by the gate, as misuse
+    run = tmp_path / "runs" / "tiny"
+    shutil.copy(run / "results.jsonl", tmp_path / "baseline")
+    shutil.copy(run / "environment.json", tmp_path / "baseline")
+
+    rows = read_rows(run)
+    done = {(row.metric, row.model.precision) for row in rows if row.status == "ok"}
+    assert {("accuracy", "fp32"), ("accuracy", "int4"), ("kl", "int4"), ("speed.decode", "int4")} <= done
+    assert any(row.status == "unavailable" and row.point.get("attention") == "v2" for row in rows)
+    assert len({row.model.family for row in rows}) == 1
+    assert len({row.model.fingerprint for row in rows if row.model.precision == "int4"}) == 1
+
+    journal = (run / "journal.jsonl").read_bytes()
+    second = qwenq(tmp_path, "run", "recipe.toml")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "Passed: no regression" in second.stdout
+    assert second.stdout.splitlines()[-1] == "reports/tiny/index.html"
+    steps = [
+        json.loads(line)["step"] for line in (run / "journal.jsonl").read_bytes()[len(journal) :].splitlines()
+    ]
+    assert steps == ["gate"]
+    text = (tmp_path / "reports/tiny/README.md").read_text()
+    assert text.startswith("# A tiny model\n")
+    for heading in (
+        "| Quantization | MMLU |",
+        "| Quantization | FlashAttn | Speed (8 tokens) |",
+        "KL divergence",
+    ):
+        assert heading in text
