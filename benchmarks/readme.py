@@ -98,6 +98,22 @@ def quantize_table(report: Report) -> str:
     )
 
 
+def decode_table(report: Report) -> str:
+    """For the block ``decode_cpu``: medians over the turns."""
+    keys = ("decode_128", "decode_2048", "prefill_512", "load_s", "peak_rss_mib")
+    rows = []
+    for tool in dict.fromkeys(row["tool"] for row in report["rows"]):
+        values = [_median([row for row in report["rows"] if row["tool"] == tool], key) for key in keys]
+        rows.append([tool, *(f"{value:.3g}" if value is not None else "" for value in values)])
+    facts, found = report["environment"], report["ratios"]
+    header = ["tokens a second", "128 new", "2048 new", "prefill 512", "load, s", "peak MiB"]
+    said = "; ".join(f"{name} × {value:.2f}" for name, value in found.items())
+    return (
+        f"{markdown_table(header, rows)}\n{said}. {facts['model']}, batch 1, {facts['threads']} threads of "
+        f"{facts['cpu']}, {facts['date']}; see decode_cpu.md."
+    )
+
+
 def _median(rows: list[Report], key: str) -> float | None:
     values = [row[key] for row in rows if key in row]
     return median(values) if values else None
@@ -106,6 +122,7 @@ def _median(rows: list[Report], key: str) -> float | None:
 BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
     "demo": (ROOT / "reports" / "demo.json", demo_table),
     "quantize": (ROOT / "reports" / "benchmarks" / "quantize.json", quantize_table),
+    "decode_cpu": (ROOT / "reports" / "benchmarks" / "decode_cpu.json", decode_table),
 }
 
 
