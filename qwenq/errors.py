@@ -10,6 +10,7 @@ QwenqError                  exit code 1: the run failed
 ├── QuantisationError       the algorithm could not keep its promise for a module
 ├── DataError               benchmark data is missing, broken, or of another layout
 ├── StorageError            the disk refused: full, read-only, gone
+├── OutOfMemoryError        the machine's or the GPU's memory is too small (also a MemoryError)
 ├── HubError                the hub could not be reached or refused
 └── VerificationError       what was written does not pass its own check
 """
@@ -83,6 +84,10 @@ class DataError(QwenqError):
 
 class StorageError(QwenqError):
     """The disk refused: full, read-only, or gone."""
+
+
+class OutOfMemoryError(QwenqError, MemoryError):
+    """The machine's or the GPU's memory is too small for what was asked."""
 
 
 class HubError(QwenqError):
