@@ -11,57 +11,71 @@ so nothing in the solver changes. ``strength`` scales the correction: C is an es
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import Damped
+from qwenq.gptq.exact import mean_products
 
 
-class Drift:
-    """Accumulates C as a running mean over tokens, in float32 whatever dtype the activations have."""
+def drift(
+    inputs: Sequence[Tensor],
+    references: Sequence[Tensor],
+    width: int,
+    device: torch.device | str,
+    team: Team = ALONE,
+) -> Tensor | None:
+    """C, [width, width] float32, not symmetric; None: no rank has a reference.
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.tokens = 0
-        self._mean = torch.zeros(width, width, dtype=torch.float32, device=device)
+    Args:
+        inputs: this rank's activations by batch, [..., width] each, as the quantised layers so far produce
+            them.
+        references: of the first of these batches (all, or none), the same tokens in the original model.
+        width: of the input.
+        device: of C.
+        team: whose batches these are.
+    """
 
-    def add(self, x: Tensor, reference: Tensor) -> None:
-        """Add activations of the same tokens in both models.
+    def drifted(batch: int, some: slice) -> Tensor:
+        return _columns(references[batch], some) - _columns(inputs[batch], some)
 
-        Args:
-            x: [..., width], the input that the quantised layers before this one produce.
-            reference: [..., width], the input in the original model.
-        """
-        x = x.reshape(-1, x.shape[-1]).float()  # [tokens, width]
-        drift = reference.reshape(x.shape).float() - x
-        new = x.shape[0]
-        total = self.tokens + new
-        self._mean.addmm_(drift.T, x, beta=self.tokens / total, alpha=2.0 / total)
-        self.tokens = total
+    def given(batch: int, some: slice) -> Tensor:
+        return _columns(inputs[batch], some)
 
-    def matrix(self) -> Tensor:
-        """C, [width, width] float32; not symmetric."""
-        return self._mean
+    tokens = [x.numel() // width for x in references]
+    return mean_products(drifted, given, tokens, (width, width), device, team=team)
 
 
-def drifted_target(W: Tensor, C: Tensor, hessian: Damped, strength: float) -> Tensor:
+def _columns(x: Tensor, some: slice) -> Tensor:
+    return x.reshape(-1, x.shape[-1])[:, some].float()  # [tokens, these columns]
+
+
+def times_inverse(M: Tensor, hessian: Damped) -> Tensor:
+    """M H⁻¹, [any, in]: H⁻¹ = Uᵀ U in the order of U."""
+    change = torch.empty_like(M)
+    change[:, hessian.order] = (M[:, hessian.order] @ hessian.U.T) @ hessian.U
+    return change
+
+
+def cheaper_from_right(rows: int, width: int) -> bool:
+    """Whether C H⁻¹ costs less than (W C) H⁻¹: 4 · in³ + 2 · rows · in² operations against 6 · rows · in²."""
+    return rows > width
+
+
+def drifted_target(
+    W: Tensor, C: Tensor, hessian: Damped, strength: float, CH: Tensor | None = None
+) -> Tensor:
     """W′, the weight whose outputs on the drifted inputs come nearest to the original outputs.
 
     Args:
         W: [rows, in] float32.
-        C: [in, in] float32, from ``Drift``.
+        C: [in, in] float32, from ``drift``.
         hessian: of the drifted inputs; its damping keeps the regression from following noise.
         strength: 0 (plain GPTQ) … 1 (the whole correction).
+        CH: C H⁻¹, where that is known.
     """
-    order, U = hessian.order, hessian.U
-    rows, width = W.shape
-    # 6 · rows · in² operations from the left, 4 · in³ + 2 · rows · in² from the right.
-    from_left = rows <= width
-    change = _times_inverse((W @ C)[:, order], U) if from_left else W @ _times_inverse(C[:, order], U)
-    target = W.clone()
-    target[:, order] += change.mul_(strength)
-    return target
-
-
-def _times_inverse(M: Tensor, U: Tensor) -> Tensor:
-    """M H⁻¹, [any, in], as H⁻¹ = Uᵀ U."""
-    return (M @ U.T) @ U
+    change = times_inverse(W @ C, hessian) if CH is None else W @ CH
+    return W + change.mul_(strength)

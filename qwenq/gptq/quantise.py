@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qwenq.distributed import ALONE, Team
 from qwenq.errors import CalibrationError, QuantisationError, UnsupportedError, UsageError
-from qwenq.gptq.drift import Drift
-from qwenq.gptq.hessian import Hessian
+from qwenq.gptq.drift import drift
+from qwenq.gptq.hessian import hessian
 from qwenq.gptq.layer_store import LayerStore
-from qwenq.gptq.module import ModuleStats, QuantisedLinear, Settings, quantise_group
+from qwenq.gptq.module import ModuleStats, QuantisedLinear, quantise_group
+from qwenq.gptq.rows import Settings
 from qwenq.gptq.walk import linears_of, shared_inputs, walk
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.packing import PackedLinear, dequantise, pack
@@ -23,8 +25,8 @@ from qwenq.models.packing import PackedLinear, dequantise, pack
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
-ALGORITHM = 2  # raise it when the same settings give other integers: unfinished runs are then not resumed
-DRIFT_SHARE = 1.0  # of the batches also run through the original model, to see how inputs have drifted
+ALGORITHM = 3  # raise it when the same settings give other integers: unfinished runs are then not resumed
+DRIFT_SHARE = 0.5  # of the batches also run through the original model, to see how inputs have drifted
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GROUP_SIZES = (128, 64, 32)  # "auto" takes the first that divides every input width
@@ -154,8 +156,9 @@ def quantise_layers(
     decoder: BlockwiseDecoder,
     tokens: Tensor,
     settings: Settings,
-    store: LayerStore,
+    store: LayerStore | None,
     on_layer: Callable[[LayerDone], None],
+    team: Team = ALONE,
 ) -> None:
     """Quantise every block into ``store``, each with the inputs that the quantised blocks before it produce.
 
@@ -163,29 +166,35 @@ def quantise_layers(
         decoder: the model, block by block.
         tokens: int64 [samples, seq_len], no padding.
         settings: GPTQ's.
-        store: finished layers in it are not done again; their forward pass is.
-        on_layer: called after each layer.
+        store: finished layers in it are not done again; their forward pass is. The leader's; the others have
+            none.
+        on_layer: called after each layer, on the leader.
+        team: who takes part: each runs a share of the batches, and solves a share of the rows.
 
     Raises:
         QuantisationError: names the module.
+        UsageError: more processes than batches.
     """
     check_tokens(tokens, decoder.vocabulary)
-    total, finished = len(decoder.names), store.finished()
+    total, finished = len(decoder.names), team.tell(store.finished() if store is not None else None)
     with torch.inference_mode():
-        streams = _begin(decoder, tokens, settings) if finished < total else None
+        streams = _begin(decoder, tokens, settings, team) if finished < total else None
         for index in range(total):
             started = time.perf_counter()
             if streams is not None:  # None: all layers are done, nothing reads hidden states any more
                 with decoder.block(index) as block:
-                    layer = _Layer(decoder, block, index, settings)
+                    layer = _Layer(decoder, block, index, settings, team)
                     if index < finished:
-                        layer.load(store.tensors(index), streams)
+                        layer.load(store.tensors(index) if store is not None else {}, streams)
                     else:
                         layer.quantise(streams)
-                        store.save(index, layer.tensors, {n: s.as_dict() for n, s in layer.stats.items()})
-            stats = {name: ModuleStats(**values) for name, values in store.modules(index).items()}
-            seconds = time.perf_counter() - started
-            on_layer(LayerDone(index, total, seconds, stats, index < finished))
+                        if store is not None:
+                            modules = {name: stats.as_dict() for name, stats in layer.stats.items()}
+                            store.save(index, layer.tensors, modules)
+            if store is not None:
+                stats = {name: ModuleStats(**values) for name, values in store.modules(index).items()}
+                seconds = time.perf_counter() - started
+                on_layer(LayerDone(index, total, seconds, stats, index < finished))
 
 
 @dataclass
@@ -203,17 +212,30 @@ class _Streams:
     groups: list[list[str]] = field(default_factory=list)
 
 
-def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings) -> _Streams:
-    hidden = decoder.embed(torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1])))
-    compared = math.ceil(DRIFT_SHARE * len(hidden)) if settings.drift else 0
-    return _Streams(hidden, hidden[:compared])
+def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings, team: Team) -> _Streams:
+    """Embed this rank's batches. Where a batch ends does not depend on who runs it."""
+    batches = torch.split(tokens, max(1, TOKENS_PER_BATCH // tokens.shape[1]))
+    if len(batches) < team.world:
+        raise UsageError(
+            f"{team.world} processes, but the calibration text is {len(batches)} batches of "
+            f"{batches[0].numel()} tokens",
+            where="torchrun --nproc-per-node",
+            hint=f"start {len(batches)} at most, or calibrate on more text with --samples",
+        )
+    mine = team.share(len(batches))
+    hidden = decoder.embed(batches[mine.start : mine.stop])
+    compared = math.ceil(DRIFT_SHARE * len(batches)) if settings.drift else 0
+    return _Streams(hidden, hidden[: max(0, compared - mine.start)])
 
 
 class _Layer:
     """One block while it is being quantised."""
 
-    def __init__(self, decoder: BlockwiseDecoder, block: nn.Module, index: int, settings: Settings) -> None:
+    def __init__(
+        self, decoder: BlockwiseDecoder, block: nn.Module, index: int, settings: Settings, team: Team
+    ) -> None:
         self._linears, self._settings, self._decoder = linears_of(block), settings, decoder
+        self._team = team
         self._block, self._prefix = block, decoder.names[index]
         self.tensors: dict[str, Tensor] = {}
         self.stats: dict[str, ModuleStats] = {}
@@ -227,12 +249,20 @@ class _Layer:
         )
 
     def load(self, tensors: dict[str, Tensor], streams: _Streams) -> None:
-        """Advance the streams with the weights that an earlier run found for this block."""
+        """Advance the streams with the weights that an earlier run found for this block.
+
+        Args:
+            tensors: packed; the leader's, who sends the weights to the others.
+            streams: of this rank.
+        """
         streams.original = [self._forward(hidden) for hidden in streams.original]
         for name, linear in self._linears.items():
-            parts = (tensors[f"{self._prefix}.{name}.{part}"] for part in LAYER_PARTS)
-            weight = dequantise(PackedLinear(*parts), self._settings.bits)
-            linear.weight.data = weight.to(self._decoder.device, self._decoder.dtype)
+            weight = torch.empty_like(linear.weight.data)
+            if self._team.leads:
+                parts = (tensors[f"{self._prefix}.{name}.{part}"] for part in LAYER_PARTS)
+                weight.copy_(dequantise(PackedLinear(*parts), self._settings.bits))
+            self._team.copy(weight)
+            linear.weight.data = weight
         streams.quantised = [self._forward(hidden) for hidden in streams.quantised]
 
     def _forward(self, hidden: Tensor) -> Tensor:
@@ -241,15 +271,11 @@ class _Layer:
     def solve(self, names: Sequence[str], inputs: list[Tensor], reference: list[Tensor]) -> dict[str, Tensor]:
         """Quantise the linears ``names``, whose common input is ``inputs``: their new weights."""
         width, device = inputs[0].shape[-1], inputs[0].device
-        hessian, drift = Hessian(width, device), Drift(width, device)
-        for x in inputs:
-            hessian.add(x)
-        for x, original in zip(inputs, reference, strict=False):  # the reference is a part of the batches
-            drift.add(x, original)
+        H = hessian(inputs, width, device, self._team)
+        C = drift(inputs, reference, width, device, self._team)
         weights = {name: self._stored(name) for name in names}
         try:
-            C = drift.matrix() if drift.tokens else None
-            results = quantise_group(weights, hessian.matrix(), C, self._settings)
+            results = quantise_group(weights, H, C, self._settings, self._team)
         except QuantisationError as error:
             where = f"{self._prefix}.{error.where or names[0]}"
             raise QuantisationError(error.what, where=where, hint=error.hint) from error
@@ -262,8 +288,10 @@ class _Layer:
 
     def _keep(self, name: str, result: QuantisedLinear) -> Tensor:
         grid = result.grid
-        packed = pack(result.integers.cpu(), grid.scales.cpu(), grid.zeros.to(torch.uint8).cpu(), grid.bits)
-        self.tensors.update(packed.tensors(f"{self._prefix}.{name}"))
+        if self._team.leads:  # who writes
+            zeros = grid.zeros.to(torch.uint8).cpu()
+            packed = pack(result.integers.cpu(), grid.scales.cpu(), zeros, grid.bits)
+            self.tensors.update(packed.tensors(f"{self._prefix}.{name}"))
         self.stats[name] = result.stats
         return grid.values(result.integers).to(self._decoder.dtype)
 
