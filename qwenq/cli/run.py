@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="TOML file, e.g. recipes/demo.toml.")],
+    model: Annotated[str | None, typer.Option(help="Instead of the recipe's: folder or hub id.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps, do nothing.")] = False,
 ) -> None:
@@ -28,7 +29,11 @@ def run(
     from qwenq.run.chain import chain_of
     from qwenq.run.execute import run_chain
 
-    chain = chain_of(checked(recipe), recipe, out)
+    chosen = checked(recipe)
+    if model is not None:
+        name = {"name": Path(model).resolve().name}
+        chosen = chosen.override({"model": model}, report=name)
+    chain = chain_of(chosen, recipe, out)
     _show(chain)
     if dry_run:
         return

@@ -93,7 +93,9 @@ def _note(work: Path, step: Step, seconds: float) -> None:
     line = json.dumps(entry, ensure_ascii=False) + "\n"
     with guard_storage(path, len(line)):
         work.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in {b"", b"\n"}  # a kill left a line without its end
+            file.write((b"\n" if torn else b"") + line.encode())
             file.flush()
             os.fsync(file.fileno())

@@ -226,6 +226,14 @@ def test_the_plan_is_shown_and_nothing_done(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.toml"]
 
 
+def test_another_model_on_the_command_line_gets_a_report_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[eval]\n")
+    done = qwenq("run", "r.toml", "--model", "Qwen/Qwen3-0.6B", "--dry-run", cwd=tmp_path)
+    assert "run folder runs/Qwen3-0.6B" in done.stderr
+    assert "qwenq quantize Qwen/Qwen3-0.6B --recipe r.toml" in done.stderr
+    assert "--out reports/Qwen3-0.6B" in done.stderr
+
+
 @pytest.mark.parametrize(("text", "says"), [
     ("[gate]\nfail_on = 'speed:>2'", "would fail what got better"),
     ("[eval]\ntasks = ['mmul']", "mmul"),

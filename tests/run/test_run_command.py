@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from evals.benchmark_data import write_mmlu
 from tiny_families import write_calibration, write_family
 
 from qwenq.results import read_rows
@@ -25,9 +26,10 @@ dtype = "float32"
 [eval]
 tasks = ["mmlu"]
 protocol = "base"
+subjects = ["abstract_algebra", "astronomy"]
 shots = 0
-sample = true
-limit = 2
+data = "data"
+limit = 3
 [profile]
 tokens = [8]
 encode = [16]
@@ -52,6 +54,7 @@ def test_the_whole_chain_and_then_nothing_twice(tmp_path: Path) -> None:
     write_calibration(
         write_family(tmp_path / "tiny", max_position_embeddings=2048), tmp_path / "calibration.safetensors"
     )
+    write_mmlu(tmp_path / "data")
     (tmp_path / "baseline").mkdir()
     (tmp_path / "recipe.toml").write_text(RECIPE)
 
