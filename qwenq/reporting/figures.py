@@ -115,7 +115,7 @@ def _accuracies(
     for task, rows in tasks.items():
         points = [
             Point(x, y * 100, collection.label(item.row.model), *_percent(item))
-            for item in at_one_point(rows)
+            for item in at_one_point(rows, anywhere=True)
             if (x := place(item)) is not None and (y := item.row.value) is not None
         ]
         if len(points) > 1:
@@ -160,7 +160,7 @@ def _decode(collection: Collection, family: str) -> Figure | None:
 
 
 def _kl(collection: Collection, family: str) -> Figure | None:
-    rows = at_one_point([item for item in collection.of(family, "kl") if _curve(item)])
+    rows = at_one_point([item for item in collection.of(family, "kl") if _curve(item)], anywhere=True)
     series = tuple(_line(collection, item) for item in rows)
     if not series:
         return None
@@ -219,7 +219,9 @@ _LAYER = re.compile(r"(?:layers|h)\.(\d+)\.")
 
 def _layers(collection: Collection, family: str) -> Figure | None:
     """Mean relative error of a layer's modules, and what rounding to nearest would have given."""
-    rows = at_one_point([item for item in collection.of(family, "kl") if _by_layer(item, "error")])
+    rows = at_one_point(
+        [item for item in collection.of(family, "kl") if _by_layer(item, "error")], anywhere=True
+    )
     series = []
     for item in rows:
         name, tone = collection.label(item.row.model), item.row.model.precision

@@ -8,16 +8,17 @@ from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.text import clean
 
 
-def at_one_point(rows: list[Measured]) -> list[Measured]:
-    """The measured rows of the point, on one hardware, that most models were measured at; each model once.
+def at_one_point(rows: list[Measured], *, anywhere: bool = False) -> list[Measured]:
+    """The measured rows of the point that most models were measured at; each model once.
 
-    Of points with equally many models, the one with most tokens counts, then the one with the largest sum.
+    On one hardware, unless ``anywhere``: accuracy and divergence do not depend on it. Of points with equally
+    many models, the one with most tokens counts, then the one with the largest sum.
     """
     groups: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
     for item in rows:
         if item.row.status == "ok":
             point = (f"{key}={value}" for key, value in sorted(item.row.point.items()))
-            groups[(item.hardware, *point)].append(item)
+            groups[("" if anywhere else item.hardware, *point)].append(item)
     if not groups:
         return []
     best = max(groups.values(), key=_worth)

@@ -15,7 +15,7 @@ from qwenq.results import Model
 
 
 def summary_of(collection: Collection, family: str) -> Iterator[str]:
-    """``Int4: 31% of the bytes of BF16; 1.60 × its speed at decoding; KL divergence 0.1397 nats; …``."""
+    """``Int4: 31% of the unquantised bytes; decodes 1.60 × as fast as BF16; KL divergence 0.1397 …``."""
     models = list(dict.fromkeys(item.row.model for item in collection.of(family)))
     base = reference(models)
     found = losses(collection, family)
@@ -35,17 +35,17 @@ def summary_of(collection: Collection, family: str) -> Iterator[str]:
 def _size(collection: Collection, family: str, model: Model, base: Model) -> Iterator[str]:
     sizes = model_bytes(collection, family)
     if model in sizes and sizes.get(base):
-        yield f"{sizes[model] / sizes[base]:.0%} of the bytes of {collection.label(base)}"
+        yield f"{sizes[model] / sizes[base]:.0%} of the unquantised bytes"
 
 
 def _speed(collection: Collection, family: str, model: Model, base: Model) -> Iterator[str]:
     speeds = {item.row.model: item.row.value or 0.0 for item in decode_rows(collection, family)}
     if model in speeds and speeds.get(base):
-        yield f"{speeds[model] / speeds[base]:.2f} × its speed at decoding"
+        yield f"decodes {speeds[model] / speeds[base]:.2f} × as fast as {collection.label(base)}"
 
 
 def _closeness(collection: Collection, family: str, model: Model) -> Iterator[str]:
-    for item in at_one_point(collection.of(family, "kl")):
+    for item in at_one_point(collection.of(family, "kl"), anywhere=True):
         if item.row.model == model and item.row.value is not None:
             yield f"KL divergence {format_of('kl', item.row.unit)(item.row.value)} nats a token"
 
