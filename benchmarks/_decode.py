@@ -2,7 +2,8 @@
 
 Usage: ``python _decode.py TOOL MODEL IDS.json PREFILL DECODE[,DECODE…] THREADS``. Each decode starts from 16
 tokens, is greedy, and runs to exactly that many new tokens; its speed counts the steps after the first. Of
-three prefills the fastest counts. Each tool is imported inside its function: each has its own environment.
+three prefills the fastest counts. Loading does not count imports, the larger part of it in Python. Each tool
+is imported inside its function: each has its own environment.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ Decode = Callable[[list[int], int], list[float]]
 """(prompt, new tokens) → seconds of each new token."""
 
 
-def qwenq(folder: Path, engine: str, head: str) -> tuple[Decode, str]:
+def qwenq(folder: Path, head: str) -> tuple[Decode, str, float]:
     """Our engines."""
+    import qwenq.runtime.decoder  # noqa: F401 - what loading would import
     from qwenq.runtime.engine import load
     from qwenq.runtime.sampling import GREEDY
 
-    runner = load(folder, device="cpu", dtype="bfloat16", engine=engine, head=head)
+    start = time.perf_counter()
+    runner = load(folder, device="cpu", dtype="bfloat16", head=head)
+    load_s = time.perf_counter() - start
 
     def decode(prompt: list[int], count: int) -> list[float]:
         times = [time.perf_counter()]
@@ -38,10 +42,10 @@ def qwenq(folder: Path, engine: str, head: str) -> tuple[Decode, str]:
         )
         return _gaps(times)
 
-    return decode, runner.implementation
+    return decode, runner.implementation, load_s
 
 
-def transformers(folder: Path, quantised: bool) -> tuple[Decode, str]:
+def transformers(folder: Path, quantised: bool) -> tuple[Decode, str, float]:
     """transformers in bfloat16, or with GPTQModel's kernels where the folder is quantised."""
     import torch
     from transformers import AutoModelForCausalLM, __version__
@@ -52,7 +56,9 @@ def transformers(folder: Path, quantised: bool) -> tuple[Decode, str]:
         import gptqmodel
 
         version += f" + gptqmodel {gptqmodel.__version__}"
+    start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    load_s = time.perf_counter() - start
     if quantised:
         kernels = {type(m).__name__ for m in model.modules() if hasattr(m, "qweight")}
         version += f" ({', '.join(sorted(kernels))})"
@@ -80,17 +86,19 @@ def transformers(folder: Path, quantised: bool) -> tuple[Decode, str]:
             )
         return _gaps(clock.times)
 
-    return decode, version
+    return decode, version, load_s
 
 
-def llamacpp(file: Path, threads: int) -> tuple[Decode, str]:
+def llamacpp(file: Path, threads: int) -> tuple[Decode, str, float]:
     """llama.cpp through llama-cpp-python, on a GGUF file."""
     import llama_cpp
     import numpy as np
 
+    start = time.perf_counter()
     model = llama_cpp.Llama(
         str(file), n_ctx=2304, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
     )
+    load_s = time.perf_counter() - start
     vocab = model.n_vocab()
 
     def decode(prompt: list[int], count: int) -> list[float]:
@@ -103,7 +111,7 @@ def llamacpp(file: Path, threads: int) -> tuple[Decode, str]:
             times.append(time.perf_counter())
         return _gaps(times)
 
-    return decode, f"llama-cpp-python {llama_cpp.__version__}"
+    return decode, f"llama-cpp-python {llama_cpp.__version__}", load_s
 
 
 def _gaps(times: list[float]) -> list[float]:
@@ -114,17 +122,15 @@ def main() -> None:
     """Load, warm up, measure."""
     tool, model, numbers, prefill, decodes, threads = sys.argv[1:]
     ids = json.loads(Path(numbers).read_text(encoding="utf-8"))
-    start = time.perf_counter()
     match tool:
         case "qwenq" | "qwenq-int8-head":
-            decode, what = qwenq(Path(model), "fast", "int8" if tool.endswith("head") else "as-is")
+            decode, what, load_s = qwenq(Path(model), "int8" if tool.endswith("head") else "as-is")
         case "transformers":
-            decode, what = transformers(Path(model), quantised=False)
+            decode, what, load_s = transformers(Path(model), quantised=False)
         case "gptqmodel":
-            decode, what = transformers(Path(model), quantised=True)
+            decode, what, load_s = transformers(Path(model), quantised=True)
         case _:
-            decode, what = llamacpp(Path(model), int(threads))
-    load_s = time.perf_counter() - start
+            decode, what, load_s = llamacpp(Path(model), int(threads))
     decode(ids[:START], 8)
     row: dict[str, Any] = {"implementation": what, "load_s": round(load_s, 3)}
     tokens = int(prefill)

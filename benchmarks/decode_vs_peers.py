@@ -55,6 +55,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="the bundled model in Int4")
     parser.add_argument("--turns", type=int, default=2, help="turns that each contender takes")
+    parser.add_argument(
+        "--append", action="store_true", help="add turns to those of the report that is there"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON)
     parser.add_argument("--llama-python", type=Path, required=True)
@@ -71,7 +74,7 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     return [
         Contender("qwenq-int8-head", sys.executable, options.model.resolve(), LONG),
         Contender("llama.cpp", options.llama_python, gguf, LONG),
-        Contender("qwenq", sys.executable, options.model.resolve(), LONG),
+        Contender("qwenq", sys.executable, options.model.resolve(), SHORT),
         Contender("gptqmodel", options.interop_python, options.model.resolve(), SHORT),
         Contender("transformers", sys.executable, base, SHORT),
     ]
@@ -112,7 +115,6 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         "vs_llamacpp_128": ("qwenq-int8-head", "llama.cpp", "decode_128"),
         "vs_llamacpp_2048": ("qwenq-int8-head", "llama.cpp", "decode_2048"),
         "vs_llamacpp_128_plain_head": ("qwenq", "llama.cpp", "decode_128"),
-        "vs_llamacpp_2048_plain_head": ("qwenq", "llama.cpp", "decode_2048"),
         "vs_gptqmodel_128": ("qwenq", "gptqmodel", "decode_128"),
         "vs_transformers_128": ("qwenq", "transformers", "decode_128"),
         "prefill_vs_llamacpp_512": ("qwenq-int8-head", "llama.cpp", f"prefill_{PREFILL}"),
@@ -128,10 +130,22 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def head_perplexity(options: argparse.Namespace) -> dict[str, float]:
     """Of the quantised model with its plain head and with the Int8 one."""
     if options.eval_text is None:
-        return {}
+        file = options.out / "decode_cpu.json"
+        report = json.loads(file.read_text(encoding="utf-8")) if options.append and file.is_file() else {}
+        kept: dict[str, float] = report.get("environment", {}).get("head_perplexity", {})
+        return kept
     command: Command = [sys.executable, HERE / "_head_perplexity.py", options.model, options.eval_text]
     found: dict[str, float] = run_child(command, options.threads).json()
     return found
+
+
+def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the report that turns are added to."""
+    file = options.out / "decode_cpu.json"
+    if not (options.append and file.is_file()):
+        return []
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
@@ -143,7 +157,6 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
         "versions_llamacpp": versions(options.llama_python, ["llama-cpp-python", "numpy"]),
         "threads": options.threads,
         "model": options.model.name,
-        "turns": options.turns,
     }
 
 
@@ -186,15 +199,19 @@ def main() -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with the one that it would choose here it fails
     facts = environment(options)
     tools = contenders(options)
+    rows, first = earlier(options), 1
+    if rows:
+        first = max(row["turn"] for row in rows) + 1
     with tempfile.TemporaryDirectory() as folder:
         ids = Path(folder) / "ids.json"
         # Any text does for speed; the same for all.
         ids.write_text(json.dumps([(7 + 13 * place) % 40_000 + 100 for place in range(PREFILL)]))
-        rows = [
+        rows += [
             take_turn(contender, turn, ids, options.threads)
-            for turn in range(1, options.turns + 1)
+            for turn in range(first, first + options.turns)
             for contender in tools
         ]
+    facts["turns"] = max(row["turn"] for row in rows)
     facts["head_perplexity"] = head_perplexity(options)
     found = ratios(rows)
     text = table(rows, found, facts)
