@@ -55,9 +55,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="the bundled model in Int4")
     parser.add_argument("--turns", type=int, default=2, help="turns that each contender takes")
-    parser.add_argument(
-        "--append", action="store_true", help="add turns to those of the report that is there"
-    )
+    parser.add_argument("--append", action="store_true", help="add turns to the report that is there")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON)
     parser.add_argument("--llama-python", type=Path, required=True)
