@@ -1,0 +1,212 @@
+"""What gpu.py measures: a model in an engine, and one attention over it as rows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+import torch
+from _gpu_kernels import drawn, wait
+
+from qwenq.errors import QwenqError
+from qwenq.profiling.bandwidth import weight_bytes
+from qwenq.profiling.memory import meter_for
+from qwenq.results import Model, Row
+from qwenq.runtime.attention import attention_backend
+from qwenq.runtime.engine import FastEngine, load
+
+if TYPE_CHECKING:
+    from gpu import Plan, Run
+
+PRECISIONS = {"int4": 4, "bf16": None, "int8": 8, "fp32": None}
+CARDS = ("v2", "v1")
+
+
+class Loaded:
+    """A model with random weights in an engine; attention is changed without loading it again."""
+
+    def __init__(self, plan: Plan, engine: str, model: str, precision: str) -> None:
+        self.device, bits = torch.device(plan.device), PRECISIONS[precision]
+        self.meter = meter_for(self.device)
+        if self.device.type == "cuda":
+            torch.zeros(1, device=self.device)
+            self.meter.reset()
+        start = time.monotonic()
+        checkpoint = drawn(plan.models[model], bits, self.device)
+        self.engine = load(
+            checkpoint,
+            device=plan.device,
+            dtype="float32" if precision == "fp32" else "bfloat16",
+            engine=engine,
+            attention="off",
+            kernel=f"triton-int{bits}" if bits else "auto",
+        )
+        self.seconds, self.peak = time.monotonic() - start, self.meter.peak()
+
+    def attend(self, name: str) -> Any:
+        """The same engine with another attention.
+
+        Raises:
+            UnsupportedError: it cannot run here.
+        """
+        engine, backend = self.engine, attention_backend(name, self.device, self.engine.dtype)
+        if isinstance(engine, FastEngine):
+            engine.decoder.attend = backend
+            return FastEngine(engine.decoder)
+        before: Any = getattr(engine, "_attention")  # noqa: B009
+        setattr(engine, "_attention", backend)  # noqa: B010
+        engine.implementation = engine.implementation.replace(
+            f"attention {before.name}: {before.implementation}", f"attention {name}: {backend.implementation}"
+        )
+        return engine
+
+
+@dataclass
+class Point:
+    """One engine, model, precision and attention: rows for its lengths, its prompt and its memory."""
+
+    run: Run
+    engine: str
+    model: str
+    precision: str
+    attention: str
+
+    def measure(self, loaded: Loaded) -> None:
+        """All rows; whatever goes wrong becomes their reason."""
+        if time.monotonic() > self.run.deadline:
+            self.absent("the time was over before its turn")
+            return
+        asked, note = self.attention, ""
+        if self.precision == "fp32" and asked in CARDS:
+            # As in the cards: their FlashAttention columns of FP32 ran without it, since it takes no float32.
+            asked, note = "off", "attention off: FlashAttention takes no float32; the cards did the same"
+        try:
+            engine = loaded.attend(asked)
+            self.steps(engine, loaded, note)
+            self.prompt(engine, note)
+        except QwenqError as error:
+            self.absent(error.what)
+        except Exception as error:
+            self.absent(first_line(error), "failed")
+
+    def steps(self, engine: Any, loaded: Loaded, note: str) -> None:
+        """Speed of generating, share of a copy's bandwidth, memory."""
+        plan = self.run.plan
+        loaded.meter.reset() if plan.device == "cuda" else None
+        seconds = step_seconds(engine, plan.positions, plan.warm, plan.steps[self.engine])
+        curve = {"positions": list(plan.positions), "seconds": seconds}
+        settings = {"decode": "greedy, integral over cache lengths", "load_seconds": round(loaded.seconds, 1)}
+        settings |= {"attention": note} if note else {}
+        settings |= {"notes": list(engine.notes)} if engine.notes else {}
+        for length in plan.lengths:
+            speed = length / integral(plan.positions, seconds, length)
+            self.add("speed.decode", length, speed, "tokens/s", engine, settings, curve)
+        self.add("memory.load", None, loaded.peak, "bytes", engine, settings)
+        self.add("memory.generate", plan.lengths[-1], loaded.meter.peak(), "bytes", engine, settings)
+        if self.engine == "fast":  # the other does not say what it reads; here it is hardly more than weights
+            share = weight_bytes(engine) / seconds[0] / self.run.copy_bytes_per_s
+            self.add("bandwidth.share", plan.lengths[0], share, "ratio", engine, settings)
+        shortest = plan.lengths[0]
+        self.run.say(f"{self.label}: {shortest / integral(plan.positions, seconds, shortest):.1f} tok/s")
+        if self.engine == "fast" and self.attention == "split" and self.precision in ("int4", "bf16"):
+            start = time.perf_counter()
+            engine.generate([[1]], plan.lengths[0], exact_tokens=True)
+            speed = plan.lengths[0] / (time.perf_counter() - start)
+            self.add("speed.protocol", plan.lengths[0], speed, "tokens/s", engine, settings)
+
+    def prompt(self, engine: Any, note: str) -> None:
+        """Speed of encoding a prompt, the best of three after a warm-up."""
+        tokens, best = self.run.plan.prompt, float("inf")
+        for _ in range(2 if self.run.plan.tiny else 4):
+            cache = engine.new_cache(1, tokens)
+            wait(torch.device(self.run.plan.device))
+            start = time.perf_counter()
+            engine.prefill([[1] * tokens], cache).argmax(-1).tolist()
+            best = min(best, time.perf_counter() - start)
+        settings = {"attention": note} if note else {}
+        self.add("speed.prefill", 1, tokens / best, "tokens/s", engine, settings, context=tokens)
+
+    def absent(self, reason: str, status: str = "unavailable") -> None:
+        """Rows without a figure, for what has none yet."""
+        for length in self.run.plan.lengths:
+            self.add("speed.decode", length, None, "tokens/s", None, {}, reason=reason, status=status)
+        prompt = self.run.plan.prompt
+        self.add("speed.prefill", 1, None, "tokens/s", None, {}, reason=reason, status=status, context=prompt)
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.model} {self.precision} {self.engine} {self.attention}"
+
+    def add(
+        self,
+        metric: str,
+        tokens: int | None,
+        value: float | None,
+        unit: str,
+        engine: Any,
+        settings: dict[str, Any],
+        details: dict[str, Any] | None = None,
+        *,
+        context: int = 1,
+        reason: str | None = None,
+        status: str = "unavailable",
+    ) -> None:
+        """A row, unless there is one already."""
+        model = Model(f"{self.model} (random)", f"random:0:{self.model}", self.precision, self.model)
+        point = {
+            "attention": self.attention, "engine": self.engine, "context": context, "tokens": tokens,
+            "batch": 1, "device": self.run.plan.device,
+        }  # fmt: skip
+        row = Row(
+            metric, model, point, value, unit,
+            status="ok" if value is not None else status,  # type: ignore[arg-type]
+            reason=reason,
+            implementation=engine.implementation if engine is not None else "",
+            settings={"weights": "random", **settings},
+            details=details or {},
+            date=date.today().isoformat(),
+        )  # fmt: skip
+        if row.identity not in {other.identity for other in self.run.rows}:
+            self.run.rows.append(row)
+
+
+def step_seconds(engine: Any, positions: tuple[int, ...], warm: tuple[int, int], steps: int) -> list[float]:
+    """Seconds of one decode step with so many tokens in the cache; what the cache holds decides nothing."""
+    cache = engine.new_cache(1, positions[-1] + 2 * steps + 8)
+    token = torch.tensor([1], device=engine.device)
+
+    def run(count: int) -> None:
+        nonlocal token
+        for _ in range(count):
+            token = engine.decode(token, cache).argmax(-1)
+        wait(engine.device)
+
+    seconds = []
+    for place, position in enumerate(positions):
+        cache.lengths = [position]
+        run(warm[0] if place == 0 else warm[1])  # builds kernels, captures graphs
+        cache.lengths = [position]
+        start = time.perf_counter()
+        run(steps)
+        seconds.append((time.perf_counter() - start) / steps)
+    return seconds
+
+
+def integral(positions: tuple[int, ...], seconds: list[float], end: int) -> float:
+    """Seconds of generating ``end`` tokens: the trapezoids under the curve, cut or drawn on to ``end``."""
+    total = positions[0] * seconds[0]
+    for a, b, left, right in zip(positions, positions[1:], seconds, seconds[1:], strict=False):
+        if a >= end:
+            break
+        cut = min(b, end)
+        at_cut = left + (right - left) * (cut - a) / (b - a)
+        total += (cut - a) * (left + at_cut) / 2
+    return total + max(0, end - positions[-1]) * seconds[-1]
+
+
+def first_line(error: Exception) -> str:
+    """Type and first line of what was raised."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

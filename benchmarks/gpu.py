@@ -1,0 +1,250 @@
+"""Decode and prefill speed on one NVIDIA GPU: FP32, BF16, Int8, Int4 by attention v2, v1, off and engine.
+
+    python benchmarks/gpu.py --out DIR --minutes 8
+
+First every Triton kernel is compared with float64 on the device: one that is wrong ends the run with status
+1. Then kernels are timed by themselves, then models in the shapes of the catalogue's qwen-1.8b-chat and
+qwen-7b-chat, whose random weights are drawn on the device: nothing is read or downloaded. Steps are timed
+at several lengths of the cache and the speed of a whole generation is their integral, so that 8192 tokens
+of a slow engine need no minutes; a few whole generations are run to check that.
+
+``decode_gpu.json``, ``decode_gpu.md`` and ``results.jsonl`` are written anew after every point: whatever ends
+the run, what was measured is there. What cannot run here is a row with its reason.
+
+It needs torch 2.11, Triton 3.6 and transformers 5.17 or later, and of qwenq's dependencies those that
+``--needs`` prints. On a machine without a network, carry them as wheels:
+``pip download --no-deps --only-binary=:all: --python-version 3.12 -d WHEELS NAME …`` here, and there
+``pip install --no-index --no-deps --target SITE WHEELS/*.whl && PYTHONPATH=SITE python benchmarks/gpu.py …``.
+
+``--dry-run`` goes through all of it on a CPU, with a tiny model and the kernels in Triton's interpreter: its
+numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+NEEDS = (
+    "pydantic",
+    "pydantic_core",
+    "annotated-types",
+    "typing-inspection",
+    "rapidfuzz",
+    "greenlet",
+    "psutil",
+)
+"""What a machine with torch, Triton and transformers may still lack."""
+CARD_INT4_8192 = 76.45  # tokens/s, Qwen-1.8B-Chat's card, Int4, FlashAttention v2, on an A100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: everything that a dry run has smaller.
+
+    Attributes:
+        positions: tokens in the cache at which steps are timed.
+        lengths: of generations.
+        warm: untimed steps at the first position, and at each other.
+        steps: timed at each position, by engine.
+    """
+
+    models: dict[str, Any]
+    device: str
+    positions: tuple[int, ...]
+    lengths: tuple[int, ...]
+    prompt: int
+    warm: tuple[int, int]
+    steps: dict[str, int]
+    precisions: tuple[str, ...]
+    attentions: tuple[str, ...]
+    tiny: bool
+
+
+REAL = Plan(
+    models={"qwen-1.8b-chat": "qwen-1.8b-chat", "qwen-7b-chat": "qwen-7b-chat"},
+    device="cuda",
+    positions=(
+        1,
+        700,
+        1400,
+        2048,
+        4096,
+        6144,
+        8160,
+    ),  # steps end before 8192, where Qwen v1's rotation changes
+    lengths=(2048, 8192),
+    prompt=2048,
+    warm=(6, 2),
+    steps={"fast": 24, "transformers": 5},
+    precisions=("int4", "bf16", "int8", "fp32"),
+    attentions=("split", "v2", "v1", "off"),
+    tiny=False,
+)
+
+
+def main() -> int:
+    """Run, and say where the results are. 1: a kernel is wrong; 2: no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "reports" / "gpu")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--needs", action="store_true", help="print the packages to carry, and stop")
+    options = parser.parse_args()
+    if options.needs:
+        print(" ".join(NEEDS))
+        return 0
+    import torch
+
+    if not options.dry_run and not torch.cuda.is_available():
+        print("no CUDA GPU here: nothing was measured; --dry-run shows what would be", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + 60 * options.minutes
+    with torch.inference_mode():
+        return Run(dry_plan() if options.dry_run else REAL, options.out, deadline).all()
+
+
+def dry_plan() -> Plan:
+    """Every line, as small as it gets."""
+    from _gpu_kernels import TINY
+
+    return Plan(
+        models={"tiny": TINY},
+        device="cpu",
+        positions=(1, 3),
+        lengths=(2, 3),
+        prompt=3,
+        warm=(1, 0),
+        steps={"fast": 1, "transformers": 1},
+        precisions=("int4", "fp32"),
+        attentions=("split", "v2", "off"),
+        tiny=True,
+    )
+
+
+@dataclass
+class Run:
+    """One run of the benchmark, and what it found so far."""
+
+    plan: Plan
+    out: Path
+    deadline: float
+    began: float = field(default_factory=time.monotonic)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+    copy_bytes_per_s: float = 0.0
+
+    def all(self) -> int:
+        """Check, then measure what matters most first."""
+        import torch
+        from _gpu_kernels import checks, kernel_speeds
+
+        from qwenq.profiling.bandwidth import copy_bandwidth
+
+        device = torch.device(self.plan.device)
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "results.jsonl").unlink(missing_ok=True)
+        for check in checks(device, self.plan.tiny):
+            self.checks.append({"name": check.name, "error": check.error, "passed": check.passed})
+            if not check.passed:
+                self.say(f"WRONG: {check.name}: {check.error:.3g} times what rounding explains")
+        self.say(f"{len(self.checks)} checks against float64")
+        self.write()
+        if not all(check["passed"] for check in self.checks):
+            return 1
+        self.copy_bytes_per_s = copy_bandwidth(device)
+        self.say(f"a copy moves {self.copy_bytes_per_s / 1e9:.0f} GB/s")
+        kernels_until = time.monotonic() + 0.15 * (self.deadline - time.monotonic())
+        for speed in kernel_speeds(device, self.plan.tiny, kernels_until):
+            self.kernels.append(speed)
+        self.write()
+        for engine, model, precision in order(self.plan):
+            self.model(engine, model, precision)
+        self.write()
+        self.say(f"done; see {self.out / 'decode_gpu.md'}")
+        return 0
+
+    def model(self, engine: str, model: str, precision: str) -> None:
+        """Every attention over one loaded model."""
+        import torch
+        from _gpu_points import Loaded, Point, first_line
+
+        missing: list[Any] = [Point(self, engine, model, precision, name) for name in self.plan.attentions]
+        if time.monotonic() > self.deadline:
+            for point in missing:
+                point.absent("the time was over before its turn")
+            self.write()
+            return
+        try:
+            loaded = Loaded(self.plan, engine, model, precision)
+            for point in missing:
+                point.measure(loaded)
+                self.write()
+            del loaded
+        except Exception as error:
+            # One point's end is not the run's: its rows say what happened.
+            for point in missing:
+                point.absent(first_line(error), "failed")
+        gc.collect()
+        if self.plan.device == "cuda":
+            torch.cuda.empty_cache()
+        self.write()
+
+    def say(self, line: str) -> None:
+        """One line with the seconds so far."""
+        print(f"{time.monotonic() - self.began:6.1f} s  {line}", flush=True)
+
+    def write(self) -> None:
+        """All that is known so far; a kill between two calls leaves the older files whole."""
+        import _gpu_report
+
+        from qwenq.environment import environment
+
+        report = {
+            "environment": environment(),
+            "dry_run": self.plan.tiny,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "copy_gb_per_s": self.copy_bytes_per_s / 1e9,
+            "checks": self.checks,
+            "kernels": self.kernels,
+            "rows": [row.to_json() for row in self.rows],
+            "ratios": _gpu_report.ratios(self.rows, CARD_INT4_8192),
+        }
+        for name, text in (
+            ("decode_gpu.json", json.dumps(report, indent=1) + "\n"),
+            ("decode_gpu.md", _gpu_report.markdown(report, self.rows)),
+            ("results.jsonl", "".join(json.dumps(row.to_json()) + "\n" for row in self.rows)),
+        ):
+            (self.out / f"{name}.new").write_text(text, encoding="utf-8")
+            (self.out / f"{name}.new").replace(self.out / name)
+
+
+def order(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """(engine, model, precision), what the floor of the plan is about first."""
+    for engine in ("fast", "transformers"):
+        late = []
+        for model, precision in product(plan.models, plan.precisions):
+            if precision == "fp32" and model != next(iter(plan.models)):
+                late.append((engine, model, precision))
+            else:
+                yield engine, model, precision
+        yield from late
+
+
+if __name__ == "__main__":
+    sys.exit(main())
