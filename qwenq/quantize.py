@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qwenq import __version__
-from qwenq.errors import CalibrationError, UsageError, VerificationError
+from qwenq.distributed import ALONE, Team
+from qwenq.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     import torch
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from qwenq.calibration import CalibrationSet
     from qwenq.evals.check import CheckResult
     from qwenq.gptq.layer_store import LayerStore
-    from qwenq.gptq.module import Settings
     from qwenq.gptq.quantise import LayerDone
+    from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.gptq_format import QuantConfig
@@ -81,6 +82,7 @@ class Job:
 
     Attributes:
         quant: what config.json will say.
+        team: who quantises with this process, which leads.
     """
 
     recipe: Recipe
@@ -91,12 +93,19 @@ class Job:
     settings: Settings
     quant: QuantConfig
     listener: Listener
+    team: Team
     seconds: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
 
 
 def quantize(
-    recipe: Recipe, out: Path | None, listener: Listener, *, device: str = "auto", resume: bool = True
+    recipe: Recipe,
+    out: Path | None,
+    listener: Listener,
+    *,
+    device: str = "auto",
+    resume: bool = True,
+    team: Team = ALONE,
 ) -> Quantised:
     """Quantise, check what was written, and only then give it its name.
 
@@ -106,11 +115,12 @@ def quantize(
         listener: is told every choice and every layer.
         device: "auto", "cpu", "cuda", "cuda:1", …
         resume: go on with an unfinished run in ``OUT.partial``.
+        team: further processes that take part, each in ``gptq.ranks.follow``; this one leads.
 
     Raises:
         QwenqError: see qwenq/errors.py; finished layers are kept and the message says how to go on.
     """
-    job = _prepare(recipe, out, listener, device)
+    job = _prepare(recipe, out, listener, device, team)
     calibration = _timed(job, "calibration", lambda: _calibration(job))
     store = _open_store(job, calibration, resume=resume)
     try:
@@ -124,9 +134,9 @@ def quantize(
         store.release()
 
 
-def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str) -> Job:
-    from qwenq.gptq.module import Settings
+def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
     from qwenq.gptq.quantise import check_packable, choose_group_size, input_widths
+    from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.gptq_format import QuantConfig
     from qwenq.models.opening import open_model
@@ -163,7 +173,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str) 
         damp_percent=settings.damp,
     )
     listener.say(_describe(settings))
-    return Job(recipe, checkpoint, target, place, decoder, settings, quant, listener)
+    return Job(recipe, checkpoint, target, place, decoder, settings, quant, listener, team)
 
 
 def _describe(settings: Settings) -> str:
@@ -205,49 +215,11 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 
 
 def _calibration(job: Job) -> CalibrationSet:
-    from qwenq.calibration import load_calibration
-    from qwenq.calibration.random_tokens import tokens_for_random_weights
-    from qwenq.calibration.sequences import Wanted
-    from qwenq.models.random_weights import is_random
-    from qwenq.models.tokenizer import load_tokenizer
+    from qwenq.calibration.choose import calibration_for
 
-    wanted = job.recipe.calibration
-    on_gpu = job.device.type == "cuda"
-    saved = Path(wanted.source).suffix == ".safetensors"  # has its own sizes
-    samples = (128 if on_gpu else 48) if wanted.samples == "auto" else wanted.samples
-    longest = int(job.checkpoint.config.get("max_position_embeddings", 2048))
-    seq_len = min(2048 if on_gpu else 256, longest) if wanted.seq_len == "auto" else wanted.seq_len
-    if is_random(job.checkpoint.config) and (saved or wanted.source == "self"):
-        job.listener.say("random weights write no text: calibrated on random tokens")
-        sizes = Wanted(samples=samples, held_out=wanted.held_out, seq_len=seq_len)
-        seed = job.recipe.quantize.seed
-        return tokens_for_random_weights(wanted.source, job.decoder.vocabulary, sizes, seed)
-    label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
-    made = load_calibration(
-        wanted.source,
-        checkpoint=job.checkpoint,
-        tokenizer=load_tokenizer(job.checkpoint.folder),
-        samples=None if saved and wanted.samples == "auto" else samples,
-        seq_len=None if saved and wanted.seq_len == "auto" else seq_len,
-        held_out=None if saved else wanted.held_out,
-        seed=job.recipe.quantize.seed,
-        split=wanted.split,
-        column=wanted.column,
-        device=str(job.device),
-        progress=job.listener.progress(label),
-    )
-    facts = made.manifest
-    if not facts.held_out:
-        raise CalibrationError(
-            "this calibration set has no held-out sequences, and the check needs some",
-            where=wanted.source,
-            hint="make it again with `qwenq calibrate --held-out 8`",
-        )
-    own = " (the model's own text: as good as C4 here, and it needs no network)"
-    source = f"{facts.source}{own if facts.source == 'self' else ''}"
-    made_of = f"{facts.samples} × {facts.seq_len} tokens from {source}"
-    job.listener.say(f"calibration: {made_of}, {facts.held_out} more held out for the check")
-    return made
+    said = job.listener
+    vocabulary = job.decoder.vocabulary
+    return calibration_for(job.recipe, job.checkpoint, vocabulary, job.device, said.say, said.progress)
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
@@ -267,6 +239,7 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
 
 def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:
     from qwenq.gptq.quantise import quantise_layers
+    from qwenq.gptq.ranks import lead
 
     def on_layer(done: LayerDone) -> None:
         job.listener.layer(done)
@@ -276,7 +249,8 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
             job.listener.say(f"{at}: damping raised to {damp:.3g}")
 
     job.listener.layers(len(job.decoder.names))
-    quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer)
+    lead(job.team, job.decoder, calibration.tokens, job.settings)
+    quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
 
 
 def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:

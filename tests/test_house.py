@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qwenq"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"errors", "storage", "versions", "recipe", "results", "environment", "published"}
+LEAVES = {"errors", "storage", "versions", "recipe", "results", "environment", "published", "distributed"}
 ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
 COMPOSER = ROOMS - {"cli", "__main__"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "results": {"errors", "storage"},
     "environment": set(),
     "published": set(),
+    "distributed": {"errors"},
     "models": LEAVES,
     "calibration": LEAVES | {"models"},
     "gptq": LEAVES | {"models", "calibration"},

@@ -3,6 +3,7 @@
 One JSON object per line on stdin: ``{"argv": […], "cwd": …, "output": path, "at": {…}}``; one integer per
 line on stdout: the exit status, negative for a signal. ``at`` says when the process sends itself a signal:
 ``{"signal": 9, "fsync": 5}`` at its 5th fsync, ``{"signal": 15, "print": "text"}`` after printing a text.
+A list of such objects, each with an ``environment`` if need be, runs all at once; the answer is a list, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 
@@ -45,6 +47,7 @@ def child(request: dict[str, Any]) -> None:
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.chdir(request["cwd"])
+    os.environ.update(request.get("environment") or {})
     sys.argv = ["qwenq", *request["argv"]]
     arm(request["at"] or {})
     from qwenq.cli import main
@@ -68,11 +71,34 @@ def serve() -> None:
     import qwenq.evals.check
     import qwenq.gptq.quantise  # noqa: F401
 
+    for name in sys.argv[1:]:
+        import_module(name)
     for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        asked = json.loads(line)
+        requests = asked if isinstance(asked, list) else [asked]
+        held = store_for(requests[0].get("environment") or {})  # lives as long as its processes
+        started = [start(request) for request in requests]
+        ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+        del held
+        print(json.dumps(ended if isinstance(asked, list) else ended[0]), flush=True)
+
+
+def store_for(environment: dict[str, str]) -> Any:
+    """The key-value store that torchrun's own process holds for its ranks."""
+    if "MASTER_PORT" not in environment:
+        return None
+    from torch.distributed import TCPStore
+
+    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    return TCPStore(*place, is_master=True, wait_for_workers=False)
+
+
+def start(request: dict[str, Any]) -> int:
+    """The process id of a command that runs."""
+    pid = os.fork()
+    if pid == 0:
+        child(request)
+    return pid
 
 
 if __name__ == "__main__":

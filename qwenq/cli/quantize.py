@@ -14,6 +14,7 @@ from qwenq.errors import UsageError
 from qwenq.models.opening import WEIGHTS_HELP
 
 if TYPE_CHECKING:
+    from qwenq.distributed import Team
     from qwenq.recipe import Recipe
 
 
@@ -69,7 +70,8 @@ def quantize(
 ) -> None:
     """Quantise a model with GPTQ to Int4 or Int8, and check it.
 
-    Success is said only about what was read back from the disk and compared with the base.
+    Success is said only about what was read back from the disk and compared with the base. Under torchrun all
+    its processes work on the one model.
     """
     chosen = _recipe(
         recipe,
@@ -88,13 +90,28 @@ def quantize(
         },
     )
     _stop_on_sigterm()
+    from qwenq.distributed import assembled
+
+    with assembled(device) as team:
+        if team.leads:
+            _lead(chosen, out, "json" if as_json else "text", device, resume=resume, team=team)
+        else:
+            from qwenq.gptq.ranks import follow
+
+            follow(chosen, team, device)
+
+
+def _lead(
+    recipe: Recipe, out: Path | None, form: Literal["text", "json"], device: str, *, resume: bool, team: Team
+) -> None:
+    """Quantise, and show it."""
     from qwenq.cli.quantize_output import listener_for
 
-    with listener_for("json" if as_json else "text") as listener:
+    with listener_for(form) as listener:
         try:
             from qwenq.quantize import quantize as run
 
-            result = run(chosen, out, listener, device=device, resume=resume)
+            result = run(recipe, out, listener, device=device, resume=resume, team=team)
         except KeyboardInterrupt as stop:
             listener.interrupted()
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT

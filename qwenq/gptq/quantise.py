@@ -223,9 +223,9 @@ def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings, team: 
             hint=f"start {len(batches)} at most, or calibrate on more text with --samples",
         )
     mine = team.share(len(batches))
-    hidden = decoder.embed(batches[mine.start : mine.stop])
+    hidden = decoder.embed([batches[index] for index in mine])
     compared = math.ceil(DRIFT_SHARE * len(batches)) if settings.drift else 0
-    return _Streams(hidden, hidden[: max(0, compared - mine.start)])
+    return _Streams(hidden, hidden[: len(team.share(compared))])
 
 
 class _Layer:

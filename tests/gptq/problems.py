@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenq.gptq.module import Settings
+from qwenq.gptq.rows import Settings
 from qwenq.recipe import QuantizeRecipe
 
 

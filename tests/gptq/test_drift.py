@@ -5,7 +5,7 @@ import torch
 from problems import problem
 
 from qwenq.gptq.damping import damped
-from qwenq.gptq.drift import Drift, drifted_target
+from qwenq.gptq.drift import drift, drifted_target, times_inverse
 from qwenq.gptq.solver import act_order
 
 
@@ -21,11 +21,20 @@ def test_the_matrix_is_the_mean_product_of_drift_and_input_however_it_is_split()
     x, original = inputs()
     expected = 2 / x.shape[0] * (original - x).T @ x
     for parts in (1, 3, 7):
-        drift = Drift(64)
-        for a, b in zip(x.float().chunk(parts), original.float().chunk(parts), strict=True):
-            drift.add(a, b)
-        assert drift.matrix().dtype is torch.float32
-        torch.testing.assert_close(drift.matrix().double(), expected, rtol=1e-4, atol=1e-5)
+        C = drift(x.float().chunk(parts), original.float().chunk(parts), 64, "cpu")
+        assert C is not None
+        assert C.dtype is torch.float32
+        torch.testing.assert_close(C.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_references_for_the_first_batches_only() -> None:
+    x, original = inputs()
+    some = drift(x.float().chunk(4), original.float().chunk(4)[:1], 64, "cpu")
+    whole = drift(x.float().chunk(4)[:1], original.float().chunk(4)[:1], 64, "cpu")
+    assert some is not None
+    assert whole is not None
+    assert torch.equal(some, whole)
+    assert drift(x.float().chunk(4), [], 64, "cpu") is None
 
 
 @pytest.mark.parametrize("reorder", [False, True])
@@ -37,6 +46,7 @@ def test_the_target_is_the_regression_of_the_original_outputs(reorder: bool) -> 
     hessian = damped(H.clone(), 0.01, act_order(H) if reorder else torch.arange(64))
     C = 2 / x.shape[0] * (original - x).T @ x
     got = drifted_target(W, C, hessian, 1.0)
+    torch.testing.assert_close(got, drifted_target(W, C, hessian, 1.0, times_inverse(C, hessian)))
     ridge = 0.01 * H.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     wanted = torch.linalg.solve(H + ridge, (W @ C).T).T + W
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)

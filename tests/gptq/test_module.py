@@ -7,7 +7,7 @@ import torch
 from problems import problem, usual
 
 from qwenq.errors import QuantisationError
-from qwenq.gptq import module
+from qwenq.gptq import rows
 from qwenq.gptq.module import quantise_group
 from qwenq.gptq.solver import Rounded
 
@@ -64,14 +64,14 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
 
 def test_the_assertion_fires_when_a_module_is_worse_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the solver to return rubbish for one linear of a group, that one is named."""
-    solve = module.gptq
+    solve = rows.gptq
 
     def rubbish(W: torch.Tensor, *rest: object) -> Rounded:
         rounded = solve(W, *rest)  # type: ignore[arg-type]
         rounded.integers[32:] = 15 - rounded.integers[32:]
         return rounded
 
-    monkeypatch.setattr(module, "gptq", rubbish)
+    monkeypatch.setattr(rows, "gptq", rubbish)
     weights, H, _ = layer()
     with pytest.raises(QuantisationError, match="above round-to-nearest's") as caught:
         quantise_group(weights, H, None, replace(USUAL, refine=False))
@@ -83,7 +83,7 @@ def test_the_assertion_fires_on_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(W: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.full((W.shape[0],), torch.nan)
 
-    monkeypatch.setattr(module, "output_error", nothing)
+    monkeypatch.setattr(rows, "output_error", nothing)
     weights, H, _ = layer()
     with pytest.raises(QuantisationError, match="nan"):
         quantise_group(weights, H, None, USUAL)

@@ -14,7 +14,7 @@ from tiny_families import random_tokens, write_family
 from qwenq.errors import CalibrationError, CorruptFileError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq import quantise
 from qwenq.gptq.layer_store import LayerStore
-from qwenq.gptq.module import ModuleStats, Settings
+from qwenq.gptq.module import ModuleStats
 from qwenq.gptq.quantise import (
     LAYER_PARTS,
     LayerDone,
@@ -25,6 +25,7 @@ from qwenq.gptq.quantise import (
     quantise_layers,
     run_facts,
 )
+from qwenq.gptq.rows import Settings
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 

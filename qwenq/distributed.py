@@ -1,0 +1,261 @@
+"""Several processes as one: what torchrun started, computing one result together.
+
+There is no launcher here. ``torchrun --nproc-per-node 4 -m qwenq quantize …`` starts the same command four
+times and says so in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Rank 0, the
+leader, alone talks to the user and writes files. Tensors go over NCCL on GPUs and over gloo on CPUs. What the
+leader has to say between two steps goes over torchrun's key-value store, where nobody waits in vain: who
+waits looks every few seconds whether somebody has stopped.
+
+Without torchrun a process is ``ALONE``: everything here then does nothing, and loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qwenq.errors import QwenqError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+TIMEOUT = timedelta(hours=1)
+"""For one exchange of tensors: others may have to wait for the longest step that one rank does by itself."""
+LOOK = timedelta(seconds=5)
+STOPPED = "stopped"
+RESUME = "look above, and in torchrun's summary, for which one; the same command goes on where it stopped"
+
+
+class LostError(QwenqError):
+    """An exchange failed: some other process is gone."""
+
+
+@dataclass
+class Team:
+    """The processes of one command.
+
+    Attributes:
+        rank: this one, from 0 on.
+        world: how many there are.
+        local_rank: this one among those on the same machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    _store: Any = field(default=None, repr=False)
+    _told: int = field(default=0, repr=False)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this one writes, and talks to the user."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This rank's of ``count`` things, dealt out like cards: the first ranks may have one more.
+
+        Args:
+            count: at least 0.
+        """
+        return range(self.rank, count, self.world)
+
+    def add(self, tensor: Tensor) -> None:
+        """Put the sum over all ranks into ``tensor``, in an order of the library's choice."""
+        self._exchange(lambda group: group.all_reduce(tensor, op=group.ReduceOp.SUM))
+
+    def largest(self, tensor: Tensor) -> None:
+        """Put the element-wise maximum over all ranks into ``tensor``."""
+        self._exchange(lambda group: group.all_reduce(tensor, op=group.ReduceOp.MAX))
+
+    def copy(self, tensor: Tensor, source: int = 0) -> None:
+        """Put what ``source`` has in ``tensor`` into everybody's; same shape and dtype everywhere."""
+        self._exchange(lambda group: group.broadcast(tensor, src=source))
+
+    def tell(self, value: Any = None) -> Any:
+        """What the leader says here, for all; waits as long as that takes.
+
+        Args:
+            value: the leader's, as JSON can hold it; the others' is not looked at.
+        """
+        if self.world == 1:
+            return value
+        self._told += 1
+        name = f"told/{self._told}"
+        if self.leads:
+            self._ask(lambda store: store.set(name, json.dumps(value)))
+            return value
+        from torch.distributed import DistStoreError
+
+        said = False
+        while not said:
+            with suppress(DistStoreError):  # its time is up, or the store is gone: the next question tells
+                self._store.wait([name], LOOK)
+                said = True
+            if self._ask(lambda store: store.check([STOPPED])):
+                raise LostError("another process has stopped")
+        return json.loads(self._ask(lambda store: store.get(name)))
+
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        try:
+            return question(self._store)
+        except RuntimeError as error:
+            raise LostError("torchrun's store does not answer any more") from error
+
+    def _exchange(self, step: Callable[[Any], object]) -> None:
+        if self.world == 1:
+            return
+        import torch
+        from torch import distributed
+
+        try:
+            step(distributed)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # gloo's and NCCL's: connection closed, time out
+            raise LostError(f"rank {self.rank} lost another process") from error
+
+    def claim_stop(self, code: int) -> int | None:
+        """Say that this process stops the run; None: it is the first, else that one's exit code.
+
+        Raises:
+            LostError: the store is gone.
+        """
+        mine = json.dumps([self.rank, code])
+        first = self._ask(lambda store: store.compare_set(STOPPED, "", mine)).decode()
+        if self.leads:  # wakes those who wait for its next word
+            self._ask(lambda store: store.set(f"told/{self._told + 1}", "null"))
+        return None if first == mine else int(json.loads(first)[1])
+
+
+ALONE = Team()
+
+
+def described(environment: Mapping[str, str] = os.environ) -> Team:
+    """What torchrun's variables say; ``ALONE`` where there are none, or one process.
+
+    Raises:
+        UsageError: some are missing or are no sound numbers.
+    """
+    world = _number(environment, "WORLD_SIZE", "1")
+    if world == 1:
+        return ALONE
+    rank, local = _number(environment, "RANK"), _number(environment, "LOCAL_RANK")
+    if not rank < world or "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+        raise _no_torchrun(
+            f"RANK is {rank} and WORLD_SIZE {world}, or MASTER_ADDR and MASTER_PORT are not set"
+        )
+    return Team(rank, world, local)
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "nothing") -> int:
+    text = environment.get(name, default)
+    if not (text.isascii() and text.isdigit()) or (name == "WORLD_SIZE" and text == "0"):
+        raise _no_torchrun(f"{name} is {text}")
+    return int(text)
+
+
+def _no_torchrun(what: str) -> UsageError:
+    return UsageError(
+        f"the environment speaks of several processes, but {what}",
+        hint="start with `torchrun --nproc-per-node N -m qwenq …`, or unset WORLD_SIZE",
+    )
+
+
+@contextmanager
+def assembled(device: str = "auto") -> Iterator[Team]:
+    """Join the other processes of this command; on an error, see to it that all end and one says why.
+
+    Args:
+        device: as ``--device``: "auto" and "cuda" stand for the GPU with the number of the local rank.
+
+    Raises:
+        UsageError: see ``described``; a GPU named for all, or fewer GPUs than processes on this machine.
+        QwenqError: the others could not be met, or one is gone.
+        SystemExit: another process stops the run, and says why.
+    """
+    team = described()
+    if team.world == 1:
+        yield team
+        return
+    _join(team, _gpu_of(team, device))
+    try:
+        yield team
+    except BaseException as error:
+        _stop(team, error)
+    else:
+        from torch import distributed
+
+        distributed.destroy_process_group()
+
+
+def _gpu_of(team: Team, device: str) -> torch.device | None:
+    """The GPU of this rank, made torch's current one, or None."""
+    import torch
+
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return None
+    if device not in ("auto", "cuda"):
+        if not team.leads:
+            raise SystemExit(UsageError.exit_code)  # the leader says it
+        raise UsageError(
+            f"--device {device} with {team.world} processes: each needs one of its own",
+            where="--device",
+            hint="leave it out, or say cuda: each process takes the GPU with its local rank's number",
+        )
+    if team.local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"local rank {team.local_rank} has no GPU: there are {torch.cuda.device_count()}",
+            where="torchrun --nproc-per-node",
+            hint="start as many processes as there are GPUs, or use --device cpu",
+        )
+    torch.cuda.set_device(team.local_rank)
+    return torch.device("cuda", team.local_rank)
+
+
+def _join(team: Team, gpu: torch.device | None) -> None:
+    from torch import distributed
+
+    try:
+        meeting = distributed.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[no-untyped-call]
+        store, _, _ = next(meeting)
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",
+            store=distributed.PrefixStore("tensors", store),
+            rank=team.rank,
+            world_size=team.world,
+            timeout=TIMEOUT,
+            device_id=gpu,
+        )
+    except RuntimeError as error:
+        raise QwenqError(
+            f"rank {team.rank} could not meet the others: {str(error).splitlines()[0]}",
+            where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            hint="see that all machines reach this address, and that nothing else uses the port",
+        ) from error
+    team._store = distributed.PrefixStore("qwenq", store)
+
+
+def _stop(team: Team, error: BaseException) -> NoReturn:
+    """Only who stops first explains itself; whoever stops because of that ends without a word."""
+    code = error.exit_code if isinstance(error, QwenqError) else 1
+    try:
+        known = team.claim_stop(code)
+    except LostError:
+        known = None
+    if known is not None and not isinstance(error, KeyboardInterrupt):
+        raise SystemExit(known) from error
+    if isinstance(error, LostError):
+        raise QwenqError(
+            f"one of the {team.world} processes ended without a word: it was killed, or had no memory left",
+            where=f"noticed by rank {team.rank}",
+            hint=RESUME,
+        ) from error
+    if isinstance(error, QwenqError) and team.rank:
+        error.what = f"rank {team.rank}: {error.what}"
+    raise error

@@ -1,0 +1,105 @@
+"""Sums of products of activations that come out the same in whatever order, and by however many processes.
+
+Floating-point sums depend on their order; sums of integers do not. So each batch's product XᵀY, computed as
+ever, is rounded to whole multiples of a tiny unit before it is added: float64 adds whole numbers below 2⁵³
+exactly. The unit follows the columns' energies, as powers of two (nothing else is lost by scaling): after
+scaling no column has an energy above 1 in any batch, so by Cauchy and Schwarz no element of a product exceeds
+1, and one unit is 2^-(51 - log2(batches)): at a thousand batches 2⁻⁴¹, where float32 holds 1 to 2⁻²³.
+
+The same integers thus follow from any split of the batches over processes; what each batch's product is
+depends on the library, the processor and the number of its threads, as ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qwenq.distributed import ALONE, Team
+
+PANEL = 512  # rows of a product at a time: wide enough for full GEMM speed, and what is beside H stays small
+CHUNK = 1 << 18  # elements that are rounded and added at a time: they stay in the cache
+DIGITS = 51  # float64 counts to 2^53; one bit for rounding in float32, one to be sure
+
+Columns = Callable[[int, slice], Tensor]
+"""(batch, columns) → [tokens, these columns], float32 or bfloat16."""
+
+
+def mean_products(
+    left: Columns,
+    right: Columns,
+    tokens: Sequence[int],
+    widths: tuple[int, int],
+    device: torch.device | str = "cpu",
+    *,
+    same: bool = False,
+    team: Team = ALONE,
+) -> Tensor | None:
+    """2/n · Σ lᵀ r over all tokens of all ranks' batches, [widths[0], widths[1]] float32; None: no tokens.
+
+    Args:
+        left, right: activations by batch; a batch's product is computed in the dtype of the right.
+        tokens: of each batch; there may be none on this rank.
+        widths: columns of left and right.
+        device: of the result.
+        same: left and right are the same; only what is on and below the diagonal is computed, and mirrored.
+        team: whose sums these are; every rank gets them.
+    """
+    counts = torch.tensor([len(tokens), sum(tokens)], dtype=torch.float64, device=device)
+    team.add(counts)
+    batches, n = int(counts[0]), int(counts[1])
+    if n == 0:
+        return None
+    digits = DIGITS - math.ceil(math.log2(batches))
+    rows = _scales(left, len(tokens), widths[0], device, team)
+    columns = rows if same else _scales(right, len(tokens), widths[1], device, team)
+    result = torch.empty(widths, dtype=torch.float32, device=device)
+    for start in range(0, widths[0], PANEL):
+        panel = slice(start, min(start + PANEL, widths[0]))
+        wide = slice(0, panel.stop if same else widths[1])
+        units = rows[panel] * 2.0**digits
+        total = torch.zeros(panel.stop - start, wide.stop, dtype=torch.float64, device=device)
+        for batch in range(len(tokens)):
+            values = right(batch, wide)
+            product = ((left(batch, panel) * units).to(values.dtype).T @ values).float()
+            for part in _parts(total):
+                total[part] += product[part].mul_(columns[wide]).round_()
+        team.add(total)
+        for part in _parts(total):
+            sizes = units[part].double()[:, None] * columns[wide].double()
+            result[panel, wide][part] = total[part].div_(sizes).mul_(2 / n).float()
+        if same:
+            _mirror(result, panel)
+    return result
+
+
+def _scales(values: Columns, batches: int, width: int, device: torch.device | str, team: Team) -> Tensor:
+    """Powers of two that bring a column's largest energy in any batch to 1 or just below, [width] float32."""
+    energies = torch.zeros(width, dtype=torch.float32, device=device)
+    for batch in range(batches):
+        for start in range(0, width, 8 * PANEL):
+            some = slice(start, min(start + 8 * PANEL, width))
+            energies[some] = torch.maximum(energies[some], values(batch, some).float().square().sum(0))
+    team.largest(energies)
+    exponents = torch.frexp(energies).exponent.int()  # energy < 2^exponent
+    halves = (exponents + 1).div(2, rounding_mode="floor")  # its root <= 2^half
+    scales = (127 - halves).bitwise_left_shift(23).view(torch.float32)  # 2^-half, bit by bit: exact
+    sound = torch.isfinite(energies) & (energies > 0)
+    return torch.where(sound, scales, torch.ones_like(scales))  # one that is not shows on the diagonal
+
+
+def _parts(matrix: Tensor) -> list[slice]:
+    """Rows of a matrix in runs of CHUNK elements or less."""
+    rows, width = matrix.shape
+    step = max(1, CHUNK // width)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _mirror(result: Tensor, panel: slice) -> None:
+    """Copy rows ``panel`` of a symmetric matrix, known up to their diagonal, to its columns."""
+    square = result[panel, panel]
+    square.copy_(square.tril() + square.tril(-1).T)
+    result[: panel.start, panel] = result[panel, : panel.start].T

@@ -1,0 +1,73 @@
+"""What the leader of several processes tells the others before they quantise together.
+
+The leader opens the model, makes the calibration text, owns the work folder, writes and checks the result.
+The others open the same model, once the leader has (what it had to download or convert is then there), run
+their share of the batches and solve their share of the rows, and have no files of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qwenq.distributed import Team
+from qwenq.errors import ModelError
+from qwenq.gptq.quantise import quantise_layers
+from qwenq.gptq.rows import Settings
+from qwenq.models.blocks import BlockwiseDecoder
+from qwenq.models.opening import open_model
+from qwenq.models.precision import resolve_device
+
+if TYPE_CHECKING:
+    from qwenq.recipe import Recipe
+
+
+def lead(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings) -> None:
+    """Tell the others what to compute; ``quantise_layers`` has to follow.
+
+    Args:
+        team: nobody is told anything where there is nobody else.
+        decoder: the model.
+        tokens: int64 [samples, seq_len].
+        settings: GPTQ's.
+    """
+    team.tell(
+        {
+            "model": decoder.checkpoint.fingerprint,
+            "settings": asdict(settings),
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "tokens": list(tokens.shape),
+            "threads": torch.get_num_threads(),
+        }
+    )
+    team.copy(tokens.contiguous())
+
+
+def follow(recipe: Recipe, team: Team, device: str = "auto") -> None:
+    """Take part in what the leader does in ``quantize``: returns once all layers are done.
+
+    Args:
+        recipe: the same as the leader's: it names the model.
+        team: of which this process is not the leader.
+        device: as ``--device``.
+
+    Raises:
+        ModelError: the model is another one here than where the leader runs.
+        QwenqError: as ``quantise_layers``, or another process has stopped.
+    """
+    told = team.tell()
+    checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
+    if checkpoint.fingerprint != told["model"]:
+        raise ModelError(
+            "the model here is not the one that rank 0 has",
+            where=checkpoint.folder,
+            hint="copy the same folder to every machine, or name one on a shared disk",
+        )
+    torch.set_num_threads(told["threads"])  # sums in float32 depend on it
+    decoder = BlockwiseDecoder(checkpoint, resolve_device(device), getattr(torch, told["dtype"]))
+    tokens = torch.empty(told["tokens"], dtype=torch.int64)
+    team.copy(tokens)
+    quantise_layers(decoder, tokens, Settings(**told["settings"]), None, lambda _: None, team)
