@@ -9,6 +9,7 @@ import torch
 
 from qwenq.errors import CalibrationError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.storage import readable_bytes
 
 _SLACK = 1.2  # activations, logits, the allocator
@@ -53,21 +54,19 @@ def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) ->
         UnsupportedError: transformers does not know the architecture.
         ModelError: tensors are missing or have the wrong shape; names them.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    settings = dict(checkpoint.config)
-    kind = settings.pop("model_type")
+    config = transformers_config(checkpoint.config, checkpoint.folder, GIVE_A_FILE)
     try:
-        config = AutoConfig.for_model(kind, **settings)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
         raise UnsupportedError(
-            f"transformers has no causal language model of type {kind!r}",
+            f"transformers has no causal language model of type {checkpoint.config['model_type']!r}",
             where=checkpoint.folder,
             hint=GIVE_A_FILE,
         ) from error
     tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
-    with _quiet():
+    with _quiet(), refused_by_transformers(checkpoint.folder):
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwenq.errors import ModelError
+from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite
 
 if TYPE_CHECKING:
@@ -36,16 +37,16 @@ class BlockwiseDecoder:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        self._inner = model.model.eval()
-        # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
-        self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
+        config = transformers_config(checkpoint.config, checkpoint.folder)
+        with refused_by_transformers(checkpoint.folder):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            self._inner = model.model.eval()
+            # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
+            self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]

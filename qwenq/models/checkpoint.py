@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenq.models.config import read_config
+from qwenq.models.config import read_config, require_layers
+from qwenq.models.own_files import require_own_files
 from qwenq.models.source import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
@@ -64,15 +65,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         ModelError: not a model folder, or a config that no model can have.
-        CorruptFileError: a shard is missing, truncated or damaged.
+        CorruptFileError: a shard is missing, truncated or damaged; a file is a link out of the folder.
         UnsupportedError: an architecture or a weight format that is not supported.
     """
+    require_own_files(folder)
     config, notices = read_config(folder)
     source = open_weights(folder)
     if config["model_type"] == "qwen":
         from qwenq.models.qwen_v1 import qwen2_view
 
         config, source = qwen2_view(folder, config, source)
+    require_layers(config, source.names(), folder)
     return Checkpoint(folder=folder, config=config, source=source, notices=notices)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError
+from qwenq.models.own_files import require_own_files
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_generation_config
 from qwenq.models.tokenizer import copy_tokenizer_files, has_tokenizer
 from qwenq.storage import atomic_write_json, guard_storage
@@ -41,6 +42,7 @@ def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> l
     """
     if not source.is_dir():
         return ["random weights come from no folder: no tokenizer is written beside them"]
+    require_own_files(source)
     with guard_storage(target):
         _copy_licences(source, target)
         _write_generation_config(source, target, config)
@@ -68,7 +70,7 @@ def _write_generation_config(source: Path, target: Path, config: Mapping[str, An
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{path.name} is not JSON ({error})", where=path, hint="copy the file again"
         ) from error

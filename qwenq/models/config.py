@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,26 @@ def _load(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _no_model(f"config.json holds a {type(config).__name__}, not an object", folder)
     if not isinstance(config.get("model_type"), str):
-        if "QWenLMHeadModel" not in (config.get("architectures") or []):
+        architectures = config.get("architectures")
+        if not isinstance(architectures, list) or "QWenLMHeadModel" not in architectures:
             raise _no_model("config.json names no model_type", folder)
         config["model_type"] = "qwen"
     return config
+
+
+def require_layers(config: dict[str, Any], names: Iterable[str], folder: Path) -> None:
+    """The last layer that config.json promises has tensors: it is known before ten thousand are built.
+
+    Raises:
+        ModelError: it has none.
+    """
+    last = f"model.layers.{config['num_hidden_layers'] - 1}."
+    if not any(name.startswith(last) for name in names):
+        raise ModelError(
+            f"config.json says {config['num_hidden_layers']} layers, but the last one has no weights",
+            where=folder,
+            hint="config.json and the weights are from different models: copy the folder again",
+        )
 
 
 def _refuse_constant(name: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_BITS = (2, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+_WIDEST = 1 << 24  # input columns of the widest linear that config.json may name
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class QuantConfig:
             desc_act=_flag(keys, "desc_act", False),
             static_groups=_flag(keys, "static_groups", False),
             true_sequential=_flag(keys, "true_sequential", True),
-            damp_percent=float(keys.get("damp_percent") or 0.01),
+            damp_percent=_damp_percent(keys.get("damp_percent")),
             checkpoint_format=_checkpoint_format(keys),
             lm_head=_flag(keys, "lm_head", False),
         )
@@ -140,14 +141,14 @@ def _refuse_foreign_method(keys: Mapping[str, Any]) -> None:
     method = keys.get("quant_method", "gptq")
     if str(method).lower() != "gptq":
         raise UnsupportedError(
-            f"the model is quantised with {method}, not with GPTQ",
+            f"the model is quantised with {_shown(method)}, not with GPTQ",
             where="quantization_config.quant_method",
             hint="start from a full-precision or a GPTQ checkpoint",
         )
     for key, plain in (("pack_dtype", "int32"), ("dynamic", None)):
         if keys.get(key) and keys[key] != plain:
             raise UnsupportedError(
-                f"quantization_config.{key} is {keys[key]!r}; only models without it are read",
+                f"quantization_config.{key} is {_shown(keys[key])}; only models without it are read",
                 where=f"quantization_config.{key}",
                 hint="quantise the full-precision model with the same settings for all modules",
             )
@@ -158,7 +159,7 @@ def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:
     value = keys.get("checkpoint_format") or keys.get("format") or "gptq"
     if value not in CHECKPOINT_FORMATS:
         raise UnsupportedError(
-            f"checkpoint_format {value!r} is not read here",
+            f"checkpoint_format {_shown(value)} is not read here",
             where="quantization_config.checkpoint_format",
             hint=f"convert it to one of {', '.join(CHECKPOINT_FORMATS)} with the tool that wrote it",
         )
@@ -169,20 +170,38 @@ def _bits(value: Any) -> int:
     if value in SUPPORTED_BITS and not isinstance(value, bool):
         return int(value)
     raise UnsupportedError(
-        f"bits is {value!r}; only {', '.join(map(str, SUPPORTED_BITS))} are read here",
+        f"bits is {_shown(value)}; only {', '.join(map(str, SUPPORTED_BITS))} are read here",
         where="quantization_config.bits",
         hint="quantise the full-precision model with --bits 4 or --bits 8",
     )
 
 
 def _group_size(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and (value == -1 or value > 0):
+    if type(value) is int and (value == -1 or 0 < value <= _WIDEST):
         return value
     raise ModelError(
-        f"group_size is {value!r}; it has to be -1 or a positive number",
+        f"group_size is {_shown(value)}; it has to be -1 or a positive number",
         where="quantization_config.group_size",
         hint="restore config.json from where the model came from",
     )
+
+
+def _damp_percent(value: Any) -> float:
+    """Only told, never computed with: absent in some files, and null in others."""
+    if value is None:
+        return 0.01
+    if type(value) in (int, float) and 0 <= value <= 1:
+        return float(value) or 0.01
+    raise ModelError(
+        f"damp_percent is {_shown(value)}; it has to be a share between 0 and 1",
+        where="quantization_config.damp_percent",
+        hint="restore config.json from where the model came from",
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _flag(keys: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -190,7 +209,7 @@ def _flag(keys: Mapping[str, Any], key: str, default: bool) -> bool:
     if isinstance(value, bool):
         return value
     raise ModelError(
-        f"{key} is {value!r}; it has to be true or false",
+        f"{key} is {_shown(value)}; it has to be true or false",
         where=f"quantization_config.{key}",
         hint="restore config.json from where the model came from",
     )

@@ -145,6 +145,7 @@ def check_module_shapes(source: TensorSource, names: set[str], module: str, quan
             where=module,
             hint="a shard is missing or the file was cut; download or quantise the model again",
         )
+    _check_types(source, names, module)
     words, out_features = source.info(f"{module}.qweight").shape
     in_features = words * 32 // quant.bits
     groups = quant.groups(in_features)
@@ -161,6 +162,24 @@ def check_module_shapes(source: TensorSource, names: set[str], module: str, quan
                 f"{quant.group_size} make it {list(shape)} (qweight is {[words, out_features]})",
                 where=name,
                 hint="bits or group_size of quantization_config are not those of the weights",
+            )
+
+
+def _check_types(source: TensorSource, names: set[str], module: str) -> None:
+    """Words are int32 and scales are real, and the weight is a matrix that is not empty."""
+    for part in PACKED_PARTS:
+        name = f"{module}.{part}"
+        if name not in names:
+            continue
+        info = source.info(name)
+        sound = info.dtype.is_floating_point if part == "scales" else str(info.dtype) == "torch.int32"
+        if part == "qweight":
+            sound = sound and len(info.shape) == 2 and info.numel > 0
+        if not sound:
+            raise ModelError(
+                f"{part} is {info.dtype} {list(info.shape)}, which no GPTQ layer has",
+                where=name,
+                hint="the file is damaged or no GPTQ checkpoint; download or quantise the model again",
             )
 
 

@@ -268,7 +268,7 @@ def _quant_config(folder: Path, config: Mapping[str, Any], source: TensorSource)
     path = folder / "quantize_config.json"
     try:
         return QuantConfig.read(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             "the weights are quantised, but neither config.json nor quantize_config.json says how",
             where=path,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UsageError
+from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.runtime.spec import DecoderSpec
 
 
@@ -42,15 +43,14 @@ def inverse_frequencies(spec: DecoderSpec, alpha: int = 1) -> tuple[Tensor, floa
 
 
 def _scaled_frequencies(spec: DecoderSpec) -> tuple[Tensor, float]:
-    from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    settings = {key: value for key, value in spec.config.items() if key != "quantization_config"}
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config = transformers_config(spec.config, None)
     # `dynamic` at its trained length is the plain rotation; `Rope` refuses what lies beyond.
-    frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
-        config, torch.device("cpu")
-    )
+    with refused_by_transformers(None):
+        frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
+            config, torch.device("cpu")
+        )
     return frequencies.float(), float(factor)
 
 

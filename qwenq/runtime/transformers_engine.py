@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.engine import CachedEngine
@@ -164,18 +165,17 @@ def _attend(
 
 def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype) -> Any:
     """The model with its weights, on the CPU, all but the kernels."""
-    settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    kind = settings.pop("model_type")
+    config = transformers_config(checkpoint.config, checkpoint.folder)
     try:
-        config = AutoConfig.for_model(kind, **settings)
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
         raise UnsupportedError(
-            f"transformers has no causal language model of type {kind!r}", where=checkpoint.folder
+            f"transformers has no causal language model of type {checkpoint.config['model_type']!r}",
+            where=checkpoint.folder,
         ) from error
     _refuse_what_attention_lacks(config, checkpoint)
     AttentionInterface.register(_ATTENTION, _attend)
-    with _quiet():
+    with _quiet(), refused_by_transformers(checkpoint.folder):
         model, report = model_class.from_pretrained(
             None,
             config=config,

@@ -1,0 +1,55 @@
+"""config.json as transformers' own object. What transformers refuses is said as we say things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import ModelError, UnsupportedError
+
+_STEERS_THE_LOADER = {
+    "attn_implementation", "experts_implementation",  # could name a kernel on the hub: code to fetch and run
+    "auto_map", "quantization_config", "device_map", "kernel_config", "use_kernels",
+}  # fmt: skip
+"""Keys that choose what runs. That is decided here, never by a file that came with the weights."""
+
+
+def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: str | None = None) -> Any:
+    """transformers' config object of a config.json, without the keys that steer the loader.
+
+    Args:
+        config: as `qwenq.models.config.read_config` passed it.
+        folder, hint: for messages.
+
+    Raises:
+        UnsupportedError: transformers does not know the model type.
+        ModelError: it refuses a value; says which, in its words.
+    """
+    from transformers import CONFIG_MAPPING
+
+    settings = {key: value for key, value in config.items() if key not in _STEERS_THE_LOADER}
+    kind = settings.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"transformers has no causal language model of type {kind!r}", where=folder, hint=hint
+        )
+    with refused_by_transformers(folder):
+        return CONFIG_MAPPING[kind](**settings)
+
+
+@contextmanager
+def refused_by_transformers(folder: Path | None) -> Iterator[None]:
+    """Whatever building a model from a config raises, as ``ModelError``: transformers checks few values."""
+    try:
+        yield
+    except (MemoryError, ModelError):
+        raise
+    except Exception as error:  # KeyError, TypeError, AssertionError, its own: there is no common class
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"transformers cannot build this model from config.json: {type(error).__name__}: {said}",
+            where=folder,
+            hint="config.json is damaged or of another version: copy it again from where the model came from",
+        ) from error

@@ -1,0 +1,65 @@
+"""The files of a model folder: its own, and plain ones. A folder from a stranger cannot show us other files.
+
+What is copied beside a quantised model (licences, tokenizers) would otherwise carry a private file along, to
+wherever the result is uploaded: `LICENSE` need only be a link to it.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwenq.errors import CorruptFileError, ModelError
+
+_TEMPLATES = "additional_chat_templates"
+
+
+def require_own_files(folder: Path) -> None:
+    """Refuse links that lead out of the folder, and what is no file at all (pipes, devices).
+
+    The hub's cache is made of links, into ``blobs`` beside ``snapshots``: those count as the folder's own.
+
+    Raises:
+        CorruptFileError: names the first such entry.
+        ModelError: the folder cannot be listed.
+    """
+    if not folder.is_dir():
+        return  # whoever reads it says what is wrong with it
+    try:
+        root = folder.resolve(strict=True)
+        homes = (root, *_hub_blobs(root))
+        for entry in _entries(root):
+            _check(entry, homes)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ModelError(f"the folder cannot be read: {error}", where=folder) from error
+
+
+def _entries(root: Path) -> Iterator[Path]:
+    yield from root.iterdir()
+    if (root / _TEMPLATES).is_dir():
+        yield from (root / _TEMPLATES).iterdir()
+
+
+def _hub_blobs(root: Path) -> tuple[Path, ...]:
+    """``models--owner--name/blobs`` of ``models--owner--name/snapshots/commit``."""
+    repository = root.parent.parent
+    is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
+    return (repository / "blobs",) if is_snapshot else ()
+
+
+def _check(entry: Path, homes: tuple[Path, ...]) -> None:
+    mode = entry.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        target = entry.resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise CorruptFileError(
+                f"{entry.name} is a link that leads out of the model folder",
+                where=entry,
+                hint="replace it by the file itself (or by a hard link), if you trust where it leads",
+            )
+        mode = target.lstat().st_mode if target.exists() else stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CorruptFileError(
+            f"{entry.name} is neither a file nor a folder", where=entry, hint="remove it from the folder"
+        )
