@@ -1,8 +1,9 @@
 """A tokenizer that transformers loads: `tokenizer.json` folders of every newer generation.
 
 Chat templates are Jinja programs from the model folder; transformers renders them in Jinja's immutable
-sandbox. The rendered text is then encoded with special tokens parsed: a special token that a *user* typed
-becomes that token here. Only Qwen v1's own path (`chatml`) is safe against that; filter untrusted input.
+sandbox, in a process with limits (`template_process`). The rendered text is then encoded with special tokens
+parsed: a special token that a *user* typed becomes that token here. Only Qwen v1's own path (`chatml`) is
+safe against that; filter untrusted input.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from tokenizers import decoders
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.chatml import Message
 from qwenq.models.qwen_tokenizer import StreamDecoder, without_surrogates
-from qwenq.models.tokenizer import TextStream, digest, eos_ids_of
+from qwenq.models.template_process import PROCESS
+from qwenq.models.tokenizer import TextStream, digest, eos_ids_of, read_json
+from qwenq.models.tokenizer_growth import refuse_growth
 from qwenq.models.tokenizer_json import byte_of_char
 
 
@@ -107,14 +110,12 @@ class HfTokenizer:
                 "this model has no chat template", where=self._path, hint="use its -Chat or -Instruct sibling"
             )
         try:
-            rendered = self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except Exception as error:  # whatever a template raises: its own complaint, or a sandbox violation
-            raise UsageError(f"the chat template refuses this: {error}", where=self._path) from error
-        return self.encode(str(rendered), special=True)
+            template = self._hf.get_chat_template()
+            text = PROCESS.render(template, messages, add_generation_prompt, self._hf.special_tokens_map)
+        except (UsageError, ValueError) as error:  # ValueError: several templates, and none is the default
+            what = error.what if isinstance(error, UsageError) else str(error)
+            raise UsageError(what, where=self._path) from error
+        return self.encode(text, special=True)
 
     def _call(self, text: str | list[str], special: bool) -> Any:
         if isinstance(text, list) and not text:
@@ -180,14 +181,34 @@ def _load(path: Path) -> Any:
 
     try:
         if path.is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(path))
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the readers below raise bare Exception, too
+            loaded = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        else:
+            _refuse_foreign_names(path / "tokenizer_config.json")
+            loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except ModelError:
+        raise
+    except BaseException as error:  # the readers raise bare Exception, and those in Rust panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split())[:500]
         raise ModelError(
-            f"transformers cannot load the tokenizer: {error}",
+            f"transformers cannot load the tokenizer: {said}",
             where=path,
             hint="no remote code is ever run; the folder needs a whole tokenizer.json",
         ) from error
+    refuse_growth(loaded, path)
+    return loaded
+
+
+def _refuse_foreign_names(path: Path) -> None:
+    """transformers opens the files that this one names for older versions of it, wherever they lie."""
+    names = read_json(path).get("fast_tokenizer_files") or []
+    if not isinstance(names, list) or any(Path(str(name)).name != name for name in names):
+        raise ModelError(
+            "fast_tokenizer_files names something else than files of this folder",
+            where=path,
+            hint="do not trust this model; an honest list holds plain file names",
+        )
 
 
 def _without_oldest_round(messages: Sequence[Message]) -> list[Message] | None:

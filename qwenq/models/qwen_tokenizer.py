@@ -32,6 +32,7 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ANY_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
+_LONGEST_RANK = 9  # digits
 _NFC = normalizers.NFC()
 
 
@@ -215,7 +216,7 @@ def without_surrogates(text: str) -> str:
 
 def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
     fields = line.rstrip(b"\r").split(b" ")
-    if len(fields) != 2 or not fields[1].isdigit():
+    if len(fields) != 2 or not fields[1].isdigit() or len(fields[1]) > _LONGEST_RANK:
         raise _corrupt(f"no `base64 rank` pair: {line[:60]!r}", where)
     try:
         token = base64.b64decode(fields[0], validate=True)

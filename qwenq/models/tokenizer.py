@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from qwenq.errors import CorruptFileError, ModelError
 from qwenq.models.chatml import DEFAULT_MAX_WINDOW, Message
+from qwenq.models.own_files import require_own_files
 from qwenq.models.qwen_tokenizer import RANK_COUNT, RANKS_FILE, SPECIAL_TOKENS, QwenTokenizer
 from qwenq.storage import atomic_write_json, guard_storage
 
@@ -105,6 +106,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if not path.exists():
         raise ModelError("no such tokenizer", where=path, hint="name a model folder, or a tokenizer file")
+    require_own_files(path)
     if path.suffix == ".tiktoken":
         return QwenTokenizer.from_file(path)
     if path.is_dir() and (path / RANKS_FILE).is_file():
@@ -131,7 +133,7 @@ def load_qwen_tokenizer(folder: Path) -> QwenTokenizer:
     ranks = QwenTokenizer.from_file(folder / RANKS_FILE, expected_ranks=None if small else RANK_COUNT).ranks
     chats = _is_chat(generation, len(ranks))
     window = generation.get("max_window_size", DEFAULT_MAX_WINDOW if chats else None)
-    if window is not None and not isinstance(window, int):
+    if window is not None and (type(window) is not int or window < 1):
         raise CorruptFileError(
             f"max_window_size is {window!r}, not a number of tokens", where=folder / "generation_config.json"
         )
@@ -185,7 +187,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"not JSON: {error}", where=path) from error
     if not isinstance(content, dict):
         raise CorruptFileError("not a JSON object", where=path)
@@ -196,7 +198,7 @@ def eos_ids_of(generation: dict[str, Any], own: int | None) -> tuple[int, ...]:
     """The generation config's end ids (one or a list), then the tokenizer's own, each once."""
     named = generation.get("eos_token_id")
     listed = named if isinstance(named, list) else [named]
-    return tuple(dict.fromkeys(token for token in [*listed, own] if isinstance(token, int)))
+    return tuple(dict.fromkeys(token for token in [*listed, own] if type(token) is int and token >= 0))
 
 
 def digest(*parts: str) -> str:
