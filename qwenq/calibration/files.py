@@ -80,10 +80,11 @@ def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
         )
     try:
         records = json.loads("".join(line for _, line in _lines(path)) or "null")
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise CalibrationError(
-            f"not whole JSON: {error.msg}",
-            where=f"{path}, line {error.lineno}",
+            f"not whole JSON: {_complaint(error)}",
+            where=f"{path}{line}",
             hint="repair or cut the file there; one record a line is called .jsonl",
         ) from error
     if records is None:
@@ -127,13 +128,20 @@ def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
 def _parse_line(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         cut = "" if line.endswith("\n") else "; the file seems cut off here"
         raise CalibrationError(
-            f"this line is not whole JSON: {error.msg} at column {error.colno}{cut}",
+            f"this line is not whole JSON: {_complaint(error)}{cut}",
             where=where,
             hint="repair or remove the line",
         ) from error
+
+
+def _complaint(error: ValueError | RecursionError) -> str:
+    """Of the JSON reader, which also refuses numbers of thousands of digits and endless nesting."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return str(error)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
