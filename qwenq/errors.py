@@ -17,7 +17,11 @@ QwenqError                  exit code 1: the run failed
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+_LONGEST = 4000  # characters
+_UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class QwenqError(Exception):
@@ -32,10 +36,10 @@ class QwenqError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | Path | None = None, hint: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.where = str(where) if where is not None else None
-        self.hint = hint
+        self.what = _showable(what)
+        self.where = _showable(str(where)) if where is not None else None
+        self.hint = _showable(hint) if hint is not None else None
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -44,6 +48,12 @@ class QwenqError(Exception):
         if self.hint:
             lines.append(f"  try:   {self.hint}")
         return "\n".join(lines)
+
+
+def _showable(text: str) -> str:
+    """Messages quote files from strangers: no escape sequence of theirs reaches the terminal, nor a novel."""
+    shown = _UNSHOWABLE.sub("\ufffd", text)
+    return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
 
 
 class AlreadyDoneError(QwenqError):
