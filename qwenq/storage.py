@@ -26,6 +26,10 @@ _REASONS = {
     errno.ENOTDIR: "lies below a file, not a folder",
     errno.EEXIST: "is a file where a folder has to be",
 }
+_GONE = {  # unmounted, pulled out, a server that went away; some systems lack some of these
+    getattr(errno, name, errno.ENOENT)
+    for name in ("ENOENT", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EREMOTEIO")
+}
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -48,7 +52,9 @@ def free_bytes(path: Path) -> int | None:
 
 @contextmanager
 def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn the errors of a full, read-only, forbidden or failing disk into ``StorageError``; others pass.
+    """Turn the errors of a full, read-only, forbidden, failing or vanished disk into ``StorageError``.
+
+    Other errors pass.
 
     Args:
         path: what is being written; named in the message, and its disk's free space with it.
@@ -62,6 +68,12 @@ def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
                 f"the disk is full{_needed_and_free(path, needed)}",
                 where=path,
                 hint="free some space or name another folder, then run the same command again",
+            ) from error
+        if error.errno in _GONE:
+            raise StorageError(
+                f"{error.filename or path} is gone: was its disk unmounted, or the folder removed?",
+                where=path,
+                hint="mount it again, then run the same command again",
             ) from error
         if reason := _REASONS.get(error.errno or 0):
             raise StorageError(

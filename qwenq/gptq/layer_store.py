@@ -102,7 +102,13 @@ class LayerStore:
         return count
 
     def save(self, index: int, tensors: dict[str, Tensor], modules: dict[str, Any]) -> None:
-        """Put a layer on the disk: content first, then the record that says it is there."""
+        """Put a layer on the disk: content first, then the record that says it is there.
+
+        Raises:
+            StorageError: the disk refused, or is no longer the one that this run began on.
+        """
+        with guard_storage(self.folder):
+            (self.folder / "lock").stat()  # else its disk was unmounted, and the layer would go below it
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
         file = self._layers / f"{index:05d}-{digest[:16]}.safetensors"
