@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -56,12 +60,38 @@ def main() -> None:
 
     _share_the_cores()
     commands.register()
+    with _sigterm_as_ctrl_c() as received:
+        try:
+            app()
+        except QwenqError as error:
+            if os.environ.get("QWENQ_DEBUG"):
+                raise
+            typer.secho(f"qwenq: {error}", fg="red" if error.exit_code else None, err=True)
+            sys.exit(error.exit_code)
+        except (KeyboardInterrupt, SystemExit) as end:
+            stopped = isinstance(end, KeyboardInterrupt) or end.code == 128 + signal.SIGINT
+            if not stopped:
+                raise
+            sys.exit(128 + (signal.SIGTERM if received else signal.SIGINT))
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
+    """SIGTERM, as job schedulers send it before they take a machine away, stops a command as Ctrl-C does.
+
+    What is yielded holds the signal once it came, for the exit code.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread can be told
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        app()
-    except QwenqError as error:
-        if os.environ.get("QWENQ_DEBUG"):
-            raise
-        typer.secho(f"qwenq: {error}", fg="red" if error.exit_code else None, err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
