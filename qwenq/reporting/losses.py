@@ -32,8 +32,9 @@ class Loss:
     @property
     def significant(self) -> bool:
         """More items lost than won, and that is no accident."""
-        known = isinstance(self.pairing, Pairing) and self.p is not None
-        return known and self.p < LEVEL and self.pairing.lost > self.pairing.won  # type: ignore[union-attr, operator]
+        if not isinstance(self.pairing, Pairing) or self.p is None:
+            return False
+        return self.p < LEVEL and self.pairing.lost > self.pairing.won
 
 
 def losses(collection: Collection, family: str) -> list[Loss]:
@@ -98,14 +99,13 @@ def loss_table(collection: Collection, family: str) -> Table | None:
 
 def _detectable(loss: Loss) -> Cell:
     """As the evaluation worked it out, if that was against the same model."""
-    found = loss.after.details.get("paired")
-    same = isinstance(found, dict) and isinstance(loss.pairing, Pairing)
-    if same and (found["lost"], found["won"]) == (loss.pairing.lost, loss.pairing.won):  # type: ignore[index, union-attr]
-        drop = found.get("detectable")  # type: ignore[union-attr]
-        return (
-            Cell(fixed(1)(drop * 100), drop) if isinstance(drop, float) and 0 <= drop <= 1 else Cell("none")
-        )
-    return Cell(MISSING)
+    found, pairing = loss.after.details.get("paired"), loss.pairing
+    if not isinstance(found, dict) or not isinstance(pairing, Pairing):
+        return Cell(MISSING)
+    if (found.get("lost"), found.get("won")) != (pairing.lost, pairing.won):
+        return Cell(MISSING)
+    drop = found.get("detectable")
+    return Cell(fixed(1)(drop * 100), drop) if isinstance(drop, float) and 0 <= drop <= 1 else Cell("none")
 
 
 def _cells(loss: Loss, collection: Collection, notes: Footnotes) -> tuple[Cell, ...]:
