@@ -26,7 +26,8 @@ RESUME_HINT = "what is measured is kept: the same command goes on where it stopp
 @app.command()
 def profile(
     models: Annotated[
-        list[str] | None, typer.Argument(help="Model folders or hub ids; the bundled model without any.")
+        list[str] | None,
+        typer.Argument(help="Model folders or hub ids; `bundled`, or none, is the bundled model."),
     ] = None,
     tokens: Annotated[
         str, typer.Option(help="New tokens after a prompt of --context, comma-separated.")
@@ -118,8 +119,11 @@ class _Listener:
 
     def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None:
         if not self._json:
-            share = f", at most {_clock(seconds)}" if seconds is not None else ""
-            typer.echo(f"{number} of {total}: {planned.point.label}{share}", err=True)
+            share = f", {_clock(seconds)} of the budget" if seconds is not None else ""
+            typer.echo(
+                f"{number} of {total}: {planned.point.label}, about {_clock(planned.seconds)}{share}",
+                err=True,
+            )
 
     def row(self, row: Row) -> None:
         if self._json:

@@ -12,11 +12,11 @@ import time
 from typing import TYPE_CHECKING
 
 from qwenq.errors import UnsupportedError
-from qwenq.models.shapes import ModelShape
 
 if TYPE_CHECKING:
     import torch
 
+    from qwenq.runtime.cache import KVCache
     from qwenq.runtime.engine import Engine
 
 _BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -64,20 +64,16 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def step_bytes(engine: Engine, shape: ModelShape, position: int) -> int:
-    """Bytes that one decoding step reads: all weights but the embedding's other rows, and the cache.
-
-    Raises:
-        UnsupportedError: this engine does not say in what form it keeps its weights.
-    """
-    return weight_bytes(engine) + shape.kv_bytes_per_token(_name(engine.dtype)) * position
+def cache_bytes(cache: KVCache) -> int:
+    """Bytes of a cache in the form that it has now: some engines rearrange it for decoding."""
+    return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
 
 
 def weight_bytes(engine: Engine, *, embedding: bool = False) -> int:
     """Bytes of the linear layers and the head as the engine keeps them; with a separate embedding if wanted.
 
     Raises:
-        UnsupportedError: as `step_bytes`.
+        UnsupportedError: this engine does not say in what form it keeps its weights.
     """
     from qwenq.runtime.engine import FastEngine
 
@@ -87,7 +83,3 @@ def weight_bytes(engine: Engine, *, embedding: bool = False) -> int:
     blocks = sum(b.qkv.nbytes + b.out.nbytes + b.gate_up.nbytes + b.down.nbytes for b in decoder.blocks)
     tied = getattr(decoder.head, "weight", None) is decoder.embedding
     return blocks + decoder.head.nbytes + (decoder.embedding.nbytes if embedding and not tied else 0)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

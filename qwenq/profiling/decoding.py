@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwenq.profiling.bandwidth import synchronise
+from qwenq.profiling.bandwidth import cache_bytes, synchronise
 from qwenq.profiling.statistics import enough, summarise
 
 if TYPE_CHECKING:
@@ -35,11 +35,13 @@ class Decoding:
         positions: tokens in the cache before each timed run of steps.
         rounds: seconds per token, [rounds][positions].
         steps: timed at each position.
+        cache_bytes: of the whole cache.
     """
 
     positions: tuple[int, ...]
     rounds: tuple[tuple[float, ...], ...]
     steps: int
+    cache_bytes: int
 
     @property
     def speeds(self) -> list[float]:
@@ -89,12 +91,13 @@ def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decodin
     positions = spread(point.context, point.context + point.tokens - steps)
     warm = tuple(run(position, steps) for position in positions)
     if rounds == 0:
-        return Decoding(positions, (warm,), steps)
+        bench.cache_bytes = cache_bytes(cache)
+        return Decoding(positions, (warm,), steps, bench.cache_bytes)
     made: list[tuple[float, ...]] = []
     began = time.monotonic()
     while True:
         made.append(tuple(run(position, steps) for position in positions))
-        found = Decoding(positions, tuple(made), steps)
+        found = Decoding(positions, tuple(made), steps, cache_bytes(cache))
         taken = time.monotonic() - began
         if len(made) >= rounds or enough(found.speeds, taken, patience):
             return found

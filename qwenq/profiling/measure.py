@@ -18,8 +18,8 @@ import torch
 from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.shapes import ModelShape
-from qwenq.profiling.bandwidth import copy_bandwidth, step_bytes, synchronise, weight_bytes
-from qwenq.profiling.decoding import decode_speed
+from qwenq.profiling.bandwidth import cache_bytes, copy_bandwidth, synchronise, weight_bytes
+from qwenq.profiling.decoding import Decoding, decode_speed
 from qwenq.profiling.energy import HOW as ENERGY
 from qwenq.profiling.energy import EnergyCounter
 from qwenq.profiling.memory import Meter, meter_for
@@ -53,7 +53,14 @@ class Allowance:
 
 @dataclass
 class Bench:
-    """A loaded model on its point."""
+    """A loaded model on its point.
+
+    Attributes:
+        shape: of the model before it was rounded.
+        before: bytes that the process held before it loaded the model.
+        settings: of every row.
+        cache_bytes: of the newest cache, whole, in the form in which the engine keeps it.
+    """
 
     point: Point
     engine: Engine
@@ -63,6 +70,7 @@ class Bench:
     allowance: Allowance
     before: int
     settings: dict[str, Any]
+    cache_bytes: int = 0
 
     @property
     def prompt(self) -> list[int]:
@@ -133,10 +141,17 @@ def _load(point: Point, allowance: Allowance) -> Bench:
         "dtype": str(engine.dtype).removeprefix("torch."),
         "prompt": "one token id, repeated",
         **_weights_settings(point),
+        **_beyond(point, engine.context),
         **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
         **({"notes": list(engine.notes)} if engine.notes else {}),
     }
     return Bench(point, engine, checkpoint, shape, meter, allowance, before, settings)
+
+
+def _beyond(point: Point, context: int | None) -> dict[str, Any]:
+    """Speed does not ask what a model was trained for; whoever reads the row might."""
+    beyond = context is not None and point.context + point.tokens > context
+    return {"beyond_context_of": context} if beyond else {}
 
 
 def _weights_settings(point: Point) -> dict[str, Any]:
@@ -177,7 +192,7 @@ def _generating(bench: Bench) -> Iterator[Row]:
     found = decode_speed(bench, rounds=MOST, patience=min(PATIENCE, bench.allowance.left(0.6)))
     yield found.row(bench)
     yield _first_token(bench)
-    yield _bandwidth(bench, found.first_step)
+    yield _bandwidth(bench, found)
 
 
 def _encoding(bench: Bench) -> Iterator[Row]:
@@ -201,7 +216,9 @@ def _prefill(bench: Bench) -> float:
     synchronise(bench.engine.device)
     start = time.perf_counter()
     bench.engine.prefill([bench.prompt], cache).argmax(-1).tolist()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    bench.cache_bytes = cache_bytes(cache)
+    return seconds
 
 
 def _first_token(bench: Bench) -> Row:
@@ -252,12 +269,10 @@ def _reset(meter: Meter) -> str | None:
 def _memory_rows(bench: Bench, load_peak: int, held: int, reset_error: str | None) -> Iterator[Row]:
     """Peak since the reset, with its parts; and what a script that never resets would have printed."""
     peak, how = bench.meter.peak(), {"memory": bench.meter.how}
-    point = bench.point
     if reset_error:
         yield bench.absent("memory.generate", reset_error)
     else:
-        # the engine's cache is allocated whole, keys and values once
-        cache = bench.shape.kv_bytes_per_token(bench.settings["dtype"]) * (point.context + point.tokens)
+        cache = bench.cache_bytes
         details = {"before_bytes": bench.before, "at_rest_bytes": held, **bench.meter.also()}
         try:
             parts = {"weights": weight_bytes(bench.engine, embedding=True), "cache": cache}
@@ -269,11 +284,12 @@ def _memory_rows(bench: Bench, load_peak: int, held: int, reset_error: str | Non
     yield bench.row("memory.unreset", max(peak, load_peak), settings=settings)
 
 
-def _bandwidth(bench: Bench, first_step: tuple[int, float]) -> Row:
+def _bandwidth(bench: Bench, found: Decoding) -> Row:
     """Bytes a step has to read, times steps per second, over what a copy moves here and now."""
-    position, seconds = first_step
+    (position, seconds), held_by_cache = found.first_step, found.cache_bytes
     try:
-        read = step_bytes(bench.engine, bench.shape, position)
+        slots = bench.point.context + bench.point.tokens
+        read = weight_bytes(bench.engine) + held_by_cache * position // slots
     except UnsupportedError as error:
         return bench.absent("bandwidth.share", error.what)
     copied, achieved = copy_bandwidth(bench.engine.device), read / seconds

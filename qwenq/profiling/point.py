@@ -6,17 +6,23 @@ Standard output carries rows and nothing else; what libraries print goes to stan
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
-from qwenq.errors import QwenqError, UnsupportedError
+from qwenq.errors import OutOfMemoryError, QwenqError, UnsupportedError
 from qwenq.profiling.points import Point
+
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
     """Read the request, answer it, and turn what goes wrong into rows."""
+    _die_with_parent()
     out = os.dup(1)
     os.dup2(2, 1)
     request = json.loads(sys.stdin.read())
@@ -40,12 +46,19 @@ def main() -> None:
             _write(out, row.to_json())
 
 
+def _die_with_parent() -> None:
+    """Have Linux kill this process with the sweep that waits for it, however that ends."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+
+
 def explain(error: Exception) -> tuple[Any, str]:
     """Status and reason of a row, for what was raised."""
     if isinstance(error, UnsupportedError):
         return "unavailable", _sentence(error)
     if isinstance(error, QwenqError):
-        return "failed", _sentence(error)
+        prefix = "out of memory: " if isinstance(error, OutOfMemoryError) else ""
+        return "failed", prefix + _sentence(error)
     name, text = type(error).__name__, (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return "failed", f"out of memory: {text}" if text else "out of memory"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
@@ -11,6 +12,9 @@ from qwenq.models.gptq_config import is_quantised
 from qwenq.models.shapes import ModelShape
 from qwenq.profiling.points import BITS, PRECISIONS, Subject, Weights
 from qwenq.results import Model
+
+BUNDLED_WORD = "bundled"
+"""What stands for the bundled model among others, where no folder has that name."""
 
 
 @dataclass
@@ -41,7 +45,8 @@ def subjects_of(
         raise UsageError(f"there is no precision {wrong[0]!r}", where="--precision", hint=hint)
     found = Subjects()
     for given in models:
-        _add(found, given, precisions, weights, seed)
+        bundled = given == BUNDLED_WORD and not Path(given).exists()
+        _add(found, None if bundled else given, precisions, weights, seed)
     return found
 
 
@@ -95,4 +100,4 @@ def _plain(
         nbytes=shape.quantised_bytes(bits, group_size),
         group_size=group_size,
     )
-    return Subject(given, weights, seed, bits, "auto", replace(model))
+    return Subject(given, weights, seed, bits, "auto", model)

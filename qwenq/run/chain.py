@@ -152,8 +152,7 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
     wanted = recipe.profile
     assert wanted is not None  # noqa: S101 - the caller has looked
     random = recipe.weights == "random"
-    models = [recipe.model] if recipe.model is not None else [None]
-    names = [model for model in models if model is not None]
+    names = [recipe.model or "bundled"]
     if random:  # int8 and int4 of random weights are rounded on the fly
         shown = [*plain, *quantised]
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwenq.errors import UsageError
+from qwenq.models.resolve import Resolved
 from qwenq.profiling.points import Point, is_done, sweep
 from qwenq.profiling.subjects import Subjects, subjects_of
 
@@ -66,3 +67,13 @@ def test_misuse_is_refused(tiny: Path) -> None:
         subjects_of([str(tiny)], ["int3"])
     with pytest.raises(UsageError, match="two models are called tiny"):
         subjects_of([str(tiny), str(tiny)], ["fp32"])
+
+
+def test_bundled_is_a_word_unless_it_is_a_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwenq.models.opening.resolve_model", lambda given: Resolved(tiny, [str(given)]))
+    monkeypatch.chdir(tmp_path)
+    assert subjects_of(["bundled"], ["fp32"]).notices == ["None"]
+    (tmp_path / "bundled").mkdir()
+    assert subjects_of(["bundled"], ["fp32"]).notices == ["bundled"]

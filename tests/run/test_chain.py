@@ -71,6 +71,13 @@ def test_the_steps_of_a_whole_chain(tmp_path: Path) -> None:
     assert chain(tmp_path).page == Path("out/small/index.html")
 
 
+def test_the_bundled_model_is_profiled_beside_its_quantised_ones(tmp_path: Path) -> None:
+    profile = next(step for step in chain(tmp_path).steps if step.name == "profile")
+    assert profile.arguments[1] == "bundled"
+    assert [Path(name).name[-4:] for name in profile.arguments[2:4]] == ["Int8", "Int4"]
+    assert profile.arguments[4:6] == ("--precision", "fp32,bf16")
+
+
 def test_a_recipe_of_quantising_alone(tmp_path: Path) -> None:
     made = chain(tmp_path, "[quantize]\nbits = 8")
     assert [step.name for step in made.steps] == ["quantise to int8"]
