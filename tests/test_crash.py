@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ class Machine:
         self.model = write_family(folder / "tiny", num_hidden_layers=LAYERS)
         self.calibration = write_calibration(self.model, folder / "calibration.safetensors")
         self._runs = 0
+        self.deaths = 0
 
     def __call__(self, out: Path, *options: str, at: dict[str, Any] | None = None) -> Ended:
         self._runs += 1
@@ -56,7 +57,9 @@ class Machine:
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        return Ended(int(self._server.stdout.readline()), output.read_text())
+        ended = Ended(int(self._server.stdout.readline()), output.read_text())
+        self.deaths += ended.status < 0 or ended.status > 128
+        return ended
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,18 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     yield Machine(folder, server)
     server.stdin.close()
     server.wait(timeout=20)
+
+
+@pytest.fixture(autouse=True)
+def count_deaths(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Iterator[None]:
+    """For `make reliability`: how many processes died in a test."""
+    used = request.getfixturevalue("machine") if "machine" in request.fixturenames else None
+    before = used.deaths if used else 0
+    yield
+    if used:
+        record_property("faults", used.deaths - before)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -132,7 +147,7 @@ def test_a_kill_at_any_fsync(machine: Machine, expected: dict[str, str], tmp_pat
 
 
 def test_a_kill_before_the_clean_up(machine: Machine, expected: dict[str, str], tmp_path: Path) -> None:
-    """The checkpoint has its name, the work folder is still there: the same command tidies up and succeeds."""
+    """The checkpoint has its name, its work folder is still there: the same command tidies up and succeeds."""
     out = tmp_path / "q"
     reached, beyond = 1, 100
     while beyond - reached > 1:  # the last fsync of a run is that of the rename: bisect for it
