@@ -159,7 +159,10 @@ def _weights_settings(point: Point) -> dict[str, Any]:
     if point.subject.weights == "random":
         found["weights"] = f"random, seed {point.subject.seed}"
     if point.subject.rounded:
-        found["rounding"] = "to nearest on the fly: speed and memory do not depend on the integers"
+        found["rounding"] = (
+            "to nearest on the fly: speed and memory at work do not depend on the integers; "
+            "memory at load includes the rounding"
+        )
     return found
 
 
