@@ -11,10 +11,8 @@ of a slow engine need no minutes; a few whole generations are run to check that.
 ``decode_gpu.json``, ``decode_gpu.md`` and ``results.jsonl`` are written anew after every point: whatever ends
 the run, what was measured is there. What cannot run here is a row with its reason.
 
-It needs torch 2.11, Triton 3.6 and transformers 5.17 or later, and of qwenq's dependencies those that
-``--needs`` prints. On a machine without a network, carry them as wheels:
-``pip download --no-deps --only-binary=:all: --python-version 3.12 -d WHEELS NAME …`` here, and there
-``pip install --no-index --no-deps --target SITE WHEELS/*.whl && PYTHONPATH=SITE python benchmarks/gpu.py …``.
+It needs torch 2.11, Triton 3.6 and transformers 5.17 or later with what those bring, and psutil: a machine
+that has these and no network runs it from a copy of the repository, nothing has to be installed.
 
 ``--dry-run`` goes through all of it on a CPU, with a tiny model and the kernels in Triton's interpreter: its
 numbers mean nothing.
@@ -39,16 +37,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-NEEDS = (
-    "pydantic",
-    "pydantic_core",
-    "annotated-types",
-    "typing-inspection",
-    "rapidfuzz",
-    "greenlet",
-    "psutil",
-)
-"""What a machine with torch, Triton and transformers may still lack."""
 CARD_INT4_8192 = 76.45  # tokens/s, Qwen-1.8B-Chat's card, Int4, FlashAttention v2, on an A100
 
 
@@ -103,11 +91,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "gpu")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--needs", action="store_true", help="print the packages to carry, and stop")
     options = parser.parse_args()
-    if options.needs:
-        print(" ".join(NEEDS))
-        return 0
     import torch
 
     if not options.dry_run and not torch.cuda.is_available():
