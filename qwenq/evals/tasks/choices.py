@@ -175,7 +175,7 @@ def _present(origin: ChoiceSet, folder: Path, wanted: Sequence[str], *, asked: b
         raise DataError(
             f"no {origin.name} file there",
             where=folder / origin.split,
-            hint=f"it should hold files such as {wanted[0]}_{origin.split}.csv",
+            hint=f"it should hold files such as {next(iter(origin.counts))}_{origin.split}.csv",
         )
     return there
 

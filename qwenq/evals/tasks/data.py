@@ -16,6 +16,7 @@ from qwenq.evals.task import DataSource
 
 SAMPLE = Path(__file__).parents[1] / "sample"
 """The suite that ships with qwenq: our own items in the benchmarks' layouts."""
+_LARGEST = 64_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_csv(path: Path, columns: Sequence[str], *, header: bool, optional: Sequ
     line = 0  # where the record that comes next begins, less one: a quoted value may span lines
     try:
         if header:
-            names = next(reader)
+            names = next(reader, [])
             _check_header(path, names, columns, optional)
             line = reader.line_num
         for values in reader:
@@ -103,7 +104,7 @@ def read_json_lines(path: Path, columns: Sequence[str]) -> list[Row]:
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"this line is not whole JSON: {error}", where=where) from error
         rows.append(Row(text_columns(record, columns, where), where))
     return _some(rows, path)
@@ -158,9 +159,7 @@ def _check_header(path: Path, names: Sequence[str], columns: Sequence[str], opti
 def _text(path: Path) -> str:
     """The whole file; it is read in one piece as the largest of these has 5 MB."""
     try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+        raw = _inflated(path) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
         raise DataError("no such benchmark file", where=path, hint=_siblings(path)) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -176,6 +175,19 @@ def _text(path: Path) -> str:
             where=f"{path}, line {line}",
             hint=f"convert it, e.g. `iconv -f GB18030 -t UTF-8 {path.name}`",
         ) from error
+
+
+def _inflated(path: Path) -> bytes:
+    """Of a compressed file, which may be a thousand times as large as it looks."""
+    with gzip.open(path) as file:
+        raw = file.read(_LARGEST + 1)
+    if len(raw) > _LARGEST:
+        raise DataError(
+            f"over {_LARGEST // 1_000_000} MB when inflated: no benchmark file is that large",
+            where=path,
+            hint="get the file again",
+        )
+    return raw
 
 
 def _siblings(path: Path) -> str:
