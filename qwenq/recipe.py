@@ -153,7 +153,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(
             f"the recipe cannot be read: {error}", where=path, hint="a recipe is a TOML file in UTF-8"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOML's own error; endless digits; endless nesting
         raise UsageError(
             f"the recipe is not TOML: {error}", where=path, hint="repair that line; strings need quotes"
         ) from error
