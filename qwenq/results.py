@@ -172,7 +172,7 @@ def read_environment(run: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"it cannot be read: {error}", where=path) from error
     if not isinstance(found, dict):
         raise UsageError("not a JSON object", where=path)
