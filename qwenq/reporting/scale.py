@@ -31,17 +31,18 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round numbers within, about ``count`` of them; 1, 2 and 5 of each power of ten if logarithmic."""
+        """Round numbers within, about ``count``; if logarithmic, powers of ten, for few also 2 and 5."""
         if self.log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            found = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            digits = (1, 2, 5) if last - first <= 3 else (1,)
+            powers = range(first, last + 1, max(1, (last - first) // 8))
+            found = [digit * 10.0**power for power in powers for digit in digits]
         else:
             step = round_step(self.high - self.low, count)
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
             found = [number * step for number in range(first, last + 1)]
-        return [
-            tick for tick in found if self.low * (1 - 1e-9) <= tick <= self.high * (1 + 1e-9) or tick == 0
-        ]
+        air = 0.0 if self.log else 1e-9 * (self.high - self.low)
+        return [tick for tick in found if self.low - air <= tick <= self.high + air]
 
 
 def round_step(width: float, count: int) -> float:
@@ -58,8 +59,12 @@ def bounds(values: Iterable[float], *, zero: bool, log: bool = False) -> tuple[f
     if log:
         return low / 1.3, high * 1.3
     low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
-    air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (low if zero and low == 0 else low - air), (high if zero and high == 0 else high + air)
+    largest = max(abs(low), abs(high))
+    air = (high - low) * 0.06 if high - low > 1e-6 * largest else largest * 0.1
+    air = air if air > 1e-12 else 1.0
+    if not zero:
+        return low - air, high + air
+    return (low - air if low < 0 else low), (high + air if high > 0 or low == 0 else high)
 
 
 def tick_text(value: float) -> str:
