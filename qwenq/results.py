@@ -172,6 +172,7 @@ def read_environment(run: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # as for rows: it is written again
     except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"it cannot be read: {error}", where=path) from error
     if not isinstance(found, dict):

@@ -196,17 +196,39 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
             raise _absurd(key, value, f"a whole number from {bound.low} to {bound.high}", path)
     for key in _POSITIVE_REALS:
         value = config.get(key)
-        if value is not None and (type(value) not in (int, float) or not 0 < value < 1e30):
+        if value is not None and not _is_positive(value):
             raise _absurd(key, value, "a positive number", path)
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise _absurd("tie_word_embeddings", config["tie_word_embeddings"], "true or false", path)
-    if not isinstance(config.get("quantization_config") or {}, dict):
-        raise _absurd("quantization_config", config["quantization_config"], "an object", path)
+    _check_nested(config, path)
     _check_heads(config, path)
+
+
+def _check_nested(config: dict[str, Any], path: Path) -> None:
+    for key in ("quantization_config", "rope_scaling", "rope_parameters", "qwen_v1"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise _absurd(key, config[key], "an object", path)
+    kinds = config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise _absurd("layer_types", kinds, "a list of names", path)
+    for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
+        theta = rope.get("rope_theta") if rope else None
+        if theta is not None and not _is_positive(theta):
+            raise _absurd("rope_theta", theta, "a positive number", path)
+    real = (config.get("qwen_v1") or {}).get("real_vocab")
+    if real is not None and not _is_count(real, _COUNTS["vocab_size"]):
+        raise _absurd("qwen_v1.real_vocab", real, "a positive whole number", path)
+    windows = config.get("max_window_layers")
+    if windows is not None and not _is_count(windows, _Bound(0, _LIMIT)):
+        raise _absurd("max_window_layers", windows, "a whole number", path)
 
 
 def _is_count(value: Any, bound: _Bound) -> bool:
     return type(value) is int and bound.low <= value <= bound.high  # `type is`: True is no count
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def _check_heads(config: dict[str, Any], path: Path) -> None:

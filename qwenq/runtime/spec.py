@@ -70,10 +70,10 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
         raise UnsupportedError(f"the activation {activation!r} is not supported here", hint=_USE_TRANSFORMERS)
     _refuse_sliding_window(config, shape.layers)
     theta, scaling = _rope(config)
-    real = config.get(V1_KEY, {}).get("real_vocab", shape.vocab)
+    real = (config.get(V1_KEY) or {}).get("real_vocab") or shape.vocab
     return DecoderSpec(
         shape=shape,
-        eps=float(config.get("rms_norm_eps", 1e-6)),
+        eps=float(config.get("rms_norm_eps") or 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         long_context=long_context_of(config),
@@ -111,7 +111,8 @@ def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
     if explicit is not None:
         slides = any(kind != "full_attention" for kind in explicit)
     else:
-        first = config.get("max_window_layers", 28)  # transformers' default
+        first = config.get("max_window_layers")
+        first = 28 if first is None else first  # transformers' default
         slides = bool(config.get("use_sliding_window", False)) and first < layers
     if slides and config.get("sliding_window", 4096) is not None:
         raise UnsupportedError("sliding-window attention is not supported here", hint=_USE_TRANSFORMERS)
@@ -120,7 +121,7 @@ def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Base, and transformers' rope parameters where they scale; both spellings of config.json are read."""
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(parameters.get("rope_theta", config.get("rope_theta") or 10_000.0))
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return theta, None
