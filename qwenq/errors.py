@@ -50,9 +50,14 @@ class QwenqError(Exception):
         return "\n".join(lines)
 
 
+def visible(text: str) -> str:
+    """Text of a file or a model, fit for a terminal: what would drive it is shown as U+FFFD."""
+    return _UNSHOWABLE.sub("\ufffd", text)
+
+
 def _showable(text: str) -> str:
     """Messages quote files from strangers: no escape sequence of theirs reaches the terminal, nor a novel."""
-    shown = _UNSHOWABLE.sub("\ufffd", text)
+    shown = visible(text)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
 
 

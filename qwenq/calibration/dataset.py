@@ -105,6 +105,7 @@ class CalibrationSet:
         says = self.manifest
         shapes = (says.samples, says.seq_len), (says.held_out, says.seq_len)
         whole = (tuple(self.tokens.shape), tuple(self.held_out.shape)) == shapes
+        whole = whole and self.tokens.dtype == self.held_out.dtype == torch.int64
         if not whole or fingerprint_tokens(self.tokens, self.held_out) != says.tokens:
             raise CorruptFileError(
                 "the tokens of this calibration set are not those it was saved with",
@@ -132,7 +133,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             names = _TENSORS & set(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CorruptFileError(
             f"not a whole safetensors file: {error}", where=path, hint="make it again with `qwenq calibrate`"
         ) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.cli.app import app
-from qwenq.errors import UsageError
+from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
     from qwenq.runtime.chat import Conversation
@@ -111,7 +111,7 @@ def _talk(conversation: Conversation) -> None:
         try:
             with closing(conversation.ask(question)) as pieces:
                 for piece in pieces:
-                    typer.echo(piece, nl=False)
+                    typer.echo(visible(piece), nl=False)
                     sys.stdout.flush()
         except KeyboardInterrupt:
             typer.echo(" [stopped]", nl=False)
