@@ -14,7 +14,7 @@ import torch
 from qwenq.errors import QwenqError
 from qwenq.runtime.engine import Engine
 
-CPU_TOKENS, GPU_TOKENS = 1024, 16384
+CPU_TOKENS, GPU_TOKENS = 512, 16384
 """New tokens in one forward pass from which on more gain nothing."""
 CPU_ROWS, GPU_ROWS = 32, 256
 """Rows of a decode step from which on more gain little."""

@@ -1,0 +1,358 @@
+"""Evaluate the same model on the same items with qwenq and lm-evaluation-harness, taking turns.
+
+    python3 -m venv .venv-lmeval                       # once: lm-eval in an environment of its own
+    .venv-lmeval/bin/pip install -c constraints.txt 'lm_eval[hf]==0.4.13'
+    python benchmarks/eval_vs_lm_eval.py --data FOLDER --work build/eval-race
+
+FOLDER holds ``mmlu/`` and ``gsm8k/`` in their original layouts. Both get the same questions: lm-eval reads
+them as JSON lines through task files that are written here after its own ``mmlu`` and ``gsm8k``; qwenq uses
+its ``lm-eval`` protocol. A third race has the same eight worked examples before every GSM8K question (Qwen's
+own prompt), so that there is a beginning to share. Every turn is a process of its own, timed from its start
+to its exit: imports, loading, evaluating, saving. Turns that WORK holds already are not run again, so that
+the race can be run in pieces (``--turns``). Last, ``reports/benchmarks/eval.json`` and ``eval.md`` are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _common import (
+    REPORTS,
+    ROOT,
+    machine,
+    markdown_table,
+    resolve_bundled,
+    run_child,
+    versions,
+    write_report,
+)
+
+LM_EVAL_PYTHON = ROOT / ".venv-lmeval" / "bin" / "python"
+LETTERS = "ABCD"
+OPTIONS = "\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
+MMLU, GSM8K, FIXED = "mmlu", "gsm8k", "gsm8k-fixed"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One tool on one set of items, in one dtype."""
+
+    tool: str
+    items: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """As on the command line, and of its file."""
+        return f"{self.tool}.{self.items}.{self.dtype}"
+
+
+TURNS = [
+    *(Turn(tool, MMLU, "float32") for tool in ("qwenq", "lm-eval")),
+    Turn("qwenq", MMLU, "bfloat16"),
+    *(Turn(tool, items, "float32") for items in (GSM8K, FIXED) for tool in ("qwenq", "lm-eval")),
+]
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with mmlu/ and gsm8k/")
+    parser.add_argument("--work", type=Path, required=True, help="folder that keeps finished turns")
+    parser.add_argument("--subjects", default="computer_security,logical_fallacies")
+    parser.add_argument("--mmlu-limit", type=int, help="items of each subject; default: all")
+    parser.add_argument("--gsm8k-limit", type=int, default=24)
+    parser.add_argument("--lm-eval-batch", type=int, default=4, help="batch size of lm-eval")
+    parser.add_argument("--lm-eval-python", type=Path, default=LM_EVAL_PYTHON)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", nargs="+", choices=[turn.name for turn in TURNS], metavar="TURN")
+    parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
+    options = parser.parse_args()
+    options.data, options.work = options.data.resolve(), options.work.resolve()
+    return options
+
+
+def write_lines(path: Path, rows: list[Json]) -> None:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[Json]:
+    """JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def mmlu_rows(path: Path) -> list[Json]:
+    """A CSV file of MMLU as lm-eval's task wants it."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            {"question": row[0], "choices": row[1:5], "answer": LETTERS.index(row[5])}
+            for row in csv.reader(file)
+        ]
+
+
+def write_tasks(options: argparse.Namespace, folder: Path, python: str) -> None:
+    """Task files of lm-eval and their data, all local. JSON is YAML, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for subject in options.subjects.split(","):
+        files = {}
+        for split in ("dev", "test"):
+            files[split] = str(folder / f"{subject}.{split}.jsonl")
+            write_lines(
+                Path(files[split]), mmlu_rows(options.data / "mmlu" / split / f"{subject}_{split}.csv")
+            )
+        task = {
+            "task": f"local_{subject}",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": files},
+            "description": "The following are multiple choice questions (with answers) about "
+            f"{subject.replace('_', ' ')}.\n\n",
+            "test_split": "test",
+            "fewshot_split": "dev",
+            "fewshot_config": {"sampler": "first_n"},
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question.strip()}}" + OPTIONS,
+            "doc_to_choice": list(LETTERS),
+            "doc_to_target": "answer",
+            "num_fewshot": 5,
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+        (folder / f"local_{subject}.yaml").write_text(json.dumps(task))
+    write_gsm8k(options, folder, python)
+
+
+def write_gsm8k(options: argparse.Namespace, folder: Path, python: str) -> None:
+    """lm-eval's own task, and Qwen's prompt with its eight examples, whose text qwenq gives."""
+    data = {split: str(options.data / "gsm8k" / f"{split}.jsonl") for split in ("train", "test")}
+    common: Json = {
+        "dataset_path": "json",
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+    own = {
+        "task": "local_gsm8k",
+        "dataset_kwargs": {"data_files": data},
+        "fewshot_split": "train",
+        "num_fewshot": 5,
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "generation_kwargs": {
+            "until": ["Question:", "</s>", "<|im_end|>"],
+            "max_gen_toks": 256,
+            "do_sample": False,
+        },
+    }
+    code = (
+        "import json, sys; from pathlib import Path; from qwenq.evals.task import DataSource\n"
+        "from qwenq.evals.tasks.registry import get_task\n"
+        "task = get_task('gsm8k', 'base'); items = task.items(DataSource(Path(sys.argv[1])))\n"
+        "found = [task.request(item) for item in items[:int(sys.argv[2])]]\n"
+        "print(json.dumps([{'prompt': r.prompt, 'until': r.until, 'most': r.max_new_tokens, 'answer': ''} "
+        "for r in found]))"
+    )
+    asked = run_child([python, "-c", code, options.data, str(options.gsm8k_limit)], options.threads).json()
+    prompts = folder / "gsm8k-fixed.jsonl"
+    write_lines(prompts, [{"prompt": one["prompt"], "answer": one["answer"]} for one in asked])
+    fixed = {
+        "task": "local_gsm8k_fixed",
+        "dataset_kwargs": {"data_files": {"test": str(prompts)}},
+        "num_fewshot": 0,
+        "doc_to_text": "{{prompt}}",
+        "generation_kwargs": {
+            "until": asked[0]["until"],
+            "max_gen_toks": asked[0]["most"],
+            "do_sample": False,
+        },
+    }
+    for task in (own, fixed):
+        (folder / f"{task['task']}.yaml").write_text(json.dumps(common | task))
+
+
+def run_qwenq(options: argparse.Namespace, turn: Turn, model: Path, folder: Path) -> Json:
+    """One turn; predictions by item."""
+    run = folder / "run"
+    command: list[str | Path] = [sys.executable, "-m", "qwenq", "eval", model, "--data", options.data]
+    command += ["--dtype", turn.dtype, "--out", run, "--json", "--device", "cpu"]
+    if turn.items == MMLU:
+        command += ["--tasks", "mmlu", "--protocol", "lm-eval", "--subjects", options.subjects]
+        limit = options.mmlu_limit
+    else:
+        protocol = "lm-eval" if turn.items == GSM8K else "base"
+        command += ["--tasks", "gsm8k", "--protocol", protocol]
+        limit = options.gsm8k_limit
+    child = run_child([*command, *(["--limit", str(limit)] if limit else [])], options.threads)
+    (file,) = (run / "records").glob("*.jsonl")
+    records = {row["id"]: row for row in read_lines(file)[1:]}
+    if turn.items == MMLU:
+        found = {key: row["logprobs"].index(max(row["logprobs"])) for key, row in records.items()}
+        scores = {key: row["logprobs"] for key, row in records.items()}
+    else:
+        found = {key.removeprefix("test/"): row["output"] for key, row in records.items()}
+        scores = {}
+    return {"wall_s": child.wall_s, "peak_rss_mib": child.peak_rss_mib, "found": found, "scores": scores}
+
+
+def run_lm_eval(options: argparse.Namespace, turn: Turn, model: Path, folder: Path) -> Json:
+    """One turn; predictions by item, named as qwenq names them."""
+    write_tasks(options, folder / "tasks", sys.executable)
+    names = {
+        MMLU: [f"local_{subject}" for subject in options.subjects.split(",")],
+        GSM8K: ["local_gsm8k"],
+        FIXED: ["local_gsm8k_fixed"],
+    }[turn.items]
+    limit = options.mmlu_limit if turn.items == MMLU else options.gsm8k_limit
+    command: list[str | Path] = [options.lm_eval_python, "-m", "lm_eval", "run", "--model", "hf"]
+    command += ["--model_args", f"pretrained={model},dtype={turn.dtype}", "--device", "cpu"]
+    command += ["--tasks", ",".join(names), "--include_path", folder / "tasks"]
+    command += ["--batch_size", str(options.lm_eval_batch), "--log_samples", "--output_path", folder / "out"]
+    child = run_child([*command, *(["--limit", str(limit)] if limit else [])], options.threads)
+    found: Json = {}
+    scores: Json = {}
+    for name in names:
+        (file,) = (folder / "out").rglob(f"samples_{name}_*.jsonl")
+        for row in read_lines(file):
+            number = row["doc_id"]
+            if turn.items == MMLU:
+                values = [float(answer[0][0]) for answer in row["resps"]]
+                key = f"{name.removeprefix('local_')}/{number}"
+                found[key], scores[key] = values.index(max(values)), values
+            else:
+                found[str(number)] = row["resps"][0][0]
+    return {"wall_s": child.wall_s, "peak_rss_mib": child.peak_rss_mib, "found": found, "scores": scores}
+
+
+RUNNERS: dict[str, Callable[[argparse.Namespace, Turn, Path, Path], Json]] = {
+    "qwenq": run_qwenq,
+    "lm-eval": run_lm_eval,
+}
+
+
+def take_turn(options: argparse.Namespace, turn: Turn, model: Path) -> None:
+    """Run it, and keep what it found."""
+    folder = options.work / turn.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    result = RUNNERS[turn.tool](options, turn, model, folder)
+    (options.work / f"{turn.name}.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
+    print(f"{turn.name}: {result['wall_s']:.1f} s, {len(result['found'])} items", flush=True)
+
+
+def row_of(turn: Turn, results: Mapping[str, Json]) -> Json:
+    """What the report says of a turn: time, and agreement with lm-eval on the same items."""
+    mine, theirs = results[turn.name], results[Turn("lm-eval", turn.items, "float32").name]
+    same = sum(mine["found"].get(key) == value for key, value in theirs["found"].items())
+    row: Json = {
+        "tool": turn.tool,
+        "items": turn.items,
+        "dtype": turn.dtype,
+        "n": len(mine["found"]),
+        "wall_s": round(mine["wall_s"], 2),
+        "peak_rss_mib": round(mine["peak_rss_mib"], 1),
+        "same_as_lm_eval": same,
+    }
+    if mine["scores"] and turn.tool != "lm-eval":
+        apart = [
+            abs(a - b)
+            for key, values in theirs["scores"].items()
+            for a, b in zip(mine["scores"][key], values, strict=True)
+        ]
+        row["largest_logprob_difference"] = max(apart)
+    return row
+
+
+def ratios(results: Mapping[str, Json]) -> dict[str, float]:
+    """How many times faster qwenq was, whole commands; lm-eval always in float32."""
+    pairs = {
+        "mmlu_vs_lm_eval_fp32": (MMLU, "float32"),
+        "mmlu_vs_lm_eval_bf16": (MMLU, "bfloat16"),
+        "gsm8k_vs_lm_eval": (GSM8K, "float32"),
+        "gsm8k_fixed_examples_vs_lm_eval": (FIXED, "float32"),
+    }
+    found = {}
+    for name, (items, dtype) in pairs.items():
+        ours, theirs = Turn("qwenq", items, dtype).name, Turn("lm-eval", items, "float32").name
+        found[name] = round(results[theirs]["wall_s"] / results[ours]["wall_s"], 2)
+    return found
+
+
+def environment(options: argparse.Namespace, model: Path) -> Json:
+    """Machine, versions on both sides, settings."""
+    packages = ["torch", "transformers", "lm_eval", "datasets"]
+    return {
+        **machine(),
+        "versions": versions(sys.executable, ["qwenq", "torch", "transformers"]),
+        "versions_lm_eval": versions(options.lm_eval_python, packages),
+        "threads": options.threads,
+        "model": model.name,
+        "mmlu": f"{options.subjects}, 5 examples, "
+        + (f"first {options.mmlu_limit}" if options.mmlu_limit else "all"),
+        "gsm8k": f"first {options.gsm8k_limit} of test",
+        "lm_eval_batch": options.lm_eval_batch,
+    }
+
+
+def table(rows: list[Json], found: Mapping[str, float], facts: Json) -> str:
+    """The report for people."""
+    header = ["items", "tool", "dtype", "n", "seconds", "answers as lm-eval's", "peak MiB"]
+    titles = {
+        MMLU: "MMLU, 5 examples",
+        GSM8K: "GSM8K, 5 examples drawn anew for each question",
+        FIXED: "GSM8K, the same 8 examples",
+    }
+    lines = [
+        [
+            *(titles[row["items"]], row["tool"], row["dtype"], str(row["n"]), f"{row['wall_s']:.1f}"),
+            *(f"{row['same_as_lm_eval']} of {row['n']}", f"{row['peak_rss_mib']:.0f}"),
+        ]
+        for row in rows
+    ]
+    speeds = "\n".join(f"- `{name}`: {value:.2f} × as fast" for name, value in found.items())
+    return (
+        f"# Evaluating: qwenq beside lm-evaluation-harness\n\n{markdown_table(header, lines)}\n{speeds}\n\n"
+        f"{facts['model']}; lm-eval {facts['versions_lm_eval'].get('lm_eval')} "
+        f"always in float32, with batch size {facts['lm_eval_batch']}. MMLU: {facts['mmlu']}. GSM8K: "
+        f"{facts['gsm8k']}. Seconds are those of the whole command, one turn each. {facts['cpu']}, "
+        f"{facts['threads']} threads; torch {facts['versions']['torch']}; {facts['date']}.\n"
+    )
+
+
+def main() -> None:
+    """Run the turns that are asked for; write the report once there is something of all."""
+    options = parse_options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    model = resolve_bundled()
+    for turn in TURNS:
+        kept = (options.work / f"{turn.name}.json").exists()
+        if turn.name in (options.turns or ()) or (not options.turns and not kept):
+            take_turn(options, turn, model)
+    files = {turn.name: options.work / f"{turn.name}.json" for turn in TURNS}
+    missing = [name for name, file in files.items() if not file.exists()]
+    if missing:
+        print(f"no report yet: {', '.join(missing)} to come")
+        return
+    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    rows, found, facts = (
+        [row_of(turn, results) for turn in TURNS],
+        ratios(results),
+        environment(options, model),
+    )
+    write_report(
+        "eval", {"environment": facts, "rows": rows, "ratios": found}, table(rows, found, facts), options.out
+    )
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

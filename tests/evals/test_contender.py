@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_model import write_tiny_model
+
+from qwenq.errors import UsageError
+from qwenq.evals.contender import Contender, How, answers_chats, by_need, open_contender, settle_families
+from qwenq.models.tokenizer import load_tokenizer
+
+CPU = How(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("contender") / "Tiny")
+
+
+def copy(tiny: Path, folder: Path, **config: object) -> Path:
+    folder.mkdir()
+    for file in tiny.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    changed = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(changed))
+    return folder
+
+
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 16}}
+
+
+def test_a_model_that_ends_its_turns_is_a_chat_model(tiny: Path, tmp_path: Path) -> None:
+    assert answers_chats(load_tokenizer(tiny))
+    assert open_contender(str(tiny), CPU).protocol == "card"
+
+
+@pytest.mark.parametrize("change", [{"eos_token": "<|endoftext|>"}, {"chat_template": None}])
+def test_a_base_model_is_none_even_with_a_template(
+    change: dict[str, object], tiny: Path, tmp_path: Path
+) -> None:
+    """Qwen2.5's base models have the template of the chat models, but end at ``<|endoftext|>``."""
+    folder = copy(tiny, tmp_path / "base")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert open_contender(str(folder), CPU).protocol == "base"
+
+
+def test_the_key_changes_with_whatever_changes_an_answer(tiny: Path, tmp_path: Path) -> None:
+    first = open_contender(str(tiny), CPU)
+    assert open_contender(str(copy(tiny, tmp_path / "the-same")), CPU).key == first.key
+    for how in (
+        replace(CPU, dtype="bfloat16"),
+        replace(CPU, engine="transformers"),
+        replace(CPU, kernel="x"),
+    ):
+        assert open_contender(str(tiny), how).key != first.key
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    assert open_contender(str(other), CPU).key != first.key
+
+
+def test_auto_is_resolved(tiny: Path) -> None:
+    how = open_contender(str(tiny), How(device="cpu")).how
+    assert how.device == "cpu"
+    assert how.dtype in ("float32", "bfloat16")
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_the_model_is_looked_for() -> None:
+    with pytest.raises(UsageError, match="cuda:99"):
+        open_contender("no/such/model", How(device="cuda:99"))
+
+
+def quantised(tiny: Path, folder: Path, manifest: dict[str, object] | None) -> Contender:
+    copy(tiny, folder, **GPTQ)
+    if manifest is not None:
+        (folder / "qwenq.json").write_text(json.dumps(manifest))
+    return open_contender(str(folder), CPU)
+
+
+def test_the_base_is_the_one_with_the_fingerprint(tiny: Path, tmp_path: Path) -> None:
+    base, other = (
+        open_contender(str(tiny), CPU),
+        open_contender(str(write_tiny_model(tmp_path / "b", seed=1)), CPU),
+    )
+    manifest = {"base": {"model": "somewhere/else", "fingerprint": base.model.fingerprint}}
+    int4 = quantised(tiny, tmp_path / "q", manifest)
+    assert settle_families([other, base, int4]) == []
+    assert int4.model.family == base.model.family
+    assert by_need([int4, other, base]) == [other, base, int4]
+
+
+def test_else_the_one_with_its_name(tiny: Path, tmp_path: Path) -> None:
+    int4 = quantised(tiny, tmp_path / "Tiny-GPTQ-Int4", None)
+    assert settle_families([open_contender(str(tiny), CPU), int4]) == []
+    assert int4.model.family == "Tiny"
+
+
+def test_else_the_only_one_of_its_shape_and_that_is_said(tiny: Path, tmp_path: Path) -> None:
+    base, int4 = open_contender(str(tiny), CPU), quantised(tiny, tmp_path / "x", None)
+    (said,) = settle_families([base, int4])
+    assert "compared with Tiny" in said
+    assert int4.model.family == "Tiny"
+
+
+def test_another_shape_is_no_base(tiny: Path, tmp_path: Path) -> None:
+    wide = open_contender(str(write_tiny_model(tmp_path / "wide", intermediate_size=64, hidden_size=64)), CPU)
+    int4 = quantised(tiny, tmp_path / "x", None)
+    (said,) = settle_families([wide, int4])
+    assert "not compared" in said
+    assert int4.model.family == "x"

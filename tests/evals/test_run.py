@@ -1,0 +1,226 @@
+"""A model through a task: asked once, recorded, gone on with, and the same in every batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evals.benchmark_data import write_gsm8k, write_humaneval, write_mmlu
+from tiny_model import write_tiny_model
+
+from qwenq.errors import DataError, ModelError, UnsupportedError
+from qwenq.evals.contender import Contender, How, open_contender
+from qwenq.evals.rows import base_verdicts, rows_of, verdicts
+from qwenq.evals.run import Answers, Plan, answer, make_plan
+from qwenq.evals.sandbox.find import find_sandbox
+from qwenq.evals.task import DataSource, Judgement
+from qwenq.evals.tasks.registry import get_task
+from qwenq.results import append_row
+
+FLOAT32 = How(device="cpu", dtype="float32")
+
+
+class Silent:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self.recorded = self.asked = self.programs = 0
+
+    def started(self, contender: Contender, plan: Plan, recorded: int) -> None:
+        self.recorded += recorded
+
+    def judged(self, correct: bool | None) -> None:
+        self.asked += 1
+
+    def running(self, total: int) -> None: ...
+
+    def ran(self, passed: bool) -> None:
+        self.programs += 1
+
+    def finished(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("run") / "Tiny", max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_humaneval(write_gsm8k(write_mmlu(tmp_path_factory.mktemp("data"))))
+
+
+@pytest.fixture
+def contender(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Contender:
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    return open_contender(str(tiny), FLOAT32)
+
+
+def plan_of(
+    data: Path, name: str, protocol: str, limit: int, subjects: tuple[str, ...] = (), shots: int | None = None
+) -> Plan:
+    return make_plan(get_task(name, protocol), DataSource(data), subjects, shots, limit)
+
+
+def mmlu(data: Path, limit: int = 8) -> Plan:
+    return plan_of(data, "mmlu", "base", limit, ("abstract_algebra", "astronomy"))
+
+
+def ask(contender: Contender, plan: Plan, run: Path, **options: Any) -> tuple[Answers, Silent]:
+    listener = Silent()
+    return answer(contender, plan, run, listener, **options), listener
+
+
+def short(plan: Plan, tokens: int = 12) -> Plan:
+    """The same task with answers of so many tokens at most."""
+    script: Any = plan.task
+    return replace(
+        plan, task=replace(script, ask=lambda item: replace(script.ask(item), max_new_tokens=tokens))
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_scores_do_not_depend_on_the_batch(
+    batch: int, contender: Contender, data: Path, tmp_path: Path
+) -> None:
+    for plan in (mmlu(data), short(plan_of(data, "gsm8k", "card", 9))):
+        one, _ = ask(contender, plan, tmp_path / "fixed", batch=batch)
+        auto, _ = ask(contender, plan, tmp_path / "auto")
+        assert one.judged == auto.judged
+
+
+def test_nothing_is_asked_twice_and_the_model_not_even_loaded(
+    contender: Contender, data: Path, tmp_path: Path
+) -> None:
+    first, listener = ask(contender, mmlu(data), tmp_path)
+    assert (listener.recorded, listener.asked) == (0, 16)
+    contender.unload()
+    again, listener = ask(contender, mmlu(data), tmp_path)
+    assert (listener.recorded, listener.asked) == (16, 0)
+    assert again.judged == first.judged
+    assert again.implementations == first.implementations
+    assert "engine" not in vars(contender)
+
+
+def test_more_items_are_added_to_those_there_are(contender: Contender, data: Path, tmp_path: Path) -> None:
+    ask(contender, mmlu(data, 3), tmp_path)
+    more, listener = ask(contender, mmlu(data, 5), tmp_path)
+    assert (listener.recorded, listener.asked) == (6, 4)
+    fresh, _ = ask(contender, mmlu(data, 5), tmp_path / "fresh")
+    assert more.judged == fresh.judged
+
+
+def test_another_answer_key_is_another_question(contender: Contender, data: Path, tmp_path: Path) -> None:
+    plan = mmlu(data, 3)
+    ask(contender, plan, tmp_path)
+    first = plan.items[0]
+    corrected = replace(first, data={**first.data, "answer": "B" if first.data["answer"] == "A" else "A"})
+    _, listener = ask(contender, replace(plan, items=[corrected, *plan.items[1:]]), tmp_path)
+    assert (listener.recorded, listener.asked) == (5, 1)
+
+
+def test_other_ways_to_run_are_recorded_apart(contender: Contender, data: Path, tmp_path: Path) -> None:
+    ask(contender, mmlu(data, 2), tmp_path)
+    other = open_contender(str(contender.checkpoint.folder), How(device="cpu", dtype="bfloat16"))
+    _, listener = ask(other, mmlu(data, 2), tmp_path)
+    assert listener.asked == 4
+
+
+def test_prompts_too_long_for_the_model_are_refused_before_any_is_asked(
+    contender: Contender, data: Path, tmp_path: Path
+) -> None:
+    contender.engine.context = 150
+    with pytest.raises(DataError, match=r"16 of 16 prompts are too long .* takes 150 tokens") as caught:
+        ask(contender, mmlu(data), tmp_path)
+    assert caught.value.hint and "--shots" in caught.value.hint
+    contender.unload()
+    _, listener = ask(contender, mmlu(data), tmp_path)
+    assert listener.recorded == 0
+
+
+def test_after_nan_only_sound_answers_are_recorded(contender: Contender, data: Path, tmp_path: Path) -> None:
+    engine: Any = contender.engine
+    prefill, calls = engine.prefill, 0
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        found: torch.Tensor = prefill(*arguments)
+        return found * float("nan") if calls > 3 else found
+
+    engine.prefill = failing
+    with pytest.raises(ModelError, match="not finite"):
+        ask(contender, mmlu(data), tmp_path, batch=4)
+    contender.unload()
+    found, listener = ask(contender, mmlu(data), tmp_path)
+    assert listener.recorded in (4, 8)
+    fresh, _ = ask(contender, mmlu(data), tmp_path / "fresh")
+    assert found.judged == fresh.judged
+
+
+def test_no_items_and_doubled_ids_are_refused(data: Path) -> None:
+    script = get_task("mmlu", "base")
+    none = replace(script, load=lambda *_: [])
+    with pytest.raises(DataError, match="no item"):
+        make_plan(none, DataSource(data), (), None, None)
+    (item,) = make_plan(script, DataSource(data), ("astronomy",), None, 1).items
+    with pytest.raises(DataError, match="occurs twice"):
+        make_plan(replace(script, load=lambda *_: [item, item]), DataSource(data), (), None, None)
+
+
+def test_programs_are_run_once_and_the_verdict_is_the_sandboxs(
+    contender: Contender, data: Path, tmp_path: Path
+) -> None:
+    try:
+        sandbox = find_sandbox()
+    except UnsupportedError as error:
+        pytest.skip(error.what)
+    plan = short(plan_of(data, "humaneval", "base", 3), 6)
+    script: Any = plan.task
+
+    def solved(item: Any, _: Any) -> Judgement:
+        """The second problem is solved, whatever the model wrote."""
+        right = item.id == "HumanEval/1"
+        return Judgement(False, item.data["canonical_solution"] if right else "    return None\n")
+
+    plan = replace(plan, task=replace(script, read=solved))
+    found, listener = ask(contender, plan, tmp_path, sandbox=sandbox)
+    assert [judgement.correct for _, judgement in found.judged] == [False, True, False]
+    assert listener.programs == 3
+    again, listener = ask(contender, plan, tmp_path, sandbox=sandbox)
+    assert (listener.programs, again.judged) == (0, found.judged)
+
+
+def test_rows_hold_the_interval_the_items_and_the_comparison(
+    contender: Contender, data: Path, tmp_path: Path
+) -> None:
+    plan = mmlu(data)
+    answers, _ = ask(contender, plan, tmp_path)
+    main, published = rows_of(contender, plan, answers, None, {"dtype": "float32"})
+    assert (main.metric, published.metric) == ("accuracy", "accuracy.published")
+    assert main.value is not None and main.low is not None and main.high is not None
+    assert main.low <= main.value <= main.high
+    assert main.n == 16
+    assert main.details["items"] == verdicts(answers.judged)
+    assert main.details["parts"].keys() == {"abstract_algebra", "astronomy"}
+    assert main.point["limit"] == 8
+    assert "items" not in published.details
+    append_row(tmp_path, main)
+
+    quantised = replace(contender, model=replace(contender.model, precision="int4", fingerprint="other"))
+    quantised.checkpoint.config["quantization_config"] = {"bits": 4}
+    try:
+        base = base_verdicts(tmp_path, quantised, plan)
+        assert base == verdicts(answers.judged)
+        assert base_verdicts(tmp_path, quantised, mmlu(data, 5)) is None
+        worse = replace(
+            answers, judged=[(item, replace(verdict, correct=False)) for item, verdict in answers.judged]
+        )
+        (row, _) = rows_of(quantised, plan, worse, base, {})
+    finally:
+        del quantised.checkpoint.config["quantization_config"]
+    assert row.details["paired"]["lost"] == sum(base.values())
+    assert row.details["paired"]["won"] == 0
