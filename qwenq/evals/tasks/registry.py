@@ -8,10 +8,9 @@ from qwenq.errors import UsageError
 from qwenq.evals.tasks import ceval, gsm8k, humaneval, mmlu
 from qwenq.evals.tasks.script import Script
 
-_SCRIPTS = {
+_SCRIPTS: dict[tuple[str, str], Script] = {
     (script.name, script.protocol): script
-    for task in (mmlu, ceval, gsm8k, humaneval)
-    for script in task.PROTOCOLS
+    for script in (*mmlu.PROTOCOLS, *ceval.PROTOCOLS, *gsm8k.PROTOCOLS, *humaneval.PROTOCOLS)
 }
 
 
