@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -13,6 +15,8 @@ from qwenq.cli.app import app
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
+    from qwenq.evals.contender import How
+    from qwenq.evals.served import Contestant
     from qwenq.evals.task import DataSource, ProtocolName
 
 _RUNS = Path("runs")
@@ -59,6 +63,15 @@ def evaluate(
     ] = "auto",
     batch: Annotated[str, typer.Option(help="auto, or how many prompts at once.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask an OpenAI-compatible server, such as http://HOST:8000/v1, with the key in "
+            "OPENAI_API_KEY, in tasks that write. --batch: requests at a time. [default: 8]",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --endpoint: the model's name there.")] = None,
     unsafe_code: Annotated[
         bool, typer.Option("--unsafe-code", help="Run what the model wrote without a sandbox, as you.")
     ] = False,
@@ -74,8 +87,10 @@ def evaluate(
     """
     from qwenq.models.identity import model_name
 
-    given: list[str | None] = list(models) if models else [None]
-    run = out if out is not None else _RUNS / model_name(given[0])
+    given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
+    _check_endpoint(endpoint, model, models)
+    named = (model or "served").rsplit("/", 1)[-1] if endpoint is not None else model_name(given[0])
+    run = out if out is not None else _RUNS / named
     source = _source(data, sample)
     if show is not None:
         from qwenq.evals.show import show_item
@@ -84,7 +99,7 @@ def evaluate(
         return
     names, size = _listed(tasks, "--tasks"), _batch(batch)
     from qwenq.cli.eval_output import Progress, print_json, print_table
-    from qwenq.evals.contender import How, open_contender
+    from qwenq.evals.contender import How
     from qwenq.evals.suite import Wanted
     from qwenq.evals.suite import evaluate as run_all
 
@@ -99,16 +114,53 @@ def evaluate(
         batch=size,
         unsafe_code=unsafe_code,
     )
-    contenders = [open_contender(model, how) for model in given]
-    for notice in dict.fromkeys(notice for contender in contenders for notice in contender.notices):
-        _note(notice)
+    contenders = _contestants(given, how, endpoint, model, size)
     command = shlex.join(["qwenq", *sys.argv[1:]])
-    with Progress() as progress:
-        rows = run_all(contenders, wanted, run, progress, _note, command)
+    try:
+        with Progress() as progress:
+            rows = run_all(contenders, wanted, run, progress, _note, command)
+    except KeyboardInterrupt:  # SIGTERM too
+        typer.echo(
+            f"\nstopped; answers are kept: the same command goes on where it stopped: {command}", err=True
+        )
+        raise
     if as_json:
         print_json(run, rows)
     else:
         print_table(run, rows)
+
+
+def _check_endpoint(endpoint: str | None, model: str | None, models: list[str] | None) -> None:
+    """Refuse what has no meaning together.
+
+    Raises:
+        UsageError: as it says.
+    """
+    if endpoint is None and model is not None:
+        raise UsageError("--model names what an endpoint serves", hint="name models here without --model")
+    if endpoint is not None and models:
+        raise UsageError(
+            "an endpoint is asked by itself",
+            where="--endpoint",
+            hint="leave out the models, or evaluate them into the same --out with a command of their own",
+        )
+
+
+def _contestants(
+    given: list[str | None], how: How, endpoint: str | None, model: str | None, size: int | None
+) -> Sequence[Contestant]:
+    """The models, opened; or the one that is served."""
+    if endpoint is not None:
+        from qwenq.evals.endpoint import CONCURRENCY, endpoint_at
+        from qwenq.evals.served import Served
+
+        return [Served(endpoint_at(endpoint, model, os.environ.get("OPENAI_API_KEY"), size or CONCURRENCY))]
+    from qwenq.evals.contender import open_contender
+
+    contenders = [open_contender(one, how) for one in given]
+    for notice in dict.fromkeys(notice for contender in contenders for notice in contender.notices):
+        _note(notice)
+    return contenders
 
 
 def _note(line: str) -> None:

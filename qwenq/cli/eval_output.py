@@ -16,8 +16,8 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from qwenq.evals.contender import Contender
     from qwenq.evals.run import Plan
+    from qwenq.evals.served import Contestant
     from qwenq.results import Row
 
 _PLAIN_SECONDS = 10.0
@@ -43,8 +43,9 @@ class Progress:
     ) -> None:
         self._stack.close()
 
-    def started(self, contender: Contender, plan: Plan, recorded: int) -> None:
+    def started(self, contender: Contestant, plan: Plan, recorded: int) -> None:
         """A model begins with a task."""
+        self.finished()
         self._label = f"{contender.model.name} {contender.model.precision}, {plan.task.name}"
         self._begin(self._label, len(plan.items), recorded)
         if self._bar is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -20,6 +20,13 @@ from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 from qwenq.results import Model
 from qwenq.runtime.engine import Engine, find_device, find_dtype, load
 
+
+class _Comparable(Protocol):
+    @property
+    def quantised(self) -> bool: ...
+
+
+T = TypeVar("T", bound=_Comparable)
 _SAME_SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -167,7 +174,7 @@ def settle_families(contenders: Sequence[Contender]) -> list[str]:
     return notes
 
 
-def by_need(contenders: Sequence[Contender]) -> list[Contender]:
+def by_need(contenders: Sequence[T]) -> list[T]:
     """Unquantised models first, else in the order given."""
     return sorted(contenders, key=lambda contender: contender.quantised)
 

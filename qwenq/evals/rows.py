@@ -9,9 +9,9 @@ from typing import Any
 
 from qwenq.errors import UsageError
 from qwenq.evals.accuracy import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
-from qwenq.evals.contender import Contender
 from qwenq.evals.paired import Paired, compare
 from qwenq.evals.run import Answers, Judged, Plan
+from qwenq.evals.served import Contestant
 from qwenq.evals.task import Score
 from qwenq.results import RESULTS_FILE, Row, Value, read_rows
 
@@ -19,7 +19,7 @@ MAIN = "accuracy"
 
 
 def rows_of(
-    contender: Contender,
+    contender: Contestant,
     plan: Plan,
     answers: Answers,
     base: Mapping[str, bool] | None,
@@ -40,6 +40,7 @@ def rows_of(
         details["average"] = "macro" if score.macro else "micro"
         details["standard_error"] = found.error
         details["command"] = command or None
+        details["notes"] = list(plan.notes) or None
         if place == 0:
             items = verdicts(answers.judged)
             details["items"] = items
@@ -93,7 +94,7 @@ def paired_of(row: Row) -> Paired | None:
     return Paired(**{name: found[name] for name in ("n", "lost", "won", "p", "detectable")})
 
 
-def base_verdicts(run: Path, contender: Contender, plan: Plan) -> dict[str, bool] | None:
+def base_verdicts(run: Path, contender: Contestant, plan: Plan) -> dict[str, bool] | None:
     """Verdicts of the family's unquantised model on this very point, from rows of this run folder.
 
     Of several the last one counts.

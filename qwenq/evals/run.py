@@ -25,14 +25,16 @@ from qwenq.evals.sandbox.find import Sandbox
 from qwenq.evals.sandbox.programs import Outcome, Program
 from qwenq.evals.sandbox.run import run_programs
 from qwenq.evals.scoring import score
-from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Task
+from qwenq.evals.served import Contestant, Response, Served
+from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Request, Task
 from qwenq.evals.tasks.humaneval import program
+from qwenq.evals.tasks.script import Script
 
 
 class Listener(Protocol):
     """Told how far it is."""
 
-    def started(self, contender: Contender, plan: Plan, recorded: int) -> None:
+    def started(self, contender: Contestant, plan: Plan, recorded: int) -> None:
         """A model begins with a task; so many items are known from records."""
 
     def judged(self, correct: bool | None) -> None:
@@ -59,6 +61,7 @@ class Plan:
         limit: items of each subject at most; None: all.
         subjects: only these; empty: all.
         source: where the items came from.
+        notes: what has to be said beside the scores.
     """
 
     task: Task
@@ -67,6 +70,7 @@ class Plan:
     limit: int | None = None
     subjects: tuple[str, ...] = ()
     source: DataSource = field(default_factory=DataSource)
+    notes: tuple[str, ...] = ()
 
 
 Judged = list[tuple[Item, Judgement]]
@@ -90,7 +94,7 @@ class Answers:
 
 
 def make_plan(
-    task: Task, source: DataSource, subjects: Sequence[str], shots: int | None, limit: int | None
+    task: Script, source: DataSource, subjects: Sequence[str], shots: int | None, limit: int | None
 ) -> Plan:
     """Load and validate the items: of each subject the first ``limit``.
 
@@ -108,11 +112,12 @@ def make_plan(
         items[item.id] = item
     if not items:
         raise DataError("there is no item to ask", where=task.name)
-    return Plan(task, list(items.values()), shots, limit, tuple(subjects), source)
+    kept = list(items.values())
+    return Plan(task, kept, shots, limit, tuple(subjects), source, tuple(task.notes(kept)))
 
 
 def answer(
-    contender: Contender,
+    contender: Contestant,
     plan: Plan,
     run: Path,
     listener: Listener,
@@ -139,13 +144,11 @@ def answer(
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
         listener.started(contender, plan, len(plan.items) - len(open_))
         if open_:
-            encoded = encode_requests(contender.tokenizer, open_, [asked[item.id] for item in open_])
-            require_context(encoded, contender.engine.context)
-            for index, found in _answers(contender, encoded, batch):
-                item = open_[index]
-                judgement = task.judge(item, found)
-                record = _record(item, hashes[item.id], encoded[index], found, judgement)
-                pending = replace(record, implementation=contender.engine.implementation)
+            requests = [asked[item.id] for item in open_]
+            for response in _responses(contender, open_, requests, batch):
+                item = open_[response.index]
+                judgement = task.judge(item, response.answer)
+                pending = _record(item, hashes[item.id], response, judgement)
                 if task.needs_sandbox:
                     pending = replace(pending, correct=None)
                 records.append(pending)
@@ -158,7 +161,7 @@ def answer(
     return _answers_of(plan.items, found_records, len(plan.items) - len(open_))
 
 
-def records_key(contender: Contender, plan: Plan) -> dict[str, object]:
+def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
     """All that decides an answer but the item itself, which has a hash of its own."""
     task = plan.task
     return {
@@ -171,9 +174,23 @@ def records_key(contender: Contender, plan: Plan) -> dict[str, object]:
     }
 
 
-def _title(contender: Contender, plan: Plan) -> str:
+def _title(contender: Contestant, plan: Plan) -> str:
     model = contender.model
     return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
+
+
+def _responses(
+    contender: Contestant, items: Sequence[Item], requests: Sequence[Request], batch: int | None
+) -> Iterator[Response]:
+    """What the model here, or whoever serves it, says."""
+    if isinstance(contender, Served):
+        yield from contender.respond(items, requests)
+        return
+    encoded = encode_requests(contender.tokenizer, items, requests)
+    require_context(encoded, contender.engine.context)
+    implementation = contender.engine.implementation
+    for index, found in _answers(contender, encoded, batch):
+        yield Response(index, found, len(encoded[index].prompt), implementation)
 
 
 def _answers(
@@ -193,12 +210,14 @@ def _answers(
             yield texts[place][0], written
 
 
-def _record(item: Item, asked: str, request: RequestTokens, found: Answer, judgement: Judgement) -> Record:
+def _record(item: Item, asked: str, response: Response, judgement: Judgement) -> Record:
+    found = response.answer
     base = Record(
         id=item.id,
         subject=item.subject,
         asked=asked,
-        prompt_tokens=len(request.prompt),
+        prompt_tokens=response.prompt_tokens,
+        implementation=response.implementation,
         extracted=judgement.extracted,
         correct=judgement.correct,
         also=dict(judgement.also),

@@ -13,10 +13,12 @@ from qwenq.errors import DataError
 from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.records import FOLDER, locked
 from qwenq.evals.rows import base_verdicts, rows_of
-from qwenq.evals.run import Listener, Plan, answer, make_plan
+from qwenq.evals.run import Answers, Listener, Plan, answer, make_plan
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
+from qwenq.evals.served import Contestant
 from qwenq.evals.task import DataSource, ProtocolName
+from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.humaneval import canonical, program
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import Row, append_row, write_environment
@@ -53,7 +55,7 @@ Say = Callable[[str], None]
 
 
 def evaluate(
-    contenders: Sequence[Contender],
+    contenders: Sequence[Contestant],
     wanted: Wanted,
     run: Path,
     listener: Listener,
@@ -84,8 +86,11 @@ def evaluate(
     coded = [plan for plan in plans.values() if plan.task.needs_sandbox]
     sandbox = find_sandbox(wanted.unsafe_code) if coded else None
     rows: list[Row] = []
+    here = [one for one in order if isinstance(one, Contender)]
     with locked(run):
-        for line in settle_families(order):
+        write_environment(run, environment())
+        notes = [note for plan in plans.values() for note in plan.notes]
+        for line in dict.fromkeys([*settle_families(here), *notes]):
             say(line)
         if sandbox is not None:
             for plan in coded:
@@ -93,9 +98,11 @@ def evaluate(
         for contender in order:
             for name in wanted.tasks:
                 plan = plans[name, wanted.protocol or contender.protocol]
-                rows += _one(contender, plan, wanted, run, listener, sandbox, command)
+                answers = answer(contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox)
+                rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
+                if name == "ceval-test":
+                    say(_write_submission(contender, answers, run))
             contender.unload()
-        write_environment(run, environment())
     return rows
 
 
@@ -130,16 +137,15 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
     say(f"{plan.task.name}: {passed}; {sandbox.implementation}")
 
 
-def _one(
-    contender: Contender,
+def _append_rows(
+    contender: Contestant,
     plan: Plan,
+    answers: Answers,
     wanted: Wanted,
     run: Path,
-    listener: Listener,
     sandbox: Sandbox | None,
     command: str,
 ) -> list[Row]:
-    answers = answer(contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox)
     how = contender.how
     settings = {
         "dtype": how.dtype,
@@ -156,3 +162,10 @@ def _one(
     for row in rows:
         append_row(run, row)
     return rows
+
+
+def _write_submission(contender: Contestant, answers: Answers, run: Path) -> str:
+    """The file that C-Eval's leaderboard takes; its test split has no published answers to score with."""
+    path = run / f"ceval-submission.{contender.model.name}.{contender.model.precision}.json"
+    atomic_write_json(path, ceval.submission(answers.judged))
+    return f"the answers to C-Eval's test split, for its leaderboard: {path}"

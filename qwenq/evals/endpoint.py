@@ -1,0 +1,264 @@
+"""A client for OpenAI-compatible servers: prompts out, texts in, some at a time, patiently.
+
+Chats go to ``/chat/completions``, plain text to ``/completions`` (vLLM, SGLang and llama.cpp serve both). A
+server that is busy (429), broken for a moment (5xx), silent, or that cuts a reply off is asked again after a
+pause, each pause twice as long as the last, or as long as its Retry-After says. Only a whole reply counts,
+and it counts once: a late reply to an attempt that was given up reaches nobody.
+
+Standard library only. Redirects are refused, as the key would go along.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from qwenq.errors import QwenqError, UsageError
+from qwenq.evals.task import Write, Written
+
+ATTEMPTS = 8
+CONCURRENCY = 8  # requests under way at a time, by default
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
+AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+LARGEST_REPLY = 16 << 20  # bytes: a server that sends more sends no answer
+STOPS = 4  # strings that OpenAI's interface takes; all are looked for again here
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer.
+
+    Attributes:
+        written: the text, cut before what stops it; its tokens as the server counted them, 0 if it did not.
+        prompt_tokens: of the prompt, as the server counted them; 0 if it did not.
+    """
+
+    written: Written
+    prompt_tokens: int
+
+
+class _Again(Exception):  # noqa: N818  no error yet
+    """Not this time: why, and how long the server wants to be left alone."""
+
+    def __init__(self, why: str, pause: float | None = None) -> None:
+        super().__init__(why)
+        self.pause = pause
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model is served.
+
+    Attributes:
+        url: up to and with ``/v1``.
+        model: its name there.
+        key: sent as a bearer token; None: none.
+        concurrency: requests under way at a time.
+        timeout: seconds without a byte after which an attempt is given up.
+        pause: seconds before the second attempt.
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    concurrency: int = CONCURRENCY
+    timeout: float = 300.0
+    pause: float = FIRST_PAUSE
+
+    def models(self) -> list[str] | None:
+        """Names of what is served; None: this server does not say.
+
+        Raises:
+            QwenqError: it cannot be reached, or refuses the key.
+        """
+        try:
+            found = self._patiently("/models", None)
+        except QwenqError as error:
+            if "status 404" in error.what or "status 405" in error.what:
+                return None
+            raise
+        listed = found.get("data")
+        return [str(one["id"]) for one in listed if "id" in one] if isinstance(listed, list) else None
+
+    def ask(self, request: Write) -> Reply:
+        """One answer, greedily.
+
+        Raises:
+            QwenqError: the server refused, or every attempt failed.
+        """
+        asked: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": request.max_new_tokens,
+            "temperature": 0,
+            "stream": False,
+        }
+        if request.until:
+            asked["stop"] = list(request.until[:STOPS])
+        if isinstance(request.prompt, str):
+            return self._read(self._patiently("/completions", {**asked, "prompt": request.prompt}), request)
+        turns = [dict(message) for message in request.prompt]
+        return self._read(self._patiently("/chat/completions", {**asked, "messages": turns}), request)
+
+    def ask_all(self, requests: Sequence[Write]) -> Iterator[tuple[int, Reply]]:
+        """Every answer as it comes: (index, reply), ``concurrency`` requests under way at a time.
+
+        Raises:
+            QwenqError: as ``ask``; requests that were not begun are not sent any more.
+        """
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(requests)):
+            waiting.put(index)
+        ended: queue.SimpleQueue[tuple[int, Reply | BaseException]] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    index = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    ended.put((index, self.ask(requests[index])))
+                except BaseException as error:  # whatever it is belongs to who asked
+                    ended.put((index, error))
+
+        for _ in range(min(self.concurrency, len(requests))):
+            threading.Thread(target=work, daemon=True).start()  # a silent server must not hold up the exit
+        try:
+            for _ in requests:
+                index, found = ended.get()
+                if isinstance(found, BaseException):
+                    raise found
+                yield index, found
+        finally:
+            stop.set()
+
+    def _patiently(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        pause = self.pause
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self._once(path, body)
+            except _Again as again:
+                if attempt == ATTEMPTS:
+                    raise QwenqError(
+                        f"{ATTEMPTS} attempts failed, the last: {again}",
+                        where=self.url + path,
+                        hint="see the server's log; what was answered is kept, the same command goes on",
+                    ) from again
+                wanted = again.pause if again.pause is not None else pause * random.uniform(0.75, 1.25)  # noqa: S311
+                time.sleep(min(wanted, LONGEST_PAUSE))
+                pause = min(2 * pause, LONGEST_PAUSE)
+        raise AssertionError
+
+    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "User-Agent": "qwenq"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310  checked in endpoint_at
+        try:
+            with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as response:
+                content = response.read(LARGEST_REPLY + 1)
+        except urllib.error.HTTPError as error:
+            raise self._refusal(error, path) from error
+        except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
+            reason = getattr(error, "reason", None) or str(error) or type(error).__name__
+            raise _Again(f"{reason}") from error
+        try:
+            found = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise _Again("a reply that is no JSON") from error
+        if not isinstance(found, dict):
+            raise _Again("a reply that is no JSON object")
+        return found
+
+    def _refusal(self, error: urllib.error.HTTPError, path: str) -> Exception:
+        try:
+            said = error.read(2000).decode("utf-8", "replace").strip()
+        except (OSError, http.client.HTTPException):
+            said = ""
+        if error.code in AGAIN:
+            after = error.headers.get("Retry-After", "")
+            return _Again(
+                f"status {error.code} {said[:200]}".strip(), float(after) if after.isdigit() else None
+            )
+        hints = {
+            401: "put the server's key into OPENAI_API_KEY",
+            403: "put a key that may use this model into OPENAI_API_KEY",
+            404: "see that the URL ends in /v1, and that --model is served there",
+        }
+        return QwenqError(
+            f"the server answers with status {error.code}{f': {said[:500]}' if said else ''}",
+            where=self.url + path,
+            hint=hints.get(error.code, "nothing was recorded for this item; see what the server says"),
+        )
+
+    def _read(self, found: dict[str, Any], request: Write) -> Reply:
+        try:
+            choice = found["choices"][0]
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            usage = found.get("usage") or {}
+            counts = [int(usage.get(name) or 0) for name in ("completion_tokens", "prompt_tokens")]
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise QwenqError(
+                f"a reply without an answer: {json.dumps(found)[:200]}",
+                where=self.url,
+                hint="is this an OpenAI-compatible server?",
+            ) from error
+        text = text if isinstance(text, str) else ""  # nothing was said: null
+        places = [place for end in request.until if end and (place := text.find(end)) >= 0]
+        stopped = bool(places) or choice.get("finish_reason") == "stop"
+        return Reply(Written(text[: min(places)] if places else text, counts[0], stopped), counts[1])
+
+
+def endpoint_at(url: str, model: str | None, key: str | None, concurrency: int = CONCURRENCY) -> Endpoint:
+    """The endpoint that a user named, asked once whether it serves that model.
+
+    Args:
+        url: ``http://HOST/v1``; a missing ``/v1`` is not made up.
+        model: its name there; None: the only one that is served.
+        key: see ``Endpoint``.
+        concurrency: see ``Endpoint``.
+
+    Raises:
+        UsageError: no URL, or no such model there.
+        QwenqError: it cannot be reached.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(
+            f"{url!r} is no address", where="--endpoint", hint="such as http://localhost:8000/v1"
+        )
+    found = Endpoint(url.rstrip("/"), model or "", key, concurrency)
+    served = found.models()
+    if model is None:
+        if served is None or len(served) != 1:
+            names = (
+                "does not say what it serves"
+                if served is None
+                else f"serves {', '.join(served) or 'nothing'}"
+            )
+            raise UsageError(f"this server {names}", where="--endpoint", hint="name one with --model")
+        return Endpoint(found.url, served[0], key, concurrency)
+    if served is not None and model not in served:
+        raise UsageError(
+            f"{model} is not served there",
+            where="--model",
+            hint=f"use {' or '.join(served[:5]) or 'another server'}",
+        )
+    return found

@@ -1,0 +1,288 @@
+"""The client against a server that misbehaves in every way a real one does, on loopback."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenq.errors import QwenqError, UsageError
+from qwenq.evals.endpoint import ATTEMPTS, Endpoint, endpoint_at
+from qwenq.evals.records import read_records
+from qwenq.evals.run import Plan, answer
+from qwenq.evals.served import Contestant, Served
+from qwenq.evals.task import Choose, DataSource, Item, Judgement, Score, Write
+
+
+class Server(ThreadingHTTPServer):
+    """Answers a chat with its last message in capitals; ``trouble`` says what goes wrong, in order."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.trouble: list[str] = []
+        self.seen: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.keys: list[str | None] = []
+        self.busy = self.most_busy = 0
+        self.pause = 0.0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that gave up is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._send(200, {"data": [{"id": "big/model"}]})
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.seen.append(asked)
+            self.server.paths.append(self.path)
+            self.server.keys.append(self.headers.get("Authorization"))
+            self.server.busy += 1
+            self.server.most_busy = max(self.server.most_busy, self.server.busy)
+            trouble = self.server.trouble.pop(0) if self.server.trouble else ""
+        try:
+            time.sleep(self.server.pause)
+            self._answer(asked, trouble)
+        finally:
+            with self.server.lock:
+                self.server.busy -= 1
+
+    def _answer(self, asked: dict[str, Any], trouble: str) -> None:
+        if trouble.isdigit():
+            self._send(int(trouble), {"error": {"message": f"trouble {trouble}"}})
+        elif trouble == "silent":
+            time.sleep(1.0)
+        elif trouble == "hang up":
+            self.connection.close()
+        elif trouble == "half":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [{"mess')
+        elif trouble == "no json":
+            self._send(200, "<html>")
+        elif trouble == "no answer":
+            self._send(200, {"choices": []})
+        elif trouble == "redirect":
+            self.send_response(302)
+            self.send_header("Location", "http://127.0.0.1:9/elsewhere")
+            self.end_headers()
+        elif "messages" in asked:
+            text = asked["messages"][-1]["content"].upper()
+            self._send(200, _reply({"message": {"role": "assistant", "content": text}}))
+        else:
+            self._send(200, _reply({"text": asked["prompt"].upper()}))
+
+    def _send(self, status: int, content: Any) -> None:
+        body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _reply(choice: dict[str, Any]) -> dict[str, Any]:
+    usage = {"prompt_tokens": 7, "completion_tokens": 3}
+    return {"choices": [{"finish_reason": "stop", **choice}], "usage": usage}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def at(server: Server, **changes: Any) -> Endpoint:
+    return Endpoint(server.url, **{"model": "big/model", "timeout": 0.3, "pause": 0.001, **changes})
+
+
+def chat(text: str) -> Write:
+    return Write(({"role": "user", "content": text},), 32)
+
+
+def test_a_chat_goes_out_and_its_text_comes_back(server: Server) -> None:
+    reply = at(server, key="secret").ask(chat("so?"))
+    assert reply.written.text == "SO?"
+    assert (reply.written.tokens, reply.prompt_tokens, reply.written.stopped) == (3, 7, True)
+    assert server.paths == ["/v1/chat/completions"]
+    assert server.seen[0]["temperature"] == 0
+    assert server.seen[0]["max_tokens"] == 32
+    assert server.seen[0]["model"] == "big/model"
+    assert server.keys == ["Bearer secret"]
+    assert "secret" not in repr(at(server, key="secret"))
+
+
+def test_plain_text_is_completed_and_cut_where_the_task_says(server: Server) -> None:
+    ends = ("\nQ", "A", "B", "C", "X THAT")
+    reply = at(server).ask(Write("keep x that goes", 8, ends[:1] + ends[4:]))
+    assert server.paths == ["/v1/completions"]
+    assert reply.written.text == "KEEP "
+    at(server).ask(Write("keep", 8, ends))
+    assert server.seen[1]["stop"] == list(ends[:4]), "more than four are refused by servers"
+
+
+@pytest.mark.parametrize("trouble", ["429", "500", "503", "silent", "hang up", "half", "no json"])
+def test_what_passes_is_asked_again_and_counts_once(server: Server, trouble: str) -> None:
+    server.trouble = [trouble, trouble]
+    replies = list(at(server, concurrency=1).ask_all([chat("one"), chat("two")]))
+    assert [(index, reply.written.text) for index, reply in replies] == [(0, "ONE"), (1, "TWO")]
+    assert len(server.seen) == 4
+
+
+def test_after_many_attempts_it_is_an_error_that_says_why(server: Server) -> None:
+    server.trouble = ["503"] * 100
+    with pytest.raises(QwenqError, match=rf"{ATTEMPTS} attempts failed, the last: status 503.*trouble 503"):
+        at(server).ask(chat("one"))
+    assert len(server.seen) == ATTEMPTS
+
+
+@pytest.mark.parametrize(("status", "hint"), [
+    ("401", "OPENAI_API_KEY"), ("404", "ends in /v1"), ("400", "see what the server says"),
+])  # fmt: skip
+def test_a_refusal_is_not_asked_again(server: Server, status: str, hint: str) -> None:
+    server.trouble = [status]
+    with pytest.raises(QwenqError, match=f"status {status}.*trouble {status}") as caught:
+        at(server).ask(chat("one"))
+    assert hint in str(caught.value)
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("trouble", ["redirect", "no answer"])
+def test_neither_redirects_nor_other_interfaces_are_followed(server: Server, trouble: str) -> None:
+    server.trouble = [trouble]
+    with pytest.raises(QwenqError):
+        at(server, key="secret").ask(chat("one"))
+    assert len(server.seen) == 1
+
+
+def test_only_so_many_at_a_time(server: Server) -> None:
+    server.pause = 0.03
+    replies = dict(at(server, concurrency=3).ask_all([chat(f"q{n}") for n in range(12)]))
+    assert {index: reply.written.text for index, reply in replies.items()} == {n: f"Q{n}" for n in range(12)}
+    assert server.most_busy == 3
+
+
+def test_an_error_stops_what_was_not_begun(server: Server) -> None:
+    server.pause = 0.02
+    server.trouble = ["", "400"]
+    with pytest.raises(QwenqError, match="status 400"):
+        list(at(server, concurrency=1).ask_all([chat(f"q{n}") for n in range(30)]))
+    time.sleep(0.1)
+    assert len(server.seen) <= 4
+
+
+def test_the_model_is_looked_for_before_anything_is_asked(server: Server) -> None:
+    assert endpoint_at(server.url + "/", None, None).model == "big/model"
+    assert endpoint_at(server.url, "big/model", None).url == server.url
+    with pytest.raises(UsageError, match="small is not served there") as caught:
+        endpoint_at(server.url, "small", None)
+    assert "big/model" in str(caught.value)
+    with pytest.raises(UsageError, match="no address"):
+        endpoint_at("localhost:8000", None, None)
+    assert server.seen == []
+
+
+class Shout:
+    """A task: the answer is right when it is the question in capitals."""
+
+    name, protocol, version, needs_sandbox = "shout", "card", 1, False
+
+    def __init__(self, *, choose: bool = False) -> None:
+        self._choose = choose
+
+    def items(self, *_: Any) -> list[Item]:
+        return [Item(f"shout/{n}", None, {"q": f"word{n}"}) for n in range(6)]
+
+    def request(self, item: Item) -> Write | Choose:
+        return Choose(item.data["q"], ("A", "B")) if self._choose else chat(item.data["q"])
+
+    def judge(self, item: Item, found: Any) -> Judgement:
+        return Judgement(found.text == item.data["q"].upper(), found.text)
+
+    def scores(self, judged: Any) -> list[Score]:
+        return [Score("accuracy", sum(j.correct for _, j in judged) / len(judged), False, len(judged))]
+
+    def notes(self, _: Any) -> list[str]:
+        return []
+
+
+class Quiet:
+    """A listener who counts."""
+
+    def __init__(self) -> None:
+        self.recorded, self.verdicts = -1, 0
+
+    def started(self, _: Contestant, __: Plan, recorded: int) -> None:
+        self.recorded = recorded
+
+    def judged(self, _: bool | None) -> None:
+        self.verdicts += 1
+
+    def finished(self) -> None:
+        pass
+
+    def running(self, _: int) -> None:
+        raise AssertionError
+
+    def ran(self, _: bool) -> None:
+        raise AssertionError
+
+
+def ask(server: Server, run: Path, task: Shout) -> tuple[Any, Quiet]:
+    listener = Quiet()
+    plan = Plan(task, task.items(), source=DataSource())  # type: ignore[arg-type]
+    return answer(Served(at(server, concurrency=1)), plan, run, listener), listener
+
+
+def test_a_run_that_broke_goes_on_and_asks_nothing_twice(server: Server, tmp_path: Path) -> None:
+    server.trouble = ["", "503", "", "400"]  # the third question is refused
+    with pytest.raises(QwenqError, match="status 400"):
+        ask(server, tmp_path, Shout())
+    asked = len(server.seen)
+    answers, listener = ask(server, tmp_path, Shout())
+    assert (listener.recorded, listener.verdicts) == (2, 4)
+    assert len(server.seen) == asked + 4
+    assert [judgement.correct for _, judgement in answers.judged] == [True] * 6
+    (file,) = (tmp_path / "records").glob("*.jsonl")
+    records = read_records(file)
+    assert sorted(record.id for record in records) == [f"shout/{n}" for n in range(6)]
+    assert {record.implementation for record in records} == {f"big/model served at {server.url}"}
+    assert records[0].prompt_tokens == 7
+
+
+def test_scoring_protocols_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a server only writes"):
+        ask(server, tmp_path, Shout(choose=True))
+    assert server.seen == []
+
+
+def test_rows_say_that_nobody_here_saw_the_weights(server: Server) -> None:
+    served = Served(at(server))
+    assert (served.model.name, served.model.precision) == ("model", "served")
+    assert served.model.fingerprint.startswith("endpoint:")
+    assert served.model.fingerprint != Served(at(server, model="other")).model.fingerprint
+    assert not served.quantised
+    served.unload()
