@@ -16,6 +16,8 @@ from torch import Tensor
 from qwenq.errors import UsageError
 from qwenq.runtime.memory import require
 
+_LOWER = "ask for fewer new tokens, a shorter prompt or fewer rows at once"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -98,7 +100,7 @@ class KVCache:
             2 * layers * math.prod(shape) * dtype.itemsize,
             device,
             f"a cache of {batch} rows of {capacity} tokens",
-            "ask for fewer new tokens, a shorter prompt or fewer rows at once",
+            _LOWER,
         )
         # Zeros, because a masked NaN would still poison the sum over values.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
@@ -219,6 +221,8 @@ class KVCache:
             batch, heads, capacity, d = self.keys[0].shape
             # Rows of keys that lie a power of two apart would share few lines of the processor's cache.
             slots = -(-capacity // 16) * 16 + 16
+            needed = 8 * len(self.keys) * batch * heads * slots * d
+            require(needed, self.keys[0].device, f"decoding {batch} rows of {capacity} tokens", _LOWER)
             keys = torch.zeros(len(self.keys), batch, heads, d, slots)
             values = torch.zeros(len(self.keys), batch, heads, slots, d)
             new_keys = [layer.transpose(-1, -2)[:, :, :capacity] for layer in keys.unbind(0)]

@@ -17,6 +17,7 @@ from qwenq.models.precision import compute_dtype
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
+from qwenq.runtime.finite import checked
 from qwenq.runtime.generation import Generated, OnToken, generate, padded
 from qwenq.runtime.memory import explained
 from qwenq.runtime.sampling import GREEDY, Sampling
@@ -161,13 +162,14 @@ class CachedEngine:
         with self._memory(prompts):
             hidden = self._prompt_hidden(prompts, cache)
             last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-            return self._head(hidden[torch.arange(len(prompts), device=self.device), last])
+            logits = self._head(hidden[torch.arange(len(prompts), device=self.device), last])
+            return checked(logits, self.dtype, prompt=True)
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Float32 [batch, vocabulary] after one more token in each row."""
         hidden = self._hidden(tokens.unsqueeze(1), [1] * len(tokens), cache)
-        return self._head(hidden[:, 0])
+        return checked(self._head(hidden[:, 0]), self.dtype, prompt=False)
 
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> list[Tensor]:

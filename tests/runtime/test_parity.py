@@ -34,7 +34,7 @@ def test_one_row(family: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("family", ("llama", "qwen2.5-yarn", "qwen3"))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ragged_batch_prefilled_then_decoded(family: str, engine: str) -> None:
     model, checkpoint = small_model(family)
     runner = float32_engine(checkpoint, engine)

@@ -79,7 +79,7 @@ class CpuInt4:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self._order is not None:
             rows = rows[:, self._order]
         if len(rows) < _MANY_ROWS:

@@ -1,0 +1,29 @@
+"""Overflow is never silent: logits that are no numbers end the run and say what would help."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import ModelError
+
+
+def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
+    """The logits, once they are sure to be finite.
+
+    float16 ends at 65504, so there the logits of every prompt are looked at; with ``--debug`` those
+    of every step in every dtype.
+
+    Raises:
+        ModelError: NaN or Inf among them.
+    """
+    wanted = (prompt and dtype is torch.float16) or bool(os.environ.get("QWENQ_DEBUG"))
+    if wanted and not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            f"the logits hold NaN or Inf: activations overflow {str(dtype).removeprefix('torch.')}",
+            where="--dtype",
+            hint="use --dtype bfloat16, or float32 where the device has no bfloat16",
+        )
+    return logits

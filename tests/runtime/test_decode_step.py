@@ -1,0 +1,73 @@
+"""The decode step on a CPU: its norm, its cache layout, and that both may be entered and left at any time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runtime.small_models import random_ids, reference_logits, small_model
+
+from qwenq.errors import UnsupportedError, UsageError
+from qwenq.runtime.attention import attention_backend
+from qwenq.runtime.decode_step import RMSNorm
+from qwenq.runtime.engine import load
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_layer_norm_is_an_rms_norm(dtype: torch.dtype, tolerance: float, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, generator=generator).to(dtype)
+    x = (5 + 3 * torch.randn(rows, 96, generator=generator)).to(dtype)  # far from a mean of zero
+    x[0, 3] = 300  # as large as activations get
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    found = RMSNorm(weight, 1e-6)(x)
+    assert found.is_contiguous()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+def test_steps_and_prompts_alternate_over_one_cache() -> None:
+    model, checkpoint = small_model("qwen3")
+    engine = load(checkpoint, device="cpu", dtype="float32")
+    assert "attention grouped" in engine.implementation
+    ids = random_ids(60)
+    expected = reference_logits(model, ids)
+    cache, done = engine.new_cache(1, 30), 0
+    for count in (20, 1, 1, 7, 1):
+        if count == 1:
+            found = engine.decode(torch.tensor([ids[done]]), cache)
+        else:
+            found = engine.prefill([ids[done : done + count]], cache)
+        done += count
+        torch.testing.assert_close(found[0], expected[done - 1], atol=1e-4, rtol=0)
+    with pytest.raises(UsageError, match="31 tokens do not fit into a cache of 30"):
+        engine.decode(torch.tensor([1]), cache)
+    cache.reserve(60)
+    cache.rewind(25)
+    for place in range(25, 60):
+        found = engine.decode(torch.tensor([ids[place]]), cache)
+    torch.testing.assert_close(found[0], expected[-1], atol=1e-4, rtol=0)
+
+
+def test_rows_are_replaced_between_steps() -> None:
+    model, checkpoint = small_model("qwen2-tied")
+    engine = load(checkpoint, device="cpu", dtype="float32")
+    rows = [random_ids(length, length) for length in (4, 19, 11)]
+    cache = engine.new_cache(3, 40)
+    engine.prefill(rows, cache)
+    engine.decode(torch.tensor([1, 2, 3]), cache)  # the cache is laid out for steps from here on
+    cache.clear([1])
+    fresh = random_ids(23, 9)
+    engine.prefill([fresh], cache, rows=[1])
+    found = engine.decode(torch.tensor([5, 6, 7]), cache)
+    now = [[*rows[0], 1, 5], [*fresh, 6], [*rows[2], 3, 7]]
+    expected = torch.stack([reference_logits(model, ids)[-1] for ids in now])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    part = cache.take([2])  # and may be taken out of that layout
+    (logits,) = engine.logits([[8, 9]], part)
+    torch.testing.assert_close(logits, reference_logits(model, [*now[2], 8, 9])[-2:], atol=1e-4, rtol=0)
+
+
+def test_grouped_is_for_the_cpu() -> None:
+    with pytest.raises(UnsupportedError, match="laid out for a CPU"):
+        attention_backend("grouped", torch.device("cuda"), torch.bfloat16)

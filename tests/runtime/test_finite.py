@@ -1,0 +1,41 @@
+"""Overflow is found where it can happen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models.plain_qwen_v1 import MemorySource
+from runtime.small_models import random_ids, small_model
+
+from qwenq.errors import ModelError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.runtime.engine import load
+
+
+@pytest.fixture(scope="module")
+def loud() -> Checkpoint:
+    """A model whose activations leave the range of float16, but not of float32."""
+    _, checkpoint = small_model("qwen3")
+    tensors = dict(checkpoint.source.tensors)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name] * 3e4
+    return replace(checkpoint, source=MemorySource(tensors))
+
+
+def test_float16_overflow_ends_the_run(loud: Checkpoint) -> None:
+    engine = load(loud, device="cpu", dtype="float16")
+    with pytest.raises(ModelError, match="overflow float16"):
+        engine.prefill([random_ids(9)], engine.new_cache(1, 9))
+    wide = load(loud, device="cpu", dtype="float32")
+    assert torch.isfinite(wide.prefill([random_ids(9)], wide.new_cache(1, 9))).all()
+
+
+def test_every_step_is_looked_at_when_debugging(loud: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(loud, device="cpu", dtype="float16")
+    cache = engine.new_cache(1, 9)
+    engine.decode(torch.tensor([3]), cache)
+    monkeypatch.setenv("QWENQ_DEBUG", "1")
+    with pytest.raises(ModelError, match="overflow"):
+        engine.decode(torch.tensor([3]), cache)

@@ -1,0 +1,168 @@
+"""Both engines over packed weights: what they compute, what they say they run, what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models.plain_qwen_v1 import MemorySource
+from runtime.quantised_models import quantised_model
+from runtime.small_models import random_ids, small_model
+
+from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource
+from qwenq.runtime.engine import Engine, load
+from qwenq.runtime.kernels.cpu_int4 import block
+
+ENGINES = ("fast", "transformers")
+INT4 = QuantConfig(bits=4, group_size=32)
+CASES = {
+    "int4": INT4,
+    "int8": QuantConfig(bits=8, group_size=64),
+    "int4-whole-rows": QuantConfig(bits=4, group_size=-1),
+    "int4-asymmetric": QuantConfig(bits=4, group_size=32, sym=False),
+    "int4-act-order": QuantConfig(bits=4, group_size=32, desc_act=True),
+    "int4-v2": QuantConfig(bits=4, group_size=32, checkpoint_format="gptq_v2"),
+    "int2": QuantConfig(bits=2, group_size=32),
+}
+needs_int4 = pytest.mark.skipif(block() == 0, reason="this CPU has neither AVX-512 nor AVX2")
+
+
+def plain(checkpoint: Checkpoint) -> Checkpoint:
+    """The same weights as numbers."""
+    quant = QuantConfig.read(checkpoint.config)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    source = DequantisedSource(checkpoint.source, quant, torch.float32)
+    tensors = {name: source.read(name) for name in source.names()}
+    return Checkpoint(Path("in-memory"), config, MemorySource(tensors))
+
+
+def logits(engine: Engine) -> torch.Tensor:
+    """Of prompts of 1 and 40 tokens, and of three decode steps after them; all in one."""
+    prompts = [random_ids(1, 5), random_ids(40, 6)]
+    cache = engine.new_cache(2, 48)
+    parts = engine.logits(prompts, cache)
+    parts += [engine.decode(torch.tensor([7, 8 + step]), cache) for step in range(3)]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", ["qwen3", "qwen1.5"])
+def test_float32_logits_are_those_of_the_weights_that_the_integers_stand_for(
+    family: str, case: str, engine: str
+) -> None:
+    checkpoint = quantised_model(family, CASES[case])
+    found = load(checkpoint, device="cpu", dtype="float32", engine=engine)
+    expected = load(plain(checkpoint), device="cpu", dtype="float32", engine="transformers")
+    torch.testing.assert_close(logits(found), logits(expected), atol=1e-3, rtol=0)
+    assert "kernel dequantise" in found.implementation
+
+
+@needs_int4
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_int4_product_is_as_near_as_bfloat16_is(case: str, engine: str) -> None:
+    checkpoint = quantised_model("qwen3", CASES[case])
+    kernel = "cpu-int8" if CASES[case].bits == 8 else "cpu-int4"
+    found = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine)
+    assert f"kernel {kernel}" in found.implementation
+    assert found.notes == ()
+    exact = logits(load(checkpoint, device="cpu", dtype="float32", engine=engine))
+    reference = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine, kernel="dequantise")
+    error = (logits(found) - exact).norm() / exact.norm()
+    rounding = (logits(reference) - exact).norm() / exact.norm()
+    assert error < 2 * rounding
+
+
+def test_what_ran_is_said_with_what_was_passed_over() -> None:
+    engine = load(quantised_model("qwen3", INT4), device="cpu", dtype="float32")
+    for part in ("fast", "kernel dequantise", "attention grouped", f"torch {torch.__version__}"):
+        assert part in engine.implementation
+    if block():
+        assert engine.notes == (
+            "the faster kernel cpu-int4 was passed over: it computes in bfloat16, not in float32",
+        )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_kernel_that_cannot_is_refused_and_not_replaced(engine: str) -> None:
+    checkpoint = quantised_model("qwen3", INT4)
+    with pytest.raises(UnsupportedError, match="cpu-int4 cannot run this model here: it computes in bf"):
+        load(checkpoint, device="cpu", dtype="float32", engine=engine, kernel="cpu-int4")
+    with pytest.raises(UnsupportedError, match="this model is not quantised"):
+        load(small_model("qwen3")[1], device="cpu", dtype="bfloat16", engine=engine, kernel="cpu-int4")
+    with pytest.raises(UsageError, match="no kernel 'exllama'"):
+        load(checkpoint, device="cpu", engine=engine, kernel="exllama")
+
+
+@needs_int4
+def test_the_int8_head_is_an_option_of_the_fast_engine() -> None:
+    checkpoint = quantised_model("qwen3", INT4)
+    exact = load(checkpoint, device="cpu", dtype="bfloat16")
+    rounded = load(checkpoint, device="cpu", dtype="bfloat16", head="int8")
+    assert "int8 head" in rounded.implementation
+    assert "int8 head" not in exact.implementation
+    error = (logits(rounded) - logits(exact)).norm() / logits(exact).norm()
+    assert 0 < error < 0.02
+    with pytest.raises(UsageError, match="transformers has no head"):
+        load(checkpoint, device="cpu", dtype="bfloat16", engine="transformers", head="int8")
+    with pytest.raises(UnsupportedError, match="computes in bfloat16"):
+        load(checkpoint, device="cpu", dtype="float32", head="int8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_steps_give_what_a_prompt_gives(dtype: str) -> None:
+    checkpoint = quantised_model("qwen3", INT4)
+    grouped = load(checkpoint, device="cpu", dtype=dtype, attention="grouped")
+    whole = load(checkpoint, device="cpu", dtype=dtype, attention="sdpa")
+    found, expected = logits(grouped), logits(whole)
+    tolerance = 1e-4 if dtype == "float32" else 0.02 * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def broken(checkpoint: Checkpoint, name: str, tensor: torch.Tensor | None) -> Checkpoint:
+    tensors = {**checkpoint.source.tensors, name: tensor}
+    return replace(checkpoint, source=MemorySource({key: t for key, t in tensors.items() if t is not None}))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_broken_quantised_folder_is_refused_by_name(engine: str) -> None:
+    checkpoint, module = quantised_model("qwen3", INT4), "model.layers.1.mlp.down_proj"
+
+    def refused(changed: Checkpoint, error: type[ModelError]) -> str:
+        with pytest.raises(error) as caught:
+            load(changed, device="cpu", dtype="float32", engine=engine)
+        return str(caught.value)
+
+    said = refused(broken(checkpoint, f"{module}.scales", None), ModelError)
+    assert "lacks scales" in said
+    assert module in said
+    short = checkpoint.read(f"{module}.scales")[:-1]
+    said = refused(broken(checkpoint, f"{module}.scales", short), ModelError)
+    assert "group_size 32 make it [4, 64]" in said
+    nan = checkpoint.read(f"{module}.scales").clone().fill_(float("nan"))
+    said = refused(broken(checkpoint, f"{module}.scales", nan), CorruptFileError)
+    assert f"{module}.scales" in said
+    wrong = checkpoint.read(f"{module}.g_idx") + 7
+    assert "g_idx runs from 7" in refused(broken(checkpoint, f"{module}.g_idx", wrong), ModelError)
+    quant = {**checkpoint.config["quantization_config"], "bits": 8}
+    changed = replace(checkpoint, config={**checkpoint.config, "quantization_config": quant})
+    assert "bits 8 and group_size 32" in refused(changed, ModelError)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("stored", "claimed"), [("gptq_v2", "gptq"), ("gptq", "gptq_v2")])
+def test_zero_points_of_the_other_format_are_found_by_their_value(
+    stored: str, claimed: str, engine: str
+) -> None:
+    """Read as they are claimed to be, every weight would be one step off: the model then writes "!!!!"."""
+    checkpoint = quantised_model("qwen3", replace(INT4, checkpoint_format=stored))
+    quant = {**checkpoint.config["quantization_config"], "checkpoint_format": claimed}
+    changed = replace(checkpoint, config={**checkpoint.config, "quantization_config": quant})
+    with pytest.raises(ModelError, match=f"stored as {stored} does"):
+        load(changed, device="cpu", dtype="bfloat16", engine=engine)
