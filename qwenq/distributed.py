@@ -44,13 +44,16 @@ class Team:
         rank: this one, from 0 on.
         world: how many there are.
         local_rank: this one among those on the same machine.
+        launched: torchrun started it, perhaps alone: results must not depend on how many there are.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    launched: bool = False
     _store: Any = field(default=None, repr=False)
     _told: int = field(default=0, repr=False)
+    _waited: int = field(default=0, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -77,6 +80,16 @@ class Team:
         """Put what ``source`` has in ``tensor`` into everybody's; same shape and dtype everywhere."""
         self._exchange(lambda group: group.broadcast(tensor, src=source))
 
+    def wait(self) -> None:
+        """Go on once all have come here; waits as long as that takes."""
+        if self.world == 1:
+            return
+        self._waited += 1
+        here, all_here = f"here/{self._waited}", f"all/{self._waited}"
+        if self._ask(lambda store: store.add(here, 1)) == self.world:
+            self._ask(lambda store: store.set(all_here, ""))
+        self._await(all_here)
+
     def tell(self, value: Any = None) -> Any:
         """What the leader says here, for all; waits as long as that takes.
 
@@ -90,6 +103,11 @@ class Team:
         if self.leads:
             self._ask(lambda store: store.set(name, json.dumps(value)))
             return value
+        self._await(name)
+        return json.loads(self._ask(lambda store: store.get(name)))
+
+    def _await(self, name: str) -> None:
+        """Wait for a key, and look now and then whether somebody has stopped."""
         from torch.distributed import DistStoreError
 
         said = False
@@ -99,7 +117,6 @@ class Team:
                 said = True
             if self._ask(lambda store: store.check([STOPPED])):
                 raise LostError("another process has stopped")
-        return json.loads(self._ask(lambda store: store.get(name)))
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         try:
@@ -137,20 +154,20 @@ ALONE = Team()
 
 
 def described(environment: Mapping[str, str] = os.environ) -> Team:
-    """What torchrun's variables say; ``ALONE`` where there are none, or one process.
+    """What torchrun's variables say; ``ALONE`` where there are none.
 
     Raises:
         UsageError: some are missing or are no sound numbers.
     """
     world = _number(environment, "WORLD_SIZE", "1")
     if world == 1:
-        return ALONE
+        return Team(launched=True) if "WORLD_SIZE" in environment else ALONE
     rank, local = _number(environment, "RANK"), _number(environment, "LOCAL_RANK")
     if not rank < world or "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
         raise _no_torchrun(
             f"RANK is {rank} and WORLD_SIZE {world}, or MASTER_ADDR and MASTER_PORT are not set"
         )
-    return Team(rank, world, local)
+    return Team(rank, world, local, launched=True)
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "nothing") -> int:

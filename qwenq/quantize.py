@@ -227,7 +227,7 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
     from qwenq.gptq.quantise import run_facts
 
     folder = job.out.with_name(job.out.name + ".partial")
-    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder)
+    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
     store = LayerStore(folder, facts, resume=resume)
     job.resumed = store.finished()
     if job.resumed:

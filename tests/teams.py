@@ -48,7 +48,7 @@ class Launcher:
                 "environment": {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True",
-                } if world > 1 else {},
+                } if world > 1 else {"WORLD_SIZE": "1"},
             }
             for rank, output in enumerate(outputs)
         ]  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import Damped
 from qwenq.gptq.exact import mean_products
+from qwenq.gptq.running import running_drift
 
 
 def drift(
@@ -41,6 +42,9 @@ def drift(
         device: of C.
         team: whose batches these are.
     """
+
+    if not team.launched:
+        return running_drift(inputs, references, width, device)
 
     def drifted(batch: int, some: slice) -> Tensor:
         return _columns(references[batch], some) - _columns(inputs[batch], some)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.exact import mean_products
+from qwenq.gptq.running import running_hessian
 
 
 def hessian(inputs: Sequence[Tensor], width: int, device: torch.device | str, team: Team = ALONE) -> Tensor:
@@ -24,6 +25,9 @@ def hessian(inputs: Sequence[Tensor], width: int, device: torch.device | str, te
         device: of H.
         team: whose batches these are; every rank gets the same H, whatever their number.
     """
+
+    if not team.launched:
+        return running_hessian(inputs, width, device)
 
     def columns(batch: int, some: slice) -> Tensor:
         return inputs[batch].reshape(-1, width)[:, some].float()  # [tokens, these columns]

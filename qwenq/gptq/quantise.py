@@ -138,7 +138,11 @@ def check_tokens(tokens: Tensor, vocabulary: int) -> None:
 
 
 def run_facts(
-    checkpoint: Checkpoint, calibration: str, settings: Settings, decoder: BlockwiseDecoder
+    checkpoint: Checkpoint,
+    calibration: str,
+    settings: Settings,
+    decoder: BlockwiseDecoder,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """What decides the result of a run, for ``LayerStore``."""
     return {
@@ -148,6 +152,7 @@ def run_facts(
         "settings": asdict(settings),
         "dtype": str(decoder.dtype),
         "device": decoder.device.type,
+        "sums": "exact" if team.launched else "float32",
         "threads": torch.get_num_threads(),  # the order of float32 sums depends on it
     }
 

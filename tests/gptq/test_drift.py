@@ -4,6 +4,7 @@ import pytest
 import torch
 from problems import problem
 
+from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import damped
 from qwenq.gptq.drift import drift, drifted_target, times_inverse
 from qwenq.gptq.solver import act_order
@@ -17,14 +18,31 @@ def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def test_the_matrix_is_the_mean_product_of_drift_and_input_however_it_is_split() -> None:
+@pytest.mark.parametrize("team", [ALONE, Team(launched=True)])
+def test_the_matrix_is_the_mean_product_of_drift_and_input_however_it_is_split(team: Team) -> None:
     x, original = inputs()
     expected = 2 / x.shape[0] * (original - x).T @ x
     for parts in (1, 3, 7):
-        C = drift(x.float().chunk(parts), original.float().chunk(parts), 64, "cpu")
+        C = drift(x.float().chunk(parts), original.float().chunk(parts), 64, "cpu", team)
         assert C is not None
         assert C.dtype is torch.float32
         torch.testing.assert_close(C.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_activations_give_it_to_three_digits() -> None:
+    x, original = (t.bfloat16() for t in inputs())
+    expected = 2 / x.shape[0] * (original.double() - x.double()).T @ x.double()
+    C = drift(x.chunk(4), original.chunk(4), 64, "cpu")
+    assert C is not None
+    assert C.dtype is torch.float32
+    assert (C - expected).norm() < 5e-3 * expected.norm()
+
+
+def test_float16_products_do_not_overflow() -> None:
+    x = torch.full((16, 8), 3e4, dtype=torch.float16)
+    C = drift([x], [x / 2], 8, "cpu")
+    assert C is not None
+    assert C.isfinite().all()
 
 
 def test_references_for_the_first_batches_only() -> None:

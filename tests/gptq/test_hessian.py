@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenq.distributed import Team
 from qwenq.gptq.exact import PANEL
 from qwenq.gptq.hessian import hessian
 
@@ -14,8 +15,16 @@ def exact(x: torch.Tensor) -> torch.Tensor:
     return 2 / x.shape[0] * x.T @ x
 
 
+LAUNCHED = Team(launched=True)
+
+
 def measured(width: int, *parts: torch.Tensor) -> torch.Tensor:
-    return hessian(parts, width, "cpu")
+    """As one process sums, once what ranks of torchrun would find has been held against it."""
+    alone = hessian(parts, width, "cpu")
+    torch.testing.assert_close(
+        hessian(parts, width, "cpu", LAUNCHED), alone, rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+    return alone
 
 
 @pytest.mark.parametrize("width", [1, 48, PANEL, PANEL + 40])
