@@ -49,7 +49,7 @@ def run_programs(
     """
     limits, stop = replace(Limits(), seconds=timeout), threading.Event()
     outcomes: dict[int, Outcome] = {}
-    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)), "sandbox") as pool:
+    with ThreadPoolExecutor(jobs or _cores(), "sandbox") as pool:
         futures = {pool.submit(_run, p, sandbox, limits, stop): i for i, p in enumerate(programs)}
         try:
             for future in as_completed(futures):
@@ -62,6 +62,12 @@ def run_programs(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [outcomes[number] for number in range(len(programs))]
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Event) -> Outcome:
@@ -134,6 +140,8 @@ class _Lines:
 
     def __init__(self, stream: IO[bytes], stop: threading.Event) -> None:
         self._number, self._stop, self._read = stream.fileno(), stop, b""
+        self._poll = select.poll()  # not select.select: a process may have a thousand files open
+        self._poll.register(self._number, select.POLLIN)
 
     def next(self, seconds: float) -> dict[str, Any] | None:
         """The next line; None: the end, the deadline, or too much."""
@@ -142,7 +150,7 @@ class _Lines:
             left = deadline - time.monotonic()
             if left <= 0 or self._stop.is_set() or len(self._read) > _VERDICT_BYTES:
                 return None
-            if select.select([self._number], [], [], min(left, _TICK))[0]:
+            if self._poll.poll(1000 * min(left, _TICK)):
                 part = os.read(self._number, _VERDICT_BYTES)
                 if not part:
                     return None
