@@ -50,6 +50,7 @@ def qwenq(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # some ten processes, each of which imports torch
 def test_the_whole_chain_and_then_nothing_twice(tmp_path: Path) -> None:
     write_calibration(
         write_family(tmp_path / "tiny", max_position_embeddings=2048), tmp_path / "calibration.safetensors"
