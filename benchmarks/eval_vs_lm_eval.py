@@ -74,9 +74,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lm-eval-batch", type=int, default=4, help="batch size of lm-eval")
     parser.add_argument("--lm-eval-python", type=Path, default=LM_EVAL_PYTHON)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", nargs="+", choices=[turn.name for turn in TURNS], metavar="TURN")
+    parser.add_argument("--turns", nargs="*", metavar="TURN", help="these, even again; none: only report")
     parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
     options = parser.parse_args()
+    if wrong := set(options.turns or ()) - {turn.name for turn in TURNS}:
+        parser.error(
+            f"no turn is called {', '.join(sorted(wrong))}; there are {', '.join(t.name for t in TURNS)}"
+        )
     options.data, options.work = options.data.resolve(), options.work.resolve()
     return options
 
@@ -292,14 +296,16 @@ def ratios(results: Mapping[str, Json]) -> dict[str, float]:
 def environment(options: argparse.Namespace, model: Path) -> Json:
     """Machine, versions on both sides, settings."""
     packages = ["torch", "transformers", "lm_eval", "datasets"]
+    here = machine()
+    del here["load_at_start"]  # of the report, which may be made long after the turns
     return {
-        **machine(),
+        **here,
         "versions": versions(sys.executable, ["qwenq", "torch", "transformers"]),
         "versions_lm_eval": versions(options.lm_eval_python, packages),
         "threads": options.threads,
         "model": model.name,
         "mmlu": f"{options.subjects}, 5 examples, "
-        + (f"first {options.mmlu_limit}" if options.mmlu_limit else "all"),
+        + (f"the first {options.mmlu_limit} of each" if options.mmlu_limit else "all"),
         "gsm8k": f"first {options.gsm8k_limit} of test",
         "lm_eval_batch": options.lm_eval_batch,
     }
@@ -320,12 +326,15 @@ def table(rows: list[Json], found: Mapping[str, float], facts: Json) -> str:
         ]
         for row in rows
     ]
+    shown = {row["items"] for row in rows}
+    gsm8k = f"; GSM8K: {facts['gsm8k']}" if shown & {GSM8K, FIXED} else ""
+    asked = f"MMLU: {facts['mmlu']}{gsm8k}"
     speeds = "\n".join(f"- `{name}`: {value:.2f} × as fast" for name, value in found.items())
     return (
         f"# Evaluating: qwenq beside lm-evaluation-harness\n\n{markdown_table(header, lines)}\n{speeds}\n\n"
         f"{facts['model']}; lm-eval {facts['versions_lm_eval'].get('lm_eval')} "
-        f"always in float32, with batch size {facts['lm_eval_batch']}. MMLU: {facts['mmlu']}. GSM8K: "
-        f"{facts['gsm8k']}. Seconds are those of the whole command, one turn each. {facts['cpu']}, "
+        f"always in float32, with batch size {facts['lm_eval_batch']}. {asked}. "
+        f"Seconds are those of the whole command, one turn each. {facts['cpu']}, "
         f"{facts['threads']} threads; torch {facts['versions']['torch']}; {facts['date']}.\n"
     )
 
@@ -337,7 +346,7 @@ def main() -> None:
     model = resolve_bundled()
     for turn in TURNS:
         kept = (options.work / f"{turn.name}.json").exists()
-        if turn.name in (options.turns or ()) or (not options.turns and not kept):
+        if turn.name in options.turns if options.turns is not None else not kept:
             take_turn(options, turn, model)
     files = {turn.name: options.work / f"{turn.name}.json" for turn in TURNS}
     results = {name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.exists()}
