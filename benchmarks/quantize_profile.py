@@ -3,7 +3,8 @@
     python benchmarks/quantize_profile.py --calibration TOKENS.safetensors --layers 6
 
 TOKENS: from ``qwenq calibrate``. Quantises the first layers of the bundled model with the default settings
-and writes ``reports/benchmarks/quantize_profile.json`` and ``.md``. A step's operations follow from the shapes.
+and writes ``reports/benchmarks/quantize_profile.json`` and ``.md``. Operations follow from the
+shapes.
 """
 
 from __future__ import annotations
@@ -94,22 +95,21 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     import torch
 
     from qwenq.calibration import CalibrationSet
-    from qwenq.gptq import module, quantise
+    from qwenq.gptq import quantise, rows
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.precision import compute_dtype
 
     seconds: Counter[str] = Counter()
-    for step, name in (("factor", "damped"), ("target", "drifted_target"), ("scales", "search_grid"),
-                       ("columns", "gptq"), ("statistics", "_stats")):  # fmt: skip
-        clocked(seconds, step, module, name)
-    clocked(seconds, "hessian", quantise.Hessian, "add")
-    clocked(seconds, "hessian", quantise.Hessian, "matrix")
-    clocked(seconds, "drift", quantise.Drift, "add")
+    for step, name in (("factor", "damped"), ("target", "_aim"), ("scales", "search_grid"),
+                       ("columns", "gptq"), ("statistics", "output_error")):  # fmt: skip
+        clocked(seconds, step, rows, name)
+    clocked(seconds, "hessian", quantise, "hessian")
+    clocked(seconds, "drift", quantise, "drift")
     clocked(seconds, "solve", quantise._Layer, "solve", around=True)
     tokens = CalibrationSet.load(calibration).tokens
     decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), compute_dtype("cpu"))
-    settings = module.Settings(4, 64, True, True, "hessian", 0.01, 0.5, False)
+    settings = quantise.Settings(4, 64, True, True, "hessian", 0.01, 0.5, False)
     store: Any = Forgetful()
     begun = time.perf_counter()
 
