@@ -111,6 +111,9 @@ class Graphs:
             return f"CUDA graphs need a CUDA GPU, and this is a {decoder.device.type}"
         if decoder.attend.name not in _CAPTURABLE:
             return f"attention {decoder.attend.name} asks the device for lengths, which a graph cannot"
+        scaling = decoder.spec.rope_scaling or {}
+        if scaling.get("rope_type", scaling.get("type")) == "dynamic":
+            return "dynamic rope scaling has no table of all positions"
         return None
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -124,7 +127,8 @@ class Graphs:
         held = self._of_cache.get(cache)
         if held is None or not held.fits(cache):
             held = self._of_cache[cache] = _OfCache(self._decoder, cache)
-        logits = held.replay(tokens, cache.lengths, self._make)
+        with torch.cuda.device_of(tokens):
+            logits = held.replay(tokens, cache.lengths, self._make)
         cache.advance([1] * cache.batch)
         return logits.clone()  # the next replay writes into the same tensor
 

@@ -24,35 +24,15 @@ _LOG2E = 1.4426950408889634
 
 @triton.jit
 def _flash_v1(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    o: tl.tensor,
-    row_sum: tl.tensor,
-    row_max: tl.tensor,
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, o: tl.tensor, row_sum: tl.tensor, row_max: tl.tensor,
     positions: tl.tensor,
-    scale: tl.tensor,
-    heads: tl.tensor,
-    group: tl.tensor,
-    tokens: tl.tensor,
-    end: tl.tensor,
-    column_blocks: tl.tensor,
-    row_blocks: tl.tensor,
-    q_batch: tl.tensor,
-    q_head: tl.tensor,
-    q_token: tl.tensor,
-    k_batch: tl.tensor,
-    k_head: tl.tensor,
-    k_slot: tl.tensor,
-    v_batch: tl.tensor,
-    v_head: tl.tensor,
-    v_slot: tl.tensor,
+    scale: tl.tensor, heads: tl.tensor, group: tl.tensor, tokens: tl.tensor, end: tl.tensor,
+    column_blocks: tl.tensor, row_blocks: tl.tensor,
+    q_batch: tl.tensor, q_head: tl.tensor, q_token: tl.tensor, k_batch: tl.tensor, k_head: tl.tensor,
+    k_slot: tl.tensor, v_batch: tl.tensor, v_head: tl.tensor, v_slot: tl.tensor,
     position_batch: tl.tensor,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
-) -> None:
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+) -> None:  # fmt: skip
     """One program: one head of one row. Names as in the paper: B_r, B_c, l (row_sum), m (row_max)."""
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
@@ -116,31 +96,32 @@ def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -
     mixed = queries.new_zeros((batch, heads, tokens, d), dtype=torch.float32)  # line 2
     row_sum = mixed.new_zeros((batch, heads, tokens))
     row_max = torch.full_like(row_sum, float("-inf"))
-    _flash_v1[(batch * heads,)](
-        queries,
-        keys,
-        values,
-        mixed,
-        row_sum,
-        row_max,
-        positions,
-        d**-0.5 * _LOG2E,
-        heads,
-        heads // shared,
-        tokens,
-        end,
-        bound(triton.cdiv(end, columns)),
-        bound(triton.cdiv(tokens, rows)),
-        *queries.stride()[:3],
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        positions.stride(0) if positions.shape[0] > 1 else 0,
-        D=d,
-        BLOCK_D=block_d,
-        BR=rows,
-        BC=columns,
-        num_warps=4,
-        # One stage: what a program writes to `mixed` it reads again, and a load moved ahead would miss it.
-        num_stages=1,
-    )
+    with torch.cuda.device_of(queries):
+        _flash_v1[(batch * heads,)](
+            queries,
+            keys,
+            values,
+            mixed,
+            row_sum,
+            row_max,
+            positions,
+            d**-0.5 * _LOG2E,
+            heads,
+            heads // shared,
+            tokens,
+            end,
+            bound(triton.cdiv(end, columns)),
+            bound(triton.cdiv(tokens, rows)),
+            *queries.stride()[:3],
+            *keys.stride()[:3],
+            *values.stride()[:3],
+            positions.stride(0) if positions.shape[0] > 1 else 0,
+            D=d,
+            BLOCK_D=block_d,
+            BR=rows,
+            BC=columns,
+            num_warps=4,
+            # One stage: what a program writes to `mixed` it reads again; a load moved ahead would miss it.
+            num_stages=1,
+        )
     return mixed.to(queries.dtype)

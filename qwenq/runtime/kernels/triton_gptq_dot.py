@@ -21,24 +21,13 @@ _LEAST = 16  # the shortest inner dimension of a tensor-core product
 
 @triton.jit
 def _dot(
-    x: tl.tensor,
-    words: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    y: tl.tensor,
-    rows: tl.tensor,
-    outputs: tl.tensor,
+    x: tl.tensor, words: tl.tensor, scales: tl.tensor, zeros: tl.tensor, y: tl.tensor,
+    rows: tl.tensor, outputs: tl.tensor,
     x_row: tl.tensor,
     exponent: tl.tensor,
-    WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
-    BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    REPEAT: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    STEPS: tl.constexpr,
-) -> None:
+    WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr, REPEAT: tl.constexpr, BLOCK_OUT: tl.constexpr, STEPS: tl.constexpr,
+) -> None:  # fmt: skip
     """BLOCK_OUT outputs over the words of one split; writes float32 [split, row, output].
 
     A product is over BLOCK_WORDS · REPEAT inputs: of each word REPEAT neighbouring fields, because the
@@ -94,27 +83,28 @@ def multiply(rows: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, 
     block, repeat, steps, splits = plan(words.shape[0], group_words, outputs, multiprocessors(rows.device))
     dtype = rows.dtype if splits == 1 else torch.float32
     y = torch.empty((splits, count, outputs), dtype=dtype, device=rows.device)
-    _dot[(triton.cdiv(outputs, _OUTPUTS), splits)](
-        rows,
-        words,
-        scales,
-        words if zeros is None else zeros,
-        y,
-        count,
-        outputs,
-        rows.stride(0),
-        EXPONENT,
-        WORDS=words.shape[0],
-        GROUP_WORDS=group_words,
-        BITS=bits,
-        SYMMETRIC=zeros is None,
-        BLOCK_WORDS=block,
-        REPEAT=repeat,
-        BLOCK_OUT=_OUTPUTS,
-        STEPS=steps,
-        num_warps=4,
-        num_stages=3,
-    )
+    with torch.cuda.device_of(rows):
+        _dot[(triton.cdiv(outputs, _OUTPUTS), splits)](
+            rows,
+            words,
+            scales,
+            words if zeros is None else zeros,
+            y,
+            count,
+            outputs,
+            rows.stride(0),
+            EXPONENT,
+            WORDS=words.shape[0],
+            GROUP_WORDS=group_words,
+            BITS=bits,
+            SYMMETRIC=zeros is None,
+            BLOCK_WORDS=block,
+            REPEAT=repeat,
+            BLOCK_OUT=_OUTPUTS,
+            STEPS=steps,
+            num_warps=4,
+            num_stages=3,
+        )
     # The parts are added in their order by a pass of its own: no atomics, the same bits each time.
     return y[0] if splits == 1 else y.sum(0).to(rows.dtype)
 

@@ -29,21 +29,11 @@ would be handed around through shared memory, with a barrier for each field."""
 
 @triton.jit
 def _gemv(
-    x: tl.tensor,
-    words: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    y: tl.tensor,
-    outputs: tl.tensor,
-    exponent: tl.tensor,
-    WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
-    BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    STEPS: tl.constexpr,
-) -> None:
+    x: tl.tensor, words: tl.tensor, scales: tl.tensor, zeros: tl.tensor, y: tl.tensor,
+    outputs: tl.tensor, exponent: tl.tensor,
+    WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr, BLOCK_OUT: tl.constexpr, STEPS: tl.constexpr,
+) -> None:  # fmt: skip
     """BLOCK_OUT outputs over the words of one split; writes [split, output]."""
     split = tl.program_id(1)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -94,23 +84,24 @@ def multiply(row: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, b
     block, width, steps, splits = plan(words.shape[0], outputs, multiprocessors(row.device))
     dtype = row.dtype if splits == 1 else torch.float32
     y = torch.empty((splits, outputs), dtype=dtype, device=row.device)
-    _gemv[(triton.cdiv(outputs, width), splits)](
-        row,
-        words,
-        scales,
-        words if zeros is None else zeros,
-        y,
-        outputs,
-        EXPONENT,
-        WORDS=words.shape[0],
-        GROUP_WORDS=words.shape[0] // scales.shape[0],
-        BITS=bits,
-        SYMMETRIC=zeros is None,
-        BLOCK_WORDS=block,
-        BLOCK_OUT=width,
-        STEPS=steps,
-        num_warps=_WARPS,
-    )
+    with torch.cuda.device_of(row):
+        _gemv[(triton.cdiv(outputs, width), splits)](
+            row,
+            words,
+            scales,
+            words if zeros is None else zeros,
+            y,
+            outputs,
+            EXPONENT,
+            WORDS=words.shape[0],
+            GROUP_WORDS=words.shape[0] // scales.shape[0],
+            BITS=bits,
+            SYMMETRIC=zeros is None,
+            BLOCK_WORDS=block,
+            BLOCK_OUT=width,
+            STEPS=steps,
+            num_warps=_WARPS,
+        )
     # The parts are added in their order by a pass of its own: no atomics, the same bits each time.
     return y if splits == 1 else y.sum(0, keepdim=True).to(row.dtype)
 

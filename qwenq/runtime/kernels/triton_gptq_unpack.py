@@ -13,18 +13,11 @@ _WORDS = 8
 
 @triton.jit
 def _unpack(
-    words: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    weight: tl.tensor,
+    words: tl.tensor, scales: tl.tensor, zeros: tl.tensor, weight: tl.tensor,
     outputs: tl.tensor,
-    WORDS: tl.constexpr,
-    GROUP_WORDS: tl.constexpr,
-    BITS: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-) -> None:
+    WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr, BLOCK_OUT: tl.constexpr,
+) -> None:  # fmt: skip
     """BLOCK_WORDS · BLOCK_OUT words to weights [in, out]; computed in float32, rounded once."""
     word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -49,18 +42,19 @@ def unpack(words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, dtype
     """The weight [in, out] in ``dtype``; arguments as of ``triton_gptq_gemv.multiply``."""
     count, outputs = words.shape
     weight = torch.empty((count * 32 // bits, outputs), dtype=dtype, device=words.device)
-    _unpack[(triton.cdiv(outputs, _OUTPUTS), triton.cdiv(count, _WORDS))](
-        words,
-        scales,
-        words if zeros is None else zeros,
-        weight,
-        outputs,
-        WORDS=count,
-        GROUP_WORDS=count // scales.shape[0],
-        BITS=bits,
-        SYMMETRIC=zeros is None,
-        BLOCK_WORDS=_WORDS,
-        BLOCK_OUT=_OUTPUTS,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(words):
+        _unpack[(triton.cdiv(outputs, _OUTPUTS), triton.cdiv(count, _WORDS))](
+            words,
+            scales,
+            words if zeros is None else zeros,
+            weight,
+            outputs,
+            WORDS=count,
+            GROUP_WORDS=count // scales.shape[0],
+            BITS=bits,
+            SYMMETRIC=zeros is None,
+            BLOCK_WORDS=_WORDS,
+            BLOCK_OUT=_OUTPUTS,
+            num_warps=4,
+        )
     return weight

@@ -24,32 +24,13 @@ _BLOCK = 64  # slots of one step of the loop
 
 @triton.jit
 def _attend_run(
-    q: tl.tensor,
-    k: tl.tensor,
-    v: tl.tensor,
-    parts: tl.tensor,
-    logs: tl.tensor,
-    positions: tl.tensor,
-    scale: tl.tensor,
-    shared: tl.tensor,
-    runs: tl.tensor,
-    end: tl.tensor,
-    q_batch: tl.tensor,
-    q_head: tl.tensor,
-    k_batch: tl.tensor,
-    k_head: tl.tensor,
-    k_slot: tl.tensor,
-    v_batch: tl.tensor,
-    v_head: tl.tensor,
-    v_slot: tl.tensor,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
-) -> None:
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, parts: tl.tensor, logs: tl.tensor, positions: tl.tensor,
+    scale: tl.tensor, shared: tl.tensor, runs: tl.tensor, end: tl.tensor,
+    q_batch: tl.tensor, q_head: tl.tensor, k_batch: tl.tensor, k_head: tl.tensor, k_slot: tl.tensor,
+    v_batch: tl.tensor, v_head: tl.tensor, v_slot: tl.tensor,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
     """One run of BLOCK · BLOCKS slots for the GROUP heads that share a key/value head."""
     run = tl.program_id(0)
     batch = tl.program_id(1) // shared
@@ -89,18 +70,10 @@ def _attend_run(
 
 @triton.jit
 def _join_runs(
-    parts: tl.tensor,
-    logs: tl.tensor,
-    o: tl.tensor,
-    positions: tl.tensor,
-    heads: tl.tensor,
-    runs: tl.tensor,
-    end: tl.tensor,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    RUNS: tl.constexpr,
-    SLOTS: tl.constexpr,
-) -> None:
+    parts: tl.tensor, logs: tl.tensor, o: tl.tensor, positions: tl.tensor,
+    heads: tl.tensor, runs: tl.tensor, end: tl.tensor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, RUNS: tl.constexpr, SLOTS: tl.constexpr,
+) -> None:  # fmt: skip
     """One program joins the runs of one head; what was not written is not read."""
     head = tl.program_id(0)
     length = tl.minimum(tl.load(positions + head // heads) + 1, end)
@@ -138,43 +111,42 @@ def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
     parts = queries.new_empty((batch, heads, runs, d), dtype=torch.float32)
     logs = parts.new_empty((batch, heads, runs))
     mixed = queries.new_empty((batch, heads, 1, d))
-    _attend_run[(runs, batch * shared)](
-        queries,
-        keys,
-        values,
-        parts,
-        logs,
-        positions,
-        d**-0.5 * _LOG2E,
-        shared,
-        runs,
-        end,
-        *queries.stride()[:2],
-        *keys.stride()[:3],
-        *values.stride()[:3],
-        GROUP=group,
-        ROWS=max(16, power_of_2(group)),  # the fewest that tensor cores take
-        D=d,
-        BLOCK_D=block_d,
-        BLOCK=_BLOCK,
-        BLOCKS=slots // _BLOCK,
-        num_warps=4,
-        STAGES=stages(block_d),
-    )
-    _join_runs[(batch * heads,)](
-        parts,
-        logs,
-        mixed,
-        positions,
-        heads,
-        runs,
-        end,
-        D=d,
-        BLOCK_D=block_d,
-        RUNS=power_of_2(runs),
-        SLOTS=slots,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(queries):
+        _attend_run[(runs, batch * shared)](
+            queries,
+            keys,
+            values,
+            parts,
+            logs,
+            positions,
+            d**-0.5 * _LOG2E,
+            shared,
+            runs,
+            end,
+            *(*queries.stride()[:2], *keys.stride()[:3], *values.stride()[:3]),
+            GROUP=group,
+            ROWS=max(16, power_of_2(group)),  # the fewest that tensor cores take
+            D=d,
+            BLOCK_D=block_d,
+            BLOCK=_BLOCK,
+            BLOCKS=slots // _BLOCK,
+            num_warps=4,
+            STAGES=stages(block_d),
+        )
+        _join_runs[(batch * heads,)](
+            parts,
+            logs,
+            mixed,
+            positions,
+            heads,
+            runs,
+            end,
+            D=d,
+            BLOCK_D=block_d,
+            RUNS=power_of_2(runs),
+            SLOTS=slots,
+            num_warps=4,
+        )
     return mixed
 
 

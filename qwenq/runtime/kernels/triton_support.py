@@ -2,6 +2,8 @@
 
 With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, block by
 block in numpy: slow, and exact enough to test them against float64.
+
+A launch goes to torch's current GPU, wherever its tensors lie: hence ``torch.cuda.device_of`` around each.
 """
 
 from __future__ import annotations
