@@ -61,6 +61,10 @@ def test_command_lines_exist(line: str, commands: Any) -> None:
             assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
         case "qwenq":
             parse(commands, arguments)
+        case "torchrun":  # its own options, then -m qwenq and a command
+            module = arguments.index("-m")
+            assert arguments[module + 1] == "qwenq"
+            parse(commands, arguments[module + 2 :])
         case "python":
             assert (ROOT / arguments[0]).is_file()
         case ".":
