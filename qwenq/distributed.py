@@ -237,13 +237,15 @@ def _gpu_of(team: Team, device: str) -> torch.device | None:
 
 def _join(team: Team, gpu: torch.device | None) -> None:
     from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     try:
-        meeting = distributed.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[no-untyped-call]
+        meeting = rendezvous("env://", timeout=TIMEOUT)
         store, _, _ = next(meeting)
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",
-            store=distributed.PrefixStore("tensors", store),
+            store=PrefixStore("tensors", store),
             rank=team.rank,
             world_size=team.world,
             timeout=TIMEOUT,
@@ -255,7 +257,7 @@ def _join(team: Team, gpu: torch.device | None) -> None:
             where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             hint="see that all machines reach this address, and that nothing else uses the port",
         ) from error
-    team._store = distributed.PrefixStore("qwenq", store)
+    team._store = PrefixStore("qwenq", store)
 
 
 def _stop(team: Team, error: BaseException) -> NoReturn:

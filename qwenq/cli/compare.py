@@ -48,7 +48,7 @@ def compare(
     if junit is not None:
         atomic_write_bytes(junit, gate_output.junit_text(verdict).encode())
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in gate_output.annotations(verdict):
+        for line in gate_output.github_annotations(verdict):
             typer.echo(line)
     if verdict.exit_code:
         raise typer.Exit(verdict.exit_code)

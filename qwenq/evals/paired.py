@@ -127,7 +127,7 @@ def _most_wins(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 def _binomial(counts: NDArray[np.int64], n: int, share: float) -> NDArray[np.float64]:
     """Probability of each count among n."""
     if share >= 1:
-        return (counts == n).astype(np.float64)
+        return np.asarray(counts == n, dtype=np.float64)
     logs = gammaln(n + 1) - gammaln(counts + 1) - gammaln(n - counts + 1)
     found: NDArray[np.float64] = np.exp(logs + counts * math.log(share) + (n - counts) * math.log1p(-share))
     return found

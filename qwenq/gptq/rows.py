@@ -127,10 +127,11 @@ def solve_rows(
 
 def _empty(W: Tensor, group_size: int) -> SolvedRows:
     rows, width = W.shape
-    grid = [torch.empty(rows, width // group_size, device=W.device) for _ in range(2)]
+    scales, zeros = (torch.empty(rows, width // group_size, device=W.device) for _ in range(2))
     integers = torch.empty(rows, width, dtype=torch.uint8, device=W.device)
     figures = torch.empty(rows, 4, device=W.device)
-    return SolvedRows(integers, *grid, figures, torch.empty(2, dtype=torch.float64, device=W.device))
+    facts = torch.empty(2, dtype=torch.float64, device=W.device)
+    return SolvedRows(integers, scales, zeros, figures, facts)
 
 
 def _aim(W: Tensor, parts: list[slice], C: Tensor | None, hessian: Damped, strength: float) -> None:

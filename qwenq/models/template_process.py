@@ -161,7 +161,7 @@ def _limit_memory() -> None:
     """On top of what Python and its libraries have taken; some systems have no such limit."""
     import resource
 
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     with suppress(OSError, ValueError):
         limit = int(psutil.Process().memory_info().vms) + MEMORY

@@ -111,7 +111,7 @@ def _accuracies(
     tasks: dict[str, list[Measured]] = defaultdict(list)
     for item in collection.of(family, "accuracy"):
         tasks[str(item.row.point.get("task"))].append(item)
-    made = []
+    made: list[Series] = []
     for task, rows in tasks.items():
         points = [
             Point(x, y * 100, collection.label(item.row.model), *_percent(item))

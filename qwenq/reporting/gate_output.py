@@ -132,7 +132,7 @@ def junit_text(verdict: Verdict) -> str:
     return ET.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
 
 
-def annotations(verdict: Verdict) -> Iterator[str]:
+def github_annotations(verdict: Verdict) -> Iterator[str]:
     """Workflow commands that GitHub shows at a change."""
     for judged in (*verdict.of("regression"), *verdict.of("not comparable")):
         told = "; ".join(part for part in (change_text(judged.comparison), _reason(judged)) if part)

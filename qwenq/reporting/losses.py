@@ -88,7 +88,8 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         "corrected by Holm for all tests of this table",
     ]
     lines = [_cells(loss, collection, notes) for loss in found]
-    headers, drops = HEADERS, [_detectable(loss) for loss in found]
+    headers: tuple[str, ...] = HEADERS
+    drops = [_detectable(loss) for loss in found]
     if any(drop.value is not None for drop in drops):
         headers = (*HEADERS, DETECTABLE)
         lines = [(*line, drop) for line, drop in zip(lines, drops, strict=True)]

@@ -55,7 +55,8 @@ def write_plot(figure: Figure, path: Path) -> list[Path]:
     except ImportError as error:
         raise UsageError("plots need matplotlib", hint="pip install 'qwenq[report]'") from error
     written = []
-    with rc_context(_STYLE), _quiet_fonts():
+    style: Any = _STYLE  # matplotlib's stubs want a dictionary of literals
+    with rc_context(style), _quiet_fonts():
         canvas = Canvas(figsize=(5.2, 3.4), layout="constrained")
         axes = canvas.subplots()
         _draw(figure, axes)

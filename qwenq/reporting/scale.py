@@ -25,7 +25,8 @@ class Axis:
     def __call__(self, value: float) -> float:
         """Where a figure is."""
         if self.log:
-            share = math.log(value / self.low) / math.log(self.high / self.low)
+            low = math.log(self.low)  # a difference of logarithms: the ratio could overflow
+            share = (math.log(value) - low) / (math.log(self.high) - low)
         else:
             share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)

@@ -16,7 +16,7 @@ from qwenq.reporting.compare import METRICS, compare
 from qwenq.reporting.export import csv_text, json_text
 from qwenq.reporting.figures import figures_of
 from qwenq.reporting.gate import judge, parse
-from qwenq.reporting.gate_output import annotations, junit_text, markdown_text, text_lines
+from qwenq.reporting.gate_output import github_annotations, junit_text, markdown_text, text_lines
 from qwenq.reporting.markdown import render as render_markdown
 from qwenq.reporting.page import render as render_page
 from qwenq.reporting.report import make_report
@@ -72,4 +72,4 @@ def test_any_rows_make_a_report(made: list[Row], environment: dict[str, object])
     assert junit_text(verdict)
     assert markdown_text(verdict, "a", "b")
     assert list(text_lines(verdict))
-    assert all("\n" not in line for line in annotations(verdict))
+    assert all("\n" not in line for line in github_annotations(verdict))

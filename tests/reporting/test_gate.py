@@ -16,7 +16,7 @@ from qwenq.recipe import FAIL_ON
 from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import compare
 from qwenq.reporting.gate import Verdict, judge, parse
-from qwenq.reporting.gate_output import annotations, junit_text, markdown_text, text_lines
+from qwenq.reporting.gate_output import github_annotations, junit_text, markdown_text, text_lines
 from qwenq.results import Row
 
 Gate = Callable[..., Verdict]
@@ -201,7 +201,7 @@ def test_junit_counts_what_it_holds(failed: Verdict) -> None:
 
 
 def test_annotations_are_one_line_each_and_cannot_be_forged(failed: Verdict) -> None:
-    lines = list(annotations(failed))
+    lines = list(github_annotations(failed))
     assert len(lines) == 3
     assert all(line.startswith("::error title=") and "\n" not in line for line in lines)
     assert sum("forged" in line for line in lines) == 1

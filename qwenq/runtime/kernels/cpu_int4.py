@@ -83,7 +83,7 @@ class CpuInt4:
         if self._order is not None:
             rows = rows[:, self._order]
         if len(rows) < _MANY_ROWS:
-            y = self._multiply(self._widened(rows), self._weight, self._size, self._scales)
+            y: Tensor = self._multiply(self._widened(rows), self._weight, self._size, self._scales)
         else:
             y = self._many(rows)
         if self._offsets is not None:
@@ -101,7 +101,8 @@ class CpuInt4:
 
     def _nibbles(self, integers: Tensor, bits: int) -> Tensor:
         """Uint8 [rows, in] as integers 0 … 15 around 8."""
-        return integers + (8 - 2 ** (bits - 1))
+        moved: Tensor = integers + (8 - 2 ** (bits - 1))
+        return moved
 
     def _factors(self, scales: Tensor) -> tuple[Tensor, Tensor]:
         """What the op multiplies each integer by, and what it adds; both [out, groups] as stored."""

@@ -52,7 +52,7 @@ def choose(name: str, need: Need) -> Choice:
 
 
 def _first(need: Need) -> Choice:
-    passed_over = []
+    passed_over: list[str] = []
     for kernel in KERNELS:
         reason = kernel.why_not(need)
         if reason is None:
