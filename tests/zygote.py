@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from importlib import import_module
 from typing import Any
 
@@ -78,9 +80,28 @@ def serve() -> None:
         requests = asked if isinstance(asked, list) else [asked]
         held = store_for(requests[0].get("environment") or {})  # lives as long as its processes
         started = [start(request) for request in requests]
-        ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+        ended = wait_for(started)
         del held
         print(json.dumps(ended if isinstance(asked, list) else ended[0]), flush=True)
+
+
+def wait_for(started: list[int]) -> list[int]:
+    """Exit statuses. When one fails, the others are told to end two seconds later, as torchrun does."""
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(started):
+        pid, status = os.waitpid(-1, 0)
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+        left = [other for other in started if other not in statuses]
+        if statuses[pid] and left:
+            threading.Timer(2.0, end, [left, statuses]).start()
+    return [statuses[pid] for pid in started]
+
+
+def end(pids: list[int], statuses: dict[int, int]) -> None:
+    """SIGTERM for those of whom nothing has been heard since."""
+    for pid in pids:
+        if pid not in statuses:
+            os.kill(pid, signal.SIGTERM)
 
 
 def store_for(environment: dict[str, str]) -> Any:

@@ -14,7 +14,10 @@ from typing import Annotated
 import typer
 
 from qwenq import __version__
-from qwenq.errors import QwenqError
+from qwenq.errors import QwenqError, UsageError
+
+SHARED = ("quantize", "eval")
+"""Commands that torchrun may start several times."""
 
 app = typer.Typer(
     name="qwenq",
@@ -34,6 +37,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks instead of short errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
@@ -42,6 +46,13 @@ def root(
     """Quantise Qwen models with GPTQ, and prove what it cost."""
     if debug:
         os.environ["QWENQ_DEBUG"] = "1"  # read by main(), also in child processes
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and context.invoked_subcommand not in SHARED:
+        raise UsageError(
+            f"qwenq {context.invoked_subcommand} does not share its work: every process would do all of it",
+            where="torchrun",
+            hint=f"start it without torchrun; {' and '.join(SHARED)} take several processes",
+        )
 
 
 def _share_the_cores() -> None:

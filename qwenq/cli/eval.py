@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,9 +15,12 @@ from qwenq.cli.app import app
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
+    from qwenq.distributed import Team
     from qwenq.evals.contender import How
     from qwenq.evals.served import Contestant
-    from qwenq.evals.task import DataSource, ProtocolName
+    from qwenq.evals.suite import Wanted
+    from qwenq.evals.task import DataSource
+    from qwenq.results import Row
 
 _RUNS = Path("runs")
 
@@ -83,7 +86,8 @@ def evaluate(
     """Evaluate models on MMLU, C-Eval, GSM8K and HumanEval.
 
     Answers are recorded in the run folder: the same command goes on where it was stopped, and asks nothing
-    twice. Quantised models are compared with their base on the same items.
+    twice. Quantised models are compared with their base on the same items. Under torchrun its processes share
+    the items.
     """
     from qwenq.models.identity import model_name
 
@@ -98,15 +102,15 @@ def evaluate(
         typer.echo(show_item(run, show, source))
         return
     names, size = _listed(tasks, "--tasks"), _batch(batch)
-    from qwenq.cli.eval_output import Progress, print_json, print_table
+    from qwenq.cli.eval_output import print_json, print_table
+    from qwenq.distributed import assembled
     from qwenq.evals.contender import How
-    from qwenq.evals.suite import Wanted
-    from qwenq.evals.suite import evaluate as run_all
+    from qwenq.evals.suite import Wanted, assist_all
 
     how = How(device, dtype, engine, attention, kernel)
     wanted = Wanted(
         tasks=names,
-        protocol=cast("ProtocolName | None", protocol),
+        protocol=protocol,
         subjects=_listed(subjects, "--subjects") if subjects is not None else (),
         shots=shots,
         limit=limit,
@@ -114,16 +118,12 @@ def evaluate(
         batch=size,
         unsafe_code=unsafe_code,
     )
-    contenders = _contestants(given, how, endpoint, model, size)
-    command = shlex.join(["qwenq", *sys.argv[1:]])
-    try:
-        with Progress() as progress:
-            rows = run_all(contenders, wanted, run, progress, _note, command)
-    except KeyboardInterrupt:  # SIGTERM too
-        typer.echo(
-            f"\nstopped; answers are kept: the same command goes on where it stopped: {command}", err=True
-        )
-        raise
+    with assembled(device) as team:
+        contenders = _contestants(given, how, endpoint, model, size, quiet=not team.leads)
+        if not team.leads:
+            assist_all(contenders, wanted, run, team)
+            return
+        rows = _run(contenders, wanted, run, team)
     if as_json:
         print_json(run, rows)
     else:
@@ -147,7 +147,13 @@ def _check_endpoint(endpoint: str | None, model: str | None, models: list[str] |
 
 
 def _contestants(
-    given: list[str | None], how: How, endpoint: str | None, model: str | None, size: int | None
+    given: list[str | None],
+    how: How,
+    endpoint: str | None,
+    model: str | None,
+    size: int | None,
+    *,
+    quiet: bool,
 ) -> Sequence[Contestant]:
     """The models, opened; or the one that is served."""
     if endpoint is not None:
@@ -159,8 +165,25 @@ def _contestants(
 
     contenders = [open_contender(one, how) for one in given]
     for notice in dict.fromkeys(notice for contender in contenders for notice in contender.notices):
-        _note(notice)
+        if not quiet:
+            _note(notice)
     return contenders
+
+
+def _run(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> list[Row]:
+    """Ask, and show how far it is."""
+    from qwenq.cli.eval_output import Progress
+    from qwenq.evals.suite import evaluate as run_all
+
+    command = shlex.join(["qwenq", *sys.argv[1:]])
+    try:
+        with Progress() as progress:
+            return run_all(contenders, wanted, run, progress, _note, command, team)
+    except KeyboardInterrupt:  # SIGTERM too
+        typer.echo(
+            f"\nstopped; answers are kept: the same command goes on where it stopped: {command}", err=True
+        )
+        raise
 
 
 def _note(line: str) -> None:

@@ -82,9 +82,7 @@ class Records:
 
     def __init__(self, run: Path, title: str, key: Mapping[str, Any]) -> None:
         text = json.dumps(key, ensure_ascii=False, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", title)[:120].lstrip(".")
-        self.path = run / FOLDER / f"{name}.{digest}.jsonl"
+        self.path = run / FOLDER / f"{_name(title)}.{_digest(text)}.jsonl"
         self._key = json.loads(text)
         with guard_storage(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +93,13 @@ class Records:
             self._file.close()
             raise
         self._flushed = time.monotonic()
+
+    @staticmethod
+    def parts(run: Path, title: str, key: Mapping[str, Any]) -> list[Path]:
+        """Files of records with this key whose titles begin so and end in a number."""
+        digest = _digest(json.dumps(key, ensure_ascii=False, sort_keys=True))
+        ending = re.compile(re.escape(_name(title)) + rf"\d+\.{digest}\.jsonl")
+        return sorted(path for path in (run / FOLDER).glob("*.jsonl") if ending.fullmatch(path.name))
 
     def find(self, id_: str, asked: str) -> Record | None:
         """The record of an item, if this very question was asked."""
@@ -146,6 +151,14 @@ class Records:
                 fsync_folder(self.path.parent)
                 return {}
         return {record.id: record for record in _records(self.path, whole)}
+
+
+def _name(title: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", title)[:120].lstrip(".")
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 def read_records(path: Path) -> list[Record]:

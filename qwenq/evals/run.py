@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError
 from qwenq.evals.contender import Contender
 from qwenq.evals.generating import write
 from qwenq.evals.memory import budget_for
+from qwenq.evals.parts import cost, deal, require_all, take_parts, title_of
 from qwenq.evals.records import Record, Records
 from qwenq.evals.requests import (
     ChoiceTokens,
@@ -124,6 +126,7 @@ def answer(
     *,
     batch: int | None = None,
     sandbox: Sandbox | None = None,
+    team: Team = ALONE,
 ) -> Answers:
     """Ask a model what its records do not answer yet.
 
@@ -131,6 +134,7 @@ def answer(
         run: the run folder; hold it (``records.locked``).
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
+        team: further processes that ask a share, each in ``assist``; this one leads.
 
     Raises:
         DataError: prompts that do not fit the model's context; nothing has been asked then.
@@ -138,27 +142,64 @@ def answer(
     """
     if plan.task.needs_sandbox and sandbox is None:
         raise ValueError(f"{plan.task.name} needs a sandbox")
-    task, asked = plan.task, {item.id: plan.task.request(item) for item in plan.items}
-    hashes = {item.id: request_hash(item, asked[item.id]) for item in plan.items}
-    with Records(run, _title(contender, plan), records_key(contender, plan)) as records:
+    task, title, key = plan.task, _title(contender, plan), records_key(contender, plan)
+    hashes = {item.id: request_hash(item, task.request(item)) for item in plan.items}
+    with Records(run, title, key) as records:
+        take_parts(records, run, title, key)
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
         listener.started(contender, plan, len(plan.items) - len(open_))
-        if open_:
-            requests = [asked[item.id] for item in open_]
-            for response in _responses(contender, open_, requests, batch):
-                item = open_[response.index]
-                judgement = task.judge(item, response.answer)
-                pending = _record(item, hashes[item.id], response, judgement)
-                if task.needs_sandbox:
-                    pending = replace(pending, correct=None)
-                records.append(pending)
-                listener.judged(pending.correct)
+        team.tell([item.id for item in open_])
+        _ask(contender, plan, open_, records, listener, batch, team)
+        team.wait()
+        for record in take_parts(records, run, title, key):
+            listener.judged(record.correct)
+        require_all(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
         found_records = _all(records, plan.items, hashes)
         if sandbox is not None and task.needs_sandbox:
             _run_pending(plan.items, found_records, records, sandbox, listener)
             found_records = _all(records, plan.items, hashes)
     listener.finished()
     return _answers_of(plan.items, found_records, len(plan.items) - len(open_))
+
+
+def assist(contender: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
+    """Ask this rank's share of what the leader asks in ``answer``, and leave the records for it.
+
+    Raises:
+        QwenqError: as ``answer``, or another process has stopped.
+    """
+    wanted = set(team.tell())
+    open_ = [item for item in plan.items if item.id in wanted]
+    with Records(run, title_of(_title(contender, plan), team), records_key(contender, plan)) as records:
+        _ask(contender, plan, open_, records, None, batch, team)
+    team.wait()
+
+
+def _ask(
+    contender: Contestant,
+    plan: Plan,
+    items: Sequence[Item],
+    records: Records,
+    listener: Listener | None,
+    batch: int | None,
+    team: Team,
+) -> None:
+    """Ask this rank's share of these items, and record each answer."""
+    task = plan.task
+    shares = deal([cost(task.request(item)) for item in items], team.world)
+    mine = [items[index] for index in shares[team.rank]]
+    requests = [task.request(item) for item in mine]
+    if not mine:
+        return
+    for response in _responses(contender, mine, requests, batch):
+        item = mine[response.index]
+        judgement = task.judge(item, response.answer)
+        pending = _record(item, request_hash(item, requests[response.index]), response, judgement)
+        if task.needs_sandbox:
+            pending = replace(pending, correct=None)
+        records.append(pending)
+        if listener is not None:
+            listener.judged(pending.correct)
 
 
 def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:

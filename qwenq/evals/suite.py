@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwenq.distributed import ALONE, Team
 from qwenq.environment import environment
 from qwenq.errors import DataError
 from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.records import FOLDER, locked
 from qwenq.evals.rows import base_verdicts, rows_of
-from qwenq.evals.run import Answers, Listener, Plan, answer, make_plan
+from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
 from qwenq.evals.served import Contestant
@@ -61,6 +62,7 @@ def evaluate(
     listener: Listener,
     say: Say,
     command: str = "",
+    team: Team = ALONE,
 ) -> list[Row]:
     """Ask every model every task; the rows, also appended to ``run`` as they are made.
 
@@ -68,6 +70,7 @@ def evaluate(
 
     Args:
         command: what the user typed, for the rows.
+        team: further processes that ask a share, each in ``assist_all``; this one leads.
 
     Raises:
         DataError: no data, broken data, prompts that no model here can take.
@@ -76,13 +79,7 @@ def evaluate(
         QwenqError: a model cannot be loaded, or its logits are not finite.
     """
     order = by_need(contenders)
-    plans = {
-        (name, protocol): make_plan(
-            get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, wanted.limit
-        )
-        for protocol in dict.fromkeys(wanted.protocol or one.protocol for one in order)
-        for name in wanted.tasks
-    }
+    plans = _plans(order, wanted)
     coded = [plan for plan in plans.values() if plan.task.needs_sandbox]
     sandbox = find_sandbox(wanted.unsafe_code) if coded else None
     rows: list[Row] = []
@@ -98,12 +95,40 @@ def evaluate(
         for contender in order:
             for name in wanted.tasks:
                 plan = plans[name, wanted.protocol or contender.protocol]
-                answers = answer(contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox)
+                answers = answer(
+                    contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
+                )
                 rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
                     say(_write_submission(contender, answers, run))
             contender.unload()
     return rows
+
+
+def assist_all(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> None:
+    """Ask this rank's share of everything that the leader asks in ``evaluate``.
+
+    Raises:
+        QwenqError: as ``evaluate``, or another process has stopped.
+    """
+    order = by_need(contenders)
+    plans = _plans(order, wanted)
+    for contender in order:
+        for name in wanted.tasks:
+            plan = plans[name, wanted.protocol or contender.protocol]
+            assist(contender, plan, run, team, batch=wanted.batch)
+        contender.unload()
+
+
+def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, ProtocolName], Plan]:
+    """Every task under every protocol that is needed, with its items."""
+    return {
+        (name, protocol): make_plan(
+            get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, wanted.limit
+        )
+        for protocol in dict.fromkeys(wanted.protocol or one.protocol for one in order)
+        for name in wanted.tasks
+    }
 
 
 def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener, say: Say) -> None:

@@ -1,0 +1,84 @@
+"""A task dealt out to several processes: who asks what, and how their records become one file.
+
+Each rank but the leader records what it asked in a file of its own beside the leader's, which the leader
+takes over at the end, or at the beginning of the next run, whatever its number of ranks: nothing that was
+answered is asked again. The run folder has to be on a disk that all ranks see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenq.distributed import Team
+from qwenq.errors import StorageError
+from qwenq.evals.records import Record, Records, read_records
+from qwenq.evals.requests import prompt_text
+from qwenq.evals.task import Choose, Request
+from qwenq.storage import guard_storage
+
+CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact
+TITLE = 100  # characters; file names are cut behind the rank, not before it
+DECODE_COST = 8  # a new token, in tokens of a prompt: these go through the model together
+
+
+def cost(request: Request) -> int:
+    """What a request takes, roughly, in tokens of a prompt."""
+    prompt = len(prompt_text(request.prompt)) // CHARACTERS_A_TOKEN
+    return prompt + (
+        len(request.choices) if isinstance(request, Choose) else DECODE_COST * request.max_new_tokens
+    )
+
+
+def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indexes for each rank: the dearest first, each to who has least so far; ties to the lower rank."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += costs[index]
+    return [sorted(share) for share in shares]
+
+
+def title_of(title: str, team: Team) -> str:
+    """What this rank's records are called."""
+    return title if team.leads else f"{title[:TITLE]}.rank{team.rank}"
+
+
+def take_parts(records: Records, run: Path, title: str, key: Mapping[str, Any]) -> list[Record]:
+    """Take over the records of other ranks, of this run or of one that ended early, and remove their files.
+
+    Args:
+        records: the leader's, open.
+        run: the run folder.
+        title, key: as of ``records``.
+
+    Returns:
+        What was new.
+    """
+    found = []
+    for path in Records.parts(run, f"{title[:TITLE]}.rank", key):
+        for record in read_records(path):
+            if records.find(record.id, record.asked) is None:
+                records.append(record)
+                found.append(record)
+        records.flush()
+        with guard_storage(path):
+            path.unlink()
+    return found
+
+
+def require_all(missing: int, team: Team, run: Path) -> None:
+    """Refuse a run folder that the ranks do not share.
+
+    Raises:
+        StorageError: what other ranks recorded is not here.
+    """
+    if missing and team.world > 1:
+        raise StorageError(
+            f"{missing} answers of other processes are not here",
+            where=run,
+            hint="name a run folder with --out on a disk that all machines share",
+        )

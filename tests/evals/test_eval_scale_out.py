@@ -1,0 +1,92 @@
+"""`qwenq eval` on several processes: the answers of one, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evals.benchmark_data import write_gsm8k, write_mmlu
+from teams import Ended, Launcher, launcher
+from tiny_model import write_tiny_model
+
+LOADED = ["torch.distributed", "qwenq.evals.suite", "qwenq.runtime.engine"]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    with launcher(tmp_path_factory.mktemp("team"), LOADED) as ready:
+        write_tiny_model(ready.folder / "Tiny", max_position_embeddings=2048)
+        write_gsm8k(write_mmlu(ready.folder / "data"))
+        yield ready
+
+
+def evaluate(launch: Launcher, world: int, out: Path, *options: object) -> Ended:
+    common = ["--data", "data", "--protocol", "base", "--dtype", "float32", "--device", "cpu", "--out", out]
+    chosen = ["--tasks", "mmlu", "--subjects", "abstract_algebra,astronomy", "--limit", "7"]
+    return launch(world, "eval", "Tiny", *common, *(options or chosen), "--json")
+
+
+def records(out: Path) -> dict[str, dict[str, Any]]:
+    (file,) = (out / "records").glob("*.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert len({line["id"] for line in lines}) == len(lines), "an item was recorded twice"
+    return {line["id"]: line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def alone(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("alone")
+    ended = evaluate(launch, 1, out)
+    assert ended.statuses == [0], ended.shown
+    return records(out)
+
+
+def require_same(found: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]]) -> None:
+    """The same verdicts; numbers but for the last bits, which depend on what shares a batch."""
+    assert set(found) == set(wanted)
+    for name, record in found.items():
+        assert record["correct"] == wanted[name]["correct"]
+        assert record["asked"] == wanted[name]["asked"]
+        assert record["logprobs"] == pytest.approx(wanted[name]["logprobs"], abs=1e-4)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_processes_finds_the_same(
+    launch: Launcher, alone: dict[str, dict[str, Any]], tmp_path: Path, world: int
+) -> None:
+    ended = evaluate(launch, world, tmp_path)
+    assert ended.statuses == [0] * world, ended.shown
+    require_same(records(tmp_path), alone)
+    assert ended.shown[1:] == [""] * (world - 1), "only the leader talks"
+    assert '"n": 14' in ended.shown[0]
+
+
+def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_others(
+    launch: Launcher, alone: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Rank 1 is killed when it puts its records on the disk at the end: they are all written then."""
+    argv = ["eval", "Tiny", "--data", "data", "--protocol", "base", "--dtype", "float32", "--device", "cpu"]
+    argv += ["--tasks", "mmlu", "--subjects", "abstract_algebra,astronomy", "--limit", "7", "--json"]
+    ended = launch(2, *argv, "--out", tmp_path, at={1: {"signal": 9, "fsync": 3}})
+    assert ended.statuses == [143, -9], ended.shown
+    assert "answers are kept: the same command goes on" in ended.shown[0]
+    parts = [file.name for file in (tmp_path / "records").iterdir()]
+    assert any(".rank1." in name for name in parts)
+    ended = evaluate(launch, 3, tmp_path)
+    assert ended.statuses == [0, 0, 0], ended.shown
+    assert "14 items, 14 known from records" in ended.shown[0]
+    require_same(records(tmp_path), alone)
+
+
+def test_texts_are_dealt_out_as_well(launch: Launcher, tmp_path: Path) -> None:
+    options = ["--tasks", "gsm8k", "--limit", "4", "--shots", "0"]
+    for world in (1, 2):
+        ended = evaluate(launch, world, tmp_path / str(world), *options)
+        assert ended.statuses == [0] * world, ended.shown
+    one, two = (records(tmp_path / name) for name in "12")
+    assert {name: record["output"] for name, record in one.items()} == {
+        name: record["output"] for name, record in two.items()
+    }

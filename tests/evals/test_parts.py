@@ -1,0 +1,56 @@
+"""Items dealt out to several processes, and their records made one again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenq.distributed import ALONE, Team
+from qwenq.errors import StorageError
+from qwenq.evals.parts import cost, deal, require_all, take_parts, title_of
+from qwenq.evals.records import Record, Records
+from qwenq.evals.task import Choose, Write
+
+KEY = {"model": "m", "task": "t"}
+
+
+@given(costs=st.lists(st.integers(1, 1000), max_size=60), ranks=st.integers(1, 8))
+def test_every_item_goes_to_one_rank_and_none_gets_much_more(costs: list[int], ranks: int) -> None:
+    shares = deal(costs, ranks)
+    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+    loads = [sum(costs[index] for index in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+def test_writing_costs_more_than_reading() -> None:
+    assert cost(Write("x" * 400, 100)) > cost(Choose("x" * 400, ("A", "B", "C", "D"))) > 100
+    assert cost(Choose(({"role": "user", "content": "x" * 400},), ("A",))) > 100
+
+
+def test_records_of_other_ranks_are_taken_over_once(tmp_path: Path) -> None:
+    for rank in (1, 2, 11):
+        with Records(tmp_path, title_of("a.b", Team(rank, 12)), KEY) as part:
+            part.append(Record(f"item{rank}", None, "asked", 0))
+            part.append(Record("known", None, "asked", 0))
+    with Records(tmp_path, title_of("a.c", Team(1, 2)), KEY) as other, Records(tmp_path, "a.b", KEY) as whole:
+        other.append(Record("of another model", None, "asked", 0))
+        whole.append(Record("known", None, "asked", 0, note="first"))
+        assert {record.id for record in take_parts(whole, tmp_path, "a.b", KEY)} == {
+            "item1",
+            "item2",
+            "item11",
+        }
+        assert whole.find("known", "asked") == Record("known", None, "asked", 0, note="first")
+        assert take_parts(whole, tmp_path, "a.b", KEY) == []
+        assert take_parts(whole, tmp_path, "a.b", {"model": "other"}) == []
+    assert len(list((tmp_path / "records").iterdir())) == 2, "the parts are gone, the other model's is not"
+
+
+def test_a_folder_that_is_not_shared_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="3 answers of other processes are not here"):
+        require_all(3, Team(0, 2), tmp_path)
+    require_all(0, Team(0, 2), tmp_path)
+    require_all(3, ALONE, tmp_path)
