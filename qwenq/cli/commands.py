@@ -15,10 +15,10 @@ COMMANDS = (
     "report",
     "compare",
     "run",
-    "recipe",
     "convert",
-    "tokenizer",
     "doctor",
+    "recipe",
+    "tokenizer",
 )
 
 

@@ -61,12 +61,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.busy += 1
             self.server.most_busy = max(self.server.most_busy, self.server.busy)
             trouble = self.server.trouble.pop(0) if self.server.trouble else ""
-        try:
-            time.sleep(self.server.pause)
-            self._answer(asked, trouble)
-        finally:
-            with self.server.lock:
-                self.server.busy -= 1
+        time.sleep(self.server.pause)
+        with self.server.lock:  # before the answer: whoever has it may ask again at once
+            self.server.busy -= 1
+        self._answer(asked, trouble)
 
     def _answer(self, asked: dict[str, Any], trouble: str) -> None:
         if trouble.isdigit():
