@@ -19,9 +19,9 @@ from typing import Any
 from _common import machine, markdown_table, resolve_bundled, versions, write_report
 
 STEPS = {
-    "forward": "two streams through the block, one of them for half the text",
+    "forward": "two streams through the block, the original one and the quantised one",
     "hessian": "H, lower triangle, float32",
-    "drift": "C, on half the text, in the activations' dtype",
+    "drift": "C, whole, float32",
     "factor": "damping, Cholesky, triangular inverse",
     "target": "W C H⁻¹",
     "scales": "scale search: 15 candidates a group, no products",
@@ -139,9 +139,9 @@ def operations(model: Path, shape: tuple[int, int]) -> dict[str, float]:
         return 6 * rows * width**2 if rows <= width else 4 * width**3 + 2 * rows * width**2
 
     return {
-        "forward": 1.5 * sum(2 * tokens * rows * width for rows, width in groups),
+        "forward": 2 * sum(2 * tokens * rows * width for rows, width in groups),
         "hessian": sum(tokens * width**2 for _, width in groups),
-        "drift": sum(tokens * width**2 for _, width in groups),
+        "drift": sum(2 * tokens * width**2 for _, width in groups),
         "factor": sum(2 * width**3 / 3 for _, width in groups),
         "target": sum(of_target(rows, width) for rows, width in groups),
         "columns": sum(rows * width**2 for rows, width in groups),
@@ -199,7 +199,7 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"This machine multiplies at {peak['float32']:.0f} GFLOP/s in float32 and {peak['bfloat16']:.0f} in "
         f"bfloat16. {heavy:.0%} of a layer is running the text through it and multiplying what flows there: "
         "these are matrix products of fixed size, each done once. The Hessian stays in float32 and has half "
-        "its products left out already; the drift takes half the text. What could still be cut is text.\n\n"
+        "its products left out already. What could still be cut is text: DRIFT_SHARE, in `qwenq/gptq/quantise.py`.\n\n"
         f"{facts['model']}, {facts['calibration']} tokens, {facts['layers']} layers, default settings, "
         f"computing in {facts['dtype']}. {facts['cpu']}, {facts['threads']} threads; torch "
         f"{facts['versions'].get('torch')}; {facts['date']}.\n"

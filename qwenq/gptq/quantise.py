@@ -25,7 +25,7 @@ from qwenq.models.packing import PackedLinear, dequantise, pack
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
-ALGORITHM = 4  # raise it when the same settings give other integers: unfinished runs are then not resumed
+ALGORITHM = 5  # raise it when the same settings give other integers: unfinished runs are then not resumed
 DRIFT_SHARE = 1.0  # of the batches also run through the original model, to see how inputs have drifted
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
