@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -90,7 +90,8 @@ class Records:
         try:
             self._known = self._read()
         except BaseException:
-            self._file.close()
+            with suppress(OSError):  # closing tries once more to write what a full disk refused
+                self._file.close()
             raise
         self._flushed = time.monotonic()
 
@@ -129,7 +130,8 @@ class Records:
         try:
             self.flush()
         finally:
-            self._file.close()
+            with guard_storage(self.path):  # closing tries once more to write what a full disk refused
+                self._file.close()
 
     def _write(self, value: Mapping[str, Any]) -> None:
         line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")

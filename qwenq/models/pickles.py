@@ -74,8 +74,11 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             where=path,
             hint=_CONVERT,
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CorruptFileError(f"cannot be read: {error}", where=path, hint="download it again") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the reader takes a damaged stream at its word: IndexError, KeyError, …
+        said = str(error) or type(error).__name__
+        raise CorruptFileError(f"cannot be read: {said}", where=path, hint="download it again") from error
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
         raise UnsupportedError("not a plain dict of tensors", where=path, hint=_CONVERT)
     return loaded
@@ -83,8 +86,11 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 def _require_whole_zip(path: Path) -> None:
     """The zip's directory is at its end: a file that starts as a zip and has none was cut off."""
-    if zipfile.is_zipfile(path):
-        return
+    try:
+        if zipfile.is_zipfile(path):
+            return
+    except zipfile.BadZipFile as error:  # its directory contradicts itself
+        raise CorruptFileError(f"cannot be read: {error}", where=path, hint="download it again") from error
     with path.open("rb") as file:
         start = file.read(4)
     if start in (b"PK\x03\x04", b""):

@@ -95,6 +95,7 @@ class TemplateProcess:
             answer: dict[str, Any] = json.loads(line)
             return answer
         status = process.wait()
+        self.close()  # the next prompt starts another
         if status == -signal.SIGPROF:
             return {"error": f"it was stopped after {self._seconds:g} s of computing"}
         raise ModelError(

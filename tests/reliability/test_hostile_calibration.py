@@ -1,0 +1,73 @@
+"""Calibration text, tables and saved sets from strangers."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from attempts import Tally, attempt, budget
+from hostile_bytes import damaged_bytes, damaged_json
+from hypothesis import given
+from safetensors.torch import save
+
+from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
+from qwenq.calibration.files import read_file
+
+RECORDS = [
+    {"text": "one"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text"}]}]},
+    {"conversations": [{"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]},
+]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl"])
+def test_calibration_text(tmp_path_factory: pytest.TempPathFactory, tally: Tally, suffix: str) -> None:
+    @budget()
+    @given(raw=damaged_json(RECORDS if suffix == ".json" else RECORDS[1]))
+    def tried(raw: bytes) -> None:
+        path = tmp_path_factory.mktemp("text") / f"a{suffix}"
+        path.write_bytes(raw)
+
+        def read() -> None:
+            for document in read_file(path):
+                str(document.content).encode()
+
+        attempt(tally, len(raw), read)
+
+    tried()
+
+
+def test_calibration_tables(tmp_path_factory: pytest.TempPathFactory, tally: Tally) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    parquet.write_table(arrow.table({"text": ["one", "two", None], "other": [1, 2, 3]}), file)
+    file.seek(0)
+
+    @budget()
+    @given(raw=damaged_bytes(file.read()))
+    def tried(raw: bytes) -> None:
+        path = tmp_path_factory.mktemp("table") / "a.parquet"
+        path.write_bytes(raw)
+        attempt(tally, len(raw), lambda: list(read_file(path)))
+
+    tried()
+
+
+def saved_set() -> bytes:
+    tokens, held_out = torch.arange(8).reshape(2, 4), torch.arange(4).reshape(1, 4)
+    manifest = CalibrationManifest(
+        source="s", template="plain", seed=0, samples=2, seq_len=4, held_out=1, held_out_from="none",
+        tokenizer="0" * 16, tokens=fingerprint_tokens(tokens, held_out),
+    )  # fmt: skip
+    metadata = {"qwenq_calibration": manifest.model_dump_json()}
+    return save({"tokens": tokens, "held_out": held_out}, metadata=metadata)
+
+
+@budget()
+@given(raw=damaged_bytes(saved_set()))
+def test_saved_calibration_sets(tmp_path_factory: pytest.TempPathFactory, tally: Tally, raw: bytes) -> None:
+    path = tmp_path_factory.mktemp("set") / "c.safetensors"
+    path.write_bytes(raw)
+    attempt(tally, len(raw), lambda: CalibrationSet.load(path))

@@ -1,0 +1,121 @@
+"""config.json and manifests from strangers: checked before anything is built on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attempts import Tally, attempt, budget
+from hostile_bytes import VALUES, damaged_json
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_families import write_family
+
+from qwenq.models.blocks import BlockwiseDecoder
+from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.identity import base_of
+from qwenq.models.integrity import verify_files
+from qwenq.models.shapes import ModelShape
+
+LARGE: list[Any] = [*VALUES, 10_000, 1 << 16, 1 << 20, 1 << 24, 2**31 - 1, "linear", "dynamic", "silu", 1e-9]
+V1 = {
+    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "kv_channels": 16, "vocab_size": 300, "seq_length": 64,
+    "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "use_dynamic_ntk": True, "use_logn_attn": True,
+    "torch_dtype": "float32", "no_bias": True, "tie_word_embeddings": False, "n_embd": 64,
+}  # fmt: skip
+ROPE = {"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 128}
+EXTRA = {"rope_scaling": ROPE, "sliding_window": 64, "use_sliding_window": False, "attention_bias": False}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    made = {name: write_family(folder / name, name) for name in ("llama", "qwen2", "qwen3")}
+    for path in made.values():
+        attempt(Tally(), 10**9, lambda path=path: use(path))  # all is imported and warm
+    return made
+
+
+def use(folder: Path) -> None:
+    """As quantising begins: open, build the blocks, run the first."""
+    checkpoint = open_checkpoint(folder)
+    ModelShape.from_config(checkpoint.config)
+    decoder = BlockwiseDecoder(checkpoint, torch.device("cpu"), torch.float32)
+    hidden = decoder.embed([torch.arange(8)[None]])
+    with decoder.block(0) as block:
+        decoder.forward(block, hidden[0])
+    with decoder.head() as head:
+        head(hidden[0])
+
+
+def config_of(family: str) -> dict[str, Any]:
+    """As ``write_family`` writes it, with the rarer keys; the sizes are those of the weights."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 325, **heads}
+    other = {
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+    }
+    flags = {"tie_word_embeddings": True, "torch_dtype": "float32", "initializer_range": 0.04}
+    kinds = {"layer_types": ["full_attention"] * 3, "bos_token_id": 1, "eos_token_id": [2, 3]}
+    return {"model_type": family, "architectures": ["X"], **sizes, **other, **flags, **kinds, **EXTRA}
+
+
+@budget(3)
+@given(
+    case=st.sampled_from(["llama", "qwen2", "qwen3"]).flatmap(
+        lambda family: st.tuples(st.just(family), damaged_json(config_of(family), LARGE))
+    )
+)
+def test_config_json(models: dict[str, Path], tally: Tally, case: tuple[str, bytes]) -> None:
+    family, raw = case
+    (models[family] / "config.json").write_bytes(raw)
+    weights = (models[family] / "model.safetensors").stat().st_size
+    attempt(tally, weights + len(raw), lambda: use(models[family]))
+
+
+@budget(2)
+@given(raw=damaged_json(V1, LARGE))
+def test_config_json_of_qwen_v1(models: dict[str, Path], tally: Tally, raw: bytes) -> None:
+    folder = models["llama"].parent / "v1"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(models["qwen2"] / "model.safetensors", folder)
+    (folder / "config.json").write_bytes(raw)
+    attempt(tally, 100_000 + len(raw), lambda: open_checkpoint(folder))
+
+
+MANIFEST = {
+    "format": "qwenq-1",
+    "base": {"model": "Qwen/Qwen2.5-0.5B", "fingerprint": "0123456789abcdef"},
+    "files": {"config.json": {"bytes": 7, "sha256": "0" * 64}, "model.safetensors": {"sha256": "1" * 64}},
+}
+
+
+@budget(2)
+@given(raw=damaged_json(MANIFEST))
+def test_manifests(tmp_path_factory: pytest.TempPathFactory, tally: Tally, raw: bytes) -> None:
+    outside = tmp_path_factory.mktemp("manifest")
+    folder = outside / "model"
+    folder.mkdir()
+    (outside / "secret").write_bytes(b"secret")
+    for name in MANIFEST["files"]:
+        (folder / name).write_bytes(b"7 bytes")
+    (folder / "qwenq.json").write_bytes(raw)
+    attempt(tally, len(raw), lambda: verify_files(folder))
+    attempt(tally, len(raw), lambda: base_of(folder))
+
+
+def test_more_layers_than_there_are_weights_are_refused_before_they_are_built(
+    models: dict[str, Path], tally: Tally
+) -> None:
+    folder = models["llama"]
+    (folder / "config.json").write_text(json.dumps(config_of("llama") | {"num_hidden_layers": 10_000}))
+    assert not attempt(tally, 200_000, lambda: use(folder))
+    assert tally.slowest < 2
