@@ -199,7 +199,7 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         f"This machine multiplies at {peak['float32']:.0f} GFLOP/s in float32 and {peak['bfloat16']:.0f} in "
         f"bfloat16. {heavy:.0%} of a layer is running the text through it and multiplying what flows there: "
         "these are matrix products of fixed size, each done once. The Hessian stays in float32 and has half "
-        "its products left out already. What could still be cut is text: DRIFT_SHARE, in `qwenq/gptq/quantise.py`.\n\n"
+        "its products left out already. What could be cut is text: see DRIFT_SHARE.\n\n"
         f"{facts['model']}, {facts['calibration']} tokens, {facts['layers']} layers, default settings, "
         f"computing in {facts['dtype']}. {facts['cpu']}, {facts['threads']} threads; torch "
         f"{facts['versions'].get('torch')}; {facts['date']}.\n"

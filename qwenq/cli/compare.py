@@ -26,7 +26,7 @@ def compare(
     markdown: Annotated[Path | None, typer.Option(help="Write a summary fit for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
 ) -> None:
-    """Say which differences between two runs are real, and fail on regressions.
+    """Say which differences between two runs are real.
 
     Exit code 1: a regression. 3: something that was asked about is missing or cannot be compared (another
     protocol, task version, model or machine); that is no pass. 0: passed.

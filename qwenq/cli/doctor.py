@@ -33,7 +33,7 @@ def doctor(
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what this machine can run: engines, kernels, attention, sandbox; what is missing, how to get it."""
+    """Say what this machine can run, and how to get the rest."""
     found = examination(device, dtype)
     if as_json:
         typer.echo(json.dumps(found, indent=2))

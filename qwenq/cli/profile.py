@@ -49,7 +49,7 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/profile-… without it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
 ) -> None:
-    """Measure speed, memory and energy, each point in a process of its own.
+    """Measure speed and memory, each point in a process of its own.
 
     Points: models in each precision × attention × engine × length. One that cannot run says why, and the
     sweep goes on. Ctrl-C keeps what is done; the same command goes on.

@@ -16,7 +16,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder to write, e.g. reports/NAME.")],
     title: Annotated[str | None, typer.Option(help="Heading. [default: the models' names]")] = None,
 ) -> None:
-    """Write what was measured: the model card's tables, one page to look at, plots, JSON and CSV.
+    """Write the model card's tables, one page and plots.
 
     Reads run folders only: nothing is measured, no model is loaded.
     """
