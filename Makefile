@@ -8,12 +8,19 @@ DEMO := build/demo/SmolLM2-135M-Instruct-GPTQ-Int4
 # One thread for each of two test processes: faster than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-.PHONY: help install demo test test-slow interop lint format clean
+# What shows that faults are survived and hostile files refused; docs/reliability.md has the table.
+RELIABILITY := tests/reliability tests/test_crash.py tests/test_storage.py tests/models/test_hub.py \
+    tests/models/test_integrity.py tests/models/test_safetensors_files.py tests/gptq/test_layer_store.py \
+    tests/cli/test_quantize_full_disk.py tests/cli/test_quantize_bad_input.py \
+    tests/profiling/test_sweep.py tests/profiling/test_measure.py tests/run
+
+.PHONY: help install demo test test-slow reliability interop lint format clean
 
 help:
 	@echo 'make demo       install, quantise the bundled model to Int4, check it (minutes)'
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  the tests that take minutes'
+	@echo 'make reliability  kill, fill up, cut off and fuzz it; prints what was survived'
 	@echo 'make interop    load the result with transformers and GPTQModel, in an environment of their own'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make install    only make .venv, with everything'
@@ -31,6 +38,9 @@ test: .venv/.dev
 
 test-slow: .venv/.dev
 	$(PYTEST) -m slow --timeout 1800
+
+reliability: .venv/.dev
+	$(PYTEST) $(RELIABILITY) --timeout 1200
 
 interop:
 	PYTHON='$(PYTHON)' bash tests/interop/setup.sh

@@ -20,7 +20,7 @@ from qwenq.models.chatml import Message
 from qwenq.models.qwen_tokenizer import StreamDecoder, without_surrogates
 from qwenq.models.template_process import PROCESS
 from qwenq.models.tokenizer import TextStream, digest, eos_ids_of, read_json
-from qwenq.models.tokenizer_growth import refuse_growth
+from qwenq.models.tokenizer_growth import refuse_growth, refuse_holes
 from qwenq.models.tokenizer_json import byte_of_char
 
 
@@ -196,6 +196,7 @@ def _load(path: Path) -> Any:
             where=path,
             hint="no remote code is ever run; the folder needs a whole tokenizer.json",
         ) from error
+    refuse_holes(loaded, path)
     refuse_growth(loaded, path)
     return loaded
 

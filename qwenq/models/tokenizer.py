@@ -202,10 +202,10 @@ def eos_ids_of(generation: dict[str, Any], own: int | None) -> tuple[int, ...]:
 
 
 def digest(*parts: str) -> str:
-    """16 hex digits over texts, each set apart from the next."""
+    """16 hex digits over texts, each set apart from the next; JSON may hold half a surrogate pair."""
     whole = hashlib.sha256()
     for part in parts:
-        whole.update(len(part).to_bytes(8, "little") + part.encode("utf-8"))
+        whole.update(len(part).to_bytes(8, "little") + part.encode("utf-8", errors="surrogatepass"))
     return whole.hexdigest()[:16]
 
 

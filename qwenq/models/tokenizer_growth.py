@@ -1,4 +1,9 @@
-"""A tokenizer.json whose rules blow a text up: thirty rules "a" → "aa" make a gigabyte of one letter."""
+"""What a small tokenizer.json may blow up: a text, by its rules, and the tokenizer itself, by its ids.
+
+Thirty rules "a" → "aa" make a gigabyte of one letter. A vocabulary with one id of two thousand million is
+written out by the library with a list of all ids that are missing: gigabytes, and where there is no memory
+for them, the library ends the process.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,28 @@ from qwenq.errors import ModelError
 
 MOST = 256.0
 """Times that a text may grow in normalising or decoding; real tokenizers stay below ten."""
+HOLES = 1_000_000
+"""Ids that a vocabulary may leave out; real ones leave out a few hundred, as padding."""
+
+
+def refuse_holes(loaded: Any, path: Path) -> None:
+    """Compare the largest id with the number of tokens.
+
+    Args:
+        loaded: transformers' tokenizer.
+        path: for the message.
+
+    Raises:
+        ModelError: more than ``HOLES`` ids are left out.
+    """
+    ids = loaded.get_vocab().values()
+    largest = max(ids, default=0)
+    if largest > len(ids) + HOLES:
+        raise ModelError(
+            f"the vocabulary has {len(ids)} tokens and an id of {largest}",
+            where=path,
+            hint="the file is damaged, or not to be trusted; download it again from where you trust it",
+        )
 
 
 def refuse_growth(loaded: Any, path: Path) -> None:
