@@ -1,0 +1,177 @@
+"""kill -9 and SIGTERM from outside, at moments that nobody chose: nothing that was finished is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evals.benchmark_data import write_mmlu
+from tiny_families import write_calibration, write_family
+from tiny_model import write_tiny_model
+
+from qwenq.results import read_rows
+
+HERE = Path(__file__).parent
+KILLS = 20
+Record = Callable[[str, object], None]
+
+
+class Starter:
+    """Commands in processes of their own that may be killed after some seconds."""
+
+    def __init__(self, folder: Path, *modules: str) -> None:
+        self.folder = folder
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "QWENQ_CACHE": str(folder / "cache")}
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "forks.py", *modules],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE.parents[1],
+        )  # fmt: skip
+
+    def __call__(
+        self, *arguments: object, after: float | None = None, number: int = signal.SIGKILL
+    ) -> tuple[int, float, str]:
+        output = self.folder / "output.txt"
+        argv = [str(argument) for argument in arguments]
+        request = {"argv": argv, "cwd": str(self.folder), "output": str(output)}
+        line = json.dumps(request | {"kill_after": after, "signal": int(number)})
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        status, seconds = json.loads(self.process.stdout.readline())
+        return status, seconds, output.read_text()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    modules = ("qwenq.evals.suite", "qwenq.evals.check", "qwenq.gptq.quantise", "qwenq.runtime.engine")
+    starter = Starter(tmp_path_factory.mktemp("kill"), *modules, "transformers.models.llama.modeling_llama")
+    yield starter
+    starter.close()
+
+
+def evaluating(start: Starter, out: Path) -> list[object]:
+    model, data = start.folder / "Tiny", start.folder / "data"
+    if not data.exists():
+        write_tiny_model(model, max_position_embeddings=2048)
+        write_mmlu(data)
+    asked = ["--tasks", "mmlu", "--protocol", "base", "--subjects", "abstract_algebra,astronomy"]
+    how = ["--limit", 60, "--batch", 2, "--dtype", "float32", "--device", "cpu"]
+    return ["eval", model, *asked, "--data", data, *how, "--out", out]
+
+
+def records(run: Path) -> dict[str, dict[str, Any]]:
+    """Items that are recorded, whole lines only; none may be there twice."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in (run / "records").glob("*.jsonl"):
+        for line in path.read_bytes().split(b"\n")[1:-1]:
+            record = json.loads(line)
+            assert record["id"] not in found, "asked twice"
+            found[record["id"]] = record
+    return found
+
+
+@pytest.mark.slow
+def test_eval_survives_kill_9_at_random_moments(
+    start: Starter, tmp_path: Path, record_property: Record
+) -> None:
+    status, _, shown = start(*evaluating(start, tmp_path / "warm"))
+    assert status == 0, shown
+    status, seconds, shown = start(*evaluating(start, tmp_path / "whole"))
+    assert status == 0, shown
+    expected, scores = records(tmp_path / "whole"), values(tmp_path / "whole")
+    assert len(expected) == 120
+    draw, kills, folder, lost = random.Random(7), 0, 0, 0
+    while kills < KILLS:
+        folder += 1
+        out = tmp_path / f"run{folder}"
+        before: dict[str, dict[str, Any]] = {}
+        for _ in range(5):
+            status, _, shown = start(*evaluating(start, out), after=draw.uniform(0.1, 0.9) * seconds)
+            kills += status == -signal.SIGKILL
+            now = records(out)
+            lost += len(before.keys() - now.keys())
+            before = now
+        status, _, shown = start(*evaluating(start, out))
+        assert status == 0, shown
+        lost += len(expected.keys() - records(out).keys())
+        assert records(out) == expected
+        assert values(out) == scores
+    record_property("faults", kills)
+    record_property("lost", lost)
+    assert lost == 0
+
+
+def values(run: Path) -> list[tuple[str, float | None, int | None]]:
+    return [(row.metric, row.value, row.n) for row in read_rows(run)]
+
+
+@pytest.mark.slow
+def test_eval_stops_at_sigterm_with_143_and_says_how_to_go_on(
+    start: Starter, tmp_path: Path, record_property: Record
+) -> None:
+    status, seconds, shown = start(*evaluating(start, tmp_path / "whole"))
+    assert status == 0, shown
+    out, stops = tmp_path / "stopped", 0
+    for share in (0.4, 0.5, 0.6, 0.7):
+        status, _, shown = start(*evaluating(start, out), after=share * seconds, number=signal.SIGTERM)
+        if status == 0:  # was faster this time
+            break
+        assert status == 143, shown
+        assert "Traceback" not in shown
+        if records(out):
+            assert "the same command goes on where it stopped" in shown
+        stops += 1
+    assert stops
+    assert start(*evaluating(start, out))[0] == 0
+    assert records(out) == records(tmp_path / "whole")
+    record_property("faults", stops)
+
+
+@pytest.mark.slow
+def test_quantize_survives_kill_9_at_random_moments(
+    start: Starter, tmp_path: Path, record_property: Record
+) -> None:
+    model = write_family(tmp_path / "tiny", num_hidden_layers=4)
+    calibration = write_calibration(model, tmp_path / "calibration.safetensors")
+
+    def quantising(out: Path) -> list[object]:
+        return ["quantize", model, "--calibration", calibration, "--out", out]
+
+    status, _, shown = start(*quantising(tmp_path / "warm"))
+    assert status == 0, shown
+    status, seconds, shown = start(*quantising(tmp_path / "whole"))
+    assert status == 0, shown
+    draw, kills, folder, lost = random.Random(8), 0, 0, 0
+    while kills < KILLS:
+        folder += 1
+        out, reached = tmp_path / f"q{folder}", 0
+        for _ in range(4):
+            status, _, shown = start(*quantising(out), after=draw.uniform(0.1, 1.0) * seconds)
+            kills += status == -signal.SIGKILL
+            said = re.search(r"resuming: (\d+) of 4 layers", shown)
+            lost += max(0, reached - int(said[1])) if said else 0
+            layers = list((tmp_path / f"q{folder}.partial" / "layers").glob("*.json"))
+            reached = max(reached, len(layers)) if not out.exists() else reached
+            assert status in (0, 2, -signal.SIGKILL), shown  # 2: it is there already
+        status, _, shown = start(*quantising(out))
+        assert status in (0, 2), shown
+        for file in (tmp_path / "whole").iterdir():
+            if file.name != "qwenq.json":
+                assert (out / file.name).read_bytes() == file.read_bytes()
+    record_property("faults", kills)
+    record_property("lost", lost)
+    assert lost == 0
