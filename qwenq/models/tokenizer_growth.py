@@ -16,7 +16,7 @@ from qwenq.errors import ModelError
 MOST = 256.0
 """Times that a text may grow in normalising or decoding; real tokenizers stay below ten."""
 HOLES = 1_000_000
-"""Ids that a vocabulary may leave out; real ones leave out a few hundred, as padding."""
+"""Ids that a vocabulary may leave out: a bound of ours, not a measured one."""
 
 
 def refuse_holes(loaded: Any, path: Path) -> None:
