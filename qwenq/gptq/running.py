@@ -1,8 +1,8 @@
 """The same sums as ``exact``, as a process that works alone takes them: float32, batch after batch.
 
-A quarter faster there, a tenth of the whole run; but the last bits depend on the order of the batches, so
-several processes cannot share this work and find the same integers. They, and a process that torchrun started
-alone, take ``exact``.
+Faster there: nothing is rounded to units or counted in float64. But the last bits depend on the order of the
+batches, so several processes cannot share this work and find the same integers. They, and a process that
+torchrun started alone, take ``exact``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Memory at load, at quantisation and at generation, in bytes. Arithmetic only, nothing is measured.
+"""Memory at load, at quantisation and at generation, in bytes. Arithmetic; reports/benchmarks/memory.json has
+a measured peak of quantising, which a test holds it against.
 
 Two cache models are kept apart. A *single-copy* cache (static, or today's layer-by-layer one) holds the
 keys and values of ``n`` tokens once. The *two-copies* cache of the published cards is 2023's tuple cache: the
@@ -14,6 +15,7 @@ from qwenq.models.shapes import ITEMSIZE, ModelShape
 
 GIB = 2**30
 FLOAT32 = ITEMSIZE["float32"]
+PROCESS = 550_000_000  # resident after the imports of `qwenq quantize`, no weights read
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,22 @@ class QuantisationMemory:
     """Peak bytes of quantising block by block, by part; everything else stays on disk.
 
     Attributes:
+        process: Python, torch and transformers, before they hold anything.
         block: the weights of one decoder block, in the compute dtype.
-        hessians: the float32 Hessians of its four inputs (q/k/v, o, gate/up, down).
-        solver: float32 copies of the largest module and of two factors of its Hessian.
-        activations: the calibration tokens' hidden states before and after the block.
-        block_activations: inside the block, for one sequence.
+        hessians: float32, of the widest input: H, the drift C, and beside them, when the factor has been made
+            (``gptq/solver.py``), L, U, and what looking for infinities in U takes: a copy and two masks.
+        weights: float32 weights of the linears that read one input: as they were, and as they are aimed at.
+        activations: hidden states between the blocks, of the original and of the quantised model.
+        block_activations: what the paused passes of both hold inside the block: residual, normed input, and
+            the input of the widest linear.
         embedding: read for the first block only, kept by nobody afterwards.
-        peak: all of these; with the embedding only where it outweighs the solver and the Hessians.
+        peak: all of these, the embedding or what a block takes, whichever is more.
     """
 
+    process: int
     block: int
     hessians: int
-    solver: int
+    weights: int
     activations: int
     block_activations: int
     embedding: int
@@ -104,22 +110,28 @@ def quantisation_memory(
     shape: ModelShape, *, samples: int, seq_len: int, dtype: str = "bfloat16"
 ) -> QuantisationMemory:
     """Peak bytes of the block-by-block pipeline, the same at 4 and 8 bits to within the packed block."""
-    itemsize = ITEMSIZE[dtype]
-    inputs = (shape.hidden, shape.heads * shape.head_dim, shape.hidden, shape.ffn)
-    largest = max(shape.linears(), key=lambda module: module.rows * module.columns)
-    widest = max(inputs)
+    itemsize, tokens = ITEMSIZE[dtype], samples * seq_len
+    queries = shape.heads * shape.head_dim
+    groups = (  # rows of the linears that share an input, and its width
+        (queries + 2 * shape.kv_heads * shape.head_dim, shape.hidden),
+        (shape.hidden, queries),
+        (2 * shape.ffn, shape.hidden),
+        (shape.hidden, shape.ffn),
+    )
+    rows, width = max(groups, key=lambda group: 5 * group[1] ** 2 + 2 * group[0] * group[1])
+    hessians = 5 * width * width * FLOAT32 + 2 * width * width
+    weights = 2 * rows * width * FLOAT32
     block = shape.block_parameters * itemsize
-    hessians = sum(width * width for width in inputs) * FLOAT32
-    solver = (largest.rows * largest.columns + 2 * widest * widest) * FLOAT32
-    activations = 2 * samples * seq_len * shape.hidden * itemsize
-    inside = activation_bytes(shape, seq_len, itemsize)
+    activations = 2 * tokens * shape.hidden * itemsize
+    inside = 2 * tokens * (shape.hidden + max(queries, shape.ffn)) * itemsize
     embedding = shape.embedding_parameters * itemsize
     return QuantisationMemory(
+        process=PROCESS,
         block=block,
         hessians=hessians,
-        solver=solver,
+        weights=weights,
         activations=activations,
         block_activations=inside,
         embedding=embedding,
-        peak=activations + max(embedding, block + hessians + solver + inside),
+        peak=PROCESS + activations + max(embedding, block + hessians + weights + inside),
     )

@@ -15,11 +15,12 @@ from qwenq.plan.plan import Plan
 from qwenq.plan.published import CONTEXT
 
 _QUANTISATION_PARTS = {
+    "process": "Python, torch and transformers",
     "block": "one block's weights",
-    "hessians": "Hessians of its four inputs, float32",
-    "solver": "solver: largest module and two factors",
-    "activations": "calibration tokens, before and after",
-    "block_activations": "inside the block, one sequence",
+    "hessians": "Hessian, drift and factors, float32",
+    "weights": "weights of one input, float32, twice",
+    "activations": "calibration tokens between blocks",
+    "block_activations": "inside the block, two streams",
     "embedding": "embedding (first block only)",
     "peak": "peak",
 }

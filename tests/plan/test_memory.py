@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from qwenq.models import catalogue
@@ -72,8 +75,19 @@ def test_quantisation_holds_one_block() -> None:
     shape = catalogue.shape_for("qwen-7b")
     found = quantisation_memory(shape, samples=4, seq_len=256)
     assert found.block == (4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096 + 2 * 4096) * 2
-    assert found.hessians == (3 * 4096**2 + 11008**2) * 4
+    assert found.hessians == (5 * 4 + 2) * 11008**2  # down_proj's: H, drift, L, U, a copy; two masks
+    assert found.weights == 2 * 4096 * 11008 * 4
+    assert found.block_activations == 2 * 4 * 256 * (4096 + 11008) * 2
     assert found.activations == 2 * 4 * 256 * 4096 * 2
     assert found.peak < 6e9  # of 15.4 GB
     deeper = quantisation_memory(catalogue.shape_for("qwen-7b").with_ffn(11008), samples=8, seq_len=256)
-    assert deeper.peak - found.peak == found.activations
+    assert deeper.peak - found.peak == found.activations + found.block_activations
+
+
+def test_quantisation_takes_what_was_measured() -> None:
+    """One layer of Qwen-7B's shape with its embeddings: depth costs no memory (tests/test_flat_memory.py)."""
+    report = json.loads((Path(__file__).parents[2] / "reports/benchmarks/memory.json").read_text())
+    row = next(row for row in report["rows"] if (row["layers"], row["recipe"]) == (1, "default"))
+    measured = row["peak_rss_mib"] * 2**20
+    planned = quantisation_memory(catalogue.shape_for("qwen-7b"), samples=4, seq_len=256).peak
+    assert 0.9 * measured < planned < 1.25 * measured
