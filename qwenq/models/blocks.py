@@ -17,6 +17,7 @@ from torch.nn import functional
 from qwenq.errors import ModelError
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite
+from qwenq.models.process_memory import return_freed_memory
 
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
@@ -102,6 +103,7 @@ class BlockwiseDecoder:
             yield block
         finally:
             block.to("meta")
+            return_freed_memory()
 
     def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run a block: [batch, tokens, hidden] → the same."""
