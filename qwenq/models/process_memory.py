@@ -1,8 +1,8 @@
 """What a process has freed, given back to the system.
 
 glibc keeps freed pieces of up to 32 MB for itself. Where every layer frees thousands of matrices of a few MB
-in another order, the holes between what is still in use add up: 4 MB a layer in a model of 13 MB layers. A run
-over layers is to need the same memory after 80 layers as after 8.
+in another order, the holes between what is still in use add up: 4 MB a layer in a model of 13 MB layers. A
+run over layers is to need the same memory after 80 layers as after 8.
 """
 
 from __future__ import annotations
