@@ -24,7 +24,7 @@ from qwenq.profiling.energy import HOW as ENERGY
 from qwenq.profiling.energy import EnergyCounter
 from qwenq.profiling.memory import Meter, meter_for
 from qwenq.profiling.points import Point
-from qwenq.profiling.protocol import protocol_sampling
+from qwenq.profiling.protocol import end_ids, protocol_sampling
 from qwenq.profiling.rounded import rounded
 from qwenq.profiling.statistics import MOST, Summary, repeat, summarise
 from qwenq.results import Row
@@ -233,7 +233,7 @@ def _first_token(bench: Bench) -> Row:
 def _protocol(bench: Bench) -> tuple[Row, Row]:
     """Speed by the cards' protocol, and energy over the same generations."""
     point, engine = bench.point, bench.engine
-    sampling, how = protocol_sampling(bench.checkpoint)
+    (sampling, how), ends = protocol_sampling(bench.checkpoint), end_ids(bench.checkpoint)
     counter: EnergyCounter | None = None
     try:
         counter = EnergyCounter(engine.device)
@@ -244,14 +244,16 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
     def once() -> float:
         synchronise(engine.device)
         start = time.perf_counter()
-        made = engine.generate([bench.prompt], point.tokens, sampling=sampling, exact_tokens=True)
+        made = engine.generate(
+            [bench.prompt], point.tokens, sampling=sampling, stop_ids=ends, exact_tokens=True
+        )
         seconds = time.perf_counter() - start
         assert len(made.answers[0].ids) == point.tokens  # noqa: S101 - as the cards' script does
         return point.tokens / seconds
 
     joules = counter.joules() if counter else 0.0
     values = repeat(once, min(PROTOCOL_PATIENCE, bench.allowance.left(0.6)))
-    settings = {"sampling": how, "end_of_text": "counts as any other token", "warm_up": "8 tokens"}
+    settings = {"sampling": how, "end_of_text": _ending(ends), "warm_up": "8 tokens"}
     speed = bench.summary("speed.protocol", summarise(values), settings=settings)
     if counter is None:
         return speed, bench.absent("energy.token", why)
@@ -259,6 +261,12 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
     if spent <= 0:
         return speed, bench.absent("energy.token", "too short: the GPU's counter did not move")
     return speed, bench.row("energy.token", spent, n=len(values), settings={**settings, "energy": ENERGY})
+
+
+def _ending(ends: tuple[int, ...]) -> str:
+    if not ends:
+        return "the model names none"
+    return f"suppressed in the logits: {', '.join(map(str, ends))}"
 
 
 def _reset(meter: Meter) -> str | None:

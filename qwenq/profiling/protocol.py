@@ -1,9 +1,9 @@
-"""How the cards' script draws tokens: by the checkpoint's own generation settings."""
+"""How the cards' script draws tokens: by the checkpoint's own generation settings, its end never chosen."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwenq.runtime.sampling import GREEDY, Sampling
 
@@ -18,12 +18,10 @@ def protocol_sampling(checkpoint: Checkpoint) -> tuple[Sampling, str]:
 
     The repetition penalty is left out: it costs a few microseconds, and the engines have none.
     """
-    path = checkpoint.folder / "generation_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    settings = _generation_settings(checkpoint)
+    if settings is None:
         return GREEDY, "greedy: no generation_config.json"
-    if not isinstance(settings, dict) or not settings.get("do_sample"):
+    if not settings.get("do_sample"):
         return GREEDY, "greedy: generation_config.json does not sample"
     top_p, top_k = settings.get("top_p") or 1.0, settings.get("top_k") or 0
     temperature = settings.get("temperature") or 1.0
@@ -38,3 +36,27 @@ def protocol_sampling(checkpoint: Checkpoint) -> tuple[Sampling, str]:
     return sampling, phrase + (
         f"; repetition penalty {penalty} not applied" if penalty not in (None, 1, 1.0) else ""
     )
+
+
+def end_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Ids that end a text, which the cards' ``min_length`` keeps out of their generations; perhaps none.
+
+    As transformers has it: ``eos_token_id`` of generation_config.json, else of config.json; one id or a list.
+    """
+    for settings in (_generation_settings(checkpoint) or {}, checkpoint.config):
+        named = settings.get("eos_token_id")
+        ids = named if isinstance(named, list) else [named]
+        found = {token for token in ids if isinstance(token, int) and not isinstance(token, bool)}
+        if found:
+            return tuple(sorted(found))
+    return ()
+
+
+def _generation_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """generation_config.json; None where there is none that can be read."""
+    try:
+        text = (checkpoint.folder / "generation_config.json").read_text(encoding="utf-8")
+        settings = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None

@@ -108,12 +108,13 @@ class Engine(Protocol):
             max_new_tokens: at most so many per row.
             sampling: how tokens are chosen.
             stop_ids: each ends its row, and is not part of the answer.
-            exact_tokens: give every row exactly ``max_new_tokens``: stop ids count as any other.
+            exact_tokens: give every row exactly ``max_new_tokens``: stop ids are suppressed, their logits
+                −∞, as ``min_new_tokens`` does in transformers.
             cache: goes on from there; None: an empty one, of the size that is needed.
             on_token: called with (row, id) as tokens come.
 
         Raises:
-            UsageError: as `prefill`, or no token was asked for.
+            UsageError: as `prefill`, no token was asked for, or every id is suppressed.
         """
         ...
 

@@ -71,15 +71,16 @@ def steps(
     sampling: Sampling,
     cache: KVCache,
     timing: Timing,
+    suppressed: Collection[int] = (),
 ) -> Iterator[list[int]]:
-    """The next token of every row, again and again, at most ``max_new_tokens`` times.
+    """The next token of every row, again and again, at most ``max_new_tokens`` times; none of ``suppressed``.
 
     Between two steps the cache holds all tokens but the newest; whoever stops early can go on from there.
 
     Raises:
-        UsageError: the prompts with all new tokens would not fit into the cache.
+        UsageError: the prompts with all new tokens would not fit into the cache, or every id is suppressed.
     """
-    sampler = Sampler(sampling, len(prompts), engine.real_vocab)
+    sampler = Sampler(sampling, len(prompts), engine.real_vocab, suppressed)
     longest = max(old + len(new) for old, new in zip(cache.lengths, prompts, strict=True))
     if longest + max_new_tokens - 1 > cache.capacity:
         raise UsageError(
@@ -117,11 +118,12 @@ def generate(
         return Generated([])
     if cache is None:
         cache = engine.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
-    stops = frozenset() if exact_tokens else frozenset(stop_ids)
+    stops = frozenset(stop_ids)
+    never = stops if exact_tokens else frozenset[int]()
     ids: list[list[int]] = [[] for _ in prompts]
     ends: list[int | None] = [None] * len(prompts)
     timing = Timing()
-    for drawn in steps(engine, prompts, max_new_tokens, sampling, cache, timing):
+    for drawn in steps(engine, prompts, max_new_tokens, sampling, cache, timing, never):
         for row, token in enumerate(drawn):
             if ends[row] is not None:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -56,16 +57,29 @@ class Sampler:
         sampling: how.
         rows: rows of the batch.
         real_vocab: ids from here on are padding of the embedding and are never chosen.
+        suppressed: ids that are never chosen either: their logits become −∞ before anything else is done.
+
+    Raises:
+        UsageError: no id is left.
     """
 
-    def __init__(self, sampling: Sampling, rows: int, real_vocab: int) -> None:
+    def __init__(
+        self, sampling: Sampling, rows: int, real_vocab: int, suppressed: Collection[int] = ()
+    ) -> None:
         self._sampling, self._real_vocab = sampling, real_vocab
+        never = sorted({token for token in suppressed if 0 <= token < real_vocab})
+        if len(never) == real_vocab:
+            raise UsageError("every token is suppressed: there is nothing to choose from")
+        self._never = torch.tensor(never, dtype=torch.long) if never else None
         seeds = [(sampling.seed + row * 0x9E3779B97F4A7C15) % 2**63 for row in range(rows)]
         self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Float32 [rows, vocabulary] → int64 [rows], on the same device."""
         logits = logits[:, : self._real_vocab]
+        if self._never is not None:
+            self._never = self._never.to(logits.device)  # once: afterwards it is there
+            logits = logits.index_fill(-1, self._never, -math.inf)
         if self._sampling.greedy:
             return logits.argmax(-1)
         values, ids = self._candidates(logits / self._sampling.temperature)

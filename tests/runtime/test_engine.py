@@ -71,10 +71,23 @@ def test_the_loop_ends_when_all_rows_have(runner: Engine) -> None:
     assert done.timing.decode_tokens == 0
 
 
-def test_exact_tokens_ignore_stop_ids(runner: Engine) -> None:
-    done = runner.generate([random_ids(7)], 25, stop_ids=range(runner.vocab_size), exact_tokens=True)
-    assert len(done.answers[0].ids) == 25
-    assert done.answers[0].stop_id is None
+def test_exact_tokens_never_choose_a_stop_id(runner: Engine) -> None:
+    """As transformers' own min_length: the likeliest of the other tokens comes instead, and goes on."""
+    prompt = random_ids(7)
+    free = runner.generate([prompt], 25).answers[0].ids
+    stops = set(free[:3])
+    (answer,) = runner.generate([prompt], 25, stop_ids=stops, exact_tokens=True).answers
+    assert len(answer.ids) == 25
+    assert answer.stop_id is None
+    assert not stops & set(answer.ids)
+    logits = runner.logits([[*prompt, *answer.ids[:-1]]])[0][len(prompt) - 1 :].clone()  # [25, vocabulary]
+    logits[:, sorted(stops)] = -torch.inf
+    assert logits.argmax(-1).tolist() == answer.ids
+
+
+def test_a_vocabulary_that_is_all_suppressed_is_refused(runner: Engine) -> None:
+    with pytest.raises(UsageError, match="every token is suppressed"):
+        runner.generate([random_ids(7)], 5, stop_ids=range(runner.vocab_size), exact_tokens=True)
 
 
 def test_streaming_gives_the_same_tokens_and_leaves_a_usable_cache(runner: Engine) -> None:

@@ -51,6 +51,28 @@ def test_padded_rows_are_never_drawn(seed: int, temperature: float, real: int) -
         assert int(sampler(logits).max()) < real
 
 
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.sampled_from([0.0, 0.7, 100.0]),
+    never=st.sets(st.integers(0, 7)),
+)
+def test_suppressed_ids_are_never_drawn(seed: int, temperature: float, never: set[int]) -> None:
+    logits = torch.zeros(3, 10)
+    logits[:, sorted(never)] = 1e4
+    sampler = Sampler(Sampling(temperature=temperature, seed=seed), 3, 9, never)
+    for _ in range(20):
+        assert not never & set(sampler(logits).tolist())
+
+
+def test_suppression_is_transformers_min_length() -> None:
+    from transformers import MinLengthLogitsProcessor
+
+    logits = torch.randn(4, 50)
+    processed = MinLengthLogitsProcessor(100, [3, 7])(torch.zeros(4, 1, dtype=torch.long), logits.clone())
+    shares = Sampler(Sampling(seed=5), 4, 50)(processed), Sampler(Sampling(seed=5), 4, 50, [3, 7])(logits)
+    assert torch.equal(*shares)
+
+
 def test_a_seed_repeats_and_rows_do_not_share_a_stream() -> None:
     logits = torch.zeros(4, 1000)
     first, second = (Sampler(Sampling(seed=11), 4, 1000)(logits) for _ in range(2))

@@ -1,0 +1,55 @@
+"""What the protocol's generation is made of: the checkpoint's sampling, and its ends kept out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.profiling.measure import measure
+from qwenq.profiling.points import Point
+from qwenq.profiling.protocol import end_ids, protocol_sampling
+
+
+def checkpoint(folder: Path, config: dict[str, Any], generation: object = None) -> Checkpoint:
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return Checkpoint(folder, config, None)  # type: ignore[arg-type] - no tensor is read
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": 2}, {"eos_token_id": [151645, 151643]}, (151643, 151645)),
+        ({"eos_token_id": 2}, {"eos_token_id": None}, (2,)),
+        ({"eos_token_id": 2}, {"eos_token_id": 0}, (0,)),
+        ({"eos_token_id": 2}, ["no", "object"], (2,)),
+        ({}, {"eos_token_id": "none"}, ()),
+    ],
+)
+def test_ends_are_those_that_transformers_would_take(
+    tmp_path: Path, config: dict[str, Any], generation: object, ends: tuple[int, ...]
+) -> None:
+    assert end_ids(checkpoint(tmp_path, config, generation)) == ends
+
+
+def test_sampling_is_the_checkpoints(tmp_path: Path) -> None:
+    made = checkpoint(tmp_path, {}, {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.1})
+    sampling, phrase = protocol_sampling(made)
+    assert (sampling.top_p, sampling.temperature, sampling.seed) == (0.8, 1.0, 1024)
+    assert "repetition penalty 1.1 not applied" in phrase
+
+
+def test_the_row_says_which_ends_were_suppressed(
+    points: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
+        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 0.0)
+    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr("qwenq.profiling.measure.end_ids", lambda checkpoint: (3, 5))
+    rows = {row.metric: row for row in measure(next(p for p in points if not p.encodes))}
+    assert rows["speed.protocol"].settings["end_of_text"] == "suppressed in the logits: 3, 5"
