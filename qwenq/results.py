@@ -7,7 +7,8 @@ why. Rows are appended and flushed one by one, so a kill loses none that was fin
 What reports read out of ``details``, each where a row has it (lists of one row are of one length):
 
 * accuracy: ``items`` {item id: correct}, ``parts`` {subject: share}; tests pair two rows by item id
-* kl: ``positions`` [token] with ``values`` [nats]; ``modules`` [{name, error, rtn_error}], relative errors
+* kl: ``positions`` [tokens read, the middle of a stretch] with ``values`` [mean nats there], ``lows`` and
+  ``highs`` [95 % interval or null], ``counts`` [predictions]; ``modules`` [{name, error, rtn_error}], relative
 * speed.decode: ``positions`` [token] with ``values`` [tokens/s]
 * memory.generate: ``parts`` {weights, cache, activations: bytes}
 * any: ``command``, the exact command that measured it

@@ -24,6 +24,7 @@ from qwenq.evals.module_error import (
 )
 from qwenq.evals.result import CheckResult
 from qwenq.evals.statistics import (
+    by_position,
     mean_of_sequences,
     perplexity,
     rate_of_sequences,
@@ -249,6 +250,7 @@ def _summarise(
         kl=kl,
         kl_median=median,
         kl_p99=p99,
+        kl_by_position=by_position(scores.kl),
         same_top=same_top,
         perplexity=perplexity(scores.nll),
         base_perplexity=perplexity(scores.base_nll),

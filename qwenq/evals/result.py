@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwenq.evals.module_error import ModuleError
-from qwenq.evals.statistics import Estimate, json_number
+from qwenq.evals.statistics import Estimate, Stretch, json_number
 from qwenq.evals.verdict import Verdict
 
 
@@ -17,6 +17,7 @@ class CheckResult:
     Attributes:
         kl: mean KL(base ‖ quantised) a token, in nats.
         kl_median, kl_p99: of the same, over tokens.
+        kl_by_position: of the same, along the sequences.
         same_top: share of tokens where both models rank the same token first.
         perplexity, base_perplexity: of the next token.
         perplexity_ratio: quantised over base, paired by sequence.
@@ -31,6 +32,7 @@ class CheckResult:
     kl: Estimate
     kl_median: float
     kl_p99: float
+    kl_by_position: tuple[Stretch, ...]
     same_top: Estimate
     perplexity: float
     base_perplexity: float
@@ -68,6 +70,7 @@ class CheckResult:
             **estimates,
             **numbers,
             **plain,
+            "kl_by_position": [stretch.to_json() for stretch in self.kl_by_position],
             "modules": modules,
         }
 

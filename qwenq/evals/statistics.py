@@ -12,7 +12,8 @@ counts them one by one is too narrow. Sequences are independent, and all of one 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,45 @@ def mean_of_sequences(values: NDArray[np.float64]) -> Estimate:
         quantile = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
         half = quantile * float(means.std(ddof=1)) / math.sqrt(count)
     return Estimate(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A mean over some positions of every sequence.
+
+    Attributes:
+        first, last: tokens that have been read before the first and the last of the predictions.
+        mean: with its interval over sequences.
+        n: predictions.
+    """
+
+    first: int
+    last: int
+    mean: Estimate
+    n: int
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain numbers."""
+        return {"first": self.first, "last": self.last, "n": self.n, **self.mean.to_json()}
+
+
+STRETCHES = 16
+
+
+def by_position(values: NDArray[np.float64], count: int = STRETCHES) -> tuple[Stretch, ...]:
+    """Means over stretches of equal length along the tokens, at most so many.
+
+    Args:
+        values: [sequences, tokens] of a figure that is never below zero; nor are the intervals' bounds.
+    """
+    sequences, tokens = values.shape
+    edges = [round(n * tokens / min(count, tokens)) for n in range(min(count, tokens) + 1)]
+    made = []
+    for start, end in pairwise(edges):
+        mean = mean_of_sequences(values[:, start:end])
+        mean = mean if mean.low is None else replace(mean, low=max(0.0, mean.low))
+        made.append(Stretch(start + 1, end, mean, sequences * (end - start)))
+    return tuple(made)
 
 
 def ratio_of_perplexities(nll: NDArray[np.float64], base_nll: NDArray[np.float64]) -> Estimate:

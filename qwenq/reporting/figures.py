@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qwenq.reporting.card import TASKS
@@ -161,12 +161,13 @@ def _decode(collection: Collection, family: str) -> Figure | None:
 
 def _kl(collection: Collection, family: str) -> Figure | None:
     rows = at_one_point([item for item in collection.of(family, "kl") if _curve(item)], anywhere=True)
-    series = tuple(_line(collection, item) for item in rows)
+    series = tuple(_with_intervals(_line(collection, item), item) for item in rows)
     if not series:
         return None
     return Figure(
         "kl", "lines", "KL divergence by position", "position in the text", "nats a token", series,
-        "How far each model's next-token distribution is from the unquantised one's.",
+        "How far each model's next-token distribution is from the unquantised one's, by how much text it has "
+        "read. Bars are 95 % intervals.",
     )  # fmt: skip
 
 
@@ -174,6 +175,23 @@ def _line(collection: Collection, item: Measured) -> Series:
     name = collection.label(item.row.model)
     points = tuple(Point(x, y) for x, y in _curve(item))
     return Series(name, points, item.row.model.precision)
+
+
+def _with_intervals(line: Series, item: Measured) -> Series:
+    """The line, with ``lows`` and ``highs`` of the row's details where there is a pair for every mark."""
+    lows, highs = item.row.details.get("lows"), item.row.details.get("highs")
+    if (
+        not isinstance(lows, list)
+        or not isinstance(highs, list)
+        or not len(lows) == len(highs) == len(line.points)
+    ):
+        return line
+    bounded = zip(line.points, lows, highs, strict=True)
+    points = (
+        replace(point, low=low, high=high) if _number(low) and _number(high) and low <= high else point
+        for point, low, high in bounded
+    )
+    return replace(line, points=tuple(points))
 
 
 def _curve(item: Measured) -> list[tuple[float, float]]:

@@ -94,7 +94,7 @@ def _curves(figure: Figure, axes: Axes) -> None:
             markersize=5,
         )
         line.set_label(clean(series.name))
-        for point in series.points if marks else ():
+        for point in series.points:
             if point.low is not None and point.high is not None:
                 axes.vlines(point.x, point.low, point.high, color=line.get_color(), alpha=0.5, linewidth=1)
     if figure.kind == "points":

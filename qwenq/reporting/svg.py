@@ -41,13 +41,16 @@ def _points(figure: Figure) -> tuple[int, list[Markup]]:
     for place, series in enumerate(figure.series):
         parts.append(_path(series, x, y, "thin"))
         aside = 3.0 * (place - (len(figure.series) - 1) / 2)  # intervals at one x do not cover each other
-        parts += [
-            _line(x(point.x) + aside, y(point.low), x(point.x) + aside, y(point.high), f"bar t-{series.tone}")
-            for point in series.points
-            if point.low is not None and point.high is not None
-        ]
+        parts += _intervals(series, x, y, aside)
         parts += [_dot(series, point, x, y, figure, 4, aside) for point in series.points]
     return HEIGHT, parts + list(_names(figure, x, y))
+
+
+def _intervals(series: Series, x: Axis, y: Axis, aside: float = 0.0) -> Iterator[Markup]:
+    for point in series.points:
+        if point.low is not None and point.high is not None:
+            at = x(point.x) + aside
+            yield _line(at, y(point.low), at, y(point.high), f"bar t-{series.tone}")
 
 
 def _names(figure: Figure, x: Axis, y: Axis) -> Iterator[Markup]:
@@ -71,6 +74,7 @@ def _lines(figure: Figure) -> tuple[int, list[Markup]]:
     parts = [*_grid(figure, x, y)]
     for series in figure.series:
         parts.append(_path(series, x, y, "line dashed" if series.dashed else "line"))
+        parts += _intervals(series, x, y)
         parts += [_dot(series, point, x, y, figure, 2) for point in series.points[:400]]
     return HEIGHT, parts
 

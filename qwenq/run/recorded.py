@@ -53,9 +53,22 @@ def rows_of(manifest: dict[str, Any], model: Model) -> Iterator[Row]:
             reason = "not finite"
             yield Row(metric, model, point, None, unit, status="failed", reason=reason, **common)
             continue
-        details = {"modules": check["modules"]} if metric == "kl" else {}
+        details = _details_of_kl(check) if metric == "kl" else {}
         bounds = (found["low"], found["high"])
         yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
+
+
+def _details_of_kl(check: dict[str, Any]) -> dict[str, Any]:
+    """The modules' errors; and the curve over position, which older manifests do not have."""
+    measured = [part for part in check.get("kl_by_position", []) if part["value"] is not None]
+    curve = {
+        "positions": [(part["first"] + part["last"]) / 2 for part in measured],
+        "values": [part["value"] for part in measured],
+        "counts": [part["n"] for part in measured],
+        "lows": [part["low"] for part in measured],
+        "highs": [part["high"] for part in measured],
+    }
+    return {"modules": check["modules"], **(curve if measured else {})}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -131,6 +131,14 @@ def test_divergence_is_that_of_whole_models_in_float64(case: Case) -> None:
     assert result.kl.value == pytest.approx(float(kl.mean()), rel=1e-3, abs=2e-6)
     assert result.kl_median == pytest.approx(float(kl.quantile(0.5)), rel=1e-3, abs=2e-6)
     assert result.kl_p99 == pytest.approx(float(kl.quantile(0.99)), rel=1e-3, abs=2e-6)
+    for part in result.kl_by_position:  # after the first token: one read, none left out
+        expected = float(kl[:, part.first - 1 : part.last].mean())
+        assert part.mean.value == pytest.approx(expected, rel=1e-3, abs=2e-6)
+    assert [part.first for part in result.kl_by_position[1:]] == [
+        part.last + 1 for part in result.kl_by_position[:-1]
+    ]
+    assert (result.kl_by_position[0].first, result.kl_by_position[-1].last) == (1, 39)
+    assert sum(part.n for part in result.kl_by_position) == kl.numel()
     same = (p.argmax(-1) == q.argmax(-1)).double().mean()
     assert result.same_top.value == pytest.approx(float(same), abs=1.01 / kl.numel())
     assert (result.sequences, result.seq_len, result.tokens) == (5, 40, 5 * 39)

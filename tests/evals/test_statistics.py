@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qwenq.evals.statistics import (
     Estimate,
+    by_position,
     design_effect,
     mean_of_sequences,
     perplexity,
@@ -80,6 +81,19 @@ def test_pairing_cancels_the_texts_difficulty() -> None:
     ratio = ratio_of_perplexities(base + math.log(1.1), base)
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((1.1, 1.1, 1.1))
     assert perplexity(np.full((2, 3), math.log(7.0))) == pytest.approx(7)
+
+
+@pytest.mark.parametrize(("tokens", "stretches"), [(255, 16), (16, 16), (5, 5), (1, 1)])
+def test_stretches_cover_every_position_once(tokens: int, stretches: int) -> None:
+    values = np.random.default_rng(5).gamma(0.1, size=(3, tokens))
+    found = by_position(values)
+    assert len(found) == stretches
+    covered = [position for part in found for position in range(part.first, part.last + 1)]
+    assert covered == list(range(1, tokens + 1))
+    assert sum(part.n * part.mean.value for part in found) == pytest.approx(values.sum())
+    for part in found:
+        assert 0 <= part.mean.low <= part.mean.value <= part.mean.high
+        assert part.mean.value == pytest.approx(values[:, part.first - 1 : part.last].mean())
 
 
 def test_what_is_not_finite_stays_so_and_is_null_in_json() -> None:

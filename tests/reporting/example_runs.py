@@ -78,6 +78,8 @@ def closeness(precision: str, kl: float) -> Iterator[Row]:
     details = {
         "positions": list(range(0, 256, 32)),
         "values": [kl * (1 + 1 / (1 + place)) for place in range(8)],
+        "lows": [kl * 0.8] * 8,
+        "highs": [kl * 2.1] * 7 + [None],
         "modules": [
             {"name": f"model.layers.{layer}.mlp.up_proj", "error": kl / 10 * (1 + layer), "rtn_error": kl / 4}
             for layer in range(6)

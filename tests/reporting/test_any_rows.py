@@ -30,7 +30,7 @@ METRIC_NAMES = [
     "memory.unreset",
     "time.first_token",
 ]
-KEYS = ["positions", "values", "parts", "modules", "items", "paired", "command"]
+KEYS = ["positions", "values", "lows", "highs", "parts", "modules", "items", "paired", "command"]
 keys = st.sampled_from(["task", "tokens", "context", "attention", "device", "limit"])
 environments = st.dictionaries(
     st.sampled_from(["cpu", "gpus", "memory_bytes", "versions", "os", "python", "command", "date"]),

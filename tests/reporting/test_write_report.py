@@ -14,9 +14,11 @@ import pytest
 from example_runs import accuracy, model, rows, speed, write_run
 
 from qwenq.errors import UsageError
-from qwenq.reporting.collect import collect
+from qwenq.reporting.collect import Collection, collect
+from qwenq.reporting.figures import figures_of
 from qwenq.reporting.markdown import render
 from qwenq.reporting.report import make_report
+from qwenq.reporting.svg import draw
 from qwenq.reporting.write import write_report
 from qwenq.results import Row
 
@@ -188,3 +190,12 @@ def test_a_run_without_rows_is_refused(tmp_path: Path) -> None:
     (run / "results.jsonl").touch()
     with pytest.raises(UsageError, match="no row"):
         write_report([run], tmp_path / "out")
+
+
+def test_kl_by_position_is_drawn_with_its_intervals_where_rows_have_them(collection: Collection) -> None:
+    (figure,) = (figure for figure in figures_of(collection, collection.families[0]) if figure.key == "kl")
+    for series, kl in zip(figure.series, (0.004, 0.062), strict=True):
+        assert [point.x for point in series.points] == list(range(0, 256, 32))
+        assert (series.points[0].low, series.points[0].high) == (kl * 0.8, kl * 2.1)
+        assert series.points[-1].high is None
+    assert str(draw(figure)).count('class="bar') == 2 * 7
