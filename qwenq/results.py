@@ -8,7 +8,7 @@ What reports read out of ``details``, each where a row has it (lists of one row 
 
 * accuracy: ``items`` {item id: correct}, ``parts`` {subject: share}; tests pair two rows by item id
 * kl: ``positions`` [tokens read, the middle of a stretch] with ``values`` [mean nats there], ``lows`` and
-  ``highs`` [95 % interval or null], ``counts`` [predictions]; ``modules`` [{name, error, rtn_error}], relative
+  ``highs`` [95 % interval or null], ``counts`` [predictions]; ``modules`` [{name, error, rtn_error}]
 * speed.decode: ``positions`` [token] with ``values`` [tokens/s]
 * memory.generate: ``parts`` {weights, cache, activations: bytes}
 * any: ``command``, the exact command that measured it
