@@ -3,7 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
-DEMO := build/demo/SmolLM2-135M-Instruct-GPTQ-Int4
+
+# Compiled once, not at every start: torch and transformers take seconds to compile.
+export PYTHONDONTWRITEBYTECODE :=
 
 # One thread for each of two test processes: faster than two threads in one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
@@ -17,7 +19,7 @@ RELIABILITY := tests/reliability tests/test_crash.py tests/test_storage.py tests
 .PHONY: help install demo test test-slow reliability interop lint format clean
 
 help:
-	@echo 'make demo       install, quantise the bundled model to Int4, check it (minutes)'
+	@echo 'make demo       install, quantise the bundled model to Int4, check, evaluate, profile, report (minutes)'
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make reliability  kill, fill up, cut off and fuzz it; prints what was survived'
@@ -28,10 +30,7 @@ help:
 install: .venv/.dev
 
 demo: .venv/.demo
-	rm -rf $(DEMO)
-	$(BIN)/qwenq quantize --recipe recipes/demo.toml --out $(DEMO)
-	@echo
-	@ls -l $(DEMO)
+	$(BIN)/qwenq run recipes/demo.toml --out build/demo
 
 test: .venv/.dev
 	$(PYTEST) -m 'not slow'

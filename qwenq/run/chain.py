@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwenq import __version__
 from qwenq.errors import UsageError
+from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE
 
@@ -29,6 +30,7 @@ class Step:
         always: a verdict: never skipped.
         whole: what it makes appears whole or not at all, under a name that holds what decides it; no journal
             is asked.
+        alias: a link that leads to what it makes, so that people need not know that name.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Step:
     reads: tuple[Path, ...] = ()
     always: bool = False
     whole: bool = False
+    alias: Path | None = None
     module: str = "qwenq"
 
     def fingerprint(self) -> str:
@@ -101,7 +104,8 @@ def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
     model = () if recipe.model is None else (recipe.model,)
     bits = str(BITS[precision])
     arguments = ("quantize", *model, "--recipe", str(file), "--bits", bits, "--out", str(out))
-    return Step(f"quantise to {precision}", arguments, out, whole=True)
+    alias = out.parents[1] / out.name
+    return Step(f"quantise to {precision}", arguments, out, whole=True, alias=alias)
 
 
 def _model_folder(recipe: Recipe, precision: str) -> Path:
@@ -110,7 +114,7 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
     parts["quantize"]["bits"] = BITS[precision]
     states = [state(path) for path in _local(recipe.model, recipe.calibration.source)]
     facts = json.dumps([__version__, parts, states], sort_keys=True)
-    name = Path(recipe.model).name if recipe.model else "bundled"
+    name = Path(recipe.model).name if recipe.model else BUNDLED
     return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
 
 

@@ -38,6 +38,7 @@ def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
     """
     for number, step in enumerate(chain.steps, 1):
         if is_done(chain, step):
+            _lead_to(step)
             continue
         say(f"step {number} of {len(chain.steps)}: {step.name}")
         started = time.monotonic()
@@ -45,8 +46,25 @@ def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
         if code != 0:
             say(f"{step.name} ended with exit code {code}; the same command goes on from here")
             return code
+        _lead_to(step)
         _note(chain.work, step, time.monotonic() - started)
     return 0
+
+
+def _lead_to(step: Step) -> None:
+    """Point the step's alias at what it has made, in one move; what is no link is somebody's, and stays."""
+    if step.alias is None or not step.makes.exists():
+        return
+    alias, target = step.alias, os.path.relpath(step.makes, step.alias.parent)
+    if alias.is_symlink() and str(alias.readlink()) == target:
+        return
+    if alias.exists() and not alias.is_symlink():
+        return
+    fresh = alias.with_name(f".{alias.name}.{os.getpid()}")
+    with guard_storage(alias):
+        fresh.unlink(missing_ok=True)  # of a process of that number that was killed here
+        fresh.symlink_to(target, target_is_directory=True)
+        fresh.replace(alias)
 
 
 def _execute(step: Step) -> int:

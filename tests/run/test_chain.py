@@ -111,6 +111,28 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     assert is_done(made, made.steps[0])
 
 
+def test_a_name_without_a_hash_leads_to_the_newest_model(steps: Path) -> None:
+    alias = steps / "models" / "m-Int4"
+    for name in ("old", "new"):
+        made = steps / "models" / name / "m-Int4"
+        made.parent.mkdir(parents=True)
+        step = replace(marker(str(made.relative_to(steps)), steps), makes=made, whole=True, alias=alias)
+        assert run_chain(made_of(steps, step), lambda line: None) == 0
+        assert alias.resolve() == made
+    again = replace(step, makes=steps / "models" / "old" / "m-Int4")
+    assert run_chain(made_of(steps, again), lambda line: None) == 0  # done already, and asked for again
+    assert alias.resolve() == again.makes
+    assert sorted(path.name for path in alias.parent.iterdir()) == ["m-Int4", "new", "old"]
+
+
+def test_somebodys_folder_under_that_name_stays(steps: Path) -> None:
+    alias = steps / "models" / "m-Int4"
+    (alias / "precious").mkdir(parents=True)
+    step = replace(marker("made", steps), whole=True, alias=alias)
+    assert run_chain(made_of(steps, step), lambda line: None) == 0
+    assert (alias / "precious").is_dir()
+
+
 def test_another_recipe_gets_other_folders_and_the_same_one_its_own(tmp_path: Path) -> None:
     def folder(text: str) -> Path:
         return chain(tmp_path, text).steps[0].makes
