@@ -7,11 +7,16 @@ arXiv 2505.11695). Completing the square in ‖Q X − W X̃‖² leaves GPTQ's 
     W′ = W + W C H⁻¹,   C = 2/n · Σ (x̃ − x) xᵀ
 
 so nothing in the solver changes. ``strength`` scales the correction: C is an estimate from finite text.
+
+A weight with fewer rows than columns is better served by W C = 2/n · Σ W (x̃ − x) xᵀ: [rows, in] instead of
+[in, in] is summed and kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,32 +24,77 @@ from torch import Tensor
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import Damped
 from qwenq.gptq.exact import mean_products
-from qwenq.gptq.running import running_drift
+from qwenq.gptq.running import running_drift, running_output_drift
+
+
+class Drift(Protocol):
+    """What is known of the drift, by the time the Hessian has been factorised."""
+
+    def corrections(self, W: Tensor, parts: Sequence[slice], hessian: Damped) -> Iterator[Tensor]:
+        """W C H⁻¹ for these runs of the rows of W, [rows of the run, in] each, one after the other."""
+
+
+@dataclass(frozen=True)
+class InputDrift:
+    """C, [in, in] float32, not symmetric."""
+
+    C: Tensor
+
+    def corrections(self, W: Tensor, parts: Sequence[slice], hessian: Damped) -> Iterator[Tensor]:
+        """C H⁻¹ costs 4 · in³ operations, and W C H⁻¹ with it 2 · rows · in²; (W C) H⁻¹ 6 · rows · in²."""
+        if W.shape[0] > W.shape[1]:
+            CH = times_inverse(self.C, hessian)
+            yield from (W[part] @ CH for part in parts)
+        else:
+            yield from (times_inverse(W[part] @ self.C, hessian) for part in parts)
+
+
+@dataclass(frozen=True)
+class OutputDrift:
+    """W C, [rows, in] float32."""
+
+    WC: Tensor
+
+    def corrections(self, W: Tensor, parts: Sequence[slice], hessian: Damped) -> Iterator[Tensor]:
+        """Of W, the weight that ``WC`` was made with."""
+        if W.shape != self.WC.shape:
+            raise ValueError(f"the drift of {list(self.WC.shape)} outputs and inputs, not {list(W.shape)}")
+        yield from (times_inverse(self.WC[part], hessian) for part in parts)
 
 
 def drift(
+    inputs: Sequence[Tensor], references: Sequence[Tensor], weights: Sequence[Tensor], team: Team = ALONE
+) -> Drift | None:
+    """The drift of an input that some linears share; None: no rank has a reference.
+
+    Args:
+        inputs: this rank's activations by batch, [..., in] each, as the quantised layers so far produce them.
+        references: of the first of these batches (all, or none), the same tokens in the original model.
+        weights: float32 [rows, in] of each linear, in the order in which they are quantised.
+        team: whose batches these are.
+    """
+    width, device = weights[0].shape[1], weights[0].device
+    if team.launched:
+        C = exact_drift(inputs, references, width, device, team)
+    elif sum(weight.shape[0] for weight in weights) < width:
+        WC = running_output_drift(inputs, references, torch.cat(list(weights)))
+        return None if WC is None else OutputDrift(WC)
+    else:
+        C = running_drift(inputs, references, width, device)
+    return None if C is None else InputDrift(C)
+
+
+def exact_drift(
     inputs: Sequence[Tensor],
     references: Sequence[Tensor],
     width: int,
     device: torch.device | str,
-    team: Team = ALONE,
+    team: Team,
 ) -> Tensor | None:
-    """C, [width, width] float32, not symmetric; None: no rank has a reference.
+    """C, the same on every rank and for any number of them; see ``running_drift`` for a process alone.
 
-    Products of a batch are computed in bfloat16 where the activations are: C is a small correction, estimated
-    from few tokens, and float32 would take a third of a layer's time.
-
-    Args:
-        inputs: this rank's activations by batch, [..., width] each, as the quantised layers so far produce
-            them.
-        references: of the first of these batches (all, or none), the same tokens in the original model.
-        width: of the input.
-        device: of C.
-        team: whose batches these are.
+    Products of a batch are computed in bfloat16 where the activations are.
     """
-
-    if not team.launched:
-        return running_drift(inputs, references, width, device)
 
     def drifted(batch: int, some: slice) -> Tensor:
         return _columns(references[batch], some) - _columns(inputs[batch], some)
@@ -68,22 +118,15 @@ def times_inverse(M: Tensor, hessian: Damped) -> Tensor:
     return change
 
 
-def cheaper_from_right(rows: int, width: int) -> bool:
-    """Whether C H⁻¹ costs less than (W C) H⁻¹: 4 · in³ + 2 · rows · in² operations against 6 · rows · in²."""
-    return rows > width
-
-
-def drifted_target(
-    W: Tensor, C: Tensor, hessian: Damped, strength: float, CH: Tensor | None = None
-) -> Tensor:
-    """W′, the weight whose outputs on the drifted inputs come nearest to the original outputs.
+def aim(W: Tensor, parts: Sequence[slice], found: Drift, hessian: Damped, strength: float) -> None:
+    """Change runs of rows of W to W′, whose outputs on the drifted inputs come nearest to the original ones.
 
     Args:
         W: [rows, in] float32.
-        C: [in, in] float32, from ``drift``.
+        parts: the runs.
+        found: of these rows' inputs.
         hessian: of the drifted inputs; its damping keeps the regression from following noise.
         strength: 0 (plain GPTQ) … 1 (the whole correction).
-        CH: C H⁻¹, where that is known.
     """
-    change = times_inverse(W @ C, hessian) if CH is None else W @ CH
-    return W + change.mul_(strength)
+    for part, correction in zip(parts, found.corrections(W, parts, hessian), strict=True):
+        W[part].add_(correction, alpha=strength)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import QuantisationError
+from qwenq.gptq.drift import Drift
 from qwenq.gptq.grid import Grid
 from qwenq.gptq.rows import Settings, solve_rows
 
@@ -49,14 +50,14 @@ class QuantisedLinear:
 
 
 def quantise_group(
-    weights: dict[str, Tensor], H: Tensor, C: Tensor | None, settings: Settings, team: Team = ALONE
+    weights: dict[str, Tensor], H: Tensor, found: Drift | None, settings: Settings, team: Team = ALONE
 ) -> dict[str, QuantisedLinear]:
     """Quantise linears that read the same input, as one matrix: rows do not influence each other.
 
     Args:
         weights: name → [out, in] float32; all with the same ``in``.
         H: [in, in] float32, their common Hessian; changed in place (damping).
-        C: [in, in] float32 from ``drift``; None: their inputs have not drifted.
+        found: what is known of the drift of their inputs; None: they have not drifted.
         settings: see ``Settings``.
         team: its ranks solve a share of the rows each, and all get the result.
 
@@ -66,7 +67,7 @@ def quantise_group(
     W = torch.cat(list(weights.values()))  # [rows of all, in]
     measured = torch.cat([_measured(weight) for weight in weights.values()])
     size = W.shape[1] if settings.group_size == -1 else settings.group_size
-    solved = solve_rows(W, measured, H, C, settings, size, team)
+    solved = solve_rows(W, measured, H, found, settings, size, team)
     results, start = {}, 0
     for name, weight in weights.items():
         rows = slice(start, start + weight.shape[0])

@@ -25,7 +25,7 @@ from qwenq.models.packing import PackedLinear, dequantise, pack
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
-ALGORITHM = 5  # raise it when the same settings give other integers: unfinished runs are then not resumed
+ALGORITHM = 6  # raise it when the same settings give other integers: unfinished runs are then not resumed
 DRIFT_SHARE = 1.0  # of the batches also run through the original model, to see how inputs have drifted
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -277,10 +277,10 @@ class _Layer:
         """Quantise the linears ``names``, whose common input is ``inputs``: their new weights."""
         width, device = inputs[0].shape[-1], inputs[0].device
         H = hessian(inputs, width, device, self._team)
-        C = drift(inputs, reference, width, device, self._team)
         weights = {name: self._stored(name) for name in names}
+        found = drift(inputs, reference, list(weights.values()), self._team)
         try:
-            results = quantise_group(weights, H, C, self._settings, self._team)
+            results = quantise_group(weights, H, found, self._settings, self._team)
         except QuantisationError as error:
             where = f"{self._prefix}.{error.where or names[0]}"
             raise QuantisationError(error.what, where=where, hint=error.hint) from error

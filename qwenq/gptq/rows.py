@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import Damped, damped
-from qwenq.gptq.drift import cheaper_from_right, drifted_target, times_inverse
+from qwenq.gptq.drift import Drift, aim
 from qwenq.gptq.grid import Grid
 from qwenq.gptq.refine import descend, refit_scales
 from qwenq.gptq.scales import ScaleSearch, search_grid
@@ -88,7 +88,7 @@ def solve_rows(
     W: Tensor,
     measured: Tensor,
     H: Tensor,
-    C: Tensor | None,
+    found: Drift | None,
     settings: Settings,
     group_size: int,
     team: Team = ALONE,
@@ -101,7 +101,8 @@ def solve_rows(
     Args:
         W: [rows, in] float32; this rank's rows of it are changed in place.
         measured: [rows] bool, see ``SolvedRows.figures``.
-        H, C: [in, in] float32, see ``quantise_group``; H is changed in place.
+        H: [in, in] float32, see ``quantise_group``; changed in place.
+        found: what is known of the drift of their inputs.
         settings: see ``Settings``.
         group_size: a divisor of ``in``.
         team: the ranks.
@@ -116,7 +117,8 @@ def solve_rows(
     if mine:
         natural = torch.arange(W.shape[1], device=W.device)
         hessian = damped(H, settings.damp, act_order(H) if settings.act_order else natural)
-        _aim(W, mine, C, hessian, settings.drift)
+        if found is not None:
+            aim(W, mine, found, hessian, settings.drift)
         for part in mine:
             result.of(part).put(_solve(W[part], measured[part], hessian, settings, group_size))
     for part, owner in zip(parts, owners, strict=True):
@@ -132,15 +134,6 @@ def _empty(W: Tensor, group_size: int) -> SolvedRows:
     figures = torch.empty(rows, 4, device=W.device)
     facts = torch.empty(2, dtype=torch.float64, device=W.device)
     return SolvedRows(integers, scales, zeros, figures, facts)
-
-
-def _aim(W: Tensor, parts: list[slice], C: Tensor | None, hessian: Damped, strength: float) -> None:
-    """Move these runs of rows to what is aimed at; C H⁻¹, if it is formed, is not kept."""
-    if C is None:
-        return
-    CH = times_inverse(C, hessian) if cheaper_from_right(*W.shape) else None
-    for part in parts:
-        W[part] = drifted_target(W[part], C, hessian, strength, CH)
 
 
 def _solve(W: Tensor, measured: Tensor, hessian: Damped, settings: Settings, group_size: int) -> SolvedRows:

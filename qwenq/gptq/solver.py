@@ -6,6 +6,7 @@ contiguous, and the rank-1 update touches whole cache lines.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,8 @@ def inverse_factor(H: Tensor, order: Tensor | None = None) -> tuple[Tensor | Non
         return None, failed
     _invert_lower(L)
     U = L.flip(0, 1)
-    return (U, 0) if bool(torch.isfinite(U).all()) else (None, width)
+    low, high = torch.aminmax(U)  # NaN where U has one; isfinite(U) would be a copy of U and two masks
+    return (U, 0) if math.isfinite(low) and math.isfinite(high) else (None, width)
 
 
 def _invert_lower(L: Tensor) -> None:
