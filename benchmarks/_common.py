@@ -60,6 +60,7 @@ def run_child(command: Command, threads: int, folder: Path = ROOT) -> Child:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "",  # nobody is to compile his libraries anew at each start
     }
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
