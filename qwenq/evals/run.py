@@ -28,8 +28,7 @@ from qwenq.evals.sandbox.programs import Outcome, Program
 from qwenq.evals.sandbox.run import run_programs
 from qwenq.evals.scoring import score
 from qwenq.evals.served import Contestant, Response, Served
-from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Request, Task
-from qwenq.evals.tasks.humaneval import program
+from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, MakeProgram, Request, Task
 from qwenq.evals.tasks.script import Script
 
 
@@ -131,7 +130,7 @@ def answer(
     """Ask a model what its records do not answer yet.
 
     Args:
-        run: the run folder; hold it (``records.locked``).
+        run: the run folder; hold it (``storage.locked``).
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
         team: further processes that ask a share, each in ``assist``; this one leads.
@@ -155,8 +154,8 @@ def answer(
             listener.judged(record.correct)
         require_all(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
         found_records = _all(records, plan.items, hashes)
-        if sandbox is not None and task.needs_sandbox:
-            _run_pending(plan.items, found_records, records, sandbox, listener)
+        if sandbox is not None and task.program is not None:
+            _run_pending(task.program, plan.items, found_records, records, sandbox, listener)
             found_records = _all(records, plan.items, hashes)
     listener.finished()
     return _answers_of(plan.items, found_records, len(plan.items) - len(open_))
@@ -270,7 +269,12 @@ def _record(item: Item, asked: str, response: Response, judgement: Judgement) ->
 
 
 def _run_pending(
-    items: Sequence[Item], found: Sequence[Record], records: Records, sandbox: Sandbox, listener: Listener
+    program: MakeProgram,
+    items: Sequence[Item],
+    found: Sequence[Record],
+    records: Records,
+    sandbox: Sandbox,
+    listener: Listener,
 ) -> None:
     """Run the programs that have no verdict yet, and record it."""
     pending = {

@@ -6,10 +6,12 @@ A task knows no model, tokenizer or engine. It says what to ask (``Choose`` one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from qwenq.evals.sandbox.programs import Program
 
 ProtocolName = Literal["card", "base", "lm-eval"]
 Message = Mapping[str, str]
@@ -123,8 +125,7 @@ class DataSource:
     """Where benchmark files come from.
 
     Attributes:
-        folder: holds ``mmlu/``, ``ceval/``, ``gsm8k/``, ``humaneval/`` in the original layouts; None: the
-            hub.
+        folder: holds ``mmlu/``, ``ceval/``, ``gsm8k/`` … in the original layouts; None: the hub.
         sample: the suite that ships with qwenq, which is not the benchmark.
     """
 
@@ -132,14 +133,21 @@ class DataSource:
     sample: bool = False
 
 
+MakeProgram = Callable[[Item, str], Program]
+"""What a sandbox runs, from an item and what was extracted from its answer."""
+
+
 class Task(Protocol):
     """A benchmark under one protocol.
 
     Attributes:
-        name: ``mmlu``, ``ceval``, ``gsm8k``, ``humaneval``.
+        name: ``mmlu``, ``ceval``, ``gsm8k``, ``humaneval`` …
         protocol: whose prompts, extraction and averages.
         version: raised whenever prompts, extraction or averages change: records of another version are void.
-        needs_sandbox: ``judge`` runs code that a model wrote.
+        needs_sandbox: answers are code that a sandbox has to run.
+        program: what it runs then, else None.
+        reference: then: the benchmark's own solution of an item, as ``judge`` extracts it.
+        spare: how many of those may fail before the data or the sandbox counts as broken.
     """
 
     @property
@@ -150,6 +158,12 @@ class Task(Protocol):
     def version(self) -> int: ...  # noqa: D102
     @property
     def needs_sandbox(self) -> bool: ...  # noqa: D102
+    @property
+    def program(self) -> MakeProgram | None: ...  # noqa: D102
+    @property
+    def reference(self) -> Callable[[Item], str] | None: ...  # noqa: D102
+    @property
+    def spare(self) -> int: ...  # noqa: D102
 
     def items(self, source: DataSource, subjects: Sequence[str], shots: int | None) -> list[Item]:
         """All items, validated; of these subjects only, unless none are given.
@@ -166,7 +180,7 @@ class Task(Protocol):
         ...
 
     def judge(self, item: Item, answer: Any) -> Judgement:
-        """What the answer was worth; runs no code (see ``evals.tasks.humaneval`` for the one that does)."""
+        """What the answer was worth; runs no code: a sandbox runs ``program``."""
         ...
 
     def scores(self, judged: Sequence[tuple[Item, Judgement]]) -> list[Score]:

@@ -224,3 +224,12 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
         del quantised.checkpoint.config["quantization_config"]
     assert row.details["paired"]["lost"] == sum(base.values())
     assert row.details["paired"]["won"] == 0
+
+
+def test_every_task_has_rows_that_reports_and_comparisons_find(
+    contender: Contender, data: Path, tmp_path: Path
+) -> None:
+    plan = short(plan_of(data, "humaneval", "base", 2), 4)
+    judged = [(item, Judgement(place == 0, "")) for place, item in enumerate(plan.items)]
+    (row,) = rows_of(contender, plan, Answers(judged, ("here",), 0, 8), None, {})
+    assert (row.metric, row.value, row.n) == ("accuracy", 0.5, 2)

@@ -79,11 +79,11 @@ def test_what_is_run() -> None:
     assert CARD.needs_sandbox and not get_task("mmlu", "card").needs_sandbox
 
 
-def test_the_score_is_pass_at_1() -> None:
+def test_the_score_is_the_share_that_passes() -> None:
     score = CARD.scores(
         [(ITEM, Judgement(True, "")), (ITEM, Judgement(False, "")), (ITEM, Judgement(True, ""))]
     )[0]
-    assert (score.metric, score.n, score.macro) == ("pass@1", 3, False)
+    assert (score.metric, score.n, score.macro) == ("accuracy", 3, False)
     assert score.value == pytest.approx(2 / 3)
 
 

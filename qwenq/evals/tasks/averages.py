@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from qwenq.evals.task import Item, Judgement, Score
 
+MAIN = "accuracy"
 Verdict = tuple[str | None, bool]
 """Subject of an item, and whether it was answered correctly."""
 
@@ -13,7 +14,6 @@ Verdict = tuple[str | None, bool]
 def score_all(
     judged: Sequence[tuple[Item, Judgement]],
     *,
-    metric: str = "accuracy",
     macro: bool = False,
     categories: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Score]:
@@ -21,16 +21,15 @@ def score_all(
 
     Args:
         judged: at least one item.
-        metric: name of the main score.
         macro: subjects count alike; else items do. Categories are averaged the same way inside.
         categories: subjects by category; a subject may be in several. Those without items are left out.
     """
     further = [name for name in judged[0][1].also if all(name in verdict.also for _, verdict in judged)]
     main = [(item.subject, verdict.correct) for item, verdict in judged]
-    scores = [_score(metric, main, macro, categories or {})]
+    scores = [_score(MAIN, main, macro, categories or {})]
     for name in further:
         verdicts = [(item.subject, verdict.also[name]) for item, verdict in judged]
-        scores.append(_score(f"{metric}.{name}", verdicts, macro, categories or {}))
+        scores.append(_score(f"{MAIN}.{name}", verdicts, macro, categories or {}))
     return scores
 
 

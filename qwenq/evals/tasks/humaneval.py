@@ -159,8 +159,9 @@ _script = partial(
     shots=0,
     allowed_shots=(0,),
     load=load,
-    average=partial(score_all, metric="pass@1"),
+    average=score_all,  # pass@1: one greedy answer to each problem
     program=program,
+    reference=canonical,
 )
 PROTOCOLS: tuple[Script, ...] = (
     _script(protocol="card", ask=ask_chat, read=read_chat),

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq.errors import UsageError
-from qwenq.evals.sandbox.programs import Program
-from qwenq.evals.task import Answer, DataSource, Item, Judgement, ProtocolName, Request, Score
+from qwenq.evals.task import (
+    Answer,
+    DataSource,
+    Item,
+    Judgement,
+    MakeProgram,
+    ProtocolName,
+    Request,
+    Score,
+)
 
 Judged = Sequence[tuple[Item, Judgement]]
 
@@ -32,6 +40,8 @@ class Script:
         average: scores, the main one first.
         comment: what has to be said of a set of items.
         program: what a sandbox runs for an item and what ``read`` extracted; None: nothing has to be run.
+        reference: where there are programs: the benchmark's own solution of an item, as ``read`` extracts it.
+        spare: how many of those may fail before the data or the sandbox counts as broken.
     """
 
     name: str
@@ -44,7 +54,9 @@ class Script:
     read: Callable[[Item, Any], Judgement]
     average: Callable[[Judged], list[Score]]
     comment: Callable[[Sequence[Item]], list[str]] = no_notes
-    program: Callable[[Item, str], Program] | None = None
+    program: MakeProgram | None = None
+    reference: Callable[[Item], str] | None = None
+    spare: int = 0
 
     @property
     def needs_sandbox(self) -> bool:
