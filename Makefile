@@ -16,10 +16,11 @@ RELIABILITY := tests/reliability tests/test_crash.py tests/test_storage.py tests
     tests/cli/test_quantize_full_disk.py tests/cli/test_quantize_bad_input.py \
     tests/profiling/test_sweep.py tests/profiling/test_measure.py tests/run
 
-.PHONY: help install demo test test-slow reliability interop lint format clean
+.PHONY: help install demo gate test test-slow reliability interop lint format clean
 
 help:
 	@echo 'make demo       install, quantise the bundled model to Int4, check, evaluate, profile, report (minutes)'
+	@echo 'make gate       quantise and evaluate it anew, and compare with reports/baselines/ci'
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make reliability  kill, fill up, cut off and fuzz it; prints what was survived'
@@ -31,6 +32,10 @@ install: .venv/.dev
 
 demo: .venv/.demo
 	$(BIN)/qwenq run recipes/demo.toml --out build/demo
+
+# Is the quantised model as good as the committed baseline says? Exit code 1: no; 3: it could not be compared.
+gate: .venv/.demo
+	$(BIN)/qwenq run recipes/ci.toml --out build/gate
 
 test: .venv/.dev
 	$(PYTEST) -m 'not slow'
