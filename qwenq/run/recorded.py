@@ -1,6 +1,7 @@
 """The check that `qwenq quantize` made of a model, as rows: ``python -m qwenq.run.recorded MODEL RUN``.
 
-The check is in the manifest already; nothing is measured again.
+The check is in the manifest already; nothing is measured again. It was made of the bytes whose hashes are
+there, too: a folder with others has no check, and is refused.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import CorruptFileError
+from qwenq.errors import CorruptFileError, QwenqError
 from qwenq.results import Model, Row, Value, append_row
 
 UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
@@ -23,8 +24,11 @@ def record_check(model: Path, run: Path) -> list[Row]:
     """Append the rows of a quantised model's check to a run folder.
 
     Raises:
-        CorruptFileError: the folder has no manifest, or one without a check.
+        CorruptFileError: the folder has no manifest, or one without a check, or its bytes are others.
     """
+    from qwenq.models.integrity import verify_files
+
+    verify_files(model)
     rows = list(rows_of(_read(model / "qwenq.json"), _identity(model)))
     for row in rows:
         append_row(run, row)
@@ -92,4 +96,7 @@ def _identity(model: Path) -> Model:
 
 
 if __name__ == "__main__":
-    record_check(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        record_check(Path(sys.argv[1]), Path(sys.argv[2]))
+    except QwenqError as failure:
+        sys.exit(f"qwenq: {failure}")
