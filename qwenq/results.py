@@ -44,7 +44,7 @@ class Model:
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``.
         family: name of the unquantised model that it and its siblings come from; rows of one family are
             compared with each other.
-        nbytes: bytes of its weights on the disk; None if unknown.
+        nbytes: bytes of its weights, stored in its precision; None if unknown.
         group_size: of a quantised model, else None.
     """
 

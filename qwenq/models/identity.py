@@ -38,13 +38,14 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         CorruptFileError: the manifest is no JSON object.
     """
     name = model_name(given)
-    size = sum(tensor_bytes(checkpoint, tensor) for tensor in checkpoint.names())
     if is_random(checkpoint.config):
         fingerprint = f"random:{checkpoint.config[RANDOM_KEY].get('seed')}:{name}"
     else:
         fingerprint = checkpoint.fingerprint
     if not is_quantised(checkpoint.config):
+        size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
         return Model(name, fingerprint, precision_name(dtype), name, size)
+    size = sum(tensor_bytes(checkpoint, tensor) for tensor in checkpoint.names())
     quant = QuantConfig.read(checkpoint.config)
     base = base_of(checkpoint.folder)
     family = model_name(base["model"]) if "model" in base else _QUANTISED_NAME.sub("", name)

@@ -80,8 +80,11 @@ def figures_of(collection: Collection, family: str) -> Iterator[Figure]:
 
 
 def _by_size(collection: Collection, family: str) -> Figure | None:
-    sizes = {model.fingerprint: nbytes / 1e6 for model, nbytes in model_bytes(collection, family).items()}
-    series = _accuracies(collection, family, lambda item: sizes.get(item.row.model.fingerprint))
+    found = model_bytes(collection, family).items()
+    sizes = {(model.fingerprint, model.precision): nbytes / 1e6 for model, nbytes in found}
+    series = _accuracies(
+        collection, family, lambda item: sizes.get((item.row.model.fingerprint, item.row.model.precision))
+    )
     if not series:
         return None
     return Figure(
