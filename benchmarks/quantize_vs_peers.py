@@ -183,6 +183,11 @@ def middle(rows: list[dict[str, Any]], tool: str, key: str) -> float:
     return float(median(row[key] for row in rows if row["tool"] == tool))
 
 
+def seconds_of_check(rows: list[dict[str, Any]]) -> list[float]:
+    """What qwenq spent on comparing what it wrote with the base, by turn; its peers have no such step."""
+    return [row["phases_s"]["check"] for row in rows if row["tool"] == QWENQ]
+
+
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Qwenq's medians over GPTQModel's; the gap is the perplexity above the unquantised model's."""
     if not {QWENQ, GPTQMODEL} <= {row["tool"] for row in rows}:
@@ -190,6 +195,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     base = rows[0]["perplexity"]
     pairs = {
         "time_vs_gptqmodel": [middle(rows, tool, "wall_s") for tool in (QWENQ, GPTQMODEL)],
+        "time_without_check_vs_gptqmodel": [
+            middle(rows, QWENQ, "wall_s") - median(seconds_of_check(rows)),
+            middle(rows, GPTQMODEL, "wall_s"),
+        ],
         "gap_vs_gptqmodel": [middle(rows, tool, "perplexity") - base for tool in (QWENQ, GPTQMODEL)],
         "memory_vs_gptqmodel": [middle(rows, tool, "peak_rss_mib") for tool in (QWENQ, GPTQMODEL)],
     }
@@ -225,7 +234,10 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
         spread, gap = f"{min(walls):.1f}–{max(walls):.1f}", f"{ppl - base:.2f}"
         lines.append([tool, wall, spread, peak, f"{ppl:.2f}", gap])
     header = ["", "seconds", "range", "peak MiB", "perplexity", "gap"]
-    shares = "; ".join(f"{name.split('_')[0]} {value:.2f} ×" for name, value in found.items())
+    shares = "; ".join(
+        f"{name.removesuffix('_vs_gptqmodel').replace('_', ' ')} {value:.2f} ×"
+        for name, value in found.items()
+    )
     return (
         f"# Quantising: qwenq beside its peers\n\n{markdown_table(header, lines)}\n"
         + (f"qwenq against GPTQModel: {shares}.\n\n" if found else "")

@@ -53,8 +53,8 @@ class QuantisationMemory:
     Attributes:
         process: Python, torch and transformers, before they hold anything.
         block: the weights of one decoder block, in the compute dtype.
-        hessians: float32, of the widest input: H, the drift C, and beside them, when the factor has been made
-            (``gptq/solver.py``), L, U, and what looking for infinities in U takes: a copy and two masks.
+        hessians: float32, of the widest input: H, the drift (C, or W C where that is less, ``gptq/drift.py``)
+            and beside them, while the factor is made (``gptq/solver.py``), two matrices of the size of H.
         weights: float32 weights of the linears that read one input: as they were, and as they are aimed at.
         activations: hidden states between the blocks, of the original and of the quantised model.
         block_activations: what the paused passes of both hold inside the block: residual, normed input, and
@@ -118,9 +118,13 @@ def quantisation_memory(
         (2 * shape.ffn, shape.hidden),
         (shape.hidden, shape.ffn),
     )
-    rows, width = max(groups, key=lambda group: 5 * group[1] ** 2 + 2 * group[0] * group[1])
-    hessians = 5 * width * width * FLOAT32 + 2 * width * width
-    weights = 2 * rows * width * FLOAT32
+    hessians, weights = max(
+        (
+            ((3 * width + min(rows, width)) * width * FLOAT32, 2 * rows * width * FLOAT32)
+            for rows, width in groups
+        ),
+        key=sum,
+    )
     block = shape.block_parameters * itemsize
     activations = 2 * tokens * shape.hidden * itemsize
     inside = 2 * tokens * (shape.hidden + max(queries, shape.ffn)) * itemsize
