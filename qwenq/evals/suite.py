@@ -155,7 +155,7 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
         item, outcome = failed[0]
         found = f"{len(failed)} of {len(plan.items)} solutions of the benchmark itself do not pass"
         why = f"{outcome.reason}: {outcome.detail}"
-        if len(failed) > plan.task.spare:
+        if len(failed) > min(plan.task.spare, len(plan.items) // 2):
             raise DataError(
                 f"{found} ({why}): the data or this sandbox ({sandbox.implementation}) is broken",
                 where=item.id,

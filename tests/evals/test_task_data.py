@@ -156,7 +156,7 @@ def test_names_of_tasks_protocols_and_subjects(tmp_path: Path) -> None:
     assert caught.value.hint == "did you mean mmlu?"
     with pytest.raises(UsageError, match="no lm-eval protocol") as caught:
         get_task("humaneval", "lm-eval")
-    assert caught.value.hint == "it has card, base"
+    assert caught.value.hint == "it has card, base: --protocol base"
     with pytest.raises(UsageError, match="no subject 'anatomi'") as caught:
         get_task("mmlu", "card").items(mmlu_folder(tmp_path), ["anatomi"])
     assert "anatomy" in str(caught.value.hint)

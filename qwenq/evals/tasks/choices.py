@@ -1,4 +1,4 @@
-"""What MMLU and C-Eval share: where questions with four options come from, and how a choice is judged."""
+"""What MMLU, C-Eval and CMMLU share: questions with four options, and how a choice is judged."""
 
 from __future__ import annotations
 
@@ -24,22 +24,30 @@ class ChoiceSet:
     Attributes:
         name: of its folder.
         counts: published number of scored rows, by subject; None where only the total is known.
-        total: of all subjects.
-        split: which split is scored; its files are ``{split}/{subject}_{split}.csv``.
-        columns: of its files.
+        total: of all subjects; None where it is not known for sure.
+        split: which split is scored.
+        columns: of its files; the rows of items have them in lower case, but for the letters.
         header: whether the files begin with a line that names the columns.
         hub: the rows of (split, subjects) from the hub, by subject.
         answered: whether the scored split has its answers.
+        file: names of the files.
+        least: rows that every subject has; fewer are a file that is not whole.
     """
 
     name: str
     counts: Mapping[str, int | None]
-    total: int
+    total: int | None
     split: str
     columns: Sequence[str]
     header: bool
     hub: Callable[[str, Sequence[str]], Mapping[str, list[Row]]]
     answered: bool = True
+    file: str = "{split}/{subject}_{split}.csv"
+    least: int = 1
+
+    def path(self, folder: Path, split: str, subject: str) -> Path:
+        """Where the rows of a subject are."""
+        return folder / self.file.format(split=split, subject=subject)
 
 
 def load_choices(origin: ChoiceSet, source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
@@ -170,33 +178,44 @@ def _check_known(name: str, subjects: Sequence[str], known: Sequence[str]) -> No
 
 def _present(origin: ChoiceSet, folder: Path, wanted: Sequence[str], *, asked: bool) -> list[str]:
     """The subjects that have a file; all of them have to when they were asked for by name."""
-    there = [s for s in wanted if asked or (folder / origin.split / f"{s}_{origin.split}.csv").exists()]
+    there = [s for s in wanted if asked or origin.path(folder, origin.split, s).exists()]
     if not there:
+        some = next(iter(origin.counts))
         raise DataError(
             f"no {origin.name} file there",
             where=folder / origin.split,
-            hint=f"it should hold files such as {next(iter(origin.counts))}_{origin.split}.csv",
+            hint=f"it should hold files such as {origin.path(folder, origin.split, some).name}",
         )
     return there
 
 
 def _read(origin: ChoiceSet, folder: Path, split: str, subject: str) -> list[Row]:
     columns = list(origin.columns)
-    optional = ["explanation"]
+    optional = ["explanation", ""]  # the second is what pandas calls the column of row numbers
     if split == origin.split and not origin.answered:
         columns.remove("answer")
         optional.append("answer")  # some copies have the column, empty
-    return read_csv(
-        folder / split / f"{subject}_{split}.csv", columns, header=origin.header, optional=optional
-    )
+    rows = read_csv(origin.path(folder, split, subject), columns, header=origin.header, optional=optional)
+    return [Row(spelled(row.data), row.where) for row in rows]
+
+
+def spelled(data: Mapping[str, str]) -> dict[str, str]:
+    """A row with the names of COLUMNS, whatever their case in the file; row numbers are left out."""
+    return {name if name in LETTERS else name.lower(): text for name, text in data.items() if name}
 
 
 def _check_counts(origin: ChoiceSet, scored: Mapping[str, Sequence[Row]], folder: Path | None) -> None:
     for subject, rows in scored.items():
         expected = origin.counts[subject]
+        if len(rows) < origin.least:
+            raise DataError(
+                f"{len(rows)} rows where the published set has {origin.least} or more",
+                where=rows[0].where.rsplit(", ", 1)[0],
+                hint="get the file again; --limit N evaluates the first N items of a whole set",
+            )
         if expected is not None:
             check_count(len(rows), expected, rows[0].where.rsplit(", ", 1)[0])
-    if len(scored) == len(origin.counts):
+    if origin.total is not None and len(scored) == len(origin.counts):
         check_count(sum(map(len, scored.values())), origin.total, folder or f"hub, {origin.name}")
 
 

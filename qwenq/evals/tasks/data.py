@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from qwenq.errors import DataError
 from qwenq.evals.task import DataSource
@@ -17,6 +18,7 @@ from qwenq.evals.task import DataSource
 SAMPLE = Path(__file__).parents[1] / "sample"
 """The suite that ships with qwenq: our own items in the benchmarks' layouts."""
 _LARGEST = 64_000_000  # bytes
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,14 @@ def local_folder(source: DataSource, name: str) -> Path | None:
     """The folder of one benchmark; None when the source is the hub.
 
     Raises:
-        DataError: a folder was named that does not hold this benchmark.
+        DataError: a folder was named that does not hold this benchmark, or the sample suite does not.
     """
     if source.sample:
+        if not (SAMPLE / name).is_dir():
+            there = sorted(path.name for path in SAMPLE.iterdir() if path.is_dir())
+            raise DataError(
+                f"the sample suite has no {name}", where="--sample", hint=f"it has {', '.join(there)}"
+            )
         return SAMPLE / name
     if source.folder is None:
         return None
@@ -65,7 +72,7 @@ def read_csv(path: Path, columns: Sequence[str], *, header: bool, optional: Sequ
     Raises:
         DataError: not there, empty, not UTF-8, not CSV, or of other columns.
     """
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     names = list(columns)
     rows = []
     line = 0  # where the record that comes next begins, less one: a quoted value may span lines
@@ -97,17 +104,45 @@ def read_json_lines(path: Path, columns: Sequence[str]) -> list[Row]:
     Raises:
         DataError: not there, empty, not UTF-8, not JSON lines, or without one of the columns.
     """
-    rows = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"this line is not whole JSON: {error}", where=where) from error
-        rows.append(Row(text_columns(record, columns, where), where))
-    return _some(rows, path)
+    return [Row(text_columns(record, columns, where), where) for record, where in read_json_records(path)]
+
+
+def read_json_records(path: Path) -> list[tuple[Any, str]]:
+    """Every line of a .jsonl or .jsonl.gz file, whatever it holds, and where it stands.
+
+    Raises:
+        DataError: not there, empty, not UTF-8, or not JSON lines.
+    """
+    lines = enumerate(read_text(path).split("\n"), 1)
+    found = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    return _some([(_parsed(line, where, "this line"), where) for where, line in found], path)
+
+
+def read_json(path: Path) -> Any:
+    """What a .json file holds.
+
+    Raises:
+        DataError: not there, not UTF-8, or not JSON.
+    """
+    return _parsed(read_text(path), str(path), "the file")
+
+
+def numbered(records: object, where: str) -> list[tuple[Any, str]]:
+    """Each of a list of records, with its place in the list.
+
+    Raises:
+        DataError: it is no list, or empty.
+    """
+    if not isinstance(records, list) or not records:
+        raise DataError("there should be a list of rows", where=where, hint="get the file again")
+    return [(record, f"{where}, row {number}") for number, record in enumerate(records, 1)]
+
+
+def _parsed(text: str, where: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is not whole JSON: {error}", where=where) from error
 
 
 def text_columns(record: object, columns: Sequence[str], where: str) -> dict[str, str]:
@@ -156,7 +191,7 @@ def _check_header(path: Path, names: Sequence[str], columns: Sequence[str], opti
         )
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The whole file; it is read in one piece as the largest of these has 5 MB."""
     try:
         raw = _inflated(path) if path.suffix == ".gz" else path.read_bytes()
@@ -203,7 +238,7 @@ def _entries(folder: Path) -> Iterator[Path]:
     return folder.iterdir() if folder.is_dir() else iter(())
 
 
-def _some(rows: list[Row], path: Path) -> list[Row]:
+def _some(rows: list[T], path: Path) -> list[T]:
     if not rows:
         raise DataError("the file is empty", where=path, hint="get it again")
     return rows

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 
 from qwenq.errors import UsageError
-from qwenq.evals.tasks import ceval, gsm8k, humaneval, mmlu
+from qwenq.evals.tasks import bbh, ceval, cmmlu, gsm8k, humaneval, math, mbpp, mmlu
 from qwenq.evals.tasks.script import Script
 
 _SCRIPTS: dict[tuple[str, str], Script] = {
     (script.name, script.protocol): script
-    for script in (*mmlu.PROTOCOLS, *ceval.PROTOCOLS, *gsm8k.PROTOCOLS, *humaneval.PROTOCOLS)
+    for task in (mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh)
+    for script in task.PROTOCOLS
 }
 
 
@@ -42,5 +43,7 @@ def get_task(name: str, protocol: str) -> Script:
         if known == name and other == protocol:
             return script
     raise UsageError(
-        f"{name} has no {protocol} protocol", where="--protocol", hint=f"it has {', '.join(protocols)}"
+        f"{name} has no {protocol} protocol",
+        where="--protocol",
+        hint=f"it has {', '.join(protocols)}: --protocol {protocols[-1]}",
     )

@@ -1,0 +1,109 @@
+"""CMMLU: 67 Chinese subjects, four options, over 11,000 questions (Li et al. 2023).
+
+Source of the base protocol: ``evaluate_cmmlu.py`` of QwenLM/Qwen, whose prompt and letters are C-Eval's.
+There is no published script for chat models: ``card`` asks and reads as C-Eval's does, which is ours.
+
+The paper and the files in circulation differ in how many questions a subject has, so a file is only known to
+be whole if it has the 100 rows that every subject has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.tasks.ceval import ask_base, ask_chat, read_chat
+from qwenq.evals.tasks.choices import (
+    LETTERS,
+    ChoiceSet,
+    judge_choice,
+    load_choices,
+    missing_subjects,
+    spelled,
+)
+from qwenq.evals.tasks.data import Row, text_columns
+from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.script import Script
+
+VERSION = 1
+
+FILE_COLUMNS = ("Question", *LETTERS, "Answer")
+HUB = "lmlmcat/cmmlu"
+
+# fmt: off
+STEM = (
+    "anatomy", "astronomy", "college_actuarial_science", "college_engineering_hydrology",
+    "college_mathematics", "college_medical_statistics", "computer_science", "conceptual_physics",
+    "electrical_engineering", "elementary_mathematics", "genetics", "high_school_biology",
+    "high_school_chemistry", "high_school_mathematics", "high_school_physics", "machine_learning", "virology",
+)
+HUMANITIES = (
+    "arts", "chinese_history", "chinese_literature", "college_law", "global_facts", "international_law",
+    "jurisprudence", "logical", "marxist_theory", "philosophy", "professional_law", "world_history",
+    "world_religions",
+)
+SOCIAL_SCIENCE = (
+    "ancient_chinese", "business_ethics", "chinese_civil_service_exam", "chinese_food_culture",
+    "chinese_foreign_policy", "chinese_teacher_qualification", "college_education", "economics", "education",
+    "elementary_chinese", "ethnology", "high_school_geography", "high_school_politics", "journalism",
+    "management", "marketing", "modern_chinese", "professional_accounting", "professional_psychology",
+    "public_relations", "security_study", "sociology",
+)
+OTHER = (
+    "agronomy", "chinese_driving_rule", "clinical_knowledge", "college_medicine", "computer_security",
+    "construction_project_management", "elementary_commonsense", "elementary_information_and_technology",
+    "food_science", "human_sexuality", "legal_and_moral_basis", "nutrition", "professional_medicine",
+    "sports_science", "traditional_chinese_medicine",
+)
+CHINA_SPECIFIC = (
+    "ancient_chinese", "chinese_civil_service_exam", "chinese_driving_rule", "chinese_food_culture",
+    "chinese_foreign_policy", "chinese_history", "chinese_literature", "chinese_teacher_qualification",
+    "construction_project_management", "elementary_chinese", "elementary_commonsense", "ethnology",
+    "high_school_politics", "modern_chinese", "traditional_chinese_medicine",
+)
+# fmt: on
+SUBJECTS = tuple(sorted(STEM + HUMANITIES + SOCIAL_SCIENCE + OTHER))
+CATEGORIES: Mapping[str, Sequence[str]] = {
+    "stem": STEM,
+    "humanities": HUMANITIES,
+    "social science": SOCIAL_SCIENCE,
+    "other": OTHER,
+    "china specific": CHINA_SPECIFIC,
+}
+"""The first four share out the subjects; the last is across them."""
+
+
+def _from_hub(split: str, subjects: Sequence[str]) -> dict[str, list[Row]]:
+    found = {}
+    for subject in subjects:
+        where = f"hub dataset {HUB}, {subject}, split {split}"
+        rows = enumerate(read_hub(HUB, subject, split, sampled=False), 1)
+        named = ((f"{where}, row {n}", record) for n, record in rows)
+        found[subject] = [Row(spelled(text_columns(row, FILE_COLUMNS, place)), place) for place, row in named]
+    return found
+
+
+ORIGIN = ChoiceSet(
+    "cmmlu",
+    dict.fromkeys(SUBJECTS),
+    None,
+    "test",
+    FILE_COLUMNS,
+    header=True,
+    hub=_from_hub,
+    file="{split}/{subject}.csv",
+    least=100,
+)
+_script = partial(
+    Script,
+    name="cmmlu",
+    version=VERSION,
+    load=partial(load_choices, ORIGIN),
+    average=partial(score_all, macro=True, categories=CATEGORIES),
+    comment=partial(missing_subjects, ORIGIN),
+)
+PROTOCOLS: tuple[Script, ...] = (
+    _script(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
+    _script(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
+)

@@ -1,0 +1,177 @@
+r"""MATH: 5,000 competition problems in seven subjects, each with one final answer (Hendrycks et al. 2021).
+
+The base prompt has the form of Minerva's 4 examples (Lewkowycz et al. 2022): ``Problem:``, ``Solution:``,
+and at the end ``Final Answer: The final answer is $…$. I hope it is correct.`` The four examples are ours,
+of the same kind, so that a score is close to, but not, one with Minerva's. Which script Qwen's cards used is
+not published; there is no protocol for chat models.
+
+Read is what an answer states at its end, else its last ``\boxed{…}``; see ``final_answers`` for what counts
+as equal. Original layout: ``{test}/{subject}/{n}.json``; or ``test.jsonl``, a row a line with its ``type``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwenq.errors import DataError, UsageError
+from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written
+from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.tasks.data import (
+    Row,
+    check_count,
+    local_folder,
+    read_json,
+    read_json_lines,
+    text_columns,
+)
+from qwenq.evals.tasks.final_answers import boxed, same_answer, stated
+from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.script import Script
+
+VERSION = 1
+
+MAX_NEW_TOKENS = 1024
+PROBLEM = "Problem:\n{problem}\n\nSolution:"
+SHOT = PROBLEM + " {solution}\nFinal Answer: The final answer is ${answer}$. I hope it is correct.\n\n"
+STOPS = ("Problem:", "I hope it is correct")
+
+EXAMPLES = (
+    {
+        "problem": r"For which real $x$ is $\frac{1}{\sqrt{9-x^2}}$ defined? Answer with an interval.",
+        "solution": r"The root is real if $9-x^2\ge 0$, that is, if $-3\le x\le 3$. It is below the line, so "
+        r"it must not be zero, which rules out $x=-3$ and $x=3$. What is left is $\boxed{(-3,3)}$.",
+        "answer": "(-3,3)",
+    },
+    {
+        "problem": r"A matrix $\mathbf{M}$ with 2 rows and 2 columns has $\det \mathbf{M} = 5.$ "
+        r"Find $\det (3 \mathbf{M}).$",
+        "solution": r"Each of the 2 rows is multiplied by 3, and each time so is the determinant. Hence "
+        r"$\det (3\mathbf{M}) = 3^2 \cdot 5 = \boxed{45}.$",
+        "answer": "45",
+    },
+    {
+        "problem": "A pump that moves 12 litres a minute empties a tank in 35 minutes. How long does a "
+        "pump take, in minutes, that moves 20 litres a minute?",
+        "solution": r"The tank holds $12\cdot 35 = 420$ litres. The other pump takes $t$ minutes with"
+        "\n\\begin{align*}\n20t &= 420\\\\\nt &= 420/20 = \\boxed{21}\n\\end{align*}",
+        "answer": "21",
+    },
+    {
+        "problem": r"The line through $(0, c)$ and $(4, d)$ has the slope $-\frac{3}{8}$. What is $c - d$?",
+        "solution": r"From the first point to the second, $x$ grows by $4$ and $y$ by $d - c$. So "
+        r"$$\frac{d-c}{4} = -\frac{3}{8},$$ hence $d - c = -\frac{3}{2}$ and $c - d = \boxed{\frac{3}{2}}.$",
+        "answer": r"\frac{3}{2}",
+    },
+)
+"""Written for this project."""
+
+COUNTS = {
+    "algebra": 1187,
+    "counting_and_probability": 474,
+    "geometry": 479,
+    "intermediate_algebra": 903,
+    "number_theory": 540,
+    "prealgebra": 871,
+    "precalculus": 546,
+}
+"""Problems by subject in the test split: 5,000."""
+COLUMNS = ("problem", "solution", "type")
+HUB = "EleutherAI/hendrycks_math"
+DIGITS = re.compile(r"\d+")
+
+
+def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
+    """The test split, subject by subject.
+
+    Raises:
+        DataError: no data, broken data, or a solution without a final answer.
+        UsageError: a subject that does not exist.
+    """
+    unknown = [subject for subject in subjects if subject not in COUNTS]
+    if unknown:
+        raise UsageError(
+            f"math has no subject {unknown[0]!r}", where="--subjects", hint=f"it has {', '.join(COUNTS)}"
+        )
+    wanted = [subject for subject in COUNTS if not subjects or subject in subjects]
+    by_subject = _rows(source, wanted)
+    items = []
+    for subject, rows in by_subject.items():
+        where = rows[0][1].where.rsplit(", ", 1)[0] if rows else str(source.folder or HUB)
+        check_count(len(rows), COUNTS[subject], f"{where} ({subject})")
+        items += [_item(subject, name, row, shots) for name, row in rows]
+    return items
+
+
+def ask(item: Item) -> Request:
+    """Worked examples and the problem as plain text."""
+    shown = "".join(SHOT.format_map(row) for row in item.shots)
+    return Write(shown + PROBLEM.format_map(item.data), MAX_NEW_TOKENS, STOPS)
+
+
+def read(item: Item, answer: Written) -> Judgement:
+    """The answer that is stated, else the last box."""
+    found = stated(answer.text) or boxed(answer.text)
+    if found is None:
+        return Judgement(False, None, note="no final answer")
+    return Judgement(same_answer(found, item.data["answer"]), found)
+
+
+def _item(subject: str, name: str, row: Row, shots: int) -> Item:
+    answer = boxed(row.data["solution"])
+    if answer is None:
+        raise DataError("the solution has no boxed answer", where=row.where)
+    if not row.data["problem"].strip():
+        raise DataError("the problem is empty", where=row.where)
+    return Item(f"{subject}/{name}", subject, {**row.data, "answer": answer}, EXAMPLES[:shots])
+
+
+def _rows(source: DataSource, wanted: Sequence[str]) -> dict[str, list[tuple[str, Row]]]:
+    """Names and rows, by subject."""
+    folder = local_folder(source, "math")
+    if folder is None:
+        return {subject: _from_hub(subject) for subject in wanted}
+    if (folder / "test.jsonl").exists():
+        return _from_lines(folder / "test.jsonl", wanted)
+    return {subject: _from_folder(folder / "test" / subject) for subject in wanted}
+
+
+def _from_folder(folder: Path) -> list[tuple[str, Row]]:
+    paths = sorted(folder.glob("*.json"), key=lambda path: [*map(int, DIGITS.findall(path.stem)), 0])
+    if not paths:
+        raise DataError("no problems there", where=folder, hint="it should hold 1.json, 2.json …")
+    return [(path.stem, Row(text_columns(read_json(path), COLUMNS, str(path)), str(path))) for path in paths]
+
+
+def _from_lines(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[str, Row]]]:
+    found: dict[str, list[tuple[str, Row]]] = {subject: [] for subject in wanted}
+    for row in read_json_lines(path, COLUMNS):
+        subject = row.data["type"].lower().replace("&", "and").replace(" ", "_")
+        if subject not in COUNTS:
+            raise DataError(f"no subject of MATH is called {row.data['type']!r}", where=row.where)
+        if subject in found:
+            found[subject].append((str(len(found[subject])), row))
+    return found
+
+
+def _from_hub(subject: str) -> list[tuple[str, Row]]:
+    where = f"hub dataset {HUB}, {subject}, split test"
+    rows = enumerate(read_hub(HUB, subject, "test", sampled=False))
+    named = ((str(n), f"{where}, row {n + 1}", record) for n, record in rows)
+    return [(name, Row(text_columns(record, COLUMNS, place), place)) for name, place, record in named]
+
+
+PROTOCOLS: tuple[Script, ...] = (
+    Script(
+        name="math",
+        protocol="base",
+        version=VERSION,
+        shots=4,
+        allowed_shots=range(5),
+        load=load,
+        ask=ask,
+        read=read,
+        average=score_all,
+    ),
+)
