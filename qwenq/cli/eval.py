@@ -35,7 +35,11 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="Of mmlu, ceval, gsm8k, humaneval; with commas between.")
+        str,
+        typer.Option(
+            help="Of mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh; with commas between. The last two "
+            "have the base protocol only."
+        ),
     ] = "mmlu,ceval,gsm8k,humaneval",
     protocol: Annotated[
         Literal["card", "base", "lm-eval"] | None,
@@ -48,7 +52,7 @@ def evaluate(
     shots: Annotated[int | None, typer.Option(min=0, help="Examples. [default: the protocol's]")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with mmlu/, ceval/, gsm8k/, humaneval/. [default: the hub]"),
+        typer.Option(help="Folder with mmlu/, ceval/, gsm8k/, humaneval/ … [default: the hub]"),
     ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="The small suite that ships with qwenq; not the benchmarks.")
@@ -83,7 +87,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Evaluate models on MMLU, C-Eval, GSM8K and HumanEval.
+    """Evaluate models on MMLU, C-Eval, GSM8K, HumanEval, CMMLU, MBPP, MATH and BBH.
 
     Answers are recorded in the run folder: the same command goes on where it was stopped, and asks nothing
     twice. Quantised models are compared with their base on the same items. Under torchrun its processes share

@@ -11,7 +11,10 @@ from qwenq.reporting.text import clean
 from qwenq.reporting.units import fixed
 from qwenq.results import Row, Value
 
-TASKS = {"mmlu": "MMLU", "ceval": "CEval (val)", "gsm8k": "GSM8K", "humaneval": "Humaneval"}
+TASKS = {
+    **{"mmlu": "MMLU", "ceval": "CEval (val)", "gsm8k": "GSM8K", "humaneval": "Humaneval"},
+    **{"math": "MATH", "mbpp": "MBPP", "bbh": "BBH", "cmmlu": "CMMLU"},  # on the base models' cards
+}
 """Names of tasks as the card's headings have them."""
 ATTENTION = {"off": "Disabled", "flash2": "v2", "flash1": "v1", "plain": "Disabled"}
 """Names of attention backends as the card has them; others keep their own."""
