@@ -1,0 +1,173 @@
+"""Regressions planted into real runs of the bundled model: each fails the gate, and for its own reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwenq.profiling.measure import measure
+from qwenq.profiling.points import Point
+from qwenq.profiling.subjects import subjects_of
+from qwenq.reporting import gate
+from qwenq.reporting.collect import collect
+from qwenq.reporting.compare import compare
+from qwenq.results import append_row, write_environment
+from qwenq.runtime.kernels.cpu_int4 import CpuInt4
+from qwenq.storage import sha256_file
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+QUALITY = "accuracy:significant, kl:>0.05, size:>1.0"
+"""The conditions of recipes/ci.toml."""
+SETTINGS = 'bits = 4\ngroup_size = 64\ndtype = "float32"'
+WORSE = 'bits = 4\ngroup_size = -1\ndtype = "float32"\nscale_search = "none"\nact_order = "none"\ndrift = 0.0'
+
+
+def python(*arguments: object, code: int = 0) -> str:
+    """Standard error of ``python -m …``, which has to end with this exit code."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return done.stderr
+
+
+def quantise(folder: Path, settings: str) -> Path:
+    """The bundled model on the committed tokens of the gate."""
+    recipe = folder / "recipe.toml"
+    folder.mkdir()
+    recipe.write_text(f'[calibration]\nsource = "recipes/ci-tokens.safetensors"\n[quantize]\n{settings}\n')
+    python("qwenq", "quantize", "--recipe", recipe, "--out", folder / "model")
+    return folder / "model"
+
+
+def evaluate(model: Path, run: Path) -> Path:
+    """Sixty questions of the sample suite, on which the bundled model does not guess."""
+    subjects = "repeated_answers,quoted_answers,marked_options"
+    python(
+        "qwenq", "eval", model, "--tasks", "mmlu", "--subjects", subjects, "--limit", 20,
+        "--protocol", "base", "--sample", "--out", run,
+    )  # fmt: skip
+    return run
+
+
+def record(model: Path, run: Path) -> Path:
+    python("qwenq.run.recorded", model, run)
+    return run
+
+
+def regressions(before: Path, after: Path, conditions: str) -> set[str]:
+    """Metrics that failed; nothing may be beyond comparison."""
+    verdict = gate.judge(compare(collect([before]), collect([after])), gate.parse(conditions))
+    assert not verdict.of("not comparable"), [item.reason for item in verdict.of("not comparable")]
+    assert not verdict.unjudged
+    return {item.comparison.row.metric for item in verdict.of("regression")}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantise(tmp_path_factory.mktemp("planted") / "good", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def before(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("planted") / "before"
+    return record(model, evaluate(model, run))
+
+
+def test_nothing_planted_nothing_found(model: Path, before: Path, tmp_path: Path) -> None:
+    """Evaluated once more. Against the committed baseline, too: of its figures those that this run has."""
+    after = record(model, evaluate(model, tmp_path / "after"))
+    assert regressions(before, after, QUALITY) == set()
+    committed = collect([ROOT / "reports" / "baselines" / "ci"])
+    verdict = gate.judge(compare(committed, collect([after])), gate.parse("kl:>0.05, size:>1.0"))
+    judged = {item.comparison.row.metric: item.outcome for item in verdict.judged}
+    assert (judged["kl"], judged["size"]) == ("passed", "passed")
+
+
+def test_a_worse_recipe_fails_for_its_divergence(before: Path, tmp_path: Path) -> None:
+    """Whole rows instead of groups, and nothing of what makes GPTQ good here: smaller, and further away."""
+    after = record(quantise(tmp_path / "worse", WORSE), tmp_path / "after")
+    assert regressions(before, after, "kl:>0.05, size:>1.0") == {"kl"}
+
+
+def damaged(model: Path, folder: Path, *, told: bool) -> Path:
+    """A copy in which one tensor is not what it was; ``told``: and the manifest says that it should be so."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.3.mlp.down_proj.scales"
+    tensors[name] = tensors[name].flip(0).mul(40).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    if told:
+        manifest = json.loads((folder / "qwenq.json").read_text())
+        manifest["files"][file.name] = {"sha256": sha256_file(file), "bytes": file.stat().st_size}
+        (folder / "qwenq.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_damaged_tensor_is_named_before_anything_is_compared(model: Path, tmp_path: Path) -> None:
+    """The check in the manifest is not that of these bytes."""
+    said = python("qwenq.run.recorded", damaged(model, tmp_path / "m", told=False), tmp_path / "r", code=1)
+    assert "the bytes are not those that were written" in said
+    assert "model.safetensors" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_tensor_that_was_written_wrong_fails_for_its_answers(
+    model: Path, before: Path, tmp_path: Path
+) -> None:
+    """A bug of what writes would hash its own mistake: only the answers show it."""
+    after = evaluate(damaged(model, tmp_path / "m", told=True), tmp_path / "after")
+    assert regressions(before, record(model, after), QUALITY) == {"accuracy"}
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
+        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 4.0)
+    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
+    yield
+
+
+def profiled(model: Path, run: Path) -> Path:
+    """Decoding in this process, where a kernel can be slowed; rows as `qwenq profile` writes them."""
+    (subject,) = subjects_of([str(model)], []).subjects
+    point = Point(replace(subject, dtype="bfloat16"), "sdpa", "fast", 1, 32, "cpu")  # what the kernel takes
+    for row in measure(point):
+        append_row(run, row)
+    write_environment(run, {"cpu": {"model": "this one", "cores": os.cpu_count()}})
+    return run
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="no such kernel here")
+def test_a_slowed_kernel_fails_for_its_speed(
+    model: Path, tmp_path: Path, brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same kernel measured twice does not."""
+    before, same = profiled(model, tmp_path / "before"), profiled(model, tmp_path / "same")
+    assert regressions(before, same, "speed.decode:<0.7, size:>1.0") == set()
+    call = CpuInt4.__call__
+
+    def slow(self: CpuInt4, x: torch.Tensor) -> Any:
+        end = time.perf_counter() + 0.5e-3
+        while time.perf_counter() < end:
+            pass
+        return call(self, x)
+
+    monkeypatch.setattr(CpuInt4, "__call__", slow)
+    after = profiled(model, tmp_path / "after")
+    assert regressions(before, after, "speed.decode:<0.7, size:>1.0") == {"speed.decode"}
