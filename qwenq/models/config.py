@@ -187,7 +187,7 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
     """Refuse counts that no model has, and heads that do not divide; names key and value."""
     required = _REQUIRED if config["model_type"] != "qwen" else ()
     for key in required:
-        if key not in config:
+        if config.get(key) is None:
             raise ModelError(
                 f"config.json has no {key}", where=path, hint="copy the model's config.json again"
             )

@@ -155,7 +155,13 @@ def shard_path(folder: Path, name: str, index: Path) -> Path:
 
 def _shard(folder: Path, name: str, index: Path) -> Path:
     path = shard_path(folder, name, index)
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that no disk takes
+        raise CorruptFileError(
+            f"the index names a shard that cannot be opened: {error.strerror}", where=index, hint=_REDOWNLOAD
+        ) from error
+    if not there:
         raise CorruptFileError(
             f"the shard {name} is missing",
             where=index,
@@ -229,7 +235,7 @@ def _sound(entry: Any) -> bool:
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         return False
-    return all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+    return all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets))
 
 
 def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from attempts import Tally, attempt, budget
 from hostile_bytes import VALUES, damaged_json
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_families import write_family
 
@@ -74,6 +74,7 @@ def config_of(family: str) -> dict[str, Any]:
         lambda family: st.tuples(st.just(family), damaged_json(config_of(family), LARGE))
     )
 )
+@example(case=("llama", json.dumps(config_of("llama") | {"num_hidden_layers": None}).encode()))  # long run
 def test_config_json(models: dict[str, Path], tally: Tally, case: tuple[str, bytes]) -> None:
     family, raw = case
     (models[family] / "config.json").write_bytes(raw)

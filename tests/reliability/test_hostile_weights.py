@@ -12,7 +12,7 @@ import pytest
 import torch
 from attempts import Tally, attempt, budget
 from hostile_bytes import as_json, damaged_bytes, damaged_json, damaged_tree
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -57,8 +57,12 @@ SAFETENSORS = st.one_of(
 )
 
 
+TOO_WIDE = {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}
+
+
 @budget(4)
 @given(raw=SAFETENSORS)
+@example(raw=with_header(as_json(HEADER | {"empty": TOO_WIDE})))  # found by a long run
 def test_headers_of_safetensors(folder: Path, tally: Tally, raw: bytes) -> None:
     (folder / "model.safetensors").write_bytes(raw)
     total: list[int] = []
@@ -71,6 +75,7 @@ INDEX = {"metadata": {"total_size": 148}, "weight_map": dict.fromkeys(TENSORS, "
 
 @budget(2)
 @given(raw=damaged_json(INDEX))
+@example(raw=as_json({"weight_map": dict.fromkeys(TENSORS, "a" * 5000)}))  # found by a long run
 def test_index_files(tmp_path_factory: pytest.TempPathFactory, tally: Tally, raw: bytes) -> None:
     outside = tmp_path_factory.mktemp("outside")
     folder = outside / "model"
