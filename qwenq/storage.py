@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from qwenq.errors import StorageError
+from qwenq.errors import StorageError, UsageError
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 _REASONS = {
@@ -101,6 +101,45 @@ def require_space(path: Path, needed: int) -> None:
             where=path,
             hint="free some space or name another folder",
         )
+
+
+def take_lock(folder: Path, name: str = "lock") -> IO[str]:
+    """An advisory lock of the kernel's on a folder: it goes with the process, however that ends.
+
+    Args:
+        folder: is there already.
+        name: of the file in it that is locked; it stays when the lock goes.
+
+    Returns:
+        The open file: closing it lets go.
+
+    Raises:
+        UsageError: another process holds it.
+        StorageError: the disk refused.
+    """
+    import fcntl
+
+    with guard_storage(folder):
+        handle = (folder / name).open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise UsageError(
+            "another qwenq is working in this folder",
+            where=folder,
+            hint="wait for it, or name another --out",
+        ) from error
+    return handle
+
+
+@contextmanager
+def locked(folder: Path, name: str = "lock") -> Iterator[None]:
+    """Hold a folder, which is made where it is missing, for this process alone; see ``take_lock``."""
+    with guard_storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with take_lock(folder, name):
+        yield
 
 
 def fsync_folder(folder: Path) -> None:

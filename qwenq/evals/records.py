@@ -12,20 +12,19 @@ disk once a second, so a power cut loses little. A line that was torn is cut off
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from qwenq.errors import StorageError, UsageError
+from qwenq.errors import StorageError
 from qwenq.storage import fsync_folder, guard_storage
 
 FORMAT = 1
@@ -175,31 +174,6 @@ def read_records(path: Path) -> list[Record]:
         raise StorageError(f"it cannot be read: {error.strerror}", where=path) from error
     found = {record.id: record for record in _records(path, content[: content.rfind(b"\n") + 1])}
     return list(found.values())
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold a run folder, which is made where it is missing, for this process alone.
-
-    The lock is the kernel's: it goes with the process, however that ends.
-
-    Raises:
-        UsageError: another process works there.
-        StorageError: the disk refused.
-    """
-    with guard_storage(run):
-        run.mkdir(parents=True, exist_ok=True)
-        handle = (run / "lock").open("w")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(
-                "another qwenq is working in this run folder",
-                where=run,
-                hint="wait for it, or name another --out",
-            ) from error
-        yield
 
 
 def _records(path: Path, content: bytes) -> Iterator[Record]:

@@ -12,12 +12,11 @@ after that file has reached the disk: whatever moment a kill hits, a layer is wh
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from qwenq.errors import StorageError, UsageError
 from qwenq.models.safetensors_files import SafetensorsSource
-from qwenq.storage import atomic_write_bytes, atomic_write_json, guard_storage, sha256_file
+from qwenq.storage import atomic_write_bytes, atomic_write_json, guard_storage, sha256_file, take_lock
 
 _OURS = {"run.json", "lock", "layers", "checkpoint"}
 
@@ -169,26 +168,6 @@ def discard_leftover(folder: Path) -> bool:
     with lock:
         shutil.rmtree(folder, ignore_errors=True)
     return not folder.exists()
-
-
-def take_lock(folder: Path) -> IO[str]:
-    """An advisory lock of the kernel's on a folder: it goes with the process, however that ends.
-
-    Raises:
-        UsageError: another process holds it.
-    """
-    with guard_storage(folder):
-        handle = (folder / "lock").open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.close()
-        raise UsageError(
-            "another qwenq is working in this folder",
-            where=folder,
-            hint="wait for it, or name another --out",
-        ) from error
-    return handle
 
 
 def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwenq.errors import StorageError, UsageError
-from qwenq.evals.records import FOLDER, Record, Records, locked, read_records
+from qwenq.evals.records import FOLDER, Record, Records, read_records
+from qwenq.storage import locked
 
 KEY = {"model": "abc", "task": "mmlu", "version": 1}
 

@@ -16,11 +16,11 @@ from quantize_shell import QuantizeShell
 from tiny_families import write_calibration, write_family
 
 from qwenq.errors import StorageError
-from qwenq.evals.records import Record, Records, locked
+from qwenq.evals.records import Record, Records
 from qwenq.gptq.layer_store import LayerStore
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.results import Model, Row, append_row, read_rows
-from qwenq.storage import atomic_write_bytes
+from qwenq.storage import atomic_write_bytes, locked
 
 
 @pytest.fixture(scope="module")
