@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evals.benchmark_data import write_mmlu
+from starter import KILLS, Record, Starter
 from tiny_families import write_calibration, write_family
 from tiny_model import write_tiny_model
 
 from qwenq.results import read_rows
-
-HERE = Path(__file__).parent
-KILLS = 20
-Record = Callable[[str, object], None]
-
-
-class Starter:
-    """Commands in processes of their own that may be killed after some seconds."""
-
-    def __init__(self, folder: Path, *modules: str) -> None:
-        self.folder = folder
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "QWENQ_CACHE": str(folder / "cache")}
-        self.process = subprocess.Popen(
-            [sys.executable, HERE / "forks.py", *modules],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE.parents[1],
-        )  # fmt: skip
-
-    def __call__(
-        self, *arguments: object, after: float | None = None, number: int = signal.SIGKILL
-    ) -> tuple[int, float, str]:
-        output = self.folder / "output.txt"
-        argv = [str(argument) for argument in arguments]
-        request = {"argv": argv, "cwd": str(self.folder), "output": str(output)}
-        line = json.dumps(request | {"kill_after": after, "signal": int(number)})
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        status, seconds = json.loads(self.process.stdout.readline())
-        return status, seconds, output.read_text()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=20)
 
 
 @pytest.fixture(scope="module")
