@@ -4,7 +4,7 @@
 
 The bundled model under torchrun, calibrated on the source text of qwenq: what is compared is time, not
 quality. What two unrelated processes lose to each other on this machine is measured as well. Writes
-reports/benchmarks/scale.json and scale.md. Standard library only.
+reports/benchmarks/scale_out.json and scale_out.md. Standard library only.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
         f"{environment['cores']} cores of {environment['cpu']}, {environment['date']}, "
         f"load {environment['load_at_start']} at the start; made by benchmarks/scale_out.py.\n"
     )
-    write_report("scale", report, markdown)
+    write_report("scale_out", report, markdown)
 
 
 if __name__ == "__main__":
