@@ -8,6 +8,7 @@ COMMANDS = (
     "quantize",
     "check",
     "eval",
+    "perplexity",
     "chat",
     "calibrate",
     "plan",

@@ -37,8 +37,8 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Of mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh; with commas between. The last two "
-            "have the base protocol only."
+            help="Of mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh; with commas between. The last "
+            "two have the base protocol only."
         ),
     ] = "mmlu,ceval,gsm8k,humaneval",
     protocol: Annotated[

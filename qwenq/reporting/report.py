@@ -9,6 +9,7 @@ from qwenq.reporting.card import card_tables
 from qwenq.reporting.collect import Collection, Run
 from qwenq.reporting.detail_tables import closeness_table, other_accuracies, split_table
 from qwenq.reporting.figures import Figure, figures_of
+from qwenq.reporting.long_context import long_context_table
 from qwenq.reporting.losses import loss_table
 from qwenq.reporting.summary import summary_of
 from qwenq.reporting.tables import Table
@@ -61,7 +62,8 @@ def make_report(collection: Collection, title: str) -> Report:
 
 def _section(collection: Collection, family: str) -> Section:
     optional = [
-        make(collection, family) for make in (loss_table, closeness_table, split_table, other_accuracies)
+        make(collection, family)
+        for make in (loss_table, long_context_table, closeness_table, split_table, other_accuracies)
     ]
     tables = [*card_tables(collection, family), *(table for table in optional if table)]
     return Section(

@@ -51,6 +51,7 @@ _BY_UNIT = {
 _BY_METRIC = {
     "size": Format("MB", 1e-6, fixed(1)),
     "perplexity": Format("", 1, fixed(3)),
+    "perplexity.context": Format("", 1, fixed(2)),
     "bandwidth.share": PERCENT,
 }
 

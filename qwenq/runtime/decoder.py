@@ -7,12 +7,14 @@ gate and up are one, q and k are normalised and rotated together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, rms_norm, silu
 
+from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.attention.grouped_decode import GroupedDecode
@@ -87,6 +89,21 @@ class Decoder:
         if head == "int8":
             self.head = Int8Head.of(self.head)
         self._step = DecodeStep(self) if isinstance(attention, GroupedDecode) else None
+
+    def switched(self, *, dynamic_ntk: bool, logn: bool) -> Decoder:
+        """The same weights, shared, with Qwen v1's two ways beyond its trained length on or off.
+
+        Raises:
+            UsageError: the model has no such switches.
+        """
+        context = self.spec.long_context
+        if context is None:
+            raise UsageError("only Qwen v1 models have dynamic NTK and logn to switch")
+        other = copy(self)
+        other.spec = replace(self.spec, long_context=replace(context, dynamic_ntk=dynamic_ntk, logn=logn))
+        other.rope = Rope(other.spec, self.device, self.dtype)
+        other._step = DecodeStep(other) if self._step is not None else None
+        return other
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""

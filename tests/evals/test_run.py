@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from evals.benchmark_data import write_gsm8k, write_humaneval, write_mmlu
+from evals.test_task_bbh import write_bbh
+from evals.test_task_cmmlu import write_cmmlu
+from evals.test_task_math import write_math
+from evals.test_task_mbpp import write_mbpp
 from tiny_model import write_tiny_model
 
 from qwenq.errors import DataError, ModelError, UnsupportedError
@@ -233,3 +237,26 @@ def test_every_task_has_rows_that_reports_and_comparisons_find(
     judged = [(item, Judgement(place == 0, "")) for place, item in enumerate(plan.items)]
     (row,) = rows_of(contender, plan, Answers(judged, ("here",), 0, 8), None, {})
     assert (row.metric, row.value, row.n) == ("accuracy", 0.5, 2)
+
+
+def test_the_base_cards_other_tasks_run_through_the_same_machinery(
+    contender: Contender, tmp_path: Path
+) -> None:
+    for write, name, subjects in (
+        (write_cmmlu, "cmmlu", ("agronomy",)),
+        (write_math, "math", ("counting_and_probability",)),
+        (write_bbh, "bbh", ("snarks",)),
+    ):
+        plan = plan_of(write(tmp_path).folder or tmp_path, name, "base", 2, subjects)
+        plan = plan if name == "cmmlu" else short(plan, 4)
+        found, listener = ask(contender, plan, tmp_path / "run")
+        row = rows_of(contender, plan, found, None, {})[0]
+        assert (row.metric, row.n, listener.asked) == ("accuracy", 2, 2)
+        assert ask(contender, plan, tmp_path / "run")[1].asked == 0
+    try:
+        sandbox = find_sandbox()
+    except UnsupportedError as error:
+        pytest.skip(error.what)
+    plan = short(plan_of(write_mbpp(tmp_path).folder or tmp_path, "mbpp", "base", 2), 4)
+    found, listener = ask(contender, plan, tmp_path / "run", sandbox=sandbox)
+    assert (listener.programs, len(found.judged)) == (2, 2)

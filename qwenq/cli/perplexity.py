@@ -1,0 +1,180 @@
+"""``qwenq perplexity``: how well a model predicts a text, by how much of it it may look back on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qwenq.cli.app import app
+from qwenq.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwenq.evals.contender import Contender
+    from qwenq.evals.perplexity import Switches, Text
+    from qwenq.results import Row
+
+_RUNS = Path("runs")
+
+
+@app.command()
+def perplexity(
+    text: Annotated[
+        Path, typer.Option(help="Long text to measure on: a .txt, .jsonl, .json or .parquet file.")
+    ],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL...", help="Folders or hub ids. Nothing: the bundled one."),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of context, with commas between; each divides the longest.")
+    ] = "1024,2048,4096,8192",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Windows of the longest length; shorter ones are cut from these.")
+    ] = 4,
+    ntk: Annotated[
+        Literal["on", "off"] | None, typer.Option(help="Qwen v1's dynamic NTK. [default: both]")
+    ] = None,
+    logn: Annotated[
+        Literal["on", "off"] | None, typer.Option(help="Qwen v1's logn attention. [default: both]")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    attention: Annotated[str, typer.Option(help="off, sdpa or v2.")] = "sdpa",
+    kernel: Annotated[
+        str, typer.Option(help="What multiplies quantised weights; auto: the fastest.")
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Measure perplexity by context length.
+
+    Qwen v1 models are measured with dynamic NTK and logn attention on and off; others as they are.
+    """
+    from qwenq.evals.contender import How, open_contender
+    from qwenq.evals.perplexity import combinations, require_lengths
+    from qwenq.models.identity import model_name
+
+    wanted = _lengths(lengths)
+    given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
+    run = out if out is not None else _RUNS / model_name(given[0])
+    contenders = [open_contender(one, How(device, dtype, "fast", attention, kernel)) for one in given]
+    switches = [combinations(one.checkpoint.config, _flag(ntk), _flag(logn)) for one in contenders]
+    texts = [_text(text, one, samples, max(wanted)) for one in contenders]
+    for made in texts:
+        require_lengths(wanted, made)
+    for notice in dict.fromkeys(notice for one in contenders for notice in one.notices):
+        typer.echo(f"note: {notice}", err=True)
+    rows = []
+    for contender, found, tokens in zip(contenders, switches, texts, strict=True):
+        rows += _measured(contender, tokens, wanted, found, run)
+        contender.unload()
+    if as_json:
+        content = {"run": str(run), "rows": [row.to_json() for row in rows]}
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        _print_table(run, rows)
+
+
+def _measured(
+    contender: Contender,
+    text: Text,
+    lengths: Sequence[int],
+    switches: Sequence[Switches | None],
+    run: Path,
+) -> list[Row]:
+    """Every row, also appended to the run folder as it is made."""
+    from qwenq.cli.progress import show_progress
+    from qwenq.environment import environment
+    from qwenq.evals.perplexity import perplexities
+    from qwenq.results import append_row, write_environment
+    from qwenq.storage import locked
+
+    command = shlex.join(["qwenq", *sys.argv[1:]])
+    rows = []
+    with locked(run), show_progress(contender.model.name) as progress:
+        write_environment(run, environment())
+        for row in perplexities(contender, text, lengths, switches, command=command, progress=progress):
+            append_row(run, row)
+            rows.append(row)
+    return rows
+
+
+def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
+    """The first ``windows * longest`` tokens of a file, in its order."""
+    import torch
+
+    from qwenq.calibration.documents import Document
+    from qwenq.calibration.files import read_file
+    from qwenq.calibration.self_text import separator_of
+    from qwenq.calibration.sequences import check_vocabulary
+    from qwenq.evals.perplexity import Text
+
+    tokenizer = contender.tokenizer
+
+    def ids_of(document: Document) -> list[int]:
+        if isinstance(document.content, str):
+            return tokenizer.encode(document.content)
+        return tokenizer.chat(document.content, add_generation_prompt=False)
+
+    end = separator_of(tokenizer) if path.suffix.lower() != ".txt" else None  # passages of one text have none
+    ids: list[int] = []
+    for document in read_file(path):
+        ids += ids_of(document) + ([end] if end is not None else [])
+        if len(ids) >= windows * longest:
+            break
+    if len(ids) < windows * longest:
+        fit = len(ids) // longest
+        raise UsageError(
+            f"{windows} windows of {longest:,} tokens are wanted, and the text has {len(ids):,} tokens",
+            where=path,
+            hint=f"lower --samples to {fit}" if fit else "give a longer text, or shorter --lengths",
+        )
+    tokens = torch.tensor(ids[: windows * longest], dtype=torch.int64).view(windows, longest)
+    check_vocabulary(tokens, int(contender.checkpoint.config["vocab_size"]), str(path))
+    return Text(path.name, tokens)
+
+
+def _lengths(text: str) -> list[int]:
+    """The numbers of ``--lengths``, each once, in order."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isascii() and part.isdigit() for part in parts):
+        raise UsageError(f"{text!r} are no lengths", where="--lengths", hint="such as 1024,2048,4096")
+    return sorted({int(part) for part in parts})
+
+
+def _flag(word: str | None) -> bool | None:
+    return None if word is None else word == "on"
+
+
+def _print_table(run: Path, rows: Sequence[Row]) -> None:
+    """Models and switches by length, as Qwen's cards have it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lengths = sorted({length for row in rows if isinstance(length := row.point["seq_len"], int)})
+    table = Table("model", "NTK", "logn", box=None, pad_edge=False)
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right", no_wrap=True)
+    lines: dict[tuple[str, str, str], dict[object, str]] = {}
+    for row in rows:
+        named = f"{row.model.name} {row.model.precision}"
+        where = (named, str(row.point.get("ntk", "-")), str(row.point.get("logn", "-")))
+        shown = f"{row.value:.3f}" if row.value is not None else "n/a"
+        lines.setdefault(where, {})[row.point["seq_len"]] = shown
+    for where, cells in lines.items():
+        table.add_row(*where, *(cells.get(length, "") for length in lengths))
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width of its own
+        console.width = 200
+    console.print(table)
+    for reason in dict.fromkeys(f"n/a: {row.reason}" for row in rows if row.value is None):
+        console.print(reason, soft_wrap=True)
+    console.print(f"run folder: {run}", soft_wrap=True)

@@ -1,0 +1,248 @@
+"""Perplexity by context length, with Qwen v1's dynamic NTK and logn on and off.
+
+The same tokens are scored at every length: the text is cut into windows of the longest, and those into
+shorter ones. A window goes through the model alone and in one pass, so that its length decides the NTK
+factor, as in a prompt; all its tokens but the first are scored, from float32 logits. Qwen's cards have such
+a table (arXiv texts, 1,024 to 32,768 tokens); neither their texts nor their script are published, so only
+its shape can be compared. Their window attention is not in the released checkpoints' code, and not here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwenq.errors import OutOfMemoryError, QwenqError, UsageError
+from qwenq.evals.contender import Contender
+from qwenq.evals.divergence import SLAB_ELEMENTS, SLAB_TOKENS
+from qwenq.evals.statistics import mean_of_sequences
+from qwenq.results import Row, Value
+from qwenq.runtime.decoder import Decoder
+from qwenq.runtime.engine import FastEngine
+from qwenq.runtime.memory import explained
+from qwenq.runtime.spec import LongContext, long_context_of
+
+METRIC = "perplexity.context"
+TOKENS_PER_PASS = 4096
+"""Short windows go through the model together, up to so many tokens; a longer one goes alone."""
+
+LARGEST = 40.0
+"""Nats; a mean beyond them is no measurement, as no vocabulary is that large."""
+
+Progress = Callable[[int, int], None]
+"""Told (tokens done, tokens in all)."""
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Qwen v1's ways beyond its trained length, on or off."""
+
+    ntk: bool
+    logn: bool
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is scored.
+
+    Attributes:
+        name: for people; no path.
+        tokens: int64 [windows, longest].
+    """
+
+    name: str
+    tokens: Tensor
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the tokens."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+def combinations(config: Mapping[str, Any], ntk: bool | None, logn: bool | None) -> list[Switches | None]:
+    """What a model is run with: every combination that was not ruled out; None for a model without switches.
+
+    Args:
+        config: of the model.
+        ntk, logn: None: both on and off, the plain model first.
+
+    Raises:
+        UsageError: a switch was asked for that the model does not have.
+    """
+    if long_context_of(config) is None:
+        if ntk is not None or logn is not None:
+            raise UsageError(
+                "this model has no such switch: only Qwen v1 has dynamic NTK and logn",
+                where="--ntk" if ntk is not None else "--logn",
+                hint="leave it out",
+            )
+        return [None]
+    choices = [(False, True) if wanted is None else (wanted,) for wanted in (ntk, logn)]
+    return [Switches(first, second) for first in choices[0] for second in choices[1]]
+
+
+def require_lengths(lengths: Sequence[int], text: Text) -> None:
+    """Refuse lengths that cannot be cut from the text so that all score the same tokens.
+
+    Raises:
+        UsageError: one is too small, or does not divide the longest.
+    """
+    longest = text.tokens.shape[1]
+    for length in lengths:
+        if length < 2 or longest % length:
+            raise UsageError(
+                f"a window of {length} tokens",
+                where="--lengths",
+                hint=f"each has to be at least 2 and divide the longest, {longest}: all score one text",
+            )
+
+
+def perplexities(
+    contender: Contender,
+    text: Text,
+    lengths: Sequence[int],
+    switches: Sequence[Switches | None],
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Iterator[Row]:
+    """A row for each combination of switches and length, as they are measured.
+
+    Up to the trained length the switches do nothing: what they share there is computed once. A length that
+    this machine cannot run is a row that says why.
+
+    Raises:
+        QwenqError: the model cannot be loaded, or the tokens are not its own.
+    """
+    engine = contender.engine
+    if not isinstance(engine, FastEngine):
+        raise UsageError("perplexity by length needs the fast engine", where="--engine", hint="use fast")
+    shared: dict[int, NDArray[np.float64] | QwenqError] = {}
+    context = engine.decoder.spec.long_context
+    total, done = text.tokens.numel() * len(lengths) * len(switches), 0
+    for switch in switches:
+        decoder = _decoder(engine.decoder, switch)
+        for length in lengths:
+            alike = context is None or length <= context.seq_length
+            if not alike or length not in shared:
+                shared[length] = _measure(decoder, text.tokens.view(-1, length))
+            found = shared[length]
+            done += text.tokens.numel()
+            if progress is not None:
+                progress(done, total)
+            yield _row(contender, engine, text, length, switch, found, command)
+
+
+@torch.inference_mode()
+def window_nats(decoder: Decoder, windows: Tensor) -> NDArray[np.float64]:
+    """−log of the probability of each token but the first, by window: float64 [windows, length − 1].
+
+    Args:
+        decoder: the model.
+        windows: int64 [windows, length].
+    """
+    count, length = windows.shape
+    rows = max(1, TOKENS_PER_PASS // length)
+    slab = max(1, min(SLAB_TOKENS, SLAB_ELEMENTS // decoder.spec.shape.vocab))
+    found = []
+    for ids in torch.split(windows.to(decoder.device), rows):
+        cache = decoder.new_cache(len(ids), length)
+        hidden = decoder.forward(ids, [length] * len(ids), cache)[:, :-1].flatten(0, 1)  # [tokens, hidden]
+        targets = ids[:, 1:].flatten()  # [tokens]
+        del cache
+        parts = zip(torch.split(hidden, slab), torch.split(targets, slab), strict=True)
+        nats = [-decoder.logits(h).log_softmax(-1).gather(1, t[:, None])[:, 0] for h, t in parts]
+        found.append(torch.cat(nats).double().cpu())
+    joined: NDArray[np.float64] = torch.cat(found).view(count, length - 1).numpy()  # [windows, length − 1]
+    return joined
+
+
+def _decoder(decoder: Decoder, switch: Switches | None) -> Decoder:
+    return decoder if switch is None else decoder.switched(dynamic_ntk=switch.ntk, logn=switch.logn)
+
+
+def _measure(decoder: Decoder, windows: Tensor) -> NDArray[np.float64] | QwenqError:
+    """The nats; or why this length cannot be run here."""
+    what = f"a window of {windows.shape[1]} tokens"
+    try:
+        with explained(decoder.device, what, "leave this length out, or use another --dtype or --attention"):
+            return window_nats(decoder, windows)
+    except (OutOfMemoryError, UsageError) as error:
+        return error
+
+
+def _row(
+    contender: Contender,
+    engine: FastEngine,
+    text: Text,
+    length: int,
+    switch: Switches | None,
+    found: NDArray[np.float64] | QwenqError,
+    command: str,
+) -> Row:
+    context = engine.decoder.spec.long_context
+    settings: dict[str, Any] = {
+        "device": contender.how.device,
+        "attention": contender.how.attention,
+        "kernel": contender.how.kernel,
+        "interval": "Student's t over windows",
+        "trained_length": context.seq_length if context is not None else engine.context,
+    }
+    if isinstance(found, QwenqError):
+        values: dict[str, Any] = {"value": None, "status": "unavailable", "reason": found.what}
+    else:
+        values = _estimate(found)
+    details = {"command": command} if command else {}
+    return Row(
+        metric=METRIC,
+        model=contender.model,
+        point=_point(contender, text, length, switch),
+        unit="ratio",
+        implementation=engine.implementation,
+        settings=settings,
+        details={**details, **_as_released(context, switch)},
+        date=date.today().isoformat(),
+        **values,
+    )
+
+
+def _point(contender: Contender, text: Text, length: int, switch: Switches | None) -> dict[str, Value]:
+    """What two models were measured on alike."""
+    point: dict[str, Value] = {
+        "seq_len": length,
+        "text": text.name,
+        "text_fingerprint": text.fingerprint,
+        "dtype": contender.how.dtype,
+    }
+    if switch is not None:
+        point |= {"ntk": _word(switch.ntk), "logn": _word(switch.logn)}
+    return point
+
+
+def _as_released(context: LongContext | None, switch: Switches | None) -> dict[str, bool]:
+    """Whether the switches stand as the model's own config has them."""
+    if context is None or switch is None:
+        return {}
+    return {"as_released": (switch.ntk, switch.logn) == (context.dynamic_ntk, context.logn)}
+
+
+def _estimate(nats: NDArray[np.float64]) -> dict[str, Any]:
+    """Perplexity with its interval, or that there is none."""
+    mean = mean_of_sequences(nats)
+    if not mean.value < LARGEST:  # NaN, too
+        return {"value": None, "status": "failed", "reason": "the logits are not finite"}
+    low, high = (None if x is None else math.exp(min(x, LARGEST)) for x in (mean.low, mean.high))
+    return {"value": math.exp(mean.value), "low": low, "high": high, "n": nats.size}
+
+
+def _word(on: bool) -> str:
+    return "on" if on else "off"

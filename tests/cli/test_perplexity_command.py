@@ -1,0 +1,120 @@
+"""``qwenq perplexity`` as a user runs it, on tiny models with and without Qwen v1's switches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tiny_model import TEXT, write_tiny_model
+
+from qwenq.cli import main
+from qwenq.models.qwen_v1 import V1_KEY
+from qwenq.reporting.collect import collect
+from qwenq.reporting.long_context import long_context_table
+from qwenq.results import read_rows
+
+FLAGS = {"seq_length": 32, "use_dynamic_ntk": True, "use_logn_attn": True}
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capture = patch, capture
+
+    def __call__(self, *arguments: object) -> Ran:
+        self._patch.setattr(sys, "argv", ["qwenq", "perplexity", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = self._capture.readouterr()
+        return Ran(int(ended.value.code or 0), shown.out, shown.err)
+
+
+@pytest.fixture
+def perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    return Shell(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One that was converted from Qwen v1, as its config says, and one like newer models."""
+    folder = tmp_path_factory.mktemp("models")
+    return write_tiny_model(folder / "V1", **{V1_KEY: FLAGS}), write_tiny_model(folder / "Plain")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text(TEXT * 40, encoding="utf-8")
+    return path
+
+
+def options(text: Path, *more: object) -> list[object]:
+    common = ["--text", text, "--lengths", "16,32,64", "--samples", "2"]
+    return [*common, "--dtype", "float32", "--device", "cpu", *more]
+
+
+def test_all_four_combinations_and_a_table_of_them(
+    perplexity: Shell, models: tuple[Path, Path], text: Path
+) -> None:
+    ran = perplexity(*models, *options(text))
+    assert ran.code == 0, ran.err
+    rows = read_rows(Path("runs/V1"))
+    assert len(rows) == 3 * (4 + 1)
+    assert {row.point["text"] for row in rows} == {"long.txt"}
+    by_switch = {
+        (row.point.get("ntk"), row.point.get("logn")): row.value for row in rows if row.point["seq_len"] == 64
+    }
+    assert len(by_switch) == 5
+    assert len(set(by_switch.values())) == 4
+    assert by_switch[None, None] == by_switch["off", "off"]  # the same weights, without the switches
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert ["model", "NTK", "logn", "16", "32", "64"] in lines
+    assert [line[2:4] for line in lines[1:6]] == [
+        ["off", "off"],
+        ["off", "on"],
+        ["on", "off"],
+        ["on", "on"],
+        ["-", "-"],
+    ]
+    assert rows[0].details["command"].startswith("qwenq perplexity ")
+
+    table = long_context_table(collect([Path("runs/V1")]), "V1")
+    assert table is not None
+    assert table.headers == ("Quantization", "Dynamic NTK", "LogN", "16", "32", "64")
+    shown = {tuple(cell.text for cell in line.cells[:3]): line.cells[5].value for line in table.lines}
+    assert shown["FP32", "on", "off"] == by_switch["on", "off"]
+
+
+def test_one_combination_as_json(perplexity: Shell, models: tuple[Path, Path], text: Path) -> None:
+    ran = perplexity(models[0], *options(text, "--ntk", "on", "--logn", "off", "--json", "--out", "here"))
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["run"] == "here"
+    assert [(r["point"]["ntk"], r["point"]["logn"]) for r in found["rows"]] == [("on", "off")] * 3
+
+
+def test_what_is_refused(perplexity: Shell, models: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("a few words", encoding="utf-8")
+    for arguments, said in (
+        ([*options(text), "--ntk", "on"], "only Qwen v1"),
+        ([*options(text), "--lengths", "16,many"], "no lengths"),
+        ([*options(text), "--lengths", "24,64"], "a window of 24 tokens"),
+        ([*options(text), "--samples", "100000"], "lower --samples to"),
+        (options(short), "give a longer text"),
+        (options(tmp_path / "none.txt"), "no such"),
+        ([], "--text"),
+    ):
+        ran = perplexity(models[1], *arguments)
+        assert ran.code == 2 and said in ran.err, (said, ran.err)
+    assert not Path("runs").exists()
