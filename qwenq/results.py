@@ -62,11 +62,12 @@ class Row:
 
     Attributes:
         metric: what was measured, with a dot between family and figure: ``accuracy``, ``accuracy.float32``,
-            ``kl``, ``same_top``, ``perplexity``, ``speed.protocol``, ``speed.decode``, ``speed.prefill``,
-            ``time.first_token``, ``memory.load``, ``memory.generate``, ``memory.unreset``, ``energy.token``,
+            ``kl``, ``same_top``, ``perplexity``, ``perplexity.context``, ``speed.protocol``, ``speed.decode``,
+            ``speed.prefill``, ``time.first_token``, ``memory.load``, ``memory.generate``, ``memory.unreset``, ``energy.token``,
             ``bandwidth.share``, ``size``.
         point: what it was measured at, flat: for accuracy ``task``, ``protocol``, ``version``, ``limit``; for
-            speed and memory ``attention``, ``engine``, ``context``, ``tokens``, ``batch``, ``device``.
+            speed and memory ``attention``, ``engine``, ``context``, ``tokens``, ``batch``, ``device``; for
+            perplexity by context ``seq_len``, ``text``, ``ntk``, ``logn``.
         value: the figure; None unless ``status`` is ``ok``.
         unit: ``share`` (0 … 1), ``tokens/s``, ``bytes``, ``seconds``, ``nats/token``, ``joules/token``,
             ``ratio``.
