@@ -62,9 +62,9 @@ class Row:
 
     Attributes:
         metric: what was measured, with a dot between family and figure: ``accuracy``, ``accuracy.float32``,
-            ``kl``, ``same_top``, ``perplexity``, ``perplexity.context``, ``speed.protocol``, ``speed.decode``,
-            ``speed.prefill``, ``time.first_token``, ``memory.load``, ``memory.generate``, ``memory.unreset``, ``energy.token``,
-            ``bandwidth.share``, ``size``.
+            ``kl``, ``same_top``, ``perplexity``, ``perplexity.context``, ``speed.protocol``,
+            ``speed.decode``, ``speed.prefill``, ``time.first_token``, ``memory.load``,
+            ``memory.generate``, ``memory.unreset``, ``energy.token``, ``bandwidth.share``, ``size``.
         point: what it was measured at, flat: for accuracy ``task``, ``protocol``, ``version``, ``limit``; for
             speed and memory ``attention``, ``engine``, ``context``, ``tokens``, ``batch``, ``device``; for
             perplexity by context ``seq_len``, ``text``, ``ntk``, ``logn``.
