@@ -98,15 +98,24 @@ def _curves(figure: Figure, axes: Axes) -> None:
             if point.low is not None and point.high is not None:
                 axes.vlines(point.x, point.low, point.high, color=line.get_color(), alpha=0.5, linewidth=1)
     if figure.kind == "points":
-        for point in figure.series[0].points:
-            axes.annotate(
-                clean(point.label), (point.x, point.y), xytext=(5, 5), textcoords="offset points", fontsize=8
-            )
+        _names(figure, axes)
         axes.set_xlim(left=0)
     elif figure.log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own would be set as mathematics
     else:
         axes.set_ylim(bottom=0)
+
+
+def _names(figure: Figure, axes: Axes) -> None:
+    """Each model's name once, above its highest mark and interval."""
+    highest: dict[str, tuple[float, float]] = {}
+    for point in (point for series in figure.series for point in series.points):
+        top = point.y if point.high is None else point.high
+        _, before = highest.get(point.label, (point.x, top))
+        highest[point.label] = (point.x, max(top, before))
+    for name, place in highest.items():
+        axes.annotate(clean(name), place, xytext=(0, 4), textcoords="offset points", fontsize=8, ha="center")
 
 
 def _bars(figure: Figure, axes: Axes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,10 @@ def chain_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     folder = work or Path("runs") / name
     quantised = {p: folder / "models" / _model_folder(recipe, p) for p in precisions(recipe) if p in BITS}
     plain = [precision for precision in precisions(recipe) if precision in DTYPES]
-    steps = [_quantise(recipe, file, precision, out) for precision, out in quantised.items()]
+    made = {p: _quantise(recipe, file, p, out) for p, out in quantised.items()}
+    steps = list(made.values())
     if (recipe.eval or recipe.profile) and recipe.weights == "stored":
-        steps += [_record(precision, out, folder) for precision, out in quantised.items()]
+        steps += [_record(precision, step, folder) for precision, step in made.items()]
     if recipe.eval is not None:
         _refuse_random(recipe)
         steps += [*_evaluate(recipe, folder, plain, quantised)]
@@ -118,10 +120,10 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
     return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
 
 
-def _record(precision: str, model: Path, folder: Path) -> Step:
-    arguments = (str(model), str(folder))
-    rows = folder / RESULTS_FILE
-    return Step(f"record the check of {precision}", arguments, rows, (model,), module="qwenq.run.recorded")
+def _record(precision: str, quantise: Step, folder: Path) -> Step:
+    arguments = (str(quantise.makes), str(folder), shlex.join(["qwenq", *quantise.arguments]))
+    name, rows = f"record the check of {precision}", folder / RESULTS_FILE
+    return Step(name, arguments, rows, (quantise.makes,), module="qwenq.run.recorded")
 
 
 def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:

@@ -1,4 +1,6 @@
-"""The check that `qwenq quantize` made of a model, as rows: ``python -m qwenq.run.recorded MODEL RUN``.
+"""The check that `qwenq quantize` made of a model, as rows.
+
+``python -m qwenq.run.recorded MODEL RUN COMMAND``, the last for the rows: what made the model.
 
 The check is in the manifest already; nothing is measured again. It was made of the bytes whose hashes are
 there, too: a folder with others has no check, and is refused.
@@ -20,8 +22,11 @@ UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
 """Metrics of the check that have an interval."""
 
 
-def record_check(model: Path, run: Path) -> list[Row]:
+def record_check(model: Path, run: Path, command: str) -> list[Row]:
     """Append the rows of a quantised model's check to a run folder.
+
+    Args:
+        command: that quantised it.
 
     Raises:
         CorruptFileError: the folder has no manifest, or one without a check, or its bytes are others.
@@ -29,13 +34,13 @@ def record_check(model: Path, run: Path) -> list[Row]:
     from qwenq.models.integrity import verify_files
 
     verify_files(model)
-    rows = list(rows_of(_read(model / "qwenq.json"), _identity(model)))
+    rows = list(rows_of(_read(model / "qwenq.json"), _identity(model), command))
     for row in rows:
         append_row(run, row)
     return rows
 
 
-def rows_of(manifest: dict[str, Any], model: Model) -> Iterator[Row]:
+def rows_of(manifest: dict[str, Any], model: Model, command: str) -> Iterator[Row]:
     """KL, with the errors of the modules; same top token; perplexity as a ratio to the base's; bytes."""
     check, calibration = manifest["check"], manifest["calibration"]
     point: dict[str, Value] = {
@@ -57,7 +62,7 @@ def rows_of(manifest: dict[str, Any], model: Model) -> Iterator[Row]:
             reason = "not finite"
             yield Row(metric, model, point, None, unit, status="failed", reason=reason, **common)
             continue
-        details = _details_of_kl(check) if metric == "kl" else {}
+        details = {"command": command, **(_details_of_kl(check) if metric == "kl" else {})}
         bounds = (found["low"], found["high"])
         yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
 
@@ -97,6 +102,6 @@ def _identity(model: Path) -> Model:
 
 if __name__ == "__main__":
     try:
-        record_check(Path(sys.argv[1]), Path(sys.argv[2]))
+        record_check(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     except QwenqError as failure:
         sys.exit(f"qwenq: {failure}")

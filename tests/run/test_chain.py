@@ -133,6 +133,16 @@ def test_somebodys_folder_under_that_name_stays(steps: Path) -> None:
     assert (alias / "precious").is_dir()
 
 
+def test_a_work_folder_that_a_kill_left_beside_a_whole_model_is_removed(tmp_path: Path) -> None:
+    made = chain(tmp_path, "")
+    leftover = made.steps[0].makes.with_name(f"{made.steps[0].makes.name}.partial")
+    made.steps[0].makes.mkdir(parents=True)
+    (leftover / "layers").mkdir(parents=True)
+    (leftover / "layers" / "0.safetensors").write_bytes(b"of no use any more")
+    assert run_chain(made, lambda line: None) == 0
+    assert not leftover.exists()
+
+
 def test_another_recipe_gets_other_folders_and_the_same_one_its_own(tmp_path: Path) -> None:
     def folder(text: str) -> Path:
         return chain(tmp_path, text).steps[0].makes
@@ -238,9 +248,11 @@ def test_rows_of_a_check_are_those_of_the_manifest() -> None:
     }  # fmt: skip
     calibration = {"source": "self", "tokens": "abc"}
     manifest = {"check": check, "calibration": calibration, "made_by": "qwenq 1", "recipe": {}}
-    kl, same, ratio = rows_of(manifest, Model("m", "f", "int4", "m"))
+    kl, same, ratio = rows_of(manifest, Model("m", "f", "int4", "m"), "qwenq quantize m")
     assert (kl.metric, kl.value, kl.low, kl.high, kl.n) == ("kl", 0.1, 0.08, 0.12, 504)
+    assert same.details == {"command": "qwenq quantize m"}
     assert kl.details == {
+        "command": "qwenq quantize m",
         "modules": check["modules"],
         "positions": [16.5, 48.0], "values": [0.15, 0.05], "counts": [256, 248],
         "lows": [0.1, None], "highs": [0.2, None],

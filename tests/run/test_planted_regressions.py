@@ -64,7 +64,7 @@ def evaluate(model: Path, run: Path) -> Path:
 
 
 def record(model: Path, run: Path) -> Path:
-    python("qwenq.run.recorded", model, run)
+    python("qwenq.run.recorded", model, run, "qwenq quantize")
     return run
 
 
@@ -120,7 +120,8 @@ def damaged(model: Path, folder: Path, *, told: bool) -> Path:
 
 def test_a_damaged_tensor_is_named_before_anything_is_compared(model: Path, tmp_path: Path) -> None:
     """The check in the manifest is not that of these bytes."""
-    said = python("qwenq.run.recorded", damaged(model, tmp_path / "m", told=False), tmp_path / "r", code=1)
+    folder = damaged(model, tmp_path / "m", told=False)
+    said = python("qwenq.run.recorded", folder, tmp_path / "r", "qwenq quantize", code=1)
     assert "the bytes are not those that were written" in said
     assert "model.safetensors" in said
     assert "Traceback" not in said
