@@ -37,7 +37,7 @@ class RMSNorm:
         """[batch, hidden] → [batch, hidden], contiguous."""
         doubled = torch.cat((x, torch.neg(x)), 1)
         normed = torch.native_layer_norm(doubled, self._shape, self._weight, None, self._eps)[0]
-        return normed[:, : self._hidden].contiguous()
+        return normed.narrow(1, 0, self._hidden).contiguous()
 
 
 class DecodeStep:
@@ -77,7 +77,7 @@ class DecodeStep:
     def _attention(
         self, x: Tensor, block: Block, layer: int, cache: KVCache, step: Step, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        batch, heads, shared, d = len(x), self._heads, self._shared, self._d
+        batch, heads, shared, d = x.shape[0], self._heads, self._shared, self._d
         qkv = block.qkv(x).float().view(batch, heads + 2 * shared, d)
         qk = qkv[:, : heads + shared]
         if block.qk_norm is not None:

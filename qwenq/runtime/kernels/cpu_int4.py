@@ -79,19 +79,24 @@ class CpuInt4:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if x.dim() == 2:  # as a decode step has it: a small model spends as long between products as in them
+            return self._rows(x.contiguous())
+        return self._rows(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        count = rows.shape[0]
         if self._order is not None:
             rows = rows[:, self._order]
-        if len(rows) < _MANY_ROWS:
+        if count < _MANY_ROWS:
             y: Tensor = self._multiply(self._widened(rows), self._weight, self._size, self._scales)
         else:
             y = self._many(rows)
         if self._offsets is not None:
-            sums = rows.view(len(rows), len(self._offsets), -1).sum(-1, dtype=torch.float32)  # [rows, groups]
-            y = torch.addmm(y.float(), sums, self._offsets).to(x.dtype)
+            sums = rows.view(count, len(self._offsets), -1).sum(-1, dtype=torch.float32)  # [rows, groups]
+            y = torch.addmm(y.float(), sums, self._offsets).to(rows.dtype)
         if self._bias is not None:
             y += self._bias
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+        return y
 
     @property
     def nbytes(self) -> int:
