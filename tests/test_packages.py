@@ -1,0 +1,31 @@
+"""The lists of packages agree with each other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUILD = {"hatchling", "editables", "trove-classifiers"}
+
+
+def listed(path: str) -> list[str]:
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and line[0] != "#"]
+
+
+def canonical(pin: str) -> tuple[str, str]:
+    name, version = pin.split("==")
+    return re.sub(r"[-_.]+", "-", name).lower(), version
+
+
+def test_what_has_a_hash_is_what_is_pinned() -> None:
+    """.ci/locked.txt is made from constraints.txt by .ci/lock: make it again when a version changes."""
+    pinned = {canonical(line) for line in listed("constraints.txt")}
+    hashed = [
+        re.fullmatch(r"(\S+==\S+) --hash=sha256:[0-9a-f]{64}", line) for line in listed(".ci/locked.txt")
+    ]
+    assert all(hashed)
+    locked = {canonical(line[1]) for line in hashed if line}
+    assert {name for name, _ in pinned - locked} == {"torch"}
+    assert {name for name, _ in locked - pinned} == BUILD
