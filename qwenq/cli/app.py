@@ -16,8 +16,8 @@ import typer
 from qwenq import __version__
 from qwenq.errors import QwenqError, UsageError
 
-SHARED = ("quantize", "eval")
-"""Commands that torchrun may start several times."""
+SHARED = ("quantize", "eval", "profile")
+"""Commands that torchrun may start several times; profile with --tp."""
 
 app = typer.Typer(
     name="qwenq",
@@ -65,11 +65,27 @@ def _share_the_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def _die_with_the_run() -> None:
+    """A step of `qwenq run` is killed with it, or it would go on beside the one that follows.
+
+    Linux only; elsewhere the lock of the folder refuses the second until the first is done.
+    """
+    run = os.environ.pop("QWENQ_STEP_OF", None)
+    if run is None or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    if str(os.getppid()) != run:  # it died before this was said
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main() -> None:
     """Entry point: run a command; turn a QwenqError into its message and exit code."""
     from qwenq.cli import commands
 
     _share_the_cores()
+    _die_with_the_run()
     commands.register()
     with _sigterm_as_ctrl_c() as received:
         try:

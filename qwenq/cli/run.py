@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,7 +39,12 @@ def run(
     _show(chain)
     if dry_run:
         return
-    code = run_chain(chain, lambda line: typer.secho(line, bold=True, err=True))
+    try:
+        code = run_chain(chain, lambda line: typer.secho(line, bold=True, err=True))
+    except KeyboardInterrupt:
+        command = shlex.join(["qwenq", *sys.argv[1:]])
+        typer.echo(f"\nstopped; the same command goes on where it stopped: {command}", err=True)
+        raise
     if code:
         raise typer.Exit(code)
     if chain.page is not None:
@@ -46,8 +53,6 @@ def run(
 
 def _show(chain: Chain) -> None:
     """What is done, and what will be, with the commands."""
-    import shlex
-
     from qwenq.run.execute import is_done
 
     typer.echo(f"{len(chain.steps)} steps; run folder {chain.work}", err=True)

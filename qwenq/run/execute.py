@@ -16,11 +16,16 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from types import FrameType
 
 from qwenq.run.chain import Chain, Step
-from qwenq.storage import guard_storage
+from qwenq.storage import guard_storage, locked
 
 JOURNAL = "journal.jsonl"
+LOCK = "run.lock"
+"""Not the steps' own, which they hold in the same folder."""
+STEP_OF = "QWENQ_STEP_OF"
+"""Environment variable of a step: the process that it belongs to, see ``cli.app``."""
 
 
 def is_done(chain: Chain, step: Step) -> bool:
@@ -35,9 +40,19 @@ def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
 
     Returns:
         The exit code of the last step: 0, or that of the one that failed.
+
+    Raises:
+        UsageError: another `qwenq run` works in this run folder.
+        StorageError: the disk refused.
     """
+    with locked(chain.work, LOCK):
+        return _run_steps(chain, say)
+
+
+def _run_steps(chain: Chain, say: Callable[[str], None]) -> int:
     for number, step in enumerate(chain.steps, 1):
         if is_done(chain, step):
+            _tidy(step)
             _lead_to(step)
             continue
         say(f"step {number} of {len(chain.steps)}: {step.name}")
@@ -67,18 +82,39 @@ def _lead_to(step: Step) -> None:
         fresh.replace(alias)
 
 
+def _tidy(step: Step) -> None:
+    """A kill may have come between a model's name and the end of its work folder, and nobody looks again."""
+    leftover = step.makes.with_name(f"{step.makes.name}.partial")
+    if step.whole and leftover.is_dir():
+        from qwenq.gptq.layer_store import discard_leftover
+
+        discard_leftover(leftover)
+
+
 def _execute(step: Step) -> int:
-    """Run a step; Ctrl-C and SIGTERM reach it, and it may save what it has."""
+    """Run a step; Ctrl-C and SIGTERM reach it, and it may save what it has. It dies with this process."""
     command = [sys.executable, "-m", step.module, *step.arguments]
-    with subprocess.Popen(command) as child:
-        before = signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGTERM))
-        try:
-            code = child.wait()
-        except KeyboardInterrupt:
-            child.wait()  # a terminal has told it, too
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    running: list[subprocess.Popen[bytes]] = []
+    told: list[int] = []
+
+    def tell(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        for child in running:
+            child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, tell)  # first, or one that comes now would reach nobody
+    try:
+        with subprocess.Popen(command, env={**os.environ, STEP_OF: str(os.getpid())}) as child:
+            running.append(child)
+            if told:
+                child.send_signal(signal.SIGTERM)
+            try:
+                code = child.wait()
+            except KeyboardInterrupt:
+                child.wait()  # a terminal has told it, too
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return code if code >= 0 else 128 - code
 
 

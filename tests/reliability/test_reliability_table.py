@@ -33,6 +33,21 @@ def test_every_test_of_the_table_exists() -> None:
     assert named - known_tests() == set()
 
 
+def test_make_reliability_runs_every_test_of_the_table() -> None:
+    """Or its counts would leave some out."""
+    listed = re.search(r"RELIABILITY := (.*?)\n\n", (ROOT / "Makefile").read_text(encoding="utf-8"), re.S)
+    assert listed is not None
+    places = [ROOT / place for place in listed[1].replace("\\\n", " ").split()]
+    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("test_*.py"))]
+    run = {
+        node.name
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert set(re.findall(r"`(test_\w+)`", TABLE.read_text(encoding="utf-8"))) - run == set()
+
+
 def test_every_promise_names_its_test() -> None:
     promises = [row for row in rows() if len(row) == 3 and row[0] not in {"promise", "input"}]
     assert len(promises) > 20
