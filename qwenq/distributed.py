@@ -185,11 +185,14 @@ def _no_torchrun(what: str) -> UsageError:
 
 
 @contextmanager
-def assembled(device: str = "auto") -> Iterator[Team]:
+def assembled(device: str = "auto", *, tensors: bool = True, meeting: str = "") -> Iterator[Team]:
     """Join the other processes of this command; on an error, see to it that all end and one says why.
 
     Args:
         device: as ``--device``: "auto" and "cuda" stand for the GPU with the number of the local rank.
+        tensors: False: only words will be exchanged, and no GPU is touched.
+        meeting: a name that sets several meetings of the same ranks apart, of one process each after another
+            or of their children.
 
     Raises:
         UsageError: see ``described``; a GPU named for all, or fewer GPUs than processes on this machine.
@@ -200,7 +203,7 @@ def assembled(device: str = "auto") -> Iterator[Team]:
     if team.world == 1:
         yield team
         return
-    _join(team, _gpu_of(team, device))
+    _join(team, _gpu_of(team, device) if tensors else None, tensors, meeting)
     try:
         yield team
     except BaseException as error:
@@ -208,7 +211,8 @@ def assembled(device: str = "auto") -> Iterator[Team]:
     else:
         from torch import distributed
 
-        distributed.destroy_process_group()
+        if tensors:
+            distributed.destroy_process_group()
 
 
 def _gpu_of(team: Team, device: str) -> torch.device | None:
@@ -235,29 +239,29 @@ def _gpu_of(team: Team, device: str) -> torch.device | None:
     return torch.device("cuda", team.local_rank)
 
 
-def _join(team: Team, gpu: torch.device | None) -> None:
+def _join(team: Team, gpu: torch.device | None, tensors: bool, meeting: str) -> None:
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        meeting = rendezvous("env://", timeout=TIMEOUT)
-        store, _, _ = next(meeting)
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",
-            store=PrefixStore("tensors", store),
-            rank=team.rank,
-            world_size=team.world,
-            timeout=TIMEOUT,
-            device_id=gpu,
-        )
+        store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        if tensors:
+            distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",
+                store=PrefixStore(f"{meeting}tensors", store),
+                rank=team.rank,
+                world_size=team.world,
+                timeout=TIMEOUT,
+                device_id=gpu,
+            )
     except RuntimeError as error:
         raise QwenqError(
             f"rank {team.rank} could not meet the others: {str(error).splitlines()[0]}",
             where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             hint="see that all machines reach this address, and that nothing else uses the port",
         ) from error
-    team._store = PrefixStore("qwenq", store)
+    team._store = PrefixStore(f"{meeting}qwenq", store)
 
 
 def _stop(team: Team, error: BaseException) -> NoReturn:

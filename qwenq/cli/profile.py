@@ -6,8 +6,9 @@ import json
 import shlex
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,9 +16,12 @@ from qwenq.cli.app import app
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from qwenq.distributed import Team
     from qwenq.profiling.planning import Device, Planned
+    from qwenq.profiling.points import Point
+    from qwenq.profiling.subjects import Subjects
     from qwenq.results import Row
 
 RESUME_HINT = "what is measured is kept: the same command goes on where it stopped"
@@ -48,48 +52,79 @@ def profile(
     budget: Annotated[str | None, typer.Option(help="Time for the whole sweep: 90s, 10m, 1h30m.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/profile-… without it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share a model; under torchrun.")] = 1,
 ) -> None:
     """Measure speed and memory, each point in a process of its own.
 
     Points: models in each precision × attention × engine × length. One that cannot run says why, and the
     sweep goes on. Ctrl-C keeps what is done; the same command goes on.
     """
+    from qwenq.distributed import assembled, described
+    from qwenq.profiling.parallel import check_processes, help_measure, refuse_unsplittable
+    from qwenq.profiling.planning import parse_budget
+    from qwenq.profiling.subjects import subjects_of
+
+    check_processes(described(), tp)
+    with assembled(tensors=False) as team:
+        if not team.leads:
+            help_measure(team)
+            return
+        seconds = parse_budget(budget) if budget else None
+        lengths = _lengths(context, tokens, encode)
+        attentions, engines = _names(attention, "--attention"), _names(engine, "--engine")
+        _check_names(attentions, engines, kernel)
+        found = subjects_of(models or [None], _names(precision, "--precision"), weights, seed)
+        if tp > 1:
+            refuse_unsplittable(found.subjects, engines)
+        for notice in found.notices:
+            typer.echo(f"note: {notice}", err=True)
+        points = partial(
+            sweep_points, found, attentions=attentions, engines=engines, lengths=lengths, kernel=kernel, tp=tp
+        )
+        folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
+        _measure(found, points, folder, device, seconds, as_json, team)
+
+
+def sweep_points(found: Subjects, device: str, **choices: Any) -> list[Point]:
+    """Every combination, once the device is known."""
+    from qwenq.profiling.points import sweep
+
+    return sweep(found.subjects, device=device, **choices)
+
+
+def _measure(
+    found: Subjects,
+    points: Callable[..., list[Point]],
+    folder: Path,
+    device: str,
+    seconds: float | None,
+    as_json: bool,
+    team: Team,
+) -> None:
+    """Plan the points, measure those that the folder lacks, show all."""
     from qwenq.environment import environment
     from qwenq.profiling.child import probe
-    from qwenq.profiling.planning import parse_budget, plan, read_device
-    from qwenq.profiling.points import sweep
-    from qwenq.profiling.subjects import subjects_of
+    from qwenq.profiling.parallel import measure_together
+    from qwenq.profiling.planning import plan, read_device
     from qwenq.profiling.sweep import run_sweep
     from qwenq.results import write_environment
+    from qwenq.storage import locked
 
-    seconds = parse_budget(budget) if budget else None
-    lengths = _lengths(context, tokens, encode)
-    attentions, engines = _names(attention, "--attention"), _names(engine, "--engine")
-    _check_names(attentions, engines, kernel)
-    found = subjects_of(models or [None], _names(precision, "--precision"), weights, seed)
-    for notice in found.notices:
-        typer.echo(f"note: {notice}", err=True)
-    place = read_device(probe(device))
-    points = sweep(
-        found.subjects,
-        attentions=attentions,
-        engines=engines,
-        lengths=lengths,
-        device=place.device,
-        kernel=kernel,
-    )
-    planned = plan(points, found.shapes, place)
-    folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
-    listener = _Listener(as_json)
-    if not as_json:
-        show_plan(planned, place, seconds, folder)
-    write_environment(folder, environment())
     command = shlex.join(["qwenq", *sys.argv[1:]])
+    together: dict[str, Any] = {} if team.world == 1 else {"measure": measure_together(team)}
     try:
-        progress = run_sweep(planned, folder, listener, budget=seconds, command=command)
+        with locked(folder):  # before anything is timed: two commands would measure each other
+            place = read_device(probe(device))
+            planned = plan(points(device=place.device), found.shapes, place)
+            if not as_json:
+                show_plan(planned, place, seconds, folder)
+            write_environment(folder, environment())
+            listener = _Listener(as_json)
+            progress = run_sweep(planned, folder, listener, budget=seconds, command=command, **together)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; {RESUME_HINT}: {command}", err=True)
         raise
+    team.tell()  # the sweep is over
     if not as_json:
         _show(folder, planned, progress.kept)
 

@@ -33,21 +33,31 @@ def probe(device: str) -> dict[str, Any]:
     raise QwenqError("the device could not be looked at", where=device, hint="run again with --debug")
 
 
-def measure_in_child(point: Point, seconds: float | None) -> Iterator[Row]:
+def measure_in_child(point: Point, seconds: float | None, meeting: str | None = None) -> Iterator[Row]:
     """Rows of a point as they are measured; however its process ends, every metric has a row.
 
     Args:
         seconds: what it may take; None: no limit.
+        meeting: where the children of several ranks meet to measure it together; None: it is alone.
     """
     left = dict.fromkeys(point.metrics)
     limit = None if seconds is None else 3 * seconds + _GRACE
     try:
-        for content in _ask({"point": point.to_json(), "seconds": seconds}, limit):
+        for content in _ask({"point": point.to_json(), "seconds": seconds, "meeting": meeting}, limit):
             row = _row(content)
             left.pop(row.metric, None)
             yield row
     except QwenqError as error:
         yield from point.without("failed", error.what, list(left), again=True)
+
+
+def assist_in_child(point: Point, seconds: float | None, meeting: str) -> None:
+    """Take part in what the leader's child measures; how that ends is the leader's to tell."""
+    limit = None if seconds is None else 3 * seconds + _GRACE
+    request = {"point": point.to_json(), "seconds": seconds, "meeting": meeting}
+    with suppress(QwenqError):
+        for _ in _ask(request, limit):
+            pass
 
 
 def _ask(request: dict[str, Any], limit: float | None) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwenq.distributed import ALONE, Team
 from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.shapes import ModelShape
@@ -22,6 +23,7 @@ from qwenq.profiling.bandwidth import cache_bytes, copy_bandwidth, synchronise, 
 from qwenq.profiling.decoding import Decoding, decode_speed
 from qwenq.profiling.energy import HOW as ENERGY
 from qwenq.profiling.energy import EnergyCounter
+from qwenq.profiling.loading import checkpoint_of, engine_for, release
 from qwenq.profiling.memory import Meter, meter_for
 from qwenq.profiling.points import Point
 from qwenq.profiling.protocol import end_ids, protocol_sampling
@@ -96,52 +98,43 @@ class Bench:
         )
 
 
-def measure(point: Point, seconds: float | None = None) -> Iterator[Row]:
+def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> Iterator[Row]:
     """All rows of a point, in the order of ``point.metrics``.
 
     Args:
         seconds: what it may take, loading included; None: until the intervals are narrow.
+        team: processes that hold the model together; this one leads, the others are in ``loading.assist``.
 
     Raises:
         QwenqError: the model cannot be loaded or run like that.
         MemoryError, torch.OutOfMemoryError: as it says.
     """
-    bench = _load(point, Allowance(seconds))
+    bench = _load(point, Allowance(seconds), team)
     yield _load_row(bench)
     yield from (_encoding if point.encodes else _generating)(bench)
+    if point.tp > 1:
+        release(bench.engine, team)
 
 
-def _load(point: Point, allowance: Allowance) -> Bench:
-    from qwenq.models.catalogue import BUNDLED
-    from qwenq.models.opening import open_model
-    from qwenq.models.random_weights import random_checkpoint
-    from qwenq.runtime.engine import find_device, load
+def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
+    from qwenq.runtime.engine import find_device
 
     subject, device = point.subject, find_device(point.device)
     meter = meter_for(device)
     if device.type == "cuda":
         torch.zeros(1, device=device)  # the context is there before the clock and the meter start
     before = meter.now()
-    if subject.weights == "random":  # drawn where they are used
-        checkpoint = random_checkpoint(subject.given or BUNDLED, subject.seed, device=device)
-    else:
-        checkpoint = open_model(subject.given)
+    checkpoint = checkpoint_of(point)
     shape = ModelShape.from_config(checkpoint.config)
     if subject.rounded:
         checkpoint = rounded(checkpoint, subject.rounded)
-    engine = load(
-        checkpoint,
-        device=point.device,
-        dtype=subject.dtype,
-        engine=point.engine,
-        kernel=point.kernel,
-        attention=point.attention,
-    )
+    engine = engine_for(point, checkpoint, team)
     settings = {
         "dtype": str(engine.dtype).removeprefix("torch."),
         "prompt": "one token id, repeated",
         **_weights_settings(point),
         **_beyond(point, engine.context),
+        **({"processes": f"{point.tp}; memory is that of the first"} if point.tp > 1 else {}),
         **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
         **({"notes": list(engine.notes)} if engine.notes else {}),
     }
@@ -236,6 +229,8 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
     (sampling, how), ends = protocol_sampling(bench.checkpoint), end_ids(bench.checkpoint)
     counter: EnergyCounter | None = None
     try:
+        if point.tp > 1:
+            raise UnsupportedError("the energy of several devices is not added up")
         counter = EnergyCounter(engine.device)
         why = ""
     except UnsupportedError as error:

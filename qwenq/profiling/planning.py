@@ -113,8 +113,8 @@ def read_device(content: dict[str, Any]) -> Device:
 
 def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
     dtype = _dtype(point, device)
-    weights = _weight_bytes(point, shape, dtype)
-    cache = shape.kv_bytes_per_token(dtype) * (point.context + point.tokens)
+    weights = _weight_bytes(point, shape, dtype) // point.tp
+    cache = shape.kv_bytes_per_token(dtype) * (point.context + point.tokens) // point.tp
     nbytes = weights + cache + shape.embedding_parameters * ITEMSIZE[dtype]  # one large tensor in flight
     seconds = _START_SECONDS + weights / _LOAD_RATE + _work(point, shape, device, weights, cache)
     needed = nbytes + _OVERHEAD_BYTES[device.kind]
@@ -126,7 +126,7 @@ def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
 
 def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: int) -> float:
     """Seconds of measuring, loading left out."""
-    prefill = 2 * shape.parameters * point.context / (device.operations_per_s * _EFFICIENCY)
+    prefill = 2 * shape.parameters * point.context / (device.operations_per_s * _EFFICIENCY * point.tp)
     if point.encodes:
         return 8 * prefill + _SPLIT_SECONDS / 3
     fixed = _STEP_SECONDS[device.kind, "fast"] if point.engine == "fast" else _SLOW_STEP_SECONDS

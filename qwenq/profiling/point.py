@@ -11,11 +11,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 from qwenq.errors import OutOfMemoryError, QwenqError, UnsupportedError
 from qwenq.profiling.points import Point
+from qwenq.results import Row
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -32,9 +34,7 @@ def main() -> None:
     point = Point.from_json(request["point"])
     done: list[str] = []
     try:
-        from qwenq.profiling.measure import measure
-
-        for row in measure(point, request.get("seconds")):
+        for row in _rows(point, request.get("seconds"), request.get("meeting")):
             _write(out, row.to_json())
             done.append(row.metric)
     except Exception as error:  # whatever it is, it is this point's end and not the sweep's
@@ -44,6 +44,25 @@ def main() -> None:
         left = [metric for metric in point.metrics if metric not in done]
         for row in point.without(status, reason, left, again=status == "failed"):
             _write(out, row.to_json())
+
+
+def _rows(point: Point, seconds: float | None, meeting: str | None) -> Iterator[Row]:
+    """Measured alone, or by the leader of several processes; the others give none."""
+    from qwenq.profiling.measure import measure
+
+    if meeting is None:
+        yield from measure(point, seconds)
+        return
+    from qwenq.distributed import assembled
+    from qwenq.profiling.loading import assist
+
+    # The leader's parent, or torchrun's own process, holds the store already.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    with assembled(point.device, meeting=meeting) as team:
+        if team.leads:
+            yield from measure(point, seconds, team)
+        else:
+            assist(point, team)
 
 
 def _die_with_parent() -> None:

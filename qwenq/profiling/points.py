@@ -63,6 +63,7 @@ class Point:
         context: tokens of the prompt.
         tokens: new tokens; 1: the point is about encoding the prompt.
         kernel: of quantised weights; ``auto`` is the fastest that can.
+        tp: processes that hold the model together, see ``runtime.tensor_parallel``.
     """
 
     subject: Subject
@@ -72,6 +73,7 @@ class Point:
     tokens: int
     device: str
     kernel: str = "auto"
+    tp: int = 1
 
     @property
     def encodes(self) -> bool:
@@ -85,7 +87,7 @@ class Point:
 
     @property
     def place(self) -> dict[str, Value]:
-        """``Row.point``; a kernel is part of it only where one was asked for."""
+        """``Row.point``; a kernel and several processes are part of it only where they were asked for."""
         found: dict[str, Value] = {
             "attention": self.attention,
             "engine": self.engine,
@@ -94,7 +96,8 @@ class Point:
             "batch": 1,
             "device": self.device,
         }
-        return found if self.kernel == "auto" else {**found, "kernel": self.kernel}
+        asked = {} if self.kernel == "auto" else {"kernel": self.kernel}
+        return {**found, **asked, **({} if self.tp == 1 else {"tp": self.tp})}
 
     @property
     def label(self) -> str:
@@ -103,7 +106,8 @@ class Point:
         if not self.encodes and self.context > 1:
             what += f" after {self.context}"
         model = self.subject.model
-        return f"{model.name} {model.precision}, {self.attention}, {self.engine}, {what}"
+        spread = "" if self.tp == 1 else f" on {self.tp} processes"
+        return f"{model.name} {model.precision}, {self.attention}, {self.engine}{spread}, {what}"
 
     def row(self, metric: str, value: float | None, **more: Any) -> Row:
         """A row of this point."""
@@ -143,6 +147,7 @@ def sweep(
     lengths: Sequence[tuple[int, int]],
     device: str,
     kernel: str = "auto",
+    tp: int = 1,
 ) -> list[Point]:
     """Every combination; the quick lengths of all subjects before the slow ones, so that a stop costs least.
 
@@ -151,7 +156,7 @@ def sweep(
     """
     ordered = sorted(lengths, key=lambda pair: (pair[1], pair[0]))
     return [
-        Point(subject, attention, engine, context, tokens, device, kernel)
+        Point(subject, attention, engine, context, tokens, device, kernel, tp)
         for (context, tokens), subject, attention, engine in product(ordered, subjects, attentions, engines)
     ]
 

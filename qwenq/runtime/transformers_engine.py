@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.distributed import DistributedConfig
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ class TransformersEngine(CachedEngine):
         attention: what mixes the cache's values.
         kernel: of the quantised linears, see ``kernels.table``.
         real_vocab: never sample ids from here on; None: as the config says.
+        processes: torch.distributed's, which hold the model together, see ``tensor_parallel``.
 
     Raises:
         UnsupportedError: transformers does not know the architecture, or a kernel cannot run this model here.
@@ -54,10 +56,14 @@ class TransformersEngine(CachedEngine):
         attention: Attention,
         kernel: str = "auto",
         real_vocab: int | None = None,
+        processes: int = 1,
     ) -> None:
         self.device, self.dtype, self._attention = device, dtype, attention
-        weights = Weights(checkpoint, device, dtype, kernel)
-        self._model = _build(checkpoint, weights, dtype).to(device)
+        weights = Weights(checkpoint, device, dtype, kernel, processes)
+        self._processes = processes
+        self._model = _build(checkpoint, weights, dtype, processes)
+        if processes == 1:  # else each tensor was put where it belongs as it came
+            self._model.to(device)
         self._config = self._model.config
         self.notes = weights.notes
         self.implementation = (
@@ -76,7 +82,7 @@ class TransformersEngine(CachedEngine):
         heads = config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers = config.num_hidden_layers
-        return KVCache(layers, batch, heads, capacity, head_dim, self.device, self.dtype)
+        return KVCache(layers, batch, heads // self._processes, capacity, head_dim, self.device, self.dtype)
 
     def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         span = cache.span(counts)
@@ -163,8 +169,8 @@ def _attend(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype) -> Any:
-    """The model with its weights, on the CPU, all but the kernels."""
+def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, processes: int) -> Any:
+    """The model with its weights, on the CPU, all but the kernels; or this process's slice, in its place."""
     config = transformers_config(checkpoint.config, checkpoint.folder)
     try:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -179,8 +185,9 @@ def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype) -> Any:
         model, report = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=weights.plain(),
+            state_dict=weights.plain() if processes == 1 else weights.lazy(),
             dtype=dtype,
+            distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
             attn_implementation=_ATTENTION,
             output_loading_info=True,
         )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +76,21 @@ def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, 
     return tuple(layers)
 
 
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is not read yet, as transformers' loader knows it from safetensors."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    def get_shape(self) -> list[int]:
+        """Before anything is read."""
+        return list(self.shape)
+
+    def __getitem__(self, part: Any) -> Tensor:
+        return self.read()[part].clone()  # the rest of it is let go
+
+
 class Weights:
     """Reads a checkpoint's tensors onto a device, in one dtype; packed linears become the chosen kernel.
 
@@ -80,6 +98,7 @@ class Weights:
         checkpoint: plain or GPTQ weights.
         device, dtype: of what is read.
         kernel: ``auto`` or a name of the kernel table.
+        processes: among which the weights are dealt out.
 
     Attributes:
         kernel: name of what runs the linear layers.
@@ -94,10 +113,16 @@ class Weights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, kernel: str = "auto"
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: str = "auto",
+        processes: int = 1,
     ) -> None:
         self._source = self._packed_source = checkpoint.source
         self._folder, self._device, self._dtype = checkpoint.folder, device, dtype
+        self._processes = processes
         self.kernel, self.notes = "dense", tuple[str, ...]()
         self.quantised: frozenset[str] = frozenset()
         if quantization_of(checkpoint.config) is None:
@@ -125,7 +150,7 @@ class Weights:
             needed += int(math.prod(self._source.info(name).shape) * size)
         form = f"in {str(self._dtype).removeprefix('torch.')}" if dense else f"in {self._need.bits} bits"
         hint = "use --dtype bfloat16, a quantised model, a smaller one, or another --device"
-        require(needed, self._device, f"the model's weights {form}", hint)
+        require(needed // self._processes, self._device, f"the model's weights {form}", hint)
 
     def check(self, shape: ModelShape, tied: bool) -> None:
         """Every tensor that the config asks for is there in its shape, and the blocks hold no other.
@@ -149,6 +174,15 @@ class Weights:
         return {
             name: placeholder.expand(self._source.info(name).shape) if name in packed else self._read(name)
             for name in self._names
+        }
+
+    def lazy(self) -> dict[str, LazyTensor]:
+        """All tensors under their names, each read when it is asked for: nobody holds the whole model.
+
+        For plain weights alone.
+        """
+        return {
+            name: LazyTensor(self._source.info(name).shape, partial(self._read, name)) for name in self._names
         }
 
     def linear(self, *modules: str) -> Kernel:

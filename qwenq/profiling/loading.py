@@ -1,0 +1,76 @@
+"""From a point to the engine that it is measured with, on one process or on several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qwenq.distributed import Team
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.profiling.points import Point
+
+if TYPE_CHECKING:
+    from qwenq.runtime.engine import Engine
+
+
+def checkpoint_of(point: Point) -> Checkpoint:
+    """The point's model, before it is rounded.
+
+    Raises:
+        QwenqError: it cannot be found or read.
+    """
+    from qwenq.models.catalogue import BUNDLED
+    from qwenq.models.opening import open_model
+    from qwenq.models.random_weights import random_checkpoint
+    from qwenq.runtime.engine import find_device
+
+    subject = point.subject
+    if subject.weights == "random":  # drawn where they are used
+        return random_checkpoint(subject.given or BUNDLED, subject.seed, device=find_device(point.device))
+    return open_model(subject.given)
+
+
+def engine_for(point: Point, checkpoint: Checkpoint, team: Team) -> Engine:
+    """The engine that the point names; of the leader, where several processes hold the model together.
+
+    Raises:
+        QwenqError: it cannot run this model here, or another process could not load its part.
+    """
+    if point.tp > 1:
+        from qwenq.runtime.tensor_parallel import LeadingEngine
+
+        engine = LeadingEngine(checkpoint, team, point.device, point.subject.dtype, point.attention)
+        team.wait()  # whoever could not load says so here
+        return engine
+    from qwenq.runtime.engine import load
+
+    return load(
+        checkpoint,
+        device=point.device,
+        dtype=point.subject.dtype,
+        engine=point.engine,
+        kernel=point.kernel,
+        attention=point.attention,
+    )
+
+
+def release(engine: Engine, team: Team) -> None:
+    """Let the other processes go; all part together."""
+    from qwenq.runtime.tensor_parallel import LeadingEngine
+
+    assert isinstance(engine, LeadingEngine)  # noqa: S101 - engine_for made it
+    engine.close()
+    team.wait()
+
+
+def assist(point: Point, team: Team) -> None:
+    """Hold this rank's slice of the model, and compute what the leader's measuring computes.
+
+    Raises:
+        QwenqError: it cannot be loaded, or another process has stopped.
+    """
+    from qwenq.runtime.tensor_parallel import SplitEngine, follow
+
+    engine = SplitEngine(checkpoint_of(point), team, point.device, point.subject.dtype, point.attention)
+    team.wait()
+    follow(engine, team)
+    team.wait()

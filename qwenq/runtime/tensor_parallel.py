@@ -1,0 +1,189 @@
+"""One model on several processes, each with a slice of every matrix: transformers' own tensor-parallel plan.
+
+The plan is the model's (``base_model_tp_plan``): heads and columns of the FFN are dealt out, one all-reduce
+follows attention and one the FFN, the embedding and the head are split over the vocabulary. Rank 0 has an
+engine like any other. Whenever that computes, it tells the others what to compute with it, so they need not
+know what a benchmark is, nor agree with it on when to stop: a message on the CPU before each step, which is
+part of the time that a step takes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from qwenq.distributed import Team
+from qwenq.errors import UnsupportedError, UsageError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.config import quantization_of
+from qwenq.models.hf_config import transformers_config
+from qwenq.runtime.attention import attention_backend
+from qwenq.runtime.cache import KVCache
+from qwenq.runtime.engine import find_device, find_dtype
+from qwenq.runtime.transformers_engine import TransformersEngine
+
+END, CACHE, FORGET, HIDDEN, HEAD = range(5)
+"""What is said: nothing more; a new cache; a cache that is needed no more; a forward pass; the head."""
+_FIRST = 32
+"""Numbers in the first part of a message: a decode step of a few rows needs no second."""
+
+
+def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:
+    """What transformers' plan cannot deal out to so many processes.
+
+    Raises:
+        UnsupportedError: accelerate is missing; packed weights, an architecture without a plan, or heads
+            that do not divide.
+    """
+    if find_spec("accelerate") is None:
+        raise UnsupportedError(
+            "transformers deals a model out only where accelerate is installed",
+            where="--tp",
+            hint="pip install 'qwenq[tp]'",
+        )
+    if quantization_of(checkpoint.config) is not None:
+        raise UnsupportedError(
+            "packed GPTQ weights cannot be split: transformers' tensor-parallel plan slices the weight of a "
+            "linear layer, and the kernels here keep packed words, scales and zeros of whole modules",
+            where=checkpoint.folder,
+            hint="use --tp with the unquantised model; a quantised one usually fits one GPU",
+        )
+    config = transformers_config(checkpoint.config, checkpoint.folder)
+    if not getattr(config, "base_model_tp_plan", None):
+        raise UnsupportedError(
+            f"transformers has no tensor-parallel plan for {checkpoint.config['model_type']}",
+            where=checkpoint.folder,
+            hint="leave --tp out",
+        )
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(config, heads) % processes:
+            raise UnsupportedError(
+                f"{getattr(config, heads)} {heads} cannot be dealt out to {processes} processes evenly",
+                where=checkpoint.folder,
+                hint="choose --tp so that it divides both numbers of heads",
+            )
+
+
+class SplitEngine(TransformersEngine):
+    """This rank's slice; every method has to be called on all ranks alike, see ``LeadingEngine``."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, team: Team, device: str, dtype: str | torch.dtype, attention: str
+    ) -> None:
+        refuse_unsplittable(checkpoint, team.world)
+        place = find_device(device)
+        if place.type == "cpu" and torch.cuda.is_available():
+            raise UsageError(
+                "with --tp transformers takes the GPUs wherever there are any",
+                where="--device cpu",
+                hint="hide them: CUDA_VISIBLE_DEVICES= torchrun …",
+            )
+        number = find_dtype(dtype, place)
+        backend = attention_backend("sdpa" if attention == "auto" else attention, place, number)
+        super().__init__(checkpoint, place, number, backend, processes=team.world)
+        self._team = team
+        self.implementation += f"; its tensor-parallel plan, {team.world} processes"
+
+
+class LeadingEngine(SplitEngine):
+    """Rank 0's: an engine for all to see. ``close`` lets the others go."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, team: Team, device: str, dtype: str | torch.dtype, attention: str
+    ) -> None:
+        super().__init__(checkpoint, team, device, dtype, attention)
+        self._numbers: weakref.WeakKeyDictionary[KVCache, int] = weakref.WeakKeyDictionary()
+        self._made = 0
+        self._gone: list[int] = []
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache, of this rank's heads; the others make theirs."""
+        self._forget()
+        self._made += 1
+        _say(self._team, [CACHE, self._made, batch, capacity])
+        cache = super().new_cache(batch, capacity)
+        self._numbers[cache] = self._made
+        weakref.finalize(cache, self._gone.append, self._made)
+        return cache
+
+    def close(self) -> None:
+        """The last word."""
+        _say(self._team, [END])
+
+    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        if (number := self._numbers.get(cache)) is None:
+            raise UnsupportedError("rows of a cache cannot be taken out of it with tensor parallelism")
+        self._forget()
+        rows, tokens = ids.shape
+        said = [HIDDEN, number, cache.capacity, rows, tokens, *cache.lengths, *counts]
+        _say(self._team, [*said, *ids.flatten().tolist()])
+        return super()._hidden(ids, counts, cache)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        _say(self._team, [HEAD, *hidden.shape])
+        _share(self._team, hidden)
+        return super()._head(hidden)
+
+    def _forget(self) -> None:
+        while self._gone:
+            _say(self._team, [FORGET, self._gone.pop()])
+
+
+@torch.inference_mode()
+def follow(engine: SplitEngine, team: Team) -> None:
+    """Compute what the leader computes, until it closes its engine.
+
+    Raises:
+        LostError: it is gone.
+    """
+    caches: dict[int, KVCache] = {}
+    while True:
+        kind, *said = _hear(team)
+        if kind == END:
+            return
+        if kind == CACHE:
+            number, batch, capacity = said
+            caches[number] = engine.new_cache(batch, capacity)
+        elif kind == FORGET:
+            del caches[said[0]]
+        elif kind == HIDDEN:
+            number, capacity, rows, tokens, *rest = said
+            cache = caches[number]
+            cache.reserve(capacity)
+            cache.lengths, counts = rest[:rows], rest[rows : 2 * rows]
+            ids = torch.tensor(rest[2 * rows :], device=engine.device).view(rows, tokens)
+            engine._hidden(ids, counts, cache)
+        else:
+            hidden = torch.empty(said, dtype=engine.dtype, device=engine.device)
+            _share(team, hidden)
+            engine._head(hidden)
+
+
+def _say(team: Team, numbers: Sequence[int]) -> None:
+    """A message of any length: [its length, numbers …], padded to a first part that all expect."""
+    message = torch.tensor([len(numbers), *numbers])
+    first = torch.zeros(_FIRST, dtype=torch.int64)
+    first[: len(message)] = message[:_FIRST]
+    team.copy(first)
+    if len(message) > _FIRST:
+        team.copy(message[_FIRST:].contiguous())
+
+
+def _hear(team: Team) -> list[int]:
+    first = torch.empty(_FIRST, dtype=torch.int64)
+    team.copy(first)
+    length, *numbers = first.tolist()
+    if (more := length + 1 - _FIRST) > 0:
+        rest = torch.empty(more, dtype=torch.int64)
+        team.copy(rest)
+        numbers += rest.tolist()
+    return [int(number) for number in numbers[:length]]
+
+
+def _share(team: Team, tensor: Tensor) -> None:
+    """The leader's values into everybody's tensor, byte by byte."""
+    team.copy(tensor.contiguous().view(torch.uint8) if team.leads else tensor.view(torch.uint8))
