@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from _common import ROOT, Child, machine, markdown_table, resolve_bundled, run_child, versions, write_report
 
-SAMPLES, SEQ_LEN, HELD_OUT = 16, 256, 2
+SAMPLES, SEQ_LEN, HELD_OUT = 12, 256, 2
 PROCESSES = (1, 2)
 CONTROL = """
 import time, torch
