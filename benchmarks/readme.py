@@ -1,9 +1,9 @@
 """Fill the README's tables from the committed reports, so that no figure in it is typed by hand.
 
-    python benchmarks/readme.py --demo build/demo/SmolLM2-135M-Instruct-GPTQ-Int4     # after `make demo`
-    python benchmarks/readme.py                                                       # after any new report
+    python benchmarks/readme.py --demo build/demo     # after `make demo`
+    python benchmarks/readme.py                       # after any new report
 
-The first form also writes ``reports/demo.json`` from the demo's manifest. A block whose report is missing is
+The first form also writes ``reports/demo.json`` from what the demo recorded. A block without its report is
 left empty. Standard library only.
 """
 
@@ -25,20 +25,28 @@ README = ROOT / "README.md"
 Report = dict[str, Any]
 
 
-def demo_report(folder: Path) -> Report:
-    """What the demo made, from its manifest, and the machine that made it."""
-    manifest = json.loads((folder / "qwenq.json").read_text(encoding="utf-8"))
+MODEL = "SmolLM2-135M-Instruct-GPTQ-Int4"
+
+
+def demo_report(run: Path) -> Report:
+    """What the demo made, from its Int4 model's manifest and its journal, and the machine that made it."""
+    manifest = json.loads((run / "models" / MODEL / "qwenq.json").read_text(encoding="utf-8"))
+    spent: dict[str, float] = {}  # a step that took several goes took all their seconds
+    for line in (run / "journal.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        spent[entry["step"]] = round(spent.get(entry["step"], 0.0) + entry["seconds"], 1)
     check = manifest["check"]
     errors = check.pop("modules")
     return {
         "environment": {**machine(), "versions": manifest["versions"]},
-        "model": folder.name,
+        "model": MODEL,
         "quantization": manifest["quantization"],
         "calibration": {
             key: manifest["calibration"][key] for key in ("source", "samples", "seq_len", "seed")
         },
         "weight_bytes": sum(f["bytes"] for n, f in manifest["files"].items() if n.endswith(".safetensors")),
         "seconds": manifest["seconds"],
+        "steps": spent,
         "check": check,
         "module_error": {key: median(module[key] for module in errors) for key in ("error", "rtn_error")},
     }
@@ -48,14 +56,13 @@ def demo_table(report: Report) -> str:
     """For the block ``demo``."""
     check, quant, machine_ = report["check"], report["quantization"], report["environment"]
     kl, top, ratio = check["kl"], check["same_top"], check["perplexity_ratio"]
-    seconds, text = report["seconds"], report["calibration"]
+    text = report["calibration"]
     rows = [
         [
             "weights",
             f"{report['weight_bytes'] / 1e6:.0f} MB: Int{quant['bits']}, groups of {quant['group_size']}",
         ],
         ["calibration", f"{text['samples']} × {text['seq_len']} tokens, source `{text['source']}`"],
-        ["seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())],
         ["KL divergence", f"{kl['value']:.4f} nats a token ({kl['low']:.4f} to {kl['high']:.4f})"],
         ["same top token", f"{top['value']:.1%} ({top['low']:.1%} to {top['high']:.1%})"],
         [
@@ -63,6 +70,8 @@ def demo_table(report: Report) -> str:
             f"{check['perplexity']:.2f}; unquantised {check['base_perplexity']:.2f}; × {ratio['value']:.3f}",
         ],
         ["verdict", f"{check['verdict']['word']}"],
+        ["seconds", ", ".join(f"{name} {value:.0f}" for name, value in report["steps"].items())],
+        ["seconds in all", f"{sum(report['steps'].values()):.0f}"],
     ]
     table = "\n".join(
         ["| what the demo made | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
@@ -70,6 +79,60 @@ def demo_table(report: Report) -> str:
     return (
         f"{table}\n\n{machine_['cores']} cores of {machine_['cpu']}, {machine_['date']}; reports/demo.json."
     )
+
+
+NEAR = ("KL divergence (nats/token)",)
+FAST = ("Decode (tokens/s)", "Peak at generation (GiB)")
+
+
+def front_table(report: Report) -> str:
+    """For the block ``front``: of the demo's report all accuracies, and some columns of its other tables.
+
+    Speed and memory of decoding are those of one attention, sdpa.
+    """
+    (section,) = report["sections"]
+    tables = {table["key"]: _records(table) for table in section["tables"]}
+    label = "Quantization"
+    near = {record[label]: record for record in tables["closeness"]}
+    fast = {
+        record[label]: record
+        for record in tables["split"]
+        if record["Attention"] == "sdpa" and record[FAST[0]] != "–"
+    }
+    lost = {(record["Task"], record[label]) for record in tables["losses"] if "✗" in record["Difference"]}
+    sizes = {row["model"]["precision"]: row["model"]["nbytes"] for row in report["rows"]}
+    tasks = [name for name in tables["accuracy"][0] if name != label]
+    rows = [
+        [
+            name := record[label],
+            *(record[task] + (" ✗" if (task, name) in lost else "") for task in tasks),
+            *(near.get(name, {}).get(column, "") for column in NEAR),
+            f"{sizes[name.lower()] / 1e6:.0f}",
+            *(fast.get(name, {}).get(column, "") for column in FAST),
+        ]
+        for record in tables["accuracy"]
+    ]
+    captions = {table["key"]: "; ".join(table["caption"]) for table in section["tables"]}
+    said = captions["accuracy"].replace(", with 95 % intervals", "")
+    environment = report["runs"][0]["environment"]
+    table = markdown_table([label, *tasks, *NEAR, "Weights (MB)", *FAST], rows)
+    return (
+        f"{table}\nAccuracy: {said}; ✗: a loss that is no accident. Decoding: attention sdpa. "
+        f"{environment['date']}; reports/demo."
+    )
+
+
+def _records(table: Report) -> list[dict[str, str]]:
+    """Lines of a table by heading, as shown."""
+    shown = [
+        [
+            f"{cell.get('text', '')}{' ✗' if cell.get('mark') == 'significant' else ''}"
+            for cell in line["cells"]
+        ]
+        for line in table["lines"]
+        if not line["published"]
+    ]
+    return [dict(zip(table["headers"], cells, strict=True)) for cells in shown]
 
 
 def quantize_table(report: Report) -> str:
@@ -120,6 +183,7 @@ def _median(rows: list[Report], key: str) -> float | None:
 
 
 BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
+    "front": (ROOT / "reports" / "demo" / "results.json", front_table),
     "demo": (ROOT / "reports" / "demo.json", demo_table),
     "quantize": (ROOT / "reports" / "benchmarks" / "quantize.json", quantize_table),
     "decode_cpu": (ROOT / "reports" / "benchmarks" / "decode_cpu.json", decode_table),
@@ -140,7 +204,7 @@ def filled(readme: str) -> str:
 def main() -> None:
     """Write ``reports/demo.json`` where asked, then the README."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--demo", type=Path, help="folder that `make demo` made")
+    parser.add_argument("--demo", type=Path, help="run folder of `make demo`")
     options = parser.parse_args()
     if options.demo:
         text = json.dumps(demo_report(options.demo), indent=2, ensure_ascii=False)

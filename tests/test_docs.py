@@ -67,6 +67,10 @@ def test_command_lines_exist(line: str, commands: Any) -> None:
             parse(commands, arguments[module + 2 :])
         case "python":
             assert (ROOT / arguments[0]).is_file()
+        case "cp":
+            *files, folder = arguments
+            assert (ROOT / folder).is_dir()
+            assert all((ROOT / folder / Path(file).name).is_file() for file in files)
         case ".":
             assert arguments == [".venv/bin/activate"]
         case _:
@@ -150,12 +154,26 @@ def test_demo_table_shows_the_manifests_figures(tmp_path: Path) -> None:
             "modules": [{"name": "a", "error": 0.01, "rtn_error": 0.02}],
         },
     }
-    (tmp_path / "qwenq.json").write_text(json.dumps(manifest))
     script = readme_script()
+    folder = tmp_path / "models" / script.MODEL
+    folder.mkdir(parents=True)
+    (folder / "qwenq.json").write_text(json.dumps(manifest))
+    steps = [{"step": "quantise to int4", "seconds": 70.4}, {"step": "report", "seconds": 9.1}]
+    (tmp_path / "journal.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
     report = script.demo_report(tmp_path)
     assert report["module_error"] == {"error": 0.01, "rtn_error": 0.02}
     table = script.demo_table(report)
-    for figure in ("123 MB", "layers 41", "0.0712", "86.1%", "12.34", "11.56", "1.067", "fair"):
+    for figure in (
+        "123 MB",
+        "quantise to int4 70",
+        "| 80 |",
+        "0.0712",
+        "86.1%",
+        "12.34",
+        "11.56",
+        "1.067",
+        "fair",
+    ):
         assert figure in table
 
 
