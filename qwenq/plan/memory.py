@@ -53,8 +53,9 @@ class QuantisationMemory:
     Attributes:
         process: Python, torch and transformers, before they hold anything.
         block: the weights of one decoder block, in the compute dtype.
-        hessians: float32, of the widest input: H, the drift (C, or W C where that is less, ``gptq/drift.py``)
-            and beside them, while the factor is made (``gptq/solver.py``), two matrices of the size of H.
+        hessians: float32, of the widest input: H, the drift (C, or W C where less, ``gptq/drift.py``);
+            beside them, while the factor is made (``gptq/solver.py``), two matrices of the size of H; and a
+            third, which the measured peak asks for and nothing here explains.
         weights: float32 weights of the linears that read one input: as they were, and as they are aimed at.
         activations: hidden states between the blocks, of the original and of the quantised model.
         block_activations: what the paused passes of both hold inside the block: residual, normed input, and
@@ -120,7 +121,7 @@ def quantisation_memory(
     )
     hessians, weights = max(
         (
-            ((3 * width + min(rows, width)) * width * FLOAT32, 2 * rows * width * FLOAT32)
+            ((4 * width + min(rows, width)) * width * FLOAT32, 2 * rows * width * FLOAT32)
             for rows, width in groups
         ),
         key=sum,
