@@ -161,7 +161,7 @@ def test_a_slowed_kernel_fails_for_its_speed(
 ) -> None:
     """And the same kernel measured twice does not."""
     before, same = profiled(model, tmp_path / "before"), profiled(model, tmp_path / "same")
-    assert regressions(before, same, "speed.decode:<0.7, size:>1.0") == set()
+    assert regressions(before, same, "speed.protocol:<0.5, size:>1.0") == set()
     call = CpuInt4.__call__
 
     def slow(self: CpuInt4, x: torch.Tensor) -> Any:
@@ -172,4 +172,4 @@ def test_a_slowed_kernel_fails_for_its_speed(
 
     monkeypatch.setattr(CpuInt4, "__call__", slow)
     after = profiled(model, tmp_path / "after")
-    assert regressions(before, after, "speed.decode:<0.7, size:>1.0") == {"speed.decode"}
+    assert regressions(before, after, "speed.protocol:<0.5, size:>1.0") == {"speed.protocol"}
