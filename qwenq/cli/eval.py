@@ -87,7 +87,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Evaluate models on MMLU, C-Eval, GSM8K, HumanEval and four more.
+    """Evaluate models on MMLU, C-Eval, GSM8K, HumanEval and more.
 
     Answers are recorded in the run folder: the same command goes on where it was stopped, and asks nothing
     twice. Quantised models are compared with their base on the same items. Under torchrun its processes share

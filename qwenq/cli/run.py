@@ -22,7 +22,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps, do nothing.")] = False,
 ) -> None:
-    """Quantise, evaluate, profile, report and gate, as a recipe says.
+    """Quantise, evaluate, profile, report, gate, as a recipe says.
 
     Stopped or failed? The same command goes on where it was: steps that are done are not done again, and a
     step that was interrupted goes on itself. Exit codes of the gate as in `qwenq compare`.

@@ -110,3 +110,17 @@ def test_it_says_what_it_is_not_and_is_small() -> None:
 def test_it_has_no_split_without_answers() -> None:
     with pytest.raises(DataError, match="no ceval file there"):
         get_task("ceval-test", "card").items(SOURCE)
+
+
+def test_base_answers_to_functions_begin_with_return_and_the_benchmarks_do_not() -> None:
+    """Behind a docstring the bundled model writes nothing; with this it solves most of them."""
+    task = get_task("humaneval", "base")
+    item = task.items(SOURCE)[0]
+    request = task.request(item)
+    assert isinstance(request, Write)
+    assert str(request.prompt).endswith('"""\n    return')
+    found = task.judge(item, Written(" a + b\n", 4, True))
+    assert run_all([item], [found.extracted]) == []
+    own = Item(item.id, None, {name: text for name, text in item.data.items() if name != "begin"})
+    assert str(task.request(own).prompt) == item.data["prompt"]
+    assert task.judge(own, Written("    return a + b\n", 4, True)).extracted == "    return a + b\n"
