@@ -119,7 +119,7 @@ def test_base_answers_to_functions_begin_with_return_and_the_benchmarks_do_not()
     request = task.request(item)
     assert isinstance(request, Write)
     assert str(request.prompt).endswith('"""\n    return')
-    found = task.judge(item, Written(" a + b\n", 4, True))
+    found = task.judge(item, Written(" a + b\n```", 4, True))  # a chat model ends its block of code
     assert run_all([item], [found.extracted]) == []
     own = Item(item.id, None, {name: text for name, text in item.data.items() if name != "begin"})
     assert str(task.request(own).prompt) == item.data["prompt"]

@@ -103,8 +103,10 @@ def read_chat(item: Item, answer: Written) -> Judgement:
 
 
 def read_base(item: Item, answer: Written) -> Judgement:
-    """The answer as it is, behind what it was made to begin with; not yet run."""
-    return Judgement(False, item.data.get("begin", "") + answer.text, note="not run")
+    """The answer as it is, not yet run; of one that was made to begin somewhere, that line."""
+    if (begin := item.data.get("begin")) is not None:
+        return Judgement(False, f"{begin}{answer.text.partition(chr(10))[0]}\n", note="not run")
+    return Judgement(False, answer.text, note="not run")
 
 
 def program(item: Item, completion: str) -> Program:
