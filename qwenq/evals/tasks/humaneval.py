@@ -49,8 +49,8 @@ COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 COUNT = 164
 FILE = "HumanEval.jsonl.gz"
 SAMPLE_BEGIN = "    return"
-"""What base answers to the sample suite begin with. A chat model of 135 million parameters, for which that suite
-is made, takes a function for finished behind its docstring; all of the suite's are one line."""
+"""What base answers to the sample suite begin with. A chat model of 135 million parameters, for which that
+suite is made, takes a function for finished behind its docstring; all of the suite's are one line."""
 
 
 def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
