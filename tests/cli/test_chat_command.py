@@ -150,9 +150,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Terminal) -> None:
     terminal.type("\x03")
     terminal.wait_for("[stopped]")
     terminal.wait_for("> ")
+    time.sleep(0.5)  # readline shows its prompt a moment before it waits for signals, too
     terminal.type("\x03")
     terminal.wait_for("Ctrl-C again")
     terminal.wait_for("> ")
+    time.sleep(0.5)
     terminal.type("\x03")
     terminal.wait_for("decode")
     terminal.wait_for("tokens)")
