@@ -121,12 +121,12 @@ def _measure(
             write_environment(folder, environment())
             listener = _Listener(as_json)
             progress = run_sweep(planned, folder, listener, budget=seconds, command=command, **together)
+        team.tell()  # the sweep is over
+        if not as_json:
+            _show(folder, planned, progress.kept)
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; {RESUME_HINT}: {command}", err=True)
         raise
-    team.tell()  # the sweep is over
-    if not as_json:
-        _show(folder, planned, progress.kept)
 
 
 def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, folder: Path) -> None:

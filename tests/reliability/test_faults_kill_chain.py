@@ -205,7 +205,7 @@ def test_profile_and_run_stop_at_sigterm_with_143_and_say_how_to_go_on(
     status, seconds, shown = start(*command(tmp_path / "whole"), patience=PATIENCE)
     assert status == 0, shown
     out, stops = tmp_path / "stopped", 0
-    for share in (0.2, 0.3, 0.4, 0.5):
+    for share in (0.2, 0.35, 0.5, 0.65, 0.8):
         before = whole_points(out)
         status, _, shown = start(
             *command(out), after=share * seconds, number=signal.SIGTERM, patience=PATIENCE
