@@ -105,6 +105,8 @@ class Row:
             raise ValueError(f"{self.metric}: status {self.status} needs a reason")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"{self.metric}: {self.value} is no figure")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"{self.metric}: an interval from {self.low} down to {self.high}")
 
     @property
     def identity(self) -> tuple[str, ...]:

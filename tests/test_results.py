@@ -44,14 +44,17 @@ models = st.builds(
 @st.composite
 def rows(draw: st.DrawFn) -> Row:
     measured = draw(st.booleans())
+    low, high = draw(st.none() | finite), draw(st.none() | finite)
+    if low is not None and high is not None:
+        low, high = sorted((low, high))
     return Row(
         metric=draw(text),
         model=draw(models),
         point=draw(st.dictionaries(text, flat, max_size=4)),
         value=draw(finite) if measured else None,
         unit=draw(text),
-        low=draw(st.none() | finite),
-        high=draw(st.none() | finite),
+        low=low,
+        high=high,
         n=draw(st.none() | st.integers(-5, 2**60)),
         status="ok" if measured else draw(st.sampled_from(["unavailable", "failed"])),
         reason=None if measured else draw(text.filter(bool)),
@@ -179,6 +182,8 @@ def test_a_row_that_cannot_be_is_refused_when_it_is_made() -> None:
         replace(ROW, value=None, status="failed")
     with pytest.raises(ValueError, match="is no figure"):
         replace(ROW, value=float("inf"))
+    with pytest.raises(ValueError, match=r"interval from 3\.0 down to 2\.0"):
+        replace(ROW, low=3.0, high=2.0)
 
 
 def test_identity_is_precision_metric_and_point_whatever_the_weights() -> None:

@@ -224,9 +224,9 @@ def _disjoint(before: Row, after: Row) -> bool | None:
 
 
 def _kindest(before: Row, after: Row, metric: Metric) -> float | None:
-    if metric.better == "up":
-        return after.high / before.low if after.high is not None and before.low else None
-    return after.low / before.high if after.low is not None and before.high else None
+    """None without intervals, and where the baseline's reaches zero: a ratio to that says nothing."""
+    divisor, dividend = (before.low, after.high) if metric.better == "up" else (before.high, after.low)
+    return dividend / divisor if dividend is not None and divisor is not None and divisor > 0 else None
 
 
 def _no_interval(before: Row, after: Row) -> str:

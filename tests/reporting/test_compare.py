@@ -72,6 +72,13 @@ def test_a_speed_measured_once_says_that_nobody_can_tell(compared: Compare) -> N
     assert "measured once" in found.why
 
 
+def test_a_speed_whose_interval_reaches_zero_is_no_base_of_a_ratio(compared: Compare) -> None:
+    wide = replace(decode(), low=0.0)
+    into = kept(compared([decode()], [wide]), "speed.decode")
+    assert into.kindest == pytest.approx((wide.high or 0) / (decode().low or 1))
+    assert kept(compared([wide], [decode()]), "speed.decode").kindest is None
+
+
 def test_accuracies_are_paired_by_item(compared: Compare) -> None:
     found = kept(compared([accuracy("int4")], [accuracy("int4", flips=20)]), "accuracy")
     assert found.change == pytest.approx(-0.04)
