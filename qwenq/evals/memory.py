@@ -21,6 +21,7 @@ CPU_ROWS, GPU_ROWS = 32, 256
 _SHARE = 0.5  # of the free memory: other work wants some, too
 _ACTIVATIONS = 128  # times one layer's keys and values of a token: what a block holds while it runs
 _LOGITS = 4  # copies of a row of float32 logits: themselves, log softmax, published softmax, temporary
+_PADDING = 31  # slots by which the layout of decode steps may be longer than the capacity of a cache
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Budget:
         tokens: new tokens, padding included.
         rows: sequences in a pass.
         cached: bytes of keys and values of one token in all layers.
+        arranged: the same in the layout of decode steps, which is filled from the other; 0: never.
         computed: bytes that a new token needs while it is computed.
         logits: bytes that the logits of one row need.
     """
@@ -40,18 +42,25 @@ class Budget:
     tokens: int
     rows: int
     cached: int
+    arranged: int
     computed: int
     logits: int
 
     def rows_that_fit(self, longest: int, capacity: int) -> int:
         """Rows of at most ``longest`` new tokens, each in a cache row of ``capacity``; at least one."""
-        each = capacity * self.cached + longest * (self.computed + capacity * 4) + self.logits
+        cache = self._cache(capacity, steps=longest <= 1)  # a pass over one token each is a decode step
+        each = cache + longest * (self.computed + capacity * 4) + self.logits
         return max(1, min(self.rows, self.tokens // max(longest, 1), self.memory // each))
 
     def rows_to_decode(self, capacity: int) -> int:
         """Rows that take a token each, again and again; at least one."""
-        each = capacity * self.cached + self.computed + self.logits
+        each = self._cache(capacity, steps=True) + self.computed + self.logits
         return max(1, min(self.rows, self.memory // each))
+
+    def _cache(self, capacity: int, steps: bool) -> int:
+        """Bytes of one row of a cache, at most: while it is arranged for decode steps, it is there twice."""
+        arranged = (capacity + _PADDING) * self.arranged if steps else 0
+        return capacity * self.cached + arranged
 
     def halve(self, rows: int, error: BaseException) -> None:
         """Take half as many rows from now on.
@@ -78,6 +87,10 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
     free = torch.cuda.mem_get_info(engine.device)[0] if gpu else psutil.virtual_memory().available
     probe = engine.new_cache(1, 1)
     layer = probe.keys[0].nbytes + probe.values[0].nbytes
+    arranged = 0
+    if engine.name == "fast" and not gpu:
+        step = probe.step()
+        arranged = sum(slot.nbytes for slot in (*step.keys, *step.values))
     usual = (GPU_ROWS if gpu else CPU_ROWS) if decode else (GPU_TOKENS if gpu else CPU_TOKENS)
     return Budget(
         memory=int(free * _SHARE),
@@ -85,6 +98,7 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
         tokens=(GPU_TOKENS if gpu else CPU_TOKENS) if batch is None else 1 << 40,
         rows=usual if batch is None else batch,
         cached=layer * len(probe.keys),
+        arranged=arranged,
         computed=layer * _ACTIVATIONS,
         logits=engine.vocab_size * 4 * _LOGITS,
     )

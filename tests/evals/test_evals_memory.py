@@ -1,0 +1,55 @@
+"""The number of rows is one whose cache fits, in both of its layouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import write_tiny_model
+
+from qwenq.evals.memory import budget_for
+from qwenq.runtime.cache import KVCache
+from qwenq.runtime.engine import Engine, load
+
+ROWS = 6
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("memory") / "tiny")
+
+
+def storages(cache: KVCache) -> dict[int, int]:
+    """Bytes by address of everything that a cache holds."""
+    found = (tensor.untyped_storage() for tensor in (*cache.keys, *cache.values))
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+def most_bytes(engine: Engine, capacity: int) -> int:
+    """Of a cache that is filled and then decoded with: the old layout is there until the new one is full."""
+    cache = engine.new_cache(ROWS, capacity)
+    engine.prefill([[5, 6, 7]] * ROWS, cache)
+    before, held = storages(cache), [*cache.keys, *cache.values]  # held: no address is used again
+    engine.decode(torch.full((ROWS,), 8), cache)
+    del held
+    return sum((before | storages(cache)).values())
+
+
+@pytest.mark.parametrize("name", ["fast", "transformers"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("capacity", [64, 257, 1000])
+def test_as_many_rows_as_fit_with_both_layouts(name: str, dtype: str, capacity: int, tiny: Path) -> None:
+    engine = load(tiny, device="cpu", dtype=dtype, engine=name)
+    memory = most_bytes(engine, capacity)
+    budget = replace(budget_for(engine, batch=1000, decode=True), computed=0, logits=0)
+    assert replace(budget, memory=memory - 1).rows_to_decode(capacity) < ROWS
+    assert replace(budget, memory=int(memory * 1.3)).rows_to_decode(capacity) >= ROWS  # nor far too few
+
+
+def test_prompts_of_one_token_are_decode_steps(tiny: Path) -> None:
+    budget = replace(budget_for(load(tiny, device="cpu", dtype="bfloat16"), batch=1000), computed=0, logits=0)
+    memory = 1000 * 100 * budget.cached  # a hundred rows of a thousand slots, in one layout
+    assert replace(budget, memory=memory).rows_that_fit(1, 1000) < 50
+    assert replace(budget, memory=memory).rows_that_fit(2, 1000) > 50
