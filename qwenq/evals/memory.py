@@ -33,18 +33,18 @@ class Budget:
         tokens: new tokens, padding included.
         rows: sequences in a pass.
         cached: bytes of keys and values of one token in all layers.
-        arranged: the same in the layout of decode steps, which is filled from the other; 0: never.
         computed: bytes that a new token needs while it is computed.
         logits: bytes that the logits of one row need.
+        arranged: as ``cached``, in the layout of decode steps, which is filled from the other; 0: has none.
     """
 
     memory: int
     tokens: int
     rows: int
     cached: int
-    arranged: int
     computed: int
     logits: int
+    arranged: int = 0
 
     def rows_that_fit(self, longest: int, capacity: int) -> int:
         """Rows of at most ``longest`` new tokens, each in a cache row of ``capacity``; at least one."""
@@ -98,9 +98,9 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
         tokens=(GPU_TOKENS if gpu else CPU_TOKENS) if batch is None else 1 << 40,
         rows=usual if batch is None else batch,
         cached=layer * len(probe.keys),
-        arranged=arranged,
         computed=layer * _ACTIVATIONS,
         logits=engine.vocab_size * 4 * _LOGITS,
+        arranged=arranged,
     )
 
 
