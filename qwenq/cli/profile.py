@@ -112,6 +112,7 @@ def _measure(
 
     command = shlex.join(["qwenq", *sys.argv[1:]])
     together: dict[str, Any] = {} if team.world == 1 else {"measure": measure_together(team)}
+    began = time.monotonic()
     try:
         with locked(folder):  # before anything is timed: two commands would measure each other
             place = read_device(probe(device))
@@ -120,7 +121,8 @@ def _measure(
                 show_plan(planned, place, seconds, folder)
             write_environment(folder, environment())
             listener = _Listener(as_json)
-            progress = run_sweep(planned, folder, listener, budget=seconds, command=command, **together)
+            left = None if seconds is None else seconds - (time.monotonic() - began)  # the probe counts, too
+            progress = run_sweep(planned, folder, listener, budget=left, command=command, **together)
         team.tell()  # the sweep is over
         if not as_json:
             _show(folder, planned, progress.kept)
@@ -133,16 +135,20 @@ def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, f
     """What will be measured, in which order, and how long it takes, about."""
     from qwenq.storage import readable_bytes
 
-    total = sum(each.seconds for each in planned)
+    total, load = sum(each.seconds for each in planned), sum(each.load for each in planned)
     count = f"{len(planned)} point{'' if len(planned) == 1 else 's'}"
     limit = f", budget {_clock(budget)}" if budget is not None else ""
-    typer.echo(f"plan: {count} on {place.device}, about {_clock(total)}{limit}; into {folder}")
-    if budget is not None and total > budget:
+    loading = f" ({_clock(load)} of it to start and load)"
+    typer.echo(f"plan: {count} on {place.device}, about {_clock(total)}{loading}{limit}; into {folder}")
+    if budget is not None and sum(each.needed for each in planned) > budget:
         typer.echo(
-            "  more than the budget: generations that would not fit are left out, the rest is measured"
+            "  to load and measure each once takes more than the budget: points at the end may be left out"
         )
+    elif budget is not None and total > budget:
+        typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are left out")
     for each in planned:
-        estimate = each.too_large or f"about {_clock(each.seconds)}, {readable_bytes(each.nbytes)}"
+        seconds = f"about {_clock(each.seconds)} ({_clock(each.load)} to load)"
+        estimate = each.too_large or f"{seconds}, {readable_bytes(each.nbytes)}"
         typer.echo(f"  {each.point.label}: {estimate}")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import IO, Any
@@ -25,10 +26,15 @@ _GRACE = 120.0
 def probe(device: str) -> dict[str, Any]:
     """What the plan needs to know of the device; asked in a process of its own, which gives its memory back.
 
+    That process reads the libraries of all that come after it, so it tells how long they take to start, too.
+
     Raises:
         QwenqError: the process failed.
     """
+    began = time.monotonic()
     for content in _ask({"probe": device}, None):
+        if "error" not in content:
+            content["start_seconds"] = time.monotonic() - began - content.pop("worked_seconds")
         return content
     raise QwenqError("the device could not be looked at", where=device, hint="run again with --debug")
 

@@ -1,7 +1,8 @@
 """What a sweep will take, before it begins: seconds and bytes of each point, and its share of a budget.
 
-Seconds are estimates, from a copy and a product timed on the device: good enough to share out a budget, and
-never reported as a measurement. Bytes are exact for weights and cache, so what cannot fit is not tried.
+Seconds are estimates, from a copy, a product and the start of a process timed on the device: good enough to
+share out a budget, and never reported as a measurement. How long points take to load is corrected while the
+sweep goes on, see ``load_times``. Bytes are exact for weights and cache, so what cannot fit is not tried.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from qwenq.models.shapes import ITEMSIZE, ModelShape
 from qwenq.profiling.points import Point
 from qwenq.storage import readable_bytes
 
-_START_SECONDS = 6.0
 _LOAD_RATE = 0.4e9
 """Bytes of weights read, checked and rearranged in a second."""
+_MAKING_RATE = 0.1e9
+"""Parameters rounded on the fly, or drawn at random, in a second: what one core rounds."""
+_STORED_BYTES = 2
+"""Of a parameter in the file that a model is rounded from: what nearly all are stored in."""
 _EFFICIENCY = 0.4
 """Share of a copy's bandwidth, and of a large product's rate, that a model reaches; a guess for estimates."""
 _STEP_SECONDS = {("cpu", "fast"): 0.004, ("cuda", "fast"): 0.004}
 _SLOW_STEP_SECONDS = 0.025
 """What a decoding step costs besides memory: Python, launches; the second for transformers."""
+_SLOW_STEP = 0.05
+_POSITIONS = 9
+"""As in ``decoding``, which needs torch."""
 _SPLIT_SECONDS = 15.0
 _OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
 
@@ -35,6 +42,7 @@ class Device:
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:1``.
         dtype: what ``auto`` computes in there.
+        start_seconds: from starting a process there until its libraries were read.
     """
 
     device: str
@@ -42,6 +50,7 @@ class Device:
     copy_bytes_per_s: float
     operations_per_s: float
     dtype: str
+    start_seconds: float
 
     @property
     def kind(self) -> str:
@@ -54,15 +63,29 @@ class Planned:
     """A point with its estimates.
 
     Attributes:
-        seconds: what it will take, about.
+        load: seconds until it can begin: a process, its libraries, the model.
+        work: seconds of measuring, if nothing limits them.
+        least: of them those that it takes whatever its limit; about.
         nbytes: what it has to hold.
         too_large: why it cannot run here at all; None: it can.
     """
 
     point: Point
-    seconds: float
+    load: float
+    work: float
+    least: float
     nbytes: int
     too_large: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What it will take, about."""
+        return self.load + self.work
+
+    @property
+    def needed(self) -> float:
+        """Seconds without which there is no use in starting it."""
+        return self.load + self.least
 
 
 def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Device) -> list[Planned]:
@@ -75,16 +98,26 @@ def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Devi
 
 
 def allowances(planned: Sequence[Planned], budget: float | None) -> list[float | None]:
-    """Seconds for the first of these points and what would be left for the others, in proportion to need.
+    """Seconds for the first of these points and what would be left for the others.
 
-    The sweep asks again before each point, with what is left: seconds that a point did not use go to the
-    rest.
+    Every point first gets what it needs to load and to measure once, in turn; one for which that is not left
+    gets nothing. What remains is shared in proportion to what the points could use. The sweep asks again
+    before each point, with what is left: seconds that a point did not use go to the rest.
     """
-    runs = [each.seconds if each.too_large is None else 0.0 for each in planned]
     if budget is None:
-        return [None] * len(runs)
-    total = sum(runs) or 1.0
-    return [budget * seconds / total for seconds in runs]
+        return [None] * len(planned)
+    left, runs = budget, []
+    for each in planned:
+        runs.append(each.too_large is None and each.needed <= left)
+        left -= each.needed if runs[-1] else 0.0
+    wishes = [
+        max(0.0, each.work - each.least) if run else 0.0 for each, run in zip(planned, runs, strict=True)
+    ]
+    total = sum(wishes) or 1.0
+    return [
+        each.needed + left * wish / total if run else 0.0
+        for each, wish, run in zip(planned, wishes, runs, strict=True)
+    ]
 
 
 def parse_budget(text: str) -> float:
@@ -116,24 +149,42 @@ def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
     weights = _weight_bytes(point, shape, dtype) // point.tp
     cache = shape.kv_bytes_per_token(dtype) * (point.context + point.tokens) // point.tp
     nbytes = weights + cache + shape.embedding_parameters * ITEMSIZE[dtype]  # one large tensor in flight
-    seconds = _START_SECONDS + weights / _LOAD_RATE + _work(point, shape, device, weights, cache)
     needed = nbytes + _OVERHEAD_BYTES[device.kind]
-    if needed <= device.free_bytes:
-        return Planned(point, seconds, nbytes)
-    free = readable_bytes(device.free_bytes)
-    return Planned(point, 0.0, nbytes, f"it needs about {readable_bytes(needed)}, and {free} are free")
+    if needed > device.free_bytes:
+        free = readable_bytes(device.free_bytes)
+        why = f"it needs about {readable_bytes(needed)}, and {free} are free"
+        return Planned(point, 0.0, 0.0, 0.0, nbytes, why)
+    work, least = _work(point, shape, device, weights, cache)
+    return Planned(point, _load(point, shape, device, weights), work, least, nbytes)
 
 
-def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: int) -> float:
-    """Seconds of measuring, loading left out."""
+def _load(point: Point, shape: ModelShape, device: Device, weights: int) -> float:
+    """Seconds until the model can be run, before any was loaded: libraries, bytes read, weights made."""
+    subject = point.subject
+    made = subject.rounded is not None or subject.weights == "random"
+    read = shape.parameters * _STORED_BYTES // point.tp if subject.rounded else weights
+    making = shape.parameters / (_MAKING_RATE * point.tp) if made else 0.0
+    return device.start_seconds + read / _LOAD_RATE + making
+
+
+def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: int) -> tuple[float, float]:
+    """Seconds of measuring: if nothing limits them, and at least."""
     prefill = 2 * shape.parameters * point.context / (device.operations_per_s * _EFFICIENCY * point.tp)
     if point.encodes:
-        return 8 * prefill + _SPLIT_SECONDS / 3
+        return 8 * prefill + _SPLIT_SECONDS / 3, 3 * prefill
     fixed = _STEP_SECONDS[device.kind, "fast"] if point.engine == "fast" else _SLOW_STEP_SECONDS
     step = fixed + (weights + cache / 2) / (device.copy_bytes_per_s * _EFFICIENCY)
     generation = point.tokens * step
     # Short generations are repeated for a minute at most, or until there are enough.
-    return prefill + max(generation, min(12 * generation, 60.0)) + max(_SPLIT_SECONDS, 150 * step)
+    work = prefill + max(generation, min(12 * generation, 60.0)) + max(_SPLIT_SECONDS, 150 * step)
+    least = 3 * prefill + step * _least_steps(point.tokens, quick=step < _SLOW_STEP)
+    return max(work, least), least
+
+
+def _least_steps(tokens: int, *, quick: bool) -> int:
+    """Decoding steps of a point whose time is over: the warm-up, and three rounds over the positions."""
+    steps = min(8 if quick else 2, tokens)
+    return 12 + 3 * steps * min(_POSITIONS, tokens - steps + 1)
 
 
 def _weight_bytes(point: Point, shape: ModelShape, dtype: str) -> int:

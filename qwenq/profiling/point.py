@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -25,6 +26,7 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 def main() -> None:
     """Read the request, answer it, and turn what goes wrong into rows."""
     _die_with_parent()
+    began = time.monotonic()
     out = os.dup(1)
     os.dup2(2, 1)
     request = json.loads(sys.stdin.read())
@@ -34,7 +36,7 @@ def main() -> None:
     point = Point.from_json(request["point"])
     done: list[str] = []
     try:
-        for row in _rows(point, request.get("seconds"), request.get("meeting")):
+        for row in _rows(point, request.get("seconds"), request.get("meeting"), began):
             _write(out, row.to_json())
             done.append(row.metric)
     except Exception as error:  # whatever it is, it is this point's end and not the sweep's
@@ -46,10 +48,17 @@ def main() -> None:
             _write(out, row.to_json())
 
 
-def _rows(point: Point, seconds: float | None, meeting: str | None) -> Iterator[Row]:
-    """Measured alone, or by the leader of several processes; the others give none."""
+def _rows(point: Point, seconds: float | None, meeting: str | None, began: float) -> Iterator[Row]:
+    """Measured alone, or by the leader of several processes; the others give none.
+
+    Args:
+        seconds: for all of it; reading the libraries is part of that.
+        began: when the clock of those seconds started.
+    """
     from qwenq.profiling.measure import measure
 
+    if seconds is not None:
+        seconds -= time.monotonic() - began
     if meeting is None:
         yield from measure(point, seconds)
         return
@@ -91,12 +100,13 @@ def _sentence(error: QwenqError) -> str:
 def probe(device: str) -> dict[str, Any]:
     """Type of the device, bytes free on it, bytes per second of a copy, and operations per second.
 
-    ``error`` where there is no such device.
+    ``worked_seconds`` is what it took to find out, libraries read; ``error`` where there is no such device.
     """
     from qwenq.models.precision import compute_dtype
     from qwenq.profiling.bandwidth import copy_bandwidth, matmul_rate
     from qwenq.runtime.engine import find_device
 
+    began = time.monotonic()
     try:
         place = find_device(device)
     except QwenqError as error:
@@ -116,6 +126,7 @@ def probe(device: str) -> dict[str, Any]:
         "copy_bytes_per_s": copy_bandwidth(place, 3),
         "operations_per_s": matmul_rate(place, dtype),
         "dtype": str(dtype).removeprefix("torch."),
+        "worked_seconds": time.monotonic() - began,
     }
 
 

@@ -20,6 +20,7 @@ DEVICE = {
     "copy_bytes_per_s": 1e10,
     "operations_per_s": 1e11,
     "dtype": "float32",
+    "start_seconds": 2.0,
 }
 
 
@@ -59,7 +60,8 @@ def test_the_plan_comes_first_then_the_table(shell: Shell) -> None:
     assert code == 0
     lines = out.splitlines()
     assert lines[0].startswith("plan: 12 points on cpu, about ")
-    assert sum("generate 8" in line and "about" in line for line in lines) == 4
+    assert "s of it to start and load)" in lines[0]
+    assert sum("generate 8" in line and "about" in line and "s to load)" in line for line in lines) == 4
     assert "protocol tok/s" in out
     assert "next: qwenq report runs/one" in out
     rows = read_rows(Path("runs/one"))

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from qwenq.errors import UsageError
+from qwenq.profiling.load_times import LoadTimes
 from qwenq.profiling.planning import Device, Planned, allowances, parse_budget, plan, read_device
-from qwenq.profiling.points import sweep
-from qwenq.profiling.subjects import subjects_of
+from qwenq.profiling.points import Point, sweep
+from qwenq.profiling.subjects import Subjects, subjects_of
 
-CPU = Device("cpu", 24 << 30, 20e9, 1e11, "bfloat16")
+CPU = Device("cpu", 24 << 30, 20e9, 1e11, "bfloat16", start_seconds=3.0)
 
 
 def of_7b(device: Device) -> dict[str, Planned]:
@@ -42,13 +43,63 @@ def test_estimates_go_the_right_way() -> None:
     assert fast["bf16"].seconds < slow["bf16"].seconds
 
 
-def test_a_budget_is_shared_by_need_and_used_up() -> None:
+def test_loading_is_estimated_by_what_is_read_and_made(subjects: Subjects) -> None:
+    """Libraries, as the probe found; the file's bytes; and integers, where they are made on the fly."""
+    random = of_7b(CPU)
+    assert random["bf16"].load > 3.0 + 15.4e9 / 2e9  # no disk reads so much
+    starts = [of_7b(replace(CPU, start_seconds=s))["bf16"].load for s in (3.0, 10.0)]
+    assert starts[1] - starts[0] == pytest.approx(7.0)
+    made = sweep(subjects.subjects, attentions=["sdpa"], engines=["fast"], lengths=[(1, 8)], device="cpu")
+    tiny = {each.point.subject.model.precision: each for each in plan(made, subjects.shapes, CPU)}
+    assert tiny["int4"].load > tiny["fp32"].load > 3.0
+
+
+def points_that_take(points: list[Point], load: float, work: float, least: float = 0.0) -> list[Planned]:
+    return [Planned(point, load, work, least, 100) for point in points]
+
+
+def test_a_budget_is_shared_by_need_and_used_up(points: list[Point]) -> None:
     planned = list(of_7b(CPU).values())
-    shares = allowances(planned, 600.0)
-    assert sum(shares) == pytest.approx(600)
+    shares = allowances(planned, 3600.0)
+    assert sum(shares) == pytest.approx(3600)
     assert shares[0] == 0  # fp32 does not fit
-    assert shares[1] / shares[2] == pytest.approx(planned[1].seconds / planned[2].seconds)
+    assert min(shares[1:]) > 0
+    long, short = points_that_take(points[:1], 5, 40, 10) + points_that_take(points[1:2], 5, 20, 10)
+    assert allowances([long, short], 60.0) == pytest.approx([15 + 30 * 30 / 40, 15 + 30 * 10 / 40])
     assert allowances(planned, None) == [None] * 3
+
+
+def test_loading_is_paid_before_anything_is_shared(points: list[Point]) -> None:
+    """However much the first could use, the last can begin."""
+    first, *rest = points_that_take(points, 8, 1000, 2)[:1] + points_that_take(points[1:], 8, 10, 2)
+    shares = allowances([first, *rest], 60.0)
+    assert all(share >= 10 for share in shares)
+    assert sum(shares) == pytest.approx(60)
+
+
+def test_what_cannot_even_load_gets_nothing_and_the_others_do(points: list[Point]) -> None:
+    large, *small = points_that_take(points[:1], 50, 10, 5) + points_that_take(points[1:], 5, 10, 5)
+    shares = allowances([small[0], large, *small[1:]], 45.0)
+    assert shares[1] == 0
+    assert shares[0] == shares[2] == shares[3] == pytest.approx(15)
+
+
+def test_loads_are_learnt_from_those_before(points: list[Point]) -> None:
+    """Of the same model: the median; of another: as much slower than planned as all were."""
+    fp32, int4, fp32_again, int4_again = points_that_take(points, 4.0, 10.0)
+    assert fp32.point.subject == fp32_again.point.subject != int4.point.subject
+    times = LoadTimes()
+    assert (times.known, times.corrected(fp32)) == (False, fp32)
+    times.learn(fp32, 12.0)
+    assert times.known
+    assert times.corrected(fp32_again).load == 12.0
+    assert times.corrected(int4).load == pytest.approx(12.0)  # three times the plan's 4 s
+    assert times.corrected(replace(int4, load=5.0)).load == pytest.approx(15.0)
+    times.learn(fp32_again, 5.0)
+    times.learn(fp32_again, 6.0)
+    assert times.corrected(fp32).load == 6.0
+    times.learn(int4, 20.0)
+    assert times.corrected(int4_again).load == 20.0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,22 @@ from qwenq.results import Row, read_rows
 
 
 class Fake:
-    """Measures at once; what it was asked, in order."""
+    """Measures at once, by a clock that only loading moves; what it was asked, in order."""
 
-    def __init__(self, fail: dict[int, str] | None = None, stop_at: int | None = None) -> None:
+    def __init__(
+        self, fail: dict[int, str] | None = None, stop_at: int | None = None, loads: Iterable[float] = ()
+    ) -> None:
         self.asked: list[tuple[Point, float | None]] = []
         self.fail, self.stop_at = fail or {}, stop_at
+        self.clock, self.loads = 0.0, iter(loads)
+
+    def now(self) -> float:
+        return self.clock
 
     def __call__(self, point: Point, seconds: float | None) -> Iterator[Row]:
         number = len(self.asked)
         self.asked.append((point, seconds))
+        self.clock += next(self.loads, 0.0)
         for count, metric in enumerate(point.metrics):
             if number == self.stop_at and count == 2:
                 raise KeyboardInterrupt
@@ -39,7 +46,7 @@ class Silent:
 
 
 def planned(points: list[Point], **changes: str) -> list[Planned]:
-    return [Planned(point, 10.0, 100, **changes) for point in points]
+    return [Planned(point, 0.0, 10.0, 0.0, 100, **changes) for point in points]
 
 
 def test_every_point_has_all_its_rows(points: list[Point], tmp_path: Path) -> None:
@@ -94,9 +101,75 @@ def test_what_does_not_fit_is_a_row(points: list[Point], tmp_path: Path) -> None
     }
 
 
-def test_a_budget_goes_to_the_points_in_turn(points: list[Point], tmp_path: Path) -> None:
+def sweep_with(
+    fake: Fake, planned: list[Planned], out: Path, budget: float, monkeypatch: pytest.MonkeyPatch
+) -> dict[Point, set[tuple[str, str | None]]]:
+    """Status and reason of every point's rows."""
+    monkeypatch.setattr("qwenq.profiling.sweep.time.monotonic", fake.now)
+    run_sweep(planned, out, Silent(), budget=budget, measure=fake)
+    found: dict[Point, set[tuple[str, str | None]]] = {}
+    for each in planned:
+        rows = [
+            r for r in read_rows(out) if (r.point, r.model) == (each.point.place, each.point.subject.model)
+        ]
+        assert {row.metric for row in rows} == set(each.point.metrics)
+        found[each.point] = {(row.status, row.reason) for row in rows}
+    return found
+
+
+def test_a_budget_goes_to_the_points_in_turn(
+    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = Fake()
-    run_sweep(planned(points), tmp_path, Silent(), budget=400.0, measure=fake)
-    shares = [seconds for _, seconds in fake.asked]
+    sweep_with(fake, planned(points), tmp_path, 400.0, monkeypatch)
     # each takes no time here, so that its share goes to those after it
-    assert shares == pytest.approx([100, 400 / 3, 200, 400], rel=0.05)
+    assert [seconds for _, seconds in fake.asked] == pytest.approx([100, 400 / 3, 200, 400])
+
+
+def test_loads_that_take_longer_than_planned_are_counted_for_the_rest(
+    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planned 2 s, found 10 s: three loads of 10 s are set aside of the 90 s that are left after it."""
+    fake = Fake(loads=[10.0] * 4)
+    those = [Planned(point, 2.0, 10.0, 1.0, 100) for point in points]
+    found = sweep_with(fake, those, tmp_path, 100.0, monkeypatch)
+    assert {status for rows in found.values() for status, _ in rows} == {"ok"}
+    shares = [seconds for _, seconds in fake.asked]
+    assert shares[0] == pytest.approx(100 / 4)
+    assert shares[1] == pytest.approx(90 / 3)
+    assert shares[2:] == pytest.approx([80 / 2, 70])
+
+
+def test_what_a_budget_leaves_out_says_so_and_is_tried_again(
+    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two loads of 10 s into 25 s: the third cannot begin, and the fourth neither."""
+    fake = Fake(loads=[10.0] * 4)
+    those = [Planned(point, 2.0, 10.0, 1.0, 100) for point in points]
+    found = sweep_with(fake, those, tmp_path, 25.0, monkeypatch)
+    assert [point for point, _ in fake.asked] == points[:2]
+    why = "it takes about 10 s to load and 1 s to measure once, and the budget leaves 5 s"
+    assert found[points[2]] == found[points[3]] == {("unavailable", why)}
+    again = Fake()
+    sweep_with(again, those, tmp_path, 1000.0, monkeypatch)
+    assert [point for point, _ in again.asked] == points[2:]
+
+
+def test_the_first_point_is_tried_whatever_the_plan_guessed(
+    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess of 60 s that is 1 s: the rest is judged by what it was."""
+    fake = Fake(loads=[1.0] * 4)
+    those = [Planned(point, 60.0, 10.0, 1.0, 100) for point in points]
+    found = sweep_with(fake, those, tmp_path, 30.0, monkeypatch)
+    assert {status for rows in found.values() for status, _ in rows} == {"ok"}
+    assert fake.asked[0][1] == 30.0
+
+
+def test_one_point_is_measured_even_if_the_budget_is_over(
+    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(loads=[10.0] * 4)
+    found = sweep_with(fake, planned(points), tmp_path, 3.0, monkeypatch)
+    assert [point for point, _ in fake.asked] == points[:1]
+    assert found[points[3]] == {("unavailable", "the budget was over before its turn")}
