@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qwenq.results import Row, Value
@@ -57,10 +57,20 @@ def table(rows: Sequence[Row]) -> PrintedTable:
         for labels, found in points.items()
     )
     for found in points.values():
+        if _passed_over(found):
+            notes.mark(next(iter(found.values())))  # once, not for every figure
+            continue
         for metric in _FIGURES.keys() - set(metrics):
             if metric in found:
                 notes.mark(found[metric], metric)
     return PrintedTable(constant, (*varying, *(_FIGURES[m][0] for m in metrics)), lines, notes.texts)
+
+
+def _passed_over(found: Mapping[str, Row]) -> bool:
+    """Whether one reason is behind every figure that a point does not have."""
+    return (
+        all(row.value is None for row in found.values()) and len({row.reason for row in found.values()}) == 1
+    )
 
 
 class _Notes:

@@ -43,6 +43,14 @@ def test_a_column_without_any_figure_is_a_note(points: list[Point]) -> None:
     assert printed.notes == ("[1] energy.token: no counter",)
 
 
+def test_a_point_that_was_passed_over_says_so_once(points: list[Point]) -> None:
+    """Whichever of its figures have a column: some here, none there."""
+    late = points[2].without("unavailable", "the budget was over")
+    printed = table([*rows_of(points[0]), *late])
+    assert "- [1]" in printed.lines[1]
+    assert printed.notes == table(late).notes == ("[1] the budget was over",)
+
+
 def test_another_attention_is_a_column(points: list[Point]) -> None:
     printed = table([*rows_of(points[2]), *rows_of(replace(points[2], attention="off"))])
     assert "attention" in printed.headings
