@@ -20,7 +20,7 @@ Record = Callable[[str, object], None]
 
 
 class Starter:
-    """Commands in processes of their own that may be killed after some seconds."""
+    """Commands in processes of their own that may be killed on their way."""
 
     def __init__(self, folder: Path, *modules: str) -> None:
         self.folder = folder
@@ -34,14 +34,22 @@ class Starter:
         self,
         *arguments: object,
         after: float | None = None,
+        at: tuple[Path, int] | None = None,
         number: int = signal.SIGKILL,
         patience: float | None = None,
     ) -> tuple[int, float, str]:
-        """Run a command, and send it a signal after so many seconds: its status, seconds and words."""
+        """Run a command, and send it a signal: its status, seconds and words.
+
+        Args:
+            after: seconds. How far the command is by then depends on the machine, and on what else it does.
+            at: a run folder, and how many rows, records or steps more than now it has by then: that far the
+                command is on any machine.
+        """
         output = self.folder / "output.txt"
         argv = [str(argument) for argument in arguments]
         request = {"argv": argv, "cwd": str(self.folder), "output": str(output)}
-        line = json.dumps(request | {"kill_after": after, "signal": int(number), "patience": patience})
+        when = {"kill_after": after, "kill_at": at and (str(at[0]), at[1])}
+        line = json.dumps(request | when | {"signal": int(number), "patience": patience})
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
@@ -50,7 +58,7 @@ class Starter:
 
     def left(self) -> list[int]:
         """Processes that a command started and that outlived it: none, once those killed with it are gone."""
-        until = time.monotonic() + 5
+        until = time.monotonic() + 30
         while found := [child.pid for child in psutil.process_iter() if self._one_of_ours(child)]:
             if time.monotonic() > until:
                 break
@@ -66,4 +74,4 @@ class Starter:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
