@@ -7,9 +7,10 @@ from typing import Any
 import psutil
 import torch
 
-from qwenq.errors import CalibrationError, ModelError, UnsupportedError, UsageError
+from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.hf_config import refused_by_transformers, transformers_config
+from qwenq.models.hf_config import transformers_config
+from qwenq.models.whole_model import build_whole_model
 from qwenq.storage import readable_bytes
 
 _SLACK = 1.2  # activations, logits, the allocator
@@ -54,29 +55,9 @@ def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) ->
         UnsupportedError: transformers does not know the architecture.
         ModelError: tensors are missing or have the wrong shape; names them.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = transformers_config(checkpoint.config, checkpoint.folder, GIVE_A_FILE)
-    try:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError as error:
-        raise UnsupportedError(
-            f"transformers has no causal language model of type {checkpoint.config['model_type']!r}",
-            where=checkpoint.folder,
-            hint=GIVE_A_FILE,
-        ) from error
     tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
-    with _quiet(), refused_by_transformers(checkpoint.folder):
-        model, report = model_class.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
-    if wrong := [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]:
-        raise ModelError(
-            f"{len(wrong)} tensors are missing or have the wrong shape, the first is {wrong[0]}",
-            where=checkpoint.folder,
-            hint="copy the model again",
-        )
-    return model.eval().requires_grad_(False).to(device)
+    return build_whole_model(checkpoint, config, tensors, dtype, hint=GIVE_A_FILE).to(device)
 
 
 def store_transposed(model: Any) -> None:
@@ -88,22 +69,6 @@ def store_transposed(model: Any) -> None:
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = module.weight.data.t().contiguous().t()
-
-
-class _quiet:  # noqa: N801 - reads as a statement
-    """transformers' own progress bar off for a while: the caller shows progress."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._was_on = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        if self._was_on:
-            logging.enable_progress_bar()
 
 
 def require_finite(values: torch.Tensor, checkpoint: Checkpoint) -> None:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import ModelError, UnsupportedError
+import torch
+
+from qwenq.errors import ModelError, OutOfMemoryError, QwenqError, UnsupportedError
 
 _STEERS_THE_LOADER = {
     "attn_implementation", "experts_implementation",  # could name a kernel on the hub: code to fetch and run
@@ -41,12 +43,22 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: st
 
 @contextmanager
 def refused_by_transformers(folder: Path | None) -> Iterator[None]:
-    """Whatever building a model from a config raises, as ``ModelError``: transformers checks few values."""
+    """Whatever building a model from a config raises, as ``ModelError``: transformers checks few values.
+
+    Raises:
+        OutOfMemoryError: torch was refused memory; that is not the config's fault.
+    """
     try:
         yield
-    except (MemoryError, ModelError):
+    except (MemoryError, QwenqError):
         raise
     except Exception as error:  # KeyError, TypeError, AssertionError, its own: there is no common class
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise OutOfMemoryError(
+                "there is not enough memory to build this model",
+                where=folder,
+                hint="free some, or use a smaller model or --dtype bfloat16",
+            ) from error
         said = " ".join(str(error).split())[:300]
         raise ModelError(
             f"transformers cannot build this model from config.json: {type(error).__name__}: {said}",

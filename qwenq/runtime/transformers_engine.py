@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.distributed import DistributedConfig
 
-from qwenq.errors import ModelError, UnsupportedError, UsageError
+from qwenq.errors import UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.hf_config import refused_by_transformers, transformers_config
+from qwenq.models.hf_config import transformers_config
+from qwenq.models.whole_model import build_whole_model
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.engine import CachedEngine
@@ -172,35 +173,19 @@ def _attend(
 def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, processes: int) -> Any:
     """The model with its weights, on the CPU, all but the kernels; or this process's slice, in its place."""
     config = transformers_config(checkpoint.config, checkpoint.folder)
-    try:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError as error:
-        raise UnsupportedError(
-            f"transformers has no causal language model of type {checkpoint.config['model_type']!r}",
-            where=checkpoint.folder,
-        ) from error
     _refuse_what_attention_lacks(config, checkpoint)
     AttentionInterface.register(_ATTENTION, _attend)
-    with _quiet(), refused_by_transformers(checkpoint.folder):
-        model, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights.plain() if processes == 1 else weights.lazy(),
-            dtype=dtype,
-            distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
-            attn_implementation=_ATTENTION,
-            output_loading_info=True,
-        )
-    wrong = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
-    if wrong:
-        raise ModelError(
-            f"{len(wrong)} tensors are missing or have the wrong shape, the first is {wrong[0]}",
-            where=checkpoint.folder,
-            hint="copy the model again",
-        )
+    model = build_whole_model(
+        checkpoint,
+        config,
+        weights.plain() if processes == 1 else weights.lazy(),
+        dtype,
+        attn_implementation=_ATTENTION,
+        distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
+    )
     for module in sorted(weights.quantised):
         model.set_submodule(module, _Linear(weights.linear(module)))
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:
@@ -214,19 +199,3 @@ def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:
             where=checkpoint.folder,
             hint="run a dense Qwen or Llama model",
         )
-
-
-class _quiet:  # noqa: N801 - reads as a statement
-    """transformers' own progress bar off for a while: the caller shows progress."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self._was_on = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        if self._was_on:
-            logging.enable_progress_bar()
