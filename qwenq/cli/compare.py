@@ -25,6 +25,10 @@ def compare(
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a summary fit for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
+    more_baseline: Annotated[
+        list[Path] | None, typer.Option(help="Another turn of BASELINE: speed and memory are of all turns.")
+    ] = None,
+    more_new: Annotated[list[Path] | None, typer.Option(help="Another turn of NEW.")] = None,
 ) -> None:
     """Say which differences between two runs are real.
 
@@ -35,10 +39,15 @@ def compare(
     from qwenq.reporting import gate, gate_output
     from qwenq.reporting.collect import collect
     from qwenq.reporting.compare import compare as compare_rows
+    from qwenq.reporting.turns import with_turns
     from qwenq.storage import atomic_write_bytes
 
     conditions = gate.parse(FAIL_ON if fail_on is None else "" if fail_on == "none" else fail_on)
-    comparisons = compare_rows(collect([baseline]), collect([new]))
+    before, after = (
+        with_turns(collect([first]), collect(more) if more else None)
+        for first, more in ((baseline, more_baseline), (new, more_new))
+    )
+    comparisons = compare_rows(before, after)
     verdict = gate.judge(comparisons, conditions, strict=fail_on is not None)
     for line in gate_output.text_lines(verdict):
         typer.echo(line)

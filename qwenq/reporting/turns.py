@@ -1,0 +1,65 @@
+"""Several runs of the same code on the same machine, made one figure of.
+
+The interval of a figure says how much it varies within its process. It does not say what another process
+would have found: the machine has other work, its clock rates move, memory lies elsewhere. Where that matters,
+two versions are measured in turns (before, after, before, after, …), and each side's figure is the median of
+its turns, with an interval that holds all of theirs. What is then a difference was one in every turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+
+from qwenq.reporting.collect import Collection, Measured
+from qwenq.reporting.compare import METRICS
+from qwenq.results import Row
+
+
+def with_turns(first: Collection, more: Collection | None) -> Collection:
+    """The first run; its speeds, times, memory and energy are those of all turns.
+
+    Args:
+        more: further runs of the same. Of them only figures of the same weights at the same point on the same
+            machine are taken; all else is that of the first run, which a turn cannot add to.
+    """
+    if more is None:
+        return first
+    made = [_pooled(item, _turns(item, more)) for item in first.measured]
+    return Collection((*first.runs, *more.runs), tuple(made))
+
+
+def _turns(item: Measured, more: Collection) -> list[Measured]:
+    row = item.row
+    return [
+        other
+        for other in more.measured
+        if other.row.identity == row.identity
+        and other.row.model.fingerprint == row.model.fingerprint
+        and other.hardware == item.hardware
+    ]
+
+
+def _pooled(item: Measured, others: Sequence[Measured]) -> Measured:
+    metric = METRICS.get(item.row.metric.partition(".")[0])
+    if metric is None or not metric.machine:
+        return item
+    rows = [each.row for each in (item, *others) if each.row.status == "ok"]
+    if len(rows) < 2:
+        return replace(item, row=rows[0]) if rows else item
+    return replace(item, row=_one_row(rows))
+
+
+def _one_row(rows: Sequence[Row]) -> Row:
+    values = [row.value for row in rows if row.value is not None]
+    lows = [row.low for row in rows if row.low is not None]
+    highs = [row.high for row in rows if row.high is not None]
+    return replace(
+        rows[0],
+        value=median(values),
+        low=min([*values, *lows]),
+        high=max([*values, *highs]),
+        n=sum(row.n or 1 for row in rows),
+        details={**rows[0].details, "interval": f"all of {len(rows)} turns", "turns": values},
+    )

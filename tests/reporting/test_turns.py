@@ -1,0 +1,97 @@
+"""Runs of the same code measured in turns: one figure, as uncertain as they were apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from example_runs import accuracy, speed, write_run
+
+from qwenq.reporting import gate
+from qwenq.reporting.collect import Collection, collect
+from qwenq.reporting.compare import compare
+from qwenq.reporting.turns import with_turns
+from qwenq.results import Row
+
+Side = Callable[..., Collection]
+
+
+def decode(value: float, half: float = 0.5, **changes: object) -> Row:
+    row = next(row for row in speed("int4", 2048) if row.metric == "speed.decode")
+    return replace(row, value=value, low=value - half, high=value + half, n=6, **changes)
+
+
+@pytest.fixture
+def side(tmp_path: Path) -> Side:
+    """Runs of one row each, as one collection with turns."""
+    number = 0
+
+    def made(*rows: Row, **environment: object) -> Collection:
+        nonlocal number
+        folders = []
+        for row in rows:
+            number += 1
+            folders.append(write_run(tmp_path / f"run{number}", [row], **environment))
+        return with_turns(collect(folders[:1]), collect(folders[1:]) if folders[1:] else None)
+
+    return made
+
+
+def outcome(before: Collection, after: Collection, conditions: str = "speed.decode:<0.9") -> str:
+    (judged,) = [
+        item
+        for item in gate.judge(compare(before, after), gate.parse(conditions)).judged
+        if item.comparison.row.metric == "speed.decode"
+    ]
+    return judged.outcome
+
+
+def test_the_figure_is_the_median_and_its_interval_holds_all(side: Side) -> None:
+    (item,) = side(decode(40.0), decode(20.0, 2.0), decode(30.0)).measured
+    assert (item.row.value, item.row.low, item.row.high, item.row.n) == (30.0, 18.0, 40.5, 18)
+    assert item.row.details["turns"] == [40.0, 20.0, 30.0]
+
+
+def test_a_machine_that_was_busy_for_one_turn_fails_nothing(side: Side) -> None:
+    """One run each: a regression. In turns: the same code was as fast before, as often as not."""
+    assert outcome(side(decode(40.0)), side(decode(30.0))) == "regression"
+    before, after = [decode(40.0), decode(31.0), decode(40.5)], [decode(30.0), decode(39.5), decode(32.0)]
+    assert outcome(side(*before), side(*after)) == "passed"
+
+
+def test_what_is_slower_in_every_turn_fails(side: Side) -> None:
+    before, after = [decode(40.0), decode(38.0), decode(41.0)], [decode(31.0), decode(30.0), decode(31.5)]
+    assert outcome(side(*before), side(*after)) == "regression"
+
+
+def test_figures_measured_once_get_an_interval_from_their_turns(side: Side) -> None:
+    (item,) = side(*(replace(decode(value), low=None, high=None) for value in (40.0, 30.0))).measured
+    assert (item.row.low, item.row.high) == (30.0, 40.0)
+
+
+def test_other_weights_and_other_machines_are_no_turns(side: Side, tmp_path: Path) -> None:
+    first = collect([write_run(tmp_path / "first", [decode(40.0)])])
+    other_model = replace(decode(20.0).model, fingerprint="another")
+    strangers = [
+        collect([write_run(tmp_path / "weights", [decode(20.0, model=other_model)])]),
+        collect([write_run(tmp_path / "machine", [decode(20.0)], cpu={"model": "another", "cores": 4})]),
+    ]
+    for stranger in strangers:
+        assert with_turns(first, stranger).measured[0].row.value == 40.0
+
+
+def test_what_the_machine_does_not_decide_is_that_of_the_first_run(tmp_path: Path) -> None:
+    row = accuracy("int4", "mmlu")
+    worse = replace(row, value=0.0, low=0.0, high=0.1)
+    first, more = (collect([write_run(tmp_path / name, [r])]) for name, r in (("a", row), ("b", worse)))
+    assert with_turns(first, more).measured == first.measured
+
+
+def test_a_turn_fills_in_what_the_first_run_could_not_measure(side: Side) -> None:
+    late = replace(decode(1.0), value=None, low=None, high=None, n=None, status="unavailable", reason="late")
+    (item,) = side(late, decode(30.0)).measured
+    assert item.row.value == 30.0
+    (item,) = side(late, late).measured
+    assert item.row.status == "unavailable"
