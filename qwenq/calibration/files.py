@@ -10,7 +10,7 @@ from typing import Any
 from qwenq.calibration.documents import KNOWN_KEYS, Document, from_record
 from qwenq.errors import CalibrationError, UsageError
 
-ACCEPTED = ".txt, .jsonl, .json, .parquet, or a .safetensors set from `qwenq calibrate`"
+ACCEPTED = ".txt, .jsonl, .json, .parquet"
 PASSAGE, LONGEST_PASSAGE = 2_000, 8_000
 """A .txt file is one long text. It is cut into passages so that the seed has something to choose from: at the
 first blank line after PASSAGE characters, or at the first line end after LONGEST_PASSAGE."""
@@ -35,9 +35,9 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
         ".parquet": read_parquet,
     }
     if not path.exists():
-        raise UsageError("no such calibration file", where=path, hint=f"accepted: {ACCEPTED}")
+        raise UsageError("no such text", where=path, hint=f"accepted: {ACCEPTED}")
     if path.is_dir():
-        raise UsageError("a folder is no calibration source", where=path, hint=f"name one file: {ACCEPTED}")
+        raise UsageError("a folder is no text", where=path, hint=f"name one file: {ACCEPTED}")
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UsageError(

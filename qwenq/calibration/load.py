@@ -15,10 +15,12 @@ from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, finge
 from qwenq.calibration.documents import Document
 from qwenq.calibration.files import ACCEPTED, read_file
 from qwenq.calibration.hub_source import is_hub_id, read_hub
+from qwenq.calibration.saved import load_saved
 from qwenq.calibration.sequences import (
     Progress,
     Wanted,
     check_vocabulary,
+    ids_of,
     pack,
     read_pool,
     shuffled,
@@ -71,13 +73,8 @@ def load_calibration(
         CalibrationError: empty, too short, damaged, or not of this model.
     """
     if Path(spec).suffix == ".safetensors":
-        return _load_saved(Path(spec), checkpoint, tokenizer, (samples, seq_len, held_out))
-    wanted = Wanted(
-        samples=DEFAULT_SAMPLES if samples is None else samples,
-        held_out=DEFAULT_HELD_OUT if held_out is None else held_out,
-        seq_len=_default_seq_len(checkpoint) if seq_len is None else seq_len,
-    )
-    _require_sizes(wanted, checkpoint)
+        return _load_saved_for(Path(spec), checkpoint, tokenizer, (samples, seq_len, held_out))
+    wanted = wanted_sizes(checkpoint, samples, seq_len, held_out)
     if spec == "self":
         if split is not None or column is not None:
             raise UsageError("the model's own text has no split or column", hint="leave both out")
@@ -86,8 +83,23 @@ def load_calibration(
     return _from_documents(spec, documents, checkpoint, tokenizer, wanted, seed, progress)
 
 
-def _default_seq_len(checkpoint: Checkpoint) -> int:
-    return min(DEFAULT_SEQ_LEN, int(checkpoint.config.get("max_position_embeddings", DEFAULT_SEQ_LEN)))
+def wanted_sizes(
+    checkpoint: Checkpoint, samples: int | None, seq_len: int | None, held_out: int | None
+) -> Wanted:
+    """How much to make; None: the defaults, and no longer sequences than the model takes.
+
+    Raises:
+        UsageError: a size that is too small, or more tokens than the model takes.
+    """
+    longest = checkpoint.config.get("max_position_embeddings")
+    usual = min(DEFAULT_SEQ_LEN, longest) if isinstance(longest, int) else DEFAULT_SEQ_LEN
+    wanted = Wanted(
+        samples=DEFAULT_SAMPLES if samples is None else samples,
+        held_out=DEFAULT_HELD_OUT if held_out is None else held_out,
+        seq_len=usual if seq_len is None else seq_len,
+    )
+    _require_sizes(wanted, checkpoint)
+    return wanted
 
 
 def _open(spec: str, split: str | None, column: str | None) -> Iterator[Document]:
@@ -96,9 +108,10 @@ def _open(spec: str, split: str | None, column: str | None) -> Iterator[Document
         return read_hub(spec, split, column)
     if not path.exists():
         raise UsageError(
-            f"no such calibration source: {spec}",
+            f"no such text: {spec}",
             where=path.absolute(),
-            hint=f"self, a hub dataset (owner/name), or a file: {ACCEPTED}",
+            hint=f"self, a hub dataset (owner/name), a file ({ACCEPTED}), or a .safetensors set from "
+            "`qwenq calibrate`",
         )
     if split is not None:
         raise UsageError("--split means nothing for a file", where=path, hint="leave it out")
@@ -119,9 +132,9 @@ def _from_documents(
 
     pool = read_pool(documents, max(POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted.tokens))
     if not pool.documents:
-        raise CalibrationError("the calibration source is empty", where=spec, hint="give one with text in it")
+        raise CalibrationError("there is no text in it", where=spec, hint="give one with text")
     separator = separator_of(tokenizer)
-    ids = (_tokenise(document, tokenizer) for document in shuffled(pool.documents, seed))
+    ids = (ids_of(document, tokenizer) for document in shuffled(pool.documents, seed))
     packed = pack(ids, wanted, [] if separator is None else [separator], where=spec, progress=progress)
     for tokens in (packed.tokens, packed.held_out):
         check_vocabulary(tokens, int(checkpoint.config["vocab_size"]), spec)
@@ -143,15 +156,6 @@ def _from_documents(
 def _template(documents: list[Document]) -> Literal["plain", "chat", "mixed"]:
     texts = sum(isinstance(document.content, str) for document in documents)
     return "plain" if texts == len(documents) else "chat" if texts == 0 else "mixed"
-
-
-def _tokenise(document: Document, tokenizer: Tokenizer) -> list[int]:
-    if isinstance(document.content, str):
-        return tokenizer.encode(document.content)
-    try:
-        return tokenizer.chat(document.content, add_generation_prompt=False)
-    except UsageError as error:
-        raise CalibrationError(error.what, where=document.where, hint=error.hint) from error
 
 
 def _self_written(
@@ -225,33 +229,19 @@ def _from_cache(path: Path) -> CalibrationSet | None:
         return None
 
 
-def _load_saved(
+def _load_saved_for(
     path: Path,
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     asked: tuple[int | None, int | None, int | None],
 ) -> CalibrationSet:
-    if not path.is_file():
-        raise UsageError("no such calibration set", where=path, hint="make it with `qwenq calibrate`")
-    loaded = CalibrationSet.load(path)
-    has = loaded.manifest
-    for name, wish, fact in zip(
-        ("samples", "seq-len", "held-out"), asked, (has.samples, has.seq_len, has.held_out), strict=True
-    ):
-        if wish is not None and wish != fact:
-            raise UsageError(
-                f"--{name} {wish} was asked for, but this saved set has {fact}",
-                where=path,
-                hint=f"leave --{name} out, or make another set",
-            )
-    if has.tokenizer != tokenizer.fingerprint:
+    loaded = load_saved(path, int(checkpoint.config["vocab_size"]), asked)
+    if loaded.manifest.tokenizer != tokenizer.fingerprint:
         raise CalibrationError(
             "this calibration set was made with another tokenizer",
             where=path,
             hint=f"make one for this model: `qwenq calibrate {checkpoint.folder}`",
         )
-    for tokens in (loaded.tokens, loaded.held_out):
-        check_vocabulary(tokens, int(checkpoint.config["vocab_size"]), str(path))
     return loaded
 
 

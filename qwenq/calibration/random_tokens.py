@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
@@ -28,14 +26,3 @@ def random_tokens(vocabulary: int, wanted: Wanted, seed: int) -> CalibrationSet:
         tokens=fingerprint_tokens(tokens, held_out),
     )
     return CalibrationSet(tokens, held_out, manifest)
-
-
-def tokens_for_random_weights(source: str, vocabulary: int, wanted: Wanted, seed: int) -> CalibrationSet:
-    """The set that ``qwenq calibrate --weights random`` saved in the file ``source``, or a new one.
-
-    Raises:
-        CalibrationError, CorruptFileError: the file is no calibration set.
-    """
-    if Path(source).suffix == ".safetensors":
-        return CalibrationSet.load(Path(source))
-    return random_tokens(vocabulary, wanted, seed)

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from qwenq.calibration.documents import Document
-from qwenq.errors import CalibrationError
+from qwenq.errors import CalibrationError, UsageError
+from qwenq.models.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 """Told (tokens done, tokens in all)."""
@@ -53,6 +54,20 @@ class Pool:
 
     documents: list[Document]
     read_to_end: bool
+
+
+def ids_of(document: Document, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text as it is, or of a conversation through the model's chat template.
+
+    Raises:
+        CalibrationError: a conversation, and a tokenizer without a template or one that refuses it.
+    """
+    if isinstance(document.content, str):
+        return tokenizer.encode(document.content)
+    try:
+        return tokenizer.chat(document.content, add_generation_prompt=False)
+    except UsageError as error:
+        raise CalibrationError(error.what, where=document.where, hint=error.hint) from error
 
 
 def read_pool(documents: Iterator[Document], characters: int) -> Pool:

@@ -46,7 +46,7 @@ def calibrate(
     held_out: Annotated[
         int | None, typer.Option(help="Sequences kept apart for the check afterwards. Default: 8.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the documents, or the text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the documents, or the text.")] = 0,
     split: Annotated[str | None, typer.Option(help="Split of a hub dataset. Default: train.")] = None,
     column: Annotated[
         str | None,
@@ -63,11 +63,12 @@ def calibrate(
     One safetensors file that holds the tokens and their manifest.
     """
     _require_writable_name(out)
-    sizes = {"samples": samples, "seq_len": seq_len, "held_out": held_out, "seed": seed}
+    options: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "held_out": held_out, "seed": seed}
+    options |= {"split": split, "column": column}
     if weights == "random":
-        made, tokenizer = _random(model, source, sizes), None
+        made, tokenizer = _random(model, source, **options), None
     else:
-        made, tokenizer = _make(model, source, device, split=split, column=column, **sizes)
+        made, tokenizer = _make(model, source, device, **options)
     kept = not force and _is_there_already(made, out)
     if not kept:
         made.save(out)
@@ -100,27 +101,32 @@ def _make(model: str | None, source: str, device: str, **options: Any) -> tuple[
     return made, tokenizer
 
 
-def _random(model: str | None, source: str, sizes: dict[str, Any]) -> CalibrationSet:
+def _random(
+    model: str | None,
+    source: str,
+    *,
+    seed: int,
+    split: str | None,
+    column: str | None,
+    **sizes: int | None,
+) -> CalibrationSet:
     """Tokens for a model with random weights, which can write no text and has no tokenizer to read one."""
-    from qwenq.calibration.load import DEFAULT_HELD_OUT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
+    from qwenq.calibration.load import wanted_sizes
     from qwenq.calibration.random_tokens import random_tokens
-    from qwenq.calibration.sequences import Wanted
     from qwenq.models.opening import open_model
 
-    if source != "self":
-        hint = "leave --source out: the tokens are random, too"
-        raise UsageError(
-            "a model with random weights has no tokenizer to read a text", where="--source", hint=hint
-        )
-    checkpoint = open_model(model, "random", sizes["seed"])
+    for option, given in (("--source", source != "self"), ("--split", split), ("--column", column)):
+        if given:
+            raise UsageError(
+                "a model with random weights has no tokenizer to read a text",
+                where=option,
+                hint=f"leave {option} out: the tokens are random, too",
+            )
+    checkpoint = open_model(model, "random", seed)
     for notice in checkpoint.notices:
         typer.echo(notice, err=True)
-    wanted = Wanted(
-        samples=sizes["samples"] or DEFAULT_SAMPLES,
-        held_out=DEFAULT_HELD_OUT if sizes["held_out"] is None else sizes["held_out"],
-        seq_len=sizes["seq_len"] or DEFAULT_SEQ_LEN,
-    )
-    return random_tokens(int(checkpoint.config["vocab_size"]), wanted, sizes["seed"])
+    wanted = wanted_sizes(checkpoint, **sizes)
+    return random_tokens(int(checkpoint.config["vocab_size"]), wanted, seed)
 
 
 def _require_writable_name(out: Path) -> None:

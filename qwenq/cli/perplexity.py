@@ -111,23 +111,16 @@ def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
     """The first ``windows * longest`` tokens of a file, in its order."""
     import torch
 
-    from qwenq.calibration.documents import Document
     from qwenq.calibration.files import read_file
     from qwenq.calibration.self_text import separator_of
-    from qwenq.calibration.sequences import check_vocabulary
+    from qwenq.calibration.sequences import check_vocabulary, ids_of
     from qwenq.evals.perplexity import Text
 
     tokenizer = contender.tokenizer
-
-    def ids_of(document: Document) -> list[int]:
-        if isinstance(document.content, str):
-            return tokenizer.encode(document.content)
-        return tokenizer.chat(document.content, add_generation_prompt=False)
-
     end = separator_of(tokenizer) if path.suffix.lower() != ".txt" else None  # passages of one text have none
     ids: list[int] = []
     for document in read_file(path):
-        ids += ids_of(document) + ([end] if end is not None else [])
+        ids += ids_of(document, tokenizer) + ([end] if end is not None else [])
         if len(ids) >= windows * longest:
             break
     if len(ids) < windows * longest:

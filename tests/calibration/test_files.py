@@ -167,11 +167,11 @@ def test_a_text_is_cut_into_passages_and_nothing_is_lost(
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"(?s)a folder is no calibration source.*\.jsonl"):
+    with pytest.raises(UsageError, match=r"(?s)a folder is no text.*\.jsonl"):
         read_file(tmp_path)
     with pytest.raises(UsageError, match=r"(?s)cannot read a \.docx file.*accepted: \.txt"):
         read_file(write(tmp_path / "a.docx", "x"))
-    with pytest.raises(UsageError, match="no such calibration file"):
+    with pytest.raises(UsageError, match="no such text"):
         read_file(tmp_path / "gone.txt")
     with pytest.raises(UsageError, match="--column means nothing"):
         list(read_file(write(tmp_path / "a.txt", "x"), "text"))

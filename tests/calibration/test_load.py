@@ -101,17 +101,17 @@ def test_ids_that_the_model_has_no_row_for(tiny: Tiny, notes: Path, tmp_path: Pa
 
 def test_bad_sources(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(CalibrationError, match=r"(?s)source is empty.*empty\.txt"):
+    with pytest.raises(CalibrationError, match=r"(?s)no text in it.*empty\.txt"):
         tiny.load(tmp_path / "empty.txt")
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(
         CalibrationError, match=r"too little text: \d+ tokens, but 24 are needed for 2 \+ 1 seq"
     ):
         tiny.load(tmp_path / "short.txt")
-    with pytest.raises(UsageError, match=r"(?s)a folder is no calibration source"):
+    with pytest.raises(UsageError, match=r"(?s)a folder is no text"):
         tiny.load(tmp_path)
     for wrong in ("selv", str(tmp_path / "gone.txt"), "data/notes.jsonl"):
-        with pytest.raises(UsageError, match=r"(?s)no such calibration source.*owner/name"):
+        with pytest.raises(UsageError, match=r"(?s)no such text.*owner/name"):
             tiny.load(wrong)
     with pytest.raises(UsageError, match="--split means nothing for a file"):
         tiny.load(tmp_path / "short.txt", split="train")

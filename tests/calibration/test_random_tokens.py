@@ -1,11 +1,19 @@
-"""Random tokens: seeded, inside the vocabulary, no sequence in both parts."""
+"""Random tokens: seeded, inside the vocabulary, no sequence in both parts; and what random weights take."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
+from qwenq.calibration.choose import calibration_for
+from qwenq.calibration.dataset import CalibrationSet
 from qwenq.calibration.random_tokens import random_tokens
 from qwenq.calibration.sequences import Wanted
+from qwenq.errors import CalibrationError, UsageError
+from qwenq.models.random_weights import random_checkpoint
+from qwenq.recipe import CalibrationRecipe, Recipe
 
 
 def test_the_seed_decides_and_ids_are_in_the_vocabulary() -> None:
@@ -20,3 +28,35 @@ def test_the_seed_decides_and_ids_are_in_the_vocabulary() -> None:
     assert made.manifest.template == "random"
     rows = {tuple(row.tolist()) for row in torch.cat([made.tokens, made.held_out])}
     assert len(rows) == 8
+
+
+def chosen(
+    source: Path | str, vocabulary: int = 300, said: list[str] | None = None, **sizes: int
+) -> CalibrationSet:
+    recipe = Recipe(calibration=CalibrationRecipe(source=str(source), **sizes))
+    checkpoint = random_checkpoint("qwen2.5-0.5b-instruct", 0, device=torch.device("cpu"))
+    told = said if said is not None else []
+    return calibration_for(recipe, checkpoint, vocabulary, torch.device("cpu"), told.append, lambda _: print)
+
+
+def test_a_saved_set_for_random_weights_is_taken_as_it_is_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "set.safetensors"
+    made = random_tokens(300, Wanted(samples=5, held_out=3, seq_len=64), 0)
+    made.save(path)
+    assert chosen(path).fingerprint == made.fingerprint
+    assert chosen(path, samples=5, seq_len=64).fingerprint == made.fingerprint
+    with pytest.raises(UsageError, match="--samples 9 was asked for, but this saved set has 5"):
+        chosen(path, samples=9)
+    with pytest.raises(CalibrationError, match="outside the model's vocabulary of 100 ids"):
+        chosen(path, vocabulary=100)
+    with pytest.raises(UsageError, match="no such calibration set"):
+        chosen(tmp_path / "gone.safetensors")
+    random_tokens(300, Wanted(samples=5, held_out=0, seq_len=64), 0).save(path)
+    with pytest.raises(CalibrationError, match="no held-out sequences"):
+        chosen(path)
+
+
+def test_random_weights_say_how_many_random_tokens_they_took() -> None:
+    said: list[str] = []
+    assert chosen("self", said=said, samples=2, seq_len=16).tokens.shape == (2, 16)
+    assert said == ["random weights write no text: 2 × 16 random tokens calibrate them"]

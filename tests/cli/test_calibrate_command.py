@@ -100,7 +100,7 @@ def test_self_text_is_the_same_in_another_process(model: Path, calibrate: Shell,
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--source", "gone.txt"], 2, "no such calibration source: gone.txt"),
+        (["--source", "gone.txt"], 2, "no such text: gone.txt"),
         (["--out", "calib.bin"], 2, "has to end in .safetensors"),
         (["--out", "."], 2, "--out is a folder"),
         (["--source", "cut.jsonl"], 1, "cut.jsonl, line 2"),

@@ -227,7 +227,7 @@ def test_misuse_ends_with_code_2_and_a_hint(plain: Path, base: Path, tmp_path: P
         ([plain, "--against", wider], "intermediate_size is 48"),
         ([plain, "--against", random], "random weights"),
         ([tmp_path / "none", "--against", base], "no such model folder"),
-        ([plain, "--against", base, "--text", "gone.txt"], "no such calibration source"),
+        ([plain, "--against", base, "--text", "gone.txt"], "no such text: gone.txt"),
         ([plain, "--against", base, "--samples", "0"], "--samples"),
         ([plain, "--against", base, "--device", "quantum"], "--device"),
     ):

@@ -56,6 +56,26 @@ def test_random_weights_read_no_text(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--samples", "0", "--samples is 0"),
+        ("--seq-len", "1", "--seq-len is 1"),
+        ("--held-out", "-1", "--held-out is -1"),
+        ("--seq-len", "9999999", "the model takes"),
+        ("--column", "text", "no tokenizer to read a text"),
+        ("--split", "train", "no tokenizer to read a text"),
+    ],
+)
+def test_sizes_and_columns_that_mean_nothing_are_refused(
+    option: str, value: str, said: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.safetensors"
+    with pytest.raises(UsageError, match=said):
+        invoke("calibrate", "qwen-7b-chat", "--weights", "random", option, value, "--out", out)
+    assert not out.exists()
+
+
 def test_a_misspelt_catalogue_name_is_suggested(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         invoke("calibrate", "qwen-7b-chta", "--weights", "random", "--out", tmp_path / "x.safetensors")

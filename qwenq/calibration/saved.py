@@ -1,0 +1,42 @@
+"""A calibration set that `qwenq calibrate` saved, read for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwenq.calibration.dataset import CalibrationSet
+from qwenq.calibration.sequences import check_vocabulary
+from qwenq.errors import UsageError
+
+
+def load_saved(
+    path: Path, vocabulary: int, asked: tuple[int | None, int | None, int | None] = (None, None, None)
+) -> CalibrationSet:
+    """The set in a file, which has sizes of its own.
+
+    Args:
+        path: the .safetensors file.
+        vocabulary: ids have to be below it.
+        asked: samples, tokens of each, and held-out sequences that the user named; None: none was named.
+
+    Raises:
+        UsageError: no such file, or it has other sizes.
+        CalibrationError: an id that the model does not have, or a file that is no calibration set.
+        CorruptFileError: a damaged file.
+    """
+    if not path.is_file():
+        raise UsageError("no such calibration set", where=path, hint="make it with `qwenq calibrate`")
+    loaded = CalibrationSet.load(path)
+    has = loaded.manifest
+    for name, wish, fact in zip(
+        ("samples", "seq-len", "held-out"), asked, (has.samples, has.seq_len, has.held_out), strict=True
+    ):
+        if wish is not None and wish != fact:
+            raise UsageError(
+                f"--{name} {wish} was asked for, but this saved set has {fact}",
+                where=path,
+                hint=f"leave --{name} out, or make another set",
+            )
+    for tokens in (loaded.tokens, loaded.held_out):
+        check_vocabulary(tokens, vocabulary, str(path))
+    return loaded
