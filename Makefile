@@ -23,7 +23,7 @@ help:
 	@echo 'make gate       quantise and evaluate it anew, and compare with reports/baselines/ci'
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  the tests that take minutes'
-	@echo 'make reliability  kill, fill up, cut off and fuzz it; prints what was survived'
+	@echo 'make reliability  kill, fill up, cut off and fuzz it; prints what was survived, fails if anything is lost'
 	@echo 'make interop    load the result with transformers and GPTQModel, in an environment of their own'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make install    only make .venv, with everything'

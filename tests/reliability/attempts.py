@@ -28,7 +28,7 @@ LINUX = sys.platform == "linux"
 FREE_MEMORY = 96_000_000  # what libraries and the allocator may take once, whatever the input
 PER_BYTE = 60  # Python objects of a JSON text take up to 40 times its bytes
 NEW_ADDRESSES = 3 << 30
-SLOWEST = 30.0  # seconds; nothing here takes one
+SLOWEST = 30.0  # seconds of computing, whatever else the machine does; nothing here takes one
 
 
 @dataclass
@@ -59,7 +59,7 @@ def attempt(tally: Tally, nbytes: int, read: Callable[[], object]) -> bool:
     """Whether ``read`` accepted its input; a refusal has to be a ``QwenqError`` that says something."""
     before = _resident("VmRSS")
     _forget_peak()
-    started = time.perf_counter()
+    started = time.process_time()
     accepted = True
     try:
         with _few_new_addresses():
@@ -70,7 +70,7 @@ def attempt(tally: Tally, nbytes: int, read: Callable[[], object]) -> bool:
         assert "\x1b" not in str(error), "an escape sequence reaches the terminal"
         accepted = False
         tally.refused += 1
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     grown = _resident("VmHWM") - before
     tally.tried += 1
     tally.most_bytes = max(tally.most_bytes, grown)
