@@ -132,7 +132,7 @@ def _from_documents(
 
     pool = read_pool(documents, max(POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted.tokens))
     if not pool.documents:
-        raise CalibrationError("there is no text in it", where=spec, hint="give one with text")
+        raise CalibrationError("the text is empty", where=spec, hint="give one with words in it")
     separator = separator_of(tokenizer)
     ids = (ids_of(document, tokenizer) for document in shuffled(pool.documents, seed))
     packed = pack(ids, wanted, [] if separator is None else [separator], where=spec, progress=progress)

@@ -101,7 +101,7 @@ def test_ids_that_the_model_has_no_row_for(tiny: Tiny, notes: Path, tmp_path: Pa
 
 def test_bad_sources(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(CalibrationError, match=r"(?s)no text in it.*empty\.txt"):
+    with pytest.raises(CalibrationError, match=r"(?s)the text is empty.*empty\.txt"):
         tiny.load(tmp_path / "empty.txt")
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(
