@@ -24,7 +24,10 @@ def recipe() -> None:
 
 @recipe_app.command()
 def check(files: Annotated[list[Path], typer.Argument(help="TOML files.", metavar="FILE...")]) -> None:
-    """Say whether recipes are sound, and what `qwenq run` would do; nothing is run."""
+    """Say whether recipes are sound, and the steps they ask for.
+
+    Nothing is run.
+    """
     from qwenq.run.chain import chain_of
 
     for file in files:
@@ -47,8 +50,12 @@ def checked(file: Path) -> Recipe:
         ("calibration.source", found.calibration.source),
         ("eval.data", found.eval.data if found.eval else None),
     ):
-        if name is not None and _is_path(name) and not Path(name).exists():
-            raise UsageError(f"{key} = {name!r}: no such file or folder", where=file)
+        if name is not None and _is_path(name) and not Path(name).expanduser().exists():
+            raise UsageError(
+                f"{key} = {name!r}: no such file or folder",
+                where=file,
+                hint="paths in a recipe are taken from the folder that qwenq is started in",
+            )
     if found.eval is not None:
         from qwenq.evals.tasks.registry import get_task
 

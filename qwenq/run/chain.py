@@ -146,7 +146,8 @@ def _eval_options(recipe: Recipe) -> Iterator[str]:
     yield from ("--tasks", ",".join(wanted.tasks), "--protocol", wanted.protocol)
     if wanted.subjects:
         yield from ("--subjects", ",".join(wanted.subjects))
-    for option, value in (("--limit", wanted.limit), ("--shots", wanted.shots), ("--data", wanted.data)):
+    data = None if wanted.data is None else Path(wanted.data).expanduser()  # no shell does it for a step
+    for option, value in (("--limit", wanted.limit), ("--shots", wanted.shots), ("--data", data)):
         if value is not None:
             yield from (option, str(value))
     if wanted.sample:
@@ -193,7 +194,8 @@ def _refuse_random(recipe: Recipe) -> None:
 
 def _local(*names: str | None) -> tuple[Path, ...]:
     """Those that are files or folders here; hub ids and the bundled model are not."""
-    return tuple(Path(name) for name in names if name is not None and Path(name).exists())
+    paths = (Path(name).expanduser() for name in names if name is not None)
+    return tuple(path for path in paths if path.exists())
 
 
 def state(path: Path) -> str:

@@ -283,6 +283,21 @@ def test_another_model_on_the_command_line_gets_a_report_of_its_own(tmp_path: Pa
     assert "--out reports/Qwen3-0.6B" in done.stderr
 
 
+def test_the_users_own_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home / "data", here):
+        folder.mkdir(parents=True)
+    (home / "texts.txt").write_text("one")
+    monkeypatch.setenv("HOME", str(home))
+    text = "[calibration]\nsource = '~/texts.txt'\n[eval]\ndata = '~/data'\n"
+    (here / "r.toml").write_text(text)
+    assert qwenq("recipe", "check", "r.toml", cwd=here).returncode == 0
+    before = chain(here, text)
+    assert str(home / "data") in before.steps[2].arguments
+    (home / "texts.txt").write_text("another text")
+    assert chain(here, text).steps[0].makes != before.steps[0].makes  # or the old model would be taken for it
+
+
 @pytest.mark.parametrize(("text", "says"), [
     ("[gate]\nfail_on = 'speed:>2'", "would fail what got better"),
     ("[eval]\ntasks = ['mmul']", "mmul"),
@@ -317,7 +332,7 @@ def test_ctrl_c_ends_the_step_and_the_chain(steps: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", script], start_new_session=True, stderr=subprocess.PIPE
     ) as child:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (steps / "begun").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(child.pid, signal.SIGINT)
