@@ -51,7 +51,7 @@ def root(
         raise UsageError(
             f"qwenq {context.invoked_subcommand} does not share its work: every process would do all of it",
             where="torchrun",
-            hint=f"start it without torchrun; {' and '.join(SHARED)} take several processes",
+            hint="start it without torchrun; quantize, eval and profile --tp take several processes",
         )
 
 

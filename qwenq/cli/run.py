@@ -55,7 +55,8 @@ def _show(chain: Chain) -> None:
     """What is done, and what will be, with the commands."""
     from qwenq.run.execute import is_done
 
-    typer.echo(f"{len(chain.steps)} steps; run folder {chain.work}", err=True)
+    count = len(chain.steps)
+    typer.echo(f"{count} step{'' if count == 1 else 's'}; run folder {chain.work}", err=True)
     for number, step in enumerate(chain.steps, 1):
         mark = "done" if is_done(chain, step) else ""
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)

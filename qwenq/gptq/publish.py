@@ -37,13 +37,12 @@ def require_free(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
     if target.is_dir() and any(target.iterdir()):
-        finished = (target / "qwenq.json").is_file()
+        finished = (target / MANIFEST).is_file()
         raise UsageError(
-            "the output folder holds a finished checkpoint"
-            if finished
-            else "the output folder holds something else",
+            f"the output folder holds {'a finished checkpoint' if finished else 'something else'}",
             where=target,
-            hint="name a new folder with --out, or remove this one",
+            # what is not ours may be the only copy of something: nobody is told to remove it
+            hint=f"name a new folder with --out{', or remove this one' if finished else ''}",
         )
     above = next(folder for folder in target.parents if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work

@@ -29,11 +29,16 @@ def main_fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *befo
     return left.value.code
 
 
-def test_help_names_every_command_in_a_whole_sentence() -> None:
-    done = run("--help")
+@pytest.mark.parametrize(
+    ("group", "commands"), [((), COMMANDS), (("recipe",), ("check",)), (("tokenizer",), ("stats",))]
+)
+def test_help_names_every_command_in_a_whole_sentence(
+    group: tuple[str, ...], commands: tuple[str, ...]
+) -> None:
+    done = run(*group, "--help")
     assert done.returncode == 0
     listed = done.stdout.split("Commands:\n")[1].splitlines()
-    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert [line.split()[0] for line in listed] == list(commands)
     assert all(line.endswith(".") and not line.endswith("...") for line in listed), done.stdout
 
 
