@@ -5,19 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from command_shell import Ran
 
 from qwenq.cli import main
 
 TEXT = "\n\n".join(f"{n} times {n + 1} makes {n * (n + 1)}, as anyone can count. " * 40 for n in range(60))
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 class QuantizeShell:

@@ -7,41 +7,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from command_shell import Shell
 from safetensors.torch import load_file
 from tiny_model import TEXT, write_tiny_model
 
-from qwenq.cli import main
-
 ROOT = Path(__file__).parents[2]
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capture = patch, capture
-
-    def __call__(self, *arguments: object) -> Ran:
-        self._patch.setattr(sys, "argv", ["qwenq", "calibrate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = self._capture.readouterr()
-        return Ran(int(ended.value.code or 0), shown.out, shown.err)
 
 
 @pytest.fixture
 def calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
-    return Shell(monkeypatch, capsys)
+    return Shell("calibrate", monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

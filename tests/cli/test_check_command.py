@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from command_shell import Shell
 from safetensors.torch import load_file, save_file
 from tiny_model import TEXT, write_tiny_model
 
-from qwenq.cli import main
 from qwenq.gptq.scales import search_grid
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import QuantConfig
@@ -23,30 +22,12 @@ from qwenq.models.packing import pack
 BITS, GROUP = 8, 16
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capture = patch, capture
-
-    def __call__(self, *arguments: object) -> Ran:
-        self._patch.setattr(sys, "argv", ["qwenq", "check", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = self._capture.readouterr()
-        return Ran(int(ended.value.code or 0), shown.out, shown.err)
-
-
 @pytest.fixture(autouse=True)
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
     Path("notes.txt").write_text(TEXT * 60)
-    return Shell(monkeypatch, capsys)
+    return Shell("check", monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -9,41 +9,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from command_shell import Ran, Shell
 from evals.benchmark_data import write_mmlu
 from tiny_model import write_tiny_model
 
-from qwenq.cli import main
 from qwenq.results import read_environment, read_rows
 
 SUBJECTS = "abstract_algebra,astronomy"
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capture = patch, capture
-
-    def __call__(self, *arguments: object) -> Ran:
-        self._patch.setattr(sys, "argv", ["qwenq", "eval", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = self._capture.readouterr()
-        return Ran(int(ended.value.code or 0), shown.out, shown.err)
 
 
 @pytest.fixture(autouse=True)
 def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
-    return Shell(monkeypatch, capsys)
+    return Shell("eval", monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from command_shell import Shell
 from tiny_model import TEXT, write_tiny_model
 
-from qwenq.cli import main
 from qwenq.models.qwen_v1 import V1_KEY
 from qwenq.reporting.collect import collect
 from qwenq.reporting.long_context import long_context_table
@@ -19,29 +17,11 @@ from qwenq.results import read_rows
 FLAGS = {"seq_length": 32, "use_dynamic_ntk": True, "use_logn_attn": True}
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capture = patch, capture
-
-    def __call__(self, *arguments: object) -> Ran:
-        self._patch.setattr(sys, "argv", ["qwenq", "perplexity", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = self._capture.readouterr()
-        return Ran(int(ended.value.code or 0), shown.out, shown.err)
-
-
 @pytest.fixture
 def perplexity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
-    return Shell(monkeypatch, capsys)
+    return Shell("perplexity", monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
