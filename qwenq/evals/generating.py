@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qwenq.evals.memory import Budget, is_out_of_memory, longest_first
+from qwenq.evals.memory import Budget, cache_for_writing, is_out_of_memory, longest_first
 from qwenq.evals.requests import WriteTokens
 from qwenq.evals.scoring import begin_rows, encode_prefix, require_finite, shared_groups
 from qwenq.evals.task import Written
@@ -21,7 +21,9 @@ from qwenq.models.tokenizer import TextStream, Tokenizer
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine
 
-_COMPACT = 0.75  # rows in use, of all rows, below which the idle ones are dropped
+_COMPACT = {"cpu": 1.0, "cuda": 0.75}
+"""Rows in use, of all rows, up to which idle ones are dropped. On a CPU each has its share of every step; on a
+GPU next to none, but steps over another number of rows are captured anew."""
 
 
 class AnswerText:
@@ -100,14 +102,14 @@ class _Batch:
         return [place for place, row in enumerate(self.rows) if row is None]
 
     def drop_idle(self) -> None:
-        """Go on with the busy rows alone, once enough are idle to be worth the copy."""
-        busy = self.busy
-        if len(busy) <= _COMPACT * len(self.rows):
-            self.cache = self.cache.take(busy)
-            self.rows = [self.rows[place] for place in busy]
-            self.newest = [self.newest[place] for place in busy]
-        elif self.idle:
-            self.cache.clear(self.idle)  # or their positions would grow out of the cache
+        """Go on with the busy rows alone, once enough are idle to be worth it."""
+        busy, idle = self.busy, self.idle
+        if idle and len(busy) <= _COMPACT[self.cache.keys[0].device.type] * len(self.rows):
+            order = self.cache.keep(busy)
+            self.rows = [self.rows[place] for place in order]
+            self.newest = [self.newest[place] for place in order]
+        else:
+            self.cache.clear(idle)  # or their positions would grow out of the cache
 
 
 class _Writer:
@@ -143,7 +145,7 @@ class _Writer:
             rows = min(self._budget.rows_to_decode(capacity), len(self._queue))
             batch: _Batch | None = None
             try:
-                batch = _Batch(self._engine.new_cache(rows, capacity), [None] * rows, [0] * rows)
+                batch = _Batch(cache_for_writing(self._engine, rows, capacity), [None] * rows, [0] * rows)
                 yield from self._run_batch(batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

@@ -12,7 +12,9 @@ import psutil
 import torch
 
 from qwenq.errors import QwenqError
-from qwenq.runtime.engine import Engine
+from qwenq.runtime.attention.grouped_decode import GroupedDecode
+from qwenq.runtime.cache import KVCache
+from qwenq.runtime.engine import Engine, FastEngine
 
 CPU_TOKENS, GPU_TOKENS = 512, 16384
 """New tokens in one forward pass from which on more gain nothing."""
@@ -53,8 +55,9 @@ class Budget:
         return max(1, min(self.rows, self.tokens // max(longest, 1), self.memory // each))
 
     def rows_to_decode(self, capacity: int) -> int:
-        """Rows that take a token each, again and again; at least one."""
-        each = self._cache(capacity, steps=True) + self.computed + self.logits
+        """Rows of a cache for writing that take a token each, again and again; at least one."""
+        cache = (capacity + _PADDING) * self.arranged if self.arranged else capacity * self.cached
+        each = cache + self.computed + self.logits
         return max(1, min(self.rows, self.memory // each))
 
     def _cache(self, capacity: int, steps: bool) -> int:
@@ -88,7 +91,7 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
     probe = engine.new_cache(1, 1)
     layer = probe.keys[0].nbytes + probe.values[0].nbytes
     arranged = 0
-    if engine.name == "fast" and not gpu:
+    if _has_step_layout(engine):
         step = probe.step()
         arranged = sum(slot.nbytes for slot in (*step.keys, *step.values))
     usual = (GPU_ROWS if gpu else CPU_ROWS) if decode else (GPU_TOKENS if gpu else CPU_TOKENS)
@@ -102,6 +105,23 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
         logits=engine.vocab_size * 4 * _LOGITS,
         arranged=arranged,
     )
+
+
+def cache_for_writing(engine: Engine, rows: int, capacity: int) -> KVCache:
+    """An empty cache whose rows are put there ready, then decoded: in the layout of such steps, and no other.
+
+    Raises:
+        OutOfMemoryError: more bytes than are free.
+    """
+    if not _has_step_layout(engine):
+        return engine.new_cache(rows, capacity)
+    cache = engine.new_cache(rows, 1)
+    cache.arrange_for_steps(capacity)
+    return cache
+
+
+def _has_step_layout(engine: Engine) -> bool:
+    return isinstance(engine, FastEngine) and isinstance(engine.decoder.attend, GroupedDecode)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

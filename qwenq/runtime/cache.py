@@ -7,7 +7,7 @@ its position, and "may see" is one comparison (slot ≤ position). What lies beh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,30 +15,9 @@ from torch import Tensor
 
 from qwenq.errors import UsageError
 from qwenq.runtime.memory import require
+from qwenq.runtime.step_layout import Step, StepLayout
 
 _LOWER = "ask for fewer new tokens, a shorter prompt or fewer rows at once"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One decode step: the newest token of every row, over a cache that is arranged for it.
-
-    Attributes:
-        positions: int64 [batch or 1, 1]; 1 when all rows are alike.
-        end: slots 0 … end-1 are read.
-        keys: per layer float32 [batch · heads, d, end], the slots side by side.
-        values: per layer float32 [batch · heads, end, d].
-        key_slots, value_slots: per layer [batch, heads, d], where the new token goes; None: rows differ.
-        mask: float32 [batch · heads, 1, end], -inf behind a row's length; None: no row is shorter.
-    """
-
-    positions: Tensor
-    end: int
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    key_slots: Sequence[Tensor] | None
-    value_slots: Sequence[Tensor] | None
-    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +73,7 @@ class KVCache:
         self.lengths = [0] * batch
         self.alphas = [1] * batch
         self._dtype = dtype
-        self._arranged: tuple[Tensor, Tensor] | None = None
+        self._arranged: StepLayout | None = None
         shape = (batch, heads, capacity, head_dim)
         require(
             2 * layers * math.prod(shape) * dtype.itemsize,
@@ -196,6 +175,29 @@ class KVCache:
         for row, length, alpha in zip(rows, source.lengths, source.alphas, strict=True):
             self.lengths[row], self.alphas[row] = length, alpha
 
+    def keep(self, rows: Collection[int]) -> list[int]:
+        """Drop all other rows where they lie: little is copied, and no memory is given back.
+
+        Returns:
+            For each row that is left, which one it was: itself where it can be, else it fills a gap.
+
+        Raises:
+            UsageError: there is no such row.
+        """
+        kept = sorted(set(rows))
+        self._check_rows(kept)
+        behind = [row for row in kept if row >= len(kept)]
+        order = [row if row in kept else behind.pop() for row in range(len(kept))]
+        for tensor in (*self.keys, *self.values):
+            for row, was in enumerate(order):
+                if row != was:
+                    tensor[row, :, : self.lengths[was]] = tensor[was, :, : self.lengths[was]]
+        self.keys, self.values = ([layer[: len(order)] for layer in own] for own in (self.keys, self.values))
+        if self._arranged is not None:
+            self._arranged.narrow(len(order))
+        self.lengths, self.alphas = ([own[was] for was in order] for own in (self.lengths, self.alphas))
+        return order
+
     def fork(self, batch: int, capacity: int) -> KVCache:
         """A new cache of ``batch`` rows that all begin with the one row of this cache.
 
@@ -214,22 +216,6 @@ class KVCache:
                 f"{end} tokens do not fit into a cache of {self.capacity}",
                 hint="shorten the prompt or ask for fewer new tokens",
             )
-
-    def _arrange_for_steps(self) -> tuple[Tensor, Tensor]:
-        """Keys [layers, batch, heads, d, slots], values [..., slots, d]; ``keys``, ``values`` view them."""
-        if self._arranged is None:
-            batch, heads, capacity, d = self.keys[0].shape
-            # Rows of keys that lie a power of two apart would share few lines of the processor's cache.
-            slots = -(-capacity // 16) * 16 + 16
-            needed = 8 * len(self.keys) * batch * heads * slots * d
-            require(needed, self.keys[0].device, f"decoding {batch} rows of {capacity} tokens", _LOWER)
-            keys = torch.zeros(len(self.keys), batch, heads, d, slots)
-            values = torch.zeros(len(self.keys), batch, heads, slots, d)
-            new_keys = [layer.transpose(-1, -2)[:, :, :capacity] for layer in keys.unbind(0)]
-            new_values = [layer[:, :, :capacity] for layer in values.unbind(0)]
-            self._move_to(new_keys, new_values)
-            self._arranged = keys, values
-        return self._arranged
 
     def _arrange_plainly(self) -> None:
         """Back to one [batch, heads, capacity, d] per layer, in the dtype of the activations."""
@@ -293,38 +279,54 @@ class KVCache:
             stored_values[span.rows, :, slots] = values[span.rows, :, span.steps]
         return stored_keys[:, :, : span.end], stored_values[:, :, : span.end]
 
+    def arrange_for_steps(self, capacity: int = 0) -> StepLayout:
+        """Bring keys and values, once, to the form that `step` reads, on the CPU.
+
+        Args:
+            capacity: slots that each row gets at least; a cache that is made small and arranged with its real
+                capacity while it is empty never holds both forms.
+
+        Raises:
+            OutOfMemoryError: more bytes than are free.
+        """
+        if self._arranged is None or capacity > self.capacity:
+            _, heads, slots, d = self.keys[0].shape
+            layout = StepLayout(len(self.keys), self.batch, heads, max(capacity, slots), d, _LOWER)
+            self._move_to(*layout.views())
+            self._arranged = layout
+        return self._arranged
+
     def step(self) -> Step:
         """Plan a decode step on the CPU: one new token in every row.
-
-        Such a step reads everything and multiplies little, so keys and values are brought, once, to the form
-        in which reading is fastest: keys transposed, as their product with a query runs over slots; float32,
-        as products of so few rows are slower in bfloat16 on a CPU, and scores keep their precision.
 
         Raises:
             UsageError: a row is full.
         """
         end = max(self.lengths) + 1
         self._refuse_more_than(end)
-        keys, values = self._arrange_for_steps()
-        layers, batch, heads, d, slots = keys.shape
-        key_slots = value_slots = mask = None
-        if min(self.lengths) == end - 1:
-            positions = torch.tensor([[end - 1]])
-            key_slots, value_slots = keys[..., end - 1].unbind(0), values[..., end - 1, :].unbind(0)
-        else:
-            positions = torch.tensor(self.lengths).unsqueeze(1)
-            behind = torch.arange(end) > positions  # [batch, end]
-            mask = torch.zeros(behind.shape).masked_fill_(behind, float("-inf"))
-            mask = mask.repeat_interleave(heads, dim=0).unsqueeze(1)
-        return Step(
-            positions,
-            end,
-            keys.view(layers, batch * heads, d, slots)[..., :end].unbind(0),
-            values.view(layers, batch * heads, slots, d)[:, :, :end].unbind(0),
-            key_slots,
-            value_slots,
-            mask,
-        )
+        return self.arrange_for_steps().step(self.next_positions(), end)
+
+    def next_positions(self) -> Tensor:
+        """Int64 [batch or 1, 1], of one more token in every row; 1 when all rows are alike."""
+        if min(self.lengths) == max(self.lengths):
+            return torch.tensor([self.lengths[:1]])
+        return torch.tensor(self.lengths).unsqueeze(1)
+
+    def laid_out_for_step(self) -> tuple[Tensor, Tensor]:
+        """All layers as `step` lays them out, contiguous, for code that finds its way by itself.
+
+        Returns:
+            Float32 keys [layers, batch, heads, d, slots] and values [layers, batch, heads, slots, d].
+
+        Raises:
+            UsageError: a row is full.
+        """
+        self._refuse_more_than(max(self.lengths) + 1)
+        layout = self.arrange_for_steps()
+        if not layout.keys.is_contiguous():
+            layout.make_contiguous()
+            self.keys, self.values = layout.views()
+        return layout.keys, layout.values
 
     def write_step(self, layer: int, keys: Tensor, values: Tensor, step: Step) -> None:
         """Put the new token of each row, float32 [batch, heads, d], into a layer's slots."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, silu
 
 from qwenq.runtime.attention.grouped_decode import mix
-from qwenq.runtime.cache import KVCache, Step
+from qwenq.runtime.cache import KVCache
 from qwenq.runtime.rope import logn_scales
+from qwenq.runtime.step_layout import Step
 
 if TYPE_CHECKING:
     from qwenq.runtime.decoder import Block, Decoder
@@ -65,7 +66,7 @@ class DecodeStep:
             UsageError: a row is full.
         """
         step = cache.step()
-        cos, sin = self._rotation(step, cache)
+        cos, sin = self.rotation(cache)
         x = embedding(ids, self._decoder.embedding)
         for layer, (block, norms) in enumerate(zip(self._decoder.blocks, self._norms, strict=True)):
             x = x + self._attention(norms[0](x), block, layer, cache, step, cos, sin)
@@ -90,12 +91,13 @@ class DecodeStep:
         mixed = mix(queries, step.keys[layer], step.values[layer], step.mask)
         return block.out(mixed.view(batch, heads * d).to(x.dtype))
 
-    def _rotation(self, step: Step, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def rotation(self, cache: KVCache) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines, float32 [batch or 1, heads + key/value heads, d], queries scaled."""
-        cos, sin = self._decoder.rope.at(step.positions, cache.alphas, step.end)  # [batch or 1, 1, 1, d]
+        positions, end = cache.next_positions(), max(cache.lengths) + 1
+        cos, sin = self._decoder.rope.at(positions, cache.alphas, end)  # [batch or 1, 1, 1, d]
         scales, context = self._scales, self._decoder.spec.long_context
-        if context is not None and context.logn and step.end > context.seq_length:
-            longer = logn_scales(step.positions, context.seq_length)[..., None]  # [batch or 1, 1, 1]
+        if context is not None and context.logn and end > context.seq_length:
+            longer = logn_scales(positions, context.seq_length)[..., None]  # [batch or 1, 1, 1]
             scales = scales.repeat(len(longer), 1, 1)
             scales[:, : self._heads] *= longer
         return cos[:, 0].float() * scales, sin[:, 0].float() * scales

@@ -85,7 +85,9 @@ class Decoder:
         self.embedding = weights.tensor("model.embed_tokens.weight")
         self.blocks = [_load_block(weights, self.spec, layer) for layer in range(self.spec.shape.layers)]
         self.norm = weights.tensor("model.norm.weight")
-        self.head: Kernel = Dense(self.embedding) if checkpoint.tied else weights.linear("lm_head")
+        self.head: Kernel = (
+            Dense(self.embedding, shared=True) if checkpoint.tied else weights.linear("lm_head")
+        )
         if head == "int8":
             self.head = Int8Head.of(self.head)
         self._step = DecodeStep(self) if isinstance(attention, GroupedDecode) else None
