@@ -65,7 +65,7 @@ class EvalRecipe(_Section):
     tasks: tuple[str, ...] = ("mmlu", "ceval", "gsm8k", "humaneval")
     protocol: Literal["card", "base", "lm-eval"] = "card"
     subjects: tuple[str, ...] = ()  # none: all
-    limit: Count | None = None  # items of each task
+    limit: Count | None = None  # items of each subject, or of a task without subjects
     shots: Annotated[int, Field(ge=0)] | None = None  # none: the protocol's own
     data: str | None = None  # folder of the benchmarks' files; none: the hub
     sample: bool = False  # the suite that ships with qwenq, which is not the benchmark
