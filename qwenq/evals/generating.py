@@ -22,8 +22,8 @@ from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine
 
 _COMPACT = {"cpu": 1.0, "cuda": 0.75}
-"""Rows in use, of all rows, up to which idle ones are dropped. On a CPU each has its share of every step; on a
-GPU next to none, but steps over another number of rows are captured anew."""
+"""Rows in use, of all rows, up to which idle ones are dropped. On a CPU each has its share of every step; on
+a GPU next to none, but steps over another number of rows are captured anew."""
 
 
 class AnswerText:
