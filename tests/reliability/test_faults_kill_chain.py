@@ -11,37 +11,14 @@ from pathlib import Path
 
 import pytest
 from answers import answers, assert_same
-from evals.benchmark_data import write_mmlu
 from starter import KILLS, Record, Starter
-from tiny_families import write_calibration, write_family
+from tiny_chain import write_chain
 
 from qwenq.profiling.points import ENCODING, GENERATING
 from qwenq.results import RESULTS_FILE, Row, read_rows
 
 PATIENCE = 0.05
 POINTS = 4
-RECIPE = """
-model = "tiny"
-precisions = ["fp32", "int4"]
-[calibration]
-source = "calibration.safetensors"
-[quantize]
-bits = 4
-dtype = "float32"
-[eval]
-tasks = ["mmlu"]
-protocol = "base"
-subjects = ["abstract_algebra", "astronomy"]
-shots = 0
-data = "data"
-limit = 20
-[profile]
-tokens = [8]
-encode = [16]
-attention = ["sdpa"]
-[report]
-name = "tiny"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +28,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
         "qwenq.profiling.measure", "qwenq.profiling.child", "qwenq.run.execute", "qwenq.reporting.write",
     )  # fmt: skip
     starter = Starter(tmp_path_factory.mktemp("chain"), *modules, "transformers.models.llama.modeling_llama")
-    model = write_family(starter.folder / "tiny", max_position_embeddings=2048)
-    write_calibration(model, starter.folder / "calibration.safetensors")
-    write_mmlu(starter.folder / "data")
-    (starter.folder / "recipe.toml").write_text(RECIPE)
+    write_chain(starter.folder, limit=20)
     yield starter
     starter.close()
 

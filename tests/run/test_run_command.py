@@ -10,33 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from evals.benchmark_data import write_mmlu
-from tiny_families import write_calibration, write_family
+from tiny_chain import write_chain
 
 from qwenq.results import read_rows
 
-RECIPE = """
-model = "tiny"
-precisions = ["fp32", "int4"]
-[calibration]
-source = "calibration.safetensors"
-[quantize]
-bits = 4
-dtype = "float32"
-[eval]
-tasks = ["mmlu"]
-protocol = "base"
-subjects = ["abstract_algebra", "astronomy"]
-shots = 0
-data = "data"
-limit = 3
-[profile]
-tokens = [8]
-encode = [16]
-attention = ["sdpa", "v2"]
-[report]
-name = "tiny"
-title = "A tiny model"
+GATE = """title = "A tiny model"
 [gate]
 baseline = "baseline"
 fail_on = "accuracy:significant, kl:>0.05, size:>1.0"
@@ -52,12 +30,8 @@ def qwenq(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # some ten processes, each of which imports torch
 def test_the_whole_chain_and_then_nothing_twice(tmp_path: Path) -> None:
-    write_calibration(
-        write_family(tmp_path / "tiny", max_position_embeddings=2048), tmp_path / "calibration.safetensors"
-    )
-    write_mmlu(tmp_path / "data")
+    write_chain(tmp_path, limit=3, attention='["sdpa", "v2"]', more=GATE)
     (tmp_path / "baseline").mkdir()
-    (tmp_path / "recipe.toml").write_text(RECIPE)
 
     first = qwenq(tmp_path, "run", "recipe.toml")
     assert first.returncode == 2, first.stderr  # there is no baseline yet: said by the gate, as misuse
