@@ -19,6 +19,9 @@ Message = Mapping[str, str]
 Prompt = str | tuple[Message, ...]
 """Text as it is (no special token is parsed in it), or turns for the model's chat template."""
 
+SYSTEM = "You are a helpful assistant."
+"""Of Qwen's own chat scripts, said in so many words: a model's template may have another."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -35,6 +38,11 @@ class Item:
     subject: str | None
     data: Mapping[str, str]
     shots: tuple[Mapping[str, str], ...] = ()
+
+
+def first_turn(text: str) -> tuple[Message, ...]:
+    """A chat that begins with this question, as Qwen's scripts ask chat models."""
+    return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": text})
 
 
 @dataclass(frozen=True)

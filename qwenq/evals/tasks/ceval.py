@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from qwenq.errors import DataError
-from qwenq.evals.task import Choose, Item, Judgement, Message, Request, Score, Write, Written
+from qwenq.evals.task import Choose, Item, Judgement, Request, Score, Write, Written, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.choices import (
     COLUMNS,
@@ -30,7 +30,6 @@ from qwenq.evals.tasks.script import Judged, Script
 
 VERSION = 1
 
-SYSTEM = "You are a helpful assistant."
 CHAT_PROMPT = "{question}\n\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n"
 MAX_NEW_TOKENS = 512
 QUESTION = "问题：{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n答案："
@@ -100,11 +99,7 @@ CATEGORIES: Mapping[str, Sequence[str]] = {
 
 def ask_chat(item: Item) -> Request:
     """The bare question, without examples, as the first turn of a chat."""
-    turns: tuple[Message, ...] = (
-        {"role": "system", "content": SYSTEM},  # said in so many words: a model's template may have another
-        {"role": "user", "content": CHAT_PROMPT.format_map(item.data)},
-    )
-    return Write(turns, MAX_NEW_TOKENS)
+    return Write(first_turn(CHAT_PROMPT.format_map(item.data)), MAX_NEW_TOKENS)
 
 
 def read_chat(item: Item, answer: Written) -> Judgement:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from qwenq.errors import DataError
-from qwenq.evals.task import DataSource, Item, Judgement, Message, Request, Write, Written
+from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
 from qwenq.evals.tasks.hub import read_hub
@@ -27,7 +27,6 @@ from qwenq.evals.tasks.script import Script
 
 VERSION = 1
 
-SYSTEM = "You are a helpful assistant."
 MAX_NEW_TOKENS = 512
 QUESTION = "Question: {question}\nLet's think step by step"
 SHOT = QUESTION + "\n{steps}\nThe answer is {number}\n\n"
@@ -88,11 +87,7 @@ def ask_chat(item: Item) -> Request:
     question = item.data["question"]
     if item.shots:
         question = _worked(item.shots) + QUESTION.format(question=question)
-    turns: tuple[Message, ...] = (
-        {"role": "system", "content": SYSTEM},  # said in so many words: a model's template may have another
-        {"role": "user", "content": question},
-    )
-    return Write(turns, MAX_NEW_TOKENS)
+    return Write(first_turn(question), MAX_NEW_TOKENS)
 
 
 def ask_base(item: Item) -> Request:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qwenq.errors import DataError
 from qwenq.evals.sandbox.programs import Program
-from qwenq.evals.task import DataSource, Item, Judgement, Message, Request, Write, Written
+from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
 from qwenq.evals.tasks.hub import read_hub
@@ -27,7 +27,6 @@ from qwenq.evals.tasks.script import Script
 
 VERSION = 1
 
-SYSTEM = "You are a helpful assistant."
 CHAT_PROMPT = "Write a Python function `{signature}` to solve the following problem:\n{description}\n{prompt}"
 SIGNATURE = r"def\s+({entry_point}.*?):\s*\n"
 DOCSTRING = re.compile(r"(?:\"\"\"|''')(.*?)(?:\"\"\"|''')", re.DOTALL)
@@ -81,11 +80,7 @@ def ask_chat(item: Item) -> Request:
     assert signature and docstring  # noqa: S101  (checked when the row was read)
     description = "\n".join(line.strip() for line in docstring.group(1).split("\n"))
     question = CHAT_PROMPT.format(signature=signature.group(1), description=description, prompt=prompt)
-    turns: tuple[Message, ...] = (
-        {"role": "system", "content": SYSTEM},  # said in so many words: a model's template may have another
-        {"role": "user", "content": question},
-    )
-    return Write(turns, MAX_NEW_TOKENS)
+    return Write(first_turn(question), MAX_NEW_TOKENS)
 
 
 def ask_base(item: Item) -> Request:

@@ -22,7 +22,7 @@ from typing import Any
 
 from qwenq.errors import DataError
 from qwenq.evals.sandbox.programs import Program
-from qwenq.evals.task import DataSource, Item, Judgement, Message, Request, Write, Written
+from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.data import (
     Row,
@@ -38,7 +38,6 @@ from qwenq.evals.tasks.script import Script
 
 VERSION = 1
 
-SYSTEM = "You are a helpful assistant."
 MAX_NEW_TOKENS = 512
 TASK = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
@@ -89,11 +88,7 @@ def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
 
 def ask_chat(item: Item) -> Request:
     """The task and its tests as the first turn of a chat."""
-    turns: tuple[Message, ...] = (
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": TASK.format_map(item.data)},
-    )
-    return Write(turns, MAX_NEW_TOKENS)
+    return Write(first_turn(TASK.format_map(item.data)), MAX_NEW_TOKENS)
 
 
 def ask_base(item: Item) -> Request:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from qwenq.errors import DataError
-from qwenq.evals.task import Choose, Item, Judgement, Message, Request, Write, Written
+from qwenq.evals.task import Choose, Item, Judgement, Request, Write, Written, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.choices import (
     COLUMNS,
@@ -35,7 +35,6 @@ from qwenq.evals.tasks.script import Script
 
 VERSION = 1
 
-SYSTEM = "You are a helpful assistant."
 CHAT_PROMPT = (
     "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D as "
     "the answer to this question.\n\n{question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n"
@@ -116,11 +115,7 @@ CATEGORIES: Mapping[str, Sequence[str]] = {
 
 def ask_chat(item: Item) -> Request:
     """The bare question, without examples, as the first turn of a chat."""
-    turns: tuple[Message, ...] = (
-        {"role": "system", "content": SYSTEM},  # said in so many words: a model's template may have another
-        {"role": "user", "content": CHAT_PROMPT.format_map(item.data)},
-    )
-    return Write(turns, MAX_NEW_TOKENS)
+    return Write(first_turn(CHAT_PROMPT.format_map(item.data)), MAX_NEW_TOKENS)
 
 
 def read_chat(item: Item, answer: Written) -> Judgement:
