@@ -132,3 +132,61 @@ def test_single_rows_are_emptied() -> None:
     assert (cache.lengths, cache.alphas) == ([2, 0, 4], [10, 1, 12])
     with pytest.raises(UsageError, match="no row 3"):
         cache.clear([3])
+
+
+@pytest.mark.parametrize("arranged", [False, True])
+@pytest.mark.parametrize(
+    ("kept", "order"),
+    [
+        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
+        ([0, 2, 4], [0, 4, 2]),
+        ([3, 4], [4, 3]),
+        ([4, 0], [0, 4]),
+        ([2], [2]),
+    ],
+)
+def test_rows_are_dropped_and_the_last_ones_fill_the_gaps(
+    kept: list[int], order: list[int], arranged: bool
+) -> None:
+    cache = numbered_cache(5)
+    if arranged:
+        cache.step()
+    assert cache.keep(kept) == order
+    assert (cache.batch, cache.capacity) == (len(order), 8)
+    assert (cache.lengths, cache.alphas) == ([was + 2 for was in order], [10 + was for was in order])
+    step = cache.step() if arranged else None
+    for row, was in enumerate(order):
+        held = was + 2
+        assert cache.keys[0][row, :, :held].eq(was + 1).all()
+        assert cache.values[0][row, :, :held].eq(-was - 1).all()
+        if step is not None:  # what steps read is the same
+            assert step.keys[0].unflatten(0, (-1, 2))[row, :, :, :held].eq(was + 1).all()
+            assert step.values[0].unflatten(0, (-1, 2))[row, :, :held].eq(-was - 1).all()
+    with pytest.raises(UsageError, match="no row 5"):
+        cache.keep([5])
+
+
+def test_code_that_finds_its_way_by_itself_gets_rows_without_gaps() -> None:
+    cache = KVCache(3, 5, heads=2, capacity=8, head_dim=4, device=CPU, dtype=torch.float32)
+    for layer, tensor in enumerate(cache.keys):
+        tensor[:, :, :2] = torch.arange(5.0).view(5, 1, 1, 1) + 10 * layer
+    cache.advance([2] * 5)
+    cache.laid_out_for_step()
+    assert cache.keep([0, 4]) == [0, 4]
+    keys, values = cache.laid_out_for_step()
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    expected = torch.tensor([[10.0 * layer, 10.0 * layer + 4] for layer in range(3)])
+    assert keys[..., :2].eq(expected.view(3, 2, 1, 1, 1)).all()
+    keys.zero_()
+    assert all(layer.eq(0).all() for layer in cache.keys)  # which are views of it
+
+
+def test_an_empty_cache_grows_as_it_is_laid_out_for_steps() -> None:
+    cache = small_cache(2, capacity=1)
+    cache.arrange_for_steps(20)
+    assert cache.capacity == 20
+    cache.put([1, 0], numbered_cache(2))
+    assert cache.step().end == 4
+    assert cache.keys[0][1, :, :2].eq(1).all()
+    assert cache.keys[0][0, :, :3].eq(2).all()

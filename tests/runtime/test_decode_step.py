@@ -68,6 +68,25 @@ def test_rows_are_replaced_between_steps() -> None:
     torch.testing.assert_close(logits, reference_logits(model, [*now[2], 8, 9])[-2:], atol=1e-4, rtol=0)
 
 
+@torch.inference_mode()
+def test_rows_are_dropped_between_steps() -> None:
+    model, checkpoint = small_model("qwen2-tied")
+    engine = load(checkpoint, device="cpu", dtype="float32")
+    rows = [random_ids(length, length) for length in (4, 19, 11, 7)]
+    cache = engine.new_cache(4, 40)
+    engine.prefill(rows, cache)
+    engine.decode(torch.tensor([1, 2, 3, 4]), cache)
+    assert cache.keep([1, 3]) == [3, 1]
+    for tokens in ([5, 6], [7, 8]):
+        found = engine.decode(torch.tensor(tokens), cache)
+    now = [[*rows[3], 4, 5, 7], [*rows[1], 2, 6, 8]]
+    expected = torch.stack([reference_logits(model, ids)[-1] for ids in now])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert cache.keep([0]) == [0]
+    (logits,) = engine.logits([[8, 9]], cache)  # a prompt leaves that layout
+    torch.testing.assert_close(logits, reference_logits(model, [*now[0], 8, 9])[-2:], atol=1e-4, rtol=0)
+
+
 def test_grouped_is_for_the_cpu() -> None:
     with pytest.raises(UnsupportedError, match="laid out for a CPU"):
         attention_backend("grouped", torch.device("cuda"), torch.bfloat16)
