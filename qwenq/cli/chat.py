@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import DeviceName, DtypeName, EngineName, KernelName
 from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -30,20 +31,14 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
-    engine: Annotated[
-        Literal["fast", "transformers"], typer.Option(help="The lean decoder, or transformers.")
-    ] = "fast",
-    kernel: Annotated[
-        str, typer.Option(help="Of quantised weights: auto, or one that `doctor` lists.")
-    ] = "auto",
+    engine: EngineName = "fast",
+    kernel: KernelName = "auto",
     attention: Annotated[str, typer.Option(help="auto, or one that `doctor` lists.")] = "auto",
     head: Annotated[
         Literal["as-is", "int8"], typer.Option(help="int8: round the output head to 8 bits (CPU; faster).")
     ] = "as-is",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
-    ] = "auto",
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
 ) -> None:
     """Chat with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves.
 

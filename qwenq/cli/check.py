@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import DeviceName
 from qwenq.errors import QwenqError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def check(
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of each. Default: 512, or what the model takes.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: DeviceName = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="auto: float32, so that no rounding but the weights' is counted."),

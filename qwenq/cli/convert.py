@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import SeedOfWeights
 from qwenq.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -27,7 +28,7 @@ def convert(
         Literal["stored", "random"],
         typer.Option(help="random: SRC is a catalogue name; writes it with seeded random weights."),
     ] = "stored",
-    seed: Annotated[int, typer.Option(min=0, help="Of random weights.")] = 0,
+    seed: SeedOfWeights = 0,
 ) -> None:
     """Rewrite a model in another layout.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import DeviceName, DtypeName
 
 if TYPE_CHECKING:
     from qwenq.runtime.doctor import Part
@@ -27,10 +28,8 @@ _OPTIONAL = (
 
 @app.command()
 def doctor(
-    device: Annotated[str, typer.Option(help="To ask for: auto, cpu, cuda, cuda:1.")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
-    ] = "auto",
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Say what this machine can run, and how to get the rest."""

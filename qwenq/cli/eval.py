@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import (
+    AttentionName,
+    DeviceName,
+    DtypeName,
+    EngineName,
+    KernelName,
+    RowsAsJson,
+    RunFolder,
+)
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -57,19 +66,13 @@ def evaluate(
     sample: Annotated[
         bool, typer.Option("--sample", help="The small suite that ships with qwenq; not the benchmarks.")
     ] = False,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    engine: Annotated[
-        Literal["fast", "transformers"], typer.Option(help="The lean decoder, or transformers.")
-    ] = "fast",
-    attention: Annotated[str, typer.Option(help="off, sdpa or v2.")] = "sdpa",
-    kernel: Annotated[
-        str, typer.Option(help="What multiplies quantised weights; auto: the fastest.")
-    ] = "auto",
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    engine: EngineName = "fast",
+    attention: AttentionName = "sdpa",
+    kernel: KernelName = "auto",
     batch: Annotated[str, typer.Option(help="auto, or how many prompts at once.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")] = None,
+    out: RunFolder = None,
     endpoint: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +88,7 @@ def evaluate(
     show: Annotated[
         str | None, typer.Option(metavar="ID", help="Print one recorded item in full; run nothing.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    as_json: RowsAsJson = False,
 ) -> None:
     """Evaluate models on MMLU, C-Eval, GSM8K, HumanEval and more.
 

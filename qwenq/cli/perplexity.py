@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import AttentionName, DeviceName, DtypeName, KernelName, RowsAsJson, RunFolder
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,16 +44,12 @@ def perplexity(
     logn: Annotated[
         Literal["on", "off"] | None, typer.Option(help="Qwen v1's logn attention. [default: both]")
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
-    attention: Annotated[str, typer.Option(help="off, sdpa or v2.")] = "sdpa",
-    kernel: Annotated[
-        str, typer.Option(help="What multiplies quantised weights; auto: the fastest.")
-    ] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    dtype: DtypeName = "auto",
+    device: DeviceName = "auto",
+    attention: AttentionName = "sdpa",
+    kernel: KernelName = "auto",
+    out: RunFolder = None,
+    as_json: RowsAsJson = False,
 ) -> None:
     """Measure perplexity by context length.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import DeviceName, KernelName, SeedOfWeights
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ def profile(
     ] = "fp32,bf16,int8,int4",
     attention: Annotated[str, typer.Option(help="v2, v1, off, sdpa, …, comma-separated.")] = "sdpa",
     engine: Annotated[str, typer.Option(help="fast, transformers.")] = "fast",
-    kernel: Annotated[str, typer.Option(help="Of quantised weights.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")] = "auto",
+    kernel: KernelName = "auto",
+    device: DeviceName = "auto",
     weights: Annotated[
         Literal["stored", "random"], typer.Option(help="random: MODEL is a catalogue name, see qwenq plan.")
     ] = "stored",
-    seed: Annotated[int, typer.Option(min=0, help="Of random weights.")] = 0,
+    seed: SeedOfWeights = 0,
     budget: Annotated[str | None, typer.Option(help="Time for the whole sweep: 90s, 10m, 1h30m.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/profile-… without it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,

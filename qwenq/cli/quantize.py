@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import DeviceName
 from qwenq.errors import UsageError
 from qwenq.models.opening import WEIGHTS_HELP
 
@@ -44,7 +45,7 @@ def quantize(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here win over it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make. [default: NAME-GPTQ-Int4]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: DeviceName = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(help="Of the forward pass: auto, float32, bfloat16, float16. [default: auto]"),
