@@ -44,21 +44,29 @@ def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda", "cuda:1" … stands for.
+    """The device that "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" … stands for.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: no such device here; says what is there.
     """
     import torch
 
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if gpus else "cpu")
     try:
         device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in (
+        "cpu",
+        "cuda",
+    ):  # others exist, and nothing here was tried on them
+        raise UsageError(f"{wanted!r} is no device", where="--device", hint="use cpu, cuda, cuda:1 or auto")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        built = "" if torch.version.cuda else f"; this torch ({torch.__version__}) is built without CUDA"
+        found = f"{gpus} CUDA GPU{'' if gpus == 1 else 's'} found"
         raise UsageError(
-            f"no device {wanted!r} here: {reason}", where="--device", hint="use --device cpu"
-        ) from error
+            f"{wanted} cannot be used: {found}{built}", where="--device", hint="use --device cpu"
+        )
     return device

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenq.models.precision import compute_dtype
+from qwenq.errors import UsageError
+from qwenq.models.precision import compute_dtype, resolve_device
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -26,3 +27,17 @@ def test_other_devices_compute_in_float32(device: torch.device | str) -> None:
 def test_cuda() -> None:
     ampere = torch.cuda.get_device_capability()[0] >= 8
     assert compute_dtype("cuda") == (torch.bfloat16 if ampere else torch.float16)
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "tpu", "", "cuda:x", "cpu cuda"])
+def test_a_device_that_nothing_here_runs_on_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"(?s)is no device.*use cpu, cuda"):
+        resolve_device(name)
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_what_is() -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    assert resolve_device("auto").type == ("cuda" if count else "cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(UsageError, match=rf"cuda:{count} cannot be used: {count} CUDA GPU"):
+        resolve_device(f"cuda:{count}")
