@@ -123,12 +123,17 @@ def take_lock(folder: Path, name: str = "lock") -> IO[str]:
         handle = (folder / name).open("w")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         handle.close()
         raise UsageError(
             "another qwenq is working in this folder",
             where=folder,
             hint="wait for it, or name another --out",
+        ) from error
+    except OSError as error:  # some network disks have no locks: then waiting would not help
+        handle.close()
+        raise StorageError(
+            f"the disk gave no lock: {error.strerror}", where=folder, hint="name an --out on another disk"
         ) from error
     return handle
 

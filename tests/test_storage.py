@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from qwenq.errors import StorageError
+from qwenq.errors import StorageError, UsageError
 from qwenq.storage import (
     atomic_write_bytes,
     atomic_write_json,
     cache_folder,
     guard_storage,
+    locked,
     readable_bytes,
     require_space,
     sha256_file,
@@ -136,3 +138,23 @@ def test_the_cache_goes_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("QWENQ_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert "qwenq" in cache_folder().parts
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with locked(run), pytest.raises(UsageError, match="another qwenq is working"), locked(run):
+        pass
+    with locked(run):
+        pass
+
+
+def test_a_disk_without_locks_is_not_called_another_qwenq(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said = r"(?s)gave no lock: No locks available.*another disk"
+    with pytest.raises(StorageError, match=said), locked(tmp_path):
+        pass
