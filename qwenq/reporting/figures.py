@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -82,9 +82,7 @@ def figures_of(collection: Collection, family: str) -> Iterator[Figure]:
 def _by_size(collection: Collection, family: str) -> Figure | None:
     found = model_bytes(collection, family).items()
     sizes = {(model.fingerprint, model.precision): nbytes / 1e6 for model, nbytes in found}
-    series = _accuracies(
-        collection, family, lambda item: sizes.get((item.row.model.fingerprint, item.row.model.precision))
-    )
+    series = _accuracies(collection, family, sizes)
     if not series:
         return None
     return Figure(
@@ -96,9 +94,7 @@ def _by_size(collection: Collection, family: str) -> Figure | None:
 def _by_speed(collection: Collection, family: str) -> Figure | None:
     rows = decode_rows(collection, family)
     speeds = {(item.row.model.fingerprint, item.row.model.precision): item.row.value for item in rows}
-    series = _accuracies(
-        collection, family, lambda item: speeds.get((item.row.model.fingerprint, item.row.model.precision))
-    )
+    series = _accuracies(collection, family, speeds)
     if not series:
         return None
     return Figure(
@@ -108,9 +104,14 @@ def _by_speed(collection: Collection, family: str) -> Figure | None:
 
 
 def _accuracies(
-    collection: Collection, family: str, place: Callable[[Measured], float | None]
+    collection: Collection, family: str, places: Mapping[tuple[str, str], float | None]
 ) -> tuple[Series, ...]:
-    """One series a task, one point a model; only tasks with two points, as one shows no trade."""
+    """One series a task, one point a model; only tasks with two points, as one shows no trade.
+
+    Args:
+        collection, family: whose accuracies.
+        places: on the other axis, by fingerprint and precision.
+    """
     tasks: dict[str, list[Measured]] = defaultdict(list)
     for item in collection.of(family, "accuracy"):
         tasks[str(item.row.point.get("task"))].append(item)
@@ -119,7 +120,8 @@ def _accuracies(
         points = [
             Point(x, y * 100, collection.label(item.row.model), *_percent(item))
             for item in at_one_point(rows, anywhere=True)
-            if (x := place(item)) is not None and (y := item.row.value) is not None
+            if (x := places.get((item.row.model.fingerprint, item.row.model.precision))) is not None
+            and (y := item.row.value) is not None
         ]
         if len(points) > 1:
             ordered = tuple(sorted(points, key=lambda point: point.x))
