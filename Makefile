@@ -7,14 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 # Compiled once, not at every start: torch and transformers take seconds to compile.
 export PYTHONDONTWRITEBYTECODE :=
 
-# One thread for each of two test processes: faster than two threads in one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+# One thread for each of two test processes: faster than two threads in one. Tests of a group share what they make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
-# What shows that faults are survived and hostile files refused; docs/reliability.md has the table.
-RELIABILITY := tests/reliability tests/test_crash.py tests/test_storage.py tests/models/test_hub.py \
+# What shows that faults are survived and hostile files refused; docs/reliability.md has the table. Long ones first.
+RELIABILITY := tests/run tests/test_crash.py tests/reliability tests/test_storage.py tests/models/test_hub.py \
     tests/models/test_integrity.py tests/models/test_safetensors_files.py tests/gptq/test_layer_store.py \
     tests/cli/test_quantize_full_disk.py tests/cli/test_quantize_bad_input.py \
-    tests/profiling/test_sweep.py tests/profiling/test_measure.py tests/run
+    tests/profiling/test_sweep.py tests/profiling/test_measure.py
 
 .PHONY: help install demo gate test test-slow reliability interop lint format clean
 

@@ -57,12 +57,14 @@ def _run_steps(chain: Chain, say: Callable[[str], None]) -> int:
             continue
         say(f"step {number} of {len(chain.steps)}: {step.name}")
         started = time.monotonic()
-        code = _execute(step)
+        code, stopped = _execute(step)
         if code != 0:
             say(f"{step.name} ended with exit code {code}; the same command goes on from here")
             return code
         _lead_to(step)
         _note(chain.work, step, time.monotonic() - started)
+        if stopped:  # it came when the step had done its work, and is still meant
+            signal.raise_signal(signal.SIGTERM)
     return 0
 
 
@@ -91,8 +93,12 @@ def _tidy(step: Step) -> None:
         discard_leftover(leftover)
 
 
-def _execute(step: Step) -> int:
-    """Run a step; Ctrl-C and SIGTERM reach it, and it may save what it has. It dies with this process."""
+def _execute(step: Step) -> tuple[int, bool]:
+    """Run a step; Ctrl-C and SIGTERM reach it, and it may save what it has. It dies with this process.
+
+    Returns:
+        Its exit code, and whether SIGTERM came.
+    """
     command = [sys.executable, "-m", step.module, *step.arguments]
     running: list[subprocess.Popen[bytes]] = []
     told: list[int] = []
@@ -115,7 +121,7 @@ def _execute(step: Step) -> int:
                 raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else 128 - code, bool(told)
 
 
 def _journal(work: Path) -> dict[str, str]:

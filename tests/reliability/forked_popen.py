@@ -36,11 +36,17 @@ class ForkedPopen:
         sys.stderr.flush()
         self.returncode: int | None = None
         ours, theirs = pipes(stdin, stdout)
+        # As CPython's: a signal that comes meanwhile is not for our handlers in the child.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.pid = os.fork()
         if self.pid == 0:
             if start_new_session:
                 os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
             become(argv, theirs, stderr, env)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for handle in theirs.values():
             os.close(handle)
         self.stdin = os.fdopen(ours[0], "wb", buffering=0) if 0 in ours else None
@@ -85,9 +91,7 @@ def pipes(stdin: int | None, stdout: int | None) -> tuple[dict[int, int], dict[i
 def become(
     argv: Sequence[str], handles: Mapping[int, int], errors: IO[bytes] | None, env: Mapping[str, str] | None
 ) -> None:
-    """The child: as after exec, with other files and default signals; never returns."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """The child: as after exec, with other files; never returns."""
     for number, handle in handles.items():
         os.dup2(handle, number)
     if errors is not None:

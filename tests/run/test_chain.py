@@ -342,6 +342,32 @@ def test_ctrl_c_ends_the_step_and_the_chain(steps: Path) -> None:
     assert not (steps / "work" / "journal.jsonl").exists()
 
 
+def test_sigterm_stops_the_chain_though_the_step_was_as_good_as_done(steps: Path) -> None:
+    """It came when the step did not listen any more: the step counts, and the next one does not begin."""
+    (steps / "step.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(0.2)\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+    )
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from qwenq.recipe import Recipe\n"
+        "from qwenq.run.chain import Chain, Step\n"
+        "from qwenq.run.execute import run_chain\n"
+        f"folder = Path({str(steps)!r})\n"
+        "made = tuple(Step(n, (str(folder / n),), folder / n, module='step') for n in ('one', 'two'))\n"
+        "run_chain(Chain(Recipe(), made, folder / 'work', None), print)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert (steps / "one").exists()
+    assert not (steps / "two").exists()
+    (entry,) = map(json.loads, (steps / "work" / "journal.jsonl").read_text().splitlines())
+    assert entry["step"] == "one"
+
+
 def test_json_lines_of_the_journal_say_what_was_done(steps: Path) -> None:
     run_chain(made_of(steps, marker("one", steps)), lambda line: None)
     (entry,) = map(json.loads, (steps / "work" / "journal.jsonl").read_text().splitlines())
