@@ -19,8 +19,10 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.attention.grouped_decode import GroupedDecode
 from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.decode_step import DecodeStep
 from qwenq.runtime.kernels.base import Kernel
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.linear import Dense, float32_logits
 from qwenq.runtime.rope import Rope, logn_scales, rotate
@@ -90,7 +92,10 @@ class Decoder:
         )
         if head == "int8":
             self.head = Int8Head.of(self.head)
-        self._step = DecodeStep(self) if isinstance(attention, GroupedDecode) else None
+        self._step = _decode_step(self)
+        if self.kernel == CpuVnni.name and isinstance(self._step, DecodeStep):
+            why = CompiledStep.why_not(self)
+            self.notes = (*self.notes, f"the faster compiled decode step was passed over: {why}")
 
     def switched(self, *, dynamic_ntk: bool, logn: bool) -> Decoder:
         """The same weights, shared, with Qwen v1's two ways beyond its trained length on or off.
@@ -104,8 +109,13 @@ class Decoder:
         other = copy(self)
         other.spec = replace(self.spec, long_context=replace(context, dynamic_ntk=dynamic_ntk, logn=logn))
         other.rope = Rope(other.spec, self.device, self.dtype)
-        other._step = DecodeStep(other) if self._step is not None else None
+        other._step = _decode_step(other)
         return other
+
+    @property
+    def compiled_step(self) -> bool:
+        """Whether decode steps are one call of compiled code."""
+        return isinstance(self._step, CompiledStep)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
@@ -203,6 +213,14 @@ class Decoder:
         if context is None or not context.logn or span.end <= context.seq_length:
             return None
         return logn_scales(span.positions, context.seq_length).to(self.dtype)[..., None, None]
+
+
+def _decode_step(decoder: Decoder) -> DecodeStep | CompiledStep | None:
+    """The fastest way to decode one token that this decoder has; None: there is none but the plain one."""
+    if not isinstance(decoder.attend, GroupedDecode):
+        return None
+    step = DecodeStep(decoder)
+    return step if CompiledStep.why_not(decoder) else CompiledStep(decoder, step)
 
 
 def _load_block(weights: Weights, spec: DecoderSpec, layer: int) -> Block:

@@ -229,6 +229,8 @@ class FastEngine(CachedEngine):
             f"attention {decoder.attend.name}: {decoder.attend.implementation}; torch {torch.__version__}"
         )
         self.notes = decoder.notes
+        if decoder.compiled_step:
+            self.implementation += ", decode steps compiled for this CPU"
         self._graphs = None
         if (why_not := Graphs.why_not(decoder)) is None:
             self._graphs = Graphs(decoder)

@@ -8,6 +8,7 @@ from torch import Tensor
 from qwenq.errors import UnsupportedError
 from qwenq.runtime.kernels.base import Grouped, Kernel
 from qwenq.runtime.kernels.cpu_int4 import CpuInt8, block
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni, unable
 from qwenq.runtime.linear import Dense
 
 _GROUP_SIZE = 32  # as in GGUF's Q8_0, the usual form of a head there
@@ -32,7 +33,8 @@ class Int8Head:
             part = slice(start, min(start + _ROWS_AT_ONCE, self._vocab))
             integers[part], scales[part] = _rounded(weight[part].float())
         zeros = torch.full(scales.shape, 128, dtype=torch.uint8)
-        self._layer = CpuInt8.of(Grouped(integers, scales, zeros, None), bits=8)
+        layer = Grouped(integers, scales, zeros, None)
+        self._layer = CpuInt8.of(layer, bits=8) if unable() else CpuVnni.of(layer, bits=8)
 
     @classmethod
     def of(cls, head: Kernel) -> Int8Head:

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.kernels.base import Need, QuantisedKernel
 from qwenq.runtime.kernels.cpu_int4 import CpuInt4, CpuInt8
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 from qwenq.runtime.kernels.dequantise import Dequantise
 from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
 
-KERNELS: tuple[type[QuantisedKernel], ...] = (CpuInt4, CpuInt8, TritonInt4, TritonInt8, Dequantise)
+KERNELS: tuple[type[QuantisedKernel], ...] = (
+    CpuVnni,
+    CpuInt4,
+    CpuInt8,
+    TritonInt4,
+    TritonInt8,
+    Dequantise,
+)
 """Each says itself what it can run; ``auto`` takes the first that does. Import without a GPU has to work."""
 
 

@@ -1,0 +1,192 @@
+"""Attention of a decode step, over a cache in float32 that is laid out for it: see ``KVCache.step``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llvmlite import ir
+
+from qwenq.runtime.kernels.native_code import FLOAT, LANES, LONG, Code, same
+from qwenq.runtime.kernels.native_math import (
+    FLOATS,
+    exponential,
+    floats,
+    lanes_before,
+    multiply_add,
+    put_floats,
+)
+
+if TYPE_CHECKING:
+    from qwenq.runtime.kernels.native_decoder import Shape
+
+_WIDE = 4  # registers of slots whose scores are summed side by side
+_NEVER = float("-inf")
+
+
+class StepAttention:
+    """Builds the two parts of attention into the code of one thread.
+
+    Args:
+        code: where.
+        job: values of ``native_decoder.JOB``.
+        shape: sizes.
+    """
+
+    def __init__(self, code: Code, job: dict[str, ir.Value], shape: Shape) -> None:
+        self.code, self.job, self.shape, self.d = code, job, shape, shape.head_dim
+        self.rotated = shape.heads + shape.kv_heads
+        self.all_heads = shape.heads + 2 * shape.kv_heads
+
+    def rotate_and_store(self, layer: ir.Value, bias: ir.Value, norm: ir.Value) -> None:
+        """Rotate this thread's share of queries and keys; keys and values go to the cache."""
+        code, shape = self.code, self.shape
+        with code.each(*code.share(code.times(self.job["rows"], self.all_heads))) as task:
+            row, head = code.sdiv(task, LONG(self.all_heads)), code.srem(task, LONG(self.all_heads))
+            held = self._head(task, head, bias)
+            turns = code.icmp_signed("<", head, LONG(self.rotated))
+            with code.if_else(turns) as (rotates, stays):
+                with rotates:
+                    turned = self._rotated(row, head, self._normed(held, head, norm))
+                    with code.if_else(code.icmp_signed("<", head, LONG(shape.heads))) as (query, key):
+                        with query:
+                            self._put(turned, self.job["qkv"], code.times(task, self.d))
+                        with key:
+                            self._put_key(layer, row, code.sub(head, LONG(shape.heads)), turned)
+                with stays:
+                    kv_head = code.sub(head, LONG(self.rotated))
+                    start = code.times(self._kv(layer, row, kv_head), self.job["slots"], self.d)
+                    to = code.plus(start, code.times(self._position(row), self.d))
+                    self._put(held, self.job["values"], to)
+
+    def mix(self, layer: ir.Value) -> None:
+        """This thread's share of the heads of all rows: softmax of scores, and values mixed by it."""
+        code, shape = self.code, self.shape
+        scores = code.behind(self.job["scores"], code.times(code.thread(), self.job["slots"]), FLOAT)
+        with code.each(*code.share(code.times(self.job["rows"], shape.heads))) as task:
+            row, head = code.sdiv(task, LONG(shape.heads)), code.srem(task, LONG(shape.heads))
+            end = code.plus(self._position(row), 1)
+            kv_head = code.sdiv(head, LONG(shape.heads // shape.kv_heads))
+            cache = code.times(self._kv(layer, row, kv_head), self.job["slots"], self.d)
+            query = code.times(code.plus(code.times(row, self.all_heads), head), self.d)
+            whole = code.times(code.sdiv(end, LONG(_WIDE * LANES)), _WIDE * LANES)
+            largest = code.local(same(FLOAT, _NEVER))
+            keys = code.behind(self.job["keys"], cache, FLOAT)
+            for first, last, registers in ((0, whole, _WIDE), (whole, end, 1)):
+                with code.each(first, last, registers * LANES) as slot:
+                    self._scores(query, keys, slot, end, registers, scores, largest)
+            total = self._softmax(scores, end, largest)
+            self._mix_values(code.behind(self.job["values"], cache, FLOAT), scores, end, total, task)
+
+    def _scores(
+        self,
+        query: ir.Value,
+        keys: ir.Value,
+        slot: ir.Value,
+        end: ir.Value,
+        registers: int,
+        scores: ir.Value,
+        largest: ir.Value,
+    ) -> None:
+        code = self.code
+        sums = [code.local(same(FLOAT, 0.0)) for _ in range(registers)]
+        with code.each(0, self.d) as i:
+            q = code.spread(code.read(self.job["qkv"], code.plus(query, i), FLOAT, FLOAT))
+            at = code.plus(code.times(i, self.job["slots"]), slot)
+            for register, place in enumerate(sums):
+                key = floats(code, keys, code.plus(at, register * LANES))
+                code.update(place, FLOATS, partial(_add_product, code, q, key))
+        for register, place in enumerate(sums):
+            at = code.plus(slot, register * LANES)
+            score = lanes_before(code, code.sub(end, at), code.load(place, typ=FLOATS), _NEVER)
+            put_floats(code, score, scores, at)
+            code.update(largest, FLOATS, partial(code.run, "llvm.maximum.v16f32", FLOATS), score)
+
+    def _softmax(self, scores: ir.Value, end: ir.Value, largest: ir.Value) -> ir.Value:
+        """Powers in place of the scores; returns their sum, in all lanes."""
+        code = self.code
+        top = code.run("llvm.vector.reduce.fmaximum.v16f32", FLOAT, code.load(largest, typ=FLOATS))
+        top, sums = code.spread(top), code.local(same(FLOAT, 0.0))
+        with code.each(0, end, LANES) as at:
+            power = exponential(code, code.fsub(floats(code, scores, at), top))
+            power = lanes_before(code, code.sub(end, at), power, 0.0)
+            put_floats(code, power, scores, at)
+            code.update(sums, FLOATS, code.fadd, power)
+        return code.spread(code.total(code.load(sums, typ=FLOATS)))
+
+    def _mix_values(
+        self, values: ir.Value, scores: ir.Value, end: ir.Value, total: ir.Value, task: ir.Value
+    ) -> None:
+        code = self.code
+        sums = [code.local(same(FLOAT, 0.0)) for _ in range(self.d // LANES)]
+        with code.each(0, end) as slot:
+            weight = code.spread(code.read(scores, slot, FLOAT, FLOAT))
+            for register, place in enumerate(sums):
+                value = floats(code, values, code.plus(code.times(slot, self.d), register * LANES))
+                code.update(place, FLOATS, partial(_add_product, code, weight, value))
+        mixed = [code.fdiv(code.load(place, typ=FLOATS), total) for place in sums]
+        self._put(mixed, self.job["mixed"], code.times(task, self.d))
+
+    def _head(self, task: ir.Value, head: ir.Value, bias: ir.Value) -> list[ir.Value]:
+        """A head of q, k or v, in registers."""
+        code, start = self.code, self.code.times(task, self.d)
+        held = [floats(code, self.job["qkv"], code.plus(start, i)) for i in range(0, self.d, LANES)]
+        if not self.shape.has_bias:
+            return held
+        first = code.times(head, self.d)
+        return [
+            code.fadd(part, floats(code, bias, code.plus(first, i * LANES))) for i, part in enumerate(held)
+        ]
+
+    def _normed(self, held: list[ir.Value], head: ir.Value, norm: ir.Value) -> list[ir.Value]:
+        """Qwen3's RMSNorm of each head."""
+        if not self.shape.has_qk_norm:
+            return held
+        code, squares = self.code, same(FLOAT, 0.0)
+        for part in held:
+            squares = multiply_add(code, part, part, squares)
+        mean = code.fadd(code.fdiv(code.total(squares), FLOAT(float(self.d))), FLOAT(self.shape.eps))
+        inverse = code.spread(code.fdiv(FLOAT(1.0), code.run("llvm.sqrt.f32", FLOAT, mean)))
+        first = code.times(head, self.d)
+        weights = [floats(code, norm, code.plus(first, i)) for i in range(0, self.d, LANES)]
+        return [
+            code.fmul(code.fmul(part, inverse), weight) for part, weight in zip(held, weights, strict=True)
+        ]
+
+    def _rotated(self, row: ir.Value, head: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+        """x · cos + (halves of x exchanged) · sin, the sines signed."""
+        code = self.code
+        first = code.plus(code.times(row, self.job["rotation_stride"]), code.times(head, self.d))
+        half = len(held) // 2
+        swapped = held[half:] + held[:half]
+        made = []
+        for i, (part, other) in enumerate(zip(held, swapped, strict=True)):
+            cos, sin = (floats(code, self.job[name], code.plus(first, i * LANES)) for name in ("cos", "sin"))
+            made.append(multiply_add(code, part, cos, code.fmul(other, sin)))
+        return made
+
+    def _put(self, parts: list[ir.Value], base: ir.Value, offset: ir.Value) -> None:
+        for i, part in enumerate(parts):
+            put_floats(self.code, part, base, self.code.plus(offset, i * LANES))
+
+    def _put_key(self, layer: ir.Value, row: ir.Value, kv_head: ir.Value, parts: list[ir.Value]) -> None:
+        """Keys lie transposed: each number of one goes to another row of slots."""
+        code = self.code
+        start = code.times(self._kv(layer, row, kv_head), self.d)
+        position = self._position(row)
+        for i in range(self.d):
+            number = code.extract_element(parts[i // LANES], LONG(i % LANES))
+            to = code.plus(code.times(code.plus(start, i), self.job["slots"]), position)
+            code.write(number, self.job["keys"], to, FLOAT)
+
+    def _kv(self, layer: ir.Value, row: ir.Value, kv_head: ir.Value) -> ir.Value:
+        code = self.code
+        rows = code.plus(code.times(layer, self.job["rows"]), row)
+        return code.plus(code.times(rows, self.shape.kv_heads), kv_head)
+
+    def _position(self, row: ir.Value) -> ir.Value:
+        return self.code.read(self.job["positions"], row, LONG, LONG)
+
+
+def _add_product(code: Code, first: ir.Value, second: ir.Value, total: ir.Value) -> ir.Value:
+    return multiply_add(code, first, second, total)

@@ -1,0 +1,59 @@
+"""Sixteen float32 at a time: what code for the CPU needs beside products."""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+
+from qwenq.runtime.kernels.native_code import FLOAT, LANES, WORD, Code, same, vector
+
+FLOATS = vector(FLOAT)
+# e^r = Σ r^i / i! for |r| ≤ ln 2 / 2: the first term that is left out is below 2e-8 of the sum.
+_EXP_TERMS = 8
+_LN2 = 0.693359375, -2.12194440e-4  # in two parts, the first exact in few bits (Cody and Waite)
+_EXP_RANGE = -87.0, 88.0  # where e^x is a normal float32
+
+
+def floats(code: Code, base: ir.Value, offset: ir.Value | int) -> ir.Value:
+    """16 numbers from ``offset`` numbers behind an address."""
+    return code.read(base, offset, FLOATS, FLOAT)
+
+
+def put_floats(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value | int) -> None:
+    """Store them there."""
+    code.write(value, base, offset, FLOAT)
+
+
+def multiply_add(code: Code, first: ir.Value, second: ir.Value, third: ir.Value) -> ir.Value:
+    """``first · second + third``, rounded once."""
+    return code.run("llvm.fma.v16f32", FLOATS, first, second, third)
+
+
+def exponential(code: Code, x: ir.Value) -> ir.Value:
+    """e^x to the precision of float32; what lies outside the range of normal numbers becomes its end."""
+    low, high = (same(FLOAT, end) for end in _EXP_RANGE)
+    # maximum and minimum, not maxnum and minnum: what is no number stays none.
+    x = code.run("llvm.maximum.v16f32", FLOATS, code.run("llvm.minimum.v16f32", FLOATS, x, high), low)
+    power = code.run("llvm.rint.v16f32", FLOATS, code.fmul(x, same(FLOAT, 1 / math.log(2))))
+    rest = x
+    for part in _LN2:
+        rest = multiply_add(code, power, same(FLOAT, -part), rest)
+    total = same(FLOAT, 1 / math.factorial(_EXP_TERMS - 1))
+    for term in range(_EXP_TERMS - 2, -1, -1):
+        total = multiply_add(code, total, rest, same(FLOAT, 1 / math.factorial(term)))
+    number = code.run("llvm.fptosi.sat.v16i32.v16f32", vector(WORD), power)
+    two_to = code.shl(code.add(number, same(WORD, 127)), same(WORD, 23))  # the exponent's bits
+    return code.fmul(total, code.bitcast(two_to, FLOATS))
+
+
+def sigmoid(code: Code, x: ir.Value) -> ir.Value:
+    """1 / (1 + e^-x)."""
+    return code.fdiv(same(FLOAT, 1.0), code.fadd(same(FLOAT, 1.0), exponential(code, code.fneg(x))))
+
+
+def lanes_before(code: Code, count: ir.Value, value: ir.Value, otherwise: float) -> ir.Value:
+    """The first ``count`` lanes (64-bit integer) of a value, another number in the rest."""
+    index = ir.Constant(vector(WORD), list(range(LANES)))
+    inside = code.icmp_signed("<", index, code.spread(code.trunc(count, WORD)))
+    return code.select(inside, value, same(FLOAT, otherwise))

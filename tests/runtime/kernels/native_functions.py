@@ -1,0 +1,44 @@
+"""Pieces of native code as functions over float32 tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qwenq.runtime.kernels.cpu_vnni import unable
+
+needs_native = pytest.mark.skipif(unable() is not None, reason=f"no native code here: {unable()}")
+
+
+def elementwise(piece: Callable[[Any, Any], Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``piece(code, value)`` over a tensor of a multiple of 16 numbers."""
+    from llvmlite import ir
+
+    from qwenq.runtime.kernels.native_code import LANES, LONG, POINTER, Code, compiled
+    from qwenq.runtime.kernels.native_math import floats, put_floats
+
+    module = ir.Module()
+    code = Code(module, "piece", LONG, LONG, LONG)
+    x, y, count = code.function.args
+    x, y = (code.inttoptr(address, POINTER) for address in (x, y))
+    with code.each(0, count, LANES) as at:
+        put_floats(code, piece(code, floats(code, x, at)), y, at)
+    code.ret_void()
+    function = compiled(module, "piece", 3)
+
+    def run(numbers: torch.Tensor) -> torch.Tensor:
+        made = torch.empty_like(numbers)
+        function(numbers.data_ptr(), made.data_ptr(), numbers.numel())
+        return made
+
+    return run
+
+
+def address(numbers: list[int]) -> tuple[Any, int]:
+    """64-bit integers in a row, to be held, and where they lie."""
+    held = (ctypes.c_int64 * len(numbers))(*numbers)
+    return held, ctypes.addressof(held)

@@ -1,0 +1,145 @@
+"""A decode step as compiled code: what torch computes in a few hundred calls, for every family and batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runtime.kernels.native_functions import needs_native
+from runtime.quantised_models import quantised_model
+from runtime.small_models import random_ids
+
+from qwenq.errors import UsageError
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.runtime.compiled_step import CompiledStep
+from qwenq.runtime.engine import FastEngine, load
+from qwenq.runtime.kernels.cpu_vnni import MANY_ROWS
+
+pytestmark = needs_native
+NEAR = 0.04  # what bfloat16 leaves of models whose random weights make it hard
+INT4, INT8 = QuantConfig(bits=4, group_size=32), QuantConfig(bits=8, group_size=32)
+FAMILIES = ("llama", "llama3-rope", "qwen1.5", "qwen2-tied", "qwen2.5-yarn", "qwen3")
+
+
+def engine_of(
+    family: str, quant: QuantConfig = INT4, dtype: str = "bfloat16", **changes: object
+) -> FastEngine:
+    sizes = {"hidden_size": 128, "head_dim": 32, **changes}
+    made = load(quantised_model(family, quant, **sizes), device="cpu", dtype=dtype)
+    assert isinstance(made, FastEngine)
+    return made
+
+
+def steps(engine: FastEngine, prompts: list[list[int]], count: int, seed: int = 3) -> torch.Tensor:
+    """Logits after each of so many steps, [steps, rows, vocabulary]."""
+    cache = engine.new_cache(len(prompts), 80)
+    engine.prefill(prompts, cache)
+    ids = torch.tensor([random_ids(len(prompts), seed + step) for step in range(count)])
+    return torch.stack([engine.decode(row, cache) for row in ids])
+
+
+@pytest.mark.parametrize("quant", [INT4, INT8], ids=["int4", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_nearer_to_the_exact_model_than_bfloat16_calls_are(family: str, quant: QuantConfig) -> None:
+    prompts = [random_ids(length, length) for length in (3, 1, 21)]
+    engine = engine_of(family, quant)
+    assert engine.implementation.endswith("decode steps compiled for this CPU")
+    assert engine.notes == ()
+    exact = steps(engine_of(family, quant, dtype="float32"), prompts, 5)
+    found = steps(engine, prompts, 5)
+    in_torch = engine_of(family, quant)
+    step = in_torch.decoder._step
+    assert isinstance(step, CompiledStep)
+    in_torch.decoder._step = step._step
+    called = steps(in_torch, prompts, 5)
+    error, rounding = ((logits - exact).norm() / exact.norm() for logits in (found, called))
+    assert error < NEAR
+    assert error < 1.1 * rounding
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, MANY_ROWS - 1, MANY_ROWS])
+def test_any_number_of_rows_each_as_if_alone(rows: int) -> None:
+    engine = engine_of("qwen3")
+    prompts = [random_ids(1 + row % 7, row) for row in range(rows)]
+    together = steps(engine, prompts, 3)
+    ids = torch.tensor([random_ids(rows, 3 + step) for step in range(3)])
+    for row in {0, rows // 2, rows - 1}:
+        cache = engine.new_cache(1, 80)
+        engine.prefill([prompts[row]], cache)
+        alone = torch.cat([engine.decode(ids[step, row : row + 1], cache) for step in range(3)])
+        error = (together[:, row] - alone).norm() / alone.norm()
+        assert error < NEAR  # prompts are encoded in bfloat16, in batches of other sizes
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 63, 64, 65, 79])
+def test_slots_at_the_edges_of_registers(length: int) -> None:
+    """Scores are summed for 64 and then for 16 slots at a time; the last are filled up."""
+    ids = random_ids(length, 1)
+    exact, found = engine_of("qwen2-tied", dtype="float32"), engine_of("qwen2-tied")
+    for engine in (exact, found):
+        cache = engine.new_cache(1, 80)
+        engine.prefill([ids], cache)
+        engine.logits_after = engine.decode(torch.tensor([7]), cache)  # type: ignore[attr-defined]
+    a, b = exact.logits_after, found.logits_after  # type: ignore[attr-defined]
+    assert (a - b).norm() / a.norm() < NEAR
+
+
+def test_a_cache_may_grow_be_rewound_and_lose_rows() -> None:
+    engine = engine_of("qwen3")
+    prompts = [random_ids(length, length) for length in (5, 9, 2)]
+    cache = engine.new_cache(3, 16)
+    engine.prefill(prompts, cache)
+    first = engine.decode(torch.tensor([1, 2, 3]), cache)
+    cache.rewind([5, 9, 2])
+    assert torch.equal(engine.decode(torch.tensor([1, 2, 3]), cache), first)
+    cache.reserve(200)
+    cache.rewind([5, 9, 2])
+    assert torch.equal(engine.decode(torch.tensor([1, 2, 3]), cache), first)
+    with torch.inference_mode():
+        order = cache.keep([0, 2])
+    then = engine.decode(torch.tensor([8, 9]), cache)
+    for row, was in enumerate(order):
+        alone = engine.new_cache(1, 16)
+        engine.prefill([prompts[was]], alone)
+        engine.decode(torch.tensor([was + 1]), alone)
+        expected = engine.decode(torch.tensor([8 + row]), alone)[0]
+        assert (then[row] - expected).norm() / expected.norm() < NEAR
+
+
+def test_a_full_row_is_refused() -> None:
+    engine = engine_of("llama")
+    cache = engine.new_cache(1, 4)
+    engine.prefill([[1, 2, 3, 4]], cache)
+    with pytest.raises(UsageError, match="5 tokens do not fit into a cache of 4"):
+        engine.decode(torch.tensor([1]), cache)
+
+
+def test_greedy_text_is_the_same_with_any_number_of_threads() -> None:
+    engine, threads = engine_of("qwen3"), torch.get_num_threads()
+    texts = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            texts.append(engine.generate([[5, 6]], 24, exact_tokens=True).answers[0].ids)
+    finally:
+        torch.set_num_threads(threads)
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "changes", "reason"),
+    [
+        ("llama-biases", INT4, {}, "there are biases behind attention or in the MLP"),
+        ("qwen3", QuantConfig(bits=4, group_size=32, sym=False), {}, "zero points off the middle"),
+        ("qwen3", QuantConfig(bits=4, group_size=32, desc_act=True), {}, "with its columns as they come"),
+        ("qwen3", INT4, {"head_dim": 16}, "sizes are no multiples of 32"),
+    ],
+)
+def test_where_it_cannot_run_one_line_says_why(
+    family: str, quant: QuantConfig, changes: dict[str, int], reason: str
+) -> None:
+    engine = engine_of(family, quant, **changes)
+    assert "compiled" not in engine.implementation
+    (note,) = engine.notes
+    assert note.startswith("the faster compiled decode step was passed over: ")
+    assert reason in note
+    assert torch.isfinite(steps(engine, [[1, 2]], 2)).all()
