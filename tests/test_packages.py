@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BUILD = {"hatchling", "editables", "trove-classifiers"}
+BUILD = {"hatchling", "editables", "tomlkit", "trove-classifiers", "setuptools"}
 
 
 def listed(path: str) -> list[str]:
