@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.app import app
+from qwenq.errors import UsageError
 
 
 @app.command()
@@ -42,6 +43,9 @@ def compare(
     from qwenq.reporting.turns import with_turns
     from qwenq.storage import atomic_write_bytes
 
+    for option, file in (("--markdown", markdown), ("--junit", junit)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option} is a folder", where=file, hint="name a file in it")
     conditions = gate.parse(FAIL_ON if fail_on is None else "" if fail_on == "none" else fail_on)
     before, after = (
         with_turns(collect([first]), collect(more) if more else None)

@@ -26,7 +26,8 @@ from qwenq.reporting.compare import METRICS, Comparison
 
 PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
 """Exit codes. 2 is a command that has to change."""
-GROUPS = {"speed", "memory", "time", "energy", "bandwidth"}
+GROUPS = {"perplexity", "speed", "memory", "time", "energy", "bandwidth"}
+"""Metrics of several kinds: a condition on one without a dot is on all of them."""
 Outcome = Literal["regression", "not comparable", "passed", "not judged"]
 
 

@@ -91,6 +91,14 @@ def test_a_wrong_condition_is_misuse(runs: Path) -> None:
     assert "did you mean 'speed'?" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--markdown", "--junit"])
+def test_a_folder_to_write_a_file_to_is_misuse(runs: Path, option: str) -> None:
+    (runs / "there").mkdir()
+    done = qwenq("compare", "before", "after", option, "there", cwd=runs)
+    assert done.returncode == 2
+    assert f"{option} is a folder" in done.stderr
+
+
 def test_neither_torch_nor_plots_are_loaded_to_compare(runs: Path) -> None:
     script = (
         "import sys; sys.argv = ['qwenq', 'compare', 'before', 'before']\n"

@@ -146,6 +146,14 @@ def test_a_speed_measured_once_is_judged_only_by_name(gate: Gate) -> None:
     assert gate(old, old, "speed.protocol:<0.95").exit_code == 0
 
 
+@pytest.mark.parametrize("metric", ["perplexity", "perplexity.ratio", "perplexity.context"])
+def test_a_condition_on_perplexity_is_on_every_kind_of_it(gate: Gate, metric: str) -> None:
+    old = Row(metric, model("int4"), {"text": "held out"}, 1.2, "ratio", 1.1, 1.3)
+    new = replace(old, value=1.25)
+    assert gate([old], [new], "perplexity:>1.01").exit_code == 1
+    assert gate([old], [new], "perplexity:>1.05").exit_code == 0
+
+
 def test_another_group_size_of_the_same_model_is_compared(gate: Gate) -> None:
     coarse = [replace(row, model=model("int4", group_size=64)) for row in [accuracy("int4", flips=40)]]
     assert gate([accuracy("int4")], coarse, "accuracy:significant").exit_code == 1
