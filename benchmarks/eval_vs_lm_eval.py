@@ -15,7 +15,6 @@ the race can be run in pieces (``--turns``). Last, ``reports/benchmarks/eval.jso
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 from _common import (
     REPORTS,
     ROOT,
+    Child,
     machine,
     markdown_table,
     resolve_bundled,
@@ -34,10 +34,9 @@ from _common import (
     versions,
     write_report,
 )
+from _lm_eval_tasks import read_lines, write_gsm8k, write_mmlu
 
 LM_EVAL_PYTHON = ROOT / ".venv-lmeval" / "bin" / "python"
-LETTERS = "ABCD"
-OPTIONS = "\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
 MMLU, GSM8K, FIXED = "mmlu", "gsm8k", "gsm8k-fixed"
 Json = dict[str, Any]
 
@@ -85,103 +84,14 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def write_lines(path: Path, rows: list[Json]) -> None:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def read_lines(path: Path) -> list[Json]:
-    """JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def mmlu_rows(path: Path) -> list[Json]:
-    """A CSV file of MMLU as lm-eval's task wants it."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            {"question": row[0], "choices": row[1:5], "answer": LETTERS.index(row[5])}
-            for row in csv.reader(file)
-        ]
-
-
-def write_tasks(options: argparse.Namespace, folder: Path, python: str) -> None:
-    """Task files of lm-eval and their data, all local. JSON is YAML, too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for subject in options.subjects.split(","):
-        files = {}
-        for split in ("dev", "test"):
-            files[split] = str(folder / f"{subject}.{split}.jsonl")
-            write_lines(
-                Path(files[split]), mmlu_rows(options.data / "mmlu" / split / f"{subject}_{split}.csv")
-            )
-        task = {
-            "task": f"local_{subject}",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": files},
-            "description": "The following are multiple choice questions (with answers) about "
-            f"{subject.replace('_', ' ')}.\n\n",
-            "test_split": "test",
-            "fewshot_split": "dev",
-            "fewshot_config": {"sampler": "first_n"},
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question.strip()}}" + OPTIONS,
-            "doc_to_choice": list(LETTERS),
-            "doc_to_target": "answer",
-            "num_fewshot": 5,
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
-        }
-        (folder / f"local_{subject}.yaml").write_text(json.dumps(task))
-    write_gsm8k(options, folder, python)
-
-
-def write_gsm8k(options: argparse.Namespace, folder: Path, python: str) -> None:
-    """lm-eval's own task, and Qwen's prompt with its eight examples, whose text qwenq gives."""
-    data = {split: str(options.data / "gsm8k" / f"{split}.jsonl") for split in ("train", "test")}
-    common: Json = {
-        "dataset_path": "json",
-        "output_type": "generate_until",
-        "test_split": "test",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
+def measured(child: Child, threads: int) -> Json:
+    """What a turn took."""
+    return {
+        "wall_s": child.wall_s,
+        "cpu_s": child.cpu_s,
+        "peak_rss_mib": child.peak_rss_mib,
+        "threads": threads,
     }
-    own = {
-        "task": "local_gsm8k",
-        "dataset_kwargs": {"data_files": data},
-        "fewshot_split": "train",
-        "num_fewshot": 5,
-        "doc_to_text": "Question: {{question}}\nAnswer:",
-        "generation_kwargs": {
-            "until": ["Question:", "</s>", "<|im_end|>"],
-            "max_gen_toks": 256,
-            "do_sample": False,
-        },
-    }
-    code = (
-        "import json, sys; from pathlib import Path; from qwenq.evals.task import DataSource\n"
-        "from qwenq.evals.tasks.registry import get_task\n"
-        "task = get_task('gsm8k', 'base'); items = task.items(DataSource(Path(sys.argv[1])))\n"
-        "found = [task.request(item) for item in items[:int(sys.argv[2])]]\n"
-        "print(json.dumps([{'prompt': r.prompt, 'until': r.until, 'most': r.max_new_tokens, 'answer': ''} "
-        "for r in found]))"
-    )
-    asked = run_child([python, "-c", code, options.data, str(options.gsm8k_limit)], options.threads).json()
-    prompts = folder / "gsm8k-fixed.jsonl"
-    write_lines(prompts, [{"prompt": one["prompt"], "answer": one["answer"]} for one in asked])
-    fixed = {
-        "task": "local_gsm8k_fixed",
-        "dataset_kwargs": {"data_files": {"test": str(prompts)}},
-        "num_fewshot": 0,
-        "doc_to_text": "{{prompt}}",
-        "generation_kwargs": {
-            "until": asked[0]["until"],
-            "max_gen_toks": asked[0]["most"],
-            "do_sample": False,
-        },
-    }
-    for task in (own, fixed):
-        (folder / f"{task['task']}.yaml").write_text(json.dumps(common | task))
 
 
 def run_qwenq(options: argparse.Namespace, turn: Turn, model: Path, folder: Path) -> Json:
@@ -205,21 +115,21 @@ def run_qwenq(options: argparse.Namespace, turn: Turn, model: Path, folder: Path
     else:
         found = {key.removeprefix("test/"): row["output"] for key, row in records.items()}
         scores = {}
-    return {"wall_s": child.wall_s, "peak_rss_mib": child.peak_rss_mib, "found": found, "scores": scores}
+    return measured(child, options.threads) | {"found": found, "scores": scores}
 
 
 def run_lm_eval(options: argparse.Namespace, turn: Turn, model: Path, folder: Path) -> Json:
     """One turn; predictions by item, named as qwenq names them."""
-    write_tasks(options, folder / "tasks", sys.executable)
-    names = {
-        MMLU: [f"local_{subject}" for subject in options.subjects.split(",")],
-        GSM8K: ["local_gsm8k"],
-        FIXED: ["local_gsm8k_fixed"],
-    }[turn.items]
-    limit = options.mmlu_limit if turn.items == MMLU else options.gsm8k_limit
+    tasks, subjects = folder / "tasks", options.subjects.split(",")
+    tasks.mkdir()
+    if turn.items == MMLU:
+        names, limit = write_mmlu(options.data / "mmlu", subjects, tasks), options.mmlu_limit
+    else:
+        names, limit = [f"local_{turn.items.replace('-', '_')}"], options.gsm8k_limit
+        write_gsm8k(options.data, limit, tasks, sys.executable, options.threads)
     command: list[str | Path] = [options.lm_eval_python, "-m", "lm_eval", "run", "--model", "hf"]
     command += ["--model_args", f"pretrained={model},dtype={turn.dtype}", "--device", "cpu"]
-    command += ["--tasks", ",".join(names), "--include_path", folder / "tasks"]
+    command += ["--tasks", ",".join(names), "--include_path", tasks]
     command += ["--batch_size", str(options.lm_eval_batch), "--log_samples", "--output_path", folder / "out"]
     child = run_child([*command, *(["--limit", str(limit)] if limit else [])], options.threads)
     found: Json = {}
@@ -234,7 +144,7 @@ def run_lm_eval(options: argparse.Namespace, turn: Turn, model: Path, folder: Pa
                 found[key], scores[key] = values.index(max(values)), values
             else:
                 found[str(number)] = row["resps"][0][0]
-    return {"wall_s": child.wall_s, "peak_rss_mib": child.peak_rss_mib, "found": found, "scores": scores}
+    return measured(child, options.threads) | {"found": found, "scores": scores}
 
 
 RUNNERS: dict[str, Callable[[argparse.Namespace, Turn, Path, Path], Json]] = {
@@ -262,7 +172,9 @@ def row_of(turn: Turn, results: Mapping[str, Json]) -> Json:
         "items": turn.items,
         "dtype": turn.dtype,
         "n": len(mine["found"]),
+        "threads": mine["threads"],
         "wall_s": round(mine["wall_s"], 2),
+        "cpu_s": mine["cpu_s"] and round(mine["cpu_s"], 2),
         "peak_rss_mib": round(mine["peak_rss_mib"], 1),
         "same_as_lm_eval": same,
     }
@@ -276,8 +188,12 @@ def row_of(turn: Turn, results: Mapping[str, Json]) -> Json:
     return row
 
 
-def ratios(results: Mapping[str, Json]) -> dict[str, float]:
-    """How many times faster qwenq was, whole commands; lm-eval always in float32."""
+def ratios(results: Mapping[str, Json], seconds: str) -> dict[str, float]:
+    """How many times faster qwenq was, whole commands; lm-eval always in float32.
+
+    Args:
+        seconds: ``wall_s`` or ``cpu_s``.
+    """
     pairs = {
         "mmlu_vs_lm_eval_fp32": (MMLU, "float32"),
         "mmlu_vs_lm_eval_bf16": (MMLU, "bfloat16"),
@@ -286,10 +202,12 @@ def ratios(results: Mapping[str, Json]) -> dict[str, float]:
     }
     found = {}
     for name, (items, dtype) in pairs.items():
-        ours, theirs = Turn("qwenq", items, dtype).name, Turn("lm-eval", items, "float32").name
-        if not {ours, theirs} <= results.keys():
+        ours = results.get(Turn("qwenq", items, dtype).name)
+        theirs = results.get(Turn("lm-eval", items, "float32").name)
+        if ours is None or theirs is None or ours["threads"] != theirs["threads"]:
             continue  # a race that has not been run has no ratio
-        found[name] = round(results[theirs]["wall_s"] / results[ours]["wall_s"], 2)
+        if ours["found"].keys() == theirs["found"].keys() and ours[seconds] and theirs[seconds]:
+            found[name] = round(theirs[seconds] / ours[seconds], 2)
     return found
 
 
@@ -302,18 +220,18 @@ def environment(options: argparse.Namespace, model: Path) -> Json:
         **here,
         "versions": versions(sys.executable, ["qwenq", "torch", "transformers"]),
         "versions_lm_eval": versions(options.lm_eval_python, packages),
-        "threads": options.threads,
         "model": model.name,
         "mmlu": f"{options.subjects}, 5 examples, "
         + (f"the first {options.mmlu_limit} of each" if options.mmlu_limit else "all"),
-        "gsm8k": f"first {options.gsm8k_limit} of test",
+        "gsm8k": "the first of test",
         "lm_eval_batch": options.lm_eval_batch,
     }
 
 
-def table(rows: list[Json], found: Mapping[str, float], facts: Json) -> str:
-    """The report for people."""
-    header = ["items", "tool", "dtype", "n", "seconds", "answers as lm-eval's", "peak MiB"]
+def table(rows: list[Json], wall: Mapping[str, float], cpu: Mapping[str, float], facts: Json) -> str:
+    """The report for people; ``wall`` and ``cpu``: ratios."""
+    header = ["items", "tool", "dtype", "n", "threads", "seconds", "CPU seconds"]
+    header += ["answers as lm-eval's", "peak MiB"]
     titles = {
         MMLU: "MMLU, 5 examples",
         GSM8K: "GSM8K, 5 examples drawn anew for each question",
@@ -321,7 +239,8 @@ def table(rows: list[Json], found: Mapping[str, float], facts: Json) -> str:
     }
     lines = [
         [
-            *(titles[row["items"]], row["tool"], row["dtype"], str(row["n"]), f"{row['wall_s']:.1f}"),
+            *(titles[row["items"]], row["tool"], row["dtype"], str(row["n"]), str(row["threads"])),
+            *(f"{row['wall_s']:.1f}", f"{row['cpu_s']:.1f}" if row["cpu_s"] else "–"),
             *(f"{row['same_as_lm_eval']} of {row['n']}", f"{row['peak_rss_mib']:.0f}"),
         ]
         for row in rows
@@ -329,13 +248,17 @@ def table(rows: list[Json], found: Mapping[str, float], facts: Json) -> str:
     shown = {row["items"] for row in rows}
     gsm8k = f"; GSM8K: {facts['gsm8k']}" if shown & {GSM8K, FIXED} else ""
     asked = f"MMLU: {facts['mmlu']}{gsm8k}"
-    speeds = "\n".join(f"- `{name}`: {value:.2f} × as fast" for name, value in found.items())
+    speeds = "\n".join(
+        f"- `{name}`: {value:.2f} × as fast" + (f"; {cpu[name]:.2f} × by CPU seconds" if name in cpu else "")
+        for name, value in wall.items()
+    )
     return (
         f"# Evaluating: qwenq beside lm-evaluation-harness\n\n{markdown_table(header, lines)}\n{speeds}\n\n"
         f"{facts['model']}; lm-eval {facts['versions_lm_eval'].get('lm_eval')} "
         f"always in float32, with batch size {facts['lm_eval_batch']}. {asked}. "
-        f"Seconds are those of the whole command, one turn each. {facts['cpu']}, "
-        f"{facts['threads']} threads; torch {facts['versions']['torch']}; {facts['date']}.\n"
+        "Seconds are those of the whole command, one turn each; CPU seconds, of all its threads, are longer "
+        "by less than those where the machine does other work, too, and were not taken in the turns with –. "
+        f"{facts['cpu']}; torch {facts['versions']['torch']}; {facts['date']}.\n"
     )
 
 
@@ -349,7 +272,10 @@ def main() -> None:
         if turn.name in options.turns if options.turns is not None else not kept:
             take_turn(options, turn, model)
     files = {turn.name: options.work / f"{turn.name}.json" for turn in TURNS}
-    results = {name: json.loads(file.read_text("utf-8")) for name, file in files.items() if file.exists()}
+    before = {"threads": options.threads, "cpu_s": None}  # of turns that an older version of this kept
+    results = {
+        name: before | json.loads(file.read_text("utf-8")) for name, file in files.items() if file.exists()
+    }
     done = [
         turn for turn in TURNS if {turn.name, Turn("lm-eval", turn.items, "float32").name} <= results.keys()
     ]
@@ -357,15 +283,11 @@ def main() -> None:
         print(f"not run yet: {', '.join(missing)}")
     if not done:
         return
-    rows, found, facts = (
-        [row_of(turn, results) for turn in done],
-        ratios(results),
-        environment(options, model),
-    )
-    write_report(
-        "eval", {"environment": facts, "rows": rows, "ratios": found}, table(rows, found, facts), options.out
-    )
-    print(json.dumps(found, indent=2))
+    rows, facts = [row_of(turn, results) for turn in done], environment(options, model)
+    wall, cpu = ratios(results, "wall_s"), ratios(results, "cpu_s")
+    report = {"environment": facts, "rows": rows, "ratios": wall, "cpu_ratios": cpu}
+    write_report("eval", report, table(rows, wall, cpu, facts), options.out)
+    print(json.dumps({"ratios": wall, "cpu_ratios": cpu}, indent=2))
 
 
 if __name__ == "__main__":
