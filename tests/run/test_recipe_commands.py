@@ -1,0 +1,63 @@
+"""``qwenq run --dry-run`` and ``qwenq recipe check``: what a recipe means, before anything runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run.test_chain import WHOLE, chain
+
+
+def qwenq(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qwenq", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_plan_is_shown_and_nothing_done(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(WHOLE.replace('baseline = "baseline"', ""))
+    done = qwenq("run", "r.toml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "10 steps; run folder runs/small" in done.stderr
+    assert "qwenq eval --dtype float32 --tasks mmlu,gsm8k" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.toml"]
+
+
+def test_another_model_on_the_command_line_gets_a_report_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[eval]\n")
+    done = qwenq("run", "r.toml", "--model", "Qwen/Qwen3-0.6B", "--dry-run", cwd=tmp_path)
+    assert "run folder runs/Qwen3-0.6B" in done.stderr
+    assert "qwenq quantize Qwen/Qwen3-0.6B --recipe r.toml" in done.stderr
+    assert "--out reports/Qwen3-0.6B" in done.stderr
+
+
+def test_the_users_own_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home / "data", here):
+        folder.mkdir(parents=True)
+    (home / "texts.txt").write_text("one")
+    monkeypatch.setenv("HOME", str(home))
+    text = "[calibration]\nsource = '~/texts.txt'\n[eval]\ndata = '~/data'\n"
+    (here / "r.toml").write_text(text)
+    assert qwenq("recipe", "check", "r.toml", cwd=here).returncode == 0
+    before = chain(here, text)
+    assert str(home / "data") in before.steps[2].arguments
+    (home / "texts.txt").write_text("another text")
+    assert chain(here, text).steps[0].makes != before.steps[0].makes  # or the old model would be taken for it
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("[gate]\nfail_on = 'speed:>2'", "would fail what got better"),
+    ("[eval]\ntasks = ['mmul']", "mmul"),
+    ("[calibration]\nsource = 'nowhere.txt'", "no such file"),
+    ("[profile]\nbudget = 'soon'", "profile.budget = 'soon'"),
+    ("[report]\nname = '../x'", "report.name"),
+    ("precisions = ['int3']", "precisions"),
+])  # fmt: skip
+def test_an_unsound_recipe_is_refused_before_anything_runs(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    done = qwenq("recipe", "check", "r.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
