@@ -26,6 +26,7 @@ from qwenq.reporting.compare import compare
 from qwenq.reporting.turns import with_turns
 from qwenq.results import append_row, read_rows, write_environment
 from qwenq.runtime.kernels.cpu_int4 import CpuInt4
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 from qwenq.storage import sha256_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("planted")]  # one process: quantised once
@@ -170,16 +171,19 @@ def test_a_slowed_kernel_fails_for_its_speed(
     before, same = profiled(model, tmp_path / "before"), profiled(model, tmp_path / "same")
     turn = profiled(model, tmp_path / "before2"), profiled(model, tmp_path / "same2")
     assert regressions(before, same, "speed.protocol:<0.5, size:>1.0", turn) == set()
-    call = CpuInt4.__call__
     speed = next(row.value for row in read_rows(before) if row.metric == "speed.protocol")
     delay = 6 / speed / LINEARS  # seven times slower than it was, on a machine of any speed
 
-    def slow(self: CpuInt4, x: torch.Tensor) -> Any:
-        end = time.perf_counter() + delay
-        while time.perf_counter() < end:
-            pass
-        return call(self, x)
+    def slowed(call: Any) -> Any:
+        def slow(self: CpuInt4 | CpuVnni, x: torch.Tensor) -> Any:
+            end = time.perf_counter() + delay
+            while time.perf_counter() < end:
+                pass
+            return call(self, x)
 
-    monkeypatch.setattr(CpuInt4, "__call__", slow)
+        return slow
+
+    for kernel in (CpuInt4, CpuVnni):  # whichever runs here
+        monkeypatch.setattr(kernel, "__call__", slowed(kernel.__call__))
     after = profiled(model, tmp_path / "after")
     assert regressions(before, after, "speed.protocol:<0.5, size:>1.0") == {"speed.protocol"}
