@@ -44,10 +44,11 @@ def chat(
 
     When the input is not a terminal, every line of it is one question.
     """
+    from qwenq.models.precision import resolve_device
     from qwenq.models.resolve import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
     from qwenq.runtime.chat import Conversation, require_chat
-    from qwenq.runtime.engine import find_device, load
+    from qwenq.runtime.engine import load
     from qwenq.runtime.sampling import Sampling
     from qwenq.runtime.session import Session
 
@@ -58,7 +59,7 @@ def chat(
             hint="qwenq profile measures its speed and memory",
         )
     sampling = Sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
-    find_device(device)  # before a download
+    resolve_device(device)  # before a download
     resolved = resolve_model(model)
     for notice in resolved.notices:
         typer.echo(f"note: {notice}", err=True)

@@ -17,6 +17,7 @@ _OPTIONAL = (
     ("triton", "kernels for NVIDIA GPUs", "comes with torch's CUDA build on Linux"),
     ("flash-attn", "attention v2, and v1 in its version 1", "pip install flash-attn --no-build-isolation"),
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
+    ("llvmlite", "kernels compiled for this CPU, on Linux, x86-64", "pip install 'qwenq[cpu]'"),
     ("datasets", "hub datasets to calibrate on", "pip install 'qwenq[data]'"),
     ("pyarrow", ".parquet files", "pip install 'qwenq[data]'"),
     ("matplotlib", "plots as files", "pip install 'qwenq[report]'"),
@@ -47,10 +48,11 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     from qwenq.environment import environment
+    from qwenq.models.precision import resolve_device
     from qwenq.runtime.doctor import examine
-    from qwenq.runtime.engine import find_device, find_dtype
+    from qwenq.runtime.engine import find_dtype
 
-    place = find_device(device)
+    place = resolve_device(device)
     number = find_dtype(dtype, place)
     parts: list[Part] = examine(place, number)
     optional = []

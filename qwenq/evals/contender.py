@@ -14,11 +14,12 @@ from qwenq.evals.task import ProtocolName
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
 from qwenq.models.identity import base_of, result_model
+from qwenq.models.precision import resolve_device
 from qwenq.models.random_weights import refuse_random
 from qwenq.models.resolve import resolve_model
 from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 from qwenq.results import Model
-from qwenq.runtime.engine import Engine, find_device, find_dtype, load
+from qwenq.runtime.engine import Engine, find_dtype, load
 
 
 class _Comparable(Protocol):
@@ -114,7 +115,7 @@ def open_contender(given: str | None, how: How) -> Contender:
         UsageError: no such model, device or dtype; random weights.
         QwenqError: the model or its tokenizer cannot be read.
     """
-    place = find_device(how.device)
+    place = resolve_device(how.device)
     number = find_dtype(how.dtype, place)
     resolved = resolve_model(given)
     checkpoint = open_checkpoint(resolved.folder)

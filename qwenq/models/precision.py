@@ -58,10 +58,7 @@ def resolve_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
     except RuntimeError:
         device = None
-    if device is None or device.type not in (
-        "cpu",
-        "cuda",
-    ):  # others exist, and nothing here was tried on them
+    if device is None or device.type not in ("cpu", "cuda"):  # nothing was tried on others
         raise UsageError(f"{wanted!r} is no device", where="--device", hint="use cpu, cuda, cuda:1 or auto")
     if device.type == "cuda" and (device.index or 0) >= gpus:
         built = "" if torch.version.cuda else f"; this torch ({torch.__version__}) is built without CUDA"

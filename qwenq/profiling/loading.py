@@ -20,12 +20,12 @@ def checkpoint_of(point: Point) -> Checkpoint:
     """
     from qwenq.models.catalogue import BUNDLED
     from qwenq.models.opening import open_model
+    from qwenq.models.precision import resolve_device
     from qwenq.models.random_weights import random_checkpoint
-    from qwenq.runtime.engine import find_device
 
     subject = point.subject
     if subject.weights == "random":  # drawn where they are used
-        return random_checkpoint(subject.given or BUNDLED, subject.seed, device=find_device(point.device))
+        return random_checkpoint(subject.given or BUNDLED, subject.seed, device=resolve_device(point.device))
     return open_model(subject.given)
 
 

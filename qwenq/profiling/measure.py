@@ -117,9 +117,9 @@ def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> I
 
 
 def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
-    from qwenq.runtime.engine import find_device
+    from qwenq.models.precision import resolve_device
 
-    subject, device = point.subject, find_device(point.device)
+    subject, device = point.subject, resolve_device(point.device)
     meter = meter_for(device)
     if device.type == "cuda":
         torch.zeros(1, device=device)  # the context is there before the clock and the meter start

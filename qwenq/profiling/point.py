@@ -102,13 +102,12 @@ def probe(device: str) -> dict[str, Any]:
 
     ``worked_seconds`` is what it took to find out, libraries read; ``error`` where there is no such device.
     """
-    from qwenq.models.precision import compute_dtype
+    from qwenq.models.precision import compute_dtype, resolve_device
     from qwenq.profiling.bandwidth import copy_bandwidth, matmul_rate
-    from qwenq.runtime.engine import find_device
 
     began = time.monotonic()
     try:
-        place = find_device(device)
+        place = resolve_device(device)
     except QwenqError as error:
         return {"error": {"what": error.what, "where": error.where, "hint": error.hint}}
     if place.type == "cuda":

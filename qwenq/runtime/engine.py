@@ -13,7 +13,7 @@ from torch import Tensor
 from qwenq import __version__
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.precision import compute_dtype
+from qwenq.models.precision import compute_dtype, resolve_device
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
@@ -298,7 +298,7 @@ def load(
         raise UsageError(
             f"the engine {engine} has no head {head!r}", where="--head", hint=f"use {' or '.join(HEADS)}"
         )
-    place = find_device(device)
+    place = resolve_device(device)
     number = find_dtype(dtype, place)
     if attention == "auto":
         attention = "grouped" if engine == "fast" and place.type == "cpu" else "sdpa"
@@ -311,28 +311,6 @@ def load(
     from qwenq.runtime.decoder import Decoder
 
     return FastEngine(Decoder(checkpoint, place, number, backend, kernel, head), real_vocab)
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, once it is sure to be there.
-
-    Raises:
-        UsageError: no such device; says what is there.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if gpus else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"{name!r} is no device", where="--device", hint="use cpu, cuda, cuda:1 or auto")
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        built = "" if torch.version.cuda else f"; this torch ({torch.__version__}) is built without CUDA"
-        found = f"{gpus} CUDA GPU{'' if gpus == 1 else 's'} found"
-        raise UsageError(f"{name} cannot be used: {found}{built}", where="--device", hint="use --device cpu")
-    return device
 
 
 def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:

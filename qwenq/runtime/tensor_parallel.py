@@ -21,9 +21,10 @@ from qwenq.errors import UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.config import quantization_of
 from qwenq.models.hf_config import transformers_config
+from qwenq.models.precision import resolve_device
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
-from qwenq.runtime.engine import find_device, find_dtype
+from qwenq.runtime.engine import find_dtype
 from qwenq.runtime.transformers_engine import TransformersEngine
 
 END, CACHE, FORGET, HIDDEN, HEAD = range(5)
@@ -75,7 +76,7 @@ class SplitEngine(TransformersEngine):
         self, checkpoint: Checkpoint, team: Team, device: str, dtype: str | torch.dtype, attention: str
     ) -> None:
         refuse_unsplittable(checkpoint, team.world)
-        place = find_device(device)
+        place = resolve_device(device)
         if place.type == "cpu" and torch.cuda.is_available():
             raise UsageError(
                 "with --tp transformers takes the GPUs wherever there are any",

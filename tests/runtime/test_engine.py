@@ -12,7 +12,8 @@ from runtime.small_models import random_ids, small_model
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig
-from qwenq.runtime.engine import Engine, find_device, find_dtype, load
+from qwenq.models.precision import resolve_device
+from qwenq.runtime.engine import Engine, find_dtype, load
 from qwenq.runtime.generation import Timing, stream
 from qwenq.runtime.sampling import GREEDY, Sampling
 
@@ -214,11 +215,11 @@ def test_dynamic_rope_is_plain_up_to_its_length_and_refused_beyond() -> None:
 
 
 def test_devices_and_dtypes() -> None:
-    assert find_device("cpu").type == "cpu"
+    assert resolve_device("cpu").type == "cpu"
     assert find_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
     assert find_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
     with pytest.raises(UsageError, match="'tpu' is no device"):
-        find_device("tpu")
+        resolve_device("tpu")
     with pytest.raises(UsageError, match="is no dtype"):
         find_dtype("int3", torch.device("cpu"))
     with pytest.raises(UsageError, match="no engine 'vllm'"):
@@ -227,6 +228,6 @@ def test_devices_and_dtypes() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
 def test_cuda_without_a_gpu_is_explained() -> None:
-    assert find_device("auto").type == "cpu"
+    assert resolve_device("auto").type == "cpu"
     with pytest.raises(UsageError, match="cuda cannot be used: 0 CUDA GPUs found"):
         load(Path("anywhere"), device="cuda")
