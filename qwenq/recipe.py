@@ -78,7 +78,7 @@ class ProfileRecipe(_Section):
     encode: tuple[Count, ...] = (2048,)  # lengths of prompts whose encoding is measured
     attention: tuple[str, ...] = ()  # none: the command's own
     engine: tuple[str, ...] = ()
-    budget: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smh]$")] | None = None  # such as 10m
+    budget: Annotated[str, Field(pattern=r"^(\d+(\.\d+)?[smh])+$")] | None = None  # 10m, 1h30m
 
 
 class ReportRecipe(_Section):

@@ -294,10 +294,10 @@ def load(
     """
     if engine not in ("fast", "transformers"):
         raise UsageError(f"there is no engine {engine!r}", where="--engine", hint="use fast or transformers")
-    if head not in HEADS or (head != "as-is" and engine != "fast"):
-        raise UsageError(
-            f"the engine {engine} has no head {head!r}", where="--head", hint=f"use {' or '.join(HEADS)}"
-        )
+    heads = HEADS if engine == "fast" else HEADS[:1]
+    if head not in heads:
+        hint = f"use {' or '.join(heads)}{'' if head not in HEADS else ', or --engine fast'}"
+        raise UsageError(f"the engine {engine} has no head {head!r}", where="--head", hint=hint)
     place = resolve_device(device)
     number = find_dtype(dtype, place)
     if attention == "auto":

@@ -38,7 +38,7 @@ limit = 20
 tokens = [64]
 encode = [32]
 attention = ["off", "sdpa"]
-budget = "2m"
+budget = "1m60s"
 [report]
 name = "small"
 folder = "out"

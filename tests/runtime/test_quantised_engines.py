@@ -113,8 +113,9 @@ def test_the_int8_head_is_an_option_of_the_fast_engine() -> None:
     assert "int8 head" not in exact.implementation
     error = (logits(rounded) - logits(exact)).norm() / logits(exact).norm()
     assert 0 < error < 0.02
-    with pytest.raises(UsageError, match="transformers has no head"):
+    with pytest.raises(UsageError, match="transformers has no head") as caught:
         load(checkpoint, device="cpu", dtype="bfloat16", engine="transformers", head="int8")
+    assert caught.value.hint == "use as-is, or --engine fast"
     with pytest.raises(UnsupportedError, match="computes in bfloat16"):
         load(checkpoint, device="cpu", dtype="float32", head="int8")
 
