@@ -51,7 +51,6 @@ class Contender:
         model: what rows of results say of it.
         tokenizer: its own.
         how: how it is run; ``device`` and ``dtype`` are the real ones, not ``auto``.
-        protocol: what it is asked by default: ``card`` for a chat model, else ``base``.
         notices: what the user has to be told of it.
     """
 
@@ -59,13 +58,20 @@ class Contender:
     model: Model
     tokenizer: Tokenizer
     how: How
-    protocol: ProtocolName
     notices: list[str] = field(default_factory=list)
 
     @property
     def quantised(self) -> bool:
         """Whether it holds packed integers."""
         return is_quantised(self.checkpoint.config)
+
+    @cached_property
+    def protocol(self) -> ProtocolName:
+        """What it is asked by default: ``card`` for a chat model, else ``base``.
+
+        Found out when it is needed: chats are rendered in a process that takes seconds to start.
+        """
+        return "card" if answers_chats(self.tokenizer) else "base"
 
     @cached_property
     def engine(self) -> Engine:
@@ -126,7 +132,6 @@ def open_contender(given: str | None, how: How) -> Contender:
         result_model(checkpoint, number, given),
         tokenizer,
         replace(how, device=str(place), dtype=str(number).removeprefix("torch.")),
-        "card" if answers_chats(tokenizer) else "base",
         [*resolved.notices, *checkpoint.notices],
     )
 
