@@ -25,6 +25,7 @@ from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import compare
 from qwenq.reporting.turns import with_turns
 from qwenq.results import append_row, read_rows, write_environment
+from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.kernels.cpu_int4 import CpuInt4
 from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 from qwenq.storage import sha256_file
@@ -172,18 +173,18 @@ def test_a_slowed_kernel_fails_for_its_speed(
     turn = profiled(model, tmp_path / "before2"), profiled(model, tmp_path / "same2")
     assert regressions(before, same, "speed.protocol:<0.5, size:>1.0", turn) == set()
     speed = next(row.value for row in read_rows(before) if row.metric == "speed.protocol")
-    delay = 6 / speed / LINEARS  # seven times slower than it was, on a machine of any speed
+    step = 6 / speed  # seven times slower than it was, on a machine of any speed
 
-    def slowed(call: Any) -> Any:
-        def slow(self: CpuInt4 | CpuVnni, x: torch.Tensor) -> Any:
+    def slowed(call: Any, delay: float) -> Any:
+        def slow(*arguments: Any) -> Any:
             end = time.perf_counter() + delay
             while time.perf_counter() < end:
                 pass
-            return call(self, x)
+            return call(*arguments)
 
         return slow
 
-    for kernel in (CpuInt4, CpuVnni):  # whichever runs here
-        monkeypatch.setattr(kernel, "__call__", slowed(kernel.__call__))
+    for kernel, delay in ((CpuInt4, step / LINEARS), (CpuVnni, step / LINEARS), (CompiledStep, step)):
+        monkeypatch.setattr(kernel, "__call__", slowed(kernel.__call__, delay))  # whichever runs here
     after = profiled(model, tmp_path / "after")
     assert regressions(before, after, "speed.protocol:<0.5, size:>1.0") == {"speed.protocol"}
