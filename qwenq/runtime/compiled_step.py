@@ -73,6 +73,8 @@ class CompiledStep:
         """
         if len(ids) >= MANY_ROWS:
             return self._step(ids, cache)
+        from qwenq.runtime.kernels.native_split import STRETCH
+
         keys, values = cache.laid_out_for_step()  # float32 [layers, batch, heads, d, slots], [..., slots, d]
         cos, sin = self._step.rotation(cache)
         room = self._room(len(ids), keys.shape[-1])
@@ -82,6 +84,7 @@ class CompiledStep:
         room.run(
             cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
             keys=keys.data_ptr(), values=values.data_ptr(), slots=keys.shape[-1], y=y.data_ptr(),
+            splits=max(cache.lengths) // STRETCH + 1,
         )  # fmt: skip
         cache.advance([1] * cache.batch)
         return y
@@ -118,6 +121,7 @@ class _Room:
 
     def __init__(self, shape: Shape, rows: int, slots: int, blocks: Tensor, norm: Tensor) -> None:
         from qwenq.runtime.kernels.native_decoder import JOB
+        from qwenq.runtime.kernels.native_split import STRETCH, part_floats
         from qwenq.runtime.kernels.native_vnni import activation_bytes
 
         self.slots, self.threads = slots, torch.get_num_threads()
@@ -133,7 +137,8 @@ class _Room:
             "qkv": torch.zeros(filled, heads * shape.head_dim),
             "mixed": torch.zeros(filled, shape.heads * shape.head_dim),
             "gate_up": torch.zeros(filled, 2 * shape.ffn),
-            "scores": torch.zeros(self.threads, slots),
+            "scores": torch.zeros(self.threads, shape.heads // shape.kv_heads, STRETCH),
+            "parts": torch.zeros(rows, shape.heads, -(-slots // STRETCH), part_floats(shape.head_dim)),
             "blocks": blocks,
             "positions": self.positions,
             "norm": norm,

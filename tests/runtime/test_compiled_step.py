@@ -83,6 +83,23 @@ def test_slots_at_the_edges_of_registers(length: int) -> None:
     assert (a - b).norm() / a.norm() < NEAR
 
 
+def test_rows_that_reach_into_different_stretches_of_slots() -> None:
+    """A stretch is 256 slots: one row ends in the first, others at its edges, one in the third."""
+    lengths = (3, 254, 255, 256, 530)
+    prompts = [random_ids(length, length) for length in lengths]
+    engine = engine_of("qwen2-tied")
+    compiled = engine.decoder._step
+    assert isinstance(compiled, CompiledStep)
+    first = engine.new_cache(len(prompts), 540)
+    engine.prefill(prompts, first)
+    second, logits = first.take(range(len(prompts))), []
+    for cache, step in ((first, compiled), (second, compiled._step)):
+        engine.decoder._step = step
+        logits.append(torch.stack([engine.decode(torch.arange(5) + step, cache) for step in range(3)]))
+    errors = (logits[1] - logits[0]).norm(dim=(0, 2)) / logits[0].norm(dim=(0, 2))  # of each row
+    assert (errors < NEAR).all()
+
+
 def test_a_cache_may_grow_be_rewound_and_lose_rows() -> None:
     engine = engine_of("qwen3")
     prompts = [random_ids(length, length) for length in (5, 9, 2)]

@@ -13,7 +13,6 @@ from typing import Any
 
 from llvmlite import ir
 
-from qwenq.runtime.kernels.native_attention import StepAttention
 from qwenq.runtime.kernels.native_code import (
     FLOAT,
     LANES,
@@ -26,6 +25,8 @@ from qwenq.runtime.kernels.native_code import (
     same,
 )
 from qwenq.runtime.kernels.native_math import floats, put_floats, sigmoid
+from qwenq.runtime.kernels.native_rotation import Rotation
+from qwenq.runtime.kernels.native_split import SplitAttention
 from qwenq.runtime.kernels.native_vnni import FLOATS, LAYER, Activations, multiply, put_bfloat16, quantise
 
 LINEARS = ("qkv", "out", "gate_up", "down")
@@ -38,7 +39,8 @@ BLOCK = tuple(f"{linear}.{field}" for linear in LINEARS for field in LAYER) + VE
 JOB = (
     "x", "workspace",  # float32 [all rows, hidden], the residual stream; `activation_bytes` of the widest
     "qkv", "mixed", "gate_up",  # float32, what linears read and write, one row behind the other
-    "scores", "blocks",  # float32 [threads, slots]; BLOCK of all of them
+    "blocks",  # BLOCK of all of them
+    "scores", "parts", "splits",  # float32, see native_split; stretches that the longest row reaches into
     "cos", "sin", "rotation_stride",  # float32 [rows or 1, heads + key/value heads, d]; from row to row
     "keys", "values", "slots",  # float32 [layers, rows, heads, d, slots] and [layers, rows, heads, slots, d]
     "positions", "rows", "chunks",  # int64 [rows]; how many there are; of Shape.rows each, the last filled up
@@ -88,7 +90,7 @@ class _Thread:
         self.code, self.shape = code, shape
         (arguments,) = code.function.args
         job = code.read(arguments, 0, POINTER, LONG)
-        numbers = ("rotation_stride", "slots", "rows", "chunks")
+        numbers = ("rotation_stride", "splits", "slots", "rows", "chunks")
         self.job = {
             name: code.read(job, place, LONG if name in numbers else POINTER, LONG)
             for place, name in enumerate(JOB)
@@ -98,15 +100,17 @@ class _Thread:
     def build(self) -> None:
         """All blocks, then the final norm."""
         code, shape = self.code, self.shape
-        attention = StepAttention(code, self.job, shape)
+        rotation, attention = Rotation(code, self.job, shape), SplitAttention(code, self.job, shape)
         with code.each(0, shape.layers) as layer:
             block = code.behind(self.job["blocks"], code.times(layer, len(BLOCK)), LONG)
             self._quantise_normed(block, "qkv", "attention_norm")
             self._multiply(block, "qkv", "multiply", "qkv")
             bias, norm = (code.read(block, BLOCK.index(name), POINTER, LONG) for name in VECTORS[2:])
-            attention.rotate_and_store(layer, bias, norm)
+            rotation.rotate_and_store(layer, bias, norm)
             code.wait()
-            attention.mix(layer)
+            attention.parts(layer)
+            code.wait()
+            attention.join()
             code.wait()
             self._quantise(block, "out", self._mixed)
             self._multiply(block, "out", "multiply_add", "x")

@@ -1,31 +1,23 @@
-"""Attention of a decode step, over a cache in float32 that is laid out for it: see ``KVCache.step``."""
+"""Before attention in a decode step: queries and keys are rotated, keys and values go to the cache.
+
+The cache is float32 and laid out for steps, see ``step_layout``.
+"""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from llvmlite import ir
 
 from qwenq.runtime.kernels.native_code import FLOAT, LANES, LONG, Code, same
-from qwenq.runtime.kernels.native_math import (
-    FLOATS,
-    exponential,
-    floats,
-    lanes_before,
-    multiply_add,
-    put_floats,
-)
+from qwenq.runtime.kernels.native_math import floats, multiply_add, put_floats
 
 if TYPE_CHECKING:
     from qwenq.runtime.kernels.native_decoder import Shape
 
-_WIDE = 4  # registers of slots whose scores are summed side by side
-_NEVER = float("-inf")
 
-
-class StepAttention:
-    """Builds the two parts of attention into the code of one thread.
+class Rotation:
+    """Builds it into the code of one thread.
 
     Args:
         code: where.
@@ -58,74 +50,6 @@ class StepAttention:
                     start = code.times(self._kv(layer, row, kv_head), self.job["slots"], self.d)
                     to = code.plus(start, code.times(self._position(row), self.d))
                     self._put(held, self.job["values"], to)
-
-    def mix(self, layer: ir.Value) -> None:
-        """This thread's share of the heads of all rows: softmax of scores, and values mixed by it."""
-        code, shape = self.code, self.shape
-        scores = code.behind(self.job["scores"], code.times(code.thread(), self.job["slots"]), FLOAT)
-        with code.each(*code.share(code.times(self.job["rows"], shape.heads))) as task:
-            row, head = code.sdiv(task, LONG(shape.heads)), code.srem(task, LONG(shape.heads))
-            end = code.plus(self._position(row), 1)
-            kv_head = code.sdiv(head, LONG(shape.heads // shape.kv_heads))
-            cache = code.times(self._kv(layer, row, kv_head), self.job["slots"], self.d)
-            query = code.times(code.plus(code.times(row, self.all_heads), head), self.d)
-            whole = code.times(code.sdiv(end, LONG(_WIDE * LANES)), _WIDE * LANES)
-            largest = code.local(same(FLOAT, _NEVER))
-            keys = code.behind(self.job["keys"], cache, FLOAT)
-            for first, last, registers in ((0, whole, _WIDE), (whole, end, 1)):
-                with code.each(first, last, registers * LANES) as slot:
-                    self._scores(query, keys, slot, end, registers, scores, largest)
-            total = self._softmax(scores, end, largest)
-            self._mix_values(code.behind(self.job["values"], cache, FLOAT), scores, end, total, task)
-
-    def _scores(
-        self,
-        query: ir.Value,
-        keys: ir.Value,
-        slot: ir.Value,
-        end: ir.Value,
-        registers: int,
-        scores: ir.Value,
-        largest: ir.Value,
-    ) -> None:
-        code = self.code
-        sums = [code.local(same(FLOAT, 0.0)) for _ in range(registers)]
-        with code.each(0, self.d) as i:
-            q = code.spread(code.read(self.job["qkv"], code.plus(query, i), FLOAT, FLOAT))
-            at = code.plus(code.times(i, self.job["slots"]), slot)
-            for register, place in enumerate(sums):
-                key = floats(code, keys, code.plus(at, register * LANES))
-                code.update(place, FLOATS, partial(_add_product, code, q, key))
-        for register, place in enumerate(sums):
-            at = code.plus(slot, register * LANES)
-            score = lanes_before(code, code.sub(end, at), code.load(place, typ=FLOATS), _NEVER)
-            put_floats(code, score, scores, at)
-            code.update(largest, FLOATS, partial(code.run, "llvm.maximum.v16f32", FLOATS), score)
-
-    def _softmax(self, scores: ir.Value, end: ir.Value, largest: ir.Value) -> ir.Value:
-        """Powers in place of the scores; returns their sum, in all lanes."""
-        code = self.code
-        top = code.run("llvm.vector.reduce.fmaximum.v16f32", FLOAT, code.load(largest, typ=FLOATS))
-        top, sums = code.spread(top), code.local(same(FLOAT, 0.0))
-        with code.each(0, end, LANES) as at:
-            power = exponential(code, code.fsub(floats(code, scores, at), top))
-            power = lanes_before(code, code.sub(end, at), power, 0.0)
-            put_floats(code, power, scores, at)
-            code.update(sums, FLOATS, code.fadd, power)
-        return code.spread(code.total(code.load(sums, typ=FLOATS)))
-
-    def _mix_values(
-        self, values: ir.Value, scores: ir.Value, end: ir.Value, total: ir.Value, task: ir.Value
-    ) -> None:
-        code = self.code
-        sums = [code.local(same(FLOAT, 0.0)) for _ in range(self.d // LANES)]
-        with code.each(0, end) as slot:
-            weight = code.spread(code.read(scores, slot, FLOAT, FLOAT))
-            for register, place in enumerate(sums):
-                value = floats(code, values, code.plus(code.times(slot, self.d), register * LANES))
-                code.update(place, FLOATS, partial(_add_product, code, weight, value))
-        mixed = [code.fdiv(code.load(place, typ=FLOATS), total) for place in sums]
-        self._put(mixed, self.job["mixed"], code.times(task, self.d))
 
     def _head(self, task: ir.Value, head: ir.Value, bias: ir.Value) -> list[ir.Value]:
         """A head of q, k or v, in registers."""
@@ -186,7 +110,3 @@ class StepAttention:
 
     def _position(self, row: ir.Value) -> ir.Value:
         return self.code.read(self.job["positions"], row, LONG, LONG)
-
-
-def _add_product(code: Code, first: ir.Value, second: ir.Value, total: ir.Value) -> ir.Value:
-    return multiply_add(code, first, second, total)
