@@ -26,11 +26,42 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 
+_THROUGH_ONE = 32 * 2**20
+"""Bytes that are read before a file is opened anew."""
+
+
+class _OpenFile:
+    """One file, open for a few reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._state, self._bytes = path, _state(path), 0
+        self._file: Any = safe_open(path, framework="pt")
+
+    def serves(self, path: Path) -> bool:
+        """Whether it is that file, as it is on disk now, with room for another read."""
+        return path == self._path and self._bytes < _THROUGH_ONE and _state(path) == self._state
+
+    def read(self, name: str, nbytes: int) -> torch.Tensor:
+        self._bytes += nbytes
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        self._file.__exit__(None, None, None)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What differs when a file is replaced, cut or written to: a mapping of one that became shorter kills."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class SafetensorsSource:
     """Tensors of one or many safetensors files, read one at a time.
 
-    A file is opened for one read and closed again: what is resident is the tensor that was asked for,
-    so the memory stays flat however large the checkpoint is.
+    A file that was opened for one read serves the next ones, too, as its header takes longer to read than
+    most tensors do; but only some of them: what was read through it stays resident, and the memory is to stay
+    flat however large the checkpoint is.
 
     Raises:
         CorruptFileError: a header, an offset or a file's length is wrong; a shard or tensor is missing.
@@ -38,6 +69,7 @@ class SafetensorsSource:
 
     def __init__(self, files: Sequence[Path], owners: dict[str, str] | None = None) -> None:
         self.files = list(files)
+        self._open: _OpenFile | None = None
         self._where: dict[str, tuple[Path, TensorInfo]] = {}
         for file in self.files:
             for name, info in read_header(file).items():
@@ -63,15 +95,24 @@ class SafetensorsSource:
         """The tensor on the CPU, in its stored dtype."""
         file, info = self._find(name)
         try:
-            with safe_open(file, framework="pt") as opened:
-                tensor: torch.Tensor = opened.get_tensor(name)
+            if self._open is None or not self._open.serves(file):
+                self.close()
+                self._open = _OpenFile(file)
+            tensor = self._open.read(name, info.numel * info.dtype.itemsize)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            self.close()
             raise CorruptFileError(
                 f"the tensor {name} cannot be read: {error}", where=file, hint=_REDOWNLOAD
             ) from error
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
         return tensor
+
+    def close(self) -> None:
+        """Let the file go that is open, if one is; it is opened again when it is needed."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def _find(self, name: str) -> tuple[Path, TensorInfo]:
         try:
