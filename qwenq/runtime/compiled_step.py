@@ -91,7 +91,7 @@ class CompiledStep:
 
     def _room(self, rows: int, slots: int) -> _Room:
         room = self._rooms.get(rows)
-        if room is None or room.slots < slots or room.threads < torch.get_num_threads():
+        if room is None or room.slots < slots or room.threads != torch.get_num_threads():
             room = _Room(self._shape(at_once(rows)), rows, slots, self._blocks, self._norm)
             self._rooms[rows] = room
         return room
@@ -152,7 +152,7 @@ class _Room:
     def run(self, **told: int) -> None:
         """One step over a cache."""
         self._set(told)
-        self._step(ctypes.addressof(self._job))
+        self._step(ctypes.addressof(self._job), self.threads)
 
     def _set(self, told: dict[str, int]) -> None:
         for name, value in told.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from runtime.kernels.native_functions import needs_native
@@ -140,6 +142,15 @@ def test_greedy_text_is_the_same_with_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_another_thread_of_python_gets_the_same_text() -> None:
+    """OpenMP keeps the number of its threads for each thread that asks; what they write to must have room."""
+    engine = engine_of("qwen3")
+    here = engine.generate([[5, 6]], 8, exact_tokens=True).answers[0].ids
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(lambda: engine.generate([[5, 6]], 8, exact_tokens=True).answers[0].ids).result()
+    assert there == here
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,21 @@ class CpuVnni:
         y = torch.empty(whole, self._out, dtype=torch.bfloat16)
         space = torch.empty(2 * whole * (self._columns + 4 * self._groups), dtype=torch.uint8)
         product = _code("product", self.bits, chunk, self.scale_type)
-        product(ctypes.addressof(self._layer), x.data_ptr(), y.data_ptr(), space.data_ptr(), chunks)
+        product(
+            ctypes.addressof(self._layer),
+            x.data_ptr(),
+            y.data_ptr(),
+            space.data_ptr(),
+            chunks,
+            torch.get_num_threads(),
+        )
         return y if whole == count else y[:count]
 
     def _many(self, x: Tensor) -> Tensor:
         """Unpack the weight, then one product that keeps the cores busy."""
         weight = torch.empty(self._columns, self._out, dtype=torch.bfloat16)
-        _code("unpacked", self.bits, self.scale_type)(ctypes.addressof(self._layer), weight.data_ptr())
+        unpack = _code("unpacked", self.bits, self.scale_type)
+        unpack(ctypes.addressof(self._layer), weight.data_ptr(), torch.get_num_threads())
         return x @ weight
 
 

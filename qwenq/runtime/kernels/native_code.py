@@ -143,13 +143,17 @@ class Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
 
 
 def on_all_threads(module: ir.Module, name: str, thread: str, count: int) -> None:
-    """Add a function of ``count`` arguments that hands them, as an array of 64 bits each, to every thread."""
-    code = Code(module, name, *(LONG,) * count)
+    """Add a function that hands ``count`` arguments, as an array of 64 bits each, to every thread.
+
+    One more argument says how many threads there may be: what they write to has room for so many.
+    """
+    code = Code(module, name, *(LONG,) * (count + 1))
     job = code.alloca(ir.ArrayType(LONG, count))
     job.type = POINTER
-    for place, argument in enumerate(code.function.args):
-        code.write(argument, job, LONG(place), LONG)
-    code.run("GOMP_parallel", NOTHING, module.globals[thread], job, WORD(0), WORD(0))
+    *arguments, threads = code.function.args
+    for place, argument in enumerate(arguments):
+        code.write(argument, job, place, LONG)
+    code.run("GOMP_parallel", NOTHING, module.globals[thread], job, code.trunc(threads, WORD), WORD(0))
     code.ret_void()
 
 

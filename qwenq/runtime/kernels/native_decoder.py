@@ -74,13 +74,13 @@ class Shape:
 
 
 def step(shape: Shape) -> Any:
-    """A function ``(job)``, the address of JOB; changes ``x`` and the cache, makes ``y``."""
+    """A function ``(job, threads)``, the address of JOB; changes ``x`` and the cache, makes ``y``."""
     module = ir.Module()
     multiply(module, "multiply", shape.bits, shape.rows, shape.scales, put_floats)
     multiply(module, "multiply_add", shape.bits, shape.rows, shape.scales, _add_floats)
     _Thread(Code(module, "thread", POINTER), shape).build()
     on_all_threads(module, "step", "thread", 1)
-    return compiled(module, "step", 1)
+    return compiled(module, "step", 2)
 
 
 class _Thread:

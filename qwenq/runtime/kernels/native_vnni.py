@@ -93,7 +93,7 @@ def activation_bytes(rows: int, columns: int, group_size: int) -> int:
 
 
 def product(bits: int, rows: int, scales: str) -> Any:
-    """A function ``(layer, x, y, workspace, chunks)``: so many chunks of ``rows`` rows.
+    """A function ``(layer, x, y, workspace, chunks, threads)``: so many chunks of ``rows`` rows.
 
     All are 64-bit integers: the address of LAYER, of bfloat16 [chunks · rows, columns], of
     bfloat16 [chunks · rows, outputs], and of `activation_bytes`.
@@ -120,11 +120,11 @@ def product(bits: int, rows: int, scales: str) -> Any:
     code.run("multiply", NOTHING, layer, y, workspace, chunks)
     code.ret_void()
     on_all_threads(module, "all_threads", "thread", _ARGUMENTS)
-    return compiled(module, "all_threads", _ARGUMENTS)
+    return compiled(module, "all_threads", _ARGUMENTS + 1)
 
 
 def unpacked(bits: int, scales: str) -> Any:
-    """A function ``(layer, weight)`` that writes bfloat16 [columns, outputs]: the integers, scaled.
+    """A function ``(layer, weight, threads)`` that writes bfloat16 [columns, outputs]: the integers, scaled.
 
     Args:
         bits, scales: as in `product`.
@@ -154,7 +154,7 @@ def unpacked(bits: int, scales: str) -> Any:
                     put_bfloat16(code, code.fmul(value, scale), weight, at)
     code.ret_void()
     on_all_threads(module, "all_threads", "thread", 2)
-    return compiled(module, "all_threads", 2)
+    return compiled(module, "all_threads", 3)
 
 
 def quantise(code: Code, held: Activations, row: ir.Value, read: Callable[[ir.Value], ir.Value]) -> None:
