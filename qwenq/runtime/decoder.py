@@ -6,6 +6,7 @@ gate and up are one, q and k are normalised and rotated together.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch.nn.functional import embedding, rms_norm, silu
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
+from qwenq.runtime.attention.best import Best
 from qwenq.runtime.attention.grouped_decode import GroupedDecode
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.compiled_step import CompiledStep
@@ -28,6 +30,9 @@ from qwenq.runtime.linear import Dense, float32_logits
 from qwenq.runtime.rope import Rope, logn_scales, rotate
 from qwenq.runtime.spec import DecoderSpec, read_spec
 from qwenq.runtime.weights import Weights
+
+_MEASURED, _STEPS = 256, 5
+"""Slots of a cache whose last steps are measured, and how many."""
 
 
 @dataclass(frozen=True)
@@ -217,10 +222,31 @@ class Decoder:
 
 def _decode_step(decoder: Decoder) -> DecodeStep | CompiledStep | None:
     """The fastest way to decode one token that this decoder has; None: there is none but the plain one."""
-    if not isinstance(decoder.attend, GroupedDecode):
+    attend = decoder.attend
+    if not isinstance(attend, GroupedDecode) and not (isinstance(attend, Best) and attend.has_grouped):
         return None
-    step = DecodeStep(decoder)
-    return step if CompiledStep.why_not(decoder) else CompiledStep(decoder, step)
+    plain = DecodeStep(decoder)
+    step = plain if CompiledStep.why_not(decoder) else CompiledStep(decoder, plain)
+    if not isinstance(attend, Best):
+        return step
+    whole, otherwise = _milliseconds(decoder, step), _milliseconds(decoder, None)
+    if whole > otherwise:
+        return None
+    attend.take_whole_steps(whole, otherwise)
+    return step
+
+
+@torch.inference_mode()
+def _milliseconds(decoder: Decoder, step: DecodeStep | CompiledStep | None) -> float:
+    """Of one decode step, the shortest of a few after a first that compiles what is compiled."""
+    decoder._step = step
+    cache, ids, found = decoder.new_cache(1, _MEASURED), torch.zeros(1, 1, dtype=torch.int64), []
+    cache.lengths = [_MEASURED - _STEPS]
+    for _ in range(_STEPS):
+        start = time.perf_counter()
+        decoder.forward(ids, [1], cache)
+        found.append(1e3 * (time.perf_counter() - start))
+    return min(found[1:])
 
 
 def _load_block(weights: Weights, spec: DecoderSpec, layer: int) -> Block:

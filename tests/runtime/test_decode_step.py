@@ -90,3 +90,23 @@ def test_rows_are_dropped_between_steps() -> None:
 def test_grouped_is_for_the_cpu() -> None:
     with pytest.raises(UnsupportedError, match="laid out for a CPU"):
         attention_backend("grouped", torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_best_measures_whole_steps_and_takes_the_faster(
+    faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step around ``grouped`` saves lies outside attention: measuring attention alone would not see it."""
+    model, checkpoint = small_model("qwen3")
+    monkeypatch.setattr(
+        "qwenq.runtime.decoder._milliseconds",
+        lambda decoder, step: 1.0 if (step is not None) is faster else 2.0,
+    )
+    engine = load(checkpoint, device="cpu", dtype="float32", attention="best")
+    assert ("decode grouped (whole steps: 1.0 ms; with " in engine.implementation) is faster
+    ids = random_ids(12)
+    cache = engine.new_cache(1, 16)
+    engine.prefill([ids[:10]], cache)
+    engine.decode(torch.tensor(ids[10:11]), cache)
+    found = engine.decode(torch.tensor(ids[11:12]), cache)
+    torch.testing.assert_close(found[0], reference_logits(model, ids)[-1], atol=1e-4, rtol=0)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwenq.runtime.attention.grouped_decode import GroupedDecode
 from qwenq.runtime.attention.plain import Attention
 from qwenq.runtime.cache import Span
 
@@ -27,6 +28,9 @@ class Best:
 
     Attributes:
         seconds: of each candidate, by name: one prompt, one decode step.
+        implementation: what was chosen, from what.
+        has_grouped: whether ``grouped`` is a candidate: a decoder that has whole steps made for it measures
+            those, too, as they are what counts, and then says so with `take_whole_steps`.
     """
 
     name = "best"
@@ -39,13 +43,19 @@ class Best:
             )
             for each in candidates
         }
+        self.has_grouped = GroupedDecode.name in self.seconds
         self._prefill = min(candidates, key=lambda each: self.seconds[each.name][0])
         self._decode = min(candidates, key=lambda each: self.seconds[each.name][1])
-        self.implementation = (
-            f"fastest measured at load among {', '.join(self.seconds)}: "
-            f"prefill {self._prefill.name} ({self._prefill.implementation}), "
-            f"decode {self._decode.name} ({self._decode.implementation})"
-        )
+        self.implementation = self._said(f"{self._decode.name} ({self._decode.implementation})")
+
+    def take_whole_steps(self, milliseconds: float, otherwise: float) -> None:
+        """Decode steps are whole ones around ``grouped``: a step took so long, and else it would have."""
+        measured = f"{milliseconds:.1f} ms; with {self._decode.name} {otherwise:.1f} ms"
+        self.implementation = self._said(f"{GroupedDecode.name} (whole steps: {measured})")
+
+    def _said(self, decode: str) -> str:
+        chosen = f"prefill {self._prefill.name} ({self._prefill.implementation}), decode {decode}"
+        return f"fastest measured at load among {', '.join(self.seconds)}: {chosen}"
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """See `Attention`."""
