@@ -96,7 +96,7 @@ def test_grouped_is_for_the_cpu() -> None:
 def test_best_measures_whole_steps_and_takes_the_faster(
     faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a step around ``grouped`` saves lies outside attention: measuring attention alone would not see it."""
+    """What a step around ``grouped`` saves lies outside attention: measured alone, that would not show it."""
     model, checkpoint = small_model("qwen3")
     monkeypatch.setattr(
         "qwenq.runtime.decoder._milliseconds",
