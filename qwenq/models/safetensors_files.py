@@ -26,12 +26,14 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 
 
+_SMALL = 2**20
+"""Bytes up to which a tensor is copied out of a file that stays open for others."""
 _THROUGH_ONE = 32 * 2**20
-"""Bytes that are read before a file is opened anew."""
+"""Bytes that are read before that file is opened anew."""
 
 
 class _OpenFile:
-    """One file, open for a few reads."""
+    """One file, open for reads of small tensors."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._state, self._bytes = path, _state(path), 0
@@ -43,7 +45,7 @@ class _OpenFile:
 
     def read(self, name: str, nbytes: int) -> torch.Tensor:
         self._bytes += nbytes
-        tensor: torch.Tensor = self._file.get_tensor(name)
+        tensor: torch.Tensor = self._file.get_tensor(name).clone()  # a view would hold the whole mapping
         return tensor
 
     def close(self) -> None:
@@ -59,9 +61,9 @@ def _state(path: Path) -> tuple[int, int, int]:
 class SafetensorsSource:
     """Tensors of one or many safetensors files, read one at a time.
 
-    A file that was opened for one read serves the next ones, too, as its header takes longer to read than
-    most tensors do; but only some of them: what was read through it stays resident, and the memory is to stay
-    flat however large the checkpoint is.
+    A file is opened for one read and closed again: what is resident is the tensor that was asked for, so the
+    memory stays flat however large the checkpoint is. Only small tensors share an open file for a while, as
+    its header takes longer to read than they do.
 
     Raises:
         CorruptFileError: a header, an offset or a file's length is wrong; a shard or tensor is missing.
@@ -95,10 +97,8 @@ class SafetensorsSource:
         """The tensor on the CPU, in its stored dtype."""
         file, info = self._find(name)
         try:
-            if self._open is None or not self._open.serves(file):
-                self.close()
-                self._open = _OpenFile(file)
-            tensor = self._open.read(name, info.numel * info.dtype.itemsize)
+            nbytes = info.numel * info.dtype.itemsize
+            tensor = self._read_small(file, name, nbytes) if nbytes <= _SMALL else _read_alone(file, name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             self.close()
             raise CorruptFileError(
@@ -107,6 +107,12 @@ class SafetensorsSource:
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
         return tensor
+
+    def _read_small(self, file: Path, name: str, nbytes: int) -> torch.Tensor:
+        if self._open is None or not self._open.serves(file):
+            self.close()
+            self._open = _OpenFile(file)
+        return self._open.read(name, nbytes)
 
     def close(self) -> None:
         """Let the file go that is open, if one is; it is opened again when it is needed."""
@@ -119,6 +125,12 @@ class SafetensorsSource:
             return self._where[name]
         except KeyError:
             raise ModelError(f"there is no tensor named {name}", where=_folder_of(self.files)) from None
+
+
+def _read_alone(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)
+    return tensor
 
 
 def _folder_of(files: Sequence[Path]) -> Path | None:
