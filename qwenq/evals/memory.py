@@ -12,7 +12,6 @@ import psutil
 import torch
 
 from qwenq.errors import QwenqError
-from qwenq.runtime.attention.grouped_decode import GroupedDecode
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine, FastEngine
 
@@ -121,7 +120,7 @@ def cache_for_writing(engine: Engine, rows: int, capacity: int) -> KVCache:
 
 
 def _has_step_layout(engine: Engine) -> bool:
-    return isinstance(engine, FastEngine) and isinstance(engine.decoder.attend, GroupedDecode)
+    return isinstance(engine, FastEngine) and engine.decoder.has_step_layout
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -118,6 +118,11 @@ class Decoder:
         return other
 
     @property
+    def has_step_layout(self) -> bool:
+        """Whether decode steps read the cache in a layout of their own, see ``step_layout``."""
+        return self._step is not None
+
+    @property
     def compiled_step(self) -> bool:
         """Whether decode steps are one call of compiled code."""
         return isinstance(self._step, CompiledStep)
