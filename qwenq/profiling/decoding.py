@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenq.profiling.bandwidth import cache_bytes, synchronise
+from qwenq.profiling.positions import POSITIONS, steps_at_once
 from qwenq.profiling.statistics import enough, summarise
 
 if TYPE_CHECKING:
     from qwenq.profiling.measure import Bench
     from qwenq.results import Row
 
-POSITIONS = 9
-_SLOW_STEP = 0.05
 _HOW = "greedy; the cache is said to be filled, its keys and values are zeros"
 
 
@@ -86,8 +85,8 @@ def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decodin
         synchronise(engine.device)
         return (time.perf_counter() - start) / steps
 
-    first = run(point.context, 1)  # compiles, where anything has to be
-    steps = min(8 if first < _SLOW_STEP else 2, point.tokens)
+    run(point.context, 1)  # compiles, where anything has to be
+    steps = steps_at_once(point.tokens, run(point.context, 1))
     positions = spread(point.context, point.context + point.tokens - steps)
     warm = tuple(run(position, steps) for position in positions)
     if rounds == 0:

@@ -15,6 +15,7 @@ from typing import Any
 from qwenq.errors import UsageError
 from qwenq.models.shapes import ITEMSIZE, ModelShape
 from qwenq.profiling.points import Point
+from qwenq.profiling.positions import POSITIONS, steps_at_once
 from qwenq.storage import readable_bytes
 
 _LOAD_RATE = 0.4e9
@@ -28,9 +29,6 @@ _EFFICIENCY = 0.4
 _STEP_SECONDS = {("cpu", "fast"): 0.004, ("cuda", "fast"): 0.004}
 _SLOW_STEP_SECONDS = 0.025
 """What a decoding step costs besides memory: Python, launches; the second for transformers."""
-_SLOW_STEP = 0.05
-_POSITIONS = 9
-"""As in ``decoding``, which needs torch."""
 _SPLIT_SECONDS = 15.0
 _OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
 
@@ -177,14 +175,14 @@ def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: 
     generation = point.tokens * step
     # Short generations are repeated for a minute at most, or until there are enough.
     work = prefill + max(generation, min(12 * generation, 60.0)) + max(_SPLIT_SECONDS, 150 * step)
-    least = 3 * prefill + step * _least_steps(point.tokens, quick=step < _SLOW_STEP)
+    least = 3 * prefill + step * _least_steps(point.tokens, step)
     return max(work, least), least
 
 
-def _least_steps(tokens: int, *, quick: bool) -> int:
+def _least_steps(tokens: int, seconds: float) -> int:
     """Decoding steps of a point whose time is over: the warm-up, and three rounds over the positions."""
-    steps = min(8 if quick else 2, tokens)
-    return 12 + 3 * steps * min(_POSITIONS, tokens - steps + 1)
+    steps = steps_at_once(tokens, seconds)
+    return 12 + 3 * steps * min(POSITIONS, tokens - steps + 1)
 
 
 def _weight_bytes(point: Point, shape: ModelShape, dtype: str) -> int:
