@@ -313,19 +313,17 @@ class KVCache:
         return torch.tensor(self.lengths).unsqueeze(1)
 
     def laid_out_for_step(self) -> tuple[Tensor, Tensor]:
-        """All layers as `step` lays them out, contiguous, for code that finds its way by itself.
+        """All layers as `step` lays them out, for code that finds its way by itself.
 
         Returns:
-            Float32 keys [layers, batch, heads, d, slots] and values [layers, batch, heads, slots, d].
+            Float32 keys [layers, batch, heads, d, slots] and values [layers, batch, heads, slots, d]. Rows
+            that were dropped leave gaps between layers; there are no others.
 
         Raises:
             UsageError: a row is full.
         """
         self._refuse_more_than(max(self.lengths) + 1)
         layout = self.arrange_for_steps()
-        if not layout.keys.is_contiguous():
-            layout.make_contiguous()
-            self.keys, self.values = layout.views()
         return layout.keys, layout.values
 
     def write_step(self, layer: int, keys: Tensor, values: Tensor, step: Step) -> None:

@@ -15,12 +15,21 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from qwenq.runtime.cache import KVCache
-from qwenq.runtime.kernels.cpu_vnni import MANY_ROWS, CpuVnni, at_once
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni, at_once
+from qwenq.runtime.kernels.native_layout import (
+    BLOCK,
+    JOB,
+    LINEARS,
+    STRETCH,
+    VECTORS,
+    Shape,
+    activation_bytes,
+    part_floats,
+)
 
 if TYPE_CHECKING:
     from qwenq.runtime.decode_step import DecodeStep
     from qwenq.runtime.decoder import Block, Decoder
-    from qwenq.runtime.kernels.native_decoder import Shape
 
 _MULTIPLE = 32  # of every width: halves of a head fill registers
 
@@ -34,8 +43,6 @@ class CompiledStep:
     """
 
     def __init__(self, decoder: Decoder, step: DecodeStep) -> None:
-        from qwenq.runtime.kernels.native_decoder import BLOCK, LINEARS, VECTORS
-
         self._decoder, self._step = decoder, step
         self._vectors = [_vectors(block) for block in decoder.blocks]  # the table has their addresses
         self._norm = decoder.norm.float()
@@ -46,7 +53,7 @@ class CompiledStep:
             held = [vectors[name] for name in VECTORS]
             told += [0 if vector is None else vector.data_ptr() for vector in held]
         self._blocks = torch.tensor(told, dtype=torch.int64).view(len(decoder.blocks), len(BLOCK))
-        self._rooms: dict[int, _Room] = {}
+        self._last: _Room | None = None
 
     @staticmethod
     def why_not(decoder: Decoder) -> str | None:
@@ -71,10 +78,8 @@ class CompiledStep:
         Raises:
             UsageError: a row is full.
         """
-        if len(ids) >= MANY_ROWS:
+        if len(ids) >= CpuVnni.many_rows:
             return self._step(ids, cache)
-        from qwenq.runtime.kernels.native_split import STRETCH
-
         keys, values = cache.laid_out_for_step()  # float32 [layers, batch, heads, d, slots], [..., slots, d]
         cos, sin = self._step.rotation(cache)
         room = self._room(len(ids), keys.shape[-1])
@@ -84,21 +89,18 @@ class CompiledStep:
         room.run(
             cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
             keys=keys.data_ptr(), values=values.data_ptr(), slots=keys.shape[-1], y=y.data_ptr(),
-            splits=max(cache.lengths) // STRETCH + 1,
+            layer_stride=keys.stride(0), splits=max(cache.lengths) // STRETCH + 1,
         )  # fmt: skip
         cache.advance([1] * cache.batch)
         return y
 
     def _room(self, rows: int, slots: int) -> _Room:
-        room = self._rooms.get(rows)
-        if room is None or room.slots < slots or room.threads != torch.get_num_threads():
-            room = _Room(self._shape(at_once(rows)), rows, slots, self._blocks, self._norm)
-            self._rooms[rows] = room
+        room = self._last
+        if room is None or not room.serves(rows, slots):
+            room = self._last = _Room(self._shape(at_once(rows)), rows, slots, self._blocks, self._norm)
         return room
 
     def _shape(self, rows: int) -> Shape:
-        from qwenq.runtime.kernels.native_decoder import Shape
-
         spec, first = self._decoder.spec, self._decoder.blocks[0]
         shape, qkv = spec.shape, _linears(first)[0]
         return Shape(
@@ -120,11 +122,7 @@ class _Room:
     """
 
     def __init__(self, shape: Shape, rows: int, slots: int, blocks: Tensor, norm: Tensor) -> None:
-        from qwenq.runtime.kernels.native_decoder import JOB
-        from qwenq.runtime.kernels.native_split import STRETCH, part_floats
-        from qwenq.runtime.kernels.native_vnni import activation_bytes
-
-        self.slots, self.threads = slots, torch.get_num_threads()
+        self._rows, self._slots, self._threads = rows, slots, torch.get_num_threads()
         heads = shape.heads + 2 * shape.kv_heads
         widest = max(shape.hidden, shape.ffn, shape.heads * shape.head_dim)
         chunks = -(-rows // shape.rows)
@@ -137,7 +135,7 @@ class _Room:
             "qkv": torch.zeros(filled, heads * shape.head_dim),
             "mixed": torch.zeros(filled, shape.heads * shape.head_dim),
             "gate_up": torch.zeros(filled, 2 * shape.ffn),
-            "scores": torch.zeros(self.threads, shape.heads // shape.kv_heads, STRETCH),
+            "scores": torch.zeros(self._threads, shape.heads // shape.kv_heads, STRETCH),
             "parts": torch.zeros(rows, shape.heads, -(-slots // STRETCH), part_floats(shape.head_dim)),
             "blocks": blocks,
             "positions": self.positions,
@@ -149,10 +147,14 @@ class _Room:
         self._set({"rows": rows, "chunks": chunks})
         self._step = _compiled(shape)
 
+    def serves(self, rows: int, slots: int) -> bool:
+        """Whether a step of these sizes has room here."""
+        return (rows, torch.get_num_threads()) == (self._rows, self._threads) and slots <= self._slots
+
     def run(self, **told: int) -> None:
         """One step over a cache."""
         self._set(told)
-        self._step(ctypes.addressof(self._job), self.threads)
+        self._step(ctypes.addressof(self._job), self._threads)
 
     def _set(self, told: dict[str, int]) -> None:
         for name, value in told.items():

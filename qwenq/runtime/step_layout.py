@@ -71,10 +71,6 @@ class StepLayout:
         """Go on with the first rows alone; where they lie, as their memory is not given back."""
         self.keys, self.values = self.keys[:, :batch], self.values[:, :batch]
 
-    def make_contiguous(self) -> None:
-        """Close the gaps between layers that dropped rows left."""
-        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
-
     def step(self, positions: Tensor, end: int) -> Step:
         """The views of one step.
 

@@ -166,16 +166,19 @@ def test_rows_are_dropped_and_the_last_ones_fill_the_gaps(
         cache.keep([5])
 
 
-def test_code_that_finds_its_way_by_itself_gets_rows_without_gaps() -> None:
+def test_code_that_finds_its_way_by_itself_meets_gaps_between_layers_alone() -> None:
     cache = KVCache(3, 5, heads=2, capacity=8, head_dim=4, device=CPU, dtype=torch.float32)
     for layer, tensor in enumerate(cache.keys):
         tensor[:, :, :2] = torch.arange(5.0).view(5, 1, 1, 1) + 10 * layer
     cache.advance([2] * 5)
-    cache.laid_out_for_step()
+    before = cache.laid_out_for_step()
     assert cache.keep([0, 4]) == [0, 4]
     keys, values = cache.laid_out_for_step()
-    assert keys.is_contiguous()
-    assert values.is_contiguous()
+    for tensor, whole in zip((keys, values), before, strict=True):
+        assert tensor.data_ptr() == whole.data_ptr()  # nothing was copied
+        assert tensor.stride() == whole.stride()
+        assert all(layer.is_contiguous() for layer in tensor)
+    assert keys.stride(0) == values.stride(0)
     expected = torch.tensor([[10.0 * layer, 10.0 * layer + 4] for layer in range(3)])
     assert keys[..., :2].eq(expected.view(3, 2, 1, 1, 1)).all()
     keys.zero_()

@@ -14,7 +14,7 @@ from qwenq.errors import UsageError
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.engine import FastEngine, load
-from qwenq.runtime.kernels.cpu_vnni import MANY_ROWS
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 
 pytestmark = needs_native
 NEAR = 0.04  # what bfloat16 leaves of models whose random weights make it hard
@@ -58,7 +58,7 @@ def test_it_is_nearer_to_the_exact_model_than_bfloat16_calls_are(family: str, qu
     assert error < 1.1 * rounding
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, MANY_ROWS - 1, MANY_ROWS])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, CpuVnni.many_rows - 1, CpuVnni.many_rows])
 def test_any_number_of_rows_each_as_if_alone(rows: int) -> None:
     engine = engine_of("qwen3")
     prompts = [random_ids(1 + row % 7, row) for row in range(rows)]

@@ -17,7 +17,7 @@ from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.gptq_format import DequantisedSource
 from qwenq.runtime.engine import Engine, load
 from qwenq.runtime.kernels.cpu_int4 import block
-from qwenq.runtime.kernels.cpu_vnni import unable
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 
 ENGINES = ("fast", "transformers")
 INT4 = QuantConfig(bits=4, group_size=32)
@@ -74,7 +74,7 @@ def test_the_int4_product_is_as_near_as_bfloat16_is(case: str, engine: str) -> N
     assert f"kernel {kernel}" in found.implementation
     assert found.notes == ()
     chosen = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine)
-    assert f"kernel {'cpu-vnni' if unable() is None else kernel}" in chosen.implementation
+    assert f"kernel {'cpu-vnni' if CpuVnni.unable() is None else kernel}" in chosen.implementation
     exact = logits(load(checkpoint, device="cpu", dtype="float32", engine=engine))
     reference = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine, kernel="dequantise")
     errors = [(logits(one) - exact).norm() / exact.norm() for one in (found, chosen)]

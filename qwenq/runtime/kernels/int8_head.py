@@ -8,7 +8,7 @@ from torch import Tensor
 from qwenq.errors import UnsupportedError
 from qwenq.runtime.kernels.base import Grouped, Kernel
 from qwenq.runtime.kernels.cpu_int4 import CpuInt8, block
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni, unable
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 from qwenq.runtime.linear import Dense
 
 _GROUP_SIZE = 32  # as in GGUF's Q8_0, the usual form of a head there
@@ -20,9 +20,10 @@ class Int8Head:
 
     Args:
         weight: bfloat16 [vocabulary, hidden].
-    """
 
-    name = "int8 head"
+    Attributes:
+        name: says which product multiplies it, too.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self._vocab, hidden = weight.shape
@@ -34,7 +35,8 @@ class Int8Head:
             integers[part], scales[part] = _rounded(weight[part].float())
         zeros = torch.full(scales.shape, 128, dtype=torch.uint8)
         layer = Grouped(integers, scales, zeros, None)
-        self._layer = CpuInt8.of(layer, bits=8) if unable() else CpuVnni.of(layer, bits=8)
+        self._layer = CpuInt8.of(layer, bits=8) if CpuVnni.unable() else CpuVnni.of(layer, bits=8)
+        self.name = f"int8 head by {self._layer.name}"
 
     @classmethod
     def of(cls, head: Kernel) -> Int8Head:
@@ -76,7 +78,7 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Float32 [rows, hidden] to uint8 around 128 of the same shape, and float32 scales [rows, groups]."""
     groups = weight.view(len(weight), -1, _GROUP_SIZE)  # [rows, groups, group_size]
     largest = groups.abs().amax(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    # Scales are bfloat16 in the product: rounded first, they are what the integers are rounded against.
+    # Scales are bfloat16 in torch's product: rounded first, they are what the integers are rounded against.
     scales = (largest / 127).to(torch.bfloat16).float()
     integers = (groups / scales.unsqueeze(-1)).round_().clamp_(-127, 127).add_(128)
     return integers.to(torch.uint8).view(weight.shape), scales

@@ -1,8 +1,8 @@
 """Machine code for this very CPU: written with llvmlite's builder, run on the threads that torch has.
 
-Products that torch lacks are small functions of a few loops. LLVM compiles one in about 0.1 s when it is
-first called; there is no compiler to install and nothing on disk. Threads are those of torch's GNU OpenMP: a
-second pool would fight with the first for the cores. Import this where ``native_support.why_not`` is None.
+Products that torch lacks are small functions of a few loops. LLVM compiles one when it is first called; there
+is no compiler to install and nothing on disk. Threads are those of torch's GNU OpenMP: a second pool would
+fight with the first for the cores. Import this where ``native_support.why_not`` is None.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ no dispatch, nothing between a product and the next but what has to be computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,53 +23,11 @@ from qwenq.runtime.kernels.native_code import (
     on_all_threads,
     same,
 )
+from qwenq.runtime.kernels.native_layout import BLOCK, JOB, LAYER, VECTORS, Shape
 from qwenq.runtime.kernels.native_math import floats, put_floats, sigmoid
 from qwenq.runtime.kernels.native_rotation import Rotation
 from qwenq.runtime.kernels.native_split import SplitAttention
-from qwenq.runtime.kernels.native_vnni import FLOATS, LAYER, Activations, multiply, put_bfloat16, quantise
-
-LINEARS = ("qkv", "out", "gate_up", "down")
-VECTORS = ("attention_norm", "mlp_norm", "qkv_bias", "qk_norm")
-"""Float32, each an address; what a model does not have is 0."""
-
-BLOCK = tuple(f"{linear}.{field}" for linear in LINEARS for field in LAYER) + VECTORS
-"""What a block of the decoder tells, 64 bits each."""
-
-JOB = (
-    "x", "workspace",  # float32 [all rows, hidden], the residual stream; `activation_bytes` of the widest
-    "qkv", "mixed", "gate_up",  # float32, what linears read and write, one row behind the other
-    "blocks",  # BLOCK of all of them
-    "scores", "parts", "splits",  # float32, see native_split; stretches that the longest row reaches into
-    "cos", "sin", "rotation_stride",  # float32 [rows or 1, heads + key/value heads, d]; from row to row
-    "keys", "values", "slots",  # float32 [layers, rows, heads, d, slots] and [layers, rows, heads, slots, d]
-    "positions", "rows", "chunks",  # int64 [rows]; how many there are; of Shape.rows each, the last filled up
-    "norm", "y",  # float32 [hidden]; bfloat16 [rows, hidden]
-)  # fmt: skip
-"""What a step is told, 64 bits each."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a decoder.
-
-    Attributes:
-        rows: in a chunk: their sums are kept in registers while weights are read.
-        bits, scales: of the weights, see ``native_vnni.product``.
-        has_bias, has_qk_norm: whether q, k and v have a bias; whether q and k are normalised.
-    """
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    rows: int
-    bits: int
-    scales: str
-    has_bias: bool
-    has_qk_norm: bool
+from qwenq.runtime.kernels.native_vnni import FLOATS, Activations, multiply, put_bfloat16, quantise
 
 
 def step(shape: Shape) -> Any:
@@ -90,7 +47,7 @@ class _Thread:
         self.code, self.shape = code, shape
         (arguments,) = code.function.args
         job = code.read(arguments, 0, POINTER, LONG)
-        numbers = ("rotation_stride", "splits", "slots", "rows", "chunks")
+        numbers = ("rotation_stride", "layer_stride", "splits", "slots", "rows", "chunks")
         self.job = {
             name: code.read(job, place, LONG if name in numbers else POINTER, LONG)
             for place, name in enumerate(JOB)

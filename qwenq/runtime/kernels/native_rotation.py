@@ -5,15 +5,19 @@ The cache is float32 and laid out for steps, see ``step_layout``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from llvmlite import ir
 
 from qwenq.runtime.kernels.native_code import FLOAT, LANES, LONG, Code, same
+from qwenq.runtime.kernels.native_layout import Shape
 from qwenq.runtime.kernels.native_math import floats, multiply_add, put_floats
 
-if TYPE_CHECKING:
-    from qwenq.runtime.kernels.native_decoder import Shape
+
+def cache_start(
+    code: Code, job: dict[str, ir.Value], shape: Shape, layer: ir.Value, row: ir.Value, kv_head: ir.Value
+) -> ir.Value:
+    """Numbers in the cache before the keys, or the values, of a head of a row."""
+    heads = code.plus(code.times(row, shape.kv_heads), kv_head)
+    return code.plus(code.times(layer, job["layer_stride"]), code.times(heads, job["slots"], shape.head_dim))
 
 
 class Rotation:
@@ -21,7 +25,7 @@ class Rotation:
 
     Args:
         code: where.
-        job: values of ``native_decoder.JOB``.
+        job: values of ``native_layout.JOB``.
         shape: sizes.
     """
 
@@ -47,7 +51,7 @@ class Rotation:
                             self._put_key(layer, row, code.sub(head, LONG(shape.heads)), turned)
                 with stays:
                     kv_head = code.sub(head, LONG(self.rotated))
-                    start = code.times(self._kv(layer, row, kv_head), self.job["slots"], self.d)
+                    start = self._cache(layer, row, kv_head)
                     to = code.plus(start, code.times(self._position(row), self.d))
                     self._put(held, self.job["values"], to)
 
@@ -96,17 +100,15 @@ class Rotation:
     def _put_key(self, layer: ir.Value, row: ir.Value, kv_head: ir.Value, parts: list[ir.Value]) -> None:
         """Keys lie transposed: each number of one goes to another row of slots."""
         code = self.code
-        start = code.times(self._kv(layer, row, kv_head), self.d)
+        start = self._cache(layer, row, kv_head)
         position = self._position(row)
         for i in range(self.d):
             number = code.extract_element(parts[i // LANES], LONG(i % LANES))
-            to = code.plus(code.times(code.plus(start, i), self.job["slots"]), position)
+            to = code.plus(start, code.times(self.job["slots"], i), position)
             code.write(number, self.job["keys"], to, FLOAT)
 
-    def _kv(self, layer: ir.Value, row: ir.Value, kv_head: ir.Value) -> ir.Value:
-        code = self.code
-        rows = code.plus(code.times(layer, self.job["rows"]), row)
-        return code.plus(code.times(rows, self.shape.kv_heads), kv_head)
+    def _cache(self, layer: ir.Value, row: ir.Value, kv_head: ir.Value) -> ir.Value:
+        return cache_start(self.code, self.job, self.shape, layer, row, kv_head)
 
     def _position(self, row: ir.Value) -> ir.Value:
         return self.code.read(self.job["positions"], row, LONG, LONG)

@@ -8,11 +8,11 @@ Stretches have a fixed length, whatever the number of threads: the result does n
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from llvmlite import ir
 
 from qwenq.runtime.kernels.native_code import FLOAT, LANES, LONG, Code, same
+from qwenq.runtime.kernels.native_layout import STRETCH, Shape, part_floats
 from qwenq.runtime.kernels.native_math import (
     FLOATS,
     exponential,
@@ -21,20 +21,10 @@ from qwenq.runtime.kernels.native_math import (
     multiply_add,
     put_floats,
 )
-
-if TYPE_CHECKING:
-    from qwenq.runtime.kernels.native_decoder import Shape
-
-STRETCH = 256
-"""Slots of a stretch."""
+from qwenq.runtime.kernels.native_rotation import cache_start
 
 _SUMS = 16  # registers for sums; the rest is for what is added to them
 _NEVER = float("-inf")
-
-
-def part_floats(head_dim: int) -> int:
-    """Float32 of a part: a head's values mixed, not yet divided; the largest score; the sum of powers."""
-    return head_dim + 2
 
 
 class SplitAttention:
@@ -42,7 +32,7 @@ class SplitAttention:
 
     Args:
         code: where.
-        job: values of ``native_decoder.JOB``.
+        job: values of ``native_layout.JOB``.
         shape: sizes.
     """
 
@@ -62,10 +52,7 @@ class SplitAttention:
             row, kv_head = code.sdiv(pair, LONG(shape.kv_heads)), code.srem(pair, LONG(shape.kv_heads))
             start = code.times(split, STRETCH)
             end = self._end(row, start)
-            rows = code.plus(code.times(layer, self.job["rows"]), row)
-            cache = code.times(
-                code.plus(code.times(rows, shape.kv_heads), kv_head), self.job["slots"], self.d
-            )
+            cache = cache_start(code, self.job, shape, layer, row, kv_head)
             first_head = code.times(kv_head, self.group)
             query = code.times(code.plus(code.times(row, self.query_heads), first_head), self.d)
             largest = self._all_scores(query, code.behind(self.job["keys"], cache, FLOAT), start, end, scores)

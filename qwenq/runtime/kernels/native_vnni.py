@@ -37,15 +37,10 @@ from qwenq.runtime.kernels.native_code import (
     same,
     vector,
 )
-
-BLOCK = 32
-"""Outputs side by side."""
-
-LAYER = ("weights", "scales", "columns", "blocks", "group_size")
-"""What a layer tells: two addresses and three sizes, as 64-bit integers."""
+from qwenq.runtime.kernels.native_layout import LAYER, OUTPUTS
 
 FLOATS = vector(FLOAT)
-_REGISTERS = BLOCK // LANES
+_REGISTERS = OUTPUTS // LANES
 _LARGEST = 127.0 * 256.0  # the largest of a group in 16 bits: its high byte is 127
 _TINY = 1e-30  # instead of zero as the largest of a group
 _ARGUMENTS = 5
@@ -85,11 +80,6 @@ class Activations:
         scales = code.behind(low, code.times(rows, columns), BYTE)
         sums = code.behind(scales, code.times(rows, groups), FLOAT)
         return cls(place, low, columns, group_size, groups, scales, sums)
-
-
-def activation_bytes(rows: int, columns: int, group_size: int) -> int:
-    """Bytes of `Activations`."""
-    return rows * (2 * columns + 8 * (columns // group_size))
 
 
 def product(bits: int, rows: int, scales: str) -> Any:
@@ -149,8 +139,8 @@ def unpacked(bits: int, scales: str) -> Any:
                 for byte in range(4):
                     one = code.and_(code.lshr(four, same(WORD, 8 * byte)), same(WORD, 255))
                     value = code.sitofp(code.sub(one, same(WORD, 2 ** (bits - 1))), FLOATS)
-                    at = code.times(code.plus(column, 4 * number + byte), code.times(blocks, BLOCK))
-                    at = code.plus(at, code.times(block, BLOCK), register * LANES)
+                    at = code.times(code.plus(column, 4 * number + byte), code.times(blocks, OUTPUTS))
+                    at = code.plus(at, code.times(block, OUTPUTS), register * LANES)
                     put_bfloat16(code, code.fmul(value, scale), weight, at)
     code.ret_void()
     on_all_threads(module, "all_threads", "thread", 2)
@@ -241,7 +231,7 @@ class _Multiply:
                     self._step(code.plus(code.times(at, self.steps), step), starts, dots)
                 self._scale(at, places, dots, totals)
             for row, sums in zip(rows, totals, strict=True):
-                start = code.times(code.plus(code.times(row, self.blocks), block), BLOCK)
+                start = code.times(code.plus(code.times(row, self.blocks), block), OUTPUTS)
                 for register, total in enumerate(sums):
                     self.put(code, code.load(total, typ=FLOATS), self.y, code.plus(start, register * LANES))
         code.ret_void()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from qwenq.runtime.kernels.cpu_vnni import unable
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 
-needs_native = pytest.mark.skipif(unable() is not None, reason=f"no native code here: {unable()}")
+_UNABLE = CpuVnni.unable()
+needs_native = pytest.mark.skipif(_UNABLE is not None, reason=f"no native code here: {_UNABLE}")
 
 
 def elementwise(piece: Callable[[Any, Any], Any]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -36,9 +36,3 @@ def elementwise(piece: Callable[[Any, Any], Any]) -> Callable[[torch.Tensor], to
         return made
 
     return run
-
-
-def address(numbers: list[int]) -> tuple[Any, int]:
-    """64-bit integers in a row, to be held, and where they lie."""
-    held = (ctypes.c_int64 * len(numbers))(*numbers)
-    return held, ctypes.addressof(held)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from runtime.kernels.native_functions import needs_native
 from runtime.kernels.packed_layers import random_case
 
-from qwenq.runtime.kernels.cpu_vnni import MANY_ROWS, CpuVnni, at_once
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni, at_once
 
 pytestmark = needs_native
 BFLOAT16 = 2.0**-8  # the most that rounding to bfloat16 changes, of a number
@@ -26,7 +26,7 @@ def layer_of(bits: int, group_size: int, in_features: int, out_features: int, **
 @pytest.mark.parametrize("sym", [True, False])
 def test_group_sizes(bits: int, group_size: int, sym: bool) -> None:
     layer, weight = layer_of(bits, group_size, 3 * 512, 96, sym=sym)
-    for rows in (1, MANY_ROWS):
+    for rows in (1, CpuVnni.many_rows):
         x = torch.randn(rows, 3 * 512).bfloat16()
         exact = x.double() @ weight.t()
         assert (layer(x).double() - exact).norm() / exact.norm() < BFLOAT16
@@ -68,7 +68,7 @@ def test_a_huge_activation_spoils_its_own_group_alone() -> None:
     assert (layer(x).double() - exact).norm() / exact.norm() < BFLOAT16
 
 
-@pytest.mark.parametrize("rows", [1, 3, MANY_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, CpuVnni.many_rows])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_not_lost(rows: int, odd: float) -> None:
     layer, _ = layer_of(4, 64, 128, 64)

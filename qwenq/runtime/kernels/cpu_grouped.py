@@ -1,0 +1,132 @@
+"""What the CPU's kernels share: few rows by integers as they lie, many rows unpacked, both in bfloat16.
+
+Three things that no product over groups knows are done around it:
+
+- columns in activation order: the input's are put into the stored order;
+- zero points off the middle: ``Σ_g scale · (middle - zero) · Σ_i x_i``, a product with the groups' sums;
+- groups longer than the product knows: a scale is said more than once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from qwenq.models.packing import PackedLinear
+from qwenq.runtime.kernels.base import Grouped, Layer, Need, grouped
+
+
+class CpuGrouped(ABC):
+    """A linear layer over integers with a scale per group.
+
+    Attributes:
+        name, device_type: see `QuantisedKernel`.
+        widths: bits that it holds.
+        group_sizes: columns that may share a scale in its product, longest first.
+        many_rows: from here on unpacking to bfloat16 and one large product are faster.
+        order: see `Grouped`.
+        offsets: float32 [groups, out] of `Grouped`; None where every zero point is the middle.
+        bias: [out], or None.
+    """
+
+    name: str
+    device_type: ClassVar[str] = "cpu"
+    widths: ClassVar[tuple[int, ...]]
+    group_sizes: ClassVar[tuple[int, ...]]
+    many_rows: ClassVar[int]
+
+    def __init__(self, packed: PackedLinear, need: Need, bias: Tensor | None) -> None:
+        self._take(grouped(packed, need), need.bits, None if bias is None else bias.to(need.dtype))
+
+    @classmethod
+    def of(cls, layer: Grouped, bits: int) -> Self:
+        """A layer without a bias that comes from elsewhere than a file."""
+        self = cls.__new__(cls)
+        self._take(layer, bits, None)
+        return self
+
+    def _take(self, layer: Grouped, bits: int, bias: Tensor | None) -> None:
+        self.order, self.bias = layer.order, bias
+        offsets = layer.offsets(2 ** (bits - 1))
+        self.offsets = None if offsets is None else offsets.t().contiguous()  # [groups, out]
+        self._size = longest_group(layer.group_size, self.group_sizes)
+        scales = layer.scales.repeat_interleave(layer.group_size // self._size, dim=1)  # [out, groups]
+        self._weight, self._scales = self._stored(layer.integers, scales, bits)
+
+    @classmethod
+    def why_not(cls, need: Need) -> str | None:
+        """It needs the CPU's instructions, bfloat16 activations, whole groups and whole blocks of outputs."""
+        if need.device.type != "cpu":
+            return f"it runs on the CPU, not on {need.device.type}"
+        if need.bits not in cls.widths:
+            return f"it holds {' or '.join(map(str, cls.widths))} bits, not {need.bits}"
+        if need.dtype != torch.bfloat16:
+            return f"it computes in bfloat16, not in {str(need.dtype).removeprefix('torch.')}"
+        if reason := cls.unable():
+            return reason
+        reasons = (cls._why_not_layer(layer, need.group_size) for layer in need.layers)
+        return next((reason for reason in reasons if reason), None)
+
+    @classmethod
+    def _why_not_layer(cls, layer: Layer, columns: int) -> str | None:
+        size = layer.in_features if columns == -1 else columns
+        if not longest_group(size, cls.group_sizes):
+            return f"a group of {layer.name} has {size} columns, no multiple of {cls.group_sizes[-1]}"
+        if not layer.even:
+            return f"the groups of {layer.name} differ in size"
+        if layer.out_features % cls.block():
+            return f"{layer.name} has {layer.out_features} outputs, no multiple of {cls.block()}"
+        return None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]."""
+        if x.dim() == 2:  # as a decode step has it: a small model spends as long between products as in them
+            return self._rows(x.contiguous())
+        return self._rows(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        if self.order is not None:
+            rows = rows[:, self.order]
+        y = self._few(rows) if len(rows) < self.many_rows else self._many(rows)
+        if self.offsets is not None:
+            sums = rows.view(len(rows), len(self.offsets), -1).sum(-1, dtype=torch.float32)  # [rows, groups]
+            y = torch.addmm(y.float(), sums, self.offsets).to(rows.dtype)
+        if self.bias is not None:
+            y += self.bias
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of integers, scales, offsets and bias."""
+        held = (self._weight, self._scales, self.offsets, self.bias)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    @classmethod
+    @abstractmethod
+    def unable(cls) -> str | None:
+        """Why no layer can be run so on this machine; None: it can."""
+
+    @classmethod
+    @abstractmethod
+    def block(cls) -> int:
+        """Outputs that are packed side by side."""
+
+    @abstractmethod
+    def _stored(self, integers: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Uint8 [out, in] and float32 [out, groups], both as the product reads them."""
+
+    @abstractmethod
+    def _few(self, x: Tensor) -> Tensor:
+        """Bfloat16 [rows, in] → [rows, out] without offsets and bias, over the integers as they lie."""
+
+    @abstractmethod
+    def _many(self, x: Tensor) -> Tensor:
+        """The same for many rows: unpack the weight, then one product that keeps the cores busy."""
+
+
+def longest_group(columns: int, sizes: tuple[int, ...]) -> int:
+    """The longest of some group sizes that divides so many columns; 0: none."""
+    return next((size for size in sizes if columns % size == 0), 0)
