@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from runtime.kernels.native_functions import needs_native
+from native.native_functions import needs_native
 from runtime.quantised_models import quantised_model
 from runtime.small_models import random_ids
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from qwenq.runtime.kernels import native_support
+from qwenq.native import support
 from qwenq.runtime.kernels.cpu_grouped import CpuGrouped
 from qwenq.runtime.kernels.native_layout import OUTPUTS, activation_bytes
 
@@ -42,7 +42,7 @@ class CpuVnni(CpuGrouped):
     @classmethod
     def unable(cls) -> str | None:
         """It needs AVX-512 VNNI and the means to compile for it."""
-        return native_support.why_not("avx512f", "avx512bw", "avx512vl", "avx512vnni")
+        return support.why_not("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 
     @classmethod
     def block(cls) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from qwenq.runtime.kernels.native_code import (
+from qwenq.native.code import (
     FLOAT,
     LANES,
     LONG,
@@ -23,8 +23,8 @@ from qwenq.runtime.kernels.native_code import (
     on_all_threads,
     same,
 )
+from qwenq.native.floats import floats, put_floats, sigmoid
 from qwenq.runtime.kernels.native_layout import BLOCK, JOB, LAYER, VECTORS, Shape
-from qwenq.runtime.kernels.native_math import floats, put_floats, sigmoid
 from qwenq.runtime.kernels.native_rotation import Rotation
 from qwenq.runtime.kernels.native_split import SplitAttention
 from qwenq.runtime.kernels.native_vnni import FLOATS, Activations, multiply, put_bfloat16, quantise

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from qwenq.runtime.kernels.native_code import FLOAT, LANES, LONG, Code, same
+from qwenq.native.code import FLOAT, LANES, LONG, Code, same
+from qwenq.native.floats import floats, multiply_add, put_floats
 from qwenq.runtime.kernels.native_layout import Shape
-from qwenq.runtime.kernels.native_math import floats, multiply_add, put_floats
 
 
 def cache_start(

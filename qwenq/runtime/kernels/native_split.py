@@ -11,9 +11,8 @@ from functools import partial
 
 from llvmlite import ir
 
-from qwenq.runtime.kernels.native_code import FLOAT, LANES, LONG, Code, same
-from qwenq.runtime.kernels.native_layout import STRETCH, Shape, part_floats
-from qwenq.runtime.kernels.native_math import (
+from qwenq.native.code import FLOAT, LANES, LONG, Code, same
+from qwenq.native.floats import (
     FLOATS,
     exponential,
     floats,
@@ -21,6 +20,7 @@ from qwenq.runtime.kernels.native_math import (
     multiply_add,
     put_floats,
 )
+from qwenq.runtime.kernels.native_layout import STRETCH, Shape, part_floats
 from qwenq.runtime.kernels.native_rotation import cache_start
 
 _SUMS = 16  # registers for sums; the rest is for what is added to them

@@ -21,7 +21,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from qwenq.runtime.kernels.native_code import (
+from qwenq.native.code import (
     BYTE,
     FLOAT,
     HALF,

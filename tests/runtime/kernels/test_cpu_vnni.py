@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime.kernels.native_functions import needs_native
+from native.native_functions import needs_native
 from runtime.kernels.packed_layers import random_case
 
 from qwenq.runtime.kernels.cpu_vnni import CpuVnni, at_once

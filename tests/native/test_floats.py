@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runtime.kernels.native_functions import elementwise, needs_native
+from native.native_functions import elementwise, needs_native
 
 pytestmark = needs_native
 
 
 def test_powers_of_e_are_float32_s_own() -> None:
-    from qwenq.runtime.kernels.native_math import exponential
+    from qwenq.native.floats import exponential
 
     x = torch.linspace(-87, 88, 160_000)
     found = elementwise(exponential)(x).double()
@@ -22,7 +22,7 @@ def test_powers_of_e_are_float32_s_own() -> None:
 
 
 def test_what_is_no_number_stays_none() -> None:
-    from qwenq.runtime.kernels.native_math import exponential, sigmoid
+    from qwenq.native.floats import exponential, sigmoid
 
     x = torch.full((16,), float("nan"))
     assert elementwise(exponential)(x).isnan().all()
@@ -30,7 +30,7 @@ def test_what_is_no_number_stays_none() -> None:
 
 
 def test_sigmoid_from_end_to_end() -> None:
-    from qwenq.runtime.kernels.native_math import sigmoid
+    from qwenq.native.floats import sigmoid
 
     x = torch.cat([torch.linspace(-100, 100, 16_000 - 16), torch.tensor([float("inf"), float("-inf")] * 8)])
     torch.testing.assert_close(
@@ -40,8 +40,8 @@ def test_sigmoid_from_end_to_end() -> None:
 
 @pytest.mark.parametrize("count", [-3, 0, 1, 7, 16, 40])
 def test_lanes_before_a_count_stay(count: int) -> None:
-    from qwenq.runtime.kernels.native_code import LONG
-    from qwenq.runtime.kernels.native_math import lanes_before
+    from qwenq.native.code import LONG
+    from qwenq.native.floats import lanes_before
 
     x = torch.arange(16.0)
     found = elementwise(lambda code, value: lanes_before(code, LONG(count), value, -1.0))(x)

@@ -6,7 +6,7 @@ import math
 
 from llvmlite import ir
 
-from qwenq.runtime.kernels.native_code import FLOAT, LANES, WORD, Code, same, vector
+from qwenq.native.code import FLOAT, LANES, WORD, Code, same, vector
 
 FLOATS = vector(FLOAT)
 # e^r = Σ r^i / i! for |r| ≤ ln 2 / 2: the first term that is left out is below 2e-8 of the sum.

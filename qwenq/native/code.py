@@ -2,7 +2,7 @@
 
 Products that torch lacks are small functions of a few loops. LLVM compiles one when it is first called; there
 is no compiler to install and nothing on disk. Threads are those of torch's GNU OpenMP: a second pool would
-fight with the first for the cores. Import this where ``native_support.why_not`` is None.
+fight with the first for the cores. Import this where ``support.why_not`` is None.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from qwenq.runtime.kernels.native_support import OPENMP, openmp
+from qwenq.native.support import OPENMP, openmp
 
 LANES = 16
 """32-bit numbers in a register."""
@@ -115,6 +115,10 @@ class Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         """Number of the calling thread."""
         return self.sext(self.run("omp_get_thread_num", WORD), LONG)
 
+    def threads(self) -> ir.Value:
+        """How many threads run this."""
+        return self.sext(self.run("omp_get_num_threads", WORD), LONG)
+
     def wait(self) -> None:
         """Until all threads are here."""
         self.run("GOMP_barrier", NOTHING)
@@ -137,7 +141,7 @@ class Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
 
     def share(self, count: ir.Value | int) -> tuple[ir.Value, ir.Value]:
         """First and last + 1 of so many things: those that the calling thread has to do."""
-        me, all_threads = self.thread(), self.sext(self.run("omp_get_num_threads", WORD), LONG)
+        me, all_threads = self.thread(), self.threads()
         first, end = (self.sdiv(self.times(count, thread), all_threads) for thread in (me, self.plus(me, 1)))
         return first, end
 

@@ -6,24 +6,22 @@ import importlib.util
 from collections.abc import Iterator
 
 import pytest
-from runtime.kernels.native_functions import needs_native
+from native.native_functions import needs_native
 
-from qwenq.runtime.kernels import native_support
+from qwenq.native import support
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Answers are kept; not between these tests."""
-    native_support.why_not.cache_clear()
+    support.why_not.cache_clear()
     yield
-    native_support.why_not.cache_clear()
+    support.why_not.cache_clear()
 
 
 def test_without_llvmlite_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_support, "find_spec", lambda name: None)
-    assert native_support.why_not() == (
-        "llvmlite, which compiles it, is not installed (pip install 'qwenq[cpu]')"
-    )
+    monkeypatch.setattr(support, "find_spec", lambda name: None)
+    assert support.why_not() == ("llvmlite, which compiles it, is not installed (pip install 'qwenq[cpu]')")
 
 
 def test_other_threads_than_gnu_openmp_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,11 +31,11 @@ def test_other_threads_than_gnu_openmp_are_a_reason(monkeypatch: pytest.MonkeyPa
     def missing() -> None:
         raise OSError("no such library")
 
-    monkeypatch.setattr(native_support, "openmp", missing)
-    assert native_support.why_not() == "the threads of this torch are not GNU OpenMP's"
+    monkeypatch.setattr(support, "openmp", missing)
+    assert support.why_not() == "the threads of this torch are not GNU OpenMP's"
 
 
 @needs_native
 def test_a_feature_that_the_cpu_lacks_is_named() -> None:
-    assert native_support.why_not("avx512vnni", "warp-drive") == "this CPU has no warp-drive"
-    assert native_support.why_not("avx512vnni") is None
+    assert support.why_not("avx512vnni", "warp-drive") == "this CPU has no warp-drive"
+    assert support.why_not("avx512vnni") is None

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni
+from qwenq.native import support
 
-_UNABLE = CpuVnni.unable()
+_UNABLE = support.why_not("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 needs_native = pytest.mark.skipif(_UNABLE is not None, reason=f"no native code here: {_UNABLE}")
 
 
@@ -18,8 +18,8 @@ def elementwise(piece: Callable[[Any, Any], Any]) -> Callable[[torch.Tensor], to
     """``piece(code, value)`` over a tensor of a multiple of 16 numbers."""
     from llvmlite import ir
 
-    from qwenq.runtime.kernels.native_code import LANES, LONG, POINTER, Code, compiled
-    from qwenq.runtime.kernels.native_math import floats, put_floats
+    from qwenq.native.code import LANES, LONG, POINTER, Code, compiled
+    from qwenq.native.floats import floats, put_floats
 
     module = ir.Module()
     code = Code(module, "piece", LONG, LONG, LONG)
