@@ -20,8 +20,8 @@ from _common import machine, markdown_table, resolve_bundled, versions, write_re
 
 STEPS = {
     "forward": "two streams through the block, the original one and the quantised one",
-    "hessian": "H, lower triangle, float32",
-    "drift": "C, whole, float32",
+    "hessian": "H, lower triangle, summed in float32",
+    "drift": "Σ x̃ xᵀ; where there are few rows, Σ W (x̃ − x) xᵀ",
     "factor": "damping, Cholesky, triangular inverse",
     "target": "W C H⁻¹",
     "scales": "scale search: 15 candidates a group, no products",
@@ -101,7 +101,7 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     from qwenq.models.precision import compute_dtype
 
     seconds: Counter[str] = Counter()
-    for step, name in (("factor", "damped"), ("target", "_aim"), ("scales", "search_grid"),
+    for step, name in (("factor", "damped"), ("target", "aim"), ("scales", "search_grid"),
                        ("columns", "gptq"), ("statistics", "output_error")):  # fmt: skip
         clocked(seconds, step, rows, name)
     clocked(seconds, "hessian", quantise, "hessian")
@@ -141,7 +141,7 @@ def operations(model: Path, shape: tuple[int, int]) -> dict[str, float]:
     return {
         "forward": 2 * sum(2 * tokens * rows * width for rows, width in groups),
         "hessian": sum(tokens * width**2 for _, width in groups),
-        "drift": sum(2 * tokens * width**2 for _, width in groups),
+        "drift": sum(2 * tokens * width * (2 * rows if rows < width else width) for rows, width in groups),
         "factor": sum(2 * width**3 / 3 for _, width in groups),
         "target": sum(of_target(rows, width) for rows, width in groups),
         "columns": sum(rows * width**2 for rows, width in groups),

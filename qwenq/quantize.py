@@ -135,6 +135,7 @@ def quantize(
 
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
+    from qwenq.gptq.products import passed_over
     from qwenq.gptq.quantise import check_packable, choose_group_size, input_widths
     from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
@@ -151,6 +152,8 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
     listener.say(why)
+    if not team.launched and (slower := passed_over(dtype, place)):
+        listener.say(slower)
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
     check_packable(decoder, wanted.bits)
     group_size, why = choose_group_size(wanted.group_size, input_widths(decoder))

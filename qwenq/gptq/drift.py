@@ -63,7 +63,11 @@ class OutputDrift:
 
 
 def drift(
-    inputs: Sequence[Tensor], references: Sequence[Tensor], weights: Sequence[Tensor], team: Team = ALONE
+    inputs: Sequence[Tensor],
+    references: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    H: Tensor,
+    team: Team = ALONE,
 ) -> Drift | None:
     """The drift of an input that some linears share; None: no rank has a reference.
 
@@ -71,6 +75,7 @@ def drift(
         inputs: this rank's activations by batch, [..., in] each, as the quantised layers so far produce them.
         references: of the first of these batches (all, or none), the same tokens in the original model.
         weights: float32 [rows, in] of each linear, in the order in which they are quantised.
+        H: [in, in] float32, ``hessian`` of the inputs, without damping.
         team: whose batches these are.
     """
     width, device = weights[0].shape[1], weights[0].device
@@ -80,7 +85,7 @@ def drift(
         WC = running_output_drift(inputs, references, torch.cat(list(weights)))
         return None if WC is None else OutputDrift(WC)
     else:
-        C = running_drift(inputs, references, width, device)
+        C = running_drift(inputs, references, H)
     return None if C is None else InputDrift(C)
 
 

@@ -27,7 +27,7 @@ def hessian(inputs: Sequence[Tensor], width: int, device: torch.device | str, te
     """
 
     if not team.launched:
-        return running_hessian(inputs, width, device)
+        return running_hessian(inputs)
 
     def columns(batch: int, some: slice) -> Tensor:
         return inputs[batch].reshape(-1, width)[:, some].float()  # [tokens, these columns]

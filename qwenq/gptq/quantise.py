@@ -17,6 +17,7 @@ from qwenq.gptq.drift import drift
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.layer_store import LayerStore
 from qwenq.gptq.module import ModuleStats, QuantisedLinear, quantise_group
+from qwenq.gptq.products import native_why_not
 from qwenq.gptq.rows import Settings
 from qwenq.gptq.walk import linears_of, shared_inputs, walk
 from qwenq.models.blocks import BlockwiseDecoder
@@ -25,7 +26,7 @@ from qwenq.models.packing import PackedLinear, dequantise, pack
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
-ALGORITHM = 6  # raise it when the same settings give other integers: unfinished runs are then not resumed
+ALGORITHM = 7  # raise it when the same settings give other integers: unfinished runs are then not resumed
 DRIFT_SHARE = 1.0  # of the batches also run through the original model, to see how inputs have drifted
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -152,9 +153,16 @@ def run_facts(
         "settings": asdict(settings),
         "dtype": str(decoder.dtype),
         "device": decoder.device.type,
-        "sums": "exact" if team.launched else "float32",
+        "sums": how_summed(decoder.dtype, decoder.device, team),
         "threads": torch.get_num_threads(),  # the order of float32 sums depends on it
     }
+
+
+def how_summed(dtype: torch.dtype, device: torch.device, team: Team) -> str:
+    """Which of the ways to sum up Hessians, whose last bits differ: exact, bfloat16 pairs, float32."""
+    if team.launched:
+        return "exact"
+    return "float32" if native_why_not(dtype, device) else "bfloat16 pairs"
 
 
 def quantise_layers(
@@ -278,7 +286,7 @@ class _Layer:
         width, device = inputs[0].shape[-1], inputs[0].device
         H = hessian(inputs, width, device, self._team)
         weights = {name: self._stored(name) for name in names}
-        found = drift(inputs, reference, list(weights.values()), self._team)
+        found = drift(inputs, reference, list(weights.values()), H, self._team)
         try:
             results = quantise_group(weights, H, found, self._settings, self._team)
         except QuantisationError as error:

@@ -7,7 +7,7 @@ from problems import problem
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import damped
 from qwenq.gptq.drift import InputDrift, OutputDrift, aim, drift, exact_drift
-from qwenq.gptq.running import running_drift, running_output_drift
+from qwenq.gptq.running import running_drift, running_hessian, running_output_drift
 from qwenq.gptq.solver import act_order
 
 
@@ -29,7 +29,7 @@ def test_the_matrix_is_the_mean_product_of_drift_and_input_however_it_is_split(p
     x, original = inputs()
     given, references = x.float().chunk(parts), original.float().chunk(parts)
     for C in (
-        running_drift(given, references, 64, "cpu"),
+        running_drift(given, references, running_hessian(given)),
         exact_drift(given, references, 64, "cpu", Team(launched=True)),
     ):
         assert C is not None
@@ -61,7 +61,7 @@ def test_rounding_a_tokens_drift_to_bfloat16_costs_a_thousandth_of_the_correctio
 
 def test_bfloat16_activations_are_multiplied_in_float32() -> None:
     x, original = (t.bfloat16() for t in inputs())
-    C = running_drift(x.chunk(4), original.chunk(4), 64, "cpu")
+    C = running_drift(x.chunk(4), original.chunk(4), running_hessian(x.chunk(4)))
     assert C is not None
     assert C.dtype is torch.float32
     torch.testing.assert_close(C.double(), mean_drift(x.double(), original.double()), rtol=1e-4, atol=1e-5)
@@ -69,15 +69,16 @@ def test_bfloat16_activations_are_multiplied_in_float32() -> None:
 
 def test_float16_products_do_not_overflow() -> None:
     x = torch.full((16, 8), 3e4, dtype=torch.float16)
-    C = running_drift([x], [x / 2], 8, "cpu")
+    C = running_drift([x], [x / 2], running_hessian([x]))
     assert C is not None
     assert C.isfinite().all()
 
 
 def test_references_for_the_first_batches_only() -> None:
     x, original = inputs()
-    some = running_drift(x.float().chunk(4), original.float().chunk(4)[:1], 64, "cpu")
-    whole = running_drift(x.float().chunk(4)[:1], original.float().chunk(4)[:1], 64, "cpu")
+    given, references = x.float().chunk(4), original.float().chunk(4)[:1]
+    some = running_drift(given, references, running_hessian(given))
+    whole = running_drift(given[:1], references, running_hessian(given[:1]))
     assert some is not None
     assert whole is not None
     assert torch.equal(some, whole)
@@ -86,13 +87,13 @@ def test_references_for_the_first_batches_only() -> None:
 @pytest.mark.parametrize("team", [ALONE, Team(launched=True)])
 def test_what_is_summed_depends_on_the_shape_of_the_weights(team: Team) -> None:
     x, original = (t.float() for t in inputs())
-    W = problem(0).W.float()
-    few = drift([x], [original], [W[:10], W[10:20]], team)
-    many = drift([x], [original], [W, W, W, W], team)
+    W, H = problem(0).W.float(), running_hessian([x])
+    few = drift([x], [original], [W[:10], W[10:20]], H, team)
+    many = drift([x], [original], [W, W, W, W], H, team)
     assert isinstance(few, InputDrift if team.launched else OutputDrift)
     assert isinstance(many, InputDrift)
-    assert drift([x], [], [W[:20]], team) is None
-    assert drift([x], [], [W, W, W, W], team) is None
+    assert drift([x], [], [W[:20]], H, team) is None
+    assert drift([x], [], [W, W, W, W], H, team) is None
 
 
 @pytest.mark.parametrize("rows", [24, 64, 100])

@@ -1,0 +1,108 @@
+"""Running means of products of activations, 2/n · Σ Xᵀ Y in float32: what Hessian and drift are made of.
+
+For a process that works alone: the last bits depend on the order of the batches, so several processes cannot
+share this work and find the same integers. They, and a process that torchrun started alone, take ``exact``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwenq.native import support
+
+PANEL = (
+    192  # columns a product covers: wide enough for GEMM's speed, narrow enough to skip the upper triangle
+)
+
+
+class Products(Protocol):
+    """A mean over the batches so far."""
+
+    def add(self, X: Tensor, Y: Tensor) -> None:
+        """Another batch: [..., rows] and [..., columns], as many tokens in both."""
+        ...
+
+    def mean(self) -> Tensor:
+        """2/n · Σ Xᵀ Y, [rows, columns] float32: what further batches would change in place."""
+        ...
+
+
+def products(rows: int, columns: int, like: Tensor, *, symmetric: bool = False) -> Products:
+    """A mean over no batches yet.
+
+    Args:
+        rows, columns: widths of X and Y.
+        like: activations as they will come: their dtype and device decide how products are computed.
+        symmetric: X is Y; what is above the diagonal need not be right.
+    """
+    if native_why_not(like.dtype, like.device) is None:
+        from qwenq.gptq.native_products import NativeProducts
+
+        return NativeProducts(rows, columns, symmetric=symmetric)
+    return Float32Products(rows, columns, like.device, symmetric=symmetric)
+
+
+def native_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why products are not compiled for this CPU, in words that follow "because"; None: they are."""
+    if device.type != "cpu":
+        return f"that is for CPUs, not for {device.type}"
+    if dtype != torch.bfloat16:
+        return f"that is for bfloat16, not for {str(dtype).removeprefix('torch.')}"
+    return support.why_not("avx512f", "avx512bw", "avx512vl", "avx512bf16")
+
+
+def passed_over(dtype: torch.dtype, device: torch.device) -> str | None:
+    """A sentence on faster products that this CPU or this installation lacks; None: none are missed."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    why = native_why_not(dtype, device)
+    return f"Hessians are summed by torch, at a third of the speed, because {why}" if why else None
+
+
+class Float32Products:
+    """By torch, activations of any float dtype converted to float32 first."""
+
+    def __init__(
+        self, rows: int, columns: int, device: torch.device | str, *, symmetric: bool = False
+    ) -> None:
+        self._mean = torch.zeros(rows, columns, dtype=torch.float32, device=device)
+        self._rooms = [torch.empty(0, width, dtype=torch.float32, device=device) for width in (rows, columns)]
+        self._symmetric, self._tokens = symmetric, 0
+
+    def add(self, X: Tensor, Y: Tensor) -> None:
+        """See ``Products``."""
+        y = self._float32(1, Y)
+        total = self._tokens + y.shape[0]
+        keep, weight = self._tokens / total, 2.0 / total
+        if self._symmetric:
+            for start in range(0, y.shape[1], PANEL):  # the lower triangle only
+                panel = y[:, start : start + PANEL]
+                square = self._mean[start:, start : start + PANEL]
+                square.addmm_(y[:, start:].T, panel, beta=keep, alpha=weight)
+        else:
+            self._mean.addmm_(self._float32(0, X).T, y, beta=keep, alpha=weight)
+        self._tokens = total
+
+    def mean(self) -> Tensor:
+        """See ``Products``."""
+        return self._mean
+
+    def _float32(self, side: int, X: Tensor) -> Tensor:
+        """[tokens, width], in space that is allocated once: new pages cost time."""
+        x = X.reshape(-1, self._rooms[side].shape[1])  # [tokens, width]
+        if len(self._rooms[side]) < len(x):
+            self._rooms[side] = torch.empty_like(x, dtype=torch.float32)
+        return self._rooms[side][: len(x)].copy_(x)
+
+
+def mirror(H: Tensor) -> Tensor:
+    """Make a matrix symmetric in place, from what is on and below its diagonal; returns it."""
+    for start in range(0, len(H), PANEL):
+        stop = min(start + PANEL, len(H))
+        square = H[start:stop, start:stop]
+        square.copy_(square.tril() + square.tril(-1).T)
+        H[start:stop, stop:] = H[stop:, start:stop].T
+    return H

@@ -1,0 +1,110 @@
+"""Means of products, by torch and by compiled code, beside float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qwenq.distributed import ALONE, Team
+from qwenq.gptq.products import Float32Products, Products, mirror, native_why_not, passed_over, products
+from qwenq.gptq.quantise import how_summed
+from qwenq.native import support
+
+CPU = torch.device("cpu")
+WHY_NOT = native_why_not(torch.bfloat16, CPU)
+needs_bfloat16_pairs = pytest.mark.skipif(WHY_NOT is not None, reason=f"no such products here: {WHY_NOT}")
+
+
+def drawn(seed: int, tokens: int, width: int) -> Tensor:
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+    return (x * torch.logspace(-3, 1, width)).bfloat16()  # columns of very different size, as channels are
+
+
+def native(rows: int, columns: int, *, symmetric: bool = False) -> Products:
+    made = products(rows, columns, torch.empty(0, dtype=torch.bfloat16), symmetric=symmetric)
+    assert not isinstance(made, Float32Products)
+    return made
+
+
+def relative_error(got: Tensor, X: Tensor, Y: Tensor) -> float:
+    """Largest error beside the size of the two columns that are multiplied."""
+    X, Y = X.double(), Y.double()
+    size = X.norm(dim=0)[:, None] * Y.norm(dim=0)
+    return float(((got.double() - 2 / len(X) * X.T @ Y).abs() / (2 / len(X) * size)).max())
+
+
+@needs_bfloat16_pairs
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 130),
+    columns=st.integers(1, 130),
+    batches=st.lists(st.integers(1, 1100), min_size=1, max_size=3),
+)
+def test_any_shape_is_multiplied_as_precisely_as_in_float32(
+    rows: int, columns: int, batches: list[int]
+) -> None:
+    X, Y = drawn(1, sum(batches), rows), drawn(2, sum(batches), columns)
+    pairs, plain = native(rows, columns), Float32Products(rows, columns, "cpu")
+    for x, y in zip(X.split(batches), Y.split(batches), strict=True):
+        pairs.add(x, y)
+        plain.add(x, y)
+    assert pairs.mean().shape == (rows, columns)
+    assert relative_error(pairs.mean(), X, Y) < 2e-6
+    assert relative_error(plain.mean(), X, Y) < 2e-6
+
+
+@needs_bfloat16_pairs
+@pytest.mark.parametrize("width", [16, 48, 70, 576])
+def test_the_lower_triangle_of_a_symmetric_mean_is_that_of_the_whole(width: int) -> None:
+    """Bit for bit: the drift of inputs that have not drifted is then exactly zero."""
+    x = drawn(0, 700, width).view(7, 100, width)
+    half, whole = native(width, width, symmetric=True), native(width, width)
+    for batch in (x[:3], x[3:]):
+        half.add(batch, batch)
+        whole.add(batch, batch)
+    assert torch.equal(mirror(half.mean().clone()), whole.mean())
+
+
+@needs_bfloat16_pairs
+def test_batches_that_are_no_block_of_memory() -> None:
+    x = drawn(0, 64, 96)
+    pairs = native(48, 96)
+    pairs.add(x[:, ::2], x.T.contiguous().T)
+    assert relative_error(pairs.mean(), x[:, ::2], x) < 2e-6
+
+
+@needs_bfloat16_pairs
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows_in_its_own_column_alone(bad: float) -> None:
+    x = drawn(0, 65, 33)
+    x[64, 32] = bad
+    pairs = native(33, 33)
+    pairs.add(x, x)
+    finite = pairs.mean().isfinite()
+    assert finite[:32, :32].all()
+    assert not finite[32].any()
+    assert not finite[:, 32].any()
+
+
+def test_other_dtypes_and_devices_are_left_to_torch() -> None:
+    assert isinstance(products(8, 8, torch.empty(0)), Float32Products)
+    assert "float16" in str(native_why_not(torch.float16, CPU))
+    assert "cuda" in str(native_why_not(torch.bfloat16, torch.device("cuda")))
+    assert passed_over(torch.float32, CPU) is None
+    assert passed_over(torch.bfloat16, torch.device("cuda")) is None
+
+
+def test_what_is_missed_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
+    assert isinstance(products(8, 8, torch.empty(0, dtype=torch.bfloat16)), Float32Products)
+    said = passed_over(torch.bfloat16, CPU)
+    assert said is not None
+    assert said.endswith("because llvmlite is not installed")
+    assert how_summed(torch.bfloat16, CPU, ALONE) == "float32"
+    monkeypatch.setattr(support, "why_not", lambda *features: None)
+    assert passed_over(torch.bfloat16, CPU) is None
+    assert how_summed(torch.bfloat16, CPU, ALONE) == "bfloat16 pairs"
+    assert how_summed(torch.bfloat16, CPU, Team(launched=True)) == "exact"
