@@ -67,6 +67,7 @@ class EvalRecipe(_Section):
     subjects: tuple[str, ...] = ()  # none: all
     limit: Count | None = None  # items of each subject, or of a task without subjects
     shots: Annotated[int, Field(ge=0)] | None = None  # none: the protocol's own
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of quantised models
     data: str | None = None  # folder of the benchmarks' files; none: the hub
     sample: bool = False  # the suite that ships with qwenq, which is not the benchmark
 

@@ -214,7 +214,10 @@ def test_released_recipes_are_qwens_settings(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-instruct", "qwen3", "demo"])
+FAMILIES = ["qwen2.5-7b-instruct", "qwen2.5-0.5b-instruct", "qwen3-8b", "qwen3-0.6b", "demo"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_family_recipes_are_the_defaults(name: str) -> None:
     written = read_recipe(ROOT / "recipes" / f"{name}.toml").quantize
     assert written.model_copy(update={"group_size": "auto"}) == QuantizeRecipe()

@@ -132,11 +132,14 @@ def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[st
     base = [] if recipe.model is None else [recipe.model]
     rows = folder / RESULTS_FILE
     data = recipe.eval.data if recipe.eval else None
+    asked = recipe.eval.dtype if recipe.eval else "auto"
+    dtype = () if asked == "auto" else ("--dtype", asked)
     for precision in plain:
         arguments = ("eval", *base, "--dtype", DTYPES[precision], *options)
         yield Step(f"evaluate {precision}", arguments, rows, _local(recipe.model, data))
     for precision, model in quantised.items():
-        yield Step(f"evaluate {precision}", ("eval", str(model), *options), rows, (model, *_local(data)))
+        arguments = ("eval", str(model), *dtype, *options)
+        yield Step(f"evaluate {precision}", arguments, rows, (model, *_local(data)))
 
 
 def _eval_options(recipe: Recipe) -> Iterator[str]:
