@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from qwenq import __version__
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import UsageError, VerificationError
+from qwenq.stopping import finishing
 
 if TYPE_CHECKING:
     import torch
@@ -241,7 +242,7 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
 
 
 def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:
-    from qwenq.gptq.quantise import quantise_layers
+    from qwenq.gptq.quantise import LAYER_IS_STORED, quantise_layers
     from qwenq.gptq.ranks import lead
 
     def on_layer(done: LayerDone) -> None:
@@ -253,7 +254,8 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
 
     job.listener.layers(len(job.decoder.names))
     lead(job.team, job.decoder, calibration.tokens, job.settings)
-    quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
+    with finishing(LAYER_IS_STORED):
+        quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
 
 
 def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
@@ -269,7 +271,7 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
     from qwenq.models.gptq_format import validate_quantised
     from qwenq.models.random_weights import is_random
 
-    written = open_checkpoint(staged)
+    written = open_checkpoint(staged, unfinished=True)
     validate_quantised(written.source, job.quant)
     if is_random(job.checkpoint.config):
         job.listener.say("random weights: what was written is whole; its accuracy would mean nothing")

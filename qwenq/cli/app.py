@@ -7,13 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Annotated
 
 import typer
 
-from qwenq import __version__
+from qwenq import __version__, stopping
 from qwenq.errors import QwenqError, UsageError
 
 SHARED = ("quantize", "eval", "profile")
@@ -107,13 +107,20 @@ def main() -> None:
 def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
     """SIGTERM, as job schedulers send it before they take a machine away, stops a command as Ctrl-C does.
 
-    What is yielded holds the signal once it came, for the exit code.
+    But a layer or an item in progress is finished first, see ``qwenq.stopping``. What is yielded holds the
+    signal once it came, for the exit code.
     """
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         received.append(number)
-        raise KeyboardInterrupt
+        until = stopping.note()
+        if until is None:
+            raise KeyboardInterrupt
+        if len(received) == 1:
+            said = f"\nSIGTERM: stopping once {until}; what is done is kept; a second one stops at once\n"
+            with suppress(OSError):  # straight to the system: a stream may be in the middle of a line
+                os.write(2, said.encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread can be told

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -13,6 +12,7 @@ from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName
 from qwenq.errors import UsageError
 from qwenq.models.opening import WEIGHTS_HELP
+from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
     from qwenq.distributed import Team
@@ -90,16 +90,18 @@ def quantize(
             "refine": refine,
         },
     )
-    _stop_on_sigterm()
     from qwenq.distributed import assembled
 
-    with assembled(device) as team:
-        if team.leads:
-            _lead(chosen, out, "json" if as_json else "text", device, resume=resume, team=team)
-        else:
-            from qwenq.gptq.ranks import follow
+    try:
+        with assembled(device) as team:
+            if team.leads:
+                _lead(chosen, out, "json" if as_json else "text", device, resume=resume, team=team)
+            else:
+                from qwenq.gptq.ranks import follow
 
-            follow(chosen, team, device)
+                follow(chosen, team, device)
+    except Terminated as stop:  # by a signal that another process may have had, and this one not
+        raise typer.Exit(128 + signal.SIGTERM) from stop
 
 
 def _lead(
@@ -113,10 +115,9 @@ def _lead(
             from qwenq.quantize import quantize as run
 
             result = run(recipe, out, listener, device=device, resume=resume, team=team)
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt:  # SIGTERM too
             listener.interrupted()
-            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-            raise typer.Exit(128 + number) from stop
+            raise
         listener.finished(result)
 
 
@@ -137,16 +138,3 @@ def _group_size(text: str | None) -> int | Literal["auto"] | None:
         raise UsageError(
             f"group size {text!r}", where="--group-size", hint="use auto, 32, 64, 128 or -1"
         ) from error
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as job schedulers send it before they take the machine away."""
-
-
-def _stop_on_sigterm() -> None:
-    """A preempted job leaves as Ctrl-C does: finished layers stay on disk."""
-
-    def stop(_: int, __: FrameType | None) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)

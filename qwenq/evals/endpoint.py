@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.task import Write, Written
+from qwenq.stopping import asked
 
 ATTEMPTS = 8
 CONCURRENCY = 8  # requests under way at a time, by default
@@ -117,31 +118,41 @@ class Endpoint:
     def ask_all(self, requests: Sequence[Write]) -> Iterator[tuple[int, Reply]]:
         """Every answer as it comes: (index, reply), ``concurrency`` requests under way at a time.
 
+        After SIGTERM (see ``stopping.finishing``) no further ones are begun.
+
         Raises:
             QwenqError: as ``ask``; requests that were not begun are not sent any more.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(requests)):
             waiting.put(index)
-        ended: queue.SimpleQueue[tuple[int, Reply | BaseException]] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[tuple[int, Reply | BaseException] | None] = queue.SimpleQueue()
         stop = threading.Event()
 
         def work() -> None:
-            while not stop.is_set():
+            while not stop.is_set() and not asked():
                 try:
                     index = waiting.get_nowait()
                 except queue.Empty:
-                    return
+                    break
                 try:
                     ended.put((index, self.ask(requests[index])))
                 except BaseException as error:  # whatever it is belongs to who asked
                     ended.put((index, error))
+            ended.put(None)
 
-        for _ in range(min(self.concurrency, len(requests))):
+        working = min(self.concurrency, len(requests))
+        for _ in range(working):
             threading.Thread(target=work, daemon=True).start()  # a silent server must not hold up the exit
         try:
-            for _ in requests:
-                index, found = ended.get()
+            while working:
+                reply = ended.get()
+                if reply is None:
+                    working -= 1
+                    continue
+                index, found = reply
+                if isinstance(found, QwenqError) and asked():
+                    continue  # it is asked again by the next run
                 if isinstance(found, BaseException):
                     raise found
                 yield index, found
@@ -154,9 +165,9 @@ class Endpoint:
             try:
                 return self._once(path, body)
             except _Again as again:
-                if attempt == ATTEMPTS:
+                if attempt == ATTEMPTS or asked():
                     raise QwenqError(
-                        f"{ATTEMPTS} attempts failed, the last: {again}",
+                        f"{attempt} attempts failed, the last: {again}",
                         where=self.url + path,
                         hint="see the server's log; what was answered is kept, the same command goes on",
                     ) from again

@@ -20,6 +20,7 @@ from qwenq.evals.task import Written
 from qwenq.models.tokenizer import TextStream, Tokenizer
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine
+from qwenq.stopping import asked, stop_here
 
 _COMPACT = {"cpu": 1.0, "cuda": 0.75}
 """Rows in use, of all rows, up to which idle ones are dropped. On a CPU each has its share of every step; on
@@ -141,6 +142,7 @@ class _Writer:
     def run(self) -> Iterator[tuple[int, Written]]:
         """Answers as they are finished."""
         while self._queue:
+            stop_here()
             capacity = self._requests[self._queue[0]].needed
             rows = min(self._budget.rows_to_decode(capacity), len(self._queue))
             batch: _Batch | None = None
@@ -174,7 +176,7 @@ class _Writer:
 
     def _fill(self, batch: _Batch) -> Iterator[tuple[int, Written]]:
         """Give idle rows work, as long as there is any; an answer of one token is complete at once."""
-        while self._queue and batch.idle:
+        while self._queue and batch.idle and not asked():  # then those under way are still finished
             group = self._group_of[self._queue[0]]
             shared = self._lengths[group]
             longest = len(self._requests[self._queue[0]].prompt) - shared

@@ -19,6 +19,7 @@ from qwenq.evals.requests import ChoiceTokens
 from qwenq.evals.task import Chosen
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine
+from qwenq.stopping import stop_here
 
 
 @torch.inference_mode()
@@ -96,6 +97,7 @@ def _score_group(
     work: KVCache | None = None
     done = 0
     while done < len(order):
+        stop_here()  # what was computed is recorded: whoever takes the answers has taken them
         longest = len(tails[order[done]])
         rows = min(_rows(budget, longest, shared + longest, work), len(order) - done)
         batch = order[done : done + rows]

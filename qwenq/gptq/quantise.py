@@ -22,6 +22,7 @@ from qwenq.gptq.rows import Settings
 from qwenq.gptq.walk import linears_of, shared_inputs, walk
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.packing import PackedLinear, dequantise, pack
+from qwenq.stopping import Terminated, asked
 
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 ALGORITHM = 7  # raise it when the same settings give other integers: unfinished runs are then not resumed
 DRIFT_SHARE = 1.0  # of the batches also run through the original model, to see how inputs have drifted
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
+LAYER_IS_STORED = "this layer is on the disk"
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 GROUP_SIZES = (128, 64, 32)  # "auto" takes the first that divides every input width
 
@@ -187,6 +189,8 @@ def quantise_layers(
     Raises:
         QuantisationError: names the module.
         UsageError: more processes than batches.
+        Terminated: SIGTERM came to any of the processes, see ``stopping.finishing``; all stop behind the
+            same layer, which is stored.
     """
     check_tokens(tokens, decoder.vocabulary)
     total, finished = len(decoder.names), team.tell(store.finished() if store is not None else None)
@@ -208,6 +212,16 @@ def quantise_layers(
                 stats = {name: ModuleStats(**values) for name, values in store.modules(index).items()}
                 seconds = time.perf_counter() - started
                 on_layer(LayerDone(index, total, seconds, stats, index < finished))
+            if streams is not None:
+                _stop_if_told(team)
+
+
+def _stop_if_told(team: Team) -> None:
+    """Stop if any process was told to: one that went on would wait for the others in vain."""
+    told = torch.tensor([int(asked())])
+    team.largest(told)
+    if bool(told):
+        raise Terminated
 
 
 @dataclass

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from qwenq.distributed import Team
 from qwenq.errors import ModelError
-from qwenq.gptq.quantise import quantise_layers
+from qwenq.gptq.quantise import LAYER_IS_STORED, quantise_layers
 from qwenq.gptq.rows import Settings
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.opening import open_model
 from qwenq.models.precision import resolve_device
+from qwenq.stopping import finishing
 
 if TYPE_CHECKING:
     from qwenq.recipe import Recipe
@@ -70,4 +71,5 @@ def follow(recipe: Recipe, team: Team, device: str = "auto") -> None:
     decoder = BlockwiseDecoder(checkpoint, resolve_device(device), getattr(torch, told["dtype"]))
     tokens = torch.empty(told["tokens"], dtype=torch.int64)
     team.copy(tokens)
-    quantise_layers(decoder, tokens, Settings(**told["settings"]), None, lambda _: None, team)
+    with finishing(LAYER_IS_STORED):
+        quantise_layers(decoder, tokens, Settings(**told["settings"]), None, lambda _: None, team)
