@@ -17,7 +17,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "qwenq"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-LEAVES = {"errors", "storage", "versions", "recipe", "results", "environment", "published", "distributed"}
+LEAVES = {
+    "errors",
+    "storage",
+    "versions",
+    "recipe",
+    "results",
+    "environment",
+    "published",
+    "distributed",
+    "paired",
+    "stopping",
+}
 ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
 COMPOSER = ROOMS - {"cli", "__main__"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -29,6 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "environment": set(),
     "published": set(),
     "distributed": {"errors"},
+    "stopping": set(),
+    "paired": set(),
     "native": set(),
     "models": LEAVES,
     "calibration": LEAVES | {"models"},

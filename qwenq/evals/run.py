@@ -30,6 +30,7 @@ from qwenq.evals.scoring import score
 from qwenq.evals.served import Contestant, Response, Served
 from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, MakeProgram, Request, Task
 from qwenq.evals.tasks.script import Script
+from qwenq.stopping import finishing
 
 
 class Listener(Protocol):
@@ -190,15 +191,17 @@ def _ask(
     requests = [task.request(item) for item in mine]
     if not mine:
         return
-    for response in _responses(contender, mine, requests, batch):
-        item = mine[response.index]
-        judgement = task.judge(item, response.answer)
-        pending = _record(item, request_hash(item, requests[response.index]), response, judgement)
-        if task.needs_sandbox:
-            pending = replace(pending, correct=None)
-        records.append(pending)
-        if listener is not None:
-            listener.judged(pending.correct)
+    responses = _responses(contender, mine, requests, batch)
+    with finishing("the items under way are recorded"):
+        for response in responses:
+            item = mine[response.index]
+            judgement = task.judge(item, response.answer)
+            pending = _record(item, request_hash(item, requests[response.index]), response, judgement)
+            if task.needs_sandbox:
+                pending = replace(pending, correct=None)
+            records.append(pending)
+            if listener is not None:
+                listener.judged(pending.correct)
 
 
 def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
@@ -222,15 +225,16 @@ def _title(contender: Contestant, plan: Plan) -> str:
 def _responses(
     contender: Contestant, items: Sequence[Item], requests: Sequence[Request], batch: int | None
 ) -> Iterator[Response]:
-    """What the model here, or whoever serves it, says."""
+    """What the model here, or whoever serves it, says; the model is loaded when this returns."""
     if isinstance(contender, Served):
-        yield from contender.respond(items, requests)
-        return
+        return contender.respond(items, requests)
     encoded = encode_requests(contender.tokenizer, items, requests)
     require_context(encoded, contender.engine.context)
     implementation = contender.engine.implementation
-    for index, found in _answers(contender, encoded, batch):
-        yield Response(index, found, len(encoded[index].prompt), implementation)
+    return (
+        Response(index, found, len(encoded[index].prompt), implementation)
+        for index, found in _answers(contender, encoded, batch)
+    )
 
 
 def _answers(

@@ -1,0 +1,80 @@
+"""SIGTERM in the middle of what should become whole: noted, and obeyed where nothing is half done.
+
+A scheduler that takes a machine away sends SIGTERM, and kills some time later: Slurm and torchrun wait 30
+seconds unless told otherwise, Kubernetes as well. A layer that takes less is kept, as are answers that are
+being written. A second SIGTERM stops at once. Ctrl-C always does: whoever presses it is waiting.
+
+A signal is the whole process's, and so is what is known of it here. Nothing is installed by this module:
+``qwenq.cli`` has the handler, and in a process without it nothing is ever noted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+ONE = 1.0
+"""Seconds within which a second SIGTERM is the first one again: a scheduler tells all processes of a job, and
+torchrun or `qwenq run` passes on what it was told."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM is obeyed: what was in progress is stored."""
+
+
+@dataclass
+class _State:
+    """What is being finished, and when SIGTERM came."""
+
+    until: str | None = None
+    came: float | None = None
+
+
+_state = _State()
+
+
+@contextmanager
+def finishing(until: str) -> Iterator[None]:
+    """Within it, SIGTERM waits for ``stop_here``, or for the end. It cannot be nested.
+
+    Args:
+        until: when the command will stop: "this layer is on the disk".
+
+    Raises:
+        Terminated: at the end, if it came and nothing else went wrong.
+    """
+    _state.until = until
+    try:
+        yield
+    finally:
+        _state.until = None  # first: a signal between these two lines is obeyed at once, and none is lost
+        came, _state.came = _state.came, None
+    if came is not None:
+        raise Terminated
+
+
+def note() -> str | None:
+    """For the handler: SIGTERM has come. What is finished first; None: nothing, stop at once."""
+    now = time.monotonic()
+    if _state.until is None or (_state.came is not None and now - _state.came >= ONE):
+        return None
+    if _state.came is None:
+        _state.came = now
+    return _state.until
+
+
+def asked() -> bool:
+    """Whether SIGTERM came and is still to be obeyed: nothing new should be begun."""
+    return _state.came is not None
+
+
+def stop_here() -> None:
+    """A place where nothing is half done.
+
+    Raises:
+        Terminated: SIGTERM has come.
+    """
+    if asked():
+        raise Terminated
