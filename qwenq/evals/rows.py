@@ -9,10 +9,10 @@ from typing import Any
 
 from qwenq.errors import UsageError
 from qwenq.evals.accuracy import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
-from qwenq.evals.paired import Paired, compare
 from qwenq.evals.run import Answers, Judged, Plan
 from qwenq.evals.served import Contestant
 from qwenq.evals.task import Score
+from qwenq.paired.compare import BASES, Paired, compare
 from qwenq.results import RESULTS_FILE, Row, Value, read_rows
 
 MAIN = "accuracy"
@@ -22,14 +22,14 @@ def rows_of(
     contender: Contestant,
     plan: Plan,
     answers: Answers,
-    base: Mapping[str, bool] | None,
+    base: Row | None,
     settings: Mapping[str, Any],
     command: str = "",
 ) -> list[Row]:
     """One row a score, the main one first, which also holds the verdict on every item.
 
     Args:
-        base: the verdicts of the model that this one was made from, by item id; None: it has none here.
+        base: the row of the model that this one was made from, see ``base_row``; None: there is none here.
         settings: what else decides the value.
         command: what the user typed.
     """
@@ -44,8 +44,8 @@ def rows_of(
         if place == 0:
             items = verdicts(answers.judged)
             details["items"] = items
-            if base is not None and (paired := compare(base, items)) is not None:
-                details["paired"] = paired.to_json()
+            if base is not None and (paired := compare(base.details["items"], items)) is not None:
+                details["paired"] = {**paired.to_json(), "base": base.model.precision}
         rows.append(
             Row(
                 metric=score.metric,
@@ -94,10 +94,10 @@ def paired_of(row: Row) -> Paired | None:
     return Paired(**{name: found[name] for name in ("n", "lost", "won", "p", "detectable")})
 
 
-def base_verdicts(run: Path, contender: Contestant, plan: Plan) -> dict[str, bool] | None:
-    """Verdicts of the family's unquantised model on this very point, from rows of this run folder.
+def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
+    """The family's unquantised model on this very point, from rows of this run folder.
 
-    Of several the last one counts.
+    Of several precisions the first of `BASES`, as reports have it; of one the last that was measured.
 
     Raises:
         UsageError: a broken row.
@@ -105,13 +105,14 @@ def base_verdicts(run: Path, contender: Contestant, plan: Plan) -> dict[str, boo
     if not contender.quantised or not (run / RESULTS_FILE).exists():
         return None
     point = point_of(plan)
-    found: dict[str, bool] | None = None
-    for row in read_rows(run):
-        of_base = row.model.family == contender.model.family and not row.model.precision.startswith("int")
-        if row.metric == MAIN and of_base and row.point == point and row.status == "ok":
-            items = row.details.get("items")
-            found = items if isinstance(items, dict) else found
-    return found
+    found = {
+        row.model.precision: row
+        for row in read_rows(run)
+        if (row.metric, row.status, row.model.family, row.point)
+        == (MAIN, "ok", contender.model.family, point)
+        and isinstance(row.details.get("items"), dict)
+    }
+    return next((found[precision] for precision in BASES if precision in found), None)
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:

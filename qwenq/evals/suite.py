@@ -13,7 +13,7 @@ from qwenq.environment import environment
 from qwenq.errors import DataError
 from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.records import FOLDER
-from qwenq.evals.rows import base_verdicts, rows_of
+from qwenq.evals.rows import base_row, rows_of
 from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
@@ -188,7 +188,7 @@ def _append_rows(
     }
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = sandbox.implementation
-    rows = rows_of(contender, plan, answers, base_verdicts(run, contender, plan), settings, command)
+    rows = rows_of(contender, plan, answers, base_row(run, contender, plan), settings, command)
     for row in rows:
         append_row(run, row)
     return rows

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from qwenq.paired.compare import Paired
+from qwenq.paired.detectable import detectable_drop
 from qwenq.reporting.card import TASKS, task_order
 from qwenq.reporting.collect import Collection, Measured, reference
 from qwenq.reporting.significance import LEVEL, Pairing, holm, paired
@@ -70,8 +72,10 @@ def _point(point: dict[str, Value]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((key, str(value)) for key, value in point.items() if key not in {"engine", "dtype"}))
 
 
-HEADERS = ("Task", "Quantization", "Unquantised", "Quantised", "Difference", "Items lost", "Items won", "p")
-DETECTABLE = "Detectable drop"
+HEADERS = (
+    *("Task", "Quantization", "Unquantised", "Quantised", "Difference", "Items lost", "Items won"),
+    *("p", "p (Holm)", "Detectable drop", "In words"),
+)
 
 
 def loss_table(collection: Collection, family: str) -> Table | None:
@@ -84,32 +88,16 @@ def loss_table(collection: Collection, family: str) -> Table | None:
     caption = [
         f"against {', '.join(sorted(bases))}, item by item",
         "difference in percentage points",
-        "p: McNemar's exact test on the items that exactly one of both answered, two-sided, "
-        "corrected by Holm for all tests of this table",
+        "p: McNemar's exact test on the items that exactly one of both answered, two-sided",
+        "p (Holm): corrected for all tests of this table",
+        "detectable drop: the smallest that so many items would have shown 4 times in 5, by one such test",
     ]
-    lines = [_cells(loss, collection, notes) for loss in found]
-    headers: tuple[str, ...] = HEADERS
-    drops = [_detectable(loss) for loss in found]
-    if any(drop.value is not None for drop in drops):
-        headers = (*HEADERS, DETECTABLE)
-        lines = [(*line, drop) for line, drop in zip(lines, drops, strict=True)]
-        caption.append("detectable drop: the smallest that so many items would have shown 4 times in 5")
-    made = tuple(Line(line) for line in lines)
-    return Table("losses", "What it cost", headers, 2, made, tuple(caption), tuple(notes.sentences))
+    tests = sum(loss.p is not None for loss in found)
+    made = tuple(Line(_cells(loss, collection, notes, tests)) for loss in found)
+    return Table("losses", "What it cost", HEADERS, 2, made, tuple(caption), tuple(notes.sentences))
 
 
-def _detectable(loss: Loss) -> Cell:
-    """As the evaluation worked it out, if that was against the same model."""
-    found, pairing = loss.after.details.get("paired"), loss.pairing
-    if not isinstance(found, dict) or not isinstance(pairing, Pairing):
-        return Cell(MISSING)
-    if (found.get("lost"), found.get("won")) != (pairing.lost, pairing.won):
-        return Cell(MISSING)
-    drop = found.get("detectable")
-    return Cell(fixed(1)(drop * 100), drop) if isinstance(drop, float) and 0 <= drop <= 1 else Cell("none")
-
-
-def _cells(loss: Loss, collection: Collection, notes: Footnotes) -> tuple[Cell, ...]:
+def _cells(loss: Loss, collection: Collection, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
     task = str(loss.after.point.get("task"))
     name, label = TASKS.get(task, clean(task)), collection.label(loss.after.model)
     before, after = loss.before.value or 0.0, loss.after.value or 0.0
@@ -121,13 +109,25 @@ def _cells(loss: Loss, collection: Collection, notes: Footnotes) -> tuple[Cell, 
         Cell(PERCENT(after), after),
         Cell(signed((after - before) * 100), after - before, mark=mark),
     )
+    missing = Cell(MISSING)
     if isinstance(loss.pairing, str):
-        return (*shown, Cell(MISSING), Cell(MISSING), Cell("n/a", note=notes.number(loss.pairing)))
-    p = 1.0 if loss.p is None else loss.p
-    pairing = loss.pairing
+        untested = Cell("n/a", note=notes.number(loss.pairing))
+        return (*shown, missing, missing, untested, missing, missing, missing)
+    pairing, p = loss.pairing, 1.0 if loss.p is None else loss.p
+    drop = detectable_drop(pairing.n, (pairing.lost + pairing.won) / pairing.n)
+    found = Paired(pairing.n, pairing.lost, pairing.won, pairing.p, drop)
     return (
         *shown,
         Cell(f"{pairing.lost:,}", pairing.lost),
         Cell(f"{pairing.won:,}", pairing.won),
+        Cell(probability(pairing.p), pairing.p),
         Cell(probability(p), p, mark=mark),
+        Cell("none" if drop is None else fixed(1)(drop * 100), drop),
+        Cell(_in_words(found, after - before, p, tests)),
     )
+
+
+def _in_words(found: Paired, change: float, p: float, tests: int) -> str:
+    """What can be said of a change alone; and where it may be an accident among so many tests, that."""
+    told = found.said_of(change)
+    return f"{told}, which one of {tests} tests may show by chance" if found.p < LEVEL <= p else told

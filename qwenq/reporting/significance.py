@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
+from qwenq.paired.mcnemar import mcnemar
 from qwenq.results import Row
 
 LEVEL = 0.05
@@ -32,15 +32,6 @@ class Pairing:
     won: int
     n: int
     p: float
-
-
-def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p of ``lost`` against ``won`` discordant pairs; 1 where there is none."""
-    discordant, tail, ways = lost + won, 0, 1
-    for k in range(min(lost, won) + 1):
-        tail += ways
-        ways = ways * (discordant - k) // (k + 1)  # discordant over k + 1
-    return min(1.0, float(Fraction(2 * tail, 2**discordant)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -15,9 +15,11 @@ from evals.test_task_math import write_math
 from evals.test_task_mbpp import write_mbpp
 from tiny_model import write_tiny_model
 
+from qwenq import stopping
 from qwenq.errors import DataError, ModelError, UnsupportedError
+from qwenq.evals import scoring
 from qwenq.evals.contender import Contender, How, open_contender
-from qwenq.evals.rows import base_verdicts, rows_of, verdicts
+from qwenq.evals.rows import base_row, rows_of, verdicts
 from qwenq.evals.run import Answers, Plan, answer, make_plan
 from qwenq.evals.sandbox.find import find_sandbox
 from qwenq.evals.task import DataSource, Judgement
@@ -107,6 +109,25 @@ def test_nothing_is_asked_twice_and_the_model_not_even_loaded(
     assert again.judged == first.judged
     assert again.implementations == first.implementations
     assert "engine" not in vars(contender)
+
+
+def test_sigterm_finishes_and_records_the_batch_in_progress(
+    contender: Contender, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, choose, batches = mmlu(data), scoring._choose, []
+
+    def told(engine: Any, requests: Any, *rest: Any) -> Any:
+        batches.append(len(requests))
+        if len(batches) == 3:
+            assert stopping.note() == "the items under way are recorded"
+        return choose(engine, requests, *rest)
+
+    monkeypatch.setattr(scoring, "_choose", told)
+    with pytest.raises(stopping.Terminated):
+        ask(contender, plan, tmp_path, batch=4)
+    assert len(batches) == 3 < len(plan.items) / 4
+    _, listener = ask(contender, plan, tmp_path, batch=4)
+    assert (listener.recorded, listener.asked) == (sum(batches[:3]), len(plan.items) - sum(batches[:3]))
 
 
 def test_more_items_are_added_to_those_there_are(contender: Contender, data: Path, tmp_path: Path) -> None:
@@ -217,17 +238,21 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
     quantised = replace(contender, model=replace(contender.model, precision="int4", fingerprint="other"))
     quantised.checkpoint.config["quantization_config"] = {"bits": 4}
     try:
-        base = base_verdicts(tmp_path, quantised, plan)
-        assert base == verdicts(answers.judged)
-        assert base_verdicts(tmp_path, quantised, mmlu(data, 5)) is None
+        assert base_row(tmp_path, quantised, mmlu(data, 5)) is None
+        later = replace(main, model=replace(main.model, precision="bf16"), details={"items": {"x": True}})
+        append_row(tmp_path, later)
+        base = base_row(tmp_path, quantised, plan)
+        assert base is not None and base.model.precision == "fp32", "as reports have it, whatever came last"
+        assert base.details["items"] == verdicts(answers.judged)
         worse = replace(
             answers, judged=[(item, replace(verdict, correct=False)) for item, verdict in answers.judged]
         )
         (row, _) = rows_of(quantised, plan, worse, base, {})
     finally:
         del quantised.checkpoint.config["quantization_config"]
-    assert row.details["paired"]["lost"] == sum(base.values())
+    assert row.details["paired"]["lost"] == sum(verdicts(answers.judged).values())
     assert row.details["paired"]["won"] == 0
+    assert row.details["paired"]["base"] == "fp32"
 
 
 def test_every_task_has_rows_that_reports_and_comparisons_find(

@@ -4,16 +4,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from qwenq.evals.paired import ALPHA, POWER, Paired, compare, detectable_drop, mcnemar, power
+from qwenq.paired.compare import BASES, Paired, compare
+from qwenq.paired.detectable import POWER, detectable_drop, power
+from qwenq.paired.mcnemar import ALPHA, mcnemar
+from qwenq.reporting.collect import reference
+from qwenq.results import Model
 
 
 @given(lost=st.integers(0, 200), won=st.integers(0, 200))
 def test_mcnemar_is_scipys_binomial_test(lost: int, won: int) -> None:
-    from scipy import stats
+    expected = binomtest(lost, lost + won, 0.5).pvalue if lost + won else 1.0
+    assert mcnemar(lost, won) == pytest.approx(expected, rel=1e-9)
 
-    expected = stats.binomtest(lost, lost + won, 0.5).pvalue if lost + won else 1.0
-    assert mcnemar(lost, won) == pytest.approx(expected, abs=1e-12)
+
+def test_as_many_items_as_mmlu_has() -> None:
+    assert 0 < mcnemar(7300, 6742) < 0.001
 
 
 @pytest.mark.parametrize(
@@ -92,3 +99,12 @@ def test_it_is_said_in_words(lost: int, won: int, both: int, sentence: str) -> N
     found = compare(*verdicts(lost=lost, won=won, both=both))
     assert isinstance(found, Paired)
     assert re.fullmatch(sentence.replace("p = <", "p <"), found.sentence), found.sentence
+
+
+def test_evaluation_and_reports_choose_the_same_base() -> None:
+    models = [Model("m", "sha256:x", precision, "m") for precision in (*reversed(BASES), "int8", "int4")]
+    for count in range(len(BASES)):
+        left = [model for model in models if model.precision not in BASES[:count]]
+        chosen = reference(left)
+        assert chosen is not None and chosen.precision == BASES[count]
+    assert reference(models[-2:]) is None

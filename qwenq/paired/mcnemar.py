@@ -1,0 +1,20 @@
+"""McNemar's exact test (Psychometrika 1947).
+
+Two models that answer the same questions agree on most of them, and those say nothing about which is better.
+Of the others, if nothing was lost, each is as likely a loss as a win: the p-value is the binomial's.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+ALPHA = 0.05
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Two-sided exact p of ``lost`` against ``won`` discordant pairs; 1 where there is none."""
+    discordant, tail, ways = lost + won, 0, 1
+    for k in range(min(lost, won) + 1):
+        tail += ways
+        ways = ways * (discordant - k) // (k + 1)  # discordant over k + 1
+    return min(1.0, float(Fraction(2 * tail, 2**discordant)))
