@@ -215,6 +215,34 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(
     assert hashes(out) == expected
 
 
+SOLVES = 4  # in a layer: query, key and value together; output; gate and up; down
+
+
+def test_sigterm_waits_until_the_layer_in_progress_is_stored(
+    machine: Machine, expected: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "q"
+    within = {"signal": signal.SIGTERM, "call": "qwenq.gptq.quantise:_Layer.solve"}
+    ended = machine(out, at=within | {"number": 2 * SOLVES + 2})  # in the third layer
+    assert ended.status == 143, ended.shown
+    assert "SIGTERM: stopping once this layer is on the disk" in ended.shown
+    assert f"layer 3 of {LAYERS}" in ended.shown and f"layer 4 of {LAYERS}" not in ended.shown
+    assert "finished layers are kept: the same command goes on where it stopped" in ended.shown
+    again = machine(out, at=within | {"number": 1, "again": 1.2})  # in the fourth; and the scheduler insists
+    assert (again.status, again.resumed) == (143, 3), again.shown
+    assert f"layer 4 of {LAYERS}" not in again.shown
+    last = machine(out)
+    assert (last.status, last.resumed) == (0, 3)
+    assert hashes(out) == expected
+
+
+def test_ctrl_c_waits_for_nothing(machine: Machine, tmp_path: Path) -> None:
+    at = {"signal": signal.SIGINT, "call": "qwenq.gptq.quantise:_Layer.solve", "number": SOLVES + 1}
+    ended = machine(tmp_path / "q", at=at)
+    assert ended.status == 130
+    assert machine(tmp_path / "q").resumed == 1
+
+
 def test_sigterm_is_told_to_machines_as_well(machine: Machine, tmp_path: Path) -> None:
     ended = machine(tmp_path / "q", "--json", at={"signal": signal.SIGTERM, "print": '"index": 0'})
     assert ended.status == 143

@@ -76,6 +76,22 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert hashes(tmp_path / "out") == alone
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_stop_behind_the_same_layer_whoever_got_sigterm(
+    launch: Launcher, alone: dict[str, str], tmp_path: Path, rank: int
+) -> None:
+    at = {"signal": signal.SIGTERM, "call": "qwenq.gptq.quantise:_Layer.solve", "number": 6}  # in layer 2
+    argv = ["quantize", "tiny", "--calibration", "cal.safetensors", "--out", tmp_path / "out"]
+    ended = launch(2, *argv, at={rank: at})
+    assert ended.statuses == [143, 143], ended.shown
+    assert "finished layers are kept: the same command goes on where it stopped" in ended.shown[0]
+    assert "Traceback" not in "".join(ended.shown)
+    ended = launch(1, *argv)
+    assert ended.statuses == [0], ended.shown
+    assert "resuming: 2 of 3 layers" in ended.shown[0]
+    assert hashes(tmp_path / "out") == alone
+
+
 def test_an_error_on_one_rank_ends_all_and_is_said_once(launch: Launcher, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "something").write_text("of mine")

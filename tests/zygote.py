@@ -2,7 +2,9 @@
 
 One JSON object per line on stdin: ``{"argv": […], "cwd": …, "output": path, "at": {…}}``; one integer per
 line on stdout: the exit status, negative for a signal. ``at`` says when the process sends itself a signal:
-``{"signal": 9, "fsync": 5}`` at its 5th fsync, ``{"signal": 15, "print": "text"}`` after printing a text.
+``{"signal": 9, "fsync": 5}`` at its 5th fsync, ``{"signal": 15, "print": "text"}`` after printing a text,
+``{"signal": 15, "call": "module:Class.method", "number": 3}`` before that is called for the third time, with
+``"again": 1.5`` once more after so many seconds.
 A list of such objects, each with an ``environment`` if need be, runs all at once; the answer is a list, too.
 """
 
@@ -13,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from importlib import import_module
 from typing import Any
 
@@ -38,8 +41,31 @@ def arm(at: dict[str, Any]) -> None:
 
     if "fsync" in at:
         os.fsync = fsync
+    if "call" in at:
+        arm_call(at)
     if "print" in at:
         sys.stdout.write = watched  # type: ignore[method-assign]
+
+
+def arm_call(at: dict[str, Any]) -> None:
+    """Send the signal before a function is called for the so manieth time."""
+    module, _, path = at["call"].partition(":")
+    *holders, name = path.split(".")
+    holder: Any = import_module(module)
+    for one in holders:
+        holder = getattr(holder, one)
+    function, calls = getattr(holder, name), [0]
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at["number"]:
+            os.kill(os.getpid(), at["signal"])
+            if "again" in at:
+                time.sleep(at["again"])
+                os.kill(os.getpid(), at["signal"])
+        return function(*arguments, **options)
+
+    setattr(holder, name, counted)
 
 
 def child(request: dict[str, Any]) -> None:

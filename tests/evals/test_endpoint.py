@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.endpoint import ATTEMPTS, Endpoint, endpoint_at
 from qwenq.evals.records import read_records
@@ -270,6 +271,40 @@ def test_a_run_that_broke_goes_on_and_asks_nothing_twice(server: Server, tmp_pat
     assert sorted(record.id for record in records) == [f"shout/{n}" for n in range(6)]
     assert {record.implementation for record in records} == {f"big/model served at {server.url}"}
     assert records[0].prompt_tokens == 7
+
+
+def test_after_sigterm_what_was_asked_is_recorded_and_no_more_asked(server: Server, tmp_path: Path) -> None:
+    class Told(Quiet):
+        def judged(self, _: bool | None) -> None:
+            super().judged(_)
+            if self.verdicts == 2:
+                assert stopping.note() is not None
+
+    task, listener = Shout(), Told()
+    server.pause = 0.05  # the third is under way when the second has been judged
+    plan = Plan(task, task.items(), source=DataSource())  # type: ignore[arg-type]
+    with pytest.raises(stopping.Terminated):
+        answer(Served(at(server, concurrency=1)), plan, tmp_path, listener)  # type: ignore[arg-type]
+    (file,) = (tmp_path / "records").glob("*.jsonl")
+    assert [record.id for record in read_records(file)] == ["shout/0", "shout/1", "shout/2"]
+    assert len(server.seen) == 3
+    assert not stopping.asked()
+    server.pause = 0.0
+    _, again = ask(server, tmp_path, task)
+    assert (again.recorded, again.verdicts) == (3, 3)
+
+
+def test_after_sigterm_a_server_that_is_busy_is_not_waited_for(server: Server, tmp_path: Path) -> None:
+    server.trouble = ["503"] * 9
+
+    class Patient(Endpoint):
+        def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+            stopping.note()
+            return super()._once(path, body)
+
+    with pytest.raises(stopping.Terminated), stopping.finishing("it is recorded"):
+        list(Patient(server.url, "big/model", pause=0.001).ask_all([chat("a")]))
+    assert len(server.seen) == 1
 
 
 def test_scoring_protocols_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:

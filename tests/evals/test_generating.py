@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_model import write_tiny_model
 
+from qwenq import stopping
 from qwenq.errors import ModelError
 from qwenq.evals.generating import AnswerText, write
 from qwenq.evals.memory import budget_for
@@ -123,6 +124,29 @@ def test_what_does_not_fit_is_begun_again_with_fewer_rows(engine: Any, tokenizer
 
     engine.decode = narrow
     assert answers(engine, tokenizer, asked, None, ()) == expected
+
+
+def test_after_sigterm_rows_under_way_are_finished_and_none_is_begun(
+    engine: Any, tokenizer: Tokenizer
+) -> None:
+    asked, decode, steps = [WriteTokens(str(n), (5, 6, 7 + n), 9, ()) for n in range(8)], engine.decode, []
+    budgets = budget_for(engine, 3, decode=True), budget_for(engine, 3)
+    whole = dict(write(engine, tokenizer, asked, (), *budgets))
+
+    def told(tokens: torch.Tensor, cache: Any) -> torch.Tensor:
+        steps.append(len(tokens))
+        if len(steps) == 10:  # the second three have begun
+            assert stopping.note() == "it is written"
+        found: torch.Tensor = decode(tokens, cache)
+        return found
+
+    engine.decode = told
+    found: dict[int, Written] = {}
+    with pytest.raises(stopping.Terminated), stopping.finishing("it is written"):
+        found.update(write(engine, tokenizer, asked, (), *budgets))  # takes each as it comes
+    assert len(found) == 6
+    assert all(whole[index] == one for index, one in found.items())
+    assert len(steps) == 16
 
 
 def test_nan_is_an_error_that_names_the_item(engine: Any, tokenizer: Tokenizer) -> None:
