@@ -35,7 +35,7 @@ from _common import ROOT, machine, markdown_table, run_child, versions, write_re
 
 RECIPE = ROOT / "recipes" / "ci.toml"
 WORKFLOW = ROOT / ".github" / "workflows" / "regression.yml"
-RUNS, ITEMS, BUDGET = 20, 2, "25s"
+RUNS, ITEMS, BUDGET = 20, 2, "60s"
 GATES = (
     ("quality", 1, 1.0), ("speed", 1, 1.0), ("speed", 3, 1.0), ("speed", 5, 1.0),
     ("speed", 5, 0.7), ("speed", 5, 0.4), ("speed", 5, 0.2),

@@ -14,6 +14,9 @@ from qwenq.results import Model, Row, each_run
 PRECISIONS = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "Int8", "int4": "Int4"}
 """Names of precisions as the cards write them, in the cards' order."""
 
+PLAIN = frozenset({"fp32", "bf16", "fp16"})
+"""Precisions of unquantised models."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -105,7 +108,7 @@ def rank(precision: str) -> int:
 
 def reference(models: Iterable[Model]) -> Model | None:
     """What quantised models are compared with: the first unquantised precision, fp32 before bf16 and fp16."""
-    plain = [model for model in models if model.precision in {"fp32", "bf16", "fp16"}]
+    plain = [model for model in models if model.precision in PLAIN]
     return min(plain, key=lambda model: rank(model.precision), default=None)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qwenq.reporting.collect import PRECISIONS, Collection, Measured
+from qwenq.reporting.collect import PLAIN, PRECISIONS, Collection, Measured
+from qwenq.reporting.machine import another_machine
 from qwenq.reporting.significance import LEVEL, Pairing, holm, paired
 from qwenq.reporting.text import clean
 from qwenq.results import Row
@@ -104,6 +105,7 @@ class Comparison:
 def compare(baseline: Collection, new: Collection) -> list[Comparison]:
     """Every row of the baseline with its match in the new run, then what the baseline does not have."""
     olds, news = list(_with_sizes(baseline.measured)), list(_with_sizes(new.measured))
+    strangers = _other_bases(olds, news)
     by_identity: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
     for item in news:
         by_identity[item.row.identity].append(item)
@@ -111,9 +113,32 @@ def compare(baseline: Collection, new: Collection) -> list[Comparison]:
     for old in olds:
         matches = _matches(old, by_identity[old.row.identity])
         used |= {id(match) for match in matches}
-        made.append(_compared(old, matches, news))
+        stranger = bool(matches) and old.row.model.family in strangers
+        made.append(_apart_as(OTHER_WEIGHTS, old, matches) if stranger else _compared(old, matches, news))
     made += [Comparison(None, item.row) for item in news if id(item) not in used]
     return _corrected(made)
+
+
+OTHER_WEIGHTS = "another model: other weights under the same name"
+
+
+def _other_bases(olds: list[Measured], news: list[Measured]) -> set[str]:
+    """Families whose unquantised weights are others in the new run: what was made of them is, too."""
+    before, after = _bases(olds), _bases(news)
+    return {family for family in before.keys() & after.keys() if before[family].isdisjoint(after[family])}
+
+
+def _bases(items: list[Measured]) -> dict[str, set[str]]:
+    """Fingerprints of each family's unquantised weights: of what a file stores, whatever it is run in."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        if item.row.model.precision in PLAIN:
+            found[item.row.model.family].add(item.row.model.fingerprint)
+    return found
+
+
+def _apart_as(why: str, old: Measured, matches: list[Measured]) -> Comparison:
+    return Comparison(old.row, matches[0].row, why=why)
 
 
 def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
@@ -164,11 +189,13 @@ def _apart(old: Measured, new: Measured) -> str:
         return f"no rule for {clean(old.row.metric)}"
     if old.row.unit != new.row.unit:
         return f"another unit: {clean(new.row.unit)} instead of {clean(old.row.unit)}"
-    if metric.machine and "unknown hardware" in (old.hardware, new.hardware):
-        return "a run does not say its hardware"
-    if metric.machine and old.hardware != new.hardware:
-        return f"another machine: {new.hardware} instead of {old.hardware}"
-    return ""
+    weights = (old.row.model.fingerprint, new.row.model.fingerprint)
+    if old.row.model.precision in PLAIN and weights[0] != weights[1]:
+        return OTHER_WEIGHTS
+    before, after = (item.row.settings.get("dtype") for item in (old, new))
+    if before != after and old.row.metric != "size":
+        return clean(f"another dtype: {after or 'unknown'} instead of {before or 'unknown'}")
+    return another_machine(old, new) if metric.machine else ""
 
 
 NAMING = ("task", "context", "tokens")

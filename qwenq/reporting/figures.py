@@ -14,6 +14,7 @@ from typing import Any, Literal
 from qwenq.reporting.card import TASKS
 from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.detail_tables import model_bytes
+from qwenq.reporting.frontier import frontier
 from qwenq.reporting.losses import losses
 from qwenq.reporting.selection import at_one_point, decode_rows, said
 from qwenq.reporting.significance import Pairing
@@ -25,13 +26,17 @@ Kind = Literal["points", "lines", "stack", "balance"]
 
 @dataclass(frozen=True)
 class Point:
-    """One mark: ``low`` and ``high`` bound y; ``label`` is shown beside it or when it is pointed at."""
+    """One mark: ``low`` and ``high`` bound y; ``label`` is shown beside it or when it is pointed at.
+
+    ``beaten``: another mark of its series is at least as good on both axes and better on one.
+    """
 
     x: float
     y: float
     label: str = ""
     low: float | None = None
     high: float | None = None
+    beaten: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ class Series:
     tone: str
     dashed: bool = False
 
+    @property
+    def joined(self) -> tuple[Point, ...]:
+        """Marks that a line joins: those that no other beats."""
+        return tuple(point for point in self.points if not point.beaten)
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -55,8 +65,8 @@ class Figure:
 
     Attributes:
         key: file name and anchor.
-        kind: ``points`` joined in order of x, ``lines``, ``stack``: bars whose x is the category's index,
-            ``balance``: bars to the left and right of zero.
+        kind: ``points``, of which the trade-off frontier is joined; ``lines``; ``stack``: bars whose x is the
+            category's index; ``balance``: bars to the left and right of zero.
         categories: of bars, top to bottom.
         log_y: whether y is on a logarithmic scale.
     """
@@ -82,35 +92,42 @@ def figures_of(collection: Collection, family: str) -> Iterator[Figure]:
 def _by_size(collection: Collection, family: str) -> Figure | None:
     found = model_bytes(collection, family).items()
     sizes = {(model.fingerprint, model.precision): nbytes / 1e6 for model, nbytes in found}
-    series = _accuracies(collection, family, sizes)
+    series = _accuracies(collection, family, sizes, less=True)
     if not series:
         return None
     return Figure(
         "accuracy_size", "points", "Accuracy against size", "weights, MB", "accuracy, %", series,
-        "Up and to the left is better. Bars are 95 % intervals.",
+        f"Up and to the left is better. {_FRONTIER}",
     )  # fmt: skip
 
 
 def _by_speed(collection: Collection, family: str) -> Figure | None:
     rows = decode_rows(collection, family)
     speeds = {(item.row.model.fingerprint, item.row.model.precision): item.row.value for item in rows}
-    series = _accuracies(collection, family, speeds)
+    series = _accuracies(collection, family, speeds, less=False)
     if not series:
         return None
     return Figure(
         "accuracy_speed", "points", "Accuracy against speed", "tokens/s", "accuracy, %", series,
-        f"Up and to the right is better. Bars are 95 % intervals. Speed: {said(rows[0])}.",
+        f"Up and to the right is better. {_FRONTIER} Speed: {said(rows[0])}.",
     )  # fmt: skip
 
 
+_FRONTIER = (
+    "A line joins the models that no other beats on both axes, which is the trade-off; those that one does "
+    "are hollow. Bars are 95 % intervals."
+)
+
+
 def _accuracies(
-    collection: Collection, family: str, places: Mapping[tuple[str, str], float | None]
+    collection: Collection, family: str, places: Mapping[tuple[str, str], float | None], *, less: bool
 ) -> tuple[Series, ...]:
     """One series a task, one point a model; only tasks with two points, as one shows no trade.
 
     Args:
         collection, family: whose accuracies.
         places: on the other axis, by fingerprint and precision.
+        less: whether less is better on that axis.
     """
     tasks: dict[str, list[Measured]] = defaultdict(list)
     for item in collection.of(family, "accuracy"):
@@ -124,8 +141,8 @@ def _accuracies(
             and (y := item.row.value) is not None
         ]
         if len(points) > 1:
-            ordered = tuple(sorted(points, key=lambda point: point.x))
-            made.append(Series(TASKS.get(task, clean(task)), ordered, f"c{len(made) % 6}"))
+            name, tone = TASKS.get(task, clean(task)), f"c{len(made) % 6}"
+            made.append(Series(name, frontier(points, less=less), tone))
     return tuple(made)
 
 

@@ -6,7 +6,8 @@ A condition is ``metric:rule``; several stand behind each other with commas:
   For speed, time and energy: the intervals do not overlap. For exact figures: any change to the worse.
 * ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline. Of
   speeds and times the kindest ratio that both intervals allow counts: what fails is no noise. One that was
-  measured once has no interval: it is judged, by its ratio alone, only where a condition names it.
+  measured fewer than three times on either side, all turns together, is not judged: so few tell nothing of a
+  machine's noise. One without an interval is judged, by its ratio alone, only where a condition names it.
 * ``kl:>0.05``, ``accuracy:<-0.02``, ``same_top:<-0.01``: new − baseline, in nats a token or as a share.
 
 ``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` mean all their rows, ``speed.decode`` one kind.
@@ -28,6 +29,8 @@ PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
 """Exit codes. 2 is a command that has to change."""
 GROUPS = {"perplexity", "speed", "memory", "time", "energy", "bandwidth"}
 """Metrics of several kinds: a condition on one without a dot is on all of them."""
+LEAST = 3
+"""Measurements of a speed, time or energy, over all turns, from which the gate judges it."""
 Outcome = Literal["regression", "not comparable", "passed", "not judged"]
 
 
@@ -88,6 +91,12 @@ class Verdict:
         return [item for item in self.judged if item.outcome == outcome]
 
     @property
+    def passed_over(self) -> list[Judged]:
+        """Rows of both runs that a condition asked about, and that are too few or too noisy to answer."""
+        asked = [item for item in self.of("not judged") if item.condition is not None]
+        return [item for item in asked if item.comparison.comparable]
+
+    @property
     def unjudged(self) -> tuple[Condition, ...]:
         """Conditions that could not do what was asked of them."""
         return self.idle if self.strict else self.blind
@@ -112,7 +121,8 @@ class Verdict:
             return f"Not comparable: {len(apart)} of {asked} rows; that is no pass"
         if self.exit_code == NOT_COMPARABLE:
             return "Not comparable: there was nothing to judge; that is no pass"
-        return f"Passed: no regression in {asked} rows"
+        unsure = f"; {len(self.passed_over)} could not be judged" if self.passed_over else ""
+        return f"Passed: no regression in {asked} rows{unsure}"
 
 
 def judge(
@@ -141,6 +151,9 @@ def _judge(item: Comparison, conditions: Sequence[Condition]) -> Judged:
 def _apply(item: Comparison, asked: list[Condition]) -> Judged:
     """The first condition that is violated, else the first that cannot be judged, else a pass."""
     noisy = item.metric is not None and item.metric.noisy
+    if noisy and (few := _fewest(item)) < LEAST:
+        why = f"too few measurements to judge: {few}, where {LEAST} are the least"
+        return Judged(item, "not judged", asked[0], why)
     named = [condition for condition in asked if condition.metric == item.row.metric]
     if noisy and item.real is None and not named:
         return Judged(item, "not judged", asked[0], f"{item.why}; name {item.row.metric} to judge it anyway")
@@ -151,6 +164,11 @@ def _apply(item: Comparison, asked: list[Condition]) -> Judged:
             if violated is wanted:
                 return Judged(item, outcome, condition, item.why)
     return Judged(item, "passed", asked[0], item.why)
+
+
+def _fewest(item: Comparison) -> int:
+    """Measurements behind the side that has fewer; a row that does not count them was measured once."""
+    return min(1 if row is None or row.n is None else row.n for row in (item.before, item.after))
 
 
 _CONDITION = re.compile(

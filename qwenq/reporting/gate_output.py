@@ -56,8 +56,11 @@ def text_lines(verdict: Verdict) -> Iterator[str]:
         yield f"{'':<15}{'; '.join(part for part in parts if part)}"
     if same := len(passed) - len(changed):
         yield f"{same} rows passed without a real difference"
-    if rest := len(verdict.of("not judged")):
-        yield f"{rest} rows were not judged"
+    for judged in verdict.passed_over:
+        yield f"{judged.outcome:<15}{judged.comparison.name}"
+        yield f"{'':<15}{change_text(judged.comparison)}; {_reason(judged)}"
+    if rest := len(verdict.of("not judged")) - len(verdict.passed_over):
+        yield f"{rest} rows were not asked about, or are new"
     for condition in verdict.idle:
         yield f"{condition} {_idle(verdict, condition)}"
     yield f"{verdict.headline}."
@@ -80,13 +83,17 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
     parts = [f"### {markdown(verdict.headline)}", f"{markdown(baseline)} → {markdown(new)}"]
     if failed:
         parts.append(_table(failed))
+    if few := verdict.passed_over:
+        parts.append(f"{len(few)} rows could not be judged:")
+        parts.append(_table(few))
     if verdict.idle:
         parts.append("\n".join(f"- {markdown(c)} {_idle(verdict, c)}" for c in verdict.idle))
-    passed, rest = verdict.of("passed"), verdict.of("not judged")
+    passed, over = verdict.of("passed"), verdict.passed_over
+    rest = [judged for judged in verdict.of("not judged") if judged not in over]
     if passed:
         parts.append(_folded(f"{len(passed)} rows passed", passed))
     if rest:
-        parts.append(_folded(f"{len(rest)} rows were not judged", rest))
+        parts.append(_folded(f"{len(rest)} rows were not asked about, or are new", rest))
     if verdict.conditions:
         rules = ", ".join(markdown(condition) for condition in verdict.conditions)
         parts.append(f"Fails on {rules}. Accuracies are paired item by item, p corrected by Holm.")

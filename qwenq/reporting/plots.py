@@ -84,19 +84,22 @@ def _draw(figure: Figure, axes: Axes) -> None:
 def _curves(figure: Figure, axes: Axes) -> None:
     for series in figure.series:
         marks = figure.kind == "points"
+        colour = COLOURS.get(series.tone, "#737985")
         (line,) = axes.plot(
-            [point.x for point in series.points],
-            [point.y for point in series.points],
-            color=COLOURS.get(series.tone, "#737985"),
+            [point.x for point in series.joined],
+            [point.y for point in series.joined],
+            color=colour,
             linestyle="--" if series.dashed else "-",
             linewidth=1 if marks or series.dashed else 1.8,
             marker="o" if marks else None,
             markersize=5,
         )
         line.set_label(clean(series.name))
+        for point in (point for point in series.points if point.beaten):
+            axes.plot(point.x, point.y, marker="o", markersize=5, color=colour, markerfacecolor="white")
         for point in series.points:
             if point.low is not None and point.high is not None:
-                axes.vlines(point.x, point.low, point.high, color=line.get_color(), alpha=0.5, linewidth=1)
+                axes.vlines(point.x, point.low, point.high, color=colour, alpha=0.5, linewidth=1, zorder=1)
     if figure.kind == "points":
         _names(figure, axes)
         axes.set_xlim(left=0)

@@ -35,11 +35,11 @@ def draw(figure: Figure) -> Markup:
 
 
 def _points(figure: Figure) -> tuple[int, list[Markup]]:
-    """Marks with their intervals, joined by a thin line; the model's name above its highest mark."""
+    """Marks with their intervals, the frontier joined; the model's name above its highest mark."""
     x, y = _axes(figure, zero_x=True, zero_y=False)
     parts = [*_grid(figure, x, y)]
     for place, series in enumerate(figure.series):
-        parts.append(_path(series, x, y, "thin"))
+        parts.append(_path(series.joined, series.tone, x, y, "thin"))
         aside = 3.0 * (place - (len(figure.series) - 1) / 2)  # intervals at one x do not cover each other
         parts += _intervals(series, x, y, aside)
         parts += [_dot(series, point, x, y, figure, 4, aside) for point in series.points]
@@ -73,7 +73,7 @@ def _lines(figure: Figure) -> tuple[int, list[Markup]]:
     x, y = _axes(figure, zero_x=False, zero_y=not figure.log_y)
     parts = [*_grid(figure, x, y)]
     for series in figure.series:
-        parts.append(_path(series, x, y, "line dashed" if series.dashed else "line"))
+        parts.append(_path(series.points, series.tone, x, y, "line dashed" if series.dashed else "line"))
         parts += _intervals(series, x, y)
         parts += [_dot(series, point, x, y, figure, 2) for point in series.points[:400]]
     return HEIGHT, parts
@@ -148,12 +148,12 @@ def _bar_grid(figure: Figure, x: Axis, height: int) -> Iterator[Markup]:
     yield _text(WIDTH - RIGHT, height - 6, figure.x_label, "title", "end")
 
 
-def _path(series: Series, x: Axis, y: Axis, style: str) -> Markup:
+def _path(points: tuple[Point, ...], tone: str, x: Axis, y: Axis, style: str) -> Markup:
     """A line in as few characters as it can be: a curve of thousands of tokens has thousands of corners."""
-    corners = [(_place(x(point.x)), _place(y(point.y))) for point in series.points]
+    corners = [(_place(x(point.x)), _place(y(point.y))) for point in points]
     kept = corners[:1] + [after for before, after in pairwise(corners) if after != before]
     path = "M" + "L".join(f"{a},{b}" for a, b in kept)
-    return Markup('<path class="{} t-{}" d="{}"/>').format(style, _tone(series.tone), path)
+    return Markup('<path class="{} t-{}" d="{}"/>').format(style, _tone(tone), path)
 
 
 def _dot(
@@ -161,8 +161,9 @@ def _dot(
 ) -> Markup:
     name = f"{series.name}, {point.label}" if point.label else series.name
     told = f"{name}: {point.y:.4g} {figure.y_label} at {point.x:,.6g} {figure.x_label}"
-    return Markup('<circle class="dot t-{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
-        _tone(series.tone), _place(x(point.x) + aside), _place(y(point.y)), size, clean(told)
+    told, style = (f"{told}; another one beats it", "dot beaten") if point.beaten else (told, "dot")
+    return Markup('<circle class="{} t-{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
+        style, _tone(series.tone), _place(x(point.x) + aside), _place(y(point.y)), size, clean(told)
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenq.reporting.collect import Collection, Measured
+from qwenq.reporting.collect import PLAIN, Collection, Measured
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import Format, format_of
 from qwenq.results import Value
@@ -175,6 +175,7 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
         [names.label(item.row.model), *_labels(fact, varying, layout)]
         for item, fact in zip(rows, facts, strict=True)
     ]
+    caption += _computed_in(rows, names)
     places = [(tuple(label), heading) for label, heading in zip(labels, headings, strict=True)]
     by_run = len(set(places)) < len(places)
     notes = Footnotes()
@@ -198,9 +199,33 @@ def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> 
     if row.value is None:
         return Cell("failed" if row.status == "failed" else "n/a", note=notes.number(clean(row.reason)))
     write = written or format_of(row.metric, row.unit)
+    note = notes.number(sentence) if (sentence := _outliers(item, write)) else None
     if row.low is None or row.high is None:
-        return Cell(write(row.value), row.value)
-    return Cell(write(row.value), row.value, write(row.low), write(row.high))
+        return Cell(write(row.value), row.value, note=note)
+    return Cell(write(row.value), row.value, write(row.low), write(row.high), note)
+
+
+NAMED = 3
+"""Outliers that a footnote names; the row has all of them."""
+
+
+def _outliers(item: Measured, write: Format) -> str:
+    """Which repetitions stood out; empty where none did."""
+    listed = item.row.details.get("outliers")
+    found = [one for one in listed if _is_outlier(one)] if isinstance(listed, list) else []
+    if not found:
+        return ""
+    named = [f"{write(one['value'])} {write.unit} (the {one['repetition'] + 1}.)" for one in found[:NAMED]]
+    more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
+    stand = "stands out and stays" if len(found) == 1 else "stand out and stay"
+    return clean(f"{len(found)} of {item.row.n} repetitions {stand} in the median: {', '.join(named + more)}")
+
+
+def _is_outlier(found: object) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("repetition"), int):
+        return False
+    value = found.get("value")
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _facts(item: Measured, layout: Layout) -> dict[str, str]:
@@ -232,6 +257,19 @@ def _split(facts: list[dict[str, str]], headings: list[str], layout: Layout) -> 
         single = {heading: next(iter(values)) for heading, values in by_heading.items()}
         caption += _captions(layout.count if key == "n" else _title(key).lower(), single)
     return varying, caption
+
+
+def _computed_in(rows: Sequence[Measured], names: Collection) -> list[str]:
+    """What quantised models were run in; an unquantised one's precision says it."""
+    found: dict[str, dict[str, None]] = {}
+    for item in rows:
+        dtype = item.row.settings.get("dtype")
+        if isinstance(dtype, str) and item.row.model.precision not in PLAIN:
+            found.setdefault(names.label(item.row.model), {})[clean(dtype)] = None
+    told = {label: " and ".join(dtypes) for label, dtypes in found.items()}
+    if len(set(told.values())) == 1:
+        return [f"{' and '.join(told)} computed in {next(iter(told.values()))}"]
+    return [f"computed in: {'; '.join(f'{label} {dtype}' for label, dtype in told.items())}"] if told else []
 
 
 def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:

@@ -17,6 +17,7 @@ from statistics import median
 
 from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.compare import METRICS
+from qwenq.reporting.machine import another_machine
 from qwenq.results import Row
 
 
@@ -40,7 +41,8 @@ def _turns(item: Measured, more: Collection) -> list[Measured]:
         for other in more.measured
         if other.row.identity == row.identity
         and other.row.model.fingerprint == row.model.fingerprint
-        and other.hardware == item.hardware
+        and other.row.settings.get("dtype") == item.row.settings.get("dtype")
+        and not another_machine(item, other)
     ]
 
 

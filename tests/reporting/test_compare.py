@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_runs import BYTES, accuracy, model, rows, speed, write_run
+from example_runs import BYTES, ENVIRONMENT, accuracy, model, rows, speed, write_run
 
 from qwenq.reporting.collect import Collection, collect
 from qwenq.reporting.compare import Comparison, compare
@@ -117,6 +117,10 @@ def at(**changes: Any) -> Callable[[Row], Row]:
     return lambda row: replace(row, point=row.point | changes)
 
 
+def computed(dtype: str | None) -> Callable[[Row], Row]:
+    return lambda row: replace(row, settings={} if dtype is None else {"dtype": dtype})
+
+
 CHANGED: dict[str, tuple[Callable[[Row], Row], str]] = {
     "protocol": (at(protocol="base"), "another protocol: base instead of card"),
     "version": (at(version=2), "another version: 2 instead of 1"),
@@ -126,6 +130,8 @@ CHANGED: dict[str, tuple[Callable[[Row], Row], str]] = {
         lambda row: replace(row, value=None, low=None, high=None, status="failed", reason="killed"),
         "failed in the new run: killed",
     ),
+    "dtype": (computed("bfloat16"), "another dtype: bfloat16 instead of float32"),
+    "no dtype": (computed(None), "another dtype: unknown instead of float32"),
     "unit": (lambda row: replace(row, unit="percent"), "another unit: percent instead of share"),
     "precision": (lambda row: replace(row, model=model("int8")), "missing in the new run"),
 }
@@ -135,7 +141,8 @@ CHANGED: dict[str, tuple[Callable[[Row], Row], str]] = {
 def test_what_is_not_the_same_measurement_says_so(
     compared: Compare, change: Callable[[Row], Row], why: str
 ) -> None:
-    found = compared([accuracy("int4")], [change(accuracy("int4"))])[0]
+    old = computed("float32")(accuracy("int4"))
+    found = compared([old], [change(old)])[0]
     assert not found.comparable
     assert found.why.startswith(why)
 
@@ -145,10 +152,71 @@ def test_speed_of_another_machine_is_not_comparable_but_accuracy_is(compared: Co
     other = {"cpu": {"model": "Faster CPU", "cores": 2, "threads": 2}}
     found = compared(rows_, rows_, **other)
     assert (
-        kept(found, "speed.decode").why
-        == "another machine: Faster CPU, 2 cores instead of Imaginary CPU, 2 cores"
+        kept(found, "speed.decode").why == "another machine: processor Faster CPU instead of Imaginary CPU, "
+        "instruction sets unknown instead of avx2 avx512f"
     )
     assert kept(found, "accuracy").comparable
+
+
+CPU = ENVIRONMENT["cpu"]
+H100 = {"name": "H100", "memory_bytes": 85 * 10**9}
+OTHER_MACHINES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "cores": ("cpu", {"cpu": CPU | {"cores": 4}}, "cores 4 instead of 2"),
+    "threads": ("cpu", {"cpu": CPU | {"threads": 1}}, "threads 1 instead of 2"),
+    "features": (
+        "cpu",
+        {"cpu": CPU | {"features": ["avx2", "avx512f", "avx512_vnni"]}},
+        "instruction sets avx2 avx512_vnni avx512f instead of avx2 avx512f",
+    ),
+    "a GPU": ("cuda", {"gpus": [H100]}, "GPUs H100 of 85000000000 bytes instead of none"),
+}
+
+
+@pytest.mark.parametrize(("device", "facts", "says"), OTHER_MACHINES.values(), ids=OTHER_MACHINES)
+@pytest.mark.parametrize("metric", ["speed.decode", "memory.generate"])
+def test_what_decides_a_speed_is_compared_fact_by_fact(
+    compared: Compare, metric: str, device: str, facts: dict[str, Any], says: str
+) -> None:
+    """The label that tables show, processor and cores, says none of it."""
+    (row,) = (row for row in speed("int4", 2048) if row.metric == metric)
+    rows_ = [at(device=device)(row), accuracy("int4")]
+    found = compared(rows_, rows_, **facts)
+    assert kept(found, metric).why == f"another machine: {says}"
+    assert kept(found, "accuracy").comparable
+    assert kept(found, "size").comparable
+
+
+def test_a_gpu_beside_a_processor_that_computed_decides_nothing(compared: Compare) -> None:
+    assert kept(compared([decode()], [decode()], gpus=[H100]), "speed.decode").comparable
+
+
+def test_the_threads_of_a_row_win_over_those_of_its_folder(compared: Compare) -> None:
+    """The folder's are those of the command that wrote to it last."""
+    two = replace(decode(), settings={"threads": 2})
+    assert kept(compared([two], [two], cpu=CPU | {"threads": None}), "speed.decode").comparable
+    one = replace(two, settings={"threads": 1})
+    assert kept(compared([two], [one]), "speed.decode").why == "another machine: threads 1 instead of 2"
+
+
+def reweighed(row: Row) -> Row:
+    return replace(row, model=replace(row.model, fingerprint=f"{row.model.fingerprint}, trained on"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_unquantised_weights_are_the_same_or_another_model(compared: Compare, precision: str) -> None:
+    """A folder of the same name may hold another fine-tune; no figure of it is a figure of the baseline's."""
+    old = [accuracy(precision), decode(precision)]
+    found = compared(old, [reweighed(row) for row in old])
+    assert [item.comparable for item in found] == [False] * 3
+    assert {item.why for item in found} == {"another model: other weights under the same name"}
+
+
+def test_what_was_made_of_other_weights_is_another_model_too(compared: Compare) -> None:
+    old = [accuracy("bf16"), accuracy("int4")]
+    int4 = next(item for item in compared(old, [reweighed(old[0]), old[1]]) if "Int4" in item.name)
+    assert int4.why == "another model: other weights under the same name"
+    again = next(item for item in compared(old, [old[0], reweighed(old[1])]) if "Int4" in item.name)
+    assert again.comparable  # quantised anew is what a gate is for
 
 
 def test_speed_of_an_unknown_machine_is_not_comparable(compared: Compare) -> None:

@@ -137,13 +137,39 @@ def test_accuracies_without_items_are_not_comparable(gate: Gate) -> None:
     assert gate([bare], [bare], "accuracy:<-0.02").exit_code == 0
 
 
-def test_a_speed_measured_once_is_judged_only_by_name(gate: Gate) -> None:
-    old, new = (
-        [row for row in speed("int4", 2048, factor=f) if row.metric == "speed.protocol"] for f in (1, 0.5)
-    )
+def protocol(factor: float, n: int | None) -> list[Row]:
+    """A speed without an interval."""
+    (row,) = (row for row in speed("int4", 2048, factor=factor) if row.metric == "speed.protocol")
+    return [replace(row, n=n)]
+
+
+def test_a_speed_without_an_interval_is_judged_only_by_name(gate: Gate) -> None:
+    old, new = protocol(1, 3), protocol(0.5, 3)
     assert gate(old, new, "speed:<0.95").exit_code == 3
     assert gate(old, new, "speed.protocol:<0.95").exit_code == 1
     assert gate(old, old, "speed.protocol:<0.95").exit_code == 0
+
+
+@pytest.mark.parametrize("counts", [(None, 30), (30, None), (1, 30), (2, 30), (30, 2)])
+def test_a_speed_of_too_few_measurements_fails_nothing_and_says_so(
+    gate: Gate, counts: tuple[int | None, int | None]
+) -> None:
+    """However much slower it looks, and though the condition names it; alone it is no pass, either."""
+    old, new = protocol(1, counts[0]), protocol(0.1, counts[1])
+    verdict = gate(old, new, "speed.protocol:<0.95")
+    assert verdict.exit_code == 3
+    few = min(count or 1 for count in counts)
+    (judged,) = verdict.of("not judged")[:1]
+    assert judged.reason == f"too few measurements to judge: {few}, where 3 are the least"
+    assert any("too few measurements" in line for line in text_lines(verdict))
+    # Beside a row that was judged it is said, and the verdict is that row's.
+    decode = [row for row in speed("int4", 2048) if row.metric == "speed.decode"]
+    beside = gate([*old, *decode], [*new, *decode], "speed:<0.95")
+    assert beside.exit_code == 0
+    assert beside.headline == "Passed: no regression in 1 rows; 1 could not be judged"
+    shown = markdown_text(beside, "a", "b")
+    assert "1 rows could not be judged" in shown
+    assert shown.index("too few measurements") < shown.index("<details>")
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "perplexity.ratio", "perplexity.context"])

@@ -71,12 +71,21 @@ def test_figures_measured_once_get_an_interval_from_their_turns(side: Side) -> N
     assert (item.row.low, item.row.high) == (30.0, 40.0)
 
 
+def test_turns_measured_once_each_are_enough_together(side: Side) -> None:
+    """Two turns of one measurement are too few to judge, three are enough."""
+    once = [replace(decode(value), low=None, high=None, n=1) for value in (40.0, 41.0, 39.0)]
+    slow = [replace(decode(value), low=None, high=None, n=1) for value in (20.0, 21.0, 19.0)]
+    assert outcome(side(*once[:2]), side(*slow[:2])) == "not judged"
+    assert outcome(side(*once), side(*slow)) == "regression"
+
+
 def test_other_weights_and_other_machines_are_no_turns(side: Side, tmp_path: Path) -> None:
     first = collect([write_run(tmp_path / "first", [decode(40.0)])])
     other_model = replace(decode(20.0).model, fingerprint="another")
     strangers = [
         collect([write_run(tmp_path / "weights", [decode(20.0, model=other_model)])]),
         collect([write_run(tmp_path / "machine", [decode(20.0)], cpu={"model": "another", "cores": 4})]),
+        collect([write_run(tmp_path / "dtype", [decode(20.0, settings={"dtype": "bfloat16"})])]),
     ]
     for stranger in strangers:
         assert with_turns(first, stranger).measured[0].row.value == 40.0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qwenq.cli.app import app
 from qwenq.cli.commands import register
 from qwenq.errors import UsageError
 from qwenq.recipe import Recipe, read_recipe
-from qwenq.results import Model
+from qwenq.results import Model, read_rows
 from qwenq.run.chain import Chain, Step, chain_of
 from qwenq.run.execute import is_done, run_chain
 from qwenq.run.recorded import rows_of
@@ -76,6 +77,39 @@ def test_the_bundled_model_is_profiled_beside_its_quantised_ones(tmp_path: Path)
     assert profile.arguments[1] == "bundled"
     assert [Path(name).name[-4:] for name in profile.arguments[2:4]] == ["Int8", "Int4"]
     assert profile.arguments[4:6] == ("--precision", "fp32,bf16")
+
+
+def test_quantised_models_are_evaluated_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    """And unquantised ones in that of their precision, whatever is asked of the others."""
+    steps = chain(tmp_path, WHOLE.replace("[profile]", 'dtype = "float32"\n[profile]')).steps
+    dtypes = {step.name: arguments_of(step).get("--dtype") for step in steps if step.name[:4] == "eval"}
+    assert dtypes == {
+        "evaluate fp32": "float32",
+        "evaluate bf16": "bfloat16",
+        "evaluate int8": "float32",
+        "evaluate int4": "float32",
+    }
+    (int4,) = (step for step in chain(tmp_path).steps if step.name == "evaluate int4")
+    assert "--dtype" not in int4.arguments
+
+
+def test_the_gate_of_this_repository_computes_in_float32() -> None:
+    """What it quantises, checks and evaluates: a CPU without bfloat16 has to say the same."""
+    path = ROOT / "recipes" / "ci.toml"
+    recipe = read_recipe(path)
+    assert recipe.eval
+    assert (recipe.quantize.dtype, recipe.eval.dtype, recipe.precisions[0]) == ("float32", "float32", "fp32")
+    evaluated = [step for step in chain_of(recipe, path).steps if step.name.startswith("evaluate")]
+    assert [arguments_of(step)["--dtype"] for step in evaluated] == ["float32", "float32"]
+    baseline = read_rows(ROOT / "reports" / "baselines" / "ci")
+    asked = [row for row in baseline if row.metric.startswith("accuracy")]
+    assert {row.settings["dtype"] for row in asked} == {"float32"}
+    assert {row.point["dtype"] for row in baseline if row.metric == "kl"} == {"float32"}
+
+
+def arguments_of(step: Step) -> dict[str, str]:
+    """Each option and what stands behind it."""
+    return dict(pairwise(step.arguments))
 
 
 def test_a_recipe_of_quantising_alone(tmp_path: Path) -> None:

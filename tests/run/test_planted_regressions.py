@@ -157,7 +157,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def profiled(model: Path, run: Path) -> Path:
     """Decoding in this process, where a kernel can be slowed; rows as `qwenq profile` writes them."""
     (subject,) = subjects_of([str(model)], []).subjects
-    point = Point(replace(subject, dtype="bfloat16"), "sdpa", "fast", 1, 32, "cpu")  # what the kernel takes
+    point = Point(replace(subject, dtype="bfloat16"), "sdpa", "fast", 1, 16, "cpu")  # what the kernel takes
     for row in measure(point):
         append_row(run, row)
     write_environment(run, {"cpu": {"model": "this one", "cores": os.cpu_count()}})
@@ -184,6 +184,7 @@ def test_a_slowed_kernel_fails_for_its_speed(
 
         return slow
 
+    monkeypatch.setattr("qwenq.profiling.measure.PROTOCOL_PATIENCE", 20.0)  # for the three that are judged
     for kernel, delay in ((CpuInt4, step / LINEARS), (CpuVnni, step / LINEARS), (CompiledStep, step)):
         monkeypatch.setattr(kernel, "__call__", slowed(kernel.__call__, delay))  # whichever runs here
     after = profiled(model, tmp_path / "after")
