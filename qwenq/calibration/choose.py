@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenq.calibration.dataset import CalibrationSet
-from qwenq.calibration.load import load_calibration
+from qwenq.calibration.load import LENGTH, load_calibration, require_sizes
 from qwenq.calibration.random_tokens import random_tokens
 from qwenq.calibration.saved import load_saved
 from qwenq.calibration.sequences import Wanted
-from qwenq.errors import CalibrationError
+from qwenq.errors import CalibrationError, UsageError
+from qwenq.models.long_context import longest_plain, require_plain
 from qwenq.models.random_weights import is_random
-from qwenq.models.tokenizer import load_tokenizer
+from qwenq.models.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +57,20 @@ def calibration_for(
         return made
     own = " (the model's own text: as good as C4 here, and it needs no network)"
     source = f"{facts.source}{own if facts.source == 'self' else ''}"
-    made_of = f"{facts.samples} × {facts.seq_len} tokens from {source}"
+    made_of = f"{facts.samples} × {facts.seq_len} tokens ({_why_so_many(recipe, device)}) from {source}"
     say(f"calibration: {made_of}, {facts.held_out} more held out for the check")
     return made
+
+
+def _why_so_many(recipe: Recipe, device: torch.device) -> str:
+    wanted = recipe.calibration
+    if Path(wanted.source).suffix == ".safetensors":
+        return "the sizes of that set"
+    if wanted.samples != "auto" or wanted.seq_len != "auto":
+        return "as asked" if "auto" not in (wanted.samples, wanted.seq_len) else "in part as asked"
+    if device.type == "cuda":
+        return "as many as in GPTQ's paper, where the model takes them: a GPU has the time"
+    return "a CPU is done with these in minutes; a GPU is given 128 × 2048"
 
 
 def _loaded_or_made(
@@ -72,18 +84,23 @@ def _loaded_or_made(
     on_gpu = device.type == "cuda"
     saved = Path(wanted.source).suffix == ".safetensors"  # has its own sizes
     samples = (128 if on_gpu else 48) if wanted.samples == "auto" else wanted.samples
-    longest = int(checkpoint.config.get("max_position_embeddings", 2048))
-    seq_len = min(2048 if on_gpu else 256, longest) if wanted.seq_len == "auto" else wanted.seq_len
+    usual = 2048 if on_gpu else 256
+    longest = longest_plain(checkpoint.config) or usual
+    seq_len = min(usual, longest) if wanted.seq_len == "auto" else wanted.seq_len
     asked = (
         None if saved and wanted.samples == "auto" else samples,
         None if saved and wanted.seq_len == "auto" else seq_len,
         None if saved else wanted.held_out,
     )
-    if is_random(checkpoint.config) and saved:
-        return load_saved(Path(wanted.source), vocabulary, asked)
-    if is_random(checkpoint.config) and wanted.source == "self":
+    if is_random(checkpoint.config) and (saved or wanted.source == "self"):
         sizes = Wanted(samples=samples, held_out=wanted.held_out, seq_len=seq_len)
-        return random_tokens(vocabulary, sizes, recipe.quantize.seed)
+        return _without_text(recipe, checkpoint, vocabulary, asked, sizes)
+    if is_random(checkpoint.config) and not has_tokenizer(checkpoint.folder):
+        raise UsageError(
+            "a model with random weights has no tokenizer to read a text",
+            where=wanted.source,
+            hint="leave --calibration out: the tokens are random, too",
+        )
     label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
     return load_calibration(
         wanted.source,
@@ -98,3 +115,20 @@ def _loaded_or_made(
         device=str(device),
         progress=progress(label),
     )
+
+
+def _without_text(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    vocabulary: int,
+    asked: tuple[int | None, int | None, int | None],
+    sizes: Wanted,
+) -> CalibrationSet:
+    """Tokens for a model with random weights: a saved set, whoever's text it was, or drawn ones."""
+    source = recipe.calibration.source
+    if source == "self":
+        require_sizes(sizes, checkpoint)
+        return random_tokens(vocabulary, sizes, recipe.quantize.seed)
+    loaded = load_saved(Path(source), vocabulary, asked)
+    require_plain(checkpoint.config, loaded.manifest.seq_len, option=LENGTH, where=source)
+    return loaded

@@ -27,6 +27,7 @@ from qwenq.calibration.sequences import (
 )
 from qwenq.errors import CalibrationError, CorruptFileError, StorageError, UsageError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.long_context import longest_plain, require_plain
 from qwenq.models.tokenizer import Tokenizer
 from qwenq.storage import cache_folder
 
@@ -34,6 +35,7 @@ DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_HELD_OUT = 32, 512, 8
 POOL_CHARACTERS, CHARACTERS_PER_TOKEN = 32_000_000, 16
 """The seed chooses among the first documents of a source: as many as hold POOL_CHARACTERS, or
 CHARACTERS_PER_TOKEN for each token that is needed, whichever is more. What comes after them is not read."""
+LENGTH = "the length of this set's sequences"
 _SELF_TEXT_RULE = 1  # counts up when the same settings would write another text
 
 _log = logging.getLogger(__name__)
@@ -91,14 +93,13 @@ def wanted_sizes(
     Raises:
         UsageError: a size that is too small, or more tokens than the model takes.
     """
-    longest = checkpoint.config.get("max_position_embeddings")
-    usual = min(DEFAULT_SEQ_LEN, longest) if isinstance(longest, int) else DEFAULT_SEQ_LEN
+    usual = min(DEFAULT_SEQ_LEN, longest_plain(checkpoint.config) or DEFAULT_SEQ_LEN)
     wanted = Wanted(
         samples=DEFAULT_SAMPLES if samples is None else samples,
         held_out=DEFAULT_HELD_OUT if held_out is None else held_out,
         seq_len=usual if seq_len is None else seq_len,
     )
-    _require_sizes(wanted, checkpoint)
+    require_sizes(wanted, checkpoint)
     return wanted
 
 
@@ -236,6 +237,7 @@ def _load_saved_for(
     asked: tuple[int | None, int | None, int | None],
 ) -> CalibrationSet:
     loaded = load_saved(path, int(checkpoint.config["vocab_size"]), asked)
+    require_plain(checkpoint.config, loaded.manifest.seq_len, option=LENGTH, where=path)
     if loaded.manifest.tokenizer != tokenizer.fingerprint:
         raise CalibrationError(
             "this calibration set was made with another tokenizer",
@@ -245,7 +247,12 @@ def _load_saved_for(
     return loaded
 
 
-def _require_sizes(wanted: Wanted, checkpoint: Checkpoint) -> None:
+def require_sizes(wanted: Wanted, checkpoint: Checkpoint) -> None:
+    """Refuse what no set can have, and sequences that the model's blocks do not compute as it does.
+
+    Raises:
+        UsageError: names the option.
+    """
     limits = (
         ("samples", wanted.samples, 1),
         ("seq-len", wanted.seq_len, 2),
@@ -254,10 +261,4 @@ def _require_sizes(wanted: Wanted, checkpoint: Checkpoint) -> None:
     for name, value, least in limits:
         if value < least:
             raise UsageError(f"--{name} is {value}", hint=f"it has to be at least {least}")
-    longest = checkpoint.config.get("max_position_embeddings")
-    if isinstance(longest, int) and wanted.seq_len > longest:
-        raise UsageError(
-            f"--seq-len is {wanted.seq_len}, but the model takes {longest} tokens",
-            where=checkpoint.folder,
-            hint=f"give at most {longest}",
-        )
+    require_plain(checkpoint.config, wanted.seq_len, option="--seq-len", where=checkpoint.folder)

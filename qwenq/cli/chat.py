@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -44,6 +44,7 @@ def chat(
 
     When the input is not a terminal, every line of it is one question.
     """
+    from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.precision import resolve_device
     from qwenq.models.resolve import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
@@ -61,12 +62,13 @@ def chat(
     sampling = Sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
     resolve_device(device)  # before a download
     resolved = resolve_model(model)
-    for notice in resolved.notices:
-        typer.echo(f"note: {notice}", err=True)
+    _note(resolved.notices)
     tokenizer = load_tokenizer(resolved.folder)
     require_chat(tokenizer)
+    checkpoint = open_checkpoint(resolved.folder)
+    _note(checkpoint.notices)
     runner = load(
-        resolved.folder,
+        checkpoint,
         device=device,
         dtype=dtype,
         engine=engine,
@@ -75,8 +77,7 @@ def chat(
         head=head,
         real_vocab=tokenizer.vocab_size,
     )
-    for note in runner.notes:
-        typer.echo(f"note: {note}", err=True)
+    _note(runner.notes)
     session = Session(runner)
     conversation = Conversation(
         session, tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens
@@ -84,6 +85,11 @@ def chat(
     typer.echo(f"{runner.implementation}, {str(runner.dtype).removeprefix('torch.')}", err=True)
     _talk(conversation)
     typer.echo(summary(session.timing), err=True)
+
+
+def _note(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(f"note: {line}", err=True)
 
 
 def summary(timing: Timing) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName
+from qwenq.cli.options import DeviceName, RealWeights
 from qwenq.errors import QwenqError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def check(
         str | None,
         typer.Option(help="The model it was made from. Default: the one that its qwenq.json names."),
     ] = None,
+    weights: RealWeights = "stored",
     text: Annotated[
         str,
         typer.Option(
@@ -64,8 +65,10 @@ def check(
     """
     from qwenq.cli.progress import show_progress
     from qwenq.evals.check import check as run
+    from qwenq.models.opening import refuse_random_weights
     from qwenq.models.precision import resolve_device
 
+    refuse_random_weights(weights)
     place = resolve_device(device)
     pair = _open_pair(quantised, against)
     held_out = _held_out(text, pair, samples, seq_len, seed, str(place))
@@ -116,8 +119,6 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
     folder, notices = _find_base(manifest, against, resolved.folder)
     pair = _Pair(packed, open_checkpoint(folder), manifest)
     pair.notices = [*resolved.notices, *packed.notices, *notices, *pair.base.notices]
-    if manifest is None:
-        pair.notices.append("no qwenq.json: not written by qwenq, or unfinished; its files are not verified")
     quant = require_comparable(packed, pair.base)
     validate_quantised(packed.source, quant)
     _compare_fingerprint(pair, explicit=against is not None)
@@ -128,7 +129,8 @@ def _verified_manifest(folder: Path) -> dict[str, Any] | None:
     """qwenq.json once every file it lists has the bytes that it says; None where there is none."""
     import json
 
-    from qwenq.models.integrity import MANIFEST, verify_files
+    from qwenq.models.integrity import verify_files
+    from qwenq.models.manifest import MANIFEST
 
     if not (folder / MANIFEST).is_file():
         return None
@@ -192,6 +194,7 @@ def _held_out(
     """Sequences that calibration does not use: int64 [samples, seq_len]."""
     from qwenq.calibration import load_calibration
     from qwenq.cli.progress import show_progress
+    from qwenq.models.long_context import longest_plain
     from qwenq.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(pair.base.folder)
@@ -205,8 +208,8 @@ def _held_out(
                 hint="lower --samples, or make a set with more: `qwenq calibrate … --held-out`",
             )
         return held_out[:samples]
-    limit = pair.base.config.get("max_position_embeddings") or _SEQ_LEN
-    rows, length = samples or _SAMPLES, seq_len or min(_SEQ_LEN, int(limit))
+    longest = longest_plain(pair.base.config) or _SEQ_LEN
+    rows, length = samples or _SAMPLES, seq_len or min(_SEQ_LEN, longest)
     _note_overlap(text, pair, {"held_out": rows, "seq_len": length, "seed": seed})
     with show_progress("writing text" if text == "self" else "reading text") as progress:
         made = load_calibration(

@@ -13,6 +13,7 @@ from qwenq.errors import AlreadyDoneError, StorageError, UsageError
 from qwenq.gptq.layer_store import discard_leftover
 from qwenq.gptq.quantise import LAYER_PARTS
 from qwenq.models.companions import write_companions
+from qwenq.models.manifest import MANIFEST, PARTIAL, STAGED
 from qwenq.models.shards import write_shards
 from qwenq.storage import atomic_write_json, fsync_file, fsync_folder, guard_storage, sha256_file
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.gptq_format import QuantConfig
     from qwenq.models.source import TensorInfo
-
-MANIFEST = "qwenq.json"
 
 
 def require_free(target: Path) -> None:
@@ -62,7 +61,7 @@ def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: st
     Raises:
         AlreadyDoneError: the same command had finished; now it has cleaned up, too.
     """
-    work = target.with_name(target.name + ".partial")
+    work = target.with_name(target.name + PARTIAL)
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         same = manifest["recipe"] == recipe and manifest["base"]["fingerprint"] == fingerprint
@@ -95,7 +94,7 @@ def stage(
     Raises:
         StorageError: the disk refused; finished layers are kept.
     """
-    folder = store.folder / "checkpoint"
+    folder = store.folder / STAGED
     with guard_storage(folder):
         if folder.exists():  # of a run that was killed while it wrote
             shutil.rmtree(folder)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from qwenq.errors import ModelError
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite
+from qwenq.models.long_context import require_plain
 from qwenq.models.process_memory import return_freed_memory
 
 if TYPE_CHECKING:
@@ -72,7 +73,15 @@ class BlockwiseDecoder:
         Returns:
             One [batch, tokens, hidden] per batch; what the blocks need besides (positions, rotary tables,
             masks where some layers slide a window) is kept for ``forward``.
+
+        Raises:
+            UsageError: the sequences are longer than these blocks compute as the model does.
+            CorruptFileError: the embedding holds NaN or Inf.
         """
+        for batch in batches:
+            require_plain(
+                self.checkpoint.config, batch.shape[1], option="a sequence", where=self.checkpoint.folder
+            )
         recorders = [_Recorder() for _ in self._blocks]
         table = self.checkpoint.read("model.embed_tokens.weight")
         check_finite("model.embed_tokens.weight", table, self.checkpoint.folder)

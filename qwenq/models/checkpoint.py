@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.models.config import read_config, require_layers
+from qwenq.models.gptq_config import is_quantised
+from qwenq.models.manifest import missing_manifest
 from qwenq.models.own_files import require_own_files
 from qwenq.models.source import TensorInfo, TensorSource
 
@@ -58,13 +60,18 @@ class Checkpoint:
         return fingerprint(self.config, self.source)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     """Open a model folder for lazy reading; only headers are read, and all of them are checked.
 
-    A GPTQ folder opens with its packed tensors. A Qwen v1 folder opens in Qwen2's layout.
+    A GPTQ folder opens with its packed tensors; a notice says so where it has no qwenq.json. A Qwen v1 folder
+    opens in Qwen2's layout.
+
+    Args:
+        folder: where config.json and the weights are.
+        unfinished: open what `qwenq quantize` has staged and not yet published; its own check does.
 
     Raises:
-        ModelError: not a model folder, or a config that no model can have.
+        ModelError: not a model folder, a config that no model can have, or an unfinished quantisation.
         CorruptFileError: a shard is missing, truncated or damaged; a file is a link out of the folder.
         UnsupportedError: an architecture or a weight format that is not supported.
     """
@@ -76,6 +83,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
         config, source = qwen2_view(folder, config, source)
     require_layers(config, source.names(), folder)
+    if is_quantised(config) and not unfinished:
+        notices = [*notices, *missing_manifest(folder)]
     return Checkpoint(folder=folder, config=config, source=source, notices=notices)
 
 

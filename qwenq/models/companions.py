@@ -16,6 +16,7 @@ from typing import Any
 from qwenq.errors import ModelError
 from qwenq.models.own_files import require_own_files
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_generation_config
+from qwenq.models.random_weights import NOWHERE, is_random
 from qwenq.models.tokenizer import copy_tokenizer_files, has_tokenizer
 from qwenq.storage import atomic_write_json, guard_storage
 
@@ -40,7 +41,7 @@ def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> l
         ModelError: a JSON file of the source is damaged.
         StorageError: the disk refused.
     """
-    if not source.is_dir():
+    if not source.is_dir() or (source == NOWHERE and is_random(config)):
         return ["random weights come from no folder: no tokenizer is written beside them"]
     require_own_files(source)
     with guard_storage(target):

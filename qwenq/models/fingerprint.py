@@ -1,4 +1,4 @@
-"""What makes two models the same model: one short hash over weights and config."""
+"""What makes two models the same model: one short hash over weights, or what they follow from, and config."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ def fingerprint(config: dict[str, Any], source: TensorSource) -> str:
 
     Reads one tensor at a time. The result is kept in the user's cache under the paths, sizes and
     modification times of the files, where the source has ``files``; a changed file is hashed again.
+
+    A source with ``decided_by``, all that its values follow from, is not read: a model drawn at random is
+    known by its seed.
     """
+    if (decided_by := getattr(source, "decided_by", None)) is not None:
+        return _hash_origin(config, source, decided_by)
     key = _cache_key(config, source)
     kept = cache_folder() / "fingerprints" / key if key else None
     if kept is not None:
@@ -51,6 +56,15 @@ def _hash_all(config: dict[str, Any], source: TensorSource) -> str:
         digest.update(_describe(source, name))
         tensor = source.read(name).contiguous()
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hash_origin(config: dict[str, Any], source: TensorSource, decided_by: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(digest_size=_BYTES)
+    digest.update(_canonical(config))
+    digest.update(json.dumps(decided_by, sort_keys=True).encode())
+    for name in sorted(source.names()):
+        digest.update(_describe(source, name))
     return digest.hexdigest()
 
 

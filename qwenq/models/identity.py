@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwenq.errors import CorruptFileError
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.gptq_config import QuantConfig, is_quantised
-from qwenq.models.integrity import MANIFEST
+from qwenq.models.manifest import MANIFEST
 from qwenq.models.random_weights import RANDOM_KEY, is_random
 from qwenq.results import Model
 

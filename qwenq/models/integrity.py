@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import CorruptFileError, ModelError
+from qwenq.models.manifest import MANIFEST
 from qwenq.models.safetensors_files import shard_path
 from qwenq.storage import sha256_file
 
 if TYPE_CHECKING:
     import torch
 
-MANIFEST = "qwenq.json"
+LARGEST = 65_504.0
+"""Float16's largest number. Models are published in it, so no weight of one is larger; but a number below 2
+whose top exponent bit flips becomes one of up to 1e38 in bfloat16 and float32."""
 _CHUNK = 1 << 24  # elements looked at together, so that the check needs 16 MB and no copy of the tensor
 
 
@@ -63,7 +66,7 @@ def _listed_files(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> torch.Tensor:
-    """The tensor itself, once every element is known to be a number.
+    """The tensor itself, once every element is known to be a number that a weight can be.
 
     Args:
         name: of the tensor, for the message.
@@ -71,23 +74,32 @@ def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> 
         where: the file or folder it came from.
 
     Raises:
-        CorruptFileError: how many elements are NaN and how many infinite.
+        CorruptFileError: how many elements are NaN and how many infinite, or the one beyond ``LARGEST``.
     """
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
     nan = infinite = 0
+    largest = 0.0
     for part in torch.split(tensor.detach().reshape(-1), _CHUNK):
         values = part.float() if part.dtype.itemsize == 1 else part  # float8 has no isfinite
         low, high = values.aminmax()  # carries NaN along, and runs 25 times as fast as isfinite().all()
         if not (bool(low.isfinite()) and bool(high.isfinite())):
             nan += int(values.isnan().sum())
             infinite += int(values.isinf().sum())
+        else:
+            largest = max(largest, -float(low), float(high))
     if nan or infinite:
         raise CorruptFileError(
             f"{name} holds {nan} NaN and {infinite} infinite values of {tensor.numel()}",
             where=where,
             hint="the file is damaged or the training diverged: compare its checksum with the publisher's",
+        )
+    if largest > LARGEST:
+        raise CorruptFileError(
+            f"{name} holds a number of size {largest:.3g}: no weight is beyond {LARGEST:.0f}",
+            where=where,
+            hint="a bit has flipped: compare the file's checksum with the publisher's, and copy it again",
         )
     return tensor

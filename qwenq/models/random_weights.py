@@ -21,7 +21,7 @@ import torch
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models import catalogue
-from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.shapes import ModelShape
 from qwenq.models.shards import write_shards
 from qwenq.models.source import TensorInfo
@@ -30,6 +30,11 @@ from qwenq.storage import atomic_write_json, guard_storage
 RANDOM_KEY = "qwenq_random_weights"
 """Key of config.json that marks such a model: ``{"seed": …}``."""
 
+NOWHERE = Path("random-weights")
+"""The folder of a model that lies on no disk."""
+
+_STREAM = 1
+"""Counts up when the same seed would draw other values; reports and resumed runs name models by it."""
 _UNFINISHED = ".qwenq-random-weights-unfinished"  # in the folder until the model is whole
 _CHUNK = 1 << 20  # elements drawn at once, whatever the tensor
 _BITS_OF = {2: torch.int16, 4: torch.int32}
@@ -58,6 +63,9 @@ class RandomSource:
     """The tensors of a model that exists nowhere: each is made when it is read.
 
     The same seed, name and device type give the same values; on another device they differ.
+
+    Attributes:
+        decided_by: all that the values follow from, for ``fingerprint``.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class RandomSource:
         self._seed = seed
         self._std = std
         self._device = torch.device(device)
+        self.decided_by = {"stream": _STREAM, "seed": seed, "std": std, "device": self._device.type}
 
     def names(self) -> Iterable[str]:
         """All tensor names, in layer order."""
@@ -177,7 +186,7 @@ def random_checkpoint(
         std=config.get("initializer_range", 0.02),
         device=device,
     )
-    return Checkpoint(Path("random-weights"), config, source)
+    return Checkpoint(NOWHERE, config, source)
 
 
 def write_random_checkpoint(
@@ -209,7 +218,7 @@ def write_random_checkpoint(
     write_shards(folder, [(name, made.info(name)) for name in made.names()], made.read, max_bytes)
     atomic_write_json(folder / "config.json", made.config)
     (folder / _UNFINISHED).unlink()
-    return Checkpoint(folder, made.config, made.source)
+    return open_checkpoint(folder)
 
 
 def _clear(folder: Path) -> None:

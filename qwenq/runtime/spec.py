@@ -4,29 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from qwenq.errors import ModelError, UnsupportedError
+from qwenq.errors import UnsupportedError
+from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.qwen_v1 import V1_KEY
 from qwenq.models.shapes import ModelShape
 
+__all__ = ["DecoderSpec", "LongContext", "long_context_of", "read_spec"]
+
 _USE_TRANSFORMERS = "use --engine transformers"
-
-
-@dataclass(frozen=True)
-class LongContext:
-    """How Qwen v1 goes beyond the length that it was trained on.
-
-    Attributes:
-        seq_length: tokens up to which the model is a plain Qwen2.
-        dynamic_ntk: stretch the rotary base by the prompt's length.
-        logn: scale queries by ``log(position + 1) / log(seq_length)`` beyond ``seq_length``.
-    """
-
-    seq_length: int
-    dynamic_ntk: bool
-    logn: bool
 
 
 @dataclass(frozen=True)
@@ -80,29 +67,6 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
         real_vocab=min(int(real), shape.vocab),
         config=config,
     )
-
-
-def long_context_of(config: Mapping[str, Any]) -> LongContext | None:
-    """Qwen v1's long-context flags, as the Qwen2 view of its config keeps them.
-
-    Raises:
-        ModelError: the flags are there but incomplete.
-    """
-    flags = config.get(V1_KEY)
-    if flags is None:
-        return None
-    try:
-        return LongContext(
-            seq_length=int(flags["seq_length"]),
-            dynamic_ntk=bool(flags["use_dynamic_ntk"]),
-            logn=bool(flags["use_logn_attn"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{V1_KEY} in config.json is not as `qwenq convert` writes it: {error}",
-            where=Path("config.json"),
-            hint="convert the Qwen v1 model again",
-        ) from error
 
 
 def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:

@@ -62,7 +62,7 @@ def test_random_weights_read_no_text(tmp_path: Path) -> None:
         ("--samples", "0", "--samples is 0"),
         ("--seq-len", "1", "--seq-len is 1"),
         ("--held-out", "-1", "--held-out is -1"),
-        ("--seq-len", "9999999", "the model takes"),
+        ("--seq-len", "9999999", "beyond 8192 this Qwen v1 model"),
         ("--column", "text", "no tokenizer to read a text"),
         ("--split", "train", "no tokenizer to read a text"),
     ],

@@ -1,0 +1,29 @@
+"""qwenq.json, and what a quantised folder without one is: unfinished, or not `qwenq quantize`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwenq.errors import ModelError
+
+MANIFEST = "qwenq.json"
+PARTIAL, STAGED = ".partial", "checkpoint"
+"""`qwenq quantize` stages what it has not checked yet in ``OUT.partial/checkpoint``."""
+
+
+def missing_manifest(folder: Path) -> list[str]:
+    """What is to be said of quantised weights that no manifest vouches for; empty where there is one.
+
+    Raises:
+        ModelError: they are what an unfinished run has staged: never compared with their base.
+    """
+    if (folder / MANIFEST).is_file():
+        return []
+    real = folder.resolve()
+    if real.name == STAGED and real.parent.name.endswith(PARTIAL) and (real.parent / "run.json").is_file():
+        raise ModelError(
+            "this quantised model is unfinished: it was never checked",
+            where=folder,
+            hint="run the same `qwenq quantize` command again: it resumes, and checks what it wrote",
+        )
+    return [f"no {MANIFEST}: not written by `qwenq quantize`, or unfinished; its files are not verified"]
