@@ -18,6 +18,7 @@ from qwenq.cli.options import (
     DtypeName,
     EngineName,
     KernelName,
+    RealWeights,
     RowsAsJson,
     RunFolder,
 )
@@ -43,6 +44,7 @@ def evaluate(
             help="Folders or hub ids; quantised ones are compared with their base. Nothing: the bundled one.",
         ),
     ] = None,
+    weights: RealWeights = "stored",
     tasks: Annotated[
         str,
         typer.Option(
@@ -97,7 +99,9 @@ def evaluate(
     the items.
     """
     from qwenq.models.identity import model_name
+    from qwenq.models.opening import refuse_random_weights
 
+    refuse_random_weights(weights)
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
     _check_endpoint(endpoint, model, models)
     named = (model or "served").rsplit("/", 1)[-1] if endpoint is not None else model_name(given[0])

@@ -16,4 +16,7 @@ AttentionName = Annotated[str, typer.Option(help="One that `doctor` lists.")]
 KernelName = Annotated[str, typer.Option(help="Of quantised weights: auto, or one that `doctor` lists.")]
 RunFolder = Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")]
 RowsAsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
+RealWeights = Annotated[
+    Literal["stored", "random"], typer.Option("--weights", help="random is refused: it has no accuracy.")
+]
 SeedOfWeights = Annotated[int, typer.Option(min=0, help="Of random weights.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,10 @@ def plan(
         str | None,
         typer.Argument(help="Catalogue name, model folder or hub id. Nothing: the bundled model."),
     ] = None,
+    weights: Annotated[
+        Literal["stored", "random"],
+        typer.Option(help="random: MODEL is a catalogue name; the shape alone counts here."),
+    ] = "stored",
     bits: Annotated[str, typer.Option(help="Bits to plan for, comma-separated: 4, 8.")] = "4,8",
     context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 8192,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
@@ -47,7 +51,7 @@ def plan(
         samples=samples,
         seq_len=seq_len,
     )
-    result = make_plan(find_model(model), wishes)
+    result = make_plan(find_model(model, weights), wishes)
     if as_json:
         import json
 

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from qwenq.errors import UsageError
+from qwenq.models.not_yet import refuse_by_name
 from qwenq.models.qwen_v1_config import END_OF_TEXT, IM_END, qwen2_config
 from qwenq.models.shapes import ModelShape
 from qwenq.published import PublishedRow, published_rows
@@ -47,6 +48,17 @@ class Entry:
         """Its sizes."""
         return ModelShape.from_config(self.config)
 
+    def dtype_of(self, name: str) -> str:
+        """What the weights are stored in, by how they are named.
+
+        The bundled model was dequantised to float32, its namesake on the hub is bfloat16 as all others.
+        """
+        return str(self.config["torch_dtype"]) if name.lower() in self.names else "bfloat16"
+
+    def hub_of(self, name: str) -> str:
+        """The hub id that belongs to one of its names."""
+        return self.hub[min(self.names.index(name.lower()), len(self.hub) - 1)]
+
 
 def names() -> list[str]:
     """The preferred name of every entry, in the order of the catalogue."""
@@ -63,9 +75,11 @@ def entry(name: str) -> Entry:
 
     Raises:
         UsageError: no such name; the nearest ones are suggested.
+        UnsupportedError: the name of a model that is known, and not supported yet.
     """
     found = find(name)
     if found is None:
+        refuse_by_name(name)
         raise UsageError(
             f"no model called {name!r} in the catalogue",
             where="MODEL",
@@ -74,12 +88,12 @@ def entry(name: str) -> Entry:
     return found
 
 
-def suggestions(name: str, count: int = 2) -> list[str]:
-    """The catalogue names nearest to a misspelt one, best first."""
+def suggestions(name: str, count: int = 2, alike: float = 0.0) -> list[str]:
+    """The catalogue names nearest to a misspelt one, best first; ``alike``: of 100, the least that counts."""
     from rapidfuzz import fuzz, process
 
     known = [known for item in _entries() for known in item.names]
-    matches = process.extract(name.lower(), known, scorer=fuzz.ratio, limit=count)
+    matches = process.extract(name.lower(), known, scorer=fuzz.ratio, limit=count, score_cutoff=alike)
     return [str(match[0]) for match in matches]
 
 
@@ -152,7 +166,7 @@ def _config(table: dict[str, Any]) -> dict[str, Any]:
         "rms_norm_eps": table.get("rms_norm_eps", 1e-6),
         "rope_theta": table.get("rope_theta", 1_000_000.0),
         "tie_word_embeddings": table.get("tied", False),
-        "torch_dtype": "bfloat16",
+        "torch_dtype": table.get("dtype", "bfloat16"),
         "use_cache": True,
         "vocab_size": table["vocab"],
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError
+from qwenq.models.not_yet import NOT_YET, missing_by_config
 
 KNOWN_ARCHITECTURES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -17,22 +18,6 @@ KNOWN_ARCHITECTURES: dict[str, str] = {
     "qwen": "QWenLMHeadModel",  # Qwen v1; seen as Qwen2
 }
 """model_type → class name in config.json, of every architecture with a tested recipe."""
-
-NOT_YET: dict[str, str] = {
-    "qwen2_moe": "the experts' routing",
-    "qwen3_moe": "the experts' routing",
-    "qwen3_next": "linear-attention layers and the experts' routing",
-    "qwen3_5": "linear-attention layers",
-    "qwen3_5_text": "linear-attention layers",
-    "qwen3_5_moe": "linear-attention layers and the experts' routing",
-    "qwen3_5_moe_text": "linear-attention layers and the experts' routing",
-    "mixtral": "the experts' routing",
-    "qwen2_vl": "the vision tower",
-    "qwen2_5_vl": "the vision tower",
-    "qwen3_vl": "the vision tower",
-    "qwen2_audio": "the audio tower",
-}
-"""Relatives that are not supported, and which part of them is missing here."""
 
 _HARMLESS_PRIVATE_KEYS = {"_name_or_path", "_model_name_or_path"}
 
@@ -178,6 +163,8 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
         what = f"{model_type} is not supported yet: {NOT_YET[model_type]} would have to be added"
     elif "auto_map" in config:
         what = f"{model_type} can only be loaded by its own remote code, which is never run here"
+    elif missing := missing_by_config(config):
+        what = f"{model_type} is not supported yet: {missing}, at least, would have to be added"
     else:
         what = f"the model type {model_type!r} is unknown here"
     raise UnsupportedError(what, where=path, hint=hint)

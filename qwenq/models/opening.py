@@ -37,3 +37,17 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
     name = model or catalogue.BUNDLED
     notice = f"random weights (seed {seed}) in the shape of {name}: for speed and memory, not for accuracy"
     return replace(random_checkpoint(name, seed), notices=[notice])
+
+
+def refuse_random_weights(weights: str) -> None:
+    """What ``--weights`` says to a command that judges a model: random ones have no accuracy.
+
+    Raises:
+        UsageError: ``weights`` is "random".
+    """
+    if weights == "random":
+        raise UsageError(
+            "random weights: accuracy would mean nothing",
+            where="--weights",
+            hint="name a model with real weights; `qwenq profile` and `qwenq plan` take random ones",
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenq.errors import HubError, UsageError
+from qwenq.models.not_yet import refuse_by_name
 
 BUNDLED_NOTICE = (
     "no MODEL given: using the bundled SmolLM2-135M-Instruct; "
@@ -17,6 +18,7 @@ _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}")
 _NAME_ONE = "name a folder with config.json, or a hub id like Qwen/Qwen2.5-0.5B"
 _ALIKE = 60.0  # of 100: how near a sibling's name has to be to be suggested
+_ALIKE_IN_CATALOGUE = 85.0  # nearer: its names differ by a digit
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ def resolve_model(model: str | None) -> Resolved:
     Raises:
         UsageError: a path that does not exist (suggests the nearest), or a file instead of a folder.
         HubError: the hub could not be reached or refused.
+        UnsupportedError: by its name, a model of Qwen's that is not supported yet: nothing is downloaded.
     """
     if model is None:
         from qwenq.models.bundled import bundled_model
@@ -50,11 +53,15 @@ def resolve_model(model: str | None) -> Resolved:
             "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
         )
     if _HUB_ID.fullmatch(model):
+        if model.startswith("Qwen/"):  # others may call theirs what they like
+            refuse_by_name(model)
         return _from_hub(model, path)
+    near = _did_you_mean(path)
+    if "/" not in model and near is None:
+        refuse_by_name(model)
+    hints = [hint for hint in (near, _of_catalogue(model)) if hint]
     raise UsageError(
-        f"no such model folder: {model}",
-        where=path.absolute(),
-        hint=_did_you_mean(path) or _NAME_ONE,
+        f"no such model folder: {model}", where=path.absolute(), hint=" ".join(hints) or _NAME_ONE
     )
 
 
@@ -80,3 +87,20 @@ def _did_you_mean(path: Path) -> str | None:
         if found := process.extractOne(path.name, names, scorer=fuzz.ratio, score_cutoff=_ALIKE):
             return f"did you mean the folder {parent / found[0]}?"
     return None
+
+
+def _of_catalogue(model: str) -> str | None:
+    """What a name of the catalogue, correct or misspelt, can be used for where weights are needed."""
+    from qwenq.models import catalogue
+
+    meant = next(iter(catalogue.suggestions(model, 1, _ALIKE_IN_CATALOGUE)), None)
+    if meant is None:
+        return None
+    asked = "" if meant == model.lower() else f"did you mean {meant}? "
+    if meant == catalogue.BUNDLED:
+        return f"{asked}{meant} is the bundled model: leave MODEL out"
+    return (
+        f"{asked}{meant} is a name of the catalogue, which holds no weights: "
+        f"name {catalogue.entry(meant).hub_of(meant)} to download them, "
+        "or add --weights random for speed and memory"
+    )

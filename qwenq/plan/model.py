@@ -8,6 +8,7 @@ from pathlib import Path
 from qwenq.errors import HubError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.config import read_config
+from qwenq.models.not_yet import refuse_by_name
 from qwenq.models.shapes import ModelShape
 
 
@@ -30,23 +31,35 @@ class PlannedModel:
     entry: catalogue.Entry | None = None
 
 
-def find_model(model: str | None) -> PlannedModel:
+def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
     """A catalogue name, a folder (or its config.json), or a hub id; None is the bundled model.
 
+    Args:
+        model: as typed.
+        weights: "random": a catalogue name only, and what `--weights random` makes of it elsewhere: bfloat16.
+
     Raises:
-        UsageError: no such catalogue name (the nearest are suggested).
+        UsageError: no such catalogue name (the nearest are suggested); ``weights`` is something else.
+        UnsupportedError: a model that is not supported yet, by name or config.json; names what is missing.
         ModelError: the folder's config.json is missing, damaged or of an unsupported model.
         HubError: the hub does not have it, or cannot be reached.
     """
     if model is None:
         model = catalogue.BUNDLED
+    if weights == "random":
+        drawn = catalogue.entry(model)
+        return PlannedModel(drawn.names[0], "catalogue, random weights", drawn.shape, "bfloat16")
+    if weights != "stored":
+        raise UsageError(f"{weights!r} weights", where="--weights", hint="use stored or random")
     path = Path(model).expanduser()
     if path.exists():
         folder = path if path.is_dir() else path.parent
         return _from_config(folder, str(path), str(path))
     entry = catalogue.find(model)
     if entry is not None:
-        return PlannedModel(entry.names[0], "catalogue", entry.shape, "bfloat16", entry)
+        return PlannedModel(entry.names[0], "catalogue", entry.shape, entry.dtype_of(model), entry)
+    if model.startswith("Qwen/") or "/" not in model:  # others may call theirs what they like
+        refuse_by_name(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_config(_hub_config(model).parent, model, "config.json from the hub")
     raise UsageError(

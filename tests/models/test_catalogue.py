@@ -73,6 +73,22 @@ def test_a_misspelt_name_is_suggested(typed: str, meant: str) -> None:
     assert meant in str(error.value.hint)
 
 
+def test_the_bundled_model_is_float32_and_its_namesake_on_the_hub_is_not() -> None:
+    entry = catalogue.entry(catalogue.BUNDLED)
+    assert entry.dtype_of(catalogue.BUNDLED) == entry.config["torch_dtype"] == "float32"
+    assert entry.dtype_of(entry.hub[0]) == catalogue.entry("qwen3-8b").dtype_of("Qwen3-8B") == "bfloat16"
+
+
+def test_each_name_has_its_own_hub_id() -> None:
+    entry = catalogue.entry("qwen-1.8b")
+    assert (entry.hub_of("QWEN-1.8b"), entry.hub_of("qwen-1.8b-chat")) == (
+        "Qwen/Qwen-1_8B",
+        "Qwen/Qwen-1_8B-Chat",
+    )
+    for name in ALL:
+        assert catalogue.entry(name).hub_of(name) == catalogue.entry(name).hub[0]
+
+
 def test_published_rows() -> None:
     rows = {row.precision: row for row in catalogue.published("qwen-1.8b-chat")}
     assert list(rows) == ["FP32", "BF16", "Int8", "Int4"]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.config import KNOWN_ARCHITECTURES, NOT_YET, quantization_of, read_config
+from qwenq.models.config import KNOWN_ARCHITECTURES, quantization_of, read_config
+from qwenq.models.not_yet import NOT_YET
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -99,6 +100,33 @@ def test_relatives_say_what_is_missing(tmp_path: Path, model_type: str) -> None:
         read_config(write(tmp_path, model_type=model_type))
     assert NOT_YET[model_type] in caught.value.what
     assert "qwen3" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"num_experts": 128}, "the experts' routing"),
+        ({"num_local_experts": 8, "layer_types": ["full_attention"] * 2}, "the experts' routing"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear-attention layers"),
+        (
+            {
+                "text_config": {"layer_types": ["linear_attention"], "num_experts": 4},
+                "vision_config": {"x": 1},
+            },
+            "linear-attention layers, the experts' routing and the vision tower",
+        ),
+    ],
+)
+def test_a_newer_relative_is_told_by_its_keys(tmp_path: Path, changes: dict[str, Any], missing: str) -> None:
+    with pytest.raises(UnsupportedError, match="qwen9 is not supported yet") as caught:
+        read_config(write(tmp_path, model_type="qwen9", **changes))
+    assert f"{missing}, at least, would have to be added" in caught.value.what
+
+
+@pytest.mark.parametrize("changes", [{"num_experts": 0}, {"num_experts": None}, {"layer_types": "odd"}])
+def test_a_dense_stranger_is_just_unknown(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match="'qwen9' is unknown here"):
+        read_config(write(tmp_path, model_type="qwen9", **changes))
 
 
 def test_first_qwen_folders_without_a_model_type_are_known_by_their_class(tmp_path: Path) -> None:

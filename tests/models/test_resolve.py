@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenq.errors import HubError, UsageError
+from qwenq.errors import HubError, UnsupportedError, UsageError
 from qwenq.models.resolve import resolve_model
 
 
@@ -61,3 +61,47 @@ def test_a_hub_shaped_typo_of_a_folder_mentions_it(tmp_path: Path, monkeypatch: 
     with pytest.raises(HubError, match="HF_HUB_OFFLINE") as caught:
         resolve_model("models/qwem")
     assert "did you mean the folder models/qwen?" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("qwen-7b-chat", "qwen-7b-chat is a name of the catalogue, which holds no weights"),
+        ("Qwen-7B-Chat", "name Qwen/Qwen-7B-Chat to download them, or add --weights random"),
+        ("qwen-1.8b", "name Qwen/Qwen-1_8B to download them"),
+        ("qwen-7b-chta", "did you mean qwen-7b-chat? qwen-7b-chat is a name of the catalogue"),
+        ("qwen3_8b", "did you mean qwen3-8b? qwen3-8b is a name of the catalogue"),
+        ("smollm2-135m-instruct", "is the bundled model: leave MODEL out"),
+        ("smolm2-135m-instruct", "did you mean smollm2-135m-instruct? smollm2-135m-instruct is the bundled"),
+    ],
+)
+def test_a_name_of_the_catalogue_says_what_it_is_good_for(
+    typed: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no such model folder") as caught:
+        resolve_model(typed)
+    assert said in str(caught.value.hint)
+
+
+def test_a_folder_near_by_is_suggested_beside_the_catalogue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen-7b-chat-v2").mkdir()
+    with pytest.raises(UsageError) as caught:
+        resolve_model("qwen-7b-chat")
+    assert "did you mean the folder qwen-7b-chat-v2?" in str(caught.value.hint)
+    assert "name of the catalogue" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-Next-80B-A3B-Instruct"])
+def test_a_model_that_is_not_supported_yet_is_not_downloaded(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwenq.models.hub.fetch", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(UnsupportedError, match=r"not supported yet: .*the experts' routing would have"):
+        resolve_model(model)
+    (tmp_path / model).mkdir(parents=True)
+    assert resolve_model(model).folder == Path(model)  # a folder of that name is the user's own affair

@@ -1,0 +1,83 @@
+"""Relatives that are not supported yet: known by model type, by name, or by what their config.json holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from qwenq.errors import UnsupportedError
+
+_ROUTING, _LINEAR = "the experts' routing", "linear-attention layers"
+_VISION, _AUDIO = "the vision tower", "the audio tower"
+
+NOT_YET: dict[str, str] = {
+    "qwen2_moe": _ROUTING,
+    "qwen3_moe": _ROUTING,
+    "qwen3_next": f"{_LINEAR} and {_ROUTING}",
+    "qwen3_5": _LINEAR,
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe": f"{_LINEAR} and {_ROUTING}",
+    "qwen3_5_moe_text": f"{_LINEAR} and {_ROUTING}",
+    "mixtral": _ROUTING,
+    "qwen2_vl": _VISION,
+    "qwen2_5_vl": _VISION,
+    "qwen3_vl": _VISION,
+    "qwen2_audio": _AUDIO,
+}
+"""Model types, and which part of them is missing here."""
+
+_BY_NAME: tuple[tuple[str, str], ...] = (
+    (_LINEAR, r"qwen3.*-next|qwen3\.[5-9]"),
+    (_ROUTING, r"-a\d+(\.\d+)?b\b|moe|mixtral|-next"),  # 30b-a3b: 3 of 30 billion parameters at a time
+    (_VISION, r"-vl\b|-omni\b"),
+    (_AUDIO, r"-audio\b|-omni\b"),
+)
+_FAMILY = re.compile(r"qwen|mixtral")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
+
+
+def missing_by_name(name: str) -> str | None:
+    """What a model of the Qwen family lacks here, by how its publisher calls it; None where nothing is known.
+
+    Args:
+        name: as typed: ``qwen3-30b-a3b``, ``Qwen/Qwen3-Next-80B-A3B-Instruct``.
+    """
+    short = name.lower().rsplit("/", 1)[-1]
+    if not _FAMILY.match(short):
+        return None
+    return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
+
+
+def missing_by_config(config: dict[str, Any]) -> str | None:
+    """What a model of a type that nobody here knows needs at least, by the keys of its config.json."""
+    text = config.get("text_config")
+    of_text = {**config, **text} if isinstance(text, dict) else config
+    kinds = of_text.get("layer_types")
+    found = []
+    if isinstance(kinds, list) and "linear_attention" in kinds:
+        found.append(_LINEAR)
+    if any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
+        found.append(_ROUTING)
+    found += [part for key, part in _TOWERS if config.get(key)]
+    return _listed(found)
+
+
+def refuse_by_name(name: str) -> None:
+    """Say "not yet" to the name of a model that is known, and not supported.
+
+    Raises:
+        UnsupportedError: names what is missing.
+    """
+    if missing := missing_by_name(name):
+        raise UnsupportedError(
+            f"{name} is not supported yet: {missing} would have to be added",
+            where="MODEL",
+            hint="dense models are: Qwen v1, Qwen1.5, 2, 2.5 and 3, Llama",
+        )
+
+
+def _listed(parts: Iterable[str]) -> str | None:
+    named = list(dict.fromkeys(parts))
+    return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named) or None
