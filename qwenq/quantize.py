@@ -82,11 +82,14 @@ class Job:
     """One run: inputs resolved, choices made, work folder open.
 
     Attributes:
+        base: the model as it was opened.
+        checkpoint: the model as it is quantised: the base, or the base with wider MLPs.
         quant: what config.json will say.
         team: who quantises with this process, which leads.
     """
 
     recipe: Recipe
+    base: Checkpoint
     checkpoint: Checkpoint
     out: Path
     device: torch.device
@@ -136,6 +139,7 @@ def quantize(
 
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
+    from qwenq.gptq.choices import describe
     from qwenq.gptq.products import passed_over
     from qwenq.gptq.quantise import check_packable, choose_group_size, input_widths
     from qwenq.gptq.rows import Settings
@@ -143,21 +147,23 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     from qwenq.models.gptq_format import QuantConfig
     from qwenq.models.opening import open_model
     from qwenq.models.precision import resolve_device, resolve_dtype
+    from qwenq.plan.padding import padded
 
-    checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
-    for notice in checkpoint.notices:
+    base = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
+    for notice in base.notices:
         listener.say(notice)
-    _refuse_quantised(checkpoint)
+    _refuse_quantised(base)
     wanted = recipe.quantize
-    target = _target(out, recipe, checkpoint)
+    target = _target(out, recipe, base)
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
     listener.say(why)
     if not team.launched and (slower := passed_over(dtype, place)):
         listener.say(slower)
+    checkpoint, widths = padded(base, wanted, listener.say)
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
     check_packable(decoder, wanted.bits)
-    group_size, why = choose_group_size(wanted.group_size, input_widths(decoder))
+    group_size, why = choose_group_size(wanted.group_size, widths or input_widths(decoder))
     listener.say(why)
     settings = Settings(
         bits=wanted.bits,
@@ -176,23 +182,8 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
         static_groups=settings.act_order,
         damp_percent=settings.damp,
     )
-    listener.say(_describe(settings))
-    return Job(recipe, checkpoint, target, place, decoder, settings, quant, listener, team)
-
-
-def _describe(settings: Settings) -> str:
-    """One line on the choices that decide quality, and why they are the defaults."""
-    parts = [
-        f"Int{settings.bits}, {'symmetric' if settings.sym else 'asymmetric'}",
-        "act-order with static groups (columns stay in file order: every kernel loads it)"
-        if settings.act_order
-        else "no act-order",
-        f"scale search: {settings.scale_search}",
-        f"{settings.drift:.0%} of inherited error made good (aims at the original model's outputs)",
-        *(["scales and integers refined after GPTQ"] if settings.refine else []),
-        f"damping {settings.damp:g}",
-    ]
-    return "; ".join(parts)
+    listener.say(describe(settings))
+    return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -223,7 +214,7 @@ def _calibration(job: Job) -> CalibrationSet:
 
     said = job.listener
     vocabulary = job.decoder.vocabulary
-    return calibration_for(job.recipe, job.checkpoint, vocabulary, job.device, said.say, said.progress)
+    return calibration_for(job.recipe, job.base, vocabulary, job.device, said.say, said.progress)
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
@@ -278,7 +269,7 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
         return None
     result = check(
         written,
-        job.checkpoint,
+        job.base,
         calibration.held_out,
         device=job.device,
         dtype=job.decoder.dtype,
@@ -304,7 +295,7 @@ def _publish(
     manifest = {
         "format": "qwenq-1",
         "made_by": f"qwenq {__version__}",
-        "base": {"model": job.recipe.model, "fingerprint": job.checkpoint.fingerprint},
+        "base": {"model": job.recipe.model, "fingerprint": job.base.fingerprint},
         "recipe": job.recipe.model_dump(mode="json"),
         "quantization": job.quant.to_config_json(),
         "calibration": calibration.manifest.model_dump(mode="json"),
@@ -315,7 +306,7 @@ def _publish(
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
-    base_bytes = sum(tensor_bytes(job.checkpoint.info(name)) for name in job.checkpoint.names())
+    base_bytes = sum(tensor_bytes(job.base.info(name)) for name in job.base.names())
     publish(staged, job.out, manifest)
     store.discard()
     return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)

@@ -142,9 +142,22 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
     ear = Ear()
     run(write_family(tmp_path / "m"), tmp_path / "out", ear)
     said = "\n".join(ear.lines)
-    for part in ("float32", "group size 32: the largest", "Int4, symmetric", "static groups", "damping 0.01"):
+    for part in (
+        "computing in float32 on cpu: as asked",
+        "group size 32: the largest of 128, 64, 32 that divides every input width",
+        "Int4, symmetric (the zero point in the middle: every kernel loads it)",
+        "act-order with static groups (important columns first, stored in file order",
+        "scale search: hessian (least error weighted by",
+        "damping 0.01 of the Hessian's mean diagonal (raised where",
+        "4 × 32 tokens (the sizes of that set)",
+    ):
         assert part in said
-    assert "4 × 32 tokens" in said
+    ear = Ear()
+    settings = {"sym": False, "act_order": "none", "scale_search": "mse", "drift": 0.0}
+    run(write_family(tmp_path / "n"), tmp_path / "other", ear, **settings)
+    said = "\n".join(ear.lines)
+    for part in ("asymmetric (each group", "no act-order (", "mse (least squared error", "(plain GPTQ)"):
+        assert part in said
 
 
 def test_large_models_are_written_in_shards_with_an_index(
@@ -260,11 +273,11 @@ def test_sequences_are_no_longer_than_the_model_takes(tmp_path: Path) -> None:
     model = write_family(tmp_path / "m", max_position_embeddings=64)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{n} squared is {n * n}. " * 90 for n in range(40)))
-    recipe = recipe_for(model, text).override(calibration={"samples": 2, "held_out": 1})
-    assert (
-        manifest_of(quantize(recipe, tmp_path / "out", Ear(), device="cpu").folder)["calibration"]["seq_len"]
-        == 64
-    )
+    for samples, why in ((2, "in part as asked"), ("auto", "a CPU is done with these in minutes")):
+        ear, out = Ear(), tmp_path / f"out-{samples}"
+        recipe = recipe_for(model, text).override(calibration={"samples": samples, "held_out": 1})
+        assert manifest_of(quantize(recipe, out, ear, device="cpu").folder)["calibration"]["seq_len"] == 64
+        assert f"× 64 tokens ({why}" in "\n".join(ear.lines)
 
 
 def test_a_set_without_held_out_text_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -31,6 +31,14 @@ def quantize(
     group_size: Annotated[
         str | None, typer.Option(help="auto, 32, 64, 128, or -1 for one scale per row. [default: auto]")
     ] = None,
+    pad_ffn: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|WIDTH",
+            help="Widen the MLP with zero channels, so that more GPUs can share its groups; auto: as `qwenq "
+            "plan` advises. The outputs stay the same. [default: none]",
+        ),
+    ] = None,
     weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     calibration: Annotated[
         str | None,
@@ -81,6 +89,7 @@ def quantize(
         quantize={
             "bits": bits,
             "group_size": _group_size(group_size),
+            "pad_ffn": _width(pad_ffn),
             "dtype": dtype,
             "seed": seed,
             "sym": sym,
@@ -129,12 +138,20 @@ def _recipe(file: Path | None, top: dict[str, str | None], **sections: dict[str,
     return base.override(top, **sections)
 
 
-def _group_size(text: str | None) -> int | Literal["auto"] | None:
+def _group_size(text: str | None) -> int | str | None:
     if text is None or text == "auto":
-        return "auto" if text else None
+        return text
+    return _whole(text, "group size", "--group-size", "use auto, 32, 64, 128 or -1")
+
+
+def _width(text: str | None) -> int | str | None:
+    if text is None or text in ("auto", "none"):
+        return text
+    return _whole(text, "FFN width", "--pad-ffn", "use auto, or the width that `qwenq plan` advises")
+
+
+def _whole(text: str, what: str, option: str, hint: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise UsageError(
-            f"group size {text!r}", where="--group-size", hint="use auto, 32, 64, 128 or -1"
-        ) from error
+        raise UsageError(f"{what} {text!r}", where=option, hint=hint) from error

@@ -34,7 +34,7 @@ from qwenq.evals.verdict import judge
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised, quantised_modules
-from qwenq.models.pad_ffn import PaddedFFNSource
+from qwenq.models.pad_ffn import widened
 from qwenq.models.random_weights import refuse_random
 
 __all__ = ["CheckResult", "check", "require_comparable"]
@@ -80,7 +80,7 @@ def check(
     """
     quant = require_comparable(quantised, base)
     require_tokens(held_out, base)
-    base = _as_wide(base, quantised)
+    base = widened(base, int(quantised.config["intermediate_size"]))  # Qwen's 72B is wider than its base
     plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
     pair = _Pair(plain, base, quant, torch.device(device), dtype)
     with torch.inference_mode():
@@ -144,15 +144,6 @@ def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
             f"the held-out tokens hold id {low if low < 0 else high}; the model knows 0 … {rows - 1}",
             hint="make the text's tokens with this model's own tokenizer",
         )
-
-
-def _as_wide(base: Checkpoint, quantised: Checkpoint) -> Checkpoint:
-    """The base with its MLPs padded to the quantised model's width, where that is larger (Qwen's 72B)."""
-    has, wants = int(base.config["intermediate_size"]), int(quantised.config["intermediate_size"])
-    if has == wants:
-        return base
-    padded = PaddedFFNSource(base.source, wants)
-    return replace(base, source=padded, config=base.config | {"intermediate_size": wants})
 
 
 class _Pair:

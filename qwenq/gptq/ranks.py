@@ -19,6 +19,7 @@ from qwenq.gptq.quantise import LAYER_IS_STORED, quantise_layers
 from qwenq.gptq.rows import Settings
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.opening import open_model
+from qwenq.models.pad_ffn import widened
 from qwenq.models.precision import resolve_device
 from qwenq.stopping import finishing
 
@@ -38,6 +39,7 @@ def lead(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settin
     team.tell(
         {
             "model": decoder.checkpoint.fingerprint,
+            "ffn": decoder.checkpoint.config["intermediate_size"],
             "settings": asdict(settings),
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "tokens": list(tokens.shape),
@@ -61,6 +63,8 @@ def follow(recipe: Recipe, team: Team, device: str = "auto") -> None:
     """
     told = team.tell()
     checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
+    if recipe.quantize.pad_ffn != "none":
+        checkpoint = widened(checkpoint, told["ffn"])
     if checkpoint.fingerprint != told["model"]:
         raise ModelError(
             "the model here is not the one that rank 0 has",

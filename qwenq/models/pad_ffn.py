@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import UsageError
 from qwenq.models.source import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     import torch
+
+    from qwenq.models.checkpoint import Checkpoint
 
 _PADDED_AXIS = {
     "mlp.gate_proj.weight": 0,  # [ffn, hidden]
@@ -53,6 +56,15 @@ def interleave_zeros(tensor: torch.Tensor, to: int, axis: int) -> torch.Tensor:
         UsageError: ``to`` is shorter than the axis, or more than twice as long.
     """
     length = tensor.shape[axis]
+    zeros = _zeros(length, to)
+    source = tensor.movedim(axis, 0)
+    padded = source.new_zeros((to, *source.shape[1:]))
+    padded[: 2 * zeros : 2] = source[:zeros]
+    padded[2 * zeros :] = source[zeros:]
+    return padded.movedim(0, axis).contiguous()
+
+
+def _zeros(length: int, to: int) -> int:
     zeros = to - length
     if not 0 <= zeros <= length:
         raise UsageError(
@@ -60,11 +72,7 @@ def interleave_zeros(tensor: torch.Tensor, to: int, axis: int) -> torch.Tensor:
             where="--pad-ffn",
             hint=f"choose a width between {length} and {2 * length}",
         )
-    source = tensor.movedim(axis, 0)
-    padded = source.new_zeros((to, *source.shape[1:]))
-    padded[: 2 * zeros : 2] = source[:zeros]
-    padded[2 * zeros :] = source[zeros:]
-    return padded.movedim(0, axis).contiguous()
+    return zeros
 
 
 def pad_ffn(
@@ -91,15 +99,36 @@ def pad_ffn(
     return interleave_zeros(gate, to, 0), interleave_zeros(up, to, 0), interleave_zeros(down, to, 1)
 
 
+def widened(checkpoint: Checkpoint, to: int) -> Checkpoint:
+    """The same unquantised model with MLPs of ``to`` channels; its outputs stay the same, see ``pad_ffn``.
+
+    Nothing is read for that. It is the checkpoint itself where it has that width already.
+
+    Raises:
+        UsageError: the width is out of range: below the model's, or above twice that.
+    """
+    ffn = int(checkpoint.config["intermediate_size"])
+    if not _zeros(ffn, to):
+        return checkpoint
+    source = PaddedFFNSource(checkpoint.source, to, checkpoint)
+    return replace(checkpoint, source=source, config=checkpoint.config | {"intermediate_size": to})
+
+
 class PaddedFFNSource:
     """A lazy view of an unquantised checkpoint whose MLPs are ``to`` channels wide.
 
     The config that goes with it has ``intermediate_size = to``.
     """
 
-    def __init__(self, source: TensorSource, to: int) -> None:
+    def __init__(self, source: TensorSource, to: int, base: Checkpoint | None = None) -> None:
         self._source = source
         self._to = to
+        self._base = base
+
+    @property
+    def decided_by(self) -> dict[str, Any] | None:
+        """All that the values follow from, for ``fingerprint``: it need not read the model a second time."""
+        return None if self._base is None else {"base": self._base.fingerprint, "ffn": self._to}
 
     def names(self) -> Iterable[str]:
         """All tensor names, in file order."""

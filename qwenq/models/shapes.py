@@ -140,13 +140,21 @@ class ModelShape:
         return [*self._before(dtype), *blocks, *self._after(dtype)]
 
     def quantised_tensors(
-        self, bits: int, group_size: int, *, zero_biases: bool = False, fused_qkv: bool = False
+        self,
+        bits: int,
+        group_size: int,
+        dtype: str = "float16",
+        *,
+        zero_biases: bool = False,
+        fused_qkv: bool = False,
     ) -> list[TensorShape]:
-        """All tensors of a GPTQ checkpoint (AutoGPTQ v1 layout; the rest in float16).
+        """All tensors of a GPTQ checkpoint (AutoGPTQ v1 layout).
 
         Args:
             bits: 4 or 8.
             group_size: columns that share a scale; -1 for all columns of a row.
+            dtype: of what is not quantised: embedding, norms, biases, head. `qwenq quantize` keeps the stored
+                one, published files have float16.
             zero_biases: every quantised module carries a bias, as AutoGPTQ before 0.7.1 wrote.
             fused_qkv: q, k and v are one module, as in Qwen v1's own files.
         """
@@ -156,14 +164,14 @@ class ModelShape:
             replace(tensor, name=f"model.layers.{layer}.{tensor.name}")
             for layer in range(self.layers)
             for module in modules
-            for tensor in _packed(module, bits, group_size, zero_biases)
+            for tensor in _packed(module, bits, group_size, dtype, zero_biases)
         ]
         norms = [
-            TensorShape(f"model.layers.{layer}.{name}", size, "float16")
+            TensorShape(f"model.layers.{layer}.{name}", size, dtype)
             for layer in range(self.layers)
             for name, size in self._block_norms()
         ]
-        return [*self._before("float16"), *blocks, *norms, *self._after("float16")]
+        return [*self._before(dtype), *blocks, *norms, *self._after(dtype)]
 
     @property
     def parameters(self) -> int:
@@ -175,10 +183,18 @@ class ModelShape:
         return self.parameters * ITEMSIZE[dtype]
 
     def quantised_bytes(
-        self, bits: int, group_size: int, *, zero_biases: bool = False, fused_qkv: bool = False
+        self,
+        bits: int,
+        group_size: int,
+        dtype: str = "float16",
+        *,
+        zero_biases: bool = False,
+        fused_qkv: bool = False,
     ) -> int:
         """Bytes of the GPTQ tensors: ``total_size`` of an index, headers excluded."""
-        tensors = self.quantised_tensors(bits, group_size, zero_biases=zero_biases, fused_qkv=fused_qkv)
+        tensors = self.quantised_tensors(
+            bits, group_size, dtype, zero_biases=zero_biases, fused_qkv=fused_qkv
+        )
         return sum(tensor.nbytes for tensor in tensors)
 
     def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
@@ -253,7 +269,9 @@ class ModelShape:
                 )
 
 
-def _packed(module: Linear, bits: int, group_size: int, zero_biases: bool) -> Iterator[TensorShape]:
+def _packed(
+    module: Linear, bits: int, group_size: int, dtype: str, zero_biases: bool
+) -> Iterator[TensorShape]:
     """The tensors of one quantised module; the published layout is [in, out], packed along ``in``."""
     groups = 1 if group_size == -1 else module.columns // group_size
     yield TensorShape(f"{module.name}.qweight", (module.columns * bits // 32, module.rows), "int32")
@@ -261,7 +279,7 @@ def _packed(module: Linear, bits: int, group_size: int, zero_biases: bool) -> It
     yield TensorShape(f"{module.name}.scales", (groups, module.rows), "float16")
     yield TensorShape(f"{module.name}.g_idx", (module.columns,), "int32")
     if module.bias or zero_biases:
-        yield TensorShape(f"{module.name}.bias", (module.rows,), "float16")
+        yield TensorShape(f"{module.name}.bias", (module.rows,), dtype)
 
 
 def _fuse_qkv(modules: tuple[Linear, ...]) -> tuple[Linear, ...]:

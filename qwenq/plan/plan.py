@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qwenq.errors import UsageError
-from qwenq.models.shapes import ModelShape
+from qwenq.models.shapes import ITEMSIZE, ModelShape
 from qwenq.plan.gpus import Gpu
 from qwenq.plan.memory import (
     GIB,
@@ -18,8 +18,9 @@ from qwenq.plan.memory import (
 from qwenq.plan.model import PlannedModel
 from qwenq.plan.published import PublishedPeak, published_peaks
 from qwenq.plan.speed import SpeedBound, speed_bound
-from qwenq.plan.tensor_parallel import Padding, Split, kv_share, padding, split
+from qwenq.plan.tensor_parallel import TENSOR_PARALLEL, Padding, Split, kv_share, padding, split
 
+_QUANTISED_IN = "float16"  # quantised models compute
 _LABELS = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 
 
@@ -31,7 +32,7 @@ class Wishes:
     context: int = 8192
     batch: int = 1
     gpus: tuple[Gpu, ...] = ()
-    tensor_parallel: tuple[int, ...] = (1, 2, 4, 8)
+    tensor_parallel: tuple[int, ...] = TENSOR_PARALLEL
     group_size: int | None = None
     samples: int = 48
     seq_len: int = 256
@@ -45,7 +46,8 @@ class Precision:
         label: BF16, FP16, FP32, Int8 or Int4.
         dtype: of activations and cache.
         group_size: None where nothing is quantised.
-        bytes: of the tensors on disk, file headers excluded.
+        bytes: of the tensors on disk, file headers excluded; what is not quantised keeps the stored dtype.
+        loaded: of the tensors once they are loaded in ``dtype``.
         published_bytes: of the publisher's own file, where it differs (see ``published_note``).
     """
 
@@ -53,6 +55,7 @@ class Precision:
     dtype: str
     group_size: int | None
     bytes: int
+    loaded: int
     published_bytes: int | None = None
     published_note: str | None = None
 
@@ -102,7 +105,7 @@ def make_plan(model: PlannedModel, wishes: Wishes) -> Plan:
     precisions = _precisions(model, wishes, group_size)
     generation = {
         item.label: generation_memory(
-            shape, item.bytes, dtype=item.dtype, context=wishes.context, batch=wishes.batch
+            shape, item.loaded, dtype=item.dtype, context=wishes.context, batch=wishes.batch
         )
         for item in precisions
     }
@@ -125,25 +128,27 @@ def make_plan(model: PlannedModel, wishes: Wishes) -> Plan:
             for count in wishes.tensor_parallel
         ],
         padding=padded,
-        padded_bytes=_padded_bytes(shape, padded, precisions),
+        padded_bytes=_padded_bytes(model, padded, precisions),
         published_peaks=published_peaks(model.name),
     )
 
 
 def _precisions(model: PlannedModel, wishes: Wishes, group_size: int) -> list[Precision]:
-    shape, entry = model.shape, model.entry
-    note = published = None
-    if entry is not None and entry.stored_head:
-        note = "the publisher's file stores the tied head a second time"
-        published = shape.bytes(model.dtype) + shape.embedding_parameters * 2
-    found = [Precision(_LABELS[model.dtype], model.dtype, None, shape.bytes(model.dtype), published, note)]
+    shape, dtype, size = model.shape, model.dtype, model.shape.bytes(model.dtype)
+    twice = model.entry is not None and model.entry.stored_head
+    head = shape.embedding_parameters * ITEMSIZE[dtype] if twice else 0
+    note = (
+        "the publisher's file stores the tied head a second time, and quantising keeps it" if twice else None
+    )
+    found = [Precision(_LABELS[dtype], dtype, None, size, size, size + head if twice else None, note)]
     for bits in sorted(wishes.bits, reverse=True):
-        size = shape.quantised_bytes(bits, group_size)
-        published = note = None
+        size = shape.quantised_bytes(bits, group_size, dtype)
+        loaded = shape.quantised_bytes(bits, group_size, _QUANTISED_IN)
+        published = size + head if twice else None
         if shape.fused_qkv:  # Qwen v1's own GPTQ files
             note = "Qwen v1's own GPTQ layout: fused c_attn, a zero bias beside every module"
             published = shape.quantised_bytes(bits, group_size, zero_biases=True, fused_qkv=True)
-        found.append(Precision(f"Int{bits}", "float16", group_size, size, published, note))
+        found.append(Precision(f"Int{bits}", _QUANTISED_IN, group_size, size, loaded, published, note))
     return found
 
 
@@ -154,7 +159,7 @@ def _deployment(
     need = -(-memory.weights // count) + int(memory.kv_cache * kv_share(shape, count)) + activations
     bound = speed_bound(
         shape,
-        item.bytes,
+        item.loaded,
         gpu,
         dtype=item.dtype,
         context=wishes.context,
@@ -166,15 +171,15 @@ def _deployment(
     )
 
 
-def _padded_bytes(shape: ModelShape, padded: Padding | None, precisions: list[Precision]) -> dict[str, int]:
+def _padded_bytes(model: PlannedModel, padded: Padding | None, found: list[Precision]) -> dict[str, int]:
     if padded is None:
         return {}
-    wider = shape.with_ffn(padded.to)
+    wider = model.shape.with_ffn(padded.to)
     return {
         item.label: wider.bytes(item.dtype)
         if item.group_size is None
-        else wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size)
-        for item in precisions
+        else wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
+        for item in found
     }
 
 

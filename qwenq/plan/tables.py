@@ -137,7 +137,7 @@ def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
         f"GPUs {_list(found.possible_before)} → {_list(found.possible_after)}"
     )
     if not wanted:
-        yield f"--pad-ffn would help: {summary}"
+        yield f"`qwenq quantize --pad-ffn {found.to}` would help: {summary}"
         return
     table = _Section(f"--pad-ffn: {summary}", "precision", "bytes", "padded", "change")
     for item in plan.precisions:

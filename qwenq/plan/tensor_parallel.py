@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from qwenq.models.pad_ffn import padded_groups, padded_width
 from qwenq.models.shapes import ModelShape
 
+TENSOR_PARALLEL = (1, 2, 4, 8)
+"""Numbers of GPUs that are asked about unless others are named."""
+
 
 @dataclass(frozen=True)
 class Split:

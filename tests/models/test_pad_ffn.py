@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import UsageError
-from qwenq.models.pad_ffn import PaddedFFNSource, interleave_zeros, pad_ffn, padded_groups, padded_width
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.pad_ffn import (
+    PaddedFFNSource,
+    interleave_zeros,
+    pad_ffn,
+    padded_groups,
+    padded_width,
+    widened,
+)
 from qwenq.models.source import TensorInfo
 
 
@@ -18,6 +27,7 @@ def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tenso
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
+@settings(deadline=None)  # the first product of a process takes long
 @given(ffn=st.integers(1, 40), zeros=st.integers(0, 40), hidden=st.integers(1, 8), seed=st.integers(0, 99))
 def test_the_output_stays_the_same(ffn: int, zeros: int, hidden: int, seed: int) -> None:
     zeros = min(zeros, ffn)
@@ -28,6 +38,30 @@ def test_the_output_stays_the_same(ffn: int, zeros: int, hidden: int, seed: int)
     padded = pad_ffn(gate, up, down, ffn + zeros)
     assert [tuple(t.shape) for t in padded] == [(ffn + zeros, hidden)] * 2 + [(hidden, ffn + zeros)]
     torch.testing.assert_close(mlp(x, *padded), mlp(x, gate, up, down), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kept_channels_and_the_output_are_bit_for_bit_the_same(dtype: torch.dtype) -> None:
+    """Summed channel by channel, as no zero changes a sum: not close, but equal."""
+    ffn, to, hidden = 12, 20, 8
+    gate, up = (torch.randn(ffn, hidden).to(dtype) for _ in range(2))
+    down = torch.randn(hidden, ffn).to(dtype)
+    padded = pad_ffn(gate, up, down, to)
+    added = torch.tensor([channel % 2 == 1 and channel < 2 * (to - ffn) for channel in range(to)])
+    for before, after in ((gate, padded[0]), (up, padded[1]), (down.T, padded[2].T)):
+        assert torch.equal(after[~added], before)
+        assert torch.equal(after[added], torch.zeros(to - ffn, hidden, dtype=dtype))
+    x = torch.randn(5, hidden).to(dtype)
+    assert torch.equal(by_channel(x, *padded), by_channel(x, gate, up, down))
+
+
+def by_channel(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """The MLP's output, one channel added after the other: [rows, hidden]."""
+    total = torch.zeros(x.shape[0], down.shape[0], dtype=x.dtype)
+    for channel in range(gate.shape[0]):
+        opened = torch.nn.functional.silu((x * gate[channel]).sum(-1)) * (x * up[channel]).sum(-1)
+        total = total + opened[:, None] * down[:, channel]
+    return total
 
 
 def test_one_zero_follows_each_of_the_first_channels() -> None:
@@ -122,3 +156,21 @@ def test_a_padded_view_of_a_checkpoint() -> None:
     assert torch.equal(
         view.read(f"{block}self_attn.q_proj.weight"), tensors[f"{block}self_attn.q_proj.weight"]
     )
+
+
+def test_a_wider_checkpoint_is_known_by_its_base_and_width() -> None:
+    tensors = {"model.layers.0.mlp.gate_proj.weight": torch.randn(6, 4)}
+    base = Checkpoint(Path("base"), {"intermediate_size": 6}, Tensors(tensors))
+    wide = widened(base, 8)
+    assert wide.config["intermediate_size"] == 8 and base.config["intermediate_size"] == 6
+    assert wide.info(next(iter(tensors))).shape == (8, 4)
+    assert widened(base, 6) is base
+    known = {base.fingerprint, wide.fingerprint, widened(base, 9).fingerprint}
+    assert len(known) == 3
+    assert widened(base, 8).fingerprint == wide.fingerprint
+    tensors["model.layers.0.mlp.gate_proj.weight"][0, 0] += 1
+    other = Checkpoint(Path("base"), {"intermediate_size": 6}, Tensors(tensors))
+    assert widened(other, 8).fingerprint != wide.fingerprint
+    for to in (5, 13):
+        with pytest.raises(UsageError, match="cannot be padded"):
+            widened(base, to)

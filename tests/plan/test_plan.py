@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qwenq.errors import HubError, ModelError, UsageError
+from qwenq.errors import HubError, ModelError, UnsupportedError, UsageError
 from qwenq.models import catalogue
+from qwenq.models.not_yet import missing_by_name
 from qwenq.plan.gpus import gpu
 from qwenq.plan.model import find_model
 from qwenq.plan.plan import Wishes, make_plan
@@ -28,6 +29,57 @@ def test_a_tied_head_stored_twice_is_told() -> None:
     bf16 = make_plan(find_model("qwen3-0.6b"), Wishes()).precisions[0]
     assert (bf16.bytes, bf16.published_bytes) == (596_049_920 * 2, 751_632_384 * 2)
     assert "tied head" in str(bf16.published_note)
+    int4 = make_plan(find_model("qwen3-0.6b"), Wishes(bits=(4,))).precisions[1]
+    assert int4.published_bytes == int4.bytes + (751_632_384 - 596_049_920) * 2
+
+
+def test_a_model_of_float32_keeps_it_in_what_is_not_quantised() -> None:
+    """The bundled model: its embedding is stored in four bytes, and loaded in two where Int4 is run."""
+    model = find_model(None)
+    plan = make_plan(model, Wishes(bits=(4,)))
+    full, int4 = plan.precisions
+    assert (model.dtype, full.label, full.bytes) == ("float32", "FP32", 134_515_008 * 4)
+    kept = plan.shape.vocab * plan.shape.hidden + (2 * plan.shape.layers + 1) * plan.shape.hidden
+    assert int4.bytes - int4.loaded == 2 * kept
+    assert plan.generation["Int4"].weights == int4.loaded
+    assert find_model("HuggingFaceTB/SmolLM2-135M-Instruct").dtype == "bfloat16"
+
+
+def test_random_weights_are_planned_by_their_shape_as_they_are_drawn() -> None:
+    drawn = make_plan(find_model(None, "random"), Wishes())
+    assert drawn.precisions[0].label == "BF16"
+    assert drawn.parameters == 134_515_008
+    with pytest.raises(UsageError, match="no model called"):
+        find_model("some/folder", "random")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("qwen3-30b-a3b", "the experts' routing"),
+        ("Qwen/Qwen3-235B-A22B-Instruct-2507", "the experts' routing"),
+        ("qwen1.5-moe-a2.7b-chat", "the experts' routing"),
+        ("qwen3-next", "linear-attention layers and the experts' routing"),
+        ("qwen3-coder-next", "linear-attention layers and the experts' routing"),
+        ("Qwen3.5-35B-A3B", "linear-attention layers and the experts' routing"),
+        ("qwen3.5-4b", "linear-attention layers"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "the vision tower"),
+        ("qwen2-audio-7b", "the audio tower"),
+        ("qwen2.5-omni-7b", "the vision tower and the audio tower"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["stored", "random"])
+def test_mixtures_and_hybrids_are_not_yet_planned(name: str, missing: str, weights: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        find_model(name, weights)
+    assert caught.value.what == f"{name} is not supported yet: {missing} would have to be added"
+
+
+def test_no_name_of_the_catalogue_is_not_yet() -> None:
+    for name in catalogue.names():
+        for key in (*catalogue.entry(name).names, *catalogue.entry(name).hub):
+            assert missing_by_name(key) is None
+            assert find_model(key).entry is not None
 
 
 def test_deployments_share_weights_and_cache() -> None:
@@ -51,7 +103,7 @@ def test_a_folder_and_its_config_file(tmp_path: Path) -> None:
         plan = make_plan(find_model(str(named)), Wishes(bits=(4,), group_size=64))
         assert plan.shape == catalogue.shape_for("qwen3-4b")
         assert [item.label for item in plan.precisions] == ["FP32", "Int4"]
-        assert plan.precisions[1].bytes == plan.shape.quantised_bytes(4, 64)
+        assert plan.precisions[1].bytes == plan.shape.quantised_bytes(4, 64, "float32")
 
 
 def test_a_v1_folder_is_planned_as_the_catalogue_has_it(tmp_path: Path) -> None:

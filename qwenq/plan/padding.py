@@ -1,0 +1,68 @@
+"""``--pad-ffn``: the checkpoint that is quantised, its MLP widened as a plan advises or as the user says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qwenq.models.pad_ffn import padded_groups, widened
+from qwenq.models.shapes import ModelShape
+from qwenq.plan.tensor_parallel import TENSOR_PARALLEL, padding, possible_splits
+
+if TYPE_CHECKING:
+    from qwenq.models.checkpoint import Checkpoint
+    from qwenq.recipe import QuantizeRecipe
+
+
+def padded(
+    base: Checkpoint, wanted: QuantizeRecipe, say: Callable[[str], None]
+) -> tuple[Checkpoint, dict[str, int] | None]:
+    """The checkpoint as it is quantised.
+
+    As in a plan the group size comes first: ``auto`` takes the one that suits the model as it is, and the
+    width then makes its groups shareable. The other way round a wider MLP could ask for larger groups, of
+    which there are fewer.
+
+    Args:
+        base: the unquantised model.
+        wanted: ``pad_ffn`` and ``group_size`` count.
+        say: is told what was chosen, and why.
+
+    Returns:
+        The checkpoint, ``base`` itself where nothing is padded; and the input widths by module that an
+        automatic group size has to go by, None where those of the checkpoint do.
+
+    Raises:
+        UsageError: a width below the model's, above twice that, or no multiple of the group size; or an
+            automatic group size finds none.
+    """
+    if wanted.pad_ffn == "none":
+        return base, None
+    shape = ModelShape.from_config(base.config)
+    automatic = wanted.group_size == "auto"
+    group_size = shape.auto_group_size() if wanted.group_size == "auto" else wanted.group_size
+    to, why = _width(wanted.pad_ffn, shape, group_size)
+    if group_size != -1:
+        padded_groups(to, group_size)
+    checkpoint = widened(base, to)
+    say(why)
+    return checkpoint, {module.name: module.columns for module in shape.linears()} if automatic else None
+
+
+def _width(wanted: int | str, shape: ModelShape, group_size: int) -> tuple[int, str]:
+    """The width of the MLP, and a sentence that says why."""
+    if wanted != "auto":
+        return int(wanted), f"FFN {shape.ffn} → {int(wanted)}: as asked; added channels are zero"
+    found = padding(shape, group_size, TENSOR_PARALLEL)
+    if found is None:
+        able = _counted(possible_splits(shape, TENSOR_PARALLEL, group_size))
+        return shape.ffn, f"FFN {shape.ffn} stays: no padding lets more GPUs share it than {able}"
+    able = _counted(found.possible_after)
+    return found.to, (
+        f"FFN {found.ffn} → {found.to}: {found.groups_after} groups instead of {found.groups_before}, which "
+        f"{able} GPUs can share; added channels are zero"
+    )
+
+
+def _counted(gpus: tuple[int, ...]) -> str:
+    return ", ".join(map(str, gpus)) or "none"
