@@ -267,7 +267,10 @@ def _quant_config(folder: Path, config: Mapping[str, Any], source: TensorSource)
         return None
     path = folder / "quantize_config.json"
     try:
-        return QuantConfig.read(json.loads(path.read_text(encoding="utf-8")))
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("not an object")
+        return QuantConfig.read(settings)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             "the weights are quantised, but neither config.json nor quantize_config.json says how",

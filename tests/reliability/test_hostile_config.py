@@ -13,13 +13,17 @@ from attempts import Tally, attempt, budget
 from hostile_bytes import VALUES, damaged_json
 from hypothesis import example, given
 from hypothesis import strategies as st
+from safetensors.torch import save
 from tiny_families import write_family
 
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.identity import base_of
 from qwenq.models.integrity import verify_files
+from qwenq.models.qwen_v1 import _quant_config
+from qwenq.models.safetensors_files import open_safetensors
 from qwenq.models.shapes import ModelShape
+from qwenq.models.source import TensorSource
 
 LARGE: list[Any] = [*VALUES, 10_000, 1 << 16, 1 << 20, 1 << 24, 2**31 - 1, "linear", "dynamic", "silu", 1e-9]
 V1 = {
@@ -90,6 +94,42 @@ def test_config_json_of_qwen_v1(models: dict[str, Path], tally: Tally, raw: byte
     shutil.copy(models["qwen2"] / "model.safetensors", folder)
     (folder / "config.json").write_bytes(raw)
     attempt(tally, 100_000 + len(raw), lambda: open_checkpoint(folder))
+
+
+GPTQ = {
+    "bits": 4, "group_size": 16, "damp_percent": 0.01, "desc_act": False, "static_groups": False, "sym": True,
+    "true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model",
+    "quant_method": "gptq", "checkpoint_format": "gptq", "lm_head": False,
+}  # fmt: skip
+
+
+@budget(2)
+@given(raw=damaged_json(GPTQ, LARGE))
+@example(raw=b"[]")  # was an AttributeError
+def test_quantize_config_json(tmp_path_factory: pytest.TempPathFactory, tally: Tally, raw: bytes) -> None:
+    """The file itself, which counts in a Qwen v1 folder whose config.json says nothing."""
+    folder = tmp_path_factory.mktemp("gptq")
+    weights = save(
+        {
+            "transformer.wte.weight": torch.zeros(300, 64),
+            "transformer.h.0.attn.c_attn.qweight": torch.zeros(8, 192, dtype=torch.int32),
+        }
+    )
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text(json.dumps(V1 | {"num_hidden_layers": 1}))
+    (folder / "quantize_config.json").write_bytes(raw)
+    attempt(tally, len(weights) + len(raw), lambda: open_checkpoint(folder))
+    source = open_safetensors(folder)
+    assert source is not None
+    attempt(tally, len(weights) + len(raw), lambda: settings_of(folder, source))
+
+
+def settings_of(folder: Path, source: TensorSource) -> None:
+    """As the folder is opened, without what its weights lack."""
+    found = _quant_config(folder, V1, source)
+    assert found is not None
+    assert found.bits in (2, 4, 8)
+    assert found.group_size == -1 or 0 < found.group_size <= 2**31
 
 
 MANIFEST = {
