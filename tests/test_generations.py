@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from dequantised import logits_of, transformers_model
 from tiny_families import random_tokens, write_calibration, write_family
-from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from qwenq.cli.app import app
 from qwenq.cli.commands import register
 from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, quantised_modules
+from qwenq.models.gptq_format import quantised_modules
 from qwenq.runtime.engine import load
 
 register()
@@ -60,29 +60,6 @@ def quantised(tmp_path: Path, bits: int, family: str, **changes: Any) -> tuple[P
     done = runner.invoke(app, [*arguments, "--bits", str(bits), "--dtype", "float32", "--device", "cpu"])
     assert done.exit_code == 0, (done.output, done.exception)
     return base, tmp_path / "out"
-
-
-def transformers_model(folder: Path) -> Any:
-    """The model that transformers builds from the folder's config, its quantised weights dequantised."""
-    checkpoint = open_checkpoint(folder)
-    settings = json.loads((folder / "config.json").read_text())
-    quant = settings.pop("quantization_config", None)
-    source = checkpoint.source
-    if quant is not None:
-        source = DequantisedSource(source, QuantConfig.read(quant), torch.float32)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    missing, surplus = model.load_state_dict({n: source.read(n) for n in source.names()}, strict=False)
-    assert missing == (["lm_head.weight"] if checkpoint.tied else [])
-    assert surplus == []
-    model.tie_weights()
-    return model
-
-
-@torch.inference_mode()
-def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
-    logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
-    return logits
 
 
 @pytest.mark.parametrize(

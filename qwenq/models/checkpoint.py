@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenq.errors import ModelError
 from qwenq.models.config import read_config, require_layers
 from qwenq.models.gptq_config import is_quantised
 from qwenq.models.manifest import missing_manifest
@@ -81,7 +82,12 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     if config["model_type"] == "qwen":
         from qwenq.models.qwen_v1 import qwen2_view
 
-        config, source = qwen2_view(folder, config, source)
+        try:
+            config, source = qwen2_view(folder, config, source)
+        except ModelError as error:
+            if error.where == "config.json":  # which one
+                error.where = str(folder / "config.json")
+            raise
     require_layers(config, source.names(), folder)
     if is_quantised(config) and not unfinished:
         notices = [*notices, *missing_manifest(folder)]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pty
-import select
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from runtime.small_chat import write_chat_folder
+from terminal import Terminal
 from typer.testing import CliRunner
 
 from qwenq.cli.app import app
@@ -92,46 +89,6 @@ def test_a_base_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> 
     done = runner.invoke(app, ["chat", str(folder)], input="hello\n")
     assert isinstance(done.exception, UsageError)
     assert "base model" in str(done.exception)
-
-
-class Terminal:
-    """A child process on a pseudo-terminal."""
-
-    def __init__(self, command: list[str]) -> None:
-        # A session of its own, whose controlling terminal is this one: that is what turns Ctrl-C into SIGINT.
-        child, self._master = pty.fork()
-        if child == 0:
-            os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
-            os.execv(command[0], command)
-        self._child = child
-        self.text = ""
-
-    def type(self, keys: str) -> None:
-        os.write(self._master, keys.encode())
-
-    def wait_for(self, text: str, seconds: float = 60) -> None:
-        """Read until ``text`` comes after what was waited for before."""
-        end = time.monotonic() + seconds
-        while text not in self.text:
-            ready, _, _ = select.select([self._master], [], [], max(0, end - time.monotonic()))
-            assert ready, f"waited for {text!r}, the screen shows {self.text!r}"
-            try:
-                self.text += os.read(self._master, 4096).decode(errors="replace")
-            except OSError:  # the child closed the terminal
-                assert text in self.text, f"ended without {text!r}: {self.text!r}"
-        self.text = self.text.partition(text)[2]
-
-    def exit_code(self) -> int:
-        """Wait for the end."""
-        _, status = os.waitpid(self._child, 0)
-        self._child = 0
-        return os.waitstatus_to_exitcode(status)
-
-    def close(self) -> None:
-        if self._child:
-            os.kill(self._child, signal.SIGKILL)
-            self.exit_code()
-        os.close(self._master)
 
 
 @pytest.fixture

@@ -35,7 +35,11 @@ def ids_of(tokens: int, seed: int = 0) -> list[int]:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+    """Of whole sequences: up to the trained length v1 is a plain Qwen2, and has to be it to 1e-4."""
+    if expected.ndim == 2 and len(expected) <= S:
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    else:
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

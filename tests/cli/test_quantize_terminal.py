@@ -1,0 +1,38 @@
+"""``qwenq quantize`` on a terminal: a live bar with the time left, and each layer's error."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from terminal import SIZE, Terminal
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+@pytest.fixture
+def terminal(tiny_model: Path, calibration: Path, tmp_path: Path) -> Iterator[Terminal]:
+    arguments = ["--bits", "8", "--calibration", calibration, "--out", tmp_path / "q", "--device", "cpu"]
+    command = [sys.executable, "-m", "qwenq", "quantize", tiny_model, *arguments]
+    child = Terminal(list(map(str, command)), {"TERM": "xterm", "QWENQ_CACHE": str(tmp_path / "cache")})
+    yield child
+    child.close()
+
+
+def test_a_live_bar_shows_layers_and_the_time_left(terminal: Terminal, tmp_path: Path) -> None:
+    terminal.wait_for("group size 32")
+    terminal.wait_for("quantising")
+    bar = CONTROL.sub("", terminal.wait_for("left"))
+    assert "0/3" in bar
+    assert "layers" in bar
+    assert len(f"quantising{bar}left") <= SIZE[1]  # one line of a usual terminal: nothing is cut off
+    for number in (1, 2, 3):
+        terminal.wait_for(f"layer   {number} of 3: error ")
+        assert re.search(r"^[\d.]+%, round-to-nearest [\d.]+%", terminal.wait_for("\r\n"))
+    end = terminal.wait_for("verdict")
+    assert "\x1b[2K" in end  # the bar is taken away
+    assert terminal.exit_code() == 0
+    assert (tmp_path / "q" / "qwenq.json").is_file()
