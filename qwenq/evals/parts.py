@@ -58,13 +58,14 @@ def take_parts(records: Records, run: Path, title: str, key: Mapping[str, Any]) 
     Returns:
         What was new.
     """
-    found = []
+    found: list[Record] = []
     for path in Records.parts(run, f"{title[:TITLE]}.rank", key):
+        new: dict[str, Record] = {}
         for record in read_records(path):
             if records.find(record.id, record.asked) is None:
-                records.append(record)
-                found.append(record)
-        records.flush()
+                new[record.id] = record
+        records.append(*new.values())
+        found += new.values()
         with guard_storage(path):
             path.unlink()
     return found

@@ -6,8 +6,9 @@
         {"id": …, "asked": …, …}      a record; of records with one id the last counts
 
 A record answers for an item only while ``asked``, a hash of the prompt, the limits and the item's data, is
-the same. Each line is handed to the system as it comes, so a kill loses nothing that was recorded, and to the
-disk once a second, so a power cut loses little. A line that was torn is cut off by the next run.
+the same. A written answer is appended and put on the disk (fsync) when it is complete, and the verdict of a
+program when it has run; choices are when the batch is finished that answered them together. So neither a kill
+nor a power cut loses what was recorded. A line that was torn is cut off by the next run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -29,7 +29,6 @@ from qwenq.storage import fsync_folder, guard_storage
 
 FORMAT = 1
 FOLDER = "records"
-FLUSH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,6 @@ class Records:
             with suppress(OSError):  # closing tries once more to write what a full disk refused
                 self._file.close()
             raise
-        self._flushed = time.monotonic()
 
     @staticmethod
     def parts(run: Path, title: str, key: Mapping[str, Any]) -> list[Path]:
@@ -106,19 +104,21 @@ class Records:
         record = self._known.get(id_)
         return record if record is not None and record.asked == asked else None
 
-    def append(self, record: Record) -> None:
-        """Write a record: no kill takes it away; it survives a power cut once a second, and when closed."""
-        self._known[record.id] = record
-        self._write(_plain(record))
-        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
-            self.flush()
+    def append(self, *records: Record) -> None:
+        """Write records that were made together; they are on the disk when this returns.
 
-    def flush(self) -> None:
-        """Put everything on the disk."""
+        Raises:
+            StorageError: the disk refused.
+        """
+        for record in records:
+            self._known[record.id] = record
+            self._write(_plain(record))
+        self._sync()
+
+    def _sync(self) -> None:
         with guard_storage(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
-        self._flushed = time.monotonic()
 
     def __enter__(self) -> Records:
         return self
@@ -127,7 +127,7 @@ class Records:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.flush()
+            self._sync()
         finally:
             with guard_storage(self.path):  # closing tries once more to write what a full disk refused
                 self._file.close()
@@ -148,7 +148,7 @@ class Records:
                 self._file.truncate(len(whole))
             if not whole:
                 self._write({"format": FORMAT, "key": self._key})
-                self.flush()
+                self._sync()
                 fsync_folder(self.path.parent)
                 return {}
         return {record.id: record for record in _records(self.path, whole)}

@@ -193,15 +193,17 @@ def _ask(
         return
     responses = _responses(contender, mine, requests, batch)
     with finishing("the items under way are recorded"):
-        for response in responses:
-            item = mine[response.index]
-            judgement = task.judge(item, response.answer)
-            pending = _record(item, request_hash(item, requests[response.index]), response, judgement)
-            if task.needs_sandbox:
-                pending = replace(pending, correct=None)
-            records.append(pending)
-            if listener is not None:
-                listener.judged(pending.correct)
+        for together in responses:
+            made = [_judged(task, mine[one.index], requests[one.index], one) for one in together]
+            records.append(*made)
+            for record in made if listener is not None else ():
+                listener.judged(record.correct)
+
+
+def _judged(task: Task, item: Item, request: Request, response: Response) -> Record:
+    """An answer with its verdict; with none where the sandbox has to say it."""
+    record = _record(item, request_hash(item, request), response, task.judge(item, response.answer))
+    return replace(record, correct=None) if task.needs_sandbox else record
 
 
 def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
@@ -224,34 +226,37 @@ def _title(contender: Contestant, plan: Plan) -> str:
 
 def _responses(
     contender: Contestant, items: Sequence[Item], requests: Sequence[Request], batch: int | None
-) -> Iterator[Response]:
-    """What the model here, or whoever serves it, says; the model is loaded when this returns."""
+) -> Iterator[list[Response]]:
+    """What the model here, or whoever serves it, says, in lists of what came together.
+
+    The model is loaded when this returns.
+    """
     if isinstance(contender, Served):
-        return contender.respond(items, requests)
+        return ([response] for response in contender.respond(items, requests))
     encoded = encode_requests(contender.tokenizer, items, requests)
     require_context(encoded, contender.engine.context)
     implementation = contender.engine.implementation
     return (
-        Response(index, found, len(encoded[index].prompt), implementation)
-        for index, found in _answers(contender, encoded, batch)
+        [Response(index, found, len(encoded[index].prompt), implementation) for index, found in together]
+        for together in _answers(contender, encoded, batch)
     )
 
 
 def _answers(
     contender: Contender, encoded: Sequence[RequestTokens], batch: int | None
-) -> Iterator[tuple[int, Answer]]:
-    """Choices first, then texts: (index into ``encoded``, answer), as they come."""
+) -> Iterator[list[tuple[int, Answer]]]:
+    """Choices first, a batch at a time, then texts, one by one: (index into ``encoded``, answer)."""
     choices = [(i, one) for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)]
     texts = [(i, one) for i, one in enumerate(encoded) if isinstance(one, WriteTokens)]
     engine = contender.engine
     if choices:
-        for place, chosen in score(engine, [one for _, one in choices], budget_for(engine, batch)):
-            yield choices[place][0], chosen
+        for found in score(engine, [one for _, one in choices], budget_for(engine, batch)):
+            yield [(choices[place][0], chosen) for place, chosen in found]
     if texts:
         tokenizer, requests = contender.tokenizer, [one for _, one in texts]
         budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
         for place, written in write(engine, tokenizer, requests, tokenizer.eos_ids, *budgets):
-            yield texts[place][0], written
+            yield [(texts[place][0], written)]
 
 
 def _record(item: Item, asked: str, response: Response, judgement: Judgement) -> Record:

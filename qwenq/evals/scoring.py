@@ -23,8 +23,10 @@ from qwenq.stopping import stop_here
 
 
 @torch.inference_mode()
-def score(engine: Engine, requests: Sequence[ChoiceTokens], budget: Budget) -> Iterator[tuple[int, Chosen]]:
-    """The answer to each request, as batches are finished: (index, answer), in an order of its own.
+def score(
+    engine: Engine, requests: Sequence[ChoiceTokens], budget: Budget
+) -> Iterator[list[tuple[int, Chosen]]]:
+    """The answer to each request, a batch at a time: (index, answer), in an order of its own.
 
     Raises:
         ModelError: logits that are not finite; the answers given out before are sound.
@@ -89,7 +91,7 @@ def require_finite(values: Tensor, names: Sequence[str]) -> None:
 
 def _score_group(
     engine: Engine, requests: Sequence[ChoiceTokens], group: Group, budget: Budget
-) -> Iterator[tuple[int, Chosen]]:
+) -> Iterator[list[tuple[int, Chosen]]]:
     shared = group.length
     prefix = encode_prefix(engine, requests[group.members[0]].prompt[:shared])
     tails = {index: requests[index].prompt[shared:] for index in group.members}
@@ -115,7 +117,7 @@ def _score_group(
             work = None
             budget.halve(rows, error)
             continue
-        yield from zip(batch, found, strict=True)
+        yield list(zip(batch, found, strict=True))
         done += rows
 
 

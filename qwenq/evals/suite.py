@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,7 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
     if kept.exists():
         return
     listener.running(len(plan.items))
+    began = time.monotonic()
     outcomes = run_programs(
         [program(item, reference(item)) for item in plan.items],
         sandbox=sandbox,
@@ -161,10 +163,13 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
                 where=item.id,
             )
         say(f"{name}: {found}, so no answer can: {', '.join(i.id for i, _ in failed)} (the first: {why})")
-    passed = len(outcomes) - len(failed)
-    atomic_write_json(kept, {"sandbox": sandbox.implementation, "passed": passed})
+    passed, seconds = len(outcomes) - len(failed), round(time.monotonic() - began, 1)
+    atomic_write_json(kept, {"sandbox": sandbox.implementation, "passed": passed, "seconds": seconds})
     all_ = "all " if not failed else ""
-    say(f"{name}: {all_}{passed} of the benchmark's own solutions pass; {sandbox.implementation}")
+    say(
+        f"{name}: {all_}{passed} of the benchmark's own solutions pass, in {seconds:.0f} s; "
+        f"{sandbox.implementation}"
+    )
 
 
 def _append_rows(

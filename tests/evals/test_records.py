@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_after_kill_9_what_was_recorded_is_there(tmp_path: Path) -> None:
     assert done.returncode == -9
     with Records(tmp_path, "m", {"k": 1}) as again:
         assert all(again.find(str(number), "h") for number in range(50))
+
+
+def test_what_append_has_taken_is_on_the_disk_when_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut keeps what was in the file at the last fsync."""
+    synced: list[int] = []
+    real = os.fsync
+
+    def counted(number: int) -> None:
+        real(number)
+        synced.append(os.fstat(number).st_size)
+
+    monkeypatch.setattr("qwenq.evals.records.os.fsync", counted)
+    with Records(tmp_path, "m", KEY) as records:
+        for number in range(5):
+            before = len(synced)
+            records.append(record(number))
+            assert synced[before:] == [records.path.stat().st_size], "once for an answer"
+        before = len(synced)
+        records.append(*(record(number) for number in range(5, 105)))
+        assert synced[before:] == [records.path.stat().st_size], "once for a batch"
 
 
 def test_two_commands_cannot_write_one_run(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def whole(runner: Engine, question: ChoiceTokens) -> list[float]:
 
 
 def answers(runner: Engine, asked: Sequence[ChoiceTokens], batch: int | None) -> list[Chosen]:
-    found = dict(score(runner, asked, budget_for(runner, batch)))
+    found = dict(one for batch_ in score(runner, asked, budget_for(runner, batch)) for one in batch_)
     assert sorted(found) == list(range(len(asked)))
     return [found[index] for index in range(len(asked))]
 

@@ -1,16 +1,19 @@
-"""Beside lm-evaluation-harness 0.4.13 itself, where it is installed: same prompts, same verdicts."""
+"""Beside lm-evaluation-harness 0.4.13 itself, where it is installed: same prompts, same verdicts.
+
+What it made of questions of ours is recorded, and compared everywhere: test_task_golden.py.
+"""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evals.record_golden import harness_task, mmlu_files
 
 from qwenq.evals.task import Choose, DataSource, Item, Write, Written
 from qwenq.evals.tasks.registry import get_task
@@ -22,22 +25,6 @@ ITEMS = 40
 SUBJECT = "high_school_european_history"
 
 
-def harness_task(folder: str, name: str, files: dict[str, str]) -> Any:
-    """The harness's own task, its data set replaced by local files."""
-    import lm_eval
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / folder / f"{name}.yaml", resolve_func=True)
-    config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-    for key in ("tag", "task_alias", "group", "num_fewshot", "include"):
-        config.pop(key, None)
-    task = ConfigurableTask(config=config)
-    task.set_config(key="num_fewshot", value=5)
-    task.set_fewshot_seed(seed=1234)
-    return task
-
-
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
@@ -45,17 +32,12 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.slow
 def test_prompts_of_mmlu(shared_data: Path, tmp_path: Path) -> None:
-    files = {}
+    rows = {}
     for split in ("dev", "test"):
         path = shared_data / "mmlu" / split / f"{SUBJECT}_{split}.csv"
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [
-                {"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])}
-                for row in csv.reader(file)
-            ]
-        files[split] = str(tmp_path / f"{split}.jsonl")
-        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    theirs = harness_task("mmlu/default", f"mmlu_{SUBJECT}", files)
+            rows[split] = [tuple(row) for row in csv.reader(file)]
+    theirs = harness_task("mmlu/default", f"mmlu_{SUBJECT}", mmlu_files(tmp_path, rows))
     theirs.build_all_requests(limit=ITEMS, rank=0, world_size=1)
     asked = [instance.args for instance in theirs.instances]
     task = get_task("mmlu", "lm-eval")

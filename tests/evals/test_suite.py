@@ -1,0 +1,72 @@
+"""Before any model is asked: the benchmark's own solutions have to pass, or no verdict means anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evals.benchmark_data import write_humaneval
+from evals.test_run import Silent
+
+from qwenq.errors import DataError
+from qwenq.evals.run import Plan, make_plan
+from qwenq.evals.sandbox.find import find_sandbox
+from qwenq.evals.suite import check_solutions
+from qwenq.evals.task import DataSource, Item
+from qwenq.evals.tasks.registry import get_task
+
+SANDBOX = find_sandbox(unsafe=True)  # the solutions are ours
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    data = write_humaneval(tmp_path_factory.mktemp("data"))
+    return make_plan(get_task("humaneval", "card"), DataSource(data), (), None, 4)
+
+
+def check(plan: Plan, run: Path) -> tuple[list[str], int]:
+    """What was said, and how many programs ran."""
+    said: list[str] = []
+    listener = Silent()
+    check_solutions(plan, SANDBOX, run, listener, said.append)
+    return said, listener.programs
+
+
+def changed(plan: Plan, number: int, **data: str) -> Plan:
+    items = list(plan.items)
+    item = items[number]
+    found: Mapping[str, Any] = {**item.data, **data}
+    items[number] = Item(item.id, item.subject, found)
+    return replace(plan, items=items)
+
+
+def test_solutions_that_pass_are_run_once_and_it_is_said_how_long_it_took(plan: Plan, tmp_path: Path) -> None:
+    (said,), programs = check(plan, tmp_path)
+    assert said.startswith("humaneval: all 4 of the benchmark's own solutions pass, in ")
+    assert said.endswith(f" s; {SANDBOX.implementation}")
+    (kept,) = (tmp_path / "records").glob("humaneval.solutions.*.json")
+    assert json.loads(kept.read_text())["passed"] == programs == 4
+    assert check(plan, tmp_path) == ([], 0)
+    assert check(changed(plan, 1, canonical_solution="    return 1 + x\n"), tmp_path)[1] == 4, "other data"
+
+
+def test_a_solution_that_fails_is_an_error_which_names_it(plan: Plan, tmp_path: Path) -> None:
+    broken = changed(plan, 2, canonical_solution="    return x\n")
+    with pytest.raises(DataError, match="1 of 4 solutions of the benchmark itself do not pass") as caught:
+        check(broken, tmp_path)
+    assert caught.value.where == "HumanEval/2"
+    assert not list((tmp_path / "records").glob("*.json")), "and it is tried again"
+
+
+def test_a_benchmark_with_known_bad_solutions_says_which(plan: Plan, tmp_path: Path) -> None:
+    spared = replace(plan, task=replace(plan.task, spare=1))  # type: ignore[type-var]
+    broken = changed(spared, 2, test="def check(candidate):\n    assert candidate(1) == 0\n")
+    (which, passed), _ = check(broken, tmp_path)
+    assert "so no answer can: HumanEval/2 (the first: " in which
+    assert "humaneval: 3 of the benchmark's own solutions pass" in passed
+    with pytest.raises(DataError, match="2 of 4"):
+        check(changed(broken, 3, canonical_solution="    return x\n"), tmp_path)
