@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from elsewhere import run_there, way_for
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts to interrupt.
 if threading.current_thread() is threading.main_thread():
@@ -21,3 +22,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real benchmark files in {folder} (or $QWENQ_TEST_DATA)")
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Tests that may not run as this process: see elsewhere.py."""
+    if way := way_for(pyfuncitem):
+        run_there(pyfuncitem, way)
+        return True
+    return None
