@@ -96,7 +96,7 @@ def _curves(figure: Figure, axes: Axes) -> None:
         )
         line.set_label(clean(series.name))
         for point in (point for point in series.points if point.beaten):
-            axes.plot(point.x, point.y, marker="o", markersize=5, color=colour, markerfacecolor="white")
+            axes.plot(point.x, point.y, "o", markersize=5, color=colour, markerfacecolor="white")
         for point in series.points:
             if point.low is not None and point.high is not None:
                 axes.vlines(point.x, point.low, point.high, color=colour, alpha=0.5, linewidth=1, zorder=1)

@@ -215,7 +215,9 @@ def _outliers(item: Measured, write: Format) -> str:
     found = [one for one in listed if _is_outlier(one)] if isinstance(listed, list) else []
     if not found:
         return ""
-    named = [f"{write(one['value'])} {write.unit} (the {one['repetition'] + 1}.)" for one in found[:NAMED]]
+    named = [
+        f"{write(one['value'])} {write.unit} (repetition {one['repetition'] + 1})" for one in found[:NAMED]
+    ]
     more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
     stand = "stands out and stays" if len(found) == 1 else "stand out and stay"
     return clean(f"{len(found)} of {item.row.n} repetitions {stand} in the median: {', '.join(named + more)}")

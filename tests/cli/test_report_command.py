@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qwenq.results import Model, Row, append_row, write_environment
+from qwenq.results import Model, Row, append_row, read_rows, write_environment
 
 
 def qwenq(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,9 +71,46 @@ def test_what_cannot_be_compared_is_no_pass(runs: Path) -> None:
     write_environment(runs / "after", {"cpu": {"model": "Another CPU", "cores": 2}})
     done = qwenq("compare", "before", "after", cwd=runs)
     assert done.returncode == 3
-    assert "another machine: Another CPU, 2 cores instead of Imaginary CPU, 2 cores" in done.stdout
+    assert "another machine: processor Another CPU instead of Imaginary CPU" in done.stdout
     assert qwenq("compare", "before", "after", "--fail-on", "accuracy:significant", cwd=runs).returncode == 0
     assert qwenq("compare", "before", "after", "--fail-on", "memory:>1.05", cwd=runs).returncode == 3
+
+
+def changed(run: Path, *, point: dict[str, Any] | None = None, **changes: Any) -> None:
+    """The rows of a run with other facts: of the model where it has them, else of the row."""
+    made = []
+    for row in read_rows(run):
+        known = {key: value for key, value in changes.items() if hasattr(row.model, key)}
+        others = {key: value for key, value in changes.items() if key not in known}
+        at = row.point | {key: value for key, value in (point or {}).items() if key in row.point}
+        made.append(replace(row, model=replace(row.model, **known), point=at, **others))
+    (run / "results.jsonl").unlink()
+    for row in made:
+        append_row(run, row)
+
+
+@pytest.mark.parametrize(("precision", "changes", "says"), [
+    ("int4", {"family": "n"}, "another model: n instead of m"),
+    ("bf16", {"fingerprint": "sha256:tuned"}, "another model: other weights under the same name"),
+    ("int4", {"point": {"protocol": "base"}}, "another protocol: base instead of card"),
+    ("int4", {"point": {"version": 2}}, "another version: 2 instead of 1"),
+    ("int4", {"settings": {"dtype": "bfloat16"}}, "another dtype: bfloat16 instead of float32"),
+    ("int4", {"settings": {}}, "another dtype: unknown instead of float32"),
+])  # fmt: skip
+def test_what_is_another_measurement_is_no_pass(
+    runs: Path, precision: str, changes: dict[str, Any], says: str
+) -> None:
+    """The same figures to the last digit, and still exit code 3."""
+    write_run(runs / "after")
+    for run in (runs / "before", runs / "after"):
+        changed(run, precision=precision, settings={"dtype": "float32"})
+    condition = ("--fail-on", "accuracy:significant")
+    assert qwenq("compare", "before", "after", *condition, cwd=runs).returncode == 0
+    changed(runs / "after", **changes)
+    done = qwenq("compare", "before", "after", *condition, cwd=runs)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert says in done.stdout
+    assert "no pass" in done.stdout
 
 
 def test_files_and_annotations_for_ci(runs: Path) -> None:

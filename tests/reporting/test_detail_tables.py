@@ -1,0 +1,101 @@
+"""Tables beyond the card's: other rules, long contexts, outliers, dtypes; golden Markdown of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from example_runs import accuracy, model, speed, write_run
+from test_write_report import markdown_of, matches_golden
+
+from qwenq.reporting.collect import collect
+from qwenq.reporting.export import json_text
+from qwenq.reporting.report import make_report
+from qwenq.results import Row
+
+DTYPES = {"bf16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}
+
+
+def asked(precision: str, task: str, metric: str, flips: int) -> Row:
+    row = accuracy(precision, task, n=200, flips=flips)
+    return replace(row, metric=metric, settings={"dtype": DTYPES[precision]})
+
+
+def context(precision: str, length: int, value: float, switch: str) -> Row:
+    where = {"text": "wikitext", "seq_len": length, "ntk": switch, "logn": switch}
+    settings = {"dtype": DTYPES[precision]}
+    return Row("perplexity.context", model(precision), where, value, "ratio", n=65_536, settings=settings)
+
+
+def with_outliers(row: Row, *values: float) -> Row:
+    found = [{"repetition": index * 2, "value": value} for index, value in enumerate(values)]
+    return replace(row, n=9, details={**row.details, "outliers": found})
+
+
+def details() -> list[Row]:
+    made = []
+    for precision, flips in (("bf16", 0), ("int8", 2), ("int4", 9)):
+        made += [asked(precision, task, "accuracy.published", flips) for task in ("mmlu", "ceval")]
+    for precision, worse in (("bf16", 0.0), ("int4", 0.31)):
+        for switch in ("off", "on"):
+            lengths = [(1024, 9.1), (8192, 9.9 if switch == "on" else 41.7)]
+            made += [context(precision, length, value + worse, switch) for length, value in lengths]
+    gone = context("int8", 8192, 1.0, "on")
+    made.append(replace(gone, value=None, n=None, status="failed", reason="out of memory"))
+    for precision in ("bf16", "int4"):
+        settings = {"dtype": DTYPES[precision]}
+        rows = [replace(row, settings=settings) for row in speed(precision, 128, "sdpa")]
+        spread = {"speed.protocol": (41.25,), "speed.decode": (60.0, 61.5, 62.25, 63.0)}
+        made += [
+            with_outliers(row, *spread[row.metric]) if precision == "int4" and row.metric in spread else row
+            for row in rows
+        ]
+    return made
+
+
+def test_the_markdown_of_detail_tables_is_golden(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "details", details(), command=None)
+    matches_golden(markdown_of(run, "In detail"), "details.md")
+
+
+def test_outliers_are_named_below_the_table(tmp_path: Path) -> None:
+    """In the speed table as in the one that takes speed apart; and results.json has the same notes."""
+    report = make_report(collect([write_run(tmp_path / "run", details())]), "t")
+    tables = {table["key"]: table for table in json.loads(json_text(report))["sections"][0]["tables"]}
+    assert tables["speed"]["notes"] == [
+        "1 of 9 repetitions stands out and stays in the median: 41.25 tokens/s (repetition 1)"
+    ]
+    (cell,) = (cell for line in tables["speed"]["lines"] for cell in line["cells"] if cell.get("note"))
+    assert cell["text"] == "52.50"
+    (many,) = (note for note in tables["split"]["notes"] if "repetitions" in note)
+    assert many.startswith(
+        "4 of 9 repetitions stand out and stay in the median: 60.00 tokens/s (repetition 1), "
+    )
+    assert many.endswith(", 1 more")
+
+
+@pytest.mark.parametrize(
+    "outliers", [7, [], [3], [{}], [{"repetition": 1, "value": "x"}], [{"repetition": None}]]
+)
+def test_what_is_no_list_of_outliers_is_no_footnote(tmp_path: Path, outliers: object) -> None:
+    row = next(row for row in speed("int4", 128) if row.metric == "speed.protocol")
+    made = replace(row, details={"outliers": outliers})
+    report = make_report(collect([write_run(tmp_path / "run", [made])]), "t")
+    assert [table.notes for table in report.sections[0].tables if table.key == "speed"] == [()]
+
+
+@pytest.mark.parametrize(("dtypes", "says"), [
+    ({"int8": "float32", "int4": "float32"}, "Int8 and Int4 computed in float32"),
+    ({"int8": "float32", "int4": "bfloat16"}, "computed in: Int8 float32; Int4 bfloat16"),
+    ({"bf16": "bfloat16", "int4": "float16"}, "Int4 computed in float16"),  # the other's name says it
+    ({"bf16": "bfloat16"}, None),
+])  # fmt: skip
+def test_a_table_says_what_quantised_models_were_computed_in(
+    tmp_path: Path, dtypes: dict[str, str], says: str | None
+) -> None:
+    made = [replace(accuracy(name), settings={"dtype": dtype}) for name, dtype in dtypes.items()]
+    report = make_report(collect([write_run(tmp_path / "run", made)]), "t")
+    caption = report.sections[0].tables[0].caption
+    assert [part for part in caption if "computed in" in part] == ([] if says is None else [says])

@@ -1,0 +1,95 @@
+"""The workflows: they are YAML, and their command lines are commands that exist with those options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from test_docs import ROOT, parse
+
+from qwenq.cli.app import app
+from qwenq.cli.commands import register
+from qwenq.reporting.gate import parse as conditions
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+REGRESSION = ROOT / ".github" / "workflows" / "regression.yml"
+
+
+def steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Of all jobs, in order."""
+    for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values():
+        yield from job["steps"]
+
+
+def command_lines(script: str) -> Iterator[list[str]]:
+    """Words behind ``qwenq``, of every call of it in a shell script; a variable is any one word."""
+    whole = re.sub(r"\\\n\s*", " ", script)
+    for line in whole.splitlines():
+        found = re.search(r"(?:\.venv/bin/qwenq|-m qwenq)\s+(.*)", line)
+        if found:
+            call = re.split(r"\s*(?:\|\||\)$)", found[1])[0]
+            yield shlex.split(re.sub(r"\$\{\{.*?\}\}", "x", call))
+
+
+CALLS = [
+    pytest.param(words, id=f"{path.stem}: {' '.join(words[:3])} {number}")
+    for path in WORKFLOWS
+    for number, words in enumerate(w for step in steps(path) for w in command_lines(step.get("run", "")))
+]
+
+
+@pytest.fixture(scope="module")
+def commands() -> Any:
+    register()
+    return typer.main.get_command(app)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_is_one(path: Path) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert content["name"] == path.stem
+    assert content[True]  # YAML 1.1 reads `on` as true
+    for job in content["jobs"].values():
+        assert job["runs-on"]
+        assert job["timeout-minutes"]
+        assert all(("run" in step) != ("uses" in step) for step in job["steps"])
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make ([\w-]+)", " ".join(step.get("run", "") for step in steps(path))):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("words", CALLS)
+def test_its_commands_take_these_options(words: list[str], commands: Any) -> None:
+    parse(commands, words)
+    for option, value in pairwise(words):
+        assert option != "--fail-on" or conditions(value)
+    for word in words:
+        assert not word.startswith(("recipes/", "reports/")) or (ROOT / word).exists(), word
+
+
+def test_all_that_the_gate_promises_is_in_it() -> None:
+    """Quality against the baseline; then speed, before and after, every turn compared on its side."""
+    calls = [words for step in steps(REGRESSION) for words in command_lines(step.get("run", ""))]
+    assert [words[0] for words in calls] == ["run", "compare", "profile", "compare"]
+    quality, speed = (dict(pairwise(words)) for words in calls if words[0] == "compare")
+    assert quality["compare"] == "reports/baselines/ci"
+    assert {str(one) for one in conditions(quality["--fail-on"])} == {
+        "accuracy:significant",
+        "kl:>0.05",
+        "size:>1",
+    }
+    assert {one.metric for one in conditions(speed["--fail-on"])} >= {"speed.decode", "speed.prefill"}
+    turns = next(words for words in calls if "--more-new" in words)
+    sides = [[word for word in turns if f"speed-{side}-" in word] for side in ("before", "after")]
+    (script,) = (step["run"] for step in steps(REGRESSION) if "for turn in" in step.get("run", ""))
+    (listed,) = re.findall(r"for turn in ([\d ]+);", script)
+    for side in sides:
+        assert [word[-1] for word in side] == listed.split()
+    assert len(listed.split()) == 5
