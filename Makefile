@@ -11,12 +11,25 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 # What shows that faults are survived and hostile files refused; docs/reliability.md has the table. Long ones first.
-RELIABILITY := tests/run tests/test_crash.py tests/reliability tests/test_storage.py tests/models/test_hub.py \
-    tests/models/test_integrity.py tests/models/test_safetensors_files.py tests/gptq/test_layer_store.py \
-    tests/cli/test_quantize_full_disk.py tests/cli/test_quantize_bad_input.py \
-    tests/profiling/test_sweep.py tests/profiling/test_measure.py
+RELIABILITY := tests/run/test_chain.py tests/test_crash.py tests/reliability tests/test_storage.py \
+    tests/test_stopping.py tests/models/test_hub.py tests/models/test_integrity.py \
+    tests/models/test_manifest.py tests/models/test_safetensors_files.py tests/gptq/test_layer_store.py \
+    tests/cli/test_quantize_full_disk.py \
+    tests/cli/test_quantize_bad_input.py tests/profiling/test_sweep.py tests/profiling/test_measure.py \
+    tests/reporting/test_page.py tests/evals/test_endpoint.py \
+    tests/test_scale_out.py::test_a_run_goes_on_with_another_number_of_processes \
+    tests/test_scale_out.py::test_a_model_that_is_another_one_elsewhere_is_refused \
+    tests/test_scale_out.py::test_all_stop_behind_the_same_layer_whoever_got_sigterm \
+    tests/evals/test_eval_scale_out.py::test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_others \
+    tests/evals/test_run.py::test_sigterm_finishes_and_records_the_batch_in_progress \
+    tests/evals/test_generating.py::test_after_sigterm_rows_under_way_are_finished_and_none_is_begun \
+    tests/cli/test_perplexity_command.py::test_what_was_measured_before_ctrl_c_is_kept_and_not_measured_again \
+    tests/cli/test_eval_command.py::test_answers_cannot_steer_the_terminal \
+    tests/runtime/test_chat.py::test_nothing_that_is_shown_steers_the_terminal
 
-.PHONY: help install demo gate test test-slow reliability interop lint format clean
+FUZZ_SECONDS ?= 600
+
+.PHONY: help install install-locked demo gate test test-slow reliability fuzz interop llama lint format clean
 
 help:
 	@echo 'make demo       install, quantise the bundled model to Int4, check, evaluate, profile, report (minutes)'
@@ -24,11 +37,21 @@ help:
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make reliability  kill, fill up, cut off and fuzz it; prints what was survived, fails if anything is lost'
+	@echo 'make fuzz       ten minutes of coverage-guided fuzzing of all that reads a file of somebody else'
 	@echo 'make interop    load the result with transformers and GPTQModel, in an environment of their own'
+	@echo 'make llama      compile the server that the tests of --endpoint ask; minutes'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make install    only make .venv, with everything'
 
 install: .venv/.dev
+
+# The same, but every package except torch is the very file whose hash is known: Linux, x86-64, Python 3.11.
+install-locked: | .venv/pyvenv.cfg
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --require-hashes --no-deps \
+	    -r .ci/locked.txt
+	$(PIP) torch
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch .venv/.demo .venv/.dev
 
 demo: .venv/.demo
 	$(BIN)/qwenq run recipes/demo.toml --out build/demo
@@ -46,6 +69,18 @@ test-slow: .venv/.dev
 reliability: .venv/.dev
 	$(PYTEST) $(RELIABILITY) --timeout 1200
 
+fuzz: .venv/.dev
+	$(PIP) --no-deps atheris
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/fuzz_atheris.py $(FUZZ_SECONDS)
+
+# Then: QWENQ_LLAMA_PYTHON=$$PWD/.venv-llama/bin/python .venv/bin/python -m pytest tests/evals/test_endpoint_llama.py
+llama: .venv-llama/.complete
+
+.venv-llama/.complete: tests/evals/llama.txt
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
+
 interop:
 	PYTHON='$(PYTHON)' bash tests/interop/setup.sh
 	.venv-interop/bin/python -m pytest -q -m interop tests/interop --timeout 1800
@@ -60,7 +95,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-interop build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-llama build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps: what is installed is installed again when the pins or the requirements change.
 .venv/pyvenv.cfg:

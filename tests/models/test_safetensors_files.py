@@ -197,6 +197,22 @@ def test_a_file_that_shrinks_after_opening_is_noticed(tmp_path: Path) -> None:
         source.read("bf16")
 
 
+def test_a_file_that_is_cut_while_it_is_open_is_noticed(tmp_path: Path) -> None:
+    """Small tensors share an open file: a read beyond the end of what is mapped would kill the process."""
+    path = tmp_path / "model.safetensors"
+    small = {f"t{number}": torch.full((16_384,), float(number)) for number in range(40)}
+    save_file(small, path)
+    whole, source = path.read_bytes(), open_safetensors(tmp_path)
+    assert source is not None
+    assert torch.equal(source.read("t0"), small["t0"])
+    os.truncate(path, len(whole) // 2)
+    for name in ("t39", "t0"):
+        with pytest.raises(CorruptFileError, match=name):
+            source.read(name)
+    path.write_bytes(whole)
+    assert torch.equal(source.read("t39"), small["t39"])
+
+
 def test_every_dtype_of_the_table_has_the_size_that_the_format_says() -> None:
     bits = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8, "C64": 64}
     for code, dtype in DTYPES.items():
