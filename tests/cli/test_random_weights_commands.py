@@ -13,12 +13,18 @@ from qwenq.calibration import CalibrationSet
 from qwenq.cli.app import app
 from qwenq.cli.commands import register
 from qwenq.errors import UsageError
+from qwenq.models import catalogue
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.gptq_format import quantised_modules
+from qwenq.models.integrity import verify_files
+from qwenq.models.opening import open_model
+from qwenq.profiling.measure import measure
+from qwenq.results import read_rows
 
 SMALLEST = "smollm2-135m-instruct"
 
 
-def invoke(*arguments: str | Path) -> str:
+def invoke(*arguments: object) -> str:
     register()
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -100,3 +106,102 @@ def test_zeros_belong_to_gptq(tmp_path: Path) -> None:
 def test_there_is_no_chat_with_random_weights() -> None:
     with pytest.raises(UsageError, match="nothing to say"):
         invoke("chat", "qwen-7b-chat", "--weights", "random")
+
+
+# From a catalogue name to numbers, with the catalogue's Qwen-7B-Chat made small
+
+
+@pytest.fixture
+def small_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a catalogue model of two narrow layers."""
+    small = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 2,
+        "vocab_size": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    real = catalogue.config_for
+    monkeypatch.setattr(catalogue, "config_for", lambda name: real(name) | small)
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return "qwen-7b-chat"
+
+
+@pytest.fixture
+def quantised(small_catalogue: str, tmp_path: Path) -> Path:
+    sizes = ("--samples", 4, "--seq-len", 32, "--dtype", "float32", "--device", "cpu", "--seed", 3)
+    out = tmp_path / "q"
+    shown = invoke("quantize", small_catalogue, "--weights", "random", "--bits", 4, *sizes, "--out", out)
+    assert "random weights (seed 3) in the shape of qwen-7b-chat" in shown
+    assert "random tokens calibrate them" in shown
+    assert "no tokenizer is written" in shown
+    assert "check         none: random weights" in shown
+    return out
+
+
+def test_a_catalogue_model_is_quantised_and_says_what_it_is(quantised: Path, small_catalogue: str) -> None:
+    checkpoint = open_checkpoint(quantised)
+    assert checkpoint.config["qwenq_random_weights"] == {"seed": 3}
+    assert len(quantised_modules(checkpoint.source)) == 2 * 7
+    manifest = json.loads((quantised / "qwenq.json").read_text())
+    assert manifest["check"] is None
+    assert manifest["base"]["fingerprint"] == open_model(small_catalogue, "random", 3).fingerprint
+    assert verify_files(quantised)
+
+
+def test_accuracy_of_the_quantised_random_model_is_refused(quantised: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("words\n" * 100)
+    for command in (
+        ("eval", quantised, "--tasks", "mmlu", "--data", tmp_path),
+        ("perplexity", quantised, "--text", text, "--lengths", "16"),
+        ("check", quantised, "--text", text),
+    ):
+        with pytest.raises(UsageError, match=r"random weights: \w+ would mean nothing"):
+            invoke(*command)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_texts_need_a_tokenizer_that_random_weights_do_not_have(small_catalogue: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("words\n" * 100)
+    with pytest.raises(UsageError, match="no tokenizer to read a text") as error:
+        invoke("quantize", small_catalogue, "--weights", "random", "--calibration", "text.txt", "--out", "q")
+    assert "leave --calibration out" in str(error.value)
+    with pytest.raises(UsageError, match="beyond 8192 this Qwen v1 model"):
+        invoke("quantize", small_catalogue, "--weights", "random", "--seq-len", 8193, "--out", "q")
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_profile_of_random_weights_has_figures(
+    small_catalogue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = {
+        "device": "cpu",
+        "free_bytes": 1 << 34,
+        "copy_bytes_per_s": 1e10,
+        "operations_per_s": 1e11,
+        "dtype": "float32",
+        "start_seconds": 1.0,
+    }
+    monkeypatch.setattr("qwenq.profiling.child.probe", lambda _: device)
+    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
+    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
+        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 0.0)
+    # Measured in this process, whose catalogue is the small one.
+    defaults = {"budget": None, "command": "", "measure": measure}
+    monkeypatch.setattr("qwenq.profiling.sweep.run_sweep.__kwdefaults__", defaults)
+    out = tmp_path / "run"
+    options = ("--tokens", 4, "--encode", 0, "--precision", "fp32,int4", "--device", "cpu", "--out", out)
+    invoke("profile", small_catalogue, "--weights", "random", "--seed", 5, *options)
+    rows = read_rows(out)
+    speeds = {row.model.precision: row for row in rows if row.metric == "speed.decode"}
+    assert {name: row.status for name, row in speeds.items()} == {"fp32": "ok", "int4": "ok"}
+    assert {row.model.name for row in rows} == {small_catalogue}
+    assert speeds["fp32"].model.fingerprint == "random:5:qwen-7b-chat"
+    assert speeds["int4"].model.fingerprint == "rounded-4-32:random:5:qwen-7b-chat"
+    assert all(row.value > 0 for row in speeds.values())

@@ -9,6 +9,7 @@ import pytest
 
 from qwenq.errors import ModelError
 from qwenq.models.companions import write_companions
+from qwenq.models.random_weights import NOWHERE, random_config
 
 
 @pytest.fixture
@@ -62,6 +63,20 @@ def test_a_tokenizer_config_is_freed_of_remote_code(folders: tuple[Path, Path]) 
 
 def test_a_folder_without_tokenizer_is_said_aloud(folders: tuple[Path, Path]) -> None:
     assert "no tokenizer" in write_companions(*folders, {})[0]
+
+
+def test_a_model_that_lies_nowhere_takes_nothing_from_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`quantize qwen-7b --weights random`, run where somebody has a folder called random-weights."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random-weights").mkdir()
+    (tmp_path / "random-weights" / "LICENSE").write_text("another model's")
+    (tmp_path / "target").mkdir()
+    made = random_config("qwen-7b-chat", seed=1)
+    (said,) = write_companions(NOWHERE, tmp_path / "target", made)
+    assert "no tokenizer is written" in said
+    assert not list((tmp_path / "target").iterdir())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\udce4"])

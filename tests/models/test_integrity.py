@@ -86,3 +86,18 @@ def test_one_bad_element_is_found_wherever_it_is(dtype: torch.dtype, bad: float)
         values[position] = bad
         with pytest.raises(CorruptFileError):
             check_finite("x", values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_number_that_no_weight_is_names_its_tensor(dtype: torch.dtype, sign: int) -> None:
+    values = torch.randn(1023).to(dtype)
+    values[500] = sign * 7e30
+    with pytest.raises(CorruptFileError, match=r"norm\.weight holds a number of size 7(\.01)?e\+30: no weight is"):
+        check_finite("model.norm.weight", values)
+
+
+def test_whatever_float16_holds_may_be_a_weight() -> None:
+    for largest in (65504.0, -65504.0):
+        values = torch.tensor([0.0, largest])
+        assert check_finite("x", values) is values

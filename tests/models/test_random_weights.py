@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models import catalogue
+from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.random_weights import (
     RANDOM_KEY,
     is_random,
@@ -78,6 +79,42 @@ def test_the_stream_never_changes() -> None:
     read = random_checkpoint(SMALL, 0, "float32").read("model.layers.0.self_attn.k_proj.weight")
     golden = [-0.0116183944, 0.0122112688, 0.0166702308, 0.00710840523]
     torch.testing.assert_close(read.flatten()[:4], torch.tensor(golden), rtol=1e-6, atol=1e-9)
+
+
+def test_the_fingerprint_follows_from_what_decides_the_values_and_draws_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def drawn(*_: object) -> torch.Tensor:
+        raise AssertionError("a tensor was drawn")
+
+    monkeypatch.setattr("qwenq.models.random_weights.RandomSource.read", drawn)
+    usual = random_checkpoint(SMALL, 3).fingerprint
+    assert usual == random_checkpoint(SMALL, 3).fingerprint
+    assert len(usual) == 16
+    others = [
+        random_checkpoint(SMALL, 4),
+        random_checkpoint(SMALL, 3, "float32"),
+        random_checkpoint(SMALL, 3, layers=2),
+        random_checkpoint(SMALL, 3, device="cuda"),
+        random_checkpoint(SMALL | {"initializer_range": 0.1}, 3),
+    ]
+    monkeypatch.setattr("qwenq.models.random_weights._STREAM", 2)
+    others.append(random_checkpoint(SMALL, 3))
+    assert len({usual, *(other.fingerprint for other in others)}) == 1 + len(others)
+
+
+def test_a_random_model_on_the_disk_is_known_by_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    written = write_random_checkpoint(SMALL, tmp_path / "m", seed=7)
+    before = written.fingerprint
+    assert before == open_checkpoint(tmp_path / "m").fingerprint
+    file = tmp_path / "m" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert open_checkpoint(tmp_path / "m").fingerprint != before
 
 
 def test_tensors_longer_than_a_chunk_do_not_repeat() -> None:
