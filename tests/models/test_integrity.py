@@ -93,7 +93,9 @@ def test_one_bad_element_is_found_wherever_it_is(dtype: torch.dtype, bad: float)
 def test_a_number_that_no_weight_is_names_its_tensor(dtype: torch.dtype, sign: int) -> None:
     values = torch.randn(1023).to(dtype)
     values[500] = sign * 7e30
-    with pytest.raises(CorruptFileError, match=r"norm\.weight holds a number of size 7(\.01)?e\+30: no weight is"):
+    with pytest.raises(
+        CorruptFileError, match=r"norm\.weight holds a number of size 7(\.01)?e\+30: no weight is"
+    ):
         check_finite("model.norm.weight", values)
 
 
