@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.options import AttentionName, DeviceName, DtypeName, KernelName, RowsAsJson, RunFolder
+from qwenq.cli.options import (
+    AttentionName,
+    DeviceName,
+    DtypeName,
+    KernelName,
+    RealWeights,
+    RowsAsJson,
+    RunFolder,
+)
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +40,7 @@ def perplexity(
         list[str] | None,
         typer.Argument(metavar="MODEL...", help="Folders or hub ids. Nothing: the bundled one."),
     ] = None,
+    weights: RealWeights = "stored",
     lengths: Annotated[
         str, typer.Option(help="Tokens of context, with commas between; each divides the longest.")
     ] = "1024,2048,4096,8192",
@@ -58,7 +67,9 @@ def perplexity(
     from qwenq.evals.contender import How, open_contender
     from qwenq.evals.perplexity import combinations, require_lengths
     from qwenq.models.identity import model_name
+    from qwenq.models.opening import refuse_random_weights
 
+    refuse_random_weights(weights)
     wanted = _lengths(lengths)
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
     run = out if out is not None else _RUNS / model_name(given[0])
@@ -87,20 +98,30 @@ def _measured(
     switches: Sequence[Switches | None],
     run: Path,
 ) -> list[Row]:
-    """Every row, also appended to the run folder as it is made."""
+    """Every row: those that the run folder has, and the others, appended to it as they are made."""
     from qwenq.cli.progress import show_progress
     from qwenq.environment import environment
     from qwenq.evals.perplexity import perplexities
-    from qwenq.results import append_row, write_environment
+    from qwenq.results import append_row, read_rows, write_environment
     from qwenq.storage import locked
 
     command = shlex.join(["qwenq", *sys.argv[1:]])
     rows = []
-    with locked(run), show_progress(contender.model.name) as progress:
-        write_environment(run, environment())
-        for row in perplexities(contender, text, lengths, switches, command=command, progress=progress):
-            append_row(run, row)
-            rows.append(row)
+    try:
+        with locked(run), show_progress(contender.model.name) as progress:
+            known = read_rows(run) if (run / "results.jsonl").exists() else []
+            write_environment(run, environment())
+            for row in perplexities(
+                contender, text, lengths, switches, command=command, progress=progress, known=known
+            ):
+                if not any(row is one for one in known):
+                    append_row(run, row)
+                rows.append(row)
+    except KeyboardInterrupt:  # SIGTERM too
+        typer.echo(
+            f"\nstopped; lengths that were measured are kept: the same command goes on: {command}", err=True
+        )
+        raise
     return rows
 
 

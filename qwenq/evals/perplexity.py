@@ -114,11 +114,13 @@ def perplexities(
     *,
     command: str = "",
     progress: Progress | None = None,
+    known: Sequence[Row] = (),
 ) -> Iterator[Row]:
     """A row for each combination of switches and length, as they are measured.
 
     Up to the trained length the switches do nothing: what they share there is computed once. A length that
-    this machine cannot run is a row that says why.
+    this machine cannot run is a row that says why. One of ``known`` that measured exactly this is given back
+    as it is.
 
     Raises:
         QwenqError: the model cannot be loaded, or the tokens are not its own.
@@ -132,14 +134,18 @@ def perplexities(
     for switch in switches:
         decoder = _decoder(engine.decoder, switch)
         for length in lengths:
-            alike = context is None or length <= context.seq_length
-            if not alike or length not in shared:
-                shared[length] = _measure(decoder, text.tokens.view(-1, length))
-            found = shared[length]
+            facts = _facts(contender, engine, text, length, switch)
+            row = next((one for one in known if one.value is not None and _measured(one, facts)), None)
+            if row is None:
+                alike = context is None or length <= context.seq_length
+                if not alike or length not in shared:
+                    shared[length] = _measure(decoder, text.tokens.view(-1, length))
+                details = {"command": command} if command else {}
+                row = _row(facts, shared[length], {**details, **_as_released(context, switch)})
             done += text.tokens.numel()
             if progress is not None:
                 progress(done, total)
-            yield _row(contender, engine, text, length, switch, found, command)
+            yield row
 
 
 @torch.inference_mode()
@@ -180,39 +186,39 @@ def _measure(decoder: Decoder, windows: Tensor) -> NDArray[np.float64] | QwenqEr
         return error
 
 
-def _row(
-    contender: Contender,
-    engine: FastEngine,
-    text: Text,
-    length: int,
-    switch: Switches | None,
-    found: NDArray[np.float64] | QwenqError,
-    command: str,
-) -> Row:
+def _facts(
+    contender: Contender, engine: FastEngine, text: Text, length: int, switch: Switches | None
+) -> dict[str, Any]:
+    """All of a row that decides its value."""
     context = engine.decoder.spec.long_context
-    settings: dict[str, Any] = {
-        "device": contender.how.device,
-        "attention": contender.how.attention,
-        "kernel": contender.how.kernel,
-        "interval": "Student's t over windows",
-        "trained_length": context.seq_length if context is not None else engine.context,
+    return {
+        "metric": METRIC,
+        "model": contender.model,
+        "point": _point(contender, text, length, switch),
+        "unit": "ratio",
+        "implementation": engine.implementation,
+        "settings": {
+            "device": contender.how.device,
+            "attention": contender.how.attention,
+            "kernel": contender.how.kernel,
+            "interval": "Student's t over windows",
+            "trained_length": context.seq_length if context is not None else engine.context,
+        },
     }
+
+
+def _measured(row: Row, facts: Mapping[str, Any]) -> bool:
+    return all(getattr(row, name) == value for name, value in facts.items())
+
+
+def _row(
+    facts: Mapping[str, Any], found: NDArray[np.float64] | QwenqError, details: Mapping[str, Any]
+) -> Row:
     if isinstance(found, QwenqError):
         values: dict[str, Any] = {"value": None, "status": "unavailable", "reason": found.what}
     else:
         values = _estimate(found)
-    details = {"command": command} if command else {}
-    return Row(
-        metric=METRIC,
-        model=contender.model,
-        point=_point(contender, text, length, switch),
-        unit="ratio",
-        implementation=engine.implementation,
-        settings=settings,
-        details={**details, **_as_released(context, switch)},
-        date=date.today().isoformat(),
-        **values,
-    )
+    return Row(**facts, details=dict(details), date=date.today().isoformat(), **values)
 
 
 def _point(contender: Contender, text: Text, length: int, switch: Switches | None) -> dict[str, Value]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_shell import Shell
 from tiny_model import TEXT, write_tiny_model
 
+from qwenq.evals import perplexity as measuring
 from qwenq.models.qwen_v1 import V1_KEY
 from qwenq.reporting.collect import collect
 from qwenq.reporting.long_context import long_context_table
@@ -41,6 +43,37 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(text: Path, *more: object) -> list[object]:
     common = ["--text", text, "--lengths", "16,32,64", "--samples", "2"]
     return [*common, "--dtype", "float32", "--device", "cpu", *more]
+
+
+def test_what_was_measured_before_ctrl_c_is_kept_and_not_measured_again(
+    perplexity: Shell, models: tuple[Path, Path], text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls, pressed_at = measuring.window_nats, [], 2
+
+    def pressed(decoder: Any, windows: Any) -> Any:
+        calls.append(windows.shape[1])
+        if len(calls) == pressed_at:
+            raise KeyboardInterrupt
+        return measure(decoder, windows)
+
+    monkeypatch.setattr(measuring, "window_nats", pressed)
+    stopped = perplexity(models[1], *options(text))
+    assert stopped.code == 130
+    assert "the same command goes on: qwenq perplexity" in stopped.err
+    (kept,) = read_rows(Path("runs/Plain"))
+    assert kept.point["seq_len"] == 16
+    calls.clear()
+    pressed_at = 0
+    assert perplexity(models[1], *options(text)).code == 0
+    assert calls == [32, 64]
+    rows = read_rows(Path("runs/Plain"))
+    assert rows[0] == kept
+    assert [row.point["seq_len"] for row in rows] == [16, 32, 64]
+    calls.clear()
+    assert perplexity(models[1], *options(text)).code == 0
+    assert perplexity(models[1], *options(text, "--samples", "1")).code == 0
+    assert calls == [16, 32, 64], "another text is measured, the same one is not"
+    assert len(Path("runs/Plain/results.jsonl").read_text().splitlines()) == 6
 
 
 def test_all_four_combinations_and_a_table_of_them(
