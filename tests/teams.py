@@ -60,6 +60,33 @@ class Launcher:
         return Ended(statuses, [output.read_text() for output in outputs])
 
 
+def torchrun(folder: Path, processes: int, *argv: object, agents: int = 1) -> list[tuple[int, str]]:
+    """``qwenq ARGV`` under torchrun itself, as users start it: status and words of each of its agents.
+
+    Args:
+        folder: where it is started.
+        processes: in all; an agent has its share of them.
+        agents: as on that many machines, which meet on a port of this one.
+    """
+    if agents == 1:
+        options = ["--standalone"]
+    else:
+        options = ["--nnodes", str(agents), "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+        options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    options += ["--nproc-per-node", str(processes // agents)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "qwenq", *map(str, argv)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "QWENQ_CACHE": str(folder / "cache")}
+    environment["PYTHONPATH"] = str(TESTS.parent)
+    started = [
+        subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for _ in range(agents)
+    ]
+    said = [agent.communicate()[0] for agent in started]
+    return [(agent.returncode, words) for agent, words in zip(started, said, strict=True)]
+
+
 def free_port() -> int:
     """A port that nobody listened on a moment ago."""
     with socket.socket() as probe:

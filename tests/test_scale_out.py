@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from teams import Ended, Launcher, launcher
+from teams import Ended, Launcher, launcher, torchrun
 from tiny_families import write_calibration, write_family
 
 LAYERS = 3
@@ -57,6 +58,16 @@ def test_any_number_of_processes_writes_the_same_bits(
     assert hashes(tmp_path / "out") == alone
     assert ended.shown[0].count("layer ") >= LAYERS
     assert ended.shown[1:] == [""] * (world - 1), "only the leader talks"
+
+
+def test_a_padded_model_is_the_same_one_on_every_rank(launch: Launcher, tmp_path: Path) -> None:
+    """Only the leader chooses the width; the others are told."""
+    for world in (1, 2):
+        ended = quantize(launch, world, tmp_path / f"out{world}", "--pad-ffn", "auto", "--group-size", "32")
+        assert ended.statuses == [0] * world, ended.shown
+    assert "FFN 96 → 128" in ended.shown[0]
+    assert json.loads((tmp_path / "out2" / "config.json").read_text())["intermediate_size"] == 128
+    assert hashes(tmp_path / "out2") == hashes(tmp_path / "out1")
 
 
 def test_a_run_goes_on_with_another_number_of_processes(
@@ -134,11 +145,40 @@ def test_a_model_that_is_another_one_elsewhere_is_refused(launch: Launcher, tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_torchrun_itself(launch: Launcher, alone: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "agents"), [(2, 1), (3, 1), (2, 2)])
+def test_torchrun_itself(
+    launch: Launcher, alone: dict[str, str], tmp_path: Path, processes: int, agents: int
+) -> None:
+    """Two agents are what two machines have: they find each other over the network, here loopback."""
+    argv = ["quantize", "tiny", "--calibration", "cal.safetensors", "--device", "cpu"]
+    ended = torchrun(launch.folder, processes, *argv, "--out", tmp_path / "out", agents=agents)
+    assert [status for status, _ in ended] == [0] * agents, ended
+    assert hashes(tmp_path / "out") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sigterm_to_torchrun_stores_the_layer_in_progress(
+    launch: Launcher, alone: dict[str, str], tmp_path: Path
+) -> None:
+    """The scheduler tells the launcher and the processes alike, and the launcher tells them again."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "qwenq", "quantize", "tiny", "--calibration", "cal.safetensors"]
-    ended = subprocess.run(
-        [*command, "--out", tmp_path / "out"], cwd=launch.folder, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
+    command += ["-m", "qwenq", "quantize", "tiny", "--calibration", "cal.safetensors", "--device", "cpu"]
+    run = subprocess.Popen(
+        [*command, "--out", tmp_path / "out"],
+        cwd=launch.folder, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    said = []
+    for line in run.stdout:
+        said.append(line)
+        if "layer 1 of 3" in line:
+            os.killpg(run.pid, signal.SIGTERM)
+    shown = "".join(said)
+    assert run.wait() != 0
+    assert "finished layers are kept: the same command goes on where it stopped" in shown
+    ended = quantize(launch, 2, tmp_path / "out")
+    assert ended.statuses == [0, 0], ended.shown
+    assert "of 3 layers are already in" in ended.shown[0]
     assert hashes(tmp_path / "out") == alone

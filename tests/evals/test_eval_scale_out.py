@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from evals.benchmark_data import write_gsm8k, write_mmlu
-from teams import Ended, Launcher, launcher
+from teams import Ended, Launcher, launcher, torchrun
 from tiny_model import write_tiny_model
 
 LOADED = ["torch.distributed", "qwenq.evals.suite", "qwenq.runtime.engine"]
@@ -90,3 +90,16 @@ def test_texts_are_dealt_out_as_well(launch: Launcher, tmp_path: Path) -> None:
     assert {name: record["output"] for name, record in one.items()} == {
         name: record["output"] for name, record in two.items()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("processes", "agents"), [(2, 1), (3, 1), (2, 2)])
+def test_eval_under_torchrun_itself(
+    launch: Launcher, alone: dict[str, dict[str, Any]], tmp_path: Path, processes: int, agents: int
+) -> None:
+    argv = ["eval", "Tiny", "--data", "data", "--protocol", "base", "--dtype", "float32", "--device", "cpu"]
+    argv += ["--tasks", "mmlu", "--subjects", "abstract_algebra,astronomy", "--limit", "7", "--json"]
+    ended = torchrun(launch.folder, processes, *argv, "--out", tmp_path, agents=agents)
+    assert [status for status, _ in ended] == [0] * agents, ended
+    require_same(records(tmp_path), alone)
