@@ -7,11 +7,13 @@ No ``*.py`` is ever fetched.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenq.errors import HubError
+from qwenq.models.hub_cache import what_is_missing
 from qwenq.storage import guard_storage
 
 if TYPE_CHECKING:
@@ -152,21 +154,32 @@ def _patterns(names: list[str], repo_id: str) -> tuple[list[str], list[str]]:
 
 def _from_cache(repo_id: str, revision: str | None, error: _UnreachableError | None) -> Fetched:
     """A whole snapshot in the cache, for when the hub is not asked (offline) or does not answer."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
+    partly = ""
     for weights in ("model.safetensors", "pytorch_model.bin"):
         try:
             folder = _call_library(repo_id, revision, [weights], offline=True)
+        except IncompleteSnapshotError as gaps:
+            found = re.search(r"\d+ file\(s\) are missing \(.*?\)", str(gaps))
+            partly = partly or (found[0] if found else "files are missing")
+            continue
         except LocalEntryNotFoundError:
             continue
-        if any(folder.glob("*" + Path(weights).suffix)):
+        if not any(folder.glob("*" + Path(weights).suffix)):
+            continue
+        missing = what_is_missing(folder)
+        if missing is None:
             why = "HF_HUB_OFFLINE is set" if error is None else error.problem.what
             notice = f"{repo_id} at {folder.name[:12]} from the cache, {folder}: {why}"
             return Fetched(folder, folder.name, notice)
+        partly = missing
+    gap = f"; what is in the cache is not whole: {partly}" if partly else ""
     if error is not None:
+        error.problem.what += gap
         raise error.problem from error
     raise HubError(
-        f"{repo_id} is not (wholly) in the cache, and HF_HUB_OFFLINE forbids to download it",
+        f"{repo_id} is not (wholly) in the cache, and HF_HUB_OFFLINE forbids to download it{gap}",
         where="HF_HUB_OFFLINE",
         hint=f"unset HF_HUB_OFFLINE and run again, {_OR_LOCAL}",
     )
