@@ -54,8 +54,13 @@ def int8(qwen3: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "int8"])
-def test_two_turns_through_the_models_own_template(
+@pytest.fixture(scope="module")
+def v1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_folder(tmp_path_factory.mktemp("chat") / "v1")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "int8", "v1"])
+def test_two_turns_as_the_model_was_taught_them(
     kind: str, request: pytest.FixtureRequest, prompts: list[list[int]]
 ) -> None:
     folder = request.getfixturevalue(kind)
