@@ -67,10 +67,13 @@ def missing_by_config(config: dict[str, Any]) -> str | None:
 def refuse_by_name(name: str) -> None:
     """Say "not yet" to the name of a model that is known, and not supported.
 
+    A hub id of another owner than Qwen passes: others may call theirs what they like.
+
     Raises:
         UnsupportedError: names what is missing.
     """
-    if missing := missing_by_name(name):
+    owner = name.lower().rpartition("/")[0]
+    if owner in ("", "qwen") and (missing := missing_by_name(name)):
         raise UnsupportedError(
             f"{name} is not supported yet: {missing} would have to be added",
             where="MODEL",

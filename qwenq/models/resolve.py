@@ -53,11 +53,10 @@ def resolve_model(model: str | None) -> Resolved:
             "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
         )
     if _HUB_ID.fullmatch(model):
-        if model.startswith("Qwen/"):  # others may call theirs what they like
-            refuse_by_name(model)
+        refuse_by_name(model)
         return _from_hub(model, path)
     near = _did_you_mean(path)
-    if "/" not in model and near is None:
+    if near is None:
         refuse_by_name(model)
     hints = [hint for hint in (near, _of_catalogue(model)) if hint]
     raise UsageError(

@@ -58,8 +58,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
     entry = catalogue.find(model)
     if entry is not None:
         return PlannedModel(entry.names[0], "catalogue", entry.shape, entry.dtype_of(model), entry)
-    if model.startswith("Qwen/") or "/" not in model:  # others may call theirs what they like
-        refuse_by_name(model)
+    refuse_by_name(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_config(_hub_config(model).parent, model, "config.json from the hub")
     raise UsageError(
