@@ -196,8 +196,9 @@ def _ask(
         for together in responses:
             made = [_judged(task, mine[one.index], requests[one.index], one) for one in together]
             records.append(*made)
-            for record in made if listener is not None else ():
-                listener.judged(record.correct)
+            if listener is not None:
+                for record in made:
+                    listener.judged(record.correct)
 
 
 def _judged(task: Task, item: Item, request: Request, response: Response) -> Record:
