@@ -49,6 +49,9 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 def rules() -> dict[str, str]:
     """The recipe's gate and the workflow's, from their files."""
     quality = tomllib.loads(RECIPE.read_text(encoding="utf-8"))["gate"]["fail_on"]
+    quality = re.sub(
+        r"@\w+", "", quality
+    )  # here all runs are of one Int4 model, whose answers can be held to it
     asked = re.findall(r'--fail-on "([^"]*)"', WORKFLOW.read_text(encoding="utf-8"))
     (speed,) = (rule for rule in asked if "speed" in rule)
     return {"quality": quality, "speed": speed}

@@ -81,7 +81,7 @@ def test_all_that_the_gate_promises_is_in_it() -> None:
     quality, speed = (dict(pairwise(words)) for words in calls if words[0] == "compare")
     assert quality["compare"] == "reports/baselines/ci"
     assert {str(one) for one in conditions(quality["--fail-on"])} == {
-        "accuracy:significant",
+        "accuracy@int8:significant",
         "kl:>0.05",
         "size:>1",
     }

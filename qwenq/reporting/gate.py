@@ -10,7 +10,8 @@ A condition is ``metric:rule``; several stand behind each other with commas:
   machine's noise. One without an interval is judged, by its ratio alone, only where a condition names it.
 * ``kl:>0.05``, ``accuracy:<-0.02``, ``same_top:<-0.01``: new − baseline, in nats a token or as a share.
 
-``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` mean all their rows, ``speed.decode`` one kind.
+``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` mean all their rows, ``speed.decode`` one kind;
+``accuracy@int8`` means those of one precision.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from typing import Literal
 
 from qwenq.errors import UsageError
 from qwenq.recipe import FAIL_ON
+from qwenq.reporting.collect import PRECISIONS
 from qwenq.reporting.compare import METRICS, Comparison
+from qwenq.results import Row
 
 PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
 """Exit codes. 2 is a command that has to change."""
@@ -36,18 +39,22 @@ Outcome = Literal["regression", "not comparable", "passed", "not judged"]
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition; ``limit`` None means ``significant``."""
+    """One condition; ``limit`` None means ``significant``, ``precision`` None any."""
 
     metric: str
     sign: Literal["<", ">"]
     limit: float | None
+    precision: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.metric}:{'significant' if self.limit is None else f'{self.sign}{self.limit:g}'}"
+        name = self.metric if self.precision is None else f"{self.metric}@{self.precision}"
+        return f"{name}:{'significant' if self.limit is None else f'{self.sign}{self.limit:g}'}"
 
-    def covers(self, metric: str) -> bool:
-        """Whether rows of this metric are meant."""
-        return metric == self.metric or (self.metric in GROUPS and metric.startswith(f"{self.metric}."))
+    def covers(self, row: Row) -> bool:
+        """Whether this row is meant."""
+        metric = row.metric
+        named = metric == self.metric or (self.metric in GROUPS and metric.startswith(f"{self.metric}."))
+        return named and self.precision in (None, row.model.precision)
 
     def violated(self, item: Comparison) -> bool | None:
         """Whether a comparison fails; None where nobody can tell."""
@@ -132,13 +139,13 @@ def judge(
     judged = tuple(_judge(item, conditions) for item in comparisons)
     active = {item.condition for item in judged if item.outcome != "not judged"}
     idle = tuple(condition for condition in conditions if condition not in active)
-    measured = {item.row.metric for item in comparisons if item.before and item.before.status == "ok"}
-    blind = tuple(condition for condition in idle if any(condition.covers(metric) for metric in measured))
+    measured = [item.before for item in comparisons if item.before and item.before.status == "ok"]
+    blind = tuple(condition for condition in idle if any(condition.covers(row) for row in measured))
     return Verdict(judged, tuple(conditions), idle, blind, strict)
 
 
 def _judge(item: Comparison, conditions: Sequence[Condition]) -> Judged:
-    asked = [condition for condition in conditions if condition.covers(item.row.metric)]
+    asked = [condition for condition in conditions if condition.covers(item.row)]
     if not asked:
         return Judged(item, "not judged", reason=item.why)
     if item.before is None or item.before.status != "ok":
@@ -172,7 +179,7 @@ def _fewest(item: Comparison) -> int:
 
 
 _CONDITION = re.compile(
-    r"\s*([\w.]+)\s*:\s*(?:(significant)|([<>])\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))\s*"
+    r"\s*([\w.]+)(?:@(\w+))?\s*:\s*(?:(significant)|([<>])\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))\s*"
 )
 _WHERE = "--fail-on"
 
@@ -190,7 +197,7 @@ def parse(text: str) -> list[Condition]:
 
 def _condition(part: str) -> Condition:
     found = _CONDITION.fullmatch(part)
-    metric = part.partition(":")[0].strip()
+    metric = part.partition(":")[0].partition("@")[0].strip()
     rule = METRICS.get(metric.partition(".")[0])
     if rule is None:
         near = get_close_matches(metric, METRICS, 1)
@@ -200,21 +207,24 @@ def _condition(part: str) -> Condition:
     example = f"write {metric}:significant or {metric}:{sign}{_EXAMPLES[rule.relation][rule.better]}"
     if found is None:
         raise UsageError(f"{part.strip()!r} is no condition", where=_WHERE, hint=example)
-    if found[2]:
-        return Condition(metric, sign, None)
-    if found[3] != sign:
+    if found[2] not in (None, *PRECISIONS):
+        hint = f"precisions are {', '.join(PRECISIONS)}"
+        raise UsageError(f"{part.strip()!r} names no precision", where=_WHERE, hint=hint)
+    if found[3]:
+        return Condition(metric, sign, None, found[2])
+    if found[4] != sign:
         better = "more" if rule.better == "up" else "less"
         raise UsageError(
             f"{part.strip()!r} would fail what got better: {better} {metric} is better",
             where=_WHERE,
             hint=example,
         )
-    limit = float(found[4])
+    limit = float(found[5])
     if rule.relation == "ratio" and limit <= 0:
         raise UsageError(
             f"{part.strip()!r}: the limit is a ratio of new to baseline", where=_WHERE, hint=example
         )
-    return Condition(metric, sign, limit)
+    return Condition(metric, sign, limit, found[2])
 
 
 _EXAMPLES = {"ratio": {"up": "0.95", "down": "1.05"}, "difference": {"up": "-0.02", "down": "0.05"}}

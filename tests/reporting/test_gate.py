@@ -180,6 +180,18 @@ def test_a_condition_on_perplexity_is_on_every_kind_of_it(gate: Gate, metric: st
     assert gate([old], [new], "perplexity:>1.05").exit_code == 0
 
 
+def test_a_condition_may_be_on_one_precision(gate: Gate) -> None:
+    old = [accuracy("int8"), accuracy("int4")]
+    worse = {name: [accuracy(row.model.precision, flips=40 * (row.model.precision == name)) for row in old]
+             for name in ("int8", "int4")}  # fmt: skip
+    assert gate(old, worse["int8"], "accuracy@int8:significant").exit_code == 1
+    verdict = gate(old, worse["int4"], "accuracy@int8:significant")
+    assert verdict.exit_code == 0
+    assert [item.comparison.row.model.precision for item in verdict.of("passed")] == ["int8"]
+    assert gate(old, worse["int4"], "accuracy@int4:significant").exit_code == 1
+    assert gate(old, old, "accuracy@bf16:significant").exit_code == 3  # it judged nothing
+
+
 def test_another_group_size_of_the_same_model_is_compared(gate: Gate) -> None:
     coarse = [replace(row, model=model("int4", group_size=64)) for row in [accuracy("int4", flips=40)]]
     assert gate([accuracy("int4")], coarse, "accuracy:significant").exit_code == 1
@@ -193,6 +205,8 @@ def test_another_group_size_of_the_same_model_is_compared(gate: Gate) -> None:
     ("speed:>1.05", "'speed:>1.05' would fail what got better: more speed is better", "speed:<0.95"),
     ("kl:<0.05", "'kl:<0.05' would fail what got better: less kl is better", "kl:>0.05"),
     ("memory:>-1", "'memory:>-1': the limit is a ratio", "memory:>1.05"),
+    ("accuracy@int3:significant", "'accuracy@int3:significant' names no precision", "int8, int4"),
+    ("acuracy@int8:significant", "unknown metric 'acuracy'", "did you mean 'accuracy'?"),
     ("speed:<0.95;kl:>0.1", "'speed:<0.95;kl:>0.1' is no condition", "speed:<0.95"),
 ])  # fmt: skip
 def test_a_wrong_condition_is_explained(text: str, says: str, hint: str) -> None:
@@ -203,7 +217,7 @@ def test_a_wrong_condition_is_explained(text: str, says: str, hint: str) -> None
 
 
 def test_conditions_come_back_as_they_were_written() -> None:
-    written = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1, accuracy:<-0.02"
+    written = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1, accuracy@int8:<-0.02"
     assert ", ".join(map(str, parse(written))) == written
     assert parse(" , ") == []
     assert len(parse(FAIL_ON)) == 5

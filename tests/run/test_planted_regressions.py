@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 LINEARS = 30 * 7
 """Of the bundled model."""
 QUALITY = "accuracy:significant, kl:>0.05, size:>1.0"
-"""The conditions of recipes/ci.toml."""
+"""The conditions of recipes/ci.toml, with answers held to Int4, too: those of one and the same model."""
 SETTINGS = 'bits = 4\ngroup_size = 64\ndtype = "float32"'
 WORSE = 'bits = 4\ngroup_size = -1\ndtype = "float32"\nscale_search = "none"\nact_order = "none"\ndrift = 0.0'
 
