@@ -77,7 +77,7 @@ def refuse_by_name(name: str) -> None:
         raise UnsupportedError(
             f"{name} is not supported yet: {missing} would have to be added",
             where="MODEL",
-            hint="dense models are: Qwen v1, Qwen1.5, 2, 2.5 and 3, Llama",
+            hint="supported are dense models: Qwen v1, Qwen1.5, 2, 2.5 and 3, Llama",
         )
 
 
