@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stopping": set(),
     "paired": set(),
     "native": set(),
-    "models": LEAVES,
+    "models": LEAVES | {"native"},
     "calibration": LEAVES | {"models"},
     "gptq": LEAVES | {"models", "calibration", "native"},
     "runtime": LEAVES | {"models", "native"},

@@ -20,18 +20,17 @@ from llvmlite import ir
 from torch import Tensor
 from torch.nn import functional
 
+from qwenq.native.bfloat16 import WORDS, add_pairs, rows_as_pairs
 from qwenq.native.code import (
     FLOAT,
     LANES,
     LONG,
     POINTER,
-    SHORT,
     WORD,
     Code,
     compiled,
     on_all_threads,
     same,
-    vector,
 )
 from qwenq.native.floats import FLOATS, multiply_add
 
@@ -47,22 +46,8 @@ PAIRS = 128
 BLOCK = 6
 """Panels of X whose tiles one thread takes, one after the other, beside the same panels of Y."""
 
-_WORDS, _SHORTS = vector(WORD), vector(SHORT)
 _PACK = ("x", "packed", "pairs", "columns", "panels")
 _ADD = ("left", "right", "mean", "pairs", "left_panels", "right_panels", "lower", "keep", "weight")
-
-
-class _BFloat16(ir.types.Type):  # type: ignore[misc]  # llvmlite has no types
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
 
 
 class NativeProducts:
@@ -153,14 +138,10 @@ def _build_pack(
         row = code.times(pair, 2, columns)
         with code.each(0, code.sdiv(columns, LONG(LANES))) as panel:
             at = code.plus(row, code.times(panel, LANES))
-            even, odd = (
-                code.zext(code.read(x, place, _SHORTS, SHORT), _WORDS)
-                for place in (at, code.plus(at, columns))
-            )
-            words = code.or_(even, code.shl(odd, same(WORD, 16)))
-            code.write(words, packed, code.plus(start, code.times(panel, run)), _WORDS)
+            words = rows_as_pairs(code, x, at, code.plus(at, columns))
+            code.write(words, packed, code.plus(start, code.times(panel, run)), WORDS)
         with code.each(code.sdiv(columns, LONG(LANES)), panels) as panel:
-            code.write(same(WORD, 0), packed, code.plus(start, code.times(panel, run)), _WORDS)
+            code.write(same(WORD, 0), packed, code.plus(start, code.times(panel, run)), WORDS)
 
 
 def _build_add(
@@ -184,7 +165,7 @@ def _build_add(
         kept = code.select(code.icmp_signed("==", first, LONG(0)), keep, FLOAT(1.0))
         factors = code.spread(kept), code.spread(weight)
         lefts, rights = (
-            code.behind(base, code.times(first, panels), _WORDS)
+            code.behind(base, code.times(first, panels), WORDS)
             for base, panels in ((left, left_panels), (right, right_panels))
         )
         with code.each(0, right_panels, REGISTERS) as column, code.each(0, left_panels, BLOCK) as block:
@@ -196,7 +177,7 @@ def _build_add(
             with code.if_then(code.and_(mine, wanted)), code.each(block, end) as panel:
                 for start in range(0, LANES, ROWS):
                     x = code.behind(lefts, code.plus(code.times(panel, run, LANES), start), WORD)
-                    y = code.behind(rights, code.times(column, run), _WORDS)
+                    y = code.behind(rights, code.times(column, run), WORDS)
                     row = code.plus(code.times(panel, LANES), start)
                     at = code.plus(code.times(row, right_panels), column)  # in units of 16 numbers
                     sums = _build_sums(code, x, y, run)
@@ -206,19 +187,15 @@ def _build_add(
 def _build_sums(code: Code, x: ir.Value, y: ir.Value, run: ir.Value) -> list[list[ir.Value]]:
     """A run's products for a tile: a variable for each of its rows and registers."""
     sums = [[code.local(same(FLOAT, 0.0)) for _ in range(REGISTERS)] for _ in range(ROWS)]
-    pairs = ir.VectorType(_BFloat16(), 2 * LANES)
     with code.each(0, run) as pair:
         held = [
-            code.bitcast(code.read(y, code.plus(code.times(run, register), pair), _WORDS, _WORDS), pairs)
+            code.read(y, code.plus(code.times(run, register), pair), WORDS, WORDS)
             for register in range(REGISTERS)
         ]
         for row, of_row in enumerate(sums):
-            number = code.read(x, code.plus(code.times(pair, LANES), row), WORD, WORD)
-            spread = code.bitcast(code.spread(number), pairs)
+            spread = code.spread(code.read(x, code.plus(code.times(pair, LANES), row), WORD, WORD))
             for place, other in zip(of_row, held, strict=True):
-                added = "llvm.x86.avx512bf16.dpbf16ps.512"
-                before = code.load(place, typ=FLOATS)
-                code.store(code.run(added, FLOATS, before, spread, other), place)
+                code.store(add_pairs(code, code.load(place, typ=FLOATS), spread, other), place)
     return sums
 
 

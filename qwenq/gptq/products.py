@@ -51,15 +51,15 @@ def native_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"that is for CPUs, not for {device.type}"
     if dtype != torch.bfloat16:
         return f"that is for bfloat16, not for {str(dtype).removeprefix('torch.')}"
-    return support.why_not("avx512f", "avx512bw", "avx512vl", "avx512bf16")
+    return support.why_not(*support.BFLOAT16)
 
 
 def passed_over(dtype: torch.dtype, device: torch.device) -> str | None:
-    """A sentence on faster products that this CPU or this installation lacks; None: none are missed."""
+    """A sentence on compiled code that this CPU or this installation lacks; None: none is missed."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
     why = native_why_not(dtype, device)
-    return f"Hessians are summed by torch, at a third of the speed, because {why}" if why else None
+    return f"Hessians and attention are left to torch, which takes longer, because {why}" if why else None
 
 
 class Float32Products:

@@ -155,6 +155,7 @@ def run_facts(
         "settings": asdict(settings),
         "dtype": str(decoder.dtype),
         "device": decoder.device.type,
+        "attention": decoder.attention,
         "sums": how_summed(decoder.dtype, decoder.device, team),
         "threads": torch.get_num_threads(),  # the order of float32 sums depends on it
     }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwenq.errors import ModelError
+from qwenq.models.block_attention import attention_of
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite
 from qwenq.models.long_context import require_plain
@@ -35,6 +36,7 @@ class BlockwiseDecoder:
         dtype: of weights and hidden states.
 
     Attributes:
+        attention: ``block_attention``'s name of what is run.
         names: "model.layers.0", …, the blocks' names in the checkpoint.
     """
 
@@ -43,9 +45,13 @@ class BlockwiseDecoder:
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         config = transformers_config(checkpoint.config, checkpoint.folder)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.attention = attention_of(device, dtype, head_dim)
         with refused_by_transformers(checkpoint.folder):
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=self.attention
+                )
             self._inner = model.model.eval()
             # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)

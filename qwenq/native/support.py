@@ -12,6 +12,9 @@ import torch
 OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 """What compiled code calls of GNU OpenMP."""
 
+BFLOAT16 = ("avx512f", "avx512bw", "avx512vl", "avx512bf16")
+"""What a CPU needs to multiply bfloat16 as ``bfloat16.add_pairs`` does."""
+
 
 @cache
 def why_not(*features: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from qwenq.native.bfloat16 import put_bfloat16
 from qwenq.native.code import (
     FLOAT,
     LANES,
@@ -27,7 +28,7 @@ from qwenq.native.floats import floats, put_floats, sigmoid
 from qwenq.runtime.kernels.native_layout import BLOCK, JOB, LAYER, VECTORS, Shape
 from qwenq.runtime.kernels.native_rotation import Rotation
 from qwenq.runtime.kernels.native_split import SplitAttention
-from qwenq.runtime.kernels.native_vnni import FLOATS, Activations, multiply, put_bfloat16, quantise
+from qwenq.runtime.kernels.native_vnni import FLOATS, Activations, multiply, quantise
 
 
 def step(shape: Shape) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from qwenq.native.bfloat16 import put_bfloat16, read_bfloat16
 from qwenq.native.code import (
     BYTE,
     FLOAT,
@@ -187,20 +188,6 @@ def multiply(module: ir.Module, name: str, bits: int, rows: int, scales: str, pu
     """Add a function ``(layer, y, activations, chunks)``: this thread's share of the blocks, for all rows."""
     code = Code(module, name, POINTER, POINTER, POINTER, LONG)
     _Multiply(code, bits, rows, HALF if scales == "float16" else FLOAT, put).build()
-
-
-def read_bfloat16(code: Code, row: ir.Value, column: ir.Value) -> ir.Value:
-    """16 bfloat16 as float32."""
-    halves = code.zext(code.read(row, column, vector(SHORT), SHORT), vector(WORD))
-    return code.bitcast(code.shl(halves, same(WORD, 16)), FLOATS)
-
-
-def put_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value) -> None:
-    """Rounded to the nearest, of two the even one; what is no number stays none."""
-    bits = code.bitcast(value, vector(WORD))
-    odd = code.and_(code.lshr(bits, same(WORD, 16)), same(WORD, 1))
-    rounded = code.add(bits, code.add(odd, same(WORD, 0x7FFF)))
-    code.write(code.trunc(code.lshr(rounded, same(WORD, 16)), vector(SHORT)), base, offset, SHORT)
 
 
 class _Multiply:

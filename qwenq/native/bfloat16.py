@@ -1,0 +1,56 @@
+"""Bfloat16 in compiled code: conversions, and the instruction that adds products of pairs (AVX-512 BF16).
+
+It multiplies two registers of 32 bfloat16 and adds each two neighbours' products to one of 16 float32 sums.
+What it sums over therefore lies in pairs: two numbers in 32 bits, the first in the lower half.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from qwenq.native.code import LANES, SHORT, WORD, Code, same, vector
+from qwenq.native.floats import FLOATS
+
+WORDS, SHORTS = vector(WORD), vector(SHORT)
+
+
+class _BFloat16(ir.types.Type):  # type: ignore[misc]  # llvmlite has no types
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+
+
+def add_pairs(code: Code, sums: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
+    """16 float32 sums, and the products of 16 pairs each in two registers of 32-bit words."""
+    pairs = (code.bitcast(words, _PAIRS) for words in (first, second))
+    return code.run("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, *pairs)
+
+
+def rows_as_pairs(code: Code, base: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
+    """16 words: numbers of one row beside those of another; offsets count bfloat16."""
+    low, high = (code.zext(code.read(base, row, SHORTS, SHORT), WORDS) for row in (first, second))
+    return code.or_(low, code.shl(high, same(WORD, 16)))
+
+
+def read_bfloat16(code: Code, row: ir.Value, column: ir.Value) -> ir.Value:
+    """16 bfloat16 as float32."""
+    halves = code.zext(code.read(row, column, SHORTS, SHORT), WORDS)
+    return code.bitcast(code.shl(halves, same(WORD, 16)), FLOATS)
+
+
+def put_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value) -> None:
+    """Rounded to the nearest, of two the even one; what is no number stays none."""
+    bits = code.bitcast(value, WORDS)
+    odd = code.and_(code.lshr(bits, same(WORD, 16)), same(WORD, 1))
+    rounded = code.add(bits, code.add(odd, same(WORD, 0x7FFF)))
+    code.write(code.trunc(code.lshr(rounded, same(WORD, 16)), SHORTS), base, offset, SHORT)
