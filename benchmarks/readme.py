@@ -88,10 +88,12 @@ FAST = ("Decode (tokens/s)", "Peak at generation (GiB)")
 def front_table(report: Report) -> str:
     """For the block ``front``: of the demo's report all accuracies, and some columns of its other tables.
 
+    Accuracies keep their intervals: on so few items a difference means nothing without them.
     Speed and memory of decoding are those of one attention, the best on that machine.
     """
     (section,) = report["sections"]
     tables = {table["key"]: _records(table) for table in section["tables"]}
+    tables["accuracy"] = _records(next(t for t in section["tables"] if t["key"] == "accuracy"), bounds=True)
     label = "Quantization"
     near = {record[label]: record for record in tables["closeness"]}
     fast = {
@@ -113,25 +115,22 @@ def front_table(report: Report) -> str:
         for record in tables["accuracy"]
     ]
     captions = {table["key"]: "; ".join(table["caption"]) for table in section["tables"]}
-    said = captions["accuracy"].replace(", with 95 % intervals", "")
     environment = report["runs"][0]["environment"]
     table = markdown_table([label, *tasks, *NEAR, "Weights (MB)", *FAST], rows)
     return (
-        f"{table}\nAccuracy: {said}; ✗: a loss that is no accident. Decoding: attention best. "
-        f"{environment['date']}; reports/demo."
+        f"{table}\nAccuracy: {captions['accuracy']}; ✗: a loss that is no accident. "
+        f"Decoding: attention best. {environment['date']}; reports/demo."
     )
 
 
-def _records(table: Report) -> list[dict[str, str]]:
-    """Lines of a table by heading, as shown."""
-    shown = [
-        [
-            f"{cell.get('text', '')}{' ✗' if cell.get('mark') == 'significant' else ''}"
-            for cell in line["cells"]
-        ]
-        for line in table["lines"]
-        if not line["published"]
-    ]
+def _records(table: Report, *, bounds: bool = False) -> list[dict[str, str]]:
+    """Lines of a table by heading, as shown; ``bounds``: with the intervals."""
+
+    def text(cell: dict[str, Any]) -> str:
+        interval = f" ({cell['low']}–{cell['high']})" if bounds and "low" in cell else ""
+        return f"{cell.get('text', '')}{interval}{' ✗' if cell.get('mark') == 'significant' else ''}"
+
+    shown = [[text(cell) for cell in line["cells"]] for line in table["lines"] if not line["published"]]
     return [dict(zip(table["headers"], cells, strict=True)) for cells in shown]
 
 

@@ -146,6 +146,17 @@ def numbers_by_hand(text: str) -> list[str]:
     return [line for line in text.splitlines() if re.search(r"\d", line)]
 
 
+def test_accuracies_of_the_front_table_keep_their_intervals() -> None:
+    front = re.search(r"<!-- front -->\n(.*?)<!-- /front -->", README, re.DOTALL)
+    assert front
+    header, _, *lines = [line for line in front[1].splitlines() if line.startswith("|")]
+    end = [name.strip() for name in header.strip("| ").split(" | ")].index("KL divergence (nats/token)")
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        for cell in cells[1:end]:
+            assert re.match(r"\d+\.\d \(\d+\.\d–\d+\.\d\)( ✗)?$", cell), line
+
+
 def test_no_figure_in_the_readme_is_typed_by_hand() -> None:
     assert numbers_by_hand(README) == []
 

@@ -72,12 +72,15 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
 
 
 def _sandbox() -> dict[str, str | None]:
-    """Whether code that a model wrote can be run here (HumanEval)."""
+    """Whether code that a model wrote can be run here (HumanEval); how to get bubblewrap, which is best."""
+    import shutil
+
     from qwenq.errors import QwenqError
     from qwenq.evals.sandbox.find import find_sandbox
 
+    better = None if shutil.which("bwrap") else "apt-get install bubblewrap, which is taken where it works"
     try:
-        return {"runs": find_sandbox().implementation, "why_not": None, "get": None}
+        return {"runs": find_sandbox().implementation, "why_not": None, "get": better}
     except QwenqError as error:
         return {"runs": None, "why_not": f"{error.what} ({error.where})", "get": error.hint}
 

@@ -116,6 +116,7 @@ def _cells(loss: Loss, collection: Collection, notes: Footnotes, tests: int) -> 
     pairing, p = loss.pairing, 1.0 if loss.p is None else loss.p
     drop = detectable_drop(pairing.n, (pairing.lost + pairing.won) / pairing.n)
     found = Paired(pairing.n, pairing.lost, pairing.won, pairing.p, drop)
+    words = _in_words(found, after - before, p, tests)
     return (
         *shown,
         Cell(f"{pairing.lost:,}", pairing.lost),
@@ -123,7 +124,7 @@ def _cells(loss: Loss, collection: Collection, notes: Footnotes, tests: int) -> 
         Cell(probability(pairing.p), pairing.p),
         Cell(probability(p), p, mark=mark),
         Cell("none" if drop is None else fixed(1)(drop * 100), drop),
-        Cell(_in_words(found, after - before, p, tests)),
+        Cell(words, words),
     )
 
 

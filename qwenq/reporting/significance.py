@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qwenq.paired.mcnemar import mcnemar
+from qwenq.paired.mcnemar import ALPHA, mcnemar
 from qwenq.results import Row
 
-LEVEL = 0.05
+LEVEL = ALPHA
 """Significant: p below this, after Holm's correction for all tests of one comparison."""
 
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from qwenq.cli import doctor
 from qwenq.cli.app import app
 from qwenq.cli.doctor import examination
-from qwenq.errors import UsageError
+from qwenq.errors import UnsupportedError, UsageError
+from qwenq.evals.sandbox import find
+from qwenq.evals.sandbox.find import Sandbox
 from qwenq.runtime.attention import BACKENDS
 from qwenq.runtime.kernels.table import KERNELS
 
@@ -45,6 +48,36 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(UsageError, match="0 CUDA GPUs"):
         examination("cuda", "auto")
+
+
+def without_bubblewrap(monkeypatch: pytest.MonkeyPatch, *, namespaces: bool) -> None:
+    def make() -> Sandbox:
+        if namespaces:
+            return Sandbox("Linux namespaces (6.1)", True, lambda command, _: command, "/inside")
+        raise UnsupportedError("unshare is refused")
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(find, "_namespaces", make)
+    monkeypatch.setattr(find, "_try", lambda sandbox: None)
+
+
+def test_how_to_get_bubblewrap_where_nothing_confines(found: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bubblewrap(monkeypatch, namespaces=False)
+    sandbox = doctor._sandbox()
+    assert sandbox["runs"] is None
+    lines = doctor._lines({**found, "sandbox": sandbox})
+    (place,) = (n for n, line in enumerate(lines) if line.startswith("  HumanEval "))
+    assert " no   nothing here can confine the code" in lines[place]
+    assert "bubblewrap: not installed" in lines[place] and "unshare is refused" in lines[place]
+    assert lines[place + 1].strip().startswith("try: apt-get install bubblewrap")
+
+
+def test_how_to_get_bubblewrap_where_namespaces_do(found: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bubblewrap(monkeypatch, namespaces=True)
+    lines = doctor._lines({**found, "sandbox": doctor._sandbox()})
+    (place,) = (n for n, line in enumerate(lines) if line.startswith("  HumanEval "))
+    assert lines[place] == "  HumanEval     yes  Linux namespaces (6.1)"
+    assert lines[place + 1].strip() == "try: apt-get install bubblewrap, which is taken where it works"
 
 
 def test_the_same_for_people_and_as_json() -> None:

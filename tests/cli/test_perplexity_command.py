@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_shell import Shell
 from tiny_model import TEXT, write_tiny_model
 
+from qwenq.cli.perplexity import _lengths
+from qwenq.cli.perplexity import perplexity as command
 from qwenq.evals import perplexity as measuring
+from qwenq.evals.perplexity import Text, require_lengths
 from qwenq.models.qwen_v1 import V1_KEY
 from qwenq.reporting.collect import collect
 from qwenq.reporting.long_context import long_context_table
 from qwenq.results import read_rows
 
+ROOT = Path(__file__).parents[2]
 FLAGS = {"seq_length": 32, "use_dynamic_ntk": True, "use_logn_attn": True}
 
 
@@ -114,6 +120,15 @@ def test_one_combination_as_json(perplexity: Shell, models: tuple[Path, Path], t
     found = json.loads(ran.out)
     assert found["run"] == "here"
     assert [(r["point"]["ntk"], r["point"]["logn"]) for r in found["rows"]] == [("on", "off")] * 3
+
+
+def test_lengths_up_to_the_cards_longest() -> None:
+    """Each once, shortest first; what is measured unless they are named is in the documents."""
+    assert _lengths("32768, 1024,2048,4096,8192,16384,1024") == [1024, 2048, 4096, 8192, 16384, 32768]
+    windows = Text("long.txt", torch.zeros(1, 32768, dtype=torch.int64))
+    require_lengths([1024, 16384, 32768], windows)
+    default = inspect.signature(command).parameters["lengths"].default
+    assert f"`--lengths {default}`" in (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")
 
 
 def test_what_is_refused(perplexity: Shell, models: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
