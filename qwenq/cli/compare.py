@@ -34,7 +34,7 @@ def compare(
     """Say which differences between two runs are real.
 
     Exit code 1: a regression. 3: something that was asked about is missing or cannot be compared (another
-    protocol, task version, model or machine); that is no pass. 0: passed.
+    protocol, task version, model, dtype or machine); that is no pass. 0: passed.
     """
     from qwenq.recipe import FAIL_ON
     from qwenq.reporting import gate, gate_output
