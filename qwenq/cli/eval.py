@@ -171,7 +171,8 @@ def _contestants(
         from qwenq.evals.endpoint import CONCURRENCY, endpoint_at
         from qwenq.evals.served import Served
 
-        return [Served(endpoint_at(endpoint, model, os.environ.get("OPENAI_API_KEY"), size or CONCURRENCY))]
+        key = os.environ.get("OPENAI_API_KEY")
+        return [Served(endpoint_at(endpoint, model, key, size or CONCURRENCY, _note))]
     from qwenq.evals.contender import open_contender
 
     contenders = [open_contender(one, how) for one in given]

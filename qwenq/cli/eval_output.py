@@ -100,17 +100,20 @@ def print_json(run: Path, rows: Sequence[Row]) -> None:
 
 
 def print_table(run: Path, rows: Sequence[Row]) -> None:
-    """Scores with their intervals, and each model beside its base."""
+    """Scores with their intervals, and each model beside its base; then what quantising cost by the check."""
     from rich.console import Console
     from rich.table import Table
 
     from qwenq.evals.rows import paired_of
 
+    checks = [row for row in rows if "task" not in row.point]
+    rows = [row for row in rows if "task" in row.point]
     compared = any(paired_of(row) for row in rows)
     table = Table(box=None, pad_edge=False)
     for title in ("task", "protocol", "model"):
         table.add_column(title, overflow="fold")
-    for title in ("score", "95 % interval", "items", *(("change", "lost / won", "p") if compared else ())):
+    figures = ("score", "± SE", "95 % interval", "items")
+    for title in (*figures, *(("change", "lost / won", "p") if compared else ())):
         table.add_column(title, justify="right", no_wrap=True)
     if compared:
         table.add_column("beside its base", overflow="fold")
@@ -121,7 +124,7 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = 200
     console.print(table)
-    for line in _remarks(rows):
+    for line in [*_check_lines(checks), *_remarks(rows)]:
         console.print(line, soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
 
@@ -132,7 +135,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     interval = f"{row.low:.1%} – {row.high:.1%}" if row.low is not None and row.high is not None else "-"
     model = f"{row.model.name} {row.model.precision}"
     value = f"{row.value:.1%}" if row.value is not None else "-"
-    return task, str(row.point["protocol"]), model, value, interval, f"{row.n:,}"
+    found = row.details.get("standard_error")
+    error = f"± {100 * found:.1f}" if isinstance(found, float) else "-"
+    return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}"
 
 
 def _comparison(row: Row) -> tuple[str, ...]:
@@ -143,6 +148,25 @@ def _comparison(row: Row) -> tuple[str, ...]:
         return "", "", "", ""
     p = f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
     return f"{100 * found.change:+.1f}", f"{found.lost} / {found.won}", p, found.sentence
+
+
+_CHECKS: dict[str, tuple[str, str, str]] = {
+    "kl": ("KL divergence", ".4f", " nats a token"),
+    "same_top": ("same top token", ".1%", ""),
+    "perplexity.ratio": ("perplexity ×", ".3f", ""),
+}
+
+
+def _check_lines(rows: Sequence[Row]) -> list[str]:
+    """A line a model: ``Tiny-GPTQ-Int4 int4 beside its base, by the check: KL divergence 0.0712 …``."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        name, form, unit = _CHECKS.get(row.metric, (row.metric, "g", ""))
+        said = f"{name} {row.value:{form}}{unit}" if row.value is not None else f"{name}: {row.reason}"
+        if row.low is not None and row.high is not None:
+            said += f" ({row.low:{form}} – {row.high:{form}})"
+        lines.setdefault(f"{row.model.name} {row.model.precision}", []).append(said)
+    return [f"{model} beside its base, by the check: {'; '.join(said)}" for model, said in lines.items()]
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:

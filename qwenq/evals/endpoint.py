@@ -2,8 +2,9 @@
 
 Chats go to ``/chat/completions``, plain text to ``/completions`` (vLLM, SGLang and llama.cpp serve both). A
 server that is busy (429), broken for a moment (5xx), silent, or that cuts a reply off is asked again after a
-pause, each pause twice as long as the last, or as long as its Retry-After says. Only a whole reply counts,
-and it counts once: a late reply to an attempt that was given up reaches nobody.
+pause, each pause twice as long as the last, or as long as its Retry-After says; whoever waits is told. Where
+nothing has ever answered, a refused connection is an error at once. Only a whole reply counts, and it counts
+once: a late reply to an attempt that was given up reaches nobody.
 
 Standard library only. Redirects are refused, as the key would go along.
 """
@@ -13,23 +14,21 @@ from __future__ import annotations
 import http.client
 import json
 import queue
-import random
+import socket
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from qwenq.errors import QwenqError, UsageError
+from qwenq.evals.patience import ATTEMPTS, FIRST_PAUSE, Trouble, pause_before, retry_after, wait
 from qwenq.evals.task import Write, Written
 from qwenq.stopping import asked
 
-ATTEMPTS = 8
 CONCURRENCY = 8  # requests under way at a time, by default
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LARGEST_REPLY = 16 << 20  # bytes: a server that sends more sends no answer
 STOPS = 4  # strings that OpenAI's interface takes; all are looked for again here
@@ -49,11 +48,11 @@ class Reply:
 
 
 class _Again(Exception):  # noqa: N818  no error yet
-    """Not this time: why, and how long the server wants to be left alone."""
+    """Not this time: why, how long the server wants to be left alone, and whether nobody listens."""
 
-    def __init__(self, why: str, pause: float | None = None) -> None:
+    def __init__(self, why: str, pause: float | None = None, *, absent: bool = False) -> None:
         super().__init__(why)
-        self.pause = pause
+        self.pause, self.absent = pause, absent
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -72,6 +71,7 @@ class Endpoint:
         concurrency: requests under way at a time.
         timeout: seconds without a byte after which an attempt is given up.
         pause: seconds before the second attempt.
+        trouble: what all requests to it know.
     """
 
     url: str
@@ -80,6 +80,7 @@ class Endpoint:
     concurrency: int = CONCURRENCY
     timeout: float = 300.0
     pause: float = FIRST_PAUSE
+    trouble: Trouble = field(default_factory=Trouble, repr=False, compare=False)
 
     def models(self) -> list[str] | None:
         """Names of what is served; None: this server does not say.
@@ -160,21 +161,34 @@ class Endpoint:
             stop.set()
 
     def _patiently(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        pause = self.pause
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self._once(path, body)
+                found = self._once(path, body)
             except _Again as again:
-                if attempt == ATTEMPTS or asked():
+                if again.absent and not self.trouble.answered:
                     raise QwenqError(
-                        f"{attempt} attempts failed, the last: {again}",
-                        where=self.url + path,
-                        hint="see the server's log; what was answered is kept, the same command goes on",
+                        f"nothing answers there: {again}",
+                        where=self.url,
+                        hint="see that the server has started, and that address and port are its own",
                     ) from again
-                wanted = again.pause if again.pause is not None else pause * random.uniform(0.75, 1.25)  # noqa: S311
-                time.sleep(min(wanted, LONGEST_PAUSE))
-                pause = min(2 * pause, LONGEST_PAUSE)
+                if attempt == ATTEMPTS or asked():
+                    raise self._given_up(attempt, path, again) from again
+                seconds = pause_before(attempt + 1, self.pause) if again.pause is None else again.pause
+                self.trouble.failed(attempt, f"{self.url}: {again}", seconds)
+                wait(seconds)
+                if asked():
+                    raise self._given_up(attempt, path, again) from again
+            else:
+                self.trouble.passed()
+                return found
         raise AssertionError
+
+    def _given_up(self, attempt: int, path: str, again: _Again) -> QwenqError:
+        return QwenqError(
+            f"{attempt} attempts failed, the last: {again}",
+            where=self.url + path,
+            hint="see the server's log; what was answered is kept, the same command goes on",
+        )
 
     def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json", "User-Agent": "qwenq"}
@@ -184,12 +198,13 @@ class Endpoint:
         request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310  checked in endpoint_at
         try:
             with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as response:
+                self.trouble.answered = True
                 content = response.read(LARGEST_REPLY + 1)
         except urllib.error.HTTPError as error:
+            self.trouble.answered = True
             raise self._refusal(error, path) from error
         except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
-            reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-            raise _Again(f"{reason}") from error
+            raise _unreached(error) from error
         try:
             found = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -204,10 +219,8 @@ class Endpoint:
         except (OSError, http.client.HTTPException):
             said = ""
         if error.code in AGAIN:
-            after = error.headers.get("Retry-After", "")
-            return _Again(
-                f"status {error.code} {said[:200]}".strip(), float(after) if after.isdigit() else None
-            )
+            pause = retry_after(error.headers.get("Retry-After"))
+            return _Again(f"status {error.code} {said[:200]}".strip(), pause)
         hints = {
             401: "put the server's key into OPENAI_API_KEY",
             403: "put a key that may use this model into OPENAI_API_KEY",
@@ -237,7 +250,20 @@ class Endpoint:
         return Reply(Written(text[: min(places)] if places else text, counts[0], stopped), counts[1])
 
 
-def endpoint_at(url: str, model: str | None, key: str | None, concurrency: int = CONCURRENCY) -> Endpoint:
+def _unreached(error: Exception) -> _Again:
+    """No connection, or one that broke; in words, without the system's number."""
+    reason = getattr(error, "reason", None) or error
+    said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    return _Again(said, absent=isinstance(reason, ConnectionRefusedError | socket.gaierror))
+
+
+def endpoint_at(
+    url: str,
+    model: str | None,
+    key: str | None,
+    concurrency: int = CONCURRENCY,
+    say: Callable[[str], None] = lambda line: None,
+) -> Endpoint:
     """The endpoint that a user named, asked once whether it serves that model.
 
     Args:
@@ -245,6 +271,7 @@ def endpoint_at(url: str, model: str | None, key: str | None, concurrency: int =
         model: its name there; None: the only one that is served.
         key: see ``Endpoint``.
         concurrency: see ``Endpoint``.
+        say: told when a request failed and is made again.
 
     Raises:
         UsageError: no URL, or no such model there.
@@ -255,7 +282,7 @@ def endpoint_at(url: str, model: str | None, key: str | None, concurrency: int =
         raise UsageError(
             f"{url!r} is no address", where="--endpoint", hint="such as http://localhost:8000/v1"
         )
-    found = Endpoint(url.rstrip("/"), model or "", key, concurrency)
+    found = Endpoint(url.rstrip("/"), model or "", key, concurrency, trouble=Trouble(say))
     served = found.models()
     if model is None:
         if served is None or len(served) != 1:
@@ -265,7 +292,7 @@ def endpoint_at(url: str, model: str | None, key: str | None, concurrency: int =
                 else f"serves {', '.join(served) or 'nothing'}"
             )
             raise UsageError(f"this server {names}", where="--endpoint", hint="name one with --model")
-        return Endpoint(found.url, served[0], key, concurrency)
+        return replace(found, model=served[0])
     if served is not None and model not in served:
         raise UsageError(
             f"{model} is not served there",

@@ -11,6 +11,7 @@ from qwenq.errors import UsageError
 from qwenq.evals.contender import Contender, How
 from qwenq.evals.endpoint import Endpoint
 from qwenq.evals.task import Answer, Item, ProtocolName, Request, Write
+from qwenq.models.identity import family_name
 from qwenq.results import Model
 
 
@@ -36,7 +37,8 @@ class Served:
     """An endpoint in the place of a ``Contender``.
 
     Nobody here has seen its weights: its fingerprint is that of the address and the name, its precision is
-    ``served``.
+    ``served``. Its family is its name less ``-GPTQ-Int4`` and the like, so that `qwenq compare` pairs a model
+    with its base that is served elsewhere.
 
     Attributes:
         endpoint: where it is.
@@ -56,7 +58,7 @@ class Served:
         named = f"{self.endpoint.url} {self.endpoint.model}"
         digest = hashlib.sha256(named.encode()).hexdigest()[:16]
         name = self.endpoint.model.rsplit("/", 1)[-1]
-        return Model(name, f"endpoint:{digest}", "served", name)
+        return Model(name, f"endpoint:{digest}", "served", family_name(name))
 
     @property
     def key(self) -> dict[str, Any]:

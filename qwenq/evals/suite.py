@@ -11,8 +11,9 @@ from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
 from qwenq.environment import environment
-from qwenq.errors import DataError
+from qwenq.errors import DataError, QwenqError
 from qwenq.evals.contender import Contender, by_need, settle_families
+from qwenq.evals.recorded import has_check, record_check
 from qwenq.evals.records import FOLDER
 from qwenq.evals.rows import base_row, rows_of
 from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan
@@ -66,7 +67,8 @@ def evaluate(
 ) -> list[Row]:
     """Ask every model every task; the rows, also appended to ``run`` as they are made.
 
-    Data and sandbox are checked before the first model is loaded.
+    Data and sandbox are checked before the first model is loaded. The rows of quantised models include those
+    of the check that `qwenq quantize` made.
 
     Args:
         command: what the user typed, for the rows.
@@ -93,6 +95,8 @@ def evaluate(
             for plan in coded:
                 check_solutions(plan, sandbox, run, listener, say)
         for contender in order:
+            if isinstance(contender, Contender) and contender.quantised:
+                rows += _recorded_check(contender, run, say)
             for name in wanted.tasks:
                 plan = plans[name, wanted.protocol or contender.protocol]
                 answers = answer(
@@ -103,6 +107,18 @@ def evaluate(
                     say(_write_submission(contender, answers, run))
             contender.unload()
     return rows
+
+
+def _recorded_check(contender: Contender, run: Path, say: Say) -> list[Row]:
+    """KL divergence and same top token as `qwenq quantize` found them; none where it made no check."""
+    folder = contender.checkpoint.folder
+    if not has_check(folder):
+        return []
+    try:
+        return record_check(folder, contender.model, run)
+    except QwenqError as error:
+        say(f"the check of {contender.model.name} is not shown: {error.what} ({error.where})")
+        return []
 
 
 def assist_all(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> None:

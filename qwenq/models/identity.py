@@ -48,8 +48,13 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
     size = sum(tensor_bytes(checkpoint, tensor) for tensor in checkpoint.names())
     quant = QuantConfig.read(checkpoint.config)
     base = base_of(checkpoint.folder)
-    family = model_name(base["model"]) if "model" in base else _QUANTISED_NAME.sub("", name)
+    family = model_name(base["model"]) if "model" in base else family_name(name)
     return Model(name, fingerprint, f"int{quant.bits}", family, size, quant.group_size)
+
+
+def family_name(name: str) -> str:
+    """The name less ``-GPTQ-Int4`` and the like."""
+    return _QUANTISED_NAME.sub("", name)
 
 
 def precision_name(dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -16,7 +17,12 @@ from command_shell import Ran, Shell
 from evals.benchmark_data import write_mmlu
 from tiny_model import write_tiny_model
 
+from qwenq.reporting.collect import collect
+from qwenq.reporting.markdown import render
+from qwenq.reporting.report import make_report
 from qwenq.results import read_environment, read_rows
+from qwenq.run.recorded import record
+from qwenq.storage import sha256_file
 
 SUBJECTS = "abstract_algebra,astronomy"
 
@@ -92,6 +98,104 @@ def test_quantised_models_are_compared_with_their_base(
     assert paired["n"] == 100
     assert paired["sentence"] in ran.out
     assert "paired" not in rows["fp32", "accuracy"].details
+
+
+def write_manifest(folder: Path) -> None:
+    """As `qwenq quantize` leaves it, with what it measured on held-out text."""
+    check = {
+        "kl": {"value": 0.0712, "low": 0.06, "high": 0.08},
+        "same_top": {"value": 0.9, "low": 0.85, "high": 0.95},
+        "perplexity_ratio": {"value": 1.05, "low": None, "high": None},
+        "sequences": 8, "seq_len": 64, "tokens": 504, "dtype": "float32", "device": "cpu", "modules": [],
+    }  # fmt: skip
+    manifest = {
+        "made_by": "qwenq 0.1.0",
+        "recipe": {},
+        "calibration": {"source": "self", "tokens": "abc"},
+        "check": check,
+        "files": {file.name: {"sha256": sha256_file(file)} for file in sorted(folder.iterdir())},
+    }
+    (folder / "qwenq.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_what_quantising_cost_by_its_check_is_shown_and_recorded_once(
+    evaluate: Shell, base: Path, data: Path, tmp_path: Path
+) -> None:
+    int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
+    write_manifest(int8)
+    for _ in range(2):
+        ran = evaluate(base, int8, *options(data), "--out", "run")
+        assert ran.code == 0, ran.err
+        assert (
+            "Tiny-GPTQ-Int8 int8 beside its base, by the check: "
+            "KL divergence 0.0712 nats a token (0.0600 – 0.0800); same top token 90.0% (85.0% – 95.0%); "
+            "perplexity × 1.050"
+        ) in ran.out
+    lines = Path("run/results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["metric"] for line in lines].count("kl") == 1
+    (kl,) = (row for row in read_rows(Path("run")) if row.metric == "kl")
+    assert (kl.value, kl.model.precision, kl.model.family) == (0.0712, "int8", "Tiny")
+    report = render(make_report(collect([Path("run")]), "Tiny"))
+    assert "| Int8 | 0.0712 (0.0600–0.0800) | 90.0 (85.0–95.0) |" in report
+
+    record(int8, Path("run"), "qwenq quantize Tiny")  # as a step of `qwenq run`
+    (kl,) = (row for row in read_rows(Path("run")) if row.metric == "kl")
+    assert kl.details["command"] == "qwenq quantize Tiny"
+    evaluate(base, int8, *options(data), "--out", "run")
+    lines = Path("run/results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["metric"] for line in lines].count("kl") == 2
+
+
+def test_a_check_of_other_bytes_is_not_shown(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:
+    int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
+    write_manifest(int8)
+    config = int8 / "tokenizer_config.json"
+    config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    ran = evaluate(base, int8, *options(data))
+    assert ran.code == 0, ran.err
+    assert "the check of Tiny-GPTQ-Int8 is not shown: the bytes are not those that were written" in ran.err
+    assert "KL divergence" not in ran.out
+    assert {row.metric for row in read_rows(Path("runs/Tiny"))} == {"accuracy", "accuracy.published"}
+
+
+def test_standard_errors_are_in_the_table(evaluate: Shell, base: Path, data: Path) -> None:
+    ran = evaluate(base, *options(data))
+    (row,) = (row for row in read_rows(Path("runs/Tiny")) if row.metric == "accuracy")
+    assert row.details["standard_error"] == pytest.approx((row.value * (1 - row.value) / 12) ** 0.5)
+    header, line = ran.out.splitlines()[:2]
+    assert "± SE" in header
+    shown = f"{row.value:.1%} ± {100 * row.details['standard_error']:.1f} {row.low:.1%} – {row.high:.1%} 12"
+    assert shown in " ".join(line.split())
+
+
+def write_ceval_test(data: Path) -> Path:
+    """Two subjects whose answers nobody has."""
+    for subject, count in (("law", 3), ("logic", 2)):
+        path = data / "ceval" / "test" / f"{subject}_test.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["id", "question", "A", "B", "C", "D"])
+            table.writerows([str(10 + n), f"第{n}题？", "甲", "乙", "丙", "丁"] for n in range(count))
+    return data
+
+
+def test_the_test_split_of_ceval_becomes_the_leaderboards_file(
+    evaluate: Shell, base: Path, tmp_path: Path
+) -> None:
+    data = write_ceval_test(tmp_path / "unanswered")
+    common = ["--tasks", "ceval-test", "--protocol", "base", "--shots", "0", "--data", data]
+    ran = evaluate(base, *common, "--subjects", "law,logic", "--dtype", "float32", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    file = Path("runs/Tiny/ceval-submission.Tiny.fp32.json")
+    assert str(file) in ran.err
+    answers = json.loads(file.read_text(encoding="utf-8"))
+    assert {subject: list(found) for subject, found in answers.items()} == {
+        "law": ["10", "11", "12"],
+        "logic": ["10", "11"],
+    }
+    assert {letter for found in answers.values() for letter in found.values()} <= set("ABCD")
+    assert not Path("runs/Tiny/results.jsonl").exists(), "no score: nobody here knows the answers"
 
 
 def test_one_item_in_full(evaluate: Shell, base: Path, data: Path) -> None:

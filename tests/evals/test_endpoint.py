@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_shell import Shell
 
 from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import ATTEMPTS, Endpoint, endpoint_at
+from qwenq.evals.endpoint import Endpoint, endpoint_at
+from qwenq.evals.patience import (
+    ATTEMPTS,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    LONGEST_WAIT,
+    Trouble,
+    pause_before,
+    retry_after,
+)
 from qwenq.evals.records import read_records
+from qwenq.evals.rows import rows_of
 from qwenq.evals.run import Plan, answer
 from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import Choose, DataSource, Item, Judgement, Score, Write
+from qwenq.results import append_row
 
 
 class Server(ThreadingHTTPServer):
@@ -34,6 +50,7 @@ class Server(ThreadingHTTPServer):
         self.keys: list[str | None] = []
         self.busy = self.most_busy = 0
         self.pause = 0.0
+        self.retry_after = ""
         self.lock = threading.Lock()
 
     @property
@@ -96,6 +113,8 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, content: Any) -> None:
         body = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(status)
+        if status == 429 and self.server.retry_after:
+            self.send_header("Retry-After", self.server.retry_after)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -112,6 +131,15 @@ def server() -> Iterator[Server]:
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
         running.shutdown()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been waited; nothing waits, and no pause is drawn at random."""
+    found: list[float] = []
+    monkeypatch.setattr("qwenq.evals.endpoint.wait", found.append)
+    monkeypatch.setattr("qwenq.evals.patience.random.uniform", lambda low, high: (low + high) / 2)
+    return found
 
 
 def at(server: Server, **changes: Any) -> Endpoint:
@@ -156,6 +184,77 @@ def test_after_many_attempts_it_is_an_error_that_says_why(server: Server) -> Non
     with pytest.raises(QwenqError, match=rf"{ATTEMPTS} attempts failed, the last: status 503.*trouble 503"):
         at(server).ask(chat("one"))
     assert len(server.seen) == ATTEMPTS
+
+
+def test_every_pause_is_twice_the_last(server: Server, waits: list[float]) -> None:
+    server.trouble = ["503"] * 100
+    with pytest.raises(QwenqError):
+        at(server, pause=FIRST_PAUSE).ask(chat("one"))
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    assert pause_before(20) == LONGEST_PAUSE
+
+
+@pytest.mark.parametrize(("header", "seconds"), [
+    ("7", 7.0), (" 90 ", 90.0), ("86400", LONGEST_WAIT), ("soon", 0.5), ("-3", 0.5), ("", 0.5),
+])  # fmt: skip
+def test_as_long_as_the_server_says(server: Server, waits: list[float], header: str, seconds: float) -> None:
+    server.trouble, server.retry_after = ["429"], header
+    assert at(server, pause=FIRST_PAUSE).ask(chat("one")).written.text == "ONE"
+    assert waits == [seconds]
+
+
+def test_a_server_may_name_a_date() -> None:
+    in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert retry_after(in_a_minute) == pytest.approx(60, abs=2)
+    assert retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0
+    assert retry_after(None) is None
+
+
+def test_what_is_asked_again_is_said_and_counted_down(server: Server, waits: list[float]) -> None:
+    said: list[str] = []
+    server.trouble = ["503", "503", "hang up"]
+    at(server, trouble=Trouble(said.append)).ask(chat("one"))
+    assert len(waits) == len(said) == 3
+    assert all(line.startswith(f"{server.url}: ") for line in said)
+    assert "status 503" in said[0] and said[0].endswith("; asked again in 0 s, 7 attempts left")
+    assert said[1].endswith("6 attempts left")
+    assert "503" not in said[2] and said[2].endswith("5 attempts left")
+
+
+def test_requests_that_fail_together_say_so_once() -> None:
+    said: list[str] = []
+    trouble = Trouble(said.append)
+    for attempt in (1, 2, 7):
+        for _ in range(8):
+            trouble.failed(attempt, "busy", 2.0)
+    assert [line.split(", ")[1] for line in said] == ["7 attempts left", "6 attempts left", "1 attempt left"]
+    trouble.passed()
+    trouble.failed(1, "busy", 2.0)
+    assert len(said) == 3, "a server that is busy now and then is not announced every time"
+    trouble.failed(2, "busy", 2.0)
+    assert len(said) == 4
+
+
+def test_where_nothing_ever_answered_a_refused_connection_is_an_error_at_once(waits: list[float]) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # it does not listen
+        url = f"http://127.0.0.1:{reserved.getsockname()[1]}/v1"
+        with pytest.raises(QwenqError, match="nothing answers there: Connection refused") as caught:
+            endpoint_at(url, "big/model", None)
+    assert caught.value.where == url
+    assert "has started" in str(caught.value.hint)
+    assert waits == []
+
+
+def test_a_server_that_has_answered_once_is_waited_for(waits: list[float]) -> None:
+    said: list[str] = []
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        endpoint = endpoint_at(running.url, None, None, say=said.append)
+        running.shutdown()
+    with pytest.raises(QwenqError, match=f"{ATTEMPTS} attempts failed, the last: Connection refused"):
+        endpoint.ask(chat("one"))
+    assert len(waits) == len(said) == ATTEMPTS - 1
 
 
 @pytest.mark.parametrize(("status", "hint"), [
@@ -320,3 +419,26 @@ def test_rows_say_that_nobody_here_saw_the_weights(server: Server) -> None:
     assert served.model.fingerprint != Served(at(server, model="other")).model.fingerprint
     assert not served.quantised
     served.unload()
+
+
+@pytest.mark.parametrize("named", ["model", "model-GPTQ-Int4"])
+def test_two_served_models_are_compared_item_by_item(
+    server: Server,
+    tmp_path: Path,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of one family, also where a quantised one is served under a name of its own."""
+    for folder, model in (("before", "model"), ("after", named)):
+        served = Served(at(server, model=model))
+        plan = Plan(Shout(), Shout().items(), source=DataSource())  # type: ignore[arg-type]
+        answers = answer(served, plan, tmp_path / folder, Quiet())  # type: ignore[arg-type]
+        if folder == "after":
+            wrong = [(item, replace(verdict, correct=False)) for item, verdict in answers.judged]
+            answers = replace(answers, judged=wrong)
+        for row in rows_of(served, plan, answers, None, {"dtype": served.how.dtype}):
+            append_row(tmp_path / folder, row)
+    ran = Shell("compare", monkeypatch, capsys)(tmp_path / "before", tmp_path / "after")
+    assert ran.code == 1, ran.err
+    assert "6 lost, 0 won, p = 0.031" in ran.out

@@ -1,0 +1,78 @@
+"""Waiting for a server: how long, and what whoever waits is told.
+
+Many requests are under way at a time, and all fail when the server does: one line a round is enough.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from qwenq.stopping import asked
+
+ATTEMPTS = 8
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds, of our own choice
+LONGEST_WAIT = 600.0  # seconds that a server may ask for
+QUIET_SECONDS = 30.0  # between lines on first failures: a server that is busy refuses some all the time
+_SLICE = 0.5
+
+
+class Trouble:
+    """What is known of a server by all who ask it.
+
+    Args:
+        say: told a line at a failed attempt, unless another request has just said as much.
+
+    Attributes:
+        answered: it has sent something, whatever it was.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+        self.answered = False
+        self._say, self._lock = say, threading.Lock()
+        self._round, self._told = 0, -QUIET_SECONDS
+
+    def failed(self, attempt: int, why: str, seconds: float) -> None:
+        """An attempt failed, the first is 1; the next comes in so many seconds."""
+        now, left = time.monotonic(), ATTEMPTS - attempt
+        with self._lock:
+            if attempt <= self._round or (attempt == 1 and now - self._told < QUIET_SECONDS):
+                return
+            self._round, self._told = attempt, now
+        self._say(f"{why}; asked again in {seconds:.0f} s, {left} attempt{'s' * (left != 1)} left")
+
+    def passed(self) -> None:
+        """A request was answered."""
+        with self._lock:
+            self._round = 0
+
+
+def pause_before(attempt: int, first: float = FIRST_PAUSE) -> float:
+    """Seconds before an attempt, the second is 2: each twice the last, none quite as another request's."""
+    return min(first * 2.0 ** (attempt - 2), LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for, as a number or a date (RFC 9110, 10.2.3); None: neither."""
+    if not header:
+        return None
+    text = header.strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text), LONGEST_WAIT)
+    try:
+        until = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    until = until if until.tzinfo else until.replace(tzinfo=UTC)
+    return min(max(0.0, (until - datetime.now(UTC)).total_seconds()), LONGEST_WAIT)
+
+
+def wait(seconds: float) -> None:
+    """Sleep; no longer once SIGTERM has come."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not asked():
+        time.sleep(min(left, _SLICE))

@@ -1,0 +1,112 @@
+"""The check that `qwenq quantize` made of a model, as rows: KL divergence, same top token, perplexity.
+
+The check is in the manifest already; nothing is measured again. It was made of the bytes whose hashes are
+there, too: of a folder with others it says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import CorruptFileError
+from qwenq.models.integrity import verify_files
+from qwenq.models.manifest import MANIFEST
+from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows
+
+UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
+"""Metrics of the check that have an interval."""
+
+
+def has_check(folder: Path) -> bool:
+    """Whether the folder has a manifest that holds a check; one of random weights does not."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and isinstance(manifest.get("check"), dict)
+
+
+def record_check(folder: Path, model: Model, run: Path, command: str = "") -> list[Row]:
+    """The rows of a quantised model's check, also appended to a run folder that does not have them yet.
+
+    Args:
+        folder: of the model.
+        model: what the rows say of it.
+        run: the run folder; hold it (``storage.locked``), or let nobody else write there.
+        command: that quantised it; empty: not known.
+
+    Raises:
+        CorruptFileError: the folder has no manifest, or one without a check, or its bytes are others.
+        UsageError: a broken row in the run folder.
+    """
+    rows = list(rows_of(_read(folder / MANIFEST), model, command))
+    known = read_rows(run) if (run / RESULTS_FILE).exists() else []
+    missing = [row for row in rows if not any(_says(other, row) for other in known)]
+    if missing:
+        verify_files(folder)
+    for row in missing:
+        append_row(run, row)
+    return rows
+
+
+def rows_of(manifest: dict[str, Any], model: Model, command: str) -> Iterator[Row]:
+    """KL, with the errors of the modules; same top token; perplexity as a ratio to the base's."""
+    check, calibration = manifest["check"], manifest["calibration"]
+    point: dict[str, Value] = {
+        "text": f"held out of {calibration['source']}",
+        "text_fingerprint": calibration["tokens"],
+        "sequences": check["sequences"],
+        "seq_len": check["seq_len"],
+        "dtype": check["dtype"],
+    }
+    common: dict[str, Any] = {
+        "n": check["tokens"],
+        "implementation": manifest["made_by"],
+        "settings": {"recipe": manifest["recipe"], "device": check["device"]},
+        "date": date.today().isoformat(),
+    }
+    for metric, unit in UNITS.items():
+        found = check[metric.replace(".", "_")]
+        if found["value"] is None:
+            reason = "not finite"
+            yield Row(metric, model, point, None, unit, status="failed", reason=reason, **common)
+            continue
+        details = {"command": command} if command else {}
+        details |= _details_of_kl(check) if metric == "kl" else {}
+        bounds = (found["low"], found["high"])
+        yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
+
+
+def _says(known: Row, row: Row) -> bool:
+    """Whether a recorded row says all that this one does, on whatever day; of commands, any will do."""
+    told = {**row.details, "command": known.details.get("command")}
+    same = replace(row, date=known.date, details=told if told["command"] else row.details)
+    return json.dumps(same.to_json(), sort_keys=True) == json.dumps(known.to_json(), sort_keys=True)
+
+
+def _details_of_kl(check: dict[str, Any]) -> dict[str, Any]:
+    """The modules' errors; and the curve over position, which older manifests do not have."""
+    measured = [part for part in check.get("kl_by_position", []) if part["value"] is not None]
+    curve = {
+        "positions": [(part["first"] + part["last"]) / 2 for part in measured],
+        "values": [part["value"] for part in measured],
+        "counts": [part["n"] for part in measured],
+        "lows": [part["low"] for part in measured],
+        "highs": [part["high"] for part in measured],
+    }
+    return {"modules": check["modules"], **(curve if measured else {})}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(manifest["check"], dict) and isinstance(manifest["calibration"], dict):
+            return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFileError(f"no manifest of a quantised model: {error!r}", where=path) from error
+    raise CorruptFileError("the manifest holds no check", where=path)

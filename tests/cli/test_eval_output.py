@@ -1,0 +1,100 @@
+"""How far an evaluation is: running accuracy and time left, by a clock that goes on when it is told to."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qwenq.cli import eval_output
+from qwenq.cli.eval_output import Progress
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(eval_output, "time", found)
+    return found
+
+
+def begin(progress: Progress, items: int, recorded: int = 0) -> None:
+    contender: Any = SimpleNamespace(model=SimpleNamespace(name="Tiny", precision="int4"))
+    plan: Any = SimpleNamespace(task=SimpleNamespace(name="mmlu"), items=range(items))
+    progress.started(contender, plan, recorded)
+
+
+def test_a_log_has_a_line_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress() as progress:
+        begin(progress, 40)
+        for number in range(40):
+            clock.now += 1
+            progress.judged(number % 4 != 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "Tiny int4, mmlu: 40 items",
+        "Tiny int4, mmlu: 10 of 40, 70.0% correct, 30 s left",
+        "Tiny int4, mmlu: 20 of 40, 75.0% correct, 20 s left",
+        "Tiny int4, mmlu: 30 of 40, 73.3% correct, 10 s left",
+        "Tiny int4, mmlu: 40 of 40, 75.0% correct, 40 s",
+    ]
+
+
+def test_what_was_known_from_records_took_no_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress() as progress:
+        begin(progress, 100, recorded=80)
+        for _ in range(5):
+            clock.now += 3
+            progress.judged(True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Tiny int4, mmlu: 100 items, 80 known from records"
+    assert lines[1] == "Tiny int4, mmlu: 84 of 100, 100.0% correct, 48 s left"
+
+
+def test_answers_whose_programs_have_not_run_count_in_no_accuracy(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress() as progress:
+        begin(progress, 2)
+        progress.judged(None)
+        progress.judged(None)
+        progress.running(2)
+        clock.now += 4
+        progress.ran(True)
+        progress.ran(False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == [
+        "Tiny int4, mmlu: 2 of 2, 0 s",
+        "Tiny int4, mmlu: running programs: 2 of 2, 50.0% correct, 4 s",
+    ]
+
+
+def test_a_terminal_shows_the_accuracy_and_the_time_left(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    bar = eval_output._bar()
+    bar.live.console = Console(file=shown, force_terminal=True, width=120)
+    bar.get_time = clock.monotonic
+    monkeypatch.setattr(eval_output, "_bar", lambda: bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Progress() as progress:
+        begin(progress, 40)
+        for number in range(20):
+            clock.now += 2
+            progress.judged(number % 4 != 0)
+        bar.refresh()
+        text = Console(file=io.StringIO(), width=120)
+        text.print(bar.get_renderable())
+        line = text.file.getvalue()  # type: ignore[attr-defined]
+    assert "Tiny int4, mmlu" in line
+    assert "20/40 75.0% correct 0:00:40 left" in line
