@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ _CHUNK = 1 << 20  # elements drawn at once, whatever the tensor
 _BITS_OF = {2: torch.int16, 4: torch.int32}
 
 
-def is_random(config: dict[str, Any]) -> bool:
+def is_random(config: Mapping[str, Any]) -> bool:
     """Whether a config.json belongs to a model with random weights."""
     return RANDOM_KEY in config
 
