@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_any_number_of_processes_finds_the_same(
 def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_others(
     launch: Launcher, alone: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Rank 1 is killed when it puts its records on the disk at the end: they are all written then."""
+    """Rank 1 is killed as it puts records on the disk: those before are known, whoever goes on."""
     argv = ["eval", "Tiny", "--data", "data", "--protocol", "base", "--dtype", "float32", "--device", "cpu"]
     argv += ["--tasks", "mmlu", "--subjects", "abstract_algebra,astronomy", "--limit", "7", "--json"]
     ended = launch(2, *argv, "--out", tmp_path, at={1: {"signal": 9, "fsync": 3}})
@@ -77,7 +78,9 @@ def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_others(
     assert any(".rank1." in name for name in parts)
     ended = evaluate(launch, 3, tmp_path)
     assert ended.statuses == [0, 0, 0], ended.shown
-    assert "14 items, 14 known from records" in ended.shown[0]
+    known = re.search(r"14 items, (\d+) known from records", ended.shown[0])
+    assert known is not None, ended.shown
+    assert len(parts) <= int(known[1]) <= 14
     require_same(records(tmp_path), alone)
 
 
