@@ -151,7 +151,10 @@ def quantize_table(report: Report) -> str:
             ]
         )
     facts, peer = report["environment"], report["environment"]["versions_gptqmodel"].get("gptqmodel", "")
-    ratios = "; ".join(f"{name.split('_')[0]} × {value:.2f}" for name, value in report["ratios"].items())
+    ratios = "; ".join(
+        f"{name.removesuffix('_vs_gptqmodel').replace('_', ' ')} × {value:.2f}"
+        for name, value in report["ratios"].items()
+    )
     return (
         f"{markdown_table(['', 'seconds', 'peak MiB', 'perplexity'], rows)}\n"
         f"qwenq against GPTQModel {peer}: {ratios} (gap: perplexity above the unquantised model's). "
