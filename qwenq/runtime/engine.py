@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -119,7 +120,7 @@ class Engine(Protocol):
         ...
 
 
-class CachedEngine:
+class CachedEngine(ABC):
     """What the engines share; one has to say how tokens become hidden states, and those become logits."""
 
     name: str
@@ -131,17 +132,17 @@ class CachedEngine:
     real_vocab: int
     context: int | None
 
+    @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Int64 [batch, tokens] → [batch, tokens, hidden]; adds ``counts[r]`` tokens to each row r."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _head(self, hidden: Tensor) -> Tensor:
         """[..., hidden] → float32 [..., vocabulary]."""
-        raise NotImplementedError
 
     def prompt_alpha(self, tokens: int) -> int:
         """1: only the fast engine has Qwen v1's dynamic NTK."""

@@ -19,7 +19,6 @@ from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.programs import Outcome, Program
 from qwenq.evals.sandbox.run import run_programs
 
-DATA = Path(__file__).parents[2].parent / "shared/data/humaneval/HumanEval.jsonl.gz"
 GOOD = "def double(x):\n    return 2 * x\n"
 TESTS = "assert double(3) == 6\nassert double('ab') == 'abab'\n"
 
@@ -295,10 +294,10 @@ def test_a_leaky_sandbox_is_not_used() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA.exists(), reason="no HumanEval data here")
-def test_canonical_solutions_pass(sandbox: Sandbox) -> None:
+def test_canonical_solutions_pass(sandbox: Sandbox, shared_data: Path) -> None:
     programs = []
-    for line in gzip.decompress(DATA.read_bytes()).decode().splitlines():
+    items = shared_data / "humaneval" / "HumanEval.jsonl.gz"
+    for line in gzip.decompress(items.read_bytes()).decode().splitlines():
         row = json.loads(line)
         tests = f"{row['test']}\ncheck({row['entry_point']})"
         source = row["prompt"] + row["canonical_solution"]

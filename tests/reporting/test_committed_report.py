@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
+from report_cells import plain, shown
 
 DEMO = Path(__file__).parents[2] / "reports" / "demo"
 
@@ -17,17 +18,6 @@ DEMO = Path(__file__).parents[2] / "reports" / "demo"
 @pytest.fixture(scope="module")
 def results() -> Any:
     return json.loads((DEMO / "results.json").read_text(encoding="utf-8"))
-
-
-def shown(cell: dict[str, Any]) -> str:
-    interval = f" ({cell['low']}–{cell['high']})" if "low" in cell else ""
-    return f"{cell.get('text', '')}{interval}"
-
-
-def plain(cell: str) -> str:
-    """A Markdown cell without footnote, emphasis, escapes."""
-    text = re.sub(r"[⁰¹²³⁴-⁹]+$", "", cell.strip())
-    return re.sub(r"\\(.)", r"\1", re.sub(r"\\\*$", "", re.sub(r"^\*(.*)\*$", r"\1", text)))
 
 
 def markdown_tables(text: str) -> dict[str, list[list[str]]]:

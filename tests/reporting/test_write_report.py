@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from example_runs import accuracy, model, rows, speed, write_run
+from report_cells import plain, shown
 
 from qwenq.errors import UsageError
 from qwenq.reporting.collect import Collection, collect
@@ -101,17 +102,6 @@ def test_the_same_runs_give_the_same_bytes(example: Path, written: Path, tmp_pat
             assert (tmp_path / "again" / path.relative_to(written)).read_bytes() == path.read_bytes(), (
                 path.name
             )
-
-
-def shown(cell: dict[str, Any]) -> str:
-    interval = f" ({cell['low']}–{cell['high']})" if "low" in cell else ""
-    return f"{cell.get('text', '')}{interval}"
-
-
-def plain(cell: str) -> str:
-    """A Markdown cell without footnote, emphasis, escapes."""
-    text = re.sub(r"[⁰¹²³⁴-⁹]+$", "", cell.strip())
-    return re.sub(r"\\(.)", r"\1", re.sub(r"\\\*$", "", re.sub(r"^\*(.*)\*$", r"\1", text)))
 
 
 def test_markdown_shows_the_figures_of_results_json(written: Path, results: Any) -> None:
