@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from _common import ROOT, Child, machine, markdown_table, resolve_bundled, run_child, versions, write_report
 
-SAMPLES, SEQ_LEN, HELD_OUT = 12, 256, 2
+SAMPLES, SEQ_LEN, HELD_OUT = 24, 256, 2  # three batches: one for each of three processes
 PROCESSES = (1, 2, 3)
 MEMORY = 1.1  # of one process alone: what each of several may take
 CONTROL = """
