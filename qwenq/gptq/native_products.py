@@ -11,7 +11,6 @@ some of Y register by register, and keeps its sums in registers for PAIRS pairs.
 
 from __future__ import annotations
 
-import struct
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ from llvmlite import ir
 from torch import Tensor
 from torch.nn import functional
 
-from qwenq.native.bfloat16 import WORDS, add_pairs, rows_as_pairs
+from qwenq.native.bfloat16 import WORDS, add_to_tile, rows_as_pairs, tile_of_sums
 from qwenq.native.code import (
     FLOAT,
     LANES,
@@ -32,7 +31,7 @@ from qwenq.native.code import (
     on_all_threads,
     same,
 )
-from qwenq.native.floats import FLOATS, multiply_add
+from qwenq.native.floats import FLOATS, float_bits, multiply_add, told_float
 
 ROWS = 8
 """Of a tile."""
@@ -70,7 +69,7 @@ class NativeProducts:
         _code("add")(
             left.data_ptr(), right.data_ptr(), self._mean.data_ptr(),
             _pairs(tokens), *self._panels, int(self._symmetric),
-            _bits(self._tokens / total), _bits(2.0 / total), torch.get_num_threads(),
+            float_bits(self._tokens / total), float_bits(2.0 / total), torch.get_num_threads(),
         )  # fmt: skip
         self._tokens = total
 
@@ -100,11 +99,6 @@ def _panels(columns: int, together: int) -> int:
 
 def _pairs(tokens: int) -> int:
     return -(-tokens // 2)
-
-
-def _bits(number: float) -> int:
-    """A float32 as the integer that has its bits."""
-    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 @cache
@@ -158,7 +152,7 @@ def _build_add(
 ) -> None:
     """This thread's tiles, run after run; a tile is the same thread's in all of them."""
     me, threads = code.thread(), code.threads()
-    keep, weight = (code.bitcast(code.trunc(value, WORD), FLOAT) for value in (keep, weight))
+    keep, weight = (told_float(code, value) for value in (keep, weight))
     everything = code.icmp_signed("==", lower, LONG(0))
     with code.each(0, pairs, PAIRS) as first:
         run = _run(code, first, pairs)
@@ -186,16 +180,15 @@ def _build_add(
 
 def _build_sums(code: Code, x: ir.Value, y: ir.Value, run: ir.Value) -> list[list[ir.Value]]:
     """A run's products for a tile: a variable for each of its rows and registers."""
-    sums = [[code.local(same(FLOAT, 0.0)) for _ in range(REGISTERS)] for _ in range(ROWS)]
+    sums = tile_of_sums(code, ROWS, REGISTERS)
     with code.each(0, run) as pair:
         held = [
             code.read(y, code.plus(code.times(run, register), pair), WORDS, WORDS)
             for register in range(REGISTERS)
         ]
-        for row, of_row in enumerate(sums):
-            spread = code.spread(code.read(x, code.plus(code.times(pair, LANES), row), WORD, WORD))
-            for place, other in zip(of_row, held, strict=True):
-                code.store(add_pairs(code, code.load(place, typ=FLOATS), spread, other), place)
+        rows = range(ROWS)
+        words = (code.read(x, code.plus(code.times(pair, LANES), row), WORD, WORD) for row in rows)
+        add_to_tile(code, sums, words, held)
     return sums
 
 

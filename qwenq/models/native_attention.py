@@ -12,7 +12,6 @@ Keys are packed first, 16 side by side, and values in pairs: that is how the CPU
 
 from __future__ import annotations
 
-import struct
 from functools import cache, partial
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from qwenq.native.bfloat16 import WORDS, add_pairs, put_bfloat16, rows_as_pairs
+from qwenq.native.bfloat16 import WORDS, add_to_tile, put_bfloat16, rows_as_pairs, tile_of_sums
 from qwenq.native.code import (
     BYTE,
     FLOAT,
@@ -34,7 +33,15 @@ from qwenq.native.code import (
     on_all_threads,
     same,
 )
-from qwenq.native.floats import FLOATS, exponential, floats, lanes_before, put_floats
+from qwenq.native.floats import (
+    FLOATS,
+    exponential,
+    float_bits,
+    floats,
+    lanes_before,
+    put_floats,
+    told_float,
+)
 
 QUERIES = 8
 """Rows of a tile."""
@@ -67,8 +74,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     scratch = torch.empty(threads * _scratch_bytes(panels), dtype=torch.uint8)
     strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
     addresses = (x.data_ptr() for x in (q, k, v, out, keys, values, scratch))
-    bits = int.from_bytes(struct.pack("<f", scale), "little")
-    _code(d)(*addresses, batch, heads, kv_heads, tokens, panels, *strides, bits, threads)
+    _code(d)(*addresses, batch, heads, kv_heads, tokens, panels, *strides, float_bits(scale), threads)
     return out
 
 
@@ -95,7 +101,7 @@ class _Attention:
         (told,) = code.function.args
         kinds = [(name, POINTER) for name in _POINTERS] + [(name, LONG) for name in _NUMBERS]
         self.job = {name: code.read(told, i, kind, LONG) for i, (name, kind) in enumerate(kinds)}
-        self.scale = code.spread(code.bitcast(code.trunc(self.job["scale"], WORD), FLOAT))
+        self.scale = code.spread(told_float(code, self.job["scale"]))
         self.width = code.times(self.job["panels"], LANES)  # numbers of a row of scores
         rows = code.times(self.width, QUERIES)
         size = code.plus(code.times(rows, 6), 64)  # _scratch_bytes
@@ -171,11 +177,11 @@ class _Attention:
     def _score(self, rows: list[ir.Value], keys: ir.Value, start: ir.Value) -> None:
         """Products of all rows with the keys of some panels."""
         code, step = self.code, self.d * LANES // 2
-        sums = self._sums(REGISTERS)
+        sums = tile_of_sums(code, QUERIES, REGISTERS)
         with code.each(0, self.d // 2) as pair:
             at = code.times(pair, LANES)
             held = [code.read(keys, code.plus(at, i * step), WORDS, WORD) for i in range(REGISTERS)]
-            self._add(sums, [code.read(row, pair, WORD, WORD) for row in rows], held)
+            add_to_tile(code, sums, [code.read(row, pair, WORD, WORD) for row in rows], held)
         for row, of_row in enumerate(sums):
             for register, place in enumerate(of_row):
                 at = code.plus(code.times(self.width, row), start, register * LANES)
@@ -206,7 +212,7 @@ class _Attention:
     def _mix(self, registers: list[int], values: ir.Value, first: ir.Value, out: ir.Value) -> None:
         """Means of some columns of the values."""
         code, d = self.code, self.d
-        sums = self._sums(len(registers))
+        sums = tile_of_sums(code, QUERIES, len(registers))
         with code.each(0, code.sdiv(code.plus(first, QUERIES), LONG(2))) as pair:
             at = code.times(pair, d)
             held = [code.read(values, code.plus(at, i * LANES), WORDS, WORD) for i in registers]
@@ -216,7 +222,7 @@ class _Attention:
                 )
                 for row in range(QUERIES)
             ]
-            self._add(sums, powers, held)
+            add_to_tile(code, sums, powers, held)
         for row, of_row in enumerate(sums):
             there = code.icmp_signed("<", code.plus(first, row), self.job["tokens"])
             with code.if_then(there):
@@ -224,15 +230,3 @@ class _Attention:
                 for register, place in zip(registers, of_row, strict=True):
                     to = code.plus(code.times(self.job["heads"], row, d), register * LANES)
                     put_bfloat16(code, code.fmul(code.load(place, typ=FLOATS), inverse), out, to)
-
-    def _sums(self, registers: int) -> list[list[ir.Value]]:
-        """A variable for each row and register."""
-        return [[self.code.local(same(FLOAT, 0.0)) for _ in range(registers)] for _ in range(QUERIES)]
-
-    def _add(self, sums: list[list[ir.Value]], numbers: list[ir.Value], held: list[ir.Value]) -> None:
-        """Every row's pair with every register's."""
-        for of_row, number in zip(sums, numbers, strict=True):
-            spread = self.code.spread(number)
-            for place, other in zip(of_row, held, strict=True):
-                added = add_pairs(self.code, self.code.load(place, typ=FLOATS), spread, other)
-                self.code.store(added, place)

@@ -6,9 +6,11 @@ What it sums over therefore lies in pairs: two numbers in 32 bits, the first in 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llvmlite import ir
 
-from qwenq.native.code import LANES, SHORT, WORD, Code, same, vector
+from qwenq.native.code import FLOAT, LANES, SHORT, WORD, Code, same, vector
 from qwenq.native.floats import FLOATS
 
 WORDS, SHORTS = vector(WORD), vector(SHORT)
@@ -34,6 +36,29 @@ def add_pairs(code: Code, sums: ir.Value, first: ir.Value, second: ir.Value) -> 
     """16 float32 sums, and the products of 16 pairs each in two registers of 32-bit words."""
     pairs = (code.bitcast(words, _PAIRS) for words in (first, second))
     return code.run("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, *pairs)
+
+
+def tile_of_sums(code: Code, rows: int, registers: int) -> list[list[ir.Value]]:
+    """Sums of a tile, zero so far: a variable of 16 float32 for each of its rows and registers."""
+    return [[code.local(same(FLOAT, 0.0)) for _ in range(registers)] for _ in range(rows)]
+
+
+def add_to_tile(
+    code: Code, sums: list[list[ir.Value]], words: Iterable[ir.Value], held: list[ir.Value]
+) -> None:
+    """Add the products of every row's pair with every register's 16 pairs.
+
+    Args:
+        code: where.
+        sums: of ``tile_of_sums``.
+        words: a pair in 32 bits for each row. An iterator is asked for one when its row's turn comes, so that
+            each is read just before it is used.
+        held: registers of 16 pairs.
+    """
+    for of_row, word in zip(sums, words, strict=True):
+        spread = code.spread(word)
+        for place, other in zip(of_row, held, strict=True):
+            code.store(add_pairs(code, code.load(place, typ=FLOATS), spread, other), place)
 
 
 def rows_as_pairs(code: Code, base: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:

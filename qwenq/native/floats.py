@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 from llvmlite import ir
 
@@ -13,6 +14,16 @@ FLOATS = vector(FLOAT)
 _EXP_TERMS = 8
 _LN2 = 0.693359375, -2.12194440e-4  # in two parts, the first exact in few bits (Cody and Waite)
 _EXP_RANGE = -87.0, 88.0  # where e^x is a normal float32
+
+
+def float_bits(number: float) -> int:
+    """A float32 as the integer that has its bits: as compiled code is told one, see ``told_float``."""
+    return int.from_bytes(struct.pack("<f", number), "little")
+
+
+def told_float(code: Code, bits: ir.Value) -> ir.Value:
+    """The float32 whose bits are in a 64-bit integer."""
+    return code.bitcast(code.trunc(bits, WORD), FLOAT)
 
 
 def floats(code: Code, base: ir.Value, offset: ir.Value | int) -> ir.Value:

@@ -24,11 +24,11 @@ from qwenq.native.code import (
     on_all_threads,
     same,
 )
-from qwenq.native.floats import floats, put_floats, sigmoid
+from qwenq.native.floats import FLOATS, floats, put_floats, sigmoid
 from qwenq.runtime.kernels.native_layout import BLOCK, JOB, LAYER, VECTORS, Shape
 from qwenq.runtime.kernels.native_rotation import Rotation
 from qwenq.runtime.kernels.native_split import SplitAttention
-from qwenq.runtime.kernels.native_vnni import FLOATS, Activations, multiply, quantise
+from qwenq.runtime.kernels.native_vnni import Activations, multiply, quantise
 
 
 def step(shape: Shape) -> Any:

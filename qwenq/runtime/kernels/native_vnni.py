@@ -38,9 +38,9 @@ from qwenq.native.code import (
     same,
     vector,
 )
+from qwenq.native.floats import FLOATS
 from qwenq.runtime.kernels.native_layout import LAYER, OUTPUTS
 
-FLOATS = vector(FLOAT)
 _REGISTERS = OUTPUTS // LANES
 _LARGEST = 127.0 * 256.0  # the largest of a group in 16 bits: its high byte is 127
 _TINY = 1e-30  # instead of zero as the largest of a group
