@@ -22,6 +22,7 @@ from qwenq.gptq.rows import Settings
 from qwenq.gptq.walk import linears_of, shared_inputs, walk
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.packing import PackedLinear, dequantise, pack
+from qwenq.models.shapes import GROUP_SIZES, fitting_group_sizes
 from qwenq.stopping import Terminated, asked
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ DRIFT_SHARE = 1.0  # of the batches also run through the original model, to see 
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_IS_STORED = "this layer is on the disk"
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-GROUP_SIZES = (128, 64, 32)  # "auto" takes the first that divides every input width
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def choose_group_size(wanted: int | str, widths: dict[str, int]) -> tuple[int, s
         UsageError: a size that does not divide every width.
     """
     if wanted == "auto":
-        for size in GROUP_SIZES:
-            if all(width % size == 0 for width in widths.values()):
-                return size, f"group size {size}: the largest of 128, 64, 32 that divides every input width"
-        raise _indivisible(GROUP_SIZES[-1], widths)
+        if not (fitting := fitting_group_sizes(widths.values())):
+            raise _indivisible(GROUP_SIZES[-1], widths)
+        tried = ", ".join(map(str, GROUP_SIZES))
+        return fitting[0], f"group size {fitting[0]}: the largest of {tried} that divides every input width"
     size = int(wanted)
     if size != -1 and any(width % size for width in widths.values()):
         raise _indivisible(size, widths)
@@ -94,7 +94,7 @@ def choose_group_size(wanted: int | str, widths: dict[str, int]) -> tuple[int, s
 
 def _indivisible(size: int, widths: dict[str, int]) -> UsageError:
     name, width = next((name, width) for name, width in widths.items() if width % size)
-    fitting = [str(s) for s in GROUP_SIZES if all(width % s == 0 for width in widths.values())]
+    fitting = map(str, fitting_group_sizes(widths.values()))
     return UsageError(
         f"group size {size} does not divide the {width} input columns of {name}",
         where="--group-size",

@@ -6,7 +6,7 @@ the Qwen2 layout (v1's fused ``c_attn`` is seen as q, k and v; its halved ``inte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 
 GROUP_SIZES = (128, 64, 32)
 """What ``--group-size auto`` tries, in order."""
+
+
+def fitting_group_sizes(widths: Iterable[int]) -> list[int]:
+    """Those of ``GROUP_SIZES`` that divide every input width; ``--group-size auto`` takes the first."""
+    every = set(widths)
+    return [size for size in GROUP_SIZES if not any(width % size for width in every)]
 
 
 @dataclass(frozen=True)
@@ -217,9 +223,8 @@ class ModelShape:
 
     def auto_group_size(self) -> int:
         """The group size ``auto`` takes: the largest of 128, 64, 32 that divides every input width."""
-        for size in GROUP_SIZES:
-            if all(module.columns % size == 0 for module in self.linears()):
-                return size
+        if fitting := fitting_group_sizes(module.columns for module in self.linears()):
+            return fitting[0]
         raise UsageError(
             f"no group size of {GROUP_SIZES} divides every input width of this model",
             hint="use --group-size -1 (one group per row)",
