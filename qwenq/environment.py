@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import date
 from importlib import metadata
@@ -22,6 +23,11 @@ FEATURES = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
     "amx_tile", "amx_bf16", "amx_int8", "neon", "asimd", "asimddp", "sve", "i8mm", "bf16",
 )  # fmt: skip
+
+MACHINE = "machine"
+"""Key of a row's ``settings``: what it was measured on. A folder may be gone on with on another machine."""
+_OF_MACHINE = ("cpu", "memory_bytes", "gpus")
+UNKNOWN = "unknown"
 
 
 def environment() -> dict[str, Any]:
@@ -38,6 +44,60 @@ def environment() -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "gpus": _gpus(),
     }
+
+
+def machine(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an ``environment`` that a row keeps under ``MACHINE``."""
+    return {name: found.get(name) for name in _OF_MACHINE}
+
+
+def measured_on(folder: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment of a row: its folder's, but for the machine where its ``settings`` say one."""
+    said = settings.get(MACHINE)
+    own = {name: said[name] for name in _OF_MACHINE if name in said} if isinstance(said, dict) else {}
+    return {**folder, **own}
+
+
+def decisive(found: Mapping[str, Any], device: object = None, threads: object = None) -> dict[str, str]:
+    """What decides a speed and a peak of memory, in words; a fact that nobody recorded is ``unknown``.
+
+    Args:
+        found: an ``environment``, perhaps a stranger's: any JSON values.
+        device: what computed; on ``cpu``, whether a GPU is there decides nothing.
+        threads: what the row itself says; None: those of ``found``.
+    """
+    return dict(_decisive(found, device, threads))
+
+
+def difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """``cores 4 instead of 2``, of facts of ``decisive``; empty where all are the same."""
+    differing = (key for key in {**before, **after} if before.get(key) != after.get(key))
+    told = (f"{key} {after.get(key, UNKNOWN)} instead of {before.get(key, UNKNOWN)}" for key in differing)
+    return ", ".join(told)
+
+
+def _decisive(found: Mapping[str, Any], device: object, threads: object) -> Iterator[tuple[str, str]]:
+    cpu = found.get("cpu")
+    facts = cpu if isinstance(cpu, dict) else {"model": cpu}
+    yield "processor", _text(facts.get("model"))
+    yield "cores", _text(facts.get("cores"))
+    yield "threads", _text(facts.get("threads") if threads is None else threads)
+    features = facts.get("features")
+    yield "instruction sets", " ".join(sorted(map(str, features))) if isinstance(features, list) else UNKNOWN
+    gpus = found.get("gpus")
+    if not str(device).startswith("cpu"):
+        yield "GPUs", "; ".join(map(_gpu_text, gpus)) or "none" if isinstance(gpus, list) else UNKNOWN
+
+
+def _gpu_text(gpu: Any) -> str:
+    if not isinstance(gpu, dict):
+        return _text(gpu)
+    size = gpu.get("memory_bytes")
+    return f"{gpu.get('name')}{f' of {size} bytes' if size else ''}"
+
+
+def _text(value: Any) -> str:
+    return UNKNOWN if value is None else str(value)
 
 
 def _system() -> str:
