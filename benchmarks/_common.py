@@ -87,11 +87,54 @@ def versions(python: str | Path, packages: Sequence[str]) -> dict[str, str]:
     """The versions of packages as that interpreter sees them; one that it lacks is left out."""
     code = (
         "import importlib.metadata as m, json, sys\n"
-        "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
-        "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
+        "plain = lambda name: name.lower().replace('_', '-')\n"
+        "have = {plain(d.metadata['Name']): d.version for d in m.distributions()}\n"
+        "print(json.dumps({n: have[plain(n)] for n in sys.argv[1:] if plain(n) in have}))"
     )
     found: dict[str, str] = run_child([python, "-c", code, *packages], threads=1).json()
     return found
+
+
+def circumstances(python: str | Path, packages: Sequence[str]) -> dict[str, Any]:
+    """What a turn keeps of when and with what it was taken: rows of several days may stand in one report."""
+    return {
+        "date": date.today().isoformat(),
+        "cpu": _cpu_model(),
+        "versions": versions(python, packages),
+    }
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def measured_on(rows: Rows, facts: Mapping[str, Any]) -> str:
+    """The day on which rows were measured, or the first and the last.
+
+    Args:
+        facts: the report's environment. Its date stands for rows of old reports, none of which has its own.
+    """
+    days = sorted({row["date"] for row in rows if "date" in row})
+    if not days:
+        return str(facts.get("date", "a day that was not recorded"))
+    span = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return span if all("date" in row for row in rows) else f"{span}, and on days that were not recorded"
+
+
+def turns_of(facts: Mapping[str, Any]) -> str:
+    """How many turns a report's figures are of."""
+    return "one turn each" if facts["turns"] == 1 else f"medians of {facts['turns']} alternating turns"
+
+
+def shared(rows: Rows, facts: Mapping[str, Any], *keys: str) -> str:
+    """What rows have at these nested keys, joined by "and" where they differ; without: the environment's."""
+    found = [value for row in rows if (value := _at(row, keys)) is not None] or [_at(facts, keys)]
+    return " and ".join(dict.fromkeys(str(value) for value in found if value is not None)) or "(not recorded)"
+
+
+def _at(tree: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def machine() -> dict[str, Any]:

@@ -7,7 +7,8 @@ FOLDER is the bundled model quantised by ``make demo``; PYTHON is the interprete
 ``llama-cpp-python``, built from its source for this processor. llama.cpp reads the GGUF file that the bundled
 model comes from: 4-bit weights (Q4_1), and a head in 8 bits (Q8_0). So ratios to it are those of qwenq with
 an Int8 head; the row of its plain head, and what the Int8 head does to the perplexity, stand beside it. Every
-turn is a process of its own. Writes ``reports/benchmarks/decode_cpu.json`` and ``decode_cpu.md``.
+turn is a process of its own, and keeps its date and versions: ``--append`` adds turns to a report of the same
+model on the same machine. Writes ``reports/benchmarks/decode_cpu.json`` and ``decode_cpu.md``.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from _common import (
     REPORTS,
     ROOT,
     Command,
+    circumstances,
     machine,
     markdown_table,
+    measured_on,
     resolve_bundled,
     run_child,
-    versions,
+    shared,
+    turns_of,
     write_report,
 )
 
@@ -38,6 +42,33 @@ HERE = Path(__file__).resolve().parent
 INTEROP_PYTHON = ROOT / ".venv-interop" / "bin" / "python"
 PREFILL = 512
 SHORT, LONG = "128", "128,2048"
+PACKAGES = ("qwenq", "torch", "transformers", "gptqmodel", "llama-cpp-python", "numpy")
+
+TOOLS = {
+    "qwenq-int8-head": "qwenq, Int8 head (`qwenq chat --head int8`)",
+    "llama.cpp": "llama.cpp, whose file has a head in 8 bits",
+    "qwenq": "qwenq",
+    "gptqmodel": "transformers with GPTQModel's kernels",
+    "transformers": "transformers, not quantised: BF16",
+}
+"""As tables call them."""
+RATIOS = {
+    "vs_llamacpp_128": ("qwenq-int8-head", "llama.cpp", "decode_128"),
+    "vs_llamacpp_2048": ("qwenq-int8-head", "llama.cpp", "decode_2048"),
+    "prefill_vs_llamacpp_512": ("qwenq-int8-head", "llama.cpp", f"prefill_{PREFILL}"),
+    "vs_llamacpp_128_plain_head": ("qwenq", "llama.cpp", "decode_128"),
+    "vs_gptqmodel_128": ("qwenq", "gptqmodel", "decode_128"),
+    "vs_transformers_128": ("qwenq", "transformers", "decode_128"),
+}
+"""Whose speed over whose, and which."""
+COLUMNS = {
+    "decode_128": ("128 new", 1),
+    "decode_2048": ("2048 new", 1),
+    f"prefill_{PREFILL}": (f"prompt of {PREFILL}", 0),
+    "load_s": ("load, s", 2),
+    "peak_rss_mib": ("peak MiB", 0),
+}
+"""Heading and digits behind the point."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +121,7 @@ def take_turn(contender: Contender, turn: int, ids: Path, threads: int) -> dict[
         contender.decodes,
         str(threads),
     ]
+    kept = circumstances(contender.python, PACKAGES)
     child = run_child(command, threads)
     row = {
         "tool": contender.tool,
@@ -98,7 +130,7 @@ def take_turn(contender: Contender, turn: int, ids: Path, threads: int) -> dict[
         "peak_rss_mib": round(child.peak_rss_mib, 1),
     }
     print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    return row
+    return row | kept
 
 
 def middle(rows: list[dict[str, Any]], tool: str, key: str) -> float | None:
@@ -109,16 +141,8 @@ def middle(rows: list[dict[str, Any]], tool: str, key: str) -> float | None:
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Qwenq's speed over a peer's: medians; above 1, qwenq is faster."""
-    pairs = {
-        "vs_llamacpp_128": ("qwenq-int8-head", "llama.cpp", "decode_128"),
-        "vs_llamacpp_2048": ("qwenq-int8-head", "llama.cpp", "decode_2048"),
-        "vs_llamacpp_128_plain_head": ("qwenq", "llama.cpp", "decode_128"),
-        "vs_gptqmodel_128": ("qwenq", "gptqmodel", "decode_128"),
-        "vs_transformers_128": ("qwenq", "transformers", "decode_128"),
-        "prefill_vs_llamacpp_512": ("qwenq-int8-head", "llama.cpp", f"prefill_{PREFILL}"),
-    }
     found = {}
-    for name, (ours, theirs, key) in pairs.items():
+    for name, (ours, theirs, key) in RATIOS.items():
         over, under = middle(rows, ours, key), middle(rows, theirs, key)
         if over and under:
             found[name] = round(over / under, 3)
@@ -137,57 +161,79 @@ def head_perplexity(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the report that turns are added to."""
+def earlier(options: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the report that turns are added to.
+
+    Raises:
+        SystemExit: they have no date, or medians of them and of new turns would mean nothing.
+    """
     file = options.out / "decode_cpu.json"
     if not (options.append and file.is_file()):
         return []
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("model", "threads", "cpu"):
+        if (was := report["environment"][key]) != facts[key]:
+            sys.exit(
+                f"{file}: {key} was {was}, and is {facts[key]}: measure all turns anew, without --append"
+            )
+    rows: list[dict[str, Any]] = report["rows"]
+    if not all("date" in row for row in rows):
+        sys.exit(f"{file} has turns without a date: measure all of them anew, without --append")
     return rows
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions of all sides, settings."""
-    return {
-        **machine(),
-        "versions": versions(sys.executable, ["qwenq", "torch", "transformers", "numpy"]),
-        "versions_gptqmodel": versions(options.interop_python, ["gptqmodel", "torch", "transformers"]),
-        "versions_llamacpp": versions(options.llama_python, ["llama-cpp-python", "numpy"]),
-        "threads": options.threads,
-        "model": options.model.name,
-    }
+    """The machine and the settings; date and versions are each turn's own."""
+    return {**machine(), "threads": options.threads, "model": options.model.name}
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    """The table: medians over the turns."""
+    body = []
+    for tool in dict.fromkeys(row["tool"] for row in rows):
+        values = [(middle(rows, tool, key), digits) for key, (_, digits) in COLUMNS.items()]
+        body.append([TOOLS[tool], *(f"{value:.{n}f}" if value is not None else "" for value, n in values)])
+    return markdown_table(["tokens a second", *(heading for heading, _ in COLUMNS.values())], body)
+
+
+def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
+    """The ratios in words, and what the Int8 head does to the text."""
+    heads = {"qwenq-int8-head": "With its Int8 head", "qwenq": "With its head as it is"}
+    peers = {"llama.cpp": "llama.cpp", "gptqmodel": "GPTQModel's kernels", "transformers": "BF16"}
+    tasks = {"decode_128": "128 new tokens", "decode_2048": "2048", f"prefill_{PREFILL}": "the prompt"}
+    said = []
+    for head, name in heads.items():
+        clauses: list[str] = []
+        before = ""
+        for key, (ours, theirs, column) in RATIOS.items():
+            if ours == head and key in found:
+                peer = "" if theirs == before else f" as fast as {peers[theirs]}"
+                clauses.append(f"{found[key]:.2f} ×{peer} at {tasks[column]}")
+                before = theirs
+        if clauses:
+            said.append(f"{name} qwenq is {', '.join(clauses)}.")
+    if ppl := facts.get("head_perplexity"):
+        said.append(
+            f"The Int8 head takes the perplexity from {ppl['plain']:.3f} to {ppl['int8']:.3f} "
+            f"({ppl['tokens']:,.0f} tokens)."
+        )
+    return " ".join(said)
 
 
 def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
     """The report for people."""
-    keys = ("decode_128", "decode_2048", f"prefill_{PREFILL}", "load_s", "peak_rss_mib")
-    digits = (1, 1, 0, 2, 0)
-    lines = []
-    for tool in dict.fromkeys(row["tool"] for row in rows):
-        values = [middle(rows, tool, key) for key in keys]
-        cells = (
-            f"{value:.{n}f}" if value is not None else "" for value, n in zip(values, digits, strict=True)
-        )
-        lines.append([tool, *cells])
-    header = ["", "decode 128", "decode 2048", f"prefill {PREFILL}", "load s", "peak MiB"]
-    what = {row["tool"]: row["implementation"] for row in rows}
-    ppl = facts.get("head_perplexity") or {}
-    effect = (
-        f"Perplexity with the plain head {ppl['plain']:.3f}, with the Int8 head {ppl['int8']:.3f} "
-        f"({ppl['tokens']:.0f} tokens).\n\n"
-        if ppl
-        else ""
-    )
+    by_tool: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_tool.setdefault(row["tool"], []).append(row)
     return (
-        f"# Decoding on a CPU: qwenq beside its peers\n\n{markdown_table(header, lines)}\n"
-        "Tokens a second, batch 1; medians of alternating turns. Decode: from 16 tokens, so many new ones. "
-        "llama.cpp's file keeps its head in 8 bits: ratios to it are those of the Int8 head unless they say "
-        "otherwise.\n\n"
-        + "".join(f"- `{name}` {value:.2f}\n" for name, value in found.items())
-        + f"\n{effect}"
-        + "".join(f"- {tool}: {text}\n" for tool, text in what.items())
-        + f"\n{facts['model']}; {facts['threads']} threads of {facts['cpu']}; {facts['turns']} turns; "
-        f"load of the machine at the start {facts['load_at_start']}; {facts['date']}.\n"
+        f"# Decoding on a CPU: qwenq beside its peers\n\n{lines(rows)}\n"
+        "Batch 1, greedy. New tokens follow a prompt of 16; loading is without imports. "
+        f"{comparison(found, facts)}\n\n"
+        + "".join(
+            f"- {TOOLS[tool]}: {shared(mine, {}, 'implementation')}\n" for tool, mine in by_tool.items()
+        )
+        + f"\n{facts['model']}; {facts['threads']} threads of {facts['cpu']}; {turns_of(facts)}; "
+        f"load of the machine at the start {facts['load_at_start']}; {measured_on(rows, facts)}.\n"
     )
 
 
@@ -197,7 +243,7 @@ def main() -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with the one that it would choose here it fails
     facts = environment(options)
     tools = contenders(options)
-    rows, first = earlier(options), 1
+    rows, first = earlier(options, facts), 1
     if rows:
         first = max(row["turn"] for row in rows) + 1
     with tempfile.TemporaryDirectory() as folder:

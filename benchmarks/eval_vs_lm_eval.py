@@ -9,7 +9,8 @@ them as JSON lines through task files that are written here after its own ``mmlu
 its ``lm-eval`` protocol. A third race has the same eight worked examples before every GSM8K question (Qwen's
 own prompt), so that there is a beginning to share. Every turn is a process of its own, timed from its start
 to its exit: imports, loading, evaluating, saving. Turns that WORK holds already are not run again, so that
-the race can be run in pieces (``--turns``). Last, ``reports/benchmarks/eval.json`` and ``eval.md`` are made.
+the race can be run in pieces (``--turns``), on several days; each keeps its date, its versions and what was
+asked. Last, ``reports/benchmarks/eval.json`` and ``eval.md`` are made.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from _common import (
     REPORTS,
     ROOT,
     Child,
+    circumstances,
     machine,
     markdown_table,
+    measured_on,
     resolve_bundled,
     run_child,
-    versions,
+    shared,
     write_report,
 )
 from _lm_eval_tasks import read_lines, write_gsm8k, write_mmlu
@@ -153,12 +156,26 @@ RUNNERS: dict[str, Callable[[argparse.Namespace, Turn, Path, Path], Json]] = {
 }
 
 
+def conditions(options: argparse.Namespace, turn: Turn) -> Json:
+    """What a turn keeps beside what it found: when, with which versions, and what was asked."""
+    if turn.items == MMLU:
+        limit = f"the first {options.mmlu_limit} of each" if options.mmlu_limit else "all"
+        asked = f"{options.subjects}, {limit}"
+    else:
+        asked = f"the first {options.gsm8k_limit} of test"
+    if turn.tool == "qwenq":
+        return circumstances(sys.executable, ["qwenq", "torch", "transformers"]) | {"asked": asked}
+    packages = ["torch", "transformers", "lm_eval", "datasets"]
+    kept = circumstances(options.lm_eval_python, packages)
+    return kept | {"asked": asked, "batch": options.lm_eval_batch}
+
+
 def take_turn(options: argparse.Namespace, turn: Turn, model: Path) -> None:
     """Run it, and keep what it found."""
     folder = options.work / turn.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    result = RUNNERS[turn.tool](options, turn, model, folder)
+    result = conditions(options, turn) | RUNNERS[turn.tool](options, turn, model, folder)
     (options.work / f"{turn.name}.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
     print(f"{turn.name}: {result['wall_s']:.1f} s, {len(result['found'])} items", flush=True)
 
@@ -177,6 +194,7 @@ def row_of(turn: Turn, results: Mapping[str, Json]) -> Json:
         "cpu_s": mine["cpu_s"] and round(mine["cpu_s"], 2),
         "peak_rss_mib": round(mine["peak_rss_mib"], 1),
         "same_as_lm_eval": same,
+        **{key: mine[key] for key in ("asked", "batch", "date", "cpu", "versions") if key in mine},
     }
     if mine["scores"] and turn.tool != "lm-eval":
         apart = [
@@ -211,54 +229,56 @@ def ratios(results: Mapping[str, Json], seconds: str) -> dict[str, float]:
     return found
 
 
-def environment(options: argparse.Namespace, model: Path) -> Json:
-    """Machine, versions on both sides, settings."""
-    packages = ["torch", "transformers", "lm_eval", "datasets"]
-    here = machine()
-    del here["load_at_start"]  # of the report, which may be made long after the turns
-    return {
-        **here,
-        "versions": versions(sys.executable, ["qwenq", "torch", "transformers"]),
-        "versions_lm_eval": versions(options.lm_eval_python, packages),
-        "model": model.name,
-        "mmlu": f"{options.subjects}, 5 examples, "
-        + (f"the first {options.mmlu_limit} of each" if options.mmlu_limit else "all"),
-        "gsm8k": "the first of test",
-        "lm_eval_batch": options.lm_eval_batch,
-    }
+def environment(model: Path) -> Json:
+    """The machine that makes the report, which may be long after the turns: these have their own date."""
+    kept = {key: value for key, value in machine().items() if key not in {"date", "load_at_start"}}
+    return {**kept, "model": model.name}
+
+
+TITLES = {
+    MMLU: "MMLU, 5 examples",
+    GSM8K: "GSM8K, 5 examples drawn anew for each question",
+    FIXED: "GSM8K, the same 8 examples",
+}
+RACES = {
+    "mmlu_vs_lm_eval_fp32": "MMLU",
+    "mmlu_vs_lm_eval_bf16": "MMLU, qwenq in bfloat16",
+    "gsm8k_vs_lm_eval": "GSM8K",
+    "gsm8k_fixed_examples_vs_lm_eval": "GSM8K, the same 8 examples",
+}
 
 
 def table(rows: list[Json], wall: Mapping[str, float], cpu: Mapping[str, float], facts: Json) -> str:
     """The report for people; ``wall`` and ``cpu``: ratios."""
     header = ["items", "tool", "dtype", "n", "threads", "seconds", "CPU seconds"]
     header += ["answers as lm-eval's", "peak MiB"]
-    titles = {
-        MMLU: "MMLU, 5 examples",
-        GSM8K: "GSM8K, 5 examples drawn anew for each question",
-        FIXED: "GSM8K, the same 8 examples",
-    }
     lines = [
         [
-            *(titles[row["items"]], row["tool"], row["dtype"], str(row["n"]), str(row["threads"])),
+            *(TITLES[row["items"]], row["tool"], row["dtype"], str(row["n"]), str(row["threads"])),
             *(f"{row['wall_s']:.1f}", f"{row['cpu_s']:.1f}" if row["cpu_s"] else "–"),
             *(f"{row['same_as_lm_eval']} of {row['n']}", f"{row['peak_rss_mib']:.0f}"),
         ]
         for row in rows
     ]
-    shown = {row["items"] for row in rows}
-    gsm8k = f"; GSM8K: {facts['gsm8k']}" if shown & {GSM8K, FIXED} else ""
-    asked = f"MMLU: {facts['mmlu']}{gsm8k}"
+    asked = "".join(
+        f"{name}: {shared(mine, {}, 'asked')}. "
+        for name, items in (("MMLU", {MMLU}), ("GSM8K", {GSM8K, FIXED}))
+        if (mine := [row for row in rows if row["items"] in items and "asked" in row])
+    )
     speeds = "\n".join(
-        f"- `{name}`: {value:.2f} × as fast" + (f"; {cpu[name]:.2f} × by CPU seconds" if name in cpu else "")
+        f"- {RACES[name]}: {value:.2f} × as fast"
+        + (f"; {cpu[name]:.2f} × by CPU seconds" if name in cpu else "")
         for name, value in wall.items()
     )
+    theirs = [row for row in rows if row["tool"] == "lm-eval"]
+    peer, batch = shared(theirs, {}, "versions", "lm_eval"), shared(theirs, {}, "batch")
     return (
         f"# Evaluating: qwenq beside lm-evaluation-harness\n\n{markdown_table(header, lines)}\n{speeds}\n\n"
-        f"{facts['model']}; lm-eval {facts['versions_lm_eval'].get('lm_eval')} "
-        f"always in float32, with batch size {facts['lm_eval_batch']}. {asked}. "
-        "Seconds are those of the whole command, one turn each; CPU seconds, of all its threads, are longer "
-        "by less than those where the machine does other work, too, and were not taken in the turns with –. "
-        f"{facts['cpu']}; torch {facts['versions']['torch']}; {facts['date']}.\n"
+        f"{facts['model']}; lm-eval {peer}, always in float32, with batch size {batch}. {asked}Seconds are "
+        "those of the whole command, one turn each. CPU seconds are those of all its threads together: other "
+        "work on the machine lengthens them less than the seconds (–: not recorded). "
+        f"{shared(rows, facts, 'cpu')}; torch {shared(rows, {}, 'versions', 'torch')}; "
+        f"{measured_on(rows, facts)}.\n"
     )
 
 
@@ -283,7 +303,7 @@ def main() -> None:
         print(f"not run yet: {', '.join(missing)}")
     if not done:
         return
-    rows, facts = [row_of(turn, results) for turn in done], environment(options, model)
+    rows, facts = [row_of(turn, results) for turn in done], environment(model)
     wall, cpu = ratios(results, "wall_s"), ratios(results, "cpu_s")
     report = {"environment": facts, "rows": rows, "ratios": wall, "cpu_ratios": cpu}
     write_report("eval", report, table(rows, wall, cpu, facts), options.out)

@@ -17,7 +17,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _common import MIB, REPORTS, Command, machine, markdown_table, run_child, versions, write_report
+from _common import (
+    MIB,
+    REPORTS,
+    Command,
+    circumstances,
+    machine,
+    markdown_table,
+    measured_on,
+    run_child,
+    shared,
+    write_report,
+)
 
 SAMPLES, SEQ_LEN = 4, 256
 PLAIN = '[quantize]\nact_order = "none"\nscale_search = "none"\ndrift = 0.0\n'
@@ -67,6 +78,8 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
         "quantised_bytes": result["weight_bytes"],
         "peak_rss_mib": round(child.peak_rss_mib, 1),
         "wall_s": round(child.wall_s, 1),
+        "threads": options.threads,
+        **circumstances(sys.executable, ["qwenq", "torch"]),
     }
 
 
@@ -85,9 +98,10 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     ]
     return (
         f"# Memory of quantising\n\n{markdown_table(header, lines)}\n"
-        f"Random weights, Int4, {SAMPLES} × {SEQ_LEN} random tokens, {facts['threads']} threads. "
-        f"{facts['cpu']}; torch {facts['versions'].get('torch')}; {facts['date']}. Minutes "
-        "were taken beside other work and say little.\n"
+        f"Random weights, Int4, {SAMPLES} × {SEQ_LEN} random tokens, "
+        f"{shared(rows, facts, 'threads')} threads. {shared(rows, facts, 'cpu')}; "
+        f"torch {shared(rows, facts, 'versions', 'torch')}; "
+        f"{measured_on(rows, facts)}. Minutes were taken beside other work and say little.\n"
     )
 
 
@@ -100,11 +114,7 @@ def main() -> None:
     rows = json.loads(report.read_text())["rows"] if report.exists() else []
     key = ("model", "layers", "recipe")
     rows = [old for old in rows if any(old[name] != row[name] for name in key)] + [row]
-    facts = {
-        **machine(),
-        "versions": versions(sys.executable, ["qwenq", "torch"]),
-        "threads": options.threads,
-    }
+    facts = machine()
     text = table(rows, facts)
     write_report("memory", {"environment": facts, "rows": rows, "ratios": {}}, text)
     print(text)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,8 +29,10 @@ from _common import (
     Command,
     machine,
     markdown_table,
+    measured_on,
     resolve_bundled,
     run_child,
+    turns_of,
     versions,
     write_report,
 )
@@ -162,6 +165,7 @@ def take_turn(bench: Bench, tool: str, turn: int, seen: dict[str, float]) -> dic
         "peak_rss_mib": round(child.peak_rss_mib, 1),
         "perplexity": round(seen[digest], 4),
         "weights_sha256": digest,
+        "date": date.today().isoformat(),
     }
     print(", ".join([f"{tool} turn {turn}", *(f"{key} {row[key]}" for key in SHOWN)]), flush=True)
     return row
@@ -171,7 +175,8 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     """All rows: the unquantised model's, then each contender's, turn by turn."""
     base = perplexity(bench, bench.model)
     print(f"unquantised: perplexity {base:.4f}")
-    rows: list[dict[str, Any]] = [{"tool": "unquantised", "perplexity": round(base, 4)}]
+    today = date.today().isoformat()
+    rows: list[dict[str, Any]] = [{"tool": "unquantised", "perplexity": round(base, 4), "date": today}]
     seen: dict[str, float] = {}
     for turn in range(1, bench.options.repeats + 1):
         rows += [take_turn(bench, tool, turn, seen) for tool in bench.options.only]
@@ -225,28 +230,44 @@ def environment(bench: Bench) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
     """The report for people."""
+    said = comparison(found, facts)
+    return (
+        f"# Quantising: qwenq beside its peers\n\n{lines(rows)}\n"
+        + (f"{said}\n\n" if said else "")
+        + f"{facts['model']}, Int{facts['bits']}, group size {facts['group_size']}; calibrated on "
+        f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
+        f"float32 with dequantised weights. Seconds are those of the whole command, {turns_of(facts)}. "
+        f"{facts['cpu']}, {facts['threads']} threads; torch {facts['versions'].get('torch')}; "
+        f"GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')} with its defaults; "
+        f"{measured_on(rows, facts)}.\n"
+    )
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    """The table: medians over the turns; where there are several, the fastest and the slowest as well."""
     base = rows[0]["perplexity"]
-    lines = [["unquantised", "", "", "", f"{base:.2f}", ""]]
+    several = max(row.get("turn", 1) for row in rows) > 1
+    body = [["unquantised", "", *([""] * several), "", f"{base:.2f}", ""]]
     for tool in dict.fromkeys(row["tool"] for row in rows[1:]):
         walls = [row["wall_s"] for row in rows if row["tool"] == tool]
         ppl = middle(rows, tool, "perplexity")
-        wall, peak = f"{median(walls):.1f}", f"{middle(rows, tool, 'peak_rss_mib'):.0f}"
-        spread, gap = f"{min(walls):.1f}–{max(walls):.1f}", f"{ppl - base:.2f}"
-        lines.append([tool, wall, spread, peak, f"{ppl:.2f}", gap])
-    header = ["", "seconds", "range", "peak MiB", "perplexity", "gap"]
-    shares = "; ".join(
-        f"{name.removesuffix('_vs_gptqmodel').replace('_', ' ')} {value:.2f} ×"
-        for name, value in found.items()
+        seconds = [f"{median(walls):.1f}", *([f"{min(walls):.1f}–{max(walls):.1f}"] * several)]
+        peak = f"{middle(rows, tool, 'peak_rss_mib'):.0f}"
+        body.append([tool, *seconds, peak, f"{ppl:.2f}", f"{ppl - base:.2f}"])
+    return markdown_table(["", "seconds", *(["range"] * several), "peak MiB", "perplexity", "added"], body)
+
+
+def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
+    """The ratios in words; nothing where one of both was not measured."""
+    if not found:
+        return ""
+    peer = f"GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')}"
+    time, bare, memory, added = (
+        f"{found[f'{name}_vs_gptqmodel']:.2f}" for name in ("time", "time_without_check", "memory", "gap")
     )
     return (
-        f"# Quantising: qwenq beside its peers\n\n{markdown_table(header, lines)}\n"
-        + (f"qwenq against GPTQModel: {shares}.\n\n" if found else "")
-        + f"{facts['model']}, Int{facts['bits']}, group size {facts['group_size']}; calibrated on "
-        f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
-        f"float32 with dequantised weights. Seconds are those of the whole command, the median of "
-        f"{facts['turns']} alternating turns. {facts['cpu']}, {facts['threads']} threads; torch "
-        f"{facts['versions'].get('torch')}; "
-        f"GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')} with its defaults; {facts['date']}.\n"
+        f"qwenq beside {peer}: {time} of its time ({bare} without the check, which GPTQModel does not have), "
+        f"{memory} of its memory, {added} of the perplexity that it added."
     )
 
 

@@ -19,7 +19,9 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _common import ROOT, machine, markdown_table
+import decode_vs_peers
+import quantize_vs_peers
+from _common import ROOT, machine, markdown_table, measured_on, turns_of
 
 README = ROOT / "README.md"
 Report = dict[str, Any]
@@ -29,16 +31,16 @@ MODEL = "SmolLM2-135M-Instruct-GPTQ-Int4"
 
 
 def demo_report(run: Path) -> Report:
-    """What the demo made, from its Int4 model's manifest and its journal, and the machine that made it."""
+    """What the demo made, from its Int4 model's manifest and its journal, on this machine."""
     manifest = json.loads((run / "models" / MODEL / "qwenq.json").read_text(encoding="utf-8"))
     spent: dict[str, float] = {}  # a step that took several goes took all their seconds
-    for line in (run / "journal.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    journal = [json.loads(line) for line in (run / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    for entry in journal:
         spent[entry["step"]] = round(spent.get(entry["step"], 0.0) + entry["seconds"], 1)
     check = manifest["check"]
     errors = check.pop("modules")
     return {
-        "environment": {**machine(), "versions": manifest["versions"]},
+        "environment": {**machine(), "versions": manifest["versions"], "date": measured_on(journal, {})},
         "model": MODEL,
         "quantization": manifest["quantization"],
         "calibration": {
@@ -77,7 +79,8 @@ def demo_table(report: Report) -> str:
         ["| what the demo made | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     )
     return (
-        f"{table}\n\n{machine_['cores']} cores of {machine_['cpu']}, {machine_['date']}; reports/demo.json."
+        f"{table}\n\n{machine_['cores']} cores of {machine_['cpu']}, {machine_['date']}; "
+        "[reports/demo.json](reports/demo.json)."
     )
 
 
@@ -115,11 +118,11 @@ def front_table(report: Report) -> str:
         for record in tables["accuracy"]
     ]
     captions = {table["key"]: "; ".join(table["caption"]) for table in section["tables"]}
-    environment = report["runs"][0]["environment"]
     table = markdown_table([label, *tasks, *NEAR, "Weights (MB)", *FAST], rows)
     return (
         f"{table}\nAccuracy: {captions['accuracy']}; ✗: a loss that is no accident. "
-        f"Decoding: attention best. {environment['date']}; reports/demo."
+        f"Decoding: attention best. {measured_on(report['rows'], {})}; "
+        "[the whole report](reports/demo/README.md)."
     )
 
 
@@ -135,53 +138,24 @@ def _records(table: Report, *, bounds: bool = False) -> list[dict[str, str]]:
 
 
 def quantize_table(report: Report) -> str:
-    """For the block ``quantize``: medians over the turns."""
-    rows = []
-    for tool in dict.fromkeys(row["tool"] for row in report["rows"]):
-        mine = [row for row in report["rows"] if row["tool"] == tool]
-        middle = {key: _median(mine, key) for key in ("wall_s", "peak_rss_mib", "perplexity")}
-        rows.append(
-            [
-                tool,
-                *(
-                    f"{middle[key]:.0f}" if middle[key] is not None else ""
-                    for key in ("wall_s", "peak_rss_mib")
-                ),
-                f"{middle['perplexity']:.2f}",
-            ]
-        )
-    facts, peer = report["environment"], report["environment"]["versions_gptqmodel"].get("gptqmodel", "")
-    ratios = "; ".join(
-        f"{name.removesuffix('_vs_gptqmodel').replace('_', ' ')} × {value:.2f}"
-        for name, value in report["ratios"].items()
-    )
+    """For the block ``quantize``."""
+    facts, rows = report["environment"], report["rows"]
     return (
-        f"{markdown_table(['', 'seconds', 'peak MiB', 'perplexity'], rows)}\n"
-        f"qwenq against GPTQModel {peer}: {ratios} (gap: perplexity above the unquantised model's). "
-        f"{facts['model']}, Int{facts['bits']}, groups of {facts['group_size']}, the same tokens for "
-        f"all, {facts['threads']} threads of {facts['cpu']}, {facts['date']}; see quantize.md."
+        f"{quantize_vs_peers.lines(rows)}\n{quantize_vs_peers.comparison(report['ratios'], facts)} "
+        f"{facts['model']}, Int{facts['bits']}, groups of {facts['group_size']}, the same tokens for all; "
+        f"{turns_of(facts)}; {facts['threads']} threads of {facts['cpu']}, "
+        f"{measured_on(rows, facts)}; [the report](reports/benchmarks/quantize.md)."
     )
 
 
 def decode_table(report: Report) -> str:
-    """For the block ``decode_cpu``: medians over the turns."""
-    keys = ("decode_128", "decode_2048", "prefill_512", "load_s", "peak_rss_mib")
-    rows = []
-    for tool in dict.fromkeys(row["tool"] for row in report["rows"]):
-        values = [_median([row for row in report["rows"] if row["tool"] == tool], key) for key in keys]
-        rows.append([tool, *(f"{value:.3g}" if value is not None else "" for value in values)])
-    facts, found = report["environment"], report["ratios"]
-    header = ["tokens a second", "128 new", "2048 new", "prefill 512", "load, s", "peak MiB"]
-    said = "; ".join(f"{name} × {value:.2f}" for name, value in found.items())
+    """For the block ``decode_cpu``."""
+    facts, rows = report["environment"], report["rows"]
     return (
-        f"{markdown_table(header, rows)}\n{said}. {facts['model']}, batch 1, {facts['threads']} threads of "
-        f"{facts['cpu']}, {facts['date']}; see decode_cpu.md."
+        f"{decode_vs_peers.lines(rows)}\n{decode_vs_peers.comparison(report['ratios'], facts)} "
+        f"{facts['model']}, batch 1; {turns_of(facts)}; {facts['threads']} threads of "
+        f"{facts['cpu']}, {measured_on(rows, facts)}; [the report](reports/benchmarks/decode_cpu.md)."
     )
-
-
-def _median(rows: list[Report], key: str) -> float | None:
-    values = [row[key] for row in rows if key in row]
-    return median(values) if values else None
 
 
 BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
