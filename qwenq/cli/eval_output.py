@@ -104,11 +104,9 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from qwenq.evals.rows import paired_of
-
     checks = [row for row in rows if "task" not in row.point]
     rows = [row for row in rows if "task" in row.point]
-    compared = any(paired_of(row) for row in rows)
+    compared = any(row.details.keys() & {"paired", "unpaired"} for row in rows)
     table = Table(box=None, pad_edge=False)
     for title in ("task", "protocol", "model"):
         table.add_column(title, overflow="fold")
@@ -141,13 +139,13 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _comparison(row: Row) -> tuple[str, ...]:
-    from qwenq.evals.rows import paired_of
+    from qwenq.paired.mcnemar import shown_p
 
-    found = paired_of(row)
+    found = row.details.get("paired")
     if found is None:
-        return "", "", "", ""
-    p = f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
-    return f"{100 * found.change:+.1f}", f"{found.lost} / {found.won}", p, found.sentence
+        return "", "", "", row.details.get("unpaired", "")
+    counts = f"{found['lost']} / {found['won']}"
+    return f"{100 * found['change']:+.1f}", counts, shown_p(found["p"]), found["sentence"]
 
 
 _CHECKS: dict[str, tuple[str, str, str]] = {

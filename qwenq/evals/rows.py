@@ -12,7 +12,8 @@ from qwenq.evals.accuracy import RESAMPLES, SEED, Accuracy, macro_accuracy, micr
 from qwenq.evals.run import Answers, Judged, Plan
 from qwenq.evals.served import Contestant
 from qwenq.evals.task import Score
-from qwenq.paired.compare import BASES, Paired, compare
+from qwenq.paired.base import choose_base
+from qwenq.paired.compare import compare
 from qwenq.results import RESULTS_FILE, Row, Value, read_rows
 
 MAIN = "accuracy"
@@ -44,8 +45,7 @@ def rows_of(
         if place == 0:
             items = verdicts(answers.judged)
             details["items"] = items
-            if base is not None and (paired := compare(base.details["items"], items)) is not None:
-                details["paired"] = {**paired.to_json(), "base": base.model.precision}
+            details |= _beside(base, items, score.value)
         rows.append(
             Row(
                 metric=score.metric,
@@ -86,18 +86,20 @@ def verdicts(judged: Judged) -> dict[str, bool]:
     return {item.id: judgement.correct for item, judgement in judged}
 
 
-def paired_of(row: Row) -> Paired | None:
-    """The comparison that a row holds."""
-    found = row.details.get("paired")
-    if not isinstance(found, dict):
-        return None
-    return Paired(**{name: found[name] for name in ("n", "lost", "won", "p", "detectable")})
+def _beside(base: Row | None, items: Mapping[str, bool], score: float) -> dict[str, Any]:
+    """``paired``: the comparison with the base, whose change is that of the score; ``unpaired``: why none."""
+    if base is None or base.value is None:
+        return {}
+    found = compare(base.details["items"], items)
+    if isinstance(found, str):
+        return {"unpaired": found}
+    return {"paired": {**found.to_json(score - base.value), "base": base.model.precision}}
 
 
 def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
     """The family's unquantised model on this very point, from rows of this run folder.
 
-    Of several precisions the first of `BASES`, as reports have it; of one the last that was measured.
+    Of several precisions that which `choose_base` chooses, as in reports; of one the last that was measured.
 
     Raises:
         UsageError: a broken row.
@@ -112,7 +114,7 @@ def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
         == (MAIN, "ok", contender.model.family, point)
         and isinstance(row.details.get("items"), dict)
     }
-    return next((found[precision] for precision in BASES if precision in found), None)
+    return choose_base(found, contender.how.dtype)
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:

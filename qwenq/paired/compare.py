@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
-from qwenq.paired.detectable import detectable_drop
-from qwenq.paired.mcnemar import ALPHA, mcnemar
-
-BASES = ("fp32", "bf16", "fp16")
-"""Precisions of unquantised models: quantised ones are compared with the first of these that was measured."""
+from qwenq.paired.mcnemar import ALPHA, mcnemar, said_p
 
 
 @dataclass(frozen=True)
@@ -18,54 +15,54 @@ class Paired:
     """Two models on the same items.
 
     Attributes:
-        n: items that both answered.
-        lost: the base had them right, the model wrong.
+        n: items.
+        lost: the base got them right, the model wrong.
         won: the other way round.
-        p: exact two-sided McNemar.
-        detectable: smallest detectable drop as a share; None: no drop at all would be found.
     """
 
     n: int
     lost: int
     won: int
-    p: float
-    detectable: float | None
 
-    @property
-    def change(self) -> float:
-        """Accuracy of the model less that of its base."""
-        return (self.won - self.lost) / self.n
+    @cached_property
+    def p(self) -> float:
+        """Exact two-sided McNemar, not corrected."""
+        return mcnemar(self.lost, self.won)
 
-    @property
-    def sentence(self) -> str:
-        """What can be said, in words."""
-        return self.said_of(self.change)
+    @cached_property
+    def detectable(self) -> float | None:
+        """Smallest detectable drop as a share; None: no drop at all would be found."""
+        from qwenq.paired.detectable import detectable_drop  # scipy, which `qwenq compare` needs not wait for
+
+        return detectable_drop(self.n, (self.lost + self.won) / self.n)
 
     def said_of(self, change: float) -> str:
-        """The sentence for a change that was averaged otherwise, over subjects say; only its size counts."""
-        points = f"{100 * abs(change):.1f} points"
+        """What can be said of a change of the score, in words.
+
+        Args:
+            change: score of the model less that of its base. Averaged over subjects it may go the other way
+                than the items, which are what is tested; then it is these that are counted.
+        """
         if self.p < ALPHA:
-            return f"{'lost' if self.lost > self.won else 'gained'} {points} (p {readable_p(self.p)})"
+            points = f"{100 * abs(change):.1f}"
+            if points == "0.0" or (change < 0) != (self.lost > self.won):
+                return f"lost {self.lost:,}, won {self.won:,} items ({said_p(self.p)})"
+            return f"{'lost' if change < 0 else 'gained'} {points} points ({said_p(self.p)})"
         if self.detectable is None:
             return f"too few items: with {self.n}, no loss at all could be shown"
         return f"no loss detectable above {100 * self.detectable:.1f} points"
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {**asdict(self), "change": self.change, "sentence": self.sentence}
+    def to_json(self, change: float) -> dict[str, Any]:
+        """Plain values; ``change`` as in `said_of`."""
+        figures = {"p": self.p, "detectable": self.detectable, "change": change}
+        return {**asdict(self), **figures, "sentence": self.said_of(change)}
 
 
-def compare(base: Mapping[str, bool], model: Mapping[str, bool]) -> Paired | None:
-    """Pair two models' verdicts by item id; None where they have no item in common."""
-    common = base.keys() & model.keys()
-    if not common:
-        return None
-    lost = sum(base[item] and not model[item] for item in common)
-    won = sum(model[item] and not base[item] for item in common)
-    drop = detectable_drop(len(common), (lost + won) / len(common))
-    return Paired(len(common), lost, won, mcnemar(lost, won), drop)
-
-
-def readable_p(p: float) -> str:
-    """A p-value for people, with its sign: ``= 0.012`` or ``< 0.001``."""
-    return f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+def compare(base: Mapping[str, bool], model: Mapping[str, bool]) -> Paired | str:
+    """Pair two models' verdicts by item id; or why they cannot be paired."""
+    if base.keys() != model.keys() or not base:
+        apart, all_ = base.keys() ^ model.keys(), base.keys() | model.keys()
+        return f"other items: {len(apart)} of {len(all_)} are in one of the two only"
+    lost = sum(base[item] and not model[item] for item in base)
+    won = sum(model[item] and not base[item] for item in base)
+    return Paired(len(base), lost, won)

@@ -18,3 +18,14 @@ def mcnemar(lost: int, won: int) -> float:
         tail += ways
         ways = ways * (discordant - k) // (k + 1)  # discordant over k + 1
     return min(1.0, float(Fraction(2 * tail, 2**discordant)))
+
+
+def shown_p(p: float) -> str:
+    """A p value as tables have it: ``0.031``, ``< 0.001``."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def said_p(p: float) -> str:
+    """A p value in a sentence: ``p = 0.031``, ``p < 0.001``."""
+    shown = shown_p(p)
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"

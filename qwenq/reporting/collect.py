@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,6 @@ from qwenq.results import Model, Row, each_run
 
 PRECISIONS = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "Int8", "int4": "Int4"}
 """Names of precisions as the cards write them, in the cards' order."""
-
-PLAIN = frozenset({"fp32", "bf16", "fp16"})
-"""Precisions of unquantised models."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +100,6 @@ def rank(precision: str) -> int:
     """Place of a precision in the cards' order; unknown ones come last."""
     known = list(PRECISIONS)
     return known.index(precision) if precision in known else len(known)
-
-
-def reference(models: Iterable[Model]) -> Model | None:
-    """What quantised models are compared with: the first unquantised precision, fp32 before bf16 and fp16."""
-    plain = [model for model in models if model.precision in PLAIN]
-    return min(plain, key=lambda model: rank(model.precision), default=None)
 
 
 def hardware(environment: dict[str, Any], device: object = None) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qwenq.reporting.collect import PLAIN, PRECISIONS, Collection, Measured
+from qwenq.paired.base import PLAIN
+from qwenq.paired.compare import Paired
+from qwenq.paired.mcnemar import ALPHA
+from qwenq.reporting.collect import PRECISIONS, Collection, Measured
 from qwenq.reporting.machine import another_machine
-from qwenq.reporting.significance import LEVEL, Pairing, holm, paired
+from qwenq.reporting.significance import holm, paired
 from qwenq.reporting.text import clean
 from qwenq.results import Row
 
@@ -59,7 +62,7 @@ class Comparison:
         real: whether the difference is more than noise; None: nobody can tell.
         why: why the rows cannot be compared, or why nobody can tell; empty otherwise.
         comparable: the two figures are of the same thing.
-        pairing, p: of accuracies; p is corrected for all tests of the comparison.
+        pairing, p: of accuracies; p is corrected, see `corrected`.
         kindest: of ratios with intervals, the one best for the new run that the intervals allow.
     """
 
@@ -69,7 +72,7 @@ class Comparison:
     change: float | None = None
     real: bool | None = None
     why: str = ""
-    pairing: Pairing | None = None
+    pairing: Paired | None = None
     p: float | None = None
     kindest: float | None = None
 
@@ -87,7 +90,14 @@ class Comparison:
 
     @property
     def worse(self) -> bool:
-        """Whether the change goes the wrong way, real or not."""
+        """Whether the change goes the wrong way, real or not; of accuracies by item, as they are tested."""
+        if self.pairing is not None:
+            return self.pairing.lost > self.pairing.won
+        return self.score_is_worse
+
+    @property
+    def score_is_worse(self) -> bool:
+        """Whether the value went the wrong way; averaged over subjects, it may where the items did not."""
         if self.change is None or self.metric is None:
             return False
         neutral = 1.0 if self.metric.relation == "ratio" else 0.0
@@ -116,7 +126,7 @@ def compare(baseline: Collection, new: Collection) -> list[Comparison]:
         stranger = bool(matches) and old.row.model.family in strangers
         made.append(_apart_as(OTHER_WEIGHTS, old, matches) if stranger else _compared(old, matches, news))
     made += [Comparison(None, item.row) for item in news if id(item) not in used]
-    return _corrected(made)
+    return corrected(made, lambda item: True)
 
 
 OTHER_WEIGHTS = "another model: other weights under the same name"
@@ -237,7 +247,7 @@ def _difference(before: Row, after: Row) -> Comparison:
         pairing = paired(before, after)
         if isinstance(pairing, str):
             return replace(made, real=None, why=pairing)
-        return replace(made, real=pairing.p < LEVEL, pairing=pairing, p=pairing.p)
+        return replace(made, pairing=pairing)  # whether it is real, `corrected` says
     if metric.noisy:
         kindest = _kindest(before, after, metric)
         return replace(made, real=_disjoint(before, after), why=_no_interval(before, after), kindest=kindest)
@@ -260,10 +270,15 @@ def _no_interval(before: Row, after: Row) -> str:
     return "measured once: no interval says how much is noise" if _disjoint(before, after) is None else ""
 
 
-def _corrected(made: list[Comparison]) -> list[Comparison]:
-    """Holm's correction over all paired tests: of many accuracies, one looks worse by chance."""
-    tested = [index for index, item in enumerate(made) if item.pairing is not None]
-    p_values = holm([made[index].p or 0.0 for index in tested])
-    for index, p in zip(tested, p_values, strict=True):
-        made[index] = replace(made[index], p=p, real=p < LEVEL)
-    return made
+def corrected(made: Sequence[Comparison], asked: Callable[[Comparison], bool]) -> list[Comparison]:
+    """Holm's correction over the paired tests that are asked for: of many, one looks worse by chance.
+
+    The others keep the p that they have: a test that nobody asked for must not hide a loss that somebody
+    asked about.
+    """
+    tested = {index: item.pairing for index, item in enumerate(made) if item.pairing and asked(item)}
+    p_values = dict(zip(tested, holm([pairing.p for pairing in tested.values()]), strict=True))
+    return [
+        replace(item, p=p, real=p < ALPHA) if (p := p_values.get(index)) is not None else item
+        for index, item in enumerate(made)
+    ]

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from qwenq.paired.compare import Paired
 from qwenq.reporting.card import TASKS
 from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.detail_tables import model_bytes
 from qwenq.reporting.frontier import frontier
-from qwenq.reporting.losses import losses
+from qwenq.reporting.losses import bases_of, losses
 from qwenq.reporting.selection import at_one_point, decode_rows, said
-from qwenq.reporting.significance import Pairing
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import GIB
 
@@ -152,20 +152,22 @@ def _percent(item: Measured) -> tuple[float | None, float | None]:
 
 
 def _balance(collection: Collection, family: str) -> Figure | None:
-    found = [loss for loss in losses(collection, family) if isinstance(loss.pairing, Pairing)]
+    found = [loss for loss in losses(collection, family) if isinstance(loss.pairing, Paired)]
     if not found:
         return None
     names, lost, won = [], [], []
+    bases = bases_of(found, collection)
     for index, loss in enumerate(found):
         task = str(loss.after.point.get("task"))
-        names.append(f"{TASKS.get(task, clean(task))}, {collection.label(loss.after.model)}")
-        if isinstance(loss.pairing, Pairing):
+        against = f" against {collection.label(loss.before.model)}" if len(bases) > 1 else ""
+        names.append(f"{TASKS.get(task, clean(task))}, {collection.label(loss.after.model)}{against}")
+        if isinstance(loss.pairing, Paired):
             lost.append(Point(index, -loss.pairing.lost, str(loss.pairing.lost)))
             won.append(Point(index, loss.pairing.won, str(loss.pairing.won)))
     return Figure(
         "items", "balance", "Items lost and won", "items", "",
         (Series("lost", tuple(lost), "lost"), Series("won", tuple(won), "won")),
-        f"Items that exactly one of both models answered, against {collection.label(found[0].before.model)}.",
+        f"Items that exactly one of both models got right, against {' and '.join(bases)}.",
         categories=tuple(names),
     )  # fmt: skip
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
+from qwenq.paired.mcnemar import said_p
 from qwenq.reporting.compare import Comparison
 from qwenq.reporting.gate import Condition, Judged, Verdict
 from qwenq.reporting.text import clean, markdown
-from qwenq.reporting.units import format_of, probability, signed
+from qwenq.reporting.units import format_of, signed
 
 MOST_ROWS = 60
 """Rows of a table in a comment, which GitHub cuts at 65,536 characters."""
@@ -29,8 +30,8 @@ def change_text(item: Comparison) -> str:
     shown = f"{shown}, {signed(item.change * write.scale, digits)}"
     if item.pairing is None:
         return shown
-    p = probability(1.0 if item.p is None else item.p)
-    return f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, p {p if p[0] == '<' else f'= {p}'}"
+    p = said_p(1.0 if item.p is None else item.p)
+    return f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, {p}"
 
 
 def effect(judged: Judged) -> str:
@@ -38,7 +39,10 @@ def effect(judged: Judged) -> str:
     item = judged.comparison
     if item.before is None or item.after is None or not item.comparable:
         return "new" if item.before is None else ""
-    if item.before.value == item.after.value:
+    same = item.before.value == item.after.value
+    if item.pairing is not None and item.real and (same or item.worse is not item.score_is_worse):
+        return f"{'worse' if item.worse else 'better'} by items"
+    if same:
         return "the same"
     if item.real is False:
         return "no real difference"
@@ -96,7 +100,7 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
         parts.append(_folded(f"{len(rest)} rows were not asked about, or are new", rest))
     if verdict.conditions:
         rules = ", ".join(markdown(condition) for condition in verdict.conditions)
-        parts.append(f"Fails on {rules}. Accuracies are paired item by item, p corrected by Holm.")
+        parts.append(f"Fails on {rules}. Accuracies are paired item by item; p is corrected by Holm.")
     return "\n\n".join(parts) + "\n"
 
 

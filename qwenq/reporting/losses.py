@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from qwenq.paired.base import PLAIN, choose_base
 from qwenq.paired.compare import Paired
-from qwenq.paired.detectable import detectable_drop
+from qwenq.paired.mcnemar import ALPHA, shown_p
 from qwenq.reporting.card import TASKS, task_order
-from qwenq.reporting.collect import Collection, Measured, reference
-from qwenq.reporting.significance import LEVEL, Pairing, holm, paired
+from qwenq.reporting.collect import Collection
+from qwenq.reporting.significance import holm, paired
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import clean
-from qwenq.reporting.units import PERCENT, fixed, probability, signed
+from qwenq.reporting.units import PERCENT, fixed, signed
 from qwenq.results import Row, Value
 
 
@@ -28,52 +30,59 @@ class Loss:
 
     before: Row
     after: Row
-    pairing: Pairing | str
+    pairing: Paired | str
     p: float | None = None
+
+    @property
+    def change(self) -> float:
+        """Of the score, as a share."""
+        return (self.after.value or 0.0) - (self.before.value or 0.0)
 
     @property
     def significant(self) -> bool:
         """More items lost than won, and that is no accident."""
-        if not isinstance(self.pairing, Pairing) or self.p is None:
+        if not isinstance(self.pairing, Paired) or self.p is None:
             return False
-        return self.p < LEVEL and self.pairing.lost > self.pairing.won
+        return self.p < ALPHA and self.pairing.lost > self.pairing.won
 
 
 def losses(collection: Collection, family: str) -> list[Loss]:
-    """Every measured accuracy of a quantised model whose unquantised one was measured at the same point."""
-    rows = collection.of(family, "accuracy")
-    base = reference(item.row.model for item in rows if item.row.status == "ok")
-    if base is None:
-        return []
-    found = list(_pairs(rows, base.fingerprint, base.precision))
-    tested = [loss for loss in found if isinstance(loss.pairing, Pairing)]
-    p_values = holm([loss.pairing.p for loss in tested if isinstance(loss.pairing, Pairing)])
-    corrected = dict(zip((id(loss) for loss in tested), p_values, strict=True))
-    made = [replace(loss, p=corrected.get(id(loss))) for loss in found]
+    """Every measured accuracy of a quantised model whose unquantised one was measured at the same point.
+
+    What BF16 lost against FP32 is no cost of quantising, and no test of it is counted.
+    """
+    found = list(_pairs([item.row for item in collection.of(family, "accuracy")]))
+    tests = {index: loss.pairing.p for index, loss in enumerate(found) if isinstance(loss.pairing, Paired)}
+    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+    made = [replace(loss, p=corrected.get(index)) for index, loss in enumerate(found)]
     return sorted(made, key=lambda loss: task_order(loss.after))
 
 
-def _pairs(rows: list[Measured], fingerprint: str, precision: str) -> Iterator[Loss]:
-    before = {
-        _point(item.row.point): item.row
-        for item in rows
-        if (item.row.model.fingerprint, item.row.model.precision) == (fingerprint, precision)
-        and item.row.status == "ok"
-    }
-    for item in rows:
-        row = item.row
-        same_model = (row.model.fingerprint, row.model.precision) == (fingerprint, precision)
-        if row.status == "ok" and not same_model and (base := before.get(_point(row.point))):
+def _pairs(rows: Iterable[Row]) -> Iterator[Loss]:
+    """Each quantised model beside the base that was measured where it was; of one precision the last."""
+    measured = [row for row in rows if row.status == "ok"]
+    bases: dict[_Point, dict[str, Row]] = defaultdict(dict)
+    for row in measured:
+        bases[_point(row.point)][row.model.precision] = row
+    for row in measured:
+        base = choose_base(bases[_point(row.point)], row.settings.get("dtype"))
+        if row.model.precision not in PLAIN and base is not None:
             yield Loss(base, row, paired(base, row))
 
 
-def _point(point: dict[str, Value]) -> tuple[tuple[str, str], ...]:
+_Point = tuple[tuple[str, str], ...]
+
+
+def _point(point: dict[str, Value]) -> _Point:
     """Where two precisions are the same measurement: everything but what the precision decides."""
     return tuple(sorted((key, str(value)) for key, value in point.items() if key not in {"engine", "dtype"}))
 
 
-HEADERS = (
-    *("Task", "Quantization", "Unquantised", "Quantised", "Difference", "Items lost", "Items won"),
+LABELS = ("Task", "Quantization")
+AGAINST = "Against"
+"""Heading of the base, where the lines of a table have several."""
+FIGURES = (
+    *("Unquantised", "Quantised", "Difference", "Items lost", "Items won"),
     *("p", "p (Holm)", "Detectable drop", "In words"),
 )
 
@@ -84,45 +93,53 @@ def loss_table(collection: Collection, family: str) -> Table | None:
     if not found:
         return None
     notes = Footnotes()
-    bases = {collection.label(loss.before.model) for loss in found}
+    bases = bases_of(found, collection)
     caption = [
-        f"against {', '.join(sorted(bases))}, item by item",
+        f"against {bases[0] if len(bases) == 1 else 'the unquantised model named'}, item by item",
         "difference in percentage points",
-        "p: McNemar's exact test on the items that exactly one of both answered, two-sided",
+        "p: McNemar's exact test on the items that exactly one of both got right, two-sided",
         "p (Holm): corrected for all tests of this table",
         "detectable drop: the smallest that so many items would have shown 4 times in 5, by one such test",
     ]
     tests = sum(loss.p is not None for loss in found)
-    made = tuple(Line(_cells(loss, collection, notes, tests)) for loss in found)
-    return Table("losses", "What it cost", HEADERS, 2, made, tuple(caption), tuple(notes.sentences))
+    made = []
+    for loss in found:
+        task = str(loss.after.point.get("task"))
+        named = [TASKS.get(task, clean(task)), collection.label(loss.after.model)]
+        named += [collection.label(loss.before.model)] if len(bases) > 1 else []
+        labels = (Cell(label, label) for label in named)
+        made.append(Line((*labels, *_cells(loss, notes, tests))))
+    headers = (*LABELS, *([AGAINST] if len(bases) > 1 else []), *FIGURES)
+    places = len(headers) - len(FIGURES)
+    notes_ = tuple(notes.sentences)
+    return Table("losses", "What it cost", headers, places, tuple(made), tuple(caption), notes_)
 
 
-def _cells(loss: Loss, collection: Collection, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
-    task = str(loss.after.point.get("task"))
-    name, label = TASKS.get(task, clean(task)), collection.label(loss.after.model)
+def bases_of(found: Iterable[Loss], collection: Collection) -> list[str]:
+    """What losses are counted against, each once: usually one model."""
+    return list(dict.fromkeys(collection.label(loss.before.model) for loss in found))
+
+
+def _cells(loss: Loss, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
     before, after = loss.before.value or 0.0, loss.after.value or 0.0
     mark = "significant" if loss.significant else ""
     shown = (
-        Cell(name, name),
-        Cell(label, label),
         Cell(PERCENT(before), before),
         Cell(PERCENT(after), after),
-        Cell(signed((after - before) * 100), after - before, mark=mark),
+        Cell(signed(loss.change * 100), loss.change, mark=mark if loss.change < 0 else ""),
     )
     missing = Cell(MISSING)
     if isinstance(loss.pairing, str):
         untested = Cell("n/a", note=notes.number(loss.pairing))
         return (*shown, missing, missing, untested, missing, missing, missing)
     pairing, p = loss.pairing, 1.0 if loss.p is None else loss.p
-    drop = detectable_drop(pairing.n, (pairing.lost + pairing.won) / pairing.n)
-    found = Paired(pairing.n, pairing.lost, pairing.won, pairing.p, drop)
-    words = _in_words(found, after - before, p, tests)
+    drop, words = pairing.detectable, _in_words(pairing, loss.change, p, tests)
     return (
         *shown,
         Cell(f"{pairing.lost:,}", pairing.lost),
         Cell(f"{pairing.won:,}", pairing.won),
-        Cell(probability(pairing.p), pairing.p),
-        Cell(probability(p), p, mark=mark),
+        Cell(shown_p(pairing.p), pairing.p),
+        Cell(shown_p(p), p, mark=mark),
         Cell("none" if drop is None else fixed(1)(drop * 100), drop),
         Cell(words, words),
     )
@@ -131,4 +148,4 @@ def _cells(loss: Loss, collection: Collection, notes: Footnotes, tests: int) -> 
 def _in_words(found: Paired, change: float, p: float, tests: int) -> str:
     """What can be said of a change alone; and where it may be an accident among so many tests, that."""
     told = found.said_of(change)
-    return f"{told}, which one of {tests} tests may show by chance" if found.p < LEVEL <= p else told
+    return f"{told}, which one of {tests} tests may show by chance" if found.p < ALPHA <= p else told

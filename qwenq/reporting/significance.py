@@ -1,37 +1,14 @@
-"""Is a loss of accuracy real? McNemar's exact test (Psychometrika 1947) on the same items, corrected by Holm.
+"""Is a loss of accuracy real? McNemar's exact test on the same items (``paired``), corrected by Holm.
 
-Two models that answer the same questions agree on most of them, and those say nothing about which is better.
-The test looks at the others only: of the items that exactly one model got right, were more won than a fair
-coin would give? Two intervals that overlap would hide most of the losses that it finds.
+Two intervals that overlap would hide most of the losses that it finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from qwenq.paired.mcnemar import ALPHA, mcnemar
+from qwenq.paired.compare import Paired, compare
 from qwenq.results import Row
-
-LEVEL = ALPHA
-"""Significant: p below this, after Holm's correction for all tests of one comparison."""
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Two models on the same items.
-
-    Attributes:
-        lost: items that only the first answered.
-        won: items that only the second answered.
-        n: items.
-        p: two-sided, not corrected.
-    """
-
-    lost: int
-    won: int
-    n: int
-    p: float
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -53,14 +30,9 @@ def items_of(row: Row) -> Mapping[str, bool] | None:
     return items if all(isinstance(correct, bool) for correct in items.values()) else None
 
 
-def paired(before: Row, after: Row) -> Pairing | str:
+def paired(before: Row, after: Row) -> Paired | str:
     """The pairing of two accuracy rows, or why they cannot be paired."""
     first, second = items_of(before), items_of(after)
     if first is None or second is None:
         return "no record of single items"
-    if first.keys() != second.keys():
-        apart = len(first.keys() ^ second.keys())
-        return f"other items: {apart} of {len(first.keys() | second.keys())} are in one of the two only"
-    lost = sum(first[item] and not second[item] for item in first)
-    won = sum(second[item] and not first[item] for item in first)
-    return Pairing(lost, won, len(first), mcnemar(lost, won))
+    return compare(first, second)

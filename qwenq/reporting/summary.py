@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qwenq.paired.base import PLAIN, choose_base
+from qwenq.paired.compare import Paired
 from qwenq.reporting.card import TASKS
-from qwenq.reporting.collect import Collection, reference
+from qwenq.reporting.collect import Collection
 from qwenq.reporting.detail_tables import model_bytes
-from qwenq.reporting.losses import Loss, losses
+from qwenq.reporting.losses import Loss, bases_of, losses
 from qwenq.reporting.selection import at_one_point, decode_rows
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import format_of, signed
@@ -15,33 +17,45 @@ from qwenq.results import Model
 
 
 def summary_of(collection: Collection, family: str) -> Iterator[str]:
-    """``Int4: 31% of the unquantised bytes; decodes 1.60 × as fast as BF16; KL divergence 0.1397 …``."""
-    models = list(dict.fromkeys(item.row.model for item in collection.of(family)))
-    base = reference(models)
+    """``Int4: 62% of the BF16 bytes; decodes 1.60 × as fast as BF16; KL divergence 0.1397 …``.
+
+    Each figure names the unquantised model that it is relative to: the one that was measured where it was, in
+    the same dtype if there is one.
+    """
+    models = dict.fromkeys(item.row.model for item in collection.of(family))
+    if not any(model.precision in PLAIN for model in models):
+        return
     found = losses(collection, family)
     for model in models:
-        if base is None or model.precision in {"fp32", "bf16", "fp16"}:
+        if model.precision in PLAIN:
             continue
         parts = [
-            *_size(collection, family, model, base),
-            *_speed(collection, family, model, base),
+            *_size(collection, family, model),
+            *_speed(collection, family, model),
             *_closeness(collection, family, model),
-            *_accuracy([loss for loss in found if loss.after.model == model]),
+            *_accuracy(collection, [loss for loss in found if loss.after.model == model]),
         ]
         if parts:
             yield f"{collection.label(model)}: {'; '.join(parts)}."
 
 
-def _size(collection: Collection, family: str, model: Model, base: Model) -> Iterator[str]:
+def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
+    """Beside the precision that it was run in first; what it is stored as knows no dtype."""
     sizes = model_bytes(collection, family)
-    if model in sizes and sizes.get(base):
-        yield f"{sizes[model] / sizes[base]:.0%} of the unquantised bytes"
+    dtypes = (item.row.settings.get("dtype") for item in collection.of(family) if item.row.model == model)
+    plain = {other.precision: other for other, nbytes in sizes.items() if nbytes}
+    base = choose_base(plain, next(filter(None, dtypes), None))
+    if model in sizes and base is not None:
+        yield f"{sizes[model] / sizes[base]:.0%} of the {collection.label(base)} bytes"
 
 
-def _speed(collection: Collection, family: str, model: Model, base: Model) -> Iterator[str]:
-    speeds = {item.row.model: item.row.value or 0.0 for item in decode_rows(collection, family)}
-    if model in speeds and speeds.get(base):
-        yield f"decodes {speeds[model] / speeds[base]:.2f} × as fast as {collection.label(base)}"
+def _speed(collection: Collection, family: str, model: Model) -> Iterator[str]:
+    rows = {item.row.model: item.row for item in decode_rows(collection, family)}
+    if (row := rows.get(model)) is None:
+        return
+    base = choose_base({row.model.precision: row for row in rows.values()}, row.settings.get("dtype"))
+    if base is not None and base.value:
+        yield f"decodes {(row.value or 0.0) / base.value:.2f} × as fast as {collection.label(base.model)}"
 
 
 def _closeness(collection: Collection, family: str, model: Model) -> Iterator[str]:
@@ -50,16 +64,18 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
             yield f"KL divergence {format_of('kl', item.row.unit)(item.row.value)} nats a token"
 
 
-def _accuracy(found: list[Loss]) -> Iterator[str]:
+def _accuracy(collection: Collection, found: list[Loss]) -> Iterator[str]:
     tested = [loss for loss in found if loss.p is not None]
     if not tested:
         return
     worse = [loss for loss in tested if loss.significant]
+    bases = " and ".join(bases_of(tested, collection))
     if not worse:
-        yield f"no significant loss of accuracy in {len(tested)} task{'s' if len(tested) > 1 else ''}"
+        tasks = f"{len(tested)} task{'s' if len(tested) > 1 else ''}"
+        yield f"no significant loss of accuracy against {bases} in {tasks}"
         return
-    named = (f"{_task(loss)} ({signed(_points(loss))} points)" for loss in worse)
-    yield f"significantly less accurate in {len(worse)} of {len(tested)} tasks: {', '.join(named)}"
+    named = ", ".join(f"{_task(loss)} ({_lost(loss)})" for loss in worse)
+    yield f"significantly less accurate than {bases} in {len(worse)} of {len(tested)} tasks: {named}"
 
 
 def _task(loss: Loss) -> str:
@@ -67,5 +83,9 @@ def _task(loss: Loss) -> str:
     return TASKS.get(task, clean(task))
 
 
-def _points(loss: Loss) -> float:
-    return ((loss.after.value or 0.0) - (loss.before.value or 0.0)) * 100
+def _lost(loss: Loss) -> str:
+    """Points of the score; items, where subjects that count alike let the score go the other way."""
+    points = signed(loss.change * 100)
+    if isinstance(loss.pairing, Paired) and not points.startswith("−"):
+        return f"{loss.pairing.lost:,} items lost, {loss.pairing.won:,} won"
+    return f"{points} points"

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenq.reporting.collect import PLAIN, Collection, Measured
+from qwenq.paired.base import PLAIN
+from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import Format, format_of
 from qwenq.results import Value

@@ -63,11 +63,6 @@ def format_of(metric: str, unit: str) -> Format:
     return _BY_UNIT.get(unit) or Format(unit, 1, lambda value: f"{value:.4g}")
 
 
-def probability(p: float) -> str:
-    """A p value: ``0.031``, ``< 0.001``."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def signed(value: float, digits: int = 1) -> str:
     """A difference with its sign, a true minus; a zero has none."""
     text = fixed(digits)(abs(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich.console import Console
 
 from qwenq.cli import eval_output
 from qwenq.cli.eval_output import Progress
+from qwenq.paired.compare import Paired
+from qwenq.results import Model, Row
 
 
 class Clock:
@@ -98,3 +101,22 @@ def test_a_terminal_shows_the_accuracy_and_the_time_left(
         line = text.file.getvalue()  # type: ignore[attr-defined]
     assert "Tiny int4, mmlu" in line
     assert "20/40 75.0% correct 0:00:40 left" in line
+
+
+def row(precision: str, **details: Any) -> Row:
+    point = {"task": "mmlu", "protocol": "base"}
+    model = Model("Tiny", f"sha256:{precision}", precision, "Tiny")
+    return Row("accuracy", model, point, 0.5, "share", 0.4, 0.6, 60, details=details)
+
+
+def test_a_model_beside_its_base_is_shown_by_its_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Subjects that count alike moved the score by +0.3 points, though more items were lost than won."""
+    found = {**Paired(500, 40, 15).to_json(0.003), "base": "fp32"}
+    why = "other items: 1 of 61 are in one of the two only"
+    eval_output.print_table(tmp_path, [row("fp32"), row("int8", paired=found), row("int4", unpaired=why)])
+    plain, int8, int4 = (line for line in capsys.readouterr().out.splitlines() if line.startswith("mmlu"))
+    assert " ".join(int8.split()).endswith("+0.3 40 / 15 0.001 lost 40, won 15 items (p = 0.001)")
+    assert int4.rstrip().endswith(why)
+    assert plain.split()[-1] == "60"

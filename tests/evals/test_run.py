@@ -236,23 +236,28 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
     append_row(tmp_path, main)
 
     quantised = replace(contender, model=replace(contender.model, precision="int4", fingerprint="other"))
+    in_bfloat16 = replace(quantised, how=replace(quantised.how, dtype="bfloat16"))
     quantised.checkpoint.config["quantization_config"] = {"bits": 4}
     try:
         assert base_row(tmp_path, quantised, mmlu(data, 5)) is None
         later = replace(main, model=replace(main.model, precision="bf16"), details={"items": {"x": True}})
         append_row(tmp_path, later)
         base = base_row(tmp_path, quantised, plan)
-        assert base is not None and base.model.precision == "fp32", "as reports have it, whatever came last"
+        assert base is not None and base.model.precision == "fp32", "it ran in float32, too"
+        (other, _) = rows_of(quantised, plan, answers, base_row(tmp_path, in_bfloat16, plan), {})
         assert base.details["items"] == verdicts(answers.judged)
         worse = replace(
             answers, judged=[(item, replace(verdict, correct=False)) for item, verdict in answers.judged]
         )
-        (row, _) = rows_of(quantised, plan, worse, base, {})
+        (row, _) = rows_of(quantised, plan, worse, replace(base, value=0.9), {})
     finally:
         del quantised.checkpoint.config["quantization_config"]
     assert row.details["paired"]["lost"] == sum(verdicts(answers.judged).values())
     assert row.details["paired"]["won"] == 0
     assert row.details["paired"]["base"] == "fp32"
+    assert row.details["paired"]["change"] == pytest.approx(0.0 - 0.9), "of the scores, as reports have it"
+    assert "paired" not in other.details
+    assert other.details["unpaired"] == "other items: 17 of 17 are in one of the two only"
 
 
 def test_every_task_has_rows_that_reports_and_comparisons_find(

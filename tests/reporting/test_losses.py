@@ -6,19 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from example_runs import FAMILY, accuracy, write_run
+from example_runs import FAMILY, accuracy, speed, write_run
 
 from qwenq.paired.detectable import detectable_drop
 from qwenq.paired.mcnemar import mcnemar
 from qwenq.reporting.collect import collect
+from qwenq.reporting.figures import figures_of
 from qwenq.reporting.losses import loss_table
+from qwenq.reporting.summary import summary_of
+from qwenq.reporting.tables import Table
 from qwenq.results import Row
+
+
+def table_of(tmp_path: Path, rows: list[Row]) -> Table:
+    table = loss_table(collect([write_run(tmp_path / "run", rows)]), FAMILY)
+    assert table is not None
+    return table
 
 
 def lines(tmp_path: Path, rows: list[Row]) -> dict[tuple[str, str], dict[str, str]]:
     """(Task, Quantization) → heading → text."""
-    table = loss_table(collect([write_run(tmp_path / "run", rows)]), FAMILY)
-    assert table is not None
+    return lines_of(table_of(tmp_path, rows))
+
+
+def lines_of(table: Table) -> dict[tuple[str, str], dict[str, str]]:
     shown = [
         dict(zip(table.headers, [cell.text for cell in line.cells], strict=True)) for line in table.lines
     ]
@@ -31,7 +42,7 @@ def test_every_loss_says_what_the_sample_could_have_shown(tmp_path: Path) -> Non
     after = accuracy("int4", flips=4)
     after = replace(after, details={**after.details, "paired": stale})
     found = lines(tmp_path, [accuracy("fp32"), accuracy("bf16", flips=1), accuracy("int8", flips=2), after])
-    for precision, lost in (("BF16", 1), ("Int8", 2), ("Int4", 4)):
+    for precision, lost in (("Int8", 2), ("Int4", 4)):
         drop = detectable_drop(500, lost / 500)
         assert drop is not None
         assert found["MMLU", precision]["Items lost"] == str(lost)
@@ -70,3 +81,73 @@ def test_without_single_items_nothing_is_claimed(tmp_path: Path) -> None:
     loss = lines(tmp_path, [accuracy("fp32"), replace(accuracy("int4", flips=3), details={})])["MMLU", "Int4"]
     figures = [loss[name] for name in ("Items lost", "p", "p (Holm)", "Detectable drop", "In words")]
     assert figures == ["–", "n/a", "–", "–", "–"]
+
+
+def test_what_rounding_to_bfloat16_cost_is_no_cost_of_quantising(tmp_path: Path) -> None:
+    """It has no line, no bar, and no share in Holm's correction."""
+    rows = [accuracy(precision, task, n=100) for precision in ("fp32", "bf16") for task in ("mmlu", "gsm8k")]
+    rows.append(accuracy("int4", n=100, flips=6))
+    found = lines(tmp_path, rows)
+    assert found.keys() == {("MMLU", "Int4")}
+    loss = found["MMLU", "Int4"]
+    assert (loss["p"], loss["p (Holm)"]) == ("0.031", "0.031")
+    assert loss["In words"] == "lost 6.0 points (p = 0.031)"
+    figures = {figure.key: figure for figure in figures_of(collect([tmp_path / "run"]), FAMILY)}
+    assert figures["items"].categories == ("MMLU, Int4",)
+    assert figures["items"].caption == "Items that exactly one of both models got right, against FP32."
+
+
+def computed(dtype: str, row: Row) -> Row:
+    return replace(row, settings={"dtype": dtype})
+
+
+def test_each_task_has_the_base_that_was_measured_there_alike(tmp_path: Path) -> None:
+    """FP32 was measured on one task only; Int8 ran in float32, Int4 in bfloat16."""
+    rows = [accuracy("fp32"), *(accuracy("bf16", task, flips=2) for task in ("mmlu", "gsm8k"))]
+    rows += [computed("float32", accuracy("int8", task, flips=9)) for task in ("mmlu", "gsm8k")]
+    rows += [computed("bfloat16", accuracy("int4", task, flips=29)) for task in ("mmlu", "gsm8k")]
+    table = table_of(tmp_path, rows)
+    bases = {key: line["Against"] for key, line in lines_of(table).items()}
+    assert bases == {
+        ("MMLU", "Int8"): "FP32",
+        ("MMLU", "Int4"): "BF16",
+        ("GSM8K", "Int8"): "BF16",
+        ("GSM8K", "Int4"): "BF16",
+    }
+    assert (table.labels, table.caption[0]) == (3, "against the unquantised model named, item by item")
+    collection = collect([tmp_path / "run"])
+    (figure,) = (figure for figure in figures_of(collection, FAMILY) if figure.key == "items")
+    assert figure.categories[0] == "MMLU, Int8 against FP32"
+    int8, int4 = summary_of(collection, FAMILY)
+    worse = "significantly less accurate than"
+    assert int8.startswith(f"Int8: 34% of the FP32 bytes; {worse} FP32 and BF16 in 2 of 2 tasks: ")
+    assert int4.startswith(f"Int4: 51% of the BF16 bytes; {worse} BF16 in 2 of 2 tasks: ")
+
+
+def test_one_base_is_named_once(tmp_path: Path) -> None:
+    rows = [*map(accuracy, ("fp32", "bf16")), computed("bfloat16", accuracy("int4", flips=3))]
+    table = table_of(tmp_path, rows)
+    assert "Against" not in table.headers
+    assert table.caption[0] == "against BF16, item by item"
+    (said,) = summary_of(collect([tmp_path / "run"]), FAMILY)
+    assert said == "Int4: 51% of the BF16 bytes; no significant loss of accuracy against BF16 in 1 task."
+
+
+def test_a_decoding_speed_is_beside_the_base_that_was_computed_alike(tmp_path: Path) -> None:
+    rows = [row for precision in ("fp32", "bf16") for row in speed(precision, 128)]
+    rows += [computed("bfloat16", row) for row in speed("int4", 128)]
+    (said,) = summary_of(collect([write_run(tmp_path / "run", rows)]), FAMILY)
+    assert said == "Int4: 51% of the BF16 bytes; decodes 2.69 × as fast as BF16."
+
+
+def test_a_score_that_rose_though_items_were_lost_counts_items(tmp_path: Path) -> None:
+    before, after = accuracy("fp32"), accuracy("int4", flips=22)
+    assert before.value is not None
+    macro = replace(after, value=before.value + 0.003, high=None, low=None)
+    table = table_of(tmp_path, [before, macro])
+    loss = lines_of(table)["MMLU", "Int4"]
+    assert (loss["Difference"], loss["In words"]) == ("+0.3", "lost 22, won 0 items (p < 0.001)")
+    marked = [heading for heading, cell in zip(table.headers, table.lines[0].cells, strict=True) if cell.mark]
+    assert marked == ["p (Holm)"]
+    (said,) = summary_of(collect([tmp_path / "run"]), FAMILY)
+    assert said.endswith("less accurate than FP32 in 1 of 1 tasks: MMLU (22 items lost, 0 won).")
