@@ -95,7 +95,7 @@ class GateRecipe(_Section):
     """What the result is compared with, and what fails."""
 
     baseline: str | None = None  # a run folder; none: no gate
-    fail_on: str = FAIL_ON
+    fail_on: str | None = None  # as --fail-on; without it FAIL_ON, of the metrics that the baseline has
 
 
 class Recipe(_Section):

@@ -36,7 +36,6 @@ def compare(
     Exit code 1: a regression. 3: something that was asked about is missing or cannot be compared (another
     protocol, task version, model, dtype or machine); that is no pass. 0: passed.
     """
-    from qwenq.recipe import FAIL_ON
     from qwenq.reporting import gate, gate_output
     from qwenq.reporting.collect import collect
     from qwenq.reporting.compare import compare as compare_rows
@@ -46,7 +45,7 @@ def compare(
     for option, file in (("--markdown", markdown), ("--junit", junit)):
         if file is not None and file.is_dir():
             raise UsageError(f"{option} is a folder", where=file, hint="name a file in it")
-    conditions = gate.parse(FAIL_ON if fail_on is None else "" if fail_on == "none" else fail_on)
+    conditions = gate.asked_by(fail_on)
     before, after = (
         with_turns(collect([first]), collect(more) if more else None)
         for first, more in ((baseline, more_baseline), (new, more_new))

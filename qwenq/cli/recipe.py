@@ -42,10 +42,10 @@ def checked(file: Path) -> Recipe:
         UsageError: a key, a value, a condition or a task that is wrong, or a file that is not there.
     """
     from qwenq.recipe import read_recipe
-    from qwenq.reporting.gate import parse
+    from qwenq.reporting.gate import asked_by
 
     found = read_recipe(file)
-    parse(found.gate.fail_on)
+    asked_by(found.gate.fail_on)
     for key, name in (
         ("calibration.source", found.calibration.source),
         ("eval.data", found.eval.data if found.eval else None),

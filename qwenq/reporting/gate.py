@@ -2,7 +2,8 @@
 
 A condition is ``metric:rule``; several stand behind each other with commas:
 
-* ``accuracy:significant``: items lost are more than items won, and McNemar's test calls it no accident.
+* ``accuracy:significant``: items lost are more than items won, and McNemar's test calls it no accident, once
+  corrected by Holm for the accuracies that such conditions are on.
   For speed, time and energy: the intervals do not overlap. For exact figures: any change to the worse.
 * ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline. Of
   speeds and times the kindest ratio that both intervals allow counts: what fails is no noise. One that was
@@ -25,7 +26,7 @@ from typing import Literal
 from qwenq.errors import UsageError
 from qwenq.recipe import FAIL_ON
 from qwenq.reporting.collect import PRECISIONS
-from qwenq.reporting.compare import METRICS, Comparison
+from qwenq.reporting.compare import METRICS, Comparison, corrected
 from qwenq.results import Row
 
 PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
@@ -68,12 +69,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class Judged:
-    """A comparison and what the gate says of it; ``condition`` is the one that was asked, if any."""
+    """A comparison and what the gate says of it.
+
+    Attributes:
+        condition: which decided it; of those that were asked the first, where none did; None: none was asked.
+        answered: all conditions that this row was an answer to.
+    """
 
     comparison: Comparison
     outcome: Outcome
     condition: Condition | None = None
     reason: str = ""
+    answered: tuple[Condition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,17 @@ class Verdict:
 def judge(
     comparisons: Sequence[Comparison], conditions: Sequence[Condition], *, strict: bool = True
 ) -> Verdict:
-    """Apply conditions to comparisons."""
-    judged = tuple(_judge(item, conditions) for item in comparisons)
-    active = {item.condition for item in judged if item.outcome != "not judged"}
+    """Apply conditions to comparisons.
+
+    Args:
+        comparisons: their p is corrected anew, for those that a condition asks to test.
+        conditions: of several on one row every one is asked, and one that is violated is enough.
+        strict: whether a condition that judges nothing is a failure: it was asked for by name.
+    """
+    tests = [condition for condition in conditions if condition.limit is None]
+    items = corrected(comparisons, lambda item: any(test.covers(item.row) for test in tests))
+    judged = tuple(_judge(item, conditions) for item in items)
+    active = {condition for item in judged for condition in item.answered}
     idle = tuple(condition for condition in conditions if condition not in active)
     measured = [item.before for item in comparisons if item.before and item.before.status == "ok"]
     blind = tuple(condition for condition in idle if any(condition.covers(row) for row in measured))
@@ -151,26 +166,30 @@ def _judge(item: Comparison, conditions: Sequence[Condition]) -> Judged:
     if item.before is None or item.before.status != "ok":
         return Judged(item, "not judged", asked[0], item.why or "the baseline has no such row")
     if not item.comparable:
-        return Judged(item, "not comparable", asked[0], item.why)
+        return Judged(item, "not comparable", asked[0], item.why, tuple(asked))
     return _apply(item, asked)
 
 
 def _apply(item: Comparison, asked: list[Condition]) -> Judged:
-    """The first condition that is violated, else the first that cannot be judged, else a pass."""
+    """The first condition that is violated, else the first that cannot be judged, else a pass of all."""
     noisy = item.metric is not None and item.metric.noisy
     if noisy and (few := _fewest(item)) < LEAST:
         why = f"too few measurements to judge: {few}, where {LEAST} are the least"
         return Judged(item, "not judged", asked[0], why)
     named = [condition for condition in asked if condition.metric == item.row.metric]
-    if noisy and item.real is None and not named:
-        return Judged(item, "not judged", asked[0], f"{item.why}; name {item.row.metric} to judge it anyway")
-    results = [(condition, condition.violated(item)) for condition in asked]
+    if noisy and item.real is None:
+        if not named:
+            why = f"{item.why}; name {item.row.metric} to judge it anyway"
+            return Judged(item, "not judged", asked[0], why)
+        asked = named
+    results = {condition: condition.violated(item) for condition in asked}
+    answered = tuple(condition for condition, violated in results.items() if violated is not None)
     outcomes: list[tuple[bool | None, Outcome]] = [(True, "regression"), (None, "not comparable")]
     for wanted, outcome in outcomes:
-        for condition, violated in results:
+        for condition, violated in results.items():
             if violated is wanted:
-                return Judged(item, outcome, condition, item.why)
-    return Judged(item, "passed", asked[0], item.why)
+                return Judged(item, outcome, condition, item.why, answered)
+    return Judged(item, "passed", asked[0], item.why, answered)
 
 
 def _fewest(item: Comparison) -> int:
@@ -193,6 +212,15 @@ def parse(text: str) -> list[Condition]:
     """
     parts = [part for part in text.split(",") if part.strip()]
     return [_condition(part) for part in parts]
+
+
+def asked_by(fail_on: str | None) -> list[Condition]:
+    """The conditions of ``--fail-on`` or of a recipe's gate: None is the default, ``none`` asks for nothing.
+
+    Raises:
+        UsageError: as `parse`.
+    """
+    return parse(FAIL_ON if fail_on is None else "" if fail_on == "none" else fail_on)
 
 
 def _condition(part: str) -> Condition:
@@ -229,4 +257,4 @@ def _condition(part: str) -> Condition:
 
 _EXAMPLES = {"ratio": {"up": "0.95", "down": "1.05"}, "difference": {"up": "-0.02", "down": "0.05"}}
 
-__all__ = ["FAIL_ON", "Condition", "Judged", "Verdict", "judge", "parse"]
+__all__ = ["FAIL_ON", "Condition", "Judged", "Verdict", "asked_by", "judge", "parse"]

@@ -92,8 +92,7 @@ def chain_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
         page = Path(recipe.report.folder) / name / "index.html"
         steps.append(_report(recipe, folder, page))
     if recipe.gate.baseline is not None:
-        arguments = ("compare", recipe.gate.baseline, str(folder), "--fail-on", recipe.gate.fail_on)
-        steps.append(Step("gate", arguments, folder / RESULTS_FILE, always=True))
+        steps.append(_gate(recipe.gate.baseline, folder, recipe.gate.fail_on))
     return Chain(recipe, tuple(steps), folder, page)
 
 
@@ -186,6 +185,12 @@ def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
     title = () if recipe.report.title is None else ("--title", recipe.report.title)
     arguments = ("report", str(folder), "--out", str(page.parent), *title)
     return Step("report", arguments, page, (folder / RESULTS_FILE,))
+
+
+def _gate(baseline: str, folder: Path, fail_on: str | None) -> Step:
+    """Conditions are named only where the recipe does: named ones that judge nothing are a failure."""
+    conditions = () if fail_on is None else ("--fail-on", fail_on)
+    return Step("gate", ("compare", baseline, str(folder), *conditions), folder / RESULTS_FILE, always=True)
 
 
 def _refuse_random(recipe: Recipe) -> None:

@@ -15,8 +15,8 @@ from qwenq.errors import UsageError
 from qwenq.recipe import FAIL_ON
 from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import compare
-from qwenq.reporting.gate import Verdict, judge, parse
-from qwenq.reporting.gate_output import github_annotations, junit_text, markdown_text, text_lines
+from qwenq.reporting.gate import Verdict, asked_by, judge, parse
+from qwenq.reporting.gate_output import effect, github_annotations, junit_text, markdown_text, text_lines
 from qwenq.results import Row
 
 Gate = Callable[..., Verdict]
@@ -254,3 +254,78 @@ def test_annotations_are_one_line_each_and_cannot_be_forged(failed: Verdict) -> 
     assert all(line.startswith("::error title=") and "\n" not in line for line in lines)
     assert sum("forged" in line for line in lines) == 1
     assert any("50%25" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "conditions",
+    [
+        "accuracy:significant, accuracy:<-0.05",
+        "speed:<0.95, speed.decode:<0.9",
+        "accuracy:<-0.02, accuracy@int8:significant",
+    ],
+)
+def test_each_of_two_conditions_on_one_row_has_judged_it(gate: Gate, conditions: str) -> None:
+    verdict = gate(list(rows()), list(rows()), conditions)
+    assert (verdict.exit_code, verdict.idle) == (0, ())
+
+
+def test_of_two_conditions_on_one_row_either_fails_it(gate: Gate) -> None:
+    worse = [accuracy("int4", flips=4)]
+    for conditions in ("accuracy:significant, accuracy:<-0.005", "accuracy:<-0.005, accuracy:significant"):
+        verdict = gate([accuracy("int4")], worse, conditions)
+        assert (verdict.exit_code, verdict.idle) == (1, ())
+        assert str(verdict.of("regression")[0].condition) == "accuracy:<-0.005"
+
+
+def test_a_condition_that_names_a_speed_lets_no_other_judge_it_by_its_ratio(gate: Gate) -> None:
+    """It has no interval: the limit of the group is one for figures that have one."""
+    verdict = gate(protocol(1, 3), protocol(0.9, 3), "speed:<0.95, speed.protocol:<0.5")
+    assert verdict.of("regression") == []
+    assert [str(condition) for condition in verdict.blind] == ["speed:<0.95"]
+
+
+def moved(lost: int, won: int, score: float) -> list[Row]:
+    """Beside ``accuracy("int4")``: items lost and won, and a score that subjects which count alike made."""
+    row = accuracy("int4", flips=lost)
+    wrong = [name for name, correct in accuracy("int4").details["items"].items() if not correct]
+    items = row.details["items"] | dict.fromkeys(wrong[:won], True)
+    return [replace(row, value=score, low=None, high=None, details={"items": items})]
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "score", "code", "word"),
+    [
+        (40, 15, 0.483, 1, "worse by items"),
+        (40, 15, 0.48, 1, "worse by items"),
+        (40, 15, 0.477, 1, "worse"),
+        (15, 40, 0.477, 0, "better by items"),
+        (15, 40, 0.483, 0, "better"),
+    ],
+)
+def test_significance_and_its_direction_are_both_of_the_items(
+    gate: Gate, lost: int, won: int, score: float, code: int, word: str
+) -> None:
+    verdict = gate([accuracy("int4")], moved(lost, won, score), "accuracy:significant")
+    assert verdict.exit_code == code
+    (judged,) = (item for item in verdict.judged if item.condition is not None)
+    assert effect(judged) == word
+    assert any(f"; {word}" in line for line in text_lines(verdict))
+    assert gate([accuracy("int4")], moved(lost, won, score), "accuracy:<-0.002").exit_code == (score < 0.478)
+
+
+def test_holm_corrects_for_the_tests_that_are_asked_for(gate: Gate) -> None:
+    """Six items lost and none won is p = 0.031: real alone, no more than chance among ten tests."""
+    tasks = [f"task{number}" for number in range(9)]
+    old = [accuracy("int8"), *(accuracy("int4", task) for task in tasks)]
+    new = [accuracy("int8", flips=6), *old[1:]]
+    assert gate(old, new, "accuracy:significant").exit_code == 0
+    assert gate(old, new, "accuracy@int8:significant").exit_code == 1
+    assert gate(old, new, "accuracy@int8:significant, accuracy:<-0.05").exit_code == 1, "a limit is no test"
+    shown = {item.comparison.name: item.comparison.p for item in gate(old, new, "").judged}
+    assert shown["Int8 accuracy: task mmlu, protocol card, version 1, limit 500"] == pytest.approx(0.3125)
+
+
+def test_conditions_of_a_recipe_or_of_the_command_line() -> None:
+    assert asked_by(None) == parse(FAIL_ON)
+    assert asked_by("none") == asked_by("") == []
+    assert asked_by("kl:>0.1") == parse("kl:>0.1")

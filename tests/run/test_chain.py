@@ -21,7 +21,7 @@ from qwenq.cli.commands import register
 from qwenq.errors import UsageError
 from qwenq.evals.recorded import rows_of
 from qwenq.recipe import Recipe, read_recipe
-from qwenq.results import Model, read_rows
+from qwenq.results import Model, Row, append_row, read_rows
 from qwenq.run.chain import Chain, Step, chain_of
 from qwenq.run.execute import is_done, run_chain
 
@@ -91,6 +91,23 @@ def test_quantised_models_are_evaluated_in_the_dtype_that_is_asked_for(tmp_path:
     }
     (int4,) = (step for step in chain(tmp_path).steps if step.name == "evaluate int4")
     assert "--dtype" not in int4.arguments
+
+
+def test_a_gate_names_conditions_only_where_the_recipe_does(tmp_path: Path) -> None:
+    """Named ones that judge nothing fail; the default would, in a chain that measures no speed."""
+    assert chain(tmp_path).steps[-1].arguments[3:] == ("--fail-on", "accuracy:significant")
+    made = chain(tmp_path, '[eval]\nsample = true\n[gate]\nbaseline = "baseline"\n')
+    gate = made.steps[-1]
+    assert gate.arguments == ("compare", "baseline", str(made.work))
+    model = Model("m-Int4", "sha256:m", "int4", "m", nbytes=1000)
+    point: dict[str, Any] = {"task": "mmlu", "protocol": "base", "version": 1, "limit": None}
+    row = Row("accuracy", model, point, 1.0, "share", n=1, details={"items": {"a": True}})
+    for run in (tmp_path / "baseline", made.work):
+        append_row(run, row)
+    command = [sys.executable, "-m", "qwenq", *gate.arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "speed:<0.95 judged nothing: the baseline has no such row" in done.stdout
 
 
 def test_the_gate_of_this_repository_computes_in_float32() -> None:
