@@ -26,10 +26,11 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass
 class _State:
-    """What is being finished, and when SIGTERM came."""
+    """What is being finished, when the SIGTERM came that is still to be obeyed, and when the last one did."""
 
     until: str | None = None
     came: float | None = None
+    last: float | None = None
 
 
 _state = _State()
@@ -55,13 +56,20 @@ def finishing(until: str) -> Iterator[None]:
         raise Terminated
 
 
+def passed_on() -> bool:
+    """For the handler, before ``note``: whether this SIGTERM is the last one again, which has been seen to.
+
+    Of one that stopped the command at once, too: it must not break into how the command ends.
+    """
+    return _state.last is not None and time.monotonic() - _state.last < ONE
+
+
 def note() -> str | None:
     """For the handler: SIGTERM has come. What is finished first; None: nothing, stop at once."""
-    now = time.monotonic()
-    if _state.until is None or (_state.came is not None and now - _state.came >= ONE):
+    _state.last = time.monotonic()
+    if _state.until is None or _state.came is not None:
         return None
-    if _state.came is None:
-        _state.came = now
+    _state.came = _state.last
     return _state.until
 
 

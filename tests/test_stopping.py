@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from qwenq import stopping
-from qwenq.stopping import Terminated, asked, finishing, note, stop_here
+from qwenq.cli.app import _sigterm_as_ctrl_c
+from qwenq.stopping import Terminated, asked, finishing, note, passed_on, stop_here
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, which a test moves; and no SIGTERM has come yet."""
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stopping, "_state", stopping._State())
+    return now
 
 
 def test_outside_it_stops_at_once() -> None:
@@ -29,15 +41,35 @@ def test_it_is_obeyed_at_the_next_place_or_at_the_end() -> None:
     assert not asked()  # it has been obeyed
 
 
-def test_a_second_one_stops_at_once_unless_it_is_the_first_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-    with pytest.raises(Terminated), finishing("all is done"):
-        assert note() == "all is done"
-        clock[0] += 0.5
-        assert note() == "all is done"
-        clock[0] += 0.6
-        assert note() is None
+def test_a_second_one_stops_at_once_unless_it_is_the_first_passed_on(clock: list[float]) -> None:
+    with _sigterm_as_ctrl_c() as received:
+        with pytest.raises(Terminated), finishing("all is done"):
+            signal.raise_signal(signal.SIGTERM)
+            clock[0] += 0.5
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # nor does it break into what is said at the end
+        assert received == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt), finishing("all is done"):
+            clock[0] += 0.6
+            signal.raise_signal(signal.SIGTERM)  # long after the other, and obeyed later
+            assert asked()
+            clock[0] += 1.1
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("went on")
+
+
+def test_outside_it_the_first_passed_on_breaks_into_nothing(clock: list[float]) -> None:
+    """`qwenq run` and torchrun pass it on while the command says how to go on."""
+    with _sigterm_as_ctrl_c() as received:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        clock[0] += 0.9
+        assert passed_on()
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        clock[0] += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_what_goes_wrong_meanwhile_is_said() -> None:

@@ -113,6 +113,8 @@ def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
     received: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
+        if stopping.passed_on():
+            return
         received.append(number)
         until = stopping.note()
         if until is None:
