@@ -52,6 +52,7 @@ class Contender:
         tokenizer: its own.
         how: how it is run; ``device`` and ``dtype`` are the real ones, not ``auto``.
         notices: what the user has to be told of it.
+        base: fingerprint of the model that it was made from, where that is known, see ``settle_families``.
     """
 
     checkpoint: Checkpoint
@@ -59,6 +60,7 @@ class Contender:
     tokenizer: Tokenizer
     how: How
     notices: list[str] = field(default_factory=list)
+    base: str | None = None
 
     @property
     def quantised(self) -> bool:
@@ -133,6 +135,7 @@ def open_contender(given: str | None, how: How) -> Contender:
         tokenizer,
         replace(how, device=str(place), dtype=str(number).removeprefix("torch.")),
         [*resolved.notices, *checkpoint.notices],
+        base_of(checkpoint.folder).get("fingerprint"),
     )
 
 
@@ -149,11 +152,15 @@ def answers_chats(tokenizer: Tokenizer) -> bool:
     return any(token in tokenizer.eos_ids for token in ids[-3:])
 
 
-def settle_families(contenders: Sequence[Contender]) -> list[str]:
-    """Bases before what was made from them, and each quantised model in the family of its base.
+def settle_families(contenders: Sequence[Contender], recorded: Sequence[Model] = ()) -> list[str]:
+    """Each quantised model in the family of its base, and with that base's fingerprint.
 
-    The base is the model with the fingerprint that the manifest names, else the one with the family's name,
-    else the only unquantised one, if it has the same shape: that is said.
+    The base is the model with the fingerprint that the manifest names, and no other. Where nothing names one,
+    it is the one with the family's name, else the only unquantised one, if it has the same shape: that is
+    said.
+
+    Args:
+        recorded: unquantised models that the run folder has rows of; they need not be named again.
 
     Returns:
         What the user has to be told.
@@ -161,23 +168,36 @@ def settle_families(contenders: Sequence[Contender]) -> list[str]:
     notes = []
     bases = [contender for contender in contenders if not contender.quantised]
     for contender in contenders:
-        if not contender.quantised or not bases:
+        if not contender.quantised:
             continue
-        named = base_of(contender.checkpoint.folder).get("fingerprint")
-        same = [base for base in bases if base.model.fingerprint == named]
-        alike = [base for base in bases if _same_shape(base, contender)]
-        if not same and contender.model.family not in {base.model.family for base in bases}:
-            if len(bases) == 1 and alike:
-                same = bases
-                notes.append(
-                    f"nothing says what {contender.model.name} was made from: "
-                    f"it is compared with {bases[0].model.name}"
-                )
-            else:
-                notes.append(f"no base of {contender.model.name} is among the models: it is not compared")
-        if same:
-            contender.model = replace(contender.model, family=same[0].model.family)
+        base, note = _base_among(contender, bases, recorded)
+        notes += [note] if note else []
+        if base is not None:
+            contender.base = base.fingerprint
+            contender.model = replace(contender.model, family=base.family)
     return notes
+
+
+def _base_among(
+    contender: Contender, bases: Sequence[Contender], recorded: Sequence[Model]
+) -> tuple[Model | None, str]:
+    """The base, if it is there, and what is to be said."""
+    name, family = contender.model.name, contender.model.family
+    given = [base.model for base in bases]
+    called = [model for model in (*given, *recorded) if model.family == family]
+    absent = f"no base of {name} is among the models: it is not compared" if bases else ""
+    if contender.base is not None:
+        same = [model for model in (*given, *recorded) if model.fingerprint == contender.base]
+        changed = f"{name} was made from other weights than {family} has: the base has changed since, "
+        return (same[0], "") if same else (None, f"{changed}and it is not compared" if called else absent)
+    called = [model for model in given if model.family == family] or called
+    if len({model.fingerprint for model in called}) > 1:
+        return None, f"several models are called {family}, and nothing says which {name} was made from"
+    if called:
+        return called[0], ""
+    if len(bases) == 1 and _same_shape(bases[0], contender):
+        return given[0], f"nothing says what {name} was made from: it is compared with {given[0].name}"
+    return None, absent
 
 
 def by_need(contenders: Sequence[T]) -> list[T]:

@@ -46,7 +46,7 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
         return Model(name, fingerprint, precision_name(dtype), name, size)
     size = sum(tensor_bytes(checkpoint, tensor) for tensor in checkpoint.names())
-    quant = QuantConfig.read(checkpoint.config)
+    quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
     base = base_of(checkpoint.folder)
     family = model_name(base["model"]) if "model" in base else family_name(name)
     return Model(name, fingerprint, f"int{quant.bits}", family, size, quant.group_size)
@@ -72,7 +72,7 @@ def base_of(folder: Path) -> dict[str, Any]:
     """``{"model": …, "fingerprint": …}`` of the model that this one was made from; empty where nothing says.
 
     Raises:
-        CorruptFileError: the manifest is no JSON object.
+        CorruptFileError: the manifest is no JSON object, or calls the base something that is no name.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -84,7 +84,12 @@ def base_of(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise CorruptFileError("the manifest is not a JSON object", where=path)
     base = manifest.get("base")
-    return base if isinstance(base, dict) else {}
+    if not isinstance(base, dict):
+        return {}
+    names = [base[key] for key in ("model", "fingerprint") if base.get(key) is not None]
+    if not all(isinstance(name, str) and "\0" not in name for name in names):
+        raise CorruptFileError("the manifest calls the model's base something that is no name", where=path)
+    return base
 
 
 def tensor_bytes(checkpoint: Checkpoint, name: str) -> int:

@@ -87,13 +87,52 @@ def test_the_base_is_the_one_with_the_fingerprint(tiny: Path, tmp_path: Path) ->
     int4 = quantised(tiny, tmp_path / "q", manifest)
     assert settle_families([other, base, int4]) == []
     assert int4.model.family == base.model.family
+    assert int4.base == base.model.fingerprint
     assert by_need([int4, other, base]) == [other, base, int4]
 
 
-def test_else_the_one_with_its_name(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("named", "says"), [
+    ("Tiny", "was made from other weights than Tiny has: the base has changed since, and it is not compared"),
+    ("Else", "no base of q is among the models: it is not compared"),
+])  # fmt: skip
+def test_no_other_weights_than_those_that_are_named(
+    tiny: Path, tmp_path: Path, named: str, says: str
+) -> None:
+    """Neither those under the base's name, which has changed since, nor the only ones of its shape."""
+    base = open_contender(str(tiny), CPU)
+    manifest = {"base": {"model": f"somewhere/{named}", "fingerprint": "0123"}}
+    int4 = quantised(tiny, tmp_path / "q", manifest)
+    (said,) = settle_families([base, int4])
+    assert said.endswith(says)
+    assert (int4.base, int4.model.family) == ("0123", named)
+    recorded = settle_families([int4], [base.model])
+    assert recorded == ([said] if named == "Tiny" else []), "nor does the folder's old one go unsaid"
+
+
+def test_a_base_that_was_recorded_need_not_be_named_again(tiny: Path, tmp_path: Path) -> None:
+    recorded = open_contender(str(tiny), CPU).model
+    manifest = {"base": {"model": "somewhere/else", "fingerprint": recorded.fingerprint}}
+    for folder, made in (("by-manifest", manifest), ("Tiny-GPTQ-Int4", None)):
+        int4 = quantised(tiny, tmp_path / folder, made)
+        assert settle_families([int4], [recorded]) == []
+        assert (int4.model.family, int4.base) == ("Tiny", recorded.fingerprint)
+
+
+def test_of_several_with_its_name_none_is_guessed_unless_one_is_given(tiny: Path, tmp_path: Path) -> None:
+    base = open_contender(str(tiny), CPU)
+    before = replace(base.model, fingerprint="as it was before")
     int4 = quantised(tiny, tmp_path / "Tiny-GPTQ-Int4", None)
-    assert settle_families([open_contender(str(tiny), CPU), int4]) == []
-    assert int4.model.family == "Tiny"
+    (said,) = settle_families([int4], [before, base.model])
+    assert "several models are called Tiny" in said
+    assert int4.base is None
+    assert settle_families([int4, base], [before]) == []
+    assert int4.base == base.model.fingerprint
+
+
+def test_else_the_one_with_its_name(tiny: Path, tmp_path: Path) -> None:
+    base, int4 = open_contender(str(tiny), CPU), quantised(tiny, tmp_path / "Tiny-GPTQ-Int4", None)
+    assert settle_families([base, int4]) == []
+    assert (int4.model.family, int4.base) == ("Tiny", base.model.fingerprint)
 
 
 def test_else_the_only_one_of_its_shape_and_that_is_said(tiny: Path, tmp_path: Path) -> None:

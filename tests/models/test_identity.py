@@ -62,6 +62,13 @@ def test_names() -> None:
 
 def test_a_broken_manifest_is_an_error(tmp_path: Path) -> None:
     assert base_of(tmp_path) == {}
-    (tmp_path / "qwenq.json").write_text("{")
-    with pytest.raises(CorruptFileError):
-        base_of(tmp_path)
+    for broken in (
+        "{",
+        "[]",
+        '{"base": {"model": 7}}',
+        '{"base": {"model": "a\\u0000"}}',
+        '{"base": {"fingerprint": []}}',
+    ):
+        (tmp_path / "qwenq.json").write_text(broken)
+        with pytest.raises(CorruptFileError):
+            base_of(tmp_path)
