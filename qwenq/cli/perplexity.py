@@ -99,8 +99,10 @@ def _measured(
     run: Path,
 ) -> list[Row]:
     """Every row: those that the run folder has, and the others, appended to it as they are made."""
+    from dataclasses import replace
+
     from qwenq.cli.progress import show_progress
-    from qwenq.environment import environment
+    from qwenq.environment import MACHINE, environment, machine
     from qwenq.evals.perplexity import perplexities
     from qwenq.results import append_row, read_rows, write_environment
     from qwenq.storage import locked
@@ -110,13 +112,16 @@ def _measured(
     try:
         with locked(run), show_progress(contender.model.name) as progress:
             known = read_rows(run) if (run / "results.jsonl").exists() else []
-            write_environment(run, environment())
+            found = environment()
+            write_environment(run, found)
             for row in perplexities(
                 contender, text, lengths, switches, command=command, progress=progress, known=known
             ):
-                if not any(row is one for one in known):
-                    append_row(run, row)
-                rows.append(row)
+                if any(row is one for one in known):
+                    rows.append(row)
+                    continue
+                rows.append(replace(row, settings={**row.settings, MACHINE: machine(found)}))
+                append_row(run, rows[-1])
     except KeyboardInterrupt:  # SIGTERM too
         typer.echo(
             f"\nstopped; lengths that were measured are kept: the same command goes on: {command}", err=True

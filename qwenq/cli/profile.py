@@ -108,7 +108,6 @@ def _measure(
     from qwenq.profiling.parallel import measure_together
     from qwenq.profiling.planning import plan, read_device
     from qwenq.profiling.sweep import run_sweep
-    from qwenq.results import write_environment
     from qwenq.storage import locked
 
     command = shlex.join(["qwenq", *sys.argv[1:]])
@@ -120,10 +119,10 @@ def _measure(
             planned = plan(points(device=place.device), found.shapes, place)
             if not as_json:
                 show_plan(planned, place, seconds, folder)
-            write_environment(folder, environment())
+            options = {"environment": environment(), "command": command, **together}
             listener = _Listener(as_json)
             left = None if seconds is None else seconds - (time.monotonic() - began)  # the probe counts, too
-            progress = run_sweep(planned, folder, listener, budget=left, command=command, **together)
+            progress = run_sweep(planned, folder, listener, budget=left, **options)
         team.tell()  # the sweep is over
         if not as_json:
             _show(folder, planned, progress.kept)
@@ -170,6 +169,9 @@ class _Listener:
     def row(self, row: Row) -> None:
         if self._json:
             typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
+
+    def note(self, line: str) -> None:
+        typer.echo(f"note: {line}", err=True)
 
 
 def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:

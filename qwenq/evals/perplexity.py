@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -21,15 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwenq.environment import MACHINE
 from qwenq.errors import OutOfMemoryError, QwenqError, UsageError
 from qwenq.evals.contender import Contender
 from qwenq.evals.divergence import SLAB_ELEMENTS, SLAB_TOKENS
 from qwenq.evals.statistics import mean_of_sequences
+from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.results import Row, Value
 from qwenq.runtime.decoder import Decoder
 from qwenq.runtime.engine import FastEngine
 from qwenq.runtime.memory import explained
-from qwenq.runtime.spec import LongContext, long_context_of
 
 METRIC = "perplexity.context"
 TOKENS_PER_PASS = 4096
@@ -208,7 +209,9 @@ def _facts(
 
 
 def _measured(row: Row, facts: Mapping[str, Any]) -> bool:
-    return all(getattr(row, name) == value for name, value in facts.items())
+    """Whether a row has these facts, on whatever machine it was."""
+    plain = replace(row, settings={key: value for key, value in row.settings.items() if key != MACHINE})
+    return all(getattr(plain, name) == value for name, value in facts.items())
 
 
 def _row(

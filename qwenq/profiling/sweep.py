@@ -1,18 +1,26 @@
-"""Runs a sweep: one process a point, rows into the run folder as they come, what is done not again."""
+"""Runs a sweep: one process a point, rows into the run folder as they come, what is done here not again."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from qwenq.environment import MACHINE, decisive, difference, machine, measured_on
 from qwenq.profiling.child import measure_in_child
 from qwenq.profiling.load_times import LoadTimes
 from qwenq.profiling.planning import Planned, allowances
 from qwenq.profiling.points import Point, is_done
-from qwenq.results import RESULTS_FILE, Row, append_row, read_rows
+from qwenq.results import (
+    RESULTS_FILE,
+    Row,
+    append_row,
+    read_environment,
+    read_rows,
+    write_environment,
+)
 
 Measure = Callable[[Point, float | None], Iterator[Row]]
 """How a point becomes rows; every metric of it has one."""
@@ -29,6 +37,10 @@ class Listener(Protocol):
         """A figure is there, or is known not to come."""
         ...
 
+    def note(self, line: str) -> None:
+        """Something that the user has to know before the first point."""
+        ...
+
 
 @dataclass
 class Progress:
@@ -36,7 +48,7 @@ class Progress:
 
     Attributes:
         measured: points of this run.
-        kept: points that the folder held already.
+        kept: points that the folder held already, measured on this machine.
     """
 
     measured: int = 0
@@ -48,13 +60,15 @@ def run_sweep(
     out: Path,
     listener: Listener,
     *,
+    environment: Mapping[str, Any] | None = None,
     budget: float | None = None,
     command: str = "",
     measure: Measure = measure_in_child,
 ) -> Progress:
-    """Measure what the folder does not have yet.
+    """Measure what the folder does not have yet, or has from another machine only.
 
     Args:
+        environment: of this machine; each row says it, and the folder. None: machines are not told apart.
         budget: seconds for all points; each gets its share of what is left when its turn comes. A point for
             which too little is left has rows that say so. The first one is tried whatever is left: how long
             it takes to load is what the rest is judged by.
@@ -66,6 +80,10 @@ def run_sweep(
         UsageError: the folder holds something that is no row.
     """
     held = read_rows(out) if (out / RESULTS_FILE).exists() else []
+    mine = {} if environment is None else {MACHINE: machine(environment)}
+    if environment is not None:
+        held = _held_here(planned, held, out, environment, listener)
+        write_environment(out, dict(environment))
     todo = [each for each in planned if not is_done(each.point, held)]
     progress, began = Progress(kept=len(planned) - len(todo)), time.monotonic()
     runner = _Runner(measure)
@@ -75,11 +93,39 @@ def run_sweep(
         seconds = runner.allowance(rest, left)
         listener.point(number + 1, len(todo), rest[0], seconds)
         for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
-            told = replace(row, details={**row.details, **({"command": command} if command else {})})
+            details = {**row.details, **({"command": command} if command else {})}
+            told = replace(row, settings={**row.settings, **mine}, details=details)
             append_row(out, told)
             listener.row(told)
         progress.measured += 1
     return progress
+
+
+def _held_here(
+    planned: Sequence[Planned],
+    held: Sequence[Row],
+    out: Path,
+    environment: Mapping[str, Any],
+    listener: Listener,
+) -> list[Row]:
+    """Rows of this machine; that others are measured again is said. Older rows know their folder's alone."""
+    folder = read_environment(out)
+    apart = [_apart(row, folder, environment) for row in held]
+    here = [row for row, why in zip(held, apart, strict=True) if not why]
+    again = [each.point for each in planned if is_done(each.point, held) and not is_done(each.point, here)]
+    if again:
+        places = [(point.place, point.subject.model) for point in again]
+        why = next(w for row, w in zip(held, apart, strict=True) if w and (row.point, row.model) in places)
+        count = f"{len(again)} of {len(planned)} points {'was' if len(again) == 1 else 'were'}"
+        listener.note(f"{count} measured on another machine ({why}), and again here; --out NEW keeps both")
+    return here
+
+
+def _apart(row: Row, folder: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What this machine has instead of the row's; empty where nothing that decides a speed differs."""
+    device = row.point.get("device")
+    theirs = decisive(measured_on(folder, row.settings), device, row.settings.get("threads"))
+    return difference(theirs, decisive(here, device))
 
 
 class _Runner:

@@ -68,6 +68,7 @@ def test_what_was_measured_before_ctrl_c_is_kept_and_not_measured_again(
     assert "the same command goes on: qwenq perplexity" in stopped.err
     (kept,) = read_rows(Path("runs/Plain"))
     assert kept.point["seq_len"] == 16
+    assert kept.settings["machine"]["cpu"]["model"]
     calls.clear()
     pressed_at = 0
     assert perplexity(models[1], *options(text)).code == 0

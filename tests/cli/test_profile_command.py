@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwenq.cli import main
+from qwenq.environment import environment
 from qwenq.profiling.points import Point
 from qwenq.results import Row, read_environment, read_rows
 
@@ -67,7 +68,9 @@ def test_the_plan_comes_first_then_the_table(shell: Shell) -> None:
     rows = read_rows(Path("runs/one"))
     assert len(rows) == 4 * 5 + 8 * 8
     assert rows[0].details["command"].startswith("qwenq profile ")
-    assert "versions" in read_environment(Path("runs/one"))
+    found = read_environment(Path("runs/one"))
+    assert "versions" in found
+    assert all(row.settings["machine"]["cpu"] == found["cpu"] for row in rows)
 
 
 def test_the_same_command_goes_on(shell: Shell) -> None:
@@ -86,6 +89,21 @@ def test_the_same_command_goes_on(shell: Shell) -> None:
     code, out, _ = shell(*arguments)
     assert code == 0
     assert "1 of 2 points were there already" in out
+
+
+def test_on_another_machine_the_same_command_begins_again(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--tokens", "4", "--encode", "0", "--precision", "fp32", "--out", "runs/one", "--json")
+    assert shell(*arguments)[0] == 0
+    here = environment()
+    elsewhere = {**here, "cpu": {**here["cpu"], "model": "Another CPU"}}
+    monkeypatch.setattr("qwenq.environment.environment", lambda: elsewhere)
+    code, out, err = shell(*arguments)
+    assert code == 0
+    assert "note: 1 of 1 points was measured on another machine (processor Another CPU instead of " in err
+    assert len(out.splitlines()) == 8
+    assert {row.settings["machine"]["cpu"]["model"] for row in read_rows(Path("runs/one"))} == {"Another CPU"}
 
 
 def test_json_is_rows_and_nothing_else(shell: Shell) -> None:

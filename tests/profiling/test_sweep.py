@@ -40,9 +40,15 @@ class Fake:
 
 
 class Silent:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
     def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None: ...
 
     def row(self, row: Row) -> None: ...
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
 
 def planned(points: list[Point], **changes: str) -> list[Planned]:
