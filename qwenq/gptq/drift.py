@@ -73,7 +73,7 @@ def drift(
 
     Args:
         inputs: this rank's activations by batch, [..., in] each, as the quantised layers so far produce them.
-        references: of the first of these batches (all, or none), the same tokens in the original model.
+        references: of these batches, the same tokens in the original model; or none.
         weights: float32 [rows, in] of each linear, in the order in which they are quantised.
         H: [in, in] float32, ``hessian`` of the inputs, without damping.
         team: whose batches these are.

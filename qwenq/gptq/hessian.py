@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
@@ -16,18 +15,19 @@ from qwenq.gptq.exact import mean_products
 from qwenq.gptq.running import running_hessian
 
 
-def hessian(inputs: Sequence[Tensor], width: int, device: torch.device | str, team: Team = ALONE) -> Tensor:
+def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
     """H, [width, width] float32, symmetric; computed in float32 whatever dtype the activations have.
 
     Args:
-        inputs: this rank's activations by batch, [..., width] each; at least one token on some rank.
-        width: of the input.
-        device: of H.
+        inputs: this rank's activations by batch, [..., width] each; every rank has a batch.
         team: whose batches these are; every rank gets the same H, whatever their number.
-    """
 
+    Raises:
+        ValueError: there are no tokens.
+    """
     if not team.launched:
         return running_hessian(inputs)
+    width, device = inputs[0].shape[-1], inputs[0].device
 
     def columns(batch: int, some: slice) -> Tensor:
         return inputs[batch].reshape(-1, width)[:, some].float()  # [tokens, these columns]

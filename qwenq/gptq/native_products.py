@@ -61,8 +61,12 @@ class NativeProducts:
         self._tokens = 0
 
     def add(self, X: Tensor, Y: Tensor) -> None:
-        """See ``products.Products``; both are bfloat16."""
-        tokens = X.numel() // self._shape[0]
+        """See ``products.Products``.
+
+        Raises:
+            ValueError: not bfloat16 in this machine's memory, or of other widths, or not of as many tokens.
+        """
+        tokens = self._tokens_of(X, Y)
         total = self._tokens + tokens
         right = self._pack(1, Y)
         left = right if self._symmetric else self._pack(0, X)
@@ -72,6 +76,18 @@ class NativeProducts:
             float_bits(self._tokens / total), float_bits(2.0 / total), torch.get_num_threads(),
         )  # fmt: skip
         self._tokens = total
+
+    def _tokens_of(self, X: Tensor, Y: Tensor) -> int:
+        """Compiled code reads memory as it is told to: what it is told has to be true."""
+        for x, width in zip((X, Y), self._shape, strict=True):
+            if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape[-1] != width:
+                raise ValueError(
+                    f"{x.dtype} {list(x.shape)} on {x.device}, not bfloat16 [..., {width}] on a CPU"
+                )
+        tokens = [x.numel() // width for x, width in zip((X, Y), self._shape, strict=True)]
+        if tokens[0] != tokens[1]:
+            raise ValueError(f"{tokens[0]} and {tokens[1]} tokens")
+        return tokens[0]
 
     def mean(self) -> Tensor:
         """See ``products.Products``."""

@@ -38,11 +38,16 @@ def products(rows: int, columns: int, like: Tensor, *, symmetric: bool = False) 
         like: activations as they will come: their dtype and device decide how products are computed.
         symmetric: X is Y; what is above the diagonal need not be right.
     """
-    if native_why_not(like.dtype, like.device) is None:
+    if are_compiled(like):
         from qwenq.gptq.native_products import NativeProducts
 
         return NativeProducts(rows, columns, symmetric=symmetric)
     return Float32Products(rows, columns, like.device, symmetric=symmetric)
+
+
+def are_compiled(like: Tensor) -> bool:
+    """Whether ``products`` of such activations are compiled code's."""
+    return native_why_not(like.dtype, like.device) is None
 
 
 def native_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -55,11 +60,11 @@ def native_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def passed_over(dtype: torch.dtype, device: torch.device) -> str | None:
-    """A sentence on compiled code that this CPU or this installation lacks; None: none is missed."""
+    """A sentence on compiled products that this CPU or this installation lacks; None: none are missed."""
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
     why = native_why_not(dtype, device)
-    return f"Hessians and attention are left to torch, which takes longer, because {why}" if why else None
+    return f"Hessians are left to torch, which takes longer, because {why}" if why else None
 
 
 class Float32Products:

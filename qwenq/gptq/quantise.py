@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,8 +27,7 @@ from qwenq.stopping import Terminated, asked
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
-ALGORITHM = 7  # raise it when the same settings give other integers: unfinished runs are then not resumed
-DRIFT_SHARE = 1.0  # of the batches also run through the original model, to see how inputs have drifted
+ALGORITHM = 8  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_IS_STORED = "this layer is on the disk"
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -231,7 +229,7 @@ class _Streams:
 
     Attributes:
         quantised: as the quantised blocks so far produce them.
-        original: as the original blocks do, for the first of the batches (all of them, or none).
+        original: as the original blocks do; none where their drift is not asked for.
         groups: linears of a block that read the same tensor, found on the first block.
     """
 
@@ -252,8 +250,7 @@ def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings, team: 
         )
     mine = team.share(len(batches))
     hidden = decoder.embed([batches[index] for index in mine])
-    compared = math.ceil(DRIFT_SHARE * len(batches)) if settings.drift else 0
-    return _Streams(hidden, hidden[: len(team.share(compared))])
+    return _Streams(hidden, list(hidden) if settings.drift else [])
 
 
 class _Layer:
@@ -298,8 +295,7 @@ class _Layer:
 
     def solve(self, names: Sequence[str], inputs: list[Tensor], reference: list[Tensor]) -> dict[str, Tensor]:
         """Quantise the linears ``names``, whose common input is ``inputs``: their new weights."""
-        width, device = inputs[0].shape[-1], inputs[0].device
-        H = hessian(inputs, width, device, self._team)
+        H = hessian(inputs, self._team)
         weights = {name: self._stored(name) for name in names}
         found = drift(inputs, reference, list(weights.values()), H, self._team)
         try:

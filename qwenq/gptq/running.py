@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qwenq.gptq.products import mirror, products
+from qwenq.gptq.products import are_compiled, mirror, products
 
 
 def running_hessian(inputs: Sequence[Tensor]) -> Tensor:
     """2/n · Σ x xᵀ, [width, width] float32, symmetric.
 
     Args:
-        inputs: [..., width] each, any float dtype; at least one.
+        inputs: [..., width] each, any float dtype; at least one token.
     """
+    if not sum(x.numel() for x in inputs):
+        raise ValueError("a Hessian of no tokens")
     width = inputs[0].shape[-1]
     sums = products(width, width, inputs[0], symmetric=True)
     for x in inputs:
@@ -25,21 +27,23 @@ def running_hessian(inputs: Sequence[Tensor]) -> Tensor:
 def running_drift(inputs: Sequence[Tensor], references: Sequence[Tensor], H: Tensor) -> Tensor | None:
     """2/n · Σ (x̃ − x) xᵀ, [width, width] float32; None: there is no reference.
 
-    Computed as 2/n · Σ x̃ xᵀ − H, and in float32 whatever the activations' dtype: a difference that is rounded
-    to bfloat16 first would be right to three digits, but H⁻¹ enlarges what is wrong with them.
+    In float32 whatever the activations' dtype: a difference that is rounded to bfloat16 first would be right
+    to three digits, but H⁻¹ enlarges what is wrong with them. Compiled products take bfloat16 alone, and add
+    the tokens in one order: there it is 2/n · Σ x̃ xᵀ − H, which is zero where nothing has drifted. torch's
+    may add in another order for each shape; there the difference comes first.
 
     Args:
         inputs: [..., width] each, as the quantised layers so far produce them.
-        references: of the first of these batches, the same tokens in the original model.
+        references: of these batches, the same tokens in the original model; or none.
         H: ``running_hessian`` of the inputs.
     """
     if not references:
         return None
+    compiled = are_compiled(inputs[0])
     sums = products(len(H), len(H), inputs[0])
-    for x, original in zip(inputs, references, strict=False):
-        sums.add(original, x)
-    some = H if len(references) == len(inputs) else running_hessian(inputs[: len(references)])
-    return sums.mean().sub_(some)
+    for x, original in zip(inputs, references, strict=True):
+        sums.add(original if compiled else original.float() - x.float(), x)
+    return sums.mean().sub_(H) if compiled else sums.mean()
 
 
 def running_output_drift(inputs: Sequence[Tensor], references: Sequence[Tensor], W: Tensor) -> Tensor | None:
@@ -57,6 +61,6 @@ def running_output_drift(inputs: Sequence[Tensor], references: Sequence[Tensor],
         return None
     sums = products(W.shape[0], W.shape[1], inputs[0])
     weight = W.T.to(inputs[0].dtype)
-    for x, original in zip(inputs, references, strict=False):
+    for x, original in zip(inputs, references, strict=True):
         sums.add((original - x) @ weight, x)
     return sums.mean()

@@ -14,9 +14,9 @@ from qwenq.gptq.hessian import hessian as by_team
 WIDTH = 40
 
 
-def hessian(inputs: list[torch.Tensor], width: int, device: str) -> torch.Tensor:
+def hessian(inputs: list[torch.Tensor]) -> torch.Tensor:
     """As ranks of torchrun sum it."""
-    return by_team(inputs, width, device, Team(launched=True))
+    return by_team(inputs, Team(launched=True))
 
 
 def batches(seed: int, count: int = 7, spread: float = 4.0) -> list[torch.Tensor]:
@@ -32,7 +32,7 @@ def batches(seed: int, count: int = 7, spread: float = 4.0) -> list[torch.Tensor
 @given(seed=st.integers(0, 1000), order=st.permutations(range(7)))
 def test_any_order_of_the_batches_gives_the_same_bits(seed: int, order: list[int]) -> None:
     given = batches(seed)
-    assert torch.equal(hessian(given, WIDTH, "cpu"), hessian([given[index] for index in order], WIDTH, "cpu"))
+    assert torch.equal(hessian(given), hessian([given[index] for index in order]))
 
 
 def test_a_plain_running_sum_does_depend_on_the_order() -> None:
@@ -49,7 +49,7 @@ def test_it_is_as_exact_as_float32_for_columns_of_any_size(spread: float) -> Non
     exact = 2 / x.shape[0] * x.T @ x
     size = exact.diagonal().sqrt()
     scaled = size[:, None] * size
-    error = (hessian(given, WIDTH, "cpu").double() - exact).abs() / scaled
+    error = (hessian(given).double() - exact).abs() / scaled
     plain = 2 / x.shape[0] * torch.stack([part.T @ part for part in given]).sum(0)
     assert error.max() <= 1e-7 + ((plain.double() - exact).abs() / scaled).max()
 
@@ -58,7 +58,7 @@ def test_a_dead_column_and_one_of_tiny_numbers() -> None:
     x = torch.randn(64, 4)
     x[:, 1] = 0
     x[:, 2] *= 1e-18
-    got = hessian([x], 4, "cpu")
+    got = hessian([x])
     assert (got[1] == 0).all()
     assert got[0, 2] != 0
     torch.testing.assert_close(

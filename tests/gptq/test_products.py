@@ -89,6 +89,20 @@ def test_what_is_not_finite_shows_in_its_own_column_alone(bad: float) -> None:
     assert not finite[:, 32].any()
 
 
+@needs_bfloat16_pairs
+@pytest.mark.parametrize(
+    ("X", "Y", "said"),
+    [
+        (drawn(0, 8, 32).float(), drawn(1, 8, 48), "float32"),
+        (drawn(0, 8, 32), drawn(1, 8, 32), "48"),
+        (drawn(0, 8, 32), drawn(1, 6, 48), "8 and 6 tokens"),
+    ],
+)
+def test_memory_that_is_not_what_it_should_be_is_not_read(X: Tensor, Y: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        native(32, 48).add(X, Y)
+
+
 def test_other_dtypes_and_devices_are_left_to_torch() -> None:
     assert isinstance(products(8, 8, torch.empty(0)), Float32Products)
     assert "float16" in str(native_why_not(torch.float16, CPU))
@@ -102,7 +116,7 @@ def test_what_is_missed_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.Monk
     assert isinstance(products(8, 8, torch.empty(0, dtype=torch.bfloat16)), Float32Products)
     said = passed_over(torch.bfloat16, CPU)
     assert said is not None
-    assert said.endswith("because llvmlite is not installed")
+    assert said == "Hessians are left to torch, which takes longer, because llvmlite is not installed"
     assert how_summed(torch.bfloat16, CPU, ALONE) == "float32"
     monkeypatch.setattr(support, "why_not", lambda *features: None)
     assert passed_over(torch.bfloat16, CPU) is None
