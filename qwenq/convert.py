@@ -112,7 +112,7 @@ def _refuse_target(source: Path, target: Path) -> None:
 def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:
     """GPTQ settings of the source, whose packed tensors are checked against them; None: full precision."""
     if is_quantised(checkpoint.config):
-        quant = QuantConfig.read(checkpoint.config)
+        quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
         validate_quantised(checkpoint.source, quant)
         return quant
     if zeros is not None:

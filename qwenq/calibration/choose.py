@@ -70,7 +70,7 @@ def _why_so_many(recipe: Recipe, device: torch.device) -> str:
         return "as asked" if "auto" not in (wanted.samples, wanted.seq_len) else "in part as asked"
     if device.type == "cuda":
         return "as many as in GPTQ's paper, where the model takes them: a GPU has the time"
-    return "a CPU is done with these in minutes; a GPU is given 128 × 2048"
+    return "few enough for a CPU; a GPU is given 128 × 2048"
 
 
 def _loaded_or_made(
@@ -95,7 +95,7 @@ def _loaded_or_made(
     if is_random(checkpoint.config) and (saved or wanted.source == "self"):
         sizes = Wanted(samples=samples, held_out=wanted.held_out, seq_len=seq_len)
         return _without_text(recipe, checkpoint, vocabulary, asked, sizes)
-    if is_random(checkpoint.config) and not has_tokenizer(checkpoint.folder):
+    if is_random(checkpoint.config) and not _has_tokenizer(checkpoint):
         raise UsageError(
             "a model with random weights has no tokenizer to read a text",
             where=wanted.source,
@@ -117,6 +117,11 @@ def _loaded_or_made(
     )
 
 
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """A model with random weights has one if it was written to a folder, and one was put beside it."""
+    return checkpoint.companions is not None and has_tokenizer(checkpoint.companions)
+
+
 def _without_text(
     recipe: Recipe,
     checkpoint: Checkpoint,
@@ -124,7 +129,7 @@ def _without_text(
     asked: tuple[int | None, int | None, int | None],
     sizes: Wanted,
 ) -> CalibrationSet:
-    """Tokens for a model with random weights: a saved set, whoever's text it was, or drawn ones."""
+    """Tokens for a model with random weights: a saved set, whatever text it was made of, or drawn ones."""
     source = recipe.calibration.source
     if source == "self":
         require_sizes(sizes, checkpoint)

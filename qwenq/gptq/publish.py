@@ -111,7 +111,7 @@ def stage(
     config["quantization_config"] = quant.to_config_json()
     atomic_write_json(folder / "config.json", config)
     atomic_write_json(folder / "quantize_config.json", quant.to_quantize_config_json())
-    return folder, write_companions(checkpoint.folder, folder, config)
+    return folder, write_companions(checkpoint.companions, folder, config)
 
 
 def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:

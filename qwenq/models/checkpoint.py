@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenq.errors import ModelError
 from qwenq.models.config import read_config, require_layers
 from qwenq.models.gptq_config import is_quantised
+from qwenq.models.long_context import long_context_of
 from qwenq.models.manifest import missing_manifest
 from qwenq.models.own_files import require_own_files
 from qwenq.models.source import TensorInfo, TensorSource
@@ -24,16 +24,24 @@ class Checkpoint:
     """A model at rest.
 
     Attributes:
-        folder: where the files lie.
+        folder: where the files lie; of a model that lies on no disk, words that stand for that in messages.
         config: config.json, in the layout of the architecture that is run (Qwen v1 is seen as Qwen2).
         source: the tensors, under the names of that architecture.
         notices: what the user has to be told about how it was read, one line each.
+        on_disk: False: weights are drawn as they are read, and nothing in ``folder``, should there be such a
+            one, belongs to them.
     """
 
     folder: Path
     config: dict[str, Any]
     source: TensorSource
     notices: list[str] = field(default_factory=list)
+    on_disk: bool = True
+
+    @property
+    def companions(self) -> Path | None:
+        """The folder of tokenizer, licence and settings; None where there can be none."""
+        return self.folder if self.on_disk else None
 
     def names(self) -> Iterable[str]:
         """All tensor names, in file order."""
@@ -82,12 +90,8 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     if config["model_type"] == "qwen":
         from qwenq.models.qwen_v1 import qwen2_view
 
-        try:
-            config, source = qwen2_view(folder, config, source)
-        except ModelError as error:
-            if error.where == "config.json":  # which one
-                error.where = str(folder / "config.json")
-            raise
+        config, source = qwen2_view(folder, config, source)
+    long_context_of(config, folder / "config.json")
     require_layers(config, source.names(), folder)
     if is_quantised(config) and not unfinished:
         notices = [*notices, *missing_manifest(folder)]

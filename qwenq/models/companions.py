@@ -16,21 +16,20 @@ from typing import Any
 from qwenq.errors import ModelError
 from qwenq.models.own_files import require_own_files
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_generation_config
-from qwenq.models.random_weights import NOWHERE, is_random
 from qwenq.models.tokenizer import copy_tokenizer_files, has_tokenizer
 from qwenq.storage import atomic_write_json, guard_storage
 
 _LICENCE = re.compile(r"[\w -]*(?:licen[sc]e|notice|copying)[\w -]*(?:\.(?:txt|md|pdf))?", re.IGNORECASE)
 
 
-def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> list[str]:
+def write_companions(source: Path | None, target: Path, config: Mapping[str, Any]) -> list[str]:
     """Copy what belongs to a model but is neither weights nor config.json.
 
     Beside Qwen v1's ranks file stands a ``tokenizer.json`` made from it; generation_config.json is said in
     today's words.
 
     Args:
-        source: the folder of the original model.
+        source: the folder of the original model; None: its weights are random and lie on no disk.
         target: an existing folder.
         config: config.json as it is (to be) written in ``target``.
 
@@ -41,7 +40,7 @@ def write_companions(source: Path, target: Path, config: Mapping[str, Any]) -> l
         ModelError: a JSON file of the source is damaged.
         StorageError: the disk refused.
     """
-    if not source.is_dir() or (source == NOWHERE and is_random(config)):
+    if source is None:
         return ["random weights come from no folder: no tokenizer is written beside them"]
     require_own_files(source)
     with guard_storage(target):

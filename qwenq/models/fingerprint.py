@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwenq.errors import StorageError
-from qwenq.models.source import TensorSource
+from qwenq.models.source import MadeFromFacts, StoredInFiles, TensorSource
 from qwenq.storage import atomic_write_bytes, cache_folder
 
 _BYTES = 8  # 16 hex digits
@@ -24,13 +24,12 @@ def fingerprint(config: dict[str, Any], source: TensorSource) -> str:
     """16 hex digits of BLAKE2b over sorted (name, shape, dtype, bytes) and the config keys that matter.
 
     Reads one tensor at a time. The result is kept in the user's cache under the paths, sizes and
-    modification times of the files, where the source has ``files``; a changed file is hashed again.
+    modification times of the files, where the source is ``StoredInFiles``; a changed file is hashed again.
 
-    A source with ``decided_by``, all that its values follow from, is not read: a model drawn at random is
-    known by its seed.
+    A source that is ``MadeFromFacts`` is not read: a model drawn at random is known by its seed.
     """
-    if (decided_by := getattr(source, "decided_by", None)) is not None:
-        return _hash_origin(config, source, decided_by)
+    if isinstance(source, MadeFromFacts):
+        return _hash_origin(config, source, source.decided_by)
     key = _cache_key(config, source)
     kept = cache_folder() / "fingerprints" / key if key else None
     if kept is not None:
@@ -59,7 +58,7 @@ def _hash_all(config: dict[str, Any], source: TensorSource) -> str:
     return digest.hexdigest()
 
 
-def _hash_origin(config: dict[str, Any], source: TensorSource, decided_by: dict[str, Any]) -> str:
+def _hash_origin(config: dict[str, Any], source: TensorSource, decided_by: Mapping[str, Any]) -> str:
     digest = hashlib.blake2b(digest_size=_BYTES)
     digest.update(_canonical(config))
     digest.update(json.dumps(decided_by, sort_keys=True).encode())
@@ -79,13 +78,12 @@ def _canonical(config: dict[str, Any]) -> bytes:
 
 
 def _cache_key(config: dict[str, Any], source: TensorSource) -> str | None:
-    files: list[Path] | None = getattr(source, "files", None)
-    if not files:
+    if not isinstance(source, StoredInFiles) or not source.files:
         return None
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{type(source).__module__}.{type(source).__qualname__}".encode())
     digest.update(_canonical(config))
-    for file in files:
+    for file in source.files:
         try:
             facts = file.stat()
         except OSError:

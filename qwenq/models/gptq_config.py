@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from qwenq.errors import ModelError, UnsupportedError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qwenq.models.packing import CheckpointFormat
 
 SUPPORTED_BITS = (2, 4, 8)
@@ -72,8 +74,12 @@ class QuantConfig:
         return {**self.to_quantize_config_json(), "lm_head": self.lm_head, "pack_dtype": "int32"}
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> QuantConfig:
+    def read(cls, config: Mapping[str, Any], where: str | Path = "config.json") -> QuantConfig:
         """From a whole config.json, or from the contents of quantize_config.json.
+
+        Args:
+            config: the contents.
+            where: the file, for messages about what is not there; values are named by their keys.
 
         Raises:
             ModelError: there is no quantisation config in it, or a value makes no sense.
@@ -84,7 +90,7 @@ class QuantConfig:
             _refuse_foreign_method(keys if isinstance(keys, Mapping) else {})
             raise ModelError(
                 "the config names no GPTQ settings: quantization_config.bits is missing",
-                where="config.json",
+                where=where,
                 hint="is this a quantised model? Its config.json needs a quantization_config",
             )
         _refuse_foreign_method(keys)

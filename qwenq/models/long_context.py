@@ -30,8 +30,13 @@ class LongContext:
     logn: bool
 
 
-def long_context_of(config: Mapping[str, Any]) -> LongContext | None:
+def long_context_of(config: Mapping[str, Any], where: str | Path = "config.json") -> LongContext | None:
     """Qwen v1's long-context flags, as the Qwen2 view of its config keeps them.
+
+    Args:
+        config: config.json in Llama's, Qwen2's or Qwen3's words.
+        where: the file, for messages. ``open_checkpoint`` names it, so that whatever it has opened has sound
+            flags or none.
 
     Raises:
         ModelError: the flags are there but incomplete.
@@ -48,7 +53,7 @@ def long_context_of(config: Mapping[str, Any]) -> LongContext | None:
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{V1_KEY} in config.json is not as `qwenq convert` writes it: {error}",
-            where=Path("config.json"),
+            where=where,
             hint="convert the Qwen v1 model again",
         ) from error
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import UsageError
-from qwenq.models.source import TensorInfo, TensorSource
+from qwenq.models.source import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,11 @@ def padded_groups(to: int, group_size: int) -> int:
         UsageError: the width is no multiple of the group size.
     """
     if to % group_size:
-        raise UsageError(f"{to} is no multiple of the group size {group_size}", where="--pad-ffn")
+        raise UsageError(
+            f"an FFN of {to} channels is no multiple of the group size {group_size}",
+            where="--pad-ffn",
+            hint=f"choose {padded_width(to, group_size, (1,))}, the next one, or auto",
+        )
     return to // group_size
 
 
@@ -75,32 +79,8 @@ def _zeros(length: int, to: int) -> int:
     return zeros
 
 
-def pad_ffn(
-    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, to: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The weights of an MLP widened to ``to`` channels; its output stays the same.
-
-    Args:
-        gate: [ffn, hidden], any dtype.
-        up: [ffn, hidden].
-        down: [hidden, ffn].
-        to: the new width, from ffn to 2 * ffn.
-
-    Returns:
-        gate and up [to, hidden], down [hidden, to].
-
-    Raises:
-        UsageError: the width is out of range, or the three tensors are not one MLP.
-    """
-    if not gate.shape[0] == up.shape[0] == down.shape[1]:
-        raise UsageError(
-            f"gate {tuple(gate.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} are not one MLP"
-        )
-    return interleave_zeros(gate, to, 0), interleave_zeros(up, to, 0), interleave_zeros(down, to, 1)
-
-
 def widened(checkpoint: Checkpoint, to: int) -> Checkpoint:
-    """The same unquantised model with MLPs of ``to`` channels; its outputs stay the same, see ``pad_ffn``.
+    """The same unquantised model with MLPs of ``to`` channels; its outputs stay the same.
 
     Nothing is read for that. It is the checkpoint itself where it has that width already.
 
@@ -110,25 +90,23 @@ def widened(checkpoint: Checkpoint, to: int) -> Checkpoint:
     ffn = int(checkpoint.config["intermediate_size"])
     if not _zeros(ffn, to):
         return checkpoint
-    source = PaddedFFNSource(checkpoint.source, to, checkpoint)
-    return replace(checkpoint, source=source, config=checkpoint.config | {"intermediate_size": to})
+    return replace(
+        checkpoint,
+        source=PaddedFFNSource(checkpoint, to),
+        config=checkpoint.config | {"intermediate_size": to},
+    )
 
 
 class PaddedFFNSource:
-    """A lazy view of an unquantised checkpoint whose MLPs are ``to`` channels wide.
+    """A lazy view of an unquantised checkpoint whose MLPs are ``to`` channels wide, see ``widened``."""
 
-    The config that goes with it has ``intermediate_size = to``.
-    """
-
-    def __init__(self, source: TensorSource, to: int, base: Checkpoint | None = None) -> None:
-        self._source = source
-        self._to = to
-        self._base = base
+    def __init__(self, base: Checkpoint, to: int) -> None:
+        self._base, self._source, self._to = base, base.source, to
 
     @property
-    def decided_by(self) -> dict[str, Any] | None:
+    def decided_by(self) -> dict[str, Any]:
         """All that the values follow from, for ``fingerprint``: it need not read the model a second time."""
-        return None if self._base is None else {"base": self._base.fingerprint, "ffn": self._to}
+        return {"base": self._base.fingerprint, "ffn": self._to}
 
     def names(self) -> Iterable[str]:
         """All tensor names, in file order."""

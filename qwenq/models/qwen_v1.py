@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_config, qwen2_generation_config
-from qwenq.models.source import TensorInfo, TensorSource
+from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ def qwen2_view(
     names = set(source.names())
     embedding = "transformer.wte.weight"
     dtype = str(source.info(embedding).dtype).removeprefix("torch.") if embedding in names else None
-    plain = qwen2_config(config, dtype)
+    plain = qwen2_config(config, dtype, folder / "config.json")
     if quant is not None:
         plain["quantization_config"] = quant.to_config_json()
     return plain, QwenV1Source(source, plain, quant)
@@ -95,7 +95,7 @@ class QwenV1Source:
 
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
         self._source = source
-        self.files: list[Path] | None = getattr(source, "files", None)  # for ``fingerprint``
+        self.files = list(source.files) if isinstance(source, StoredInFiles) else []
         _check_shapes(source, config, quant)
         if quant is not None:
             _refuse_activation_order(source, quant)
@@ -262,7 +262,7 @@ def _refuse_activation_order(source: TensorSource, quant: QuantConfig) -> None:
 def _quant_config(folder: Path, config: Mapping[str, Any], source: TensorSource) -> QuantConfig | None:
     """GPTQ settings of the folder; AutoGPTQ's own file counts where config.json has none."""
     if config.get("quantization_config"):
-        return QuantConfig.read(config)
+        return QuantConfig.read(config, folder / "config.json")
     if not any(name.endswith(".qweight") for name in source.names()):
         return None
     path = folder / "quantize_config.json"
@@ -270,7 +270,7 @@ def _quant_config(folder: Path, config: Mapping[str, Any], source: TensorSource)
         settings = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("not an object")
-        return QuantConfig.read(settings)
+        return QuantConfig.read(settings, path)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             "the weights are quantised, but neither config.json nor quantize_config.json says how",

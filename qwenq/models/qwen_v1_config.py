@@ -7,9 +7,13 @@ names. Both are read; where a file has both, they have to agree.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 REAL_VOCAB = 151_851  # ids of the tokenizer; the rows above pad the embedding and are never sampled
 END_OF_TEXT, IM_END = 151_643, 151_645
@@ -36,41 +40,45 @@ _DEFAULTS: dict[str, Any] = {  # of QWenConfig, for keys that a config.json may 
 _SAMPLING_KEYS = ("do_sample", "top_k", "top_p", "temperature", "repetition_penalty", "max_new_tokens")
 
 
-def qwen2_config(config: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
+def qwen2_config(
+    config: Mapping[str, Any], dtype: str | None = None, where: str | Path = "config.json"
+) -> dict[str, Any]:
     """The Qwen2 config of a Qwen v1 config; below ``seq_length`` tokens it describes the very same model.
 
     Args:
         config: config.json of a v1 model, in either key set. It is not changed.
         dtype: of the weights, for ``torch_dtype``; None: what config.json says.
+        where: the file, for messages.
 
     Raises:
         ModelError: a key is missing, or two contradict each other; names them.
     """
-    hidden = _count(config, "hidden_size")
-    vocab = _vocab(config)
+    keys = _Keys(config, where)
+    hidden, vocab = keys.count("hidden_size"), keys.vocab()
+    heads = keys.heads(hidden)
     plain = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "hidden_size": hidden,
-        "intermediate_size": _half(_count(config, "intermediate_size")),
-        "num_hidden_layers": _count(config, "num_hidden_layers"),
-        "num_attention_heads": _heads(config, hidden),
-        "num_key_value_heads": _heads(config, hidden),
+        "intermediate_size": keys.half("intermediate_size"),
+        "num_hidden_layers": keys.count("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
         "hidden_act": "silu",
-        "max_position_embeddings": _positions(config),
-        "rms_norm_eps": _get(config, "layer_norm_epsilon"),
-        "rope_theta": float(_get(config, "rotary_emb_base")),
+        "max_position_embeddings": keys.positions(),
+        "rms_norm_eps": keys.get("layer_norm_epsilon"),
+        "rope_theta": float(keys.get("rotary_emb_base")),
         "vocab_size": vocab,
-        "tie_word_embeddings": _get(config, "tie_word_embeddings"),
+        "tie_word_embeddings": keys.get("tie_word_embeddings"),
         "use_sliding_window": False,
         "attention_dropout": 0.0,
-        "initializer_range": _get(config, "initializer_range"),
+        "initializer_range": keys.get("initializer_range"),
         "use_cache": True,
         **_token_ids(config, vocab),
         V1_KEY: {
-            "seq_length": _get(config, "seq_length"),
-            "use_dynamic_ntk": _flag(config, "use_dynamic_ntk"),
-            "use_logn_attn": _flag(config, "use_logn_attn"),
+            "seq_length": keys.get("seq_length"),
+            "use_dynamic_ntk": keys.flag("use_dynamic_ntk"),
+            "use_logn_attn": keys.flag("use_logn_attn"),
             "real_vocab": min(REAL_VOCAB, vocab),
         },
     }
@@ -106,95 +114,79 @@ def _token_ids(config: Mapping[str, Any], vocab: int) -> dict[str, Any]:
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
-    value = config.get(key)
-    return _DEFAULTS[key] if value is None else value
+@dataclass(frozen=True)
+class _Keys:
+    """What a v1 config.json says, key by key; what is wrong with one is said with the file."""
 
+    config: Mapping[str, Any]
+    where: str | Path
 
-def _count(config: Mapping[str, Any], key: str) -> int:
-    """A size under its usual or its GPT-2 name; both present have to agree."""
-    names = [name for name in (key, _KEYS[key]) if config.get(name) is not None]
-    if not names:
-        raise ModelError(
-            f"config.json of this Qwen v1 model has neither {key} nor {_KEYS[key]}",
-            where="config.json",
-            hint="copy the model's config.json again",
-        )
-    value = config[names[0]]
-    if config[names[-1]] != value:
-        raise _contradiction(f"{names[0]} is {value}", f"{names[-1]} is {config[names[-1]]}")
-    return _whole(names[0], value)
+    def get(self, key: str) -> Any:
+        """The value, or QWenConfig's default."""
+        value = self.config.get(key)
+        return _DEFAULTS[key] if value is None else value
 
+    def count(self, key: str) -> int:
+        """A size under its usual or its GPT-2 name; both present have to agree."""
+        names = [name for name in (key, _KEYS[key]) if self.config.get(name) is not None]
+        if not names:
+            raise self._wrong(f"config.json of this Qwen v1 model has neither {key} nor {_KEYS[key]}")
+        value = self.config[names[0]]
+        if self.config[names[-1]] != value:
+            raise self._contradiction(f"{names[0]} is {value}", f"{names[-1]} is {self.config[names[-1]]}")
+        return self._whole(names[0], value)
 
-def _whole(key: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ModelError(
-            f"config.json says {key} = {value!r}; it has to be a positive whole number",
-            where="config.json",
-            hint="copy the model's config.json again",
-        )
-    return value
+    def heads(self, hidden: int) -> int:
+        """Heads are hidden_size / kv_channels; a head count that says otherwise is an error."""
+        channels = self._whole("kv_channels", self.get("kv_channels"))
+        if any(self.config.get(name) is not None for name in ("num_attention_heads", "n_head")):
+            heads = self.count("num_attention_heads")
+        else:
+            heads = hidden // channels
+        if heads * channels != hidden:
+            raise self._contradiction(
+                f"num_attention_heads {heads} × kv_channels {channels} is {heads * channels}",
+                f"hidden_size is {hidden}",
+            )
+        return heads
 
+    def half(self, key: str) -> int:
+        """v1 counts w1 and w2 together."""
+        both = self.count(key)
+        if both % 2:
+            raise self._wrong(f"{key} of a Qwen v1 model counts w1 and w2 together, but {both} is odd")
+        return both // 2
 
-def _heads(config: Mapping[str, Any], hidden: int) -> int:
-    """Heads are hidden_size / kv_channels; a head count that says otherwise is an error."""
-    channels = _whole("kv_channels", _get(config, "kv_channels"))
-    if any(config.get(name) is not None for name in ("num_attention_heads", "n_head")):
-        heads = _count(config, "num_attention_heads")
-    else:
-        heads = hidden // channels
-    if heads * channels != hidden:
-        raise _contradiction(
-            f"num_attention_heads {heads} × kv_channels {channels} is {heads * channels}",
-            f"hidden_size is {hidden}",
-        )
-    return heads
+    def vocab(self) -> int:
+        """Rows of the embedding: the padded size where the first release names it."""
+        for key in ("padded_vocab_size", "vocab_size"):
+            if self.config.get(key) is not None:
+                return self._whole(key, self.config[key])
+        raise self._wrong("config.json has neither vocab_size nor padded_vocab_size")
 
+    def positions(self) -> int:
+        """The longest sequence; ``seq_length`` where nothing names it."""
+        names = ("max_position_embeddings", "n_positions")
+        if all(self.config.get(name) is None for name in names):
+            return int(self.get("seq_length"))
+        return self.count("max_position_embeddings")
 
-def _half(both: int) -> int:
-    """v1 counts w1 and w2 together."""
-    if both % 2:
-        raise ModelError(
-            f"intermediate_size of a Qwen v1 model counts w1 and w2 together, but {both} is odd",
-            where="config.json",
-            hint="copy the model's config.json again",
-        )
-    return both // 2
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        value = self.get(key)
+        if isinstance(value, bool):
+            return value
+        raise self._wrong(f"config.json says {key} = {value!r}; it has to be true or false")
 
-
-def _vocab(config: Mapping[str, Any]) -> int:
-    """Rows of the embedding: the padded size where the first release names it."""
-    for key in ("padded_vocab_size", "vocab_size"):
-        if config.get(key) is not None:
-            return _whole(key, config[key])
-    raise ModelError(
-        "config.json has neither vocab_size nor padded_vocab_size",
-        where="config.json",
-        hint="copy the model's config.json again",
-    )
-
-
-def _positions(config: Mapping[str, Any]) -> int:
-    names = ("max_position_embeddings", "n_positions")
-    if all(config.get(name) is None for name in names):
-        return int(_get(config, "seq_length"))
-    return _count(config, "max_position_embeddings")
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = _get(config, key)
-    if isinstance(value, bool):
+    def _whole(self, key: str, value: Any) -> int:
+        if type(value) is not int or value < 1:
+            raise self._wrong(f"config.json says {key} = {value!r}; it has to be a positive whole number")
         return value
-    raise ModelError(
-        f"config.json says {key} = {value!r}; it has to be true or false",
-        where="config.json",
-        hint="copy the model's config.json again",
-    )
 
+    def _contradiction(self, one: str, other: str) -> ModelError:
+        return self._wrong(
+            f"config.json contradicts itself: {one}, but {other}", ", or correct the key that is wrong"
+        )
 
-def _contradiction(one: str, other: str) -> ModelError:
-    return ModelError(
-        f"config.json contradicts itself: {one}, but {other}",
-        where="config.json",
-        hint="copy the model's config.json again, or correct the key that is wrong",
-    )
+    def _wrong(self, what: str, or_else: str = "") -> ModelError:
+        return ModelError(what, where=self.where, hint=f"copy the model's config.json again{or_else}")

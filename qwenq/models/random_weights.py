@@ -30,9 +30,6 @@ from qwenq.storage import atomic_write_json, guard_storage
 RANDOM_KEY = "qwenq_random_weights"
 """Key of config.json that marks such a model: ``{"seed": …}``."""
 
-NOWHERE = Path("random-weights")
-"""The folder of a model that lies on no disk."""
-
 _STREAM = 1
 """Counts up when the same seed would draw other values; reports and resumed runs name models by it."""
 _UNFINISHED = ".qwenq-random-weights-unfinished"  # in the folder until the model is whole
@@ -186,7 +183,7 @@ def random_checkpoint(
         std=config.get("initializer_range", 0.02),
         device=device,
     )
-    return Checkpoint(NOWHERE, config, source)
+    return Checkpoint(Path("random-weights"), config, source, on_disk=False)
 
 
 def write_random_checkpoint(

@@ -6,11 +6,13 @@ folder, the dequantised view of a GPTQ folder all look the same to whoever reads
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 
@@ -43,4 +45,24 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype."""
+        ...
+
+
+@runtime_checkable
+class StoredInFiles(Protocol):
+    """A source whose tensors are what some files hold: as long as those stay the same, so do they."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """All of them; empty where that is not known."""
+        ...
+
+
+@runtime_checkable
+class MadeFromFacts(Protocol):
+    """A source whose tensors follow from something short: it need not be read to be known."""
+
+    @property
+    def decided_by(self) -> Mapping[str, Any]:
+        """All that the values follow from, as JSON can hold it."""
         ...

@@ -54,8 +54,10 @@ def end_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 def _generation_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """generation_config.json; None where there is none that can be read."""
+    if checkpoint.companions is None:
+        return None
     try:
-        text = (checkpoint.folder / "generation_config.json").read_text(encoding="utf-8")
+        text = (checkpoint.companions / "generation_config.json").read_text(encoding="utf-8")
         settings = json.loads(text)
     except (OSError, ValueError, RecursionError):
         return None

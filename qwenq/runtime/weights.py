@@ -130,7 +130,7 @@ class Weights:
             self._names = set(self._source.names())
             self._require_memory()
             return
-        quant = self._quant = QuantConfig.read(checkpoint.config)
+        quant = self._quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
         layers = _quantised_layers(checkpoint.source, quant)
         self._source = DequantisedSource(checkpoint.source, quant, dtype)
         self._names = set(self._source.names())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import write_tiny_model
 
 from qwenq.calibration.choose import calibration_for
 from qwenq.calibration.dataset import CalibrationSet
@@ -60,3 +61,14 @@ def test_random_weights_say_how_many_random_tokens_they_took() -> None:
     said: list[str] = []
     assert chosen("self", said=said, samples=2, seq_len=16).tokens.shape == (2, 16)
     assert said == ["random weights write no text: 2 × 16 random tokens calibrate them"]
+
+
+def test_a_folder_of_the_same_name_lends_no_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of random weights lies on no disk: ``random-weights`` here is somebody else's."""
+    write_tiny_model(tmp_path / "random-weights")
+    (tmp_path / "text.txt").write_text("some text " * 1000)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="random weights has no tokenizer"):
+        chosen("text.txt")

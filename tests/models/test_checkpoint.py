@@ -31,6 +31,12 @@ TENSORS = {
 }
 
 
+V1 = {
+    "model_type": "qwen", "hidden_size": 8, "intermediate_size": 31, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "kv_channels": 4, "vocab_size": 10,
+}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
@@ -146,6 +152,23 @@ def test_fingerprint_is_cached_and_a_damaged_note_is_not_believed(folder: Path, 
     for garbage in (b"garbage", b"\xff" * 16, b""):
         note.write_bytes(garbage)
         assert open_checkpoint(folder).fingerprint == right
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (CONFIG | {"qwen_v1": {"seq_length": 64}}, "not as `qwenq convert` writes it"),
+        (V1, "counts w1 and w2 together, but 31 is odd"),
+        (V1 | {"quantization_config": {"quant_method": "gptq"}}, "names no GPTQ settings"),
+    ],
+)
+def test_what_is_wrong_in_config_json_is_said_with_its_folder(
+    folder: Path, config: dict[str, object], says: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=says) as raised:
+        open_checkpoint(folder)
+    assert raised.value.where == str(folder / "config.json")
 
 
 def test_fingerprint_of_a_touched_file_is_taken_anew(folder: Path, cache: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from qwenq.errors import ModelError
 from qwenq.models.companions import write_companions
-from qwenq.models.random_weights import NOWHERE, random_config
+from qwenq.models.random_weights import random_checkpoint
 
 
 @pytest.fixture
@@ -73,8 +73,9 @@ def test_a_model_that_lies_nowhere_takes_nothing_from_a_folder_of_that_name(
     (tmp_path / "random-weights").mkdir()
     (tmp_path / "random-weights" / "LICENSE").write_text("another model's")
     (tmp_path / "target").mkdir()
-    made = random_config("qwen-7b-chat", seed=1)
-    (said,) = write_companions(NOWHERE, tmp_path / "target", made)
+    made = random_checkpoint("qwen-7b-chat", seed=1)
+    assert made.folder.is_dir()
+    (said,) = write_companions(made.companions, tmp_path / "target", made.config)
     assert "no tokenizer is written" in said
     assert not list((tmp_path / "target").iterdir())
 

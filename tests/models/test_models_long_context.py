@@ -45,8 +45,9 @@ def test_a_newer_model_goes_as_far_as_its_positions() -> None:
 
 @pytest.mark.parametrize("flags", [{}, {"seq_length": "long"}, {"seq_length": 64, "use_dynamic_ntk": True}])
 def test_flags_that_are_not_all_there(flags: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="not as `qwenq convert` writes it"):
-        long_context_of({"qwen_v1": flags})
+    with pytest.raises(ModelError, match="not as `qwenq convert` writes it") as raised:
+        long_context_of({"qwen_v1": flags}, Path("model") / "config.json")
+    assert raised.value.where == str(Path("model") / "config.json")
 
 
 def test_blocks_compute_a_v1_model_up_to_there_and_refuse_what_follows() -> None:

@@ -12,15 +12,40 @@ from hypothesis import strategies as st
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.pad_ffn import (
-    PaddedFFNSource,
-    interleave_zeros,
-    pad_ffn,
-    padded_groups,
-    padded_width,
-    widened,
-)
+from qwenq.models.pad_ffn import interleave_zeros, padded_groups, padded_width, widened
 from qwenq.models.source import TensorInfo
+
+
+class Tensors:
+    """A source over a dict."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> Iterable[str]:
+        return self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(tuple(self.tensors[name].shape), self.tensors[name].dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+MLP = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+
+
+def checkpoint_of(tensors: dict[str, torch.Tensor], ffn: int) -> Checkpoint:
+    return Checkpoint(Path("base"), {"intermediate_size": ffn}, Tensors(tensors))
+
+
+def padded_mlp(
+    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, to: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three matrices as a checkpoint that is ``to`` wide gives them."""
+    wide = widened(checkpoint_of(dict(zip(MLP, (gate, up, down), strict=True)), len(gate)), to)
+    wider_gate, wider_up, wider_down = (wide.read(name) for name in MLP)
+    return wider_gate, wider_up, wider_down
 
 
 def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -35,7 +60,7 @@ def test_the_output_stays_the_same(ffn: int, zeros: int, hidden: int, seed: int)
     gate, up = (torch.randn(ffn, hidden, generator=generator, dtype=torch.float64) for _ in range(2))
     down = torch.randn(hidden, ffn, generator=generator, dtype=torch.float64)
     x = torch.randn(5, hidden, generator=generator, dtype=torch.float64)
-    padded = pad_ffn(gate, up, down, ffn + zeros)
+    padded = padded_mlp(gate, up, down, ffn + zeros)
     assert [tuple(t.shape) for t in padded] == [(ffn + zeros, hidden)] * 2 + [(hidden, ffn + zeros)]
     torch.testing.assert_close(mlp(x, *padded), mlp(x, gate, up, down), rtol=1e-12, atol=1e-12)
 
@@ -46,7 +71,7 @@ def test_kept_channels_and_the_output_are_bit_for_bit_the_same(dtype: torch.dtyp
     ffn, to, hidden = 12, 20, 8
     gate, up = (torch.randn(ffn, hidden).to(dtype) for _ in range(2))
     down = torch.randn(hidden, ffn).to(dtype)
-    padded = pad_ffn(gate, up, down, to)
+    padded = padded_mlp(gate, up, down, to)
     added = torch.tensor([channel % 2 == 1 and channel < 2 * (to - ffn) for channel in range(to)])
     for before, after in ((gate, padded[0]), (up, padded[1]), (down.T, padded[2].T)):
         assert torch.equal(after[~added], before)
@@ -111,47 +136,27 @@ def test_widths_out_of_range_are_refused(to: int) -> None:
         interleave_zeros(torch.ones(4), to, 0)
 
 
-def test_tensors_that_are_no_mlp_are_refused() -> None:
-    with pytest.raises(UsageError, match="not one MLP"):
-        pad_ffn(torch.ones(4, 2), torch.ones(4, 2), torch.ones(4, 2), 6)
-    with pytest.raises(UsageError, match="multiple"):
-        padded_groups(100, 128)
-
-
-class Tensors:
-    """A source over a dict."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> Iterable[str]:
-        return self.tensors
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(tuple(self.tensors[name].shape), self.tensors[name].dtype)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+def test_a_width_that_is_no_multiple_is_refused_with_the_next_that_is() -> None:
+    with pytest.raises(UsageError, match="100 channels is no multiple of the group size 32") as raised:
+        padded_groups(100, 32)
+    assert raised.value.hint == "choose 128, the next one, or auto"
+    assert padded_groups(128, 32) == 4
 
 
 def test_a_padded_view_of_a_checkpoint() -> None:
     block = "model.layers.0."
     gate, up, down = torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, 6)
-    tensors = {
-        f"{block}mlp.{name}_proj.weight": t
-        for name, t in zip(("gate", "up", "down"), (gate, up, down), strict=True)
-    }
+    tensors = dict(zip(MLP, (gate, up, down), strict=True))
     tensors |= {
         f"{block}self_attn.q_proj.weight": torch.randn(4, 4),
         f"{block}mlp.up_proj.bias": torch.ones(6),
     }
-    view = PaddedFFNSource(Tensors(tensors), 8)
+    view = widened(checkpoint_of(tensors, 6), 8)
     assert list(view.names()) == list(tensors)
     for name in view.names():
         assert view.info(name).shape == tuple(view.read(name).shape)
-    expected = pad_ffn(gate, up, down, 8)
-    for name, tensor in zip(("gate", "up", "down"), expected, strict=True):
-        assert torch.equal(view.read(f"{block}mlp.{name}_proj.weight"), tensor)
+    for name, tensor, axis in zip(MLP, (gate, up, down), (0, 0, 1), strict=True):
+        assert torch.equal(view.read(name), interleave_zeros(tensor, 8, axis))
     assert view.read(f"{block}mlp.up_proj.bias").tolist() == [1, 0, 1, 0, 1, 1, 1, 1]
     assert torch.equal(
         view.read(f"{block}self_attn.q_proj.weight"), tensors[f"{block}self_attn.q_proj.weight"]
@@ -160,7 +165,7 @@ def test_a_padded_view_of_a_checkpoint() -> None:
 
 def test_a_wider_checkpoint_is_known_by_its_base_and_width() -> None:
     tensors = {"model.layers.0.mlp.gate_proj.weight": torch.randn(6, 4)}
-    base = Checkpoint(Path("base"), {"intermediate_size": 6}, Tensors(tensors))
+    base = checkpoint_of(tensors, 6)
     wide = widened(base, 8)
     assert wide.config["intermediate_size"] == 8 and base.config["intermediate_size"] == 6
     assert wide.info(next(iter(tensors))).shape == (8, 4)
@@ -169,7 +174,7 @@ def test_a_wider_checkpoint_is_known_by_its_base_and_width() -> None:
     assert len(known) == 3
     assert widened(base, 8).fingerprint == wide.fingerprint
     tensors["model.layers.0.mlp.gate_proj.weight"][0, 0] += 1
-    other = Checkpoint(Path("base"), {"intermediate_size": 6}, Tensors(tensors))
+    other = checkpoint_of(tensors, 6)
     assert widened(other, 8).fingerprint != wide.fingerprint
     for to in (5, 13):
         with pytest.raises(UsageError, match="cannot be padded"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from brief_profiles import profile_briefly
 
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.profiling.measure import measure
@@ -37,6 +39,11 @@ def test_ends_are_those_that_transformers_would_take(
     assert end_ids(checkpoint(tmp_path, config, generation)) == ends
 
 
+def test_a_model_on_no_disk_has_no_ends_from_a_folder(tmp_path: Path) -> None:
+    made = replace(checkpoint(tmp_path, {"eos_token_id": 2}, {"eos_token_id": 5}), on_disk=False)
+    assert end_ids(made) == (2,)
+
+
 def test_sampling_is_the_checkpoints(tmp_path: Path) -> None:
     made = checkpoint(tmp_path, {}, {"do_sample": True, "top_p": 0.8, "repetition_penalty": 1.1})
     sampling, phrase = protocol_sampling(made)
@@ -47,9 +54,7 @@ def test_sampling_is_the_checkpoints(tmp_path: Path) -> None:
 def test_the_row_says_which_ends_were_suppressed(
     points: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
-        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 0.0)
-    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
+    profile_briefly(monkeypatch)
     monkeypatch.setattr("qwenq.profiling.measure.end_ids", lambda checkpoint: (3, 5))
     rows = {row.metric: row for row in measure(next(p for p in points if not p.encodes))}
     assert rows["speed.protocol"].settings["end_of_text"] == "suppressed in the logits: 3, 5"
