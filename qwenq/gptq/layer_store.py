@@ -23,10 +23,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qwenq.errors import StorageError, UsageError
+from qwenq.models.manifest import RUN, STAGED
 from qwenq.models.safetensors_files import SafetensorsSource
 from qwenq.storage import atomic_write_bytes, atomic_write_json, guard_storage, sha256_file, take_lock
 
-_OURS = {"run.json", "lock", "layers", "checkpoint"}
+_LAYERS, _LOCK = "layers", "lock"
+_OURS = {RUN, _LOCK, _LAYERS, STAGED}
 
 
 class LayerStore:
@@ -45,11 +47,11 @@ class LayerStore:
 
     def __init__(self, folder: Path, run: dict[str, Any], *, resume: bool) -> None:
         self.folder = folder
-        self._layers = folder / "layers"
+        self._layers = folder / _LAYERS
         with guard_storage(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign()
-        self._lock = take_lock(folder)
+        self._lock = take_lock(folder, _LOCK)
         try:
             self._begin(run, resume=resume)
         except BaseException:
@@ -58,7 +60,7 @@ class LayerStore:
 
     def _begin(self, run: dict[str, Any], *, resume: bool) -> None:
         """Go on with what is here, or start over."""
-        path = self.folder / "run.json"
+        path = self.folder / RUN
         known = _read_json(path) if resume else None
         if resume and known is None and path.exists():
             raise StorageError(
@@ -84,7 +86,7 @@ class LayerStore:
         foreign = sorted(
             entry.name
             for entry in self.folder.iterdir()
-            if entry.name not in _OURS and not entry.name.startswith(".run.json.")
+            if entry.name not in _OURS and not entry.name.startswith(f".{RUN}.")
         )
         if foreign:
             raise UsageError(
@@ -107,7 +109,7 @@ class LayerStore:
             StorageError: the disk refused, or is no longer the one that this run began on.
         """
         with guard_storage(self.folder):
-            (self.folder / "lock").stat()  # else its disk was unmounted, and the layer would go below it
+            (self.folder / _LOCK).stat()  # else its disk was unmounted, and the layer would go below it
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
         file = self._layers / f"{index:05d}-{digest[:16]}.safetensors"
@@ -158,11 +160,11 @@ class LayerStore:
 
 def discard_leftover(folder: Path) -> bool:
     """Remove the work folder of a finished run, once nobody works in it; False: somebody does, or cannot."""
-    staged = (folder / "checkpoint").exists()  # another run's: its rename has not happened
+    staged = (folder / STAGED).exists()  # another run's: its rename has not happened
     if staged or any(entry.name not in _OURS for entry in folder.iterdir()):
         return False
     try:
-        lock = take_lock(folder)
+        lock = take_lock(folder, _LOCK)
     except (UsageError, StorageError):
         return False
     with lock:

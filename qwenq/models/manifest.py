@@ -7,8 +7,9 @@ from pathlib import Path
 from qwenq.errors import ModelError
 
 MANIFEST = "qwenq.json"
-PARTIAL, STAGED = ".partial", "checkpoint"
-"""`qwenq quantize` stages what it has not checked yet in ``OUT.partial/checkpoint``."""
+PARTIAL, STAGED, RUN = ".partial", "checkpoint", "run.json"
+"""`qwenq quantize` stages what it has not checked yet in ``OUT.partial/checkpoint``, beside ``run.json``,
+which says what the run is."""
 
 
 def missing_manifest(folder: Path) -> list[str]:
@@ -20,7 +21,7 @@ def missing_manifest(folder: Path) -> list[str]:
     if (folder / MANIFEST).is_file():
         return []
     real = folder.resolve()
-    if real.name == STAGED and real.parent.name.endswith(PARTIAL) and (real.parent / "run.json").is_file():
+    if real.name == STAGED and real.parent.name.endswith(PARTIAL) and (real.parent / RUN).is_file():
         raise ModelError(
             "this quantised model is unfinished: it was never checked",
             where=folder,

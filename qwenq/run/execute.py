@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from types import FrameType
 
+from qwenq.models.manifest import PARTIAL
 from qwenq.run.chain import Chain, Step
 from qwenq.storage import guard_storage, locked
 
@@ -86,7 +87,7 @@ def _lead_to(step: Step) -> None:
 
 def _tidy(step: Step) -> None:
     """A kill may have come between a model's name and the end of its work folder, and nobody looks again."""
-    leftover = step.makes.with_name(f"{step.makes.name}.partial")
+    leftover = step.makes.with_name(f"{step.makes.name}{PARTIAL}")
     if step.whole and leftover.is_dir():
         from qwenq.gptq.layer_store import discard_leftover
 
