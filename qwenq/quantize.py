@@ -158,10 +158,12 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
     listener.say(why)
-    if not team.launched and (slower := passed_over(dtype, place)):
+    if not team.launched and (slower := passed_over(dtype, place)):  # else ``exact`` sums them up anyway
         listener.say(slower)
     checkpoint, widths = padded(base, wanted, listener.say)
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
+    if decoder.passed_over:
+        listener.say(decoder.passed_over)
     check_packable(decoder, wanted.bits)
     group_size, why = choose_group_size(wanted.group_size, widths or input_widths(decoder))
     listener.say(why)
@@ -220,8 +222,9 @@ def _calibration(job: Job) -> CalibrationSet:
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
     from qwenq.gptq.layer_store import LayerStore
     from qwenq.gptq.quantise import run_facts
+    from qwenq.models.manifest import PARTIAL
 
-    folder = job.out.with_name(job.out.name + ".partial")
+    folder = job.out.with_name(job.out.name + PARTIAL)
     facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
     store = LayerStore(folder, facts, resume=resume)
     job.resumed = store.finished()
@@ -299,7 +302,7 @@ def _publish(
         "recipe": job.recipe.model_dump(mode="json"),
         "quantization": job.quant.to_config_json(),
         "calibration": calibration.manifest.model_dump(mode="json"),
-        "computed_in": {"dtype": str(job.decoder.dtype).removeprefix("torch."), "device": job.device.type},
+        "computed_in": _computed_in(job),
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "modules": dict(module_errors(store, len(job.decoder.names))),
@@ -310,6 +313,19 @@ def _publish(
     publish(staged, job.out, manifest)
     store.discard()
     return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
+
+
+def _computed_in(job: Job) -> dict[str, str]:
+    """What the integers depend on besides the recipe and ``versions``: each rounds in a way of its own."""
+    from qwenq.gptq.quantise import how_summed
+
+    decoder = job.decoder
+    return {
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "device": decoder.device.type,
+        "attention": decoder.attention,
+        "sums": how_summed(decoder.dtype, decoder.device, job.team),
+    }
 
 
 def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:

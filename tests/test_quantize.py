@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_families import save_calibration, write_family
 
 from qwenq import quantize as pipeline
+from qwenq.distributed import ALONE, Team
 from qwenq.errors import CalibrationError, StorageError, UsageError, VerificationError
 from qwenq.gptq import publish
 from qwenq.gptq.layer_store import LayerStore
@@ -23,6 +24,7 @@ from qwenq.gptq.quantise import quantise_layers
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig
 from qwenq.models.integrity import verify_files
+from qwenq.native import support
 from qwenq.quantize import quantize
 
 ALWAYS = {"config.json", "quantize_config.json", "qwenq.json", "tokenizer.json", "tokenizer_config.json"}
@@ -128,6 +130,8 @@ def test_the_manifest_tells_how_it_was_made(tmp_path: Path) -> None:
     assert manifest["recipe"]["quantize"]["damp"] == 0.02
     assert manifest["calibration"]["samples"] == 4
     assert set(manifest["versions"]) >= {"python", "qwenq", "torch", "transformers", "safetensors"}
+    computed_in = {"dtype": "float32", "device": "cpu", "attention": "sdpa", "sums": "float32"}
+    assert manifest["computed_in"] == computed_in
     assert set(manifest["seconds"]) == {"calibration", "layers", "write", "check"}
     assert len(manifest["modules"]) == 21
     assert all(m["error"] < m["rtn_error"] for m in manifest["modules"].values())
@@ -158,6 +162,24 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
     said = "\n".join(ear.lines)
     for part in ("asymmetric (each group", "no act-order (", "mse (least squared error", "(plain GPTQ)"):
         assert part in said
+
+
+@pytest.mark.parametrize("team", [ALONE, Team(launched=True)])
+def test_compiled_code_that_is_missed_is_said(
+    tmp_path: Path, team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torchrun's processes sum up Hessians in a way of their own; attention they compute like any other."""
+    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
+    model, ear = write_family(tmp_path / "m"), Ear()
+    made = quantize(recipe_for(model, dtype="bfloat16"), tmp_path / "out", ear, device="cpu", team=team)
+    said = [line for line in ear.lines if "left to torch" in line]
+    missed = ["attention"] if team.launched else ["Hessians", "attention"]
+    verbs = {"attention": "is", "Hessians": "are"}
+    because = "left to torch, which takes longer, because llvmlite is not installed"
+    assert said == [f"{what} {verbs[what]} {because}" for what in missed]
+    told = manifest_of(made.folder)["computed_in"]
+    assert told["attention"] == "sdpa"
+    assert told["sums"] == ("exact" if team.launched else "float32")
 
 
 def test_large_models_are_written_in_shards_with_an_index(
@@ -273,7 +295,7 @@ def test_sequences_are_no_longer_than_the_model_takes(tmp_path: Path) -> None:
     model = write_family(tmp_path / "m", max_position_embeddings=64)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{n} squared is {n * n}. " * 90 for n in range(40)))
-    for samples, why in ((2, "in part as asked"), ("auto", "a CPU is done with these in minutes")):
+    for samples, why in ((2, "in part as asked"), ("auto", "few enough for a CPU")):
         ear, out = Ear(), tmp_path / f"out-{samples}"
         recipe = recipe_for(model, text).override(calibration={"samples": samples, "held_out": 1})
         assert manifest_of(quantize(recipe, out, ear, device="cpu").folder)["calibration"]["seq_len"] == 64
@@ -304,6 +326,22 @@ def test_random_weights_are_quantised_but_not_judged(tmp_path: Path) -> None:
     assert result.check is None
     assert manifest_of(result.folder)["check"] is None
     assert any("random weights" in line for line in ear.lines)
+
+
+def test_random_weights_in_a_folder_of_any_name_keep_their_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``random-weights`` is also what a model that lies on no disk is called in messages."""
+    from qwenq.models.random_weights import write_random_checkpoint
+
+    model = write_family(tmp_path / "m", "qwen2")
+    monkeypatch.chdir(tmp_path)
+    named = Path("random-weights")
+    write_random_checkpoint(json.loads((model / "config.json").read_text()), named, seed=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (named / name).write_bytes((model / name).read_bytes())
+    result = run(named, tmp_path / "out")
+    assert (result.folder / "tokenizer.json").is_file()
 
 
 def test_raised_damping_is_said_with_its_modules(tmp_path: Path) -> None:

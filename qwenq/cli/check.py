@@ -74,10 +74,20 @@ def check(
     held_out = _held_out(text, pair, samples, seq_len, seed, str(place))
     for notice in pair.notices:
         typer.echo(f"note: {notice}", err=True)
+    said: list[str] = []
     with show_progress("checking", "steps") as progress:
         result = run(
-            pair.quantised, pair.base, held_out, device=place, dtype=_dtype(dtype), progress=progress
+            pair.quantised,
+            pair.base,
+            held_out,
+            device=place,
+            dtype=_dtype(dtype),
+            progress=progress,
+            say=said.append,
         )
+    for notice in said:
+        typer.echo(f"note: {notice}", err=True)
+    pair.notices += said
     if as_json:
         _print_json(result, pair, text, seed)
     else:

@@ -60,6 +60,7 @@ def check(
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> CheckResult:
     """Compare a GPTQ checkpoint with the model it was made from.
 
@@ -71,6 +72,7 @@ def check(
         dtype: of weights and hidden states. float32 shows the integers' cost alone; in 16 bits the two
             models' roundings differ, too, and are counted with it.
         progress: told (steps done, steps in all).
+        say: told what takes longer here than it could, and why.
 
     Raises:
         UsageError: not a quantised model and its base (see ``require_comparable``), random weights, tokens
@@ -83,6 +85,8 @@ def check(
     base = widened(base, int(quantised.config["intermediate_size"]))  # Qwen's 72B is wider than its base
     plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
     pair = _Pair(plain, base, quant, torch.device(device), dtype)
+    if say is not None and pair.passed_over:
+        say(pair.passed_over)
     with torch.inference_mode():
         scores, modules = pair.run(held_out, quantised_modules(quantised.source), progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
@@ -116,7 +120,7 @@ def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
     has, wants = base.config["intermediate_size"], quantised.config["intermediate_size"]
     if not has <= wants <= 2 * has:  # wider: zero channels were added before quantising (models/pad_ffn.py)
         raise _another_model("intermediate_size", wants, has, base)
-    return QuantConfig.read(quantised.config)
+    return QuantConfig.read(quantised.config, quantised.folder / "config.json")
 
 
 def _another_model(key: str, has: object, wants: object, base: Checkpoint) -> UsageError:
@@ -161,6 +165,7 @@ class _Pair:
         self._checkpoints = base, quantised
         self._base = BlockwiseDecoder(base, device, dtype)
         self._quantised = BlockwiseDecoder(quantised, device, dtype)
+        self.passed_over = self._base.passed_over  # both have the same heads
 
     def run(
         self, tokens: Tensor, modules: list[str], progress: Progress | None

@@ -42,6 +42,7 @@ def lead(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settin
             "ffn": decoder.checkpoint.config["intermediate_size"],
             "settings": asdict(settings),
             "dtype": str(decoder.dtype).removeprefix("torch."),
+            "attention": [decoder.attention, decoder.attention_why_not],
             "tokens": list(tokens.shape),
             "threads": torch.get_num_threads(),
         }
@@ -58,7 +59,8 @@ def follow(recipe: Recipe, team: Team, device: str = "auto") -> None:
         device: as ``--device``.
 
     Raises:
-        ModelError: the model is another one here than where the leader runs.
+        ModelError: the model is another one here than where the leader runs, or other code would compute its
+            attention.
         QwenqError: as ``quantise_layers``, or another process has stopped.
     """
     told = team.tell()
@@ -73,7 +75,28 @@ def follow(recipe: Recipe, team: Team, device: str = "auto") -> None:
         )
     torch.set_num_threads(told["threads"])  # sums in float32 depend on it
     decoder = BlockwiseDecoder(checkpoint, resolve_device(device), getattr(torch, told["dtype"]))
+    _require_same_attention(decoder, *told["attention"])
     tokens = torch.empty(told["tokens"], dtype=torch.int64)
     team.copy(tokens)
     with finishing(LAYER_IS_STORED):
         quantise_layers(decoder, tokens, Settings(**told["settings"]), None, lambda _: None, team)
+
+
+def _require_same_attention(decoder: BlockwiseDecoder, leaders: str, leaders_why_not: str | None) -> None:
+    """Batches would round in two ways, and the integers would depend on who ran which.
+
+    Args:
+        decoder: the one here.
+        leaders, leaders_why_not: rank 0's ``attention`` and ``attention_why_not``.
+    """
+    if decoder.attention == leaders:
+        return
+    if decoder.attention_why_not is not None:
+        why = f"here {decoder.attention_why_not}"
+    else:
+        why = f"there {leaders_why_not}"
+    raise ModelError(
+        f"rank 0 computes attention by {leaders}, here it would be {decoder.attention}, because {why}",
+        where=decoder.checkpoint.folder,
+        hint="install the same on every machine (pip install 'qwenq[cpu]'), or use CPUs of one kind",
+    )

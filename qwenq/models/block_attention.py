@@ -11,11 +11,37 @@ from torch import Tensor, nn
 from qwenq.native import support
 
 TORCH, NATIVE = "sdpa", "qwenq_causal"
+"""The names under which transformers knows them."""
+
+HEAD_STEP = 16
+"""Compiled code takes heads whose width is a multiple of this."""
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why attention is not compiled for this CPU, in words that follow "because"; None: it is."""
+    if device.type != "cpu":
+        return f"compiled attention is for CPUs, not for {device.type}"
+    if dtype != torch.bfloat16:
+        return f"compiled attention is for bfloat16, not for {str(dtype).removeprefix('torch.')}"
+    if head_dim % HEAD_STEP:
+        return f"the width of a head, {head_dim}, is no multiple of {HEAD_STEP}"
+    return support.why_not(*support.BFLOAT16)
+
+
+def passed_over(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """A sentence on compiled attention that blocks go without; None: they have it, or none is made for them.
+
+    On a GPU and in float32 torch's is what there is: nothing is missed.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    why = why_not(device, dtype, head_dim)
+    return f"attention is left to torch, which takes longer, because {why}" if why else None
 
 
 def attention_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The name under which transformers knows it."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or head_dim % 16 or support.why_not(*support.BFLOAT16):
+    """``NATIVE``, made known to transformers, or ``TORCH`` where ``why_not`` has a reason."""
+    if why_not(device, dtype, head_dim) is not None:
         return TORCH
     _register()
     return NATIVE

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwenq.errors import ModelError
-from qwenq.models.block_attention import attention_of
+from qwenq.models.block_attention import attention_of, passed_over, why_not
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite
 from qwenq.models.long_context import require_plain
@@ -36,7 +36,10 @@ class BlockwiseDecoder:
         dtype: of weights and hidden states.
 
     Attributes:
-        attention: ``block_attention``'s name of what is run.
+        attention: ``block_attention``'s name of what computes it. In layers that slide a window it is torch's
+            for texts that fill that.
+        attention_why_not: why that is not compiled code, in words that follow "because"; None: it is.
+        passed_over: a sentence for the user on compiled attention that these blocks go without, or None.
         names: "model.layers.0", …, the blocks' names in the checkpoint.
     """
 
@@ -47,6 +50,8 @@ class BlockwiseDecoder:
         config = transformers_config(checkpoint.config, checkpoint.folder)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = attention_of(device, dtype, head_dim)
+        self.attention_why_not = why_not(device, dtype, head_dim)
+        self.passed_over = passed_over(device, dtype, head_dim) or self._windowed(config)
         with refused_by_transformers(checkpoint.folder):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -58,6 +63,17 @@ class BlockwiseDecoder:
         self._blocks: nn.ModuleList = self._inner.layers
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
+
+    def _windowed(self, config: Any) -> str | None:
+        """The sentence for compiled attention that only some of the layers have."""
+        kinds = getattr(config, "layer_types", None) or []
+        windowed = sum(kind == "sliding_attention" for kind in kinds)
+        if not windowed or self.attention_why_not is not None:
+            return None
+        return (
+            f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} "
+            "tokens: texts that fill it are left to torch there, which takes longer"
+        )
 
     @property
     def template(self) -> nn.Module:

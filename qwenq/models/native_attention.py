@@ -65,7 +65,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q: [batch, heads, tokens, d] bfloat16, d a multiple of 16.
         k, v: [batch, kv_heads, tokens, d]; kv_heads divides heads.
         scale: of the scores.
+
+    Raises:
+        ValueError: tensors of other dtypes, devices or shapes. The code reads memory by these numbers.
     """
+    _check(q, k, v)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (batch, heads, tokens, d), kv_heads, threads = q.shape, k.shape[1], torch.get_num_threads()
     panels = -(-tokens // (LANES * REGISTERS)) * REGISTERS
@@ -76,6 +80,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     addresses = (x.data_ptr() for x in (q, k, v, out, keys, values, scratch))
     _code(d)(*addresses, batch, heads, kv_heads, tokens, panels, *strides, float_bits(scale), threads)
     return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.ndim != 4:
+            raise ValueError(
+                f"{name} is {x.dtype} {list(x.shape)} on {x.device}, "
+                "not bfloat16 [batch, heads, tokens, d] on the CPU"
+            )
+    (batch, heads, tokens, d), kv_heads = q.shape, k.shape[1]
+    if not d or d % LANES:
+        raise ValueError(f"heads are {d} wide, which is no multiple of {LANES}")
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"{heads} heads cannot share {kv_heads} of keys and values evenly")
+    if not k.shape == v.shape == (batch, kv_heads, tokens, d):
+        shapes = (list(x.shape) for x in (q, k, v))
+        raise ValueError("q is {}, so k {} and v {} do not fit".format(*shapes))
 
 
 def _scratch_bytes(panels: int) -> int:

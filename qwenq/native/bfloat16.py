@@ -74,7 +74,12 @@ def read_bfloat16(code: Code, row: ir.Value, column: ir.Value) -> ir.Value:
 
 
 def put_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value) -> None:
-    """Rounded to the nearest, of two the even one; what is no number stays none."""
+    """Rounded to the nearest, of two the even one; infinities stay.
+
+    What is no number stays none where its lower 16 bits are zero. So they are in what the CPU makes of an
+    invalid operation, and in what comes of bfloat16. Others, which only a file of float16 or float32 could
+    hold, may become an infinity or a zero: weights are checked where they are read (``models.integrity``).
+    """
     bits = code.bitcast(value, WORDS)
     odd = code.and_(code.lshr(bits, same(WORD, 16)), same(WORD, 1))
     rounded = code.add(bits, code.add(odd, same(WORD, 0x7FFF)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,11 @@ OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_th
 BFLOAT16 = ("avx512f", "avx512bw", "avx512vl", "avx512bf16")
 """What a CPU needs to multiply bfloat16 as ``bfloat16.add_pairs`` does."""
 
+OLDEST = 0, 46
+"""The first llvmlite that ``code`` can be built with: opaque pointers, LLVM's newer passes."""
+
+_INSTALL = "pip install 'qwenq[cpu]'"
+
 
 @cache
 def why_not(*features: str) -> str | None:
@@ -23,8 +30,8 @@ def why_not(*features: str) -> str | None:
     Args:
         features: of the CPU, as LLVM names them.
     """
-    if find_spec("llvmlite") is None:
-        return "llvmlite, which compiles it, is not installed (pip install 'qwenq[cpu]')"
+    if lacking_compiler := _no_compiler():
+        return lacking_compiler
     try:
         for symbol in OPENMP:
             getattr(openmp(), symbol)
@@ -35,6 +42,21 @@ def why_not(*features: str) -> str | None:
     here = get_host_cpu_features()
     lacking = [name for name in features if not here.get(name)]
     return f"this CPU has no {', '.join(lacking)}" if lacking else None
+
+
+def _no_compiler() -> str | None:
+    """Why llvmlite cannot compile it; None: it can. It is asked for its version, not loaded."""
+    try:
+        found = version("llvmlite") if find_spec("llvmlite") else None
+    except PackageNotFoundError:
+        found = None
+    if found is None:
+        return f"llvmlite, which compiles it, is not installed ({_INSTALL})"
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers is None or tuple(map(int, numbers.groups())) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        return f"llvmlite, which compiles it, is {found} and has to be {wanted} or newer ({_INSTALL})"
+    return None
 
 
 @cache

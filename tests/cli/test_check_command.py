@@ -99,6 +99,18 @@ def test_the_manifest_names_the_base(ours: Path, base: Path, check: Shell) -> No
     assert ran.out.count("model.layers.") == 2
 
 
+def test_compiled_attention_that_is_missed_is_said(plain: Path, base: Path, check: Shell) -> None:
+    """Not in float32, the default: there it is not made for."""
+    missed = "attention is left to torch, which takes longer, because the width of a head, 8, is no multiple"
+    ran = check(plain, "--against", base, *SMALL, "--dtype", "bfloat16", "--json")
+    assert ran.code == 0, ran.err
+    assert f"note: {missed}" in ran.err
+    assert missed in json.loads(ran.out)["notices"][-1]
+    ran = check(plain, "--against", base, *SMALL)
+    assert ran.code == 0, ran.err
+    assert "left to torch" not in ran.out + ran.err
+
+
 def test_json_alone_on_stdout(plain: Path, base: Path, check: Shell) -> None:
     ran = check(plain, "--against", base, *SMALL, "--json")
     assert ran.code == 0, ran.err

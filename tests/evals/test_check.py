@@ -227,13 +227,13 @@ def test_one_sequence_has_no_interval(case: Case) -> None:
 
 
 def test_a_padded_mlp_is_held_against_its_narrower_base(tmp_path: Path) -> None:
-    from qwenq.models.pad_ffn import PaddedFFNSource
+    from qwenq.models.pad_ffn import widened
 
     base = write_base(tmp_path / "base", "qwen2", tied=False)
     narrow = open_checkpoint(base)
     wide = tmp_path / "wide"
     wide.mkdir()
-    view = PaddedFFNSource(narrow.source, 96)
+    view = widened(narrow, 96)
     save_file({name: view.read(name) for name in view.names()}, wide / "model.safetensors")
     config = json.loads((base / "config.json").read_text()) | {"intermediate_size": 96}
     (wide / "config.json").write_text(json.dumps(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from tiny_families import write_family
 from torch import Tensor
 from torch.nn import functional
 
-from qwenq.models import block_attention
-from qwenq.models.block_attention import NATIVE, TORCH, attention_of
+from qwenq.models.block_attention import NATIVE, TORCH, attention_of, passed_over, why_not
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.native import support
@@ -77,12 +77,48 @@ def test_what_is_not_finite_is_not_hidden() -> None:
     assert not causal_attention(q, k, v, 0.2)[0, 10:].isfinite().any()
 
 
+def wrong(**changes: Tensor) -> list[Tensor]:
+    """Sound q, k, v of 4 heads that share 2, but for these."""
+    fitting = {name: drawn(0, 2, heads, 10, 32) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    return list((fitting | changes).values())
+
+
 @needs_bfloat16
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        (wrong(q=drawn(0, 2, 4, 10, 32).float()), r"q is torch\.float32"),
+        (wrong(v=drawn(0, 2, 2, 10, 32).half()), r"v is torch\.float16"),
+        (wrong(k=drawn(0, 2, 2, 10, 32).to("meta")), "k is .* on meta"),
+        (wrong(q=drawn(0, 4, 10, 32)), r"q is .*\[4, 10, 32\]"),
+        (wrong(q=drawn(0, 2, 4, 10, 24)), "24 wide, which is no multiple of 16"),
+        (wrong(q=drawn(0, 2, 3, 10, 32)), "3 heads cannot share 2"),
+        (wrong(k=drawn(0, 2, 0, 10, 32), v=drawn(0, 2, 0, 10, 32)), "4 heads cannot share 0"),
+        (wrong(k=drawn(0, 2, 2, 9, 32), v=drawn(0, 2, 2, 9, 32)), "do not fit"),
+        (wrong(v=drawn(0, 2, 2, 9, 32)), r"v \[2, 2, 9, 32\] do not fit"),
+        (wrong(v=drawn(0, 2, 2, 10, 16)), "do not fit"),
+        (wrong(k=drawn(0, 1, 2, 10, 32)), "do not fit"),
+    ],
+)
+def test_memory_is_not_read_by_numbers_that_do_not_fit(tensors: list[Tensor], says: str) -> None:
+    from qwenq.models.native_attention import causal_attention
+
+    with pytest.raises(ValueError, match=says):
+        causal_attention(*tensors, 0.2)
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("qwen2", WINDOW)]
+)
 def test_blocks_take_it_and_come_as_near_to_float32(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_family(tmp_path / "model", family)
+    """Of 70 tokens most lie beyond the window: there a mask comes, and torch's attention with it."""
+    folder = write_family(tmp_path / "model", family, **changes)
     tokens = torch.randint(0, 90, (3, 70), generator=torch.Generator().manual_seed(0))
 
     def after_blocks(dtype: torch.dtype) -> tuple[str, Tensor]:
@@ -98,15 +134,47 @@ def test_blocks_take_it_and_come_as_near_to_float32(
     assert name == TORCH
     name, compiled = after_blocks(torch.bfloat16)
     assert name == NATIVE
-    monkeypatch.setattr(block_attention.support, "why_not", lambda *features: "not today")
+    monkeypatch.setattr(support, "why_not", lambda *features: "not today")
     name, plain = after_blocks(torch.bfloat16)
     assert name == TORCH
     assert (compiled - exact).norm() <= 1.2 * (plain - exact).norm()
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "head_dim"),
-    [("cuda", torch.bfloat16, 64), ("cpu", torch.float32, 64), ("cpu", torch.bfloat16, 24)],
+    ("device", "dtype", "head_dim", "because", "missed"),
+    [
+        ("cuda", torch.bfloat16, 64, "cuda", False),
+        ("cpu", torch.float32, 64, "float32", False),
+        ("cpu", torch.float16, 64, "float16", False),
+        ("cpu", torch.bfloat16, 24, "24, is no multiple of 16", True),
+    ],
 )
-def test_elsewhere_it_is_torchs(device: str, dtype: torch.dtype, head_dim: int) -> None:
-    assert attention_of(torch.device(device), dtype, head_dim) == TORCH
+def test_elsewhere_it_is_torchs_and_what_is_missed_is_said(
+    device: str, dtype: torch.dtype, head_dim: int, because: str, missed: bool
+) -> None:
+    place = torch.device(device)
+    assert attention_of(place, dtype, head_dim) == TORCH
+    assert because in str(why_not(place, dtype, head_dim))
+    assert (passed_over(place, dtype, head_dim) is not None) == missed
+
+
+def test_a_decoder_knows_why_its_attention_is_torchs(tmp_path: Path) -> None:
+    model = open_checkpoint(write_family(tmp_path / "m", head_dim=24))
+    decoder = BlockwiseDecoder(model, CPU, torch.bfloat16)
+    assert decoder.attention == TORCH
+    assert decoder.attention_why_not == "the width of a head, 24, is no multiple of 16"
+    assert str(decoder.passed_over).endswith(decoder.attention_why_not)
+    assert BlockwiseDecoder(model, CPU, torch.float32).passed_over is None
+
+
+def test_layers_that_slide_a_window_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "why_not", lambda *features: None)  # nothing is run here
+    plain, sliding = (
+        BlockwiseDecoder(
+            open_checkpoint(write_family(tmp_path / name, "qwen2", **changes)), CPU, torch.bfloat16
+        )
+        for name, changes in (("plain", {}), ("sliding", WINDOW))
+    )
+    assert plain.attention == sliding.attention == NATIVE
+    assert plain.passed_over is None
+    assert "attention of 2 of 3 layers slides a window of 8 tokens" in str(sliding.passed_over)

@@ -1,0 +1,77 @@
+"""What the leader tells, and whom a follower refuses to work for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline import recipe_for
+from problems import usual
+from tiny_families import write_family
+
+from qwenq.distributed import Team
+from qwenq.errors import ModelError
+from qwenq.gptq.ranks import follow, lead
+from qwenq.models.block_attention import NATIVE, TORCH
+from qwenq.models.blocks import BlockwiseDecoder
+from qwenq.models.checkpoint import open_checkpoint
+from qwenq.native import support
+
+CPU = torch.device("cpu")
+
+
+class Spoken(Team):
+    """Two processes, of which only one is here: what the leader says is kept, or said again."""
+
+    def __init__(self, rank: int, words: dict[str, Any] | None = None) -> None:
+        super().__init__(rank=rank, world=2, launched=True)
+        self.words = words
+
+    def tell(self, value: Any = None) -> Any:
+        if self.leads:
+            self.words = json.loads(json.dumps(value))
+        return self.words
+
+    def copy(self, tensor: torch.Tensor, source: int = 0) -> None:
+        assert self.leads, "a follower that refuses takes no tokens"
+
+
+def told_by_a_leader(model: Path, dtype: torch.dtype) -> dict[str, Any]:
+    team = Spoken(0)
+    decoder = BlockwiseDecoder(open_checkpoint(model), CPU, dtype)
+    lead(team, decoder, torch.zeros(2, 8, dtype=torch.int64), usual())
+    assert team.words is not None
+    return team.words
+
+
+def test_a_follower_with_other_attention_says_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where llvmlite is installed on the first machine alone."""
+    model = write_family(tmp_path / "m")
+    monkeypatch.setattr(support, "why_not", lambda *features: None)
+    told = told_by_a_leader(model, torch.bfloat16)
+    assert told["attention"] == [NATIVE, None]
+    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
+    with pytest.raises(ModelError) as caught:
+        follow(recipe_for(model), Spoken(1, told), "cpu")
+    assert caught.value.what == (
+        "rank 0 computes attention by qwenq_causal, here it would be sdpa, "
+        "because here llvmlite is not installed"
+    )
+    assert "qwenq[cpu]" in str(caught.value.hint)
+
+
+def test_a_follower_that_could_do_better_says_what_the_leader_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_family(tmp_path / "m")
+    monkeypatch.setattr(support, "why_not", lambda *features: "this CPU has no avx512bf16")
+    told = told_by_a_leader(model, torch.bfloat16)
+    assert told["attention"] == [TORCH, "this CPU has no avx512bf16"]
+    monkeypatch.setattr(support, "why_not", lambda *features: None)
+    with pytest.raises(ModelError, match="because there this CPU has no avx512bf16"):
+        follow(recipe_for(model), Spoken(1, told), "cpu")
