@@ -39,11 +39,6 @@ class Fetched:
     notice: str
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
-    """The local snapshot folder of a hub model; see ``fetch``."""
-    return fetch(repo_id, revision).folder
-
-
 def fetch(repo_id: str, revision: str | None = None) -> Fetched:
     """Download what a model needs (or find it in the cache) and say which of the two happened.
 

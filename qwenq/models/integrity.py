@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 LARGEST = 65_504.0
-"""Float16's largest number. Models are published in it, so no weight of one is larger; but a number below 2
-whose top exponent bit flips becomes one of up to 1e38 in bfloat16 and float32."""
+"""Float16's largest number: what quantised models are computed in, and what their scales are stored in. Files
+of bfloat16 and float32 could hold more, but one that does is most likely damaged: a number below 2 whose top
+exponent bit flips becomes one of up to 1e38 there."""
 _CHUNK = 1 << 24  # elements looked at together, so that the check needs 16 MB and no copy of the tensor
 
 
@@ -98,8 +99,8 @@ def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> 
         )
     if largest > LARGEST:
         raise CorruptFileError(
-            f"{name} holds a number of size {largest:.3g}: no weight is beyond {LARGEST:.0f}",
+            f"{name} holds a number of size {largest:.3g}; float16 ends at {LARGEST:.0f}",
             where=where,
-            hint="a bit has flipped: compare the file's checksum with the publisher's, and copy it again",
+            hint="most likely a flipped bit: compare the checksum with the publisher's, copy the file again",
         )
     return tensor

@@ -20,7 +20,7 @@ from qwenq.plan.published import PublishedPeak, published_peaks
 from qwenq.plan.speed import SpeedBound, speed_bound
 from qwenq.plan.tensor_parallel import TENSOR_PARALLEL, Padding, Split, kv_share, padding, split
 
-_QUANTISED_IN = "float16"  # quantised models compute
+_QUANTISED_IN = "float16"  # what a quantised model computes, and what its cache holds
 _LABELS = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 
 

@@ -11,8 +11,6 @@ from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.qwen_v1 import V1_KEY
 from qwenq.models.shapes import ModelShape
 
-__all__ = ["DecoderSpec", "LongContext", "long_context_of", "read_spec"]
-
 _USE_TRANSFORMERS = "use --engine transformers"
 
 

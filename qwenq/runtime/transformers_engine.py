@@ -20,12 +20,12 @@ from transformers.distributed import DistributedConfig
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.hf_config import transformers_config
+from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.whole_model import build_whole_model
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.engine import CachedEngine
 from qwenq.runtime.kernels.base import Kernel
-from qwenq.runtime.spec import LongContext, long_context_of
 from qwenq.runtime.weights import Weights
 
 _ATTENTION = "qwenq"
