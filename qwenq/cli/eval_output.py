@@ -145,7 +145,8 @@ def _comparison(row: Row) -> tuple[str, ...]:
     if found is None:
         return "", "", "", row.details.get("unpaired", "")
     counts = f"{found['lost']} / {found['won']}"
-    return f"{100 * found['change']:+.1f}", counts, shown_p(found["p"]), found["sentence"]
+    beside = f"{found['base']}: {found['sentence']}"
+    return f"{100 * found['change']:+.1f}", counts, shown_p(found["p"]), beside
 
 
 _CHECKS: dict[str, tuple[str, str, str]] = {

@@ -2,9 +2,9 @@
 
 Chats go to ``/chat/completions``, plain text to ``/completions`` (vLLM, SGLang and llama.cpp serve both). A
 server that is busy (429), broken for a moment (5xx), silent, or that cuts a reply off is asked again after a
-pause, each pause twice as long as the last, or as long as its Retry-After says; whoever waits is told. Where
-nothing has ever answered, a refused connection is an error at once. Only a whole reply counts, and it counts
-once: a late reply to an attempt that was given up reaches nobody.
+pause, each pause twice as long as the last, or longer where its Retry-After says so; whoever waits is told.
+Where nothing has ever answered, a refused connection is an error at once. Only a whole reply counts, and it
+counts once: a late reply to an attempt that was given up reaches nobody.
 
 Standard library only. Redirects are refused, as the key would go along.
 """
@@ -103,18 +103,18 @@ class Endpoint:
         Raises:
             QwenqError: the server refused, or every attempt failed.
         """
-        asked: dict[str, Any] = {
+        body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": request.max_new_tokens,
             "temperature": 0,
             "stream": False,
         }
         if request.until:
-            asked["stop"] = list(request.until[:STOPS])
+            body["stop"] = list(request.until[:STOPS])
         if isinstance(request.prompt, str):
-            return self._read(self._patiently("/completions", {**asked, "prompt": request.prompt}), request)
+            return self._read(self._patiently("/completions", {**body, "prompt": request.prompt}), request)
         turns = [dict(message) for message in request.prompt]
-        return self._read(self._patiently("/chat/completions", {**asked, "messages": turns}), request)
+        return self._read(self._patiently("/chat/completions", {**body, "messages": turns}), request)
 
     def ask_all(self, requests: Sequence[Write]) -> Iterator[tuple[int, Reply]]:
         """Every answer as it comes: (index, reply), ``concurrency`` requests under way at a time.
@@ -173,7 +173,7 @@ class Endpoint:
                     ) from again
                 if attempt == ATTEMPTS or asked():
                     raise self._given_up(attempt, path, again) from again
-                seconds = pause_before(attempt + 1, self.pause) if again.pause is None else again.pause
+                seconds = pause_before(attempt + 1, self.pause, again.pause)
                 self.trouble.failed(attempt, f"{self.url}: {again}", seconds)
                 wait(seconds)
                 if asked():

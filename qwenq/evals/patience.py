@@ -51,9 +51,15 @@ class Trouble:
             self._round = 0
 
 
-def pause_before(attempt: int, first: float = FIRST_PAUSE) -> float:
-    """Seconds before an attempt, the second is 2: each twice the last, none quite as another request's."""
-    return min(first * 2.0 ** (attempt - 2), LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311
+def pause_before(attempt: int, first: float = FIRST_PAUSE, wanted: float | None = None) -> float:
+    """Seconds before an attempt, the second is 2: each twice the last, none quite as another request's.
+
+    Args:
+        wanted: seconds that the server asks for, see ``retry_after``. It may ask for more, not for less: many
+            say 0 while they start, and all attempts would be over in a moment.
+    """
+    own = min(first * 2.0 ** (attempt - 2), LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311
+    return own if wanted is None else max(own, wanted)
 
 
 def retry_after(header: str | None) -> float | None:
@@ -65,10 +71,10 @@ def retry_after(header: str | None) -> float | None:
         return min(float(text), LONGEST_WAIT)
     try:
         until = parsedate_to_datetime(text)
-    except ValueError:
+        until = until if until.tzinfo else until.replace(tzinfo=UTC)
+        return min(max(0.0, (until - datetime.now(UTC)).total_seconds()), LONGEST_WAIT)
+    except (ValueError, OverflowError):  # the latter: a time zone of a million hours
         return None
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return min(max(0.0, (until - datetime.now(UTC)).total_seconds()), LONGEST_WAIT)
 
 
 def wait(seconds: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from qwenq.errors import UsageError
 from qwenq.evals.accuracy import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
 from qwenq.evals.run import Answers, Judged, Plan
-from qwenq.evals.served import Contestant
+from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import Score
 from qwenq.paired.base import choose_base
 from qwenq.paired.compare import compare
@@ -45,6 +45,7 @@ def rows_of(
         if place == 0:
             items = verdicts(answers.judged)
             details["items"] = items
+            details["base"] = None if isinstance(contender, Served) else contender.base
             details |= _beside(base, items, score.value)
         rows.append(
             Row(
@@ -97,14 +98,14 @@ def _beside(base: Row | None, items: Mapping[str, bool], score: float) -> dict[s
 
 
 def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
-    """The family's unquantised model on this very point, from rows of this run folder.
+    """The base on this very point, from rows of this run folder: those of the weights of ``Contender.base``.
 
     Of several precisions that which `choose_base` chooses, as in reports; of one the last that was measured.
 
     Raises:
         UsageError: a broken row.
     """
-    if not contender.quantised or not (run / RESULTS_FILE).exists():
+    if isinstance(contender, Served) or contender.base is None or not (run / RESULTS_FILE).exists():
         return None
     point = point_of(plan)
     found = {
@@ -112,6 +113,7 @@ def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
         for row in read_rows(run)
         if (row.metric, row.status, row.model.family, row.point)
         == (MAIN, "ok", contender.model.family, point)
+        and row.model.fingerprint == contender.base
         and isinstance(row.details.get("items"), dict)
     }
     return choose_base(found, contender.how.dtype)

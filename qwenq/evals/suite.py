@@ -8,22 +8,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwenq.distributed import ALONE, Team
-from qwenq.environment import environment
+from qwenq.environment import MACHINE, environment, machine
 from qwenq.errors import DataError, QwenqError
 from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.recorded import has_check, record_check
 from qwenq.evals.records import FOLDER
-from qwenq.evals.rows import base_row, rows_of
+from qwenq.evals.rows import MAIN, base_row, rows_of
 from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
-from qwenq.evals.served import Contestant
+from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import DataSource, ProtocolName
 from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
-from qwenq.results import Row, append_row, write_environment
+from qwenq.paired.base import PLAIN
+from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
 
 
@@ -89,7 +91,7 @@ def evaluate(
     with locked(run):
         write_environment(run, environment())
         notes = [note for plan in plans.values() for note in plan.notes]
-        for line in dict.fromkeys([*settle_families(here), *notes]):
+        for line in dict.fromkeys([*settle_families(here, _recorded_bases(run)), *notes]):
             say(line)
         if sandbox is not None:
             for plan in coded:
@@ -102,11 +104,25 @@ def evaluate(
                 answers = answer(
                     contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
                 )
+                if isinstance(contender, Served) and answers.recorded:
+                    say(_served_before(answers.recorded))
                 rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
                     say(_write_submission(contender, answers, run))
             contender.unload()
     return rows
+
+
+def _recorded_bases(run: Path) -> list[Model]:
+    """Unquantised models that a run folder has scores of, the last first."""
+    rows = read_rows(run) if (run / RESULTS_FILE).exists() else []
+    return [row.model for row in reversed(rows) if row.metric == MAIN and row.model.precision in PLAIN]
+
+
+def _served_before(count: int) -> str:
+    """A server may have been given other weights under the same name; nobody here can tell."""
+    answers = "1 answer is" if count == 1 else f"{count:,} answers are"
+    return f"{answers} of what this address served before; --out NEW asks again"
 
 
 def _recorded_check(contender: Contender, run: Path, say: Say) -> list[Row]:
@@ -198,7 +214,7 @@ def _append_rows(
     command: str,
 ) -> list[Row]:
     how = contender.how
-    settings = {
+    settings: dict[str, Any] = {
         "dtype": how.dtype,
         "device": how.device,
         "engine": how.engine,
@@ -206,6 +222,7 @@ def _append_rows(
         "kernel": how.kernel,
         "batch": wanted.batch or "auto",
         "generation": "greedy, repetition penalty 1",
+        MACHINE: machine(environment()),
     }
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = sandbox.implementation

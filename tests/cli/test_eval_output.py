@@ -117,6 +117,6 @@ def test_a_model_beside_its_base_is_shown_by_its_score(
     why = "other items: 1 of 61 are in one of the two only"
     eval_output.print_table(tmp_path, [row("fp32"), row("int8", paired=found), row("int4", unpaired=why)])
     plain, int8, int4 = (line for line in capsys.readouterr().out.splitlines() if line.startswith("mmlu"))
-    assert " ".join(int8.split()).endswith("+0.3 40 / 15 0.001 lost 40, won 15 items (p = 0.001)")
+    assert " ".join(int8.split()).endswith("+0.3 40 / 15 0.001 fp32: lost 40, won 15 items (p = 0.001)")
     assert int4.rstrip().endswith(why)
     assert plain.split()[-1] == "60"

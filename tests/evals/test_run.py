@@ -235,7 +235,11 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
     assert "items" not in published.details
     append_row(tmp_path, main)
 
-    quantised = replace(contender, model=replace(contender.model, precision="int4", fingerprint="other"))
+    quantised = replace(
+        contender,
+        model=replace(contender.model, precision="int4", fingerprint="other"),
+        base=contender.model.fingerprint,
+    )
     in_bfloat16 = replace(quantised, how=replace(quantised.how, dtype="bfloat16"))
     quantised.checkpoint.config["quantization_config"] = {"bits": 4}
     try:
@@ -244,6 +248,8 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
         append_row(tmp_path, later)
         base = base_row(tmp_path, quantised, plan)
         assert base is not None and base.model.precision == "fp32", "it ran in float32, too"
+        assert base_row(tmp_path, replace(quantised, base="of other weights"), plan) is None
+        assert base_row(tmp_path, replace(quantised, base=None), plan) is None
         (other, _) = rows_of(quantised, plan, answers, base_row(tmp_path, in_bfloat16, plan), {})
         assert base.details["items"] == verdicts(answers.judged)
         worse = replace(

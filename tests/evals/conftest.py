@@ -1,0 +1,26 @@
+"""A server to ask, and pauses that nobody waits for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from evals.endpoint_server import Server
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been waited; nothing waits, and no pause is drawn at random."""
+    found: list[float] = []
+    monkeypatch.setattr("qwenq.evals.endpoint.wait", found.append)
+    monkeypatch.setattr("qwenq.evals.patience.random.uniform", lambda low, high: (low + high) / 2)
+    return found
