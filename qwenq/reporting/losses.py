@@ -59,14 +59,21 @@ def losses(collection: Collection, family: str) -> list[Loss]:
 
 
 def _pairs(rows: Iterable[Row]) -> Iterator[Loss]:
-    """Each quantised model beside the base that was measured where it was; of one precision the last."""
+    """Each quantised model beside the base that was measured where it was; of one precision the last.
+
+    Where a row names its base, only that: one of the same name whose weights have changed since is another.
+    """
     measured = [row for row in rows if row.status == "ok"]
-    bases: dict[_Point, dict[str, Row]] = defaultdict(dict)
+    plain: dict[_Point, list[Row]] = defaultdict(list)
     for row in measured:
-        bases[_point(row.point)][row.model.precision] = row
+        if row.model.precision in PLAIN:
+            plain[_point(row.point)].append(row)
     for row in measured:
-        base = choose_base(bases[_point(row.point)], row.settings.get("dtype"))
-        if row.model.precision not in PLAIN and base is not None:
+        if row.model.precision in PLAIN:
+            continue
+        named, at = row.details.get("base"), plain[_point(row.point)]
+        bases = {one.model.precision: one for one in at if named in (None, one.model.fingerprint)}
+        if (base := choose_base(bases, row.settings.get("dtype"))) is not None:
             yield Loss(base, row, paired(base, row))
 
 

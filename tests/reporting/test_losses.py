@@ -124,6 +124,18 @@ def test_each_task_has_the_base_that_was_measured_there_alike(tmp_path: Path) ->
     assert int4.startswith(f"Int4: 51% of the BF16 bytes; {worse} BF16 in 2 of 2 tasks: ")
 
 
+def made_of(fingerprint: str, row: Row) -> Row:
+    return replace(row, details={**row.details, "base": fingerprint})
+
+
+def test_a_base_that_a_row_names_is_its_only_one(tmp_path: Path) -> None:
+    """FP32 has the name, but its weights have changed since."""
+    rows = [accuracy("fp32"), accuracy("bf16"), made_of("sha256:bf16", accuracy("int4", flips=9))]
+    assert table_of(tmp_path, rows).caption[0] == "against BF16, item by item"
+    changed = [rows[0], made_of("sha256:gone", rows[2])]
+    assert loss_table(collect([write_run(tmp_path / "changed", changed)]), FAMILY) is None
+
+
 def test_one_base_is_named_once(tmp_path: Path) -> None:
     rows = [*map(accuracy, ("fp32", "bf16")), computed("bfloat16", accuracy("int4", flips=3))]
     table = table_of(tmp_path, rows)
