@@ -6,7 +6,8 @@ why. Rows are appended and flushed one by one, so a kill loses none that was fin
 
 What reports read out of ``details``, each where a row has it (lists of one row are of one length):
 
-* accuracy: ``items`` {item id: correct}, ``parts`` {subject: share}; tests pair two rows by item id
+* accuracy: ``items`` {item id: correct}, ``parts`` {subject: share}; tests pair two rows by item id; of a
+  quantised model ``base``, the fingerprint of what it was made from, where that is known
 * kl: ``positions`` [tokens read, the middle of a stretch] with ``values`` [mean nats there], ``lows`` and
   ``highs`` [95 % interval or null], ``counts`` [predictions]; ``modules`` [{name, error, rtn_error}]
 * speed.decode: ``positions`` [token] with ``values`` [tokens/s]
@@ -134,6 +135,17 @@ def append_row(run: Path, row: Row) -> None:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def require_readable(row: Row) -> None:
+    """Refuse what ``read_rows`` would refuse: a row made of a stranger's values, before it is appended.
+
+    Raises:
+        TypeError, ValueError, RecursionError: a value has another type, is beyond all bounds, or cannot be
+            written.
+    """
+    json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False).encode()
+    _check_types(row)
 
 
 def read_rows(run: Path) -> list[Row]:

@@ -16,7 +16,7 @@ from typing import Any
 from qwenq.errors import CorruptFileError
 from qwenq.models.integrity import verify_files
 from qwenq.models.manifest import MANIFEST
-from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows
+from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows, require_readable
 
 UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
 """Metrics of the check that have an interval."""
@@ -41,10 +41,11 @@ def record_check(folder: Path, model: Model, run: Path, command: str = "") -> li
         command: that quantised it; empty: not known.
 
     Raises:
-        CorruptFileError: the folder has no manifest, or one without a check, or its bytes are others.
+        CorruptFileError: the folder has no manifest, or one without a check or with one that `qwenq quantize`
+            does not write; or its bytes are others.
         UsageError: a broken row in the run folder.
     """
-    rows = list(rows_of(_read(folder / MANIFEST), model, command))
+    rows = _sound_rows(folder / MANIFEST, model, command)
     known = read_rows(run) if (run / RESULTS_FILE).exists() else []
     missing = [row for row in rows if not any(_says(other, row) for other in known)]
     if missing:
@@ -80,6 +81,20 @@ def rows_of(manifest: dict[str, Any], model: Model, command: str) -> Iterator[Ro
         details |= _details_of_kl(check) if metric == "kl" else {}
         bounds = (found["low"], found["high"])
         yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
+
+
+def _sound_rows(path: Path, model: Model, command: str) -> list[Row]:
+    """What is made of a stranger's values has to be readable again, or it would spoil the run folder."""
+    manifest = _read(path)
+    try:
+        rows = list(rows_of(manifest, model, command))
+        for row in rows:
+            require_readable(row)
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"its check is incomplete, or not as `qwenq quantize` writes it: {error!r}", where=path
+        ) from error
+    return rows
 
 
 def _says(known: Row, row: Row) -> bool:

@@ -64,7 +64,9 @@ def test_table_rows_and_environment(evaluate: Shell, base: Path, data: Path) -> 
     rows = read_rows(Path("runs/Tiny"))
     assert [row.metric for row in rows] == ["accuracy", "accuracy.published"]
     assert rows[0].details["command"].startswith("qwenq eval ")
-    assert read_environment(Path("runs/Tiny"))["versions"]["torch"]
+    found = read_environment(Path("runs/Tiny"))
+    assert found["versions"]["torch"]
+    assert rows[0].settings["machine"]["cpu"] == found["cpu"]
 
 
 def test_a_second_run_is_answered_from_records(evaluate: Shell, base: Path, data: Path) -> None:
@@ -96,11 +98,11 @@ def test_quantised_models_are_compared_with_their_base(
     rows = {(row.model.precision, row.metric): row for row in read_rows(Path("runs/other-name"))}
     paired = rows["int8", "accuracy"].details["paired"]
     assert paired["n"] == 100
-    assert paired["sentence"] in ran.out
+    assert f"fp32: {paired['sentence']}" in ran.out
     assert "paired" not in rows["fp32", "accuracy"].details
 
 
-def write_manifest(folder: Path) -> None:
+def write_manifest(folder: Path, **changed: Any) -> None:
     """As `qwenq quantize` leaves it, with what it measured on held-out text."""
     check = {
         "kl": {"value": 0.0712, "low": 0.06, "high": 0.08},
@@ -114,8 +116,34 @@ def write_manifest(folder: Path) -> None:
         "calibration": {"source": "self", "tokens": "abc"},
         "check": check,
         "files": {file.name: {"sha256": sha256_file(file)} for file in sorted(folder.iterdir())},
+        **changed,
     }
     (folder / "qwenq.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_a_base_that_has_changed_since_is_no_base(
+    evaluate: Shell, base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Its family and precision are the same; neither in one command nor from the folder's rows."""
+    int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
+    write_manifest(int8, base={"model": str(base), "fingerprint": "of the weights before"})
+    for models in ((base, int8), (int8,)):
+        ran = evaluate(*models, *options(data), "--out", "run")
+        assert ran.code == 0, ran.err
+        assert "Tiny-GPTQ-Int8 was made from other weights than Tiny has: the base has changed" in ran.err
+        assert "lost / won" not in ran.out
+    assert not any("paired" in row.details for row in read_rows(Path("run")))
+
+
+def test_a_foreign_manifest_is_a_line_and_no_traceback(
+    evaluate: Shell, base: Path, data: Path, tmp_path: Path
+) -> None:
+    int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
+    write_manifest(int8, check={"made": "by another program"})
+    ran = evaluate(base, int8, *options(data))
+    assert ran.code == 0, ran.err
+    assert "the check of Tiny-GPTQ-Int8 is not shown: its check is incomplete, or not as" in ran.err
+    assert {row.metric for row in read_rows(Path("runs/Tiny"))} == {"accuracy", "accuracy.published"}
 
 
 def test_what_quantising_cost_by_its_check_is_shown_and_recorded_once(

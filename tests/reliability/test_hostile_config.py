@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,20 +12,22 @@ from typing import Any
 import pytest
 import torch
 from attempts import Tally, attempt, budget
-from hostile_bytes import VALUES, damaged_json
+from hostile_bytes import VALUES, as_json, damaged_json
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny_families import write_family
 
+from qwenq.evals.recorded import has_check, record_check
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.identity import base_of
+from qwenq.models.identity import base_of, model_name
 from qwenq.models.integrity import verify_files
 from qwenq.models.qwen_v1 import _quant_config
 from qwenq.models.safetensors_files import open_safetensors
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorSource
+from qwenq.results import Model, read_rows
 
 LARGE: list[Any] = [*VALUES, 10_000, 1 << 16, 1 << 20, 1 << 24, 2**31 - 1, "linear", "dynamic", "silu", 1e-9]
 V1 = {
@@ -132,25 +136,59 @@ def settings_of(folder: Path, source: TensorSource) -> None:
     assert found.group_size == -1 or 0 < found.group_size <= 2**31
 
 
+MODEL = Model("M", "sha256:m", "int4", "M")
+SEVEN = b"7 bytes"
+HASH = hashlib.sha256(SEVEN).hexdigest()
 MANIFEST = {
     "format": "qwenq-1",
+    "made_by": "qwenq 0.1.0",
     "base": {"model": "Qwen/Qwen2.5-0.5B", "fingerprint": "0123456789abcdef"},
-    "files": {"config.json": {"bytes": 7, "sha256": "0" * 64}, "model.safetensors": {"sha256": "1" * 64}},
-}
+    "recipe": {"bits": 4},
+    "calibration": {"source": "self", "tokens": "abc"},
+    "check": {
+        "kl": {"value": 0.1, "low": 0.08, "high": 0.12},
+        "same_top": {"value": 0.8, "low": 0.7, "high": 0.9},
+        "perplexity_ratio": {"value": 1.05, "low": None, "high": None},
+        "sequences": 8, "seq_len": 64, "tokens": 504, "dtype": "float32", "device": "cpu",
+        "modules": [{"name": "model.layers.0.mlp.up_proj", "error": 0.01, "rtn_error": 0.02}],
+        "kl_by_position": [{"first": 1, "last": 32, "n": 256, "value": 0.15, "low": 0.1, "high": 0.2}],
+    },
+    "files": {"config.json": {"bytes": 7, "sha256": HASH}, "model.safetensors": {"sha256": HASH}},
+}  # fmt: skip
+
+
+def without(*keys: str) -> bytes:
+    """The manifest less what these keys lead to."""
+    made = copy.deepcopy(MANIFEST)
+    place: Any = made
+    for key in keys[:-1]:
+        place = place[key]
+    del place[keys[-1]]
+    return as_json(made)
 
 
 @budget(2)
 @given(raw=damaged_json(MANIFEST))
+@example(raw=without("check", "kl_by_position"))  # as older ones are
+@example(raw=without("made_by"))  # was a KeyError, as was the next
+@example(raw=without("check", "kl"))
+@example(raw=as_json(MANIFEST | {"check": MANIFEST["check"] | {"same_top": 0.8}}))  # was a TypeError
+@example(raw=as_json(MANIFEST | {"base": {"model": 7}}))  # was a TypeError
 def test_manifests(tmp_path_factory: pytest.TempPathFactory, tally: Tally, raw: bytes) -> None:
     outside = tmp_path_factory.mktemp("manifest")
     folder = outside / "model"
     folder.mkdir()
     (outside / "secret").write_bytes(b"secret")
     for name in MANIFEST["files"]:
-        (folder / name).write_bytes(b"7 bytes")
+        (folder / name).write_bytes(SEVEN)
     (folder / "qwenq.json").write_bytes(raw)
     attempt(tally, len(raw), lambda: verify_files(folder))
-    attempt(tally, len(raw), lambda: base_of(folder))
+    attempt(tally, len(raw), lambda: model_name(base_of(folder).get("model")))
+    has_check(folder)
+    if attempt(tally, len(raw), lambda: record_check(folder, MODEL, outside / "run")):
+        assert len(read_rows(outside / "run")) == 3, "what is recorded can be read again"
+    else:
+        assert not (outside / "run").exists()
 
 
 def test_more_layers_than_there_are_weights_are_refused_before_they_are_built(
