@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenq.environment import measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.text import clean
 from qwenq.results import Model, Row, each_run
@@ -36,8 +37,8 @@ class Measured:
 
     @property
     def hardware(self) -> str:
-        """What computed it."""
-        return hardware(self.run.environment, self.row.point.get("device"))
+        """What computed it: as the row says itself, else as its folder does."""
+        return hardware(measured_on(self.run.environment, self.row.settings), self.row.point.get("device"))
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from qwenq.reporting.collect import Run
+from qwenq.environment import measured_on
+from qwenq.reporting.collect import Collection, Run
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import GIB
 
 
-def environment_lines(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(what, value); values that differ between runs name theirs."""
-    facts = {run.name: dict(_facts(run.environment)) for run in runs}
+def environment_lines(collection: Collection) -> list[tuple[str, str]]:
+    """(what, value); values that differ between runs name theirs.
+
+    A run whose rows were measured on several machines has the values of each, with ``and`` between them.
+    """
+    facts = {run.name: _facts_of_run(run, collection) for run in collection.runs}
     lines = []
     for key in dict.fromkeys(key for found in facts.values() for key in found):
         values = {name: found.get(key, "unknown") for name, found in facts.items()}
@@ -21,6 +25,16 @@ def environment_lines(runs: Sequence[Run]) -> list[tuple[str, str]]:
         else:
             lines += [(f"{key} of {name}", value) for name, value in values.items()]
     return lines
+
+
+def _facts_of_run(run: Run, collection: Collection) -> dict[str, str]:
+    """Of its machines as its rows say them; the folder itself knows that of the last command."""
+    mine = [item.row for item in collection.measured if item.run is run]
+    found: dict[str, dict[str, None]] = {}
+    for environment in [measured_on(run.environment, row.settings) for row in mine] or [run.environment]:
+        for key, value in _facts(environment):
+            found.setdefault(key, {})[value] = None
+    return {key: " and ".join(values) for key, values in found.items()}
 
 
 def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,19 +6,25 @@ Two machines may share the label ``AMD EPYC, 2 cores``, and one multiply twice a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
+from qwenq.environment import decisive, difference, measured_on
 from qwenq.reporting.collect import Measured
-from qwenq.reporting.text import clean
+from qwenq.reporting.text import LONGEST_COMMAND, clean
 
-UNKNOWN = "unknown"
 NOT_SAID = "a run does not say its hardware"
 
 
 def machine_of(item: Measured) -> dict[str, str]:
-    """What decides a row's speed and memory, as text; a fact that nobody recorded is ``unknown``."""
-    return dict(_facts(item))
+    """What decides a row's speed and memory, as text; a fact that nobody recorded is ``unknown``.
+
+    A row knows its machine, and with how many threads it was computed; its folder, those of the last command.
+    """
+    row = item.row
+    found = measured_on(item.run.environment, row.settings)
+    facts = decisive(found, row.point.get("device"), row.settings.get("threads"))
+    return {key: clean(value, LONGEST_COMMAND) for key, value in facts.items()}
 
 
 def another_machine(old: Measured, new: Measured) -> str:
@@ -29,35 +35,29 @@ def another_machine(old: Measured, new: Measured) -> str:
     """
     if "unknown hardware" in (old.hardware, new.hardware):
         return NOT_SAID
-    before, after = machine_of(old), machine_of(new)
-    differing = (key for key in {**before, **after} if before.get(key) != after.get(key))
-    told = (f"{key} {after.get(key, UNKNOWN)} instead of {before.get(key, UNKNOWN)}" for key in differing)
-    shown = ", ".join(told)
+    shown = difference(machine_of(old), machine_of(new))
     return f"another machine: {shown}" if shown else ""
 
 
-def _facts(item: Measured) -> Iterator[tuple[str, str]]:
-    environment = item.run.environment
-    cpu = environment.get("cpu")
-    facts = cpu if isinstance(cpu, dict) else {"model": cpu}
-    yield "processor", _text(facts.get("model"))
-    yield "cores", _text(facts.get("cores"))
-    # A row knows with how many threads it was computed; its folder, with how many the last command was.
-    yield "threads", _text(item.row.settings.get("threads", facts.get("threads")))
-    found = facts.get("features")
-    yield "instruction sets", " ".join(sorted(map(clean, found))) if isinstance(found, list) else UNKNOWN
-    gpus = environment.get("gpus")
-    if str(item.row.point.get("device")).startswith("cpu"):
-        return  # whether one is there decides nothing then
-    yield "GPUs", "; ".join(map(_gpu, gpus)) or "none" if isinstance(gpus, list) else UNKNOWN
+def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
+    """How to name a row's hardware: by its label, and by what differs where several machines share that.
 
+    Only figures that a machine decides tell machines apart, those whose point has a ``device``: an accuracy
+    is the same with one thread and with two.
+    """
+    machines: dict[str, dict[tuple[tuple[str, str], ...], None]] = defaultdict(dict)
+    for item in measured:
+        if item.row.status == "ok" and "device" in item.row.point:
+            machines[item.hardware][tuple(machine_of(item).items())] = None
+    differing = {
+        label: {key for facts in found for key, _ in set(facts) - set.intersection(*map(set, found))}
+        for label, found in machines.items()
+    }
 
-def _gpu(gpu: Any) -> str:
-    if not isinstance(gpu, dict):
-        return _text(gpu)
-    size = gpu.get("memory_bytes")
-    return clean(f"{gpu.get('name')}{f' of {size} bytes' if size else ''}")
+    def name(item: Measured) -> str:
+        label = item.hardware
+        keys = differing.get(label, set()) if "device" in item.row.point else set()
+        told = ", ".join(f"{key} {value}" for key, value in machine_of(item).items() if key in keys)
+        return f"{label} ({told})" if told else label
 
-
-def _text(value: Any) -> str:
-    return UNKNOWN if value is None else clean(value)
+    return name

@@ -90,7 +90,7 @@ def _below(table: Table) -> Iterator[str]:
 
 
 def _environment(report: Report) -> Iterator[str]:
-    lines = environment_lines(report.runs)
+    lines = environment_lines(report.collection)
     if lines:
         yield "## Measured on"
         yield "\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in lines)

@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from qwenq.reporting.environment_table import environment_lines
+from qwenq.reporting.machine import hardware_names
 from qwenq.reporting.report import Report
 from qwenq.reporting.svg import TONES, draw
 from qwenq.reporting.tables import Table
@@ -33,7 +34,7 @@ def render(report: Report) -> str:
     return environment.from_string(_asset("page.html")).render(
         report=report,
         subtitle=_subtitle(report),
-        environment=environment_lines(report.runs),
+        environment=environment_lines(report.collection),
         style=Markup(style),  # noqa: S704 - our own files
         script=Markup(script),  # noqa: S704
         style_hash=_hash(style),
@@ -46,7 +47,8 @@ def render(report: Report) -> str:
 
 
 def _subtitle(report: Report) -> str:
-    hardware = dict.fromkeys(item.hardware for item in report.collection.measured)
+    measured = report.collection.measured
+    hardware = dict.fromkeys(map(hardware_names(measured), measured))
     date = " to ".join(dict.fromkeys(report.dates))
     return " · ".join(part for part in (*hardware, date) if part)
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 
 from qwenq.reporting.collect import Collection, Measured
+from qwenq.reporting.machine import machine_of
 from qwenq.reporting.text import clean
 
 
 def at_one_point(rows: list[Measured], *, anywhere: bool = False) -> list[Measured]:
     """The measured rows of the point that most models were measured at; each model once.
 
-    On one hardware, unless ``anywhere``: accuracy and divergence do not depend on it. Of points with equally
+    On one machine, unless ``anywhere``: accuracy and divergence do not depend on it. Of points with equally
     many models, the one with most tokens counts, then the one with the largest sum.
     """
     groups: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
     for item in rows:
         if item.row.status == "ok":
             point = (f"{key}={value}" for key, value in sorted(item.row.point.items()))
-            groups[("" if anywhere else item.hardware, *point)].append(item)
+            where = () if anywhere else (item.hardware, *machine_of(item).values())
+            groups[*where, *point].append(item)
     if not groups:
         return []
     best = max(groups.values(), key=_worth)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenq.paired.base import PLAIN
 from qwenq.reporting.collect import Collection, Measured
+from qwenq.reporting.machine import hardware_names
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import Format, format_of
 from qwenq.results import Value
@@ -169,7 +169,8 @@ class Pivot:
 
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     """Lines by model and by whatever varies inside a column; what does not vary goes to the caption."""
-    facts = [_facts(item, layout) for item in rows]
+    hardware = hardware_names(names.measured)
+    facts = [_facts(item, layout, hardware(item)) for item in rows]
     headings = [layout.column(item)[1] for item in rows]
     varying, caption = _split(facts, headings, layout)
     labels = [
@@ -231,13 +232,13 @@ def _is_outlier(found: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _facts(item: Measured, layout: Layout) -> dict[str, str]:
+def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:
     """What decides a figure besides model and column, as text."""
     point = {key: value for key, value in item.row.point.items() if key not in layout.used}
     shown = {key: layout.names.get(key, _plain)(value) for key, value in point.items()}
     if item.row.status == "ok" and item.row.n is not None:
         shown["n"] = f"{item.row.n:,}"
-    return shown | {"hardware": item.hardware}
+    return shown | {"hardware": hardware}
 
 
 def _split(facts: list[dict[str, str]], headings: list[str], layout: Layout) -> tuple[list[str], list[str]]:
@@ -263,11 +264,11 @@ def _split(facts: list[dict[str, str]], headings: list[str], layout: Layout) -> 
 
 
 def _computed_in(rows: Sequence[Measured], names: Collection) -> list[str]:
-    """What quantised models were run in; an unquantised one's precision says it."""
+    """What quantised models were run in: the precision of others says it; of served ones nobody knows."""
     found: dict[str, dict[str, None]] = {}
     for item in rows:
         dtype = item.row.settings.get("dtype")
-        if isinstance(dtype, str) and item.row.model.precision not in PLAIN:
+        if isinstance(dtype, str) and item.row.model.precision.startswith("int"):
             found.setdefault(names.label(item.row.model), {})[clean(dtype)] = None
     told = {label: " and ".join(dtypes) for label, dtypes in found.items()}
     if len(set(told.values())) == 1:

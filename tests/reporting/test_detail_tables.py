@@ -99,3 +99,10 @@ def test_a_table_says_what_quantised_models_were_computed_in(
     report = make_report(collect([write_run(tmp_path / "run", made)]), "t")
     caption = report.sections[0].tables[0].caption
     assert [part for part in caption if "computed in" in part] == ([] if says is None else [says])
+
+
+def test_what_is_served_is_computed_in_nobody_knows_what(tmp_path: Path) -> None:
+    made = replace(accuracy("int4"), settings={"dtype": "unknown"})
+    served = replace(made, model=replace(made.model, precision="served", group_size=None))
+    report = make_report(collect([write_run(tmp_path / "run", [served])]), "t")
+    assert "computed in" not in "; ".join(report.sections[0].tables[0].caption)
