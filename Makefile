@@ -16,7 +16,8 @@ RELIABILITY := tests/run/test_chain.py tests/test_crash.py tests/reliability tes
     tests/models/test_manifest.py tests/models/test_safetensors_files.py tests/gptq/test_layer_store.py \
     tests/cli/test_quantize_full_disk.py \
     tests/cli/test_quantize_bad_input.py tests/profiling/test_sweep.py tests/profiling/test_measure.py \
-    tests/reporting/test_page.py tests/evals/test_endpoint.py \
+    tests/profiling/test_sweep_machines.py tests/evals/test_patience.py \
+    tests/reporting/test_page.py tests/evals/test_endpoint.py tests/evals/test_served.py \
     tests/test_scale_out.py::test_a_run_goes_on_with_another_number_of_processes \
     tests/test_scale_out.py::test_a_model_that_is_another_one_elsewhere_is_refused \
     tests/test_scale_out.py::test_all_stop_behind_the_same_layer_whoever_got_sigterm \
