@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from brief_profiles import profile_briefly
 from typer.testing import CliRunner
 
 from qwenq.calibration import CalibrationSet
@@ -189,9 +190,7 @@ def test_a_profile_of_random_weights_has_figures(
         "start_seconds": 1.0,
     }
     monkeypatch.setattr("qwenq.profiling.child.probe", lambda _: device)
-    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
-    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
-        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 0.0)
+    profile_briefly(monkeypatch)
     # Measured in this process, whose catalogue is the small one.
     defaults = {"budget": None, "command": "", "measure": measure}
     monkeypatch.setattr("qwenq.profiling.sweep.run_sweep.__kwdefaults__", defaults)

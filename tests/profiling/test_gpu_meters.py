@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from brief_profiles import profile_briefly
 
 from qwenq.errors import UnsupportedError
 from qwenq.profiling.energy import EnergyCounter
@@ -151,9 +152,7 @@ def test_energy_per_token_is_over_all_tokens_of_the_protocol(
     """Of the tiny model on the CPU, with the counter of a GPU; one that did not move is no zero."""
     installed(monkeypatch, *readings)
     monkeypatch.setattr("qwenq.profiling.measure.EnergyCounter", lambda _: EnergyCounter(CUDA))
-    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
-        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 0.0)
-    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
+    profile_briefly(monkeypatch)
     point = next(point for point in points if not point.encodes)
     (row,) = (row for row in measure(point) if row.metric == "energy.token")
     if joules is None:

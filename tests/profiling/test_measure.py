@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from brief_profiles import profile_briefly
 
 from qwenq.profiling import child
 from qwenq.profiling.decoding import spread
@@ -17,17 +18,11 @@ from qwenq.profiling.point import explain
 from qwenq.profiling.points import Point
 
 
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
-        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 0.0)
-    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
-
-
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_every_metric_has_its_row_in_order(
     points: list[Point], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick(monkeypatch)
+    profile_briefly(monkeypatch)
     point = points[number]
     rows = list(measure(point))
     assert [row.metric for row in rows] == list(point.metrics)
@@ -55,7 +50,7 @@ def test_every_metric_has_its_row_in_order(
 
 def test_weights_are_counted_as_they_are_run(points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
     """fp32: every parameter but the norms; a step reads all of them, as the head is the embedding."""
-    quick(monkeypatch)
+    profile_briefly(monkeypatch)
     point = next(p for p in points if not p.encodes and p.subject.model.precision == "fp32")
     found = {row.metric: row for row in measure(point)}
     parts = found["memory.generate"].details["parts"]
@@ -66,7 +61,7 @@ def test_weights_are_counted_as_they_are_run(points: list[Point], monkeypatch: p
 def test_a_generation_beyond_its_allowance_is_left_out_and_said(
     points: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick(monkeypatch)
+    profile_briefly(monkeypatch)
     found = {row.metric: row for row in measure(points[2], seconds=0.0)}
     protocol = found["speed.protocol"]
     assert protocol.status == "unavailable"

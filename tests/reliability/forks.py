@@ -56,9 +56,11 @@ def prepare(request: dict[str, Any]) -> None:
 
     forked_popen.install()
     if (patience := request.get("patience")) is not None:
-        measure = import_module("qwenq.profiling.measure")
-        measure.PATIENCE = measure.PROTOCOL_PATIENCE = patience
-        import_module("qwenq.profiling.bandwidth")._BYTES["cpu"] = 1 << 20
+        from brief_profiles import changes
+
+        for place, value in changes(patience).items():
+            module, _, name = place.rpartition(".")
+            setattr(import_module(module), name, value)
 
 
 def serve() -> None:

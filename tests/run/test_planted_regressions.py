@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from brief_profiles import profile_briefly
 from safetensors.torch import load_file, save_file
 
 from qwenq.profiling.measure import measure
@@ -151,11 +151,8 @@ def test_a_tensor_that_was_written_wrong_fails_for_its_answers(tmp_path: Path) -
 
 
 @pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("PATIENCE", "PROTOCOL_PATIENCE"):
-        monkeypatch.setattr(f"qwenq.profiling.measure.{name}", 4.0)
-    monkeypatch.setattr("qwenq.profiling.bandwidth._BYTES", {"cpu": 1 << 20})
-    yield
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile_briefly(monkeypatch, 4.0)
 
 
 def profiled(model: Path, run: Path) -> Path:
