@@ -51,7 +51,8 @@ def random_model(options: argparse.Namespace) -> Path:
     folder: Path = options.work / f"{options.model}-{options.layers or 'all'}"
     if not (folder / "config.json").exists():
         code = (
-            "import sys; from pathlib import Path; from qwenq.models.random_weights import *\n"
+            "import sys; from pathlib import Path\n"
+            "from qwenq.models.random_weights import write_random_checkpoint\n"
             "write_random_checkpoint(sys.argv[1], Path(sys.argv[2]), layers=int(sys.argv[3]) or None)"
         )
         run_child(

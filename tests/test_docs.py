@@ -87,6 +87,26 @@ def parse(command: Any, arguments: list[str]) -> None:
         assert before != "--recipe" or (ROOT / after).is_file(), after
 
 
+FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+NAMED_COMMANDS = sorted(
+    {
+        (path.name, " ".join(words.split()))
+        for path in DOCUMENTS
+        for words in re.findall(r"`(qwenq\s[^`]+)`", FENCES.sub("", path.read_text(encoding="utf-8")))
+    }
+)
+
+
+@pytest.mark.parametrize(("name", "line"), NAMED_COMMANDS)
+def test_commands_named_in_a_sentence_exist(name: str, line: str, commands: Any) -> None:
+    """With these options; what has to be given beside them may be left out there."""
+    try:
+        parse(commands, shlex.split(line)[1:])
+    except Exception as error:
+        if type(error).__name__ != "MissingParameter":
+            raise
+
+
 @pytest.mark.parametrize("line", [p for p in COMMAND_LINES if p.values[0].startswith(QUICK)])
 def test_quick_command_lines_run(line: str) -> None:
     arguments = shlex.split(line, comments=True)[1:]

@@ -1,0 +1,166 @@
+"""Reports of the benchmark scripts: rows say when and with what they were measured, whatever day it is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from test_docs import ROOT
+
+REPORTS = ROOT / "reports" / "benchmarks"
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def report(name: str) -> Any:
+    return json.loads((REPORTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "decode_cpu": ("decode_vs_peers", ("rows", "ratios", "environment")),
+    "eval": ("eval_vs_lm_eval", ("rows", "ratios", "cpu_ratios", "environment")),
+    "memory": ("quantize_memory", ("rows", "environment")),
+    "quantize": ("quantize_vs_peers", ("rows", "ratios", "environment")),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_is_committed_for_people_is_made_of_the_committed_rows(load: Load, name: str) -> None:
+    script, parts = TABLES[name]
+    text = load(script).table(*(report(name)[part] for part in parts))
+    assert (REPORTS / f"{name}.md").read_text(encoding="utf-8") == text
+
+
+def day(date: str, torch: str = "2.13.0") -> dict[str, Any]:
+    return {"date": date, "cpu": "a CPU", "versions": {"torch": torch}}
+
+
+def test_a_report_of_several_days_says_the_first_and_the_last(load: Load) -> None:
+    common = load("_common")
+    rows = [day("2026-02-03"), day("2026-01-02"), day("2026-01-02")]
+    assert common.measured_on(rows, {"date": "2026-09-09"}) == "2026-01-02 to 2026-02-03"
+    assert common.measured_on(rows[1:], {"date": "2026-09-09"}) == "2026-01-02"
+
+
+def test_no_date_is_made_up_for_a_row_that_has_none(load: Load) -> None:
+    common = load("_common")
+    old = {"tool": "x"}
+    assert common.measured_on([old], {"date": "2026-01-01"}) == "2026-01-01"  # an old report, as a whole
+    assert common.measured_on([old], {}) == "a day that was not recorded"
+    said = common.measured_on([old, day("2026-01-02")], {"date": "2026-09-09"})
+    assert said == "2026-01-02, and on days that were not recorded"
+
+
+def test_versions_that_differ_are_all_said(load: Load) -> None:
+    common = load("_common")
+    rows = [day("2026-01-01"), day("2026-01-02", "2.14.0"), day("2026-01-02")]
+    assert common.shared(rows, {}, "versions", "torch") == "2.13.0 and 2.14.0"
+    assert common.shared([{}], {"versions": {"torch": "1"}}, "versions", "torch") == "1"
+    assert common.shared([{}], {}, "versions", "torch") == "(not recorded)"
+
+
+def test_a_turn_of_an_earlier_day_keeps_its_day_in_the_eval_report(load: Load) -> None:
+    race = load("eval_vs_lm_eval")
+    kept = {"wall_s": 2.0, "cpu_s": None, "peak_rss_mib": 1.0, "threads": 2, "found": {"a": 1}, "scores": {}}
+    asked = {"asked": "the first of each", "batch": 4}
+    results = {
+        f"{tool}.mmlu.float32": kept | day(date) | asked
+        for tool, date in (("qwenq", "2026-01-01"), ("lm-eval", "2026-01-02"))
+    }
+    rows = [race.row_of(turn, results) for turn in race.TURNS if turn.name in results]
+    assert [row["date"] for row in rows] == ["2026-01-01", "2026-01-02"]
+    facts = race.environment(Path("model"))
+    assert "date" not in facts
+    text = race.table(rows, race.ratios(results, "wall_s"), {}, facts)
+    assert "2026-01-01 to 2026-01-02" in text
+    assert "MMLU: the first of each." in text
+
+
+def test_what_was_asked_is_what_the_turn_was_given(load: Load) -> None:
+    race = load("eval_vs_lm_eval")
+    options = argparse.Namespace(subjects="a,b", mmlu_limit=80, gsm8k_limit=12)
+    asked = [race.conditions(options, turn)["asked"] for turn in race.TURNS if turn.tool == "qwenq"]
+    assert asked == ["a,b, the first 80 of each"] * 2 + ["the first 12 of test"] * 2
+
+
+def append_to(load: Load, folder: Path, rows: list[dict[str, Any]], **changed: Any) -> list[dict[str, Any]]:
+    facts = {"model": "m", "threads": 2, "cpu": "a CPU"}
+    content = {"environment": facts | changed, "rows": rows}
+    (folder / "decode_cpu.json").write_text(json.dumps(content), encoding="utf-8")
+    options = argparse.Namespace(append=True, out=folder)
+    found: list[dict[str, Any]] = load("decode_vs_peers").earlier(options, facts)
+    return found
+
+
+def test_turns_are_added_to_dated_ones_of_the_same_model_and_machine(load: Load, tmp_path: Path) -> None:
+    rows = [{"tool": "qwenq", "turn": 1, **day("2026-01-01")}]
+    assert append_to(load, tmp_path, rows) == rows
+    for changed in ({"model": "another"}, {"threads": 1}, {"cpu": "another"}):
+        with pytest.raises(SystemExit, match="without --append"):
+            append_to(load, tmp_path, rows, **changed)
+    with pytest.raises(SystemExit, match="turns without a date"):
+        append_to(load, tmp_path, [{"tool": "qwenq", "turn": 1}])
+
+
+def quantised(turns: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and facts of a report with so many turns."""
+    rows: list[dict[str, Any]] = [{"tool": "unquantised", "perplexity": 20.0}]
+    for turn in range(1, turns + 1):
+        rows += [
+            {"tool": tool, "turn": turn, "wall_s": 90.0 + turn, "peak_rss_mib": 1234.0, "perplexity": 22.0}
+            for tool in ("qwenq", "GPTQModel")
+        ]
+    return rows, report("quantize")["environment"] | {"turns": turns}
+
+
+def test_one_turn_is_called_one_and_has_no_range(load: Load) -> None:
+    peers = load("quantize_vs_peers")
+    rows, facts = quantised(1)
+    text = peers.table(rows, {}, facts)
+    assert "one turn each" in text
+    assert "| range |" not in text and "91.0–91.0" not in text
+    rows, facts = quantised(3)
+    text = peers.table(rows, {}, facts)
+    assert "medians of 3 alternating turns" in text
+    assert "| 92.0 | 91.0–93.0 |" in text
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_the_readme_says_how_many_turns_its_comparison_is_of(load: Load, turns: int) -> None:
+    rows, facts = quantised(turns)
+    ratios = dict.fromkeys(report("quantize")["ratios"], 0.5)
+    text = load("readme").quantize_table({"rows": rows, "environment": facts, "ratios": ratios})
+    assert ("one turn each" if turns == 1 else "medians of 3 alternating turns") in text
+
+
+def test_no_figure_of_the_readme_is_in_powers_of_ten(load: Load) -> None:
+    row = {"tool": "transformers", "turn": 1, "decode_128": 20.04, "load_s": 0.257, "peak_rss_mib": 1201.4}
+    line = load("decode_vs_peers").lines([row]).splitlines()[-1]
+    assert line == "| transformers, not quantised: BF16 | 20.0 |  |  | 0.26 | 1201 |"
+
+
+def test_the_demo_is_of_the_days_in_its_journal(load: Load, tmp_path: Path) -> None:
+    script = load("readme")
+    folder = tmp_path / "models" / script.MODEL
+    folder.mkdir(parents=True)
+    manifest: dict[str, Any] = {"versions": {}, "quantization": {}, "files": {}, "seconds": {}}
+    manifest["calibration"] = dict.fromkeys(("source", "samples", "seq_len", "seed"), 0)
+    manifest["check"] = {"modules": [{"error": 0.01, "rtn_error": 0.02}]}
+    (folder / "qwenq.json").write_text(json.dumps(manifest))
+    steps = [
+        {"step": "a", "seconds": 1.0, "date": "2026-01-01"},
+        {"step": "b", "seconds": 2.0, "date": "2026-01-02"},
+    ]
+    (tmp_path / "journal.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    assert script.demo_report(tmp_path)["environment"]["date"] == "2026-01-01 to 2026-01-02"
