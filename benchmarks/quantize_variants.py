@@ -1,0 +1,133 @@
+"""What each step of quantising is worth: the same model and tokens, one setting after the other.
+
+    python benchmarks/quantize_variants.py --data FOLDER [--work build/variants]
+
+FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt``, as for
+quantize_vs_peers.py. Each variant is a recipe; it is measured on two texts that calibration never saw: the
+held-out sequences of C4 by `qwenq quantize`'s own check, and the beginning of WikiText-2, both against the
+unquantised model in float32. Variants whose result is in the work folder are not made again. Writes
+reports/benchmarks/quantize_variants.json and quantize_variants.md. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _common import ROOT, machine, markdown_table, resolve_bundled, run_child, versions, write_report
+from quantize_vs_peers import only_file
+
+HERE = Path(__file__).resolve().parent
+SAMPLES, SEQ_LEN, HELD_OUT, EVALUATED = 32, 512, 16, 40
+PLAIN = {"act_order": "none", "scale_search": "none", "drift": 0.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "GPTQ as published": PLAIN,
+    "+ important columns first": PLAIN | {"act_order": "static"},
+    "+ scale search": PLAIN | {"act_order": "static", "scale_search": "hessian"},
+    "+ a quarter of the drift": {"drift": 0.25},
+    "+ half of the drift (the default)": {},
+    "+ all of the drift": {"drift": 1.0},
+    "default, columns in file order": {"act_order": "none"},
+    "default, unweighted scale search": {"scale_search": "mse"},
+    "default, then refined": {"refine": True},
+    "default, free zero points": {"sym": False},
+    "default, damping 0.1": {"damp": 0.1},
+}
+"""Beside the defaults of a recipe's ``[quantize]``."""
+
+
+def recipe(settings: dict[str, Any]) -> str:
+    """As TOML."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in {"group_size": 64, **settings}.items()]
+    return "\n".join(["[quantize]", *lines, ""])
+
+
+def prepare(data: Path, model: Path, work: Path) -> tuple[Path, Path]:
+    """Calibration and evaluation tokens, made once."""
+    calibration, evaluation = work / "calibration.safetensors", work / "evaluation.safetensors"
+    if not calibration.exists():
+        sizes = ("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--held-out", str(HELD_OUT))
+        source = only_file(data / "c4", "*.jsonl")
+        command = [sys.executable, "-m", "qwenq", "calibrate", model, "--source", source]
+        run_child([*command, "--out", calibration, *sizes], threads=2)
+    if not evaluation.exists():
+        text = only_file(data / "wikitext2", "*.txt")
+        tokenise = [sys.executable, HERE / "_evaluation_tokens.py", model, text, evaluation]
+        run_child([*tokenise, str(EVALUATED), str(SEQ_LEN)], threads=2)
+    return calibration, evaluation
+
+
+def perplexity(model: Path, evaluation: Path) -> float:
+    """Of WikiText-2, by the evaluator that all benchmarks share."""
+    command = [sys.executable, HERE / "_perplexity.py", model, evaluation]
+    return float(run_child(command, threads=2).json()["perplexity"])
+
+
+def measure(settings: dict[str, Any], model: Path, tokens: tuple[Path, Path], work: Path) -> dict[str, Any]:
+    """Quantise, and what came of it on both texts."""
+    calibration, evaluation = tokens
+    out, given = work / "out", work / "recipe.toml"
+    shutil.rmtree(out, ignore_errors=True)
+    given.write_text(recipe(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "qwenq", "quantize", model, "--recipe", given, "--no-resume", "--json"]
+    told = run_child([*command, "--calibration", calibration, "--out", out], threads=2).json()
+    manifest = json.loads((out / "qwenq.json").read_text(encoding="utf-8"))
+    errors = [module["error"] for module in manifest["check"]["modules"]]
+    found = {
+        "kl": told["check"]["kl"],
+        "ratio_held_out": told["check"]["perplexity_ratio"],
+        "perplexity": perplexity(out, evaluation),
+        "module_error": sum(errors) / len(errors),
+    }
+    shutil.rmtree(out)
+    return found
+
+
+def table(rows: list[dict[str, Any]], base: float) -> str:
+    """Variants by both texts."""
+    lines = []
+    for row in rows:
+        kl, ratio = row["kl"], row["ratio_held_out"]["value"]
+        interval = f"{kl['value']:.4f} ({kl['low']:.4f}–{kl['high']:.4f})"
+        gap = f"{row['perplexity'] - base:+.2f}"
+        lines.append([row["variant"], interval, f"× {ratio:.4f}", gap, f"{100 * row['module_error']:.2f} %"])
+    header = ["", "KL, C4", "perplexity, C4", "perplexity, WikiText-2", "mean error of a module"]
+    return markdown_table(header, lines)
+
+
+def main() -> None:
+    """Measure what is missing, then report."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with c4/ and wikitext2/")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "variants")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    model = resolve_bundled()
+    tokens = prepare(given.data, model, given.work)
+    base = perplexity(model, tokens[1])
+    rows = []
+    for name, settings in VARIANTS.items():
+        kept = given.work / f"{len(rows):02d}.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(measure(settings, model, tokens, given.work)), encoding="utf-8")
+        rows.append({"variant": name, "settings": settings, **json.loads(kept.read_text(encoding="utf-8"))})
+        print(name, rows[-1]["kl"]["value"], rows[-1]["perplexity"], flush=True)
+    facts = {**machine(), "versions": versions(sys.executable, ["qwenq", "torch", "transformers"])}
+    told = (
+        f"{model.name}, Int4, groups of 64, calibrated on {SAMPLES} × {SEQ_LEN} tokens of C4. C4: "
+        f"{HELD_OUT} × {SEQ_LEN} tokens that calibration did not see, KL with its 95 % interval, perplexity "
+        f"over the unquantised model's. WikiText-2: the first {EVALUATED} × {SEQ_LEN} tokens, the perplexity "
+        f"less the unquantised model's {base:.2f}. One model and one calibration set: what lies within the "
+        f"interval may not hold elsewhere. {facts['cpu']}, {facts['date']}.\n"
+    )
+    report = {"environment": facts, "base_perplexity": base, "rows": rows}
+    write_report("quantize_variants", report, f"# What each step is worth\n\n{table(rows, base)}\n{told}")
+
+
+if __name__ == "__main__":
+    main()
