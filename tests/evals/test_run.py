@@ -261,6 +261,7 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
     assert row.details["paired"]["lost"] == sum(verdicts(answers.judged).values())
     assert row.details["paired"]["won"] == 0
     assert row.details["paired"]["base"] == "fp32"
+    assert row.details["base"] == contender.model.fingerprint, "reports take no other"
     assert row.details["paired"]["change"] == pytest.approx(0.0 - 0.9), "of the scores, as reports have it"
     assert "paired" not in other.details
     assert other.details["unpaired"] == "other items: 17 of 17 are in one of the two only"
