@@ -11,8 +11,8 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 # What shows that faults are survived and hostile files refused; docs/reliability.md has the table. Long ones first.
-RELIABILITY := tests/run/test_chain.py tests/test_crash.py tests/reliability tests/test_storage.py \
-    tests/test_stopping.py tests/models/test_hub.py tests/models/test_integrity.py \
+RELIABILITY := tests/run/test_execute.py tests/test_crash.py tests/reliability tests/test_storage.py \
+    tests/test_stopping.py tests/models/test_hub.py tests/models/test_hub_cache.py tests/models/test_integrity.py \
     tests/models/test_manifest.py tests/models/test_safetensors_files.py tests/gptq/test_layer_store.py \
     tests/cli/test_quantize_full_disk.py \
     tests/cli/test_quantize_bad_input.py tests/profiling/test_sweep.py tests/profiling/test_measure.py \
@@ -33,7 +33,7 @@ FUZZ_SECONDS ?= 600
 .PHONY: help install install-locked demo gate test test-slow reliability fuzz interop llama lint format clean
 
 help:
-	@echo 'make demo       install, quantise the bundled model to Int4, check, evaluate, profile, report (minutes)'
+	@echo 'make demo       install, quantise the bundled model to Int8 and Int4, check, evaluate, profile, report'
 	@echo 'make gate       quantise and evaluate it anew, and compare with reports/baselines/ci'
 	@echo 'make test       install, run the tests'
 	@echo 'make test-slow  the tests that take minutes'
