@@ -45,13 +45,13 @@ def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
     Only figures that a machine decides tell machines apart, those whose point has a ``device``: an accuracy
     is the same with one thread and with two.
     """
-    machines: dict[str, dict[tuple[tuple[str, str], ...], None]] = defaultdict(dict)
+    said: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for item in measured:
         if item.row.status == "ok" and "device" in item.row.point:
-            machines[item.hardware][tuple(machine_of(item).items())] = None
+            for key, value in machine_of(item).items():
+                said[item.hardware][key].add(value)
     differing = {
-        label: {key for facts in found for key, _ in set(facts) - set.intersection(*map(set, found))}
-        for label, found in machines.items()
+        label: {key for key, values in facts.items() if len(values) > 1} for label, facts in said.items()
     }
 
     def name(item: Measured) -> str:
