@@ -175,6 +175,7 @@ def test_accuracies_of_the_front_table_keep_their_intervals() -> None:
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         for cell in cells[1:end]:
             assert re.match(r"\d+\.\d \(\d+\.\d–\d+\.\d\)( ✗)?$", cell), line
+    assert ("they are not the benchmarks'" in front[1]) == ("data: sample suite" in front[1])
 
 
 def test_no_figure_in_the_readme_is_typed_by_hand() -> None:

@@ -62,8 +62,14 @@ def test_a_workflow_is_one(path: Path) -> None:
         assert job["timeout-minutes"]
         assert all(("run" in step) != ("uses" in step) for step in job["steps"])
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make ([\w-]+)", " ".join(step.get("run", "") for step in steps(path))):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for targets in re.findall(r"make ((?:[\w-]+ ?)+)", " ".join(step.get("run", "") for step in steps(path))):
+        for target in targets.split():
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_gate_installs_the_files_whose_hashes_are_known() -> None:
+    made = [line for step in steps(REGRESSION) for line in re.findall(r"make [\w -]+", step.get("run", ""))]
+    assert made == ["make install-locked install"]
 
 
 @pytest.mark.parametrize("words", CALLS)
