@@ -77,7 +77,8 @@ class Row:
         status: ``ok``, ``unavailable`` (cannot run here) or ``failed`` (ran, and did not finish).
         reason: one sentence, wherever the status is not ``ok``.
         implementation: exactly what ran: package and version, or our kernel.
-        settings: whatever else decides the value (seed, dtype, generation settings, limits).
+        settings: whatever else decides the value (seed, dtype, generation settings, limits); ``machine``,
+            what it was measured on (``qwenq.environment``).
         details: series and side figures for plots: JSON values.
         date: ISO date.
     """
