@@ -62,7 +62,8 @@ def test_a_workflow_is_one(path: Path) -> None:
         assert job["timeout-minutes"]
         assert all(("run" in step) != ("uses" in step) for step in job["steps"])
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for targets in re.findall(r"make ((?:[\w-]+ ?)+)", " ".join(step.get("run", "") for step in steps(path))):
+    scripts = "\n".join(step.get("run", "") for step in steps(path))
+    for targets in re.findall(r"make ((?:[\w-]+ ?)+)", scripts):
         for target in targets.split():
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
