@@ -266,6 +266,12 @@ def starts(load: Callable[[str], ModuleType], folder: Path) -> Iterator[tuple[st
         for turn in (turn for turn in race.TURNS if turn.tool == "qwenq"):
             call = lambda m, o=options, t=turn: m.run_qwenq(o, t, Path("model"), folder)  # noqa: E731
             yield "eval", recorded(load, "eval_vs_lm_eval", call)
+    variants, tokens = folder / "variants", (folder / "c.safetensors", folder / "e.safetensors")
+    variants.mkdir()
+    made = recorded(load, "quantize_variants", lambda m: m.prepare(folder, Path("model"), variants))
+    yield "calibrate", made[:1]
+    made = recorded(load, "quantize_variants", lambda m: m.measure({}, Path("model"), tokens, variants))
+    yield "quantize", made
     yield "quantize", recorded(load, "scale_out", lambda m: m.quantize(folder))
     yield "eval", recorded(load, "scale_out", lambda m: m.evaluate(folder))
     yield "quantize", recorded(load, "gate_noise", lambda m: m.quantised(folder))
@@ -287,4 +293,4 @@ def test_commands_of_qwenq_that_scripts_start_take_these_options(
         for command in found:
             parse(commands, of_qwenq(command))
             tried += 1
-    assert tried == 17
+    assert tried == 19

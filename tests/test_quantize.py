@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from tiny_families import save_calibration, write_family
 
 from qwenq import quantize as pipeline
-from qwenq.distributed import ALONE, Team
 from qwenq.errors import CalibrationError, StorageError, UsageError, VerificationError
 from qwenq.gptq import publish
 from qwenq.gptq.layer_store import LayerStore
@@ -24,7 +22,6 @@ from qwenq.gptq.quantise import quantise_layers
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig
 from qwenq.models.integrity import verify_files
-from qwenq.native import support
 from qwenq.quantize import quantize
 
 ALWAYS = {"config.json", "quantize_config.json", "qwenq.json", "tokenizer.json", "tokenizer_config.json"}
@@ -140,46 +137,6 @@ def test_the_manifest_tells_how_it_was_made(tmp_path: Path) -> None:
     assert result.to_json()["check"]["kl"]["value"] > 0
     assert ear.total == 3
     assert [done.index for done in ear.done] == [0, 1, 2]
-
-
-def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
-    ear = Ear()
-    run(write_family(tmp_path / "m"), tmp_path / "out", ear)
-    said = "\n".join(ear.lines)
-    for part in (
-        "computing in float32 on cpu: as asked",
-        "group size 32: the largest of 128, 64, 32 that divides every input width",
-        "Int4, symmetric (the zero point in the middle: every kernel loads it)",
-        "act-order with static groups (important columns first, stored in file order",
-        "scale search: hessian (least error weighted by",
-        "damping 0.01 of the Hessian's mean diagonal (raised where",
-        "4 × 32 tokens (the sizes of that set)",
-    ):
-        assert part in said
-    ear = Ear()
-    settings = {"sym": False, "act_order": "none", "scale_search": "mse", "drift": 0.0}
-    run(write_family(tmp_path / "n"), tmp_path / "other", ear, **settings)
-    said = "\n".join(ear.lines)
-    for part in ("asymmetric (each group", "no act-order (", "mse (least squared error", "(plain GPTQ)"):
-        assert part in said
-
-
-@pytest.mark.parametrize("team", [ALONE, Team(launched=True)])
-def test_compiled_code_that_is_missed_is_said(
-    tmp_path: Path, team: Team, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Torchrun's processes sum up Hessians in a way of their own; attention they compute like any other."""
-    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
-    model, ear = write_family(tmp_path / "m"), Ear()
-    made = quantize(recipe_for(model, dtype="bfloat16"), tmp_path / "out", ear, device="cpu", team=team)
-    said = [line for line in ear.lines if "left to torch" in line]
-    missed = ["attention"] if team.launched else ["Hessians", "attention"]
-    verbs = {"attention": "is", "Hessians": "are"}
-    because = "left to torch, which takes longer, because llvmlite is not installed"
-    assert said == [f"{what} {verbs[what]} {because}" for what in missed]
-    told = manifest_of(made.folder)["computed_in"]
-    assert told["attention"] == "sdpa"
-    assert told["sums"] == ("exact" if team.launched else "float32")
 
 
 def test_large_models_are_written_in_shards_with_an_index(
@@ -342,19 +299,6 @@ def test_random_weights_in_a_folder_of_any_name_keep_their_tokenizer(
         (named / name).write_bytes((model / name).read_bytes())
     result = run(named, tmp_path / "out")
     assert (result.folder / "tokenizer.json").is_file()
-
-
-def test_raised_damping_is_said_with_its_modules(tmp_path: Path) -> None:
-    model = write_family(tmp_path / "m")
-    tokens = torch.full((4, 16), 9)
-    path = save_calibration(model, tmp_path / "c.safetensors", tokens, tokens[:2].clone())
-    ear = Ear()
-    recipe = recipe_for(model, path, damp=1e-9, bits=8)
-    with suppress(VerificationError):  # one token is no calibration; the damping is what is looked at
-        quantize(recipe, tmp_path / "out", ear, device="cpu")
-    assert any(
-        line.startswith("layer 1, self_attn.q_proj") and "damping raised to" in line for line in ear.lines
-    )
 
 
 def test_the_lock_is_released_when_a_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
