@@ -4,14 +4,16 @@
 
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt``, as for
 quantize_vs_peers.py. Each variant is a recipe; it is measured on two texts that calibration never saw: the
-held-out sequences of C4 by `qwenq quantize`'s own check, and the beginning of WikiText-2, both against the
-unquantised model in float32. Variants whose result is in the work folder are not made again. Writes
-reports/benchmarks/quantize_variants.json and quantize_variants.md. Standard library only.
+held-out sequences of C4 by `qwenq quantize`'s own check, and the beginning of WikiText-2 by the evaluator of
+all benchmarks, in float32. Variants whose result is in the work folder are not made again; each row keeps its
+own date and versions. Writes reports/benchmarks/quantize_variants.json and quantize_variants.md. Standard
+library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -19,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _common import ROOT, machine, markdown_table, resolve_bundled, run_child, versions, write_report
+from _common import (
+    ROOT,
+    circumstances,
+    machine,
+    markdown_table,
+    measured_on,
+    resolve_bundled,
+    run_child,
+    shared,
+    write_report,
+)
 from quantize_vs_peers import only_file
 
 HERE = Path(__file__).resolve().parent
@@ -83,6 +95,7 @@ def measure(settings: dict[str, Any], model: Path, tokens: tuple[Path, Path], wo
         "ratio_held_out": told["check"]["perplexity_ratio"],
         "perplexity": perplexity(out, evaluation),
         "module_error": sum(errors) / len(errors),
+        **circumstances(sys.executable, ["qwenq", "torch", "transformers"]),
     }
     shutil.rmtree(out)
     return found
@@ -112,18 +125,18 @@ def main() -> None:
     base = perplexity(model, tokens[1])
     rows = []
     for name, settings in VARIANTS.items():
-        kept = given.work / f"{len(rows):02d}.json"
+        kept = given.work / f"{hashlib.sha256(recipe(settings).encode()).hexdigest()[:12]}.json"
         if not kept.exists():
             kept.write_text(json.dumps(measure(settings, model, tokens, given.work)), encoding="utf-8")
         rows.append({"variant": name, "settings": settings, **json.loads(kept.read_text(encoding="utf-8"))})
         print(name, rows[-1]["kl"]["value"], rows[-1]["perplexity"], flush=True)
-    facts = {**machine(), "versions": versions(sys.executable, ["qwenq", "torch", "transformers"])}
+    facts = machine()
     told = (
         f"{model.name}, Int4, groups of 64, calibrated on {SAMPLES} × {SEQ_LEN} tokens of C4. C4: "
         f"{HELD_OUT} × {SEQ_LEN} tokens that calibration did not see, KL with its 95 % interval, perplexity "
         f"over the unquantised model's. WikiText-2: the first {EVALUATED} × {SEQ_LEN} tokens, the perplexity "
         f"less the unquantised model's {base:.2f}. One model and one calibration set: what lies within the "
-        f"interval may not hold elsewhere. {facts['cpu']}, {facts['date']}.\n"
+        f"interval may not hold elsewhere. {shared(rows, facts, 'cpu')}, {measured_on(rows, facts)}.\n"
     )
     report = {"environment": facts, "base_perplexity": base, "rows": rows}
     write_report("quantize_variants", report, f"# What each step is worth\n\n{table(rows, base)}\n{told}")
