@@ -15,6 +15,15 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """How long an example takes is the machine's affair. The clients' environment has no hypothesis."""
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings
+
+        settings.register_profile("no deadline", deadline=None)
+        settings.load_profile("no deadline")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real benchmark files, for development; absent in a fresh checkout."""

@@ -65,7 +65,7 @@ def rows(draw: st.DrawFn) -> Row:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(rows(), max_size=4, unique_by=lambda row: (row.identity, row.model.fingerprint)))
 def test_what_is_written_comes_back(written: list[Row]) -> None:
     with tempfile.TemporaryDirectory() as folder:

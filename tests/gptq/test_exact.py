@@ -28,7 +28,7 @@ def batches(seed: int, count: int = 7, spread: float = 4.0) -> list[torch.Tensor
     return made
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), order=st.permutations(range(7)))
 def test_any_order_of_the_batches_gives_the_same_bits(seed: int, order: list[int]) -> None:
     given = batches(seed)

@@ -32,7 +32,7 @@ def test_groups_are_runs_of_columns() -> None:
     assert g.values(torch.full((1, 16), 9)).tolist()[0] == [scales[0, 0].item()] * 8 + [1.0] * 8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=20))
 def test_storable_scales_survive_float16_and_are_never_zero(values: list[float]) -> None:
     scales = torch.tensor(values)

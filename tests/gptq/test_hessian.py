@@ -34,7 +34,7 @@ def test_it_is_twice_the_mean_outer_product(width: int) -> None:
     torch.testing.assert_close(got.double(), exact(x), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(1, 199), max_size=4))
 def test_the_running_mean_does_not_depend_on_how_tokens_are_split(seed: int, cuts: list[int]) -> None:
     x = torch.randn(200, 24, generator=torch.Generator().manual_seed(seed))

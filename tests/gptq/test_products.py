@@ -37,7 +37,7 @@ def relative_error(got: Tensor, X: Tensor, Y: Tensor) -> float:
 
 
 @needs_bfloat16_pairs
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 130),
     columns=st.integers(1, 130),

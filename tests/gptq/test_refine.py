@@ -37,7 +37,7 @@ cases = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**cases)
 def test_refitting_never_raises_the_objective(
     seed: int, bits: int, size: int, sym: bool, tokens: int, nearest: bool
@@ -51,7 +51,7 @@ def test_refitting_never_raises_the_objective(
     assert torch.equal(refitted.scales.half().float(), refitted.scales)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**cases)
 def test_descending_never_raises_the_objective_of_any_row(
     seed: int, bits: int, size: int, sym: bool, tokens: int, nearest: bool

@@ -24,7 +24,7 @@ def cost(W: torch.Tensor, h: torch.Tensor, grid: Grid, power: float) -> torch.Te
     return gap.reshape(W.shape[0], -1, grid.group_size).sum(2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.sampled_from([2, 4, 8]),
@@ -53,7 +53,7 @@ def test_searching_pays_and_weighting_pays_where_inputs_are_uneven() -> None:
     assert costs["hessian"] < costs["mse"] < costs["none"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     bits=st.sampled_from([2, 4, 8]),

@@ -34,7 +34,7 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 @needs_bfloat16
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 3),

@@ -59,7 +59,7 @@ def weights(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 @given(weights())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_words_are_those_of_the_definition(case: tuple[Tensor, Tensor, Tensor, int]) -> None:
     integers, scales, zeros, bits = case
     packed = pack(integers, scales, zeros, bits)
@@ -73,7 +73,7 @@ def test_words_are_those_of_the_definition(case: tuple[Tensor, Tensor, Tensor, i
 
 
 @given(weights(), FORMATS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_unpack_gives_back_what_was_packed(case: tuple[Tensor, Tensor, Tensor, int], form: str) -> None:
     integers, scales, zeros, bits = case
     packed = pack(integers, scales, zeros, bits, form)
@@ -83,7 +83,7 @@ def test_unpack_gives_back_what_was_packed(case: tuple[Tensor, Tensor, Tensor, i
 
 
 @given(weights(), FORMATS, st.booleans(), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dequantise_is_scale_times_integer_minus_zero(
     case: tuple[Tensor, Tensor, Tensor, int], form: str, shuffled: bool, random: object
 ) -> None:

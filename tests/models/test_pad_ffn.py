@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenq.errors import UsageError
@@ -52,7 +52,6 @@ def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tenso
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
-@settings(deadline=None)  # the first product of a process takes long
 @given(ffn=st.integers(1, 40), zeros=st.integers(0, 40), hidden=st.integers(1, 8), seed=st.integers(0, 99))
 def test_the_output_stays_the_same(ffn: int, zeros: int, hidden: int, seed: int) -> None:
     zeros = min(zeros, ffn)

@@ -158,7 +158,7 @@ TRICKY = st.text(
 
 
 @given(TRICKY)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_exported_json_gives_the_same_ids_on_any_unicode(
     real: QwenTokenizer, real_fast: FastTokenizer, text: str
 ) -> None:
@@ -169,13 +169,13 @@ def test_exported_json_gives_the_same_ids_on_any_unicode(
 
 
 @given(TRICKY)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_small_export_gives_the_same_ids(small: QwenTokenizer, small_fast: FastTokenizer, text: str) -> None:
     assert small_fast.encode(text).ids == small.encode_with_special(text)
 
 
 @given(st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SPECIAL_TOKENS)), max_size=8).map("".join))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_user_text_never_becomes_a_special_token(small: QwenTokenizer, text: str) -> None:
     ids = small.encode(text)
     assert all(token_id < len(small.ranks) for token_id in ids)
@@ -203,7 +203,7 @@ def test_composed_and_decomposed_text_have_the_same_ids(small: QwenTokenizer) ->
 
 
 @given(TRICKY)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_nfc_is_unicodes_own(text: str) -> None:
     """The two tables differ in recent combining marks alone: not on the characters of Unicode 3.2."""
     old = "".join(char for char in text if unicodedata.ucd_3_2_0.category(char) != "Cn")
@@ -242,7 +242,7 @@ def test_an_unknown_id_is_named(small: QwenTokenizer, bad: int) -> None:
 
 
 @given(st.lists(st.integers(0, 523), max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_streamed_pieces_are_the_whole_text(small: QwenTokenizer, ids: list[int]) -> None:
     stream = small.stream()
     pieces = [stream.push(token_id) for token_id in ids]

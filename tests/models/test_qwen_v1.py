@@ -80,7 +80,7 @@ def test_logits_are_those_of_a_plain_v1_forward(changes: dict[str, Any], keys: s
     layers=st.integers(1, 2),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_any_shape_gives_the_same_logits(heads: int, channels: int, ffn: int, layers: int, seed: int) -> None:
     config = small_config(
         hidden_size=heads * channels,

@@ -119,7 +119,7 @@ def test_an_unknown_name_is_a_model_error(tmp_path: Path) -> None:
         source.read("nothing")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(keep=st.integers(0, 10_000))
 def test_every_truncation_is_noticed(tmp_path_factory: pytest.TempPathFactory, keep: int) -> None:
     whole = save({"first": torch.ones(40), "last": torch.ones(20, 2)})
@@ -136,7 +136,7 @@ def test_a_cut_names_the_tensor_it_went_through(tmp_path: Path) -> None:
         read_header(path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 def test_a_flipped_bit_in_the_header_is_noticed_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, position: int, bit: int

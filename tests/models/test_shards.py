@@ -37,7 +37,7 @@ def test_one_file_is_what_the_library_reads(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(max_bytes=st.integers(1, 120))
 def test_shards_and_index_read_back_whatever_the_limit(
     tmp_path_factory: pytest.TempPathFactory, max_bytes: int

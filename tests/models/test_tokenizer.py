@@ -100,7 +100,7 @@ TEXT = st.one_of(st.text(max_size=30), st.text("the cat<|im_end|>\n ", max_size=
 
 
 @given(TEXT, st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_both_readers_give_the_same_ids(v1: Tokenizer, hf: Tokenizer, text: str, special: bool) -> None:
     text += "<|im_end|>the<|extra_7|>"
     ids = v1.encode(text, special=special)
@@ -111,7 +111,7 @@ def test_both_readers_give_the_same_ids(v1: Tokenizer, hf: Tokenizer, text: str,
 
 
 @given(st.lists(st.integers(0, 469), max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_both_readers_decode_any_ids_alike(v1: Tokenizer, hf: Tokenizer, ids: list[int]) -> None:
     assert hf.decode_bytes(ids) == v1.decode_bytes(ids)
     stream = hf.stream()
@@ -258,7 +258,7 @@ def test_a_tokenizer_that_is_not_byte_level(tmp_path: Path) -> None:
         tokenizer.decode_bytes([0])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=5, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=5)
 @given(
     st.sampled_from(["config.json", "generation_config.json"]), st.sampled_from(["{", "[]", '"x"', "\x00"])
 )

@@ -51,7 +51,7 @@ def likely(draw: st.DrawFn) -> Row:
     return replace(row, metric=draw(st.sampled_from(METRIC_NAMES)), model=model, point=point, details=details)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(likely() | rows(), min_size=1, max_size=8), environments)
 def test_any_rows_make_a_report(made: list[Row], environment: dict[str, object]) -> None:
     with tempfile.TemporaryDirectory() as folder:

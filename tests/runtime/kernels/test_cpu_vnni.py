@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from native.native_functions import needs_native
 from runtime.kernels.packed_layers import random_case
@@ -32,7 +32,6 @@ def test_group_sizes(bits: int, group_size: int, sym: bool) -> None:
         assert (layer(x).double() - exact).norm() / exact.norm() < BFLOAT16
 
 
-@settings(deadline=None)  # the first call compiles
 @given(
     bits=st.sampled_from((4, 8)),
     widths=st.tuples(st.integers(1, 5), st.integers(1, 9)),
