@@ -105,7 +105,7 @@ def front_table(report: Report) -> str:
         for record in tables["split"]
         if record["Attention"] == "best" and record[FAST[0]] != "–"
     }
-    lost = {(record["Task"], record[label]) for record in tables["losses"] if "✗" in record["Difference"]}
+    lost = {(record["Task"], record[label]) for record in tables["losses"] if "✗" in record["p (Holm)"]}
     sizes = {row["model"]["precision"]: row["model"]["nbytes"] for row in report["rows"]}
     tasks = [name for name in tables["accuracy"][0] if name != label]
     rows = [
