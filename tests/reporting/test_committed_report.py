@@ -12,12 +12,32 @@ import pytest
 from browser import Browser
 from report_cells import plain, shown
 
+from qwenq.recipe import read_recipe
+
 DEMO = Path(__file__).parents[2] / "reports" / "demo"
 
 
 @pytest.fixture(scope="module")
 def results() -> Any:
     return json.loads((DEMO / "results.json").read_text(encoding="utf-8"))
+
+
+def test_the_recipe_that_the_readme_names_made_it(results: Any) -> None:
+    recipe = read_recipe(DEMO.parents[1] / "recipes" / "demo-report.toml")
+    assert recipe.eval is not None
+    assert recipe.profile is not None
+
+    def all_of(metric: str, key: str) -> set[Any]:
+        return {row["point"][key] for row in results["rows"] if row["metric"] == metric}
+
+    assert {row["model"]["precision"] for row in results["rows"]} == set(recipe.precisions or ())
+    assert all_of("accuracy", "task") == set(recipe.eval.tasks)
+    assert all_of("accuracy", "limit") == {recipe.eval.limit}
+    assert all_of("speed.protocol", "attention") == set(recipe.profile.attention)
+    assert all_of("speed.protocol", "tokens") == set(recipe.profile.tokens)
+    made_of = [row["settings"]["recipe"] for row in results["rows"] if row["metric"] == "kl"]
+    assert [made["calibration"] for made in made_of] == [recipe.calibration.model_dump(mode="json")] * 2
+    assert [made["quantize"]["drift"] for made in made_of] == [recipe.quantize.drift] * 2
 
 
 def markdown_tables(text: str) -> dict[str, list[list[str]]]:
