@@ -99,7 +99,7 @@ def exact_drift(
     """C, the same on every rank and for any number of them; see ``running_drift`` for a process alone.
 
     Products of a batch are computed in bfloat16 where the activations are: the drift to three digits, for a
-    fraction of float32's time. What comes of it is as good (bundled model, Int4: KL 0.073, and 0.074 alone).
+    fraction of float32's time.
     """
 
     def drifted(batch: int, some: slice) -> Tensor:
