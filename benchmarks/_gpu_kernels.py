@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
 from qwenq.runtime.engine import FastEngine, load
-from qwenq.runtime.kernels.base import Need
+from qwenq.runtime.kernels.base import Kernel, Need
 from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
 
 KERNELS = {4: TritonInt4, 8: TritonInt8}
@@ -53,7 +54,8 @@ class DrawnSource(RoundedSource):
         # Integers are even from 0 to 2^bits - 1: with this scale the weights' standard deviation is 0.02.
         size = 0.02 * 12**0.5 / 2**self._quant.bits
         signs = torch.empty(info.shape, device=device).bernoulli_(0.5, generator=generator) * 2 - 1
-        return (signs * size).half()
+        scales: Tensor = (signs * size).half()
+        return scales
 
 
 def drawn(model: str | dict[str, Any], bits: int | None, device: torch.device) -> Checkpoint:
@@ -193,11 +195,16 @@ def kernel_speeds(device: torch.device, tiny: bool, deadline: float) -> Iterator
             count = 1 if tiny else -(-L2_BYTES // first.nbytes)
             kernels = [first, *(KERNELS[bits](_copy(layer), need, None) for _ in range(count - 1))]
             x = _normal((rows, inputs), torch.bfloat16, device)
-            seconds = _seconds(lambda kernels=kernels, x=x: [kernel(x) for kernel in kernels], device) / count
+            seconds = _seconds(partial(_each, kernels, x), device) / count
             yield {
                 "kernel": first.name, "in": inputs, "out": outputs, "rows": rows,
                 "microseconds": seconds * 1e6, "gb_per_s": first.nbytes / seconds / 1e9,
             }  # fmt: skip
+
+
+def _each(kernels: Sequence[Kernel], x: Tensor) -> list[Tensor]:
+    """The same product by every layer: their weights do not all fit the cache."""
+    return [kernel(x) for kernel in kernels]
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -247,7 +254,8 @@ def _exact(queries: Tensor, keys: Tensor, values: Tensor, before: int) -> Tensor
     tokens, end = scores.shape[-2:]
     steps = torch.arange(tokens, device=queries.device).unsqueeze(1)
     hidden = torch.arange(end, device=queries.device) > before + steps
-    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values
+    output: Tensor = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values
+    return output
 
 
 def _error(found: Tensor, wanted: Tensor, size: float) -> float:

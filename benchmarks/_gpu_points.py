@@ -13,7 +13,7 @@ from _gpu_kernels import drawn, wait
 from qwenq.errors import QwenqError
 from qwenq.profiling.bandwidth import weight_bytes
 from qwenq.profiling.memory import meter_for
-from qwenq.results import Model, Row
+from qwenq.results import Model, Row, Value
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.engine import FastEngine, load
 
@@ -156,7 +156,7 @@ class Point:
     ) -> None:
         """A row, unless there is one already."""
         model = Model(f"{self.model} (random)", f"random:0:{self.model}", self.precision, self.model)
-        point = {
+        point: dict[str, Value] = {
             "attention": self.attention, "engine": self.engine, "context": context, "tokens": tokens,
             "batch": 1, "device": self.run.plan.device,
         }  # fmt: skip

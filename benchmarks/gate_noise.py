@@ -31,7 +31,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _common import ROOT, machine, markdown_table, run_child, versions, write_report
+from _common import ROOT, Command, machine, markdown_table, run_child, versions, write_report
 
 RECIPE = ROOT / "recipes" / "ci.toml"
 WORKFLOW = ROOT / ".github" / "workflows" / "regression.yml"
@@ -61,7 +61,7 @@ def quantised(work: Path) -> Path:
     """The model of recipes/ci.toml, made once."""
     model = work / "model"
     if not model.exists():
-        command = [sys.executable, "-m", "qwenq", "quantize", "--recipe", RECIPE, "--bits", "4"]
+        command: Command = [sys.executable, "-m", "qwenq", "quantize", "--recipe", RECIPE, "--bits", "4"]
         run_child([*command, "--out", model], threads=os.cpu_count() or 1)
     return model
 
@@ -82,11 +82,12 @@ def measure(model: Path, folder: Path) -> None:
     qwenq = [sys.executable, "-m", "qwenq"]
     questions = ["--tasks", "mmlu,ceval", "--protocol", "base", "--sample", "--limit", str(ITEMS)]
     lengths = ["--tokens", "64", "--encode", "128", "--budget", BUDGET]
-    for command in (
+    commands: tuple[Command, ...] = (
         [sys.executable, "-m", "qwenq.run.recorded", model, part, "qwenq quantize"],
         [*qwenq, "eval", model, *questions, "--out", part],
         [*qwenq, "profile", model, *lengths, "--out", part],
-    ):
+    )
+    for command in commands:
         run_child(command, THREADS)
     if code() != state:
         sys.exit("the code changed during a run: measure a copy that nobody works on")

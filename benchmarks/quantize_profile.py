@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,9 @@ class Forgetful:
         return self._modules[index]
 
 
-def clocked(seconds: Counter[str], step: str, owner: Any, name: str, *, around: bool = False) -> None:
+def clocked(
+    seconds: defaultdict[str, float], step: str, owner: Any, name: str, *, around: bool = False
+) -> None:
     """Replace a function by one that adds its time to a step's; inside another step it counts to that one.
 
     Args:
@@ -90,7 +92,7 @@ def clocked(seconds: Counter[str], step: str, owner: Any, name: str, *, around: 
     setattr(owner, name, timed)
 
 
-def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, float], tuple[int, int]]:
+def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, float], tuple[int, ...]]:
     """Seconds of each step per layer, and the calibration's shape."""
     import torch
 
@@ -100,7 +102,7 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.precision import compute_dtype
 
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for step, name in (("factor", "damped"), ("target", "aim"), ("scales", "search_grid"),
                        ("columns", "gptq"), ("statistics", "output_error")):  # fmt: skip
         clocked(seconds, step, rows, name)
@@ -109,7 +111,7 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     clocked(seconds, "solve", quantise._Layer, "solve", around=True)
     tokens = CalibrationSet.load(calibration).tokens
     decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), compute_dtype("cpu"))
-    settings = quantise.Settings(4, 64, True, True, "hessian", 0.01, 0.5, False)
+    settings = rows.Settings(4, 64, True, True, "hessian", 0.01, 0.5, False)
     store: Any = Forgetful()
     begun = time.perf_counter()
 
@@ -125,7 +127,7 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     return {step: value / layers for step, value in seconds.items()}, tuple(tokens.shape)
 
 
-def operations(model: Path, shape: tuple[int, int]) -> dict[str, float]:
+def operations(model: Path, shape: tuple[int, ...]) -> dict[str, float]:
     """Floating-point operations of each step in one layer, attention's own products left out."""
     from qwenq.models.checkpoint import open_checkpoint
 

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from _common import (
     ROOT,
+    Command,
     circumstances,
     machine,
     markdown_table,
@@ -65,18 +66,18 @@ def prepare(data: Path, model: Path, work: Path) -> tuple[Path, Path]:
     if not calibration.exists():
         sizes = ("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--held-out", str(HELD_OUT))
         source = only_file(data / "c4", "*.jsonl")
-        command = [sys.executable, "-m", "qwenq", "calibrate", model, "--source", source]
+        command: Command = [sys.executable, "-m", "qwenq", "calibrate", model, "--source", source]
         run_child([*command, "--out", calibration, *sizes], threads=2)
     if not evaluation.exists():
         text = only_file(data / "wikitext2", "*.txt")
-        tokenise = [sys.executable, HERE / "_evaluation_tokens.py", model, text, evaluation]
+        tokenise: Command = [sys.executable, HERE / "_evaluation_tokens.py", model, text, evaluation]
         run_child([*tokenise, str(EVALUATED), str(SEQ_LEN)], threads=2)
     return calibration, evaluation
 
 
 def perplexity(model: Path, evaluation: Path) -> float:
     """Of WikiText-2, by the evaluator that all benchmarks share."""
-    command = [sys.executable, HERE / "_perplexity.py", model, evaluation]
+    command: Command = [sys.executable, HERE / "_perplexity.py", model, evaluation]
     return float(run_child(command, threads=2).json()["perplexity"])
 
 
@@ -86,8 +87,9 @@ def measure(settings: dict[str, Any], model: Path, tokens: tuple[Path, Path], wo
     out, given = work / "out", work / "recipe.toml"
     shutil.rmtree(out, ignore_errors=True)
     given.write_text(recipe(settings), encoding="utf-8")
-    command = [sys.executable, "-m", "qwenq", "quantize", model, "--recipe", given, "--no-resume", "--json"]
-    told = run_child([*command, "--calibration", calibration, "--out", out], threads=2).json()
+    command: Command = [sys.executable, "-m", "qwenq", "quantize", model, "--recipe", given]
+    rest = ("--no-resume", "--json")
+    told = run_child([*command, *rest, "--calibration", calibration, "--out", out], threads=2).json()
     manifest = json.loads((out / "qwenq.json").read_text(encoding="utf-8"))
     errors = [module["error"] for module in manifest["check"]["modules"]]
     found = {

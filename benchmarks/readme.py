@@ -174,9 +174,11 @@ def filled(readme: str) -> str:
     for name, (file, table) in BLOCKS.items():
         content = f"{table(json.loads(file.read_text(encoding='utf-8'))).strip()}\n" if file.is_file() else ""
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        readme, found = pattern.subn(lambda m, new=content: m[1] + new + m[2], readme)
-        if found != 1:
-            sys.exit(f"README.md: expected one block {name}, found {found}")
+        begin, *rest = pattern.split(readme)
+        if len(rest) != 3:
+            sys.exit(f"README.md: expected one block {name}, found {len(rest) // 3}")
+        opening, closing, end = rest
+        readme = f"{begin}{opening}{content}{closing}{end}"
     return readme
 
 
