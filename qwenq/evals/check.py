@@ -214,7 +214,7 @@ class _Pair:
                 where=name,
                 hint="the folder mixes two models: quantise again",
             )
-        return module_error(name, weight, quantised, x.float(), self._quant)
+        return module_error(name, weight, quantised, x, self._quant)
 
 
 class _Steps:

@@ -60,21 +60,24 @@ def captured_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str
 def module_error(name: str, weight: Tensor, quantised: Tensor, x: Tensor, quant: QuantConfig) -> ModuleError:
     """Compare a quantised weight and its rounded one on the same inputs.
 
+    Products of bfloat16 inputs are bfloat16's, added up in float32: what is rounded there, each weight's and
+    each output's last bits, is a hundred-thousandth of an energy. Others are float32's.
+
     Args:
         name: of the module.
         weight: float32 [out, in], the base model's.
         quantised: float32 [out, in], what the integers stand for.
-        x: float32 [tokens, in].
+        x: [tokens, in], in the dtype that the block ran in.
         quant: bits, group size and symmetry.
     """
+    x = x if x.dtype == torch.bfloat16 else x.float()
     energy = _energy(x, weight)
-    rounded = round_to_nearest(weight, quant)
-    errors = (_energy(x, weight - other) / energy if energy else 0.0 for other in (quantised, rounded))
-    return ModuleError(name, *errors)
+    others = quantised, round_to_nearest(weight, quant)
+    return ModuleError(name, *(_energy(x, weight - other) / energy if energy else 0.0 for other in others))
 
 
 def _energy(x: Tensor, weight: Tensor) -> float:
-    return float((x @ weight.T).double().square().sum())
+    return float((x @ weight.to(x.dtype).T).float().square_().sum(dtype=torch.float64))
 
 
 def round_to_nearest(weight: Tensor, quant: QuantConfig) -> Tensor:

@@ -19,7 +19,7 @@ from qwenq.models.block_attention import attention_of, passed_over, why_not
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite
 from qwenq.models.long_context import require_plain
-from qwenq.models.process_memory import return_freed_memory
+from qwenq.models.process_memory import FreedMemory
 
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
@@ -62,6 +62,7 @@ class BlockwiseDecoder:
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
+        self._freed = FreedMemory()
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
 
     def _windowed(self, config: Any) -> str | None:
@@ -134,7 +135,7 @@ class BlockwiseDecoder:
             yield block
         finally:
             block.to("meta")
-            return_freed_memory()
+            self._freed.layer_done()
 
     def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run a block: [batch, tokens, hidden] → the same."""
@@ -176,9 +177,11 @@ class _Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[…, hidden] → […, vocabulary] float32."""
         normed = self._norm(hidden)
-        chunks = torch.split(self._weight, VOCABULARY_CHUNK)
-        parts = [functional.linear(normed, rows.to(self._device, self._dtype)).float() for rows in chunks]
-        return torch.cat(parts, dim=-1)
+        logits = torch.empty(*hidden.shape[:-1], len(self._weight), dtype=torch.float32, device=self._device)
+        chunks = zip(self._weight.split(VOCABULARY_CHUNK), logits.split(VOCABULARY_CHUNK, -1), strict=True)
+        for rows, place in chunks:
+            place.copy_(functional.linear(normed, rows.to(self._device, self._dtype)))
+        return logits
 
 
 class _Recorder(nn.Module):

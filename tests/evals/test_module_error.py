@@ -42,3 +42,19 @@ def test_errors_are_shares_of_the_outputs_energy() -> None:
     assert row.error == pytest.approx(0.01, rel=1e-4)
     assert 0 < row.rtn_error < 0.05
     assert module_error("m", torch.zeros_like(W), torch.zeros_like(W), x, QuantConfig()).error == 0
+
+
+def test_inputs_in_bfloat16_give_the_same_shares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(96, 256, generator=generator) * torch.rand(256, generator=generator).square()
+    x = torch.randn(300, 256, generator=generator)
+    x[:, ::50] *= 100  # as activations are: a few columns hold most of the energy
+    x = x.bfloat16()
+    quant = QuantConfig(bits=4, group_size=64)
+    Q = round_to_nearest(W, quant) * 1.01
+    row, exact = module_error("m", W, Q, x, quant), x.double()
+    energy = (exact @ W.double().T).square().sum()
+    for share, other in ((row.error, Q), (row.rtn_error, round_to_nearest(W, quant))):
+        assert share == pytest.approx(
+            float((exact @ (W - other).double().T).square().sum() / energy), rel=1e-3
+        )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwenq.models.process_memory import return_freed_memory
+from qwenq.models import process_memory
+from qwenq.models.process_memory import FreedMemory, return_freed_memory
 
 
 def resident() -> int:
@@ -31,3 +32,26 @@ def test_holes_between_living_tensors_are_returned() -> None:
 def test_it_may_be_called_at_any_time() -> None:
     return_freed_memory()
     return_freed_memory()
+
+
+def test_what_the_first_layer_left_is_kept_and_what_comes_on_top_goes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = iter([100, 104, 90, 105, 104])
+    returned: list[str] = []
+    monkeypatch.setattr(process_memory, "anonymous_bytes", lambda: next(held))
+    monkeypatch.setattr(process_memory, "return_freed_memory", lambda: returned.append("once"))
+    memory, after = FreedMemory(), []
+    for _ in range(5):
+        memory.layer_done()
+        after.append(len(returned))
+    assert after == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_memory_that_no_file_backs_is_what_is_counted() -> None:
+    before = process_memory.anonymous_bytes()
+    ones = torch.ones(1 << 26, dtype=torch.uint8)  # 64 MiB
+    assert process_memory.anonymous_bytes() - before > 60 << 20
+    assert abs(process_memory.anonymous_bytes() - resident()) < 16 << 20
+    assert int(ones[0]) == 1
