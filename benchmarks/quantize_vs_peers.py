@@ -40,6 +40,9 @@ from _common import (
 HERE = Path(__file__).resolve().parent
 INTEROP_PYTHON = ROOT / ".venv-interop" / "bin" / "python"
 SHOWN = ("wall_s", "peak_rss_mib", "perplexity")
+PHASES = {"calibration": "reading the tokens", "layers": "layers", "write": "writing", "check": "the check"}
+"""Of a run of qwenq, as its JSON names them, in words."""
+
 QWENQ, GPTQMODEL, ROUND_TO_NEAREST = "qwenq", "GPTQModel", "round to nearest"
 
 
@@ -234,6 +237,7 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
     return (
         f"# Quantising: qwenq beside its peers\n\n{lines(rows)}\n"
         + (f"{said}\n\n" if said else "")
+        + (f"{whereabouts(rows)}\n\n" if any(row["tool"] == QWENQ for row in rows) else "")
         + f"{facts['model']}, Int{facts['bits']}, group size {facts['group_size']}; calibrated on "
         f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
         f"float32 with dequantised weights. Seconds are those of the whole command, {turns_of(facts)}. "
@@ -268,6 +272,18 @@ def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
     return (
         f"qwenq beside {peer}: {time} of its time ({bare} without the check, which GPTQModel does not have), "
         f"{memory} of its memory, {added} of the perplexity that it added."
+    )
+
+
+def whereabouts(rows: list[dict[str, Any]]) -> str:
+    """Where qwenq's own seconds go: medians of its phases, and what is outside all of them."""
+    ours = [row for row in rows if row["tool"] == QWENQ]
+    phases = {name: float(median(row["phases_s"][name] for row in ours)) for name in PHASES}
+    rest = middle(rows, QWENQ, "wall_s") - sum(phases.values())
+    parts = [f"{PHASES[name]} {seconds:.1f}" for name, seconds in phases.items()]
+    return (
+        f"Where qwenq's seconds go: {', '.join(parts)}, starting Python, imports, fingerprint and exit "
+        f"{rest:.1f}. What a layer does: [quantize_profile.md](quantize_profile.md)."
     )
 
 

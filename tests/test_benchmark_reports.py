@@ -119,6 +119,7 @@ def quantised(turns: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for turn in range(1, turns + 1):
         rows += [
             {"tool": tool, "turn": turn, "wall_s": 90.0 + turn, "peak_rss_mib": 1234.0, "perplexity": 22.0}
+            | {"phases_s": {"calibration": 1.0, "layers": 60.0 + turn, "write": 0.5, "check": 20.0}}
             for tool in ("qwenq", "GPTQModel")
         ]
     return rows, report("quantize")["environment"] | {"turns": turns}
@@ -134,6 +135,13 @@ def test_one_turn_is_called_one_and_has_no_range(load: Load) -> None:
     text = peers.table(rows, {}, facts)
     assert "medians of 3 alternating turns" in text
     assert "| 92.0 | 91.0–93.0 |" in text
+
+
+def test_where_qwenqs_seconds_go_adds_up_to_all_of_them(load: Load) -> None:
+    rows, facts = quantised(3)
+    text = load("quantize_vs_peers").table(rows, {}, facts)
+    assert "layers 62.0, writing 0.5, the check 20.0" in text
+    assert "exit 8.5" in text  # 92 less the phases
 
 
 @pytest.mark.parametrize("turns", [1, 3])
