@@ -30,7 +30,7 @@ RELIABILITY := tests/run/test_execute.py tests/test_crash.py tests/reliability t
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: help install install-locked demo gate test test-slow reliability fuzz interop llama lint format clean
+.PHONY: help install install-locked demo gate test test-slow reliability fuzz interop llama llmcompressor lint format clean
 
 help:
 	@echo 'make demo       install, quantise the bundled model to Int8 and Int4, check, evaluate, profile, report'
@@ -41,6 +41,7 @@ help:
 	@echo 'make fuzz       ten minutes of coverage-guided fuzzing of all that reads a file of somebody else'
 	@echo 'make interop    load the result with transformers and GPTQModel, in an environment of their own'
 	@echo 'make llama      compile the server that the tests of --endpoint ask; minutes'
+	@echo 'make llmcompressor  the environment of a peer that benchmarks/quantize_vs_peers.py races'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make install    only make .venv, with everything'
 
@@ -82,6 +83,13 @@ llama: .venv-llama/.complete
 	.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	@touch $@
 
+llmcompressor: .venv-llmcompressor/.complete
+
+.venv-llmcompressor/.complete: benchmarks/llmcompressor.txt
+	$(PYTHON) -m venv .venv-llmcompressor
+	.venv-llmcompressor/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
+
 interop:
 	PYTHON='$(PYTHON)' bash tests/interop/setup.sh
 	.venv-interop/bin/python -m pytest -q -m interop tests/interop --timeout 1800
@@ -96,7 +104,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-interop .venv-llama build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-llama .venv-llmcompressor build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps: what is installed is installed again when the pins or the requirements change.
 .venv/pyvenv.cfg:

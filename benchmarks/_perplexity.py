@@ -20,6 +20,9 @@ from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised
 from qwenq.models.source import TensorSource
 
+GRIDS = (".weight_scale", ".weight_zero_point")
+"""What llm-compressor leaves beside weights that are already rounded to it."""
+
 
 def load(folder: Path) -> PreTrainedModel:
     """The model in float32, as transformers builds it."""
@@ -31,7 +34,8 @@ def load(folder: Path) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict({n: source.read(n) for n in source.names()}, strict=False)
+    weights = {name: source.read(name) for name in source.names() if not name.endswith(GRIDS)}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - {"lm_head.weight"}:  # absent where it is tied to the embedding
         sys.exit(f"{folder}: missing {missing}, unexpected {unexpected}")
     model.tie_weights()

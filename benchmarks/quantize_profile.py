@@ -184,7 +184,8 @@ def rows_of(seconds: dict[str, float], work: dict[str, float]) -> list[dict[str,
 
 def floor_s(rows: list[dict[str, Any]], facts: dict[str, Any]) -> float:
     """Seconds of a layer's large products at the speed of this machine's matrix product."""
-    return sum(row["gflop"] for row in rows if row["step"] in HEAVY) / facts["matmul_gflops"][facts["dtype"]]
+    speed: float = facts["matmul_gflops"][facts["dtype"]]
+    return float(sum(row["gflop"] for row in rows if row["step"] in HEAVY)) / speed
 
 
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:

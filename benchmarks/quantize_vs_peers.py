@@ -1,6 +1,6 @@
-"""Quantise the same model on the same tokens with qwenq, GPTQModel and by rounding to nearest, taking turns.
+"""Quantise the same model on the same tokens with qwenq, its peers and by rounding to nearest, taking turns.
 
-    make interop                     # once: the environment that holds GPTQModel
+    make interop llmcompressor       # once: the environments that hold GPTQModel and llm-compressor
     python benchmarks/quantize_vs_peers.py --data FOLDER --repeats 3
 
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt`` to evaluate on. Every
@@ -39,11 +39,14 @@ from _common import (
 
 HERE = Path(__file__).resolve().parent
 INTEROP_PYTHON = ROOT / ".venv-interop" / "bin" / "python"
+LLMCOMPRESSOR_PYTHON = ROOT / ".venv-llmcompressor" / "bin" / "python"
 SHOWN = ("wall_s", "peak_rss_mib", "perplexity")
 PHASES = {"calibration": "reading the tokens", "layers": "layers", "write": "writing", "check": "the check"}
 """Of a run of qwenq, as its JSON names them, in words."""
 
-QWENQ, GPTQMODEL, ROUND_TO_NEAREST = "qwenq", "GPTQModel", "round to nearest"
+QWENQ, GPTQMODEL, LLMCOMPRESSOR, ROUND_TO_NEAREST = "qwenq", "GPTQModel", "llm-compressor", "round to nearest"
+PEERS = {GPTQMODEL: "gptqmodel", LLMCOMPRESSOR: "llmcompressor"}
+"""Their packages, by which ratios are called after them."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,26 @@ def qwenq_command(bench: Bench, out: Path) -> Command:
 
 def gptqmodel_command(bench: Bench, out: Path) -> Command:
     """Its defaults."""
-    script, sizes = HERE / "_gptqmodel_quantize.py", (str(bench.options.bits), str(bench.options.group_size))
-    return [bench.options.interop_python, script, bench.model, bench.calibration, out, *sizes]
+    return _peer_command(bench, GPTQMODEL, out)
+
+
+def llmcompressor_command(bench: Bench, out: Path) -> Command:
+    """Its defaults."""
+    return _peer_command(bench, LLMCOMPRESSOR, out)
+
+
+def _peer_command(bench: Bench, tool: str, out: Path) -> Command:
+    script, sizes = (
+        HERE / f"_{PEERS[tool]}_quantize.py",
+        (str(bench.options.bits), str(bench.options.group_size)),
+    )
+    return [peer_python(bench.options, tool), script, bench.model, bench.calibration, out, *sizes]
+
+
+def peer_python(options: argparse.Namespace, tool: str) -> Path:
+    """The interpreter that a peer is installed for."""
+    found: Path = options.interop_python if tool == GPTQMODEL else options.llmcompressor_python
+    return found
 
 
 def rtn_command(bench: Bench, out: Path) -> Command:
@@ -88,6 +109,7 @@ def rtn_command(bench: Bench, out: Path) -> Command:
 CONTENDERS: dict[str, Callable[[Bench, Path], Command]] = {
     QWENQ: qwenq_command,
     GPTQMODEL: gptqmodel_command,
+    LLMCOMPRESSOR: llmcompressor_command,
     ROUND_TO_NEAREST: rtn_command,
 }
 
@@ -104,7 +126,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON)
+    parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON, help="has GPTQModel")
+    parser.add_argument("--llmcompressor-python", type=Path, default=LLMCOMPRESSOR_PYTHON)
     parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
     return parser.parse_args()
 
@@ -197,20 +220,19 @@ def seconds_of_check(rows: list[dict[str, Any]]) -> list[float]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Qwenq's medians over GPTQModel's; the gap is the perplexity above the unquantised model's."""
-    if not {QWENQ, GPTQMODEL} <= {row["tool"] for row in rows}:
-        return {}
-    base = rows[0]["perplexity"]
-    pairs = {
-        "time_vs_gptqmodel": [middle(rows, tool, "wall_s") for tool in (QWENQ, GPTQMODEL)],
-        "time_without_check_vs_gptqmodel": [
-            middle(rows, QWENQ, "wall_s") - median(seconds_of_check(rows)),
-            middle(rows, GPTQMODEL, "wall_s"),
-        ],
-        "gap_vs_gptqmodel": [middle(rows, tool, "perplexity") - base for tool in (QWENQ, GPTQMODEL)],
-        "memory_vs_gptqmodel": [middle(rows, tool, "peak_rss_mib") for tool in (QWENQ, GPTQMODEL)],
-    }
-    return {name: round(ours / theirs, 3) for name, (ours, theirs) in pairs.items()}
+    """Qwenq's medians over each peer's; the gap is the perplexity above the unquantised model's."""
+    tools, base = {row["tool"] for row in rows}, rows[0]["perplexity"]
+    found: dict[str, float] = {}
+    for peer, package in PEERS.items():
+        if {QWENQ, peer} <= tools:
+            time, memory, added = (
+                (middle(rows, QWENQ, key) - less, middle(rows, peer, key) - less)
+                for key, less in (("wall_s", 0.0), ("peak_rss_mib", 0.0), ("perplexity", base))
+            )
+            bare = time[0] - median(seconds_of_check(rows)), time[1]
+            pairs = {"time": time, "time_without_check": bare, "gap": added, "memory": memory}
+            found |= {f"{name}_vs_{package}": round(a / b, 3) for name, (a, b) in pairs.items()}
+    return found
 
 
 def environment(bench: Bench) -> dict[str, Any]:
@@ -220,7 +242,11 @@ def environment(bench: Bench) -> dict[str, Any]:
     return {
         **machine(),
         "versions": versions(sys.executable, ["qwenq", "torch", "transformers", "safetensors", "numpy"]),
-        "versions_gptqmodel": versions(options.interop_python, ["gptqmodel", "torch", "transformers"]),
+        **{
+            f"versions_{package}": versions(peer_python(options, peer), [package, "torch", "transformers"])
+            for peer, package in PEERS.items()
+            if peer in options.only
+        },
         "threads": options.threads,
         "model": bench.model.name,
         "bits": options.bits,
@@ -242,9 +268,13 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
         f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
         f"float32 with dequantised weights. Seconds are those of the whole command, {turns_of(facts)}. "
         f"{facts['cpu']}, {facts['threads']} threads; torch {facts['versions'].get('torch')}; "
-        f"GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')} with its defaults; "
-        f"{measured_on(rows, facts)}.\n"
+        f"{peers_of(facts)} with their defaults; {measured_on(rows, facts)}.\n"
     )
+
+
+def peers_of(facts: dict[str, Any]) -> str:
+    """All that were raced, with their versions."""
+    return " and ".join(version_of(peer, facts) for peer in PEERS if f"versions_{PEERS[peer]}" in facts)
 
 
 def lines(rows: list[dict[str, Any]]) -> str:
@@ -262,17 +292,24 @@ def lines(rows: list[dict[str, Any]]) -> str:
 
 
 def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
-    """The ratios in words; nothing where one of both was not measured."""
-    if not found:
-        return ""
-    peer = f"GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')}"
-    time, bare, memory, added = (
-        f"{found[f'{name}_vs_gptqmodel']:.2f}" for name in ("time", "time_without_check", "memory", "gap")
-    )
-    return (
-        f"qwenq beside {peer}: {time} of its time ({bare} without the check, which GPTQModel does not have), "
-        f"{memory} of its memory, {added} of the perplexity that it added."
-    )
+    """The ratios in words; nothing of a peer that was not measured."""
+    said = []
+    for peer, package in PEERS.items():
+        if f"time_vs_{package}" in found:
+            time, bare, memory, added = (
+                f"{found[f'{name}_vs_{package}']:.2f}"
+                for name in ("time", "time_without_check", "memory", "gap")
+            )
+            said.append(
+                f"qwenq beside {version_of(peer, facts)}: {time} of its time ({bare} without the check, "
+                f"which it does not have), {memory} of its memory, {added} of the perplexity that it added."
+            )
+    return " ".join(said)
+
+
+def version_of(peer: str, facts: dict[str, Any]) -> str:
+    """Name and version."""
+    return f"{peer} {facts[f'versions_{PEERS[peer]}'].get(PEERS[peer])}"
 
 
 def whereabouts(rows: list[dict[str, Any]]) -> str:
@@ -290,8 +327,9 @@ def whereabouts(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Prepare, measure, report."""
     options = parse_options()
-    if GPTQMODEL in options.only and not options.interop_python.exists():
-        sys.exit(f"{options.interop_python} is missing: run `make interop`")
+    for peer, target in ((GPTQMODEL, "interop"), (LLMCOMPRESSOR, "llmcompressor")):
+        if peer in options.only and not peer_python(options, peer).exists():
+            sys.exit(f"{peer_python(options, peer)} is missing: run `make {target}`")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, resolve_bundled(), Path(folder))
         facts = environment(bench)
