@@ -7,13 +7,14 @@ import struct
 
 from llvmlite import ir
 
-from qwenq.native.code import FLOAT, LANES, WORD, Code, same, vector
+from qwenq.native.code import FLOAT, LANES, SHORT, WORD, Code, same, vector
 
 FLOATS = vector(FLOAT)
 # e^r = Σ r^i / i! for |r| ≤ ln 2 / 2: the first term that is left out is below 2e-8 of the sum.
 _EXP_TERMS = 8
 _LN2 = 0.693359375, -2.12194440e-4  # in two parts, the first exact in few bits (Cody and Waite)
 _EXP_RANGE = -87.0, 88.0  # where e^x is a normal float32
+_AS_SET = 4  # rounds as the CPU is set to: what intrinsics for AVX-512 want to be told
 
 
 def float_bits(number: float) -> int:
@@ -44,8 +45,8 @@ def multiply_add(code: Code, first: ir.Value, second: ir.Value, third: ir.Value)
 def exponential(code: Code, x: ir.Value) -> ir.Value:
     """e^x to the precision of float32; what lies outside the range of normal numbers becomes its end."""
     low, high = (same(FLOAT, end) for end in _EXP_RANGE)
-    # maximum and minimum, not maxnum and minnum: what is no number stays none.
-    x = code.run("llvm.maximum.v16f32", FLOATS, code.run("llvm.minimum.v16f32", FLOATS, x, high), low)
+    # The CPU's own maximum and minimum are their second operand where either is no number: x stays none.
+    x = _extreme(code, "max", low, _extreme(code, "min", high, x))
     power = code.run("llvm.rint.v16f32", FLOATS, code.fmul(x, same(FLOAT, 1 / math.log(2))))
     rest = x
     for part in _LN2:
@@ -53,9 +54,13 @@ def exponential(code: Code, x: ir.Value) -> ir.Value:
     total = same(FLOAT, 1 / math.factorial(_EXP_TERMS - 1))
     for term in range(_EXP_TERMS - 2, -1, -1):
         total = multiply_add(code, total, rest, same(FLOAT, 1 / math.factorial(term)))
-    number = code.run("llvm.fptosi.sat.v16i32.v16f32", vector(WORD), power)
-    two_to = code.shl(code.add(number, same(WORD, 127)), same(WORD, 23))  # the exponent's bits
-    return code.fmul(total, code.bitcast(two_to, FLOATS))
+    all_lanes, rounding = ir.Constant(SHORT, -1), WORD(_AS_SET)
+    return code.run("llvm.x86.avx512.mask.scalef.ps.512", FLOATS, total, power, total, all_lanes, rounding)
+
+
+def _extreme(code: Code, which: str, first: ir.Value, second: ir.Value) -> ir.Value:
+    """The ``max`` or ``min`` of 16 numbers each, as the CPU's instruction has it."""
+    return code.run(f"llvm.x86.avx512.{which}.ps.512", FLOATS, first, second, WORD(_AS_SET))
 
 
 def sigmoid(code: Code, x: ir.Value) -> ir.Value:
