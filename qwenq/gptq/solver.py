@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwenq.gptq.columns import Block, round_columns
 from qwenq.gptq.grid import Grid
 
 INVERSE_PANEL = 256  # columns of a triangular inverse that are solved for at a time
@@ -89,25 +90,14 @@ def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: i
     zeros = grid.zeros.T.to(W.dtype).contiguous()
     work = W.T[order]  # [in, rows]
     integers = torch.empty(width, rows, dtype=torch.uint8, device=W.device)
-    diagonal = U.diagonal().tolist()
     cost = torch.zeros(rows, dtype=W.dtype, device=W.device)
     for start in range(0, width, block):
         end = min(start + block, width)
-        errors = torch.empty(end - start, rows, dtype=W.dtype, device=W.device)
-        # Views are made once per block: at a hundred microseconds a column, indexing would be a third of it.
-        columns, error_rows, factors = work[start:end].unbind(), errors.unbind(), U[start:end].unbind()
-        for i, (w, error, u) in enumerate(zip(columns, error_rows, factors, strict=True), start):
-            scale, zero = scales[groups[i]], zeros[groups[i]]
-            q = torch.div(w, scale).add_(zero).round_().clamp_(0, grid.levels)
-            torch.sub(w, q.sub_(zero).mul_(scale), out=error).div_(diagonal[i])  # e = (w_i − q_i) / U_ii
-            if i + 1 < end:  # W_:,j −= e U_ij for the columns j of this block
-                work[i + 1 : end].addr_(u[i + 1 : end], error, alpha=-1)
-        places = groups[start:end]  # the columns have kept the values they were rounded from
-        integers[start:end] = (
-            (work[start:end] / scales[places]).add_(zeros[places]).round_().clamp_(0, grid.levels)
+        here, errors = slice(start, end), torch.empty(end - start, rows, dtype=W.dtype, device=W.device)
+        cost += round_columns(
+            Block(work[here], U[here, here], scales, zeros, groups[here], grid.levels, integers[here], errors)
         )
-        work[end:].addmm_(U[start:end, end:].T, errors, alpha=-1)  # and beyond it, once per block
-        cost += errors.square_().sum(0)
+        work[end:].addmm_(U[here, end:].T, errors, alpha=-1)  # beyond the block, once per block
     natural = torch.empty_like(integers)
     natural[order] = integers
     return Rounded(natural.T.contiguous(), cost / 2)
