@@ -123,3 +123,13 @@ def test_a_reader_that_left_gets_no_traceback() -> None:
 
 def test_commands_share_one_app() -> None:
     assert app.info.name == "qwenq"
+
+
+def test_nothing_is_searched_for_garbage_at_exit() -> None:
+    code = (
+        "import atexit, gc, sys; from qwenq.cli import main\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 1000, gc.get_threshold()[0]))\n"
+        "sys.argv = ['qwenq', '--version']; main()"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines()[-1] == "True 10000"
