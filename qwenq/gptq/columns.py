@@ -54,12 +54,17 @@ def round_columns(block: Block) -> Tensor:
 
 def native_why_not(columns: Tensor) -> str | None:
     """Why columns, [any, rows], are left to torch, in words that follow "because"; None: they are not."""
-    if columns.device.type != "cpu":
-        return f"that is for CPUs, not for {columns.device.type}"
-    if columns.dtype != torch.float32:
-        return f"that is for float32, not for {str(columns.dtype).removeprefix('torch.')}"
     if columns.shape[-1] < FEWEST_ROWS:
         return f"that is for {FEWEST_ROWS} rows and more, not for {columns.shape[-1]}"
+    return avx512_why_not(columns)
+
+
+def avx512_why_not(x: Tensor) -> str | None:
+    """Why a tensor is not for compiled code of 16 float32 at a time, in such words; None: it is."""
+    if x.device.type != "cpu":
+        return f"that is for CPUs, not for {x.device.type}"
+    if x.dtype != torch.float32:
+        return f"that is for float32, not for {str(x.dtype).removeprefix('torch.')}"
     return support.why_not(AVX512)
 
 

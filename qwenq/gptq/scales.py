@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qwenq.gptq.columns import avx512_why_not
 from qwenq.gptq.grid import Grid, storable
 
 ScaleSearch = Literal["hessian", "mse", "none"]
@@ -18,6 +19,7 @@ ScaleSearch = Literal["hessian", "mse", "none"]
 SHRINK = torch.linspace(1.0, 0.45, 12)  # candidates, as fractions of the min/max scale
 REFITS = 3  # rounds of least squares for the scale, integers held fixed
 CHUNK = 1 << 17  # weights per chunk: the temporaries of a candidate stay in the cache
+GROUP_MULTIPLE = 16  # what compiled code reads at a time
 MSE_POWER = 2.4  # IST-DASLab/gptq, quant.py
 
 
@@ -38,18 +40,53 @@ def search_grid(
     grouped = weight.reshape(-1, group_size)  # [rows · groups, group_size]
     start = _symmetric_range if sym else _asymmetric_range
     scales, zeros = start(grouped, bits)
-    if search != "none":
-        weights = importance if search == "hessian" else torch.ones_like(importance)
-        per_group = weights.reshape(-1, group_size).repeat(rows, 1)  # [rows · groups, group_size]
-        power = 2.0 if search == "hessian" else MSE_POWER
-        step = max(1, CHUNK // group_size)
-        for at in range(0, grouped.shape[0], step):
-            part = slice(at, at + step)
-            scales[part], zeros[part] = _best(
-                grouped[part], per_group[part], scales[part], zeros[part], bits, sym=sym, power=power
-            )
+    if native_why_not(weight, group_size, search) is None:
+        from qwenq.gptq.native_scales import search_natively
+
+        search_natively(grouped.contiguous(), importance, scales, zeros, bits, sym=sym)
+    elif search != "none":
+        search_by_torch(grouped, importance, scales, zeros, bits, sym=sym, search=search)
     shape = (rows, width // group_size)
     return Grid(bits, group_size, storable(scales.reshape(shape)), zeros.reshape(shape))
+
+
+def native_why_not(weight: Tensor, group_size: int, search: ScaleSearch) -> str | None:
+    """Why compiled code does not search, in words that follow "because"; None: it does."""
+    if search != "hessian":
+        return f"that is for a search by the Hessian, not for {search}"
+    if group_size % GROUP_MULTIPLE:
+        return f"that is for groups of a multiple of {GROUP_MULTIPLE}, not of {group_size}"
+    return avx512_why_not(weight)
+
+
+def search_by_torch(
+    grouped: Tensor,
+    importance: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    *,
+    sym: bool,
+    search: ScaleSearch,
+) -> None:
+    """Replace the scales and zeros of min/max by those that cost least.
+
+    Args:
+        grouped: [rows · groups, group_size] float32, row by row.
+        importance: [groups · group_size] float32.
+        scales, zeros: [rows · groups] float32; changed in place.
+        bits, sym, search: see ``search_grid``.
+    """
+    count, group_size = grouped.shape
+    weights = importance if search == "hessian" else torch.ones_like(importance)
+    per_group = weights.reshape(-1, group_size).repeat(count * group_size // len(weights), 1)
+    power = 2.0 if search == "hessian" else MSE_POWER
+    step = max(1, CHUNK // group_size)
+    for at in range(0, count, step):
+        part = slice(at, at + step)
+        scales[part], zeros[part] = _best(
+            grouped[part], per_group[part], scales[part], zeros[part], bits, sym=sym, power=power
+        )
 
 
 def _symmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -116,9 +116,11 @@ def test_an_asymmetric_grid_spans_weights_of_one_sign(sign: int) -> None:
     assert (W - grid.values(grid.integers(W))).abs().max() <= 1.01 * step
 
 
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("search", ["hessian", "mse"])
+def test_chunks_do_not_show(search: ScaleSearch, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Groups of 8, which no compiled code takes.
     W, importance = weights(4, rows=33)
-    whole = search_grid(W, importance, 4, 32, sym=True, search="hessian")
+    whole = search_grid(W, importance, 4, 8, sym=True, search=search)
     monkeypatch.setattr("qwenq.gptq.scales.CHUNK", 96)
-    parts = search_grid(W, importance, 4, 32, sym=True, search="hessian")
+    parts = search_grid(W, importance, 4, 8, sym=True, search=search)
     assert torch.equal(whole.scales, parts.scales)

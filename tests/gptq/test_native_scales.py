@@ -1,0 +1,137 @@
+"""The search for scales in compiled code, beside torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenq.gptq.grid import Grid
+from qwenq.gptq.scales import native_why_not, search_by_torch, search_grid
+from qwenq.native import support
+
+WHY_NOT = native_why_not(torch.empty(1, 16), 16, "hessian")
+compiled_here = pytest.mark.skipif(WHY_NOT is not None, reason=f"no compiled search here: {WHY_NOT}")
+Found = tuple[torch.Tensor, torch.Tensor]
+
+
+def groups(seed: int, count: int, size: int, per_row: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [count, size] with outliers, and the importance of each column of a row."""
+    draw = torch.Generator().manual_seed(seed)
+    W = torch.randn(count, size, generator=draw) * 0.02
+    W[:, ::17] *= 4
+    return W, torch.rand(per_row * size, generator=draw).square() + 1e-3
+
+
+def found_by_both(W: torch.Tensor, h: torch.Tensor, bits: int, *, sym: bool) -> tuple[Found, Found, Found]:
+    """Scales and zeros, one of each to a group: of compiled code, of torch, and those of min/max."""
+    from qwenq.gptq.native_scales import search_natively
+
+    start = search_grid(W, torch.ones(W.shape[1]), bits, W.shape[1], sym=sym, search="none")
+    scales, zeros = start.scales.flatten(), start.zeros.flatten()
+    fast, slow = (scales.clone(), zeros.clone()), (scales.clone(), zeros.clone())
+    search_natively(W, h, *fast, bits, sym=sym)
+    search_by_torch(W, h, *slow, bits, sym=sym, search="hessian")
+    return fast, slow, (scales, zeros)
+
+
+def cost(W: torch.Tensor, h: torch.Tensor, found: Found, bits: int) -> torch.Tensor:
+    """Of each group, added up in float64."""
+    grid = Grid(bits, W.shape[1], *(x[:, None] for x in found))
+    of_group = h.reshape(-1, W.shape[1]).repeat(len(W) * W.shape[1] // len(h), 1)
+    return ((grid.values(grid.integers(W)) - W).double().square() * of_group).sum(1)
+
+
+@compiled_here
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_only_ties_are_decided_otherwise(bits: int, sym: bool, size: int) -> None:
+    """A tie: the same cost but for rounding; or, once in thousands, a fitted scale between two float16."""
+    W, h = groups(bits, 4000, size)
+    fast, slow, start = found_by_both(W, h, bits, sym=sym)
+    ours, theirs = cost(W, h, fast, bits), cost(W, h, slow, bits)
+    different = (fast[0] != slow[0]) | (fast[1] != slow[1])
+    assert different.sum() <= 16
+    assert (ours > theirs * (1 + 1e-6)).sum() <= 2
+    assert ours.sum() <= theirs.sum() * (1 + 1e-6)
+    assert ours.sum() < 0.98 * cost(W, h, start, bits).sum()
+
+
+@compiled_here
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    count=st.integers(1, 9),
+    per_row=st.integers(1, 3),
+    size=st.sampled_from([16, 32, 48, 64, 576]),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    sym=st.booleans(),
+)
+def test_any_shape_costs_what_it_costs_with_torch(
+    seed: int, count: int, per_row: int, size: int, bits: int, sym: bool
+) -> None:
+    W, h = groups(seed, count * per_row, size, per_row)
+    fast, slow, start = found_by_both(W, h, bits, sym=sym)
+    ours = cost(W, h, fast, bits)
+    torch.testing.assert_close(ours, cost(W, h, slow, bits), rtol=1e-2, atol=0)
+    assert (ours <= cost(W, h, start, bits) * (1 + 1e-6)).all()
+    assert torch.equal(fast[0].half().float(), fast[0])
+
+
+@compiled_here
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38, 1e-42, 0.0])
+def test_groups_at_the_ends_of_the_numbers(bad: float, sym: bool) -> None:
+    W, h = groups(0, 8, 32)
+    W[2, 5] = bad
+    W[3] = bad
+    fast, slow, _ = found_by_both(W, h, 4, sym=sym)
+    for ours, theirs in zip(fast, slow, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@compiled_here
+def test_a_matrix_takes_the_compiled_search() -> None:
+    W, h = groups(5, 12, 32)
+    grid = search_grid(W.view(3, 128), h, 4, 32, sym=False, search="hessian")
+    fast, *_ = found_by_both(W, h, 4, sym=False)
+    assert torch.equal(grid.scales.flatten(), fast[0])
+    assert torch.equal(grid.zeros.flatten(), fast[1])
+
+
+@compiled_here
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grouped": torch.zeros(32, 8).T}, "in one piece"),
+        ({"grouped": torch.zeros(8, 32, dtype=torch.float64)}, "float64"),
+        ({"grouped": torch.zeros(8, 24), "importance": torch.zeros(96)}, "8 groups of 24"),
+        ({"importance": torch.zeros(96)}, "8 groups of 32, 3 to a row"),
+        ({"importance": torch.zeros(100)}, "not float32 .96."),
+        ({"scales": torch.zeros(7)}, "not float32 .8."),
+        ({"zeros": torch.zeros(8, dtype=torch.uint8)}, "uint8"),
+    ],
+)
+def test_memory_that_is_not_what_it_should_be_is_not_touched(
+    changes: dict[str, torch.Tensor], said: str
+) -> None:
+    from qwenq.gptq.native_scales import search_natively
+
+    W, h = groups(0, 8, 32)
+    told = {"grouped": W, "importance": h, "scales": torch.ones(8), "zeros": torch.ones(8)} | changes
+    with pytest.raises(ValueError, match=said):
+        search_natively(**told, bits=4, sym=True)
+
+
+def test_other_searches_and_sizes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(4, 96)
+    assert native_why_not(weight, 32, "mse") == "that is for a search by the Hessian, not for mse"
+    assert native_why_not(weight, 24, "hessian") == "that is for groups of a multiple of 16, not of 24"
+    assert "meta" in str(native_why_not(weight.to("meta"), 32, "hessian"))
+    monkeypatch.setattr(support, "why_not", lambda *features: f"this CPU has no {features[0]}")
+    assert native_why_not(weight, 32, "hessian") == "this CPU has no avx512f"
+    W, h = groups(6, 4, 32)
+    grid = search_grid(W.view(1, 128), h, 4, 32, sym=True, search="hessian")
+    assert grid.scales.shape == (1, 4)
