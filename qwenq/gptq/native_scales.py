@@ -1,8 +1,7 @@
 """The search for scales that the Hessian weighs, as code for CPUs with AVX-512: see ``scales``.
 
-A group goes through all its candidates while its weights are in the cache. Each weight's share of a cost is
-what torch computes; shares are added in another order, so candidates that cost the same but for rounding may
-be decided otherwise.
+A group goes through all its candidates while its weights are in the cache. Costs are what torch computes, bit
+for bit, the order in which a group's shares are added included: so is the choice.
 """
 
 from __future__ import annotations
@@ -22,10 +21,12 @@ from qwenq.native.code import (
     LANES,
     LONG,
     POINTER,
+    WORD,
     Code,
     compiled,
     on_all_threads,
     same,
+    vector,
 )
 from qwenq.native.floats import FLOATS, float_bits, floats, told_float
 
@@ -133,7 +134,7 @@ def _build_consider(code: Code, group: _Group, scale: ir.Value, zero: ir.Value) 
         w, h, q = _build_steps(code, group, at, in_all, code.spread(zero))
         gap = code.fsub(code.fmul(q, in_all), w)
         code.update(total, FLOATS, code.fadd, code.fmul(code.fmul(gap, gap), h))
-    cost = code.total(code.load(total, typ=FLOATS))
+    cost = _total(code, total)
     better = code.fcmp_ordered("<", cost, code.load(group.cost, typ=FLOAT))
     for place, value in ((group.cost, cost), (group.scale, scale), (group.zero, zero)):
         code.store(code.select(better, value, code.load(place, typ=FLOAT)), place)
@@ -149,7 +150,7 @@ def _build_refit(code: Code, group: _Group) -> ir.Value:
         hq = code.fmul(h, q)
         code.update(above, FLOATS, code.fadd, code.fmul(hq, w))
         code.update(below, FLOATS, code.fadd, code.fmul(hq, q))
-    fitted = code.fdiv(*(code.total(code.load(place, typ=FLOATS)) for place in (above, below)))
+    fitted = code.fdiv(_total(code, above), _total(code, below))
     size = code.run("llvm.fabs.f32", FLOAT, fitted)
     usable = code.and_(
         code.fcmp_ordered("<", size, FLOAT(float("inf"))), code.fcmp_ordered(">", size, FLOAT(0.0))
@@ -163,3 +164,12 @@ def _build_steps(
     """16 weights, their importance, and what they are rounded to in steps from the zero point."""
     w, h = floats(code, group.weights, at), floats(code, group.importance, at)
     return w, h, code.fsub(nearest(code, w, scale, zero, group.levels), zero)
+
+
+def _total(code: Code, place: ir.Value) -> ir.Value:
+    """The sum of a variable's 16 lanes by halves, as ``scales`` adds them."""
+    lanes, half = code.load(place, typ=FLOATS), LANES // 2
+    while half:
+        upper = ir.Constant(vector(WORD), [(lane + half) % LANES for lane in range(LANES)])
+        lanes, half = code.fadd(lanes, code.shuffle_vector(lanes, lanes, upper)), half // 2
+    return code.extract_element(lanes, WORD(0))

@@ -19,7 +19,7 @@ ScaleSearch = Literal["hessian", "mse", "none"]
 SHRINK = torch.linspace(1.0, 0.45, 12)  # candidates, as fractions of the min/max scale
 REFITS = 3  # rounds of least squares for the scale, integers held fixed
 CHUNK = 1 << 17  # weights per chunk: the temporaries of a candidate stay in the cache
-GROUP_MULTIPLE = 16  # what compiled code reads at a time
+LANES = 16  # of a group's weights that compiled code reads at a time
 MSE_POWER = 2.4  # IST-DASLab/gptq, quant.py
 
 
@@ -54,8 +54,8 @@ def native_why_not(weight: Tensor, group_size: int, search: ScaleSearch) -> str 
     """Why compiled code does not search, in words that follow "because"; None: it does."""
     if search != "hessian":
         return f"that is for a search by the Hessian, not for {search}"
-    if group_size % GROUP_MULTIPLE:
-        return f"that is for groups of a multiple of {GROUP_MULTIPLE}, not of {group_size}"
+    if group_size % LANES:
+        return f"that is for groups of a multiple of {LANES}, not of {group_size}"
     return avx512_why_not(weight)
 
 
@@ -84,9 +84,8 @@ def search_by_torch(
     step = max(1, CHUNK // group_size)
     for at in range(0, count, step):
         part = slice(at, at + step)
-        scales[part], zeros[part] = _best(
-            grouped[part], per_group[part], scales[part], zeros[part], bits, sym=sym, power=power
-        )
+        w, h = (x[part].T.contiguous() for x in (grouped, per_group))  # [group_size, groups]
+        scales[part], zeros[part] = _best(w, h, scales[part], zeros[part], bits, sym=sym, power=power)
 
 
 def _symmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -110,37 +109,48 @@ def _asymmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _best(
     w: Tensor, h: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, sym: bool, power: float
 ) -> tuple[Tensor, Tensor]:
-    """Try every candidate on a chunk of groups, [n, group_size], and keep each group's best."""
+    """Try every candidate on a chunk of groups, [group_size, n], and keep each group's best."""
     levels = (1 << bits) - 1
     best_cost = torch.full_like(scales, torch.inf)
     best_scale, best_zero = scales.clone(), zeros.clone()
     low = -zeros * scales  # real value of integer 0, kept in proportion by asymmetric candidates
 
-    def consider(scale: Tensor, zero: Tensor) -> Tensor:
+    def steps(scale: Tensor, zero: Tensor) -> Tensor:
+        return (w / scale).add_(zero).round_().clamp_(0, levels).sub_(zero)
+
+    def consider(scale: Tensor, zero: Tensor) -> None:
         scale = scale.half().float()  # judged as it will be read back: at 8 bits this moves integers
-        q = (w / scale[:, None]).add_(zero[:, None]).round_().clamp_(0, levels).sub_(zero[:, None])
-        gap = (q * scale[:, None]).sub_(w)
-        cost = (gap.square_() if power == 2 else gap.abs_().pow_(power)).mul_(h).sum(1)
+        gap = steps(scale, zero).mul_(scale).sub_(w)
+        cost = _total((gap.square_() if power == 2 else gap.abs_().pow_(power)).mul_(h))
         better = cost < best_cost
         torch.where(better, cost, best_cost, out=best_cost)
         torch.where(better, scale, best_scale, out=best_scale)
         torch.where(better, zero, best_zero, out=best_zero)
-        return q
 
     for fraction in SHRINK.tolist():
         scale = scales * fraction
         zero = zeros if sym else (-low * fraction / scale).round_().clamp_(1, levels)
         consider(scale, zero)
     for _ in range(REFITS):
-        q = (
-            (w / best_scale[:, None])
-            .add_(best_zero[:, None])
-            .round_()
-            .clamp_(0, levels)
-            .sub_(best_zero[:, None])
-        )
+        q = steps(best_scale, best_zero)
         hq = h * q
-        scale = (hq * w).sum(1) / (hq * q).sum(1)  # least squares for the scale under h
+        scale = _total(hq * w) / _total(hq.mul_(q))  # least squares for the scale under h
         scale = torch.where(torch.isfinite(scale) & (scale != 0), scale, best_scale)
         consider(scale, best_zero.clone())
     return best_scale, best_zero
+
+
+def _total(shares: Tensor) -> Tensor:
+    """The sum of each group's shares, [group_size, n] → [n], in the order in which compiled code adds.
+
+    The order decides which of two candidates wins that cost the same but for rounding: on every machine it
+    has to be the same one. The shares are changed.
+    """
+    if len(shares) % LANES:
+        return shares.sum(0)
+    first, *others = shares.split(LANES)
+    for lanes in others:
+        first += lanes
+    for half in (8, 4, 2):
+        first[:half] += first[half : 2 * half]
+    return first[0] + first[1]  # a view would keep the shares in memory

@@ -46,17 +46,14 @@ def cost(W: torch.Tensor, h: torch.Tensor, found: Found, bits: int) -> torch.Ten
 @compiled_here
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("size", [16, 64, 128])
-def test_only_ties_are_decided_otherwise(bits: int, sym: bool, size: int) -> None:
-    """A tie: the same cost but for rounding; or, once in thousands, a fitted scale between two float16."""
+@pytest.mark.parametrize("size", [16, 64, 128, 576])
+def test_of_thousands_of_groups_each_finds_the_same(bits: int, sym: bool, size: int) -> None:
+    """Ties among them: added up in another order, one in a thousand finds another scale."""
     W, h = groups(bits, 4000, size)
     fast, slow, start = found_by_both(W, h, bits, sym=sym)
-    ours, theirs = cost(W, h, fast, bits), cost(W, h, slow, bits)
-    different = (fast[0] != slow[0]) | (fast[1] != slow[1])
-    assert different.sum() <= 16
-    assert (ours > theirs * (1 + 1e-6)).sum() <= 2
-    assert ours.sum() <= theirs.sum() * (1 + 1e-6)
-    assert ours.sum() < 0.98 * cost(W, h, start, bits).sum()
+    assert torch.equal(fast[0], slow[0])
+    assert torch.equal(fast[1], slow[1])
+    assert cost(W, h, fast, bits).sum() < 0.99 * cost(W, h, start, bits).sum()
 
 
 @compiled_here
@@ -68,15 +65,17 @@ def test_only_ties_are_decided_otherwise(bits: int, sym: bool, size: int) -> Non
     size=st.sampled_from([16, 32, 48, 64, 576]),
     bits=st.sampled_from([2, 3, 4, 8]),
     sym=st.booleans(),
+    dead=st.booleans(),
 )
-def test_any_shape_costs_what_it_costs_with_torch(
-    seed: int, count: int, per_row: int, size: int, bits: int, sym: bool
+def test_any_shape_finds_what_torch_finds(
+    seed: int, count: int, per_row: int, size: int, bits: int, sym: bool, dead: bool
 ) -> None:
     W, h = groups(seed, count * per_row, size, per_row)
+    h[: size * dead] = 0
     fast, slow, start = found_by_both(W, h, bits, sym=sym)
-    ours = cost(W, h, fast, bits)
-    torch.testing.assert_close(ours, cost(W, h, slow, bits), rtol=1e-2, atol=0)
-    assert (ours <= cost(W, h, start, bits) * (1 + 1e-6)).all()
+    assert torch.equal(fast[0], slow[0])
+    assert torch.equal(fast[1], slow[1])
+    assert (cost(W, h, fast, bits) <= cost(W, h, start, bits) * (1 + 1e-6)).all()
     assert torch.equal(fast[0].half().float(), fast[0])
 
 
