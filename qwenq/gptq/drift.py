@@ -25,6 +25,7 @@ from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import Damped
 from qwenq.gptq.exact import mean_products
 from qwenq.gptq.running import running_drift, running_output_drift
+from qwenq.gptq.solver import panels
 
 
 class Drift(Protocol):
@@ -118,10 +119,13 @@ def _columns(x: Tensor, some: slice) -> Tensor:
 
 
 def times_inverse(M: Tensor, hessian: Damped) -> Tensor:
-    """M H⁻¹, [any, in]: H⁻¹ = Uᵀ U in the order of U."""
-    change = torch.empty_like(M)
-    change[:, hessian.order] = (M[:, hessian.order] @ hessian.U.T) @ hessian.U
-    return change
+    """M H⁻¹, [any, in]: H⁻¹ = Uᵀ U in the order of U, whose lower half, zeros, no product reads."""
+    product, U = M.index_select(1, hessian.order), hessian.U
+    for panel in panels(U.shape[0]):  # of M Uᵀ: of what is replaced, nothing to its right needs it
+        product[:, panel] = product[:, panel.start :] @ U[panel, panel.start :].T
+    for panel in reversed(panels(U.shape[0])):  # of that times U: nothing to its left does
+        product[:, panel] = product[:, : panel.stop] @ U[: panel.stop, panel]
+    return product.index_select(1, torch.argsort(hessian.order))
 
 
 def aim(W: Tensor, parts: Sequence[slice], found: Drift, hessian: Damped, strength: float) -> None:

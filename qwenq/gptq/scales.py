@@ -153,4 +153,4 @@ def _total(shares: Tensor) -> Tensor:
         first += lanes
     for half in (8, 4, 2):
         first[:half] += first[half : 2 * half]
-    return first[0] + first[1]  # a view would keep the shares in memory
+    return torch.add(first[0], first[1])  # a view would keep the shares in memory

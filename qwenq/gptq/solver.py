@@ -15,7 +15,7 @@ from torch import Tensor
 from qwenq.gptq.columns import Block, round_columns
 from qwenq.gptq.grid import Grid
 
-INVERSE_PANEL = 256  # columns of a triangular inverse that are solved for at a time
+PANEL = 256  # columns of a triangular or symmetric matrix that are solved for or multiplied by at a time
 BLOCK = 64  # columns per lazy update (§3.3, step 2). The paper has 128; on a CPU shorter rank-1 updates win
 
 
@@ -36,13 +36,13 @@ def inverse_factor(H: Tensor, order: Tensor | None = None) -> tuple[Tensor | Non
     width = H.shape[0]
     order = torch.arange(width, device=H.device) if order is None else order
     backwards = order.flip(0)
-    L, info = torch.linalg.cholesky_ex(H[backwards[:, None], backwards])
+    L, info = torch.linalg.cholesky_ex(H.index_select(0, backwards).index_select(1, backwards))
     if failed := int(info):
         return None, failed
     _invert_lower(L)
-    U = L.flip(0, 1)
-    low, high = torch.aminmax(U)  # NaN where U has one; isfinite(U) would be a copy of U and two masks
-    return (U, 0) if math.isfinite(low) and math.isfinite(high) else (None, width)
+    # NaN where L has one; isfinite(L) would be a copy of L and two masks. LAPACK keeps columns in one piece.
+    low, high = torch.aminmax(L.T)
+    return (L.flip(0, 1), 0) if math.isfinite(low) and math.isfinite(high) else (None, width)
 
 
 def _invert_lower(L: Tensor) -> None:
@@ -52,12 +52,15 @@ def _invert_lower(L: Tensor) -> None:
     third of the work of solving for a whole identity matrix, and no second matrix.
     """
     width = L.shape[0]
-    for start in range(0, width, INVERSE_PANEL):
-        size = min(INVERSE_PANEL, width - start)
-        identity = torch.eye(width - start, size, dtype=L.dtype, device=L.device)
-        L[start:, start : start + size] = torch.linalg.solve_triangular(
-            L[start:, start:], identity, upper=False
-        )
+    for panel in panels(width):
+        start = panel.start
+        identity = torch.eye(width - start, panel.stop - start, dtype=L.dtype, device=L.device)
+        L[start:, panel] = torch.linalg.solve_triangular(L[start:, start:], identity, upper=False)
+
+
+def panels(width: int) -> list[slice]:
+    """The columns of a matrix, PANEL at a time."""
+    return [slice(start, min(start + PANEL, width)) for start in range(0, width, PANEL)]
 
 
 class Rounded(NamedTuple):
@@ -98,8 +101,7 @@ def gptq(W: Tensor, U: Tensor, grid: Grid, order: Tensor | None = None, block: i
             Block(work[here], U[here, here], scales, zeros, groups[here], grid.levels, integers[here], errors)
         )
         work[end:].addmm_(U[here, end:].T, errors, alpha=-1)  # beyond the block, once per block
-    natural = torch.empty_like(integers)
-    natural[order] = integers
+    natural = integers.index_select(0, torch.argsort(order))
     return Rounded(natural.T.contiguous(), cost / 2)
 
 
@@ -109,6 +111,14 @@ def act_order(H: Tensor) -> Tensor:
 
 
 def output_error(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
-    """½ tr((W − Q) H (W − Q)ᵀ) per row: the mean squared change of the layer's output per token, [rows]."""
+    """½ tr((W − Q) H (W − Q)ᵀ) per row: the mean squared change of the layer's output per token, [rows].
+
+    H is symmetric: panels above its diagonal count twice, what lies below them is not read.
+    """
     D = W - Q
-    return ((D @ H) * D).sum(1) / 2
+    total = torch.zeros_like(D[:, 0])
+    for panel in panels(D.shape[1]):
+        own, above = D[:, panel], slice(panel.start)
+        DH = torch.addmm(own @ H[panel, panel], D[:, above], H[above, panel], alpha=2)
+        total += (DH * own).sum(1)
+    return total / 2

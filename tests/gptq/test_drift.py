@@ -6,7 +6,7 @@ from problems import problem
 
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import damped
-from qwenq.gptq.drift import InputDrift, OutputDrift, aim, drift, exact_drift
+from qwenq.gptq.drift import InputDrift, OutputDrift, aim, drift, exact_drift, times_inverse
 from qwenq.gptq.running import running_drift, running_hessian, running_output_drift
 from qwenq.gptq.solver import act_order
 
@@ -114,6 +114,20 @@ def test_the_target_is_the_regression_of_the_original_outputs(reorder: bool, row
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
     before = ((x @ W.T) - original @ W.T).square().sum()
     assert ((x @ wanted.T) - original @ W.T).square().sum() < 0.9 * before
+
+
+@pytest.mark.parametrize("width", [1, 64, 256, 257, 700])
+@pytest.mark.parametrize("reorder", [False, True])
+def test_half_a_triangle_is_all_of_it(width: int, reorder: bool) -> None:
+    """Over several panels, against the whole products, whatever lies below U's diagonal."""
+    given = problem(0, rows=5, width=width, tokens=2 * width, dtype=torch.float64)
+    order = act_order(given.H) if reorder else torch.arange(width)
+    hessian = damped(given.H.clone(), 0.01, order)
+    whole = torch.empty_like(given.W)
+    whole[:, order] = given.W[:, order] @ hessian.U.T @ hessian.U
+    torch.testing.assert_close(times_inverse(given.W, hessian), whole, rtol=1e-9, atol=1e-9)
+    hessian.U.add_(torch.full_like(hessian.U, torch.nan).tril(-256))
+    assert times_inverse(given.W, hessian).isfinite().all()
 
 
 def test_no_strength_and_no_drift_leave_the_weight_alone() -> None:

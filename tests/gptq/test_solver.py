@@ -152,3 +152,12 @@ def test_output_error_is_the_mean_squared_change_of_the_output() -> None:
     Q = given.W + 0.01 * torch.randn_like(given.W)
     change = (given.X @ (given.W - Q).T).square().mean(0)  # [rows]
     torch.testing.assert_close(output_error(given.W, Q, given.H), change)
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 700])
+def test_output_error_over_several_panels(width: int) -> None:
+    given = problem(3, rows=7, width=width, dtype=torch.float64)
+    D = 0.01 * torch.randn_like(given.W)
+    torch.testing.assert_close(
+        output_error(given.W, given.W + D, given.H), (D @ given.H * D).sum(1) / 2, rtol=1e-9, atol=0
+    )
