@@ -71,7 +71,7 @@ def _require(block: Block) -> None:
             raise ValueError(f"{name} do not lie in one piece")
     if block.scales.shape[1] != rows or rows < FEWEST_ROWS:
         raise ValueError(f"{rows} rows, and scales for {block.scales.shape[1]}")
-    if len(block.groups) != count or not all(0 <= group < len(block.scales) for group in block.groups):
+    if len(block.groups) != count or min(block.groups) < 0 or max(block.groups) >= len(block.scales):
         raise ValueError(f"{count} columns in groups {block.groups} of {len(block.scales)}")
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qwenq.gptq.columns import AVX512
 from qwenq.native import support
 
 PANEL = (
@@ -60,11 +61,15 @@ def native_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def passed_over(dtype: torch.dtype, device: torch.device) -> str | None:
-    """A sentence on compiled products that this CPU or this installation lacks; None: none are missed."""
+    """A sentence on compiled products that this CPU or this installation lacks; None: none are missed.
+
+    It names what else is then not compiled: ``columns`` and ``scales``, which ask less of the CPU.
+    """
     if device.type != "cpu" or dtype != torch.bfloat16:
         return None
     why = native_why_not(dtype, device)
-    return f"Hessians are left to torch, which takes longer, because {why}" if why else None
+    what = "Hessians, scales and rounding" if support.why_not(AVX512) else "Hessians"
+    return f"{what} are left to torch, which takes longer, because {why}" if why else None
 
 
 class Float32Products:

@@ -116,8 +116,13 @@ def test_what_is_missed_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.Monk
     assert isinstance(products(8, 8, torch.empty(0, dtype=torch.bfloat16)), Float32Products)
     said = passed_over(torch.bfloat16, CPU)
     assert said is not None
-    assert said == "Hessians are left to torch, which takes longer, because llvmlite is not installed"
+    slower = "left to torch, which takes longer, because"
+    assert said == f"Hessians, scales and rounding are {slower} llvmlite is not installed"
     assert how_summed(torch.bfloat16, CPU, ALONE) == "float32"
+    lacking = "this CPU has no avx512bf16"
+    monkeypatch.setattr(support, "why_not", lambda *features: lacking if "avx512bf16" in features else None)
+    said = passed_over(torch.bfloat16, CPU)
+    assert said == f"Hessians are {slower} {lacking}"
     monkeypatch.setattr(support, "why_not", lambda *features: None)
     assert passed_over(torch.bfloat16, CPU) is None
     assert how_summed(torch.bfloat16, CPU, ALONE) == "bfloat16 pairs"
