@@ -15,7 +15,7 @@ from torch import Tensor
 from qwenq.gptq.columns import Block, round_columns
 from qwenq.gptq.grid import Grid
 
-PANEL = 256  # columns of a triangular or symmetric matrix that are solved for or multiplied by at a time
+PANEL = 192  # columns of a triangular or symmetric matrix that are solved for or multiplied by at a time
 BLOCK = 64  # columns per lazy update (§3.3, step 2). The paper has 128; on a CPU shorter rank-1 updates win
 
 
@@ -46,16 +46,20 @@ def inverse_factor(H: Tensor, order: Tensor | None = None) -> tuple[Tensor | Non
 
 
 def _invert_lower(L: Tensor) -> None:
-    """Replace a lower triangular matrix by its inverse, panel by panel from the left.
+    """Replace a lower triangular matrix by its inverse, a panel of rows after the other, from above.
 
-    A panel of the inverse is zero above its diagonal block, and the columns to its right are still L's: a
-    third of the work of solving for a whole identity matrix, and no second matrix.
+    With X the inverse so far, rows [M D] become [−D⁻¹ M X, D⁻¹]: nearly all of the work is products, nothing
+    is multiplied by the zeros of X, and there is no second matrix.
     """
-    width = L.shape[0]
-    for panel in panels(width):
-        start = panel.start
-        identity = torch.eye(width - start, panel.stop - start, dtype=L.dtype, device=L.device)
-        L[start:, panel] = torch.linalg.solve_triangular(L[start:, start:], identity, upper=False)
+    for rows in panels(L.shape[0]):
+        start, size = rows.start, rows.stop - rows.start
+        identity = torch.eye(size, dtype=L.dtype, device=L.device)
+        inverse = torch.linalg.solve_triangular(L[rows, rows], identity, upper=False)
+        left = L[rows, :start]
+        for panel in panels(start):  # of M X: of what is replaced, nothing to its right needs it
+            left[:, panel] = left[:, panel.start :] @ L[panel.start : start, panel]
+        left.copy_(inverse.neg() @ left)
+        L[rows, rows] = inverse
 
 
 def panels(width: int) -> list[slice]:

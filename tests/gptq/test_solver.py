@@ -118,7 +118,7 @@ def test_the_factor_is_upper_triangular_and_squares_to_the_inverse(seed: int, wi
     torch.testing.assert_close(U.T @ U @ H, torch.eye(width, dtype=torch.float64), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("width", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize("width", [1, 191, 192, 193, 255, 256, 257, 700])
 def test_the_factor_of_a_reordered_matrix_over_several_panels(width: int) -> None:
     H = damp(problem(2, width=width, tokens=900, dtype=torch.float64).H)
     order = act_order(H)
@@ -154,7 +154,7 @@ def test_output_error_is_the_mean_squared_change_of_the_output() -> None:
     torch.testing.assert_close(output_error(given.W, Q, given.H), change)
 
 
-@pytest.mark.parametrize("width", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize("width", [1, 191, 192, 193, 255, 256, 257, 700])
 def test_output_error_over_several_panels(width: int) -> None:
     given = problem(3, rows=7, width=width, dtype=torch.float64)
     D = 0.01 * torch.randn_like(given.W)
