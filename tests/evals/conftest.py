@@ -1,4 +1,4 @@
-"""A server to ask, and pauses that nobody waits for."""
+"""A server to ask, pauses that nobody waits for, and no hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 from evals.endpoint_server import Server
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here asks the real hub, wherever there is a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

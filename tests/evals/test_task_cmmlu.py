@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,17 +68,26 @@ def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
         CARD.items(write_cmmlu(tmp_path, rows=99))
 
 
-def test_the_hub_gives_the_same_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows(name: str, config: str, split: str) -> list[dict[str, str]]:
-        options = {"A": "None", "B": "乙", "C": "丙", "D": "丁"}
-        count = {"dev": 5, "test": 101}[split]
-        return [{"Question": f"第{n}题", **options, "Answer": "ABCD"[n % 4]} for n in range(count)]
+def test_the_hubs_archive_gives_the_same_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, archive = write_cmmlu(tmp_path), tmp_path / "cmmlu.zip"
+    with zipfile.ZipFile(archive, "w") as held:
+        for path in (tmp_path / "cmmlu").rglob("*.csv"):
+            held.write(path, path.relative_to(tmp_path / "cmmlu"))
+    monkeypatch.setattr("qwenq.evals.tasks.cmmlu.fetch_hub_file", lambda *_, **__: archive)
+    assert BASE.items(DataSource(), ["agronomy"]) == BASE.items(source, ["agronomy"])
+    with pytest.raises(DataError, match="no such benchmark file") as caught:
+        BASE.items(DataSource(), ["virology"])
+    assert str(caught.value.where).endswith("cmmlu.zip/test/virology.csv")
+    assert caught.value.hint == "the folder holds agronomy.csv"
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=rows))
-    assert BASE.items(DataSource(), ["agronomy"]) == BASE.items(write_cmmlu(tmp_path), ["agronomy"])
+
+def test_offline_without_the_archive_both_ways_out_are_named() -> None:
+    with pytest.raises(DataError, match="the hub did not give the benchmark") as caught:
+        BASE.items(DataSource(), ["agronomy"])
+    assert "either connect to the hub" in str(caught.value) and "--data DIR" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["cmmlu", "mbpp", "math"])
+@pytest.mark.parametrize("name", ["mbpp", "math"])
 def test_without_data_and_network_both_ways_out_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="needs the package datasets") as caught:

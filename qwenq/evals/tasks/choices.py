@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import Chosen, DataSource, Item, Judgement
-from qwenq.evals.tasks.data import Row, check_count, local_folder, read_csv
+from qwenq.evals.tasks.data import AnyPath, Row, check_count, local_folder, read_csv
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
@@ -45,7 +45,7 @@ class ChoiceSet:
     file: str = "{split}/{subject}_{split}.csv"
     least: int = 1
 
-    def path(self, folder: Path, split: str, subject: str) -> Path:
+    def path(self, folder: AnyPath, split: str, subject: str) -> AnyPath:
         """Where the rows of a subject are."""
         return folder / self.file.format(split=split, subject=subject)
 
@@ -66,8 +66,10 @@ def load_choices(origin: ChoiceSet, source: DataSource, subjects: Sequence[str],
         examples = origin.hub("dev", wanted) if shots else {}
     else:
         wanted = _present(origin, folder, wanted, asked=bool(subjects))
-        scored = {subject: _read(origin, folder, origin.split, subject) for subject in wanted}
-        examples = {subject: _read(origin, folder, "dev", subject) for subject in wanted} if shots else {}
+        scored = {subject: read_subject(origin, folder, origin.split, subject) for subject in wanted}
+        examples = (
+            {subject: read_subject(origin, folder, "dev", subject) for subject in wanted} if shots else {}
+        )
     if not source.sample:
         _check_counts(origin, scored, folder)
     items = []
@@ -189,7 +191,12 @@ def _present(origin: ChoiceSet, folder: Path, wanted: Sequence[str], *, asked: b
     return there
 
 
-def _read(origin: ChoiceSet, folder: Path, split: str, subject: str) -> list[Row]:
+def read_subject(origin: ChoiceSet, folder: AnyPath, split: str, subject: str) -> list[Row]:
+    """The rows of one subject's file, whose folder may be inside a zip archive.
+
+    Raises:
+        DataError: no such file, or a broken one.
+    """
     columns = list(origin.columns)
     optional = ["explanation", ""]  # the second is what pandas calls the column of row numbers
     if split == origin.split and not origin.answered:

@@ -1,24 +1,25 @@
-"""Benchmarks from the hub, through the ``datasets`` library: only sets that load without remote code."""
+"""Benchmarks from the hub: sets that load without remote code, or single files of those that do not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import DataError
 
-BOTH_WAYS = (
-    "either connect to the hub (pip install 'qwenq[data]'), "
-    "or put the files into a folder and name it: --data DIR"
-)
-NEITHER = "; --sample needs neither, but is not the benchmark"
+_CONNECT = "either connect to the hub{package}, or put the files into a folder and name it: --data DIR"
+_NEITHER = "; --sample needs neither, but is not the benchmark"
+_TIMEOUT = 10.0  # seconds
 
 
 def read_hub(dataset: str, config: str | None, split: str, *, sampled: bool = True) -> list[dict[str, Any]]:
-    """All rows of one split, in its own order.
+    """All rows of one split, in its own order, through the ``datasets`` library.
 
     Args:
-        dataset: ``owner/name``.
+        dataset: ``owner/name``; a set that is a script cannot be read so (since datasets 4).
         config: one of its configurations; None where it has one only.
         split: such as ``test``.
         sampled: whether the sample suite has this benchmark, too.
@@ -27,7 +28,7 @@ def read_hub(dataset: str, config: str | None, split: str, *, sampled: bool = Tr
         DataError: ``datasets`` is not installed, the hub cannot be reached, or has no such set.
     """
     where = f"hub dataset {dataset}{f', {config}' if config else ''}, split {split}"
-    ways = BOTH_WAYS + (NEITHER if sampled else "")
+    ways = _CONNECT.format(package=" (pip install 'qwenq[data]')") + (_NEITHER if sampled else "")
     try:
         import datasets
     except ImportError:
@@ -35,11 +36,86 @@ def read_hub(dataset: str, config: str | None, split: str, *, sampled: bool = Tr
             "benchmarks come from the hub, which needs the package datasets", where=where, hint=ways
         ) from None
     try:
-        rows: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
-        listed = [dict(row) for row in rows]
+        with _from_the_cache(datasets, why=_unreachable(dataset)):
+            rows: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
+            listed = [dict(row) for row in rows]
     except (OSError, ValueError, RuntimeError, KeyError) as error:  # offline, gone, renamed, refused
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"the hub did not give the benchmark: {reason[0]}", where=where, hint=ways) from error
+        raise _no_benchmark(error, where, ways) from error
     if not listed:
         raise DataError("the hub gave no rows", where=where, hint=ways)
     return listed
+
+
+def fetch_hub_file(dataset: str, name: str, *, sampled: bool = True) -> Path:
+    """One file of a hub dataset, downloaded or from the cache.
+
+    Args:
+        dataset: ``owner/name``.
+        name: of the file, within the dataset.
+        sampled: whether the sample suite has this benchmark, too.
+
+    Raises:
+        DataError: the hub cannot be reached, or has no such file.
+    """
+    from huggingface_hub import hf_hub_download
+
+    where = f"hub dataset {dataset}, {name}"
+    ways = _CONNECT.format(package="") + (_NEITHER if sampled else "")
+    why = _unreachable(dataset)
+    try:
+        found = hf_hub_download(dataset, name, repo_type="dataset", local_files_only=why is not None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _no_benchmark(why or error, where, ways) from error
+    return Path(found)
+
+
+def _no_benchmark(error: Exception, where: str, ways: str) -> DataError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return DataError(f"the hub did not give the benchmark: {reason[0]}", where=where, hint=ways)
+
+
+class _UnreachableError(OSError):
+    """The hub did not answer."""
+
+
+@cache
+def _unreachable(dataset: str) -> _UnreachableError | None:
+    """Why the hub cannot be asked; None when it can be, or when only the cache is to be asked.
+
+    Asked once and first: a download from nowhere is tried six times, in half a minute and eleven lines.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.is_offline_mode():
+        return None
+    try:
+        HfApi().dataset_info(dataset, timeout=_TIMEOUT)
+    except HfHubHTTPError:
+        return None  # it answers; what is wrong with the set, the download says better
+    except (OSError, _http_error()) as error:
+        return _UnreachableError(f"{constants.ENDPOINT} could not be reached: {error}")
+    return None
+
+
+def _http_error() -> type[Exception]:
+    """What the hub's HTTP library raises below the level of HTTP; that library is httpx or a successor."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
+@contextmanager
+def _from_the_cache(datasets: Any, *, why: _UnreachableError | None) -> Iterator[None]:
+    """Within it, where the hub cannot be reached, ``datasets`` looks into its cache at once, and says so."""
+    if why is None:
+        yield
+        return
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except Exception as error:
+        raise why from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before

@@ -1,0 +1,136 @@
+"""Benchmarks from a hub on this machine, through the real libraries, in the layouts of the published sets."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evals.dataset_hub import ask, serve
+
+pytest.importorskip("datasets")
+ASKED = ["mmlu:base:anatomy", "ceval:base:marxism", "gsm8k:card:", "humaneval:card:", "cmmlu:base:agronomy"]
+ASKED += ["mbpp:base:", "math:base:geometry"]
+
+
+def parquet(rows: Sequence[dict[str, Any]], classes: Sequence[str] = ()) -> bytes:
+    """Rows as ``datasets`` stores them; ``answer`` is a class label where its names are given."""
+    import datasets
+
+    table = datasets.Dataset.from_list(list(rows))
+    if classes:
+        table = table.cast_column("answer", datasets.ClassLabel(names=list(classes)))
+    held = io.BytesIO()
+    table.to_parquet(held)
+    return held.getvalue()
+
+
+def card(config: str, splits: Sequence[str], folder: str) -> bytes:
+    files = "".join(f"  - split: {split}\n    path: {folder}/{split}-*\n" for split in splits)
+    return f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n".encode()
+
+
+def published(config: str, folder: str, **splits: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+    data = {f"{folder}/{split}-00000-of-00001.parquet": parquet(rows) for split, rows in splits.items()}
+    return {"README.md": card(config, list(splits), folder), **data}
+
+
+def mmlu() -> dict[str, bytes]:
+    files = {"README.md": card("all", ("test", "dev"), "all")}
+    for split, count in (("test", 135), ("dev", 5)):
+        one = {"subject": "anatomy", "choices": ["None", "x", "y", "z"]}
+        rows = [{"question": f"q{n}", **one, "answer": n % 4} for n in range(count)]
+        files[f"all/{split}-00000-of-00001.parquet"] = parquet(rows, classes="ABCD")
+    return files
+
+
+def ceval() -> dict[str, bytes]:
+    row = {"question": "问", "A": "一", "B": "二", "C": "三", "D": "四", "answer": "B", "explanation": ""}
+    splits = {split: [{"id": n, **row} for n in range(count)] for split, count in (("val", 19), ("dev", 5))}
+    return published("marxism", "marxism", **splits)
+
+
+def cmmlu() -> dict[str, bytes]:
+    """A script, which nothing runs, and an archive."""
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        for split, count in (("dev", 5), ("test", 101)):
+            lines = (f"{n},第{n}题,None,乙,丙,丁,{'ABCD'[n % 4]}\n" for n in range(count))
+            archive.writestr(f"{split}/agronomy.csv", ",Question,A,B,C,D,Answer\n" + "".join(lines))
+    return {"README.md": b"CMMLU\n", "cmmlu.py": b"raise SystemExit", "cmmlu_v1_0_1.zip": held.getvalue()}
+
+
+def human_eval() -> dict[str, bytes]:
+    names = ("prompt", "canonical_solution", "test")
+    text = ('def f():\n    """d"""\n', "    pass\n", "def check(c):\n    pass\n")
+    one = {**dict(zip(names, text, strict=True)), "entry_point": "f"}
+    rows = [{"task_id": f"HumanEval/{n}", **one} for n in range(164)]
+    return published("openai_humaneval", "openai_humaneval", test=rows)
+
+
+def mbpp_row(number: int) -> dict[str, Any]:
+    code, tests = "def add(x):\n    return x + 1", ["assert add(1) == 2"] * 3
+    rest = {"test_setup_code": "", "challenge_test_list": []}
+    return {"task_id": number, "text": "Add one.", "code": code, "test_list": tests, **rest}
+
+
+def hub_files() -> dict[str, dict[str, bytes]]:
+    sums = [{"question": f"1 + {n}?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(1319)]
+    prompt, test = ([mbpp_row(n) for n in numbers] for numbers in (range(1, 11), range(11, 511)))
+    problem = {"problem": "1+1?", "level": "Level 1", "type": "Geometry", "solution": r"It is $\boxed{2}$."}
+    return {
+        "cais/mmlu": mmlu(),
+        "ceval/ceval-exam": ceval(),
+        "openai/gsm8k": published("main", "main", test=sums),
+        "openai/openai_humaneval": human_eval(),
+        "lmlmcat/cmmlu": cmmlu(),
+        "google-research-datasets/mbpp": published("full", "full", prompt=prompt, test=test),
+        "EleutherAI/hendrycks_math": published("geometry", "geometry", test=[problem] * 479),
+    }
+
+
+def test_every_set_of_the_hub_and_the_cache_when_it_is_gone(tmp_path: Path) -> None:
+    with serve(hub_files()) as address:
+        found, said = ask(address, tmp_path, ASKED)
+    assert [one.get("items") for one in found] == [135, 19, 1319, 164, 101, 500, 479], (found, said)
+    assert [one["id"] for one in found[:3]] == ["anatomy/134", "marxism/18", "test/1318"]
+    assert [one["shots"] for one in found] == [5, 5, 0, 0, 5, 3, 4]
+    assert found[0]["data"]["answer"] == "C" and found[0]["data"]["A"] == "None"
+    assert found[4]["data"] == {
+        "question": "第100题",
+        **dict(zip("ABCD", ("None", *"乙丙丁"), strict=True)),
+    } | {"answer": "A"}
+    again, said = ask(address, tmp_path, ASKED)  # nobody serves that address any more
+    assert again == found
+    assert "Retrying" not in said
+
+
+def test_nobody_there_is_one_error_at_once_with_both_ways_out(tmp_path: Path) -> None:
+    with serve({}) as address:
+        pass
+    begin = time.monotonic()
+    found, said = ask(address, tmp_path, ["gsm8k:card:", "cmmlu:base:agronomy"])
+    for one in found:
+        assert one["error"] == "DataError" and f"{address} could not be reached" in one["text"]
+        assert "either connect to the hub" in one["text"] and "--data DIR" in one["text"]
+    assert ["--sample" in one["text"] for one in found] == [True, False]
+    assert "Retrying" not in said
+    assert time.monotonic() - begin < 25  # six attempts of each, as downloads make, take over a minute
+
+
+def test_a_set_that_is_gone_and_one_that_became_a_script(tmp_path: Path) -> None:
+    with serve({"openai/gsm8k": {"README.md": b"moved\n", "gsm8k.py": b"raise SystemExit"}}) as address:
+        script, gone = ask(address, tmp_path, ["gsm8k:card:", "mmlu:base:anatomy"])[0]
+    assert "Dataset scripts are no longer supported" in script["text"] and "--data DIR" in script["text"]
+    assert "doesn't exist on the Hub" in gone["text"] and "--data DIR" in gone["text"]
+
+
+def test_an_archive_that_is_none(tmp_path: Path) -> None:
+    with serve({"lmlmcat/cmmlu": {**cmmlu(), "cmmlu_v1_0_1.zip": b"PK no more"}}) as address:
+        (found,), _ = ask(address, tmp_path, ["cmmlu:base:agronomy"])
+    assert found["error"] == "DataError" and "not a whole zip archive" in json.dumps(found)
