@@ -52,11 +52,11 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NATIVE, _attend)
+    AttentionInterface.register(NATIVE, attend)
     AttentionMaskInterface.register(NATIVE, sdpa_mask)
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -65,7 +65,15 @@ def _attend(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """[batch, heads, tokens, d] each → [batch, tokens, heads, d]; with a mask, as of a window, torch's."""
+    """[batch, heads, tokens, d] each → [batch, tokens, heads, d]; with a mask, as of a window, torch's.
+
+    Args:
+        module: asked by torch's for ``num_key_value_groups`` and ``is_causal``.
+        query, key, value: fewer heads of keys and values are shared evenly.
+        attention_mask: None: each token sees those up to its own.
+        scaling: of the scores; None: by the width of a head.
+        rest: what else transformers tells; for torch's.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from qwenq.models.native_attention import causal_attention

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qwenq.errors import ModelError
-from qwenq.models.block_attention import attention_of, passed_over, why_not
+from qwenq.models.block_attention import NATIVE, attention_of, passed_over, why_not
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite
 from qwenq.models.long_context import require_plain
@@ -37,9 +37,10 @@ class BlockwiseDecoder:
 
     Attributes:
         attention: ``block_attention``'s name of what computes it. In layers that slide a window it is torch's
-            for texts that fill that.
+            for texts that fill that. Where it is compiled, norms, rotary positions and activations are, too,
+            if the architecture allows it (``fused_block``): the same on all machines.
         attention_why_not: why that is not compiled code, in words that follow "because"; None: it is.
-        passed_over: a sentence for the user on compiled attention that these blocks go without, or None.
+        passed_over: a sentence for the user on compiled code that these blocks go without, or None.
         names: "model.layers.0", …, the blocks' names in the checkpoint.
     """
 
@@ -61,9 +62,19 @@ class BlockwiseDecoder:
             # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
+        if self.attention == NATIVE:
+            self._fuse(config)
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self._freed = FreedMemory()
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
+
+    def _fuse(self, config: Any) -> None:
+        from qwenq.models.fused_block import fuse_blocks
+
+        why = fuse_blocks(self._blocks, config)
+        if why is not None:
+            missed = f"norms and activations are left to torch, which takes longer, because {why}"
+            self.passed_over = f"{self.passed_over}; {missed}" if self.passed_over else missed
 
     def _windowed(self, config: Any) -> str | None:
         """The sentence for compiled attention that only some of the layers have."""

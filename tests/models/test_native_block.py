@@ -1,0 +1,177 @@
+"""Norms, rotary positions and the gated activation as compiled code, beside float64 and transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from qwenq.native import support
+
+UNABLE = support.why_not(*support.BFLOAT16)
+if UNABLE is not None:
+    pytest.skip(f"no such code here: {UNABLE}", allow_module_level=True)
+
+from qwenq.models.native_block import rms_norm, rotate_, swiglu_  # noqa: E402
+
+WIDTHS = st.sampled_from([16, 48, 64, 80, 128, 576])
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    module = Qwen3RMSNorm(len(weight), eps)
+    module.weight.data = weight
+    with torch.no_grad():
+        out: Tensor = module(x)
+    return out
+
+
+def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    return turned
+
+
+def rarely_apart(got: Tensor, plain: Tensor) -> None:
+    """Equal but for the neighbouring bfloat16 in a few of many places."""
+    assert got.dtype is torch.bfloat16 and got.shape == plain.shape
+    apart = (got != plain).sum().item()
+    assert apart <= 2 + 0.005 * plain.numel()
+    # Two roundings in a row may each fall to the other side: two units of the last of 8 bits.
+    torch.testing.assert_close(got, plain, rtol=2**-6, atol=1e-30)
+
+
+@settings(max_examples=40)
+@given(rows=st.integers(1, 70), d=WIDTHS, scale=st.sampled_from([1e-4, 1.0, 300.0]))
+def test_a_norm_is_transformers(rows: int, d: int, scale: float) -> None:
+    x, weight = scale * drawn(rows, 2, rows, d), drawn(1, d)
+    got = rms_norm(x, weight, 1e-6)
+    rarely_apart(got, plain_norm(x, weight, 1e-6))
+    exact = functional.rms_norm(x.double(), (d,), weight.double(), 1e-6)
+    torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=1e-30)
+
+
+def test_a_norm_takes_any_strides_and_keeps_its_input() -> None:
+    whole = drawn(0, 6, 5, 96)
+    before = whole.clone()
+    for x in (whole[:, ::2, 32:64], whole.transpose(0, 1), whole[0, 0], whole[:0]):
+        weight = drawn(1, 2 * x.shape[-1])[::2]
+        assert torch.equal(rms_norm(x, weight, 1e-5), rms_norm(x.clone(), weight.clone(), 1e-5))
+    assert torch.equal(whole, before)
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e-38, 0.0, float("nan"), float("inf")])
+def test_a_norm_of_extremes_is_transformers(value: float) -> None:
+    x = drawn(0, 3, 32)
+    x[1, 5] = value
+    weight = torch.ones(32).bfloat16()
+    got, plain = rms_norm(x, weight, 1e-6), plain_norm(x, weight, 1e-6)
+    torch.testing.assert_close(got, plain, rtol=2**-7, atol=0, equal_nan=True)
+    assert got[1].isnan().any() == (not torch.tensor(value).isfinite())
+
+
+@settings(max_examples=40)
+@given(rows=st.integers(1, 70), d=WIDTHS, scale=st.sampled_from([0.01, 1.0, 20.0]))
+def test_the_activation_is_torchs(rows: int, d: int, scale: float) -> None:
+    gate, up = scale * drawn(rows, 3, rows, d), drawn(1, 3, rows, d)
+    plain = functional.silu(gate) * up
+    exact = functional.silu(gate.double()) * up.double()
+    got = swiglu_(gate, up)
+    assert got is gate
+    rarely_apart(got, plain)
+    torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=1e-30)
+
+
+def test_the_activation_of_every_bfloat16_is_torchs() -> None:
+    """NaN among them: that stays one, and nothing else becomes one but as in torch."""
+    gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).reshape(-1, 16)
+    plain = functional.silu(gate)
+    got = swiglu_(gate.clone(), torch.ones_like(gate))
+    # Where torch's power is infinite a little later, what is left is below 1e-35.
+    torch.testing.assert_close(got, plain, rtol=2**-7, atol=1e-35, equal_nan=True)
+    assert (got != plain).logical_and(plain.abs() > 1e-35).sum() < 30
+    up = drawn(0, *gate.shape)
+    up[7, 7] = float("nan")
+    assert swiglu_(gate.clone(), up)[7, 7].isnan()
+
+
+def test_the_activation_takes_any_strides_of_the_second() -> None:
+    gate, up = drawn(0, 7, 48), drawn(1, 48, 14).T[::2]
+    assert torch.equal(swiglu_(gate.clone(), up), swiglu_(gate.clone(), up.clone()))
+
+
+@settings(max_examples=40)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.one_of(st.integers(1, 20), st.just(301)),
+    kv_heads=st.integers(1, 3),
+    sharing=st.integers(1, 3),
+    d=st.sampled_from([16, 32, 48, 64, 80, 128]),
+    of_each=st.booleans(),
+)
+def test_rotation_is_transformers_to_the_bit(
+    batch: int, tokens: int, kv_heads: int, sharing: int, d: int, of_each: bool
+) -> None:
+    # Queries, keys and values of one tensor: what is not turned must stay.
+    whole = drawn(tokens, batch, tokens, (sharing + 2) * kv_heads, d)
+    q, k, v = whole.split([sharing * kv_heads, kv_heads, kv_heads], 2)
+    angles = 9 * drawn(1, batch if of_each else 1, tokens, d).float()
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    plain, values = plain_rotary(q, k, cos, sin), v.clone()
+    rotate_(q, k, cos, sin)
+    assert torch.equal(q, plain[0]) and torch.equal(k, plain[1]) and torch.equal(v, values)
+
+
+def test_rotation_hides_nothing_and_takes_any_strides_of_tables() -> None:
+    q, k = drawn(0, 2, 5, 3, 32), drawn(1, 2, 5, 1, 32)
+    q[1, 2, 1, 3], k[0, 0, 0, 20] = float("nan"), float("inf")
+    cos, sin = drawn(2, 1, 32, 5).transpose(1, 2), drawn(3, 1, 10, 32)[:, ::2]
+    plain = plain_rotary(q, k, cos, sin)
+    rotate_(q, k, cos, sin)
+    for got, expected in zip((q, k), plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert q[1, 2, 1, 3].isnan() and q[1, 2, 1, 19].isnan()
+
+
+ROWS, TURNED, TABLE = drawn(0, 4, 32), drawn(1, 2, 5, 3, 32), drawn(2, 1, 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: rms_norm(ROWS.float(), ROWS[0], 1e-6), r"x is torch\.float32"),
+        (lambda: rms_norm(ROWS, ROWS[0].float(), 1e-6), r"weight is torch\.float32"),
+        (lambda: rms_norm(ROWS.to("meta"), ROWS[0], 1e-6), "x is .* on meta"),
+        (lambda: rms_norm(ROWS, ROWS[0, :16], 1e-6), r"a weight \[16\] does not fit"),
+        (lambda: rms_norm(ROWS[:, :24], ROWS[0, :24], 1e-6), r"x \[4, 24\] .* no multiple of 16"),
+        (lambda: rms_norm(drawn(0), ROWS[0], 1e-6), r"x \[\] "),
+        (lambda: swiglu_(ROWS.clone(), ROWS.half()), r"up is torch\.float16"),
+        (lambda: swiglu_(ROWS.clone(), ROWS[:3]), "not of the shape"),
+        (lambda: swiglu_(ROWS.T.clone().T[:, :16], ROWS[:, :16]), "not contiguous"),
+        (lambda: swiglu_(drawn(0, 2, 24), drawn(0, 2, 24)), "no multiple of 16"),
+        (lambda: rotate_(TURNED.double(), TURNED, TABLE, TABLE), r"q is torch\.float64"),
+        (lambda: rotate_(TURNED, TURNED, TABLE, TABLE.float()), r"sin is torch\.float32"),
+        (lambda: rotate_(TURNED[..., :24], TURNED, TABLE, TABLE), r"q is \[2, 5, 3, 24\]"),
+        (lambda: rotate_(TURNED, TURNED[0], TABLE, TABLE), r"k is \[5, 3, 32\]"),
+        (lambda: rotate_(TURNED, TURNED[:, :4], TABLE, TABLE), "do not fit"),
+        (lambda: rotate_(TURNED, TURNED, TABLE[:, :4], TABLE), "do not fit"),
+        (lambda: rotate_(TURNED, TURNED, TABLE, TABLE.expand(3, -1, -1)), "do not fit"),
+        (lambda: rotate_(TURNED.transpose(1, 2), TURNED, TABLE, TABLE), "beside each other"),
+        (lambda: rotate_(TURNED[..., ::2], TURNED, TABLE, TABLE), "beside each other"),
+        (lambda: rotate_(TURNED[:1].expand(2, -1, -1, -1), TURNED, TABLE, TABLE), "share memory"),
+    ],
+)
+def test_memory_is_not_touched_by_numbers_that_do_not_fit(call: Callable[[], object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call()
