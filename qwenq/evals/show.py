@@ -12,6 +12,7 @@ from qwenq.evals.records import FOLDER, Record, read_records
 from qwenq.evals.requests import prompt_text, request_hash
 from qwenq.evals.task import Choose, DataSource, Item, Request
 from qwenq.evals.tasks.registry import get_task
+from qwenq.results import read_rows
 
 _REORDERING = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F)}
 """Characters that make a terminal show text in another order than it is written in."""
@@ -24,6 +25,7 @@ def show_item(run: Path, id_: str, source: DataSource) -> str:
         run: the run folder.
         id_: of the item.
         source: the benchmark's data: prompts are not recorded but made again, and checked against the record.
+            Where nothing is named and the rows of the run are the sample suite's, that.
 
     Raises:
         UsageError: no records, or none of that item.
@@ -37,6 +39,8 @@ def show_item(run: Path, id_: str, source: DataSource) -> str:
         raise UsageError(
             f"no record of {id_!r}", where=folder, hint="ids look like abstract_algebra/12 or HumanEval/3"
         )
+    if source == DataSource() and _is_sample(run):
+        source = DataSource(sample=True)
     sections, shown = [], ""
     for path, record in found:
         key = _key(path)
@@ -46,6 +50,15 @@ def show_item(run: Path, id_: str, source: DataSource) -> str:
             shown = question
         sections.append(_answer(path, record))
     return visible("\n\n".join(sections))
+
+
+def _is_sample(run: Path) -> bool:
+    """Whether all scores of the run are of the sample suite; a run without any, or a torn one, does not tell."""
+    try:
+        points = [row.point for row in read_rows(run) if "task" in row.point]
+    except QwenqError:
+        return False
+    return bool(points) and all("data" in point for point in points)
 
 
 def visible(text: str) -> str:
@@ -76,7 +89,7 @@ def _question(key: dict[str, Any], record: Record, source: DataSource) -> str:
         item = next(one for one in task.items(source, subjects, key.get("shots")) if one.id == record.id)
     except (QwenqError, StopIteration) as error:
         why = error.what if isinstance(error, QwenqError) else "the item is not in this data"
-        return f"{title}\n(prompt not shown: {why})"
+        return f"{title}\n(prompt not shown: {why}; name the data that was asked: --data DIR or --sample)"
     request = task.request(item)
     changed = request_hash(item, request) != record.asked
     note = "\n(the data or the task has changed since: this is not what was asked)" if changed else ""

@@ -237,9 +237,21 @@ def test_one_item_in_full(evaluate: Shell, base: Path, data: Path) -> None:
         "[' A', ' B', ' C', ' D']",
     ):
         assert text in shown.out
+    elsewhere = evaluate(base, "--data", ".", "--show", "astronomy/2")
+    assert (
+        "(prompt not shown: no mmlu data there; name the data that was asked: --data DIR or" in elsewhere.out
+    )
     missing = evaluate(base, "--data", data, "--show", "astronomy/700")
     assert missing.code == 2
     assert "no record" in missing.err
+
+
+def test_one_item_of_the_sample_suite_needs_no_word_about_its_data(evaluate: Shell, base: Path) -> None:
+    how = ("--tasks", "mmlu", "--protocol", "base", "--dtype", "float32", "--device", "cpu")
+    assert evaluate(base, "--sample", "--limit", 2, *how).code == 0
+    shown = evaluate(base, "--show", "everyday_things/1").out
+    assert "prompt not shown" not in shown
+    assert "about everyday things" in shown
 
 
 def test_answers_cannot_steer_the_terminal(evaluate: Shell, base: Path, data: Path) -> None:
