@@ -15,12 +15,15 @@ import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+    from rich.table import Table
 
     from qwenq.evals.run import Plan
     from qwenq.evals.served import Contestant
     from qwenq.results import Row
 
 _PLAIN_SECONDS = 10.0
+_WIDE = 130
+"""Columns of a terminal that has room for a score and its comparison in one line."""
 
 
 class Progress:
@@ -102,29 +105,46 @@ def print_json(run: Path, rows: Sequence[Row]) -> None:
 def print_table(run: Path, rows: Sequence[Row]) -> None:
     """Scores with their intervals, and each model beside its base; then what quantising cost by the check."""
     from rich.console import Console
-    from rich.table import Table
 
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width of its own
+        console.width = 200
     checks = [row for row in rows if "task" not in row.point]
     rows = [row for row in rows if "task" in row.point]
-    compared = any(row.details.keys() & {"paired", "unpaired"} for row in rows)
+    order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
+    rows = sorted(rows, key=lambda row: order[row.point["task"]])
+    compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
+    aside = bool(compared) and console.width < _WIDE
+    console.print(_table(rows, beside=bool(compared) and not aside))
+    lines = [_in_a_line(row) for row in compared] if aside else []
+    for line in [*lines, *_check_lines(checks), *_remarks(rows)]:
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"run folder: {run}", soft_wrap=True, markup=False)
+
+
+def _table(rows: Sequence[Row], *, beside: bool) -> Table:
+    """One line a score; with what it is beside its base, where there is room for that."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for title in ("task", "protocol", "model"):
         table.add_column(title, overflow="fold")
     figures = ("score", "± SE", "95 % interval", "items")
-    for title in (*figures, *(("change", "lost / won", "p") if compared else ())):
+    for title in (*figures, *(("change", "lost / won", "p") if beside else ())):
         table.add_column(title, justify="right", no_wrap=True)
-    if compared:
+    if beside:
         table.add_column("beside its base", overflow="fold")
-    order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
-    for row in sorted(rows, key=lambda row: order[row.point["task"]]):
-        table.add_row(*_cells(row), *(_comparison(row) if compared else ()))
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a pipe has no width of its own
-        console.width = 200
-    console.print(table)
-    for line in [*_check_lines(checks), *_remarks(rows)]:
-        console.print(line, soft_wrap=True)
-    console.print(f"run folder: {run}", soft_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row), *(_comparison(row) if beside else ()))
+    return table
+
+
+def _in_a_line(row: Row) -> str:
+    """What the wide table has in its last columns."""
+    change, counts, p, beside = _comparison(row)
+    figures = f"change {change} points, lost / won {counts}, p {p}; " if change else ""
+    task, _, model, *_ = _cells(row)
+    return f"{task}, {model}: {figures}{beside}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

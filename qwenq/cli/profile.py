@@ -189,10 +189,14 @@ def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = 160
     console.print(", ".join(f"{name} {value}" for name, value in printed.constant), markup=False)
-    grid = Table(*printed.headings)
+    grid = Table(box=None, pad_edge=False)
+    for heading in printed.headings:
+        grid.add_column(heading, overflow="fold")  # of a figure nothing may be cut off
     for line in printed.lines:
         grid.add_row(*(cell.replace("[", r"\[") for cell in line))
     console.print(grid)
+    if any("–" in cell for line in printed.lines for cell in line):
+        console.print("in brackets: 95 % intervals of the median", markup=False)
     for note in printed.notes:
         console.print(note, markup=False)
     if kept:

@@ -53,7 +53,7 @@ def show_item(run: Path, id_: str, source: DataSource) -> str:
 
 
 def _is_sample(run: Path) -> bool:
-    """Whether all scores of the run are of the sample suite; a run without any, or a torn one, does not tell."""
+    """Whether all scores of the run are of the sample suite; a run without any does not tell."""
     try:
         points = [row.point for row in read_rows(run) if "task" in row.point]
     except QwenqError:

@@ -107,4 +107,4 @@ def _cell(row: Row | None, notes: _Notes) -> str:
     text = f"{row.value * factor:{form}}" + ("%" if row.metric in _PERCENT else "")
     if row.low is None or row.high is None:
         return text
-    return f"{text} ± {(row.high - row.low) / 2 * factor:{form}}"
+    return f"{text} ({row.low * factor:{form}}–{row.high * factor:{form}})"

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwenq.environment import measured_on
 from qwenq.errors import UsageError
-from qwenq.reporting.text import clean
+from qwenq.reporting.text import clean, count
 from qwenq.results import Model, Row, each_run
 
 PRECISIONS = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "Int8", "int4": "Int4"}
@@ -120,5 +120,5 @@ def hardware(environment: dict[str, Any], device: object = None) -> str:
     if not isinstance(cpu, dict) or not cpu.get("model"):
         return "unknown hardware"
     cores, threads = cpu.get("cores"), cpu.get("threads")
-    parts = [str(cpu["model"]), *([f"{cores} cores"] if cores else [])]
-    return clean(", ".join([*parts, f"{threads} threads"] if threads and threads != cores else parts))
+    parts = [str(cpu["model"]), *([count(cores, "cores")] if cores else [])]
+    return clean(", ".join([*parts, count(threads, "threads")] if threads and threads != cores else parts))

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwenq.environment import measured_on
 from qwenq.reporting.collect import Collection, Run
-from qwenq.reporting.text import clean
+from qwenq.reporting.text import clean, count
 from qwenq.reporting.units import GIB
 
 
@@ -42,7 +42,7 @@ def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if isinstance(cpu, str):
         yield "processor", clean(cpu)
     elif isinstance(cpu, dict):
-        counts = ", ".join(f"{cpu[key]} {key}" for key in ("cores", "threads") if cpu.get(key))
+        counts = ", ".join(count(cpu[key], key) for key in ("cores", "threads") if cpu.get(key))
         yield "processor", clean(", ".join(part for part in (str(cpu.get("model")), counts) if part))
         if isinstance(cpu.get("features"), list) and cpu["features"]:
             yield "instruction sets", clean(" ".join(map(str, cpu["features"])))

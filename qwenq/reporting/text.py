@@ -37,6 +37,11 @@ _MARKUP = re.compile(r"[\\`*\[\]<>|~&$#!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _LINK = re.compile(r"://|(?<=www)\.", re.IGNORECASE)
 
 
+def count(number: object, things: str) -> str:
+    """``2 threads``, ``1 thread``."""
+    return f"{number} {things.removesuffix('s') if number == 1 else things}"
+
+
 def markdown(text: object) -> str:
     """``clean`` text that GitHub's Markdown shows as it is: no markup, HTML, table cell, link or mention."""
     shown = _MARKUP.sub(r"\\\g<0>", clean(text))

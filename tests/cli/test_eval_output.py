@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,3 +121,21 @@ def test_a_model_beside_its_base_is_shown_by_its_score(
     assert " ".join(int8.split()).endswith("+0.3 40 / 15 0.001 fp32: lost 40, won 15 items (p = 0.001)")
     assert int4.rstrip().endswith(why)
     assert plain.split()[-1] == "60"
+
+
+def test_on_a_narrow_terminal_comparisons_are_lines_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside seven columns of figures, 80 columns left one for each name."""
+    shown = io.StringIO()
+    narrow = partial(Console, file=shown, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("rich.console.Console", narrow)
+    found = {**Paired(500, 40, 15).to_json(0.003), "base": "fp32"}
+    eval_output.print_table(tmp_path, [row("fp32"), row("int8", paired=found), row("int4", unpaired="why")])
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines[:4])) <= 80
+    assert [line.split()[:4] for line in lines[1:4]] == [
+        ["mmlu", "base", "Tiny", name] for name in ("fp32", "int8", "int4")
+    ]
+    said = "change +0.3 points, lost / won 40 / 15, p 0.001; fp32: lost 40, won 15 items (p = 0.001)"
+    assert lines[4:6] == [f"mmlu, Tiny int8: {said}", "mmlu, Tiny int4: why"]

@@ -19,7 +19,13 @@ def test_what_does_not_vary_is_no_column(points: list[Point]) -> None:
     assert dict(printed.constant)["does"] == "generate 8"
     assert dict(printed.constant)["attention"] == "sdpa"
     assert [line[0] for line in printed.lines] == ["fp32", "int4"]
-    assert "2.00 ± 0.50" in printed.lines[0]
+    assert "2.00 (1.50–2.50)" in printed.lines[0]
+
+
+def test_an_interval_has_its_two_ends_as_it_need_not_be_symmetric(points: list[Point]) -> None:
+    """Two values that differ give an interval of logarithms: nothing of it is below zero."""
+    wide = points[0].row("speed.prefill", 187.47, low=39.42, high=878.45, n=2)
+    assert "187.5 (39.4–878.5)" in table([wide]).lines[0]
 
 
 def test_encoding_and_generating_share_a_table(points: list[Point]) -> None:

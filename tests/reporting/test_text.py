@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenq.reporting.text import LONGEST, clean, code, markdown, spreadsheet
+from qwenq.reporting.text import LONGEST, clean, code, count, markdown, spreadsheet
 
 
 @pytest.mark.parametrize(("text", "shown"), [
@@ -71,3 +71,7 @@ def test_a_code_span_ends_where_it_should() -> None:
 def test_a_spreadsheet_sees_no_formula(text: str) -> None:
     assert spreadsheet(text).startswith("'")
     assert spreadsheet("Int4") == "Int4"
+
+
+def test_one_of_a_thing_is_no_plural() -> None:
+    assert (count(1, "threads"), count(2, "threads")) == ("1 thread", "2 threads")
