@@ -85,7 +85,8 @@ class Progress:
         self._done += 1
         self._verdicts += correct is not None
         self._correct += bool(correct)
-        share = f"{self._correct / self._verdicts:.1%} correct" if self._verdicts else ""
+        newly = " of those asked now" if self._known else ""
+        share = f"{self._correct / self._verdicts:.1%} correct{newly}" if self._verdicts else ""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, accuracy=share)
         elif (now := time.monotonic()) - self._told >= _PLAIN_SECONDS or self._done == self._total:

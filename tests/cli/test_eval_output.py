@@ -61,7 +61,7 @@ def test_what_was_known_from_records_took_no_time(clock: Clock, capsys: pytest.C
             progress.judged(True)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Tiny int4, mmlu: 100 items, 80 known from records"
-    assert lines[1] == "Tiny int4, mmlu: 84 of 100, 100.0% correct, 48 s left"
+    assert lines[1] == "Tiny int4, mmlu: 84 of 100, 100.0% correct of those asked now, 48 s left"
 
 
 def test_answers_whose_programs_have_not_run_count_in_no_accuracy(
