@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from qwenq.cli import main
 from qwenq.environment import environment
@@ -71,6 +73,18 @@ def test_the_plan_comes_first_then_the_table(shell: Shell) -> None:
     found = read_environment(Path("runs/one"))
     assert "versions" in found
     assert all(row.settings["machine"]["cpu"] == found["cpu"] for row in rows)
+
+
+def test_a_narrow_terminal_cuts_no_figure_off(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def precise(point: Point, seconds: float | None) -> Iterator[Row]:
+        for metric in point.metrics:
+            yield point.row(metric, 12161.4, low=11038.2, high=13219.5, n=6)
+
+    monkeypatch.setattr("rich.console.Console", partial(Console, force_terminal=True, width=60))
+    code, out, _ = shell("--tokens", "4", "--out", "runs/narrow", measure=precise)
+    assert code == 0
+    assert "…" not in out[out.index("engine fast") :]
+    assert "in brackets: 95 % intervals of the median" in out
 
 
 def test_the_same_command_goes_on(shell: Shell) -> None:
