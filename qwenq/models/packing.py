@@ -109,7 +109,7 @@ def pack(
         qweight=_to_int32(integers, bits).t().contiguous(),  # [in * bits / 32, out]
         qzeros=pack_zeros(zeros, bits, checkpoint_format),
         scales=half_scales,
-        g_idx=trivial_g_idx(in_features, in_features // groups),
+        g_idx=trivial_g_idx(in_features, in_features // groups).to(integers.device),
     )
 
 
@@ -182,7 +182,8 @@ def has_trivial_g_idx(g_idx: Tensor, groups: int) -> bool:
     in_features = g_idx.shape[0]
     if in_features % groups:
         return False
-    return bool(torch.equal(g_idx.to(torch.int32), trivial_g_idx(in_features, in_features // groups)))
+    natural = trivial_g_idx(in_features, in_features // groups)
+    return torch.equal(g_idx.to(torch.int32), natural.to(g_idx.device))
 
 
 def _run_length(packed: PackedLinear) -> int:
