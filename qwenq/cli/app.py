@@ -71,8 +71,8 @@ def _share_the_cores() -> None:
 def _collect_less() -> None:
     """Look for garbage in cycles less often, and not at all at the end.
 
-    torch and transformers are hundreds of thousands of objects that live as long as the process: by Python's own settings, a
-    sixth of their import and most of a second at exit go into finding none of them to be garbage.
+    torch and transformers are hundreds of thousands of objects that live as long as the process: by Python's
+    own settings a sixth of their import and most of a second at exit go into finding none to be garbage.
     """
     gc.set_threshold(10_000, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)
