@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.fused_step import can_fuse, run_fused
 from qwenq.runtime.rope import logn_scales
 
 if TYPE_CHECKING:
@@ -66,12 +67,16 @@ class StaticStep:
         places = self.positions.unsqueeze(1)  # [batch, 1]
         mask = (self._slots[:end] <= places).view(-1, 1, 1, end)
         span = Span(places, None, end, causal=False, mask=mask, rows=self._rows, steps=self._first)
-        rotation = tuple(table[self._rows, self.positions].unsqueeze(1) for table in (self._cos, self._sin))
-        scales = None if self._scales is None else self._scales[places][..., None, None]
-        hidden = self._decoder.run(
-            self.tokens.unsqueeze(1), self._cache, span, (rotation[0], rotation[1]), scales
-        )
-        return self._decoder.logits(hidden[:, 0])
+        cos, sin = (table[self._rows, self.positions] for table in (self._cos, self._sin))  # [batch, 1, d]
+        scales = None if self._scales is None else self._scales[self.positions]
+        decoder, cache = self._decoder, self._cache
+        if can_fuse(decoder):
+            hidden = run_fused(decoder, self.tokens, cache, span, (cos[:, 0], sin[:, 0]), scales)
+        else:
+            rotation = cos.unsqueeze(1), sin.unsqueeze(1)
+            factors = None if scales is None else scales.view(-1, 1, 1, 1)
+            hidden = decoder.run(self.tokens.unsqueeze(1), cache, span, rotation, factors)[:, 0]
+        return decoder.logits(hidden)
 
     def _logn(self) -> Tensor | None:
         """Qwen v1's factors of the queries, [capacity]; None where no position has one."""
@@ -109,7 +114,7 @@ class Graphs:
         """Why steps of this decoder cannot be captured; None: they can."""
         if decoder.device.type != "cuda":
             return f"CUDA graphs need a CUDA GPU, and this is a {decoder.device.type}"
-        if decoder.attend.name not in _CAPTURABLE:
+        if decoder.attend.name not in _CAPTURABLE and not getattr(decoder.attend, "capturable", False):
             return f"attention {decoder.attend.name} asks the device for lengths, which a graph cannot"
         scaling = decoder.spec.rope_scaling or {}
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":

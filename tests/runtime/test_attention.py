@@ -49,6 +49,21 @@ def test_a_flash_kernel_is_asked_only_what_it_can_answer(span: str, heads: int, 
     assert error(backend, torch.float32, (heads, shared), d, *SPANS[span]) < 1e-5
 
 
+@pytest.mark.parametrize(("heads", "shared", "d"), HEADS)
+def test_a_step_of_rows_whose_lengths_lie_on_the_device(heads: int, shared: int, d: int) -> None:
+    asked = []
+
+    def step(queries: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
+        asked.append((queries.shape[:2], length.dtype))
+        end = int(length)
+        return last_query_at_last_key(queries[None], keys[None, :, :end], values[None, :, :end], False)[0]
+
+    backend = Flash("v2", "reference", last_query_at_last_key, step)
+    assert backend.capturable and not Flash("v2", "reference", last_query_at_last_key).capturable
+    assert error(backend, torch.float32, (heads, shared), d, *SPANS["step-ragged"]) < 1e-5
+    assert set(asked) == {((shared, heads // shared), torch.int32)}
+
+
 def test_a_step_reads_no_key_twice() -> None:
     shapes = []
 

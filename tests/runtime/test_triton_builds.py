@@ -18,6 +18,7 @@ from qwenq.runtime.kernels.triton_gptq_dot import _dot
 from qwenq.runtime.kernels.triton_gptq_gemv import _gemv
 from qwenq.runtime.kernels.triton_gptq_unpack import _unpack
 from qwenq.runtime.kernels.triton_split_decode import _attend_run, _join_runs, stages
+from qwenq.runtime.kernels.triton_step import _add_norm, _gated, _rotate_and_store
 
 SHARED_BYTES = {
     80: 163 << 10,
@@ -77,6 +78,22 @@ BUILDS = {
         {"D": 128, "BLOCK_D": 128, "RUNS": 16, "SLOTS": 256},
         odd=("heads", "runs", "end"),
     ),
+    "add-norm": Build(
+        _add_norm,
+        dict.fromkeys(("x", "y", "weight", "normed"), "*bf16"),
+        {"HIDDEN": 5120, "BLOCK": 8192, "ADD": True},
+        floats=("eps",),
+        warps=8,
+    ),
+    "rotate-and-store": Build(
+        _rotate_and_store,
+        dict.fromkeys(("qkv", "norm", "scales", "q", "keys", "values"), "*bf16")
+        | {"cos": "*fp32", "sin": "*fp32", "positions": "*i64"},
+        {"HEADS": 32, "SHARED": 8, "D": 128, "BLOCK": 128, "NORM": True, "SCALED": True},
+        floats=("eps",),
+        warps=1,
+    ),
+    "gated": Build(_gated, {"gate_up": "*bf16", "product": "*bf16"}, {"BLOCK": 1024}),
 }
 
 

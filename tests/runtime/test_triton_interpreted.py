@@ -49,6 +49,7 @@ def failures(outcomes: dict[str, str | None], start: str) -> Iterator[str]:
         "same-bits",
         "attention-v1",
         "attention-split",
+        "fused-step",
     ],
 )
 def test_kernels_agree_with_float64(outcomes: dict[str, str | None], start: str) -> None:
@@ -56,5 +57,7 @@ def test_kernels_agree_with_float64(outcomes: dict[str, str | None], start: str)
 
 
 def test_every_case_belongs_to_a_test(outcomes: dict[str, str | None]) -> None:
-    assert {name.split("-")[0] for name in outcomes} == {"linear", "class", "activation", "same", "attention"}
+    assert {name.split("-")[0] for name in outcomes} == {
+        "linear", "class", "activation", "same", "attention", "fused",
+    }  # fmt: skip
     assert len(outcomes) > 60

@@ -17,10 +17,13 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from runtime.attention_oracle import CPU, SPANS, error
+from runtime.small_models import FAMILIES, random_ids
+from runtime.test_cuda_graph import S, fast, prefilled, static, test_qwen_v1_beyond_its_trained_length
 from torch import Tensor
 
 from qwenq.models.packing import PackedLinear, dequantise, pack
 from qwenq.runtime.attention import attention_backend
+from qwenq.runtime.fused_step import can_fuse
 from qwenq.runtime.kernels import triton_gptq_dot, triton_gptq_gemv, triton_gptq_unpack
 from qwenq.runtime.kernels.base import Need
 from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
@@ -104,6 +107,20 @@ def same_bits() -> None:
     assert torch.equal(kernel(x), kernel(x))
 
 
+def fused_step(family: str, lengths: list[int]) -> None:
+    """What lies between products in kernels of our own, beside torch's: logits and what is in the cache."""
+    engine = fast(family)
+    plain, fused = prefilled(engine, lengths), prefilled(engine, lengths)
+    assert can_fuse(engine.decoder)
+    for seed in range(2):
+        tokens = torch.tensor(random_ids(len(lengths), seed))
+        torch.testing.assert_close(
+            static(engine, fused, tokens, 32), engine.decode(tokens, plain), atol=1e-4, rtol=1e-4
+        )
+    for ours, theirs in zip((*fused.keys, *fused.values), (*plain.keys, *plain.values), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def attention(name: str, dtype: torch.dtype, heads: tuple[int, int], d: int, span: str) -> None:
     """A backend over a real cache: prompts, prefixes, rows of unequal length, against float64."""
     backend = attention_backend(name, CPU, dtype)
@@ -126,6 +143,10 @@ def cases() -> dict[str, Callable[[], None]]:
                     layer_class, bits, dtype, rows, place > 1
                 )
     found["linear-several-steps"] = partial(linear, 4, 32, True, (2304, 16), 1)
+    for family in FAMILIES:
+        for lengths in ([9], [3, 17, 8]):
+            found[f"fused-step-{family}-{len(lengths)}"] = partial(fused_step, family, lengths)
+    found["fused-step-qwen-v1"] = partial(test_qwen_v1_beyond_its_trained_length, [3, S + 30, S - 1])
     for name in ("v1", "split"):
         for span in SPANS if name == "v1" else ("prompt", "step", "step-ragged"):
             for dtype, heads, d in ((torch.float16, (2, 2), 64), (torch.bfloat16, (6, 2), 40)):
@@ -136,7 +157,8 @@ def cases() -> dict[str, Callable[[], None]]:
 if __name__ == "__main__":
     for name, case in cases().items():
         try:
-            case()
+            with torch.inference_mode():
+                case()
             failure = None
         except Exception:
             failure = traceback.format_exc()

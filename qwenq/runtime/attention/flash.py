@@ -24,6 +24,12 @@ FlashKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 Causal: query i sees the keys up to n - t + i. Key/value heads divide the heads.
 """
 
+StepKernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(queries [heads, t, d], keys, values [heads, n, d], length int32 [1]) → [heads, t, d].
+
+All queries see the first ``length`` keys; how many those are is read on the device.
+"""
+
 
 class Flash:
     """A flash kernel over the cache.
@@ -35,17 +41,26 @@ class Flash:
         name: ``v2`` or ``v1``.
         implementation: for tables.
         kernel: what computes.
+        step_kernel: what computes one token of a row whose length only the device knows; None: there is none.
+
+    Attributes:
+        capturable: decode steps ask the device nothing, so that a CUDA graph can hold them.
     """
 
-    def __init__(self, name: str, implementation: str, kernel: FlashKernel) -> None:
+    def __init__(
+        self, name: str, implementation: str, kernel: FlashKernel, step_kernel: StepKernel | None = None
+    ) -> None:
         self.name, self.implementation = name, implementation
-        self._kernel = kernel
+        self._kernel, self._step_kernel = kernel, step_kernel
+        self.capturable = step_kernel is not None
         self._starts: tuple[Span, list[int]] | None = None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """See `Attention`."""
         batch, heads, tokens, d = queries.shape
         shared = keys.shape[1]
+        if tokens == 1 and span.mask is not None and self._step_kernel is not None:
+            return self._step(queries, keys, values, span, self._step_kernel)
         if span.start is None and not span.causal:
             return self._row_by_row(queries, keys, values, span)
         if tokens == 1:
@@ -53,6 +68,15 @@ class Flash:
             grouped = queries.reshape(batch, shared, heads // shared, d)
             return self._kernel(grouped, keys, values, False).reshape(batch, heads, 1, d)
         return self._kernel(queries, keys, values, True)
+
+    def _step(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span, kernel: StepKernel) -> Tensor:
+        batch, heads, _, d = queries.shape
+        grouped = queries.reshape(
+            batch, keys.shape[1], -1, d
+        )  # the heads of a group are one product's queries
+        lengths = (span.positions[:, 0] + 1).to(torch.int32).expand(batch)
+        rows = zip(grouped, keys, values, lengths.split(1), strict=True)
+        return torch.stack([kernel(*row) for row in rows]).reshape(batch, heads, 1, d)
 
     def _row_by_row(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         mixed, tokens = torch.zeros_like(queries), queries.shape[2]
@@ -90,7 +114,9 @@ def flash_v2(device: torch.device, dtype: torch.dtype) -> Flash:
             where="--attention v2",
             hint="install flash-attn 2 or a torch with CUDA, or use --attention off",
         )
-    return Flash("v2", f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)", _torch_flash)
+    return Flash(
+        "v2", f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)", _torch_flash, _torch_step
+    )
 
 
 def flash_v1_package() -> Flash | None:
@@ -174,6 +200,17 @@ def _torch_flash(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) ->
         queries, keys, values, 0.0, causal, scale=queries.shape[-1] ** -0.5
     )[0]
     return mixed
+
+
+def _torch_step(queries: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
+    # The same kernel for sequences of any length: it has none of several, and reads this one's on the device.
+    tokens, slots = queries.shape[1], keys.shape[1]
+    ends = [torch.arange(2, dtype=torch.int32, device=queries.device) * n for n in (tokens, slots)]
+    moved = (x.transpose(0, 1) for x in (queries, keys, values))  # [t or n, heads, d]
+    mixed: Tensor = torch.ops.aten._flash_attention_forward(
+        *moved, *ends, tokens, slots, 0.0, False, False, scale=queries.shape[-1] ** -0.5, seqused_k=length
+    )[0]
+    return mixed.transpose(0, 1)
 
 
 def _with_tokens_first(function: Callable[..., Tensor]) -> FlashKernel:
