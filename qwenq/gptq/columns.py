@@ -1,11 +1,13 @@
 """The columns of one lazy block: each rounded, its error pushed onto those that follow within the block.
 
-By torch, or by compiled code: bit for bit the same integers. A product is therefore rounded before it is
-subtracted: torch's ``addr_`` rounds once where its vectors fit, twice in the rest.
+By torch, by compiled code on a CPU, or by one kernel on a GPU. The first two find the same integers bit for
+bit: a product is rounded before it is subtracted, while torch's ``addr_`` rounds once where its vectors fit,
+and twice in the rest.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -45,11 +47,24 @@ class Block(NamedTuple):
 
 def round_columns(block: Block) -> Tensor:
     """Fill integers and errors; returns Σ error² over the columns, [rows]."""
+    if triton_why_not(block.columns) is None:
+        from qwenq.gptq.triton_columns import round_by_triton
+
+        return round_by_triton(block)
     if native_why_not(block.columns) is None:
         from qwenq.gptq.native_columns import round_natively
 
         return round_natively(block)
     return round_by_torch(block)
+
+
+def triton_why_not(columns: Tensor) -> str | None:
+    """Why columns are not for the GPU's kernel, in words that follow "because"; None: they are."""
+    if columns.device.type != "cuda":
+        return f"that is for NVIDIA GPUs, not for {columns.device.type}"
+    if columns.dtype != torch.float32 or columns.numel() >= 1 << 31:
+        return "that is for float32, and for fewer than 2³¹ numbers"
+    return None if find_spec("triton") else "triton is not installed"
 
 
 def native_why_not(columns: Tensor) -> str | None:

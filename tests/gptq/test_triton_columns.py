@@ -1,0 +1,76 @@
+"""The GPU's kernel for the columns of a block: interpreted beside torch's loop, and built ahead of time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwenq.gptq.columns import triton_why_not
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).resolve().parents[1]
+PROGRAM = """
+import torch
+from qwenq.gptq.columns import Block, round_by_torch
+from qwenq.gptq.triton_columns import round_by_triton
+
+random = torch.Generator().manual_seed(0)
+for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 15), (17, 32, 17, 15)):
+    U = torch.eye(count + 3) + torch.triu(torch.randn(count + 3, count + 3, generator=random) * 0.1, 1)
+    W = torch.randn(count, rows, generator=random)
+    scales = (torch.rand(groups, rows, generator=random) * 0.2 + 0.05) * torch.randn(groups, rows).sign()
+    zeros = torch.randint(1, levels, (groups, rows), generator=random).float()
+
+    def block():
+        places = [i * groups // count for i in range(count)]
+        filled = torch.zeros(count, rows, dtype=torch.uint8), torch.zeros(count, rows)
+        return Block(W.clone(), U[:count, :count], scales, zeros, places, levels, *filled)
+
+    ours, theirs = block(), block()
+    torch.testing.assert_close(round_by_triton(ours), round_by_torch(theirs), rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.integers, theirs.integers), (count, rows)
+    assert torch.equal(ours.errors, theirs.errors), (count, rows)
+    assert theirs.integers.float().std() > 1
+print("agreed")
+"""
+
+
+def test_the_interpreted_kernel_finds_the_integers_that_torch_finds() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "agreed", done.stderr
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, not built")
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_it_builds_and_keeps_everything_in_registers(capability: int) -> None:
+    from runtime.triton_builds import Build, resources
+
+    from qwenq.gptq.triton_columns import _round
+
+    pointers = dict.fromkeys(("columns", "U", "scales", "zeros", "errors", "cost"), "*fp32")
+    build = Build(
+        _round,
+        pointers | {"groups": "*i32", "integers": "*u8"},
+        {"COUNT": 64, "ROWS": 32, "AHEAD": 16},
+        odd=("levels",),
+        warps=1,
+    )
+    used = resources(build.on(capability))
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+
+
+def test_what_is_not_for_it() -> None:
+    assert triton_why_not(torch.zeros(4, 4)) == "that is for NVIDIA GPUs, not for cpu"
+    assert triton_why_not(torch.zeros(4, 4, device="meta")) == "that is for NVIDIA GPUs, not for meta"
