@@ -21,7 +21,7 @@ _ROWS, _AHEAD = 32, 16
 def _round(
     columns: tl.tensor, U: tl.tensor, scales: tl.tensor, zeros: tl.tensor, groups: tl.tensor,
     integers: tl.tensor, errors: tl.tensor, cost: tl.tensor,
-    rows: tl.tensor, u_row: tl.tensor, levels: tl.tensor,
+    rows: tl.tensor, u_row: tl.tensor, u_column: tl.tensor, levels: tl.tensor,
     COUNT: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
 ) -> None:  # fmt: skip
     """ROWS rows through COUNT columns: a number of which few differ, so that few kernels are built."""
@@ -35,7 +35,7 @@ def _round(
         w = tl.load(columns + i * rows + row, inside, 0.0)
         q = tl.minimum(tl.maximum(tl.div_rn(w, scale) + zero, 0.0), levels.to(tl.float32))
         q = (q + 8388608.0) - 8388608.0  # to the nearest integer, of two the even one
-        error = tl.div_rn(w - (q - zero) * scale, tl.load(U + i * u_row + i))
+        error = tl.div_rn(w - (q - zero) * scale, tl.load(U + i * (u_row + u_column)))
         tl.store(integers + i * rows + row, q.to(tl.uint8), inside)
         tl.store(errors + i * rows + row, error, inside)
         total += error * error
@@ -43,7 +43,7 @@ def _round(
             ahead = first + tl.arange(0, AHEAD)
             place = columns + ahead[:, None] * rows + row[None, :]
             both = (ahead < COUNT)[:, None] & inside[None, :]
-            u = tl.load(U + i * u_row + ahead, ahead < COUNT, 0.0)
+            u = tl.load(U + i * u_row + ahead * u_column, ahead < COUNT, 0.0)
             tl.store(place, tl.load(place, both, 0.0) - u[:, None] * error[None, :], both)
         tl.debug_barrier()  # other threads of the program read what these have stored
     tl.store(cost + row, total, inside)
@@ -57,6 +57,6 @@ def round_by_triton(block: Block) -> Tensor:
     with torch.cuda.device_of(block.columns):
         _round[(triton.cdiv(rows, _ROWS),)](
             block.columns, block.U, block.scales, block.zeros, groups, block.integers, block.errors, cost,
-            rows, block.U.stride(0), block.levels, COUNT=count, ROWS=_ROWS, AHEAD=_AHEAD, num_warps=1,
+            rows, *block.U.stride(), block.levels, COUNT=count, ROWS=_ROWS, AHEAD=_AHEAD, num_warps=1,
         )  # fmt: skip
     return cost

@@ -23,6 +23,7 @@ from qwenq.gptq.triton_columns import round_by_triton
 random = torch.Generator().manual_seed(0)
 for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 15), (17, 32, 17, 15)):
     U = torch.eye(count + 3) + torch.triu(torch.randn(count + 3, count + 3, generator=random) * 0.1, 1)
+    U = U if count % 2 else U.T.contiguous().T  # as LAPACK lays it out
     W = torch.randn(count, rows, generator=random)
     scales = (torch.rand(groups, rows, generator=random) * 0.2 + 0.05) * torch.randn(groups, rows).sign()
     zeros = torch.randint(1, levels, (groups, rows), generator=random).float()
