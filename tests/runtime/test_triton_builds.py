@@ -26,6 +26,7 @@ SHARED_BYTES = {
     90: 227 << 10,
 }  # CUDA C++ programming guide, compute capabilities
 LINEAR = {"x": "*bf16", "words": "*i32", "scales": "*fp16", "zeros": "*u8", "y": "*bf16"}
+ROW = LINEAR | {"bias": "*bf16"}
 CACHE = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i64"}
 INT4 = {"WORDS": 256, "GROUP_WORDS": 16, "BITS": 4, "SYMMETRIC": True}
 INT8 = {"WORDS": 512, "GROUP_WORDS": 32, "BITS": 8, "SYMMETRIC": False}
@@ -34,8 +35,11 @@ RUN = {"D": 128, "BLOCK_D": 128, "BLOCK": 64, "BLOCKS": 4, "STAGES": stages(128)
 WIDE = {"D": 256, "BLOCK_D": 256, "BLOCK": 64, "BLOCKS": 4, "STAGES": stages(256)}
 
 BUILDS = {
-    "one-row-int4": Build(_gemv, LINEAR, INT4 | STEP, warps=8),
-    "one-row-int8": Build(_gemv, LINEAR, INT8 | STEP | {"BLOCK_OUT": 32}, warps=8),
+    "one-row-int4": Build(_gemv, ROW, INT4 | STEP | {"BIAS": True}, warps=8),
+    "one-row-int4-wide": Build(
+        _gemv, ROW, INT4 | STEP | {"BIAS": False, "BLOCK_WORDS": 64, "BLOCK_OUT": 32}, warps=4
+    ),
+    "one-row-int8": Build(_gemv, ROW, INT8 | STEP | {"BIAS": False, "BLOCK_OUT": 32}, warps=8),
     "rows-int4": Build(
         _dot, LINEAR, INT4 | {"BLOCK_WORDS": 16, "REPEAT": 1, "BLOCK_OUT": 64, "STEPS": 4}, odd=("rows",)
     ),

@@ -72,8 +72,8 @@ class TritonInt4:
             rows = rows[:, self._order]
         weight = (self._words, self._scales, self._zeros, self._bits)
         if len(rows) == 1:
-            y = triton_gptq_gemv.multiply(rows, *weight)
-        elif len(rows) <= SOME_ROWS:
+            return triton_gptq_gemv.multiply(rows, *weight, self._bias).view(*x.shape[:-1], -1)
+        if len(rows) <= SOME_ROWS:
             y = triton_gptq_dot.multiply(rows, *weight)
         else:
             y = rows @ triton_gptq_unpack.unpack(*weight, x.dtype)
