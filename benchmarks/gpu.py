@@ -8,8 +8,9 @@ qwen-7b-chat, whose random weights are drawn on the device: nothing is read or d
 at several lengths of the cache and the speed of a whole generation is their integral, so that 8192 tokens
 of a slow engine need no minutes; a few whole generations are run to check that.
 
-``decode_gpu.json``, ``decode_gpu.md`` and ``results.jsonl`` are written anew after every point: whatever ends
-the run, what was measured is there. What cannot run here is a row with its reason.
+``decode_gpu.json``, ``decode_gpu.md`` and the run folder's ``results.jsonl`` and ``environment.json``, which
+``qwenq report`` reads, are written anew after every point: whatever ends the run, what was measured is there.
+What cannot run here is a row with its reason.
 
 It needs torch 2.11, Triton 3.6 and transformers 5.17 or later with what those bring, and psutil: a machine
 that has these and no network runs it from a copy of the repository, nothing has to be installed.
@@ -212,6 +213,7 @@ class Run:
         for name, text in (
             ("decode_gpu.json", json.dumps(report, indent=1) + "\n"),
             ("decode_gpu.md", _gpu_report.markdown(report, self.rows)),
+            ("environment.json", json.dumps(report["environment"], indent=1) + "\n"),  # a run folder's
             ("results.jsonl", "".join(json.dumps(row.to_json()) + "\n" for row in self.rows)),
         ):
             (self.out / f"{name}.new").write_text(text, encoding="utf-8")

@@ -84,6 +84,7 @@ def demo_table(report: Report) -> str:
     )
 
 
+LABELS = {"fp32": "FP32", "bf16": "BF16", "int8": "Int8", "int4": "Int4"}
 NEAR = ("KL divergence (nats/token)",)
 FAST = ("Decode (tokens/s)", "Peak at generation (GiB)")
 SAMPLE = "The questions are the sample suite's, which ships with qwenq: they are not the benchmarks'. "
@@ -161,11 +162,36 @@ def decode_table(report: Report) -> str:
     )
 
 
+def gpu_table(report: Report) -> str:
+    """For the block ``decode_gpu``: the fast engine with the attention that is fastest."""
+    (gpu,) = report["environment"]["gpus"]
+    speeds: dict[tuple[str, str], dict[Any, float]] = {}
+    for row in report["rows"]:
+        point = row["point"]
+        if row["metric"] in ("speed.decode", "speed.prefill") and point["engine"] == "fast" and row["value"]:
+            found = speeds.setdefault((row["model"]["family"], row["model"]["precision"]), {})
+            key = point["tokens"] if row["metric"] == "speed.decode" else "prefill"
+            found[key] = max(found.get(key, 0.0), row["value"])
+    body = [
+        [f"{family}, {LABELS[precision]}", *(f"{found[key]:,.0f}" for key in (2048, 8192, "prefill"))]
+        for (family, precision), found in speeds.items()
+    ]
+    table = markdown_table(["tokens a second", "1 → 2048", "1 → 8192", "prompt of 2048"], body)
+    card, bf16 = (f"{report['ratios'][name]:.2f}" for name in ("int4_1.8b_vs_card", "int4_7b_vs_bf16"))
+    return (
+        f"{table}\nOver 8192 tokens Int4 of the 1.8B shape decodes {card} × as fast as its card says of an "
+        f"A100, and Int4 of the 7B shape {bf16} × as fast as BF16. Random weights, batch 1, each precision with "
+        f"its fastest attention; {gpu['name']}, {report['environment']['date']}; "
+        "[the report](reports/benchmarks/decode_gpu.md), [the cards' tables](reports/gpu/README.md)."
+    )
+
+
 BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
     "front": (ROOT / "reports" / "demo" / "results.json", front_table),
     "demo": (ROOT / "reports" / "demo.json", demo_table),
     "quantize": (ROOT / "reports" / "benchmarks" / "quantize.json", quantize_table),
     "decode_cpu": (ROOT / "reports" / "benchmarks" / "decode_cpu.json", decode_table),
+    "decode_gpu": (ROOT / "reports" / "benchmarks" / "decode_gpu.json", gpu_table),
 }
 
 
