@@ -180,8 +180,8 @@ def gpu_table(report: Report) -> str:
     card, bf16 = (f"{report['ratios'][name]:.2f}" for name in ("int4_1.8b_vs_card", "int4_7b_vs_bf16"))
     return (
         f"{table}\nOver 8192 tokens Int4 of the 1.8B shape decodes {card} × as fast as its card says of an "
-        f"A100, and Int4 of the 7B shape {bf16} × as fast as BF16. Random weights, batch 1, each precision with "
-        f"its fastest attention; {gpu['name']}, {report['environment']['date']}; "
+        f"A100, and Int4 of the 7B shape {bf16} × as fast as BF16. Random weights, batch 1, each precision "
+        f"with its fastest attention; {gpu['name']}, {report['environment']['date']}; "
         "[the report](reports/benchmarks/decode_gpu.md), [the cards' tables](reports/gpu/README.md)."
     )
 
