@@ -242,7 +242,7 @@ def _gpu_of(team: Team, device: str) -> torch.device | None:
 def _join(team: Team, gpu: torch.device | None, tensors: bool, meeting: str) -> None:
     # Its functions hold for ever what the default group is when it is loaded, as transformers does: beyond
     # destroy_process_group, so that gloo's threads would run into the end of the interpreter, which aborts.
-    import torch.distributed.nn
+    import torch.distributed.nn  # noqa: F401
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
