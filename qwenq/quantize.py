@@ -158,7 +158,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
     listener.say(why)
-    if not team.launched and (slower := passed_over(dtype, place)):  # else ``exact`` sums them up anyway
+    if slower := passed_over(dtype, place, exact=team.launched):
         listener.say(slower)
     checkpoint, widths = padded(base, wanted, listener.say)
     decoder = BlockwiseDecoder(checkpoint, place, dtype)

@@ -11,6 +11,8 @@ from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, DtypeName
 
 if TYPE_CHECKING:
+    import torch
+
     from qwenq.runtime.doctor import Part
 
 _OPTIONAL = (
@@ -65,10 +67,25 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
         "environment": environment(),
         "device": str(place),
         "dtype": str(number).removeprefix("torch."),
-        "parts": [asdict(part) for part in parts],
+        "parts": [asdict(part) for part in [*parts, *_quantising(place, number)]],
         "sandbox": _sandbox(),
         "optional": optional,
     }
+
+
+def _quantising(device: torch.device, dtype: torch.dtype) -> list[Part]:
+    """What of GPTQ runs as code of our own; ``qwenq quantize`` leaves the rest to torch, and says so."""
+    from qwenq.gptq import columns, products
+    from qwenq.runtime.doctor import Part
+
+    scales = "that is for CPUs, not for cuda" if device.type == "cuda" else columns.missed(device)
+    missed = {
+        "Hessians": products.native_why_not(dtype, device),
+        "scales": scales,
+        "rounding": columns.missed(device),
+    }
+    runs = "a Triton kernel" if device.type == "cuda" else "compiled for this CPU"
+    return [Part("quantize", name, None if why else runs, why) for name, why in missed.items()]
 
 
 def _sandbox() -> dict[str, str | None]:

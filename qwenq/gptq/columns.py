@@ -7,13 +7,12 @@ and twice in the rest.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qwenq.native import support
+from qwenq.native import gpu, support
 
 AVX512 = "avx512f"
 """What a CPU needs, as LLVM names it."""
@@ -64,7 +63,12 @@ def triton_why_not(columns: Tensor) -> str | None:
         return f"that is for NVIDIA GPUs, not for {columns.device.type}"
     if columns.dtype != torch.float32 or columns.numel() >= 1 << 31:
         return "that is for float32, and for fewer than 2³¹ numbers"
-    return None if find_spec("triton") else "triton is not installed"
+    return gpu.why_not_triton(columns.device)
+
+
+def missed(device: torch.device) -> str | None:
+    """What a machine or an installation lacks for compiled columns, in such words; None: nothing."""
+    return gpu.why_not_triton(device) if device.type == "cuda" else support.why_not(AVX512)
 
 
 def native_why_not(columns: Tensor) -> str | None:

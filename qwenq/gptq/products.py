@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qwenq.gptq.columns import AVX512
+from qwenq.gptq import columns
 from qwenq.native import support
 
 PANEL = (
@@ -60,16 +60,26 @@ def native_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return support.why_not(*support.BFLOAT16)
 
 
-def passed_over(dtype: torch.dtype, device: torch.device) -> str | None:
-    """A sentence on compiled products that this CPU or this installation lacks; None: none are missed.
+def passed_over(dtype: torch.dtype, device: torch.device, *, exact: bool = False) -> str | None:
+    """A sentence on compiled code that this machine or this installation lacks; None: none is missed.
 
-    It names what else is then not compiled: ``columns`` and ``scales``, which ask less of the CPU.
+    Products are compiled for bfloat16 on a CPU; ``columns`` and ``scales``, which ask less of it, whatever
+    the activations are; on a GPU columns alone.
+
+    Args:
+        exact: products are ``exact``'s, which are never compiled.
     """
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return None
-    why = native_why_not(dtype, device)
-    what = "Hessians, scales and rounding" if support.why_not(AVX512) else "Hessians"
-    return f"{what} are left to torch, which takes longer, because {why}" if why else None
+    on_cpu = device.type == "cpu"
+    summing = native_why_not(dtype, device) if on_cpu and dtype == torch.bfloat16 and not exact else None
+    rounding = columns.missed(device)
+    if not on_cpu:
+        what = "rounding is"
+    elif rounding:
+        what = "Hessians, scales and rounding are" if summing else "scales and rounding are"
+    else:
+        what = "Hessians are"
+    why = summing or rounding
+    return f"{what} left to torch, which takes longer, because {why}" if why else None
 
 
 class Float32Products:

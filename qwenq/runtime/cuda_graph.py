@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwenq.runtime.cache import KVCache, Span
-from qwenq.runtime.fused_step import can_fuse, run_fused
+from qwenq.runtime.fused_step import run_fused, why_not_fused
 from qwenq.runtime.rope import logn_scales
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class StaticStep:
         cos, sin = decoder.rope.at(self._slots.unsqueeze(0), cache.alphas, cache.capacity)
         self._cos, self._sin = (table.expand(batch, -1, -1, -1) for table in (cos, sin))
         self._scales = self._logn()
+        self._fused = why_not_fused(decoder) is None
 
     def __call__(self, end: int) -> Tensor:
         """Float32 [batch, vocabulary] after ``tokens``, written at ``positions``, which are below ``end``."""
@@ -70,7 +71,7 @@ class StaticStep:
         cos, sin = (table[self._rows, self.positions] for table in (self._cos, self._sin))  # [batch, 1, d]
         scales = None if self._scales is None else self._scales[self.positions]
         decoder, cache = self._decoder, self._cache
-        if can_fuse(decoder):
+        if self._fused:
             hidden = run_fused(decoder, self.tokens, cache, span, (cos[:, 0], sin[:, 0]), scales)
         else:
             rotation = cos.unsqueeze(1), sin.unsqueeze(1)

@@ -7,9 +7,12 @@ from importlib import metadata
 
 import torch
 
+from qwenq.native.gpu import why_not_triton
 from qwenq.runtime.attention import available
 from qwenq.runtime.kernels.base import Need
+from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 from qwenq.runtime.kernels.table import KERNELS
+from qwenq.runtime.kernels.triton_support import triton_label
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,8 @@ class Part:
     """Something that runs models, or would.
 
     Attributes:
-        kind: ``engine``, ``kernel`` or ``attention``.
-        name: as an option takes it.
+        kind: ``engine``, ``kernel``, ``decode step`` or ``attention``.
+        name: as an option takes it; steps have none, they are taken where they can be.
         runs: what it is, where it can run here; else None.
         why_not: why it cannot; None where it can.
     """
@@ -30,12 +33,12 @@ class Part:
 
 
 def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """Every engine, kernel and attention backend on this device in this dtype.
+    """Every engine, kernel, kind of decode step and attention backend on this device in this dtype.
 
     Kernels are asked for a model in groups of 128 without a layer of unusual size; a model may have one, and
     then loading it says so.
     """
-    return [*_engines(), *_kernels(device, dtype), *_attention(device, dtype)]
+    return [*_engines(), *_kernels(device, dtype), *_steps(device, dtype), *_attention(device, dtype)]
 
 
 def _engines() -> list[Part]:
@@ -54,6 +57,18 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> list[Part]:
         bits = ", ".join(map(str, widths))
         parts.append(Part("kernel", kernel.name, None if reason else f"{bits} bits", reason))
     return parts
+
+
+def _steps(device: torch.device, dtype: torch.dtype) -> list[Part]:
+    """What makes whole decode steps of the fast engine faster; elsewhere torch runs them piece by piece."""
+    whole = CpuVnni.why_not(Need(4, 128, "gptq", device, dtype))
+    graphs = None if device.type == "cuda" else f"CUDA graphs need a CUDA GPU, and this is a {device.type}"
+    between = why_not_triton(device)
+    return [
+        Part("decode step", "compiled", None if whole else "one call, with kernel cpu-vnni", whole),
+        Part("decode step", "graph", None if graphs else "one launch", graphs),
+        Part("decode step", "fused", None if between else f"between products {triton_label()}", between),
+    ]
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> list[Part]:

@@ -19,7 +19,9 @@ from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
 from qwenq.runtime.finite import checked
+from qwenq.runtime.fused_step import why_not_fused
 from qwenq.runtime.generation import Generated, OnToken, generate, padded
+from qwenq.runtime.kernels.triton_support import triton_label
 from qwenq.runtime.memory import explained
 from qwenq.runtime.sampling import GREEDY, Sampling
 
@@ -236,6 +238,11 @@ class FastEngine(CachedEngine):
         if (why_not := Graphs.why_not(decoder)) is None:
             self._graphs = Graphs(decoder)
             self.implementation += ", decode steps in CUDA graphs"
+            if why_not := why_not_fused(decoder):
+                missed = "norms, rotation and activation of decode steps"
+                self.notes = (*self.notes, f"the faster kernels for {missed} were passed over: {why_not}")
+            else:
+                self.implementation += f", between products {triton_label()}"
         elif decoder.device.type == "cuda":
             self.notes = (*self.notes, f"decode steps run without CUDA graphs: {why_not}")
         self.device, self.dtype = decoder.device, decoder.dtype

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from qwenq.native.gpu import why_not_triton
 from qwenq.runtime.cache import KVCache, Span
-from qwenq.runtime.kernels.triton_support import why_not_triton
 
 if TYPE_CHECKING:
     from qwenq.runtime.decoder import Decoder
 
 
-def can_fuse(decoder: Decoder) -> bool:
-    """Whether these kernels run where the decoder does: a GPU, or Triton's interpreter."""
-    return why_not_triton(decoder.device) is None
+def why_not_fused(decoder: Decoder) -> str | None:
+    """Why these kernels cannot run where the decoder does, in words that follow "because"; None: they can."""
+    return why_not_triton(decoder.device)
 
 
 def run_fused(

@@ -14,6 +14,9 @@ from qwenq.cli.doctor import examination
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.evals.sandbox import find
 from qwenq.evals.sandbox.find import Sandbox
+from qwenq.gptq import columns
+from qwenq.native import support
+from qwenq.runtime import doctor as runtime_doctor
 from qwenq.runtime.attention import BACKENDS
 from qwenq.runtime.kernels.table import KERNELS
 
@@ -28,6 +31,8 @@ def test_every_kernel_and_backend_runs_or_says_why_not(found: dict) -> None:
     assert names >= {("kernel", kernel.name) for kernel in KERNELS}
     assert names >= {("attention", name) for name in BACKENDS}
     assert {name for kind, name in names if kind == "engine"} == {"fast", "transformers"}
+    assert {name for kind, name in names if kind == "decode step"} == {"compiled", "graph", "fused"}
+    assert {name for kind, name in names if kind == "quantize"} == {"Hessians", "scales", "rounding"}
     assert all((part["runs"] is None) != (part["why_not"] is None) for part in found["parts"])
 
 
@@ -41,6 +46,24 @@ def test_a_gpu_that_is_not_there_is_the_reason(found: dict) -> None:
 def test_another_dtype_has_other_reasons() -> None:
     reasons = {part["name"]: part["why_not"] for part in examination("cpu", "float32")["parts"]}
     assert reasons["cpu-int4"] == "it computes in bfloat16, not in float32"
+
+
+def test_what_is_missed_without_llvmlite_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
+    parts = {(part["kind"], part["name"]): part["why_not"] for part in examination("cpu", "float32")["parts"]}
+    for name in ("scales", "rounding"):
+        assert parts["quantize", name] == "llvmlite is not installed"
+    assert parts["quantize", "Hessians"] == "that is for bfloat16, not for float32"
+
+
+def test_what_is_missed_without_triton_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, lacking = torch.device("cuda"), "triton is not installed"
+    for room in (columns.gpu, runtime_doctor):
+        monkeypatch.setattr(room, "why_not_triton", lambda device: lacking)
+    rounding = {part.name: part.why_not for part in doctor._quantising(gpu, torch.bfloat16)}["rounding"]
+    steps = {part.name: part.why_not for part in runtime_doctor._steps(gpu, torch.bfloat16)}
+    assert rounding == steps["fused"] == lacking
+    assert steps["graph"] is None
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
+from qwenq.gptq import columns
 from qwenq.gptq.products import Float32Products, Products, mirror, native_why_not, passed_over, products
 from qwenq.gptq.quantise import how_summed
 from qwenq.native import support
@@ -107,8 +108,6 @@ def test_other_dtypes_and_devices_are_left_to_torch() -> None:
     assert isinstance(products(8, 8, torch.empty(0)), Float32Products)
     assert "float16" in str(native_why_not(torch.float16, CPU))
     assert "cuda" in str(native_why_not(torch.bfloat16, torch.device("cuda")))
-    assert passed_over(torch.float32, CPU) is None
-    assert passed_over(torch.bfloat16, torch.device("cuda")) is None
 
 
 def test_what_is_missed_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,12 +117,29 @@ def test_what_is_missed_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.Monk
     assert said is not None
     slower = "left to torch, which takes longer, because"
     assert said == f"Hessians, scales and rounding are {slower} llvmlite is not installed"
+    for dtype, exact in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
+        said = passed_over(dtype, CPU, exact=exact)
+        assert said == f"scales and rounding are {slower} llvmlite is not installed"
     assert how_summed(torch.bfloat16, CPU, ALONE) == "float32"
     lacking = "this CPU has no avx512bf16"
     monkeypatch.setattr(support, "why_not", lambda *features: lacking if "avx512bf16" in features else None)
     said = passed_over(torch.bfloat16, CPU)
     assert said == f"Hessians are {slower} {lacking}"
+    assert passed_over(torch.float32, CPU) is None
+    assert passed_over(torch.bfloat16, CPU, exact=True) is None
     monkeypatch.setattr(support, "why_not", lambda *features: None)
     assert passed_over(torch.bfloat16, CPU) is None
     assert how_summed(torch.bfloat16, CPU, ALONE) == "bfloat16 pairs"
     assert how_summed(torch.bfloat16, CPU, Team(launched=True)) == "exact"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_the_kernel_for_columns_is_what_can_be_missed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason: str | None = "triton is not installed"
+    monkeypatch.setattr(columns.gpu, "why_not_triton", lambda device: reason)
+    said = "rounding is left to torch, which takes longer, because triton is not installed"
+    assert passed_over(dtype, torch.device("cuda")) == said
+    reason = None
+    assert passed_over(dtype, torch.device("cuda")) is None

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from qwenq.gptq.columns import triton_why_not
+from qwenq.gptq.columns import missed, triton_why_not
+from qwenq.native import gpu
 
 pytest.importorskip("triton")
 
@@ -75,3 +78,16 @@ def test_it_builds_and_keeps_everything_in_registers(capability: int) -> None:
 def test_what_is_not_for_it() -> None:
     assert triton_why_not(torch.zeros(4, 4)) == "that is for NVIDIA GPUs, not for cpu"
     assert triton_why_not(torch.zeros(4, 4, device="meta")) == "that is for NVIDIA GPUs, not for meta"
+
+
+def test_on_a_gpu_it_needs_float32_and_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_gpu(dtype: torch.dtype, numbers: int) -> Any:
+        return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, numel=lambda: numbers)
+
+    monkeypatch.setattr(gpu, "why_not_triton", lambda device: "triton is not installed")
+    assert triton_why_not(on_gpu(torch.float32, 64)) == "triton is not installed"
+    assert missed(torch.device("cuda")) == "triton is not installed"
+    monkeypatch.setattr(gpu, "why_not_triton", lambda device: None)
+    assert triton_why_not(on_gpu(torch.float32, 64)) is None
+    assert "float32" in str(triton_why_not(on_gpu(torch.float64, 64)))
+    assert "2³¹" in str(triton_why_not(on_gpu(torch.float32, 2**31)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from runtime.test_long_context import S, v1_engine
 from torch import Tensor
 
 from qwenq.errors import UsageError
+from qwenq.runtime import cuda_graph
+from qwenq.runtime import engine as door
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import PATIENCE, Graphs, StaticStep, bound_for
 from qwenq.runtime.engine import FastEngine, load
@@ -163,3 +166,31 @@ def test_on_a_cpu_there_are_no_graphs_and_the_engine_does_not_claim_any() -> Non
     engine = fast("llama")
     assert Graphs.why_not(engine.decoder) == "CUDA graphs need a CUDA GPU, and this is a cpu"
     assert "graph" not in engine.implementation
+
+
+def test_whether_a_step_is_fused_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = fast("llama"), []
+    monkeypatch.setattr(cuda_graph, "why_not_fused", asked.append)  # None: it can be
+    ran: list[object] = []
+    monkeypatch.setattr(
+        cuda_graph, "run_fused", lambda decoder, *_: ran.append(decoder) or torch.zeros(1, 64)
+    )
+    cache = prefilled(engine, [5])
+    step = StaticStep(engine.decoder, cache)
+    for _ in range(3):
+        step(32)
+    assert (len(asked), len(ran)) == (1, 3)
+
+
+@pytest.mark.parametrize("reason", [None, "triton is not installed; pip install triton"])
+def test_on_a_gpu_kernels_that_are_missed_are_said_in_one_line(
+    reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "why_not_fused", lambda decoder: reason)
+    on_gpu = copy(fast("llama").decoder)
+    on_gpu.device, on_gpu.notes = torch.device("cuda"), ()
+    engine = FastEngine(on_gpu)
+    missed = "the faster kernels for norms, rotation and activation of decode steps were passed over"
+    assert engine.notes == (() if reason is None else (f"{missed}: {reason}",))
+    assert "decode steps in CUDA graphs" in engine.implementation
+    assert ("between products Triton" in engine.implementation) == (reason is None)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwenq.models.packing import PackedLinear, dequantise, pack
 from qwenq.runtime.attention import attention_backend
-from qwenq.runtime.fused_step import can_fuse
+from qwenq.runtime.fused_step import why_not_fused
 from qwenq.runtime.kernels import triton_gptq_dot, triton_gptq_gemv, triton_gptq_unpack
 from qwenq.runtime.kernels.base import Need
 from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
@@ -111,7 +111,7 @@ def fused_step(family: str, lengths: list[int]) -> None:
     """What lies between products in kernels of our own, beside torch's: logits and what is in the cache."""
     engine = fast(family)
     plain, fused = prefilled(engine, lengths), prefilled(engine, lengths)
-    assert can_fuse(engine.decoder)
+    assert why_not_fused(engine.decoder) is None
     for seed in range(2):
         tokens = torch.tensor(random_ids(len(lengths), seed))
         torch.testing.assert_close(

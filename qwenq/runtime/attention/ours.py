@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError
+from qwenq.native.gpu import interpreting, why_not_triton
 from qwenq.runtime.attention.flash import check_flash
 from qwenq.runtime.attention.plain import attend
 from qwenq.runtime.cache import Span
-from qwenq.runtime.kernels.triton_support import interpreting, triton_label, why_not_triton
+from qwenq.runtime.kernels.triton_support import triton_label
 
 
 class FlashV1:

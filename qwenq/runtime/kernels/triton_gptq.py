@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qwenq.models.packing import PackedLinear, has_trivial_g_idx, pack, unpack_zeros
+from qwenq.native.gpu import why_not_triton
 from qwenq.runtime.kernels.base import Need, grouped
-from qwenq.runtime.kernels.triton_support import why_not_triton
 
 SOME_ROWS = 16
 """Up to so many rows, tensor cores over words unpacked on the way; above, the weight is unpacked whole."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwenq.runtime.kernels.triton_support import interpreting
+from qwenq.native.gpu import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())
 

@@ -1,41 +1,16 @@
-"""Whether Triton kernels can run here, and the little that both a GPU and the interpreter need of a launch.
-
-With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, block by
-block in numpy: slow, and exact enough to test them against float64.
+"""The little that both a GPU and Triton's interpreter need of a launch; ``native.gpu`` says whether they can.
 
 A launch goes to torch's current GPU, wherever its tensors lie: hence ``torch.cuda.device_of`` around each.
 """
 
 from __future__ import annotations
 
-import os
 from importlib import metadata
 from typing import Any
 
 import torch
 
-_INSTALL = "pip install triton (it comes with a CUDA build of torch on Linux)"
-
-
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def why_not_triton(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on this device; None where they can. Does not import triton."""
-    try:
-        metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return f"triton is not installed; {_INSTALL}"
-    if interpreting():
-        return None
-    if device.type != "cuda":
-        return f"Triton kernels need a CUDA GPU, and this is a {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"they are built for compute capability 8.0 and later, this GPU has {major}.{minor}"
-    return None
+from qwenq.native.gpu import interpreting
 
 
 def triton_label() -> str:
