@@ -4,7 +4,7 @@
     python benchmarks/readme.py                       # after any new report
 
 The first form also writes ``reports/demo.json`` from what the demo recorded. A block without its report is
-left empty. Standard library only.
+left empty. Nothing beyond the standard library and qwenq itself, without torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import decode_vs_peers
 import quantize_vs_peers
 from _common import ROOT, machine, markdown_table, measured_on, turns_of
+
+from qwenq.results import plain_name
 
 README = ROOT / "README.md"
 Report = dict[str, Any]
@@ -145,8 +148,8 @@ def quantize_table(report: Report) -> str:
     facts, rows = report["environment"], report["rows"]
     return (
         f"{quantize_vs_peers.lines(rows)}\n{quantize_vs_peers.comparison(report['ratios'], facts)} "
-        f"{facts['model']}, Int{facts['bits']}, groups of {facts['group_size']}, the same tokens for all; "
-        f"perplexity: {facts['evaluation']} tokens; "
+        f"{plain_name(facts['model'])}, Int{facts['bits']}, groups of {facts['group_size']}, "
+        f"the same tokens for all; perplexity: {facts['evaluation']} tokens; "
         f"{turns_of(facts)}; {facts['threads']} threads of {facts['cpu']}, "
         f"{measured_on(rows, facts)}; [the report](reports/benchmarks/quantize.md)."
     )
@@ -157,7 +160,7 @@ def decode_table(report: Report) -> str:
     facts, rows = report["environment"], report["rows"]
     return (
         f"{decode_vs_peers.lines(rows)}\n{decode_vs_peers.comparison(report['ratios'], facts)} "
-        f"{facts['model']}, batch 1; {turns_of(facts)}; {facts['threads']} threads of "
+        f"{plain_name(facts['model'])}, batch 1; {turns_of(facts)}; {facts['threads']} threads of "
         f"{facts['cpu']}, {measured_on(rows, facts)}; [the report](reports/benchmarks/decode_cpu.md)."
     )
 

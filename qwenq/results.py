@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -34,10 +35,19 @@ FORMAT = 1
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
 
+_CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+")
+"""The cache's folder of the bundled model, whose name counts its layouts; see ``models.bundled``."""
+
+
+def plain_name(name: str) -> str:
+    """What a model is called, out of the name of its folder: the bundled model is the same by any path."""
+    found = _CACHED.fullmatch(name)
+    return found[1] if found else name
+
 
 @dataclass(frozen=True)
 class Model:
-    """Which weights a row is about.
+    """Which weights a row is about. Its names are `plain_name`'s, whoever makes or reads it.
 
     Attributes:
         name: for people: the folder's or the hub's name.
@@ -55,6 +65,12 @@ class Model:
     family: str
     nbytes: int | None = None
     group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("name", "family"):
+            value = getattr(self, key)
+            if isinstance(value, str):  # a stranger's row is refused where it is read, by its types
+                object.__setattr__(self, key, plain_name(value))
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import UsageError
+from qwenq.models import bundled
+from qwenq.models.bundled import NAME
 from qwenq.results import (
     RESULTS_FILE,
     Model,
     Row,
     append_row,
     each_run,
+    plain_name,
     read_environment,
     read_rows,
     write_environment,
@@ -191,6 +194,26 @@ def test_identity_is_precision_metric_and_point_whatever_the_weights() -> None:
     assert ROW.identity == replace(ROW, point=dict(reversed(ROW.point.items()))).identity
     assert ROW.identity != replace(ROW, model=replace(MODEL, precision="int4")).identity
     assert ROW.identity != replace(ROW, point={"tokens": 8192, "attention": "off"}).identity
+
+
+def test_the_cached_folder_of_the_bundled_model_has_the_models_name(tmp_path: Path) -> None:
+    """Its folder counts layouts; rows of older runs are read by the same rule."""
+    folder = bundled_folder_name()
+    assert folder != NAME
+    model = Model(folder, "f", "bf16", folder)
+    assert (model.name, model.family) == (NAME, NAME)
+    assert model == Model(NAME, "f", "bf16", NAME)
+    append_row(tmp_path, replace(ROW, model=model))
+    file = tmp_path / RESULTS_FILE
+    file.write_text(file.read_text().replace(NAME, folder))
+    assert read_rows(tmp_path)[0].model == model
+    for other in (f"{NAME}-GPTQ-Int4", f"my-{NAME}-1", f"{NAME}-1-tuned", "Qwen2.5-0.5B-1"):
+        assert plain_name(other) == other
+
+
+def bundled_folder_name() -> str:
+    """Of the cache, without making it."""
+    return f"{NAME}-{bundled._LAYOUT}"
 
 
 def test_environment_comes_back_and_may_be_missing(tmp_path: Path) -> None:
