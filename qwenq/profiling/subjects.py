@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenq.errors import UsageError
@@ -24,11 +24,15 @@ class Subjects:
     Attributes:
         shapes: by model name.
         notices: what the user has to be told, one line each.
+        plain: names of unquantised models by fingerprint.
+        bases: fingerprints that manifests of quantised models name, by model name.
     """
 
     subjects: list[Subject] = field(default_factory=list)
     shapes: dict[str, ModelShape] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    plain: dict[str, str] = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)
 
 
 def subjects_of(
@@ -47,10 +51,12 @@ def subjects_of(
     for given in models:
         bundled = given == BUNDLED_WORD and not Path(given).exists()
         _add(found, None if bundled else given, precisions, weights, seed)
+    found.subjects = [_settled(each, found) for each in found.subjects]
     return found
 
 
 def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights: Weights, seed: int) -> None:
+    from qwenq.models.identity import base_of
     from qwenq.models.opening import open_model
 
     checkpoint = open_model(given, weights, seed)
@@ -64,6 +70,21 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
         raise UsageError(f"two models are called {name}", where=given, hint="rename one of the folders")
     found.shapes[name] = shape
     found.subjects += made
+    if not checkpoint.on_disk:  # to know random weights by their bytes, all would have to be drawn
+        return
+    if not is_quantised(checkpoint.config):
+        found.plain[checkpoint.fingerprint] = made[0].model.family
+    elif isinstance(base := base_of(checkpoint.folder).get("fingerprint"), str):
+        found.bases[name] = base
+
+
+def _settled(subject: Subject, found: Subjects) -> Subject:
+    """In the family of the base that its manifest names by fingerprint, as evaluations have it.
+
+    The base's folder may have another name by now than the manifest knows.
+    """
+    family = found.plain.get(found.bases.get(subject.model.name, ""))
+    return subject if family is None else replace(subject, model=replace(subject.model, family=family))
 
 
 def _quantised(checkpoint: Checkpoint, given: str | None, weights: Weights, seed: int) -> list[Subject]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_families import write_family
 
 from qwenq.errors import UsageError
+from qwenq.models.bundled import NAME
+from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.identity import result_model
 from qwenq.models.resolve import Resolved
 from qwenq.profiling.points import Point, is_done, sweep
 from qwenq.profiling.subjects import Subjects, subjects_of
@@ -54,6 +61,45 @@ def test_subjects_of_a_plain_model(tiny: Path, subjects: Subjects) -> None:
     assert int4.fingerprint != fp32.fingerprint
     assert int4.nbytes < fp32.nbytes
     assert subjects.subjects[1].rounded == 4
+
+
+def test_a_quantised_folder_is_of_the_family_of_its_base_whatever_that_is_called_now(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """By the fingerprint in its manifest, as evaluations have it: else the report has two families."""
+    renamed, mine = tmp_path / "renamed", tmp_path / "mine"
+    shutil.copytree(tiny, renamed)
+    quantised(tiny, mine, {"model": "/elsewhere/Old-Name", "fingerprint": open_checkpoint(tiny).fingerprint})
+    found = subjects_of([str(mine), str(renamed)], ["int4", "bf16"])
+    assert [(each.model.precision, each.model.family) for each in found.subjects] == [
+        ("int4", "renamed"),
+        ("int4", "renamed"),
+        ("bf16", "renamed"),
+    ]
+    shutil.rmtree(mine)
+    quantised(tiny, mine, {"model": "/elsewhere/Old-Name", "fingerprint": "of other weights"})
+    found = subjects_of([str(mine), str(renamed)], ["bf16"])
+    assert [each.model.family for each in found.subjects] == ["Old-Name", "renamed"]
+
+
+def quantised(base: Path, out: Path, origin: dict[str, str]) -> None:
+    """A folder that says it is quantised, and from what; its weights are not looked at here."""
+    shutil.copytree(base, out)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "qwenq.json").write_text(json.dumps({"base": origin}))
+
+
+def test_the_bundled_model_has_one_name_by_any_path(tmp_path: Path) -> None:
+    """By its folder in the cache, too, and for what was made from that: as in evaluations."""
+    cached = write_family(tmp_path / "SmolLM2-135M-Instruct-1")
+    quantised(cached, tmp_path / "mine", {"model": str(cached)})
+    found = subjects_of([str(cached), str(tmp_path / "mine")], ["bf16", "int4"])
+    assert {each.model.family for each in found.subjects} == {NAME}
+    assert {each.model.name for each in found.subjects} == {NAME, "mine"}
+    evaluated = result_model(open_checkpoint(cached), torch.bfloat16, str(cached))
+    assert evaluated == found.subjects[0].model
 
 
 def test_random_weights_of_a_catalogue_shape_are_not_made_to_list_them() -> None:
