@@ -138,9 +138,16 @@ class _Runner:
         self._tried = False
 
     def allowance(self, rest: Sequence[Planned], left: float | None) -> float | None:
-        """Seconds for the first of the rest; all there are, as long as nothing but a guess is against it."""
+        """Seconds for the first of the rest.
+
+        Before any load was timed, it is but a guess that not all of them can run: then the first gets an even
+        share. The rest is judged by how long its load took, and what it took too much nobody can give back.
+        """
         seconds = allowances(rest, left)[0]
-        return left if seconds == 0 and not self.times.known and rest[0].too_large is None else seconds
+        if left is None or self.times.known or rest[0].too_large is not None:
+            return seconds
+        possible = [each for each in rest if each.too_large is None]
+        return seconds if sum(each.needed for each in possible) <= left else left / len(possible)
 
     def refused(self, expected: Planned, seconds: float | None, left: float | None) -> list[Row]:
         """Rows that say why a point is passed over; none if it is to be measured."""

@@ -22,6 +22,7 @@ class Fake:
         self.asked: list[tuple[Point, float | None]] = []
         self.fail, self.stop_at = fail or {}, stop_at
         self.clock, self.loads = 0.0, iter(loads)
+        self.greedy = False
 
     def now(self) -> float:
         return self.clock
@@ -37,6 +38,7 @@ class Fake:
                 yield from point.without(status, "no", [metric], again=status == "failed")
             else:
                 yield point.row(metric, 1.0 + number)
+        self.clock += (seconds or 0.0) if self.greedy else 0.0
 
 
 class Silent:
@@ -164,12 +166,24 @@ def test_what_a_budget_leaves_out_says_so_and_is_tried_again(
 def test_the_first_point_is_tried_whatever_the_plan_guessed(
     points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guess of 60 s that is 1 s: the rest is judged by what it was."""
+    """A guess of 60 s that is 1 s: it gets an even share, and the rest is judged by what it was."""
     fake = Fake(loads=[1.0] * 4)
     those = [Planned(point, 60.0, 10.0, 1.0, 100) for point in points]
     found = sweep_with(fake, those, tmp_path, 30.0, monkeypatch)
     assert {status for rows in found.values() for status, _ in rows} == {"ok"}
-    assert fake.asked[0][1] == 30.0
+    assert [seconds for _, seconds in fake.asked] == pytest.approx([30 / 4, 29 / 3, 28 / 2, 27])
+
+
+def test_a_tight_budget_is_not_the_first_points(
+    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the guess one of four fits; each takes all that it is given, for more repetitions."""
+    fake = Fake()
+    fake.greedy = True
+    those = [Planned(point, 6.0, 60.0, 4.0, 100) for point in points]
+    found = sweep_with(fake, those, tmp_path, 16.0, monkeypatch)
+    assert {status for rows in found.values() for status, _ in rows} == {"ok"}
+    assert [seconds for _, seconds in fake.asked] == pytest.approx([4, 4, 4, 4])
 
 
 def test_one_point_is_measured_even_if_the_budget_is_over(
