@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ class Progress:
         self._bar: Bar | None = None
         self._task: Any = None
         self._label = ""
+        self._left = _TimeLeft()
         self._begin("", 0, 0)
 
     def __enter__(self) -> Progress:
@@ -79,7 +81,8 @@ class Progress:
         self._correct = self._verdicts = 0
         self._since = self._told = time.monotonic()
         if self._bar is not None:
-            self._task = self._bar.add_task(label, total=total, completed=done, accuracy="")
+            self._left = _TimeLeft()
+            self._task = self._bar.add_task(label, total=total, completed=done, accuracy="", left=self._left)
 
     def _step(self, correct: bool | None) -> None:
         self._done += 1
@@ -87,14 +90,33 @@ class Progress:
         self._correct += bool(correct)
         newly = " of those asked now" if self._known else ""
         share = f"{self._correct / self._verdicts:.1%} correct{newly}" if self._verdicts else ""
+        now = time.monotonic()
+        left = (now - self._since) / (self._done - self._known) * (self._total - self._done)
         if self._bar is not None and self._task is not None:
+            self._left.end = now + left
             self._bar.update(self._task, completed=self._done, accuracy=share)
-        elif (now := time.monotonic()) - self._told >= _PLAIN_SECONDS or self._done == self._total:
+        elif now - self._told >= _PLAIN_SECONDS or self._done == self._total:
             self._told = now
-            left = (now - self._since) / (self._done - self._known) * (self._total - self._done)
             pace = f"{left:.0f} s left" if self._done < self._total else f"{now - self._since:.0f} s"
             parts = [f"{self._done:,} of {self._total:,}", share, pace]
             typer.echo(f"{self._name}: {', '.join(part for part in parts if part)}", err=True)
+
+
+@dataclass
+class _TimeLeft:
+    """Shown anew whenever the bar is: it counts down while an answer is long, and is corrected by the next.
+
+    Attributes:
+        end: when all should be there, at the pace of all so far; None before the first.
+    """
+
+    end: float | None = None
+
+    def __str__(self) -> str:
+        if self.end is None:
+            return "-:--:--"
+        minutes, seconds = divmod(max(0, round(self.end - time.monotonic())), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def print_json(run: Path, rows: Sequence[Row]) -> None:
@@ -202,7 +224,7 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
 
 def _bar() -> Bar:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
     return RichProgress(
@@ -210,8 +232,7 @@ def _bar() -> Bar:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[accuracy]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        TextColumn("{task.fields[left]} left", style="progress.remaining"),
         console=Console(stderr=True),
         transient=True,
     )

@@ -85,23 +85,50 @@ def test_answers_whose_programs_have_not_run_count_in_no_accuracy(
 def test_a_terminal_shows_the_accuracy_and_the_time_left(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = io.StringIO()
-    bar = eval_output._bar()
-    bar.live.console = Console(file=shown, force_terminal=True, width=120)
-    bar.get_time = clock.monotonic
-    monkeypatch.setattr(eval_output, "_bar", lambda: bar)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    bar = bar_of(clock, monkeypatch)
     with Progress() as progress:
         begin(progress, 40)
         for number in range(20):
             clock.now += 2
             progress.judged(number % 4 != 0)
-        bar.refresh()
-        text = Console(file=io.StringIO(), width=120)
-        text.print(bar.get_renderable())
-        line = text.file.getvalue()  # type: ignore[attr-defined]
+        line = line_of(bar)
     assert "Tiny int4, mmlu" in line
     assert "20/40 75.0% correct 0:00:40 left" in line
+
+
+def test_the_time_left_goes_on_while_an_answer_is_long(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rich's own column it stands still until the next item, for minutes."""
+    bar = bar_of(clock, monkeypatch)
+    with Progress() as progress:
+        begin(progress, 10, recorded=5)
+        shown = [line_of(bar)]
+        for seconds in (3600, 600, 300, 17100, 1000):
+            clock.now += seconds
+            if seconds == 3600:
+                progress.judged(True)
+            shown.append(line_of(bar))
+        progress.judged(True)
+        shown.append(line_of(bar))
+    times = [line.partition(" left")[0].rpartition(" ")[2] for line in shown]
+    assert times == ["-:--:--", "4:00:00", "3:50:00", "3:45:00", "0:00:00", "0:00:00", "9:25:00"]
+
+
+def bar_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The bar that a terminal gets, by this clock."""
+    bar = eval_output._bar()
+    bar.live.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bar.get_time = clock.monotonic
+    monkeypatch.setattr(eval_output, "_bar", lambda: bar)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    return bar
+
+
+def line_of(bar: Any) -> str:
+    """What it shows now."""
+    bar.refresh()
+    text = Console(file=io.StringIO(), width=120)
+    text.print(bar.get_renderable())
+    return text.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def row(precision: str, **details: Any) -> Row:
