@@ -72,6 +72,12 @@ class Model:
             if isinstance(value, str):  # a stranger's row is refused where it is read, by its types
                 object.__setattr__(self, key, plain_name(value))
 
+    @property
+    def rounded_from(self) -> str | None:
+        """Fingerprint of what it was rounded from on the fly (``profiling.subjects``); None: it was not."""
+        kind, _, base = self.fingerprint.partition(":")
+        return base if kind.startswith("rounded-") else None
+
 
 @dataclass(frozen=True)
 class Row:

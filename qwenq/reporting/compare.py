@@ -163,10 +163,12 @@ def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
 
 
 def _matches(old: Measured, candidates: list[Measured]) -> list[Measured]:
-    """The candidates that may be meant: of several, those of the same weights, group size or name."""
+    """The candidates that may be meant: of several, those of the same weights, making, group size or name."""
     model = old.row.model
+    made = model.rounded_from is None
     for same in (
         [item for item in candidates if item.row.model.fingerprint == model.fingerprint],
+        [item for item in candidates if (item.row.model.rounded_from is None) == made],
         [item for item in candidates if item.row.model.group_size == model.group_size],
         [item for item in candidates if item.row.model.name == model.name],
     ):
@@ -199,13 +201,37 @@ def _apart(old: Measured, new: Measured) -> str:
         return f"no rule for {clean(old.row.metric)}"
     if old.row.unit != new.row.unit:
         return f"another unit: {clean(new.row.unit)} instead of {clean(old.row.unit)}"
-    weights = (old.row.model.fingerprint, new.row.model.fingerprint)
-    if old.row.model.precision in PLAIN and weights[0] != weights[1]:
-        return OTHER_WEIGHTS
+    if why := _other_model(old.row, new.row):
+        return why
     before, after = (item.row.settings.get("dtype") for item in (old, new))
     if before != after and old.row.metric != "size":
         return clean(f"another dtype: {after or 'unknown'} instead of {before or 'unknown'}")
     return another_machine(old, new) if metric.machine else ""
+
+
+LOADING = ("size", "memory.load", "memory.unreset")
+"""Metrics that a model rounded on the fly and one read from a folder do not have in common."""
+
+
+def _other_model(old: Row, new: Row) -> str:
+    """Why two models of one name and precision are not to be compared; empty where they may be.
+
+    Unquantised ones are the same weights. Of one that was rounded on the fly the speed is a folder's, as that
+    depends on no integer. Its bytes are those of no file, and while it is loaded the model that it is made
+    from is in memory, too.
+    """
+    if old.model.precision in PLAIN:
+        return "" if old.model.fingerprint == new.model.fingerprint else OTHER_WEIGHTS
+    made = [row.model.rounded_from for row in (old, new)]
+    if None not in made:
+        return "" if made[0] == made[1] else OTHER_WEIGHTS
+    if made[0] == made[1]:
+        return ""
+    groups = (new.model.group_size, old.model.group_size)
+    if groups[0] != groups[1]:
+        return f"another model: groups of {groups[0]} instead of {groups[1]}"
+    kinds = ["a quantised folder" if base is None else "rounding on the fly" for base in made]
+    return f"another way to make it: {kinds[1]} instead of {kinds[0]}" if old.metric in LOADING else ""
 
 
 NAMING = ("task", "context", "tokens")

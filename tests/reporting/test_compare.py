@@ -147,6 +147,47 @@ def test_what_is_not_the_same_measurement_says_so(
     assert found.why.startswith(why)
 
 
+def on_the_fly(row: Row, base: str = "sha256:base", **changes: Any) -> Row:
+    """The same, of a model that was rounded when it was loaded."""
+    rounded = replace(row.model, name=row.model.family, fingerprint=f"rounded-4-128:{base}", **changes)
+    return replace(row, model=rounded)
+
+
+def test_a_model_rounded_on_the_fly_is_no_folder(compared: Compare) -> None:
+    """Its speed is one, and its memory at work; its bytes are those of no file."""
+    folder = [row for row in speed("int4", 2048) if row.metric != "speed.protocol"]
+    found = compared(folder, [on_the_fly(row, nbytes=BYTES["int4"] // 2) for row in folder])
+    assert kept(found, "speed.decode").comparable
+    assert kept(found, "memory.generate").comparable
+    why = "another way to make it: rounding on the fly instead of a quantised folder"
+    for metric in ("size", "memory.unreset"):
+        assert (kept(found, metric).comparable, kept(found, metric).why) == (False, why)
+    back = compared([on_the_fly(row) for row in folder], folder)
+    why = "another way to make it: a quantised folder instead of rounding on the fly"
+    assert kept(back, "size").why == why
+    coarse = compared([decode()], [on_the_fly(decode(), group_size=64)])
+    assert kept(coarse, "speed.decode").why == "another model: groups of 64 instead of 128"
+
+
+def test_models_rounded_on_the_fly_are_alike_if_their_base_is(compared: Compare) -> None:
+    old = on_the_fly(decode())
+    assert all(item.comparable for item in compared([old], [old]))
+    other = compared([old], [on_the_fly(decode(), "sha256:other")])
+    assert {item.why for item in other} == {"another model: other weights under the same name"}
+
+
+def test_of_a_folder_and_one_rounded_on_the_fly_the_same_kind_is_meant(compared: Compare) -> None:
+    """Also when the folder's weights are new, and its name too."""
+    folder = decode()
+    anew = replace(folder, model=replace(folder.model, name="anew", fingerprint="sha256:new"))
+    found = compared([folder, on_the_fly(folder)], [on_the_fly(folder), anew])
+    pairs = [(item.before, item.after) for item in found if item.row.metric == "speed.decode"]
+    assert [(old.model.name, new.model.name) for old, new in pairs if old and new] == [
+        (folder.model.name, "anew"),
+        (folder.model.family, folder.model.family),
+    ]
+
+
 def test_speed_of_another_machine_is_not_comparable_but_accuracy_is(compared: Compare) -> None:
     rows_ = [decode(), accuracy("int4")]
     other = {"cpu": {"model": "Faster CPU", "cores": 2, "threads": 2}}
