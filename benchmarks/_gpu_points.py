@@ -76,7 +76,7 @@ class Point:
     def measure(self, loaded: Loaded) -> None:
         """All rows; whatever goes wrong becomes their reason."""
         if time.monotonic() > self.run.deadline:
-            self.absent("the time was over before its turn")
+            self.late()
             return
         asked, note = self.attention, ""
         if self.precision == "fp32" and asked in CARDS:
@@ -85,7 +85,7 @@ class Point:
         try:
             engine = loaded.attend(asked)
             self.steps(engine, loaded, note)
-            self.prompt(engine, note)
+            self.prompt(engine, loaded, note)
         except QwenqError as error:
             self.absent(error.what)
         except Exception as error:
@@ -110,15 +110,11 @@ class Point:
             self.add("bandwidth.share", plan.lengths[0], share, "ratio", engine, settings)
         shortest = plan.lengths[0]
         self.run.say(f"{self.label}: {shortest / integral(plan.positions, seconds, shortest):.1f} tok/s")
-        if self.engine == "fast" and self.attention == "split" and self.precision in ("int4", "bf16"):
-            start = time.perf_counter()
-            engine.generate([[1]], plan.lengths[0], exact_tokens=True)
-            speed = plan.lengths[0] / (time.perf_counter() - start)
-            self.add("speed.protocol", plan.lengths[0], speed, "tokens/s", engine, settings)
 
-    def prompt(self, engine: Any, note: str) -> None:
-        """Speed of encoding a prompt, the best of three after a warm-up."""
+    def prompt(self, engine: Any, loaded: Loaded, note: str) -> None:
+        """Speed of encoding a prompt, the best of three after a warm-up, and its memory."""
         tokens, best = self.run.plan.prompt, float("inf")
+        loaded.meter.reset() if self.run.plan.device == "cuda" else None
         for _ in range(2 if self.run.plan.tiny else 4):
             cache = engine.new_cache(1, tokens)
             wait(torch.device(self.run.plan.device))
@@ -127,13 +123,22 @@ class Point:
             best = min(best, time.perf_counter() - start)
         settings = {"attention": note} if note else {}
         self.add("speed.prefill", 1, tokens / best, "tokens/s", engine, settings, context=tokens)
+        self.add("memory.generate", 1, loaded.meter.peak(), "bytes", engine, settings, context=tokens)
 
-    def absent(self, reason: str, status: str = "unavailable") -> None:
-        """Rows without a figure, for what has none yet."""
+    def late(self) -> None:
+        """Its turn did not come."""
+        self.absent("the time was over before its turn", again=True)
+
+    def absent(self, reason: str, status: str = "unavailable", *, again: bool = False) -> None:
+        """Rows without a figure, for what has none yet; ``again``: a call with more time would have them."""
+        why: dict[str, Any] = {
+            "reason": reason,
+            "status": status,
+            "details": {"again": True} if again else {},
+        }
         for length in self.run.plan.lengths:
-            self.add("speed.decode", length, None, "tokens/s", None, {}, reason=reason, status=status)
-        prompt = self.run.plan.prompt
-        self.add("speed.prefill", 1, None, "tokens/s", None, {}, reason=reason, status=status, context=prompt)
+            self.add("speed.decode", length, None, "tokens/s", None, {}, **why)
+        self.add("speed.prefill", 1, None, "tokens/s", None, {}, context=self.run.plan.prompt, **why)
 
     @property
     def label(self) -> str:
@@ -171,6 +176,16 @@ class Point:
         )  # fmt: skip
         if row.identity not in {other.identity for other in self.run.rows}:
             self.run.rows.append(row)
+
+    @property
+    def known(self) -> bool:
+        """Whether an earlier call has measured it, or found that it cannot run."""
+        mine = (self.model, self.precision, self.engine, self.attention)
+        decode = [row for row in self.run.rows if row.metric == "speed.decode"]
+        return any(
+            (row.model.family, row.model.precision, row.point["engine"], row.point["attention"]) == mine
+            for row in decode
+        )
 
 
 def step_seconds(engine: Any, positions: tuple[int, ...], warm: tuple[int, int], steps: int) -> list[float]:

@@ -78,7 +78,7 @@ def _speeds(rows: list[Row], model: str, engine: str) -> list[str]:
         speeds = [find(rows, "speed.decode", model, precision, tokens=n, **point) for n in lengths]
         prefill = find(rows, "speed.prefill", model, precision, **point)
         share = find(rows, "bandwidth.share", model, precision, **point)
-        memory = find(rows, "memory.generate", model, precision, **point)
+        memory = find(rows, "memory.generate", model, precision, tokens=lengths[-1], **point)
         cells = [
             precision,
             str(attention),

@@ -1,12 +1,16 @@
 """Decode and prefill speed on one NVIDIA GPU: FP32, BF16, Int8, Int4 by attention v2, v1, off and engine.
 
-    python benchmarks/gpu.py --out DIR --minutes 8
+    python benchmarks/gpu.py --out DIR --minutes 9
+    python benchmarks/gpu.py --out DIR2 --minutes 9 --known DIR    # what there was no time for
 
 First every Triton kernel is compared with float64 on the device: one that is wrong ends the run with status
 1. Then kernels are timed by themselves, then models in the shapes of the catalogue's qwen-1.8b-chat and
 qwen-7b-chat, whose random weights are drawn on the device: nothing is read or downloaded. Steps are timed
 at several lengths of the cache and the speed of a whole generation is their integral, so that 8192 tokens
-of a slow engine need no minutes; a few whole generations are run to check that.
+of a slow engine need no minutes. The cards' own protocol, whole generations by FlashAttention v2, v1 and off
+at 2048 and 8192 tokens, follows with what time there is, the 1.8B shape first: nine minutes are about what
+its BF16, Int8 and Int4 take on an H200. Kernels alone and transformers' engine come last. A second call with
+``--known`` keeps what the first has measured on that kind of GPU with the same code, and goes on.
 
 ``decode_gpu.json``, ``decode_gpu.md`` and the run folder's ``results.jsonl`` and ``environment.json``, which
 ``qwenq report`` reads, are written anew after every point: whatever ends the run, what was measured is there.
@@ -27,7 +31,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -90,7 +93,8 @@ def main() -> int:
     """Run, and say where the results are. 1: a kernel is wrong; 2: no GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "gpu")
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--known", type=Path, help="folder of an earlier call: what it has is kept")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     import torch
@@ -100,7 +104,10 @@ def main() -> int:
         return 2
     deadline = time.monotonic() + 60 * options.minutes
     with torch.inference_mode():
-        return Run(dry_plan() if options.dry_run else REAL, options.out, deadline).all()
+        run = Run(dry_plan() if options.dry_run else REAL, options.out, deadline)
+        if options.known is not None and not run.keep(options.known):
+            return 2
+        return run.all()
 
 
 def dry_plan() -> Plan:
@@ -134,45 +141,89 @@ class Run:
     rows: list[Any] = field(default_factory=list)
     copy_bytes_per_s: float = 0.0
 
+    def keep(self, known: Path) -> bool:
+        """Take over what an earlier call has measured; False, and a line, where it was another kind of GPU.
+
+        Rows that wanted nothing but time are left out: their turn comes now.
+        """
+        from qwenq.environment import environment
+        from qwenq.results import read_environment, read_rows
+
+        theirs, ours = (
+            [gpu["name"] for gpu in found.get("gpus") or []]
+            for found in (read_environment(known), environment())
+        )
+        if theirs != ours:
+            print(f"{known} was measured on {theirs or 'no GPU'}, this is {ours or 'none'}", file=sys.stderr)
+            return False
+        self.rows = [row for row in read_rows(known) if not row.details.get("again")]
+        self.kernels = json.loads((known / "decode_gpu.json").read_text(encoding="utf-8"))["kernels"]
+        return True
+
     def all(self) -> int:
         """Check, then measure what matters most first."""
         import torch
-        from _gpu_kernels import checks, kernel_speeds
+        from _gpu_protocol import run_stage, stages
 
         from qwenq.profiling.bandwidth import copy_bandwidth
 
         device = torch.device(self.plan.device)
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "results.jsonl").unlink(missing_ok=True)
+        if not self.check(device):
+            return 1
+        self.copy_bytes_per_s = copy_bandwidth(device)
+        self.say(f"a copy moves {self.copy_bytes_per_s / 1e9:.0f} GB/s")
+        early, late = order(self.plan)
+        for each in early:
+            self.model(*each)
+        main, *others = self.plan.models
+        for stage in stages(self.plan, [main]):
+            run_stage(self, stage)
+        self.time_kernels(device)
+        for each in late:
+            self.model(*each)
+        for stage in stages(self.plan, others):
+            run_stage(self, stage)
+        self.write()
+        self.say(f"done; see {self.out / 'decode_gpu.md'}")
+        return 0
+
+    def check(self, device: Any) -> bool:
+        """Whether every kernel is right; also of what is kept, as it is the same code."""
+        from _gpu_kernels import checks
+
         for check in checks(device, self.plan.tiny):
             self.checks.append({"name": check.name, "error": check.error, "passed": check.passed})
             if not check.passed:
                 self.say(f"WRONG: {check.name}: {check.error:.3g} times what rounding explains")
         self.say(f"{len(self.checks)} checks against float64")
         self.write()
-        if not all(check["passed"] for check in self.checks):
-            return 1
-        self.copy_bytes_per_s = copy_bandwidth(device)
-        self.say(f"a copy moves {self.copy_bytes_per_s / 1e9:.0f} GB/s")
-        kernels_until = time.monotonic() + 0.15 * (self.deadline - time.monotonic())
-        for speed in kernel_speeds(device, self.plan.tiny, kernels_until):
+        return all(check["passed"] for check in self.checks)
+
+    def time_kernels(self, device: Any) -> None:
+        """Products by themselves, in a part of what is left of the time."""
+        from _gpu_kernels import kernel_speeds
+
+        if self.kernels:
+            return
+        until = time.monotonic() + 0.5 * (self.deadline - time.monotonic())
+        for speed in kernel_speeds(device, self.plan.tiny, until):
             self.kernels.append(speed)
         self.write()
-        for engine, model, precision in order(self.plan):
-            self.model(engine, model, precision)
-        self.write()
-        self.say(f"done; see {self.out / 'decode_gpu.md'}")
-        return 0
 
     def model(self, engine: str, model: str, precision: str) -> None:
         """Every attention over one loaded model."""
         import torch
         from _gpu_points import Loaded, Point, first_line
 
-        missing: list[Any] = [Point(self, engine, model, precision, name) for name in self.plan.attentions]
+        points: list[Any] = [Point(self, engine, model, precision, name) for name in self.plan.attentions]
+        missing = [point for point in points if not point.known]
+        if not missing:
+            return
         if time.monotonic() > self.deadline:
             for point in missing:
-                point.absent("the time was over before its turn")
+                point.late()
             self.write()
             return
         try:
@@ -220,16 +271,15 @@ class Run:
             (self.out / f"{name}.new").replace(self.out / name)
 
 
-def order(plan: Plan) -> Iterator[tuple[str, str, str]]:
-    """(engine, model, precision), what the floor of the plan is about first."""
-    for engine in ("fast", "transformers"):
-        late = []
-        for model, precision in product(plan.models, plan.precisions):
-            if precision == "fp32" and model != next(iter(plan.models)):
-                late.append((engine, model, precision))
-            else:
-                yield engine, model, precision
-        yield from late
+def order(plan: Plan) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """(engine, model, precision), what the floor of the plan is about first; and what can wait."""
+    early: list[tuple[str, str, str]] = []
+    late: list[tuple[str, str, str]] = []
+    for model, precision in product(plan.models, plan.precisions):
+        waits = precision == "fp32" and model != next(iter(plan.models))
+        (late if waits else early).append(("fast", model, precision))
+    plain = [("transformers", *each[1:]) for each in early]
+    return early, [*plain, *late, *(("transformers", *each[1:]) for each in late)]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,22 @@ def test_a_dry_run_measures_everything_and_claims_nothing(tmp_path: Path) -> Non
     assert {"memory.load", "memory.generate", "bandwidth.share", "speed.prefill", "speed.protocol"} <= {
         row.metric for row in rows
     }
+    protocol = {
+        (row.model.precision, row.point["attention"], row.point["tokens"]): row.status
+        for row in rows
+        if row.metric == "speed.protocol"
+    }
+    assert {key for key, status in protocol.items() if status == "ok"} == {
+        *product(["int4"], ["split", "off"], [2, 3]),
+        *product(["fp32"], ["v2", "off"], [2, 3]),  # v2: without it, as in the cards
+    }
+    assert {key for key, status in protocol.items() if status != "ok"} == {*product(["int4"], ["v2"], [2, 3])}
+    memory = {row.point["tokens"] for row in rows if row.metric == "memory.generate"}
+    assert memory == {1, 2, 3}  # encoding the prompt, and both lengths
+    again = run("--dry-run", "--out", tmp_path / "again", "--minutes", "0", "--known", tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    kept = {row.identity: row for row in read_rows(tmp_path / "again")}
+    assert all(kept[row.identity] == row for row in rows if row.status == "ok")
 
 
 @pytest.mark.slow
@@ -91,6 +108,9 @@ def test_what_there_was_no_time_for_is_a_row(tmp_path: Path) -> None:
     done = run("--dry-run", "--out", tmp_path, "--minutes", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_rows(tmp_path)
-    assert {(row.status, row.reason) for row in rows} == {
-        ("unavailable", "the time was over before its turn")
+    assert all(row.details == {"again": True} for row in rows)
+    assert {(row.metric, row.status, row.reason) for row in rows} == {
+        ("speed.decode", "unavailable", "the time was over before its turn"),
+        ("speed.prefill", "unavailable", "the time was over before its turn"),
+        ("speed.protocol", "unavailable", "its steps were not measured, so nobody knows how long it takes"),
     }

@@ -1,0 +1,148 @@
+"""What benchmarks/gpu.py does with nine minutes, by the seconds that it has measured: nothing is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from test_benchmarks import load_script
+from test_docs import ROOT
+
+from qwenq.results import Model, Row, append_row, write_environment
+
+MEASURED = json.loads((ROOT / "reports" / "benchmarks" / "decode_gpu.json").read_text(encoding="utf-8"))
+CARDS = ("v2", "off", "v1")
+
+
+def rows_of(report: Any) -> Iterator[Row]:
+    for content in report["rows"]:
+        fields = {key: value for key, value in content.items() if key not in ("format", "model")}
+        yield Row(model=Model(**content["model"]), **fields)
+
+
+class Simulated:
+    """Generations that take as long as their steps did, and what four of them took more when measured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, used: float, minutes: float) -> None:
+        self.gpu = load_script(monkeypatch, "gpu")
+        self.protocol = load_script(monkeypatch, "_gpu_protocol")
+        self.clock = used
+        self.run = self.gpu.Run(self.gpu.REAL, Path("nowhere"), deadline=60 * minutes)
+        self.run.rows = [row for row in rows_of(MEASURED) if row.metric == "speed.decode"]
+        monkeypatch.setattr(self.run, "write", lambda: None)
+        monkeypatch.setattr(self.protocol, "time", SimpleNamespace(monotonic=lambda: self.clock))
+        monkeypatch.setattr(self.protocol, "generate", self.generate)
+        monkeypatch.setattr(load_script(monkeypatch, "_gpu_points"), "Loaded", self.loaded)
+
+    def loaded(self, *_: object) -> None:
+        self.clock += 0.5
+
+    def generate(self, run: Any, stage: Any, attention: str, loaded: None) -> None:
+        steps = self.protocol.expected(run.rows, stage, attention) - self.protocol.BEGIN
+        seconds = 1.02 * steps / self.protocol.SLOWER + 0.6
+        self.clock += seconds
+        point = self.protocol.Point(run, "fast", stage.model, stage.precision, attention)
+        point.add("speed.protocol", stage.tokens, stage.tokens / seconds, "tokens/s", None, {})
+
+    def all(self, model: str) -> dict[tuple[str, Any, Any], Row]:
+        for stage in self.protocol.stages(self.gpu.REAL, [model]):
+            self.protocol.run_stage(self.run, stage)
+        return {
+            (row.model.precision, row.point["attention"], row.point["tokens"]): row
+            for row in self.run.rows
+            if row.metric == "speed.protocol" and row.model.family == model
+        }
+
+
+def used_before() -> float:
+    """Seconds of the measured run that come before the generations, at most: all but what comes later now."""
+    steps = {"fast": 24, "transformers": 5}
+    later = loaded = 0.0
+    for row in rows_of(MEASURED):
+        if row.value is None:
+            continue
+        engine, tokens = row.point["engine"], row.point["tokens"]
+        waits = engine == "transformers" or (row.model.precision, row.model.family) == (
+            "fp32",
+            "qwen-7b-chat",
+        )
+        if row.metric == "speed.protocol":
+            later += float(str(tokens)) / row.value
+        elif row.metric == "speed.decode" and waits and tokens == 2048:
+            later += sum(steps[str(engine)] * seconds for seconds in row.details["seconds"])
+            loaded += row.settings["load_seconds"] if row.point["attention"] == "off" else 0.0
+        elif row.metric == "speed.prefill" and waits:
+            later += 4 * float(str(row.point["context"])) / row.value
+    return float(MEASURED["seconds"]) - later - loaded
+
+
+def test_nine_minutes_hold_the_cards_speeds_of_the_first_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the GPU that was measured: v2, v1 and off at both lengths, in every quantised precision and BF16."""
+    simulated = Simulated(monkeypatch, used_before(), 9)
+    found = simulated.all("qwen-1.8b-chat")
+    cards = [found[key] for key in product(["bf16", "int8", "int4"], CARDS, [2048, 8192])]
+    assert [row.status for row in cards] == ["ok"] * 18
+    assert simulated.clock < 540
+
+
+def test_what_does_not_fit_is_left_out_said_and_what_is_shorter_still_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulated = Simulated(monkeypatch, 480, 9)
+    found = simulated.all("qwen-1.8b-chat")
+    assert {found[p, a, 2048].status for p, a in product(["bf16", "int8", "int4"], CARDS)} == {"ok"}
+    late = found["int4", "v2", 8192]
+    assert late.status == "unavailable"
+    assert "it takes about 39 s, and" in str(late.reason)
+    assert late.details == {"again": True}
+    assert simulated.clock < 540
+    assert set(found) == {
+        *product(["bf16", "int8", "int4"], [*CARDS, "split"], [2048, 8192]),
+        *product(["fp32"], CARDS, [2048, 8192]),
+    }
+
+
+def test_a_second_call_goes_on_with_what_was_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = {"gpus": [{"name": "Imaginary GPU"}]}
+    first = Simulated(monkeypatch, 480, 9)
+    first.all("qwen-1.8b-chat")
+    for row in first.run.rows:
+        append_row(tmp_path, row)
+    write_environment(tmp_path, here)
+    (tmp_path / "decode_gpu.json").write_text(json.dumps({"kernels": [{"kernel": "triton-int4"}]}))
+    monkeypatch.setattr("qwenq.environment.environment", lambda: here)
+    second = Simulated(monkeypatch, 0, 60)
+    assert second.run.keep(tmp_path)
+    done = sum(row.metric == "speed.protocol" for row in second.run.rows)
+    assert 9 <= done < 30
+    assert {row.status for row in second.all("qwen-1.8b-chat").values()} == {"ok"}
+    assert second.run.kernels == [{"kernel": "triton-int4"}]
+    monkeypatch.setattr("qwenq.environment.environment", lambda: {"gpus": [{"name": "Another GPU"}]})
+    assert not second.run.keep(tmp_path)
+
+
+def test_what_is_most_compared_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu: ModuleType = load_script(monkeypatch, "gpu")
+    early, late = gpu.order(gpu.REAL)
+    assert early[0] == ("fast", "qwen-1.8b-chat", "int4")
+    assert {engine for engine, _, _ in early} == {"fast"}
+    assert ("fast", "qwen-7b-chat", "fp32") in late
+    assert len({*early, *late}) == len(early) + len(late) == 2 * 2 * 4
+    stages: Callable[..., Iterator[Any]] = load_script(monkeypatch, "_gpu_protocol").stages
+    order = [(each.tokens, each.attentions) for each in stages(gpu.REAL, ["qwen-1.8b-chat"])]
+    assert list(dict.fromkeys(order)) == [
+        (2048, ("v2", "off", "v1")),
+        (8192, ("v2", "off")),
+        (8192, ("v1",)),
+        (2048, ("split",)),
+        (8192, ("split",)),
+        (2048, ("off",)),
+        (8192, ("off",)),
+    ]
