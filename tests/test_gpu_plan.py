@@ -13,6 +13,8 @@ import pytest
 from test_benchmarks import load_script
 from test_docs import ROOT
 
+from qwenq.reporting.card import speed_table
+from qwenq.reporting.collect import collect
 from qwenq.results import Model, Row, append_row, write_environment
 
 MEASURED = json.loads((ROOT / "reports" / "benchmarks" / "decode_gpu.json").read_text(encoding="utf-8"))
@@ -88,6 +90,28 @@ def test_nine_minutes_hold_the_cards_speeds_of_the_first_shape(monkeypatch: pyte
     cards = [found[key] for key in product(["bf16", "int8", "int4"], CARDS, [2048, 8192])]
     assert [row.status for row in cards] == ["ok"] * 18
     assert simulated.clock < 540
+
+
+def test_the_cards_speeds_stand_beside_them_in_the_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    simulated = Simulated(monkeypatch, 0, 60)
+    simulated.all("qwen-1.8b-chat")
+    for row in simulated.run.rows:
+        append_row(tmp_path, row)
+    table = speed_table(collect([tmp_path]), "qwen-1.8b-chat")
+    assert table is not None
+    assert list(table.headers) == [
+        "Quantization",
+        "FlashAttn",
+        "Speed (2048 tokens)",
+        "Speed (8192 tokens)",
+    ]
+    shown = [(line.cells[0].text, line.cells[1].text, line.published) for line in table.lines]
+    for precision, name in product(["FP32", "BF16", "Int8", "Int4"], ["v2", "v1", "Disabled"]):
+        ours = shown.index((precision, name, False))
+        assert shown.index((f"{precision}, published", name, True)) > ours
+        assert all(cell.value is not None for cell in table.lines[ours].cells[2:])
 
 
 def test_what_does_not_fit_is_left_out_said_and_what_is_shorter_still_runs(
