@@ -37,17 +37,17 @@ from quantize_vs_peers import only_file
 
 HERE = Path(__file__).resolve().parent
 SAMPLES, SEQ_LEN, HELD_OUT, EVALUATED = 32, 512, 16, 40
-PLAIN = {"act_order": "none", "scale_search": "none", "drift": 0.0}
+PLAIN = {"act_order": "none", "scale_search": "none", "drift": 0.0, "refine": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPTQ as published": PLAIN,
     "+ important columns first": PLAIN | {"act_order": "static"},
     "+ scale search": PLAIN | {"act_order": "static", "scale_search": "hessian"},
-    "+ a quarter of the drift": {"drift": 0.25},
-    "+ half of the drift (the default)": {},
-    "+ all of the drift": {"drift": 1.0},
+    "+ half of the drift": {"refine": False},
+    "+ refined (the default)": {},
+    "default, no drift": {"drift": 0.0},
+    "default, all of the drift": {"drift": 1.0},
     "default, columns in file order": {"act_order": "none"},
     "default, unweighted scale search": {"scale_search": "mse"},
-    "default, then refined": {"refine": True},
     "default, free zero points": {"sym": False},
     "default, damping 0.1": {"damp": 0.1},
 }

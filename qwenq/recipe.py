@@ -55,7 +55,7 @@ class QuantizeRecipe(_Section):
     scale_search: Literal["hessian", "mse", "none"] = "hessian"
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     drift: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of inherited error that later layers make good
-    refine: bool = False  # after GPTQ: refit scales, and descend on integers column by column
+    refine: bool = True  # after GPTQ: descend on the same objective, integers and scales by turns
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -71,9 +71,7 @@ def quantize(
     ] = None,
     refine: Annotated[
         bool | None,
-        typer.Option(
-            "--refine/--no-refine", help="Refit scales and integers after GPTQ. [default: no-refine]"
-        ),
+        typer.Option("--refine/--no-refine", help="Descend further on GPTQ's objective. [default: refine]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Events and the result as JSON lines.")] = False,
 ) -> None:

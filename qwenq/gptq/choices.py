@@ -24,7 +24,9 @@ def describe(settings: Settings) -> str:
         f"{settings.drift:.0%} of inherited error made good (aims at the original model's outputs)"
         if settings.drift
         else "no inherited error made good (plain GPTQ)",
-        *(["scales and integers refined after GPTQ"] if settings.refine else []),
+        "then integers and scales refined by turns (descends further on GPTQ's objective)"
+        if settings.refine
+        else "no refinement after GPTQ",
         f"damping {settings.damp:g} of the Hessian's mean diagonal (raised where that cannot be inverted)",
     ]
     return "; ".join(parts)

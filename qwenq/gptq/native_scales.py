@@ -13,7 +13,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from qwenq.gptq.native_columns import nearest
+from qwenq.gptq.native_strips import nearest
 from qwenq.gptq.scales import REFITS, SHRINK
 from qwenq.native.code import (
     FLOAT,

@@ -27,7 +27,7 @@ from qwenq.stopping import Terminated, asked
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
-ALGORITHM = 9  # raise it when the same settings give other integers: unfinished runs are then not resumed
+ALGORITHM = 10  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_IS_STORED = "this layer is on the disk"
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")

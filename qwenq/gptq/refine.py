@@ -1,93 +1,110 @@
 """After GPTQ: lower the same objective further, with its result as the starting point.
 
-    minimise over integers Z and scales s:   tr((Q − W) H (Q − W)ᵀ),   Q = s · (Z − z), per row and group
+    minimise over integers Z and scales s:   ½ tr((Q − W) H (Q − W)ᵀ),   Q = s · (Z − z), per row and group
 
-Two steps that each can only lower it. ``refit_scales`` solves for a row's scales in closed form with the
-integers held fixed (the second stage of arXiv 2602.02126). ``descend`` goes once over the columns and moves
-each integer to the best value given all others (cyclic coordinate descent, QuantEase, arXiv 2309.01885).
+by block coordinate descent, a group of columns after the other, where each step can only lower it: first each
+of the group's integers moves to the best value given all others (QuantEase, arXiv 2309.01885), then its scale
+is fitted to them. What both have changed is pushed onto the gradients of the other groups at once, as GPTQ's
+lazy blocks are: a sweep costs one product with H.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qwenq.gptq.grid import Grid, storable
-from qwenq.gptq.solver import BLOCK, output_error
+from qwenq.gptq.columns import Block
+from qwenq.gptq.grid import Grid
+from qwenq.gptq.moves import move_columns
+from qwenq.gptq.refit import refit_scale
+from qwenq.gptq.solver import Rounded
 
-RIDGE = 1e-6  # of the mean diagonal: keeps the small systems solvable when a group's integers are all zero
-
-
-def refit_scales(W: Tensor, integers: Tensor, grid: Grid, H: Tensor) -> Grid:
-    """The scales that minimise the objective for fixed integers: one groups × groups system per row.
-
-    They are rounded to float16, as they are stored; a row that this leaves worse off keeps its scales.
-
-    Args:
-        W: [rows, in] float32.
-        integers: [rows, in] uint8.
-        grid: whose zeros are kept.
-        H: [in, in].
-    """
-    rows, width = W.shape
-    size = grid.group_size
-    groups = width // size
-    Z = integers.reshape(rows, groups, size).to(W.dtype) - grid.zeros[..., None]  # [rows, groups, group_size]
-    right = ((W @ H).reshape(rows, groups, size) * Z).sum(2)  # [rows, groups]
-    left = torch.empty(rows, groups, groups, dtype=W.dtype, device=W.device)
-    for g in range(groups):
-        ZH = Z[:, g] @ H[g * size : (g + 1) * size]  # [rows, in]
-        left[:, g] = (ZH.reshape(rows, groups, size) * Z).sum(2)
-    diagonal = left.diagonal(dim1=1, dim2=2)  # [rows, groups], a view
-    diagonal += RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(W.dtype).tiny
-    scales, _ = torch.linalg.solve_ex(left, right)
-    scales = torch.where(torch.isfinite(scales) & (scales != 0), scales, grid.scales)
-    refitted = Grid(grid.bits, size, storable(scales), grid.zeros)
-    before, after = (output_error(W, each.values(integers), H) for each in (grid, refitted))
-    return replace(refitted, scales=torch.where((after < before)[:, None], refitted.scales, grid.scales))
+SWEEPS = 2  # the second gains a third of what the first does
+BLOCK = 128  # columns of a wider group that are moved before the rest of the group learns of it
 
 
-def descend(W: Tensor, integers: Tensor, grid: Grid, H: Tensor, order: Tensor, block: int = BLOCK) -> Tensor:
-    """One pass of coordinate descent over the integers.
-
-    With G = H (Q − W)ᵀ, the best real value of column i given all others is q_i − G_i / H_ii.
+def refine(
+    W: Tensor, integers: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS, block: int = BLOCK
+) -> tuple[Grid, Rounded]:
+    """Better integers and scales; zeros stay.
 
     Args:
         W: [rows, in] float32.
         integers: [rows, in] uint8, where to start.
-        grid: held fixed.
+        grid: where their scales start.
         H: [in, in].
-        order: [in] int64, the columns in the order in which they are visited.
-        block: columns per lazy update of G.
-
-    Returns:
-        [rows, in] uint8.
+        sweeps: over all groups.
+        block: see ``BLOCK``.
     """
-    width = W.shape[1]
-    H = H[order][:, order]
-    scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.contiguous()  # [groups, rows]
-    groups = (order // grid.group_size).tolist()
-    new = integers.T[order]  # [in, rows]
-    Q = grid.values(integers).T[order]  # [in, rows]
-    G = H @ (Q - W.T[order])  # [in, rows]
-    diagonal = H.diagonal().tolist()
-    for start in range(0, width, block):
-        end = min(start + block, width)
-        moves = torch.empty(end - start, W.shape[0], dtype=W.dtype, device=W.device)
-        rows = zip(
-            Q[start:end].unbind(), G[start:end].unbind(), moves.unbind(), H[start:end].unbind(), strict=True
-        )
-        for i, (value, gradient, move, h) in enumerate(rows, start):
-            scale, zero = scales[groups[i]], zeros[groups[i]]
-            wanted = torch.sub(value, gradient, alpha=1 / diagonal[i])
-            z = wanted.div_(scale).add_(zero).round_().clamp_(0, grid.levels)
-            new[i] = z
-            torch.sub(z.sub_(zero).mul_(scale), value, out=move)
-            if i + 1 < end:
-                G[i + 1 : end].addr_(h[i + 1 : end], move)
-        G[end:].addmm_(H[end:, start:end], moves)
-    natural = torch.empty_like(new)
-    natural[order] = new
-    return natural.T.contiguous()
+    state = _State.of(W, integers, grid, H)
+    for sweep in range(sweeps):
+        for group in range(len(state.scales)):
+            here = slice(group * grid.group_size, (group + 1) * grid.group_size)
+            less = state.improve(group, here, grid.levels, block)
+            # In the last sweep nobody will ask for the gradients of groups that have had their turn.
+            rest = slice(here.stop if sweep == sweeps - 1 else 0, None)
+            state.G[rest].addmm_(H[rest, here], less, alpha=-1)
+    refined = replace(grid, scales=state.scales.T.contiguous())
+    return refined, Rounded(state.integers.T.contiguous(), state.errors)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where the descent is; columns lie in rows, as in ``solver``.
+
+    Attributes:
+        H: [in, in].
+        Q, G: [in, rows] the values, and the gradients H (Q − W)ᵀ.
+        integers: [in, rows] uint8.
+        scales, zeros: [groups, rows].
+        errors: [rows], as ``output_error`` has it.
+    """
+
+    H: Tensor
+    Q: Tensor
+    G: Tensor
+    integers: Tensor
+    scales: Tensor
+    zeros: Tensor
+    errors: Tensor
+
+    @classmethod
+    def of(cls, W: Tensor, integers: Tensor, grid: Grid, H: Tensor) -> _State:
+        Q = grid.values(integers).to(W.dtype).T.contiguous()
+        D = Q - W.T
+        G = H @ D
+        scales, zeros = (x.to(W.dtype).T.contiguous() for x in (grid.scales, grid.zeros))
+        return cls(H, Q, G, integers.T.contiguous(), scales, zeros, (D * G).sum(0) / 2)
+
+    def improve(self, group: int, here: slice, levels: int, block: int) -> Tensor:
+        """Move a group's integers, fit its scale; returns its old values less the new ones, [size, rows]."""
+        size, Q = here.stop - here.start, self.Q[here]
+        whole = Block(
+            self.G[here], self.H[here, here], self.scales, self.zeros, [group] * size, levels,
+            self.integers[here], torch.empty_like(Q),
+        )  # fmt: skip
+        self.errors.add_(_move(whole, Q, block))
+        self.errors.add_(refit_scale(whole, group))
+        new = self.integers[here].to(Q.dtype).sub_(self.zeros[group]).mul_(self.scales[group])
+        less = Q - new
+        Q.copy_(new)
+        return less
+
+
+def _move(whole: Block, values: Tensor, block: int) -> Tensor:
+    """All integers of a group; its gradients stay as they were."""
+    size = len(values)
+    if size <= block:
+        return move_columns(whole, values)
+    gradient, gain = whole.columns.clone(), torch.zeros_like(values[0])
+    for start in range(0, size, block):
+        part, after = slice(start, min(start + block, size)), slice(start + block, None)
+        some = Block(
+            gradient[part], whole.U[part, part], whole.scales, whole.zeros, whole.groups[part], whole.levels,
+            whole.integers[part], whole.errors[part],
+        )  # fmt: skip
+        gain += move_columns(some, values[part])
+        gradient[after].addmm_(whole.U[after, part], whole.errors[part], alpha=-1)
+    return gain

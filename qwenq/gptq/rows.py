@@ -16,9 +16,9 @@ from qwenq.distributed import ALONE, Team
 from qwenq.gptq.damping import Damped, damped
 from qwenq.gptq.drift import Drift, aim
 from qwenq.gptq.grid import Grid
-from qwenq.gptq.refine import descend, refit_scales
+from qwenq.gptq.refine import refine
 from qwenq.gptq.scales import ScaleSearch, search_grid
-from qwenq.gptq.solver import Rounded, act_order, gptq, output_error
+from qwenq.gptq.solver import act_order, gptq, output_error
 
 TILE_ROWS = {"cpu": 2048}  # a column's update of a tile stays in the cache
 TILE_ROWS_ELSEWHERE = 16384  # on a GPU the column loop costs what its launches cost: fewer, larger tiles
@@ -142,7 +142,7 @@ def _solve(W: Tensor, measured: Tensor, hessian: Damped, settings: Settings, gro
     grid = search_grid(W, H.diagonal(), bits, group_size, sym=sym, search=settings.scale_search)
     rounded = gptq(W, hessian.U, grid, hessian.order)
     if settings.refine:
-        grid, rounded = _refine(W, rounded.integers, grid, hessian)
+        grid, rounded = refine(W, rounded.integers, grid, H)
     figures = torch.zeros(W.shape[0], 4, device=W.device)
     figures[:, 0] = rounded.errors
     plain = search_grid(W, H.diagonal(), bits, group_size, sym=sym, search="none")
@@ -153,10 +153,3 @@ def _solve(W: Tensor, measured: Tensor, hessian: Damped, settings: Settings, gro
     figures[measured, 3] = output_error(some, torch.zeros_like(some), H)
     facts = torch.tensor([hessian.damp, hessian.dead], dtype=torch.float64, device=W.device)
     return SolvedRows(rounded.integers, grid.scales, grid.zeros, figures, facts)
-
-
-def _refine(W: Tensor, integers: Tensor, grid: Grid, hessian: Damped) -> tuple[Grid, Rounded]:
-    grid = refit_scales(W, integers, grid, hessian.H)
-    integers = descend(W, integers, grid, hessian.H, hessian.order)
-    grid = refit_scales(W, integers, grid, hessian.H)
-    return grid, Rounded(integers, output_error(W, grid.values(integers), hessian.H))

@@ -13,8 +13,30 @@ from torch import Tensor
 
 from qwenq.gptq.columns import Block
 
-_ROWS, _AHEAD = 32, 16
+ROWS, AHEAD = 32, 16
 """Of a program; and the columns that an error is pushed onto at a time."""
+
+
+@triton.jit
+def nearest(w: tl.tensor, scale: tl.tensor, zero: tl.tensor, levels: tl.tensor) -> tl.tensor:
+    """clamp(round(w / scale + zero), 0, levels), of two the even one."""
+    q = tl.minimum(tl.maximum(tl.div_rn(w, scale) + zero, 0.0), levels.to(tl.float32))
+    return (q + 8388608.0) - 8388608.0
+
+
+@triton.jit
+def push(
+    columns: tl.tensor, factors: tl.tensor, stride: tl.tensor, error: tl.tensor, i: tl.tensor,
+    row: tl.tensor, inside: tl.tensor, rows: tl.tensor, COUNT: tl.constexpr, AHEAD: tl.constexpr,
+) -> None:  # fmt: skip
+    """Subtract factor · error from the columns behind column i; its factors lie a stride apart."""
+    for first in range(i + 1, COUNT, AHEAD):
+        ahead = first + tl.arange(0, AHEAD)
+        place = columns + ahead[:, None] * rows + row[None, :]
+        both = (ahead < COUNT)[:, None] & inside[None, :]
+        u = tl.load(factors + ahead * stride, ahead < COUNT, 0.0)
+        tl.store(place, tl.load(place, both, 0.0) - u[:, None] * error[None, :], both)
+    tl.debug_barrier()  # other threads of the program read what these have stored
 
 
 @triton.jit
@@ -33,19 +55,12 @@ def _round(
         scale = tl.load(scales + group + row, inside, 1.0)
         zero = tl.load(zeros + group + row, inside, 0.0)
         w = tl.load(columns + i * rows + row, inside, 0.0)
-        q = tl.minimum(tl.maximum(tl.div_rn(w, scale) + zero, 0.0), levels.to(tl.float32))
-        q = (q + 8388608.0) - 8388608.0  # to the nearest integer, of two the even one
+        q = nearest(w, scale, zero, levels)
         error = tl.div_rn(w - (q - zero) * scale, tl.load(U + i * (u_row + u_column)))
         tl.store(integers + i * rows + row, q.to(tl.uint8), inside)
         tl.store(errors + i * rows + row, error, inside)
         total += error * error
-        for first in range(i + 1, COUNT, AHEAD):
-            ahead = first + tl.arange(0, AHEAD)
-            place = columns + ahead[:, None] * rows + row[None, :]
-            both = (ahead < COUNT)[:, None] & inside[None, :]
-            u = tl.load(U + i * u_row + ahead * u_column, ahead < COUNT, 0.0)
-            tl.store(place, tl.load(place, both, 0.0) - u[:, None] * error[None, :], both)
-        tl.debug_barrier()  # other threads of the program read what these have stored
+        push(columns, U + i * u_row, u_column, error, i, row, inside, rows, COUNT, AHEAD)
     tl.store(cost + row, total, inside)
 
 
@@ -55,8 +70,8 @@ def round_by_triton(block: Block) -> Tensor:
     groups = torch.tensor(block.groups, dtype=torch.int32, device=block.columns.device)
     cost = torch.empty_like(block.columns[0])
     with torch.cuda.device_of(block.columns):
-        _round[(triton.cdiv(rows, _ROWS),)](
+        _round[(triton.cdiv(rows, ROWS),)](
             block.columns, block.U, block.scales, block.zeros, groups, block.integers, block.errors, cost,
-            rows, *block.U.stride(), block.levels, COUNT=count, ROWS=_ROWS, AHEAD=_AHEAD, num_warps=1,
+            rows, *block.U.stride(), block.levels, COUNT=count, ROWS=ROWS, AHEAD=AHEAD, num_warps=1,
         )  # fmt: skip
     return cost

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,11 +8,9 @@ from problems import problem
 
 from qwenq.gptq.damping import Damped, damped
 from qwenq.gptq.grid import Grid
-from qwenq.gptq.refine import descend, refit_scales
+from qwenq.gptq.refine import refine
 from qwenq.gptq.scales import search_grid
-from qwenq.gptq.solver import act_order, gptq, output_error
-
-ROUNDING = 1 + 1e-3  # scales are rounded to float16 once more, sums are float32
+from qwenq.gptq.solver import Rounded, act_order, gptq, output_error
 
 
 def start(
@@ -27,107 +26,111 @@ def start(
     return given.W, hessian, grid, integers
 
 
-cases = {
-    "seed": st.integers(0, 10_000),
-    "bits": st.sampled_from([2, 4, 8]),
-    "size": st.sampled_from([8, 16, 64]),
-    "sym": st.booleans(),
-    "tokens": st.sampled_from([8, 256]),
-    "nearest": st.booleans(),
-}
-
-
-@settings(max_examples=60)
-@given(**cases)
-def test_refitting_never_raises_the_objective(
-    seed: int, bits: int, size: int, sym: bool, tokens: int, nearest: bool
+@settings(max_examples=80)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.sampled_from([2, 4, 8]),
+    size=st.sampled_from([8, 16, 64]),
+    sym=st.booleans(),
+    tokens=st.sampled_from([8, 256]),
+    nearest=st.booleans(),
+    block=st.sampled_from([5, 128]),
+)
+def test_no_row_is_worse_than_before(
+    seed: int, bits: int, size: int, sym: bool, tokens: int, nearest: bool, block: int
 ) -> None:
     W, hessian, grid, integers = start(seed, bits, size, sym, tokens=tokens, nearest=nearest)
     before = output_error(W, grid.values(integers), hessian.H)
-    refitted = refit_scales(W, integers, grid, hessian.H)
-    after = output_error(W, refitted.values(integers), hessian.H)
-    assert (after <= before).all()
-    assert torch.equal(refitted.zeros, grid.zeros)
-    assert torch.equal(refitted.scales.half().float(), refitted.scales)
+    refined, rounded = refine(W, integers, grid, hessian.H, block=block)
+    after = output_error(W, refined.values(rounded.integers), hessian.H)
+    floor = 1e-6 * output_error(W, torch.zeros_like(W), hessian.H)  # sums are float32
+    assert (after <= before + floor).all()
+    torch.testing.assert_close(rounded.errors, after, rtol=1e-3, atol=float(floor.max()))
+    assert rounded.integers.dtype is torch.uint8
+    assert int(rounded.integers.max()) <= grid.levels
+    assert torch.equal(refined.zeros, grid.zeros)
+    assert torch.equal(refined.scales.half().float(), refined.scales)
+    assert (refined.scales != 0).all()
 
 
-@settings(max_examples=60)
-@given(**cases)
-def test_descending_never_raises_the_objective_of_any_row(
-    seed: int, bits: int, size: int, sym: bool, tokens: int, nearest: bool
-) -> None:
-    W, hessian, grid, integers = start(seed, bits, size, sym, tokens=tokens, nearest=nearest)
-    before = output_error(W, grid.values(integers), hessian.H)
-    moved = descend(W, integers, grid, hessian.H, hessian.order)
-    after = output_error(W, grid.values(moved), hessian.H)
-    floor = 1e-6 * output_error(W, torch.zeros_like(W), hessian.H)
-    assert (after <= before * ROUNDING + floor).all()
-    assert moved.dtype is torch.uint8
-    assert int(moved.max()) <= grid.levels
+def test_it_gains_on_gptq_and_a_second_sweep_on_the_first() -> None:
+    W, hessian, grid, integers = start(1, 4, 32, True)
+    before = float(output_error(W, grid.values(integers), hessian.H).sum())
+    once, twice = (
+        float(refine(W, integers, grid, hessian.H, sweeps)[1].errors.sum()) / before for sweeps in (1, 2)
+    )
+    assert twice < once < 0.95
+    assert twice < 0.92
 
 
-def test_refitting_finds_the_scale_that_a_search_over_all_finds() -> None:
+def test_the_first_group_has_the_scale_that_a_search_over_all_finds() -> None:
     """One row, one group: the closed form against ten thousand scales."""
     W, hessian, grid, integers = start(7, 4, 64, True)
     W, integers = W[:1], integers[:1]
-    grid = Grid(4, 64, grid.scales[:1] * 1.3, grid.zeros[:1])
-    refitted = refit_scales(W, integers, grid, hessian.H)
+    grid = Grid(4, 64, grid.scales[:1] * 1.02, grid.zeros[:1])
+    refined, rounded = refine(W, integers, grid, hessian.H, sweeps=1)
     many = torch.linspace(0.5, 1.5, 10_001)[:, None] * grid.scales
     costs = output_error(
         W.expand(10_001, -1),
-        Grid(4, 64, many, grid.zeros.expand(10_001, 1)).values(integers.expand(10_001, -1)),
+        Grid(4, 64, many, grid.zeros.expand(10_001, 1)).values(rounded.integers.expand(10_001, -1)),
         hessian.H,
     )
-    torch.testing.assert_close(refitted.scales[0, 0], many[costs.argmin(), 0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(refined.scales[0, 0], many[costs.argmin(), 0], rtol=1e-3, atol=0)
 
 
-def test_groups_are_refitted_together() -> None:
-    """Scales of correlated groups depend on each other: at the optimum no single one can move."""
-    W, hessian, grid, integers = start(11, 2, 16, True)
-    refitted = refit_scales(W, integers, grid, hessian.H)
-    best = output_error(W, refitted.values(integers), hessian.H)
-    for group in range(4):
-        for factor in (0.97, 1.03):
-            scales = refitted.scales.clone()
-            scales[:, group] *= factor
-            moved = output_error(W, Grid(2, 16, scales, grid.zeros).values(integers), hessian.H)
-            assert (moved >= best * (1 - 1e-4)).all()
-
-
-def test_descending_ends_where_no_single_integer_can_move() -> None:
+def test_it_ends_where_no_integer_and_no_scale_can_move() -> None:
     W, hessian, grid, integers = start(5, 4, 32, True, nearest=True)
-    for _ in range(40):
-        moved = descend(W, integers, grid, hessian.H, hessian.order)
-        if torch.equal(moved, integers):
-            break
-        integers = moved
-    best = output_error(W, grid.values(integers), hessian.H)
+    refined, rounded = refine(W, integers, grid, hessian.H, sweeps=60)
+    best = output_error(W, refined.values(rounded.integers), hessian.H)
     for column in range(0, 64, 7):
         for step in (-1, 1):
-            other = integers.int()
+            other = rounded.integers.int()
             other[:, column] = (other[:, column] + step).clamp(0, 15)
-            assert (output_error(W, grid.values(other), hessian.H) >= best * (1 - 1e-4)).all()
+            assert (output_error(W, refined.values(other), hessian.H) >= best * (1 - 1e-3)).all()
+    for group in range(2):
+        for factor in (0.97, 1.03):
+            scales = refined.scales.clone()
+            scales[:, group] *= factor
+            moved = Grid(4, 32, scales, grid.zeros).values(rounded.integers)
+            assert (output_error(W, moved, hessian.H) >= best * (1 - 1e-3)).all()
 
 
-def test_together_they_gain_on_gptq() -> None:
-    W, hessian, grid, integers = start(1, 4, 32, True)
-    before = float(output_error(W, grid.values(integers), hessian.H).sum())
-    refitted = refit_scales(W, integers, grid, hessian.H)
-    moved = descend(W, integers, refitted, hessian.H, hessian.order)
-    after = float(output_error(W, refitted.values(moved), hessian.H).sum())
-    assert after < 0.95 * before
-
-
-def test_a_group_whose_integers_are_all_zero_keeps_its_scale() -> None:
+def test_a_group_that_stays_all_zero_keeps_its_scale() -> None:
     W, hessian, grid, integers = start(2, 4, 32, True)
-    integers[3, 32:] = 8
-    refitted = refit_scales(W, integers, grid, hessian.H)
-    assert refitted.scales.isfinite().all()
-    assert (refitted.scales != 0).all()
+    W[3, 32:], integers[3, 32:] = 0, 8
+    H = hessian.H.clone()
+    H[32:, :32] = H[:32, 32:] = 0  # nothing of the other group can be made good here
+    refined, rounded = refine(W, integers, grid, H)
+    assert (rounded.integers[3, 32:] == 8).all()
+    assert refined.scales[3, 1] == grid.scales[3, 1]
+
+
+def test_in_float64_too() -> None:
+    W, hessian, grid, integers = start(4, 4, 32, False)
+    single, _ = refine(W, integers, grid, hessian.H)
+    double, rounded = refine(W.double(), integers, grid, hessian.H.double())
+    assert rounded.errors.dtype is torch.float64
+    assert (single.scales != double.scales).float().mean() < 0.1
+
+
+def agree(one: Rounded, other: Rounded) -> None:
+    """Sums in another order break some ties otherwise, and what follows in the row with them."""
+    assert (one.integers != other.integers).float().mean() < 0.04
+    torch.testing.assert_close(one.errors.sum(), other.errors.sum(), rtol=5e-3, atol=0)
 
 
 def test_the_block_does_not_show() -> None:
-    W, hessian, grid, integers = start(4, 4, 32, False)
-    usual = descend(W, integers, grid, hessian.H, hessian.order)
-    small = descend(W, integers, grid, hessian.H, hessian.order, block=5)
-    assert (usual != small).float().mean() < 0.01  # sums in another order may break ties differently
+    W, hessian, grid, integers = start(4, 4, 64, False)
+    usual, small = (refine(W, integers, grid, hessian.H, block=block)[1] for block in (128, 5))
+    agree(usual, small)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_compiled_code_finds_what_torch_finds(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    W, hessian, grid, integers = start(9, 4, size, False)
+    fast, by_fast = refine(W, integers, grid, hessian.H)
+    for room in ("moves", "refit"):
+        monkeypatch.setattr(f"qwenq.gptq.{room}.native_why_not", lambda _: "it is not wanted")
+    slow, by_slow = refine(W, integers, grid, hessian.H)
+    assert (fast.scales != slow.scales).float().mean() < 0.05
+    agree(by_fast, by_slow)

@@ -1,4 +1,4 @@
-"""The GPU's kernel for the columns of a block: interpreted beside torch's loop, and built ahead of time."""
+"""The GPU's kernels for the columns of a block: interpreted beside torch's loops, and built ahead of time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ TESTS = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import torch
 from qwenq.gptq.columns import Block, round_by_torch
+from qwenq.gptq.moves import move_by_torch
 from qwenq.gptq.triton_columns import round_by_triton
+from qwenq.gptq.triton_moves import move_by_triton
 
 random = torch.Generator().manual_seed(0)
 for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 15), (17, 32, 17, 15)):
@@ -41,6 +43,14 @@ for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 
     assert torch.equal(ours.integers, theirs.integers), (count, rows)
     assert torch.equal(ours.errors, theirs.errors), (count, rows)
     assert theirs.integers.float().std() > 1
+    H = U[:count, :count].T @ U[:count, :count]
+    values = torch.randn(count, rows, generator=random)
+    ours, theirs = block()._replace(U=H), block()._replace(U=H)
+    gains = move_by_triton(ours, values), move_by_torch(theirs, values)
+    torch.testing.assert_close(*gains, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.integers, theirs.integers), (count, rows)
+    torch.testing.assert_close(ours.errors, theirs.errors, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.columns, W), "the gradients stay as they were"
 print("agreed")
 """
 
@@ -58,14 +68,20 @@ def test_the_interpreted_kernel_finds_the_integers_that_torch_finds() -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, not built")
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_it_builds_and_keeps_everything_in_registers(capability: int) -> None:
+@pytest.mark.parametrize("which", ["round", "move"])
+def test_it_builds_and_keeps_everything_in_registers(which: str, capability: int) -> None:
     from runtime.triton_builds import Build, resources
 
     from qwenq.gptq.triton_columns import _round
+    from qwenq.gptq.triton_moves import _move
 
-    pointers = dict.fromkeys(("columns", "U", "scales", "zeros", "errors", "cost"), "*fp32")
+    kernel, names = {
+        "round": (_round, ("columns", "U", "scales", "zeros", "errors", "cost")),
+        "move": (_move, ("gradient", "values", "H", "scales", "zeros", "errors", "change")),
+    }[which]
+    pointers = dict.fromkeys(names, "*fp32")
     build = Build(
-        _round,
+        kernel,
         pointers | {"groups": "*i32", "integers": "*u8"},
         {"COUNT": 64, "ROWS": 32, "AHEAD": 16},
         odd=("levels",),
