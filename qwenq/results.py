@@ -22,7 +22,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -222,18 +222,50 @@ def read_environment(run: Path) -> dict[str, Any]:
 def _row(line: str, path: Path, number: int) -> Row:
     try:
         content = json.loads(line)
-        # Infinity, NaN and halves of surrogate pairs can be read but not written again.
-        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-        if content.pop("format", None) != FORMAT:
-            raise ValueError(f"a row of another format than {FORMAT}")
-        model = Model(**content.pop("model"))
-        row = Row(model=model, **content)
+        found = content.pop("format", None)
+        if isinstance(found, int) and found > FORMAT:
+            raise UsageError(
+                f"not a row of results of this qwenq: its format is {found}, known is {FORMAT}",
+                where=f"{path}, line {number}",
+                hint="use the qwenq that wrote it, or a newer one",
+            )
+        if found != FORMAT:
+            raise ValueError(f"its format is {found!r}, known is {FORMAT}")
+        row = _made(content)
         _check_types(row)
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UsageError(
             f"not a row of results: {error}", where=f"{path}, line {number}", hint="delete that line"
         ) from error
     return row
+
+
+def _made(content: dict[str, Any]) -> Row:
+    """A row of plain values; what has no place in it is named.
+
+    Raises:
+        ValueError: a key too many or too few, or what could not be written again.
+    """
+    model = content.pop("model")
+    for kind, values, what in ((Model, model, "the model"), (Row, {**content, "model": model}, "it")):
+        known = {each.name: each for each in fields(kind)}
+        needed = [name for name, each in known.items() if _required(each)]
+        if strange := [key for key in values if key not in known]:
+            raise ValueError(f"{what} has an unknown key {strange[0]!r}")
+        if missing := [name for name in needed if name not in values]:
+            raise ValueError(f"{what} has no {missing[0]!r}")
+    try:
+        # Infinity, NaN and halves of surrogate pairs can be read but not written again.
+        json.dumps([model, content], ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a character") from error
+    except ValueError as error:
+        raise ValueError("it holds a figure that is not finite") from error
+    return Row(model=Model(**model), **content)
+
+
+def _required(each: Field[Any]) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING
 
 
 def _check_types(row: Row) -> None:

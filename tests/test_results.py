@@ -166,6 +166,30 @@ def test_a_line_that_is_no_row_is_named_with_its_number(tmp_path: Path, line: st
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(("name", "says"), [
+    ("NaN", "it holds a figure that is not finite"),
+    ("NaN in the details", "it holds a figure that is not finite"),
+    ("infinity, spelt as a number", "it holds a figure that is not finite"),
+    ("half a surrogate pair", "it holds half of a character"),
+    ("an unknown key", "it has an unknown key 'surprise'"),
+    ("a model without family", "the model has no 'family'"),
+    ("no format", "its format is None, known is 1"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_line_is_said_in_words(tmp_path: Path, name: str, says: str) -> None:
+    """Not in those of Python's own functions."""
+    (tmp_path / RESULTS_FILE).write_text(HOSTILE[name] + "\n")
+    with pytest.raises(UsageError) as caught:
+        read_rows(tmp_path)
+    assert caught.value.what == f"not a row of results: {says}"
+
+
+def test_rows_of_a_newer_qwenq_are_not_to_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / RESULTS_FILE).write_text(changed(format=2) + "\n")
+    with pytest.raises(UsageError, match="of this qwenq: its format is 2, known is 1") as caught:
+        read_rows(tmp_path)
+    assert caught.value.hint == "use the qwenq that wrote it, or a newer one"
+
+
 def test_line_separators_of_unicode_do_not_end_a_line(tmp_path: Path) -> None:
     row = replace(ROW, implementation="a\u2028b\x85c\x0bd\ne")
     append_row(tmp_path, row)
