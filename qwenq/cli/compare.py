@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qwenq.cli.app import app
-from qwenq.errors import UsageError
+from qwenq.errors import StorageError, UsageError
+from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
 
 
 @app.command()
@@ -42,25 +44,51 @@ def compare(
     from qwenq.reporting.turns import with_turns
     from qwenq.storage import atomic_write_bytes
 
-    for option, file in (("--markdown", markdown), ("--junit", junit)):
-        if file is not None and file.is_dir():
-            raise UsageError(f"{option} is a folder", where=file, hint="name a file in it")
     conditions = gate.asked_by(fail_on)
-    before, after = (
-        with_turns(collect([first]), collect(more) if more else None)
-        for first, more in ((baseline, more_baseline), (new, more_new))
-    )
+    sides = [[baseline, *(more_baseline or [])], [new, *(more_new or [])]]
+    _check_folders([*sides[0], *sides[1]], {"--markdown": markdown, "--junit": junit})
+    before, after = (with_turns(collect([first]), collect(more) if more else None) for first, *more in sides)
     comparisons = compare_rows(before, after)
     verdict = gate.judge(comparisons, conditions, strict=fail_on is not None)
-    for line in gate_output.text_lines(verdict):
-        typer.echo(line)
-    if markdown is not None:
-        text = gate_output.markdown_text(verdict, str(baseline), str(new))
-        atomic_write_bytes(markdown, text.encode())
-    if junit is not None:
-        atomic_write_bytes(junit, gate_output.junit_text(verdict).encode())
+    lines = list(gate_output.text_lines(verdict))
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in gate_output.github_annotations(verdict):
-            typer.echo(line)
+        lines += gate_output.github_annotations(verdict)
+    try:
+        if markdown is not None:
+            text = gate_output.markdown_text(verdict, str(baseline), str(new))
+            atomic_write_bytes(markdown, text.encode())
+        if junit is not None:
+            atomic_write_bytes(junit, gate_output.junit_text(verdict).encode())
+    finally:  # the verdict is worth more than a file of it
+        _print(lines)
     if verdict.exit_code:
         raise typer.Exit(verdict.exit_code)
+
+
+def _check_folders(runs: list[Path], files: dict[str, Path | None]) -> None:
+    """A run compared with itself would always pass, and one counted twice would look less noisy."""
+    places = [run.resolve() for run in runs]
+    if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
+        raise UsageError("this run is named twice", where=twice[-1], hint="name each run folder once")
+    for option, file in files.items():
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option} is a folder", where=file, hint="name a file in it")
+        measured = {place / name for place in places for name in (RESULTS_FILE, ENVIRONMENT_FILE)}
+        if file is not None and file.resolve() in measured:
+            raise UsageError(f"{option} would replace what was measured", where=file, hint="name a new file")
+
+
+def _print(lines: list[str]) -> None:
+    """Print what is known already; a reader who has seen enough, such as ``head``, changes no exit code.
+
+    Raises:
+        StorageError: standard output is a file, and the disk refused.
+    """
+    try:
+        for line in lines:
+            typer.echo(line)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        if not isinstance(error, BrokenPipeError):
+            raise StorageError(f"it cannot be written: {error.strerror}", where="standard output") from error

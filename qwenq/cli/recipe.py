@@ -45,7 +45,11 @@ def checked(file: Path) -> Recipe:
     from qwenq.reporting.gate import asked_by
 
     found = read_recipe(file)
-    asked_by(found.gate.fail_on)
+    try:
+        asked_by(found.gate.fail_on)
+    except UsageError as error:
+        error.where = f"{file}, gate.fail_on"
+        raise
     for key, name in (
         ("calibration.source", found.calibration.source),
         ("eval.data", found.eval.data if found.eval else None),

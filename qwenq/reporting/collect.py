@@ -83,18 +83,31 @@ def collect(folders: list[Path]) -> Collection:
     """Read run folders.
 
     Raises:
-        UsageError: none is named, one has no results, or together they have no row.
+        UsageError: none is named, or one twice, one has no results, or together they have no row.
     """
     if not folders:
         raise UsageError("no run folder is named", where="RUNS", hint="name folders of qwenq eval or profile")
-    runs, measured = [], []
+    places = [folder.resolve() for folder in folders]
+    if twice := [folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
+        raise UsageError("this run is named twice", where=twice[-1], hint="name each run folder once")
+    runs: list[Run] = []
+    measured: list[Measured] = []
     for folder, rows, environment in each_run(folders):
-        run = Run(clean(folder.resolve().name) or "run", environment)
+        run = Run(_name(folder, [other.name for other in runs]), environment)
         runs.append(run)
         measured += [Measured(row, run) for row in rows]
     if not measured:
-        raise UsageError("there is no row in these runs", where=", ".join(str(f) for f in folders))
+        where = ", ".join(str(folder) for folder in folders)
+        hint = "measure something into it with qwenq eval or profile"
+        raise UsageError("there is no row in these runs", where=where, hint=hint)
     return Collection(tuple(runs), tuple(measured))
+
+
+def _name(folder: Path, taken: list[str]) -> str:
+    """The folder's own; of several of one name each has a number, or one would stand for the others."""
+    name = clean(folder.resolve().name) or "run"
+    numbered = (name, *(f"{name} ({number})" for number in range(2, len(taken) + 2)))
+    return next(each for each in numbered if each not in taken)
 
 
 def rank(precision: str) -> int:

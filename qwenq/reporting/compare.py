@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -201,12 +200,22 @@ def _apart(old: Measured, new: Measured) -> str:
         return f"no rule for {clean(old.row.metric)}"
     if old.row.unit != new.row.unit:
         return f"another unit: {clean(new.row.unit)} instead of {clean(old.row.unit)}"
-    if why := _other_model(old.row, new.row):
+    if why := _other_model(old.row, new.row) or _without_ratio(old.row, new.row, metric):
         return why
     before, after = (item.row.settings.get("dtype") for item in (old, new))
     if before != after and old.row.metric != "size":
         return clean(f"another dtype: {after or 'unknown'} instead of {before or 'unknown'}")
     return another_machine(old, new) if metric.machine else ""
+
+
+def _without_ratio(old: Row, new: Row, metric: Metric) -> str:
+    """No speed, time or size is zero or less: such a figure is a mistake, and nothing is better than it."""
+    if metric.relation != "ratio":
+        return ""
+    for row, which in ((old, "the baseline's"), (new, "the new run's")):
+        if row.value is not None and row.value <= 0:
+            return f"{which} figure is {row.value:g}: there is no ratio to it"
+    return ""
 
 
 LOADING = ("size", "memory.load", "memory.unreset")
@@ -265,9 +274,7 @@ def _differing(row: Row, other: Row) -> list[str]:
 def _difference(before: Row, after: Row) -> Comparison:
     metric = METRICS[before.metric.partition(".")[0]]
     old, new = before.value or 0.0, after.value or 0.0
-    change = new - old
-    if metric.relation == "ratio":
-        change = new / old if old else (1.0 if new == old else math.inf)
+    change = new / old if metric.relation == "ratio" else new - old
     made = Comparison(before, after, comparable=True, change=change, real=new != old)
     if metric.paired:
         pairing = paired(before, after)

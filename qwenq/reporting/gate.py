@@ -21,12 +21,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import isfinite
 from typing import Literal
 
 from qwenq.errors import UsageError
 from qwenq.recipe import FAIL_ON
 from qwenq.reporting.collect import PRECISIONS
 from qwenq.reporting.compare import METRICS, Comparison, corrected
+from qwenq.reporting.text import count
 from qwenq.results import Row
 
 PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
@@ -128,15 +130,17 @@ class Verdict:
         """One sentence."""
         asked = len(self.judged) - len(self.of("not judged"))
         if not self.conditions:
-            return f"Compared {len(self.judged)} rows; nothing was asked to fail"
+            return f"Compared {count(len(self.judged), 'rows')}; nothing was asked to fail"
         if self.exit_code == REGRESSION:
-            return f"Regression: {len(self.of('regression'))} of {asked} rows got worse than allowed"
+            return (
+                f"Regression: {len(self.of('regression'))} of {count(asked, 'rows')} got worse than allowed"
+            )
         if apart := self.of("not comparable"):
-            return f"Not comparable: {len(apart)} of {asked} rows; that is no pass"
+            return f"Not comparable: {len(apart)} of {count(asked, 'rows')}; that is no pass"
         if self.exit_code == NOT_COMPARABLE:
             return "Not comparable: there was nothing to judge; that is no pass"
         unsure = f"; {len(self.passed_over)} could not be judged" if self.passed_over else ""
-        return f"Passed: no regression in {asked} rows{unsure}"
+        return f"Passed: no regression in {count(asked, 'rows')}{unsure}"
 
 
 def judge(
@@ -207,8 +211,8 @@ def parse(text: str) -> list[Condition]:
     """Conditions out of ``accuracy:significant, kl:>0.05``; an empty text has none.
 
     Raises:
-        UsageError: a condition that is none, an unknown metric (the nearest is suggested), or a sign that
-            would fail what got better.
+        UsageError: a condition that is none, an unknown metric (the nearest is suggested), a sign that
+            would fail what got better, or a limit that nothing could reach.
     """
     parts = [part for part in text.split(",") if part.strip()]
     return [_condition(part) for part in parts]
@@ -218,9 +222,16 @@ def asked_by(fail_on: str | None) -> list[Condition]:
     """The conditions of ``--fail-on`` or of a recipe's gate: None is the default, ``none`` asks for nothing.
 
     Raises:
-        UsageError: as `parse`.
+        UsageError: as `parse`; or there is no condition, as in ``--fail-on "$UNSET"``, which must not pass.
     """
-    return parse(FAIL_ON if fail_on is None else "" if fail_on == "none" else fail_on)
+    if fail_on == "none":
+        return []
+    found = parse(FAIL_ON if fail_on is None else fail_on)
+    if not found:
+        raise UsageError(
+            "no condition is named", where=_WHERE, hint="write none to compare only, or leave it out"
+        )
+    return found
 
 
 def _condition(part: str) -> Condition:
@@ -248,13 +259,23 @@ def _condition(part: str) -> Condition:
             hint=example,
         )
     limit = float(found[5])
-    if rule.relation == "ratio" and limit <= 0:
-        raise UsageError(
-            f"{part.strip()!r}: the limit is a ratio of new to baseline", where=_WHERE, hint=example
-        )
+    if wrong := _beyond(limit, metric):
+        raise UsageError(f"{part.strip()!r}: {wrong}", where=_WHERE, hint=example)
     return Condition(metric, sign, limit, found[2])
 
 
+def _beyond(limit: float, metric: str) -> str:
+    """Why no measurement could be on one of both sides of a limit, which somebody took for per cent."""
+    relation = METRICS[metric.partition(".")[0]].relation
+    if relation == "ratio" and not 0 < limit <= _MOST_RATIO:
+        return "the limit is a ratio of new to baseline, not per cent"
+    if metric.partition(".")[0] in _SHARES and abs(limit) > 1:
+        return "the limit is a share, from -1 to 1, not per cent"
+    return "" if isfinite(limit) else "the limit is no number that could be reached"
+
+
+_MOST_RATIO = 10.0
+_SHARES = ("accuracy", "same_top")
 _EXAMPLES = {"ratio": {"up": "0.95", "down": "1.05"}, "difference": {"up": "-0.02", "down": "0.05"}}
 
 __all__ = ["FAIL_ON", "Condition", "Judged", "Verdict", "asked_by", "judge", "parse"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from qwenq.paired.mcnemar import said_p
 from qwenq.reporting.compare import Comparison
 from qwenq.reporting.gate import Condition, Judged, Verdict
-from qwenq.reporting.text import clean, markdown
+from qwenq.reporting.text import clean, count, markdown
 from qwenq.reporting.units import format_of, signed
 
 MOST_ROWS = 60
@@ -59,15 +59,20 @@ def text_lines(verdict: Verdict) -> Iterator[str]:
         parts = (change_text(judged.comparison), effect(judged), _reason(judged))
         yield f"{'':<15}{'; '.join(part for part in parts if part)}"
     if same := len(passed) - len(changed):
-        yield f"{same} rows passed without a real difference"
+        yield f"{count(same, 'rows')} passed without a real difference"
     for judged in verdict.passed_over:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
         yield f"{'':<15}{change_text(judged.comparison)}; {_reason(judged)}"
     if rest := len(verdict.of("not judged")) - len(verdict.passed_over):
-        yield f"{rest} rows were not asked about, or are new"
+        yield _rest(rest)
     for condition in verdict.idle:
         yield f"{condition} {_idle(verdict, condition)}"
     yield f"{verdict.headline}."
+
+
+def _rest(number: int) -> str:
+    was, is_ = ("was", "is") if number == 1 else ("were", "are")
+    return f"{count(number, 'rows')} {was} not asked about, or {is_} new"
 
 
 def _idle(verdict: Verdict, condition: Condition) -> str:
@@ -88,16 +93,16 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
     if failed:
         parts.append(_table(failed))
     if few := verdict.passed_over:
-        parts.append(f"{len(few)} rows could not be judged:")
+        parts.append(f"{count(len(few), 'rows')} could not be judged:")
         parts.append(_table(few))
     if verdict.idle:
         parts.append("\n".join(f"- {markdown(c)} {_idle(verdict, c)}" for c in verdict.idle))
     passed, over = verdict.of("passed"), verdict.passed_over
     rest = [judged for judged in verdict.of("not judged") if judged not in over]
     if passed:
-        parts.append(_folded(f"{len(passed)} rows passed", passed))
+        parts.append(_folded(f"{count(len(passed), 'rows')} passed", passed))
     if rest:
-        parts.append(_folded(f"{len(rest)} rows were not asked about, or are new", rest))
+        parts.append(_folded(_rest(len(rest)), rest))
     if verdict.conditions:
         rules = ", ".join(markdown(condition) for condition in verdict.conditions)
         parts.append(f"Fails on {rules}. Accuracies are paired item by item; p is corrected by Holm.")

@@ -138,9 +138,92 @@ def test_a_folder_to_write_a_file_to_is_misuse(runs: Path, option: str) -> None:
     assert f"{option} is a folder" in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [
+    ("before", "./before"),
+    ("before", "after", "--more-new", "after"),
+    ("before", "after", "--more-baseline", "after"),
+])  # fmt: skip
+def test_a_run_is_not_compared_with_itself(runs: Path, arguments: tuple[str, ...]) -> None:
+    """It would pass whatever it is."""
+    write_run(runs / "after")
+    done = qwenq("compare", *arguments, cwd=runs)
+    assert (done.returncode, "this run is named twice" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("condition", ["", " ", ","])
+def test_a_condition_that_is_not_there_is_no_gate_that_passes(runs: Path, condition: str) -> None:
+    """``--fail-on "$CONDITIONS"`` where nobody has set that."""
+    write_run(runs / "after", correct=60)
+    done = qwenq("compare", "before", "after", "--fail-on", condition, cwd=runs)
+    assert (done.returncode, "no condition is named" in done.stderr) == (2, True)
+
+
+def test_a_reader_who_has_seen_enough_changes_no_verdict(runs: Path) -> None:
+    """``qwenq compare … | head -1``; files are written all the same."""
+    write_run(runs / "after")
+    command = [sys.executable, "-m", "qwenq", "compare", "before", "after", "--markdown", "comment.md"]
+    with subprocess.Popen(command, cwd=runs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    whole = qwenq("compare", "before", "after", cwd=runs)
+    assert (process.returncode, said) == (whole.returncode, "")
+    assert (runs / "comment.md").read_text().startswith("### ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_standard_output_is_a_message(runs: Path) -> None:
+    write_run(runs / "after")
+    command = [sys.executable, "-m", "qwenq", "compare", "before", "after"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=runs, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "it cannot be written: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_verdict_is_shown_though_its_file_cannot_be_written(runs: Path) -> None:
+    write_run(runs / "after", correct=60)
+    done = qwenq("compare", "before", "after", "--markdown", "before/results.jsonl/x.md", cwd=runs)
+    assert "Regression: 1 of" in done.stdout
+    assert (done.returncode, "is a file where a folder has to be" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "environment.json"])
+def test_what_was_measured_is_not_replaced_by_a_verdict(runs: Path, name: str) -> None:
+    write_run(runs / "after")
+    held = (runs / "after" / name).read_bytes()
+    done = qwenq("compare", "before", "after", "--junit", f"before/../after/{name}", cwd=runs)
+    assert (done.returncode, "would replace what was measured" in done.stderr) == (2, True)
+    assert (runs / "after" / name).read_bytes() == held
+
+
+def test_of_one_row_is_spoken_in_the_singular(runs: Path) -> None:
+    write_run(runs / "after")
+    done = qwenq("compare", "before", "after", "--fail-on", "kl:>0.05, size:>1, speed:<0.9", cwd=runs)
+    assert "1 row was not asked about, or is new" in done.stdout
+    done = qwenq("compare", "before", "after", "--fail-on", "kl:>0.05", cwd=runs)
+    assert "1 row passed without a real difference" in done.stdout
+    assert "Passed: no regression in 1 row." in done.stdout
+
+
+def test_runs_of_one_name_are_told_apart(runs: Path) -> None:
+    """Of two lines with one label, one would have stood for both."""
+    write_run(runs / "other" / "before", speed=40.0)
+    done = qwenq("report", "before", "other/before", "--out", "out", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    text = (runs / "out" / "README.md").read_text()
+    assert "| Int4 | before | 50.00 (49.50–50.50) |" in text
+    assert "| Int4 | before (2) | 40.00 (39.60–40.40) |" in text
+    done = qwenq("report", "before", "before/", "--out", "out", cwd=runs)
+    assert (done.returncode, "this run is named twice" in done.stderr) == (2, True)
+
+
 def test_neither_torch_nor_plots_are_loaded_to_compare(runs: Path) -> None:
+    write_run(runs / "after")
     script = (
-        "import sys; sys.argv = ['qwenq', 'compare', 'before', 'before']\n"
+        "import sys; sys.argv = ['qwenq', 'compare', 'before', 'after']\n"
         "from qwenq.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"

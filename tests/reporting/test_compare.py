@@ -65,6 +65,21 @@ def test_intervals_that_overlap_are_no_difference(compared: Compare) -> None:
     assert kept(compared([decode()], [decode(factor=0.99)]), "speed.decode").real is False
 
 
+@pytest.mark.parametrize(("old", "new", "why"), [
+    (0.0, 5.0, "the baseline's figure is 0: there is no ratio to it"),
+    (5.0, 0.0, "the new run's figure is 0: there is no ratio to it"),
+    (-5.0, -5.0, "the baseline's figure is -5: there is no ratio to it"),
+    (0.0, 0.0, "the baseline's figure is 0: there is no ratio to it"),
+])  # fmt: skip
+def test_a_figure_without_a_ratio_is_not_compared(
+    old: float, new: float, why: str, compared: Compare
+) -> None:
+    """Nothing is infinitely faster, nor a pass, as no speed is zero."""
+    before, after = (replace(decode(), value=value, low=None, high=None) for value in (old, new))
+    found = kept(compared([before], [after]), "speed.decode")
+    assert (found.comparable, found.why) == (False, why)
+
+
 def test_a_speed_measured_once_says_that_nobody_can_tell(compared: Compare) -> None:
     once = replace(decode(), low=None, high=None)
     found = kept(compared([once], [replace(once, value=1.0)]), "speed.decode")

@@ -166,7 +166,7 @@ def test_a_speed_of_too_few_measurements_fails_nothing_and_says_so(
     decode = [row for row in speed("int4", 2048) if row.metric == "speed.decode"]
     beside = gate([*old, *decode], [*new, *decode], "speed:<0.95")
     assert beside.exit_code == 0
-    assert beside.headline == "Passed: no regression in 1 rows; 1 could not be judged"
+    assert beside.headline == "Passed: no regression in 1 row; 1 could not be judged"
     shown = markdown_text(beside, "a", "b")
     assert "1 rows could not be judged" in shown
     assert shown.index("too few measurements") < shown.index("<details>")
@@ -205,6 +205,12 @@ def test_another_group_size_of_the_same_model_is_compared(gate: Gate) -> None:
     ("speed:>1.05", "'speed:>1.05' would fail what got better: more speed is better", "speed:<0.95"),
     ("kl:<0.05", "'kl:<0.05' would fail what got better: less kl is better", "kl:>0.05"),
     ("memory:>-1", "'memory:>-1': the limit is a ratio", "memory:>1.05"),
+    ("speed:<95", "'speed:<95': the limit is a ratio of new to baseline, not per cent", "speed:<0.95"),
+    ("size:>105", "'size:>105': the limit is a ratio of new to baseline, not per cent", "size:>1.05"),
+    ("speed:<0", "'speed:<0': the limit is a ratio", "speed:<0.95"),
+    ("accuracy:<-2", "'accuracy:<-2': the limit is a share, from -1 to 1, not per cent", "accuracy:<-0.02"),
+    ("speed:<101%", "'speed:<101%' is no condition", "speed:<0.95"),
+    ("kl:>1e999", "'kl:>1e999': the limit is no number that could be reached", "kl:>0.05"),
     ("accuracy@int3:significant", "'accuracy@int3:significant' names no precision", "int8, int4"),
     ("acuracy@int8:significant", "unknown metric 'acuracy'", "did you mean 'accuracy'?"),
     ("speed:<0.95;kl:>0.1", "'speed:<0.95;kl:>0.1' is no condition", "speed:<0.95"),
@@ -327,5 +333,8 @@ def test_holm_corrects_for_the_tests_that_are_asked_for(gate: Gate) -> None:
 
 def test_conditions_of_a_recipe_or_of_the_command_line() -> None:
     assert asked_by(None) == parse(FAIL_ON)
-    assert asked_by("none") == asked_by("") == []
+    assert asked_by("none") == []
+    for nothing in ("", " , "):  # of a variable that is not set: it is not to be a gate that passes all
+        with pytest.raises(UsageError, match="no condition is named"):
+            asked_by(nothing)
     assert asked_by("kl:>0.1") == parse("kl:>0.1")
