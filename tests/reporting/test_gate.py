@@ -168,7 +168,7 @@ def test_a_speed_of_too_few_measurements_fails_nothing_and_says_so(
     assert beside.exit_code == 0
     assert beside.headline == "Passed: no regression in 1 row; 1 could not be judged"
     shown = markdown_text(beside, "a", "b")
-    assert "1 rows could not be judged" in shown
+    assert "1 row could not be judged" in shown
     assert shown.index("too few measurements") < shown.index("<details>")
 
 
