@@ -107,9 +107,13 @@ def summary(timing: Timing) -> str:
 def _talk(conversation: Conversation) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     on_terminal = sys.stdin.isatty()
     reported = 0
     for question in _typed() if on_terminal else _piped():
+        if "\ufffd" in question:
+            _note(("what was no text in the terminal's or the pipe's encoding was read as \ufffd",))
         try:
             with closing(conversation.ask(question)) as pieces:
                 for piece in pieces:

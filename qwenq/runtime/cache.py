@@ -8,40 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qwenq.errors import UsageError
 from qwenq.runtime.memory import require
+from qwenq.runtime.span import Span, plan
 from qwenq.runtime.step_layout import Step, StepLayout
 
-_LOWER = "ask for fewer new tokens, a shorter prompt or fewer rows at once"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one forward pass writes, and what its queries may see.
-
-    Attributes:
-        positions: int64 [batch or 1, tokens]; 1 when all rows are alike. The padding of shorter rows is
-            clamped below ``end``.
-        start: the first slot, where it is the same in all rows and no row is padded; else None.
-        end: slots 0 … end-1 are read.
-        causal: every row starts at slot 0: query t sees keys 0 … t and no mask is needed.
-        mask: bool [batch or 1, 1, tokens, end], true where a query may look; None: causal, or one query that
-            sees everything.
-        rows, steps: int64 [written] row and step of each real token, None unless rows differ.
-    """
-
-    positions: Tensor
-    start: int | None
-    end: int
-    causal: bool
-    mask: Tensor | None
-    rows: Tensor | None = None
-    steps: Tensor | None = None
+LOWER = (
+    "ask for fewer new tokens (--max-new-tokens; in profile --tokens), a shorter prompt (there --context) "
+    "or fewer rows at once (in eval --batch)"
+)
+"""What to do where a cache does not fit."""
 
 
 class KVCache:
@@ -52,6 +32,7 @@ class KVCache:
         device, dtype: of the tensors.
 
     Raises:
+        UsageError: fewer than no rows or slots.
         OutOfMemoryError: more bytes than are free.
 
     Attributes:
@@ -70,6 +51,8 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        if batch < 0 or capacity < 0:
+            raise UsageError(f"a cache cannot have {batch} rows of {capacity} tokens")
         self.lengths = [0] * batch
         self.alphas = [1] * batch
         self._dtype = dtype
@@ -79,7 +62,7 @@ class KVCache:
             2 * layers * math.prod(shape) * dtype.itemsize,
             device,
             f"a cache of {batch} rows of {capacity} tokens",
-            _LOWER,
+            LOWER,
         )
         # Zeros, because a masked NaN would still poison the sum over values.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
@@ -95,6 +78,11 @@ class KVCache:
         """Slots of each row."""
         return self.keys[0].shape[2]
 
+    @property
+    def form(self) -> tuple[int, int, int, torch.dtype]:
+        """Layers, key/value heads, head width and dtype: another model's cache differs in one of them."""
+        return len(self.keys), self.keys[0].shape[1], self.keys[0].shape[3], self._dtype
+
     def rewind(self, lengths: int | Sequence[int]) -> None:
         """Forget what lies behind the given length of each row.
 
@@ -109,9 +97,17 @@ class KVCache:
         self.lengths = wanted
 
     def reserve(self, capacity: int) -> None:
-        """Make room for at least ``capacity`` tokens in each row; what is there stays."""
+        """Make room for at least ``capacity`` tokens in each row; what is there stays.
+
+        Raises:
+            OutOfMemoryError: more bytes than are free.
+        """
         if self.capacity >= capacity:
             return
+        first, layers = self.keys[0], len(self.keys)
+        added = (capacity - self.capacity) * first[:, :, 0].numel() * self._dtype.itemsize
+        what = f"a cache of {self.batch} rows of {capacity} tokens instead of {self.capacity}"
+        require(2 * layers * added, first.device, what, LOWER)
         self._arrange_plainly()
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
@@ -127,7 +123,7 @@ class KVCache:
         Raises:
             UsageError: there is no such row.
         """
-        self._check_rows(rows)
+        self.check_rows(rows)
         for row in rows:
             self.lengths[row], self.alphas[row] = 0, 1
 
@@ -144,7 +140,7 @@ class KVCache:
         Raises:
             UsageError: there is no such row, or what it holds does not fit.
         """
-        self._check_rows(rows)
+        self.check_rows(rows)
         capacity = self.capacity if capacity is None else capacity
         lengths = [self.lengths[row] for row in rows]
         held = max(lengths, default=0)
@@ -165,7 +161,7 @@ class KVCache:
         Raises:
             UsageError: there is no such row, one is named twice, or what the other cache holds does not fit.
         """
-        self._check_rows(rows)
+        self.check_rows(rows)
         if len(rows) != source.batch or len(set(rows)) != len(rows):
             raise UsageError(f"{source.batch} rows cannot be put into the rows {list(rows)} of a cache")
         held = max(source.lengths, default=0)
@@ -182,10 +178,12 @@ class KVCache:
             For each row that is left, which one it was: itself where it can be, else it fills a gap.
 
         Raises:
-            UsageError: there is no such row.
+            UsageError: there is no such row, or none would be left.
         """
         kept = sorted(set(rows))
-        self._check_rows(kept)
+        self.check_rows(kept)
+        if not kept:
+            raise UsageError("a cache keeps at least one of its rows")
         behind = [row for row in kept if row >= len(kept)]
         order = [row if row in kept else behind.pop() for row in range(len(kept))]
         for tensor in (*self.keys, *self.values):
@@ -209,6 +207,15 @@ class KVCache:
                 f"only one row that fits can be forked; this cache has {self.batch} rows of {self.lengths}"
             )
         return self.take([0] * batch, capacity)
+
+    def check_rows(self, rows: Sequence[int]) -> None:
+        """Whether the cache has these rows.
+
+        Raises:
+            UsageError: there is no such row.
+        """
+        if wrong := [row for row in rows if not 0 <= row < self.batch]:
+            raise UsageError(f"a cache of {self.batch} rows has no row {wrong[0]}")
 
     def _refuse_more_than(self, end: int) -> None:
         if end > self.capacity:
@@ -234,10 +241,6 @@ class KVCache:
                 target[:, :, :held] = source[:, :, :held]
         self.keys, self.values = keys, values
 
-    def _check_rows(self, rows: Sequence[int]) -> None:
-        if wrong := [row for row in rows if not 0 <= row < self.batch]:
-            raise UsageError(f"a cache of {self.batch} rows has no row {wrong[0]}")
-
     def _copy_rows(self, rows: Sequence[int], source: KVCache, theirs: Sequence[int], held: int) -> None:
         """Slots 0 … held-1 of the other cache's rows into these rows, in all layers."""
         for mine, other in ((self.keys, source.keys), (self.values, source.values)):
@@ -252,20 +255,8 @@ class KVCache:
             UsageError: a row would become longer than the capacity.
         """
         self._arrange_plainly()
-        tokens, ends = max(counts), [old + new for old, new in zip(self.lengths, counts, strict=True)]
-        self._refuse_more_than(max(ends))
-        device, first = self.keys[0].device, self.lengths[0]
-        from_zero = not any(self.lengths)
-        if len(set(self.lengths)) == 1 and len(set(counts)) == 1:
-            positions = torch.arange(first, first + tokens, device=device).unsqueeze(0)
-            mask = None if from_zero or tokens == 1 else _visible(positions, ends[0])
-            return Span(positions, first, ends[0], from_zero, mask)
-        starts = torch.tensor(self.lengths, device=device).unsqueeze(1)
-        steps = torch.arange(tokens, device=device).unsqueeze(0)
-        rows, kept = (steps < torch.tensor(counts, device=device).unsqueeze(1)).nonzero(as_tuple=True)
-        positions = (starts + steps).clamp_max(max(ends) - 1)  # [batch, tokens]
-        mask = None if from_zero else _visible(positions, max(ends))
-        return Span(positions, None, max(ends), from_zero, mask, rows, kept)
+        self._refuse_more_than(max(old + new for old, new in zip(self.lengths, counts, strict=True)))
+        return plan(self.lengths, counts, self.keys[0].device)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Put [batch, heads, tokens, d] into a layer's slots; returns that layer's slots 0 … end-1."""
@@ -291,7 +282,7 @@ class KVCache:
         """
         if self._arranged is None or capacity > self.capacity:
             _, heads, slots, d = self.keys[0].shape
-            layout = StepLayout(len(self.keys), self.batch, heads, max(capacity, slots), d, _LOWER)
+            layout = StepLayout(len(self.keys), self.batch, heads, max(capacity, slots), d, LOWER)
             self._move_to(*layout.views())
             self._arranged = layout
         return self._arranged
@@ -339,8 +330,3 @@ class KVCache:
     def advance(self, counts: Sequence[int]) -> None:
         """Count the tokens in, once all layers have written them."""
         self.lengths = [old + new for old, new in zip(self.lengths, counts, strict=True)]
-
-
-def _visible(positions: Tensor, end: int) -> Tensor:
-    slots = torch.arange(end, device=positions.device)
-    return (slots <= positions.unsqueeze(-1)).unsqueeze(1)  # [batch or 1, 1, tokens, end]

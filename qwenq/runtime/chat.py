@@ -95,7 +95,7 @@ class Conversation:
         if room < _LEAST_ROOM and room < self._max_new_tokens:
             raise UsageError(
                 f"the question makes a prompt of {len(ids)} tokens; the model takes {context}",
-                hint="ask it in fewer words",
+                hint="ask it in fewer words" + (", or shorten --system" if self._system else ""),
             )
         return ids, min(room, self._max_new_tokens)
 

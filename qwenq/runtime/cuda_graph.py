@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.cache import KVCache
 from qwenq.runtime.fused_step import run_fused, why_not_fused
 from qwenq.runtime.rope import logn_scales
+from qwenq.runtime.span import Span
 
 if TYPE_CHECKING:
     from qwenq.runtime.decoder import Decoder

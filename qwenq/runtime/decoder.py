@@ -20,7 +20,7 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.attention.best import Best
 from qwenq.runtime.attention.grouped_decode import GroupedDecode
-from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.cache import KVCache
 from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.decode_step import DecodeStep
 from qwenq.runtime.kernels.base import Kernel
@@ -28,6 +28,7 @@ from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.linear import Dense, float32_logits
 from qwenq.runtime.rope import Rope, logn_scales, rotate
+from qwenq.runtime.span import Span
 from qwenq.runtime.spec import DecoderSpec, read_spec
 from qwenq.runtime.weights import Weights
 

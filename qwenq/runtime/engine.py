@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -17,12 +15,12 @@ from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.precision import compute_dtype, resolve_device
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
+from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.cuda_graph import Graphs
 from qwenq.runtime.finite import checked
 from qwenq.runtime.fused_step import why_not_fused
-from qwenq.runtime.generation import Generated, OnToken, generate, padded
+from qwenq.runtime.generation import Generated, OnToken
 from qwenq.runtime.kernels.triton_support import triton_label
-from qwenq.runtime.memory import explained
 from qwenq.runtime.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -122,103 +120,6 @@ class Engine(Protocol):
         ...
 
 
-class CachedEngine(ABC):
-    """What the engines share; one has to say how tokens become hidden states, and those become logits."""
-
-    name: str
-    implementation: str
-    notes: tuple[str, ...]
-    device: torch.device
-    dtype: torch.dtype
-    vocab_size: int
-    real_vocab: int
-    context: int | None
-
-    @abstractmethod
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache."""
-
-    @abstractmethod
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Int64 [batch, tokens] → [batch, tokens, hidden]; adds ``counts[r]`` tokens to each row r."""
-
-    @abstractmethod
-    def _head(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] → float32 [..., vocabulary]."""
-
-    def prompt_alpha(self, tokens: int) -> int:
-        """1: only the fast engine has Qwen v1's dynamic NTK."""
-        del tokens
-        return 1
-
-    @torch.inference_mode()
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int] | None = None
-    ) -> Tensor:
-        """Float32 [len(prompts), vocabulary] after each prompt's last token."""
-        if rows is not None:
-            # A small cache of their own: the other rows cost nothing, and what is copied is little.
-            added = max(map(len, prompts), default=0)
-            part = cache.take(rows, max((cache.lengths[row] for row in rows), default=0) + added)
-            found = self.prefill(prompts, part)
-            cache.put(rows, part)
-            return found
-        with self._memory(prompts):
-            hidden = self._prompt_hidden(prompts, cache)
-            last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-            logits = self._head(hidden[torch.arange(len(prompts), device=self.device), last])
-            return checked(logits, self.dtype, prompt=True)
-
-    @torch.inference_mode()
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Float32 [batch, vocabulary] after one more token in each row."""
-        hidden = self._hidden(tokens.unsqueeze(1), [1] * len(tokens), cache)
-        return checked(self._head(hidden[:, 0]), self.dtype, prompt=False)
-
-    @torch.inference_mode()
-    def logits(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> list[Tensor]:
-        """Float32 [len(prompts[r]), vocabulary] after every token of each row."""
-        cache = cache or self.new_cache(len(prompts), max(map(len, prompts), default=1))
-        with self._memory(prompts):
-            hidden = self._prompt_hidden(prompts, cache)
-            return [self._head(row[: len(prompt)]) for row, prompt in zip(hidden, prompts, strict=True)]
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        sampling: Sampling = GREEDY,
-        stop_ids: Collection[int] = (),
-        exact_tokens: bool = False,
-        cache: KVCache | None = None,
-        on_token: OnToken | None = None,
-    ) -> Generated:
-        """Answer each prompt; see `Engine.generate`."""
-        return generate(self, prompts, max_new_tokens, sampling, stop_ids, exact_tokens, cache, on_token)
-
-    def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        self._check(prompts, cache)
-        return self._hidden(padded(prompts, self.device), [len(prompt) for prompt in prompts], cache)
-
-    def _memory(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
-        what = f"{len(prompts)} prompts of up to {max(map(len, prompts), default=0)} tokens"
-        return explained(self.device, what, "run fewer prompts at once, or shorter ones")
-
-    def _check(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> None:
-        if len(prompts) != cache.batch:
-            raise UsageError(f"{len(prompts)} prompts do not fit a cache of {cache.batch} rows")
-        for row, prompt in enumerate(prompts):
-            if not prompt:
-                raise UsageError("an empty prompt: there is nothing to go on from", where=f"prompt {row}")
-            if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
-                raise UsageError(
-                    f"ids run from {min(prompt)} to {max(prompt)}, the model knows 0 … {self.vocab_size - 1}",
-                    where=f"prompt {row}",
-                    hint="the tokenizer belongs to another model",
-                )
-
-
 class FastEngine(CachedEngine):
     """The lean decoder."""
 
@@ -256,9 +157,11 @@ class FastEngine(CachedEngine):
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Float32 [batch, vocabulary] after one more token in each row."""
-        if self._graphs is not None and self._graphs.wants(cache):
-            return self._graphs.decode(tokens, cache)
-        return super().decode(tokens, cache)
+        if self._graphs is None or not self._graphs.wants(cache):
+            return super().decode(tokens, cache)
+        self._check_step(tokens, cache)
+        with self._step_memory(cache):
+            return checked(self._graphs.decode(tokens, cache), self.dtype, prompt=False)
 
     def prompt_alpha(self, tokens: int) -> int:
         """Qwen v1's NTK factor for a prompt of that length."""
@@ -295,7 +198,7 @@ def load(
         real_vocab: never sample ids from here on; None: as the config says.
 
     Raises:
-        UsageError: a device, dtype, engine, kernel or attention that does not exist here.
+        UsageError: a device, dtype, engine, kernel or attention that does not exist here; no real vocabulary.
         ModelError: the folder cannot be read, or its weights do not fit its config.
         UnsupportedError: the engine cannot run this architecture, or what was asked for cannot run here.
         OutOfMemoryError: the weights take more than what is free.
@@ -306,6 +209,8 @@ def load(
     if head not in heads:
         hint = f"use {' or '.join(heads)}{'' if head not in HEADS else ', or --engine fast'}"
         raise UsageError(f"the engine {engine} has no head {head!r}", where="--head", hint=hint)
+    if real_vocab is not None and real_vocab < 1:
+        raise UsageError(f"of a vocabulary of {real_vocab} ids nothing can be sampled")
     place = resolve_device(device)
     number = find_dtype(dtype, place)
     if attention == "auto":

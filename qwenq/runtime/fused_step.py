@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from qwenq.native.gpu import why_not_triton
-from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.cache import KVCache
+from qwenq.runtime.span import Span
 
 if TYPE_CHECKING:
     from qwenq.runtime.decoder import Decoder

@@ -78,8 +78,10 @@ def steps(
     Between two steps the cache holds all tokens but the newest; whoever stops early can go on from there.
 
     Raises:
-        UsageError: the prompts with all new tokens would not fit into the cache, or every id is suppressed.
+        UsageError: no token was asked for, the prompts with all new tokens would not fit into the cache, or
+            every id is suppressed.
     """
+    _require_some(max_new_tokens)
     sampler = Sampler(sampling, len(prompts), engine.real_vocab, suppressed)
     longest = max(old + len(new) for old, new in zip(cache.lengths, prompts, strict=True))
     if longest + max_new_tokens - 1 > cache.capacity:
@@ -112,8 +114,7 @@ def generate(
     on_token: OnToken | None,
 ) -> Generated:
     """Answer a batch of prompts; see `Engine.generate`."""
-    if max_new_tokens < 1:
-        raise UsageError(f"{max_new_tokens} new tokens are none", where="--max-new-tokens")
+    _require_some(max_new_tokens)
     if not prompts:
         return Generated([])
     if cache is None:
@@ -153,6 +154,16 @@ def stream(
         if token in stops:
             return
         yield token
+
+
+def _require_some(max_new_tokens: int) -> None:
+    """An answer has at least one token.
+
+    Raises:
+        UsageError: none was asked for.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"{max_new_tokens} new tokens are none", where="--max-new-tokens")
 
 
 class _stopwatch:  # noqa: N801 - reads as a statement

@@ -11,6 +11,7 @@ import torch
 
 from qwenq.errors import OutOfMemoryError
 
+_GPU_REFUSAL = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B)")
 _CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 
 
@@ -51,13 +52,13 @@ def explained(device: torch.device, what: str, hint: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        asked = str(error).split(". ")[0].removeprefix("CUDA out of memory")
-        raise _out_of_memory(what, asked.strip(". "), device, hint) from error
+        asked = _GPU_REFUSAL.search(str(error))
+        raise _out_of_memory(what, asked and asked[1], device, hint) from error
     except RuntimeError as error:
         found = _CPU_REFUSAL.search(str(error))
         if found is None:
             raise
-        raise _out_of_memory(what, f"{gib(int(found[1]))} more were asked for", device, hint) from error
+        raise _out_of_memory(what, gib(int(found[1])), device, hint) from error
 
 
 def gib(count: int) -> str:
@@ -65,10 +66,10 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 
-def _out_of_memory(what: str, asked: str, device: torch.device, hint: str) -> OutOfMemoryError:
+def _out_of_memory(what: str, asked: str | None, device: torch.device, hint: str) -> OutOfMemoryError:
     free = gib(free_bytes(device))
     return OutOfMemoryError(
-        f"{what}: out of memory; {asked or 'more was asked for'}, {free} are free",
+        f"{what}: out of memory; {asked + ' more were' if asked else 'more was'} asked for, {free} are free",
         where=str(device),
         hint=hint,
     )

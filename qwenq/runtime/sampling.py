@@ -11,6 +11,9 @@ from torch import Tensor
 
 from qwenq.errors import UsageError
 
+_COLDEST = 1e-30
+"""Of temperatures: below it only equal logits share the draw, and float32 would take it for 0."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -82,10 +85,12 @@ class Sampler:
             logits = logits.index_fill(-1, self._never, -math.inf)
         if self._sampling.greedy:
             return logits.argmax(-1)
-        values, ids = self._candidates(logits / self._sampling.temperature)
+        # From the likeliest down: however small the temperature is, nothing grows beyond float32.
+        below = logits - logits.amax(-1, keepdim=True)
+        values, ids = self._candidates(below / max(self._sampling.temperature, _COLDEST))
         cumulative = values.softmax(-1).cumsum(-1)  # [rows, candidates], likeliest first
         before = torch.cat([cumulative.new_zeros(len(cumulative), 1), cumulative[:, :-1]], dim=-1)
-        kept = (before < self._sampling.top_p).sum(-1, keepdim=True)  # the likeliest is always kept
+        kept = (before < self._sampling.top_p).sum(-1, keepdim=True).clamp_min_(1)  # the likeliest always
         total = cumulative.gather(-1, kept - 1)
         drawn = torch.stack([torch.rand(1, generator=stream) for stream in self._streams]).to(logits.device)
         place = torch.searchsorted(cumulative, drawn * total, right=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from qwenq.errors import UsageError
 from qwenq.runtime.engine import Engine
 from qwenq.runtime.generation import Timing, stream
 from qwenq.runtime.sampling import GREEDY, Sampling
@@ -43,8 +44,10 @@ class Session:
         """The tokens of one answer as they come; whoever stops reading early may go on with another prompt.
 
         Raises:
-            UsageError: an empty prompt, or ids that the model does not know.
+            UsageError: an empty prompt, no token was asked for, or ids that the model does not know.
         """
+        if not prompt:
+            raise UsageError("an empty prompt: there is nothing to go on from")
         kept = self._rewind_to(prompt)
         needed = len(prompt) + max_new_tokens
         self._cache.reserve(-(-needed // _ROOM) * _ROOM)

@@ -17,15 +17,16 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.distributed import DistributedConfig
 
-from qwenq.errors import UnsupportedError, UsageError
+from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.hf_config import transformers_config
 from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.whole_model import build_whole_model
 from qwenq.runtime.attention import Attention
-from qwenq.runtime.cache import KVCache, Span
-from qwenq.runtime.engine import CachedEngine
+from qwenq.runtime.cache import KVCache
+from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.kernels.base import Kernel
+from qwenq.runtime.span import Span
 from qwenq.runtime.weights import Weights
 
 _ATTENTION = "qwenq"
@@ -183,7 +184,14 @@ def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, process
         attn_implementation=_ATTENTION,
         distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
     )
+    places = dict(model.named_modules())
     for module in sorted(weights.quantised):
+        if not isinstance(places.get(module), torch.nn.Linear):
+            raise ModelError(
+                f"{module} is quantised, and is no linear layer of this architecture",
+                where=f"{module}.qweight",
+                hint="config.json and the weights are not of one model: copy the folder again",
+            )
         model.set_submodule(module, _Linear(weights.linear(module)))
     return model
 

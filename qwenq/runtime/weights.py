@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenq.errors import ModelError, UnsupportedError
+from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.config import quantization_of
 from qwenq.models.gptq_format import (
@@ -58,7 +58,8 @@ def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, 
     """Sizes of every quantised module, in file order; their headers agree with the settings.
 
     Raises:
-        ModelError: there is none, one lacks a tensor, or a shape contradicts bits or group size.
+        ModelError: there is none, one lacks a tensor or has a plain weight, too, or a shape contradicts bits
+            or group size.
     """
     modules, names = quantised_modules(source), set(source.names())
     if not modules:
@@ -67,13 +68,28 @@ def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, 
             hint="the folder mixes the config and the weights of two models, or a shard is missing",
         )
     layers = []
-    for module in modules:
+    for module in _every_module(modules, names):
         check_module_shapes(source, names, module, quant)
+        if f"{module}.weight" in names:
+            raise ModelError(
+                f"{module} is there twice: as weight and as qweight", where=f"{module}.weight", hint=_HINT
+            )
         words, out_features = source.info(f"{module}.qweight").shape
         in_features = words * 32 // quant.bits
         even = quant.group_size == -1 or in_features % quant.group_size == 0
+        if even and f"{module}.g_idx" in names:
+            g_idx = source.read(f"{module}.g_idx")
+            check_g_idx(g_idx, module, quant)
+            counts = torch.bincount(g_idx, minlength=quant.groups(in_features))
+            even = bool((counts == counts[0]).all())
         layers.append(Layer(module, in_features, out_features, even))
     return tuple(layers)
+
+
+def _every_module(modules: Sequence[str], names: set[str]) -> list[str]:
+    """Those that have a ``qweight``, and those that only the rest of their tensors tell of."""
+    rest = (name.removesuffix(".qzeros") for name in sorted(names) if name.endswith(".qzeros"))
+    return list(dict.fromkeys([*modules, *rest]))
 
 
 @dataclass(frozen=True)
@@ -201,6 +217,12 @@ class Weights:
         packed = read_packed(self._packed_source, module, self._quant)
         # What only values can tell is checked here, where they are read anyway.
         check_finite(f"{module}.scales", packed.scales, self._folder)
+        if not bool(packed.scales.any()):
+            raise CorruptFileError(
+                f"{module}.scales holds nothing but zeros",
+                where=self._folder,
+                hint="the file has a hole: compare its checksum with the publisher's, copy it again",
+            )
         check_g_idx(packed.g_idx, module, self._quant)
         if self._quant.sym:
             check_symmetric_zeros(packed.qzeros, module, self._quant)
@@ -216,7 +238,10 @@ class Weights:
         return torch.cat([self._read(name).to(self._dtype) for name in names]).to(self._device)
 
     def _read(self, name: str) -> Tensor:
-        return check_finite(name, self._source.read(name), self._folder)
+        tensor = self._source.read(name)
+        if not tensor.is_floating_point():
+            raise ModelError(f"{name} is {tensor.dtype}, and a weight is a float", where=name, hint=_HINT)
+        return check_finite(name, tensor, self._folder)
 
 
 def _refuse_kernel(name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -116,3 +118,34 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Terminal) -> None:
     terminal.wait_for("decode")
     terminal.wait_for("tokens)")
     assert terminal.exit_code() == 0
+
+
+def test_bytes_that_are_no_text_are_read_as_such_and_said(folder: Path) -> None:
+    """In a locale that promises UTF-8, Python refuses other bytes: not the chat, whatever a pipe brings."""
+    command = [sys.executable, "-m", "qwenq", "chat", str(folder), *QUICK, "--greedy"]
+    done = subprocess.run(
+        command,
+        input=b"caf\xe9\nplain\n",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        check=False,
+    )
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    assert said.count("was read as \ufffd") == 1
+    assert len(done.stdout.splitlines()) >= 2
+
+
+@pytest.mark.parametrize("option", [["--temperature", "1e-300"], ["--top-p", "1e-300"]])
+def test_settings_of_almost_0_are_greedy(folder: Path, option: list[str]) -> None:
+    texts = [
+        runner.invoke(app, ["chat", str(folder), *QUICK, *options], input="hello\n").stdout
+        for options in (option, ["--greedy"])
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+def test_a_system_message_that_is_too_long_is_named(folder: Path) -> None:
+    done = runner.invoke(app, ["chat", str(folder), *QUICK, "--system", "word " * 2000], input="hello\n")
+    assert isinstance(done.exception, UsageError)
+    assert done.exception.hint == "ask it in fewer words, or shorten --system"

@@ -21,14 +21,15 @@ def quantised_model(family: str, quant: QuantConfig, *, seed: int = 0, **changes
     for name in checkpoint.names():
         tensor, module = checkpoint.read(name), name.removesuffix(".weight")
         if name.endswith("_proj.weight"):
-            tensors |= _packed(tensor, quant, seed).tensors(module)
+            tensors |= packed_linear(tensor, quant, seed).tensors(module)
         else:
             tensors[name] = tensor
     config = {**checkpoint.config, "quantization_config": {**quant.to_config_json(), "quant_method": "gptq"}}
     return replace(checkpoint, config=config, source=MemorySource(tensors))
 
 
-def _packed(weight: torch.Tensor, quant: QuantConfig, seed: int) -> PackedLinear:
+def packed_linear(weight: torch.Tensor, quant: QuantConfig, seed: int = 0) -> PackedLinear:
+    """[out, in] rounded to nearest."""
     top, middle = 2**quant.bits - 1, 2 ** (quant.bits - 1)
     order = torch.arange(weight.shape[1])
     if quant.desc_act:

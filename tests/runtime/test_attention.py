@@ -13,7 +13,7 @@ from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.attention import BACKENDS, attention_backend, available, flash
 from qwenq.runtime.attention.best import Best
 from qwenq.runtime.attention.flash import Flash
-from qwenq.runtime.cache import Span
+from qwenq.runtime.span import Span
 
 CUDA = torch.device("cuda")
 HEADS = [(4, 4, 16), (6, 2, 24)]

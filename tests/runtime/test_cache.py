@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenq.errors import UsageError
+from qwenq.errors import OutOfMemoryError, UsageError
 from qwenq.runtime.cache import KVCache
 
 CPU = torch.device("cpu")
@@ -68,6 +68,26 @@ def test_rewinding_only_goes_back(wanted: list[int]) -> None:
     cache.advance([3, 7])
     with pytest.raises(UsageError, match="cannot be rewound"):
         cache.rewind(wanted)
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(-1, 8), (1, -8)])
+def test_fewer_than_no_rows_or_slots_are_no_cache(batch: int, capacity: int) -> None:
+    with pytest.raises(UsageError, match=f"cannot have {batch} rows of {capacity} tokens"):
+        small_cache(batch, capacity)
+
+
+def test_room_that_is_not_there_is_refused_before_anything_grows() -> None:
+    cache = small_cache(2, capacity=8)
+    with pytest.raises(OutOfMemoryError, match=r"2 rows of 10000000000000 tokens instead of 8 needs .* GiB"):
+        cache.reserve(10**13)
+    assert cache.capacity == 8
+
+
+def test_at_least_one_row_is_kept() -> None:
+    cache = small_cache(2)
+    with pytest.raises(UsageError, match="at least one"):
+        cache.keep([])
+    assert cache.batch == 2
 
 
 def test_only_one_row_forks() -> None:

@@ -11,7 +11,8 @@ from runtime.small_models import random_ids, small_model
 
 from qwenq.errors import ModelError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.runtime.engine import load
+from qwenq.runtime.cuda_graph import PATIENCE, Graphs
+from qwenq.runtime.engine import FastEngine, load
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,28 @@ def test_every_step_is_looked_at_when_debugging(loud: Checkpoint, monkeypatch: p
     engine = load(loud, device="cpu", dtype="float16")
     cache = engine.new_cache(1, 9)
     engine.decode(torch.tensor([3]), cache)
+    monkeypatch.setenv("QWENQ_DEBUG", "1")
+    with pytest.raises(ModelError, match="overflow"):
+        engine.decode(torch.tensor([3]), cache)
+
+
+@pytest.mark.parametrize("engine", ["fast", "transformers"])
+def test_logits_of_whole_prompts_are_looked_at_too(loud: Checkpoint, engine: str) -> None:
+    """Perplexity and multiple choice read these."""
+    with pytest.raises(ModelError, match="overflow float16"):
+        load(loud, device="cpu", dtype="float16", engine=engine).logits([random_ids(9)])
+
+
+def test_steps_of_a_graph_are_looked_at_when_debugging(
+    loud: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(loud, device="cpu", dtype="float16", attention="off")
+    assert isinstance(engine, FastEngine)
+    engine._graphs = Graphs(engine.decoder, capture=lambda step: step)
+    cache = engine.new_cache(1, 20)
+    for _ in range(PATIENCE + 1):
+        engine.decode(torch.tensor([3]), cache)
+    assert engine._graphs.captured == 1
     monkeypatch.setenv("QWENQ_DEBUG", "1")
     with pytest.raises(ModelError, match="overflow"):
         engine.decode(torch.tensor([3]), cache)

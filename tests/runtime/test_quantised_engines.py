@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from models.plain_qwen_v1 import MemorySource
-from runtime.quantised_models import quantised_model
+from runtime.quantised_models import packed_linear, quantised_model
 from runtime.small_models import random_ids, small_model
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
@@ -171,3 +172,64 @@ def test_zero_points_of_the_other_format_are_found_by_their_value(
     changed = replace(checkpoint, config={**checkpoint.config, "quantization_config": quant})
     with pytest.raises(ModelError, match=f"stored as {stored} does"):
         load(changed, device="cpu", dtype="bfloat16", engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("part", "change", "error", "says"),
+    [
+        ("qweight", None, ModelError, "lacks qweight"),
+        ("weight", lambda _: torch.zeros(64, 128), ModelError, "twice: as weight and as qweight"),
+        ("scales", torch.zeros_like, CorruptFileError, "scales holds nothing but zeros"),
+        ("qweight", lambda words: words.long(), ModelError, "qweight is torch.int64"),
+        ("scales", lambda scales: scales.int(), ModelError, "scales is torch.int32"),
+        ("g_idx", lambda places: places - 1, ModelError, "g_idx runs from -1"),
+    ],
+)
+def test_damage_is_found_and_its_module_named(
+    part: str, change: Callable | None, error: type[ModelError], says: str, engine: str
+) -> None:
+    checkpoint, module = quantised_model("qwen3", INT4), "model.layers.1.mlp.down_proj"
+    name = f"{module}.{part}"
+    tensor = None if change is None else change(checkpoint.source.tensors.get(name))
+    with pytest.raises(error, match=says) as caught:
+        load(broken(checkpoint, name, tensor), device="cpu", dtype="bfloat16", engine=engine)
+    assert module in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_are_no_floats_are_refused(engine: str) -> None:
+    checkpoint, name = quantised_model("qwen3", INT4), "model.norm.weight"
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        changed = broken(checkpoint, name, checkpoint.read(name).to(dtype))
+        with pytest.raises(ModelError, match=f"{name} is {dtype}, and a weight is a float"):
+            load(changed, device="cpu", dtype="float32", engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_groups_that_g_idx_makes_uneven_run_where_they_can_and_the_rest_is_passed_over(engine: str) -> None:
+    checkpoint, module = quantised_model("qwen3", INT4), "model.layers.1.mlp.down_proj"
+    uneven = checkpoint.read(f"{module}.g_idx").clone()
+    uneven[:3] = 1
+    changed = broken(checkpoint, f"{module}.g_idx", uneven)
+    found = load(changed, device="cpu", dtype="bfloat16", engine=engine)
+    assert "kernel dequantise" in found.implementation
+    reason = f"the groups of {module} differ in size"
+    if block():
+        assert f"the faster kernel cpu-int4 was passed over: {reason}" in found.notes
+        with pytest.raises(UnsupportedError, match=f"cpu-int4 cannot run this model here: {reason}"):
+            load(changed, device="cpu", dtype="bfloat16", engine=engine, kernel="cpu-int4")
+    exact = load(changed, device="cpu", dtype="float32", engine=engine)
+    expected = load(plain(changed), device="cpu", dtype="float32", engine="transformers")
+    torch.testing.assert_close(logits(exact), logits(expected), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.7.mlp.down_proj"])
+def test_the_transformers_engine_swaps_linear_layers_alone(module: str) -> None:
+    checkpoint = quantised_model("llama", INT4, vocab_size=304)
+    packed = packed_linear(checkpoint.read("model.embed_tokens.weight"), INT4)
+    changed = broken(checkpoint, f"{module}.weight", None)
+    for name, tensor in packed.tensors(module).items():
+        changed = broken(changed, name, tensor)
+    with pytest.raises(ModelError, match=f"{module} is quantised, and is no linear layer"):
+        load(changed, device="cpu", dtype="float32", engine="transformers")

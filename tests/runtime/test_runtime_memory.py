@@ -40,6 +40,28 @@ def test_torchs_own_refusal_is_explained() -> None:
         torch.empty(2**55, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.1 GiB",
+            "2.00 GiB more were asked for",
+        ),
+        (
+            "CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 15.9 GiB)",
+            "20.00 MiB more were asked for",
+        ),
+        ("out of memory", "more was asked for"),
+    ],
+)
+def test_a_gpus_refusal_says_how_much_was_asked_for(said: str, asked: str) -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match=f"a test: out of memory; {asked}, .* are free"),
+        explained(CPU, "a test", "ask for less"),
+    ):
+        raise torch.OutOfMemoryError(said)
+
+
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="shape"), explained(CPU, "a test", "ask for less"):
         torch.zeros(3).view(7)

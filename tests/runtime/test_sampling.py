@@ -89,3 +89,11 @@ def test_a_seed_repeats_and_rows_do_not_share_a_stream() -> None:
 def test_out_of_range(wrong: dict) -> None:
     with pytest.raises(UsageError):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("cold", [{"temperature": 1e-39}, {"temperature": 1e-300}, {"top_p": 1e-300}])
+def test_however_small_a_setting_is_the_likeliest_is_drawn(cold: dict) -> None:
+    """1e-39 is below what float32 divides by, 1e-300 is 0 there."""
+    logits = torch.tensor([[-3.0, 5.0, 4.9, 0.0], [7.0, -2.0, 6.5, 6.9]])
+    sampler = Sampler(Sampling(seed=3, **cold), 2, 4)
+    assert all(sampler(logits).tolist() == [1, 0] for _ in range(20))

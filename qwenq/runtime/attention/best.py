@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwenq.runtime.attention.grouped_decode import GroupedDecode
 from qwenq.runtime.attention.plain import Attention
-from qwenq.runtime.cache import Span
+from qwenq.runtime.span import Span
 
 HEADS, HEAD_DIM = 16, 128
 """Of the measurement: one layer of Qwen-1.8B."""

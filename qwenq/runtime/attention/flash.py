@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError
-from qwenq.runtime.cache import Span
+from qwenq.runtime.span import Span
 
 FlashKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(queries [b, heads, t, d], keys, values [b, key/value heads, n, d], causal) → [b, heads, t, d].

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwenq.errors import UnsupportedError
 from qwenq.runtime.attention.plain import attend
-from qwenq.runtime.cache import Span
+from qwenq.runtime.span import Span
 
 
 class GroupedDecode:

@@ -9,8 +9,8 @@ from qwenq.errors import UnsupportedError
 from qwenq.native.gpu import interpreting, why_not_triton
 from qwenq.runtime.attention.flash import check_flash
 from qwenq.runtime.attention.plain import attend
-from qwenq.runtime.cache import Span
 from qwenq.runtime.kernels.triton_support import triton_label
+from qwenq.runtime.span import Span
 
 
 class FlashV1:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qwenq.runtime.cache import Span
+from qwenq.runtime.span import Span
 
 
 class Attention(Protocol):
