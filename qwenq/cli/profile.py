@@ -19,10 +19,13 @@ from qwenq.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from rich.console import Console
+
     from qwenq.distributed import Team
     from qwenq.profiling.planning import Device, Planned
     from qwenq.profiling.points import Point
     from qwenq.profiling.subjects import Subjects
+    from qwenq.profiling.table import PrintedTable
     from qwenq.results import Row
 
 RESUME_HINT = "what is measured is kept: the same command goes on where it stopped"
@@ -35,7 +38,7 @@ def profile(
         typer.Argument(help="Model folders or hub ids; `bundled`, or none, is the bundled model."),
     ] = None,
     tokens: Annotated[
-        str, typer.Option(help="New tokens after a prompt of --context, comma-separated.")
+        str, typer.Option(help="New tokens after a prompt of --context, comma-separated; 0 for none.")
     ] = "2048",
     context: Annotated[str, typer.Option(help="Prompt tokens before them; the cards take 1.")] = "1",
     encode: Annotated[str, typer.Option(help="Prompts to encode, in tokens; 0 for none.")] = "2048",
@@ -177,7 +180,6 @@ class _Listener:
 def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     """The table of this sweep's points, those measured earlier included."""
     from rich.console import Console
-    from rich.table import Table
 
     from qwenq.profiling.table import table
     from qwenq.results import read_rows
@@ -189,12 +191,7 @@ def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = 160
     console.print(", ".join(f"{name} {value}" for name, value in printed.constant), markup=False)
-    grid = Table(box=None, pad_edge=False)
-    for heading in printed.headings:
-        grid.add_column(heading, overflow="fold")  # of a figure nothing may be cut off
-    for line in printed.lines:
-        grid.add_row(*(cell.replace("[", r"\[") for cell in line))
-    console.print(grid)
+    _print_table(console, printed)
     if any("–" in cell for line in printed.lines for cell in line):
         console.print("in brackets: 95 % intervals of the median", markup=False)
     for note in printed.notes:
@@ -204,13 +201,42 @@ def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     console.print(f"rows: {folder}; next: qwenq report {folder}", markup=False)
 
 
+def _print_table(console: Console, printed: PrintedTable) -> None:
+    """As wide as the terminal allows; of a figure nothing may be cut off, nor broken into pieces."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    for headings, lines in ((printed.headings, printed.lines), printed.folded):
+        grid = Table(box=None, pad_edge=False)
+        for heading in headings:
+            grid.add_column(heading, overflow="fold")
+        for line in lines:
+            grid.add_row(*(cell.replace("[", r"\[") for cell in line))
+        unbound = console.options.update(max_width=10_000)  # else it needs no more than there is
+        if Measurement.get(console, unbound, grid).maximum <= console.width:
+            console.print(grid)
+            return
+    for text in printed.paragraphs(console.width):
+        console.print(text, markup=False)
+
+
 def _lengths(context: str, tokens: str, encode: str) -> list[tuple[int, int]]:
-    generating = [(c, t) for t in _numbers(tokens, "--tokens") for c in _numbers(context, "--context")]
-    if any(c < 1 or t < 2 for c, t in generating):
-        raise UsageError(
-            "a generation has a prompt of 1 token or more, and 2 new ones or more", where="--tokens"
-        )
-    return [*((length, 1) for length in _numbers(encode, "--encode") if length > 0), *generating]
+    """(prompt, new tokens) of every point; one new token where the prompt is all that it is about."""
+    news, prompts, encoded = (
+        _numbers(text, option)
+        for text, option in ((tokens, "--tokens"), (context, "--context"), (encode, "--encode"))
+    )
+    news, encoded = ([] if found == [0] else found for found in (news, encoded))
+    for found, least, option, what in (
+        (prompts, 1, "--context", "a generation has a prompt of 1 token or more"),
+        (news, 2, "--tokens", "a generation has 2 new tokens or more"),
+        (encoded, 1, "--encode", "a prompt to encode has 1 token or more"),
+    ):
+        if any(number < least for number in found):
+            raise UsageError(what, where=option, hint="0 alone is for none" if found is not prompts else None)
+    if not news and not encoded:
+        raise UsageError("nothing is to be measured", where="--tokens 0 --encode 0")
+    return [*((length, 1) for length in encoded), *((c, t) for t in news for c in prompts)]
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
 from qwenq.results import Row, Value
 
@@ -30,13 +31,36 @@ class PrintedTable:
         constant: what is the same in every line, (name, value).
         headings: of the columns that remain.
         lines: one a point.
+        labels: how many columns on the left say which point it is.
         notes: why figures are missing, each reason once.
     """
 
     constant: tuple[tuple[str, str], ...]
     headings: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
+    labels: int
     notes: tuple[str, ...]
+
+    @property
+    def folded(self) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+        """Headings and lines with units and intervals below: half as wide."""
+        headings = tuple(heading.replace(" ", "\n") for heading in self.headings)
+        return headings, tuple(tuple(cell.replace(" (", "\n(") for cell in line) for line in self.lines)
+
+    def paragraphs(self, width: int) -> list[str]:
+        """Lines of text for a terminal too narrow for columns: a point, and its figures indented below it."""
+        found = []
+        for line in self.lines:
+            cells = list(zip(self.headings, line, strict=True))
+            found.append(", ".join(cell for _, cell in cells[: self.labels] if cell))
+            figures = (f"{heading} {cell}" for heading, cell in cells[self.labels :] if cell)
+            unbroken = ", ".join(each.replace(" (", "\t(").replace(" ", "\xa0") for each in figures)
+            wrapped = wrap(
+                unbroken.replace("\t", " "), max(width, 20), initial_indent="  ", subsequent_indent="  ",
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+            found += [text.replace("\xa0", " ") for text in wrapped]
+        return found
 
 
 def table(rows: Sequence[Row]) -> PrintedTable:
@@ -63,7 +87,9 @@ def table(rows: Sequence[Row]) -> PrintedTable:
         for metric in _FIGURES.keys() - set(metrics):
             if metric in found:
                 notes.mark(found[metric], metric)
-    return PrintedTable(constant, (*varying, *(_FIGURES[m][0] for m in metrics)), lines, notes.texts)
+    return PrintedTable(
+        constant, (*varying, *(_FIGURES[m][0] for m in metrics)), lines, len(varying), notes.texts
+    )
 
 
 def _passed_over(found: Mapping[str, Row]) -> bool:

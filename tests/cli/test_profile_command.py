@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -80,11 +81,22 @@ def test_a_narrow_terminal_cuts_no_figure_off(shell: Shell, monkeypatch: pytest.
         for metric in point.metrics:
             yield point.row(metric, 12161.4, low=11038.2, high=13219.5, n=6)
 
-    monkeypatch.setattr("rich.console.Console", partial(Console, force_terminal=True, width=60))
-    code, out, _ = shell("--tokens", "4", "--out", "runs/narrow", measure=precise)
-    assert code == 0
-    assert "…" not in out[out.index("engine fast") :]
-    assert "in brackets: 95 % intervals of the median" in out
+    for width in (60, 40, 132, 200):
+        monkeypatch.setattr("rich.console.Console", partial(Console, force_terminal=True, width=width))
+        code, out, _ = shell("--tokens", "4", "--out", "runs/narrow", measure=precise)
+        assert code == 0
+        table = out[out.index("engine fast") :]
+        assert "…" not in table
+        assert table.count("12161.40") == 3 * 4  # three tokens/s of four points: whole, not in pieces
+        assert table.count("(11038.20–13219.50)") == 2 * 4
+        assert all(len(line.expandtabs()) <= width for line in plain(table).splitlines())
+        assert "in brackets: 95 % intervals of the median" in " ".join(out.split())
+        assert ("\nfp32, generate 4\n  protocol tok/s 12161.40" in table) is (width < 100)
+
+
+def plain(text: str) -> str:
+    """Without what makes a terminal's letters bold."""
+    return re.sub(r"\x1b\[\d*m", "", text)
 
 
 def test_the_same_command_goes_on(shell: Shell) -> None:
@@ -118,6 +130,12 @@ def test_on_another_machine_the_same_command_begins_again(
     assert "note: 1 of 1 points was measured on another machine (processor Another CPU instead of " in err
     assert len(out.splitlines()) == 8
     assert {row.settings["machine"]["cpu"]["model"] for row in read_rows(Path("runs/one"))} == {"Another CPU"}
+
+
+def test_nothing_need_be_generated(shell: Shell) -> None:
+    code, _, _ = shell("--tokens", "0", "--encode", "4", "--precision", "fp32", "--out", "runs/encoded")
+    assert code == 0
+    assert {row.point["tokens"] for row in read_rows(Path("runs/encoded"))} == {1}
 
 
 def test_json_is_rows_and_nothing_else(shell: Shell) -> None:
@@ -154,9 +172,13 @@ def test_a_real_point(shell: Shell) -> None:
         (("--kernel", "magic"), "there is no 'magic'"),
         (("--precision", "int3"), "there is no precision 'int3'"),
         (("--tokens", "many"), "is no list of whole numbers"),
-        (("--tokens", "1"), "2 new ones or more"),
+        (("--tokens", "1"), "2 new tokens or more"),
+        (("--tokens", "0,16"), "2 new tokens or more"),
+        (("--tokens", "0", "--encode", "0"), "nothing is to be measured"),
+        (("--encode", "-1"), "a prompt to encode has 1 token or more\n  where: --encode"),
+        (("--encode", "0,8"), "a prompt to encode has 1 token or more"),
         (("--tokens", ""), "nothing is named"),
-        (("--context", "0"), "a prompt of 1 token or more"),
+        (("--context", "0"), "a prompt of 1 token or more\n  where: --context"),
         (("--budget", "soon"), "is no time"),
     ],
 )
