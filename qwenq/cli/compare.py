@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qwenq.cli.app import app
-from qwenq.errors import StorageError, UsageError
+from qwenq.cli.printing import to_standard_output
+from qwenq.errors import UsageError
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
 
 
@@ -84,11 +85,6 @@ def _print(lines: list[str]) -> None:
     Raises:
         StorageError: standard output is a file, and the disk refused.
     """
-    try:
+    with suppress(BrokenPipeError), to_standard_output():
         for line in lines:
             typer.echo(line)
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
-        if not isinstance(error, BrokenPipeError):
-            raise StorageError(f"it cannot be written: {error.strerror}", where="standard output") from error

@@ -14,6 +14,7 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, KernelName, SeedOfWeights
+from qwenq.cli.printing import to_standard_output
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ class _Listener:
 
     def row(self, row: Row) -> None:
         if self._json:
-            typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
+            with to_standard_output():
+                typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
 
     def note(self, line: str) -> None:
         typer.echo(f"note: {line}", err=True)
