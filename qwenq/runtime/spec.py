@@ -12,6 +12,7 @@ from qwenq.models.qwen_v1 import V1_KEY
 from qwenq.models.shapes import ModelShape
 
 _USE_TRANSFORMERS = "use --engine transformers"
+_NO_WINDOW = "neither engine has it: the cache serves full attention; run a model without a window"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
         first = 28 if first is None else first  # transformers' default
         slides = bool(config.get("use_sliding_window", False)) and first < layers
     if slides and config.get("sliding_window", 4096) is not None:
-        raise UnsupportedError("sliding-window attention is not supported here", hint=_USE_TRANSFORMERS)
+        raise UnsupportedError("sliding-window attention is not supported here", hint=_NO_WINDOW)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:

@@ -30,6 +30,9 @@ from qwenq.runtime.span import Span
 from qwenq.runtime.weights import Weights
 
 _ATTENTION = "qwenq"
+_AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+"""Settings of architectures whose forward pass does something to the head's product."""
+_DENSE = "run a dense Qwen or Llama model"
 
 
 class TransformersEngine(CachedEngine):
@@ -81,7 +84,7 @@ class TransformersEngine(CachedEngine):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache."""
         config = self._config
-        heads = config.num_key_value_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers = config.num_hidden_layers
         return KVCache(layers, batch, heads // self._processes, capacity, head_dim, self.device, self.dtype)
@@ -158,12 +161,17 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    qwenq_attention: Attention,
-    qwenq_span: Span,
+    qwenq_attention: Attention | None = None,
+    qwenq_span: Span | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """One of our backends as transformers calls attention; gives back [batch, tokens, heads, d]."""
-    del module, attention_mask  # the span says the same, and more
+    if qwenq_attention is None or qwenq_span is None:
+        raise UnsupportedError(
+            f"transformers' {type(module).__name__} does not pass on what attention has to know here",
+            hint=_DENSE,
+        )
+    del attention_mask  # the span says the same, and more
     natural = query.shape[-1] ** -0.5
     if scaling is not None and scaling != natural:
         query = query * (scaling / natural)
@@ -197,13 +205,23 @@ def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, process
 
 
 def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:
-    """Our backends know softmax over all earlier tokens; some architectures want something else."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    soft_cap = getattr(config, "attn_logit_softcapping", None)
-    if soft_cap is not None or kinds != {"full_attention"}:
+    """Our backends know softmax over all earlier tokens, the head a product: others want something else."""
+    layers = getattr(config, "layer_types", None)
+    kinds = set(layers or ["full_attention"])
+    soft_cap, window = (getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window"))
+    windowed = window is not None and not layers  # where layers have kinds, those say which have a window
+    if soft_cap is not None or windowed or kinds != {"full_attention"}:
         found = "soft-capped scores" if soft_cap is not None else ", ".join(sorted(kinds))
+        found = f"a window of {window} tokens" if windowed else found
         raise UnsupportedError(
             f"this model's attention ({found}) is not supported: the cache here serves full attention only",
             where=checkpoint.folder,
-            hint="run a dense Qwen or Llama model",
+            hint=_DENSE,
         )
+    for name in _AFTER_HEAD:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise UnsupportedError(
+                f"this model changes its logits ({name} {getattr(config, name)}): not supported here",
+                where=checkpoint.folder,
+                hint=_DENSE,
+            )

@@ -181,11 +181,6 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     ("config", "says"),
     [
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
-        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "sliding-window"),
-        (
-            {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
-            "sliding-window",
-        ),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope scaling 'longrope'"),
     ],
 )
@@ -194,6 +189,26 @@ def test_what_the_lean_decoder_does_not_have(config: dict, says: str) -> None:
     with pytest.raises(UnsupportedError, match=says) as caught:
         load(changed(checkpoint, config), device="cpu")
     assert "--engine transformers" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+        },
+        {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
+    ],
+)
+def test_a_window_is_what_neither_engine_has(config: dict) -> None:
+    windowed = changed(small_model("qwen2-tied")[1], config)
+    with pytest.raises(UnsupportedError, match="sliding-window") as caught:
+        load(windowed, device="cpu")
+    assert "neither engine" in str(caught.value.hint)
+    with pytest.raises(UnsupportedError, match="sliding_attention"):
+        load(windowed, device="cpu", engine="transformers")
 
 
 def test_a_window_that_no_layer_uses_is_no_obstacle() -> None:

@@ -1,0 +1,80 @@
+"""The transformers engine with other architectures: right, or refused; never another model's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models.plain_qwen_v1 import MemorySource
+from runtime.small_models import VOCAB, random_ids, reference_logits
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qwenq.errors import UnsupportedError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.runtime.engine import load
+
+
+def model_of(kind: str, **changes: Any) -> tuple[Any, Checkpoint]:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 256,
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), dtype=torch.float32).eval()
+    tensors = dict(model.state_dict())
+    if getattr(model.config, "tie_word_embeddings", False):
+        del tensors["lm_head.weight"]
+    return model, Checkpoint(Path("in-memory"), model.config.to_dict(), MemorySource(tensors))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+        ("gemma", {"num_key_value_heads": 2, "head_dim": 16}),
+        ("phi", {}),
+        ("gpt2", {}),
+        ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 2, "sliding_window": None}),
+    ],
+)
+def test_other_architectures_give_what_transformers_gives(kind: str, changes: dict[str, Any]) -> None:
+    model, checkpoint = model_of(kind, **changes)
+    engine = load(checkpoint, device="cpu", dtype="float32", engine="transformers")
+    rows = [random_ids(17, 1), random_ids(6, 2)]
+    expected = [reference_logits(model, row) for row in rows]
+    cache = engine.new_cache(2, 17)
+    for found, wanted in zip(engine.logits([row[:-1] for row in rows], cache), expected, strict=True):
+        torch.testing.assert_close(found, wanted[:-1], atol=1e-4, rtol=0)
+    step = engine.decode(torch.tensor([row[-1] for row in rows]), cache)
+    torch.testing.assert_close(step, torch.stack([wanted[-1] for wanted in expected]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}, "a window of 8 tokens"),
+        ("gemma2", {"num_key_value_heads": 2, "head_dim": 16}, "soft-capped scores"),
+        ("cohere", {"num_key_value_heads": 2}, "changes its logits .logit_scale 0.0625."),
+        (
+            "granite",
+            {"num_key_value_heads": 2, "logits_scaling": 4.0},
+            "changes its logits .logits_scaling 4.0.",
+        ),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(kind: str, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        load(model_of(kind, **changes)[1], device="cpu", dtype="float32", engine="transformers")
+
+
+def test_code_of_transformers_that_passes_nothing_on_to_attention_is_refused() -> None:
+    engine = load(model_of("stablelm")[1], device="cpu", dtype="float32", engine="transformers")
+    with pytest.raises(UnsupportedError, match="StableLmAttention does not pass on"):
+        engine.logits([random_ids(3)])
