@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenq import __version__
-from qwenq.errors import UsageError
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE
+from qwenq.run.senseless import refuse_senseless
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BITS = {"int8": 8, "int4": 4}
@@ -82,8 +82,8 @@ def chain_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     steps = list(made.values())
     if (recipe.eval or recipe.profile) and recipe.weights == "stored":
         steps += [_record(precision, step, folder) for precision, step in made.items()]
+    refuse_senseless(recipe)
     if recipe.eval is not None:
-        _refuse_random(recipe)
         steps += [*_evaluate(recipe, folder, plain, quantised)]
     if recipe.profile is not None:
         steps.append(_profile(recipe, folder, plain, quantised))
@@ -168,7 +168,7 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
         names, shown = [*(names if plain else []), *map(str, quantised.values())], plain
     options = {
         "--precision": ",".join(shown),
-        "--tokens": ",".join(map(str, wanted.tokens)),
+        "--tokens": ",".join(map(str, wanted.tokens)) or "0",
         "--encode": ",".join(map(str, wanted.encode)) or "0",
         "--attention": ",".join(wanted.attention),
         "--engine": ",".join(wanted.engine),
@@ -191,13 +191,6 @@ def _gate(baseline: str, folder: Path, fail_on: str | None) -> Step:
     """Conditions are named only where the recipe does: named ones that judge nothing are a failure."""
     conditions = () if fail_on is None else ("--fail-on", fail_on)
     return Step("gate", ("compare", baseline, str(folder), *conditions), folder / RESULTS_FILE, always=True)
-
-
-def _refuse_random(recipe: Recipe) -> None:
-    if recipe.weights == "random":
-        raise UsageError(
-            "[eval] of random weights would measure chance", where="the recipe", hint="leave [eval] out"
-        )
 
 
 def _local(*names: str | None) -> tuple[Path, ...]:

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from types import FrameType
 
 from qwenq.models.manifest import PARTIAL
+from qwenq.results import RESULTS_FILE
 from qwenq.run.chain import Chain, Step
 from qwenq.storage import guard_storage, locked
 
@@ -33,7 +35,10 @@ def is_done(chain: Chain, step: Step) -> bool:
     """Whether what the step makes is there, and the journal says that it is of this very step."""
     if step.always or not step.makes.exists():
         return False
-    return step.whole or _journal(chain.work).get(step.name) == step.fingerprint()
+    if step.whole:
+        return True
+    end = _journal(chain.work).get(step.name)
+    return end is not None and end.fingerprint == step.fingerprint() and end.rows <= _rows(chain.work)
 
 
 def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
@@ -125,17 +130,31 @@ def _execute(step: Step) -> tuple[int, bool]:
     return code if code >= 0 else 128 - code, bool(told)
 
 
-def _journal(work: Path) -> dict[str, str]:
-    """Step → fingerprint of its last good end; a line that a kill tore is no end."""
+@dataclass(frozen=True)
+class _End:
+    """Of a step: under which fingerprint, and how large the file of rows was then, which only grows."""
+
+    fingerprint: str
+    rows: int
+
+
+def _rows(work: Path) -> int:
+    """Bytes of the run's rows: fewer than a step has left there are another file's, begun anew since."""
+    path = work / RESULTS_FILE
+    return path.stat().st_size if path.exists() else 0
+
+
+def _journal(work: Path) -> dict[str, _End]:
+    """Step → its last good end; a line that a kill tore is no end."""
     try:
         lines = (work / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return {}
-    ends: dict[str, str] = {}
+    ends: dict[str, _End] = {}
     for line in lines:
         try:
             entry = json.loads(line)
-            ends[entry["step"]] = entry["fingerprint"]
+            ends[entry["step"]] = _End(entry["fingerprint"], int(entry.get("rows", 0)))
         except (ValueError, TypeError, KeyError):
             continue
     return ends
@@ -146,6 +165,7 @@ def _note(work: Path, step: Step, seconds: float) -> None:
     entry = {
         "step": step.name,
         "fingerprint": step.fingerprint(),
+        "rows": _rows(work),
         "command": [step.module, *step.arguments],
         "seconds": round(seconds, 1),
         "date": date.today().isoformat(),

@@ -122,6 +122,30 @@ def test_what_a_step_reads_or_has_made_decides(steps: Path) -> None:
     assert not is_done(one, one.steps[0])
 
 
+def test_rows_that_are_gone_are_made_again(steps: Path) -> None:
+    """All steps leave theirs in one file: that it is there again, from the first, is not all of theirs."""
+    script = marker("one", steps)
+    (steps / "step.py").write_text(
+        "import sys, pathlib\n"
+        "folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "with (folder / 'log').open('a') as log: log.write(name + '\\n')\n"
+        "with (folder / 'work' / 'results.jsonl').open('a') as rows: rows.write(name + '\\n')\n"
+    )
+    rows = steps / "work" / "results.jsonl"
+    names = ("one", "two", "three")
+    chain = made_of(
+        steps, *(replace(script, name=n, arguments=(str(steps), n, "0"), makes=rows) for n in names)
+    )
+    for _ in range(2):
+        assert run_chain(chain, lambda line: None) == 0
+    assert log(steps) == [*names]
+    rows.unlink()
+    for _ in range(2):
+        assert run_chain(chain, lambda line: None) == 0
+    assert log(steps) == [*names, *names]
+    assert rows.read_text().split() == [*names]
+
+
 def test_a_verdict_is_always_asked_for(steps: Path) -> None:
     gate = made_of(steps, replace(marker("gate", steps), always=True))
     run_chain(gate, lambda line: None)

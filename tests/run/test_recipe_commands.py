@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from run.test_chain import WHOLE, chain
+from test_docs import ROOT
+
+from qwenq.run.senseless import ATTENTIONS, ENGINES
 
 
 def qwenq(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -47,12 +50,42 @@ def test_the_users_own_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: p
     assert chain(here, text).steps[0].makes != before.steps[0].makes  # or the old model would be taken for it
 
 
+def test_names_of_attentions_and_engines_are_those_of_profile() -> None:
+    """They are written down twice, as a run must not load torch."""
+    from qwenq.cli.profile import _check_names
+    from qwenq.runtime.attention import BACKENDS
+
+    assert set(ATTENTIONS) == set(BACKENDS)
+    _check_names(ATTENTIONS, ENGINES, "auto")
+    script = "import sys; from qwenq.cli.recipe import checked; from pathlib import Path\n"
+    script += (
+        "from qwenq.run.chain import chain_of; chain_of(checked(Path(sys.argv[1])), Path(sys.argv[1]))\n"
+    )
+    script += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script, str(ROOT / "recipes" / "demo.toml")], cwd=ROOT, check=True)
+
+
+def test_no_generation_is_asked_for_where_the_recipe_has_none(tmp_path: Path) -> None:
+    (step,) = chain(tmp_path, "[profile]\ntokens = []\nencode = [64]\n").steps[2:3]
+    assert step.arguments[step.arguments.index("--tokens") + 1] == "0"
+
+
 @pytest.mark.parametrize(("text", "says"), [
     ("[gate]\nfail_on = 'speed:>2'", "would fail what got better"),
     ("[eval]\ntasks = ['mmul']", "mmul"),
     ("[calibration]\nsource = 'nowhere.txt'", "no such file"),
     ("[profile]\nbudget = 'soon'", "profile.budget = 'soon'"),
     ("[report]\nname = '../x'", "report.name"),
+    ("[gate]\nfail_on = 'sped:<0.9'", "r.toml, gate.fail_on"),
+    ("[gate]\nfail_on = ''", "no condition is named"),
+    ("[gate]\nfail_on = 'speed:<95'", "not per cent"),
+    ("[eval]\ntasks = []", "eval.tasks is empty"),
+    ("[profile]\ntokens = [1]", "profile.tokens = 1: a generation has 2 new tokens or more"),
+    ("[profile]\ntokens = []\nencode = []", "profile.tokens and profile.encode are empty"),
+    ("[profile]\nattention = ['v9']", "profile.attention: there is no 'v9'"),
+    ("[profile]\nengine = ['slow']", "profile.engine: there is no 'slow'"),
+    ("[profile]\nbudget = '5m3h'", "profile.budget: '5m3h' is no time"),
+    ("[profile]\nbudget = '0s'", "profile.budget: '0s' is no time"),
     ("precisions = ['int3']", "precisions"),
 ])  # fmt: skip
 def test_an_unsound_recipe_is_refused_before_anything_runs(tmp_path: Path, text: str, says: str) -> None:
