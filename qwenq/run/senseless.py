@@ -9,8 +9,8 @@ from qwenq.recipe import Recipe
 
 ATTENTIONS = ("v2", "v1", "off", "sdpa", "split", "grouped", "best")
 ENGINES = ("fast", "transformers")
-"""Names that `qwenq profile` knows. To look them up where they are defined would load torch, and the steps of a
-run would inherit its memory as a peak of their own."""
+"""Names that `qwenq profile` knows. To look them up where they are defined would load torch, and the steps of
+a run would inherit its memory as a peak of their own."""
 
 
 def refuse_senseless(recipe: Recipe) -> None:
