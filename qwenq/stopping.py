@@ -86,3 +86,22 @@ def stop_here() -> None:
     """
     if asked():
         raise Terminated
+
+
+def behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The stop that an error came out of, if it did: the error is then nobody's fault, and no reason.
+
+    What a stop breaks into may fail while it is being left: torch's device modes, popped twice, raise a
+    RuntimeError in the place of the interrupt.
+
+    Returns:
+        A new one of the same kind, to be raised from ``error``; None: no stop is behind it.
+    """
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        if isinstance(found, KeyboardInterrupt):
+            return type(found)()
+        seen.add(id(found))
+        found = found.__cause__ or found.__context__
+    return None

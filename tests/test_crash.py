@@ -20,6 +20,7 @@ from tiny_families import write_calibration, write_family
 
 TESTS = Path(__file__).parent
 LAYERS = 4
+PUSHES = 60  # times that torch's device mode was put on again: in the check, in the second of its models
 
 
 class Ended(NamedTuple):
@@ -212,6 +213,22 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(
     assert "Traceback" not in ended.shown
     again = machine(out)
     assert (again.status, again.resumed) == (0, 2)
+    assert hashes(out) == expected
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_while_a_model_is_built_is_no_damaged_config(
+    machine: Machine, expected: dict[str, str], tmp_path: Path, number: int, status: int
+) -> None:
+    """Between torch's taking its device mode off and putting it on again: leaving the mode fails then, too."""
+    out = tmp_path / "q"
+    machine(out, "--json", at={"signal": signal.SIGKILL, "print": "checking what was written"})
+    at = {"signal": number, "call": "torch.overrides:_push_mode", "number": PUSHES}
+    ended = machine(out, "--json", at=at)
+    assert ended.status == status, ended.shown
+    assert "checking what was written" in ended.shown
+    assert "config.json" not in ended.shown and "Traceback" not in ended.shown
+    assert machine(out).resumed == LAYERS
     assert hashes(out) == expected
 
 

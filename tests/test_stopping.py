@@ -8,7 +8,7 @@ import pytest
 
 from qwenq import stopping
 from qwenq.cli.app import _sigterm_as_ctrl_c
-from qwenq.stopping import Terminated, asked, finishing, note, passed_on, stop_here
+from qwenq.stopping import Terminated, asked, behind, finishing, note, passed_on, stop_here
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +79,19 @@ def test_what_goes_wrong_meanwhile_is_said() -> None:
     assert not asked()
     with finishing("the next"):
         stop_here()
+
+
+def test_what_fails_while_a_stop_is_passing_is_the_stop() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        try:
+            raise Terminated
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+    assert type(behind(failed.value)) is Terminated
+    wrapped = ValueError("the file is damaged")
+    wrapped.__cause__ = failed.value
+    assert type(behind(wrapped)) is Terminated
+    alone = ValueError("the file is damaged")
+    alone.__cause__ = KeyError("a")
+    alone.__cause__.__context__ = alone  # a circle has an end
+    assert behind(alone) is None

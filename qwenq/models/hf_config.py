@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qwenq import stopping
 from qwenq.errors import ModelError, OutOfMemoryError, QwenqError, UnsupportedError
 
 _STEERS_THE_LOADER = {
@@ -47,12 +48,15 @@ def refused_by_transformers(folder: Path | None) -> Iterator[None]:
 
     Raises:
         OutOfMemoryError: torch was refused memory; that is not the config's fault.
+        KeyboardInterrupt: a stop, also where leaving what it broke into failed.
     """
     try:
         yield
     except (MemoryError, QwenqError):
         raise
     except Exception as error:  # KeyError, TypeError, AssertionError, its own: there is no common class
+        if (stop := stopping.behind(error)) is not None:
+            raise stop from error
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise OutOfMemoryError(
                 "there is not enough memory to build this model",

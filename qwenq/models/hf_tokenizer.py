@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers import decoders
 
+from qwenq import stopping
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.chatml import Message
 from qwenq.models.qwen_tokenizer import StreamDecoder, without_surrogates
@@ -190,6 +191,8 @@ def _load(path: Path) -> Any:
     except BaseException as error:  # the readers raise bare Exception, and those in Rust panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if (stop := stopping.behind(error)) is not None:
+            raise stop from error
         said = " ".join(str(error).split())[:500]
         raise ModelError(
             f"transformers cannot load the tokenizer: {said}",

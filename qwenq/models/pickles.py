@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qwenq import stopping
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.safetensors_files import read_index, shard_path
 from qwenq.models.source import TensorInfo
@@ -77,6 +78,8 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # the reader takes a damaged stream at its word: IndexError, KeyError, …
+        if (stop := stopping.behind(error)) is not None:
+            raise stop from error
         said = str(error) or type(error).__name__
         raise CorruptFileError(f"cannot be read: {said}", where=path, hint="download it again") from error
     if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):

@@ -9,6 +9,7 @@ import torch
 
 from qwenq.errors import ModelError, OutOfMemoryError, StorageError
 from qwenq.models.hf_config import refused_by_transformers
+from qwenq.stopping import Terminated
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,15 @@ def test_anything_else_is_a_value_of_the_config(tmp_path: Path) -> None:
     said = r"(?s)KeyError: 'linear_attention'.*config\.json is damaged"
     with pytest.raises(ModelError, match=said), refused_by_transformers(tmp_path):
         raise KeyError("linear_attention")
+
+
+def test_a_stop_that_breaks_into_a_device_mode_is_a_stop(tmp_path: Path) -> None:
+    """What torch raises when it leaves the mode is then no word on the config."""
+
+    def broken_into() -> None:
+        with torch.device("meta"):
+            torch.overrides._pop_mode()  # type: ignore[attr-defined]
+            raise Terminated
+
+    with pytest.raises(Terminated), refused_by_transformers(tmp_path):
+        broken_into()
