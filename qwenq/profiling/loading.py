@@ -35,22 +35,37 @@ def engine_for(point: Point, checkpoint: Checkpoint, team: Team) -> Engine:
     Raises:
         QwenqError: it cannot run this model here, or another process could not load its part.
     """
+    attention, said = _attention(point)
     if point.tp > 1:
         from qwenq.runtime.tensor_parallel import LeadingEngine
 
-        engine = LeadingEngine(checkpoint, team, point.device, point.subject.dtype, point.attention)
+        leading = LeadingEngine(checkpoint, team, point.device, point.subject.dtype, attention)
         team.wait()  # whoever could not load says so here
-        return engine
+        leading.notes = (*leading.notes, *said)
+        return leading
     from qwenq.runtime.engine import load
 
-    return load(
+    engine = load(
         checkpoint,
         device=point.device,
         dtype=point.subject.dtype,
         engine=point.engine,
         kernel=point.kernel,
-        attention=point.attention,
+        attention=attention,
     )
+    engine.notes = (*engine.notes, *said)
+    return engine
+
+
+def _attention(point: Point) -> tuple[str, tuple[str, ...]]:
+    """The backend that runs, and what has to be said of it."""
+    from qwenq.models.precision import resolve_device
+    from qwenq.runtime.attention import of_row
+    from qwenq.runtime.engine import find_dtype
+
+    place = resolve_device(point.device)
+    name, why = of_row(point.attention, place, find_dtype(point.subject.dtype, place))
+    return name, (why,) if why else ()
 
 
 def release(engine: Engine, team: Team) -> None:
@@ -70,7 +85,7 @@ def assist(point: Point, team: Team) -> None:
     """
     from qwenq.runtime.tensor_parallel import SplitEngine, follow
 
-    engine = SplitEngine(checkpoint_of(point), team, point.device, point.subject.dtype, point.attention)
+    engine = SplitEngine(checkpoint_of(point), team, point.device, point.subject.dtype, _attention(point)[0])
     team.wait()
     follow(engine, team)
     team.wait()

@@ -10,7 +10,7 @@ from runtime.attention_oracle import CPU, SPANS, error
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.attention import BACKENDS, attention_backend, available, flash
+from qwenq.runtime.attention import BACKENDS, attention_backend, available, flash, of_row
 from qwenq.runtime.attention.best import Best
 from qwenq.runtime.attention.flash import Flash
 from qwenq.runtime.span import Span
@@ -181,6 +181,30 @@ def test_what_cannot_run_says_why(
         attention_backend(name, device, dtype)
     assert caught.value.where == f"--attention {name}"
     assert "--attention" in str(caught.value.hint)
+
+
+def test_on_a_cpu_no_other_dtype_is_advised_that_would_not_run_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("v2", "v1", "split"):
+        with pytest.raises(UnsupportedError, match="made for NVIDIA GPUs") as caught:
+            attention_backend(name, CPU, torch.float32)
+        assert "dtype" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_only_fp32_rows_of_the_cards_columns_run_off_and_say_so(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    ran, why = of_row(name, device, dtype)
+    if (device, dtype) == (CUDA, torch.float32) and name in ("v2", "v1"):
+        assert ran == "off"
+        assert why == f"attention {name} takes no float32: this row ran off, as FP32 rows of the cards did"
+    else:
+        assert (ran, why) == (name, None)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

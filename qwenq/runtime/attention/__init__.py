@@ -1,6 +1,6 @@
 """Attention over the cache: the backends of the cards (``v2``, ``v1``, ``off``), and what is best today."""
 
-from qwenq.runtime.attention.backends import BACKENDS, Availability, attention_backend, available
+from qwenq.runtime.attention.backends import BACKENDS, Availability, attention_backend, available, of_row
 from qwenq.runtime.attention.plain import Attention, Off, Sdpa, attend
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "attend",
     "attention_backend",
     "available",
+    "of_row",
 ]

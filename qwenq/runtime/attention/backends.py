@@ -52,6 +52,17 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
     return _BUILDERS[name](device, dtype)
 
 
+def of_row(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """What a row of a table runs that asks for a backend, and the sentence where that is another one.
+
+    Only the cards' columns ``v2`` and ``v1`` of FP32 on a GPU are: no flash kernel takes float32, and theirs,
+    too, were measured with plain attention.
+    """
+    if dtype != torch.float32 or device.type != "cuda" or name not in ("v2", "v1"):
+        return name, None
+    return "off", f"attention {name} takes no float32: this row ran off, as FP32 rows of the cards did"
+
+
 def available(device: torch.device, dtype: torch.dtype) -> list[Availability]:
     """Every backend: what it would run on this device in this dtype, or why it cannot."""
     found = []

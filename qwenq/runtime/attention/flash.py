@@ -153,25 +153,34 @@ def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
         UnsupportedError: says what is missing.
     """
     where = f"--attention {name}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise UnsupportedError(
-            f"attention {name}: its kernels compute in float16 and bfloat16, not in "
-            f"{str(dtype).removeprefix('torch.')}",
-            where=where,
-            hint="use --dtype bfloat16, or --attention off",
-        )
     if device.type != "cuda":
         raise UnsupportedError(
             f"attention {name}: it is made for NVIDIA GPUs, and this is a {device.type}",
             where=where,
             hint="use --attention sdpa (on a CPU torch has a kernel that tiles in the same way) or off",
         )
+    check_half(name, dtype)
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise UnsupportedError(
             f"attention {name}: it takes compute capability 8.0, this GPU has {major}.{minor}",
             where=where,
             hint="use --attention sdpa or off",
+        )
+
+
+def check_half(name: str, dtype: torch.dtype) -> None:
+    """Whether flash kernels take a dtype.
+
+    Raises:
+        UnsupportedError: it is not 16 bits wide.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise UnsupportedError(
+            f"attention {name}: its kernels compute in float16 and bfloat16, not in "
+            f"{str(dtype).removeprefix('torch.')}",
+            where=f"--attention {name}",
+            hint="use --dtype bfloat16, or --attention off",
         )
 
 

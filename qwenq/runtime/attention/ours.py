@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qwenq.errors import UnsupportedError
 from qwenq.native.gpu import interpreting, why_not_triton
-from qwenq.runtime.attention.flash import check_flash
+from qwenq.runtime.attention.flash import check_flash, check_half
 from qwenq.runtime.attention.plain import attend
 from qwenq.runtime.kernels.triton_support import triton_label
 from qwenq.runtime.span import Span
@@ -70,7 +70,9 @@ def split(device: torch.device, dtype: torch.dtype) -> Split:
 
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> None:
     # The interpreter is no GPU but runs the kernels all the same: the label says so.
-    if not interpreting() or dtype not in (torch.float16, torch.bfloat16):
+    if interpreting():
+        check_half(name, dtype)
+    else:
         check_flash(name, device, dtype)
     if reason := why_not_triton(device):
         raise UnsupportedError(
