@@ -45,15 +45,9 @@ def _section(section: Section, heading: str) -> Iterator[str]:
     if section.figures:
         yield f"{heading} Plots"
         yield "\n".join(
-            f"![{markdown(figure.title)}]({PLOTS}/{file_name(section.family, figure.key)}.png)"
+            f"![{markdown(figure.title)}]({PLOTS}/{section.slug}-{figure.key}.png)"
             for figure in section.figures
         )
-
-
-def file_name(family: str, key: str) -> str:
-    """Name of a plot without its ending: whatever a family is called, it names no other folder."""
-    plain = re.sub(r"[^A-Za-z0-9-]+", "-", family.rsplit("/", 1)[-1]).strip("-").lower()
-    return f"{plain or 'model'}-{key}"
 
 
 def render_table(table: Table) -> str:

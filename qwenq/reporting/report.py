@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,14 @@ from qwenq.reporting.text import LONGEST_COMMAND, clean
 
 @dataclass(frozen=True)
 class Section:
-    """Everything on one unquantised model and what was made of it."""
+    """Everything on one unquantised model and what was made of it.
+
+    Attributes:
+        slug: what the names of its plots begin with; no other section's.
+    """
 
     family: str
+    slug: str
     summary: tuple[str, ...]
     tables: tuple[Table, ...]
     figures: tuple[Figure, ...]
@@ -54,13 +60,26 @@ def make_report(collection: Collection, title: str) -> Report:
     return Report(
         title=clean(title),
         collection=collection,
-        sections=tuple(_section(collection, family) for family in collection.families),
+        sections=tuple(
+            _section(collection, family, slug)
+            for family, slug in zip(collection.families, _slugs(collection.families), strict=True)
+        ),
         commands=_commands(collection),
         dates=(dates[0], dates[-1]) if dates else (),
     )
 
 
-def _section(collection: Collection, family: str) -> Section:
+def _slugs(families: list[str]) -> list[str]:
+    """File names of families: whatever one is called, it names no other folder, and two are told apart."""
+    found: list[str] = []
+    for family in families:
+        plain = re.sub(r"[^A-Za-z0-9-]+", "-", family.rsplit("/", 1)[-1]).strip("-").lower() or "model"
+        numbered = (plain, *(f"{plain}-{number}" for number in range(2, len(found) + 2)))
+        found.append(next(each for each in numbered if each not in found))
+    return found
+
+
+def _section(collection: Collection, family: str, slug: str) -> Section:
     optional = [
         make(collection, family)
         for make in (loss_table, long_context_table, closeness_table, split_table, other_accuracies)
@@ -68,6 +87,7 @@ def _section(collection: Collection, family: str) -> Section:
     tables = [*card_tables(collection, family), *(table for table in optional if table)]
     return Section(
         family=clean(family),
+        slug=slug,
         summary=tuple(summary_of(collection, family)),
         tables=tuple(tables),
         figures=tuple(figures_of(collection, family)),

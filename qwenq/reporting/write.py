@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from qwenq.errors import UsageError
@@ -42,7 +43,7 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
         path
         for section in report.sections
         for figure in section.figures
-        for path in write_plot(figure, out / markdown.PLOTS / markdown.file_name(section.family, figure.key))
+        for path in write_plot(figure, out / markdown.PLOTS / f"{section.slug}-{figure.key}")
     ]
     _forget_others(out / markdown.PLOTS, plots)
     return out / "index.html"
@@ -56,8 +57,17 @@ def _refuse_foreign(runs: list[Path], out: Path) -> None:
         )
     if out.exists() and not out.is_dir():
         raise UsageError("--out is a file", where=out, hint="name a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "results.json").is_file():
+    if out.is_dir() and any(out.iterdir()) and not _is_report(out / "results.json"):
         raise UsageError("there are other files than a report", where=out, hint="name a new or empty folder")
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a report has written it: the name is a common one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"format", "runs", "sections", "rows"} <= content.keys()
 
 
 def _forget_others(folder: Path, plots: list[Path]) -> None:

@@ -160,11 +160,29 @@ def test_a_report_replaces_a_report_and_nothing_else(example: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="other files than a report"):
         write_report([example], out)
     assert (out / "README.md").read_text() == "somebody's own"
+    (out / "results.json").write_text('{"mine": 1}')  # a common name is no proof
+    with pytest.raises(UsageError, match="other files than a report"):
+        write_report([example], out)
+    assert (out / "README.md").read_text() == "somebody's own"
     with pytest.raises(UsageError, match="mixed with its run"):
         write_report([example], example)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="is a file"):
         write_report([example], tmp_path / "file")
+
+
+def test_families_of_nearly_one_name_have_plots_of_their_own(tmp_path: Path) -> None:
+    """Of one file name, the second family's plot would have stood below both headings."""
+    rows = [*speed("int4", 128), *speed("int4", 128, factor=2.0)]
+    names = ["Qwen/m.1"] * (len(rows) // 2) + ["m-1"] * (len(rows) // 2)
+    named = [
+        replace(row, model=replace(row.model, family=name)) for row, name in zip(rows, names, strict=True)
+    ]
+    out = tmp_path / "report"
+    write_report([write_run(tmp_path / "a", named)], out)
+    shown = re.findall(r"\(plots/(.*)\.png\)", (out / "README.md").read_text())
+    assert len(shown) == len(set(shown)) == 2 * len([name for name in shown if name.startswith("m-1-2-")])
+    assert {path.stem for path in (out / "plots").iterdir()} == set(shown)
 
 
 def test_plots_that_have_no_data_any_more_are_removed(tmp_path: Path) -> None:
