@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.errors import UnsupportedError
+from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.qwen_v1 import V1_KEY
 from qwenq.models.shapes import ModelShape
 
 _USE_TRANSFORMERS = "use --engine transformers"
+_POSITIVE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+"""Of a rope scaling."""
 _NO_WINDOW = "neither engine has it: the cache serves full attention; run a model without a window"
 
 
@@ -48,10 +51,12 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
 
     Raises:
         UnsupportedError: an activation, a rope scaling or a sliding window that the decoder does not have.
-        ModelError: a size is missing or contradicts another one.
+        ModelError: a size is missing or contradicts another one, or a rope scaling that scales by nothing.
     """
     config = dict(config)
     shape = ModelShape.from_config(config)
+    if shape.head_dim % 2:
+        raise UnsupportedError(f"heads of {shape.head_dim} cannot be rotated: they have no halves")
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UnsupportedError(f"the activation {activation!r} is not supported here", hint=_USE_TRANSFORMERS)
     _refuse_sliding_window(config, shape.layers)
@@ -89,5 +94,13 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if kind == "default":
         return theta, None
     if kind not in ("linear", "dynamic", "yarn", "llama3"):
-        raise UnsupportedError(f"rope scaling {kind!r} is not supported here", hint=_USE_TRANSFORMERS)
+        hint = _USE_TRANSFORMERS if kind == "longrope" else "nothing here knows it; copy config.json again"
+        raise UnsupportedError(f"rope scaling {kind!r} is not supported here", hint=hint)
+    for name in _POSITIVE & parameters.keys():
+        value = parameters[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ModelError(
+                f"the rope scaling of config.json has {name} {value!r}; it has to be a positive number",
+                hint="copy the model's config.json again",
+            )
     return theta, parameters

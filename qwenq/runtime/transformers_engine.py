@@ -7,6 +7,7 @@ and attention is one of our backends, called through transformers' attention int
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ from qwenq.runtime.weights import Weights
 _ATTENTION = "qwenq"
 _AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 """Settings of architectures whose forward pass does something to the head's product."""
+_OF_TWO_MODELS = "config.json and the weights are not of one model: copy the folder again"
 _DENSE = "run a dense Qwen or Llama model"
 
 
@@ -192,16 +194,27 @@ def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, process
         attn_implementation=_ATTENTION,
         distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
     )
+    _refuse_surplus(model, weights)
     places = dict(model.named_modules())
     for module in sorted(weights.quantised):
         if not isinstance(places.get(module), torch.nn.Linear):
             raise ModelError(
                 f"{module} is quantised, and is no linear layer of this architecture",
                 where=f"{module}.qweight",
-                hint="config.json and the weights are not of one model: copy the folder again",
+                hint=_OF_TWO_MODELS,
             )
         model.set_submodule(module, _Linear(weights.linear(module)))
     return model
+
+
+def _refuse_surplus(model: Any, weights: Weights) -> None:
+    """Blocks that the model has no place for are another model's: without them it would be a wrong one."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    blocks = f"{model.base_model_prefix}.layers."
+    surplus = (name for name in sorted(weights.names - model.state_dict().keys()) if name.startswith(blocks))
+    for name in surplus:
+        if not name.endswith(".rotary_emb.inv_freq") and not any(re.search(each, name) for each in ignored):
+            raise ModelError(f"{name} has no place in this architecture", where=name, hint=_OF_TWO_MODELS)
 
 
 def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:

@@ -168,6 +168,11 @@ class Weights:
         hint = "use --dtype bfloat16, a quantised model, a smaller one, or another --device"
         require(needed // self._processes, self._device, f"the model's weights {form}", hint)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all tensors; a quantised weight has that of the weight it stands for."""
+        return frozenset(self._names)
+
     def check(self, shape: ModelShape, tied: bool) -> None:
         """Every tensor that the config asks for is there in its shape, and the blocks hold no other.
 

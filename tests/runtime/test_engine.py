@@ -192,6 +192,34 @@ def test_what_the_lean_decoder_does_not_have(config: dict, says: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("scaling", "says"),
+    [
+        ({"rope_type": "linear", "factor": 0}, "factor 0; it has to be a positive number"),
+        ({"rope_type": "yarn", "factor": -2.0}, "factor -2.0; it"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": "1"}, "low_freq_factor '1'; it"),
+        ({"rope_type": "su", "factor": 2.0}, "rope scaling 'su' is not supported"),
+    ],
+)
+def test_rope_scalings_that_cannot_be(scaling: dict, says: str) -> None:
+    _, checkpoint = small_model("llama")
+    with pytest.raises(ModelError, match=says) as caught:
+        load(changed(checkpoint, {"rope_parameters": {**scaling, "rope_theta": 1e4}}), device="cpu")
+    assert "copy" in str(caught.value.hint)
+
+
+def test_heads_without_halves_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="heads of 15 cannot be rotated"):
+        load(changed(small_model("llama")[1], {"head_dim": 15}), device="cpu")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_of_more_layers_than_the_config_has_are_another_models(engine: str) -> None:
+    _, checkpoint = small_model("llama")
+    with pytest.raises(ModelError, match=r"model.layers.1.\S+ has no place in this architecture"):
+        load(changed(checkpoint, {"num_hidden_layers": 1}), device="cpu", dtype="float32", engine=engine)
+
+
+@pytest.mark.parametrize(
     "config",
     [
         {

@@ -224,12 +224,18 @@ def test_groups_that_g_idx_makes_uneven_run_where_they_can_and_the_rest_is_passe
     torch.testing.assert_close(logits(exact), logits(expected), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.7.mlp.down_proj"])
-def test_the_transformers_engine_swaps_linear_layers_alone(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("model.embed_tokens", "model.embed_tokens is quantised, and is no linear layer"),
+        ("model.layers.7.mlp.down_proj", "model.layers.7.mlp.down_proj.weight has no place"),
+    ],
+)
+def test_the_transformers_engine_swaps_linear_layers_alone(module: str, says: str) -> None:
     checkpoint = quantised_model("llama", INT4, vocab_size=304)
     packed = packed_linear(checkpoint.read("model.embed_tokens.weight"), INT4)
     changed = broken(checkpoint, f"{module}.weight", None)
     for name, tensor in packed.tensors(module).items():
         changed = broken(changed, name, tensor)
-    with pytest.raises(ModelError, match=f"{module} is quantised, and is no linear layer"):
+    with pytest.raises(ModelError, match=says):
         load(changed, device="cpu", dtype="float32", engine="transformers")
