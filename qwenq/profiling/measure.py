@@ -180,7 +180,8 @@ def _generating(bench: Bench) -> Iterator[Row]:
     else:
         decode_speed(bench, rounds=0)  # memory is that of a full cache all the same
         left = bench.allowance.left()
-        reason = f"one generation takes about {estimate:.0f} s, and the budget leaves {left:.0f} s"
+        leaves = f"its share of the budget leaves {left:.0f} s"
+        reason = f"one generation takes about {estimate:.0f} s, and {leaves}"
         yield bench.absent("speed.protocol", reason, again=True)
         energy = bench.absent("energy.token", reason, again=True)
     yield from _memory_rows(bench, load_peak, held, reset_error)

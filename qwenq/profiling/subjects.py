@@ -9,6 +9,7 @@ from pathlib import Path
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_config import is_quantised
+from qwenq.models.resolve import BUNDLED_NOTICE
 from qwenq.models.shapes import ModelShape
 from qwenq.profiling.points import BITS, PRECISIONS, Subject, Weights
 from qwenq.results import Model
@@ -51,6 +52,8 @@ def subjects_of(
     for given in models:
         bundled = given == BUNDLED_WORD and not Path(given).exists()
         _add(found, None if bundled else given, precisions, weights, seed)
+        if bundled:  # it was named, so there is no need to say which model is taken where none is
+            found.notices = [notice for notice in found.notices if notice != BUNDLED_NOTICE]
     found.subjects = [_settled(each, found) for each in found.subjects]
     return found
 

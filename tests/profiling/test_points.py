@@ -15,7 +15,7 @@ from qwenq.errors import UsageError
 from qwenq.models.bundled import NAME
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.identity import result_model
-from qwenq.models.resolve import Resolved
+from qwenq.models.resolve import BUNDLED_NOTICE, Resolved
 from qwenq.profiling.points import Point, is_done, sweep
 from qwenq.profiling.subjects import Subjects, subjects_of
 
@@ -121,5 +121,9 @@ def test_bundled_is_a_word_unless_it_is_a_folder(
     monkeypatch.setattr("qwenq.models.opening.resolve_model", lambda given: Resolved(tiny, [str(given)]))
     monkeypatch.chdir(tmp_path)
     assert subjects_of(["bundled"], ["fp32"]).notices == ["None"]
+    monkeypatch.setattr("qwenq.models.opening.resolve_model", lambda given: Resolved(tiny, [BUNDLED_NOTICE]))
+    assert subjects_of(["bundled"], ["fp32"]).notices == []  # it was named
+    assert subjects_of([None], ["fp32"]).notices == [BUNDLED_NOTICE]
+    monkeypatch.setattr("qwenq.models.opening.resolve_model", lambda given: Resolved(tiny, [str(given)]))
     (tmp_path / "bundled").mkdir()
     assert subjects_of(["bundled"], ["fp32"]).notices == ["bundled"]
