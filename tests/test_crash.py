@@ -220,7 +220,7 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(
 def test_a_stop_while_a_model_is_built_is_no_damaged_config(
     machine: Machine, expected: dict[str, str], tmp_path: Path, number: int, status: int
 ) -> None:
-    """Between torch's taking its device mode off and putting it on again: leaving the mode fails then, too."""
+    """Between torch's taking its device mode off and putting it on again: leaving it fails then, too."""
     out = tmp_path / "q"
     machine(out, "--json", at={"signal": signal.SIGKILL, "print": "checking what was written"})
     at = {"signal": number, "call": "torch.overrides:_push_mode", "number": PUSHES}
