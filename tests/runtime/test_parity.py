@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from runtime.small_models import FAMILIES, random_ids, reference_logits, small_model
+from runtime.test_long_context import v1_engine
 
 from qwenq.runtime.engine import Engine, load
 from qwenq.runtime.sampling import GREEDY
@@ -62,8 +63,9 @@ def test_uniform_batch(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_cache_rewound_and_extended(engine: str) -> None:
-    model, checkpoint = small_model("qwen3")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cache_rewound_and_extended(family: str, engine: str) -> None:
+    model, checkpoint = small_model(family)
     runner = float32_engine(checkpoint, engine)
     first, second = random_ids(50, 1), random_ids(30, 2)
     cache = runner.new_cache(1, 64)
@@ -129,6 +131,25 @@ def test_greedy_tokens_are_those_of_transformers_generate(family: str) -> None:
         runner = float32_engine(checkpoint, engine)
         done = runner.generate([prompt], 20, sampling=GREEDY)
         assert done.answers[0].ids == whole[0, 12:].tolist()
+
+
+def test_qwen_v1_is_the_same_in_both_engines() -> None:
+    """Up to its trained length; beyond, the fast engine alone has its rules (test_long_context)."""
+    *_, fast = v1_engine("fast", seq_length=1024)
+    *_, other = v1_engine("transformers", seq_length=1024)
+    rows = [[token % 256 for token in random_ids(length + 1, seed)] for seed, length in enumerate(RAGGED)]
+    caches = [engine.new_cache(len(rows), 1000) for engine in (fast, other)]
+    prompts, newest = [row[:-1] for row in rows], torch.tensor([row[-1] for row in rows])
+    engines = list(zip((fast, other), caches, strict=True))
+    for ours, theirs in zip(*(engine.logits(prompts, cache) for engine, cache in engines), strict=True):
+        assert_close(ours, theirs)
+    assert_close(*(engine.decode(newest, cache) for engine, cache in engines))
+    for cache in caches:
+        cache.rewind([1, 9, 300, 2, 250])
+    for ours, theirs in zip(*(engine.logits(rows[::-1], cache) for engine, cache in engines), strict=True):
+        assert_close(ours, theirs)
+    alone = [engine.generate(rows[:2], 20, sampling=GREEDY).answers for engine in (fast, other)]
+    assert alone[0] == alone[1]
 
 
 def test_bfloat16_is_near_float32() -> None:
