@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import date
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from _gpu_kernels import drawn, wait
 
 from qwenq.errors import QwenqError
-from qwenq.profiling.bandwidth import weight_bytes
+from qwenq.profiling.bandwidth import cache_bytes, weight_bytes
 from qwenq.profiling.memory import meter_for
+from qwenq.profiling.statistics import Summary, summarise
 from qwenq.results import Model, Row, Value
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.engine import FastEngine, load
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"int4": 4, "bf16": None, "int8": 8, "fp32": None}
 CARDS = ("v2", "v1")
+ROUNDS = 3
 
 
 class Loaded:
@@ -95,34 +98,46 @@ class Point:
         """Speed of generating, share of a copy's bandwidth, memory."""
         plan = self.run.plan
         loaded.meter.reset() if plan.device == "cuda" else None
-        seconds = step_seconds(engine, plan.positions, plan.warm, plan.steps[self.engine])
-        curve = {"positions": list(plan.positions), "seconds": seconds}
+        rounds, held = step_seconds(engine, plan.positions, plan.warm, plan.steps[self.engine])
+        seconds = [median(column) for column in zip(*rounds, strict=True)]
+        speeds = [1 / each for each in seconds]
+        curve = {"positions": list(plan.positions), "seconds": seconds, "values": speeds}
         settings = {"decode": "greedy, integral over cache lengths", "load_seconds": round(loaded.seconds, 1)}
         settings |= {"attention": note} if note else {}
         settings |= {"notes": list(engine.notes)} if engine.notes else {}
         for length in plan.lengths:
-            speed = length / integral(plan.positions, seconds, length)
-            self.add("speed.decode", length, speed, "tokens/s", engine, settings, curve)
+            found = summarise([length / integral(plan.positions, each, length) for each in rounds])
+            self.add("speed.decode", length, found, "tokens/s", engine, settings, curve)
         self.add("memory.load", None, loaded.peak, "bytes", engine, settings)
-        self.add("memory.generate", plan.lengths[-1], loaded.meter.peak(), "bytes", engine, settings)
+        peak = loaded.meter.peak()
+        parts = self.parts(engine, peak, held)
+        self.add("memory.generate", plan.lengths[-1], peak, "bytes", engine, settings, parts)
         if self.engine == "fast":  # the other does not say what it reads; here it is hardly more than weights
             share = weight_bytes(engine) / seconds[0] / self.run.copy_bytes_per_s
             self.add("bandwidth.share", plan.lengths[0], share, "ratio", engine, settings)
         shortest = plan.lengths[0]
         self.run.say(f"{self.label}: {shortest / integral(plan.positions, seconds, shortest):.1f} tok/s")
 
+    def parts(self, engine: Any, peak: int, cache: int) -> dict[str, Any]:
+        """What a peak consists of, where the engine says what it holds."""
+        if self.engine != "fast":
+            return {}
+        weights = weight_bytes(engine, embedding=True)
+        return {"parts": {"weights": weights, "cache": cache, "activations": max(0, peak - weights - cache)}}
+
     def prompt(self, engine: Any, loaded: Loaded, note: str) -> None:
-        """Speed of encoding a prompt, the best of three after a warm-up, and its memory."""
-        tokens, best = self.run.plan.prompt, float("inf")
+        """Speed of encoding a prompt, three times after a warm-up, and its memory."""
+        tokens, speeds = self.run.plan.prompt, []
         loaded.meter.reset() if self.run.plan.device == "cuda" else None
         for _ in range(2 if self.run.plan.tiny else 4):
             cache = engine.new_cache(1, tokens)
             wait(torch.device(self.run.plan.device))
             start = time.perf_counter()
             engine.prefill([[1] * tokens], cache).argmax(-1).tolist()
-            best = min(best, time.perf_counter() - start)
+            speeds.append(tokens / (time.perf_counter() - start))
         settings = {"attention": note} if note else {}
-        self.add("speed.prefill", 1, tokens / best, "tokens/s", engine, settings, context=tokens)
+        found = summarise(speeds[1:])
+        self.add("speed.prefill", 1, found, "tokens/s", engine, settings, context=tokens)
         self.add("memory.generate", 1, loaded.meter.peak(), "bytes", engine, settings, context=tokens)
 
     def late(self) -> None:
@@ -149,7 +164,7 @@ class Point:
         self,
         metric: str,
         tokens: int | None,
-        value: float | None,
+        value: float | Summary | None,
         unit: str,
         engine: Any,
         settings: dict[str, Any],
@@ -160,6 +175,11 @@ class Point:
         status: str = "unavailable",
     ) -> None:
         """A row, unless there is one already."""
+        spread: dict[str, Any] = {}
+        if isinstance(value, Summary):
+            spread = {"low": value.low, "high": value.high, "n": value.n}
+            details = {**(details or {}), **value.details()}
+            value = value.median
         model = Model(f"{self.model} (random)", f"random:0:{self.model}", self.precision, self.model)
         point: dict[str, Value] = {
             "attention": self.attention, "engine": self.engine, "context": context, "tokens": tokens,
@@ -173,6 +193,7 @@ class Point:
             settings={"weights": "random", **settings},
             details=details or {},
             date=date.today().isoformat(),
+            **spread,
         )  # fmt: skip
         if row.identity not in {other.identity for other in self.run.rows}:
             self.run.rows.append(row)
@@ -188,10 +209,16 @@ class Point:
         )
 
 
-def step_seconds(engine: Any, positions: tuple[int, ...], warm: tuple[int, int], steps: int) -> list[float]:
-    """Seconds of one decode step with so many tokens in the cache; what the cache holds decides nothing."""
+def step_seconds(
+    engine: Any, positions: tuple[int, ...], warm: tuple[int, int], steps: int
+) -> tuple[list[list[float]], int]:
+    """Seconds of one decode step with so many tokens in the cache; what the cache holds decides nothing.
+
+    Returns:
+        [round][position], as many rounds as the gate wants to judge a speed; and bytes of the cache.
+    """
     cache = engine.new_cache(1, positions[-1] + 2 * steps + 8)
-    token = torch.tensor([1], device=engine.device)
+    token, count = torch.tensor([1], device=engine.device), -(-steps // ROUNDS)
 
     def run(count: int) -> None:
         nonlocal token
@@ -199,15 +226,18 @@ def step_seconds(engine: Any, positions: tuple[int, ...], warm: tuple[int, int],
             token = engine.decode(token, cache).argmax(-1)
         wait(engine.device)
 
-    seconds = []
+    columns = []
     for place, position in enumerate(positions):
         cache.lengths = [position]
         run(warm[0] if place == 0 else warm[1])  # builds kernels, captures graphs
         cache.lengths = [position]
-        start = time.perf_counter()
-        run(steps)
-        seconds.append((time.perf_counter() - start) / steps)
-    return seconds
+        column = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            run(count)
+            column.append((time.perf_counter() - start) / count)
+        columns.append(column)
+    return [list(each) for each in zip(*columns, strict=True)], cache_bytes(cache)
 
 
 def integral(positions: tuple[int, ...], seconds: list[float], end: int) -> float:

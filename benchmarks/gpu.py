@@ -52,7 +52,7 @@ class Plan:
         positions: tokens in the cache at which steps are timed.
         lengths: of generations.
         warm: untimed steps at the first position, and at each other.
-        steps: timed at each position, by engine.
+        steps: timed at each position, by engine, in three rounds.
     """
 
     models: dict[str, Any]

@@ -10,11 +10,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_benchmarks import load_script
 from test_docs import ROOT
 
 from qwenq.reporting.card import speed_table
 from qwenq.reporting.collect import collect
+from qwenq.reporting.compare import compare
+from qwenq.reporting.gate import judge, parse
 from qwenq.results import Model, Row, append_row, write_environment
 
 MEASURED = json.loads((ROOT / "reports" / "benchmarks" / "decode_gpu.json").read_text(encoding="utf-8"))
@@ -150,6 +153,78 @@ def test_a_second_call_goes_on_with_what_was_left_out(
     assert second.run.kernels == [{"kernel": "triton-int4"}]
     monkeypatch.setattr("qwenq.environment.environment", lambda: {"gpus": [{"name": "Another GPU"}]})
     assert not second.run.keep(tmp_path)
+
+
+class Clocked:
+    """An engine whose steps and prompts take a second of a clock of their own, more with a full cache."""
+
+    implementation, notes, device = "clocked", (), "cpu"
+
+    def __init__(self, slower: float) -> None:
+        self.clock, self.slower, self.turn = 0.0, slower, 0
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        return SimpleNamespace(lengths=[0])
+
+    def decode(self, token: Any, cache: Any) -> Any:
+        self.turn += 1
+        self.clock += self.slower * (1 + cache.lengths[0] / 8192) * (1 + 0.01 * (self.turn % 3))
+        return torch.zeros(1, 4)
+
+    def prefill(self, prompts: Any, cache: Any) -> Any:
+        self.turn += 1
+        self.clock += self.slower * (1 + 0.01 * (self.turn % 3))
+        return torch.zeros(1, 4)
+
+
+@pytest.mark.parametrize(("slower", "code"), [(1.0, 0), (1.5, 1), (0.7, 0)])
+def test_two_runs_of_the_script_are_judged_by_the_gate(
+    slower: float, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A slowed kernel on a GPU fails for its speed; the same one does not."""
+    runs = [tmp_path / "before", tmp_path / "after"]
+    for folder, factor in zip(runs, (1.0, slower), strict=True):
+        for row in rows_by(monkeypatch, Clocked(factor)):
+            append_row(folder, row)
+        write_environment(folder, {"gpus": [{"name": "Imaginary GPU"}], "cpu": {"model": "C", "cores": 2}})
+    before, after = (collect([folder]) for folder in runs)
+    verdict = judge(compare(before, after), parse("speed:<0.95, memory:>1.05"))
+    assert verdict.exit_code == code
+    failed = {item.comparison.row.metric for item in verdict.of("regression")}
+    assert failed == ({"speed.decode", "speed.prefill"} if code else set())
+
+
+def rows_by(monkeypatch: pytest.MonkeyPatch, engine: Clocked) -> list[Row]:
+    """Of one attention, as the script measures it."""
+    gpu, points = (load_script(monkeypatch, name) for name in ("gpu", "_gpu_points"))
+    run = gpu.Run(gpu.REAL, Path("nowhere"), deadline=0.0)
+    run.copy_bytes_per_s = 1e12
+    meter = SimpleNamespace(reset=lambda: None, peak=lambda: 5_000)
+    loaded = SimpleNamespace(seconds=1.0, peak=4_000, meter=meter)
+    monkeypatch.setattr(points, "time", SimpleNamespace(perf_counter=lambda: engine.clock))
+    monkeypatch.setattr(points, "wait", lambda device: None)
+    monkeypatch.setattr(points, "weight_bytes", lambda *_, **__: 3_000)
+    monkeypatch.setattr(points, "cache_bytes", lambda cache: 1_500)
+    point = points.Point(run, "fast", "qwen-1.8b-chat", "int4", "split")
+    point.steps(engine, loaded, "")
+    point.prompt(engine, loaded, "")
+    return list(run.rows)
+
+
+def test_rows_of_the_script_have_intervals_a_curve_and_the_parts_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {(row.metric, row.point["tokens"]): row for row in rows_by(monkeypatch, Clocked(1.0))}
+    decode = found["speed.decode", 8192]
+    assert decode.n == found["speed.prefill", 1].n == 3
+    assert decode.low is not None
+    assert decode.high is not None
+    assert decode.low <= (decode.value or 0) <= decode.high
+    values = decode.details["values"]
+    assert values == sorted(values, reverse=True)
+    assert decode.details["positions"] == [1, 700, 1400, 2048, 4096, 6144, 8160]
+    parts = {"weights": 3_000, "cache": 1_500, "activations": 500}
+    assert found["memory.generate", 8192].details == {"parts": parts}
 
 
 def test_what_is_most_compared_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
