@@ -185,6 +185,8 @@ def read_rows(run: Path) -> list[Row]:
         whole = content[: content.rfind(b"\n") + 1].decode("utf-8")  # a kill may tear a character, too
     except FileNotFoundError as error:
         hint = "name a folder that qwenq eval, profile or run has written"
+        if (run / "results.json").exists():
+            hint = "that is a report: name the run folders that it was made of"
         raise UsageError(f"no {RESULTS_FILE} there", where=run, hint=hint) from error
     except UnicodeDecodeError as error:
         raise UsageError("not UTF-8", where=path, hint="copy the run folder again") from error

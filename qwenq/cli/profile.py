@@ -78,7 +78,8 @@ def profile(
         lengths = _lengths(context, tokens, encode)
         attentions, engines = _names(attention, "--attention"), _names(engine, "--engine")
         _check_names(attentions, engines, kernel)
-        found = subjects_of(models or [None], _names(precision, "--precision"), weights, seed)
+        given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
+        found = subjects_of(given, _names(precision, "--precision"), weights, seed)
         if tp > 1:
             refuse_unsplittable(found.subjects, engines)
         for notice in found.notices:

@@ -150,6 +150,12 @@ def test_nothing_need_be_generated(shell: Shell) -> None:
     assert {row.point["tokens"] for row in read_rows(Path("runs/encoded"))} == {1}
 
 
+def test_a_model_that_is_named_twice_is_measured_once(shell: Shell, tiny_model: Path) -> None:
+    arguments = ("--tokens", "4", "--encode", "0", "--precision", "fp32", "--out", "runs/one")
+    code, out, _ = shell(str(tiny_model), *arguments)
+    assert (code, out.startswith("plan: 1 point on cpu")) == (0, True)
+
+
 def test_json_is_rows_and_nothing_else(shell: Shell) -> None:
     code, out, _ = shell("--tokens", "4", "--encode", "0", "--precision", "fp32", "--json")
     assert code == 0
