@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ _MULTIPLE = 32  # of every width: halves of a head fill registers
 
 
 class CompiledStep:
-    """A decoder's blocks as one piece of code. Not reentrant: what a step writes to is kept for the next.
+    """A decoder's blocks as one piece of code. What a step writes to is kept for the next: one at a time.
 
     Args:
         decoder: with every linear layer a `CpuVnni`, see `why_not`.
@@ -54,6 +55,7 @@ class CompiledStep:
             told += [0 if vector is None else vector.data_ptr() for vector in held]
         self._blocks = torch.tensor(told, dtype=torch.int64).view(len(decoder.blocks), len(BLOCK))
         self._last: _Room | None = None
+        self._alone = Lock()  # compiled code lets other threads of Python run
 
     @staticmethod
     def why_not(decoder: Decoder) -> str | None:
@@ -80,6 +82,10 @@ class CompiledStep:
         """
         if len(ids) >= CpuVnni.many_rows:
             return self._step(ids, cache)
+        with self._alone:
+            return self._run(ids, cache)
+
+    def _run(self, ids: Tensor, cache: KVCache) -> Tensor:
         keys, values = cache.laid_out_for_step()  # float32 [layers, batch, heads, d, slots], [..., slots, d]
         cos, sin = self._step.rotation(cache)
         room = self._room(len(ids), keys.shape[-1])

@@ -17,7 +17,7 @@ from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.cuda_graph import Graphs
-from qwenq.runtime.finite import checked
+from qwenq.runtime.finite import checked, sum_in_float32
 from qwenq.runtime.fused_step import why_not_fused
 from qwenq.runtime.generation import Generated, OnToken
 from qwenq.runtime.kernels.triton_support import triton_label
@@ -215,6 +215,7 @@ def load(
     number = find_dtype(dtype, place)
     if attention == "auto":
         attention = "grouped" if engine == "fast" and place.type == "cpu" else "sdpa"
+    sum_in_float32(place, number)
     backend = attention_backend(attention, place, number)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if engine == "transformers":

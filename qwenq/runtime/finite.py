@@ -10,6 +10,15 @@ from torch import Tensor
 from qwenq.errors import ModelError
 
 
+def sum_in_float32(device: torch.device, dtype: torch.dtype) -> None:
+    """On a GPU, sum products of float16 in float32 to the end: by default parts may be joined in float16.
+
+    A switch of the whole process.
+    """
+    if device.type == "cuda" and dtype is torch.float16:
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
     """The logits, once they are sure to be finite.
 

@@ -10,15 +10,21 @@ import psutil
 import torch
 
 from qwenq.errors import OutOfMemoryError
+from qwenq.runtime.granted import granted_bytes
 
 _GPU_REFUSAL = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B)")
 _CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated there: on a GPU, what torch holds but does not use counts as free."""
+    """What can still be allocated there.
+
+    On a CPU no more than a container or scheduler grants; on a GPU, what torch holds and does not use is free.
+    """
     if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
+        available = int(psutil.virtual_memory().available)
+        granted = granted_bytes()
+        return available if granted is None else min(available, granted)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
 

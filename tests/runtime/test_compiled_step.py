@@ -171,3 +171,14 @@ def test_where_it_cannot_run_one_line_says_why(
     assert note.startswith("the faster compiled decode step was passed over: ")
     assert reason in note
     assert torch.isfinite(steps(engine, [[1, 2]], 2)).all()
+
+
+def test_threads_of_python_that_share_an_engine_answer_as_one() -> None:
+    engine = load(
+        quantised_model("qwen3", QuantConfig(bits=4, group_size=32)), device="cpu", dtype="bfloat16"
+    )
+    prompts = [random_ids(5, seed) for seed in range(4)]
+    expected = [engine.generate([prompt], 24).answers for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: engine.generate([prompt], 24).answers, prompts))
+    assert found == expected

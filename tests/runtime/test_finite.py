@@ -13,6 +13,7 @@ from qwenq.errors import ModelError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.cuda_graph import PATIENCE, Graphs
 from qwenq.runtime.engine import FastEngine, load
+from qwenq.runtime.finite import sum_in_float32
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,16 @@ def test_steps_of_a_graph_are_looked_at_when_debugging(
     monkeypatch.setenv("QWENQ_DEBUG", "1")
     with pytest.raises(ModelError, match="overflow"):
         engine.decode(torch.tensor([3]), cache)
+
+
+def test_products_of_float16_are_summed_in_float32_on_a_gpu() -> None:
+    switches, name = torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction"
+    before = getattr(switches, name)
+    try:
+        for device, dtype in (("cpu", torch.float16), ("cuda", torch.bfloat16), ("cuda", torch.float32)):
+            sum_in_float32(torch.device(device), dtype)
+            assert getattr(switches, name) == before
+        sum_in_float32(torch.device("cuda"), torch.float16)
+        assert getattr(switches, name) is False
+    finally:
+        setattr(switches, name, before)
