@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from threading import Lock
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -103,6 +104,7 @@ class Graphs:
         self._decoder, self._capture = decoder, capture or capture_on_gpu
         self._of_cache: WeakKeyDictionary[KVCache, _OfCache] = WeakKeyDictionary()
         self._steps: WeakKeyDictionary[KVCache, int] = WeakKeyDictionary()
+        self._alone = Lock()  # while a graph is captured, nothing else may run
         self.captured = 0
 
     def wants(self, cache: KVCache) -> bool:
@@ -131,6 +133,10 @@ class Graphs:
         """
         if max(cache.lengths) >= cache.capacity:
             cache.span([1] * cache.batch)  # raises
+        with self._alone:
+            return self._decode(tokens, cache)
+
+    def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         held = self._of_cache.get(cache)
         if held is None or not held.fits(cache):
             held = self._of_cache[cache] = _OfCache(self._decoder, cache)

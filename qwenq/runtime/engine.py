@@ -221,10 +221,14 @@ def load(
     if engine == "transformers":
         from qwenq.runtime.transformers_engine import TransformersEngine
 
-        return TransformersEngine(checkpoint, place, number, backend, kernel, real_vocab)
-    from qwenq.runtime.decoder import Decoder
+        found: Engine = TransformersEngine(checkpoint, place, number, backend, kernel, real_vocab)
+    else:
+        from qwenq.runtime.decoder import Decoder
 
-    return FastEngine(Decoder(checkpoint, place, number, backend, kernel, head), real_vocab)
+        found = FastEngine(Decoder(checkpoint, place, number, backend, kernel, head), real_vocab)
+    if number is torch.bfloat16 and compute_dtype(place) is not torch.bfloat16:
+        found.notes = (*found.notes, f"bfloat16 is emulated: this {place.type} has no instructions for it")
+    return found
 
 
 def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:

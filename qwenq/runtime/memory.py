@@ -19,7 +19,7 @@ _CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) b
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated there.
 
-    On a CPU no more than a container or scheduler grants; on a GPU, what torch holds and does not use is free.
+    On a CPU no more than a container or scheduler grants; on a GPU, what torch holds unused is free.
     """
     if device.type != "cuda":
         available = int(psutil.virtual_memory().available)

@@ -45,7 +45,7 @@ def test_it_is_nearer_to_the_exact_model_than_bfloat16_calls_are(family: str, qu
     prompts = [random_ids(length, length) for length in (3, 1, 21)]
     engine = engine_of(family, quant)
     assert engine.implementation.endswith("decode steps compiled for this CPU")
-    assert engine.notes == ()
+    assert not [note for note in engine.notes if "passed over" in note]
     exact = steps(engine_of(family, quant, dtype="float32"), prompts, 5)
     found = steps(engine, prompts, 5)
     in_torch = engine_of(family, quant)

@@ -13,6 +13,7 @@ from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageEr
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig
 from qwenq.models.precision import resolve_device
+from qwenq.runtime import engine as door
 from qwenq.runtime.engine import Engine, find_dtype, load
 from qwenq.runtime.generation import Timing, stream
 from qwenq.runtime.sampling import GREEDY, Sampling
@@ -274,3 +275,14 @@ def test_cuda_without_a_gpu_is_explained() -> None:
     assert resolve_device("auto").type == "cpu"
     with pytest.raises(UsageError, match="cuda cannot be used: 0 CUDA GPUs found"):
         load(Path("anywhere"), device="cuda")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_dtype_that_is_emulated_is_said(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, checkpoint = small_model("llama")
+    monkeypatch.setattr(door, "compute_dtype", lambda device: torch.float32)
+    found = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine)
+    assert found.notes[-1] == "bfloat16 is emulated: this cpu has no instructions for it"
+    assert load(checkpoint, device="cpu", dtype="float32", engine=engine).notes == ()
+    monkeypatch.setattr(door, "compute_dtype", lambda device: torch.bfloat16)
+    assert load(checkpoint, device="cpu", dtype="bfloat16", engine=engine).notes == ()

@@ -92,9 +92,10 @@ class Flash:
 
     def _first_slots(self, span: Span) -> list[int]:
         """Where each row's new tokens begin; asked of the device once per pass, not once per layer."""
-        if self._starts is None or self._starts[0] is not span:
-            self._starts = span, span.positions[:, 0].tolist()
-        return self._starts[1]
+        known = self._starts  # of another thread's pass, perhaps
+        if known is None or known[0] is not span:
+            known = self._starts = span, span.positions[:, 0].tolist()
+        return known[1]
 
 
 def flash_v2(device: torch.device, dtype: torch.dtype) -> Flash:
