@@ -35,14 +35,15 @@ FORMAT = 1
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
 
-_CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+")
-"""The cache's folder of the bundled model, whose name counts its layouts; see ``models.bundled``."""
+_CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+(-GPTQ-Int[48])?")
+"""The cache's folder of the bundled model, whose name counts its layouts (``models.bundled``), and what
+`qwenq quantize` calls the folders that it makes of that."""
 
 
 def plain_name(name: str) -> str:
     """What a model is called, out of the name of its folder: the bundled model is the same by any path."""
     found = _CACHED.fullmatch(name)
-    return found[1] if found else name
+    return found[1] + (found[2] or "") if found else name
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,7 @@ def test_the_cached_folder_of_the_bundled_model_has_the_models_name(tmp_path: Pa
     file = tmp_path / RESULTS_FILE
     file.write_text(file.read_text().replace(NAME, folder))
     assert read_rows(tmp_path)[0].model == model
+    assert plain_name(f"{folder}-GPTQ-Int4") == f"{NAME}-GPTQ-Int4"
     for other in (f"{NAME}-GPTQ-Int4", f"my-{NAME}-1", f"{NAME}-1-tuned", "Qwen2.5-0.5B-1"):
         assert plain_name(other) == other
 

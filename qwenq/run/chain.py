@@ -12,7 +12,7 @@ from pathlib import Path
 from qwenq import __version__
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.recipe import Recipe
-from qwenq.results import RESULTS_FILE
+from qwenq.results import RESULTS_FILE, plain_name
 from qwenq.run.senseless import refuse_senseless
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -115,7 +115,7 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
     parts["quantize"]["bits"] = BITS[precision]
     states = [state(path) for path in _local(recipe.model, recipe.calibration.source)]
     facts = json.dumps([__version__, parts, states], sort_keys=True)
-    name = Path(recipe.model).name if recipe.model else BUNDLED
+    name = plain_name(Path(recipe.model).name) if recipe.model else BUNDLED
     return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
 
 

@@ -10,6 +10,7 @@ import pytest
 from run.test_chain import WHOLE, chain
 from test_docs import ROOT
 
+from qwenq.models.bundled import NAME
 from qwenq.run.senseless import ATTENTIONS, ENGINES
 
 
@@ -33,6 +34,14 @@ def test_another_model_on_the_command_line_gets_a_report_of_its_own(tmp_path: Pa
     assert "run folder runs/Qwen3-0.6B" in done.stderr
     assert "qwenq quantize Qwen/Qwen3-0.6B --recipe r.toml" in done.stderr
     assert "--out reports/Qwen3-0.6B" in done.stderr
+
+
+def test_the_bundled_model_by_its_folder_in_the_cache_has_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("[eval]\n")
+    cached = f"cache/models/{NAME}-1"
+    done = qwenq("run", "r.toml", "--model", cached, "--dry-run", cwd=tmp_path)
+    assert f"run folder runs/{NAME}\n" in done.stderr
+    assert f"/{NAME}-GPTQ-Int4" in done.stderr
 
 
 def test_the_users_own_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
