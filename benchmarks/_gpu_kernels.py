@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _gpu_solver import solver_checks
 from torch import Tensor
 
 from qwenq.models.checkpoint import Checkpoint
@@ -121,6 +122,7 @@ def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
                 again = torch.equal(found, kernel(x))
                 yield Check(f"{name}: same bits twice", 0.0 if again else float("inf"))
     yield from _attention_checks(device, tiny)
+    yield from (Check(*found) for found in solver_checks(device, tiny))
     if device.type == "cuda":
         yield _graph_check(device)
 
