@@ -175,16 +175,22 @@ def gpu_table(report: Report) -> str:
             found = speeds.setdefault((row["model"]["family"], row["model"]["precision"]), {})
             key = point["tokens"] if row["metric"] == "speed.decode" else "prefill"
             found[key] = max(found.get(key, 0.0), row["value"])
+    keys = (2048, 8192, "prefill")  # what no time was left for is a dash
     body = [
-        [f"{family}, {LABELS[precision]}", *(f"{found[key]:,.0f}" for key in (2048, 8192, "prefill"))]
+        [f"{family}, {LABELS[precision]}", *(f"{found[key]:,.0f}" if key in found else "–" for key in keys)]
         for (family, precision), found in speeds.items()
     ]
     table = markdown_table(["tokens a second", "1 → 2048", "1 → 8192", "prompt of 2048"], body)
-    card, bf16 = (f"{report['ratios'][name]:.2f}" for name in ("int4_1.8b_vs_card", "int4_7b_vs_bf16"))
+    said = {
+        "int4_1.8b_vs_card": "Int4 of the 1.8B shape decodes {:.2f} × as fast as its card says of an A100",
+        "int4_7b_vs_bf16": "Int4 of the 7B shape {:.2f} × as fast as BF16",
+    }
+    found_ratios = report["ratios"]
+    ratios = [text.format(found_ratios[name]) for name, text in said.items() if name in found_ratios]
+    compared = f"Over 8192 tokens {', and '.join(ratios)}. " if ratios else ""
     return (
-        f"{table}\nOver 8192 tokens Int4 of the 1.8B shape decodes {card} × as fast as its card says of an "
-        f"A100, and Int4 of the 7B shape {bf16} × as fast as BF16. Random weights, batch 1, each precision "
-        f"with its fastest attention; {gpu['name']}, {report['environment']['date']}; "
+        f"{table}\n{compared}Random weights, batch 1, each precision with its fastest attention; "
+        f"{gpu['name']}, {report['environment']['date']}; "
         "[the report](reports/benchmarks/decode_gpu.md), [the cards' tables](reports/gpu/README.md)."
     )
 
