@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py does with nine minutes, by the speeds that one GPU had; and its rows. Without a GPU."""
+"""What benchmarks/gpu.py does with nine minutes, by the speeds that one GPU had; and its rows."""
 
 from __future__ import annotations
 
