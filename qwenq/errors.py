@@ -21,7 +21,9 @@ import re
 from pathlib import Path
 
 _LONGEST = 4000  # characters
-_UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSHOWABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 class QwenqError(Exception):
@@ -51,7 +53,10 @@ class QwenqError(Exception):
 
 
 def visible(text: str) -> str:
-    """Text of a file or a model, fit for a terminal: what would drive it is shown as U+FFFD."""
+    """Text of a file or a model, fit for a terminal: what would drive it or hide in it is shown as U+FFFD.
+
+    What joins letters and emoji (U+200C, U+200D) stays.
+    """
     return _UNSHOWABLE.sub("\ufffd", text)
 
 

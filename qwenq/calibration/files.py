@@ -15,6 +15,8 @@ PASSAGE, LONGEST_PASSAGE = 2_000, 8_000
 """A .txt file is one long text. It is cut into passages so that the seed has something to choose from: at the
 first blank line after PASSAGE characters, or at the first line end after LONGEST_PASSAGE."""
 _LARGEST_JSON = 512_000_000
+LONGEST_LINE = 100_000_000
+"""Bytes of a line, which is held in memory: of a file with a hole, or of a device, it would have no end."""
 
 
 def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
@@ -36,6 +38,10 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
     }
     if not path.exists():
         raise UsageError("no such text", where=path, hint=f"accepted: {ACCEPTED}")
+    if not path.is_file() and not path.is_dir():
+        raise UsageError(
+            "neither a file nor a folder", where=path, hint="copy what comes out of it to a file"
+        )
     if path.is_dir():
         raise UsageError("a folder is no text", where=path, hint=f"name one file: {ACCEPTED}")
     reader = readers.get(path.suffix.lower())
@@ -147,7 +153,13 @@ def _complaint(error: ValueError | RecursionError) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends; a byte-order mark is dropped, other encodings are refused."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                raise CalibrationError(
+                    f"a line of more than {LONGEST_LINE // 1_000_000} MB",
+                    where=f"{path}, line {number}",
+                    hint="cut the text into lines, or documents of one line each",
+                )
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from qwenq.errors import ModelError
 from qwenq.models.block_attention import NATIVE, attention_of, passed_over, why_not
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
-from qwenq.models.integrity import check_finite
+from qwenq.models.integrity import check_finite, require_numbers
 from qwenq.models.long_context import require_plain
 from qwenq.models.process_memory import FreedMemory
 
@@ -110,7 +110,9 @@ class BlockwiseDecoder:
 
         Raises:
             UsageError: the sequences are longer than these blocks compute as the model does.
+            ModelError: the embedding is not as large as config.json says.
             CorruptFileError: the embedding holds NaN or Inf.
+            UnsupportedError: it holds no floating-point numbers of 16 bits or more.
         """
         for batch in batches:
             require_plain(
@@ -119,6 +121,8 @@ class BlockwiseDecoder:
         recorders = [_Recorder() for _ in self._blocks]
         table = self.checkpoint.read("model.embed_tokens.weight")
         check_finite("model.embed_tokens.weight", table, self.checkpoint.folder)
+        require_numbers("model.embed_tokens.weight", table, self.checkpoint.folder)
+        self._require_vocabulary(table)
         norm, self._inner.norm = self._inner.norm, nn.Identity()
         self._inner.layers = nn.ModuleList(recorders)
         try:
@@ -139,6 +143,7 @@ class BlockwiseDecoder:
         Raises:
             ModelError: a tensor is missing or has another shape.
             CorruptFileError: a tensor holds NaN or Inf.
+            UnsupportedError: a tensor holds no floating-point numbers of 16 bits or more.
         """
         block: nn.Module = self._blocks[index]
         self._fill(block, self.names[index])
@@ -163,11 +168,21 @@ class BlockwiseDecoder:
         finally:
             self._inner.norm.to("meta")
 
+    def _require_vocabulary(self, table: Tensor) -> None:
+        promised = self.checkpoint.config["vocab_size"], self.checkpoint.config["hidden_size"]
+        if tuple(table.shape) != promised:
+            raise ModelError(
+                f"the embedding has shape {tuple(table.shape)}, config.json asks for {promised}",
+                where=self.checkpoint.folder,
+                hint="config.json and the weights are from different models: copy the folder again",
+            )
+
     def _fill(self, module: nn.Module, prefix: str) -> None:
         state = {}
         for name, parameter in module.named_parameters():
             full = f"{prefix}.{name}"
             tensor = check_finite(full, self.checkpoint.read(full), self.checkpoint.folder)
+            require_numbers(full, tensor, self.checkpoint.folder)
             if tensor.shape != parameter.shape:
                 raise ModelError(
                     f"{full} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}",

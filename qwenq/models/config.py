@@ -42,6 +42,7 @@ _COUNTS: dict[str, _Bound] = {
     "vocab_size": _Bound(1, 1 << 26),
     "max_position_embeddings": _Bound(1, _LIMIT),
     "seq_length": _Bound(1, _LIMIT),
+    "num_labels": _Bound(0, 1 << 20),  # transformers makes a name for each
 }
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _POSITIVE_REALS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_emb_base")
@@ -170,6 +171,13 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     raise UnsupportedError(what, where=path, hint=hint)
 
 
+def check_labels(config: dict[str, Any], path: Path) -> None:
+    """Refuse labels without end: transformers makes a name for each, also where it only loads a tokenizer."""
+    labels = config.get("num_labels")
+    if labels is not None and not _is_count(labels, _COUNTS["num_labels"]):
+        raise _absurd("num_labels", labels, "a whole number up to a million", path)
+
+
 def check_numbers(config: dict[str, Any], path: Path) -> None:
     """Refuse counts that no model has, and heads that do not divide; names key and value."""
     required = _REQUIRED if config["model_type"] != "qwen" else ()
@@ -199,12 +207,15 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise _absurd("layer_types", kinds, "a list of names", path)
     for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
-        theta = rope.get("rope_theta") if rope else None
-        if theta is not None and not _is_positive(theta):
-            raise _absurd("rope_theta", theta, "a positive number", path)
+        for key in ("rope_theta", "factor"):
+            value = rope.get(key) if rope else None
+            if value is not None and not _is_positive(value):
+                raise _absurd(key, value, "a positive number", path)
     real = (config.get("qwen_v1") or {}).get("real_vocab")
     if real is not None and not _is_count(real, _COUNTS["vocab_size"]):
         raise _absurd("qwen_v1.real_vocab", real, "a positive whole number", path)
+    if config.get("use_sliding_window") and config.get("sliding_window") == 0:
+        raise _absurd("sliding_window", 0, "1 or more where use_sliding_window is set", path)
     windows = config.get("max_window_layers")
     if windows is not None and not _is_count(windows, _Bound(0, _LIMIT)):
         raise _absurd("max_window_layers", windows, "a whole number", path)

@@ -17,10 +17,16 @@ _STEERS_THE_LOADER = {
     "auto_map", "quantization_config", "device_map", "kernel_config", "use_kernels",
 }  # fmt: skip
 """Keys that choose what runs. That is decided here, never by a file that came with the weights."""
+_OF_OTHER_USES = {
+    "num_labels", "id2label", "label2id", "problem_type",  # classifiers'
+    "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript",
+    "sub_configs", "base_model_tp_plan", "base_model_pp_plan",  # a class's own, not a file's
+}  # fmt: skip
+"""Keys that say nothing about a language model, but change what its forward pass returns or costs."""
 
 
 def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: str | None = None) -> Any:
-    """transformers' config object of a config.json, without the keys that steer the loader.
+    """transformers' config object of a config.json, without keys that steer the loader or serve other models.
 
     Args:
         config: as `qwenq.models.config.read_config` passed it.
@@ -32,7 +38,8 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: st
     """
     from transformers import CONFIG_MAPPING
 
-    settings = {key: value for key, value in config.items() if key not in _STEERS_THE_LOADER}
+    left_out = _STEERS_THE_LOADER | _OF_OTHER_USES
+    settings = {key: value for key, value in config.items() if key not in left_out}
     kind = settings.pop("model_type")
     if kind not in CONFIG_MAPPING:
         raise UnsupportedError(

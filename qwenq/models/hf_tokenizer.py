@@ -18,6 +18,7 @@ from tokenizers import decoders
 from qwenq import stopping
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.chatml import Message
+from qwenq.models.config import check_labels
 from qwenq.models.qwen_tokenizer import StreamDecoder, without_surrogates
 from qwenq.models.template_process import PROCESS
 from qwenq.models.tokenizer import TextStream, digest, eos_ids_of, read_json
@@ -121,9 +122,20 @@ class HfTokenizer:
     def _call(self, text: str | list[str], special: bool) -> Any:
         if isinstance(text, list) and not text:
             return []
-        return self._hf(
-            text, add_special_tokens=False, split_special_tokens=not special, verbose=False
-        ).input_ids
+        try:
+            return self._hf(
+                text, add_special_tokens=False, split_special_tokens=not special, verbose=False
+            ).input_ids
+        except MemoryError:
+            raise
+        except BaseException as error:  # a regular expression that takes too long makes the library panic
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ModelError(
+                f"the tokenizer fails on a text: {' '.join(str(error).split())[:500]}",
+                where=self._path,
+                hint="its files are damaged, or not to be trusted: download them again",
+            ) from error
 
     def _check(self, ids: Sequence[int]) -> None:
         for token_id in ids:
@@ -185,6 +197,7 @@ def _load(path: Path) -> Any:
             loaded = PreTrainedTokenizerFast(tokenizer_file=str(path))
         else:
             _refuse_foreign_names(path / "tokenizer_config.json")
+            check_labels(read_json(path / "config.json"), path / "config.json")
             loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except ModelError:
         raise

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenq.errors import CorruptFileError, ModelError
+from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.manifest import MANIFEST
 from qwenq.models.safetensors_files import shard_path
 from qwenq.storage import sha256_file
@@ -64,6 +64,23 @@ def _listed_files(path: Path) -> dict[str, dict[str, Any]]:
         raise CorruptFileError("the manifest lists no files with their sha256", where=path)
     checked: dict[str, dict[str, Any]] = listed
     return checked
+
+
+def require_numbers(name: str, tensor: torch.Tensor, where: Path | None = None) -> None:
+    """Refuse a weight whose elements are not its values: integers, booleans, complex numbers, 8-bit floats.
+
+    Those are codes that some scheme gives a meaning to, with scales that lie elsewhere. Converted as they
+    stand, they would be a model, but another one.
+
+    Raises:
+        UnsupportedError: its dtype is none of float16, bfloat16, float32 and float64.
+    """
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise UnsupportedError(
+            f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, which is no plain weight",
+            where=where,
+            hint="use the model's 16-bit or 32-bit checkpoint",
+        )
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> torch.Tensor:

@@ -11,12 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwenq.errors import CorruptFileError, ModelError
+from qwenq.storage import readable_bytes
 
 _TEMPLATES = "additional_chat_templates"
+_READ_WHOLE = {".json", ".jinja", ".txt", ".tiktoken", ".model", ".py"}
+LARGEST = 100_000_000
+"""Bytes of a file that is read whole, by us or by transformers. The largest tokenizers have 35 MB.
+Terabytes in a file with holes cost whoever made it nothing, and whoever reads it all memory."""
 
 
 def require_own_files(folder: Path) -> None:
     """Refuse links that lead out of the folder, and what is no file at all (pipes, devices).
+
+    Files that are read whole may be no larger than ``LARGEST``.
 
     The hub's cache is made of links, into ``blobs`` beside ``snapshots``: those count as the folder's own.
 
@@ -62,4 +69,11 @@ def _check(entry: Path, homes: tuple[Path, ...]) -> None:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise CorruptFileError(
             f"{entry.name} is neither a file nor a folder", where=entry, hint="remove it from the folder"
+        )
+    size = entry.stat().st_size if entry.suffix in _READ_WHOLE and entry.is_file() else 0
+    if size > LARGEST:
+        raise CorruptFileError(
+            f"{entry.name} has {readable_bytes(size)} to be read whole; no model's file has so many",
+            where=entry,
+            hint="download it again, or do not use this model",
         )

@@ -16,6 +16,7 @@ from qwenq.models.source import TensorInfo
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MAX_DIMENSIONS = 64  # torch's; the product of a million of them would take hours
 _REDOWNLOAD = "download or copy the file again; its checksum is on the hub's page of the file"
 
 DTYPES: dict[str, torch.dtype] = {
@@ -178,10 +179,13 @@ def read_index(path: Path) -> dict[str, str]:
     """``weight_map`` of an index file: tensor name → file name, checked to be one.
 
     Raises:
+        ModelError: the disk does not give it, or it is a folder.
         CorruptFileError: not JSON, or no map of names to names.
     """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"the index is not JSON: {error}", where=path, hint=_REDOWNLOAD) from error
     owners = index.get("weight_map") if isinstance(index, dict) else None
@@ -286,7 +290,9 @@ def _sound(entry: Any) -> bool:
     if not isinstance(entry, dict) or str(entry.get("dtype")) not in DTYPES:
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        return False
+    if len(shape) > _MAX_DIMENSIONS or len(offsets) != 2:
         return False
     return all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets))
 

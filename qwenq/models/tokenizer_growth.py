@@ -40,14 +40,14 @@ def refuse_holes(loaded: Any, path: Path) -> None:
 
 
 def refuse_growth(loaded: Any, path: Path) -> None:
-    """Multiply how much each replacement rule can lengthen a text, in the normalizer and in the decoder.
+    """Multiply how much each rule can lengthen a text, in normalizer and decoder; count its copies.
 
     Args:
         loaded: transformers' tokenizer.
         path: for the message.
 
     Raises:
-        ModelError: more than ``MOST`` times.
+        ModelError: more than ``MOST`` times, or its ids come more than once.
     """
     backend = getattr(loaded, "backend_tokenizer", None)
     for part in ("normalizer", "decoder"):
@@ -58,6 +58,23 @@ def refuse_growth(loaded: Any, path: Path) -> None:
                 where=path,
                 hint="do not trust this model; no real tokenizer does that",
             )
+    processor = getattr(backend, "post_processor", None)
+    if processor is not None and (times := _copies(json.loads(processor.__getstate__()))) > 1:
+        raise ModelError(
+            f"the post_processor of this tokenizer gives each text {times} times",
+            where=path,
+            hint="do not trust this model; no real tokenizer does that",
+        )
+
+
+def _copies(rule: Any) -> int:
+    """How often the ids of a single text are in what comes out; special tokens, which are left out, aside."""
+    if not isinstance(rule, dict):
+        return 1
+    times = 1
+    for inner in rule.get("processors") or []:
+        times *= _copies(inner)
+    return times * max(1, sum("Sequence" in piece for piece in rule.get("single") or []))
 
 
 def _growth(rule: Any) -> float:
@@ -67,6 +84,8 @@ def _growth(rule: Any) -> float:
     times = 1.0
     for inner in (*(rule.get("normalizers") or []), *(rule.get("decoders") or [])):
         times *= _growth(inner)
+    if rule.get("type") == "Prepend":
+        times *= 1.0 + len(str(rule.get("prepend", "")))  # of the shortest text
     if rule.get("type") == "Replace":
         pattern = rule.get("pattern")
         literal = pattern.get("String") if isinstance(pattern, dict) else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import save
 
 from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
 from qwenq.calibration.files import read_file
+from qwenq.errors import QwenqError, UsageError
 
 RECORDS = [
     {"text": "one"},
@@ -71,3 +74,25 @@ def test_saved_calibration_sets(tmp_path_factory: pytest.TempPathFactory, tally:
     path = tmp_path_factory.mktemp("set") / "c.safetensors"
     path.write_bytes(raw)
     attempt(tally, len(raw), lambda: CalibrationSet.load(path))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json"])
+def test_a_line_without_end_is_not_read_whole(tmp_path: Path, tally: Tally, suffix: str) -> None:
+    """A file with a hole of three gigabytes, which takes no room on the disk."""
+    path = tmp_path / f"a{suffix}"
+    path.write_text('{"text": "')
+    os.truncate(path, 3_000_000_000)
+    assert not attempt(tally, 4_000_000, lambda: list(read_file(path)))
+    with pytest.raises(QwenqError, match=r"MB"):
+        list(read_file(path))
+
+
+@pytest.mark.timeout(20)
+def test_text_is_not_waited_for_at_a_pipe_or_read_from_a_device(tmp_path: Path, tally: Tally) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.jsonl").symlink_to("/dev/zero")
+    for name in ("a.txt", "b.jsonl"):
+        path = tmp_path / name
+        assert not attempt(tally, 100, lambda path=path: list(read_file(path)))
+        with pytest.raises(UsageError, match="neither a file nor a folder"):
+            read_file(path)

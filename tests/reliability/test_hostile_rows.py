@@ -154,4 +154,6 @@ def test_messages_show_no_escape_sequence_and_no_novel() -> None:
     assert not set(str(error)) & {"\x1b", "\x9b", "\x07", "\u202e"}
     assert len(str(error)) < 10_000
     assert json.dumps(str(error))
+    assert visible("a\u200bb\u200fc\u2028d\ufeffe") == "a\ufffdb\ufffdc\ufffdd\ufffde"
+    assert visible("👩\u200d💻") == "👩\u200d💻"
     assert visible("\x1b[2Ja\tb\n你好\r") == "\ufffd[2Ja\tb\n你好\ufffd"
