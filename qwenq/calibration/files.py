@@ -125,7 +125,7 @@ def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
             for record in batch.to_pylist():
                 number += 1
                 yield from_record(record, f"{path}, row {number}", column)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
             f"not a whole parquet file: {error}", where=f"{path}, row {number + 1}", hint="copy it again"
         ) from error

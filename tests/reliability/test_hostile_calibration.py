@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,13 @@ def test_text_is_not_waited_for_at_a_pipe_or_read_from_a_device(tmp_path: Path, 
         assert not attempt(tally, 100, lambda path=path: list(read_file(path)))
         with pytest.raises(UsageError, match="neither a file nor a folder"):
             read_file(path)
+
+
+def test_a_table_whose_text_is_no_text(tmp_path: Path, tally: Tally) -> None:
+    """Its schema says UTF-8, its bytes are something else."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    buffers = [None, arrow.py_buffer(struct.pack("<ii", 0, 2)), arrow.py_buffer(b"\xff\xfe")]
+    text = arrow.Array.from_buffers(arrow.string(), 1, buffers)
+    parquet.write_table(arrow.table({"text": text}), tmp_path / "a.parquet")
+    assert not attempt(tally, 1000, lambda: list(read_file(tmp_path / "a.parquet")))
