@@ -45,6 +45,8 @@ def resolve_model(model: str | None) -> Resolved:
         return Resolved(bundled_model(), [BUNDLED_NOTICE])
     if not model.strip():  # `--model "$UNSET"` must not mean the current folder
         raise UsageError("MODEL is empty", hint=f"leave it out, or {_NAME_ONE}")
+    if "\0" in model:  # a recipe can spell it; no disk has such a name
+        raise UsageError("MODEL holds a zero byte", where=model, hint=_NAME_ONE)
     path = Path(model).expanduser()
     if path.is_dir():
         return Resolved(path)

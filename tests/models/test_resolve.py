@@ -105,3 +105,9 @@ def test_a_model_that_is_not_supported_yet_is_not_downloaded(
         resolve_model(model)
     (tmp_path / model).mkdir(parents=True)
     assert resolve_model(model).folder == Path(model)  # a folder of that name is the user's own affair
+
+
+@pytest.mark.parametrize("name", ["\0", "a\0/b", "owner/na\0me"])
+def test_a_name_with_a_zero_byte_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="zero byte"):
+        resolve_model(name)
