@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 PAGE = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
-T, BATCHES, TILE, PANEL, CHUNK = 262_144, 128, 16_384, 512, 1 << 17
-BF16, FP32, TRAFFIC, COLUMN, LAUNCH, SEARCH = 400e12, 40e12, 2e12, 100e-6, 7e-6, 590
+T, BATCHES, TILE, PANEL = 262_144, 128, 16_384, 512
+BF16, FP32, TRAFFIC, COLUMN, SEARCH = 400e12, 40e12, 2e12, 100e-6, 590 * 8
 BUS = {1: math.inf, 8: 300e9, 64: 40e9}
 Matrix = tuple[int, int]
 """Columns and rows of the linears that share an input."""
@@ -54,7 +54,7 @@ def solved(matrices: list[tuple[Matrix, int]], ranks: int) -> dict[str, float]:
         terms["factorising"] += count * 2 / 3 * width**3 / FP32
         terms["targets"] += count * products(matrix, rows) / FP32
         terms["refining"] += count * 5 * rows * width**2 / FP32
-        terms["search for scales"] += count * rows * width / CHUNK * SEARCH * LAUNCH
+        terms["search for scales"] += count * rows * width * SEARCH / TRAFFIC
         terms["column loop"] += count * width * own * COLUMN
     return terms
 

@@ -18,7 +18,8 @@ ScaleSearch = Literal["hessian", "mse", "none"]
 
 SHRINK = torch.linspace(1.0, 0.45, 12)  # candidates, as fractions of the min/max scale
 REFITS = 3  # rounds of least squares for the scale, integers held fixed
-CHUNK = 1 << 17  # weights per chunk: the temporaries of a candidate stay in the cache
+CHUNK = {"cpu": 1 << 17}  # weights at a time: the temporaries of a candidate stay in the cache
+CHUNK_ELSEWHERE = 1 << 24  # on a GPU a candidate costs its launches: few chunks
 LANES = 16  # of a group's weights that compiled code reads at a time
 MSE_POWER = 2.4  # IST-DASLab/gptq, quant.py
 
@@ -81,7 +82,7 @@ def search_by_torch(
     weights = importance if search == "hessian" else torch.ones_like(importance)
     per_group = weights.reshape(-1, group_size).repeat(count * group_size // len(weights), 1)
     power = 2.0 if search == "hessian" else MSE_POWER
-    step = max(1, CHUNK // group_size)
+    step = max(1, CHUNK.get(grouped.device.type, CHUNK_ELSEWHERE) // group_size)
     for at in range(0, count, step):
         part = slice(at, at + step)
         w, h = (x[part].T.contiguous() for x in (grouped, per_group))  # [group_size, groups]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.gptq.grid import Grid
-from qwenq.gptq.scales import MSE_POWER, ScaleSearch, search_grid
+from qwenq.gptq.scales import CHUNK, MSE_POWER, ScaleSearch, search_grid
 
 SUMMATION = 1 + 1e-5  # the search sums in another order
 
@@ -121,6 +121,6 @@ def test_chunks_do_not_show(search: ScaleSearch, monkeypatch: pytest.MonkeyPatch
     # Groups of 8, which no compiled code takes.
     W, importance = weights(4, rows=33)
     whole = search_grid(W, importance, 4, 8, sym=True, search=search)
-    monkeypatch.setattr("qwenq.gptq.scales.CHUNK", 96)
+    monkeypatch.setitem(CHUNK, "cpu", 96)
     parts = search_grid(W, importance, 4, 8, sym=True, search=search)
     assert torch.equal(whole.scales, parts.scales)
