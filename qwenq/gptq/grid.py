@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 LARGEST = torch.finfo(torch.float16).max
+SMALLEST = torch.finfo(torch.float16).smallest_normal
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class Grid:
 
 def storable(scales: Tensor) -> Tensor:
     """Scales as the file will hold them: rounded to float16, never zero or infinite, in float32."""
-    smallest = torch.finfo(torch.float16).smallest_normal
     half = scales.clamp(-LARGEST, LARGEST).half().float()
-    tiny = half.abs() < smallest
-    return torch.where(tiny, torch.where(scales < 0, -smallest, smallest), half)
+    tiny = half.abs() < SMALLEST
+    return torch.where(tiny, torch.where(scales < 0, -SMALLEST, SMALLEST), half)

@@ -18,7 +18,7 @@ from torch import Tensor
 from qwenq.gptq.columns import Block
 from qwenq.gptq.grid import Grid
 from qwenq.gptq.moves import move_columns
-from qwenq.gptq.refit import refit_scale
+from qwenq.gptq.refit import fit_scale
 from qwenq.gptq.solver import Rounded
 
 SWEEPS = 2  # the second gains a third of what the first does
@@ -72,11 +72,13 @@ class _State:
 
     @classmethod
     def of(cls, W: Tensor, integers: Tensor, grid: Grid, H: Tensor) -> _State:
-        Q = grid.values(integers).to(W.dtype).T.contiguous()
-        D = Q - W.T
+        weights, transposed, *steps = (_transposed(x) for x in (W, integers, grid.scales, grid.zeros))
+        scales, zeros = (x.to(W.dtype) for x in steps)
+        grouped = transposed.to(W.dtype).unflatten(0, (-1, grid.group_size))  # [groups, group_size, rows]
+        Q = grouped.sub_(zeros[:, None]).mul_(scales[:, None]).flatten(0, 1)
+        D = weights.neg_().add_(Q)
         G = H @ D
-        scales, zeros = (x.to(W.dtype).T.contiguous() for x in (grid.scales, grid.zeros))
-        return cls(H, Q, G, integers.T.contiguous(), scales, zeros, (D * G).sum(0) / 2)
+        return cls(H, Q, G, transposed, scales, zeros, D.mul_(G).sum(0) / 2)
 
     def improve(self, group: int, here: slice, levels: int, block: int) -> Tensor:
         """Move a group's integers, fit its scale; returns its old values less the new ones, [size, rows]."""
@@ -86,11 +88,16 @@ class _State:
             self.integers[here], torch.empty_like(Q),
         )  # fmt: skip
         self.errors.add_(_move(whole, Q, block))
-        self.errors.add_(refit_scale(whole, group))
-        new = self.integers[here].to(Q.dtype).sub_(self.zeros[group]).mul_(self.scales[group])
-        less = Q - new
-        Q.copy_(new)
-        return less
+        fitted = fit_scale(whole, Q, group)
+        self.errors.add_(fitted.change)
+        self.scales[group] = fitted.scale
+        Q.copy_(fitted.values)
+        return fitted.less
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """A copy, also where the transpose of one row or column would lie right as it is."""
+    return x.T.clone(memory_format=torch.contiguous_format)
 
 
 def _move(whole: Block, values: Tensor, block: int) -> Tensor:

@@ -7,6 +7,8 @@ second stage of arXiv 2602.02126, a group at a time).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,37 +19,53 @@ WIDEST = 256
 """Columns of a group for compiled code; a wider one is a matrix product that the library is faster at."""
 
 
-def refit_scale(block: Block, group: int) -> Tensor:
-    """Change the group's scales; returns by how much that changes ``output_error``, [rows].
+class Fitted(NamedTuple):
+    """A group after its scale was fitted.
 
-    A scale is rounded to float16, as it is stored; a row that this leaves no better off keeps its own.
+    Attributes:
+        scale: [rows].
+        values: [group_size, rows] of the integers with it.
+        less: [group_size, rows] the values before, less these.
+        change: [rows] of ``output_error``, by the scale alone.
+    """
+
+    scale: Tensor
+    values: Tensor
+    less: Tensor
+    change: Tensor
+
+
+def fit_scale(block: Block, values: Tensor, group: int) -> Fitted:
+    """The group with a better scale, as it is stored: rounded to float16; else with its own.
+
+    By torch or by compiled code, which sum in different orders.
 
     Args:
         block: a whole group as ``moves.move_columns`` has left it, with the gradients as they were before.
+        values: [group_size, rows] before that, as it was told.
         group: its number among ``block.scales``.
     """
-    slope, curve = _parabola(block, group)
-    scale = block.scales[group]
-    wanted = scale - slope / curve
-    refitted = torch.where(wanted.isfinite() & (wanted != 0), storable(wanted), scale)
-    step = refitted - scale
+    if len(block.columns) <= WIDEST and native_why_not(block.columns) is None:
+        from qwenq.gptq.native_refit import fit_natively
+
+        return fit_natively(block, values, group)
+    return fit_by_torch(block, values, group)
+
+
+def fit_by_torch(block: Block, values: Tensor, group: int) -> Fitted:
+    """See ``fit_scale``: any device, float32 or float64."""
+    old = block.scales[group]
+    u = block.integers.to(old.dtype) - block.zeros[group]
+    Hu = block.U @ u  # [group_size, rows]
+    slope = (u * block.columns - block.errors * Hu).sum(
+        0
+    )  # the moves changed G by −H · errors, H is symmetric
+    curve = (u * Hu).sum(0)
+    wanted = old - slope / curve
+    stored = torch.where(wanted.isfinite() & (wanted != 0), storable(wanted), old)
+    step = stored - old
     change = step * (slope + step * (curve / 2))
     better = change < 0
-    scale.copy_(torch.where(better, refitted, scale))
-    return torch.where(better, change, 0.0)
-
-
-def _parabola(block: Block, group: int) -> tuple[Tensor, Tensor]:
-    """uᵀG and uᵀHu, [rows] each, by torch or by compiled code: these sum in different orders."""
-    if len(block.columns) <= WIDEST and native_why_not(block.columns) is None:
-        from qwenq.gptq.native_refit import parabola_natively
-
-        return parabola_natively(block, group)
-    return parabola_by_torch(block, group)
-
-
-def parabola_by_torch(block: Block, group: int) -> tuple[Tensor, Tensor]:
-    """Any device, float32 or float64."""
-    u = block.integers.to(block.columns.dtype) - block.zeros[group]
-    Hu = block.U @ u  # [group_size, rows]
-    return (u * block.columns - block.errors * Hu).sum(0), (u * Hu).sum(0)  # the moves' part: H is symmetric
+    scale = torch.where(better, stored, old)
+    now = u.mul_(scale)
+    return Fitted(scale, now, values - now, torch.where(better, change, 0.0))
