@@ -26,6 +26,7 @@ STEPS = {
     "target": "W C H⁻¹",
     "scales": "scale search: 15 candidates a group, no products",
     "columns": "GPTQ's column by column rounding",
+    "refining": "descent on GPTQ's objective, two sweeps",
     "statistics": "round-to-nearest's error over all rows, the energy",
 }
 
@@ -105,15 +106,17 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     from qwenq.models.precision import compute_dtype
 
     seconds: defaultdict[str, float] = defaultdict(float)
-    for step, name in (("factor", "damped"), ("target", "aim"), ("scales", "search_grid"),
-                       ("columns", "gptq"), ("statistics", "output_error")):  # fmt: skip
+    for step, name in (
+        ("factor", "damped"), ("target", "aim"), ("scales", "search_grid"), ("columns", "gptq"),
+        ("refining", "refine"), ("statistics", "output_error"),
+    ):  # fmt: skip
         clocked(seconds, step, rows, name)
     clocked(seconds, "hessian", quantise, "hessian")
     clocked(seconds, "drift", quantise, "drift")
     clocked(seconds, "solve", quantise._Layer, "solve", around=True)
     tokens = CalibrationSet.load(calibration).tokens
     decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), compute_dtype("cpu"))
-    settings = rows.Settings(4, 64, True, True, "hessian", 0.01, 0.5, False)
+    settings = rows.Settings(4, 64, True, True, "hessian", 0.01, 0.5, True)
     store: Any = Forgetful()
     begun = time.perf_counter()
 
@@ -149,6 +152,7 @@ def operations(model: Path, shape: tuple[int, ...]) -> dict[str, float]:
         "factor": sum(2 * width**3 / 3 for _, width in groups),
         "target": sum(of_target(rows, width) for rows, width in groups),
         "columns": sum(rows * width**2 for rows, width in groups),
+        "refining": sum(5 * rows * width**2 for rows, width in groups),
         "statistics": sum(2 * rows * width**2 for rows, width in groups),
     }
 
