@@ -21,7 +21,7 @@ from qwenq.gptq.moves import move_columns
 from qwenq.gptq.refit import fit_scale
 from qwenq.gptq.solver import Rounded
 
-SWEEPS = 2  # the second gains a third of what the first does
+SWEEPS = 2  # each one gains less than the one before it
 BLOCK = 128  # columns of a wider group that are moved before the rest of the group learns of it
 
 

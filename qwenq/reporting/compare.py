@@ -176,13 +176,18 @@ def _matches(old: Measured, candidates: list[Measured]) -> list[Measured]:
     return candidates
 
 
+def _several(count: int) -> str:
+    """As when a folder holds rows of an earlier run, whose model was quantised otherwise."""
+    return f"{count} models of the new run could be meant: begin it in an empty folder"
+
+
 def _compared(old: Measured, matches: list[Measured], news: list[Measured]) -> Comparison:
     if old.row.status != "ok" and not (matches and matches[0].row.status == "ok"):
         return Comparison(old.row, matches[0].row if matches else None, why="not measured in the baseline")
     if not matches:
         return Comparison(old.row, None, why=_nearest(old.row, news))
     if len(matches) > 1:
-        return Comparison(old.row, None, why=f"{len(matches)} models of the new run could be meant")
+        return Comparison(old.row, None, why=_several(len(matches)))
     new = matches[0]
     if old.row.status != "ok":
         return Comparison(None, new.row)

@@ -128,6 +128,14 @@ def test_two_models_of_one_precision_find_their_own(compared: Compare) -> None:
     assert [item.change for item in found] == [1.0, 1.0]
 
 
+def test_rows_of_an_earlier_model_in_the_same_folder_are_said_to_be_in_the_way(compared: Compare) -> None:
+    earlier = [replace(row, model=replace(row.model, fingerprint=f"sha256:{n}")) for n, row in
+               enumerate([decode(), decode()])]  # fmt: skip
+    found = kept(compared([decode()], earlier), "speed.decode")
+    assert not found.comparable
+    assert found.why == "2 models of the new run could be meant: begin it in an empty folder"
+
+
 def at(**changes: Any) -> Callable[[Row], Row]:
     return lambda row: replace(row, point=row.point | changes)
 
