@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,3 +56,31 @@ def test_memory_that_no_file_backs_is_what_is_counted() -> None:
     assert process_memory.anonymous_bytes() - before > 60 << 20
     assert abs(process_memory.anonymous_bytes() - resident()) < 16 << 20
     assert int(ones[0]) == 1
+
+
+KEEPING = """
+import sys
+from pathlib import Path
+import torch
+from qwenq.models.process_memory import FreedMemory, anonymous_bytes, return_freed_memory
+
+if sys.argv[1] == "keep":
+    FreedMemory()
+pieces = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(200)]
+full = anonymous_bytes()
+del pieces
+freed = anonymous_bytes()
+return_freed_memory()
+print((full - freed) >> 20, (full - anonymous_bytes()) >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize(("how", "at_once"), [("keep", range(0, 20)), ("not", range(180, 220))])
+def test_a_run_over_layers_keeps_what_it_frees_until_it_is_told_to_return_it(
+    how: str, at_once: range
+) -> None:
+    told = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True)
+    freed_at_once, in_the_end = map(int, told.stdout.split())
+    assert freed_at_once in at_once
+    assert in_the_end > 180
