@@ -202,9 +202,10 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """The output folder, refused when it holds something already or may not be made."""
     from qwenq.gptq.publish import clean_up_after_kill, require_free
+    from qwenq.models.identity import folder_name
 
     model = Path(recipe.model or checkpoint.folder.name)
-    name = (model.resolve() if model.is_dir() else model).name
+    name = folder_name(model) if model.is_dir() else model.name
     target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
     clean_up_after_kill(target, recipe.model_dump(mode="json"), checkpoint.fingerprint)
     require_free(target)

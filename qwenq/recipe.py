@@ -139,6 +139,9 @@ SECTIONS: dict[str, type[_Section]] = {
 }
 """The tables of a recipe file."""
 
+LARGEST = 1_000_000
+"""Bytes of a recipe file."""
+
 
 def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe file.
@@ -148,7 +151,14 @@ def read_recipe(path: Path) -> Recipe:
     """
     try:
         with path.open("rb") as file:
-            content = tomllib.load(file)
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UsageError(
+                f"the file has more than {LARGEST // 1_000_000} MB; no recipe is so long",
+                where=path,
+                hint="see recipes/ for examples",
+            )
+        content = tomllib.loads(text.decode("utf-8-sig"))  # editors of Windows begin a file with a mark
     except FileNotFoundError as error:
         raise UsageError("no such recipe", where=path, hint="see recipes/ for examples") from error
     except (OSError, UnicodeDecodeError) as error:

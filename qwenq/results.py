@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 from qwenq.errors import StorageError, UsageError
 from qwenq.storage import atomic_write_json, guard_storage
@@ -32,6 +32,8 @@ from qwenq.storage import atomic_write_json, guard_storage
 RESULTS_FILE = "results.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 FORMAT = 1
+LONGEST_ROW = 64_000_000
+"""Bytes. A row of 14,000 items has a million; a line without an end would take all memory."""
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
 
@@ -182,8 +184,8 @@ def read_rows(run: Path) -> list[Row]:
     """
     path = run / RESULTS_FILE
     try:
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1].decode("utf-8")  # a kill may tear a character, too
+        with path.open("rb") as file:
+            rows = [_row(line, path, number) for number, line in _whole_lines(file, path)]
     except FileNotFoundError as error:
         hint = "name a folder that qwenq eval, profile or run has written"
         if (run / "results.json").exists():
@@ -193,9 +195,21 @@ def read_rows(run: Path) -> list[Row]:
         raise UsageError("not UTF-8", where=path, hint="copy the run folder again") from error
     except OSError as error:
         raise StorageError(f"it cannot be read: {error.strerror}", where=path) from error
-    rows = [_row(line, path, number) for number, line in enumerate(whole.split("\n"), 1) if line.strip()]
     latest = {(row.identity, row.model.fingerprint): row for row in rows}
     return list(latest.values())
+
+
+def _whole_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines that hold something; a kill may have torn the last one, in a character even."""
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), b""), 1):
+        if len(line) > LONGEST_ROW:
+            raise UsageError(
+                f"a line of more than {LONGEST_ROW // 1_000_000} MB is no row of results",
+                where=f"{path}, line {number}",
+                hint="delete that line",
+            )
+        if line.endswith(b"\n") and line.strip():
+            yield number, line.decode("utf-8")
 
 
 def write_environment(run: Path, environment: dict[str, Any]) -> None:

@@ -98,6 +98,21 @@ def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
+def test_a_mark_at_the_start_of_the_file_is_no_part_of_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xef\xbb\xbfmodel = 'a'\n")
+    assert read_recipe(path).model == "a"
+
+
+def test_a_file_with_a_hole_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("model = 'a'\n")
+    with path.open("rb+") as file:
+        file.truncate(1 << 40)  # a terabyte that takes no room on the disk
+    with pytest.raises(UsageError, match="more than 1 MB"):
+        read_recipe(path)
+
+
 @pytest.mark.parametrize("name", ["missing.toml", "."])
 def test_no_such_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -98,6 +98,14 @@ def test_a_line_torn_by_a_kill_is_left_out_and_never_glued_to_the_next(tmp_path:
         assert read_rows(tmp_path) == [ROW, other]
 
 
+def test_a_line_without_an_end_is_not_read_to_the_end_of_a_hole(tmp_path: Path) -> None:
+    append_row(tmp_path, ROW)
+    with (tmp_path / RESULTS_FILE).open("rb+") as file:
+        file.truncate(1 << 40)  # a terabyte that takes no room on the disk
+    with pytest.raises(UsageError, match="a line of more than 64 MB is no row"):
+        read_rows(tmp_path)
+
+
 def test_a_character_torn_in_two_is_a_torn_line_only_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / RESULTS_FILE
     append_row(tmp_path, replace(ROW, implementation="模型"))

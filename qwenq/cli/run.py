@@ -28,13 +28,14 @@ def run(
     step that was interrupted goes on itself. Exit codes of the gate as in `qwenq compare`.
     """
     from qwenq.cli.recipe import checked
+    from qwenq.models.identity import folder_name
     from qwenq.results import plain_name
     from qwenq.run.chain import chain_of
     from qwenq.run.execute import run_chain
 
     chosen = checked(recipe)
     if model is not None:
-        name = {"name": plain_name(Path(model).resolve().name)}
+        name = {"name": plain_name(folder_name(Path(model)))}
         chosen = chosen.override({"model": model}, report=name)
     chain = chain_of(chosen, recipe, out)
     _show(chain)

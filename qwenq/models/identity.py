@@ -65,7 +65,16 @@ def precision_name(dtype: torch.dtype) -> str:
 
 def model_name(given: str | None) -> str:
     """The folder's name, the hub id's last part, or the bundled model's name."""
-    return BUNDLED if given is None else Path(given).expanduser().absolute().resolve().name
+    return BUNDLED if given is None else folder_name(Path(given).expanduser())
+
+
+def folder_name(folder: Path) -> str:
+    """The name of a model's folder; of a snapshot in the hub's cache its repository's, not its commit."""
+    folder = folder.absolute().resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rsplit("--", 1)[-1]
+    return folder.name
 
 
 def base_of(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,15 @@ def test_names() -> None:
     assert model_name(".") == Path.cwd().name
 
 
+def test_a_snapshot_in_the_hubs_cache_has_its_repositorys_name(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen2.5-0.5B-Instruct" / "snapshots" / "7ae557604adf67be"
+    snapshot.mkdir(parents=True)
+    assert model_name(str(snapshot)) == "Qwen2.5-0.5B-Instruct"
+    own = tmp_path / "snapshots" / "mine"
+    own.mkdir(parents=True)
+    assert model_name(str(own)) == "mine"
+
+
 def test_a_broken_manifest_is_an_error(tmp_path: Path) -> None:
     assert base_of(tmp_path) == {}
     for broken in (
