@@ -19,7 +19,14 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from qwenq.native.bfloat16 import WORDS, add_to_tile, put_bfloat16, rows_as_pairs, tile_of_sums
+from qwenq.native.bfloat16 import (
+    WORDS,
+    add_to_tile,
+    put_bfloat16,
+    put_normal_bfloat16,
+    rows_as_pairs,
+    tile_of_sums,
+)
 from qwenq.native.code import (
     BYTE,
     FLOAT,
@@ -39,6 +46,7 @@ from qwenq.native.floats import (
     float_bits,
     floats,
     lanes_before,
+    larger,
     put_floats,
     told_float,
 )
@@ -191,9 +199,10 @@ class _Attention:
         token = code.plus(code.times(batch, job["tokens"]), first)
         place = code.plus(code.times(token, job["heads"]), head)
         out = code.behind(job["out"], code.times(place, self.d), SHORT)
-        registers = list(range(self.d // LANES))
-        for some in range(0, len(registers), REGISTERS):
-            self._mix(registers[some : some + REGISTERS], values, first, out)
+        count = self.d // LANES
+        parts = -(-count // REGISTERS)  # as even as can be: a tile of one register waits for its sums
+        for part in range(parts):
+            self._mix(list(range(part * count // parts, (part + 1) * count // parts)), values, first, out)
 
     def _score(self, rows: list[ir.Value], keys: ir.Value, start: ir.Value) -> None:
         """Products of all rows with the keys of some panels."""
@@ -217,7 +226,7 @@ class _Attention:
             seen = lanes_before(
                 code, code.sub(count, at), floats(code, self.scores, code.plus(start, at)), _NEVER
             )
-            code.update(largest, FLOATS, partial(code.run, "llvm.maximum.v16f32", FLOATS), seen)
+            code.update(largest, FLOATS, partial(larger, code), seen)
         top = code.run("llvm.vector.reduce.fmaximum.v16f32", FLOAT, code.load(largest, typ=FLOATS))
         top = code.spread(top)
         total = code.local(same(FLOAT, 0.0))
@@ -226,7 +235,7 @@ class _Attention:
             power = exponential(code, code.fmul(less, self.scale))
             power = lanes_before(code, code.sub(count, at), power, 0.0)
             code.update(total, FLOATS, code.fadd, power)
-            put_bfloat16(code, power, self.powers, code.plus(start, at))
+            put_normal_bfloat16(code, power, self.powers, code.plus(start, at))
         inverse = code.fdiv(FLOAT(1.0), code.total(code.load(total, typ=FLOATS)))
         code.write(inverse, self.inverses, row, FLOAT)
 

@@ -30,6 +30,7 @@ class _BFloat16(ir.types.Type):  # type: ignore[misc]  # llvmlite has no types
 
 
 _PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+_NUMBERS = ir.VectorType(_BFloat16(), LANES)
 
 
 def add_pairs(code: Code, sums: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
@@ -84,3 +85,9 @@ def put_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value) 
     odd = code.and_(code.lshr(bits, same(WORD, 16)), same(WORD, 1))
     rounded = code.add(bits, code.add(odd, same(WORD, 0x7FFF)))
     code.write(code.trunc(code.lshr(rounded, same(WORD, 16)), SHORTS), base, offset, SHORT)
+
+
+def put_normal_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value) -> None:
+    """The same in one instruction (AVX-512 BF16), which takes numbers too small to be normal for zero."""
+    rounded = code.run("llvm.x86.avx512bf16.cvtneps2bf16.512", _NUMBERS, value)
+    code.write(code.bitcast(rounded, SHORTS), base, offset, SHORT)

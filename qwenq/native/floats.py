@@ -63,6 +63,11 @@ def _extreme(code: Code, which: str, first: ir.Value, second: ir.Value) -> ir.Va
     return code.run(f"llvm.x86.avx512.{which}.ps.512", FLOATS, first, second, WORD(_AS_SET))
 
 
+def larger(code: Code, first: ir.Value, second: ir.Value) -> ir.Value:
+    """The larger of 16 numbers each, in one instruction; ``second`` where either is none."""
+    return _extreme(code, "max", first, second)
+
+
 def sigmoid(code: Code, x: ir.Value) -> ir.Value:
     """1 / (1 + e^-x)."""
     return code.fdiv(same(FLOAT, 1.0), code.fadd(same(FLOAT, 1.0), exponential(code, code.fneg(x))))
