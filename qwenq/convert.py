@@ -18,6 +18,7 @@ from qwenq.errors import QuantisationError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.companions import write_companions
 from qwenq.models.gptq_format import QuantConfig, is_quantised, surplus_biases, validate_quantised
+from qwenq.models.new_folder import require_renameable
 from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.shards import tensor_bytes, write_shards
 from qwenq.storage import atomic_write_json, fsync_folder, guard_storage
@@ -107,6 +108,7 @@ def _refuse_target(source: Path, target: Path) -> None:
         raise UsageError("DST holds something already", where=target, hint="name a new or empty folder")
     if target.exists() and not target.is_dir():
         raise UsageError("DST is a file", where=target, hint="name a new or empty folder")
+    require_renameable(target, "DST")
 
 
 def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:

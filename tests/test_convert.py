@@ -217,3 +217,11 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="no size"):
         parse_size(text)
+
+
+def test_a_link_as_dst_is_refused_before_anything_is_written(v1_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(UsageError, match=f"(?s)this is a link.*DST {tmp_path / 'empty'}"):
+        convert(v1_folder, tmp_path / "link")
+    assert convert(v1_folder, tmp_path / "empty").tensors

@@ -14,6 +14,7 @@ from qwenq.gptq.layer_store import discard_leftover
 from qwenq.gptq.quantise import LAYER_PARTS
 from qwenq.models.companions import write_companions
 from qwenq.models.manifest import MANIFEST, PARTIAL, STAGED
+from qwenq.models.new_folder import require_renameable
 from qwenq.models.shards import write_shards
 from qwenq.storage import atomic_write_json, fsync_file, fsync_folder, guard_storage, sha256_file
 
@@ -30,7 +31,7 @@ def require_free(target: Path) -> None:
     """Refuse an output folder that holds something or may not be made, before any work is done for it.
 
     Raises:
-        UsageError: there is something.
+        UsageError: there is something, or no folder can take that name.
         StorageError: no permission.
     """
     if target.exists() and not target.is_dir():
@@ -43,6 +44,7 @@ def require_free(target: Path) -> None:
             # what is not ours may be the only copy of something: nobody is told to remove it
             hint=f"name a new folder with --out{', or remove this one' if finished else ''}",
         )
+    require_renameable(target, "--out")
     above = next(folder for folder in target.parents if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work
         raise StorageError(
@@ -61,6 +63,8 @@ def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: st
     Raises:
         AlreadyDoneError: the same command had finished; now it has cleaned up, too.
     """
+    if not target.name:  # the root, which no run has made
+        return
     work = target.with_name(target.name + PARTIAL)
     try:
         manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
@@ -127,9 +131,10 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     """
     files = {}
     with guard_storage(staged):
-        for file in sorted(staged.iterdir()):
+        for file in sorted(entry for entry in staged.rglob("*") if entry.is_file()):
             fsync_file(file)  # copied ones are not on the disk yet
-            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            name = file.relative_to(staged).as_posix()  # chat templates may have a folder of their own
+            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     atomic_write_json(staged / MANIFEST, {**manifest, "files": files})
     with guard_storage(out):
         os.replace(staged, out)  # noqa: PTH105  Path.replace refuses an empty folder on some systems

@@ -33,7 +33,7 @@ def verify_files(folder: Path) -> list[str]:
     path = folder / MANIFEST
     listed = _listed_files(path)
     for name, facts in listed.items():
-        file = shard_path(folder, name, path)
+        file = _inside(folder, name, path)
         hint = "copy the folder again, or make it again with `qwenq quantize`"
         if not file.is_file():
             raise CorruptFileError(f"{name} is in the manifest but not in the folder", where=file, hint=hint)
@@ -43,6 +43,13 @@ def verify_files(folder: Path) -> list[str]:
         if sha256_file(file) != facts["sha256"]:
             raise CorruptFileError("the bytes are not those that were written", where=file, hint=hint)
     return list(listed)
+
+
+def _inside(folder: Path, name: str, manifest: Path) -> Path:
+    """A file that the manifest names: of the folder or of one within it, such as that of chat templates."""
+    for part in name.split("/"):
+        folder = shard_path(folder, part, manifest)
+    return folder
 
 
 def _listed_files(path: Path) -> dict[str, dict[str, Any]]:
