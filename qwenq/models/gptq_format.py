@@ -5,8 +5,8 @@ The layout of one module's tensors is in ``packing``, the settings in ``gptq_con
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError
 from qwenq.models.gptq_config import QuantConfig, is_quantised, linear_bytes, quantised_bytes
@@ -66,11 +66,19 @@ class DequantisedSource:
         source: the packed tensors.
         quant: their settings.
         dtype: of the weights that are shown; None: that of the scales.
+        config: config.json: biases that it asks for are shown, also where they are zero.
     """
 
-    def __init__(self, source: TensorSource, quant: QuantConfig, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        quant: QuantConfig,
+        dtype: torch.dtype | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self._source = source
         self._quant = quant
+        self._config = config or {}
         self._dtype = dtype
         self._modules = {f"{module}.weight": module for module in quantised_modules(source)}
         self._names: list[str] | None = None
@@ -79,7 +87,7 @@ class DequantisedSource:
         """All names, in file order; a weight stands where the first of its packed tensors stood."""
         if self._names is None:
             packed = {f"{m}.{part}": f"{m}.weight" for m in self._modules.values() for part in PACKED_PARTS}
-            hidden = surplus_biases(self._source, self._modules.values())
+            hidden = surplus_biases(self._source, self._modules.values(), self._config)
             shown = (packed.get(name, name) for name in self._source.names() if name not in hidden)
             self._names = list(dict.fromkeys(shown))
         return self._names
@@ -103,10 +111,22 @@ class DequantisedSource:
         return dequantise(packed, self._quant.bits, self._quant.checkpoint_format, self.info(name).dtype)
 
 
-def surplus_biases(source: TensorSource, modules: Iterable[str]) -> set[str]:
-    """All-zero biases of quantised modules that have no bias in a Qwen or Llama block: o, gate, up, down."""
-    names = set(source.names())
-    suffixes = (".o_proj", ".gate_proj", ".up_proj", ".down_proj")
+def surplus_biases(
+    source: TensorSource, modules: Iterable[str], config: Mapping[str, Any] | None = None
+) -> set[str]:
+    """All-zero biases of quantised modules that have no bias in a Qwen or Llama block: o, gate, up, down.
+
+    Args:
+        source: the packed tensors.
+        modules: names of the quantised modules.
+        config: config.json, which may ask for some of these biases; nothing asks for any without it.
+    """
+    config = config or {}
+    names, kind = set(source.names()), config.get("model_type")
+    of_mlp = kind == "llama" and config.get("mlp_bias")
+    suffixes = () if of_mlp else (".gate_proj", ".up_proj", ".down_proj")
+    if kind == "qwen2" or not config.get("attention_bias"):
+        suffixes = (*suffixes, ".o_proj")
     candidates = [f"{m}.bias" for m in modules if m.endswith(suffixes) and f"{m}.bias" in names]
     return {name for name in candidates if not bool(source.read(name).any())}
 

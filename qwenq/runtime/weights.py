@@ -148,7 +148,7 @@ class Weights:
             return
         quant = self._quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
         layers = _quantised_layers(checkpoint.source, quant)
-        self._source = DequantisedSource(checkpoint.source, quant, dtype)
+        self._source = DequantisedSource(checkpoint.source, quant, dtype, checkpoint.config)
         self._names = set(self._source.names())
         self._need = Need(quant.bits, quant.group_size, quant.checkpoint_format, device, dtype, layers)
         choice = choose(kernel, self._need)

@@ -239,3 +239,21 @@ def test_the_transformers_engine_swaps_linear_layers_alone(module: str, says: st
         changed = broken(changed, name, tensor)
     with pytest.raises(ModelError, match=says):
         load(changed, device="cpu", dtype="float32", engine="transformers")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_biases_that_the_config_asks_for_count_also_where_they_are_zero(engine: str) -> None:
+    checkpoint = quantised_model("llama-biases", INT4)
+    names = [name for name in checkpoint.names() if name.endswith(("o_proj.bias", "down_proj.bias"))]
+    assert len(names) == 4
+    for name in names:
+        checkpoint = broken(checkpoint, name, torch.zeros_like(checkpoint.read(name)))
+    found = load(checkpoint, device="cpu", dtype="float32", engine=engine)
+    quant = QuantConfig.read(checkpoint.config)
+    source = DequantisedSource(checkpoint.source, quant, torch.float32, checkpoint.config)
+    tensors = {name: source.read(name) for name in source.names()}
+    assert set(names) <= tensors.keys()
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    dense = Checkpoint(Path("in-memory"), config, MemorySource(tensors))
+    expected = load(dense, device="cpu", dtype="float32", engine="transformers")
+    torch.testing.assert_close(logits(found), logits(expected), atol=1e-3, rtol=0)
