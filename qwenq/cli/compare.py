@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from qwenq.cli.app import app
 from qwenq.cli.printing import to_standard_output
 from qwenq.errors import UsageError
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
+
+if TYPE_CHECKING:
+    from qwenq.reporting.collect import Collection
 
 
 @app.command()
@@ -40,20 +43,18 @@ def compare(
     protocol, task version, model, dtype or machine); that is no pass. 0: passed.
     """
     from qwenq.reporting import gate, gate_output
-    from qwenq.reporting.collect import collect
     from qwenq.reporting.compare import compare as compare_rows
-    from qwenq.reporting.turns import with_turns
     from qwenq.storage import atomic_write_bytes
 
     conditions = gate.asked_by(fail_on)
     sides = [[baseline, *(more_baseline or [])], [new, *(more_new or [])]]
     _check_folders([*sides[0], *sides[1]], {"--markdown": markdown, "--junit": junit})
-    before, after = (with_turns(collect([first]), collect(more) if more else None) for first, *more in sides)
+    before, after = (_side(first, more, judged=number == 1) for number, (first, *more) in enumerate(sides))
     comparisons = compare_rows(before, after)
     verdict = gate.judge(comparisons, conditions, strict=fail_on is not None)
     lines = list(gate_output.text_lines(verdict))
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        lines += gate_output.github_annotations(verdict)
+        lines = [*gate_output.unheard(lines), *gate_output.github_annotations(verdict)]
     try:
         if markdown is not None:
             text = gate_output.markdown_text(verdict, str(baseline), str(new))
@@ -64,6 +65,20 @@ def compare(
         _print(lines)
     if verdict.exit_code:
         raise typer.Exit(verdict.exit_code)
+
+
+def _side(first: Path, more: list[Path], *, judged: bool) -> Collection:
+    """A run with its further turns; of those that are none, a word."""
+    from qwenq.reporting.collect import collect
+    from qwenq.reporting.turns import idle_turns, with_turns
+
+    run, turns = collect([first]), collect(more) if more else None
+    for name in idle_turns(run, turns):
+        typer.echo(f"note: {name} adds no turn to {first}: {_NO_TURN}", err=True)
+    return with_turns(run, turns, judged=judged)
+
+
+_NO_TURN = "it has no speed, time, memory or energy of the same weights at the same point on that machine"
 
 
 def _check_folders(runs: list[Path], files: dict[str, Path | None]) -> None:

@@ -12,7 +12,8 @@ from qwenq.paired.compare import Paired
 from qwenq.paired.mcnemar import ALPHA
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured
 from qwenq.reporting.machine import another_machine
-from qwenq.reporting.significance import holm, paired
+from qwenq.reporting.matching import Match, matched
+from qwenq.reporting.significance import holm, other_items, paired
 from qwenq.reporting.text import clean
 from qwenq.results import Row
 
@@ -115,15 +116,11 @@ def compare(baseline: Collection, new: Collection) -> list[Comparison]:
     """Every row of the baseline with its match in the new run, then what the baseline does not have."""
     olds, news = list(_with_sizes(baseline.measured)), list(_with_sizes(new.measured))
     strangers = _other_bases(olds, news)
-    by_identity: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
-    for item in news:
-        by_identity[item.row.identity].append(item)
     made, used = [], set()
-    for old in olds:
-        matches = _matches(old, by_identity[old.row.identity])
-        used |= {id(match) for match in matches}
-        stranger = bool(matches) and old.row.model.family in strangers
-        made.append(_apart_as(OTHER_WEIGHTS, old, matches) if stranger else _compared(old, matches, news))
+    for old, match in zip(olds, matched(olds, news), strict=True):
+        used |= {id(item) for item in match.found}
+        stranger = bool(match.found) and old.row.model.family in strangers
+        made.append(_apart_as(OTHER_WEIGHTS, old, match) if stranger else _compared(old, match, news))
     made += [Comparison(None, item.row) for item in news if id(item) not in used]
     return corrected(made, lambda item: True)
 
@@ -138,16 +135,27 @@ def _other_bases(olds: list[Measured], news: list[Measured]) -> set[str]:
 
 
 def _bases(items: list[Measured]) -> dict[str, set[str]]:
-    """Fingerprints of each family's unquantised weights: of what a file stores, whatever it is run in."""
+    """Fingerprints of each family's unquantised weights: of what a file stores, whatever it is run in.
+
+    Of those that were measured, and of those that quantised ones were made of, where rows know them.
+    """
     found: dict[str, set[str]] = defaultdict(set)
     for item in items:
-        if item.row.model.precision in PLAIN:
-            found[item.row.model.family].add(item.row.model.fingerprint)
+        if (base := _base_of(item.row)) is not None:
+            found[item.row.model.family].add(base)
     return found
 
 
-def _apart_as(why: str, old: Measured, matches: list[Measured]) -> Comparison:
-    return Comparison(old.row, matches[0].row, why=why)
+def _base_of(row: Row) -> str | None:
+    """The unquantised weights that a row is of, or of which its model was made; None: it does not say."""
+    if row.model.precision in PLAIN:
+        return row.model.fingerprint
+    named = row.details.get("base")
+    return named if isinstance(named, str) else None
+
+
+def _apart_as(why: str, old: Measured, match: Match) -> Comparison:
+    return Comparison(old.row, match.found[0].row, why=why)
 
 
 def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
@@ -161,34 +169,15 @@ def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
             yield replace(item, row=Row("size", model, {}, float(model.nbytes), "bytes"))
 
 
-def _matches(old: Measured, candidates: list[Measured]) -> list[Measured]:
-    """The candidates that may be meant: of several, those of the same weights, making, group size or name."""
-    model = old.row.model
-    made = model.rounded_from is None
-    for same in (
-        [item for item in candidates if item.row.model.fingerprint == model.fingerprint],
-        [item for item in candidates if (item.row.model.rounded_from is None) == made],
-        [item for item in candidates if item.row.model.group_size == model.group_size],
-        [item for item in candidates if item.row.model.name == model.name],
-    ):
-        if len(candidates) > 1 and same:
-            candidates = same
-    return candidates
-
-
-def _several(count: int) -> str:
-    """As when a folder holds rows of an earlier run, whose model was quantised otherwise."""
-    return f"{count} models of the new run could be meant: begin it in an empty folder"
-
-
-def _compared(old: Measured, matches: list[Measured], news: list[Measured]) -> Comparison:
-    if old.row.status != "ok" and not (matches and matches[0].row.status == "ok"):
-        return Comparison(old.row, matches[0].row if matches else None, why="not measured in the baseline")
-    if not matches:
+def _compared(old: Measured, match: Match, news: list[Measured]) -> Comparison:
+    if old.row.status != "ok" and not (match.found and match.found[0].row.status == "ok"):
+        after = match.found[0].row if match.found else None
+        return Comparison(old.row, after, why="not measured in the baseline")
+    if match.why:
+        return Comparison(old.row, None, why=match.why)
+    if not match.found:
         return Comparison(old.row, None, why=_nearest(old.row, news))
-    if len(matches) > 1:
-        return Comparison(old.row, None, why=_several(len(matches)))
-    new = matches[0]
+    new = match.found[0]
     if old.row.status != "ok":
         return Comparison(None, new.row)
     if why := _apart(old, new):
@@ -205,7 +194,8 @@ def _apart(old: Measured, new: Measured) -> str:
         return f"no rule for {clean(old.row.metric)}"
     if old.row.unit != new.row.unit:
         return f"another unit: {clean(new.row.unit)} instead of {clean(old.row.unit)}"
-    if why := _other_model(old.row, new.row) or _without_ratio(old.row, new.row, metric):
+    items = other_items(old.row, new.row) if metric.paired else ""
+    if why := _other_model(old.row, new.row) or _without_ratio(old.row, new.row, metric) or items:
         return why
     before, after = (item.row.settings.get("dtype") for item in (old, new))
     if before != after and old.row.metric != "size":
@@ -236,6 +226,9 @@ def _other_model(old: Row, new: Row) -> str:
     """
     if old.model.precision in PLAIN:
         return "" if old.model.fingerprint == new.model.fingerprint else OTHER_WEIGHTS
+    bases = [_base_of(row) for row in (old, new)]
+    if None not in bases and bases[0] != bases[1]:
+        return OTHER_WEIGHTS
     made = [row.model.rounded_from for row in (old, new)]
     if None not in made:
         return "" if made[0] == made[1] else OTHER_WEIGHTS

@@ -269,8 +269,8 @@ def _beyond(limit: float, metric: str) -> str:
     relation = METRICS[metric.partition(".")[0]].relation
     if relation == "ratio" and not 0 < limit <= _MOST_RATIO:
         return "the limit is a ratio of new to baseline, not per cent"
-    if metric.partition(".")[0] in _SHARES and abs(limit) > 1:
-        return "the limit is a share, from -1 to 1, not per cent"
+    if metric.partition(".")[0] in _SHARES and abs(limit) >= 1:
+        return "the limit is a share above -1, not per cent"
     return "" if isfinite(limit) else "the limit is no number that could be reached"
 
 

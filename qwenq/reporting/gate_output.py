@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from qwenq.paired.mcnemar import said_p
 from qwenq.reporting.compare import Comparison
-from qwenq.reporting.gate import Condition, Judged, Verdict
+from qwenq.reporting.gate import NOT_COMPARABLE, Condition, Judged, Verdict
 from qwenq.reporting.text import clean, count, markdown
 from qwenq.reporting.units import format_of, signed
 
@@ -126,10 +127,11 @@ def _folded(title: str, rows: list[Judged]) -> str:
 
 def junit_text(verdict: Verdict) -> str:
     """JUnit XML: a failure is a regression, an error is a row that cannot be compared."""
+    empty = _judged_nothing(verdict)
     counts = {
-        "tests": len(verdict.judged) + len(verdict.idle),
+        "tests": len(verdict.judged) + len(verdict.idle) + empty,
         "failures": len(verdict.of("regression")),
-        "errors": len(verdict.of("not comparable")) + len(verdict.unjudged),
+        "errors": len(verdict.of("not comparable")) + len(verdict.unjudged) + empty,
         "skipped": len(verdict.of("not judged")) + len(verdict.idle) - len(verdict.unjudged),
     }
     suite = ET.Element("testsuite", {"name": "qwenq compare", **{key: str(n) for key, n in counts.items()}})
@@ -144,12 +146,17 @@ def junit_text(verdict: Verdict) -> str:
         case = ET.SubElement(suite, "testcase", {"classname": condition.metric, "name": str(condition)})
         tag = "error" if condition in verdict.unjudged else "skipped"
         ET.SubElement(case, tag, {"message": _idle(verdict, condition)})
+    if empty:
+        case = ET.SubElement(suite, "testcase", {"classname": "gate", "name": "something to judge"})
+        ET.SubElement(case, "error", {"message": verdict.headline})
     ET.indent(suite)
     return ET.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
 
 
 def github_annotations(verdict: Verdict) -> Iterator[str]:
     """Workflow commands that GitHub shows at a change."""
+    if _judged_nothing(verdict):
+        yield f"::error title=qwenq compare::{_data(verdict.headline)}"
     for judged in (*verdict.of("regression"), *verdict.of("not comparable")):
         told = "; ".join(part for part in (change_text(judged.comparison), _reason(judged)) if part)
         yield f"::error title={_property(judged.comparison.name)}::{_data(f'{judged.outcome}: {told}')}"
@@ -164,3 +171,21 @@ def _data(text: str) -> str:
 
 def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def unheard(lines: Iterable[str]) -> Iterator[str]:
+    """Lines in which GitHub's runner looks for no commands; names in a run may be a stranger's.
+
+    It takes ``::`` at the start of a line for one, and ``##[`` anywhere in it (ActionCommand.cs of
+    actions/runner). How to stop that: GitHub's documentation, "Stopping and starting workflow commands".
+    """
+    token = secrets.token_hex(16)
+    yield f"::stop-commands::{token}"
+    yield from lines
+    yield f"::{token}::"
+
+
+def _judged_nothing(verdict: Verdict) -> bool:
+    """Whether that is all there is to say: no row and no condition has failed, and it is no pass."""
+    failed = verdict.of("regression") or verdict.of("not comparable") or verdict.unjudged
+    return verdict.exit_code == NOT_COMPARABLE and not failed

@@ -30,9 +30,22 @@ def items_of(row: Row) -> Mapping[str, bool] | None:
     return items if all(isinstance(correct, bool) for correct in items.values()) else None
 
 
+NO_RECORD = "no record of single items"
+
+
 def paired(before: Row, after: Row) -> Paired | str:
     """The pairing of two accuracy rows, or why they cannot be paired."""
     first, second = items_of(before), items_of(after)
     if first is None or second is None:
-        return "no record of single items"
+        return NO_RECORD
     return compare(first, second)
+
+
+def other_items(before: Row, after: Row) -> str:
+    """Why two accuracies are not over the same items, whatever their rows say they asked; else empty."""
+    pairing = paired(before, after)
+    if isinstance(pairing, str) and pairing != NO_RECORD:
+        return pairing
+    if before.n != after.n and None not in (before.n, after.n):
+        return f"other items: {after.n} instead of {before.n}"
+    return ""

@@ -21,17 +21,32 @@ from qwenq.reporting.machine import another_machine
 from qwenq.results import Row
 
 
-def with_turns(first: Collection, more: Collection | None) -> Collection:
+def with_turns(first: Collection, more: Collection | None, *, judged: bool = False) -> Collection:
     """The first run; its speeds, times, memory and energy are those of all turns.
 
     Args:
         more: further runs of the same. Of them only figures of the same weights at the same point on the same
             machine are taken; all else is that of the first run, which a turn cannot add to.
+        judged: it is the new side: what failed in one turn has failed. Of a baseline the others count.
     """
     if more is None:
         return first
-    made = [_pooled(item, _turns(item, more)) for item in first.measured]
+    made = [_pooled(item, _turns(item, more), judged=judged) for item in first.measured]
     return Collection((*first.runs, *more.runs), tuple(made))
+
+
+def idle_turns(first: Collection, more: Collection | None) -> list[str]:
+    """Names of further runs of which no figure is taken: they are no turns of the first one."""
+    if more is None:
+        return []
+    taken = {id(turn.run) for item in first.measured if _has_turns(item) for turn in _turns(item, more)}
+    return [run.name for run in more.runs if id(run) not in taken]
+
+
+def _has_turns(item: Measured) -> bool:
+    """Whether it is a figure that differs between runs of the same code."""
+    metric = METRICS.get(item.row.metric.partition(".")[0])
+    return metric is not None and metric.machine
 
 
 def _turns(item: Measured, more: Collection) -> list[Measured]:
@@ -46,11 +61,13 @@ def _turns(item: Measured, more: Collection) -> list[Measured]:
     ]
 
 
-def _pooled(item: Measured, others: Sequence[Measured]) -> Measured:
-    metric = METRICS.get(item.row.metric.partition(".")[0])
-    if metric is None or not metric.machine:
+def _pooled(item: Measured, others: Sequence[Measured], *, judged: bool) -> Measured:
+    if not _has_turns(item):
         return item
-    rows = [each.row for each in (item, *others) if each.row.status == "ok"]
+    turns = [each.row for each in (item, *others)]
+    if judged and (failed := next((row for row in turns if row.status == "failed"), None)):
+        return replace(item, row=failed)
+    rows = [row for row in turns if row.status == "ok"]
     if len(rows) < 2:
         return replace(item, row=rows[0]) if rows else item
     return replace(item, row=_one_row(rows))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qwenq.reporting.text import clean
+
 GIB = 2**30
 
 
@@ -60,7 +62,7 @@ def format_of(metric: str, unit: str) -> Format:
     """How values of a metric are shown; an unknown unit is shown as it is, with four digits."""
     if (special := _BY_METRIC.get(metric)) is not None:
         return special
-    return _BY_UNIT.get(unit) or Format(unit, 1, lambda value: f"{value:.4g}")
+    return _BY_UNIT.get(unit) or Format(clean(unit), 1, lambda value: f"{value:.4g}")
 
 
 def signed(value: float, digits: int = 1) -> str:

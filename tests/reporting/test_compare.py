@@ -293,3 +293,28 @@ def test_speed_of_an_unknown_machine_is_not_comparable(compared: Compare) -> Non
 def test_a_row_that_the_baseline_lacks_is_new(compared: Compare) -> None:
     found = compared([accuracy("int4")], [accuracy("int4"), decode()])
     assert [item.row.metric for item in found if item.before is None] == ["speed.decode"]
+
+
+def made_of(base: str, row: Row) -> Row:
+    return replace(row, details=row.details | {"base": base})
+
+
+def test_what_a_quantised_row_says_it_was_made_of_is_looked_at(compared: Compare) -> None:
+    """Though neither run has a row of the unquantised model."""
+    old = made_of("sha256:one", accuracy("int4"))
+    assert kept(compared([old], [old]), "accuracy").comparable
+    found = compared([old, decode()], [made_of("sha256:two", accuracy("int4")), decode()])
+    assert {item.why for item in found} == {"another model: other weights under the same name"}
+    assert kept(compared([old], [accuracy("int4")]), "accuracy").comparable  # an older row does not say
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_accuracies_of_other_items_are_not_comparable(compared: Compare, record: bool) -> None:
+    """Of the same task and limits by what the rows say, and still another data set."""
+    old = accuracy("int4")
+    items = {f"other/{name}": correct for name, correct in list(old.details["items"].items())[:400]}
+    found = kept(
+        compared([old], [replace(old, n=400, details={"items": items} if record else {})]), "accuracy"
+    )
+    assert not found.comparable
+    assert found.why.startswith("other items: ")

@@ -12,7 +12,7 @@ from example_runs import accuracy, speed, write_run
 from qwenq.reporting import gate
 from qwenq.reporting.collect import Collection, collect
 from qwenq.reporting.compare import compare
-from qwenq.reporting.turns import with_turns
+from qwenq.reporting.turns import idle_turns, with_turns
 from qwenq.results import Row
 
 Side = Callable[..., Collection]
@@ -104,3 +104,23 @@ def test_a_turn_fills_in_what_the_first_run_could_not_measure(side: Side) -> Non
     assert item.row.value == 30.0
     (item,) = side(late, late).measured
     assert item.row.status == "unavailable"
+
+
+def test_a_turn_that_failed_has_failed_on_the_side_that_is_judged(tmp_path: Path) -> None:
+    """It crashed in one run of two: that another run did not is no pass. A baseline's other turns count."""
+    crash = replace(decode(1.0), value=None, low=None, high=None, n=None, status="failed", reason="killed")
+    first, more = (
+        collect([write_run(tmp_path / name, [row])]) for name, row in (("a", decode(40.0)), ("b", crash))
+    )
+    new = with_turns(first, more, judged=True)
+    found = gate.judge(compare(first, new), gate.parse("speed.decode:<0.9"))
+    assert (found.exit_code, found.of("not comparable")[0].reason) == (3, "failed in the new run: killed")
+    assert with_turns(first, more).measured[0].row.value == 40.0
+
+
+def test_further_runs_that_are_no_turns_are_named(tmp_path: Path) -> None:
+    other = replace(decode(20.0).model, fingerprint="another")
+    runs = {"first": decode(40.0), "turn": decode(39.0), "stranger": decode(20.0, model=other)}
+    folders = [write_run(tmp_path / name, [row]) for name, row in runs.items()]
+    assert idle_turns(collect(folders[:1]), collect(folders[1:])) == ["stranger"]
+    assert idle_turns(collect(folders[:1]), None) == []
