@@ -125,11 +125,7 @@ def take_lock(folder: Path, name: str = "lock") -> IO[str]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         handle.close()
-        raise UsageError(
-            "another qwenq is working in this folder",
-            where=folder,
-            hint="wait for it, or name another --out",
-        ) from error
+        raise _working(folder) from error
     except OSError as error:  # some network disks have no locks: then waiting would not help
         handle.close()
         raise StorageError(
@@ -145,6 +141,40 @@ def locked(folder: Path, name: str = "lock") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     with take_lock(folder, name):
         yield
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """As ``locked``, by a lock of the folder itself: nothing is left in one that people look at.
+
+    Where the disk has no locks of folders, nobody is kept out.
+
+    Raises:
+        UsageError: another process holds it.
+        StorageError: the disk refused.
+    """
+    import fcntl
+
+    with guard_storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise _working(folder) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _working(folder: Path) -> UsageError:
+    return UsageError(
+        "another qwenq is working in this folder",
+        where=folder,
+        hint="wait for it, or name another --out",
+    )
 
 
 def fsync_folder(folder: Path) -> None:

@@ -93,6 +93,7 @@ def collect(folders: list[Path]) -> Collection:
     runs: list[Run] = []
     measured: list[Measured] = []
     for folder, rows, environment in each_run(folders):
+        _refuse_depths([environment, *([row.settings, row.details] for row in rows)], folder)
         run = Run(_name(folder, [other.name for other in runs]), environment)
         runs.append(run)
         measured += [Measured(row, run) for row in rows]
@@ -101,6 +102,28 @@ def collect(folders: list[Path]) -> Collection:
         hint = "measure something into it with qwenq eval or profile"
         raise UsageError("there is no row in these runs", where=where, hint=hint)
     return Collection(tuple(runs), tuple(measured))
+
+
+DEEPEST = 100
+"""Levels of lists within lists; what is written here has five, and Python's own limit is not far above."""
+
+
+def _refuse_depths(values: list[Any], folder: Path) -> None:
+    """Refuse what can be read, but neither copied nor written again.
+
+    Raises:
+        UsageError: a value holds lists within lists without end.
+    """
+    for _ in range(DEEPEST):
+        inner = (each.values() if isinstance(each, dict) else each for each in values)
+        values = [value for each in inner for value in each if isinstance(value, dict | list)]
+        if not values:
+            return
+    raise UsageError(
+        f"rows or environment hold more than {DEEPEST} levels of lists",
+        where=folder,
+        hint="that is no run folder of qwenq's",
+    )
 
 
 def _name(folder: Path, taken: list[str]) -> str:

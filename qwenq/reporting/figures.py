@@ -253,10 +253,10 @@ def _parts(item: Measured) -> dict[str, float]:
     parts = item.row.details.get("parts")
     if not isinstance(parts, dict):
         return {}
-    return {str(k): float(v) for k, v in parts.items() if k in PARTS and _number(v) and v > 0}
+    return {str(k): float(v) for k, v in parts.items() if k in PARTS and _number(v) and v >= 1}
 
 
-_LAYER = re.compile(r"(?:layers|h)\.(\d+)\.")
+_LAYER = re.compile(r"(?:layers|h)\.(\d{1,6})\.", re.ASCII)
 
 
 def _layers(collection: Collection, family: str) -> Figure | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwenq.errors import UsageError
 from qwenq.reporting.figures import Figure
 from qwenq.reporting.text import clean
-from qwenq.storage import guard_storage
+from qwenq.storage import atomic_write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,9 +63,9 @@ def write_plot(figure: Figure, path: Path) -> list[Path]:
         _draw(figure, axes)
         for ending, facts in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
             target = path.with_name(path.name + ending)
-            with guard_storage(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                canvas.savefig(target, dpi=160, metadata=facts)
+            drawn = io.BytesIO()  # first, so that nothing half is ever there under its name
+            canvas.savefig(drawn, format=ending.removeprefix("."), dpi=160, metadata=facts)
+            atomic_write_bytes(target, drawn.getvalue())
             written.append(target)
     return written
 

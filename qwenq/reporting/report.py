@@ -69,11 +69,16 @@ def make_report(collection: Collection, title: str) -> Report:
     )
 
 
+_LONGEST_SLUG = 80
+"""Characters; no disk takes a file name of more than 255 bytes."""
+
+
 def _slugs(families: list[str]) -> list[str]:
     """File names of families: whatever one is called, it names no other folder, and two are told apart."""
     found: list[str] = []
     for family in families:
-        plain = re.sub(r"[^A-Za-z0-9-]+", "-", family.rsplit("/", 1)[-1]).strip("-").lower() or "model"
+        plain = re.sub(r"[^A-Za-z0-9-]+", "-", family.rsplit("/", 1)[-1]).strip("-").lower()
+        plain = plain[:_LONGEST_SLUG] or "model"
         numbered = (plain, *(f"{plain}-{number}" for number in range(2, len(found) + 2)))
         found.append(next(each for each in numbered if each not in found))
     return found

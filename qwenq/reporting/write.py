@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from qwenq.errors import UsageError
@@ -10,7 +12,7 @@ from qwenq.reporting import export, markdown, page
 from qwenq.reporting.collect import collect
 from qwenq.reporting.plots import write_plot
 from qwenq.reporting.report import make_report
-from qwenq.storage import atomic_write_bytes
+from qwenq.storage import atomic_write_bytes, held
 
 
 def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
@@ -25,7 +27,8 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
         The page.
 
     Raises:
-        UsageError: a run cannot be read, or ``out`` holds something other than a report.
+        UsageError: a run cannot be read, ``out`` holds something other than a report, or somebody else is
+            writing one there.
         StorageError: the disk refused.
     """
     _refuse_foreign(runs, out)
@@ -37,15 +40,18 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
         "README.md": markdown.render(report),
         "index.html": page.render(report),
     }
-    for name, text in texts.items():
-        atomic_write_bytes(out / name, text.encode())
-    plots = [
-        path
-        for section in report.sections
-        for figure in section.figures
-        for path in write_plot(figure, out / markdown.PLOTS / f"{section.slug}-{figure.key}")
-    ]
-    _forget_others(out / markdown.PLOTS, plots)
+    with held(out):
+        for rest in _rests(out):
+            rest.unlink(missing_ok=True)
+        for name, text in texts.items():
+            atomic_write_bytes(out / name, text.encode())
+        plots = [
+            path
+            for section in report.sections
+            for figure in section.figures
+            for path in write_plot(figure, out / markdown.PLOTS / f"{section.slug}-{figure.key}")
+        ]
+        _forget_others(out / markdown.PLOTS, plots)
     return out / "index.html"
 
 
@@ -57,8 +63,18 @@ def _refuse_foreign(runs: list[Path], out: Path) -> None:
         )
     if out.exists() and not out.is_dir():
         raise UsageError("--out is a file", where=out, hint="name a folder")
-    if out.is_dir() and any(out.iterdir()) and not _is_report(out / "results.json"):
+    if out.is_dir() and not set(out.iterdir()) <= set(_rests(out)) and not _is_report(out / "results.json"):
         raise UsageError("there are other files than a report", where=out, hint="name a new or empty folder")
+
+
+_REST = re.compile(r"\.(results\.json|results\.csv|README\.md|index\.html|.+\.png|.+\.svg)\.\w+\.tmp")
+
+
+def _rests(out: Path) -> Iterator[Path]:
+    """What a report that was killed has left of the file that it was writing (``storage``)."""
+    for folder in (out, out / markdown.PLOTS):
+        if folder.is_dir():
+            yield from (path for path in folder.iterdir() if _REST.fullmatch(path.name))
 
 
 def _is_report(file: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example_runs import accuracy, model, rows, speed, write_run
+from example_runs import accuracy, closeness, model, rows, speed, write_run
 from report_cells import plain, shown
 
 from qwenq.errors import UsageError
@@ -22,6 +22,7 @@ from qwenq.reporting.report import make_report
 from qwenq.reporting.svg import draw
 from qwenq.reporting.write import write_report
 from qwenq.results import Row
+from qwenq.storage import held
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -207,3 +208,85 @@ def test_kl_by_position_is_drawn_with_its_intervals_where_rows_have_them(collect
         assert (series.points[0].low, series.points[0].high) == (kl * 0.8, kl * 2.1)
         assert series.points[-1].high is None
     assert str(draw(figure)).count('class="bar') == 2 * 7
+
+
+def test_a_family_of_any_length_has_plots(tmp_path: Path) -> None:
+    """No disk takes a name of 300 characters."""
+    names = ["m" * 300 + end for end in "ab"]
+    rows = [
+        replace(row, model=replace(row.model, family=name)) for name in names for row in speed("int4", 128)
+    ]
+    out = tmp_path / "report"
+    write_report([write_run(tmp_path / "a", rows)], out)
+    shown = re.findall(r"\(plots/(.*)\)", (out / "README.md").read_text())
+    assert len(shown) == len(set(shown)) > 1
+    assert all((out / "plots" / name).is_file() for name in shown)
+
+
+@pytest.mark.parametrize("details", [
+    {"modules": [{"name": f"layers.{'9' * 5000}.x", "error": 1.0}, {"name": "layers.1.x", "error": 1.0}]},
+    {"modules": [{"name": f"layers.{'9' * 400}.x", "error": 1.0}, {"name": "layers.1.x", "error": 1.0}]},
+    {"parts": {"weights": 5e-324}},
+])  # fmt: skip
+def test_figures_beyond_all_bounds_are_no_figures(tmp_path: Path, details: dict[str, Any]) -> None:
+    rows = [replace(row, details=details) for row in [*closeness("int4", 0.1), *speed("int4", 128)]]
+    page = write_report([write_run(tmp_path / "run", rows)], tmp_path / "out")
+    assert "<svg" not in page.read_text()
+
+
+def test_lists_within_lists_without_end_are_refused(tmp_path: Path) -> None:
+    """They can be read, but Python cannot copy them."""
+    deep: Any = []
+    for _ in range(700):
+        deep = [deep]
+    run = write_run(tmp_path / "run", [])
+    line = json.loads(json.dumps(accuracy("int4").to_json())) | {"details": {}}
+    text = json.dumps(line)[:-1].replace('"details": {}', f'"details": {{"x": {json.dumps(deep)}}}') + "}\n"
+    (run / "results.jsonl").write_text(text)
+    with pytest.raises(UsageError, match="levels of lists"):
+        write_report([run], tmp_path / "out")
+    write_run(tmp_path / "sound", [accuracy("int4")], cpu=deep[0][0])
+    with pytest.raises(UsageError, match="levels of lists"):
+        collect([tmp_path / "sound"])
+
+
+def test_a_plot_that_cannot_be_written_leaves_the_one_before(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure as Canvas
+
+    out = tmp_path / "report"
+    write_report([example], out)
+    before = {path: path.read_bytes() for path in (out / "plots").iterdir()}
+
+    def torn(canvas: Canvas, target: Any, **_: Any) -> None:
+        with target if hasattr(target, "write") else Path(target).open("wb") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Canvas, "savefig", torn)
+    with pytest.raises(KeyboardInterrupt):
+        write_report([example], out)
+    assert {path: path.read_bytes() for path in (out / "plots").iterdir()} == before
+
+
+def test_what_a_killed_report_left_is_in_nobodys_way(example: Path, tmp_path: Path) -> None:
+    """The first file of a new report, or one of a later one: the same command goes on, and tidies."""
+    out = tmp_path / "report"
+    out.mkdir()
+    first = out / ".results.json.ab_12cd3.tmp"
+    first.write_text("{")
+    write_report([example], out)
+    later = out / "plots" / ".m-decode.png.xyz.tmp"
+    later.write_text("half")
+    write_report([example], out)
+    assert not first.exists()
+    assert not later.exists()
+
+
+def test_a_second_report_into_one_folder_is_refused(example: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    write_report([example], out)
+    with held(out), pytest.raises(UsageError, match="another qwenq is working"):
+        write_report([example], out)
+    write_report([example], out)
