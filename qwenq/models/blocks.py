@@ -42,6 +42,10 @@ class BlockwiseDecoder:
         attention_why_not: why that is not compiled code, in words that follow "because"; None: it is.
         passed_over: a sentence for the user on compiled code that these blocks go without, or None.
         names: "model.layers.0", …, the blocks' names in the checkpoint.
+
+    Raises:
+        ModelError: transformers refuses the config, or a tensor of the blocks, the last norm or the head is
+            missing or of another shape.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -62,6 +66,7 @@ class BlockwiseDecoder:
             # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
+        self._require_tensors()
         if self.attention == NATIVE:
             self._fuse(config)
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
@@ -158,6 +163,33 @@ class BlockwiseDecoder:
         output = block(hidden, **self._arguments[block])
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
+    def _require_tensors(self) -> None:
+        """All that will be read is there in its shape: known before the first layer, not after the last."""
+        shapes = {f"model.{name}": parameter.shape for name, parameter in self._inner.named_parameters()}
+        del shapes["model.embed_tokens.weight"]  # see ``embed``
+        if not self.checkpoint.tied:
+            config = self.checkpoint.config
+            shapes["lm_head.weight"] = torch.Size((config["vocab_size"], config["hidden_size"]))
+        names = set(self.checkpoint.names())
+        for name, shape in shapes.items():
+            # A bias of zeros may be hidden from the names (``DequantisedSource``), and be read all the same.
+            if name not in names and not name.endswith(".bias"):
+                raise ModelError(
+                    f"the tensor {name} is missing",
+                    where=self.checkpoint.folder,
+                    hint="config.json and the weights are not of one model, or a shard is missing: copy the "
+                    "folder again",
+                )
+            self._require_shape(name, self.checkpoint.info(name).shape, shape)
+
+    def _require_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+        if tuple(found) != tuple(wanted):
+            raise ModelError(
+                f"{name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}",
+                where=self.checkpoint.folder,
+                hint="config.json and the weights are from different models: copy the folder again",
+            )
+
     @contextmanager
     def head(self) -> Iterator[_Head]:
         """The final norm and the output head, callable on hidden states."""
@@ -183,12 +215,7 @@ class BlockwiseDecoder:
             full = f"{prefix}.{name}"
             tensor = check_finite(full, self.checkpoint.read(full), self.checkpoint.folder)
             require_numbers(full, tensor, self.checkpoint.folder)
-            if tensor.shape != parameter.shape:
-                raise ModelError(
-                    f"{full} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}",
-                    where=self.checkpoint.folder,
-                    hint="config.json and the weights are from different models: copy the folder again",
-                )
+            self._require_shape(full, tensor.shape, parameter.shape)
             state[name] = tensor.to(self.device, self.dtype)
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)

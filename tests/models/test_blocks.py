@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,31 @@ def damage(folder: Path, name: str, value: torch.Tensor | None) -> Path:
     return folder
 
 
-def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    decoder = open_decoder(damage(write_family(tmp_path / "m"), name, torch.zeros(64, 64)))
-    with pytest.raises(ModelError, match=rf"{name} has shape \(64, 64\).*\(96, 64\)"), decoder.block(1):
-        pass
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", (64, 64), r"\(96, 64\)"),
+        ("model.norm.weight", (32,), r"\(64,\)"),
+        ("lm_head.weight", (100, 64), r"\(\d+, 64\)"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named_before_the_first_layer(
+    tmp_path: Path, name: str, shape: tuple[int, ...], wanted: str
+) -> None:
+    model = damage(write_family(tmp_path / "m", tie_word_embeddings=False), name, torch.zeros(shape))
+    found = re.escape(str(shape))
+    with pytest.raises(ModelError, match=rf"{name} has shape {found}.*{wanted}"):
+        open_decoder(model)
 
 
-def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    name = "model.layers.2.self_attn.o_proj.weight"
-    decoder = open_decoder(damage(write_family(tmp_path / "m"), name, None))
-    with pytest.raises(ModelError, match=name), decoder.block(2):
-        pass
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.self_attn.o_proj.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_so_is_a_missing_tensor(tmp_path: Path, name: str) -> None:
+    model = damage(write_family(tmp_path / "m", tie_word_embeddings=False), name, None)
+    with pytest.raises(ModelError, match=f"{name} is missing") as caught:
+        open_decoder(model)
+    assert "copy the folder again" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj.weight", "model.embed_tokens.weight"])
