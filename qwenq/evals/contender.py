@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -53,6 +53,7 @@ class Contender:
         how: how it is run; ``device`` and ``dtype`` are the real ones, not ``auto``.
         notices: what the user has to be told of it.
         base: fingerprint of the model that it was made from, where that is known, see ``settle_families``.
+        generation: how it writes.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +62,7 @@ class Contender:
     how: How
     notices: list[str] = field(default_factory=list)
     base: str | None = None
+    generation: ClassVar[str] = "greedy, repetition penalty 1"
 
     @property
     def quantised(self) -> bool:

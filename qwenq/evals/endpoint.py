@@ -32,6 +32,9 @@ CONCURRENCY = 8  # requests under way at a time, by default
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LARGEST_REPLY = 16 << 20  # bytes: a server that sends more sends no answer
 STOPS = 4  # strings that OpenAI's interface takes; all are looked for again here
+PENALTY = "repetition_penalty"
+"""No part of OpenAI's interface; but vLLM and SGLang take it, and else the one that the model's own
+generation_config.json has, 1.1 in Qwen's chat models."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class _Again(Exception):  # noqa: N818  no error yet
     def __init__(self, why: str, pause: float | None = None, *, absent: bool = False) -> None:
         super().__init__(why)
         self.pause, self.absent = pause, absent
+
+
+class _Unknown(Exception):  # noqa: N818  no error yet
+    """The server refuses a request because of PENALTY."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -112,9 +119,22 @@ class Endpoint:
         if request.until:
             body["stop"] = list(request.until[:STOPS])
         if isinstance(request.prompt, str):
-            return self._read(self._patiently("/completions", {**body, "prompt": request.prompt}), request)
+            found = self._without_penalty("/completions", {**body, "prompt": request.prompt})
+            return self._read(found, request)
         turns = [dict(message) for message in request.prompt]
-        return self._read(self._patiently("/chat/completions", {**body, "messages": turns}), request)
+        found = self._without_penalty("/chat/completions", {**body, "messages": turns})
+        return self._read(found, request)
+
+    def _without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The reply where repetitions cost nothing; a server that knows no such option has no such cost."""
+        if PENALTY not in self.trouble.unknown:
+            try:
+                return self._patiently(path, {**body, PENALTY: 1.0})
+            except _Unknown:
+                found = self._patiently(path, body)
+                self.trouble.lacks(PENALTY, self.url)
+                return found
+        return self._patiently(path, body)
 
     def ask_all(self, requests: Sequence[Write]) -> Iterator[tuple[int, Reply]]:
         """Every answer as it comes: (index, reply), ``concurrency`` requests under way at a time.
@@ -202,7 +222,7 @@ class Endpoint:
                 content = response.read(LARGEST_REPLY + 1)
         except urllib.error.HTTPError as error:
             self.trouble.answered = True
-            raise self._refusal(error, path) from error
+            raise self._refusal(error, path, body or {}) from error
         except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
             raise _unreached(error) from error
         try:
@@ -213,7 +233,7 @@ class Endpoint:
             raise _Again("a reply that is no JSON object")
         return found
 
-    def _refusal(self, error: urllib.error.HTTPError, path: str) -> Exception:
+    def _refusal(self, error: urllib.error.HTTPError, path: str, body: dict[str, Any]) -> Exception:
         try:
             said = error.read(2000).decode("utf-8", "replace").strip()
         except (OSError, http.client.HTTPException):
@@ -221,6 +241,8 @@ class Endpoint:
         if error.code in AGAIN:
             pause = retry_after(error.headers.get("Retry-After"))
             return _Again(f"status {error.code} {said[:200]}".strip(), pause)
+        if error.code in (400, 422) and PENALTY in body and PENALTY in said:
+            return _Unknown(said)
         hints = {
             401: "put the server's key into OPENAI_API_KEY",
             403: "put a key that may use this model into OPENAI_API_KEY",
@@ -237,6 +259,8 @@ class Endpoint:
             choice = found["choices"][0]
             text = choice["message"]["content"] if "message" in choice else choice["text"]
             usage = found.get("usage") or {}
+            if not isinstance(text, str | None):
+                raise TypeError("its text is no text")
             counts = [int(usage.get(name) or 0) for name in ("completion_tokens", "prompt_tokens")]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise QwenqError(
@@ -244,7 +268,7 @@ class Endpoint:
                 where=self.url,
                 hint="is this an OpenAI-compatible server?",
             ) from error
-        text = text if isinstance(text, str) else ""  # nothing was said: null
+        text = text or ""  # nothing was said: null
         places = [place for end in request.until if end and (place := text.find(end)) >= 0]
         stopped = bool(places) or choice.get("finish_reason") == "stop"
         return Reply(Written(text[: min(places)] if places else text, counts[0], stopped), counts[1])

@@ -29,10 +29,12 @@ class Trouble:
 
     Attributes:
         answered: it has sent something, whatever it was.
+        unknown: options of a request that it refuses.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
         self.answered = False
+        self.unknown: frozenset[str] = frozenset()
         self._say, self._lock = say, threading.Lock()
         self._round, self._told = 0, -QUIET_SECONDS
 
@@ -49,6 +51,14 @@ class Trouble:
         """A request was answered."""
         with self._lock:
             self._round = 0
+
+    def lacks(self, option: str, url: str) -> None:
+        """It answers where this option is left out, and only there; said once."""
+        with self._lock:
+            news = option not in self.unknown
+            self.unknown |= {option}
+        if news:
+            self._say(f"{url}: this server refuses the option {option}, so it is left out")
 
 
 def pause_before(attempt: int, first: float = FIRST_PAUSE, wanted: float | None = None) -> float:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from qwenq.errors import UsageError
 from qwenq.evals.contender import Contender, How
-from qwenq.evals.endpoint import Endpoint
+from qwenq.evals.endpoint import PENALTY, Endpoint
 from qwenq.evals.task import Answer, Item, ProtocolName, Request, Write
 from qwenq.models.identity import family_name
 from qwenq.results import Model
@@ -45,12 +45,14 @@ class Served:
         quantised: nobody knows; it is compared with nothing.
         protocol: chats, unless the user says otherwise.
         how: nor is it known how it is run.
+        generation: as far as a server heeds what it is asked.
     """
 
     endpoint: Endpoint
     quantised: ClassVar[bool] = False
     protocol: ClassVar[ProtocolName] = "card"
     how: ClassVar[How] = How("served", "unknown", "served", "unknown", "unknown")
+    generation: ClassVar[str] = "greedy, repetition penalty 1 where the server takes it"
 
     @property
     def model(self) -> Model:
@@ -63,7 +65,7 @@ class Served:
     @property
     def key(self) -> dict[str, Any]:
         """What of it decides an answer, as far as that is known."""
-        return {"endpoint": self.endpoint.url, "model": self.endpoint.model}
+        return {"endpoint": self.endpoint.url, "model": self.endpoint.model, PENALTY: 1}
 
     def unload(self) -> None:
         """Nothing is held here."""

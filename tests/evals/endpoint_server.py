@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
         self.busy = self.most_busy = 0
         self.pause = 0.0
         self.retry_after = ""
+        self.refuses: tuple[str, ...] = ()
         self.lock = threading.Lock()
 
     @property
@@ -60,7 +61,9 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(asked, trouble)
 
     def _answer(self, asked: dict[str, Any], trouble: str) -> None:
-        if trouble.isdigit():
+        if unknown := [name for name in self.server.refuses if name in asked]:
+            self._send(400, {"error": {"message": f"Unrecognized request argument supplied: {unknown[0]}"}})
+        elif trouble.isdigit():
             self._send(int(trouble), {"error": {"message": f"trouble {trouble}"}})
         elif trouble == "silent":
             time.sleep(1.0)
@@ -75,6 +78,9 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, "<html>")
         elif trouble == "no answer":
             self._send(200, {"choices": []})
+        elif trouble == "parts":
+            parts = [{"type": "text", "text": "YES"}]
+            self._send(200, _reply({"message": {"role": "assistant", "content": parts}}))
         elif trouble == "redirect":
             self.send_response(302)
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")

@@ -11,7 +11,7 @@ from evals.endpoint_server import Server, at, chat
 from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.endpoint import Endpoint, endpoint_at
-from qwenq.evals.patience import ATTEMPTS
+from qwenq.evals.patience import ATTEMPTS, Trouble
 from qwenq.evals.task import Write
 
 
@@ -21,6 +21,7 @@ def test_a_chat_goes_out_and_its_text_comes_back(server: Server) -> None:
     assert (reply.written.tokens, reply.prompt_tokens, reply.written.stopped) == (3, 7, True)
     assert server.paths == ["/v1/chat/completions"]
     assert server.seen[0]["temperature"] == 0
+    assert server.seen[0]["repetition_penalty"] == 1, "else vLLM takes that of the model's generation config"
     assert server.seen[0]["max_tokens"] == 32
     assert server.seen[0]["model"] == "big/model"
     assert server.keys == ["Bearer secret"]
@@ -34,6 +35,18 @@ def test_plain_text_is_completed_and_cut_where_the_task_says(server: Server) -> 
     assert reply.written.text == "KEEP "
     at(server).ask(Write("keep", 8, ends))
     assert server.seen[1]["stop"] == list(ends[:4]), "more than four are refused by servers"
+
+
+def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) -> None:
+    said: list[str] = []
+    server.refuses = ("repetition_penalty",)
+    endpoint = at(server, trouble=Trouble(said.append))
+    assert [endpoint.ask(chat(text)).written.text for text in ("one", "two")] == ["ONE", "TWO"]
+    assert ["repetition_penalty" in one for one in server.seen] == [True, False, False]
+    assert said == [f"{server.url}: this server refuses the option repetition_penalty, so it is left out"]
+    server.refuses = ("temperature",)
+    with pytest.raises(QwenqError, match=r"status 400.*temperature"):
+        at(server).ask(chat("one"))
 
 
 @pytest.mark.parametrize("trouble", ["429", "500", "503", "silent", "hang up", "half", "no json"])
@@ -62,7 +75,7 @@ def test_a_refusal_is_not_asked_again(server: Server, status: str, hint: str) ->
     assert len(server.seen) == 1
 
 
-@pytest.mark.parametrize("trouble", ["redirect", "no answer"])
+@pytest.mark.parametrize("trouble", ["redirect", "no answer", "parts"])
 def test_neither_redirects_nor_other_interfaces_are_followed(server: Server, trouble: str) -> None:
     server.trouble = [trouble]
     with pytest.raises(QwenqError):
