@@ -88,6 +88,11 @@ class Written:
     stopped: bool
 
 
+def chat_text(answer: Written) -> str:
+    """The text as Qwen's chat scripts get it from the model: without white space around it."""
+    return answer.text.strip()
+
+
 Answer = Chosen | Written
 
 
@@ -100,12 +105,14 @@ class Judgement:
         extracted: what was read out of the answer, for people; None: nothing was found.
         also: further verdicts by metric name, such as ``published`` or ``flexible``.
         note: why, where that is worth saying (the sandbox's verdict on a program).
+        known: whether the right answer is known here; else ``correct`` means nothing.
     """
 
     correct: bool
     extracted: str | None
     also: Mapping[str, bool] = field(default_factory=dict)
     note: str | None = None
+    known: bool = True
 
 
 @dataclass(frozen=True)

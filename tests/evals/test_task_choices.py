@@ -148,6 +148,8 @@ def test_special_characters_of_an_option_are_text() -> None:
         ("特性在于不保证可靠，但保证按序交付。", "B"),
         ("答案不是A，是C", "A"),  # as published: the negation is skipped, then the first letter is taken
         ("可靠且按序", "A"),  # as published: all four are as like it, and the first is taken
+        ("B和C都不对，所以答案是A ", "A"),  # white space around an answer is taken away
+        ("\n D。", "D"),
     ],
 )
 def test_the_letter_of_a_chinese_answer(text: str, letter: str) -> None:
@@ -190,7 +192,8 @@ def test_the_leaderboard_file() -> None:
     task = get_task("ceval-test", "card")
     unanswered = Item("law/0", "law", {key: value for key, value in ZH.items() if key != "answer"})
     judgement = task.judge(unanswered, said("答案是C"))
-    assert not judgement.correct
+    assert not judgement.correct and not judgement.known
+    assert CARD.judge(ITEM, said("D")).known
     assert task.scores([(unanswered, judgement)]) == []
     assert ceval.submission([(unanswered, judgement)]) == {"law": {"3": "C"}}
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qwenq.errors import DataError
 from qwenq.evals.task import DataSource, Item, Write, Written
-from qwenq.evals.tasks.gsm8k import last_number
+from qwenq.evals.tasks.gsm8k import last_number, load
 from qwenq.evals.tasks.registry import get_task
 
 CARD, BASE, HARNESS = (get_task("gsm8k", protocol) for protocol in ("card", "base", "lm-eval"))
@@ -144,6 +146,19 @@ def test_examples_that_the_train_split_lacks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not end with its number") as caught:
         CARD.items(DataSource(folder=tmp_path))
     assert str(caught.value.where).endswith("test.jsonl, line 6")
+
+
+def test_an_example_without_steps_is_refused(tmp_path: Path) -> None:
+    question = "q"
+    name = hashlib.sha256(question.encode()).hexdigest()[:16]
+    task = replace(BASE, load=partial(load, (name,) * 8))
+    (tmp_path / "gsm8k").mkdir()
+    row = '{"question": "q", "answer": "#### 1"}\n'
+    for split, count in (("test", 1319), ("train", 7473)):
+        (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(row * count, encoding="utf-8")
+    with pytest.raises(DataError, match="no steps before its number") as caught:
+        task.items(DataSource(folder=tmp_path))
+    assert "train.jsonl, line " in str(caught.value.where)
 
 
 def test_the_published_prompt_to_the_byte(shared_data: Path) -> None:

@@ -59,6 +59,7 @@ def test_the_base_prompt() -> None:
         ("def add(a, b):\n\tif a:\n\t\treturn b\n\n\treturn 1\nDone.", "\tif a:\n\t\treturn b\n\n\treturn 1"),
         ("def plus(a, b):\n    return a + b", "    return a + b"),
         ("return a + b", "    return a + b"),
+        ("    return a + b\n", "    return a + b"),  # the scripts take white space around an answer away
         ("x = 1\n\nreturn x", "    x = 1\n\n    return x"),
         ("", ""),
     ],

@@ -166,6 +166,7 @@ def test_the_hub_gives_the_same_items(
         ({"test_list": []}, "a task needs a number"),
         ({"test_list": "assert add(1)"}, "a task needs a number"),
         ({"task_id": "11"}, "a task needs a number"),
+        ({"task_id": True}, "a task needs a number"),
         ({"test_list": ["assert True"]}, "call nothing that the solution defines"),
         ({"code": "def add("}, "no Python"),
         ({"task_id": 12}, "task 12 occurs twice"),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from qwenq.errors import DataError
-from qwenq.evals.task import Choose, Item, Judgement, Request, Score, Write, Written, first_turn
+from qwenq.evals.task import Choose, Item, Judgement, Request, Score, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.choices import (
     COLUMNS,
@@ -29,6 +29,7 @@ from qwenq.evals.tasks.hub import read_hub
 from qwenq.evals.tasks.script import Judged, Script
 
 VERSION = 1
+CARD_VERSION = 2
 
 CHAT_PROMPT = "{question}\n\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n"
 MAX_NEW_TOKENS = 512
@@ -104,7 +105,7 @@ def ask_chat(item: Item) -> Request:
 
 def read_chat(item: Item, answer: Written) -> Judgement:
     """The letter that was meant, whether it was named, or the question's last sentence was completed."""
-    text = answer.text
+    text = chat_text(answer)
     parts = item.data["question"].rstrip("。").split("。")[-1].split("_")
     if len(parts[0].strip()) > LONG:
         text = text.replace(parts[0], "答案是")
@@ -178,8 +179,22 @@ _test = partial(
     comment=partial(missing_subjects, TEST),
 )
 PROTOCOLS: tuple[Script, ...] = (
-    _val(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
+    _val(
+        protocol="card",
+        version=CARD_VERSION,
+        shots=0,
+        allowed_shots=(0,),
+        ask=ask_chat,
+        read=read_chat,
+    ),
     _val(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
-    _test(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
+    _test(
+        protocol="card",
+        version=CARD_VERSION,
+        shots=0,
+        allowed_shots=(0,),
+        ask=ask_chat,
+        read=read_chat,
+    ),
     _test(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
 )

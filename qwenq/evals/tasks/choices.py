@@ -98,7 +98,8 @@ def judge_choice(item: Item, answer: Chosen) -> Judgement:
     """
     letter, published = (LETTERS[_first_of_the_greatest(s)] for s in (answer.logprobs, answer.published))
     gold = item.data.get("answer")  # a split without answers has none
-    return Judgement(letter == gold, letter, also={"published": published == gold})
+    also = {"published": published == gold} if gold else {}
+    return Judgement(letter == gold, letter, also=also, known=bool(gold))
 
 
 def judge_loglikelihood(item: Item, answer: Chosen) -> Judgement:
@@ -117,12 +118,13 @@ def judge_letter(item: Item, text: str, patterns: Iterable[re.Pattern[str]]) -> 
     gold = item.data.get("answer")
     for pattern in patterns:
         if match := pattern.search(text):
-            return Judgement(match.group(1) == gold, match.group(1))
+            return Judgement(match.group(1) == gold, match.group(1), known=bool(gold))
     place = closest_option(text, [item.data[letter] for letter in LETTERS])
     if place is None:
         return Judgement(False, None, note="the answer has nothing in common with any option")
     letter = LETTERS[place]
-    return Judgement(letter == gold, letter, note="no letter in the answer: the option most like its text")
+    note = "no letter in the answer: the option most like its text"
+    return Judgement(letter == gold, letter, note=note, known=bool(gold))
 
 
 def closest_option(text: str, options: Sequence[str]) -> int | None:

@@ -29,6 +29,7 @@ from qwenq.evals.tasks.hub import fetch_hub_file
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
+CARD_VERSION = 2
 
 FILE_COLUMNS = ("Question", *LETTERS, "Answer")
 HUB = "lmlmcat/cmmlu"
@@ -110,6 +111,13 @@ _script = partial(
     comment=partial(missing_subjects, ORIGIN),
 )
 PROTOCOLS: tuple[Script, ...] = (
-    _script(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
+    _script(
+        protocol="card",
+        version=CARD_VERSION,
+        shots=0,
+        allowed_shots=(0,),
+        ask=ask_chat,
+        read=read_chat,
+    ),
     _script(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
 )

@@ -78,6 +78,8 @@ def load(
         shown = [tuple(row.data for row in _draw(drawn, train, shots)) for _ in test]
     else:
         rows = train[:shots] if source.sample else _find(train, examples[:shots])
+        for row in rows:
+            _check_steps(row)
         shown = [tuple(row.data for row in rows)] * len(test)
     return [Item(f"test/{n}", None, row.data, shown[n]) for n, row in enumerate(test)]
 
@@ -197,6 +199,20 @@ def _find(train: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
             hint="get the original train.jsonl of grade-school-math",
         )
     return [by_hash[name] for name in wanted]
+
+
+def _check_steps(row: Row) -> None:
+    """Refuse an example that shows no steps.
+
+    Raises:
+        DataError: its answer is its number alone.
+    """
+    if "\n#### " not in row.data["answer"]:
+        raise DataError(
+            "an example that is to be shown has no steps before its number",
+            where=row.where,
+            hint="get the original train.jsonl of grade-school-math",
+        )
 
 
 def _read(source: DataSource, split: str) -> list[Row]:

@@ -19,13 +19,14 @@ from pathlib import Path
 
 from qwenq.errors import DataError
 from qwenq.evals.sandbox.programs import Program
-from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
+from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
 from qwenq.evals.tasks.hub import read_hub
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
+CARD_VERSION = 2
 
 CHAT_PROMPT = "Write a Python function `{signature}` to solve the following problem:\n{description}\n{prompt}"
 SIGNATURE = r"def\s+({entry_point}.*?):\s*\n"
@@ -90,11 +91,12 @@ def ask_base(item: Item) -> Request:
 
 def read_chat(item: Item, answer: Written) -> Judgement:
     """The function's body, not yet run: ``extracted`` is what goes behind the prompt."""
+    text = chat_text(answer)
     for pattern in BODIES:
         whole = pattern.replace("{entry_point}", item.data["entry_point"])
-        if match := re.search(whole, answer.text, re.DOTALL):
+        if match := re.search(whole, text, re.DOTALL):
             return Judgement(False, match.group(1), note="not run")
-    return Judgement(False, textwrap.indent(answer.text, " " * 4), note="not run; no function in the answer")
+    return Judgement(False, textwrap.indent(text, " " * 4), note="not run; no function in the answer")
 
 
 def read_base(item: Item, answer: Written) -> Judgement:
@@ -165,6 +167,6 @@ _script = partial(
     reference=canonical,
 )
 PROTOCOLS: tuple[Script, ...] = (
-    _script(protocol="card", ask=ask_chat, read=read_chat),
+    _script(protocol="card", version=CARD_VERSION, ask=ask_chat, read=read_chat),
     _script(protocol="base", ask=ask_base, read=read_base),
 )

@@ -208,7 +208,7 @@ def _row(record: object, where: str, name: str) -> Row:
     rest: dict[str, Any] = record if isinstance(record, dict) else {}
     number, tests, before = (rest.get(key) for key in ("task_id", "test_list", setup))
     lines = before.splitlines() if isinstance(before, str) else before
-    if not isinstance(number, int) or not all(_is_texts(part) for part in (tests, lines)) or not tests:
+    if type(number) is not int or not all(_is_texts(part) for part in (tests, lines)) or not tests:
         raise DataError(f"a task needs a number in task_id, and texts in test_list and {setup}", where=where)
     data = {
         "task_id": str(number),

@@ -7,6 +7,8 @@ Sources of the protocols: ``evaluate_chat_mmlu.py`` and ``evaluate_mmlu.py`` of 
   ``nan`` in the prompt; here it stays what the file says.
 - base: a prompt that is too long for the model is an error of the run; the script drops its beginning.
 - lm-eval: shows 5 examples, as ``--num_fewshot 5``; the harness itself shows none unless it is told to.
+- lm-eval: no token is put before a prompt, as Qwen's tokenizers put none there; the harness keeps what others
+  put, such as the one that begins a text of Llama's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from qwenq.errors import DataError
-from qwenq.evals.task import Choose, Item, Judgement, Request, Write, Written, first_turn
+from qwenq.evals.task import Choose, Item, Judgement, Request, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.choices import (
     COLUMNS,
@@ -34,6 +36,7 @@ from qwenq.evals.tasks.hub import read_hub
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
+CARD_VERSION = 2
 
 CHAT_PROMPT = (
     "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D as "
@@ -120,7 +123,7 @@ def ask_chat(item: Item) -> Request:
 
 def read_chat(item: Item, answer: Written) -> Judgement:
     """The letter that was meant: options' texts are replaced by their letters before one is looked for."""
-    text = answer.text
+    text = chat_text(answer)
     for letter, option in options_by_length(item):
         if option.rstrip("."):
             text = re.sub(re.escape(option.rstrip(".")), letter, text, flags=re.IGNORECASE)
@@ -174,7 +177,14 @@ _script = partial(
     comment=partial(missing_subjects, ORIGIN),
 )
 PROTOCOLS: tuple[Script, ...] = (
-    _script(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
+    _script(
+        protocol="card",
+        version=CARD_VERSION,
+        shots=0,
+        allowed_shots=(0,),
+        ask=ask_chat,
+        read=read_chat,
+    ),
     _script(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
     _script(protocol="lm-eval", shots=5, allowed_shots=range(6), ask=ask_lm_eval, read=judge_loglikelihood),
 )
