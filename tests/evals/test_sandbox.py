@@ -16,6 +16,7 @@ import pytest
 from qwenq.errors import QwenqError, UnsupportedError
 from qwenq.evals.sandbox import find
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
+from qwenq.evals.sandbox.inside.confine import filterable
 from qwenq.evals.sandbox.programs import Outcome, Program
 from qwenq.evals.sandbox.run import run_programs
 
@@ -221,6 +222,12 @@ def test_arguments_changed_in_place_come_back(sandbox: Sandbox) -> None:
     assert outcome(sandbox, source, "x = [1, 2]\nassert double(x) is None\nassert x == [1, 2, 1, 2]\n").passed
 
 
+def test_an_answer_too_large_to_travel_is_no_death(sandbox: Sandbox) -> None:
+    """However fast the machine: the hostile one above may be out of time before."""
+    found = outcome(sandbox, "def double(x):\n    return 'x' * (1 << 26)\n", timeout=9)
+    assert found.reason == "raised" and found.detail.startswith("ValueError: a value of 67")
+
+
 def test_outcomes_come_in_order_and_are_told_in_the_callers_thread(sandbox: Sandbox) -> None:
     programs = [
         Program(str(n), GOOD if n % 2 else "def double(x): return x", ("double",), TESTS) for n in range(5)
@@ -291,6 +298,31 @@ def test_a_leaky_sandbox_is_not_used() -> None:
     leaky = Sandbox("leaky", True, find_sandbox(unsafe=True).wrap, str(Path(__file__).parents[2]))
     with pytest.raises(UnsupportedError, match="it does not hold"):
         find._try(leaky)
+
+
+@pytest.mark.parametrize("home", ["/", "/usr", "/usr/sbin", "", None])
+def test_a_user_without_a_home_of_its_own_has_a_sandbox(
+    sandbox: Sandbox, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs under a bare number: its home is /, or nobody knows one."""
+    if home is None:
+        monkeypatch.setattr(find.Path, "home", _homeless)
+    else:
+        monkeypatch.setenv("HOME", home)
+    find._try(sandbox)
+
+
+def _homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_the_filter_is_for_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Macs with Intel's processors call their machine x86_64, too."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    assert filterable()
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    assert not filterable()
 
 
 @pytest.mark.slow

@@ -157,7 +157,7 @@ def _try(sandbox: Sandbox) -> None:
     """
     from qwenq.evals.sandbox.run import run_programs
 
-    home = str(Path.home())
+    home = _home()
     source = (
         "import os\n"
         "def look():\n"
@@ -178,9 +178,20 @@ def _try(sandbox: Sandbox) -> None:
         raise UnsupportedError(f"tried, and it does not hold: {outcome.detail}")
 
 
+def _home() -> str:
+    """The user's home folder; empty where it is none of its own, as for a bare number in a container."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an entry among the users
+        return ""
+    system = [Path(shown) for _, shown in _visible()]
+    own = home.is_absolute() and home != Path("/") and not any(home.is_relative_to(path) for path in system)
+    return str(home) if own else ""
+
+
 def _parts_of_python(home: str) -> set[str]:
     """Names in the home folder that lead to an interpreter installed there."""
-    shown = [Path(path) for path, _ in _visible()]
+    shown = [Path(path) for path, _ in _visible() if home]
     return {
         path.relative_to(home).parts[0] for path in shown if path.is_relative_to(home) and str(path) != home
     }

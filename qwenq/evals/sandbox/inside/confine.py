@@ -48,8 +48,8 @@ _SET_SECCOMP, _FILTER, _NO_NEW_PRIVS = 22, 2, 38
 
 
 def filterable() -> bool:
-    """Whether the filter knows this machine's system calls."""
-    return platform.machine() in _ARCHITECTURES
+    """Whether the filter knows this machine's system calls: it is Linux, of an architecture in its table."""
+    return platform.system() == "Linux" and platform.machine() in _ARCHITECTURES
 
 
 def limit(limits: dict[str, Any]) -> None:

@@ -25,7 +25,11 @@ def serve(channel: int) -> None:
             call = receive(channel)
         except Broken:
             return
-        send(channel, _answer(module, call))
+        answer = _answer(module, call)
+        try:
+            send(channel, answer)
+        except (ValueError, MemoryError) as error:  # too large to travel; nothing of it was written
+            send(channel, {"raised": described(error)})
 
 
 def _answer(module: types.ModuleType, call: dict[str, Any]) -> dict[str, Any]:
