@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from qwenq.errors import QwenqError
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine, FastEngine
+from qwenq.runtime.memory import free_bytes
 
 CPU_TOKENS, GPU_TOKENS = 512, 16384
 """New tokens in one forward pass from which on more gain nothing."""
@@ -86,7 +86,6 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
         decode: for writing, where rows take one token at a time.
     """
     gpu = engine.device.type == "cuda"
-    free = torch.cuda.mem_get_info(engine.device)[0] if gpu else psutil.virtual_memory().available
     probe = engine.new_cache(1, 1)
     layer = probe.keys[0].nbytes + probe.values[0].nbytes
     arranged = 0
@@ -95,7 +94,7 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
         arranged = sum(slot.nbytes for slot in (*step.keys, *step.values))
     usual = (GPU_ROWS if gpu else CPU_ROWS) if decode else (GPU_TOKENS if gpu else CPU_TOKENS)
     return Budget(
-        memory=int(free * _SHARE),
+        memory=int(free_bytes(engine.device) * _SHARE),
         # Who asks for a number of rows gets them, however long they are, if they fit into memory.
         tokens=(GPU_TOKENS if gpu else CPU_TOKENS) if batch is None else 1 << 40,
         rows=usual if batch is None else batch,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qwenq.errors import DataError
@@ -82,13 +82,13 @@ def require_context(requests: Sequence[RequestTokens], context: int | None) -> N
     if not too_long:
         return
     longest = max(too_long, key=lambda request: request.needed)
-    writes = isinstance(longest, WriteTokens)
     answer = f" and up to {longest.max_new_tokens} new ones" if isinstance(longest, WriteTokens) else ""
     raise DataError(
         f"{len(too_long)} of {len(requests)} prompts are too long for this model, which takes {context} "
         f"tokens; the longest has {len(longest.prompt):,}{answer}",
         where=longest.name,
-        hint="lower --shots" + ("" if writes else ", or name the subjects that fit with --subjects"),
+        hint="show fewer examples with --shots, name the subjects that fit with --subjects, or leave the "
+        "task out of --tasks",
     )
 
 
@@ -101,6 +101,11 @@ def request_hash(item: Item, request: Request) -> str:
         asked |= {"max_new_tokens": request.max_new_tokens, "until": request.until}
     text = json.dumps([asked, dict(item.data)], ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def questions_hash(asked: Mapping[str, str]) -> str:
+    """16 hex digits over the ids of items and the hashes of what was asked about them."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prompt_text(prompt: Prompt) -> str:

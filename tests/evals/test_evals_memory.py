@@ -56,3 +56,8 @@ def test_prompts_of_one_token_are_decode_steps(tiny: Path) -> None:
     memory = 1000 * 100 * budget.cached  # a hundred rows of a thousand slots, in one layout
     assert replace(budget, memory=memory).rows_that_fit(1, 1000) < 50
     assert replace(budget, memory=memory).rows_that_fit(2, 1000) > 50
+
+
+def test_what_a_container_grants_bounds_the_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenq.runtime.memory.granted_bytes", lambda: 10_000_000)
+    assert budget_for(load(tiny, device="cpu", dtype="float32")).memory <= 5_000_000

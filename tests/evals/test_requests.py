@@ -44,6 +44,7 @@ def test_the_context_has_to_hold_prompt_and_answer() -> None:
     with pytest.raises(DataError, match="1 of 2 prompts") as caught:
         require_context([write, choose], 15)
     assert caught.value.where == "w"
+    assert "--subjects" in str(caught.value.hint), "card has no examples to leave out"
     with pytest.raises(DataError, match="takes 10 tokens"):
         require_context([choose], 10)
 
