@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from qwenq.results import Row
 
 _RUNS = Path("runs")
+_HOW = {
+    "--dtype": "auto",
+    "--device": "auto",
+    "--engine": "fast",
+    "--attention": "sdpa",
+    "--kernel": "auto",
+}
+"""What decides how a model is run here, and the default of each."""
 
 
 @app.command("eval")
@@ -48,8 +56,8 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="Of mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh; with commas between. The last "
-            "two have the base protocol only."
+            help="Of mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, ceval-test; with commas between. "
+            "math and bbh have the base protocol only; ceval-test writes the file for C-Eval's leaderboard."
         ),
     ] = "mmlu,ceval,gsm8k,humaneval",
     protocol: Annotated[
@@ -103,7 +111,7 @@ def evaluate(
 
     refuse_random_weights(weights)
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
-    _check_endpoint(endpoint, model, models)
+    _check_endpoint(endpoint, model, models, (dtype, device, engine, attention, kernel))
     named = (model or "served").rsplit("/", 1)[-1] if endpoint is not None else model_name(given[0])
     run = out if out is not None else _RUNS / named
     source = _source(data, sample)
@@ -141,8 +149,14 @@ def evaluate(
         print_table(run, rows)
 
 
-def _check_endpoint(endpoint: str | None, model: str | None, models: list[str] | None) -> None:
+def _check_endpoint(
+    endpoint: str | None, model: str | None, models: list[str] | None, how: tuple[str, ...]
+) -> None:
     """Refuse what has no meaning together.
+
+    Args:
+        endpoint, model, models: as typed.
+        how: what a model here is run with, in the order of _HOW.
 
     Raises:
         UsageError: as it says.
@@ -155,6 +169,13 @@ def _check_endpoint(endpoint: str | None, model: str | None, models: list[str] |
             where="--endpoint",
             hint="leave out the models, or evaluate them into the same --out with a command of their own",
         )
+    for (option, usual), given in zip(_HOW.items(), how, strict=True):
+        if endpoint is not None and given != usual:
+            raise UsageError(
+                "how a server runs its model is not decided here",
+                where=option,
+                hint="tell the server; leave it out",
+            )
 
 
 def _contestants(

@@ -44,10 +44,12 @@ class Record:
         output: the text, or None for a choice.
         logprobs, published: of the continuations (see ``task.Chosen``), or None.
         extracted: what was read out of it.
-        correct: the verdict; None where the answer still has to be run in the sandbox.
+        correct: the verdict; None where the answer still has to be run in the sandbox, or nobody here knows
+            the right one.
         also: further verdicts.
         note: why.
         stopped: whether the text came to its end before the limit.
+        sandbox: what ran the program that was read out of it; None: none has run, or nobody wrote it down.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Record:
     also: Mapping[str, bool] = field(default_factory=dict)
     note: str | None = None
     stopped: bool | None = None
+    sandbox: str | None = None
 
 
 class Records:

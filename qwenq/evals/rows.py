@@ -26,6 +26,7 @@ def rows_of(
     base: Row | None,
     settings: Mapping[str, Any],
     command: str = "",
+    apart: str | None = None,
 ) -> list[Row]:
     """One row a score, the main one first, which also holds the verdict on every item.
 
@@ -33,6 +34,7 @@ def rows_of(
         base: the row of the model that this one was made from, see ``base_row``; None: there is none here.
         settings: what else decides the value.
         command: what the user typed.
+        apart: why there is no base here, where that has to be said.
     """
     rows = []
     for place, score in enumerate(plan.task.scores(answers.judged)):
@@ -43,10 +45,10 @@ def rows_of(
         details["command"] = command or None
         details["notes"] = list(plan.notes) or None
         if place == 0:
-            items = verdicts(answers.judged)
-            details["items"] = items
+            details["items"] = verdicts(answers.judged)
             details["base"] = None if isinstance(contender, Served) else contender.base
-            details |= _beside(base, items, score.value)
+            details["questions"] = answers.questions or None
+            details |= _beside(base, details, score.value) if base is not None else {"unpaired": apart}
         rows.append(
             Row(
                 metric=score.metric,
@@ -87,11 +89,12 @@ def verdicts(judged: Judged) -> dict[str, bool]:
     return {item.id: judgement.correct for item, judgement in judged}
 
 
-def _beside(base: Row | None, items: Mapping[str, bool], score: float) -> dict[str, Any]:
+def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, Any]:
     """``paired``: the comparison with the base, whose change is that of the score; ``unpaired``: why none."""
-    if base is None or base.value is None:
+    if base.value is None:
         return {}
-    found = compare(base.details["items"], items)
+    questions = base.details.get("questions"), details["questions"]
+    found = compare(base.details["items"], details["items"], questions=questions)
     if isinstance(found, str):
         return {"unpaired": found}
     return {"paired": {**found.to_json(score - base.value), "base": base.model.precision}}
@@ -117,6 +120,28 @@ def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
         and isinstance(row.details.get("items"), dict)
     }
     return choose_base(found, contender.how.dtype)
+
+
+def asked_apart(run: Path, contender: Contestant, plan: Plan) -> str | None:
+    """Why rows of the base on this task are no match; None where there are none, or one is.
+
+    Raises:
+        UsageError: a broken row.
+    """
+    if isinstance(contender, Served) or contender.base is None or not (run / RESULTS_FILE).exists():
+        return None
+    point = point_of(plan)
+    found = [
+        row.point
+        for row in read_rows(run)
+        if row.metric == MAIN
+        and row.model.fingerprint == contender.base
+        and row.point.get("task") == plan.task.name
+    ]
+    if not found or point in found:
+        return None
+    other = [key for key in {**found[-1], **point} if found[-1].get(key) != point.get(key)]
+    return f"its base was asked with another {', '.join(other)}: evaluate both alike"
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:

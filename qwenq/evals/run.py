@@ -20,6 +20,7 @@ from qwenq.evals.requests import (
     RequestTokens,
     WriteTokens,
     encode_requests,
+    questions_hash,
     request_hash,
     require_context,
 )
@@ -59,7 +60,7 @@ class Plan:
     Attributes:
         task: a benchmark under a protocol.
         items: in their order; at least one.
-        shots: examples that were asked for; None: the protocol's own number.
+        shots: examples that were asked for; None: the protocol's own number, asked for or not.
         limit: items of each subject at most; None: all.
         subjects: only these; empty: all.
         source: where the items came from.
@@ -87,12 +88,16 @@ class Answers:
         implementations: what ran, each once; more than one where a run was gone on with elsewhere.
         recorded: items that were not asked again.
         tokens: new tokens of all answers.
+        questions: a hash of all that was asked, the same for every model; empty: not known.
+        sandboxes: what ran the programs, each once.
     """
 
     judged: Judged
     implementations: tuple[str, ...]
     recorded: int
     tokens: int
+    questions: str = ""
+    sandboxes: tuple[str, ...] = ()
 
 
 def make_plan(
@@ -115,7 +120,12 @@ def make_plan(
     if not items:
         raise DataError("there is no item to ask", where=task.name)
     kept = list(items.values())
-    return Plan(task, kept, shots, limit, tuple(subjects), source, tuple(task.notes(kept)))
+    notes = list(task.notes(kept))
+    if subjects and all(item.subject is None for item in kept):
+        notes.append(f"{task.name} has no subjects: all of its questions are asked")
+        subjects = ()
+    own = None if shots == task.shots else shots  # said or not, it is the same question
+    return Plan(task, kept, own, limit, tuple(subjects), source, tuple(notes))
 
 
 def answer(
@@ -159,7 +169,8 @@ def answer(
             _run_pending(task.program, plan.items, found_records, records, sandbox, listener)
             found_records = _all(records, plan.items, hashes)
     listener.finished()
-    return _answers_of(plan.items, found_records, len(plan.items) - len(open_))
+    answers = _answers_of(plan.items, found_records, len(plan.items) - len(open_))
+    return replace(answers, questions=questions_hash(hashes))
 
 
 def assist(contender: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
@@ -202,9 +213,10 @@ def _ask(
 
 
 def _judged(task: Task, item: Item, request: Request, response: Response) -> Record:
-    """An answer with its verdict; with none where the sandbox has to say it."""
-    record = _record(item, request_hash(item, request), response, task.judge(item, response.answer))
-    return replace(record, correct=None) if task.needs_sandbox else record
+    """An answer with its verdict; with none where the sandbox has to say it, or nobody here can."""
+    judgement = task.judge(item, response.answer)
+    record = _record(item, request_hash(item, request), response, judgement)
+    return record if judgement.known and not task.needs_sandbox else replace(record, correct=None)
 
 
 def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
@@ -297,7 +309,8 @@ def _run_pending(
 
     def done(ended: Program, outcome: Outcome) -> None:
         note = outcome.reason + (f": {outcome.detail}" if outcome.detail else "")
-        records.append(replace(pending[ended.id][0], correct=outcome.passed, note=note))
+        asked, ran = pending[ended.id][0], sandbox.implementation
+        records.append(replace(asked, correct=outcome.passed, note=note, sandbox=ran))
         listener.ran(outcome.passed)
 
     listener.running(len(pending))
@@ -318,4 +331,6 @@ def _answers_of(items: Sequence[Item], found: Sequence[Record], recorded: int) -
         for item, record in zip(items, found, strict=True)
     ]
     implementations = tuple(dict.fromkeys(record.implementation for record in found))
-    return Answers(judged, implementations, recorded, sum(record.tokens for record in found))
+    sandboxes = tuple(dict.fromkeys(record.sandbox for record in found if record.sandbox))
+    tokens = sum(record.tokens for record in found)
+    return Answers(judged, implementations, recorded, tokens, sandboxes=sandboxes)

@@ -103,7 +103,9 @@ def _wanted(item: Item, request: Request) -> str:
 
 
 def _answer(path: Path, record: Record) -> str:
-    verdict = {True: "correct", False: "wrong", None: "not run yet"}[record.correct]
+    verdict = {True: "correct", False: "wrong", None: "no verdict"}[record.correct]
+    if record.correct is None and (record.note or "").startswith("not run"):
+        verdict = "not run yet"
     lines = [f"=== {path.name.rsplit('.', 2)[0]}: {verdict}"]
     if record.output is not None:
         end = "" if record.stopped else ", cut at the limit"

@@ -16,7 +16,7 @@ from qwenq.errors import DataError, QwenqError
 from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.recorded import has_check, record_check
 from qwenq.evals.records import FOLDER
-from qwenq.evals.rows import MAIN, base_row, rows_of
+from qwenq.evals.rows import MAIN, asked_apart, base_row, rows_of
 from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
@@ -221,12 +221,13 @@ def _append_rows(
         "attention": how.attention,
         "kernel": how.kernel,
         "batch": wanted.batch or "auto",
-        "generation": "greedy, repetition penalty 1",
+        "generation": contender.generation,
         MACHINE: machine(environment()),
     }
     if plan.task.needs_sandbox and sandbox is not None:
-        settings["sandbox"] = sandbox.implementation
-    rows = rows_of(contender, plan, answers, base_row(run, contender, plan), settings, command)
+        settings["sandbox"] = "; ".join(answers.sandboxes) or sandbox.implementation
+    base, apart = base_row(run, contender, plan), asked_apart(run, contender, plan)
+    rows = rows_of(contender, plan, answers, base, settings, command, apart)
     for row in rows:
         append_row(run, row)
     return rows
@@ -236,4 +237,8 @@ def _write_submission(contender: Contestant, answers: Answers, run: Path) -> str
     """The file that C-Eval's leaderboard takes; its test split has no published answers to score with."""
     path = run / f"ceval-submission.{contender.model.name}.{contender.model.precision}.json"
     atomic_write_json(path, ceval.submission(answers.judged))
+    asked, all_ = len(answers.judged), ceval.TEST.total or 0
+    if asked < all_:
+        part = f"answers to {asked:,} of the {all_:,} questions of C-Eval's test split"
+        return f"{part}; its leaderboard takes all of them only: {path}"
     return f"the answers to C-Eval's test split, for its leaderboard: {path}"

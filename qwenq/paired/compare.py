@@ -58,11 +58,20 @@ class Paired:
         return {**asdict(self), **figures, "sentence": self.said_of(change)}
 
 
-def compare(base: Mapping[str, bool], model: Mapping[str, bool]) -> Paired | str:
-    """Pair two models' verdicts by item id; or why they cannot be paired."""
+def compare(
+    base: Mapping[str, bool], model: Mapping[str, bool], *, questions: tuple[object, object] = (None, None)
+) -> Paired | str:
+    """Pair two models' verdicts by item id; or why they cannot be paired.
+
+    Args:
+        base, model: whether each item was answered correctly.
+        questions: a hash of all that each was asked, where it is known: ids alone are places in a file.
+    """
     if base.keys() != model.keys() or not base:
         apart, all_ = base.keys() ^ model.keys(), base.keys() | model.keys()
         return f"other items: {len(apart)} of {len(all_)} are in one of the two only"
+    if None not in questions and questions[0] != questions[1]:
+        return "other questions under the same ids: the data has changed"
     lost = sum(base[item] and not model[item] for item in base)
     won = sum(model[item] and not base[item] for item in base)
     return Paired(len(base), lost, won)

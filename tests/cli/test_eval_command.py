@@ -102,6 +102,15 @@ def test_quantised_models_are_compared_with_their_base(
     assert "paired" not in rows["fp32", "accuracy"].details
 
 
+def test_a_base_asked_otherwise_is_said(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:
+    int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
+    assert evaluate(base, *options(data, 6), "--out", "run").code == 0
+    ran = evaluate(int8, *options(data, 3), "--out", "run")
+    assert "its base was asked with another limit: evaluate both alike" in ran.out
+    again = evaluate(int8, *options(data, 6), "--out", "run", "--shots", "5")
+    assert "lost / won" in again.out, "five examples are the protocol's own number"
+
+
 def write_manifest(folder: Path, **changed: Any) -> None:
     """As `qwenq quantize` leaves it, with what it measured on held-out text."""
     check = {
@@ -224,6 +233,10 @@ def test_the_test_split_of_ceval_becomes_the_leaderboards_file(
     }
     assert {letter for found in answers.values() for letter in found.values()} <= set("ABCD")
     assert not Path("runs/Tiny/results.jsonl").exists(), "no score: nobody here knows the answers"
+    assert "answers to 5 of the 12,342 questions of C-Eval's test split; its leaderboard takes all" in ran.err
+    assert "correct" not in ran.err
+    shown = evaluate(base, "--data", data, "--show", "law/1").out
+    assert "no verdict" in shown and "wrong" not in shown and "False" not in shown
 
 
 def test_one_item_in_full(evaluate: Shell, base: Path, data: Path) -> None:
@@ -285,6 +298,14 @@ def test_bad_input_is_explained(arguments: list[str], said: str, evaluate: Shell
     assert said in ran.err
     assert "Traceback" not in ran.err
     assert not Path("runs/Tiny/results.jsonl").exists()
+
+
+@pytest.mark.parametrize("option", ["--dtype=bfloat16", "--device=cpu", "--kernel=x"])
+def test_how_a_server_runs_its_model_is_not_decided_here(option: str, evaluate: Shell) -> None:
+    ran = evaluate("--endpoint", "http://127.0.0.1:9/v1", option)
+    assert ran.code == 2
+    assert "how a server runs its model is not decided here" in ran.err
+    assert option.partition("=")[0] in ran.err
 
 
 def test_random_weights_have_no_accuracy(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:

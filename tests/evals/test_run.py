@@ -19,7 +19,7 @@ from qwenq import stopping
 from qwenq.errors import DataError, ModelError, UnsupportedError
 from qwenq.evals import scoring
 from qwenq.evals.contender import Contender, How, open_contender
-from qwenq.evals.rows import base_row, rows_of, verdicts
+from qwenq.evals.rows import asked_apart, base_row, rows_of, verdicts
 from qwenq.evals.run import Answers, Plan, answer, make_plan
 from qwenq.evals.sandbox.find import find_sandbox
 from qwenq.evals.task import DataSource, Judgement
@@ -297,3 +297,44 @@ def test_the_base_cards_other_tasks_run_through_the_same_machinery(
     plan = short(plan_of(write_mbpp(tmp_path).folder or tmp_path, "mbpp", "base", 2), 4)
     found, listener = ask(contender, plan, tmp_path / "run", sandbox=sandbox)
     assert (listener.programs, len(found.judged)) == (2, 2)
+
+
+def test_no_base_that_was_asked_something_else(contender: Contender, data: Path, tmp_path: Path) -> None:
+    """Under the same ids, because the data has changed; or at another point, which is said."""
+    plan = mmlu(data, 3)
+    answers, _ = ask(contender, plan, tmp_path)
+    base = rows_of(contender, plan, answers, None, {})[0]
+    append_row(tmp_path, base)
+    int4 = replace(contender, base=contender.model.fingerprint)
+    assert "paired" in rows_of(int4, plan, answers, base_row(tmp_path, int4, plan), {})[0].details
+    first = plan.items[0]
+    changed = replace(plan, items=[replace(first, data={**first.data, "A": "9"}), *plan.items[1:]])
+    other, _ = ask(contender, changed, tmp_path)
+    row = rows_of(int4, changed, other, base_row(tmp_path, int4, changed), {})[0]
+    assert row.details["unpaired"] == "other questions under the same ids: the data has changed"
+    assert "paired" not in row.details
+
+    assert asked_apart(tmp_path, int4, plan) is None
+    assert asked_apart(tmp_path, contender, mmlu(data, 5)) is None
+    assert asked_apart(tmp_path, int4, plan_of(data, "gsm8k", "card", 3)) is None
+    why = asked_apart(tmp_path, int4, mmlu(data, 5))
+    assert why == "its base was asked with another limit: evaluate both alike"
+    assert rows_of(int4, plan, answers, None, {}, apart=why)[0].details["unpaired"] == why
+
+
+def test_verdicts_keep_the_sandbox_that_they_are_of(contender: Contender, data: Path, tmp_path: Path) -> None:
+    plan, unsafe = short(plan_of(data, "humaneval", "base", 1), 2), find_sandbox(unsafe=True)
+    script: Any = plan.task
+    solved = replace(script, read=lambda item, _: Judgement(False, item.data["canonical_solution"]))
+    plan = replace(plan, task=solved)
+    for sandbox in (unsafe, replace(unsafe, implementation="a real one")):
+        assert ask(contender, plan, tmp_path, sandbox=sandbox)[0].sandboxes == (unsafe.implementation,)
+
+
+def test_what_is_said_or_left_out_is_the_same_question(data: Path) -> None:
+    """The protocol's own number of examples; subjects where a task has none, which is said."""
+    assert plan_of(data, "mmlu", "base", 1, ("astronomy",), 5).shots is None
+    assert plan_of(data, "mmlu", "base", 1, ("astronomy",), 4).shots == 4
+    plan = plan_of(data, "gsm8k", "card", 2, ("astronomy",))
+    assert (plan.subjects, len(plan.items)) == ((), 2)
+    assert plan.notes == ("gsm8k has no subjects: all of its questions are asked",)

@@ -91,6 +91,14 @@ def test_other_items_are_no_pair() -> None:
     assert isinstance(compare({}, {}), str)
 
 
+def test_ids_alone_are_places_in_a_file() -> None:
+    base, model = verdicts(lost=3, won=2, both=95)
+    changed = compare(base, model, questions=("then", "now"))
+    assert changed == "other questions under the same ids: the data has changed"
+    for known in (("now", "now"), (None, "now"), ("then", None), (None, None)):
+        assert isinstance(compare(base, model, questions=known), Paired)
+
+
 def test_a_p_value_is_written_one_way() -> None:
     assert [shown_p(p) for p in (1.0, 0.0314, 0.001, 0.00099)] == ["1.000", "0.031", "0.001", "< 0.001"]
     assert [said_p(p) for p in (0.0314, 0.00099)] == ["p = 0.031", "p < 0.001"]
