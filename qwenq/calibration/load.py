@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
@@ -29,7 +30,7 @@ from qwenq.errors import CalibrationError, CorruptFileError, StorageError, Usage
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.long_context import longest_plain, require_plain
 from qwenq.models.tokenizer import Tokenizer
-from qwenq.storage import cache_folder
+from qwenq.storage import cache_folder, readable_bytes
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_HELD_OUT = 32, 512, 8
 POOL_CHARACTERS, CHARACTERS_PER_TOKEN = 32_000_000, 16
@@ -37,6 +38,8 @@ POOL_CHARACTERS, CHARACTERS_PER_TOKEN = 32_000_000, 16
 CHARACTERS_PER_TOKEN for each token that is needed, whichever is more. What comes after them is not read."""
 LENGTH = "the length of this set's sequences"
 _SELF_TEXT_RULE = 1  # counts up when the same settings would write another text
+
+_BYTES_OF_TOKEN = 32  # int64, once more while sequences are put together, and as much for their numbers
 
 _log = logging.getLogger(__name__)
 
@@ -248,7 +251,7 @@ def _load_saved_for(
 
 
 def require_sizes(wanted: Wanted, checkpoint: Checkpoint) -> None:
-    """Refuse what no set can have, and sequences that the model's blocks do not compute as it does.
+    """Refuse what no set can have, what memory does not hold, and sequences too long for the model's blocks.
 
     Raises:
         UsageError: names the option.
@@ -262,3 +265,11 @@ def require_sizes(wanted: Wanted, checkpoint: Checkpoint) -> None:
         if value < least:
             raise UsageError(f"--{name} is {value}", hint=f"it has to be at least {least}")
     require_plain(checkpoint.config, wanted.seq_len, option="--seq-len", where=checkpoint.folder)
+    needed = wanted.tokens * _BYTES_OF_TOKEN
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UsageError(
+            f"{wanted.samples} + {wanted.held_out} sequences of {wanted.seq_len} tokens take "
+            f"{readable_bytes(needed)} of memory, {readable_bytes(free)} are free",
+            hint="lower --samples or --seq-len",
+        )

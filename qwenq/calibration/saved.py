@@ -24,6 +24,7 @@ def load_saved(
         CalibrationError: an id that the model does not have, or a file that is no calibration set.
         CorruptFileError: a damaged file.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise UsageError("no such calibration set", where=path, hint="make it with `qwenq calibrate`")
     loaded = CalibrationSet.load(path)

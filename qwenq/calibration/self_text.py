@@ -54,7 +54,7 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:
     """The ids that sampling needs.
 
     Raises:
-        CalibrationError: the tokenizer names neither BOS nor an end.
+        CalibrationError: the tokenizer names neither BOS nor an end, or the model has no row for it.
     """
     separator = separator_of(tokenizer)
     start = tokenizer.bos_id if tokenizer.bos_id is not None else separator
@@ -66,6 +66,12 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:
         )
     ends = set(tokenizer.eos_ids) | ({separator} if separator is not None else set())
     rows = int(checkpoint.config["vocab_size"])
+    if start >= rows:
+        raise CalibrationError(
+            f"a text would begin with token {start} of the tokenizer; the model knows 0 … {rows - 1}",
+            where=checkpoint.folder,
+            hint="tokenizer and model do not belong together: use the tokenizer of this very model",
+        )
     real = int(checkpoint.config.get("qwen_v1", {}).get("real_vocab", rows))
     return Vocabulary(start, frozenset(ends), min(rows, real, tokenizer.vocab_size))
 

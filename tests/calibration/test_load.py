@@ -180,3 +180,21 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
 def test_real_text(tiny: Tiny, shared_data: Path) -> None:
     made = tiny.load(shared_data / "c4" / "c4_validation_2k.jsonl", samples=32, held_out=8, seq_len=256)
     assert made.manifest.documents_read == 2000 and made.manifest.held_out_from == "other documents"
+
+
+@pytest.mark.parametrize("samples", [10**10, 10**20])
+def test_more_tokens_than_memory_holds_are_refused(tiny: Tiny, notes: Path, samples: int) -> None:
+    for source in ("self", notes):
+        with pytest.raises(
+            UsageError, match=f"{samples} \\+ 1 sequences of 8 tokens take .* are free"
+        ) as caught:
+            tiny.load(source, samples=samples)
+        assert caught.value.hint == "lower --samples or --seq-len"
+
+
+def test_a_saved_set_is_found_at_home(tiny: Tiny, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell spells out what stands in a recipe."""
+    made = tiny.load(notes)
+    made.save(notes.parent / "set.safetensors")
+    monkeypatch.setenv("HOME", str(notes.parent))
+    assert tiny.load("~/set.safetensors").fingerprint == made.fingerprint

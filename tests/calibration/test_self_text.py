@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,10 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CalibrationError, match="logits are not finite"):
         write(folder)
+
+
+def test_a_beginning_that_the_model_does_not_know_is_refused(model_folder: Path) -> None:
+    checkpoint = open_checkpoint(model_folder)
+    few = replace(checkpoint, config={**checkpoint.config, "vocab_size": IM_START})
+    with pytest.raises(CalibrationError, match=f"begin with token {IM_START} .* knows 0 … {IM_START - 1}"):
+        vocabulary_of(few, load_tokenizer(model_folder))
