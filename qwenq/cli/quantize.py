@@ -16,7 +16,7 @@ from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
     from qwenq.distributed import Team
-    from qwenq.recipe import Recipe
+    from qwenq.recipe import CalibrationRecipe, Recipe
 
 
 @app.command()
@@ -133,7 +133,21 @@ def _recipe(file: Path | None, top: dict[str, str | None], **sections: dict[str,
     from qwenq.recipe import Recipe, read_recipe
 
     base = read_recipe(file) if file else Recipe()
+    if source := sections["calibration"]["source"]:
+        base = base.model_copy(update={"calibration": _for_source(base.calibration, source)})
     return base.override(top, **sections)
+
+
+def _for_source(calibration: CalibrationRecipe, source: str) -> CalibrationRecipe:
+    """What a recipe says of its own source, less what another one, named by an option, cannot have."""
+    changes: dict[str, Any] = {}
+    if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
+        changes |= {"samples": "auto", "seq_len": "auto"}
+    if source == "self" or Path(source).expanduser().exists():
+        changes["split"] = None
+    if source == "self":
+        changes["column"] = None
+    return calibration.model_copy(update=changes)
 
 
 def _group_size(text: str | None) -> int | str | None:

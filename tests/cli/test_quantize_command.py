@@ -80,3 +80,20 @@ def test_debug_shows_the_traceback(quantize: QuantizeShell, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["qwenq", "quantize", str(quantize.model), "--bits", "3"])
     with pytest.raises(UsageError):
         main()
+
+
+def test_a_source_that_is_named_here_is_not_held_to_what_the_recipe_says_of_its_own(
+    quantize: QuantizeShell, calibration: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        '[calibration]\nsource = "owner/texts"\nsamples = 99\nseq_len = 64\nsplit = "test"\ncolumn = "body"\n'
+    )
+    ran = quantize("--recipe", recipe, "--calibration", calibration, "--out", "q")
+    assert ran.code == 0, ran.err
+    assert "(the sizes of that set)" in ran.out
+    ran = quantize("--recipe", recipe, "--calibration", "self", "--samples", 2, "--out", "q-self")
+    assert ran.code == 0, ran.err
+    assert "2 × 64 tokens (as asked) from self" in ran.out
+    ran = quantize("--recipe", recipe, "--calibration", calibration, "--samples", 3, "--out", "q-none")
+    assert "--samples 3 was asked for" in ran.err  # by the user himself
