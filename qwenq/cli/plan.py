@@ -47,7 +47,7 @@ def plan(
         batch=batch,
         gpus=tuple(find_gpu(name.strip()) for name in gpu.split(",") if name.strip()),
         tensor_parallel=_numbers(tp, "--tp"),
-        group_size=None if group_size == "auto" else _numbers(group_size, "--group-size")[0],
+        group_size=None if group_size == "auto" else _group_size(group_size),
         samples=samples,
         seq_len=seq_len,
     )
@@ -66,6 +66,14 @@ def plan(
         console.width = 120
     for part in plan_tables(result, show_padding=pad_ffn):
         console.print(part)
+
+
+def _group_size(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        hint = "use auto, 128, 64, 32 or -1"
+        raise UsageError(f"{text!r} is no group size", where="--group-size", hint=hint) from error
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

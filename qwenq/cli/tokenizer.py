@@ -89,7 +89,10 @@ def _open(tokenizer: str | None) -> tuple[Tokenizer, str]:
 
 
 def _row(name: str, size: int, text: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    return _with_ratio(name, size, len(text), len(tokenizer.encode(text)))
+    tokens = len(tokenizer.encode(text))
+    if not tokens:
+        raise UsageError("this tokenizer makes no token of the text", where=name, hint="give another text")
+    return _with_ratio(name, size, len(text), tokens)
 
 
 def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:

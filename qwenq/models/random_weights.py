@@ -223,7 +223,7 @@ def _clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     marker, config = folder / _UNFINISHED, folder / "config.json"
     held = sorted(folder.iterdir())
-    ours = marker.exists() or (config.is_file() and is_random(json.loads(config.read_text(encoding="utf-8"))))
+    ours = marker.exists() or _says_random(config)
     if held and not ours:
         raise UsageError(
             "the folder holds something else than a model with random weights",
@@ -234,6 +234,15 @@ def _clear(folder: Path) -> None:
     config.unlink(missing_ok=True)  # first: without it the folder is no model
     for item in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
         item.unlink()
+
+
+def _says_random(config: Path) -> bool:
+    """Whether a file is config.json of a model with random weights; one that cannot be read is not."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and is_random(content)
 
 
 def _dtype(name: str) -> torch.dtype:

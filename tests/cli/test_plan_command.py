@@ -80,6 +80,7 @@ def test_not_yet_is_said_with_what_is_missing() -> None:
         (["qwen3-8b", "--bits", "four"], "no list of whole numbers"),
         (["qwen3-8b", "--tp", ","], "no number is given"),
         (["qwen3-8b", "--group-size", "100"], "does not divide"),
+        (["qwen3-8b", "--group-size", "64,128"], "use auto, 128, 64, 32 or -1"),
         (["qwen3-8b", "--context", "0"], "at least 1"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 import qwenq.cli.tokenizer  # noqa: F401  (adds the command)
@@ -100,3 +101,13 @@ def test_a_folder_is_no_text(model: Path, tmp_path: Path) -> None:
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("x")
     assert "holds no tokenizer" in run(tmp_path / "x.txt", "--tokenizer", tmp_path, error=ModelError)
+
+
+def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
+    """Some tokenizers drop blanks."""
+    tokenizer = Tokenizer(models.WordLevel({"the": 0}, unk_token="the"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "blank.txt").write_text(" \n")
+    said = run(tmp_path / "blank.txt", "--tokenizer", tmp_path / "tokenizer.json", error=UsageError)
+    assert "no token of the text" in said and "blank.txt" in said

@@ -215,3 +215,11 @@ for layers in (4, 24):
     ).stdout
     shallow, deep = map(int, output.split())
     assert deep - shallow < 24e6
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "7", "\udcff"])
+def test_a_folder_with_a_config_that_is_none_is_left_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(UsageError, match="holds something else"):
+        write_random_checkpoint(SMALL, tmp_path)
+    assert (tmp_path / "config.json").read_text(errors="surrogateescape") == content
