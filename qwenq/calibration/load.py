@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 
 from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
@@ -28,6 +27,7 @@ from qwenq.calibration.sequences import (
 )
 from qwenq.errors import CalibrationError, CorruptFileError, StorageError, UsageError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.granted import free_memory
 from qwenq.models.long_context import longest_plain, require_plain
 from qwenq.models.tokenizer import Tokenizer
 from qwenq.storage import cache_folder, readable_bytes
@@ -266,7 +266,7 @@ def require_sizes(wanted: Wanted, checkpoint: Checkpoint) -> None:
             raise UsageError(f"--{name} is {value}", hint=f"it has to be at least {least}")
     require_plain(checkpoint.config, wanted.seq_len, option="--seq-len", where=checkpoint.folder)
     needed = wanted.tokens * _BYTES_OF_TOKEN
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if needed > free:
         raise UsageError(
             f"{wanted.samples} + {wanted.held_out} sequences of {wanted.seq_len} tokens take "

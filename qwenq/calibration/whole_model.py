@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 import torch
 
 from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.granted import free_memory
 from qwenq.models.hf_config import transformers_config
 from qwenq.models.whole_model import build_whole_model
 from qwenq.storage import readable_bytes
@@ -38,7 +38,7 @@ def require_memory(checkpoint: Checkpoint, dtype: torch.dtype, extra: int) -> No
         UsageError: says how much is needed and free; a text file needs no whole model.
     """
     weights = sum(checkpoint.info(name).numel for name in checkpoint.names()) * dtype.itemsize
-    needed, free = int((weights + extra) * _SLACK), psutil.virtual_memory().available
+    needed, free = int((weights + extra) * _SLACK), free_memory()
     if needed > free:
         raise UsageError(
             f"the model would need {readable_bytes(needed)} of memory to write its own text, "

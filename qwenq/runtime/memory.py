@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import torch
 
 from qwenq.errors import OutOfMemoryError
-from qwenq.runtime.granted import granted_bytes
+from qwenq.models.granted import free_memory
 
 _GPU_REFUSAL = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B)")
 _CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
@@ -22,9 +21,7 @@ def free_bytes(device: torch.device) -> int:
     On a CPU no more than a container or scheduler grants; on a GPU, what torch holds unused is free.
     """
     if device.type != "cuda":
-        available = int(psutil.virtual_memory().available)
-        granted = granted_bytes()
-        return available if granted is None else min(available, granted)
+        return free_memory()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + unused
 

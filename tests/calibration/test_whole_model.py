@@ -80,3 +80,9 @@ def test_too_large_for_the_memory_is_told_before_anything_is_read(tmp_path: Path
 
 def test_the_tiny_one_fits(folder: Path) -> None:
     require_memory(open_checkpoint(folder), torch.float32, 1_000_000)
+
+
+def test_a_containers_limit_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenq.models.granted.granted_bytes", lambda: 1_000_000)
+    with pytest.raises(UsageError, match=r"1\.0 MB are free"):
+        require_memory(open_checkpoint(folder), torch.float32, 1_000_000)

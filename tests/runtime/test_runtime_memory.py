@@ -7,9 +7,10 @@ import torch
 from runtime.small_models import random_ids, small_model
 
 from qwenq.errors import OutOfMemoryError
+from qwenq.models import granted
 from qwenq.runtime import memory
 from qwenq.runtime.engine import load
-from qwenq.runtime.memory import explained, require
+from qwenq.runtime.memory import explained, free_bytes, require
 
 CPU = torch.device("cpu")
 
@@ -70,3 +71,10 @@ def test_other_errors_stay_what_they_are() -> None:
 
 def test_it_is_a_memory_error_for_those_who_try_again_with_less() -> None:
     assert issubclass(OutOfMemoryError, MemoryError)
+
+
+def test_more_than_is_granted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(granted, "granted_bytes", lambda: 1000)
+    assert free_bytes(torch.device("cpu")) == 1000
+    with pytest.raises(OutOfMemoryError, match=r"a thing needs 0.0 MiB, and 0.0 MiB are free on cpu"):
+        require(1001, torch.device("cpu"), "a thing", "ask for less")

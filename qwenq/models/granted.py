@@ -9,9 +9,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 _GROUPS, _MOUNTED = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 """Limit and use, of version 2 and of version 1."""
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process can still take: what the machine has, no more than is granted."""
+    available, granted = int(psutil.virtual_memory().available), granted_bytes()
+    return available if granted is None else min(available, granted)
 
 
 def granted_bytes(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
