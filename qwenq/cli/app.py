@@ -96,6 +96,7 @@ def _die_with_the_run() -> None:
 def main() -> None:
     """Entry point: run a command; turn a QwenqError into its message and exit code."""
     from qwenq.cli import commands
+    from qwenq.cli.printing import explained_output
 
     _share_the_cores()
     _collect_less()
@@ -103,7 +104,8 @@ def main() -> None:
     commands.register()
     with _sigterm_as_ctrl_c() as received:
         try:
-            app()
+            with explained_output():
+                app()
         except QwenqError as error:
             if os.environ.get("QWENQ_DEBUG"):
                 raise

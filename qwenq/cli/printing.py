@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from qwenq.errors import StorageError
 
@@ -21,9 +22,54 @@ def to_standard_output() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+    except BrokenPipeError:
+        _give_up()
+        raise
     except OSError as error:
-        # Python flushes once more at its end, and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise StorageError(f"it cannot be written: {error.strerror}", where="standard output") from error
+        raise _refused(error) from error
+
+
+@contextmanager
+def explained_output() -> Iterator[None]:
+    """Around a whole command: whoever in it prints, what standard output refuses is explained.
+
+    Within it ``write`` and ``flush`` of standard output raise StorageError where the disk behind it refused.
+    A reader that has seen enough stays a BrokenPipeError, which ends a command without a word.
+    """
+    stream, names = sys.stdout, ("write", "flush")
+    if stream is None:  # it was closed before the command began
+        yield
+        return
+    before = {name: getattr(stream, name) for name in names}
+    for name, function in before.items():
+        setattr(stream, name, _explained(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(stream, name, function)
+
+
+def _explained(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) or arguments in (
+                ("",),
+                (b"",),
+            ):  # typer asks by writing nothing
+                raise
+            raise _refused(error) from error
+
+    return call
+
+
+def _refused(error: OSError) -> StorageError:
+    _give_up()
+    return StorageError(f"it cannot be written: {error.strerror}", where="standard output")
+
+
+def _give_up() -> None:
+    """Python flushes once more at its end, and would complain then."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,7 +22,6 @@ from qwenq.reporting.gate_output import (
     junit_text,
     markdown_text,
     text_lines,
-    unheard,
 )
 from qwenq.results import Row
 
@@ -346,32 +345,3 @@ def test_conditions_of_a_recipe_or_of_the_command_line() -> None:
         with pytest.raises(UsageError, match="no condition is named"):
             asked_by(nothing)
     assert asked_by("kl:>0.1") == parse("kl:>0.1")
-
-
-def test_where_nothing_was_judged_every_form_says_that_it_is_no_pass(gate: Gate) -> None:
-    """By the default conditions: none of them has a row in this baseline."""
-    row = replace(accuracy("int4"), metric="accuracy.published", model=model("int4", nbytes=None))
-    verdict = gate([row], [row], strict=False)
-    assert verdict.exit_code == 3
-    suite = ET.fromstring(junit_text(verdict))
-    assert suite.attrib["errors"] == "1"
-    assert len(suite.findall("testcase/error")) == 1
-    assert len(suite.findall("testcase")) == int(suite.attrib["tests"])
-    assert [line for line in github_annotations(verdict) if line.startswith("::error")] == [
-        "::error title=qwenq compare::Not comparable: there was nothing to judge; that is no pass"
-    ]
-
-
-HOSTILE = "\x1b[31mred\n::error::forged ##[add-mask]x"
-
-
-def test_no_text_of_a_row_drives_the_terminal_or_the_runner(gate: Gate) -> None:
-    strange = [replace(row, unit=HOSTILE) for row in closeness("int4", 0.1)]
-    worse = [replace(row, unit=HOSTILE) for row in closeness("int4", 0.9)]
-    lines = list(text_lines(gate(strange, worse, "kl:>0.05")))
-    assert any("red ::error::forged" in line for line in lines)
-    assert not any("\n" in line or "\x1b" in line for line in lines)
-    first, *shown, last = unheard(lines)
-    assert shown == lines
-    assert first == f"::stop-commands::{last.strip(':')}"
-    assert next(iter(unheard([]))) != first
