@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwenq.errors import DataError
 from qwenq.evals.task import DataSource, Item, Judgement, Write, Written
@@ -66,6 +69,35 @@ def test_the_base_prompt() -> None:
 )
 def test_the_body_of_the_function(text: str, code: str) -> None:
     assert body(text) == code
+
+
+PUBLISHED = r"```(?:[Pp]ython\n)?.*?def\s+add.*?:\n(.*?)\n```"
+PARTS = [
+    "```",
+    "```python\n",
+    "```Python\n",
+    "def add",
+    "def  add(a):\n",
+    "def other(x):\n",
+    ":\n",
+    "\n",
+    " x",
+    ":",
+]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=14))
+def test_a_fenced_block_is_found_where_the_script_finds_it(parts: list[str]) -> None:
+    text = "".join(parts).strip()
+    published = re.search(PUBLISHED, text, re.DOTALL)
+    if published:
+        assert body(text) == published.group(1)
+
+
+def test_hundreds_of_fences_take_no_minutes() -> None:
+    """By the script's own pattern this takes one and a half."""
+    text = "```" * 200 + "def add:\n" * 200
+    assert body(text) == "def add:"
 
 
 def test_an_answer_without_a_function_is_said() -> None:
