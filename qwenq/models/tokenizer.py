@@ -220,6 +220,9 @@ def _copy(src: Path, dst: Path) -> None:
         settings.pop("auto_map", None)  # names remote code, which is neither copied nor run
         atomic_write_json(dst, settings)
     elif src.is_dir():
-        shutil.copytree(src, dst, dirs_exist_ok=True)
+        # Templates alone, and not their modes: of a read-only model those would be unwritable files.
+        dst.mkdir(exist_ok=True)
+        for file in sorted(src.glob("*.jinja")):
+            _copy(file, dst / file.name)
     elif not (dst.exists() and src.samefile(dst)):
         shutil.copyfile(src, dst)

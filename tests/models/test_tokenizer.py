@@ -200,6 +200,27 @@ def test_templates_and_vocabularies_are_copied_but_no_code(json_folder: Path, tm
     assert tokenizer.chat([{"role": "user", "content": "the"}]) == [257]
 
 
+def test_a_folder_of_templates_is_copied_without_its_modes_and_what_else_it_holds(
+    json_folder: Path, tmp_path: Path
+) -> None:
+    source, target, private = tmp_path / "source", tmp_path / "target", tmp_path / "private"
+    copy_tokenizer_files(json_folder, source)
+    templates = source / "additional_chat_templates"
+    (templates / "deep").mkdir(parents=True)
+    private.write_text("mine")
+    (templates / "deep" / "link.jinja").symlink_to(private)
+    (templates / "code.py").write_text("raise SystemExit")
+    (templates / "tool_use.jinja").write_text("{{ messages }}")
+    (templates / "tool_use.jinja").chmod(0o444)
+    templates.chmod(0o555)
+    assert copy_tokenizer_files(source, target)[-1] == templates.name
+    copied = target / templates.name
+    assert [entry.name for entry in copied.rglob("*")] == ["tool_use.jinja"]
+    assert (copied / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert all(path.stat().st_mode & 0o200 for path in (copied, copied / "tool_use.jinja"))
+    templates.chmod(0o755)
+
+
 def test_a_base_model_ends_at_end_of_text_alone(v1_folder: Path, tmp_path: Path) -> None:
     for name in ("qwen.tiktoken", "config.json"):
         (tmp_path / name).write_bytes((v1_folder / name).read_bytes())
