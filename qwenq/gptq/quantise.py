@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import CalibrationError, QuantisationError, UnsupportedError, UsageError
+from qwenq.gptq.columns import missed
 from qwenq.gptq.drift import drift
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.layer_store import LayerStore
@@ -155,6 +156,7 @@ def run_facts(
         "device": decoder.device.type,
         "attention": decoder.attention,
         "sums": how_summed(decoder.dtype, decoder.device, team),
+        "solver": how_solved(settings, decoder.device),
         "threads": torch.get_num_threads(),  # the order of float32 sums depends on it
     }
 
@@ -164,6 +166,18 @@ def how_summed(dtype: torch.dtype, device: torch.device, team: Team) -> str:
     if team.launched:
         return "exact"
     return "float32" if native_why_not(dtype, device) else "bfloat16 pairs"
+
+
+def how_solved(settings: Settings, device: torch.device) -> str:
+    """Whose code rounds and refines, where that shows: on a CPU compiled code fits scales by sums of its own.
+
+    Rounding alone gives the same bits by torch and by compiled code.
+    """
+    if device.type != "cuda" and not settings.refine:
+        return "any"
+    if missed(device) is not None:
+        return "torch"
+    return "triton" if device.type == "cuda" else "compiled"
 
 
 def quantise_layers(

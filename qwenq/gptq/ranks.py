@@ -8,14 +8,15 @@ their share of the batches and solve their share of the rows, and have no files 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
 from qwenq.distributed import Team
 from qwenq.errors import ModelError
-from qwenq.gptq.quantise import LAYER_IS_STORED, quantise_layers
+from qwenq.gptq.columns import missed
+from qwenq.gptq.quantise import LAYER_IS_STORED, how_solved, quantise_layers
 from qwenq.gptq.rows import Settings
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.opening import open_model
@@ -43,6 +44,7 @@ def lead(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settin
             "settings": asdict(settings),
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "attention": [decoder.attention, decoder.attention_why_not],
+            "solver": [how_solved(settings, decoder.device), missed(decoder.device)],
             "tokens": list(tokens.shape),
             "threads": torch.get_num_threads(),
         }
@@ -60,7 +62,7 @@ def follow(recipe: Recipe, team: Team, device: str = "auto") -> None:
 
     Raises:
         ModelError: the model is another one here than where the leader runs, or other code would compute its
-            attention.
+            attention, or round and refine.
         QwenqError: as ``quantise_layers``, or another process has stopped.
     """
     told = team.tell()
@@ -76,10 +78,12 @@ def follow(recipe: Recipe, team: Team, device: str = "auto") -> None:
     torch.set_num_threads(told["threads"])  # sums in float32 depend on it
     decoder = BlockwiseDecoder(checkpoint, resolve_device(device), getattr(torch, told["dtype"]))
     _require_same_attention(decoder, *told["attention"])
+    settings = Settings(**told["settings"])
+    _require_same_solver(decoder, settings, *told["solver"])
     tokens = torch.empty(told["tokens"], dtype=torch.int64)
     team.copy(tokens)
     with finishing(LAYER_IS_STORED):
-        quantise_layers(decoder, tokens, Settings(**told["settings"]), None, lambda _: None, team)
+        quantise_layers(decoder, tokens, settings, None, lambda _: None, team)
 
 
 def _require_same_attention(decoder: BlockwiseDecoder, leaders: str, leaders_why_not: str | None) -> None:
@@ -91,12 +95,33 @@ def _require_same_attention(decoder: BlockwiseDecoder, leaders: str, leaders_why
     """
     if decoder.attention == leaders:
         return
-    if decoder.attention_why_not is not None:
-        why = f"here {decoder.attention_why_not}"
+    here = decoder.attention_why_not
+    _refuse(f"attention by {leaders}", decoder.attention, here, leaders_why_not, decoder)
+
+
+def _require_same_solver(
+    decoder: BlockwiseDecoder, settings: Settings, leaders: str, leaders_missed: str | None
+) -> None:
+    """The integers of a tile would depend on who solved it.
+
+    Args:
+        decoder: the one here.
+        settings: GPTQ's.
+        leaders, leaders_missed: rank 0's ``how_solved``, and what it lacks for compiled code.
+    """
+    if (own := how_solved(settings, decoder.device)) != leaders:
+        _refuse(f"integers and scales by {leaders}", own, missed(decoder.device), leaders_missed, decoder)
+
+
+def _refuse(
+    leaders: str, own: str, here: str | None, there: str | None, decoder: BlockwiseDecoder
+) -> NoReturn:
+    if here is None and there is None:
+        why = f"this process runs on {decoder.device.type}, and rank 0 on something else"
     else:
-        why = f"there {leaders_why_not}"
+        why = f"here {here}" if here is not None else f"there {there}"
     raise ModelError(
-        f"rank 0 computes attention by {leaders}, here it would be {decoder.attention}, because {why}",
+        f"rank 0 computes {leaders}, here it would be {own}, because {why}",
         where=decoder.checkpoint.folder,
         hint="install the same on every machine (pip install 'qwenq[cpu]'), or use CPUs of one kind",
     )

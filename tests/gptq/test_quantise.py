@@ -193,3 +193,16 @@ def test_the_facts_of_a_run_tell_runs_apart(tmp_path: Path) -> None:
     assert usual != run_facts(decoder.checkpoint, "cal", replace(USUAL, damp=0.02), decoder)
     other = open_decoder(tmp_path / "m", torch.bfloat16)
     assert usual != run_facts(other.checkpoint, "cal", USUAL, other)
+
+
+def test_so_does_whose_code_refines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where llvmlite is installed between two runs: the second would go on with other last bits."""
+    decoder = open_decoder(write_family(tmp_path / "m"))
+    plain = replace(USUAL, refine=False)
+    found = []
+    for why in (None, "llvmlite is not installed"):
+        monkeypatch.setattr("qwenq.gptq.quantise.missed", lambda _, why=why: why)
+        found.append([run_facts(decoder.checkpoint, "cal", settings, decoder) for settings in (USUAL, plain)])
+    (compiled, rounded), (by_torch, rounded_by_torch) = found
+    assert (compiled["solver"], by_torch["solver"]) == ("compiled", "torch")
+    assert rounded == rounded_by_torch

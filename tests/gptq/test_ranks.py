@@ -75,3 +75,23 @@ def test_a_follower_that_could_do_better_says_what_the_leader_lacks(
     monkeypatch.setattr(support, "why_not", lambda *features: None)
     with pytest.raises(ModelError, match="because there this CPU has no avx512bf16"):
         follow(recipe_for(model), Spoken(1, told), "cpu")
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_follower_that_would_refine_by_other_code_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    """In float32 attention is torch's on both; scales are fitted by sums in another order."""
+    lacking, whole = (lambda *features: "llvmlite is not installed"), (lambda *features: None)
+    model = write_family(tmp_path / "m")
+    monkeypatch.setattr(support, "why_not", whole if here else lacking)
+    told = told_by_a_leader(model, torch.float32)
+    assert told["solver"] == (["compiled", None] if here else ["torch", "llvmlite is not installed"])
+    monkeypatch.setattr(support, "why_not", lacking if here else whole)
+    with pytest.raises(ModelError) as caught:
+        follow(recipe_for(model), Spoken(1, told), "cpu")
+    leaders, own = ("compiled", "torch") if here else ("torch", "compiled")
+    assert caught.value.what == (
+        f"rank 0 computes integers and scales by {leaders}, here it would be {own}, "
+        f"because {'here' if here else 'there'} llvmlite is not installed"
+    )
