@@ -19,13 +19,14 @@ from qwenq.distributed import ALONE, Team
 from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.shapes import ModelShape
-from qwenq.profiling.bandwidth import cache_bytes, copy_bandwidth, synchronise, weight_bytes
+from qwenq.profiling.bandwidth import copy_bandwidth, synchronise, weight_bytes
 from qwenq.profiling.decoding import Decoding, decode_speed
 from qwenq.profiling.energy import HOW as ENERGY
 from qwenq.profiling.energy import EnergyCounter
 from qwenq.profiling.loading import checkpoint_of, engine_for, release
 from qwenq.profiling.memory import Meter, meter_for
 from qwenq.profiling.points import Point
+from qwenq.profiling.prompts import prefill, too_long
 from qwenq.profiling.protocol import end_ids, protocol_sampling
 from qwenq.profiling.rounded import rounded
 from qwenq.profiling.statistics import MOST, Summary, repeat, summarise
@@ -168,6 +169,9 @@ def _load_row(bench: Bench) -> Row:
 def _generating(bench: Bench) -> Iterator[Row]:
     """The protocol first, as its memory must not be that of anything else; then one thing at a time."""
     point, engine = bench.point, bench.engine
+    if why := too_long(bench):
+        yield from _without_its_prompt(bench, why)
+        return
     load_peak = bench.meter.peak()
     engine.generate([bench.prompt], min(8, point.tokens), exact_tokens=True)  # warm-up
     decoding = decode_speed(bench, rounds=0)
@@ -193,13 +197,16 @@ def _generating(bench: Bench) -> Iterator[Row]:
 
 
 def _encoding(bench: Bench) -> Iterator[Row]:
+    if why := too_long(bench):
+        yield from _without_its_prompt(bench, why)
+        return
     load_peak, held = bench.meter.peak(), bench.meter.now()
-    seconds_once = _prefill(bench)  # warm-up
+    seconds_once = prefill(bench)  # warm-up
     reset_error = _reset(bench.meter)
     if seconds_once > bench.allowance.left():
         values, extra = [seconds_once], {"warm_up": "none: the budget is over after one prefill"}
     else:
-        values = repeat(lambda: _prefill(bench), min(PATIENCE, bench.allowance.left(0.8)))
+        values = repeat(lambda: prefill(bench), min(PATIENCE, bench.allowance.left(0.8)))
         extra = {"warm_up": "one prefill"}
     speeds = summarise([bench.point.context / value for value in values])
     yield bench.summary("speed.prefill", speeds, settings=extra)
@@ -207,20 +214,16 @@ def _encoding(bench: Bench) -> Iterator[Row]:
     yield from _memory_rows(bench, load_peak, held, reset_error)
 
 
-def _prefill(bench: Bench) -> float:
-    """Seconds from the prompt to its first new token."""
-    cache = bench.engine.new_cache(1, bench.point.context + 1)
-    synchronise(bench.engine.device)
-    start = time.perf_counter()
-    bench.engine.prefill([bench.prompt], cache).argmax(-1).tolist()
-    seconds = time.perf_counter() - start
-    bench.cache_bytes = cache_bytes(cache)
-    return seconds
+def _without_its_prompt(bench: Bench, why: str) -> Iterator[Row]:
+    """Everything but loading starts with the prompt."""
+    for metric in bench.point.metrics:
+        if metric != "memory.load":
+            yield bench.absent(metric, why, again=True)
 
 
 def _first_token(bench: Bench) -> Row:
-    _prefill(bench)
-    values = repeat(lambda: _prefill(bench), min(PATIENCE / 4, bench.allowance.left(0.5)))
+    prefill(bench)
+    values = repeat(lambda: prefill(bench), min(PATIENCE / 4, bench.allowance.left(0.5)))
     return bench.summary("time.first_token", summarise(values), settings={"warm_up": "one prefill"})
 
 

@@ -167,7 +167,7 @@ def _load(point: Point, shape: ModelShape, device: Device, weights: int) -> floa
 
 def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: int) -> tuple[float, float]:
     """Seconds of measuring: if nothing limits them, and at least."""
-    prefill = 2 * shape.parameters * point.context / (device.operations_per_s * _EFFICIENCY * point.tp)
+    prefill = _operations(shape, point.context) / (device.operations_per_s * _EFFICIENCY * point.tp)
     if point.encodes:
         return 8 * prefill + _SPLIT_SECONDS / 3, 3 * prefill
     fixed = _STEP_SECONDS[device.kind, "fast"] if point.engine == "fast" else _SLOW_STEP_SECONDS
@@ -177,6 +177,16 @@ def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: 
     work = prefill + max(generation, min(12 * generation, 60.0)) + max(_SPLIT_SECONDS, 150 * step)
     least = 3 * prefill + step * _least_steps(point.tokens, step)
     return max(work, least), least
+
+
+def _operations(shape: ModelShape, tokens: int) -> int:
+    """Of a prompt: products with the weights, and attention, whose share grows with the prompt.
+
+    Scores and mixed values are 2 operations each for every head's dimension and every pair of tokens, of
+    which a causal kernel leaves out half.
+    """
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * tokens**2
+    return 2 * shape.parameters * tokens + attention
 
 
 def _least_steps(tokens: int, seconds: float) -> int:

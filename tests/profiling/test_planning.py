@@ -118,3 +118,16 @@ def test_no_budgets(text: str) -> None:
 def test_a_device_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="no device"):
         read_device({"error": {"what": "'tpu' is no device", "where": "--device", "hint": "use cpu"}})
+
+
+def test_attention_counts_the_square_of_a_prompt() -> None:
+    """Of 100,000 tokens a small model spends nearly all on attention, of 2,048 next to nothing."""
+    found = subjects_of(["smollm2-135m-instruct"], ["bf16"], "random")
+    points = sweep(
+        found.subjects, attentions=["sdpa"], engines=["fast"], lengths=[(2048, 1), (100_000, 1)], device="cpu"
+    )
+    short, long = (each.least for each in plan(points, found.shapes, CPU))
+    shape = next(iter(found.shapes.values()))
+    products = 2 * shape.parameters * 100_000 / (CPU.operations_per_s * 0.4)
+    assert long > 3 * products * 10
+    assert short < 2 * 3 * products * 2048 / 100_000

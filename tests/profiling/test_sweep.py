@@ -10,7 +10,7 @@ import pytest
 from qwenq.profiling.planning import Planned
 from qwenq.profiling.points import Point
 from qwenq.profiling.sweep import run_sweep
-from qwenq.results import Row, read_rows
+from qwenq.results import Row, append_row, read_rows
 
 
 class Fake:
@@ -193,3 +193,23 @@ def test_one_point_is_measured_even_if_the_budget_is_over(
     found = sweep_with(fake, planned(points), tmp_path, 3.0, monkeypatch)
     assert [point for point, _ in fake.asked] == points[:1]
     assert found[points[3]] == {("unavailable", "the budget was over before its turn")}
+
+
+def test_what_a_later_run_cannot_do_takes_no_figure_away(
+    points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but one figure of the second point are there; the same command crashes, and then has no time."""
+    *_, last = points[1].metrics
+    run_sweep(planned(points), tmp_path, Silent(), measure=Fake())
+    append_row(tmp_path, points[1].without("unavailable", "no time", [last], again=True)[0])
+    append_row(tmp_path, points[0].without("failed", "killed", [last], again=True)[0])
+    before = {row.metric: row for row in read_rows(tmp_path) if row.point == points[1].place}
+    run_sweep(planned(points), tmp_path, Silent(), measure=Fake(fail={0: "failed", 1: "failed"}))
+    fake = Fake(loads=[10.0])
+    found = sweep_with(fake, planned(points), tmp_path, 3.0, monkeypatch)
+    assert [point for point, _ in fake.asked] == points[:1]
+    assert ("ok", None) in found[points[1]]
+    after = {row.metric: row for row in read_rows(tmp_path) if row.point == points[1].place}
+    assert {name: row.value for name, row in after.items()} == {
+        name: row.value for name, row in before.items()
+    }
