@@ -24,6 +24,9 @@ def refuse_senseless(recipe: Recipe) -> None:
 
 
 def _senseless(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for key, name in (("model", recipe.model), ("gate.baseline", recipe.gate.baseline)):
+        if name is not None and name.startswith("-"):  # a step would take it for an option of its own
+            yield f"{key} = {name!r} is an option, no name", f"write ./{name}, if that is its folder"
     if recipe.eval is not None and recipe.weights == "random":
         yield "[eval] of random weights would measure chance", "leave [eval] out"
     if recipe.eval is not None and not recipe.eval.tasks:

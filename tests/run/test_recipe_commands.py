@@ -96,6 +96,8 @@ def test_no_generation_is_asked_for_where_the_recipe_has_none(tmp_path: Path) ->
     ("[profile]\nbudget = '5m3h'", "profile.budget: '5m3h' is no time"),
     ("[profile]\nbudget = '0s'", "profile.budget: '0s' is no time"),
     ("precisions = ['int3']", "precisions"),
+    ("model = '--unsafe-code'\nprecisions = ['bf16']\n[eval]", "model = '--unsafe-code' is an option"),
+    ("[gate]\nbaseline = '--fail-on=none'", "gate.baseline = '--fail-on=none' is an option, no name"),
 ])  # fmt: skip
 def test_an_unsound_recipe_is_refused_before_anything_runs(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "r.toml").write_text(text)
