@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,3 +261,11 @@ def test_published_counts() -> None:
 )
 def test_the_real_files_are_sound(shared_data: Path, name: str, protocol: str, count: int) -> None:
     assert len(get_task(name, protocol).items(DataSource(folder=shared_data))) == count
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    os.mkfifo(tmp_path / "gsm8k" / "test.jsonl")
+    with pytest.raises(DataError, match="it is no file"):
+        get_task("gsm8k", "card").items(DataSource(folder=tmp_path))

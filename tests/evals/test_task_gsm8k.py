@@ -148,6 +148,17 @@ def test_examples_that_the_train_split_lacks(tmp_path: Path) -> None:
     assert str(caught.value.where).endswith("test.jsonl, line 6")
 
 
+@pytest.mark.parametrize("number", [",", ".", "1.2.3", "-"])
+def test_an_answer_that_nobody_can_give_is_refused(tmp_path: Path, number: str) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    rows = '{"question": "q", "answer": "a\\n#### 1"}\n' * 1318
+    last = f'{{"question": "q", "answer": "a\\n#### {number}"}}\n'
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(rows + last, encoding="utf-8")
+    with pytest.raises(DataError, match="does not end with its number") as caught:
+        CARD.items(DataSource(folder=tmp_path))
+    assert str(caught.value.where).endswith("line 1319")
+
+
 def test_an_example_without_steps_is_refused(tmp_path: Path) -> None:
     question = "q"
     name = hashlib.sha256(question.encode()).hexdigest()[:16]

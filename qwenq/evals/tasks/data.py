@@ -200,6 +200,8 @@ def _check_header(
 
 def read_text(path: Path | zipfile.Path) -> str:
     """The whole file; it is read in one piece as the largest of these has 5 MB."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise DataError("it is no file", where=str(path), hint="put the original file in its place")
     try:
         raw = _inflated(path) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:

@@ -223,7 +223,8 @@ def _read(source: DataSource, split: str) -> list[Row]:
     for row in rows:
         if not row.data["question"].strip():
             raise DataError("the question is empty", where=row.where)
-        if not GOLD.search(row.data["answer"]):
+        match = GOLD.search(row.data["answer"])
+        if match is None or python_number(match.group(1).replace(",", "")) is None:
             raise DataError(
                 "the answer does not end with its number", where=row.where, hint="its last line is `#### 42`"
             )
