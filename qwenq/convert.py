@@ -102,13 +102,13 @@ def convert(
 
 
 def _refuse_target(source: Path, target: Path) -> None:
+    require_renameable(target, "DST")
     if source.resolve() == target.resolve():
         raise UsageError("DST is SRC: nothing is converted in place", where=target, hint="name a new folder")
     if target.is_dir() and any(target.iterdir()):
         raise UsageError("DST holds something already", where=target, hint="name a new or empty folder")
     if target.exists() and not target.is_dir():
         raise UsageError("DST is a file", where=target, hint="name a new or empty folder")
-    require_renameable(target, "DST")
 
 
 def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:

@@ -6,10 +6,17 @@ import torch
 
 from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
 from qwenq.calibration.sequences import Wanted
+from qwenq.errors import UsageError
 
 
 def random_tokens(vocabulary: int, wanted: Wanted, seed: int) -> CalibrationSet:
-    """Uniformly drawn ids, [samples, seq_len] and [held_out, seq_len]."""
+    """Uniformly drawn ids, [samples, seq_len] and [held_out, seq_len].
+
+    Raises:
+        UsageError: a seed that the generator does not take.
+    """
+    if seed >= 1 << 63:
+        raise UsageError(f"the seed {seed} is too large", where="--seed", hint="give one below 2⁶³")
     generator = torch.Generator().manual_seed(seed)
     shape = (wanted.samples + wanted.held_out, wanted.seq_len)
     ids = torch.randint(vocabulary, shape, generator=generator)

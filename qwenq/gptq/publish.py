@@ -34,6 +34,7 @@ def require_free(target: Path) -> None:
         UsageError: there is something, or no folder can take that name.
         StorageError: no permission.
     """
+    require_renameable(target, "--out")
     if target.exists() and not target.is_dir():
         raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
     if target.is_dir() and any(target.iterdir()):
@@ -44,7 +45,6 @@ def require_free(target: Path) -> None:
             # what is not ours may be the only copy of something: nobody is told to remove it
             hint=f"name a new folder with --out{', or remove this one' if finished else ''}",
         )
-    require_renameable(target, "--out")
     above = next(folder for folder in target.parents if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work
         raise StorageError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from qwenq.errors import UsageError
+
+_LONGER = "." * 24  # what work folders have in their names besides
 
 
 def require_renameable(target: Path, option: str) -> None:
@@ -16,8 +19,19 @@ def require_renameable(target: Path, option: str) -> None:
         option: how he named it, for the hint.
 
     Raises:
-        UsageError: it is a link, or where a disk is mounted.
+        UsageError: it is a link, where a disk is mounted, no name of its own, or too long.
     """
+    if target.name == "..":
+        raise UsageError(
+            "this names no folder of its own", where=target, hint=f"name a new folder, such as {option} model"
+        )
+    try:
+        os.lstat(target.parent / f"{target.name}{_LONGER}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(
+                "the name is too long for this disk", where=target, hint=f"name a shorter one: {option} NAME"
+            ) from error
     if target.is_symlink():
         raise UsageError(
             "this is a link; a finished folder is renamed to what you named, and cannot replace a link",

@@ -72,3 +72,10 @@ def test_a_folder_of_the_same_name_lends_no_tokenizer(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="random weights has no tokenizer"):
         chosen("text.txt")
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    wanted = Wanted(samples=1, held_out=1, seq_len=4)
+    assert random_tokens(300, wanted, 2**63 - 1).tokens.shape == (1, 4)
+    with pytest.raises(UsageError, match="the seed 9223372036854775808 is too large"):
+        random_tokens(300, wanted, 2**63)

@@ -41,7 +41,7 @@ def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_the_work(
         require_free(tmp_path / "empty")
 
 
-def test_the_root_is_a_folder_that_holds_something() -> None:
+def test_the_root_is_no_name_for_a_new_folder() -> None:
     clean_up_after_kill(Path("/"), {}, "")
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError, match="a disk is mounted here"):
         require_free(Path("/"))

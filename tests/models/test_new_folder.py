@@ -20,3 +20,11 @@ def test_so_is_where_a_disk_is_mounted() -> None:
     with pytest.raises(UsageError, match="a disk is mounted here") as caught:
         require_renameable(Path("/"), "--out")
     assert caught.value.hint == "name a new folder on it, such as --out /model"
+
+
+def test_so_are_names_that_no_disk_takes_and_what_is_no_name(tmp_path: Path) -> None:
+    require_renameable(tmp_path / ("a" * 200), "--out")
+    with pytest.raises(UsageError, match="too long for this disk"):
+        require_renameable(tmp_path / ("a" * 250), "--out")  # there is no room for ".partial"
+    with pytest.raises(UsageError, match="no folder of its own"):
+        require_renameable(tmp_path / "new" / "..", "--out")
