@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +36,14 @@ RESUME = "look above, and in torchrun's summary, for which one; the same command
 
 class LostError(QwenqError):
     """An exchange failed: some other process is gone."""
+
+
+class StoppedError(QwenqError):
+    """Another process was told to stop, by Ctrl-C or SIGTERM; the exit code is its own."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"another process was stopped by {_SIGNALLED[code]}", hint=RESUME)
+        self.exit_code = code
 
 
 @dataclass
@@ -268,13 +278,17 @@ def _join(team: Team, gpu: torch.device | None, tensors: bool, meeting: str) -> 
 
 
 def _stop(team: Team, error: BaseException) -> NoReturn:
-    """Only who stops first explains itself; whoever stops because of that ends without a word."""
-    code = error.exit_code if isinstance(error, QwenqError) else 1
+    """Only who stops first explains itself; whoever stops because of that ends without a word.
+
+    Unless it was a signal: the process that had it has nothing to explain, so the leader says how to go on.
+    """
     try:
-        known = team.claim_stop(code)
+        known = team.claim_stop(_exit_code(error))
     except LostError:
         known = None
     if known is not None and not isinstance(error, KeyboardInterrupt):
+        if team.leads and known in _SIGNALLED:
+            raise StoppedError(known) from error
         raise SystemExit(known) from error
     if isinstance(error, LostError):
         raise QwenqError(
@@ -285,3 +299,13 @@ def _stop(team: Team, error: BaseException) -> NoReturn:
     if isinstance(error, QwenqError) and team.rank:
         error.what = f"rank {team.rank}: {error.what}"
     raise error
+
+
+_SIGNALLED = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
+"""Exit code of a process that was told to stop, and by what."""
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (signal.SIGTERM if stopping.came() else signal.SIGINT)
+    return error.exit_code if isinstance(error, QwenqError) else 1

@@ -78,6 +78,11 @@ def asked() -> bool:
     return _state.came is not None
 
 
+def came() -> bool:
+    """Whether SIGTERM has come, obeyed or not: what looks like Ctrl-C is then a stop."""
+    return _state.last is not None
+
+
 def stop_here() -> None:
     """A place where nothing is half done.
 

@@ -24,19 +24,55 @@ print(during, gloo(), ones.tolist())
 """
 
 
-def test_no_thread_of_gloo_outlives_the_team() -> None:
-    """One that hands a tensor back while the interpreter ends aborts the process: once in six runs it did."""
+def start(script: str) -> list[subprocess.Popen[str]]:
+    """Two ranks that run a script."""
     team = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = os.environ | team | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    started = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", LEAVES],
+            [sys.executable, "-c", script],
             env=environment | {"RANK": rank, "LOCAL_RANK": rank}, text=True, stdout=subprocess.PIPE,
         )
         for rank in ("0", "1")
     ]  # fmt: skip
-    for rank in started:
+
+
+def test_no_thread_of_gloo_outlives_the_team() -> None:
+    """One that hands a tensor back while the interpreter ends aborts the process: once in six runs it did."""
+    for rank in start(LEAVES):
         said, _ = rank.communicate(timeout=120)
         during, after, total = said.split(maxsplit=2)
         assert (rank.returncode, int(after), total.strip()) == (0, 0, "[2.0, 2.0, 2.0, 2.0]"), said
         assert int(during) > 0
+
+
+TOLD = """
+import signal, sys
+from qwenq.cli.app import _sigterm_as_ctrl_c
+from qwenq.distributed import assembled
+from qwenq.errors import QwenqError
+with _sigterm_as_ctrl_c():
+    try:
+        with assembled("cpu", tensors=False) as team:
+            team.wait()
+            if team.rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+            team.wait()
+    except QwenqError as error:
+        print(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(143)
+"""
+
+
+def test_a_rank_that_alone_gets_sigterm_stops_all_with_143_and_the_leader_says_how_to_go_on() -> None:
+    """Outside of what is finished first: as while the model is opened."""
+    ended = []
+    for rank in start(TOLD):
+        said, _ = rank.communicate(timeout=120)
+        ended.append((rank.returncode, said))
+    assert [code for code, _ in ended] == [143, 143], ended
+    assert ended[0][1].startswith("another process was stopped by SIGTERM\n")
+    assert "the same command goes on where it stopped" in ended[0][1]
+    assert ended[1][1] == ""
