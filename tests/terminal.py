@@ -49,6 +49,9 @@ class Terminal:
         before, _, self.text = self.text.partition(text)
         return before
 
+    def signal(self, number: int) -> None:
+        os.kill(self._child, number)
+
     def exit_code(self) -> int:
         """Wait for the end."""
         _, status = os.waitpid(self._child, 0)

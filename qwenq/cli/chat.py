@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qwenq import stopping
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, DtypeName, EngineName, KernelName
 from qwenq.errors import UsageError, visible
@@ -120,6 +121,9 @@ def _talk(conversation: Conversation) -> None:
                     typer.echo(visible(piece), nl=False)
                     sys.stdout.flush()
         except KeyboardInterrupt:
+            if stopping.came():
+                typer.echo()
+                raise
             typer.echo(" [stopped]", nl=False)
         except UsageError as error:
             if not on_terminal:
@@ -153,6 +157,8 @@ def _typed() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             typer.echo()
+            if stopping.came():
+                raise
             if warned:
                 return
             warned = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -118,6 +119,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Terminal) -> None:
     terminal.wait_for("decode")
     terminal.wait_for("tokens)")
     assert terminal.exit_code() == 0
+
+
+@pytest.mark.parametrize("answering", [True, False])
+def test_sigterm_ends_the_chat_wherever_it_is(terminal: Terminal, answering: bool) -> None:
+    """It is no Ctrl-C, which stops an answer or asks once more."""
+    terminal.wait_for("> ")
+    if answering:
+        terminal.type("hello\n")
+        terminal.wait_for("hello\r\n")
+    time.sleep(1)
+    terminal.signal(signal.SIGTERM)
+    assert terminal.exit_code() == 143
 
 
 def test_bytes_that_are_no_text_are_read_as_such_and_said(folder: Path) -> None:
