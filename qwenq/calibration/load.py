@@ -28,6 +28,7 @@ from qwenq.calibration.sequences import (
 from qwenq.errors import CalibrationError, CorruptFileError, StorageError, UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.granted import free_memory
+from qwenq.models.local_path import local_path
 from qwenq.models.long_context import longest_plain, require_plain
 from qwenq.models.tokenizer import Tokenizer
 from qwenq.storage import cache_folder, readable_bytes
@@ -107,7 +108,7 @@ def wanted_sizes(
 
 
 def _open(spec: str, split: str | None, column: str | None) -> Iterator[Document]:
-    path = Path(spec).expanduser()
+    path = local_path(spec, "the text")
     if not path.exists() and is_hub_id(spec) and path.suffix not in {".txt", ".jsonl", ".json", ".parquet"}:
         return read_hub(spec, split, column)
     if not path.exists():

@@ -7,6 +7,7 @@ from pathlib import Path
 from qwenq.calibration.dataset import CalibrationSet
 from qwenq.calibration.sequences import check_vocabulary
 from qwenq.errors import UsageError
+from qwenq.models.local_path import local_path
 
 
 def load_saved(
@@ -24,7 +25,7 @@ def load_saved(
         CalibrationError: an id that the model does not have, or a file that is no calibration set.
         CorruptFileError: a damaged file.
     """
-    path = path.expanduser()
+    path = local_path(path, "the calibration set")
     if not path.is_file():
         raise UsageError("no such calibration set", where=path, hint="make it with `qwenq calibrate`")
     loaded = CalibrationSet.load(path)

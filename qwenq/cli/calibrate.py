@@ -9,6 +9,7 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.errors import CalibrationError, CorruptFileError, UsageError
+from qwenq.models.local_path import local_path
 
 if TYPE_CHECKING:
     from qwenq.calibration import CalibrationSet
@@ -131,7 +132,7 @@ def _random(
 
 def _require_writable_name(out: Path) -> None:
     """Refuse a name that could not be saved to, before any work."""
-    if out.is_dir():
+    if local_path(out, "--out").is_dir():
         raise UsageError("--out is a folder", where=out, hint=f"name a file: {out / 'calib.safetensors'}")
     if out.suffix != ".safetensors":
         raise UsageError("--out has to end in .safetensors", where=out, hint=f"{out.stem}.safetensors")

@@ -11,6 +11,7 @@ import typer
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName
 from qwenq.errors import UsageError
+from qwenq.models.local_path import local_path
 from qwenq.models.opening import WEIGHTS_HELP
 from qwenq.stopping import Terminated
 
@@ -143,7 +144,7 @@ def _for_source(calibration: CalibrationRecipe, source: str) -> CalibrationRecip
     changes: dict[str, Any] = {}
     if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
         changes |= {"samples": "auto", "seq_len": "auto"}
-    if source == "self" or Path(source).expanduser().exists():
+    if source == "self" or local_path(source, "--calibration").exists():
         changes["split"] = None
     if source == "self":
         changes["column"] = None

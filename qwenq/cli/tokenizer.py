@@ -10,6 +10,7 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.errors import UsageError
+from qwenq.models.local_path import local_path
 
 if TYPE_CHECKING:
     from qwenq.models.tokenizer import Tokenizer
@@ -77,8 +78,8 @@ def _open(tokenizer: str | None) -> tuple[Tokenizer, str]:
     from qwenq.models.resolve import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
 
-    if tokenizer is not None and Path(tokenizer).is_file():
-        return load_tokenizer(Path(tokenizer)), tokenizer
+    if tokenizer is not None and (file := local_path(tokenizer, "--tokenizer")).is_file():
+        return load_tokenizer(file), tokenizer
     resolved = resolve_model(tokenizer)
     if tokenizer is not None:
         for notice in resolved.notices:

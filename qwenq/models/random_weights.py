@@ -22,6 +22,7 @@ import torch
 from qwenq.errors import ModelError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.local_path import local_path
 from qwenq.models.shapes import ModelShape
 from qwenq.models.shards import write_shards
 from qwenq.models.source import TensorInfo
@@ -209,6 +210,7 @@ def write_random_checkpoint(
         UsageError: no such name, dtype or depth, or the folder holds something else.
         StorageError: the disk is full or read-only.
     """
+    local_path(folder, "the folder")
     made = random_checkpoint(name_or_config, seed, dtype, layers=layers)
     with guard_storage(folder):
         _clear(folder)

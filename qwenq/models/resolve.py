@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwenq.errors import HubError, UsageError
+from qwenq.models.local_path import local_path
 from qwenq.models.not_yet import refuse_by_name
 
 BUNDLED_NOTICE = (
@@ -47,7 +48,7 @@ def resolve_model(model: str | None) -> Resolved:
         raise UsageError("MODEL is empty", hint=f"leave it out, or {_NAME_ONE}")
     if "\0" in model:  # a recipe can spell it; no disk has such a name
         raise UsageError("MODEL holds a zero byte", where=model, hint=_NAME_ONE)
-    path = Path(model).expanduser()
+    path = local_path(model, "MODEL")
     if path.is_dir():
         return Resolved(path)
     if path.exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 from qwenq.errors import HubError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.config import read_config
+from qwenq.models.local_path import local_path
 from qwenq.models.not_yet import refuse_by_name
 from qwenq.models.shapes import ModelShape
 
@@ -51,7 +52,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         return PlannedModel(drawn.names[0], "catalogue, random weights", drawn.shape, "bfloat16")
     if weights != "stored":
         raise UsageError(f"{weights!r} weights", where="--weights", hint="use stored or random")
-    path = Path(model).expanduser()
+    path = local_path(model, "MODEL")
     if path.exists():
         folder = path if path.is_dir() else path.parent
         return _from_config(folder, str(path), str(path))

@@ -1,0 +1,33 @@
+"""A word of the user's as a path: what no disk answers for is said in a line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qwenq.errors import UsageError
+
+
+def local_path(text: str | Path, what: str) -> Path:
+    """The path, ``~`` spelled out; there need be nothing.
+
+    Args:
+        text: as typed.
+        what: it stands for: MODEL, ``--out``.
+
+    Raises:
+        UsageError: a name that no disk takes, a folder that may not be searched, the home of nobody.
+    """
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nobody
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"{what} cannot be looked for: {why}",
+            where=str(text),
+            hint="check its spelling and permissions",
+        ) from error
+    return path
