@@ -83,6 +83,7 @@ def _quantising(device: torch.device, dtype: torch.dtype) -> list[Part]:
         "Hessians": products.native_why_not(dtype, device),
         "scales": scales,
         "rounding": columns.missed(device),
+        "refining": columns.missed(device),
     }
     runs = "a Triton kernel" if device.type == "cuda" else "compiled for this CPU"
     return [Part("quantize", name, None if why else runs, why) for name, why in missed.items()]

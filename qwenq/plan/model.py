@@ -52,6 +52,10 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         return PlannedModel(drawn.names[0], "catalogue, random weights", drawn.shape, "bfloat16")
     if weights != "stored":
         raise UsageError(f"{weights!r} weights", where="--weights", hint="use stored or random")
+    if not model.strip():  # `plan "$UNSET"` must not mean the current folder
+        raise UsageError(
+            "MODEL is empty", hint="leave it out, or name a folder, a catalogue name or a hub id"
+        )
     path = local_path(model, "MODEL")
     if path.exists():
         folder = path if path.is_dir() else path.parent

@@ -32,7 +32,12 @@ def test_every_kernel_and_backend_runs_or_says_why_not(found: dict) -> None:
     assert names >= {("attention", name) for name in BACKENDS}
     assert {name for kind, name in names if kind == "engine"} == {"fast", "transformers"}
     assert {name for kind, name in names if kind == "decode step"} == {"compiled", "graph", "fused"}
-    assert {name for kind, name in names if kind == "quantize"} == {"Hessians", "scales", "rounding"}
+    assert {name for kind, name in names if kind == "quantize"} == {
+        "Hessians",
+        "scales",
+        "rounding",
+        "refining",
+    }
     assert all((part["runs"] is None) != (part["why_not"] is None) for part in found["parts"])
 
 
@@ -51,7 +56,7 @@ def test_another_dtype_has_other_reasons() -> None:
 def test_what_is_missed_without_llvmlite_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
     parts = {(part["kind"], part["name"]): part["why_not"] for part in examination("cpu", "float32")["parts"]}
-    for name in ("scales", "rounding"):
+    for name in ("scales", "rounding", "refining"):
         assert parts["quantize", name] == "llvmlite is not installed"
     assert parts["quantize", "Hessians"] == "that is for bfloat16, not for float32"
 

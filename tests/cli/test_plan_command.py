@@ -75,6 +75,7 @@ def test_not_yet_is_said_with_what_is_missing() -> None:
     ("arguments", "message"),
     [
         (["qwen-7b-chta"], "did you mean qwen-7b-chat"),
+        ([""], "MODEL is empty"),
         (["qwen3-8b", "--gpu", "h300"], "did you mean h"),
         (["qwen3-8b", "--bits", "3"], "use 4 or 8"),
         (["qwen3-8b", "--bits", "four"], "no list of whole numbers"),
