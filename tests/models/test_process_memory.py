@@ -38,7 +38,7 @@ def test_it_may_be_called_at_any_time() -> None:
 def test_what_the_first_layer_left_is_kept_and_what_comes_on_top_goes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    held = iter([100, 104, 90, 105, 104])
+    held = iter([100, 110, 90, 111, 109])
     returned: list[str] = []
     monkeypatch.setattr(process_memory, "anonymous_bytes", lambda: next(held))
     monkeypatch.setattr(process_memory, "return_freed_memory", lambda: returned.append("once"))
