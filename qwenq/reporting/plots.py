@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,18 @@ _STYLE: dict[str, Any] = {
 }
 
 
+def require_matplotlib() -> None:
+    """Before the first plot, and before a text that shows it.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UsageError("plots need matplotlib", hint="pip install 'qwenq[report]'") from error
+
+
 def write_plot(figure: Figure, path: Path) -> list[Path]:
     """Write ``path`` with the endings ``.png`` and ``.svg``.
 
@@ -50,11 +63,10 @@ def write_plot(figure: Figure, path: Path) -> list[Path]:
         UsageError: matplotlib is not installed.
         StorageError: the disk refused.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise UsageError("plots need matplotlib", hint="pip install 'qwenq[report]'") from error
+    require_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
     written = []
     style: Any = _STYLE  # matplotlib's stubs want a dictionary of literals
     with rc_context(style), _quiet_fonts():
@@ -148,6 +160,8 @@ def _quiet_fonts() -> Iterator[None]:
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from", category=UserWarning)
+            yield
     finally:
         logger.setLevel(before)

@@ -10,7 +10,7 @@ from pathlib import Path
 from qwenq.errors import UsageError
 from qwenq.reporting import export, markdown, page
 from qwenq.reporting.collect import collect
-from qwenq.reporting.plots import write_plot
+from qwenq.reporting.plots import require_matplotlib, write_plot
 from qwenq.reporting.report import make_report
 from qwenq.storage import atomic_write_bytes, held
 
@@ -27,8 +27,8 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
         The page.
 
     Raises:
-        UsageError: a run cannot be read, ``out`` holds something other than a report, or somebody else is
-            writing one there.
+        UsageError: a run cannot be read, ``out`` holds something other than a report, somebody else is
+            writing one there, or a package for a part of it is not installed.
         StorageError: the disk refused.
     """
     _refuse_foreign(runs, out)
@@ -40,6 +40,8 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
         "README.md": markdown.render(report),
         "index.html": page.render(report),
     }
+    if any(section.figures for section in report.sections):
+        require_matplotlib()
     with held(out):
         for rest in _rests(out):
             rest.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,24 @@ def test_a_second_report_into_one_folder_is_refused(example: Path, tmp_path: Pat
     with held(out), pytest.raises(UsageError, match="another qwenq is working"):
         write_report([example], out)
     write_report([example], out)
+
+
+def test_characters_that_the_font_lacks_are_no_python_warnings(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    rows = [accuracy("bf16", "中文"), accuracy("int4", "中文", flips=9)]
+    write_report([write_run(tmp_path / "run", rows)], tmp_path / "out")
+    assert list((tmp_path / "out" / "plots").iterdir())
+    assert [str(each.message) for each in recwarn] == []
+
+
+def test_without_matplotlib_no_report_is_begun(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A README.md would show plots that never come."""
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UsageError, match="plots need matplotlib"):
+        write_report([example], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write_report([write_run(tmp_path / "run", [accuracy("int4")])], tmp_path / "out")  # it has no plots
