@@ -204,8 +204,15 @@ def _record(value: Mapping[str, Any]) -> Record:
     record = Record(**{**value, **lists})
     if not isinstance(record.id, str) or not isinstance(record.asked, str):
         raise TypeError("id and asked have to be texts")
-    if not isinstance(record.correct, bool | None) or not isinstance(record.also, dict):
+    further = record.also.values() if isinstance(record.also, dict) else [None]
+    if not isinstance(record.correct, bool | None) or not all(isinstance(one, bool) for one in further):
         raise TypeError("the verdicts have to be true or false")
+    texts = record.subject, record.output, record.extracted, record.note, record.sandbox
+    if not isinstance(record.implementation, str) or not all(isinstance(one, str | None) for one in texts):
+        raise TypeError("what was answered and what ran have to be texts")
+    figures = record.tokens, record.prompt_tokens, *(record.logprobs or ()), *(record.published or ())
+    if not all(isinstance(one, int | float) for one in figures):
+        raise TypeError("tokens and log-probabilities have to be numbers")
     return record
 
 

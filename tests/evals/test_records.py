@@ -89,6 +89,23 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     assert caught.value.where and caught.value.where.endswith("line 3")
 
 
+@pytest.mark.parametrize("change", [
+    {"implementation": 5}, {"sandbox": 5}, {"output": ["x"]}, {"note": 1}, {"tokens": "7"},
+    {"prompt_tokens": None}, {"logprobs": ["x"]}, {"also": {"published": "yes"}}, {"also": [1]},
+    {"correct": 1}, {"extracted": {}},
+])  # fmt: skip
+def test_a_record_with_values_of_other_kinds_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+    """Scores are made of them, and rows of results."""
+    with Records(tmp_path, "m", KEY) as records:
+        records.append(record(1))
+    line = json.loads(records.path.read_text().splitlines()[1]) | change
+    with records.path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(StorageError, match="not a record") as caught:
+        Records(tmp_path, "m", KEY)
+    assert caught.value.where and caught.value.where.endswith("line 3")
+
+
 def test_after_kill_9_what_was_recorded_is_there(tmp_path: Path) -> None:
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[2])\n"
