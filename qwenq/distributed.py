@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ TIMEOUT = timedelta(hours=1)
 """For one exchange of tensors: others may have to wait for the longest step that one rank does by itself."""
 LOOK = timedelta(seconds=5)
 STOPPED = "stopped"
+TOLD = 128 + signal.SIGTERM
+"""Exit code of who was told to stop: torchrun makes a SIGTERM of whatever stops it."""
 RESUME = "look above, and in torchrun's summary, for which one; the same command goes on where it stopped"
 
 
@@ -39,11 +40,9 @@ class LostError(QwenqError):
 
 
 class StoppedError(QwenqError):
-    """Another process was told to stop, by Ctrl-C or SIGTERM; the exit code is its own."""
+    """Another process was told to stop; this one has to end as it did."""
 
-    def __init__(self, code: int) -> None:
-        super().__init__(f"another process was stopped by {_SIGNALLED[code]}", hint=RESUME)
-        self.exit_code = code
+    exit_code = TOLD
 
 
 @dataclass
@@ -287,8 +286,8 @@ def _stop(team: Team, error: BaseException) -> NoReturn:
     except LostError:
         known = None
     if known is not None and not isinstance(error, KeyboardInterrupt):
-        if team.leads and known in _SIGNALLED:
-            raise StoppedError(known) from error
+        if team.leads and known == TOLD:
+            raise StoppedError("another process was told to stop", hint=RESUME) from error
         raise SystemExit(known) from error
     if isinstance(error, LostError):
         raise QwenqError(
@@ -301,11 +300,7 @@ def _stop(team: Team, error: BaseException) -> NoReturn:
     raise error
 
 
-_SIGNALLED = {128 + signal.SIGINT: "Ctrl-C", 128 + signal.SIGTERM: "SIGTERM"}
-"""Exit code of a process that was told to stop, and by what."""
-
-
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        return 128 + (signal.SIGTERM if stopping.came() else signal.SIGINT)
+        return TOLD
     return error.exit_code if isinstance(error, QwenqError) else 1

@@ -73,6 +73,6 @@ def test_a_rank_that_alone_gets_sigterm_stops_all_with_143_and_the_leader_says_h
         said, _ = rank.communicate(timeout=120)
         ended.append((rank.returncode, said))
     assert [code for code, _ in ended] == [143, 143], ended
-    assert ended[0][1].startswith("another process was stopped by SIGTERM\n")
+    assert ended[0][1].startswith("another process was told to stop\n")
     assert "the same command goes on where it stopped" in ended[0][1]
     assert ended[1][1] == ""

@@ -64,6 +64,6 @@ def code(text: object) -> str:
 
 
 def spreadsheet(text: object) -> str:
-    """``clean`` text that a spreadsheet does not take for a formula."""
+    """``clean`` text that a spreadsheet does not take for a formula; some take wide signs for one, too."""
     shown = clean(text)
-    return f"'{shown}" if shown[:1] in tuple("=+-@") else shown
+    return f"'{shown}" if shown[:1] in tuple("=+-@＝＋－＠") else shown

@@ -67,7 +67,7 @@ def test_a_code_span_ends_where_it_should() -> None:
     assert code("a|b") == "`a\\|b`"
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1+1"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1+1", "\uff1d1+1", "\uff20SUM(A1)"])
 def test_a_spreadsheet_sees_no_formula(text: str) -> None:
     assert spreadsheet(text).startswith("'")
     assert spreadsheet("Int4") == "Int4"
