@@ -245,6 +245,6 @@ def _listed(text: str, where: str) -> tuple[str, ...]:
 def _batch(text: str) -> int | None:
     if text == "auto":
         return None
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
         raise UsageError(f"{text!r} prompts at once", where="--batch", hint="use auto, or a number from 1 on")
     return int(text)

@@ -161,7 +161,7 @@ def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
 def _lengths(text: str) -> list[int]:
     """The numbers of ``--lengths``, each once, in order."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isascii() and part.isdigit() for part in parts):
+    if not parts or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise UsageError(f"{text!r} are no lengths", where="--lengths", hint="such as 1024,2048,4096")
     return sorted({int(part) for part in parts})
 

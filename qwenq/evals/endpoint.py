@@ -281,6 +281,16 @@ def _unreached(error: Exception) -> _Again:
     return _Again(said, absent=isinstance(reason, ConnectionRefusedError | socket.gaierror))
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # read, as it is looked at only then
+    except ValueError:  # brackets that are not closed, a port that is none
+        return False
+    plain = url.isprintable() and " " not in url
+    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+
+
 def endpoint_at(
     url: str,
     model: str | None,
@@ -298,13 +308,17 @@ def endpoint_at(
         say: told when a request failed and is made again.
 
     Raises:
-        UsageError: no URL, or no such model there.
+        UsageError: no URL, no key, or no such model there.
         QwenqError: it cannot be reached.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not _is_address(url):
         raise UsageError(
             f"{url!r} is no address", where="--endpoint", hint="such as http://localhost:8000/v1"
+        )
+    key = key.strip() if key is not None else None  # a file that holds a key ends in a line end
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise UsageError(
+            "the key has characters that no key has", where="OPENAI_API_KEY", hint="copy it again"
         )
     found = Endpoint(url.rstrip("/"), model or "", key, concurrency, trouble=Trouble(say))
     served = found.models()

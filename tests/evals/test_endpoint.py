@@ -110,6 +110,32 @@ def test_the_model_is_looked_for_before_anything_is_asked(server: Server) -> Non
     assert server.seen == []
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/v1",
+        "http://h:99999/v1",
+        "http://h:x/v1",
+        "http://h :80/v1",
+        "ftp://h/v1",
+        "http://h\n/v1",
+        "",
+    ],
+)
+def test_what_is_no_address_is_refused_before_it_is_tried(url: str) -> None:
+    with pytest.raises(UsageError, match="is no address"):
+        endpoint_at(url, None, None)
+
+
+def test_a_key_loses_its_line_end_and_has_no_other(server: Server) -> None:
+    endpoint_at(server.url, None, "secret\n").ask(chat("one"))
+    assert server.keys == ["Bearer secret"]
+    for key in ("a\nb", "schlüssel", "a\x00"):
+        with pytest.raises(UsageError, match="no key has") as caught:
+            endpoint_at(server.url, None, key)
+        assert caught.value.where == "OPENAI_API_KEY"
+
+
 def test_after_sigterm_a_server_that_is_busy_is_not_waited_for(server: Server) -> None:
     server.trouble = ["503"] * 9
 
