@@ -102,7 +102,10 @@ class Endpoint:
                 return None
             raise
         listed = found.get("data")
-        return [str(one["id"]) for one in listed if "id" in one] if isinstance(listed, list) else None
+        if not isinstance(listed, list):
+            return None
+        names = [one.get("id") for one in listed if isinstance(one, dict)]
+        return [name for name in names if isinstance(name, str)]
 
     def ask(self, request: Write) -> Reply:
         """One answer, greedily.
@@ -262,7 +265,7 @@ class Endpoint:
             if not isinstance(text, str | None):
                 raise TypeError("its text is no text")
             counts = [int(usage.get(name) or 0) for name in ("completion_tokens", "prompt_tokens")]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise QwenqError(
                 f"a reply without an answer: {json.dumps(found)[:200]}",
                 where=self.url,

@@ -147,3 +147,24 @@ def test_after_sigterm_a_server_that_is_busy_is_not_waited_for(server: Server) -
     with pytest.raises(stopping.Terminated), stopping.finishing("it is recorded"):
         list(Patient(server.url, "big/model", pause=0.001).ask_all([chat("a")]))
     assert len(server.seen) == 1
+
+
+class Odd(Endpoint):
+    """Its server says this, whatever it is asked."""
+
+    said: Any = None
+
+    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        found: dict[str, Any] = self.said
+        return found
+
+
+def test_odd_values_of_a_server_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = Odd("http://h/v1", "m")
+    monkeypatch.setattr(Odd, "said", {"data": [None, 5, "x", {"id": 5}, {"id": None}, {"id": "m"}]})
+    assert odd.models() == ["m"]
+    for count in (float("inf"), float("nan"), "many", []):
+        usage = {"completion_tokens": count or {"x": 1}}
+        monkeypatch.setattr(Odd, "said", {"choices": [{"text": "a"}], "usage": usage})
+        with pytest.raises(QwenqError, match="a reply without an answer"):
+            odd.ask(Write("p", 1))
