@@ -169,6 +169,7 @@ def test_the_hub_gives_the_same_items(
         ({"task_id": True}, "a task needs a number"),
         ({"test_list": ["assert True"]}, "call nothing that the solution defines"),
         ({"code": "def add("}, "no Python"),
+        ({"code": "x = " + "-" * 100_000 + "1"}, "no Python"),
         ({"task_id": 12}, "task 12 occurs twice"),
         ({"text": 1}, "column text is not text"),
     ],

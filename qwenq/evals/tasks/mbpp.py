@@ -230,7 +230,7 @@ def _check(row: Row) -> None:
     try:
         _, calls = _split(row.data)
         ast.parse(row.data["setup"])
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
         raise DataError(f"code or tests are no Python: {error}", where=row.where) from error
     if not calls:
         raise DataError("the tests call nothing that the solution defines", where=row.where)
