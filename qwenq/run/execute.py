@@ -56,12 +56,16 @@ def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
 
 
 def _run_steps(chain: Chain, say: Callable[[str], None]) -> int:
+    fresh = len(chain.steps) == 1
     for number, step in enumerate(chain.steps, 1):
         if is_done(chain, step):
             _tidy(step)
             _lead_to(step)
             continue
         say(f"step {number} of {len(chain.steps)}: {step.name}")
+        if step.always and not fresh:
+            say("note: what it judges was made before; after a change of the code, begin in an empty folder")
+        fresh = True
         started = time.monotonic()
         code, stopped = _execute(step)
         if code != 0:

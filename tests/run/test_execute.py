@@ -153,6 +153,16 @@ def test_a_verdict_is_always_asked_for(steps: Path) -> None:
     assert log(steps) == ["gate", "gate"]
 
 
+def test_a_verdict_on_what_was_there_already_says_so(steps: Path) -> None:
+    """After a change of the code the same command would judge what the code before it has made."""
+    whole = made_of(steps, marker("one", steps), replace(marker("gate", steps), always=True))
+    for expected in (0, 1):
+        said: list[str] = []
+        run_chain(whole, said.append)
+        assert sum("was made before" in line for line in said) == expected
+    assert log(steps) == ["one", "gate", "gate"]
+
+
 def test_a_torn_line_of_the_journal_is_no_end(steps: Path) -> None:
     one = made_of(steps, marker("one", steps))
     run_chain(one, lambda line: None)
