@@ -10,6 +10,7 @@ from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.granted import free_memory
 from qwenq.models.hf_config import transformers_config
+from qwenq.models.integrity import check_finite
 from qwenq.models.whole_model import build_whole_model
 from qwenq.storage import readable_bytes
 
@@ -54,9 +55,11 @@ def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) ->
     Raises:
         UnsupportedError: transformers does not know the architecture.
         ModelError: tensors are missing or have the wrong shape; names them.
+        CorruptFileError: a tensor holds NaN or Inf; names it.
     """
     config = transformers_config(checkpoint.config, checkpoint.folder, GIVE_A_FILE)
-    tensors = {name: checkpoint.read(name) for name in checkpoint.names()}
+    names, folder = checkpoint.names(), checkpoint.folder
+    tensors = {name: check_finite(name, checkpoint.read(name), folder) for name in names}
     return build_whole_model(checkpoint, config, tensors, dtype, hint=GIVE_A_FILE).to(device)
 
 

@@ -45,7 +45,7 @@ class BlockwiseDecoder:
 
     Raises:
         ModelError: transformers refuses the config, or a tensor of the blocks, the last norm or the head is
-            missing or of another shape.
+            missing or of another shape, or the blocks would leave one out.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -116,7 +116,7 @@ class BlockwiseDecoder:
         Raises:
             UsageError: the sequences are longer than these blocks compute as the model does.
             ModelError: the embedding is not as large as config.json says.
-            CorruptFileError: the embedding holds NaN or Inf.
+            CorruptFileError: the embedding, the last norm or the head holds NaN or Inf.
             UnsupportedError: it holds no floating-point numbers of 16 bits or more.
         """
         for batch in batches:
@@ -124,6 +124,10 @@ class BlockwiseDecoder:
                 self.checkpoint.config, batch.shape[1], option="a sequence", where=self.checkpoint.folder
             )
         recorders = [_Recorder() for _ in self._blocks]
+        for name in ("model.norm.weight", *(() if self.checkpoint.tied else ("lm_head.weight",))):
+            check_finite(
+                name, self.checkpoint.read(name), self.checkpoint.folder
+            )  # now, not after the blocks
         table = self.checkpoint.read("model.embed_tokens.weight")
         check_finite("model.embed_tokens.weight", table, self.checkpoint.folder)
         require_numbers("model.embed_tokens.weight", table, self.checkpoint.folder)
@@ -181,6 +185,13 @@ class BlockwiseDecoder:
                     "folder again",
                 )
             self._require_shape(name, self.checkpoint.info(name).shape, shape)
+        for name in sorted(names - shapes.keys()):
+            if name.startswith("model.layers.") and not name.endswith(".rotary_emb.inv_freq"):
+                raise ModelError(
+                    f"{name} has no place in this architecture",
+                    where=self.checkpoint.folder,
+                    hint="config.json and the weights are from different models: copy the folder again",
+                )
 
     def _require_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
         if tuple(found) != tuple(wanted):

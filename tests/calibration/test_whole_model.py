@@ -13,7 +13,7 @@ from qwenq.calibration.whole_model import (
     require_memory,
     store_transposed,
 )
-from qwenq.errors import ModelError, UnsupportedError, UsageError
+from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.source import TensorInfo
 
@@ -86,3 +86,11 @@ def test_a_containers_limit_counts(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("qwenq.models.granted.granted_bytes", lambda: 1_000_000)
     with pytest.raises(UsageError, match=r"1\.0 MB are free"):
         require_memory(open_checkpoint(folder), torch.float32, 1_000_000)
+
+
+def test_a_tensor_with_nan_is_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptFileError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+        load_whole_model(open_checkpoint(folder), torch.float32, "cpu")

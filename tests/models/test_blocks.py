@@ -146,3 +146,26 @@ def test_the_config_may_say_it_is_quantised(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
     assert len(open_decoder(folder).names) == 3
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_nan_behind_the_blocks_is_named_before_them(tmp_path: Path, name: str) -> None:
+    folder = write_family(tmp_path / "m", tie_word_embeddings=False)
+    value = load_file(folder / "model.safetensors")[name]
+    value.view(-1)[5] = torch.nan
+    decoder = open_decoder(damage(folder, name, value))
+    with pytest.raises(CorruptFileError, match=f"{name} holds 1 NaN"):
+        decoder.embed([random_tokens(folder, 1, 8)])
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_norm.weight", "self_attn.q_proj.bias"])
+def test_a_tensor_that_the_blocks_would_leave_out_is_refused(tmp_path: Path, name: str) -> None:
+    """As of a Qwen3 whose config.json says Llama: nobody would miss it, the base computes without it, too."""
+    full = f"model.layers.1.{name}"
+    model = damage(write_family(tmp_path / "m"), full, torch.ones(16))
+    with pytest.raises(ModelError, match=f"{full} has no place in this architecture"):
+        open_decoder(model)
+    frequencies = (
+        "model.layers.1.self_attn.rotary_emb.inv_freq"  # old files hold them; the config says them, too
+    )
+    assert open_decoder(damage(write_family(tmp_path / "n"), frequencies, torch.ones(8))).names
