@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
+from qwenq.errors import visible
 from qwenq.results import Row, Value
 
 _FIGURES = {
@@ -84,8 +85,8 @@ def table(rows: Sequence[Row]) -> PrintedTable:
         if _passed_over(found):
             notes.mark(next(iter(found.values())))  # once, not for every figure
             continue
-        for metric in _FIGURES.keys() - set(metrics):
-            if metric in found:
+        for metric in _FIGURES:
+            if metric in found and metric not in metrics:
                 notes.mark(found[metric], metric)
     return PrintedTable(
         constant, (*varying, *(_FIGURES[m][0] for m in metrics)), lines, len(varying), notes.texts
@@ -107,6 +108,7 @@ class _Notes:
 
     def mark(self, row: Row, what: str = "") -> str:
         text = f"{what}: {row.reason}" if what else str(row.reason)
+        text = visible(text)
         return f"[{self._reasons.setdefault(text, len(self._reasons) + 1)}]"
 
     @property

@@ -60,3 +60,14 @@ def test_a_point_that_was_passed_over_says_so_once(points: list[Point]) -> None:
 def test_another_attention_is_a_column(points: list[Point]) -> None:
     printed = table([*rows_of(points[2]), *rows_of(replace(points[2], attention="off"))])
     assert "attention" in printed.headings
+
+
+def test_reasons_stand_in_the_order_of_the_figures_and_drive_no_terminal(points: list[Point]) -> None:
+    """A run folder that is gone on with may be a stranger's."""
+    rows = {row.metric: row for row in rows_of(points[2])}
+    missing = ["memory.load", "speed.protocol", "energy.token", "time.first_token"]
+    for metric in missing:
+        (rows[metric],) = points[2].without("failed", f"\x1b[2J{metric}", [metric])
+    notes = table(list(rows.values())).notes
+    order = ["speed.protocol", "time.first_token", "memory.load", "energy.token"]
+    assert notes == tuple(f"[{n}] {name}: \ufffd[2J{name}" for n, name in enumerate(order, 1))
