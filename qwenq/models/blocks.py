@@ -125,9 +125,8 @@ class BlockwiseDecoder:
             )
         recorders = [_Recorder() for _ in self._blocks]
         for name in ("model.norm.weight", *(() if self.checkpoint.tied else ("lm_head.weight",))):
-            check_finite(
-                name, self.checkpoint.read(name), self.checkpoint.folder
-            )  # now, not after the blocks
+            # Now, not after the blocks: those may take hours.
+            check_finite(name, self.checkpoint.read(name), self.checkpoint.folder)
         table = self.checkpoint.read("model.embed_tokens.weight")
         check_finite("model.embed_tokens.weight", table, self.checkpoint.folder)
         require_numbers("model.embed_tokens.weight", table, self.checkpoint.folder)
