@@ -59,5 +59,6 @@ def test_prompts_of_one_token_are_decode_steps(tiny: Path) -> None:
 
 
 def test_what_a_container_grants_bounds_the_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwenq.runtime.memory.granted_bytes", lambda: 10_000_000)
-    assert budget_for(load(tiny, device="cpu", dtype="float32")).memory <= 5_000_000
+    engine = load(tiny, device="cpu", dtype="float32")
+    monkeypatch.setattr("qwenq.models.granted.granted_bytes", lambda: 10_000_000)
+    assert budget_for(engine).memory <= 5_000_000
