@@ -6,8 +6,9 @@ why. Rows are appended and flushed one by one, so a kill loses none that was fin
 
 What reports read out of ``details``, each where a row has it (lists of one row are of one length):
 
-* accuracy: ``items`` {item id: correct}, ``parts`` {subject: share}; tests pair two rows by item id; of a
-  quantised model ``base``, the fingerprint of what it was made from, where that is known
+* accuracy: ``items`` {item id: correct}, ``parts`` {subject: share}; tests pair two rows by item id, unless
+  ``questions``, a hash of all that was asked, differs: then the data has changed under the ids; ``base`` of
+  a quantised model, the fingerprint of what it was made from, where that is known
 * kl: ``positions`` [tokens read, the middle of a stretch] with ``values`` [mean nats there], ``lows`` and
   ``highs`` [95 % interval or null], ``counts`` [predictions]; ``modules`` [{name, error, rtn_error}]
 * speed.decode: ``positions`` [token] with ``values`` [tokens/s]

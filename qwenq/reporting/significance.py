@@ -38,7 +38,7 @@ def paired(before: Row, after: Row) -> Paired | str:
     first, second = items_of(before), items_of(after)
     if first is None or second is None:
         return NO_RECORD
-    return compare(first, second)
+    return compare(first, second, questions=(before.details.get("questions"), after.details.get("questions")))
 
 
 def other_items(before: Row, after: Row) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenq.paired.compare import Paired
-from qwenq.reporting.significance import holm, paired
+from qwenq.reporting.significance import holm, other_items, paired
 
 
 def test_holm_by_hand() -> None:
@@ -46,3 +46,14 @@ def test_no_sound_record_no_pairing(items: object) -> None:
 def test_other_items_are_not_paired() -> None:
     message = paired(accuracy("fp32", n=10), accuracy("int4", n=12))
     assert message == "other items: 2 of 12 are in one of the two only"
+
+
+def test_other_questions_under_the_same_ids_are_not_paired() -> None:
+    before, after = (
+        replace(row, details={**row.details, "questions": asked})
+        for row, asked in ((accuracy("fp32", n=10), "a1"), (accuracy("int4", n=10), "b2"))
+    )
+    assert paired(before, after) == "other questions under the same ids: the data has changed"
+    assert other_items(before, after)
+    unknown = replace(after, details={**after.details, "questions": None})  # of an older record
+    assert isinstance(paired(before, unknown), Paired)
