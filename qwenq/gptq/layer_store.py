@@ -3,7 +3,7 @@
     OUT.partial/
       run.json                     what this run is: anything that changes its result
       lock                         held while a process works here
-      layers/00007.json            {"file": …, "sha256": …, "modules": …}: the layer is finished
+      layers/00007.json            {"file": …, "sha256": …, "modules": …, "seal": …}: the layer is finished
       layers/00007-3f2a….safetensors
 
 A layer counts only when its JSON names a file whose content has the hash in its name, and the JSON is written
@@ -115,6 +115,7 @@ class LayerStore:
         file = self._layers / f"{index:05d}-{digest[:16]}.safetensors"
         atomic_write_bytes(file, data)
         record = {"file": file.name, "sha256": digest, "modules": modules}
+        record["seal"] = _seal(record)
         atomic_write_json(self._layers / f"{index:05d}.json", record)
 
     def modules(self, index: int) -> dict[str, Any]:
@@ -152,6 +153,8 @@ class LayerStore:
         record = _read_json(self._layers / f"{index:05d}.json")
         if record is None or not isinstance(record.get("modules"), dict):
             return None
+        if record.get("seal") != _seal(record):  # the manifest repeats what it says
+            return None
         file = self._layers / str(record.get("file"))
         if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
             return None
@@ -170,6 +173,12 @@ def discard_leftover(folder: Path) -> bool:
     with lock:
         shutil.rmtree(folder, ignore_errors=True)
     return not folder.exists()
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """A hash over the rest of a layer's record."""
+    rest = {key: value for key, value in record.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> list[str]:

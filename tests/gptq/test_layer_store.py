@@ -164,3 +164,10 @@ def test_records_say_what_they_stand_for(filled: Path) -> None:
     record = json.loads((filled / "layers/00002.json").read_text())
     assert record["file"] == weight_file(filled, 2).name
     assert record["modules"] == {"q": {"error": 0.2}}
+
+
+def test_a_record_that_says_something_else_counts_as_not_done(filled: Path) -> None:
+    """What it says of modules ends in the manifest, where nobody could tell."""
+    path = filled / "layers" / "00001.json"
+    path.write_text(path.read_text().replace("0.1", "0.7"))
+    assert open_store(filled).finished() == 1
