@@ -14,7 +14,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 RELIABILITY := tests/run/test_execute.py tests/test_crash.py tests/reliability tests/test_storage.py \
     tests/test_stopping.py tests/models/test_hub.py tests/models/test_hub_cache.py tests/models/test_integrity.py \
     tests/models/test_manifest.py tests/models/test_safetensors_files.py tests/gptq/test_layer_store.py \
-    tests/cli/test_quantize_full_disk.py \
+    tests/cli/test_quantize_full_disk.py tests/cli/test_printing.py tests/reporting/test_write_report.py \
+    tests/test_results.py tests/cli/test_chat_command.py::test_sigterm_ends_the_chat_wherever_it_is \
+    tests/test_distributed.py::test_a_rank_that_alone_gets_sigterm_stops_all_with_143_and_the_leader_says_how_to_go_on \
     tests/cli/test_quantize_bad_input.py tests/profiling/test_sweep.py tests/profiling/test_measure.py \
     tests/profiling/test_sweep_machines.py tests/evals/test_patience.py \
     tests/reporting/test_page.py tests/evals/test_endpoint.py tests/evals/test_served.py \
@@ -60,6 +62,7 @@ demo: .venv/.demo
 
 # Is the quantised model as good as the committed baseline says? Exit code 1: no; 3: it could not be compared.
 gate: .venv/.demo
+	rm -rf build/gate
 	$(BIN)/qwenq run recipes/ci.toml --out build/gate
 
 test: .venv/.dev

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from qwenq.errors import StorageError, UsageError
-from qwenq.storage import atomic_write_json, guard_storage
+from qwenq.storage import atomic_write_json, guard_storage, open_file
 
 RESULTS_FILE = "results.jsonl"
 ENVIRONMENT_FILE = "environment.json"
@@ -185,7 +185,7 @@ def read_rows(run: Path) -> list[Row]:
     """
     path = run / RESULTS_FILE
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             rows = [_row(line, path, number) for number, line in _whole_lines(file, path)]
     except FileNotFoundError as error:
         hint = "name a folder that qwenq eval, profile or run has written"
@@ -228,7 +228,8 @@ def read_environment(run: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with open_file(path) as file:
+            found = json.loads(file.read(LONGEST_ROW).decode())
         json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # as for rows: it is written again
     except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"it cannot be read: {error}", where=path) from error

@@ -223,6 +223,17 @@ def atomic_write_json(path: Path, value: Any, *, indent: int | None = 2) -> None
     atomic_write_bytes(path, text.encode() + b"\n")
 
 
+def open_file(path: Path) -> IO[bytes]:
+    """A file to read; what is no file, such as a pipe, which would be waited for without end, is refused.
+
+    Raises:
+        OSError: as ``Path.open`` does.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path.open("rb")
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, streamed."""
     with path.open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenq.errors import UsageError
+from qwenq.errors import StorageError, UsageError
 from qwenq.models import bundled
 from qwenq.models.bundled import NAME
 from qwenq.results import (
+    ENVIRONMENT_FILE,
     RESULTS_FILE,
     Model,
     Row,
@@ -104,6 +106,17 @@ def test_a_line_without_an_end_is_not_read_to_the_end_of_a_hole(tmp_path: Path) 
         file.truncate(1 << 40)  # a terabyte that takes no room on the disk
     with pytest.raises(UsageError, match="a line of more than 64 MB is no row"):
         read_rows(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / RESULTS_FILE)
+    os.mkfifo(tmp_path / ENVIRONMENT_FILE)
+    with pytest.raises(StorageError, match="it is no file"):
+        read_rows(tmp_path)
+    with pytest.raises(UsageError, match="it is no file"):
+        read_environment(tmp_path)
 
 
 def test_a_character_torn_in_two_is_a_torn_line_only_at_the_end(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwenq.cli.app import app
+from qwenq.errors import visible
 
 if TYPE_CHECKING:
     from qwenq.run.chain import Chain
@@ -63,7 +64,9 @@ def _show(chain: Chain) -> None:
         mark = "done" if is_done(chain, step) else ""
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)
         program = "qwenq" if step.module == "qwenq" else f"python -m {step.module}"
-        typer.echo(f"           {program} {shlex.join(step.arguments)}", err=True)
+        typer.echo(f"           {program} {visible(shlex.join(step.arguments))}", err=True)
     baseline = chain.recipe.gate.baseline
     if baseline is not None and not Path(baseline).is_dir():
-        typer.echo(f"note: there is no baseline {baseline} yet, so the last step will fail", err=True)
+        typer.echo(
+            f"note: there is no baseline {visible(baseline)} yet, so the last step will fail", err=True
+        )

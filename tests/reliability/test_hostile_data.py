@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,29 @@ def test_a_compressed_bomb_is_not_inflated(tmp_path: Path, tally: Tally) -> None
     with pytest.raises(DataError, match="when inflated"):
         read_json_lines(path, COLUMNS)
     assert not attempt(tally, 2_000_000, lambda: read_json_lines(path, COLUMNS))
+
+
+def test_a_member_of_an_archive_is_not_inflated_either(tmp_path: Path) -> None:
+    archive = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as held:
+        held.writestr("bomb.csv", b" " * 80_000_000)
+    with zipfile.ZipFile(archive) as held, pytest.raises(DataError, match="when inflated"):
+        read_csv(zipfile.Path(held) / "bomb.csv", COLUMNS, header=True)
+
+
+def test_an_encrypted_member_of_an_archive_is_a_message(tmp_path: Path) -> None:
+    archive = tmp_path / "locked.zip"
+    with zipfile.ZipFile(archive, "w") as held:
+        held.writestr("a.csv", TABLE)
+    content = bytearray(archive.read_bytes())
+    for magic, offset in (
+        (b"PK\x03\x04", 6),
+        (b"PK\x01\x02", 8),
+    ):  # the flag that says so, in both of its places
+        content[content.index(magic) + offset] |= 1
+    archive.write_bytes(content)
+    with zipfile.ZipFile(archive) as held, pytest.raises(DataError, match="cannot be unpacked"):
+        read_csv(zipfile.Path(held) / "a.csv", COLUMNS, header=True)
 
 
 SETTINGS = {

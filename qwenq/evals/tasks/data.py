@@ -9,6 +9,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -203,13 +204,17 @@ def read_text(path: Path | zipfile.Path) -> str:
     if path.exists() and not path.is_file():  # a pipe would be waited for without end
         raise DataError("it is no file", where=str(path), hint="put the original file in its place")
     try:
-        raw = _inflated(path) if path.suffix == ".gz" else path.read_bytes()
+        raw = _bounded(path)
     except FileNotFoundError:
         raise DataError("no such benchmark file", where=str(path), hint=_siblings(path)) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"not a whole gzip file: {error}", where=str(path), hint="copy it again") from error
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except RuntimeError as error:  # zipfile's, of members that are encrypted or packed in a way of their own
+        raise DataError(
+            f"cannot be unpacked: {error}", where=str(path), hint="get the archive again"
+        ) from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -221,10 +226,11 @@ def read_text(path: Path | zipfile.Path) -> str:
         ) from error
 
 
-def _inflated(path: Path | zipfile.Path) -> bytes:
-    """Of a compressed file, which may be a thousand times as large as it looks."""
-    with path.open("rb") as raw_file, gzip.open(raw_file) as file:
-        raw = file.read(_LARGEST + 1)
+def _bounded(path: Path | zipfile.Path) -> bytes:
+    """Inflated, where it is compressed: it may be a thousand times as large as it looks."""
+    packed = path.suffix == ".gz"
+    with path.open("rb") as stored, gzip.open(stored) if packed else nullcontext(stored) as file:
+        raw: bytes = file.read(_LARGEST + 1)
     if len(raw) > _LARGEST:
         raise DataError(
             f"over {_LARGEST // 1_000_000} MB when inflated: no benchmark file is that large",
