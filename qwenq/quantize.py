@@ -316,9 +316,11 @@ def _publish(
     return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
 
 
-def _computed_in(job: Job) -> dict[str, str]:
+def _computed_in(job: Job) -> dict[str, str | int]:
     """What the integers depend on besides the recipe and ``versions``: each rounds in a way of its own."""
-    from qwenq.gptq.quantise import how_summed
+    import torch
+
+    from qwenq.gptq.quantise import how_solved, how_summed
 
     decoder = job.decoder
     return {
@@ -326,6 +328,8 @@ def _computed_in(job: Job) -> dict[str, str]:
         "device": decoder.device.type,
         "attention": decoder.attention,
         "sums": how_summed(decoder.dtype, decoder.device, job.team),
+        "solver": how_solved(job.settings, decoder.device),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -64,6 +64,7 @@ def test_compiled_code_that_is_missed_is_said(
     because = "left to torch, which takes longer, because llvmlite is not installed"
     assert said == [f"{what} {because}" for what in missed]
     told = manifest_of(made.folder)["computed_in"]
+    assert told["solver"] == "torch"
     assert told["attention"] == "sdpa"
     assert told["sums"] == ("exact" if team.launched else "float32")
 

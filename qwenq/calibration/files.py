@@ -117,13 +117,17 @@ def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
     number = 0
     try:
         file = parquet.ParquetFile(path)
+        texts = [field.name for field in file.schema_arrow if pyarrow.types.is_string(field.type)]
+        # A value that is stored once may stand in every row: it is not to be held as often.
+        file = parquet.ParquetFile(path, read_dictionary=texts)
         wanted = [column] if column else [key for key in KNOWN_KEYS if key in file.schema_arrow.names][:1]
         known = [key for key in wanted if key in file.schema_arrow.names]
         if not known:  # from_record names the columns there are
             from_record(dict.fromkeys(file.schema_arrow.names), str(path), column)
         for batch in file.iter_batches(batch_size=256, columns=known):
-            for record in batch.to_pylist():
+            for row in range(len(batch)):
                 number += 1
+                (record,) = batch.slice(row, 1).to_pylist()
                 yield from_record(record, f"{path}, row {number}", column)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CalibrationError(

@@ -188,3 +188,17 @@ def test_real_files(shared_data: Path) -> None:
     passages = contents(shared_data / "wikitext2" / "valid.txt")
     whole = (shared_data / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
     assert "".join(passages).rstrip() == whole.rstrip()
+
+
+def test_a_text_that_a_table_holds_once_is_not_held_for_each_of_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = 60
+    parquet.write_table(pyarrow.table({"text": ["x" * 10_000_000] * rows}), path)  # 600 MB as they are told
+    assert path.stat().st_size < 1_000_000
+    before = pyarrow.default_memory_pool().bytes_allocated()
+    most, count = 0, 0
+    for document in read_file(path):
+        assert len(str(document.content)) == 10_000_000
+        most, count = max(most, pyarrow.default_memory_pool().bytes_allocated() - before), count + 1
+    assert count == rows
+    assert most < 100_000_000
