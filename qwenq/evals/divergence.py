@@ -59,14 +59,15 @@ def score_tokens(
                 torch.split(batch[:, 1:].flatten(), slab),
                 strict=True,
             )
-            scored = [_compare_slab(base_head(b), head(q), t.to(base.device)) for b, q, t in parts]
+            scored = [compare_slab(base_head(b), head(q), t.to(base.device)) for b, q, t in parts]
             rows.append(torch.cat(scored, dim=1).cpu().reshape(4, len(batch), -1))  # [4, batch, tokens − 1]
             step()
     kl, same, nll, base_nll = torch.cat(rows, dim=1).numpy()
     return TokenScores(kl, same.astype(bool), nll, base_nll)
 
 
-def _compare_slab(*logits_and_targets: Tensor) -> Tensor:
+def compare_slab(*logits_and_targets: Tensor) -> Tensor:
+    """``compare_logits`` of any number of tokens, ``ROWS`` of them at a time."""
     parts = zip(*(torch.split(x, ROWS) for x in logits_and_targets), strict=True)
     return torch.cat([compare_logits(*part) for part in parts], dim=1)
 

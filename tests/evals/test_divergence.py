@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenq.evals.divergence import compare_logits
+from qwenq.evals.divergence import ROWS, compare_logits, compare_slab
 
 
 @settings(max_examples=50)
@@ -41,3 +41,11 @@ def test_extreme_logits_do_not_overflow() -> None:
     b = torch.tensor([[1e4, 0.0, -1e4]])
     kl, same, nll, base_nll = compare_logits(a, b, torch.tensor([0])).squeeze(1).tolist()
     assert (kl, same, nll, base_nll) == (1e4, 0, 0, 1e4)
+
+
+def test_tokens_keep_their_order_however_many_are_compared_at_a_time() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2 * ROWS + 7, 50, generator=generator) for _ in range(2))
+    targets = torch.randint(0, 50, (len(a),), generator=generator)
+    found = compare_slab(a.clone(), b.clone(), targets)
+    torch.testing.assert_close(found, compare_logits(a, b, targets), rtol=1e-6, atol=1e-6)

@@ -15,6 +15,7 @@ from qwenq.errors import DataError
 from qwenq.evals.task import Choose, Item, Judgement, Request, Score, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.choices import (
+    CARD,
     COLUMNS,
     LETTERS,
     ChoiceSet,
@@ -29,7 +30,6 @@ from qwenq.evals.tasks.hub import read_hub
 from qwenq.evals.tasks.script import Judged, Script
 
 VERSION = 1
-CARD_VERSION = 2
 
 CHAT_PROMPT = "{question}\n\nA. {A}\nB. {B}\nC. {C}\nD. {D}\n"
 MAX_NEW_TOKENS = 512
@@ -179,22 +179,8 @@ _test = partial(
     comment=partial(missing_subjects, TEST),
 )
 PROTOCOLS: tuple[Script, ...] = (
-    _val(
-        protocol="card",
-        version=CARD_VERSION,
-        shots=0,
-        allowed_shots=(0,),
-        ask=ask_chat,
-        read=read_chat,
-    ),
+    _val(**CARD, ask=ask_chat, read=read_chat),
     _val(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
-    _test(
-        protocol="card",
-        version=CARD_VERSION,
-        shots=0,
-        allowed_shots=(0,),
-        ask=ask_chat,
-        read=read_chat,
-    ),
+    _test(**CARD, ask=ask_chat, read=read_chat),
     _test(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
 )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import Chosen, DataSource, Item, Judgement
@@ -14,6 +15,8 @@ from qwenq.evals.tasks.data import AnyPath, Row, check_count, local_folder, read
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
+CARD: dict[str, Any] = {"protocol": "card", "version": 2, "shots": 0, "allowed_shots": (0,)}
+"""What the chat protocol is in all of these tasks; its version counts by itself."""
 _NOT_ASCII_LATIN = dict.fromkeys(range(128, 256))
 
 

@@ -17,6 +17,7 @@ from qwenq.errors import DataError
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.ceval import ask_base, ask_chat, read_chat
 from qwenq.evals.tasks.choices import (
+    CARD,
     LETTERS,
     ChoiceSet,
     judge_choice,
@@ -29,7 +30,6 @@ from qwenq.evals.tasks.hub import fetch_hub_file
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
-CARD_VERSION = 2
 
 FILE_COLUMNS = ("Question", *LETTERS, "Answer")
 HUB = "lmlmcat/cmmlu"
@@ -111,13 +111,6 @@ _script = partial(
     comment=partial(missing_subjects, ORIGIN),
 )
 PROTOCOLS: tuple[Script, ...] = (
-    _script(
-        protocol="card",
-        version=CARD_VERSION,
-        shots=0,
-        allowed_shots=(0,),
-        ask=ask_chat,
-        read=read_chat,
-    ),
+    _script(**CARD, ask=ask_chat, read=read_chat),
     _script(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
 )

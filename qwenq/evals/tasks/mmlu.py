@@ -21,6 +21,7 @@ from qwenq.errors import DataError
 from qwenq.evals.task import Choose, Item, Judgement, Request, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.choices import (
+    CARD,
     COLUMNS,
     LETTERS,
     ChoiceSet,
@@ -36,7 +37,6 @@ from qwenq.evals.tasks.hub import read_hub
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
-CARD_VERSION = 2
 
 CHAT_PROMPT = (
     "The following is a multiple-choice question. Please choose the most suitable one among A, B, C and D as "
@@ -177,14 +177,7 @@ _script = partial(
     comment=partial(missing_subjects, ORIGIN),
 )
 PROTOCOLS: tuple[Script, ...] = (
-    _script(
-        protocol="card",
-        version=CARD_VERSION,
-        shots=0,
-        allowed_shots=(0,),
-        ask=ask_chat,
-        read=read_chat,
-    ),
+    _script(**CARD, ask=ask_chat, read=read_chat),
     _script(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
     _script(protocol="lm-eval", shots=5, allowed_shots=range(6), ask=ask_lm_eval, read=judge_loglikelihood),
 )
