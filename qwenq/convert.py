@@ -14,12 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenq.errors import QuantisationError, UsageError
+from qwenq.errors import ModelError, QuantisationError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.companions import write_companions
-from qwenq.models.gptq_format import QuantConfig, is_quantised, surplus_biases, validate_quantised
+from qwenq.models.gptq_format import (
+    DequantisedSource,
+    QuantConfig,
+    is_quantised,
+    surplus_biases,
+    validate_quantised,
+)
+from qwenq.models.integrity import check_finite
 from qwenq.models.new_folder import require_renameable
 from qwenq.models.qwen_v1 import QwenV1Source
+from qwenq.models.shapes import ModelShape
 from qwenq.models.shards import tensor_bytes, write_shards
 from qwenq.storage import atomic_write_json, fsync_folder, guard_storage
 
@@ -73,13 +81,15 @@ def convert(
 
     Raises:
         UsageError: the target is the source or holds something; ``zeros`` for a model that is not quantised.
-        ModelError: the source is damaged or contradicts itself.
+        ModelError: the source is damaged or contradicts itself: names the tensor that is missing, of another
+            shape than config.json says, or not finite.
         QuantisationError: a zero point that format v1 cannot hold.
         StorageError: the disk refused.
     """
     _refuse_target(source, target)
     checkpoint = open_checkpoint(source)
     quant = _settings(checkpoint, zeros)
+    _require_whole(checkpoint, quant)
     config, changes = _target_config(checkpoint, quant, zeros)
     entries = _entries(checkpoint, quant)
     total = sum(tensor_bytes(info) for _, info in entries)
@@ -126,6 +136,23 @@ def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig |
     return None
 
 
+def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
+    """All that config.json asks for is there in its shape: a folder that lacks something is not written."""
+    plain = checkpoint.source
+    if quant is not None:
+        plain = DequantisedSource(plain, quant, config=checkpoint.config)
+    names = set(plain.names())
+    for tensor in ModelShape.from_config(checkpoint.config).tensors():
+        if tensor.name not in names:
+            what = f"the tensor {tensor.name} is missing"
+        elif (found := plain.info(tensor.name).shape) != tensor.shape:
+            what = f"{tensor.name} has shape {found}, config.json asks for {tensor.shape}"
+        else:
+            continue
+        hint = "config.json and the weights are of two models, or a shard is missing: copy the folder again"
+        raise ModelError(what, where=checkpoint.folder, hint=hint)
+
+
 def _target_config(
     checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
 ) -> tuple[dict[str, Any], list[str]]:
@@ -155,14 +182,14 @@ def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[st
 def _reader(
     checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
 ) -> Callable[[str], torch.Tensor]:
-    """Reads a tensor as it is to be written."""
-    if quant is None or zeros is None or FORMATS[zeros] == quant.checkpoint_format:
-        return checkpoint.read
-    settings, wanted = quant, FORMATS[zeros]
+    """Reads a tensor as it is to be written, once its numbers are known to be finite."""
+    wanted = None if zeros is None else FORMATS[zeros]
 
     def read(name: str) -> torch.Tensor:
-        tensor = checkpoint.read(name)
-        return restored_zeros(tensor, settings, wanted, name) if name.endswith(".qzeros") else tensor
+        tensor = check_finite(name, checkpoint.read(name), checkpoint.folder)
+        if quant is None or wanted is None or wanted == quant.checkpoint_format:
+            return tensor
+        return restored_zeros(tensor, quant, wanted, name) if name.endswith(".qzeros") else tensor
 
     return read
 

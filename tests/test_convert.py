@@ -186,6 +186,38 @@ def test_a_failure_on_the_way_leaves_no_folder(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["v1"]
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_what_is_missing_or_of_another_shape_is_named(tmp_path: Path, bits: int | None) -> None:
+    """In a Qwen2 folder, plain or GPTQ; Qwen v1's are held against their config when they are opened."""
+    v1 = small_config(), random_tensors(small_config())
+    source = write_v1(tmp_path / "v1", *(v1 if bits is None else quantise_v1(*v1, bits, 32)))
+    whole = open_checkpoint(convert(source, tmp_path / "whole").folder)
+    tensors = {name: whole.read(name) for name in whole.names()}
+    module = "model.layers.1.mlp.up_proj"
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{module}.")}
+    without_norm = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    short = tensors | {"model.norm.weight": tensors["model.norm.weight"][:-1]}
+    for damaged, says in (
+        (rest, f"{module}.weight is missing"),
+        (without_norm, "model.norm.weight is missing"),
+        (short, r"model.norm.weight has shape \(63,\), config.json asks for \(64,\)"),
+    ):
+        folder = write_v1(tmp_path / "damaged", whole.config, damaged)
+        with pytest.raises(ModelError, match=says) as raised:
+            convert(folder, tmp_path / "out")
+        assert raised.value.where == str(folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_is_none_names_its_tensor_and_leaves_no_folder(tmp_path: Path, bad: float) -> None:
+    tensors = random_tensors(small_config())
+    tensors["transformer.h.1.ln_2.weight"][3] = bad
+    with pytest.raises(CorruptFileError, match=r"layers\.1\.post_attention_layernorm\.weight holds \d NaN"):
+        convert(write_v1(tmp_path / "v1", small_config(), tensors), tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["v1"]
+
+
 def test_progress_counts_all_bytes(v1_folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     done = convert(v1_folder, tmp_path / "out", progress=lambda *pair: seen.append(pair))
