@@ -60,12 +60,9 @@ def take_parts(records: Records, run: Path, title: str, key: Mapping[str, Any]) 
     """
     found: list[Record] = []
     for path in Records.parts(run, f"{title[:TITLE]}.rank", key):
-        new: dict[str, Record] = {}
-        for record in read_records(path):
-            if records.find(record.id, record.asked) is None:
-                new[record.id] = record
-        records.append(*new.values())
-        found += new.values()
+        new = [one for one in read_records(path) if records.find(one.id, one.asked) is None]
+        records.append(*new)
+        found += new
         with guard_storage(path):
             path.unlink()
     return found

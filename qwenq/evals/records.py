@@ -3,12 +3,13 @@
     RUN/lock                      held while a process works here
     RUN/records/NAME.jsonl        one file per model and task; NAME ends in a hash of the key
         {"format": 1, "key": {…}}     first line: all that decides an answer but the item itself
-        {"id": …, "asked": …, …}      a record; of records with one id the last counts
+        {"id": …, "asked": …, …}      a record; of those with one id and one question the last counts
 
-A record answers for an item only while ``asked``, a hash of the prompt, the limits and the item's data, is
-the same. A written answer is appended and put on the disk (fsync) when it is complete, and the verdict of a
-program when it has run; choices are when the batch is finished that answered them together. So neither a kill
-nor a power cut loses what was recorded. A line that was torn is cut off by the next run.
+A record answers for an item only where ``asked``, a hash of the prompt, the limits and the item's data, is
+the same; records of other data under the same ids stay beside it. A written answer is appended and put on the
+disk (fsync) when it is complete, and the verdict of a program when it has run; choices are when the batch is
+finished that answered them together. So neither a kill nor a power cut loses what was recorded. A line that
+was torn is cut off by the next run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ class Records:
 
     def __init__(self, run: Path, title: str, key: Mapping[str, Any]) -> None:
         text = json.dumps(key, ensure_ascii=False, sort_keys=True)
-        self.path = run / FOLDER / f"{_name(title)}.{_digest(text)}.jsonl"
+        self.path = run / FOLDER / f"{name_of(title, key)}.jsonl"
         self._key = json.loads(text)
         with guard_storage(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +105,7 @@ class Records:
 
     def find(self, id_: str, asked: str) -> Record | None:
         """The record of an item, if this very question was asked."""
-        record = self._known.get(id_)
-        return record if record is not None and record.asked == asked else None
+        return self._known.get((id_, asked))
 
     def append(self, *records: Record) -> None:
         """Write records that were made together; they are on the disk when this returns.
@@ -114,7 +114,7 @@ class Records:
             StorageError: the disk refused.
         """
         for record in records:
-            self._known[record.id] = record
+            self._known[record.id, record.asked] = record
             self._write(_plain(record))
         self._sync()
 
@@ -141,7 +141,7 @@ class Records:
             self._file.write(line)
             self._file.flush()
 
-    def _read(self) -> dict[str, Record]:
+    def _read(self) -> dict[tuple[str, str], Record]:
         """All records; begins the file where there is none, and cuts off a torn end."""
         self._file.seek(0)
         content = self._file.read()
@@ -154,7 +154,12 @@ class Records:
                 self._sync()
                 fsync_folder(self.path.parent)
                 return {}
-        return {record.id: record for record in _records(self.path, whole)}
+        return _last(_records(self.path, whole))
+
+
+def name_of(title: str, key: Mapping[str, Any]) -> str:
+    """What a file is called that belongs to a key, less its ending: no two keys share one."""
+    return f"{_name(title)}.{_digest(json.dumps(key, ensure_ascii=False, sort_keys=True))}"
 
 
 def _name(title: str) -> str:
@@ -166,7 +171,7 @@ def _digest(key: str) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The last record of every item in a file, in the order of their first.
+    """The last record of every question in a file, in the order of their first.
 
     Raises:
         StorageError: the file cannot be read, or a line is broken.
@@ -175,8 +180,12 @@ def read_records(path: Path) -> list[Record]:
         content = path.read_bytes()
     except OSError as error:
         raise StorageError(f"it cannot be read: {error.strerror}", where=path) from error
-    found = {record.id: record for record in _records(path, content[: content.rfind(b"\n") + 1])}
-    return list(found.values())
+    return list(_last(_records(path, content[: content.rfind(b"\n") + 1])).values())
+
+
+def _last(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
+    """The last record by id and question: data may change under an id, and back."""
+    return {(record.id, record.asked): record for record in records}
 
 
 def _records(path: Path, content: bytes) -> Iterator[Record]:

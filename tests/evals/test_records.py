@@ -41,6 +41,19 @@ def test_what_was_written_is_found_again(tmp_path: Path) -> None:
     assert [one.id for one in read_records(records.path)] == ["subject/1", "subject/2"]
 
 
+def test_questions_of_other_data_under_the_same_id_void_nothing(tmp_path: Path) -> None:
+    """Both are on the disk, and each is answered for by its own."""
+    first, other = record(1), record(1, asked="of other data", correct=False)
+    with Records(tmp_path, "m", KEY) as records:
+        records.append(first)
+        records.append(other)
+        assert records.find(first.id, first.asked) == first
+    with Records(tmp_path, "m", KEY) as again:
+        assert again.find(first.id, first.asked) == first
+        assert again.find(other.id, other.asked) == other
+    assert read_records(records.path) == [first, other]
+
+
 def test_lines_are_plain_json(tmp_path: Path) -> None:
     with Records(tmp_path, "m", KEY) as records:
         records.append(record(1, output="a\u2028b", logprobs=(-1.5, -2.0)))

@@ -138,6 +138,14 @@ def test_more_items_are_added_to_those_there_are(contender: Contender, data: Pat
     assert more.judged == fresh.judged
 
 
+def test_other_data_in_between_voids_nothing(contender: Contender, data: Path, tmp_path: Path) -> None:
+    plan = mmlu(data, 2)
+    first = plan.items[0]
+    other = replace(plan, items=[replace(first, data={**first.data, "A": "9"})])
+    for asked, count in ((plan, 4), (other, 1), (plan, 0), (other, 0)):
+        assert ask(contender, asked, tmp_path)[1].asked == count
+
+
 def test_another_answer_key_is_another_question(contender: Contender, data: Path, tmp_path: Path) -> None:
     plan = mmlu(data, 3)
     ask(contender, plan, tmp_path)
