@@ -33,18 +33,13 @@ if TYPE_CHECKING:
     from qwenq.results import Row
 
 _RUNS = Path("runs")
-_HOW = {
-    "--dtype": "auto",
-    "--device": "auto",
-    "--engine": "fast",
-    "--attention": "sdpa",
-    "--kernel": "auto",
-}
-"""What decides how a model is run here, and the default of each."""
+_HOW = ("dtype", "device", "engine", "attention", "kernel")
+"""Options that decide how a model is run here."""
 
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -111,7 +106,7 @@ def evaluate(
 
     refuse_random_weights(weights)
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
-    _check_endpoint(endpoint, model, models, (dtype, device, engine, attention, kernel))
+    _check_endpoint(endpoint, model, models, _typed(context))
     named = (model or "served").rsplit("/", 1)[-1] if endpoint is not None else model_name(given[0])
     run = out if out is not None else _RUNS / named
     source = _source(data, sample)
@@ -149,14 +144,21 @@ def evaluate(
         print_table(run, rows)
 
 
+def _typed(context: typer.Context) -> list[str]:
+    """Of _HOW, the options that were given, be it with their default."""
+    sources = ((name, context.get_parameter_source(name)) for name in _HOW)
+    # By its name: typer brings a click of its own, or takes that which is installed.
+    return [name for name, source in sources if source is not None and source.name != "DEFAULT"]
+
+
 def _check_endpoint(
-    endpoint: str | None, model: str | None, models: list[str] | None, how: tuple[str, ...]
+    endpoint: str | None, model: str | None, models: list[str] | None, typed: Sequence[str]
 ) -> None:
     """Refuse what has no meaning together.
 
     Args:
         endpoint, model, models: as typed.
-        how: what a model here is run with, in the order of _HOW.
+        typed: of _HOW, those that were typed, be it with their default.
 
     Raises:
         UsageError: as it says.
@@ -169,13 +171,12 @@ def _check_endpoint(
             where="--endpoint",
             hint="leave out the models, or evaluate them into the same --out with a command of their own",
         )
-    for (option, usual), given in zip(_HOW.items(), how, strict=True):
-        if endpoint is not None and given != usual:
-            raise UsageError(
-                "how a server runs its model is not decided here",
-                where=option,
-                hint="tell the server; leave it out",
-            )
+    if endpoint is not None and typed:
+        raise UsageError(
+            "how a server runs its model is not decided here",
+            where=f"--{typed[0]}",
+            hint="tell the server; leave it out",
+        )
 
 
 def _contestants(

@@ -60,7 +60,7 @@ def rows_of(
                 high=found.high,
                 n=score.n,
                 implementation="; ".join(answers.implementations),
-                settings={**dict(settings), **_interval(score)},
+                settings={**dict(settings), **_interval(score, found)},
                 details={name: value for name, value in details.items() if value not in ({}, None)},
                 date=date.today().isoformat(),
             )
@@ -162,7 +162,10 @@ def _correct(metric: str, judged: Judged) -> Sequence[bool]:
         raise UsageError(f"no verdicts for the metric {metric}") from error
 
 
-def _interval(score: Score) -> dict[str, Any]:
-    if score.macro:
+def _interval(score: Score, found: Accuracy) -> dict[str, Any]:
+    """How the interval was found; nothing where there is none."""
+    if found.low is None:
+        return {}
+    if score.macro and found.error:
         return {"interval": f"bootstrap within subjects, {RESAMPLES} resamples", "seed": SEED}
     return {"interval": "Wilson"}

@@ -14,7 +14,7 @@ from qwenq.evals.contender import Contender
 from qwenq.evals.generating import write
 from qwenq.evals.memory import budget_for
 from qwenq.evals.parts import cost, deal, require_all, take_parts, title_of
-from qwenq.evals.records import Record, Records
+from qwenq.evals.records import Record, Records, name_of
 from qwenq.evals.requests import (
     ChoiceTokens,
     RequestTokens,
@@ -61,7 +61,7 @@ class Plan:
         task: a benchmark under a protocol.
         items: in their order; at least one.
         shots: examples that were asked for; None: the protocol's own number, asked for or not.
-        limit: items of each subject at most; None: all.
+        limit: items of each subject at most; None: all, whether asked for or as there are no more.
         subjects: only these; empty: all.
         source: where the items came from.
         notes: what has to be said beside the scores.
@@ -110,9 +110,11 @@ def make_plan(
     """
     counts: dict[str | None, int] = defaultdict(int)
     items: dict[str, Item] = {}
+    cut = False
     for item in task.items(source, subjects, shots):
         counts[item.subject] += 1
         if limit is not None and counts[item.subject] > limit:
+            cut = True
             continue
         if item.id in items:
             raise DataError(f"the id {item.id} occurs twice", where=task.name)
@@ -125,7 +127,7 @@ def make_plan(
         notes.append(f"{task.name} has no subjects: all of its questions are asked")
         subjects = ()
     own = None if shots == task.shots else shots  # said or not, it is the same question
-    return Plan(task, kept, own, limit, tuple(subjects), source, tuple(notes))
+    return Plan(task, kept, own, limit if cut else None, tuple(subjects), source, tuple(notes))
 
 
 def answer(
@@ -230,6 +232,11 @@ def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
         "shots": plan.shots,
         "sampling": "greedy",
     }
+
+
+def records_name(contender: Contestant, plan: Plan) -> str:
+    """What the file of its records is called, less its ending; other answers have another."""
+    return name_of(_title(contender, plan), records_key(contender, plan))
 
 
 def _title(contender: Contestant, plan: Plan) -> str:

@@ -17,7 +17,7 @@ from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.recorded import has_check, record_check
 from qwenq.evals.records import FOLDER
 from qwenq.evals.rows import MAIN, asked_apart, base_row, rows_of
-from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan
+from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan, records_name
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
 from qwenq.evals.served import Contestant, Served
@@ -108,7 +108,7 @@ def evaluate(
                     say(_served_before(answers.recorded))
                 rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
-                    say(_write_submission(contender, answers, run))
+                    say(_write_submission(contender, plan, answers, run))
             contender.unload()
     return rows
 
@@ -220,10 +220,12 @@ def _append_rows(
         "engine": how.engine,
         "attention": how.attention,
         "kernel": how.kernel,
-        "batch": wanted.batch or "auto",
         "generation": contender.generation,
         MACHINE: machine(environment()),
     }
+    if not answers.recorded:  # how many were asked together, records do not say
+        served = contender.endpoint.concurrency if isinstance(contender, Served) else None
+        settings["batch"] = served or wanted.batch or "auto"
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = "; ".join(answers.sandboxes) or sandbox.implementation
     base, apart = base_row(run, contender, plan), asked_apart(run, contender, plan)
@@ -233,11 +235,15 @@ def _append_rows(
     return rows
 
 
-def _write_submission(contender: Contestant, answers: Answers, run: Path) -> str:
-    """The file that C-Eval's leaderboard takes; its test split has no published answers to score with."""
-    path = run / f"ceval-submission.{contender.model.name}.{contender.model.precision}.json"
-    atomic_write_json(path, ceval.submission(answers.judged))
+def _write_submission(contender: Contestant, plan: Plan, answers: Answers, run: Path) -> str:
+    """The file that C-Eval's leaderboard takes; its test split has no published answers to score with.
+
+    It is called as its records are, so that no other answers overwrite it, nor does a part the whole.
+    """
     asked, all_ = len(answers.judged), ceval.TEST.total or 0
+    ending = "part.json" if asked < all_ else "json"
+    path = run / f"ceval-submission.{records_name(contender, plan)}.{ending}"
+    atomic_write_json(path, ceval.submission(answers.judged))
     if asked < all_:
         part = f"answers to {asked:,} of the {all_:,} questions of C-Eval's test split"
         return f"{part}; its leaderboard takes all of them only: {path}"

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evals.benchmark_data import write_humaneval
-from evals.test_run import Silent
+from evals.benchmark_data import write_ceval_test, write_humaneval, write_mmlu
+from evals.test_run import FLOAT32, Silent
+from tiny_model import write_tiny_model
 
 from qwenq.errors import DataError
+from qwenq.evals.contender import open_contender
 from qwenq.evals.run import Plan, make_plan
 from qwenq.evals.sandbox.find import find_sandbox
-from qwenq.evals.suite import check_solutions
+from qwenq.evals.suite import Wanted, check_solutions, evaluate
 from qwenq.evals.task import DataSource, Item
+from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
+from qwenq.results import Row
 
 SANDBOX = find_sandbox(unsafe=True)  # the solutions are ours
 
@@ -70,3 +75,44 @@ def test_a_benchmark_with_known_bad_solutions_says_which(plan: Plan, tmp_path: P
     assert "humaneval: 3 of the benchmark's own solutions pass" in passed
     with pytest.raises(DataError, match="2 of 4"):
         check(changed(broken, 3, canonical_solution="    return x\n"), tmp_path)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    return write_tiny_model(tmp_path / "Tiny", max_position_embeddings=2048)
+
+
+def run(tiny: Path, folder: Path, wanted: Wanted) -> list[Row]:
+    return evaluate([open_contender(str(tiny), FLOAT32)], wanted, folder, Silent(), lambda _: None)
+
+
+def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = DataSource(write_ceval_test(tmp_path / "data"))
+    monkeypatch.setattr(ceval, "TEST", replace(ceval.TEST, total=5))
+    both = Wanted(("ceval-test",), "card", ("law", "logic"), 0, None, source)
+    for wanted in (both, replace(both, protocol="base"), replace(both, protocol="base", limit=1)):
+        run(tiny, tmp_path / "run", wanted)
+    files = sorted(path.name for path in (tmp_path / "run").glob("ceval-submission.*"))
+    assert [re.sub("[0-9a-f]{12}", "#", name) for name in files] == [
+        "ceval-submission.Tiny.fp32.ceval-test.base.#.json",
+        "ceval-submission.Tiny.fp32.ceval-test.base.#.part.json",
+        "ceval-submission.Tiny.fp32.ceval-test.card.#.json",
+    ]
+    counts = [sum(map(len, json.loads((tmp_path / "run" / name).read_text()).values())) for name in files]
+    assert counts == [5, 2, 5]
+
+
+def test_rows_name_a_batch_where_all_was_asked_in_it(tiny: Path, tmp_path: Path) -> None:
+    """Records do not say how many were asked together."""
+    source = DataSource(write_mmlu(tmp_path / "data"))
+    wanted = Wanted(("mmlu",), "base", ("astronomy",), 0, 2, source, batch=2)
+    batches = []
+    for changed in (wanted, replace(wanted, batch=1), replace(wanted, batch=1, limit=3)):
+        row, *_ = run(tiny, tmp_path / "run", changed)
+        batches.append(row.settings.get("batch"))
+    assert batches == [2, None, None]
+    row, *_ = run(tiny, tmp_path / "other", replace(wanted, batch=None))
+    assert row.settings["batch"] == "auto"
