@@ -54,8 +54,8 @@ class Quantised:
         weight_bytes, base_bytes: of the weight files, after and before.
         check: the comparison with the base, on the folder as read back from disk; None: its weights are
             random, and the comparison would mean nothing.
-        seconds: by phase: "calibration", "layers", "write", "check".
-        resumed_layers: taken over from an earlier run.
+        seconds: of this run, by phase: "calibration", "layers", "write", "check".
+        resumed_layers: taken over from an earlier run, whose seconds are not among these.
     """
 
     folder: Path
@@ -293,19 +293,21 @@ def _publish(
 ) -> Quantised:
     from qwenq.gptq.publish import publish
     from qwenq.gptq.quantise import module_errors
+    from qwenq.models.identity import base_facts
     from qwenq.models.shards import tensor_bytes
     from qwenq.versions import versions
 
     manifest = {
         "format": "qwenq-1",
         "made_by": f"qwenq {__version__}",
-        "base": {"model": job.recipe.model, "fingerprint": job.base.fingerprint},
+        "base": base_facts(job.base, job.recipe.model, job.out),
         "recipe": job.recipe.model_dump(mode="json"),
         "quantization": job.quant.to_config_json(),
         "calibration": calibration.manifest.model_dump(mode="json"),
         "computed_in": _computed_in(job),
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
+        "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
         "modules": dict(module_errors(store, len(job.decoder.names))),
         "check": result.to_json() if result else None,
     }

@@ -190,6 +190,7 @@ def test_after_kill_9_it_says_at_which_layer_it_resumes(
     assert again.status == 0
     assert again.resumed == resumes
     assert again.shown.count("; resumed") == resumes
+    assert f"(this run alone: {resumes} layers were done before)" in again.shown
     assert hashes(out) == expected
 
 

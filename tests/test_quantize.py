@@ -124,6 +124,8 @@ def test_the_manifest_tells_how_it_was_made(tmp_path: Path) -> None:
     result = run(model, out, ear, damp=0.02)
     manifest = manifest_of(out)
     assert manifest["base"]["fingerprint"] == open_checkpoint(model).fingerprint
+    assert (manifest["base"]["name"], manifest["base"]["folder"]) == ("m", "../m")
+    assert manifest["resumed_layers"] == 0
     assert manifest["recipe"]["quantize"]["damp"] == 0.02
     assert manifest["calibration"]["samples"] == 4
     assert set(manifest["versions"]) >= {"python", "qwenq", "torch", "transformers", "safetensors"}
@@ -319,6 +321,7 @@ def test_the_lock_is_released_when_a_run_fails(tmp_path: Path, monkeypatch: pyte
     ear = Ear()
     assert quantize(recipe, tmp_path / "out", ear, device="cpu").resumed_layers == 3
     assert any("resuming: 3 of 3" in line for line in ear.lines)
+    assert manifest_of(tmp_path / "out")["resumed_layers"] == 3  # its seconds are the second run's alone
 
 
 def test_a_run_with_other_settings_is_not_mixed_in(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
         )
     refuse_random(packed.config, "accuracy")  # before its base is looked for: that one lies on no disk
     manifest = _verified_manifest(resolved.folder)
-    folder, notices = _find_base(manifest, against, resolved.folder)
+    folder, notices = _find_base(against, resolved.folder)
     pair = _Pair(packed, open_checkpoint(folder), manifest)
     pair.notices = [*resolved.notices, *packed.notices, *notices, *pair.base.notices]
     quant = require_comparable(packed, pair.base)
@@ -149,22 +149,23 @@ def _verified_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _find_base(
-    manifest: dict[str, Any] | None, against: str | None, quantised: Path
-) -> tuple[Path, list[str]]:
+def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
     """The base's folder, and what has to be said about how it was found."""
+    from qwenq.models.identity import base_of, local_base
     from qwenq.models.resolve import resolve_model
 
     if against is not None:
         resolved = resolve_model(against)
         return resolved.folder, resolved.notices
-    named = _base_of(manifest)
+    named = base_of(quantised)
     if "model" not in named:
         raise UsageError(
             "which model was this made from? It has no qwenq.json that names it",
             where=quantised,
             hint="name it: --against BASE",
         )
+    if "folder" in named:
+        return local_base(named, quantised), []
     try:
         resolved = resolve_model(named["model"])
     except QwenqError as error:
@@ -175,14 +176,11 @@ def _find_base(
     return resolved.folder, ["the base is the bundled model"] if bundled else resolved.notices
 
 
-def _base_of(manifest: dict[str, Any] | None) -> dict[str, Any]:
-    named = (manifest or {}).get("base")
-    return named if isinstance(named, dict) else {}
-
-
 def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:
     """The base has to be the very one that was quantised, unless the user chose it."""
-    wanted = _base_of(pair.manifest).get("fingerprint")
+    from qwenq.models.identity import base_of
+
+    wanted = base_of(pair.quantised.folder).get("fingerprint")
     if wanted is None or wanted == pair.base.fingerprint:
         return
     if not explicit:

@@ -78,6 +78,8 @@ class TextListener:
         """The summary."""
         self._stack.close()
         seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
+        if result.resumed_layers:
+            seconds += f" (this run alone: {result.resumed_layers} layers were done before)"
         share = result.weight_bytes / result.base_bytes
         check = result.check
         base = readable_bytes(result.base_bytes)

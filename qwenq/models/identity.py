@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenq.errors import CorruptFileError
+from qwenq.errors import CorruptFileError, QwenqError, UsageError
 from qwenq.models.bundled import NAME as BUNDLED
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import QuantConfig, is_quantised
+from qwenq.models.local_path import local_path
 from qwenq.models.manifest import MANIFEST
 from qwenq.models.random_weights import RANDOM_KEY, is_random
 from qwenq.results import Model
 
 if TYPE_CHECKING:
     import torch
-
-    from qwenq.models.checkpoint import Checkpoint
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _QUANTISED_NAME = re.compile(r"[-_.](?:gptq[-_.])?int[48]$|[-_.]gptq(?:[-_.].*)?$", re.IGNORECASE)
@@ -48,7 +50,8 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
     size = sum(tensor_bytes(checkpoint, tensor) for tensor in checkpoint.names())
     quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
     base = base_of(checkpoint.folder)
-    family = model_name(base["model"]) if "model" in base else family_name(name)
+    named = base.get("name") or (model_name(base["model"]) if "model" in base else None)
+    family = named or family_name(name)
     return Model(name, fingerprint, f"int{quant.bits}", family, size, quant.group_size)
 
 
@@ -77,8 +80,29 @@ def folder_name(folder: Path) -> str:
     return folder.name
 
 
+def base_facts(base: Checkpoint, given: str | None, target: Path) -> dict[str, str | None]:
+    """What the manifest of a model says of the one that it was made from.
+
+    Args:
+        base: as opened.
+        given: what the user typed: a folder, a hub id, or None for the bundled model.
+        target: the folder that the manifest is for.
+
+    Returns:
+        ``model`` as typed, ``name``, ``fingerprint``; and of a folder that the user named its place from
+        ``target``: what was typed means something only where it was typed.
+    """
+    facts = {"model": given, "name": model_name(given), "fingerprint": base.fingerprint}
+    if given is None or not base.on_disk or not Path(given).expanduser().is_dir():
+        return facts
+    start = target.parent.resolve() / target.name
+    return facts | {"folder": os.path.relpath(base.folder.resolve(), start)}
+
+
 def base_of(folder: Path) -> dict[str, Any]:
-    """``{"model": …, "fingerprint": …}`` of the model that this one was made from; empty where nothing says.
+    """``base_facts`` of the model that this one was made from; empty where nothing says.
+
+    Older manifests have ``model`` and ``fingerprint`` alone.
 
     Raises:
         CorruptFileError: the manifest is no JSON object, or calls the base something that is no name.
@@ -95,10 +119,35 @@ def base_of(folder: Path) -> dict[str, Any]:
     base = manifest.get("base")
     if not isinstance(base, dict):
         return {}
-    names = [base[key] for key in ("model", "fingerprint") if base.get(key) is not None]
+    names = [base[key] for key in ("model", "name", "fingerprint", "folder") if base.get(key) is not None]
     if not all(isinstance(name, str) and "\0" not in name for name in names):
         raise CorruptFileError("the manifest calls the model's base something that is no name", where=path)
     return base
+
+
+def local_base(named: dict[str, Any], quantised: Path) -> Path:
+    """The folder that ``named``, of ``base_of``, was: as it was typed, or from the quantised one.
+
+    Whichever is that very model; if neither is, one that is there. Neither is looked for on the hub, whatever
+    it is spelt like.
+
+    Raises:
+        UsageError: neither is there.
+    """
+    typed = local_path(str(named.get("model")), "the base that qwenq.json names")
+    beside = Path(os.path.normpath(quantised.resolve() / named["folder"]))
+    there = [place for place in (typed, beside) if (place / "config.json").exists()]
+    for place in there:
+        with suppress(QwenqError):
+            if open_checkpoint(place).fingerprint == named.get("fingerprint"):
+                return place
+    if not there:
+        raise UsageError(
+            f"the base that qwenq.json names is not there: neither {typed} nor, from this folder, {beside}",
+            where=quantised,
+            hint="name it: --against BASE",
+        )
+    return there[-1]
 
 
 def tensor_bytes(checkpoint: Checkpoint, name: str) -> int:

@@ -17,6 +17,7 @@ from tiny_model import TEXT, write_tiny_model
 from qwenq.gptq.scales import search_grid
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import QuantConfig
+from qwenq.models.identity import base_facts
 from qwenq.models.packing import pack
 
 BITS, GROUP = 8, 16
@@ -193,6 +194,32 @@ def test_a_base_that_is_gone(ours: Path, check: Shell) -> None:
     ran = check(ours, *SMALL)
     assert ran.code == 2
     assert "the base that qwenq.json names cannot be had" in ran.err and "--against BASE" in ran.err
+
+
+def test_a_base_named_by_a_relative_path_is_found_from_anywhere(
+    plain: Path, base: Path, tmp_path: Path, check: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another working folder, with another model at that path there, and after both were moved."""
+    disk, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    shutil.copytree(plain, disk / "q")
+    shutil.copytree(base, disk / "models" / "tiny")  # spelt like a hub id
+    opened = open_checkpoint(disk / "models" / "tiny")
+    monkeypatch.chdir(disk)
+    write_manifest(disk / "q", base=base_facts(opened, "models/tiny", Path("q")))
+    write_tiny_model(elsewhere / "models" / "tiny", seed=1)
+    monkeypatch.chdir(elsewhere)
+    asked = ["--text", tmp_path / "notes.txt", *SMALL[2:]]
+    for now in (disk, tmp_path / "moved"):
+        if now != disk:
+            disk.rename(now)
+        ran = check(now / "q", *asked)
+        assert ran.code == 0, ran.err
+        assert f"base        {now / 'models' / 'tiny'}" in ran.out
+    shutil.rmtree(tmp_path / "moved" / "models")
+    shutil.rmtree(elsewhere / "models")
+    ran = check(tmp_path / "moved" / "q", *asked)
+    assert ran.code == 2 and "--against BASE" in ran.err
+    assert f"neither models/tiny nor, from this folder, {tmp_path / 'moved' / 'models' / 'tiny'}" in ran.err
 
 
 def test_a_changed_file_is_named(ours: Path, check: Shell) -> None:

@@ -9,7 +9,7 @@ from tiny_families import write_family
 
 from qwenq.errors import CorruptFileError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.identity import base_of, model_name, result_model
+from qwenq.models.identity import base_facts, base_of, model_name, result_model
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def test_an_unquantised_model_is_its_own_family(folder: Path) -> None:
     [
         ({"base": {"model": "Qwen/Qwen2.5-0.5B", "fingerprint": "x"}}, "out", "Qwen2.5-0.5B"),
         ({"base": {"model": None}}, "out", "SmolLM2-135M-Instruct"),
+        ({"base": {"model": ".", "name": "Tiny-Chat", "fingerprint": "x"}}, "out", "Tiny-Chat"),
         (None, "Qwen2.5-7B-Instruct-GPTQ-Int4", "Qwen2.5-7B-Instruct"),
         (None, "Qwen-1_8B-Chat-Int8", "Qwen-1_8B-Chat"),
         (None, "mine", "mine"),
@@ -60,6 +61,21 @@ def test_names() -> None:
     assert model_name(".") == Path.cwd().name
 
 
+def test_what_a_manifest_says_of_the_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's own name and place, whatever was typed where; of a hub id and the bundle no place."""
+    checkpoint = open_checkpoint(folder)
+    monkeypatch.chdir(folder)
+    said = base_facts(checkpoint, ".", folder.parent / "deep" / "q")
+    assert said == {
+        "model": ".",
+        "name": "Tiny-Chat",
+        "fingerprint": checkpoint.fingerprint,
+        "folder": "../../Tiny-Chat",
+    }
+    assert base_facts(checkpoint, "Qwen/Qwen2.5-0.5B", folder).keys() == {"model", "name", "fingerprint"}
+    assert base_facts(checkpoint, None, folder)["name"] == "SmolLM2-135M-Instruct"
+
+
 def test_a_snapshot_in_the_hubs_cache_has_its_repositorys_name(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--Qwen--Qwen2.5-0.5B-Instruct" / "snapshots" / "7ae557604adf67be"
     snapshot.mkdir(parents=True)
@@ -77,6 +93,7 @@ def test_a_broken_manifest_is_an_error(tmp_path: Path) -> None:
         '{"base": {"model": 7}}',
         '{"base": {"model": "a\\u0000"}}',
         '{"base": {"fingerprint": []}}',
+        '{"base": {"model": "a", "folder": 3}}',
     ):
         (tmp_path / "qwenq.json").write_text(broken)
         with pytest.raises(CorruptFileError):
