@@ -56,6 +56,14 @@ def test_the_answer_has_to_be_exact(text: str, target: str, correct: bool) -> No
     assert TASK.judge(item, Written(text, 1, stopped=True)).correct == correct
 
 
+def test_line_ends_of_windows_are_no_other_prompt(tmp_path: Path) -> None:
+    """A copy of the repository that was checked out there."""
+    items = TASK.items(write_bbh(tmp_path), ["snarks"])
+    path = tmp_path / "bbh" / "cot-prompts" / "snarks.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert TASK.items(DataSource(tmp_path), ["snarks"]) == items
+
+
 def test_tasks_count_alike() -> None:
     judged = [
         (Item(f"{name}/{n}", name, {}), Judgement(n < right, ""))

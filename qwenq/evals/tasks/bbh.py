@@ -101,7 +101,7 @@ def _items(root: Path, prompts: Path, task: str) -> list[Item]:
 
 def _examples(path: Path) -> str:
     """The worked examples of a task with the sentence before them."""
-    text = read_text(path)
+    text = read_text(path).replace("\r\n", "\n")  # as it is checked out on Windows
     if rule := RULE.search(text):
         text = text[rule.end() :]
     if (found := len(EXAMPLE.findall(text))) != SHOTS:

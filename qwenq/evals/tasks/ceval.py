@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from qwenq.errors import DataError
 from qwenq.evals.task import Choose, Item, Judgement, Request, Score, Write, Written, chat_text, first_turn
@@ -25,7 +26,7 @@ from qwenq.evals.tasks.choices import (
     missing_subjects,
     options_by_length,
 )
-from qwenq.evals.tasks.data import Row
+from qwenq.evals.tasks.data import Row, text_columns
 from qwenq.evals.tasks.hub import read_hub
 from qwenq.evals.tasks.script import Judged, Script
 
@@ -147,15 +148,15 @@ def _from_hub(split: str, subjects: Sequence[str]) -> dict[str, list[Row]]:
     found = {}
     for subject in subjects:
         where = f"hub dataset ceval/ceval-exam, {subject}, split {split}"
-        records = read_hub("ceval/ceval-exam", subject, split)
-        missing = [name for name in columns if name not in records[0]]
-        if missing:
-            raise DataError(f"no column {', '.join(missing)}", where=where)
-        found[subject] = [
-            Row({name: str(record[name]) for name in columns}, f"{where}, row {n}")
-            for n, record in enumerate(records, 1)
-        ]
+        records = enumerate(read_hub("ceval/ceval-exam", subject, split), 1)
+        found[subject] = [_row(record, columns, f"{where}, row {n}") for n, record in records]
     return found
+
+
+def _row(record: Mapping[str, Any], columns: Sequence[str], where: str) -> Row:
+    """A row of the hub, whose ids are numbers."""
+    named = {**record, "id": str(record["id"])} if "id" in record else dict(record)
+    return Row(text_columns(named, columns, where), where)
 
 
 VAL = ChoiceSet("ceval", VAL_COUNTS, 1346, "val", ("id", *COLUMNS), header=True, hub=_from_hub)

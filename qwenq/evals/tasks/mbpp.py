@@ -37,6 +37,7 @@ from qwenq.evals.tasks.hub import read_hub
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
+CARD_VERSION = 2
 
 MAX_NEW_TOKENS = 512
 TASK = (
@@ -46,7 +47,7 @@ TASK = (
 QUESTION = TASK + "[BEGIN]\n"
 SHOT = QUESTION + "{code}\n[DONE]\n\n"
 STOPS = ("[DONE]",)
-FENCED = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"```[ \t]*[\w.+-]*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
 MARKED = re.compile(r"\[BEGIN\]\n?(.*?)(?:\[DONE\]|$)", re.DOTALL)
 
 EXAMPLES = ("2", "3", "4")
@@ -98,7 +99,7 @@ def ask_base(item: Item) -> Request:
 
 
 def read_chat(item: Item, answer: Written) -> Judgement:
-    """The first fenced block, else what stands between the marks, else everything; not yet run."""
+    """The first fenced block, closed or not, else what stands between the marks, else all; not yet run."""
     for pattern in (FENCED, MARKED):
         if match := pattern.search(answer.text):
             return Judgement(False, match.group(1), note="not run")
@@ -248,6 +249,6 @@ _script = partial(
     spare=SPARE,
 )
 PROTOCOLS: tuple[Script, ...] = (
-    _script(protocol="card", shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
+    _script(protocol="card", version=CARD_VERSION, shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
     _script(protocol="base", shots=3, allowed_shots=range(4), ask=ask_base, read=read_base),
 )

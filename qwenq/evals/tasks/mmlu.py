@@ -154,13 +154,13 @@ def _from_hub(split: str, subjects: Sequence[str]) -> dict[str, list[Row]]:
     for number, record in enumerate(read_hub("cais/mmlu", "all", split), 1):
         where = f"hub dataset cais/mmlu, split {split}, row {number}"
         options, answer = record.get("choices"), record.get("answer")
-        if not (
-            isinstance(options, list) and len(options) == 4 and isinstance(answer, int) and answer in range(4)
-        ):
-            raise DataError("a row needs 4 choices, and an answer from 0 to 3", where=where)
+        texts = [record.get("question"), *(options if isinstance(options, list) else ())]
+        whole = len(texts) == 5 and all(isinstance(text, str) for text in texts)
+        if not (whole and isinstance(answer, int) and answer in range(4)):
+            raise DataError("a row needs a question, 4 choices, and an answer from 0 to 3", where=where)
         if record.get("subject") in found:
-            values = (record["question"], *options, LETTERS[answer])
-            found[record["subject"]].append(Row(dict(zip(COLUMNS, map(str, values), strict=True)), where))
+            values = (*texts, LETTERS[answer])
+            found[record["subject"]].append(Row(dict(zip(COLUMNS, values, strict=True)), where))
     empty = [subject for subject, rows in found.items() if not rows]
     if empty:
         raise DataError(f"no rows of {', '.join(empty)}", where=f"hub dataset cais/mmlu, split {split}")
