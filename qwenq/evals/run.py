@@ -90,6 +90,7 @@ class Answers:
         tokens: new tokens of all answers.
         questions: a hash of all that was asked, the same for every model; empty: not known.
         sandboxes: what ran the programs, each once.
+        cut: written answers that reached their limit of tokens before they ended.
     """
 
     judged: Judged
@@ -98,6 +99,7 @@ class Answers:
     tokens: int
     questions: str = ""
     sandboxes: tuple[str, ...] = ()
+    cut: int = 0
 
 
 def make_plan(
@@ -340,4 +342,5 @@ def _answers_of(items: Sequence[Item], found: Sequence[Record], recorded: int) -
     implementations = tuple(dict.fromkeys(record.implementation for record in found))
     sandboxes = tuple(dict.fromkeys(record.sandbox for record in found if record.sandbox))
     tokens = sum(record.tokens for record in found)
-    return Answers(judged, implementations, recorded, tokens, sandboxes=sandboxes)
+    cut = sum(record.output is not None and not record.stopped for record in found)
+    return Answers(judged, implementations, recorded, tokens, sandboxes=sandboxes, cut=cut)

@@ -16,7 +16,7 @@ from qwenq.errors import DataError, QwenqError
 from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.recorded import has_check, record_check
 from qwenq.evals.records import FOLDER
-from qwenq.evals.rows import MAIN, asked_apart, base_row, rows_of
+from qwenq.evals.rows import MAIN, asked_apart, base_row, cut_short, rows_of
 from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan, records_name
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
@@ -106,6 +106,8 @@ def evaluate(
                 )
                 if isinstance(contender, Served) and answers.recorded:
                     say(_served_before(answers.recorded))
+                for line in cut_short(contender, plan, answers):
+                    say(f"{contender.model.name} {contender.model.precision}: {line}")
                 rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
                     say(_write_submission(contender, plan, answers, run))

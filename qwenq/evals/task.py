@@ -89,7 +89,10 @@ class Written:
 
 
 def chat_text(answer: Written) -> str:
-    """The text as Qwen's chat scripts get it from the model: without white space around it."""
+    """The text as Qwen's chat scripts get it from the model: without white space around it.
+
+    Of an answer that is cut at the limit their ``model.chat`` loses the last token, too; here it stays.
+    """
     return answer.text.strip()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evals.benchmark_data import write_ceval_test, write_humaneval, write_mmlu
+from evals.benchmark_data import write_ceval_test, write_gsm8k, write_humaneval, write_mmlu
 from evals.test_run import FLOAT32, Silent
 from tiny_model import write_tiny_model
 
@@ -116,3 +116,19 @@ def test_rows_name_a_batch_where_all_was_asked_in_it(tiny: Path, tmp_path: Path)
     assert batches == [2, None, None]
     row, *_ = run(tiny, tmp_path / "other", replace(wanted, batch=None))
     assert row.settings["batch"] == "auto"
+
+
+def test_answers_that_are_cut_at_the_limit_are_said(tiny: Path, tmp_path: Path) -> None:
+    """What a model that thinks first would have come to, its score does not show."""
+    wanted = Wanted(("gsm8k",), "card", (), None, 3, DataSource(write_gsm8k(tmp_path / "data")))
+    run(tiny, tmp_path / "run", wanted)
+    (file,) = (tmp_path / "run" / "records").glob("*.jsonl")
+    lines = re.sub('"stopped": (true|false)', '"stopped": true', file.read_text(encoding="utf-8"))
+    for cut in (0, 2):
+        file.write_text(lines.replace('"stopped": true', '"stopped": false', cut), encoding="utf-8")
+        said = list[str]()
+        contender = open_contender(str(tiny), FLOAT32)
+        (row,) = evaluate([contender], wanted, tmp_path / "run", Silent(), said.append)
+        line = "2 of 3 answers to gsm8k were cut at their limit of tokens, before they ended"
+        assert said == ([f"Tiny fp32: {line}"] if cut else [])
+        assert row.details.get("notes") == ([line] if cut else None)
