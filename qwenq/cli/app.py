@@ -10,7 +10,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from pathlib import Path
+from traceback import extract_tb
+from types import FrameType, TracebackType
 from typing import Annotated
 
 import typer
@@ -20,6 +22,7 @@ from qwenq.errors import QwenqError, UsageError
 
 SHARED = ("quantize", "eval", "profile")
 """Commands that torchrun may start several times; profile with --tp."""
+PACKAGE = Path(__file__).parents[1]
 
 app = typer.Typer(
     name="qwenq",
@@ -94,7 +97,11 @@ def _die_with_the_run() -> None:
 
 
 def main() -> None:
-    """Entry point: run a command; turn a QwenqError into its message and exit code."""
+    """Entry point: run a command; turn a QwenqError into its message and exit code.
+
+    An error that nobody foresaw goes through to who called. Where that is the interpreter, it is one line, or
+    with ``--debug`` a traceback.
+    """
     from qwenq.cli import commands
     from qwenq.cli.printing import explained_output
 
@@ -115,7 +122,31 @@ def main() -> None:
             stopped = isinstance(end, KeyboardInterrupt) or end.code == 128 + signal.SIGINT
             if not stopped:
                 raise
-            sys.exit(128 + (signal.SIGTERM if received else signal.SIGINT))
+            sys.exit(_stopped_by(received))
+        except Exception as error:  # a defect, or a machine that fails where nobody thought it would
+            if stopping.behind(error) is not None:
+                sys.exit(_stopped_by(received))
+            if not os.environ.get("QWENQ_DEBUG"):
+                sys.excepthook = _in_a_line  # who calls main() from Python has the error itself
+            raise
+
+
+def _stopped_by(received: list[int]) -> int:
+    """Exit code of a command that a signal ended: SIGTERM, or else Ctrl-C."""
+    return 128 + (signal.SIGTERM if received else signal.SIGINT)
+
+
+def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What the interpreter says, as it ends with exit code 1, of an error that nobody foresaw."""
+    ours = [frame for frame in extract_tb(trace) if Path(frame.filename).is_relative_to(PACKAGE)]
+    place = f"{Path(ours[-1].filename).relative_to(PACKAGE.parent)}, line {ours[-1].lineno}" if ours else None
+    said = " ".join(f"{kind.__name__}: {error}".split())[:300].rstrip(": ")
+    explained = QwenqError(
+        f"an error that was not foreseen: {said}",
+        where=place,
+        hint="`qwenq --debug …` shows how it came about; if nothing is wrong with this machine, report it",
+    )
+    typer.secho(f"qwenq: {explained}", fg="red", err=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,42 @@ def test_exit_code_of_an_error(
 def test_a_defect_of_ours_is_never_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         main_fails_with(ZeroDivisionError(), monkeypatch)
+
+
+UNFORESEEN = (
+    "import sys, qwenq.plan.gpus; from qwenq.cli import main\n"
+    "def gpu(name): raise OSError(5, 'Input/output error', '/mnt/model\x1b[2J')\n"
+    "qwenq.plan.gpus.gpu = gpu; main()"
+)
+
+
+def unforeseen(*before: str) -> subprocess.CompletedProcess[str]:
+    """What a user sees of an OSError that nothing translates."""
+    command = [sys.executable, "-c", UNFORESEEN, *before, "plan", "qwen-7b-chat"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_what_nobody_foresaw_is_one_message_that_says_how_to_see_more() -> None:
+    done = unforeseen()
+    assert done.returncode == 1
+    what, where, hint = done.stderr.splitlines()
+    assert what.startswith("qwenq: an error that was not foreseen: OSError: [Errno 5] Input/output error: ")
+    assert "/mnt/model" in what and "\x1b" not in what
+    assert re.fullmatch(r"  where: qwenq/\w+/\w+\.py, line \d+", where)  # ours that was nearest to it
+    assert hint.startswith("  try:   `qwenq --debug …` shows how it came about")
+
+
+def test_what_nobody_foresaw_has_its_traceback_with_debug() -> None:
+    done = unforeseen("--debug")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert "OSError: [Errno 5]" in done.stderr.splitlines()[-1]
+
+
+def test_what_fails_because_of_a_stop_is_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("trying to pop from empty mode stack")
+    error.__context__ = KeyboardInterrupt()
+    assert main_fails_with(error, monkeypatch) == 130
 
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
