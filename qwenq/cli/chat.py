@@ -110,7 +110,7 @@ def _talk(conversation: Conversation) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    on_terminal = sys.stdin.isatty()
+    on_terminal = sys.stdin is not None and sys.stdin.isatty()
     reported = 0
     for question in _typed() if on_terminal else _piped():
         if "\ufffd" in question:
@@ -118,8 +118,7 @@ def _talk(conversation: Conversation) -> None:
         try:
             with closing(conversation.ask(question)) as pieces:
                 for piece in pieces:
-                    typer.echo(visible(piece), nl=False)
-                    sys.stdout.flush()
+                    typer.echo(visible(piece), nl=False)  # it flushes, too
         except KeyboardInterrupt:
             if stopping.came():
                 typer.echo()
@@ -137,8 +136,8 @@ def _talk(conversation: Conversation) -> None:
 
 
 def _piped() -> Iterator[str]:
-    """One question a line; empty lines are none."""
-    for line in sys.stdin:
+    """One question a line; empty lines are none, nor is what was closed before the command began."""
+    for line in sys.stdin or ():
         if question := line.strip():
             yield question
 

@@ -162,3 +162,19 @@ def test_a_system_message_that_is_too_long_is_named(folder: Path) -> None:
     done = runner.invoke(app, ["chat", str(folder), *QUICK, "--system", "word " * 2000], input="hello\n")
     assert isinstance(done.exception, UsageError)
     assert done.exception.hint == "ask it in fewer words, or shorten --system"
+
+
+@pytest.mark.parametrize(("closed", "answers"), [("<&-", 0), (">&-", 1)])
+def test_a_stream_that_was_closed_before_is_no_traceback(folder: Path, closed: str, answers: int) -> None:
+    """As under cron, or in a script that closes what it does not need."""
+    script = f'"$0" -m qwenq chat "$@" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, str(folder), *QUICK],
+        input="hello\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert ("decode no tokens" in done.stderr) == (answers == 0)
