@@ -109,8 +109,10 @@ class KVCache:
         what = f"a cache of {self.batch} rows of {capacity} tokens instead of {self.capacity}"
         require(2 * layers * added, first.device, what, LOWER)
         self._arrange_plainly()
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
+        # The first keys come last: `capacity` is theirs, and Ctrl-C may come between two layers.
+        for tensors in (self.values, self.keys):
+            for layer in reversed(range(layers)):
+                old = tensors[layer]
                 if old.shape[2] >= capacity:
                     continue
                 grown = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))

@@ -79,7 +79,7 @@ class TransformersEngine(CachedEngine):
         )
         self.vocab_size = int(checkpoint.config["vocab_size"])
         self.context = checkpoint.config.get("max_position_embeddings")
-        real = checkpoint.config.get("qwen_v1", {}).get("real_vocab", self.vocab_size)
+        real = (checkpoint.config.get("qwen_v1") or {}).get("real_vocab") or self.vocab_size
         self.real_vocab = min(int(real), real_vocab or self.vocab_size)
         self._long_context = long_context_of(checkpoint.config)
 

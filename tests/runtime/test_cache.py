@@ -83,6 +83,30 @@ def test_room_that_is_not_there_is_refused_before_anything_grows() -> None:
     assert cache.capacity == 8
 
 
+def test_a_stop_while_it_grows_leaves_a_cache_that_can_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends an answer of `qwenq chat`, and the next one has the same cache."""
+    cache = KVCache(3, 1, heads=2, capacity=4, head_dim=4, device=CPU, dtype=torch.float32)
+    for layer, tensor in enumerate((*cache.keys, *cache.values)):
+        tensor.fill_(layer + 1)
+    cache.advance([4])
+    zeros, left = torch.Tensor.new_zeros, [4]
+
+    def new_zeros(tensor: torch.Tensor, *sizes: object) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return zeros(tensor, *sizes)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    with pytest.raises(KeyboardInterrupt):
+        cache.reserve(16)
+    assert cache.capacity == 4
+    cache.reserve(9)
+    assert min(tensor.shape[2] for tensor in (*cache.keys, *cache.values)) == cache.capacity == 9
+    for layer, tensor in enumerate((*cache.keys, *cache.values)):
+        assert tensor[:, :, :4].eq(layer + 1).all()
+
+
 def test_at_least_one_row_is_kept() -> None:
     cache = small_cache(2)
     with pytest.raises(UsageError, match="at least one"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,11 @@ def test_code_of_transformers_that_passes_nothing_on_to_attention_is_refused() -
     engine = load(model_of("stablelm")[1], device="cpu", dtype="float32", engine="transformers")
     with pytest.raises(UnsupportedError, match="StableLmAttention does not pass on"):
         engine.logits([random_ids(3)])
+
+
+def test_a_null_where_qwen_v1s_settings_would_be_is_no_qwen_v1() -> None:
+    model, checkpoint = model_of("llama")
+    nothing = replace(checkpoint, config={**checkpoint.config, "qwen_v1": None})
+    engine = load(nothing, device="cpu", dtype="float32", engine="transformers")
+    assert engine.real_vocab == VOCAB
+    torch.testing.assert_close(engine.logits([[1, 2]])[0], reference_logits(model, [1, 2]), atol=1e-4, rtol=0)
