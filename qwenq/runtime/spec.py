@@ -15,6 +15,7 @@ from qwenq.models.shapes import ModelShape
 _USE_TRANSFORMERS = "use --engine transformers"
 _POSITIVE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 """Of a rope scaling."""
+_COPY_AGAIN = "copy the model's config.json again"
 _NO_WINDOW = "neither engine has it: the cache serves full attention; run a model without a window"
 
 
@@ -51,7 +52,8 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
 
     Raises:
         UnsupportedError: an activation, a rope scaling or a sliding window that the decoder does not have.
-        ModelError: a size is missing or contradicts another one, or a rope scaling that scales by nothing.
+        ModelError: a size or the kinds of layers are missing or contradict another one, or a rope scaling that
+            scales by nothing, or differs from layer to layer.
     """
     config = dict(config)
     shape = ModelShape.from_config(config)
@@ -77,6 +79,10 @@ def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
     """Qwen2 and Qwen3 configs name a window that almost none of them uses."""
     explicit = config.get("layer_types")
     if explicit is not None:
+        if len(explicit) != layers:
+            raise ModelError(
+                f"config.json has {layers} layers, and layer_types of {len(explicit)}", hint=_COPY_AGAIN
+            )
         slides = any(kind != "full_attention" for kind in explicit)
     else:
         first = config.get("max_window_layers")
@@ -90,17 +96,29 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Base, and transformers' rope parameters where they scale; both spellings of config.json are read."""
     parameters = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    if nested := sorted(name for name, value in parameters.items() if isinstance(value, dict)):
+        raise ModelError(
+            f"the rope parameters of config.json are those of kinds of layers ({', '.join(nested)}); a Llama "
+            "or Qwen model has the same in all layers",
+            hint=_COPY_AGAIN,
+        )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind not in ("linear", "dynamic", "yarn", "llama3"):
         hint = _USE_TRANSFORMERS if kind == "longrope" else "nothing here knows it; copy config.json again"
         raise UnsupportedError(f"rope scaling {kind!r} is not supported here", hint=hint)
+    if parameters.get("partial_rotary_factor") not in (None, 1):
+        raise UnsupportedError(
+            f"partial_rotary_factor {parameters['partial_rotary_factor']} of the rope scaling: heads of a "
+            "Llama or Qwen model are rotated whole",
+            hint=_COPY_AGAIN,
+        )
     for name in _POSITIVE & parameters.keys():
         value = parameters[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ModelError(
                 f"the rope scaling of config.json has {name} {value!r}; it has to be a positive number",
-                hint="copy the model's config.json again",
+                hint=_COPY_AGAIN,
             )
     return theta, parameters

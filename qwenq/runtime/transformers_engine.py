@@ -94,6 +94,7 @@ class TransformersEngine(CachedEngine):
     def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         span = cache.span(counts)
         _refuse_long_v1(self._long_context, span.end)
+        _forget_longest(self._model.base_model)
         view = Cache(layers=[_Slots(cache, layer, span) for layer in range(len(cache.keys))])
         output = self._model.base_model(
             input_ids=ids,
@@ -133,6 +134,14 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
         """Slots that are read, and the first of them."""
         del query_length
         return self._span.end, 0
+
+
+def _forget_longest(model: Any) -> None:
+    """Dynamic rope scaling: by itself, the longest input so far decides how shorter ones are rotated."""
+    rope = getattr(model, "rotary_emb", None)
+    if getattr(rope, "rope_type", None) == "dynamic":
+        rope.max_seq_len_cached = rope.original_max_seq_len
+        rope.inv_freq = rope.original_inv_freq.to(rope.inv_freq.device)
 
 
 def _refuse_long_v1(context: LongContext | None, end: int) -> None:

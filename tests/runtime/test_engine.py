@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.plain_qwen_v1 import MemorySource, quantise_v1, random_tensors, small_config, write_v1
-from runtime.small_models import random_ids, small_model
+from runtime.small_models import random_ids, reference_logits, small_model
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
@@ -199,6 +199,8 @@ def test_what_the_lean_decoder_does_not_have(config: dict, says: str) -> None:
         ({"rope_type": "yarn", "factor": -2.0}, r"factor (= )?-2.0; it"),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": "1"}, r"low_freq_factor (= )?'1'; it"),
         ({"rope_type": "su", "factor": 2.0}, "rope scaling 'su' is not supported"),
+        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "are rotated whole"),
+        ({"full_attention": {"rope_type": "linear", "factor": 2.0}}, r"of kinds of layers .full_attention."),
     ],
 )
 def test_rope_scalings_that_cannot_be(scaling: dict, says: str) -> None:
@@ -240,6 +242,12 @@ def test_a_window_is_what_neither_engine_has(config: dict) -> None:
         load(windowed, device="cpu", engine="transformers")
 
 
+def test_kinds_of_layers_that_are_not_one_for_each_are_refused() -> None:
+    short = changed(small_model("qwen2-tied")[1], {"layer_types": ["full_attention"]})
+    with pytest.raises(ModelError, match="2 layers, and layer_types of 1"):
+        load(short, device="cpu")
+
+
 def test_a_window_that_no_layer_uses_is_no_obstacle() -> None:
     _, checkpoint = small_model("qwen2-tied")
     unused = {"layer_types": None, "use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}
@@ -256,6 +264,17 @@ def test_dynamic_rope_is_plain_up_to_its_length_and_refused_beyond() -> None:
     torch.testing.assert_close(runner.logits([ids[:32]])[0], expected, atol=1e-4, rtol=0)
     with pytest.raises(UsageError, match="33 tokens are more than the 32"):
         runner.logits([ids])
+
+
+def test_dynamic_rope_beyond_its_length_does_not_depend_on_longer_prompts_before() -> None:
+    scaling = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model, checkpoint = small_model("llama", rope_parameters=scaling, max_position_embeddings=32)
+    runner = load(checkpoint, device="cpu", dtype="float32", engine="transformers")
+    ids = random_ids(90)
+    expected = [reference_logits(model, ids[:length]) for length in (32, 40, 90)]
+    for logits in reversed(expected):
+        found = runner.logits([ids[: len(logits)]])[0]
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
 
 
 def test_devices_and_dtypes() -> None:
