@@ -52,7 +52,7 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
 
     Raises:
         UnsupportedError: an activation, a rope scaling or a sliding window that the decoder does not have.
-        ModelError: a size or the kinds of layers are missing or contradict another one, or a rope scaling that
+        ModelError: a size or the kinds of layers are missing or contradict another one; a rope scaling
             scales by nothing, or differs from layer to layer.
     """
     config = dict(config)
