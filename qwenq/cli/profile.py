@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -115,7 +116,7 @@ def _measure(
     from qwenq.profiling.sweep import run_sweep
     from qwenq.storage import locked
 
-    command = shlex.join(["qwenq", *sys.argv[1:]])
+    command = _typed(team)
     together: dict[str, Any] = {} if team.world == 1 else {"measure": measure_together(team)}
     began = time.monotonic()
     try:
@@ -134,6 +135,16 @@ def _measure(
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; {RESUME_HINT}: {command}", err=True)
         raise
+
+
+def _typed(team: Team) -> str:
+    """The command as it was typed; of several processes that of torchrun, without which it is refused."""
+    if team.world == 1:
+        return shlex.join(["qwenq", *sys.argv[1:]])
+    here = os.environ.get("LOCAL_WORLD_SIZE", str(team.world))
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    options = [*(["--nnodes", machines] if machines != "1" else []), "--nproc-per-node", here]
+    return shlex.join(["torchrun", *options, "-m", "qwenq", *sys.argv[1:]])
 
 
 def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, folder: Path) -> None:

@@ -11,16 +11,42 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from typing import IO, Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any, Protocol
 
 from qwenq.errors import QwenqError
 from qwenq.profiling.points import Point
-from qwenq.results import Model, Row
+from qwenq.results import Model, Row, Status
 
 _COMMAND = [sys.executable, "-m", "qwenq.profiling.point"]
 _GRACE = 120.0
 """Seconds beyond three times its allowance after which a point counts as hung."""
+_LOOK, _ALONE = 1.0, 15.0
+"""Seconds between two looks at the others who measure a point; and how long a child may go on once one of
+them is gone: most notice it by themselves, and say it better."""
+
+
+class Others(Protocol):
+    """The parents of those with whom a child measures its point, see ``meeting.Meeting``."""
+
+    @property
+    def name(self) -> str:
+        """Where the children meet."""
+        ...
+
+    def say(self, status: Status, reason: str) -> None:
+        """This one's child has ended."""
+        ...
+
+    def ended(self) -> tuple[Status, str] | None:
+        """How the first of them ended that has; None: all go on."""
+        ...
+
+
+class EndedError(QwenqError):
+    """A child that ended badly; ``alone``: whatever became of the others is not behind it."""
+
+    alone = True
 
 
 def probe(device: str) -> dict[str, Any]:
@@ -39,38 +65,58 @@ def probe(device: str) -> dict[str, Any]:
     raise QwenqError("the device could not be looked at", where=device, hint="run again with --debug")
 
 
-def measure_in_child(point: Point, seconds: float | None, meeting: str | None = None) -> Iterator[Row]:
+def measure_in_child(point: Point, seconds: float | None, others: Others | None = None) -> Iterator[Row]:
     """Rows of a point as they are measured; however its process ends, every metric has a row.
 
     Args:
         seconds: what it may take; None: no limit.
-        meeting: where the children of several ranks meet to measure it together; None: it is alone.
+        others: who measure it together with this child, which leads; None: it is alone.
     """
     left = dict.fromkeys(point.metrics)
-    limit = None if seconds is None else 3 * seconds + _GRACE
     try:
-        for content in _ask({"point": point.to_json(), "seconds": seconds, "meeting": meeting}, limit):
+        for content in _ask(_request(point, seconds, others), _limit(seconds), others):
             row = _row(content)
             left.pop(row.metric, None)
             yield row
-    except QwenqError as error:
-        yield from point.without("failed", error.what, list(left), again=True)
+    except EndedError as error:
+        told = None if others is None or error.alone else _heard(others)
+        status, reason = told or ("failed", error.what)
+        yield from point.without(status, reason, list(left), again=status == "failed")
 
 
-def assist_in_child(point: Point, seconds: float | None, meeting: str) -> None:
-    """Take part in what the leader's child measures; how that ends is the leader's to tell."""
-    limit = None if seconds is None else 3 * seconds + _GRACE
-    request = {"point": point.to_json(), "seconds": seconds, "meeting": meeting}
-    with suppress(QwenqError):
-        for _ in _ask(request, limit):
-            pass
+def assist_in_child(point: Point, seconds: float | None, others: Others) -> None:
+    """Take part in what the leader's child measures; if this one ends before that, the others are told."""
+    try:
+        for content in _ask(_request(point, seconds, others), _limit(seconds), others):
+            row = _row(content)  # it has a row only for what it could not do
+            others.say(row.status, row.reason or "")
+    except EndedError as error:
+        others.say("failed", error.what)
 
 
-def _ask(request: dict[str, Any], limit: float | None) -> Iterator[dict[str, Any]]:
+def _request(point: Point, seconds: float | None, others: Others | None) -> dict[str, Any]:
+    return {"point": point.to_json(), "seconds": seconds, "meeting": others.name if others else None}
+
+
+def _limit(seconds: float | None) -> float | None:
+    return None if seconds is None else 3 * seconds + _GRACE
+
+
+def _heard(others: Others) -> tuple[Status, str] | None:
+    """What the others' parents say, which may take them as long as a process takes to end."""
+    until = time.monotonic() + _ALONE
+    while (told := others.ended()) is None and time.monotonic() < until:
+        time.sleep(_LOOK / 4)
+    return told
+
+
+def _ask(
+    request: dict[str, Any], limit: float | None, others: Others | None = None
+) -> Iterator[dict[str, Any]]:
     """JSON lines of a child; it is killed when the reader goes away, by Ctrl-C for one.
 
     Raises:
-        QwenqError: it ended badly; says how, and its last words.
+        EndedError: it ended badly; says how, and its last words.
     """
     with tempfile.TemporaryFile() as words:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the child.
@@ -78,31 +124,58 @@ def _ask(request: dict[str, Any], limit: float | None) -> Iterator[dict[str, Any
             _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, start_new_session=True
         )
         assert child.stdin is not None and child.stdout is not None  # noqa: S101 - both are pipes
-        late = threading.Event()
-        timer = threading.Timer(limit, _expire, (child, late)) if limit else None
         try:
-            if timer:
-                timer.start()
-            with suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(request).encode())
-                child.stdin.close()
-            for line in child.stdout:
-                if line.endswith(b"\n"):
-                    yield json.loads(line)
-            code = child.wait()
+            with _watched(child, limit, others) as killed:
+                with suppress(BrokenPipeError):
+                    child.stdin.write(json.dumps(request).encode())
+                    child.stdin.close()
+                for line in child.stdout:
+                    if line.endswith(b"\n"):
+                        yield json.loads(line)
+                code = child.wait()
         finally:
-            if timer:
-                timer.cancel()
             _end(child)
-        if late.is_set():
-            raise QwenqError(f"it did not end within {limit:.0f} s")
+        if killed:
+            raise killed[0]
         if code:
-            raise QwenqError(_how(code, _last_words(words)))
+            error = EndedError(_how(code, _last_words(words)))
+            error.alone = code < 0  # else it may have ended because another one did
+            raise error
 
 
-def _expire(child: subprocess.Popen[bytes], late: threading.Event) -> None:
-    late.set()
-    _kill(child)
+@contextmanager
+def _watched(
+    child: subprocess.Popen[bytes], limit: float | None, others: Others | None
+) -> Iterator[list[EndedError]]:
+    """Kill a child that is over its limit, or that waits for others of whom one is gone.
+
+    Yields:
+        Why it was killed; empty as long as it was not.
+    """
+    killed: list[EndedError] = []
+    done, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        lost: float | None = None
+        while not done.wait(_LOOK if others is not None else limit):
+            now = time.monotonic()
+            if others is not None and lost is None and others.ended() is not None:
+                lost = now
+            if limit is not None and now - began >= limit:
+                killed.append(EndedError(f"it did not end within {limit:.0f} s"))
+            elif lost is not None and now - lost >= _ALONE:
+                killed.append(EndedError("another process of this point is gone"))
+                killed[0].alone = False
+            if killed:
+                _kill(child)
+                return
+
+    if limit is not None or others is not None:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield killed
+    finally:
+        done.set()
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -2,7 +2,7 @@
 
 Every rank of torchrun runs the same command. The leader's has the plan, the run folder and the clock. For
 each point it names a meeting, and each rank starts a child there: one process a point, as ever, so that the
-memory of one point is not that of the next.
+memory of one point is not that of the next. When one of these ends, the others' parents know (``meeting``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from qwenq.distributed import Team
 from qwenq.errors import UsageError
 from qwenq.profiling.child import assist_in_child, measure_in_child
+from qwenq.profiling.meeting import Meeting
 from qwenq.profiling.points import BITS, Point, Subject
 from qwenq.profiling.sweep import Measure
 from qwenq.results import Row
@@ -66,9 +67,12 @@ def measure_together(team: Team) -> Measure:
     def measure(point: Point, seconds: float | None) -> Iterator[Row]:
         nonlocal count
         count += 1
-        meeting = f"point{count}/"
-        team.tell({"point": point.to_json(), "seconds": seconds, "meeting": meeting})
-        yield from measure_in_child(point, seconds, meeting)
+        meeting = Meeting(f"point{count}/", team.rank)
+        team.tell({"point": point.to_json(), "seconds": seconds, "meeting": meeting.name})
+        try:
+            yield from measure_in_child(point, seconds, meeting)
+        finally:
+            meeting.say("failed", "it measures this point no more")
 
     return measure
 
@@ -80,4 +84,5 @@ def help_measure(team: Team) -> None:
         LostError: another process has stopped.
     """
     while (told := team.tell()) is not None:
-        assist_in_child(Point.from_json(told["point"]), told["seconds"], told["meeting"])
+        meeting = Meeting(told["meeting"], team.rank)
+        assist_in_child(Point.from_json(told["point"]), told["seconds"], meeting)

@@ -31,6 +31,8 @@ def test_two_processes_measure_one_model(launch: Launcher, tiny: Path, tmp_path:
         assert rows[metric].status == "ok", rows[metric].reason
         assert rows[metric].point["tp"] == 2
         assert "2 processes" in rows[metric].implementation
+    command = rows["speed.decode", 8].details["command"]
+    assert command.startswith(f"torchrun --nproc-per-node 2 -m qwenq profile {tiny} "), command
     assert rows["energy.token", 8].reason == "the energy of several devices is not added up"
     again = launch(2, "profile", tiny, *lengths, *ENGINE, "--tp", 2, "--out", tmp_path / "run")
     assert again.statuses == [0, 0]
