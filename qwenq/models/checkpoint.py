@@ -13,7 +13,7 @@ from qwenq.models.gptq_config import is_quantised
 from qwenq.models.long_context import long_context_of
 from qwenq.models.manifest import missing_manifest
 from qwenq.models.own_files import require_own_files
-from qwenq.models.source import TensorInfo, TensorSource
+from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     import torch
@@ -84,9 +84,13 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         CorruptFileError: a shard is missing, truncated or damaged; a file is a link out of the folder.
         UnsupportedError: an architecture or a weight format that is not supported.
     """
+    from qwenq.models.safetensors_files import unread_files  # with torch
+
     require_own_files(folder)
     config, notices = read_config(folder)
     source = open_weights(folder)
+    if isinstance(source, StoredInFiles):
+        notices = [*notices, *unread_files(folder, source.files)]
     if config["model_type"] == "qwen":
         from qwenq.models.qwen_v1 import qwen2_view
 

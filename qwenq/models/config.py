@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ KNOWN_ARCHITECTURES: dict[str, str] = {
 """model_type → class name in config.json, of every architecture with a tested recipe."""
 
 _HARMLESS_PRIVATE_KEYS = {"_name_or_path", "_model_name_or_path"}
+_HARMLESS_PRIVATE_FLAGS = {"_attn_implementation_autoset", "_load_in_4bit", "_load_in_8bit"}
+"""True or false in what transformers itself has saved: 4.46 to 4.50, and with bitsandbytes."""
+_OTHER_USE = re.compile(r"\w+For(?!CausalLM$)\w+|\w+(?<!LMHead)Model")
+"""Classes of transformers that are no causal language models."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,17 @@ def require_layers(config: dict[str, Any], names: Iterable[str], folder: Path) -
 
     Raises:
         ModelError: it has none.
+        UnsupportedError: they have the names of a model that is no language model.
     """
     last = f"model.layers.{config['num_hidden_layers'] - 1}."
+    names = list(names)
+    if any(name.startswith(last.removeprefix("model.")) for name in names):
+        raise UnsupportedError(
+            "its tensors are called layers.0…, not model.layers.0…: a model without a language model's head, "
+            "as embedding models are saved",
+            where=folder,
+            hint="name a causal language model",
+        )
     if not any(name.startswith(last) for name in names):
         raise ModelError(
             f"config.json says {config['num_hidden_layers']} layers, but the last one has no weights",
@@ -129,11 +143,11 @@ def _listing(folder: Path, most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(key, dotted path) of every object key in a JSON value, at any depth."""
+def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(key, dotted path, value) of every object key in a JSON value, at any depth."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield key, f"{prefix}{key}"
+            yield key, f"{prefix}{key}", inner
             yield from _keys(inner, f"{prefix}{key}.")
     elif isinstance(value, list):
         for inner in value:
@@ -142,8 +156,9 @@ def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _refuse_private_keys(config: dict[str, Any], path: Path) -> None:
     """Private keys steer the loader itself: ``_attn_implementation_internal`` makes it fetch and run code."""
-    for key, dotted in _keys(config):
-        if key.startswith("_") and key not in _HARMLESS_PRIVATE_KEYS:
+    for key, dotted, value in _keys(config):
+        harmless = _HARMLESS_PRIVATE_KEYS | (_HARMLESS_PRIVATE_FLAGS if isinstance(value, bool) else set())
+        if key.startswith("_") and key not in harmless:
             raise ModelError(
                 f"config.json holds the private key {dotted}, which could make a loader run foreign code",
                 where=path,
@@ -155,6 +170,7 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     """Notices about a known architecture; an unknown one raises ``UnsupportedError``."""
     model_type = config["model_type"]
     if model_type in KNOWN_ARCHITECTURES:
+        _refuse_other_use(config, path)
         if "auto_map" in config:
             return [f"auto_map in config.json is ignored: {model_type} is built in, and its code is not run"]
         return []
@@ -169,6 +185,19 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     else:
         what = f"the model type {model_type!r} is unknown here"
     raise UnsupportedError(what, where=path, hint=hint)
+
+
+def _refuse_other_use(config: dict[str, Any], path: Path) -> None:
+    """A classifier's or a reward model's blocks are a language model's; what comes of its tokens is not."""
+    classes = config.get("architectures")
+    if not isinstance(classes, list) or not classes:
+        return
+    if all(isinstance(name, str) and _OTHER_USE.fullmatch(name) for name in classes):
+        raise UnsupportedError(
+            f"{', '.join(classes)} is no causal language model",
+            where=path,
+            hint=f"name a model whose architectures are {KNOWN_ARCHITECTURES[config['model_type']]}",
+        )
 
 
 def check_labels(config: dict[str, Any], path: Path) -> None:

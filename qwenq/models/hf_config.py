@@ -15,6 +15,7 @@ from qwenq.errors import ModelError, OutOfMemoryError, QwenqError, UnsupportedEr
 _STEERS_THE_LOADER = {
     "attn_implementation", "experts_implementation",  # could name a kernel on the hub: code to fetch and run
     "auto_map", "quantization_config", "device_map", "kernel_config", "use_kernels",
+    "_attn_implementation_autoset",
 }  # fmt: skip
 """Keys that choose what runs. That is decided here, never by a file that came with the weights."""
 _OF_OTHER_USES = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.manifest import MANIFEST
-from qwenq.models.safetensors_files import shard_path
+from qwenq.models.safetensors_files import INDEX_SUFFIX, shard_path
 from qwenq.storage import sha256_file
 
 if TYPE_CHECKING:
@@ -18,17 +18,19 @@ LARGEST = 65_504.0
 """Float16's largest number: what quantised models are computed in, and what their scales are stored in. Files
 of bfloat16 and float32 could hold more, but one that does is most likely damaged: a number below 2 whose top
 exponent bit flips becomes one of up to 1e38 there."""
+_WEIGHTS = (".safetensors", INDEX_SUFFIX)
 _CHUNK = 1 << 24  # elements looked at together, so that the check needs 16 MB and no copy of the tensor
 
 
 def verify_files(folder: Path) -> list[str]:
     """Compare every file that the manifest lists with its size and SHA-256; the names, in its order.
 
-    The manifest is ``qwenq.json`` with ``{"files": {name: {"sha256": hex, "bytes": count}}}``.
+    The manifest is ``qwenq.json`` with ``{"files": {name: {"sha256": hex, "bytes": count}}}``. Other files
+    may have been added, a model card for one, but no weights or index: those could be read instead.
 
     Raises:
         ModelError: there is no manifest, so nothing can be said.
-        CorruptFileError: a file is missing, cut off or altered; names it.
+        CorruptFileError: a file is missing, cut off or altered, or weights were added; names it.
     """
     path = folder / MANIFEST
     listed = _listed_files(path)
@@ -42,6 +44,13 @@ def verify_files(folder: Path) -> list[str]:
             raise CorruptFileError(f"{size} bytes instead of {facts['bytes']}", where=file, hint=hint)
         if sha256_file(file) != facts["sha256"]:
             raise CorruptFileError("the bytes are not those that were written", where=file, hint=hint)
+    for file in sorted(folder.iterdir()):
+        if file.name.endswith(_WEIGHTS) and not file.name.startswith(".") and file.name not in listed:
+            raise CorruptFileError(
+                f"{file.name} is in the folder but not in the manifest: weights of something else",
+                where=file,
+                hint="move it out of the folder",
+            )
     return list(listed)
 
 

@@ -149,7 +149,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource | None:
         source = SafetensorsSource(files, owners)
         _require_all(source, owners, index)
         return source
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder / name for name in _weight_files(folder))
     if not files:
         return None
     single = folder / "model.safetensors"
@@ -162,6 +162,27 @@ def open_safetensors(folder: Path) -> SafetensorsSource | None:
             hint="copy the model's *.safetensors.index.json into the folder",
         )
     return SafetensorsSource(files)
+
+
+def unread_files(folder: Path, read: Sequence[Path]) -> list[str]:
+    """What is to be said of safetensors files that lie beside those that are read; empty: there are none.
+
+    Others may read them: transformers takes ``model.safetensors`` before an index, and an adapter beside it.
+
+    Args:
+        folder: of the model.
+        read: the files of its source.
+    """
+    known = {file.name for file in read}
+    others = [name for name in sorted(_weight_files(folder)) if name not in known]
+    if not known or not others:
+        return []
+    return [f"weights that are not read: {', '.join(others)}, beside {min(known)}"]
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names that end in .safetensors, but for hidden ones: on some disks macOS leaves a ._ beside each."""
+    return [file.name for file in folder.glob("*.safetensors") if not file.name.startswith(".")]
 
 
 def _find_index(folder: Path) -> Path | None:

@@ -70,6 +70,32 @@ def test_safetensors_win_over_pickle(folder: Path) -> None:
     assert torch.equal(open_checkpoint(folder).read("model.norm.weight"), torch.ones(8))
 
 
+def test_weights_beside_those_that_are_read_are_said(folder: Path) -> None:
+    """An adapter; and, beside an index, the file that transformers would take first."""
+    save_file({"lora_A": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "._model.safetensors").write_bytes(b"of macOS")
+    said = "weights that are not read: adapter_model.safetensors, beside model.safetensors"
+    assert open_checkpoint(folder).notices == [said]
+    save_file(TENSORS, folder / "part.safetensors")
+    index = {"weight_map": dict.fromkeys(TENSORS, "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = "weights that are not read: adapter_model.safetensors, model.safetensors, beside part.safetensors"
+    assert open_checkpoint(folder).notices == [said]
+
+
+def test_what_macos_leaves_beside_a_file_is_no_second_one(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "._weights.safetensors").write_bytes(b"of macOS")
+    assert set(open_checkpoint(folder).names()) == set(TENSORS)
+
+
+def test_an_embedding_model_is_no_damaged_language_model(folder: Path) -> None:
+    bare = {name.removeprefix("model."): tensor for name, tensor in TENSORS.items()}
+    save_file(bare, folder / "model.safetensors")
+    with pytest.raises(UnsupportedError, match=r"called layers\.0…, not model\.layers\.0….*embedding models"):
+        open_checkpoint(folder)
+
+
 def test_pickle_alone_is_read_safely(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save(TENSORS, folder / "pytorch_model.bin")

@@ -76,6 +76,31 @@ def test_private_keys_are_refused_by_name(tmp_path: Path, changes: dict[str, Any
     assert "private" in caught.value.what
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_flags_that_transformers_itself_has_saved_are_read(tmp_path: Path, flag: bool) -> None:
+    """A folder of bitsandbytes is told as what it is: quantised. As anything but a flag they are refused."""
+    bitsandbytes = {"quant_method": "bitsandbytes", "_load_in_4bit": flag, "_load_in_8bit": not flag}
+    changes = {"_attn_implementation_autoset": flag, "quantization_config": bitsandbytes}
+    assert read_config(write(tmp_path, **changes)) == (LLAMA | changes, [])
+    with pytest.raises(ModelError, match="private key _attn_implementation_autoset"):
+        read_config(write(tmp_path, _attn_implementation_autoset="owner/kernel"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaForRewardModel", "LlamaModel"],
+)
+def test_models_that_are_no_language_models_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{name} is no causal language model") as caught:
+        read_config(write(tmp_path, architectures=[name]))
+    assert "LlamaForCausalLM" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("names", [[], None, ["LlamaForCausalLM"], ["QWenLMHeadModel"], ["X"], [None], "x"])
+def test_other_names_of_architectures_are_no_reason(tmp_path: Path, names: Any) -> None:
+    assert read_config(write(tmp_path, architectures=names))[1] == []
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_remote_code_is_ignored_aloud_where_not_needed(tmp_path: Path, model_type: str) -> None:
     folder = write(tmp_path, model_type=model_type, auto_map={"AutoModelForCausalLM": "modeling.Evil"})

@@ -45,6 +45,16 @@ def test_cut_and_missing_files_are_named(folder: Path) -> None:
         verify_files(folder)
 
 
+@pytest.mark.parametrize("name", ["other.safetensors", "model.safetensors.index.json"])
+def test_weights_that_were_added_are_named_since_they_would_be_read(folder: Path, name: str) -> None:
+    for harmless in ("README.md", "._model.safetensors", ".gitattributes"):
+        (folder / harmless).write_text("of mine")
+    assert verify_files(folder)
+    (folder / name).write_text("{}")
+    with pytest.raises(CorruptFileError, match=f"{name} is in the folder but not in the manifest"):
+        verify_files(folder)
+
+
 def test_no_manifest_means_unfinished(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no qwenq.json"):
         verify_files(tmp_path)
