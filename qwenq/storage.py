@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,9 @@ _REASONS = {
 _GONE = {  # unmounted, pulled out, a server that went away; some systems lack some of these
     getattr(errno, name, errno.ENOENT)
     for name in ("ENOENT", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN", "EHOSTDOWN", "ETIMEDOUT", "EREMOTEIO")
+}
+_NOT_OF_FOLDERS = {
+    getattr(errno, name, errno.EINVAL) for name in ("EINVAL", "EBADF", "ENOTSUP", "EOPNOTSUPP", "ENOSYS")
 }
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
@@ -69,6 +72,9 @@ def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
                 where=path,
                 hint="free some space or name another folder, then run the same command again",
             ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            what = "the name is too long for this disk"
+            raise StorageError(what, where=path, hint="name a shorter one") from error
         if error.errno in _GONE:
             raise StorageError(
                 f"{error.filename or path} is gone: was its disk unmounted, or the folder removed?",
@@ -147,7 +153,8 @@ def locked(folder: Path, name: str = "lock") -> Iterator[None]:
 def held(folder: Path) -> Iterator[None]:
     """As ``locked``, by a lock of the folder itself: nothing is left in one that people look at.
 
-    Where the disk has no locks of folders, nobody is kept out.
+    Where the disk has no locks of folders, as NFS, by that of a file in the user's cache: who shares that is
+    kept out.
 
     Raises:
         UsageError: another process holds it.
@@ -158,15 +165,26 @@ def held(folder: Path) -> Iterator[None]:
     with guard_storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise _working(folder) from error
+    with ExitStack() as stack:
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _working(folder) from error
+        except OSError:
+            _hold_elsewhere(folder, stack)
         yield
-    finally:
-        os.close(handle)
+
+
+def _hold_elsewhere(folder: Path, stack: ExitStack) -> None:
+    """A lock in the user's cache that stands for a folder; none where the cache has no locks either."""
+    locks, name = cache_folder() / "locks", hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    try:
+        stack.enter_context(locked(locks, name))
+    except UsageError as error:
+        raise _working(folder) from error
+    except StorageError:
+        return
 
 
 def _working(folder: Path) -> UsageError:
@@ -178,12 +196,22 @@ def _working(folder: Path) -> UsageError:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut (no-op where folders cannot be opened)."""
+    """Make renames inside ``folder`` survive a power cut.
+
+    No-op where that cannot be asked for: of a folder that may not be listed, and on network disks and others
+    that flush files alone.
+    """
     if sys.platform == "win32":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_OF_FOLDERS:
+            raise
     finally:
         os.close(handle)
 
@@ -241,7 +269,20 @@ def sha256_file(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where qwenq keeps what it can make again: ``$QWENQ_CACHE``, else the platform's cache folder."""
+    """Where qwenq keeps what it can make again: ``$QWENQ_CACHE``, else the platform's cache folder.
+
+    Raises:
+        UsageError: nothing says where this user's home is, as in a container whose user has no name.
+    """
+    try:
+        return _cache_folder()
+    except RuntimeError as error:
+        raise UsageError(
+            f"no place for a cache: {error}", where="HOME", hint="set QWENQ_CACHE to a folder of yours"
+        ) from error
+
+
+def _cache_folder() -> Path:
     if named := os.environ.get("QWENQ_CACHE"):
         return Path(named).expanduser()
     if xdg := os.environ.get("XDG_CACHE_HOME"):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import stat
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -16,7 +17,9 @@ from qwenq.storage import (
     atomic_write_bytes,
     atomic_write_json,
     cache_folder,
+    fsync_folder,
     guard_storage,
+    held,
     locked,
     readable_bytes,
     require_space,
@@ -155,6 +158,86 @@ def test_a_disk_without_locks_is_not_called_another_qwenq(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    with held(tmp_path):  # where nothing has locks, nobody is kept out
+        pass
     said = r"(?s)gave no lock: No locks available.*another disk"
     with pytest.raises(StorageError, match=said), locked(tmp_path):
         pass
+
+
+def test_a_disk_without_locks_of_folders_keeps_a_second_one_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """NFS locks a folder by a lock of its bytes, for which it would have to be open for writing."""
+    flock = fcntl.flock
+
+    def of_files_alone(handle: int | IO[str], how: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle if isinstance(handle, int) else handle.fileno()).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_files_alone)
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "report"
+    for _ in range(2):
+        with held(out), pytest.raises(UsageError, match=f"(?s)another qwenq.*{out}"), held(out):
+            pass
+        with held(tmp_path / "another"):
+            pass
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_that_flushes_files_alone_is_written_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    fsync = os.fsync
+
+    def of_files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    atomic_write_bytes(tmp_path / "file", b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_a_folder_that_fails_to_be_flushed_is_no_such_disk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        fsync_folder(tmp_path)
+
+
+def test_a_folder_that_may_be_written_and_not_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened = os.open
+
+    def refuse(path: Path, *rest: Any, **options: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    atomic_write_bytes(tmp_path / "file", b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_a_name_that_is_too_long_while_it_is_written_is_said(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 236 + ".safetensors")
+    path.touch()  # as such the disk takes it
+    with pytest.raises(StorageError, match=r"(?s)name is too long.*name a shorter one"):
+        atomic_write_bytes(path, b"")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QWENQ_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1_999_999_999)  # as a container may have it
+    with pytest.raises(UsageError, match=r"(?s)no place for a cache.*set QWENQ_CACHE"):
+        cache_folder()

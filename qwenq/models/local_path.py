@@ -16,8 +16,10 @@ def local_path(text: str | Path, what: str) -> Path:
         what: it stands for: MODEL, ``--out``.
 
     Raises:
-        UsageError: a name that no disk takes, a folder that may not be searched, the home of nobody.
+        UsageError: a name that no disk takes, a folder that may not be searched, the home of nobody; a name
+            that is not UTF-8.
     """
+    require_utf8(text, what)
     try:
         path = Path(text).expanduser()
         os.lstat(path)
@@ -31,3 +33,19 @@ def local_path(text: str | Path, what: str) -> Path:
             hint="check its spelling and permissions",
         ) from error
     return path
+
+
+def require_utf8(path: str | Path, what: str) -> None:
+    """Refuse a name that JSON cannot hold and the safetensors library cannot open.
+
+    Raises:
+        UsageError: its bytes are no UTF-8, as those of an old disk or archive may be.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the name of {what} is not UTF-8: neither JSON nor the safetensors library takes it",
+            where=path,
+            hint="rename that folder or file",
+        ) from error

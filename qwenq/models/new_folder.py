@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from qwenq.errors import UsageError
+from qwenq.models.local_path import require_utf8
 
 _LONGER = "." * 24  # what work folders have in their names besides
 
@@ -19,8 +20,9 @@ def require_renameable(target: Path, option: str) -> None:
         option: how he named it, for the hint.
 
     Raises:
-        UsageError: it is a link, where a disk is mounted, no name of its own, or too long.
+        UsageError: it is a link, where a disk is mounted, no name of its own, too long, or not UTF-8.
     """
+    require_utf8(target, option)
     if target.name == "..":
         raise UsageError(
             "this names no folder of its own", where=target, hint=f"name a new folder, such as {option} model"

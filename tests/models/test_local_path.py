@@ -12,6 +12,7 @@ from qwenq.cli.app import app
 from qwenq.cli.commands import register
 from qwenq.errors import UsageError
 from qwenq.models.local_path import local_path
+from qwenq.models.new_folder import require_renameable
 from qwenq.models.random_weights import write_random_checkpoint
 from qwenq.models.resolve import resolve_model
 from qwenq.plan.model import find_model
@@ -34,6 +35,21 @@ def test_what_no_disk_answers_for_is_refused(name: str, why: str) -> None:
     with pytest.raises(UsageError, match=f"MODEL cannot be looked for: .*{why}") as caught:
         local_path(name, "MODEL")
     assert caught.value.where == name.replace("\0", "\ufffd")
+
+
+NOT_UTF8 = os.fsdecode(b"mod\xe9l")
+
+
+def test_a_name_that_is_not_utf8_is_refused_though_a_disk_takes_it(tmp_path: Path) -> None:
+    """The safetensors library cannot open what is below it: no file is to be blamed for that."""
+    (tmp_path / NOT_UTF8).mkdir()
+    for take in (
+        lambda path: local_path(path, "MODEL"),
+        lambda path: resolve_model(str(path)),
+        lambda path: require_renameable(path / "new", "--out"),
+    ):
+        with pytest.raises(UsageError, match=r"(?s)is not UTF-8.*mod\ufffdl.*rename that folder or file"):
+            take(tmp_path / NOT_UTF8)
 
 
 def test_so_is_a_folder_that_may_not_be_searched(monkeypatch: pytest.MonkeyPatch) -> None:
