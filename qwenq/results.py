@@ -35,6 +35,7 @@ ENVIRONMENT_FILE = "environment.json"
 FORMAT = 1
 LONGEST_ROW = 64_000_000
 """Bytes. A row of 14,000 items has a million; a line without an end would take all memory."""
+_TOO_LONG = f"a line of more than {LONGEST_ROW // 1_000_000} MB is no row of results"
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
 
@@ -157,7 +158,7 @@ def append_row(run: Path, row: Row) -> None:
     line = json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
     with guard_storage(path, len(line)):
         run.mkdir(parents=True, exist_ok=True)
-        _drop_torn_line(path)
+        _end_last_line(path)
         with path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
@@ -178,7 +179,7 @@ def require_readable(row: Row) -> None:
 def read_rows(run: Path) -> list[Row]:
     """All rows of a run folder; of rows with one identity and model the last one counts.
 
-    A last line without its end is the trace of a kill: it is left out. Any other broken line is an error.
+    A last line that breaks off is the trace of a kill: it is left out. Any other broken line is an error.
 
     Raises:
         UsageError: no results there, or a line that is no row; says which.
@@ -204,13 +205,17 @@ def _whole_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines that hold something; a kill may have torn the last one, in a character even."""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), b""), 1):
         if len(line) > LONGEST_ROW:
-            raise UsageError(
-                f"a line of more than {LONGEST_ROW // 1_000_000} MB is no row of results",
-                where=f"{path}, line {number}",
-                hint="delete that line",
-            )
-        if line.endswith(b"\n") and line.strip():
-            yield number, line.decode("utf-8")
+            raise UsageError(_TOO_LONG, where=f"{path}, line {number}", hint="delete that line")
+        if line.strip() and (line.endswith(b"\n") or _is_whole(line)):
+            yield number, line.decode("utf-8").removeprefix("\ufeff")  # editors of Windows begin with that
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line without its end is an object all the same: an editor may have left the end away."""
+    try:
+        return isinstance(json.loads(line.removeprefix(b"\xef\xbb\xbf")), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def write_environment(run: Path, environment: dict[str, Any]) -> None:
@@ -310,30 +315,32 @@ _NUMBER = (int, float, type(None))
 _MOST = 2**63
 """No figure or count is larger; what is would overflow wherever it is scaled."""
 _KINDS: dict[str, tuple[type, ...]] = {
-    "metric": (str,),
-    "unit": (str,),
-    "implementation": (str,),
-    "date": (str,),
-    "point": (dict,),
-    "settings": (dict,),
-    "details": (dict,),
-    "value": _NUMBER,
-    "low": _NUMBER,
-    "high": _NUMBER,
+    **dict.fromkeys(("metric", "unit", "implementation", "date"), (str,)),
+    **dict.fromkeys(("point", "settings", "details"), (dict,)),
+    **dict.fromkeys(("value", "low", "high"), _NUMBER),
     "n": (int, type(None)),
     "reason": (str, type(None)),
 }
 assert _KINDS.keys() <= {f.name for f in fields(Row)}  # noqa: S101 - a misspelt name would check nothing
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill left without its end, or the next row would be glued to it."""
+def _end_last_line(path: Path) -> None:
+    """Give a last line its end, or cut it off where a kill tore it: the next row would be glued to it."""
     if not path.exists():
         return
     with path.open("rb+") as file:
-        content = file.read()
-        if content and not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) in (b"", b"\n"):
+            return
+        file.seek(start := max(0, size - LONGEST_ROW))
+        before, end, last = file.read().rpartition(b"\n")
+        if start and not end:
+            raise UsageError(_TOO_LONG, where=f"{path}, its last line", hint="delete that line")
+        if _is_whole(last):
+            file.write(b"\n")
+        else:
+            file.truncate(start + len(before) + len(end))
 
 
 def each_run(folders: list[Path]) -> Iterator[tuple[Path, list[Row], dict[str, Any]]]:

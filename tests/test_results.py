@@ -100,12 +100,27 @@ def test_a_line_torn_by_a_kill_is_left_out_and_never_glued_to_the_next(tmp_path:
         assert read_rows(tmp_path) == [ROW, other]
 
 
+def test_a_last_row_without_its_end_is_a_row_if_it_is_whole(tmp_path: Path) -> None:
+    """An editor, or a tool that joins lines, leaves the end away: that is no kill, and no row is lost."""
+    other, third = replace(ROW, metric="speed.prefill"), replace(ROW, metric="speed.protocol")
+    path = tmp_path / RESULTS_FILE
+    for begin in (b"", b"\xef\xbb\xbf"):  # of files from an editor of Windows
+        lines = [json.dumps(row.to_json()).encode() for row in (ROW, other)]
+        for written in (lines[:1], lines):
+            path.write_bytes(begin + b"\n".join(written))
+            assert read_rows(tmp_path) == [ROW, other][: len(written)]
+            append_row(tmp_path, third)
+            assert read_rows(tmp_path) == [*[ROW, other][: len(written)], third]
+
+
 def test_a_line_without_an_end_is_not_read_to_the_end_of_a_hole(tmp_path: Path) -> None:
     append_row(tmp_path, ROW)
     with (tmp_path / RESULTS_FILE).open("rb+") as file:
         file.truncate(1 << 40)  # a terabyte that takes no room on the disk
     with pytest.raises(UsageError, match="a line of more than 64 MB is no row"):
         read_rows(tmp_path)
+    with pytest.raises(UsageError, match="a line of more than 64 MB is no row"):
+        append_row(tmp_path, ROW)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in folders here")
