@@ -55,7 +55,8 @@ class Progress:
         self._begin(self._label, len(plan.items), recorded)
         if self._bar is None:
             known = f", {recorded:,} known from records" if recorded else ""
-            typer.echo(f"{self._label}: {len(plan.items):,} items{known}", err=True)
+            items = "1 item" if len(plan.items) == 1 else f"{len(plan.items):,} items"
+            typer.echo(f"{self._label}: {items}{known}", err=True)
 
     def judged(self, correct: bool | None) -> None:
         """One more item."""
@@ -129,7 +130,7 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     """Scores with their intervals, and each model beside its base; then what quantising cost by the check."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # a name is a name, whatever it looks like
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = 200
     checks = [row for row in rows if "task" not in row.point]
@@ -138,11 +139,12 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     rows = sorted(rows, key=lambda row: order[row.point["task"]])
     compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
     aside = bool(compared) and console.width < _WIDE
-    console.print(_table(rows, beside=bool(compared) and not aside))
+    if rows:  # a split without answers has no score
+        console.print(_table(rows, beside=bool(compared) and not aside))
     lines = [_in_a_line(row) for row in compared] if aside else []
     for line in [*lines, *_check_lines(checks), *_remarks(rows)]:
-        console.print(line, soft_wrap=True, markup=False)
-    console.print(f"run folder: {run}", soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
+    console.print(f"run folder: {run}", soft_wrap=True)
 
 
 def _table(rows: Sequence[Row], *, beside: bool) -> Table:
@@ -228,7 +230,7 @@ def _bar() -> Bar:
     from rich.progress import Progress as RichProgress
 
     return RichProgress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[accuracy]}"),

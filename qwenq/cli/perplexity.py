@@ -187,7 +187,7 @@ def _print_table(run: Path, rows: Sequence[Row]) -> None:
         lines.setdefault(where, {})[row.point["seq_len"]] = shown
     for where, cells in lines.items():
         table.add_row(*where, *(cells.get(length, "") for length in lengths))
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # a name is a name, whatever it looks like
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = 200
     console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,3 +167,32 @@ def test_on_a_narrow_terminal_comparisons_are_lines_of_their_own(
     ]
     said = "change +0.3 points, lost / won 40 / 15, p 0.001; fp32: lost 40, won 15 items (p = 0.001)"
     assert lines[4:6] == [f"mmlu, Tiny int8: {said}", "mmlu, Tiny int4: why"]
+
+
+NAME = "Tiny[red]:bug:[/b]"
+
+
+def test_a_name_is_shown_as_it_is(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What looks like a style, its end or a picture in rich's own language is a name here."""
+    named = row("fp32", unpaired=NAME)
+    eval_output.print_table(tmp_path / NAME, [replace(named, model=replace(named.model, name=NAME))])
+    _, line, folder = capsys.readouterr().out.splitlines()
+    assert f"{NAME} fp32" in line and line.rstrip().endswith(NAME)
+    assert folder.endswith(NAME)
+    bar = bar_of(clock, monkeypatch)
+    contender: Any = SimpleNamespace(model=SimpleNamespace(name=NAME, precision="int4"))
+    plan: Any = SimpleNamespace(task=SimpleNamespace(name="mmlu"), items=range(2))
+    with Progress() as progress:
+        progress.started(contender, plan, 0)
+        assert f"{NAME} int4, mmlu" in line_of(bar)
+
+
+def test_one_item_and_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A split without answers has no table; a single item is no items."""
+    with Progress() as progress:
+        begin(progress, 1)
+    assert capsys.readouterr().err.splitlines() == ["Tiny int4, mmlu: 1 item"]
+    eval_output.print_table(tmp_path, [])
+    assert capsys.readouterr().out == f"run folder: {tmp_path}\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,14 @@ def test_what_is_refused(perplexity: Shell, models: tuple[Path, Path], text: Pat
         ran = perplexity(models[1], *arguments)
         assert ran.code == 2 and said in ran.err, (said, ran.err)
     assert not Path("runs").exists()
+
+
+def test_a_name_is_shown_as_it_is(
+    perplexity: Shell, models: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
+    """What looks like a style or its end in rich's own language is a name here."""
+    named = shutil.copytree(models[1], tmp_path / "Tiny[red]:bug:")
+    ran = perplexity(named, *options(text, "--out", "run[/red]"))
+    assert ran.code == 0, ran.err
+    assert "Tiny[red]:bug: fp32" in ran.out
+    assert ran.out.endswith("run folder: run[/red]\n")
