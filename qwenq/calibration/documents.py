@@ -10,6 +10,7 @@ from qwenq.errors import CalibrationError
 
 TEXT_KEY, CHAT_KEYS = "text", ("messages", "conversations")
 KNOWN_KEYS = (TEXT_KEY, *CHAT_KEYS)
+_NAME_KEY = "name the key to read: --column of `qwenq calibrate`, column in a recipe"
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words for the two sides
 
 
@@ -60,7 +61,7 @@ def from_record(record: Any, where: str, column: str | None) -> Document:
     raise CalibrationError(
         f"the value is a {type(value).__name__}, neither a text nor a list of messages",
         where=where,
-        hint="name another column with --column",
+        hint=_NAME_KEY,
     )
 
 
@@ -71,9 +72,7 @@ def _choose_key(record: Mapping[str, Any], where: str, column: str | None) -> st
             return key
     found = ", ".join(repr(str(key)) for key in record) or "nothing"
     missing = f"none of {', '.join(KNOWN_KEYS)}" if column is None else f"no {column!r}"
-    raise CalibrationError(
-        f"this record has {missing}; it has {found}", where=where, hint="name the key to read with --column"
-    )
+    raise CalibrationError(f"this record has {missing}; it has {found}", where=where, hint=_NAME_KEY)
 
 
 def _conversation(turns: list[Any], where: str) -> list[dict[str, str]]:

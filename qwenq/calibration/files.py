@@ -55,7 +55,7 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
 def read_text(path: Path, column: str | None = None) -> Iterator[Document]:
     """Passages of a plain text (see PASSAGE)."""
     if column is not None:
-        raise UsageError("--column means nothing for a .txt file", where=path, hint="leave it out")
+        raise UsageError("a .txt file has no columns", where=path, hint="leave the column out")
     passage: list[str] = []
     size, start = 0, 1
     for number, line in _lines(path):

@@ -10,7 +10,7 @@ from qwenq.calibration.documents import Document, from_record
 from qwenq.errors import HubError, UsageError
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
-_WITHOUT_HUB = "without a network: `--source self`, or download the file elsewhere and give its path"
+_WITHOUT_HUB = "without a network: name self, or download the file elsewhere and give its path"
 
 
 def is_hub_id(spec: str) -> bool:
@@ -56,7 +56,7 @@ def _open(spec: str, split: str) -> Iterable[Any]:
         raise UsageError(
             "reading hub datasets needs the package datasets",
             where=spec,
-            hint="pip install 'qwenq[data]', or use a local file, or `--source self`",
+            hint="pip install 'qwenq[data]', or name a local file, or self",
         ) from None
     try:
         stream: Iterable[Any] = datasets.load_dataset(
@@ -67,7 +67,7 @@ def _open(spec: str, split: str) -> Iterable[Any]:
         raise UsageError(
             f"the dataset has no such split or config: {error}",
             where=f"{spec}, split {split}",
-            hint="name the split with --split, the config as owner/name:config",
+            hint="name the split (--split of `qwenq calibrate`, split in a recipe), or owner/name:config",
         ) from error
     except (ConnectionError, OSError) as error:  # offline, unreachable, not found, gated
         raise HubError(f"cannot open the dataset: {error}", where=spec, hint=_WITHOUT_HUB) from error

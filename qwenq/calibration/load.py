@@ -119,7 +119,7 @@ def _open(spec: str, split: str | None, column: str | None) -> Iterator[Document
             "`qwenq calibrate`",
         )
     if split is not None:
-        raise UsageError("--split means nothing for a file", where=path, hint="leave it out")
+        raise UsageError("a file has no splits", where=path, hint="leave the split out")
     return read_file(path, column)
 
 

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from qwenq.calibration.sequences import Progress
 from qwenq.calibration.whole_model import (
+    GIVE_A_FILE,
     load_whole_model,
     require_finite,
     require_memory,
@@ -62,7 +63,7 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:
         raise CalibrationError(
             "the tokenizer has neither a BOS nor an end-of-text token to begin a text with",
             where=checkpoint.folder,
-            hint="give a text: --calibration FILE",
+            hint=GIVE_A_FILE,
         )
     ends = set(tokenizer.eos_ids) | ({separator} if separator is not None else set())
     rows = int(checkpoint.config["vocab_size"])

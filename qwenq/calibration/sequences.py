@@ -163,7 +163,7 @@ def _require(have: int, wanted: Wanted, where: str) -> None:
     if have >= wanted.tokens:
         return
     fit = have // wanted.seq_len - wanted.held_out
-    ways = [f"lower --samples to {fit}"] if fit > 0 else ["lower --samples and --held-out"]
+    ways = [f"lower --samples to {fit}"] if fit > 0 else ["ask for fewer sequences, those held out included"]
     ways += ["lower --seq-len", "give more text"]
     raise CalibrationError(
         f"too little text: {have:,} tokens, but {wanted.tokens:,} are needed for "

@@ -15,7 +15,7 @@ from qwenq.models.whole_model import build_whole_model
 from qwenq.storage import readable_bytes
 
 _SLACK = 1.2  # activations, logits, the allocator
-GIVE_A_FILE = "give a text instead: --calibration FILE (--source FILE for `qwenq calibrate`)"
+GIVE_A_FILE = "give a text instead: --calibration FILE (`qwenq calibrate`: --source, `qwenq check`: --text)"
 
 
 def require_base_model(checkpoint: Checkpoint) -> None:

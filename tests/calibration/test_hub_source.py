@@ -44,7 +44,7 @@ def test_rows_are_streamed_in_order() -> None:
 
 @pytest.mark.usefixtures("dataset")
 def test_a_wrong_split_or_column_lists_those_there_are() -> None:
-    with pytest.raises(UsageError, match=r"(?s)train.*test.*--split") as caught:
+    with pytest.raises(UsageError, match=r"(?s)train.*test.*--split of `qwenq calibrate`") as caught:
         list(read_hub("owner/name", "validation"))
     assert caught.value.where == "owner/name, split validation"
     with pytest.raises(CalibrationError, match=r"no 'words'; it has 'text', 'body'"):
@@ -53,7 +53,7 @@ def test_a_wrong_split_or_column_lists_those_there_are() -> None:
 
 def test_without_the_package_the_ways_out_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"(?s)needs the package datasets.*qwenq\[data\].*--source self"):
+    with pytest.raises(UsageError, match=r"(?s)needs the package datasets.*qwenq\[data\].*or self"):
         next(iter(read_hub("owner/name")))
 
 
@@ -63,7 +63,7 @@ def test_without_the_network_the_ways_out_are_told(tmp_path: Path) -> None:
     result = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
     )
-    expected = ("HubError", "owner/name", "--source self", "give its path")
+    expected = ("HubError", "owner/name", "name self", "give its path")
     assert all(part in result.stdout for part in expected), result.stdout
 
 

@@ -113,7 +113,7 @@ def test_bad_sources(tiny: Tiny, tmp_path: Path) -> None:
     for wrong in ("selv", str(tmp_path / "gone.txt"), "data/notes.jsonl"):
         with pytest.raises(UsageError, match=r"(?s)no such text.*owner/name"):
             tiny.load(wrong)
-    with pytest.raises(UsageError, match="--split means nothing for a file"):
+    with pytest.raises(UsageError, match="a file has no splits"):
         tiny.load(tmp_path / "short.txt", split="train")
 
 

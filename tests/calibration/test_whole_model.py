@@ -74,7 +74,9 @@ class Huge:
 
 
 def test_too_large_for_the_memory_is_told_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"(?s)would need 48\.0 TB of memory.*are free.*--source FILE"):
+    with pytest.raises(
+        UsageError, match=r"(?s)would need 48\.0 TB of memory.*are free.*--calibration FILE.*--source.*--text"
+    ):
         require_memory(Checkpoint(tmp_path, {}, Huge()), torch.float32, 0)
 
 

@@ -260,6 +260,18 @@ def test_calibration_files_that_do_not_do(
     assert not list(tmp_path.glob("q*"))
 
 
+@pytest.mark.parametrize(("name", "content", "hint"), [
+    ("short.txt", "Too short.", "ask for fewer sequences, those held out included, lower --seq-len, or give"),
+    ("other.jsonl", '{"body": "one"}\n', "--column of `qwenq calibrate`, column in a recipe"),
+])  # fmt: skip
+def test_what_is_to_be_done_about_a_text_can_be_done(
+    quantize: QuantizeShell, tmp_path: Path, name: str, content: str, hint: str
+) -> None:
+    """`quantize` has neither --column nor --held-out."""
+    (tmp_path / name).write_text(content)
+    assert hint in quantize.refused("--calibration", name, "--samples", 4, "--out", "q").err
+
+
 def test_tokens_out_of_the_vocabulary(quantize: QuantizeShell, tiny_model: Path, tmp_path: Path) -> None:
     tokens = random_tokens(tiny_model, 4, 16)
     tokens[2, 5] = 4242
