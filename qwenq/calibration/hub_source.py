@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from qwenq import stopping
 from qwenq.calibration.documents import Document, from_record
-from qwenq.errors import HubError, UsageError
+from qwenq.errors import CalibrationError, HubError, QwenqError, UsageError
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _WITHOUT_HUB = "without a network: name self, or download the file elsewhere and give its path"
@@ -29,6 +30,7 @@ def read_hub(spec: str, split: str | None = None, column: str | None = None) -> 
     Raises:
         UsageError: ``datasets`` is not installed; no such split, config or column.
         HubError: the hub could not be reached, or has no such dataset.
+        CalibrationError: its files are damaged, or of a form that ``datasets`` does not read; says the row.
     """
     split = split or "train"
     stream = _open(spec, split)
@@ -40,10 +42,14 @@ def read_hub(spec: str, split: str | None = None, column: str | None = None) -> 
             document = from_record(record, f"{where}, row {number}", column)
             if document.characters:
                 yield document
+    except (MemoryError, QwenqError):
+        raise
     except (ConnectionError, OSError) as error:
         raise HubError(
-            f"the hub stopped answering: {error}", where=f"{where}, row {number + 1}", hint=_WITHOUT_HUB
+            f"reading the dataset broke off: {error}", where=f"{where}, row {number + 1}", hint=_WITHOUT_HUB
         ) from error
+    except Exception as error:  # ValueError, EOFError, pyarrow's, the library's own: there is no common class
+        raise _unreadable(error, f"{where}, after row {number}") from error
 
 
 def _open(spec: str, split: str) -> Iterable[Any]:
@@ -71,3 +77,18 @@ def _open(spec: str, split: str) -> Iterable[Any]:
         ) from error
     except (ConnectionError, OSError) as error:  # offline, unreachable, not found, gated
         raise HubError(f"cannot open the dataset: {error}", where=spec, hint=_WITHOUT_HUB) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # RuntimeError: a script of its own would have to be run
+        raise _unreadable(error, spec) from error
+
+
+def _unreadable(error: Exception, where: str) -> Exception:
+    if (stop := stopping.behind(error)) is not None:
+        return stop
+    said = " ".join(str(error).split())[:500] or type(error).__name__
+    return CalibrationError(
+        f"the dataset cannot be read: {said}",
+        where=where,
+        hint="download the file, repair it and give its path; or name another dataset",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -49,6 +50,26 @@ def test_a_wrong_split_or_column_lists_those_there_are() -> None:
     assert caught.value.where == "owner/name, split validation"
     with pytest.raises(CalibrationError, match=r"no 'words'; it has 'text', 'body'"):
         list(read_hub("owner/name", column="words"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "says"),
+    [
+        ("train.jsonl", b'{"text": "one"}\n{"text": "tw', "JSON"),
+        ("train.jsonl", b'{"text": "\xff"}\n', "0xff"),
+        ("train.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9000)[:-20], "end-of-stream"),
+        ("name.py", b"raise SystemExit", "scripts"),
+    ],
+)
+@pytest.mark.usefixtures("dataset")
+def test_what_the_library_cannot_read_is_said_with_its_place(name: str, damaged: bytes, says: str) -> None:
+    folder = Path("owner", "name")
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / name).write_bytes(damaged)
+    with pytest.raises(CalibrationError, match=f"the dataset cannot be read: .*{says}") as caught:
+        list(read_hub("owner/name"))
+    assert str(caught.value.where).startswith("owner/name")
 
 
 def test_without_the_package_the_ways_out_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
