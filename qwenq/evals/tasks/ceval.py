@@ -3,6 +3,8 @@
 Sources of the protocols: ``evaluate_chat_ceval.py`` and ``evaluate_ceval.py`` of QwenLM/Qwen. ``ceval``
 scores the val split, as the cards do. ``ceval-test`` answers the test split, whose answers are not published:
 it has no score, but a file for the leaderboard (`submission`).
+
+Where ours differ from the scripts: options are text, and an option without any is in no answer, as in MMLU's.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Sources of the protocols: ``evaluate_chat_mmlu.py`` and ``evaluate_mmlu.py`` of 
 
 - Options are text. The scripts read them with pandas, which turns an option such as ``None`` or ``N/A`` into
   ``nan`` in the prompt; here it stays what the file says.
+- card: an option without text, or of full stops alone, is in no answer; the script puts its letter between
+  any two characters.
 - base: a prompt that is too long for the model is an error of the run; the script drops its beginning.
 - lm-eval: shows 5 examples, as ``--num_fewshot 5``; the harness itself shows none unless it is told to.
 - lm-eval: no token is put before a prompt, as Qwen's tokenizers put none there; the harness keeps what others
