@@ -201,11 +201,13 @@ def _encoding(bench: Bench) -> Iterator[Row]:
         yield from _without_its_prompt(bench, why)
         return
     load_peak, held = bench.meter.peak(), bench.meter.now()
+    reset_error = _reset(bench.meter)  # before the warm-up, which may be all that there is time for
     seconds_once = prefill(bench)  # warm-up
-    reset_error = _reset(bench.meter)
     if seconds_once > bench.allowance.left():
         values, extra = [seconds_once], {"warm_up": "none: the budget is over after one prefill"}
     else:
+        load_peak = max(load_peak, bench.meter.peak())
+        reset_error = _reset(bench.meter)
         values = repeat(lambda: prefill(bench), min(PATIENCE, bench.allowance.left(0.8)))
         extra = {"warm_up": "one prefill"}
     speeds = summarise([bench.point.context / value for value in values])

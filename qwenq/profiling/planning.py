@@ -2,7 +2,8 @@
 
 Seconds are estimates, from a copy, a product and the start of a process timed on the device: good enough to
 share out a budget, and never reported as a measurement. How long points take to load is corrected while the
-sweep goes on, see ``load_times``. Bytes are exact for weights and cache, so what cannot fit is not tried.
+sweep goes on, see ``load_times``. Bytes of weights and cache are counted as they are run, and what a prompt
+takes is estimated from its products, so what cannot fit is not tried.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _STEP_SECONDS = {("cpu", "fast"): 0.004, ("cuda", "fast"): 0.004}
 _SLOW_STEP_SECONDS = 0.025
 """What a decoding step costs besides memory: Python, launches; the second for transformers."""
 _SPLIT_SECONDS = 15.0
+_STEP_LAYOUT = ("grouped", "best")
+"""Attentions that may lay the cache out for decode steps on a CPU, in float32 (``runtime.step_layout``)."""
 _OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
 
 
@@ -145,8 +148,11 @@ def read_device(content: dict[str, Any]) -> Device:
 def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
     dtype = _dtype(point, device)
     weights = _weight_bytes(point, shape, dtype) // point.tp
-    cache = shape.kv_bytes_per_token(dtype) * (point.context + point.tokens) // point.tp
-    nbytes = weights + cache + shape.embedding_parameters * ITEMSIZE[dtype]  # one large tensor in flight
+    rearranged = device.kind == "cpu" and point.engine == "fast" and point.attention in _STEP_LAYOUT
+    held_in = "float32" if rearranged else dtype
+    cache = shape.kv_bytes_per_token(held_in) * (point.context + point.tokens) // point.tp
+    flying = shape.embedding_parameters * ITEMSIZE[dtype]  # one large tensor, while loading
+    nbytes = weights + cache + max(flying, _prompt_bytes(point, shape, dtype, device.kind) // point.tp)
     needed = nbytes + _OVERHEAD_BYTES[device.kind]
     if needed > device.free_bytes:
         free = readable_bytes(device.free_bytes)
@@ -204,6 +210,23 @@ def _weight_bytes(point: Point, shape: ModelShape, dtype: str) -> int:
         rest = shape.parameters - linear
         return linear * bits // 8 + linear // (model.group_size or 128) * 4 + rest * ITEMSIZE[dtype]
     return shape.bytes(dtype)
+
+
+def _prompt_bytes(point: Point, shape: ModelShape, dtype: str, kind: str) -> int:
+    """What encoding the prompt takes beside weights and cache: what is alive in a block, and its scores.
+
+    A block keeps residual and normed input, and q, k, v and what becomes of them, or gate, up and their
+    product. Scores are in memory only where no fused kernel runs (``runtime.attention.plain``): in float32
+    before and behind the softmax, and once more in the dtype of the values.
+    """
+    tokens, itemsize = point.context, ITEMSIZE[dtype]
+    heads = 3 * (shape.heads + shape.kv_heads) * shape.head_dim
+    block = tokens * (2 * shape.hidden + max(heads, 3 * shape.ffn)) * itemsize
+    plain = point.attention == "off" or (  # no flash kernel takes float32, see ``attention.of_row``
+        point.attention in ("v2", "v1") and kind == "cuda" and dtype == "float32"
+    )
+    cast = 0 if dtype == "float32" else itemsize
+    return block + (shape.heads * tokens**2 * (2 * ITEMSIZE["float32"] + cast) if plain else 0)
 
 
 def _dtype(point: Point, device: Device) -> str:

@@ -100,8 +100,10 @@ def _sentence(error: QwenqError) -> str:
 def probe(device: str) -> dict[str, Any]:
     """Type of the device, bytes free on it, bytes per second of a copy, and operations per second.
 
-    ``worked_seconds`` is what it took to find out, libraries read; ``error`` where there is no such device.
+    What is free is no more than a container grants. ``worked_seconds`` is what it took to find out, libraries
+    read; ``error`` where there is no such device.
     """
+    from qwenq.models.granted import free_memory
     from qwenq.models.precision import compute_dtype, resolve_device
     from qwenq.profiling.bandwidth import copy_bandwidth, matmul_rate
 
@@ -115,9 +117,7 @@ def probe(device: str) -> dict[str, Any]:
 
         free = torch.cuda.mem_get_info(place)[0]
     else:
-        import psutil
-
-        free = int(psutil.virtual_memory().available)
+        free = free_memory()
     dtype = compute_dtype(place)
     return {
         "device": str(place),

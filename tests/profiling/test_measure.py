@@ -13,9 +13,10 @@ from brief_profiles import profile_briefly
 
 from qwenq.profiling import child
 from qwenq.profiling.decoding import spread
-from qwenq.profiling.measure import measure
+from qwenq.profiling.measure import Bench, measure
 from qwenq.profiling.point import explain
 from qwenq.profiling.points import Point
+from qwenq.profiling.prompts import prefill
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
@@ -69,6 +70,47 @@ def test_a_generation_beyond_its_allowance_is_left_out_and_said(
     assert protocol.details["again"]
     for metric in ("speed.decode", "memory.generate", "bandwidth.share"):
         assert found[metric].status == "ok", metric
+
+
+class Counter:
+    """A meter whose peak is how many prompts were encoded since the last reset."""
+
+    how = "prompts"
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def reset(self) -> None:
+        self.made = 0
+
+    def peak(self) -> int:
+        return 1000 + self.made
+
+    def now(self) -> int:
+        return 1000
+
+    def also(self) -> dict[str, int]:
+        return {}
+
+
+@pytest.mark.parametrize("seconds", [0.0, None])
+def test_the_peak_of_encoding_is_that_of_a_prompt_though_there_is_time_for_one_alone(
+    points: list[Point], monkeypatch: pytest.MonkeyPatch, seconds: float | None
+) -> None:
+    """The only prompt lies behind the reset, or its memory would be that of nothing."""
+    profile_briefly(monkeypatch)
+    meter = Counter()
+
+    def encode(bench: Bench, tokens: int | None = None) -> float:
+        meter.made += 1
+        return prefill(bench, tokens)
+
+    monkeypatch.setattr("qwenq.profiling.measure.meter_for", lambda device: meter)
+    monkeypatch.setattr("qwenq.profiling.measure.prefill", encode)
+    rows = {row.metric: row for row in measure(points[0], seconds)}
+    assert rows["memory.generate"].value > 1000
+    assert rows["memory.unreset"].value >= rows["memory.generate"].value
+    assert rows["speed.prefill"].n >= 1
 
 
 def test_positions_are_spread_from_end_to_end() -> None:

@@ -9,6 +9,7 @@ import pytest
 from qwenq.errors import UsageError
 from qwenq.profiling.load_times import LoadTimes
 from qwenq.profiling.planning import Device, Planned, allowances, parse_budget, plan, read_device
+from qwenq.profiling.point import probe
 from qwenq.profiling.points import Point, sweep
 from qwenq.profiling.subjects import Subjects, subjects_of
 
@@ -35,6 +36,45 @@ def test_what_does_not_fit_is_said_before_it_is_tried() -> None:
     assert "it needs about" in planned["fp32"].too_large
     assert planned["bf16"].too_large is None
     assert of_7b(replace(CPU, free_bytes=200 << 30))["fp32"].too_large is None
+
+
+def test_a_prompt_needs_memory_too_and_scores_where_no_fused_kernel_runs() -> None:
+    """Of 100,000 tokens they would be 900 GB of a model of 0.3 GB: it is refused, and not killed."""
+    found = subjects_of(["smollm2-135m-instruct"], ["fp32", "bf16"], "random")
+    (shape,) = found.shapes.values()
+
+    def of(attention: str, device: Device = CPU, prompt: int = 2048) -> list[Planned]:
+        points = sweep(
+            found.subjects, attentions=[attention], engines=["fast"], lengths=[(prompt, 1)], device="cpu"
+        )
+        return plan(points, found.shapes, device)
+
+    for off, sdpa, itemsize, nbytes in zip(of("off"), of("sdpa"), (4, 2), (8, 10), strict=True):
+        block = 2048 * (2 * shape.hidden + 3 * shape.ffn) * itemsize
+        flying = shape.embedding_parameters * itemsize  # while loading, which is another moment
+        scores = shape.heads * 2048**2 * nbytes
+        assert off.nbytes - sdpa.nbytes == block + scores - max(block, flying)
+    assert all("it needs about" in (each.too_large or "") for each in of("off", prompt=100_000))
+    assert [each.too_large for each in of("sdpa", prompt=100_000)] == [None, None]
+    gpu = replace(CPU, device="cuda")  # FP32 rows of v2 run off there
+    assert of("v2", gpu)[0].nbytes == of("off", gpu)[0].nbytes
+    assert of("v2", gpu)[1].nbytes < of("off", gpu)[1].nbytes
+
+
+def test_a_cache_that_is_laid_out_for_decode_steps_is_float32() -> None:
+    found = subjects_of(["qwen-7b-chat"], ["bf16"], "random")
+    sizes = {}
+    for attention in ("sdpa", "grouped"):
+        points = sweep(
+            found.subjects, attentions=[attention], engines=["fast"], lengths=[(1, 2048)], device="cpu"
+        )
+        sizes[attention] = plan(points, found.shapes, CPU)[0].nbytes
+    assert sizes["grouped"] - sizes["sdpa"] == 2 * 2 * 32 * 4096 * 2049
+
+
+def test_what_a_container_grants_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenq.models.granted.granted_bytes", lambda: 1000)
+    assert probe("cpu")["free_bytes"] == 1000
 
 
 def test_estimates_go_the_right_way() -> None:
