@@ -202,10 +202,9 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """The output folder, refused when it holds something already or may not be made."""
     from qwenq.gptq.publish import clean_up_after_kill, require_free
-    from qwenq.models.identity import folder_name
+    from qwenq.models.identity import model_name
 
-    model = Path(recipe.model or checkpoint.folder.name)
-    name = folder_name(model) if model.is_dir() else model.name
+    name = model_name(recipe.model) if recipe.model or checkpoint.on_disk else checkpoint.folder.name
     target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
     clean_up_after_kill(target, recipe.model_dump(mode="json"), checkpoint.fingerprint)
     require_free(target)

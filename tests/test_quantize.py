@@ -252,6 +252,19 @@ def test_a_name_is_made_from_the_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert made.folder == model / "Tiny-1B-GPTQ-Int8"
 
 
+def test_without_a_model_the_name_is_the_bundled_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of its folder in the cache, which counts layouts."""
+    model = write_family(tmp_path / "SmolLM2-135M-Instruct-1")
+    monkeypatch.setattr("qwenq.models.bundled.bundled_model", lambda: model)
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_for(model).model_copy(update={"model": None})
+    made = quantize(recipe, None, Ear(), device="cpu").folder
+    assert made == tmp_path / "SmolLM2-135M-Instruct-GPTQ-Int4"
+    assert manifest_of(made)["base"].keys() == {"model", "name", "fingerprint"}
+
+
 def test_sequences_are_no_longer_than_the_model_takes(tmp_path: Path) -> None:
     """``auto`` fits a model whose context is shorter than the default."""
     model = write_family(tmp_path / "m", max_position_embeddings=64)
