@@ -38,7 +38,9 @@ class Measured:
     @property
     def hardware(self) -> str:
         """What computed it: as the row says itself, else as its folder does."""
-        return hardware(measured_on(self.run.environment, self.row.settings), self.row.point.get("device"))
+        row = self.row  # of an accuracy the device is no part of the point: it decides nothing
+        device = row.point.get("device", row.settings.get("device"))
+        return hardware(measured_on(self.run.environment, row.settings), device)
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,19 @@ def rank(precision: str) -> int:
     return known.index(precision) if precision in known else len(known)
 
 
+UNKNOWN = "unknown hardware"
+
+
 def hardware(environment: dict[str, Any], device: object = None) -> str:
     """One line on what computed: the GPUs, or the processor with its cores; says so where it is unknown.
 
     Args:
         environment: of the run.
-        device: where the row says so, ``cpu`` or ``cuda``; None: a GPU, where there is one.
+        device: where the row says so, ``cpu`` or ``cuda``; ``unknown`` of what a server computed; None: a
+            GPU, where there is one.
     """
+    if device == "unknown":
+        return UNKNOWN
     gpus = environment.get("gpus") if device is None or not str(device).startswith("cpu") else None
     names = [str(gpu.get("name")) for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
     if names:
@@ -154,7 +162,7 @@ def hardware(environment: dict[str, Any], device: object = None) -> str:
     if isinstance(cpu, str):
         return clean(cpu)
     if not isinstance(cpu, dict) or not cpu.get("model"):
-        return "unknown hardware"
+        return UNKNOWN
     cores, threads = cpu.get("cores"), cpu.get("threads")
     parts = [str(cpu["model"]), *([count(cores, "cores")] if cores else [])]
     return clean(", ".join([*parts, count(threads, "threads")] if threads and threads != cores else parts))

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from qwenq.environment import decisive, difference, measured_on
-from qwenq.reporting.collect import Measured
+from qwenq.reporting.collect import UNKNOWN, Measured
 from qwenq.reporting.text import LONGEST_COMMAND, clean
 
 NOT_SAID = "a run does not say its hardware"
@@ -33,7 +33,7 @@ def another_machine(old: Measured, new: Measured) -> str:
     Returns:
         ``another machine: instruction sets avx2 instead of avx2 avx512f``, or that a run says no hardware.
     """
-    if "unknown hardware" in (old.hardware, new.hardware):
+    if UNKNOWN in (old.hardware, new.hardware):
         return NOT_SAID
     shown = difference(machine_of(old), machine_of(new))
     return f"another machine: {shown}" if shown else ""

@@ -93,6 +93,20 @@ def test_threads_tell_speeds_apart_but_no_accuracies(runs: Runs) -> None:
     assert "hardware: Imaginary CPU, 2 cores" in table(found, "accuracy").caption
 
 
+@pytest.mark.parametrize(("device", "says"), [
+    ("cpu", "Imaginary CPU, 2 cores"),
+    ("cuda:0", "H100"),
+    (None, "H100"),  # an older row does not say
+    ("unknown", "unknown hardware"),  # a server answered, wherever that is
+])  # fmt: skip
+def test_an_accuracy_is_of_the_device_that_computed_it(runs: Runs, device: str | None, says: str) -> None:
+    """Not of the best one that the machine has."""
+    settings = {} if device is None else {"device": device}
+    found = runs(([replace(accuracy("int4"), settings=settings)], {"gpus": [H100]}))
+    assert f"hardware: {says}" in table(found, "accuracy").caption
+    assert [item.hardware for item in found.measured] == [says]
+
+
 def test_a_row_without_a_figure_makes_no_second_machine(runs: Runs) -> None:
     """An older one does not say its threads."""
     absent = [
