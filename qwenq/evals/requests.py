@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qwenq.errors import DataError
-from qwenq.evals.task import Choose, Item, Prompt, Request, Write
+from qwenq.errors import DataError, UsageError
+from qwenq.evals.task import Choose, Item, Message, Prompt, Request, Write
 from qwenq.models.tokenizer import Tokenizer
 
 
@@ -123,4 +123,12 @@ def _encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[lis
     """Texts all at once, which some tokenizers do in parallel; chats one by one."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = iter(tokenizer.encode_many(texts))
-    return [next(encoded) if isinstance(prompt, str) else tokenizer.chat(list(prompt)) for prompt in prompts]
+    return [next(encoded) if isinstance(prompt, str) else _chat(tokenizer, prompt) for prompt in prompts]
+
+
+def _chat(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
+    try:
+        return tokenizer.chat(list(turns))
+    except UsageError as error:
+        hint = error.hint or "a chat begins with a system message here; --protocol base asks in plain text"
+        raise UsageError(error.what, where=error.where, hint=hint) from error

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tiny_model import write_tiny_model
 
-from qwenq.errors import DataError
+from qwenq.errors import DataError, UsageError
 from qwenq.evals.requests import ChoiceTokens, WriteTokens, encode_requests, request_hash, require_context
 from qwenq.evals.task import Choose, Item, Write
 from qwenq.models.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +35,28 @@ def test_what_has_no_token_is_refused(request_: Write | Choose, tokenizer: Token
     with pytest.raises(DataError) as caught:
         encode_requests(tokenizer, [ITEM], [request_])
     assert caught.value.where == "s/1"
+
+
+def test_a_template_that_refuses_the_chat_is_no_dead_end(tokenizer: Tokenizer) -> None:
+    """Some take no system message, which the card protocol begins with."""
+
+    class Refusing:
+        encode_many = tokenizer.encode_many
+
+        def chat(self, _: object) -> list[int]:
+            raise UsageError("the chat template refuses this: no system role", where="here", hint=self.hint)
+
+        hint: str | None = None
+
+    refusing: Any = Refusing()
+    asked = [Write(({"role": "system", "content": "x"},), 5)]
+    with pytest.raises(UsageError, match="refuses this") as caught:
+        encode_requests(refusing, [ITEM], asked)
+    assert caught.value.where == "here" and "--protocol base" in str(caught.value.hint)
+    refusing.hint = "its own"
+    with pytest.raises(UsageError) as caught:
+        encode_requests(refusing, [ITEM], asked)
+    assert caught.value.hint == "its own"
 
 
 def test_the_context_has_to_hold_prompt_and_answer() -> None:

@@ -13,12 +13,13 @@ from evals.endpoint_server import Server, at, chat
 
 from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
+from qwenq.evals.endpoint import CONCURRENCY
 from qwenq.evals.records import read_records
 from qwenq.evals.rows import rows_of
 from qwenq.evals.run import Plan, answer
 from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import Choose, DataSource, Item, Judgement, Score, Write
-from qwenq.results import append_row
+from qwenq.results import append_row, read_rows
 
 
 class Shout:
@@ -124,6 +125,7 @@ def test_answers_of_what_was_served_before_are_said(
     again = command(*options, "--limit", 3)
     assert "note: 1 answer is of what this address served before; --out NEW asks again" in again.err
     assert len(server.seen) == 3
+    assert [row.settings.get("batch") for row in read_rows(tmp_path / "run")] == [CONCURRENCY, None]
     third = command(*options, "--limit", 3)
     assert "note: 3 answers are of what this address served before" in third.err
 
