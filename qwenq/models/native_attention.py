@@ -1,4 +1,4 @@
-"""Causal attention over whole sequences in bfloat16, as code for CPUs with AVX-512 BF16.
+"""Causal attention over several queries of a sequence in bfloat16, as code for CPUs with AVX-512 BF16.
 
     out = softmax(scale · Q Kᵀ, causal) V
 
@@ -58,35 +58,40 @@ REGISTERS = 3
 """Of 16 keys or values, of a tile: its sums and what they are made of fill the CPU's registers."""
 
 _NEVER = -3e38  # the score of a key that a query must not see
-_POINTERS = ("q", "k", "v", "out", "keys", "values", "scratch")
+_POINTERS = ("q", "k", "v", "starts", "out", "keys", "values", "scratch")
 _NUMBERS = (
-    "batch", "heads", "kv_heads", "tokens", "panels",
+    "batch", "heads", "kv_heads", "tokens", "slots", "panels",
     "q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token",
     "scale",
 )  # fmt: skip
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Each token's mean of the values up to its own; [batch, tokens, heads, d] bfloat16.
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None) -> Tensor:
+    """Each query's mean of the values up to its own; [batch, tokens, heads, d] bfloat16.
 
     Args:
         q: [batch, heads, tokens, d] bfloat16, d a multiple of 16.
-        k, v: [batch, kv_heads, tokens, d]; kv_heads divides heads.
+        k, v: [batch, kv_heads, slots, d]; kv_heads divides heads.
         scale: of the scores.
+        starts: int64 [batch], the slot of each row's first query; query t sees slots 0 … start + t, of those
+            that there are. None: a query for every slot.
 
     Raises:
-        ValueError: tensors of other dtypes, devices or shapes. The code reads memory by these numbers.
+        ValueError: tensors of other dtypes, devices or shapes, or starts that no slot has. The code reads
+            memory by these numbers.
     """
     _check(q, k, v)
+    (batch, heads, tokens, d), (kv_heads, slots), threads = q.shape, k.shape[1:3], torch.get_num_threads()
+    starts = _checked_starts(starts, batch, tokens, slots)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    (batch, heads, tokens, d), kv_heads, threads = q.shape, k.shape[1], torch.get_num_threads()
-    panels = -(-tokens // (LANES * REGISTERS)) * REGISTERS
+    panels = -(-slots // (LANES * REGISTERS)) * REGISTERS
     out = torch.empty(batch, tokens, heads, d, dtype=torch.bfloat16)
     keys, values = (torch.empty(batch * kv_heads * panels * d * 8, dtype=torch.int32) for _ in range(2))
     scratch = torch.empty(threads * _scratch_bytes(panels), dtype=torch.uint8)
     strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
-    addresses = (x.data_ptr() for x in (q, k, v, out, keys, values, scratch))
-    _code(d)(*addresses, batch, heads, kv_heads, tokens, panels, *strides, float_bits(scale), threads)
+    addresses = (x.data_ptr() for x in (q, k, v, starts, out, keys, values, scratch))
+    sizes = batch, heads, kv_heads, tokens, slots, panels
+    _code(d)(*addresses, *sizes, *strides, float_bits(scale), threads)
     return out
 
 
@@ -97,14 +102,30 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} is {x.dtype} {list(x.shape)} on {x.device}, "
                 "not bfloat16 [batch, heads, tokens, d] on the CPU"
             )
-    (batch, heads, tokens, d), kv_heads = q.shape, k.shape[1]
+    (batch, heads, _, d), (kv_heads, slots) = q.shape, k.shape[1:3]
     if not d or d % LANES:
         raise ValueError(f"heads are {d} wide, which is no multiple of {LANES}")
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"{heads} heads cannot share {kv_heads} of keys and values evenly")
-    if not k.shape == v.shape == (batch, kv_heads, tokens, d):
+    if not k.shape == v.shape == (batch, kv_heads, slots, d):
         shapes = (list(x.shape) for x in (q, k, v))
         raise ValueError("q is {}, so k {} and v {} do not fit".format(*shapes))
+
+
+def _checked_starts(starts: Tensor | None, batch: int, tokens: int, slots: int) -> Tensor:
+    if starts is None:
+        if tokens != slots:
+            raise ValueError(
+                f"{tokens} queries and {slots} keys do not fit: where the queries stand is not told"
+            )
+        return torch.zeros(batch, dtype=torch.int64)
+    if starts.dtype != torch.int64 or starts.device.type != "cpu" or starts.shape != (batch,):
+        raise ValueError(
+            f"starts are {starts.dtype} {list(starts.shape)} on {starts.device}, not int64 [{batch}]"
+        )
+    if batch and not 0 <= int(starts.min()) <= int(starts.max()) < slots:
+        raise ValueError(f"queries start at {starts.tolist()}; there are {slots} slots")
+    return starts.contiguous()
 
 
 def _scratch_bytes(panels: int) -> int:
@@ -151,11 +172,14 @@ class _Attention:
             self._attend(batch, head_in_batch, code.times(code.srem(task, blocks), QUERIES))
         code.ret_void()
 
+    def _least(self, first: ir.Value, second: ir.Value) -> ir.Value:
+        return self.code.select(self.code.icmp_signed("<", first, second), first, second)
+
     def _row(self, name: str, batch: ir.Value, head: ir.Value, token: ir.Value) -> ir.Value:
         """Address of a token's row; behind the last token, the last one's."""
         code, job = self.code, self.job
-        last = code.sub(job["tokens"], LONG(1))
-        token = code.select(code.icmp_signed("<", token, last), token, last)
+        last = code.sub(job["tokens" if name == "q" else "slots"], LONG(1))
+        token = self._least(token, last)
         places = (
             code.times(index, job[f"{name}_{part}"])
             for index, part in ((batch, "batch"), (head, "head"), (token, "token"))
@@ -191,18 +215,20 @@ class _Attention:
         packed = code.times(group, job["panels"], self.d * LANES // 2)
         keys, values = (code.behind(job[name], packed, WORD) for name in ("keys", "values"))
         rows = [self._row("q", batch, head, code.plus(first, row)) for row in range(QUERIES)]
-        end = code.plus(first, QUERIES)  # of the keys that any of them sees
+        slot = code.plus(code.read(job["starts"], batch, LONG, LONG), first)  # of the first of them
+        end = self._least(code.plus(slot, QUERIES), self.width)  # of the keys that any of them sees
         with code.each(0, end, REGISTERS * LANES) as start:
             self._score(rows, code.behind(keys, code.times(start, self.d // 2), WORD), start)
         with code.each(0, QUERIES) as row:
-            self._soften(row, code.plus(first, row, 1))
+            self._soften(row, self._least(code.plus(slot, row, 1), job["slots"]), end)
         token = code.plus(code.times(batch, job["tokens"]), first)
         place = code.plus(code.times(token, job["heads"]), head)
         out = code.behind(job["out"], code.times(place, self.d), SHORT)
         count = self.d // LANES
         parts = -(-count // REGISTERS)  # as even as can be: a tile of one register waits for its sums
         for part in range(parts):
-            self._mix(list(range(part * count // parts, (part + 1) * count // parts)), values, first, out)
+            registers = list(range(part * count // parts, (part + 1) * count // parts))
+            self._mix(registers, values, first, end, out)
 
     def _score(self, rows: list[ir.Value], keys: ir.Value, start: ir.Value) -> None:
         """Products of all rows with the keys of some panels."""
@@ -217,8 +243,8 @@ class _Attention:
                 at = code.plus(code.times(self.width, row), start, register * LANES)
                 put_floats(code, code.load(place, typ=FLOATS), self.scores, at)
 
-    def _soften(self, row: ir.Value, count: ir.Value) -> None:
-        """Powers of a row's first ``count`` scores less the largest, zeros behind them; their inverse sum."""
+    def _soften(self, row: ir.Value, count: ir.Value, end: ir.Value) -> None:
+        """Powers of a row's first ``count`` scores less the largest, zeros to ``end``; their inverse sum."""
         code = self.code
         start = code.times(row, self.width)
         largest = code.local(same(FLOAT, _NEVER))
@@ -230,7 +256,7 @@ class _Attention:
         top = code.run("llvm.vector.reduce.fmaximum.v16f32", FLOAT, code.load(largest, typ=FLOATS))
         top = code.spread(top)
         total = code.local(same(FLOAT, 0.0))
-        with code.each(0, count, LANES) as at:
+        with code.each(0, end, LANES) as at:
             less = code.fsub(floats(code, self.scores, code.plus(start, at)), top)
             power = exponential(code, code.fmul(less, self.scale))
             power = lanes_before(code, code.sub(count, at), power, 0.0)
@@ -239,11 +265,13 @@ class _Attention:
         inverse = code.fdiv(FLOAT(1.0), code.total(code.load(total, typ=FLOATS)))
         code.write(inverse, self.inverses, row, FLOAT)
 
-    def _mix(self, registers: list[int], values: ir.Value, first: ir.Value, out: ir.Value) -> None:
+    def _mix(
+        self, registers: list[int], values: ir.Value, first: ir.Value, end: ir.Value, out: ir.Value
+    ) -> None:
         """Means of some columns of the values."""
         code, d = self.code, self.d
         sums = tile_of_sums(code, QUERIES, len(registers))
-        with code.each(0, code.sdiv(code.plus(first, QUERIES), LONG(2))) as pair:
+        with code.each(0, code.sdiv(code.plus(end, 1), LONG(2))) as pair:
             at = code.times(pair, d)
             held = [code.read(values, code.plus(at, i * LANES), WORDS, WORD) for i in registers]
             powers = [

@@ -75,9 +75,37 @@ def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
             f"gate {list(gate.shape)} with strides {gate.stride()} is not contiguous or not of the shape "
             f"of up, {list(up.shape)}"
         )
-    up = up.contiguous()
-    _swiglu_code()(gate.data_ptr(), up.data_ptr(), gate.numel() // LANES, torch.get_num_threads())
+    d = gate.shape[-1]
+    _run_swiglu(gate, up.contiguous(), gate, d, d)
     return gate
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate) · up`` of what one product gave side by side; a new tensor.
+
+    Args:
+        gate_up: […, 2 · d] bfloat16, contiguous, d a multiple of 16.
+
+    Returns:
+        […, d].
+
+    Raises:
+        ValueError: tensors of other dtypes, devices, shapes or strides.
+    """
+    d = gate_up.shape[-1] // 2
+    gate, up = gate_up.split([d, gate_up.shape[-1] - d], dim=-1)
+    _check_width(gate=gate, up=up)
+    if gate.shape != up.shape or not gate_up.is_contiguous():
+        raise ValueError(f"gate and up {list(gate_up.shape)} with strides {gate_up.stride()}")
+    out = torch.empty(gate.shape, dtype=torch.bfloat16)
+    _run_swiglu(gate, up, out, d, 2 * d)
+    return out
+
+
+def _run_swiglu(gate: Tensor, up: Tensor, out: Tensor, d: int, stride: int) -> None:
+    """``stride``: from a row of both to their next; those of ``out`` follow each other."""
+    addresses = (tensor.data_ptr() for tensor in (gate, up, out))
+    _swiglu_code()(*addresses, out.numel() // d, d, stride, torch.get_num_threads())
 
 
 def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -179,16 +207,17 @@ def _norm_code() -> Any:
 
 @cache
 def _swiglu_code() -> Any:
-    code, told = _start(2, 1)
-    gate, up, registers = told
-    with code.each(*code.share(registers)) as register:
-        at = code.times(register, LANES)
+    code, told = _start(3, 3)
+    gate, up, out, rows, d, stride = told
+    with code.each(*code.share(rows)) as row, code.each(0, d, LANES) as column:
+        at = code.plus(code.times(row, stride), column)
         x = read_bfloat16(code, gate, at)
         below = code.fadd(same(FLOAT, 1.0), exponential(code, code.fneg(x)))
         # The power of what is lower still is infinite; -inf / inf is no number, as torch has it.
         low = code.fcmp_ordered("<", x, same(FLOAT, _LOWEST))
         silu = code.fdiv(x, code.select(low, same(FLOAT, float("inf")), below))
-        put_bfloat16(code, code.fmul(_rounded(code, silu), read_bfloat16(code, up, at)), gate, at)
+        to = code.plus(code.times(row, d), column)
+        put_bfloat16(code, code.fmul(_rounded(code, silu), read_bfloat16(code, up, at)), out, to)
     return _finish(code, told)
 
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.attention.best import Best
 from qwenq.runtime.attention.grouped_decode import GroupedDecode
+from qwenq.runtime.block_parts import block_parts, passed_over
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.decode_step import DecodeStep
@@ -27,7 +28,7 @@ from qwenq.runtime.kernels.base import Kernel
 from qwenq.runtime.kernels.cpu_vnni import CpuVnni
 from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.linear import Dense, float32_logits
-from qwenq.runtime.rope import Rope, logn_scales, rotate
+from qwenq.runtime.rope import Rope, logn_scales
 from qwenq.runtime.span import Span
 from qwenq.runtime.spec import DecoderSpec, read_spec
 from qwenq.runtime.weights import Weights
@@ -90,6 +91,9 @@ class Decoder:
         weights.check(self.spec.shape, checkpoint.tied)
         self.kernel, self.notes = weights.kernel, weights.notes
         self.rope = Rope(self.spec, device, dtype)
+        self.parts = block_parts(self.spec, device, dtype)
+        if missed := passed_over(self.spec, device, dtype):
+            self.notes = (*self.notes, missed)
         self.embedding = weights.tensor("model.embed_tokens.weight")
         self.blocks = [_load_block(weights, self.spec, layer) for layer in range(self.spec.shape.layers)]
         self.norm = weights.tensor("model.norm.weight")
@@ -176,13 +180,12 @@ class Decoder:
             [batch, tokens, hidden] after the final norm.
         """
         x = embedding(ids, self.embedding)
+        parts = self.parts
         for layer, block in enumerate(self.blocks):
-            normed = rms_norm(x, x.shape[-1:], block.attention_norm, self.spec.eps)
+            normed = parts.norm(x, block.attention_norm)
             x = x + self._attention(normed, block, layer, cache, span, rotation, query_scales)
-            normed = rms_norm(x, x.shape[-1:], block.mlp_norm, self.spec.eps)
-            gate, up = block.gate_up(normed).chunk(2, dim=-1)
-            x = x + block.down(silu(gate) * up)
-        return rms_norm(x, x.shape[-1:], self.norm, self.spec.eps)
+            x = x + block.down(parts.activate(block.gate_up(parts.norm(x, block.mlp_norm))))
+        return parts.norm(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] → float32 [..., vocabulary]."""
@@ -205,7 +208,7 @@ class Decoder:
         qk, values = qkv[:, :, : heads + shared], qkv[:, :, heads + shared :]
         if block.qk_norm is not None:
             qk = rms_norm(qk, qk.shape[-1:], None, self.spec.eps) * block.qk_norm
-        rotated = rotate(qk, *rotation)
+        rotated = self.parts.rotate(qk, *rotation)
         queries, keys = rotated[:, :, :heads], rotated[:, :, heads:]
         if query_scales is not None:
             queries = queries * query_scales

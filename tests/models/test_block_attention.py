@@ -59,6 +59,48 @@ def test_any_shape_is_as_near_to_float64_as_torchs_own(
 
 
 @needs_bfloat16
+@settings(max_examples=40)
+@given(data=st.data(), d=st.sampled_from([16, 64, 80]), sharing=st.integers(1, 3), batch=st.integers(1, 4))
+def test_queries_behind_keys_that_were_there_before(
+    data: st.DataObject, d: int, sharing: int, batch: int
+) -> None:
+    """As of a cache: each row begins at a slot of its own, shorter rows have queries behind the last slot."""
+    from qwenq.models.native_attention import causal_attention
+
+    tokens, slots = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 150))
+    starts = torch.tensor([data.draw(st.integers(0, slots - 1)) for _ in range(batch)])
+    q, held = drawn(1, batch, tokens, 2 * sharing, d).transpose(1, 2), drawn(2, 2, batch, 2, slots + 9, d)
+    k, v = held[:, :, :, :slots]
+    got = causal_attention(q, k, v, 0.2, starts)
+    for row, start in enumerate(starts.tolist()):
+        real = min(tokens, slots - start)
+        seen = torch.arange(slots) <= torch.arange(start, start + real).unsqueeze(1)
+        of_row = [x[row : row + 1, :, :count] for x, count in ((q, real), (k, slots), (v, slots))]
+        exact, torchs = (under_mask(*(x.to(kind) for x in of_row), seen) for kind in (torch.float64, q.dtype))
+        apart = (got[row : row + 1, :real].double() - exact).norm()
+        assert apart <= 1.05 * (torchs.double() - exact).norm() + 2**-9 * exact.norm()
+
+
+def under_mask(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """[batch, tokens, heads, d], by torch."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return functional.scaled_dot_product_attention(q, k, v, seen, scale=0.2).transpose(1, 2)
+
+
+@needs_bfloat16
+def test_parts_of_a_text_give_what_the_whole_gives() -> None:
+    from qwenq.models.native_attention import causal_attention
+
+    q, k, v = (drawn(i, 2, 4, 100, 32) for i in range(3))
+    whole = causal_attention(q, k, v, 0.2)
+    for start, end in ((0, 8), (5, 48), (48, 97), (99, 100)):
+        part = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        torch.testing.assert_close(
+            causal_attention(*part, 0.2, torch.full((2,), start)), whole[:, start:end], rtol=2**-6, atol=1e-3
+        )
+
+
+@needs_bfloat16
 def test_what_comes_later_changes_nothing() -> None:
     from qwenq.models.native_attention import causal_attention
 
@@ -105,6 +147,24 @@ def test_memory_is_not_read_by_numbers_that_do_not_fit(tensors: list[Tensor], sa
 
     with pytest.raises(ValueError, match=says):
         causal_attention(*tensors, 0.2)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(
+    ("starts", "says"),
+    [
+        (None, "10 queries and 12 keys do not fit: where the queries stand is not told"),
+        (torch.tensor([0, 12]), r"queries start at \[0, 12\]; there are 12 slots"),
+        (torch.tensor([-1, 2]), r"queries start at \[-1, 2\]"),
+        (torch.tensor([0]), r"starts are torch.int64 \[1\] on cpu, not int64 \[2\]"),
+        (torch.tensor([0, 1], dtype=torch.int32), r"starts are torch.int32"),
+    ],
+)
+def test_queries_stand_at_slots_that_there_are(starts: Tensor | None, says: str) -> None:
+    from qwenq.models.native_attention import causal_attention
+
+    with pytest.raises(ValueError, match=says):
+        causal_attention(drawn(0, 2, 4, 10, 32), drawn(0, 2, 2, 12, 32), drawn(0, 2, 2, 12, 32), 0.2, starts)
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}

@@ -17,7 +17,7 @@ UNABLE = support.why_not(*support.BFLOAT16)
 if UNABLE is not None:
     pytest.skip(f"no such code here: {UNABLE}", allow_module_level=True)
 
-from qwenq.models.native_block import rms_norm, rotate_, swiglu_  # noqa: E402
+from qwenq.models.native_block import rms_norm, rotate_, swiglu, swiglu_  # noqa: E402
 
 WIDTHS = st.sampled_from([16, 48, 64, 80, 128, 576])
 
@@ -111,6 +111,17 @@ def test_the_activation_takes_any_strides_of_the_second() -> None:
     assert torch.equal(swiglu_(gate.clone(), up), swiglu_(gate.clone(), up.clone()))
 
 
+@settings(max_examples=20)
+@given(rows=st.integers(0, 70), d=WIDTHS)
+def test_the_activation_of_one_tensor_is_that_of_its_halves(rows: int, d: int) -> None:
+    both = drawn(rows, 2, rows, 2 * d)
+    kept = both.clone()
+    got = swiglu(both)
+    gate, up = kept.chunk(2, dim=-1)
+    assert got.is_contiguous() and torch.equal(got, swiglu_(gate.contiguous(), up))
+    assert torch.equal(both, kept)
+
+
 @settings(max_examples=40)
 @given(
     batch=st.integers(1, 3),
@@ -160,6 +171,10 @@ ROWS, TURNED, TABLE = drawn(0, 4, 32), drawn(1, 2, 5, 3, 32), drawn(2, 1, 5, 32)
         (lambda: swiglu_(ROWS.clone(), ROWS[:3]), "not of the shape"),
         (lambda: swiglu_(ROWS.T.clone().T[:, :16], ROWS[:, :16]), "not contiguous"),
         (lambda: swiglu_(drawn(0, 2, 24), drawn(0, 2, 24)), "no multiple of 16"),
+        (lambda: swiglu(ROWS.float()), r"gate is torch\.float32"),
+        (lambda: swiglu(ROWS[:, :31]), "no multiple of 16"),
+        (lambda: swiglu(drawn(0, 2, 48)), "no multiple of 16"),
+        (lambda: swiglu(drawn(0, 64, 4).T), "gate and up"),
         (lambda: rotate_(TURNED.double(), TURNED, TABLE, TABLE), r"q is torch\.float64"),
         (lambda: rotate_(TURNED, TURNED, TABLE, TABLE.float()), r"sin is torch\.float32"),
         (lambda: rotate_(TURNED[..., :24], TURNED, TABLE, TABLE), r"q is \[2, 5, 3, 24\]"),

@@ -19,10 +19,12 @@ CUDA = torch.device("cuda")
 HEADS = [(4, 4, 16), (6, 2, 24)]
 
 
-@pytest.mark.parametrize("name", ["off", "sdpa"])
+@pytest.mark.parametrize("name", ["off", "sdpa", "grouped"])
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize(("heads", "shared", "d"), HEADS)
-def test_off_and_sdpa_agree_with_float64(name: str, span: str, heads: int, shared: int, d: int) -> None:
+def test_what_runs_on_a_cpu_agrees_with_float64(
+    name: str, span: str, heads: int, shared: int, d: int
+) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         backend = attention_backend(name, CPU, dtype)
         assert backend.name == name

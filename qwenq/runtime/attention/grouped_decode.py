@@ -1,7 +1,9 @@
-"""Attention of decode steps on a CPU: one batched product per group of heads, over keys kept transposed.
+"""Attention on a CPU: decode steps by one batched product per group of heads, prompts by compiled code.
 
-Query heads that share a key/value head are rows of one product, so no key is read twice. `DecodeStep` has
-a cache arranged for it (see ``KVCache.step``); over any other cache it has to be brought to that form first.
+In a decode step query heads that share a key/value head are rows of one product over keys kept transposed, so
+no key is read twice. `DecodeStep` has a cache arranged for it (see ``KVCache.step``); over any other cache it
+has to be brought to that form first. Prompts in bfloat16 are compiled code's where this CPU has the
+instructions (``models.native_attention``), and else torch's.
 """
 
 from __future__ import annotations
@@ -10,25 +12,33 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError
+from qwenq.models.block_attention import HEAD_STEP, why_not
 from qwenq.runtime.attention.plain import attend
 from qwenq.runtime.span import Span
 
 
 class GroupedDecode:
-    """torch's SDPA for prompts; for the one query of a decode step, products in float32."""
+    """The best that there is for prompts; for the one query of a decode step, products in float32.
+
+    Args:
+        dtype: of queries, keys and values.
+    """
 
     name = "grouped"
 
-    def __init__(self) -> None:
-        self.implementation = (
-            f"decode: batched products by key/value head in float32; "
-            f"prompts: torch {torch.__version__} scaled_dot_product_attention"
-        )
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._compiled = why_not(torch.device("cpu"), dtype, HEAD_STEP) is None
+        prompts = f"torch {torch.__version__} scaled_dot_product_attention"
+        if self._compiled:
+            prompts = f"compiled for this CPU (heads of no multiple of {HEAD_STEP}: {prompts})"
+        self.implementation = f"decode: batched products by key/value head in float32; prompts: {prompts}"
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """See `Attention`."""
         batch, heads, tokens, d = queries.shape
         if tokens > 1:
+            if self._compiled and d % HEAD_STEP == 0:
+                return _compiled(queries, keys, values, span)
             return attend(queries, keys, values, span)
         shared, end = keys.shape[1:3]
         mask = None
@@ -43,6 +53,14 @@ class GroupedDecode:
             mask,
         )
         return mixed.view(batch, heads, 1, d).to(queries.dtype)
+
+
+def _compiled(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+    from qwenq.models.native_attention import causal_attention
+
+    batch, _, _, d = queries.shape
+    starts = span.positions[:, 0].expand(batch)
+    return causal_attention(queries, keys, values, d**-0.5, starts).transpose(1, 2)
 
 
 def mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -67,11 +85,10 @@ def grouped(device: torch.device, dtype: torch.dtype) -> GroupedDecode:
     Raises:
         UnsupportedError: on a GPU.
     """
-    del dtype
     if device.type != "cpu":
         raise UnsupportedError(
             f"attention grouped: it is laid out for a CPU, and this is a {device.type}",
             where="--attention grouped",
             hint="use --attention split, v2 or sdpa",
         )
-    return GroupedDecode()
+    return GroupedDecode(dtype)
