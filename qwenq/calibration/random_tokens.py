@@ -28,7 +28,7 @@ def random_tokens(vocabulary: int, wanted: Wanted, seed: int) -> CalibrationSet:
         samples=wanted.samples,
         seq_len=wanted.seq_len,
         held_out=wanted.held_out,
-        held_out_from="other random streams",
+        held_out_from="other random streams" if wanted.held_out else "none",
         tokenizer="none",
         tokens=fingerprint_tokens(tokens, held_out),
     )

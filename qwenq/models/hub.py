@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _PICKLE = ["pytorch_model*.bin", "*.bin.index.json"]
+_LICENCES = [
+    f"*{spelt}*"  # as ``companions`` copies them: "Tongyi Qianwen LICENSE AGREEMENT.txt"
+    for word in ("license", "licence", "notice", "copying")
+    for spelt in (word, word.title(), word.upper())
+]
 _BESIDE_WEIGHTS = [
     "*.json", "*.jinja", "*.tiktoken", "*.model", "merges.txt", "vocab.txt",
-    "LICENSE*", "LICENCE*", "NOTICE*", "README.md",
+    "README.md", *_LICENCES,
 ]  # fmt: skip
 _NEVER = ["*.py", "*/*"]
 _OR_LOCAL = "or download the model elsewhere and name its folder"

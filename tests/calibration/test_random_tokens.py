@@ -29,6 +29,8 @@ def test_the_seed_decides_and_ids_are_in_the_vocabulary() -> None:
     assert made.manifest.template == "random"
     rows = {tuple(row.tolist()) for row in torch.cat([made.tokens, made.held_out])}
     assert len(rows) == 8
+    assert made.manifest.held_out_from == "other random streams"
+    assert random_tokens(300, Wanted(samples=5, held_out=0, seq_len=64), 0).manifest.held_out_from == "none"
 
 
 def chosen(

@@ -20,6 +20,12 @@ def test_downloads_what_a_model_needs_and_no_code(hub: Hub, tmp_path: Path) -> N
     assert COMMIT[:12] in str(answer["notices"])
 
 
+def test_licences_are_fetched_whatever_they_are_called(hub: Hub, tmp_path: Path) -> None:
+    names = {"Tongyi Qianwen LICENSE AGREEMENT.txt", "license.txt", "Notice", "COPYING"}
+    hub.files |= dict.fromkeys(names, b"terms")
+    assert names <= names_in(client(hub, tmp_path))
+
+
 def test_second_time_offline_comes_from_the_cache(hub: Hub, tmp_path: Path) -> None:
     first = client(hub, tmp_path)
     hub.asked.clear()
