@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -258,7 +259,7 @@ def _note_overlap(text: str, pair: _Pair, wanted: dict[str, int]) -> None:
     The model's own text cannot: held-out rows have random streams of their own.
     """
     used = (pair.manifest or {}).get("calibration")
-    if not isinstance(used, dict) or used.get("source") != text or text == "self":
+    if not isinstance(used, dict) or text == "self" or not _same_text(text, used.get("source")):
         return
     if any(used.get(key) != value for key, value in wanted.items()):
         pair.notices.append(
@@ -266,6 +267,15 @@ def _note_overlap(text: str, pair: _Pair, wanted: dict[str, int]) -> None:
             f"it was made with seed {used.get('seed')}, {used.get('held_out')} held-out sequences "
             f"of {used.get('seq_len')}"
         )
+
+
+def _same_text(text: str, source: object) -> bool:
+    """Whether two names stand for one text: they are spelt alike, or there is one file of both."""
+    if not isinstance(source, str) or text == source:
+        return text == source
+    with suppress(OSError, ValueError):
+        return Path(text).samefile(source)
+    return False
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -178,6 +178,10 @@ def test_a_text_cut_in_another_way_is_told(ours: Path, base: Path, check: Shell)
     write_manifest(ours, base=manifest["base"], calibration=used)
     assert "may be seen again" not in check(ours, *SMALL).err
     assert "may be seen again" in check(ours, *SMALL, "--seed", 1).err
+    spelt = ["--text", Path("notes.txt").absolute(), *SMALL[2:], "--seed", 1]
+    assert "may be seen again" in check(ours, *spelt).err
+    Path("other.txt").write_text(TEXT * 50)
+    assert "may be seen again" not in check(ours, "--text", "other.txt", *SMALL[2:], "--seed", 1).err
 
 
 def test_another_base_than_was_quantised(ours: Path, base: Path, tmp_path: Path, check: Shell) -> None:
