@@ -93,6 +93,7 @@ def test_the_chat_prompt_shows_the_task_alone(items: list[Item]) -> None:
         ("```\nx = 1\n```", "x = 1\n"),
         ("```python3\nx = 1\n```\nSo:\n```\nprint(x)\n```", "x = 1\n"),
         ("``` PY \r\nx = 1\n```", "x = 1\n"),
+        ("Not ```y``` here\n```\nx = 1\n```", "x = 1\n"),
         ("Like this:\n```python\nx = 1\n", "x = 1\n"),  # cut at the limit, or never closed
         ("[BEGIN]\nx = 2\n[DONE] bye", "x = 2\n"),
         ("x = 3", "x = 3"),

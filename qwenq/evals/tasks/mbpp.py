@@ -47,7 +47,7 @@ TASK = (
 QUESTION = TASK + "[BEGIN]\n"
 SHOT = QUESTION + "{code}\n[DONE]\n\n"
 STOPS = ("[DONE]",)
-FENCED = re.compile(r"```[ \t]*[\w.+-]*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+FENCED = re.compile(r"```(?:[\w.+-]+|[ \t]*(?:[Pp][Yy]\w*)?)[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
 MARKED = re.compile(r"\[BEGIN\]\n?(.*?)(?:\[DONE\]|$)", re.DOTALL)
 
 EXAMPLES = ("2", "3", "4")
