@@ -37,6 +37,8 @@ GROUPS = {"perplexity", "speed", "memory", "time", "energy", "bandwidth"}
 """Metrics of several kinds: a condition on one without a dot is on all of them."""
 LEAST = 3
 """Measurements of a speed, time or energy, over all turns, from which the gate judges it."""
+_DUST = 1e-12
+"""Of a difference: what subtracting leaves of two floats, as in 0.46 - 0.48 < -0.02."""
 Outcome = Literal["regression", "not comparable", "passed", "not judged"]
 
 
@@ -66,7 +68,9 @@ class Condition:
         if item.change is None:
             return None
         change = item.change if item.kindest is None else item.kindest
-        return change < self.limit if self.sign == "<" else change > self.limit
+        beyond = self.limit - change if self.sign == "<" else change - self.limit
+        relation = METRICS[self.metric.partition(".")[0]].relation
+        return beyond > (_DUST if relation == "difference" else 0.0)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,20 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from example_runs import accuracy, closeness, model, write_run
 
 from qwenq.recipe import FAIL_ON
 from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import compare
 from qwenq.reporting.gate import Verdict, judge, parse
-from qwenq.reporting.gate_output import github_annotations, junit_text, text_lines, unheard
+from qwenq.reporting.gate_output import (
+    change_text,
+    github_annotations,
+    junit_text,
+    text_lines,
+    unheard,
+)
 from qwenq.results import Row
 
 
@@ -33,6 +40,27 @@ def test_where_nothing_was_judged_every_form_says_that_it_is_no_pass(tmp_path: P
     assert [line for line in github_annotations(verdict) if line.startswith("::error")] == [
         "::error title=qwenq compare::Not comparable: there was nothing to judge; that is no pass"
     ]
+
+
+def test_a_difference_of_a_few_bytes_is_shown_to_the_byte(tmp_path: Path) -> None:
+    """Rounded to megabytes both would look alike, and × 1.000 would fail size:>1."""
+    row = accuracy("int4")
+    larger = replace(row, model=model("int4", nbytes=1_879_000_001))
+    verdict = judged(tmp_path / "byte", [row], [larger], "size:>1.0")
+    (size,) = verdict.of("regression")
+    assert change_text(size.comparison) == "1,879,000,000 → 1,879,000,001 bytes, × 1.000000001"
+    assert any("1,879,000,001 bytes" in line for line in text_lines(verdict))
+    (same,) = judged(tmp_path / "same", [row], [row], "size:>1.0").of("passed")
+    assert change_text(same.comparison) == "1879.0 → 1879.0 MB, × 1.000"
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.48, 0.46), (0.57, 0.55), (0.3, 0.28), (0.91, 0.89)])
+def test_a_difference_that_is_the_limit_is_not_beyond_it(tmp_path: Path, before: float, after: float) -> None:
+    """In floats 0.46 - 0.48 is less than -0.02, and 0.55 - 0.57 is not."""
+    bare = replace(accuracy("int4"), low=None, high=None, details={})
+    old, new = ([replace(bare, value=value)] for value in (before, after))
+    for limit, code in ((-0.02, 0), (-0.0199, 1)):
+        assert judged(tmp_path / str(limit), old, new, f"accuracy:<{limit}").exit_code == code
 
 
 HOSTILE = "\x1b[31mred\n::error::forged ##[add-mask]x"
