@@ -32,6 +32,7 @@ def write_bbh(data: Path, task: str = "snarks", rows: int = 178, inner: str = "b
 def test_every_question_follows_its_tasks_examples(tmp_path: Path) -> None:
     items = TASK.items(write_bbh(tmp_path), ["snarks"])
     assert (len(items), items[3].id, items[3].subject) == (178, "snarks/3", "snarks")
+    assert TASK.notes(items) == ["1 of the 27 subjects of bbh: not comparable with a score over all of them"]
     question = "\n\nQ: Which, {0} or 3?\nOptions:\n(A) 0\nA: Let's think step by step.\n"
     assert TASK.request(items[3]) == Write(EXAMPLES + question, 1024, ("\n\n", "Q:"))
     assert TASK.items(write_bbh(tmp_path / "flat", inner="bbh"), ["snarks"]) == items

@@ -43,6 +43,8 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
 def test_files_in_order_of_their_numbers(items: list[Item]) -> None:
     assert [item.id.rpartition("/")[2] for item in items] == [str(n) for n in range(474)]
     assert items[11].data["answer"] == "12"
+    assert TASK.notes(items) == ["1 of the 7 subjects of math: not comparable with a score over all of them"]
+    assert TASK.notes([Item(f"{subject}/0", subject, {}) for subject in COUNTS]) == []
 
 
 def test_the_prompt_has_minervas_form(items: list[Item]) -> None:

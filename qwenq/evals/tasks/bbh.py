@@ -20,7 +20,7 @@ from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.data import check_count, local_folder, numbered, read_json, read_text, text_columns
-from qwenq.evals.tasks.script import Script
+from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
 
@@ -122,5 +122,6 @@ PROTOCOLS: tuple[Script, ...] = (
         ask=ask,
         read=read,
         average=partial(score_all, macro=True),
+        comment=partial(missing_subjects, "bbh", TASKS),
     ),
 )

@@ -25,12 +25,11 @@ from qwenq.evals.tasks.choices import (
     judge_choice,
     judge_letter,
     load_choices,
-    missing_subjects,
     options_by_length,
 )
 from qwenq.evals.tasks.data import Row, text_columns
 from qwenq.evals.tasks.hub import read_hub
-from qwenq.evals.tasks.script import Judged, Script
+from qwenq.evals.tasks.script import Judged, Script, missing_subjects
 
 VERSION = 1
 
@@ -171,7 +170,7 @@ _val = partial(
     version=VERSION,
     load=partial(load_choices, VAL),
     average=partial(score_all, macro=True, categories=CATEGORIES),
-    comment=partial(missing_subjects, VAL),
+    comment=partial(missing_subjects, "ceval", VAL_COUNTS),
 )
 _test = partial(
     Script,
@@ -179,7 +178,7 @@ _test = partial(
     version=VERSION,
     load=partial(load_choices, TEST),
     average=no_scores,
-    comment=partial(missing_subjects, TEST),
+    comment=partial(missing_subjects, "ceval", VAL_COUNTS),
 )
 PROTOCOLS: tuple[Script, ...] = (
     _val(**CARD, ask=ask_chat, read=read_chat),

@@ -83,17 +83,6 @@ def load_choices(origin: ChoiceSet, source: DataSource, subjects: Sequence[str],
     return items
 
 
-def missing_subjects(origin: ChoiceSet, items: Sequence[Item]) -> list[str]:
-    """A sentence when the items cover some of the benchmark's subjects only."""
-    covered = {item.subject for item in items} & set(origin.counts)
-    if not covered or len(covered) == len(origin.counts):
-        return []
-    return [
-        f"{len(covered)} of the {len(origin.counts)} subjects of {origin.name}: "
-        "not comparable with a score over all of them"
-    ]
-
-
 def judge_choice(item: Item, answer: Chosen) -> Judgement:
     """The likeliest letter by float32 log probabilities; ``published`` by the base scripts' double softmax.
 

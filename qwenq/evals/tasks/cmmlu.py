@@ -22,12 +22,11 @@ from qwenq.evals.tasks.choices import (
     ChoiceSet,
     judge_choice,
     load_choices,
-    missing_subjects,
     read_subject,
 )
 from qwenq.evals.tasks.data import Row
 from qwenq.evals.tasks.hub import fetch_hub_file
-from qwenq.evals.tasks.script import Script
+from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
 
@@ -108,7 +107,7 @@ _script = partial(
     version=VERSION,
     load=partial(load_choices, ORIGIN),
     average=partial(score_all, macro=True, categories=CATEGORIES),
-    comment=partial(missing_subjects, ORIGIN),
+    comment=partial(missing_subjects, "cmmlu", SUBJECTS),
 )
 PROTOCOLS: tuple[Script, ...] = (
     _script(**CARD, ask=ask_chat, read=read_chat),

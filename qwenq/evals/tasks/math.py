@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from qwenq.errors import DataError, UsageError
@@ -28,7 +29,7 @@ from qwenq.evals.tasks.data import (
 )
 from qwenq.evals.tasks.final_answers import boxed, same_answer, stated
 from qwenq.evals.tasks.hub import read_hub
-from qwenq.evals.tasks.script import Script
+from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
 
@@ -173,5 +174,6 @@ PROTOCOLS: tuple[Script, ...] = (
         ask=ask,
         read=read,
         average=score_all,
+        comment=partial(missing_subjects, "math", COUNTS),
     ),
 )

@@ -31,12 +31,11 @@ from qwenq.evals.tasks.choices import (
     judge_letter,
     judge_loglikelihood,
     load_choices,
-    missing_subjects,
     options_by_length,
 )
 from qwenq.evals.tasks.data import Row
 from qwenq.evals.tasks.hub import read_hub
-from qwenq.evals.tasks.script import Script
+from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
 
@@ -176,7 +175,7 @@ _script = partial(
     version=VERSION,
     load=partial(load_choices, ORIGIN),
     average=partial(score_all, categories=CATEGORIES),
-    comment=partial(missing_subjects, ORIGIN),
+    comment=partial(missing_subjects, "mmlu", COUNTS),
 )
 PROTOCOLS: tuple[Script, ...] = (
     _script(**CARD, ask=ask_chat, read=read_chat),

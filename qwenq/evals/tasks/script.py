@@ -3,7 +3,7 @@ read the answer, how to average. The protocols of a benchmark differ in the func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,17 @@ Judged = Sequence[tuple[Item, Judgement]]
 def no_notes(items: Sequence[Item]) -> list[str]:
     """Nothing to say."""
     return []
+
+
+def missing_subjects(name: str, subjects: Collection[str], items: Sequence[Item]) -> list[str]:
+    """A sentence when the items cover some of the benchmark's subjects only."""
+    covered = {item.subject for item in items} & set(subjects)
+    if not covered or len(covered) == len(subjects):
+        return []
+    return [
+        f"{len(covered)} of the {len(subjects)} subjects of {name}: "
+        "not comparable with a score over all of them"
+    ]
 
 
 @dataclass(frozen=True)
