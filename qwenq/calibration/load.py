@@ -79,6 +79,12 @@ def load_calibration(
         CalibrationError: empty, too short, damaged, or not of this model.
     """
     if Path(spec).suffix == ".safetensors":
+        if split is not None or column is not None:
+            raise UsageError(
+                "a saved set has no split or column: its text was read when it was made",
+                where=spec,
+                hint="leave both out",
+            )
         return _load_saved_for(Path(spec), checkpoint, tokenizer, (samples, seq_len, held_out))
     wanted = wanted_sizes(checkpoint, samples, seq_len, held_out)
     if spec == "self":

@@ -70,15 +70,16 @@ def calibrate(
         made, tokenizer = _random(model, source, **options), None
     else:
         made, tokenizer = _make(model, source, device, **options)
-    kept = not force and _is_there_already(made, out)
-    if not kept:
+    kept = None if force else _there_already(made, out)
+    if kept is None:
         made.save(out)
+    shown = kept or made  # the same tokens, whatever they were read from then
     if as_json:
-        typer.echo(made.manifest.model_dump_json(indent=2))
+        typer.echo(shown.manifest.model_dump_json(indent=2))
         return
     first = made.tokens[0, : 2 * _PREVIEW].tolist()
     preview = tokenizer.decode(first)[:_PREVIEW] if tokenizer else " ".join(map(str, first))[:_PREVIEW]
-    typer.echo(_describe(made, out, preview, kept))
+    typer.echo(_describe(shown, out, preview, kept is not None))
 
 
 def _make(model: str | None, source: str, device: str, **options: Any) -> tuple[CalibrationSet, Tokenizer]:
@@ -138,21 +139,21 @@ def _require_writable_name(out: Path) -> None:
         raise UsageError("--out has to end in .safetensors", where=out, hint=f"{out.stem}.safetensors")
 
 
-def _is_there_already(made: CalibrationSet, out: Path) -> bool:
-    """Whether ``out`` holds these very tokens; a file that holds anything else is not overwritten."""
+def _there_already(made: CalibrationSet, out: Path) -> CalibrationSet | None:
+    """What ``out`` holds, if it is these very tokens; a file that holds anything else is not overwritten."""
     if not out.exists():
-        return False
+        return None
     try:
-        same = made.load(out).fingerprint == made.fingerprint
+        there = made.load(out)
     except (CalibrationError, CorruptFileError):
-        same = False
-    if not same:
+        there = None
+    if there is None or there.fingerprint != made.fingerprint:
         raise UsageError(
             "the output file is there and holds something else",
             where=out,
             hint="name another --out, or overwrite it with --force",
         )
-    return True
+    return there
 
 
 def _describe(made: CalibrationSet, out: Path, preview: str, kept: bool) -> str:

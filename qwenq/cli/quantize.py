@@ -143,7 +143,7 @@ def _for_source(calibration: CalibrationRecipe, source: str) -> CalibrationRecip
     """What a recipe says of its own source, less what another one, named by an option, cannot have."""
     changes: dict[str, Any] = {}
     if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
-        changes |= {"samples": "auto", "seq_len": "auto"}
+        changes |= {"samples": "auto", "seq_len": "auto", "column": None}
     if source == "self" or local_path(source, "--calibration").exists():
         changes["split"] = None
     if source == "self":

@@ -115,6 +115,9 @@ def test_bad_sources(tiny: Tiny, tmp_path: Path) -> None:
             tiny.load(wrong)
     with pytest.raises(UsageError, match="a file has no splits"):
         tiny.load(tmp_path / "short.txt", split="train")
+    for option in ("split", "column"):
+        with pytest.raises(UsageError, match="a saved set has no split or column"):
+            tiny.load(tmp_path / "set.safetensors", **{option: "text"})
 
 
 @pytest.mark.parametrize("option", [{"samples": 0}, {"seq_len": 1}, {"held_out": -1}, {"seq_len": 257}])
