@@ -74,7 +74,9 @@ def perplexity(
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
     run = out if out is not None else _RUNS / model_name(given[0])
     contenders = [open_contender(one, How(device, dtype, "fast", attention, kernel)) for one in given]
-    switches = [combinations(one.checkpoint.config, _flag(ntk), _flag(logn)) for one in contenders]
+    switches = [
+        combinations(one.checkpoint.config, _flag(ntk), _flag(logn), one.model.name) for one in contenders
+    ]
     texts = [_text(text, one, samples, max(wanted)) for one in contenders]
     for made in texts:
         require_lengths(wanted, made)

@@ -69,12 +69,15 @@ class Text:
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
 
 
-def combinations(config: Mapping[str, Any], ntk: bool | None, logn: bool | None) -> list[Switches | None]:
+def combinations(
+    config: Mapping[str, Any], ntk: bool | None, logn: bool | None, name: str = "this model"
+) -> list[Switches | None]:
     """What a model is run with: every combination that was not ruled out; None for a model without switches.
 
     Args:
         config: of the model.
         ntk, logn: None: both on and off, the plain model first.
+        name: of the model, for the message.
 
     Raises:
         UsageError: a switch was asked for that the model does not have.
@@ -82,9 +85,9 @@ def combinations(config: Mapping[str, Any], ntk: bool | None, logn: bool | None)
     if long_context_of(config) is None:
         if ntk is not None or logn is not None:
             raise UsageError(
-                "this model has no such switch: only Qwen v1 has dynamic NTK and logn",
+                f"{name} has no such switch: only Qwen v1 has dynamic NTK and logn",
                 where="--ntk" if ntk is not None else "--logn",
-                hint="leave it out",
+                hint="leave the option out, or measure this model by a command of its own",
             )
         return [None]
     choices = [(False, True) if wanted is None else (wanted,) for wanted in (ntk, logn)]

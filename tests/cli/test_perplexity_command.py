@@ -137,7 +137,7 @@ def test_what_is_refused(perplexity: Shell, models: tuple[Path, Path], text: Pat
     short = tmp_path / "short.txt"
     short.write_text("a few words", encoding="utf-8")
     for arguments, said in (
-        ([*options(text), "--ntk", "on"], "only Qwen v1"),
+        ([*options(text), "--ntk", "on"], "Plain has no such switch: only Qwen v1"),
         ([*options(text), "--lengths", "16,many"], "no lengths"),
         ([*options(text), "--lengths", "24,64"], "a window of 24 tokens"),
         ([*options(text), "--samples", "100000"], "lower --samples to"),
