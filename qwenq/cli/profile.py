@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qwenq.profiling.table import PrintedTable
     from qwenq.results import Row
 
+MOST_TOKENS = 10**9
 RESUME_HINT = "what is measured is kept: the same command goes on where it stopped"
 
 
@@ -255,7 +256,10 @@ def _lengths(context: str, tokens: str, encode: str) -> list[tuple[int, int]]:
 
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(part) for part in _names(text, option)]
+        numbers = [int(part) for part in _names(text, option)]
+        if max(numbers) > MOST_TOKENS:
+            raise UsageError(f"no cache holds more than {MOST_TOKENS:,} tokens", where=option)
+        return numbers
     except ValueError as error:
         raise UsageError(
             f"{text!r} is no list of whole numbers", where=option, hint="write 2048,8192"

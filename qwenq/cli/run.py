@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -29,15 +31,12 @@ def run(
     step that was interrupted goes on itself. Exit codes of the gate as in `qwenq compare`.
     """
     from qwenq.cli.recipe import checked
-    from qwenq.models.identity import folder_name
-    from qwenq.results import plain_name
     from qwenq.run.chain import chain_of
     from qwenq.run.execute import run_chain
 
     chosen = checked(recipe)
     if model is not None:
-        name = {"name": plain_name(folder_name(Path(model)))}
-        chosen = chosen.override({"model": model}, report=name)
+        chosen = chosen.override({"model": model}, report={"name": _report_name(model)})
     chain = chain_of(chosen, recipe, out)
     _show(chain)
     if dry_run:
@@ -52,6 +51,18 @@ def run(
         raise typer.Exit(code)
     if chain.page is not None:
         typer.echo(chain.page)
+
+
+def _report_name(model: str) -> str:
+    """The model's own; where a recipe could not have it, what it could, with a hash: two models are two."""
+    from qwenq.models.identity import folder_name
+    from qwenq.results import plain_name
+
+    name = plain_name(folder_name(Path(model)))
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        return name
+    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-") or "model"
+    return f"{kept}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
 def _show(chain: Chain) -> None:

@@ -21,6 +21,8 @@ from qwenq.plan.speed import SpeedBound, speed_bound
 from qwenq.plan.tensor_parallel import TENSOR_PARALLEL, Padding, Split, kv_share, padding, split
 
 _QUANTISED_IN = "float16"  # what a quantised model computes, and what its cache holds
+_MOST = 10**9
+"""Of tokens, sequences and GPUs: whatever is more belongs to no model."""
 _LABELS = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 
 
@@ -194,3 +196,6 @@ def _check(wishes: Wishes) -> None:
     for option, value in numbers.items():
         if value < 1:
             raise UsageError(f"{option} has to be at least 1, not {value}", where=option)
+    for option, value in {**numbers, "--tp": max(wishes.tensor_parallel, default=0)}.items():
+        if value > _MOST:
+            raise UsageError(f"{option} is at most {_MOST:,}", where=option)

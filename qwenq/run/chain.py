@@ -78,7 +78,8 @@ def chain_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     folder = work or Path("runs") / name
     quantised = {p: folder / "models" / _model_folder(recipe, p) for p in precisions(recipe) if p in BITS}
     plain = [precision for precision in precisions(recipe) if precision in DTYPES]
-    made = {p: _quantise(recipe, file, p, out) for p, out in quantised.items()}
+    rounded = recipe.weights == "random" and recipe.profile is not None  # on the fly, by `qwenq profile`
+    made = {} if rounded else {p: _quantise(recipe, file, p, out) for p, out in quantised.items()}
     steps = list(made.values())
     if (recipe.eval or recipe.profile) and recipe.weights == "stored":
         steps += [_record(precision, step, folder) for precision, step in made.items()]
@@ -162,7 +163,7 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
     assert wanted is not None  # noqa: S101 - the caller has looked
     random = recipe.weights == "random"
     names = [recipe.model or "bundled"]
-    if random:  # int8 and int4 of random weights are rounded on the fly
+    if random:  # int8 and int4 of random weights are rounded on the fly: no folder of theirs is made
         shown = [*plain, *quantised]
     else:
         names, shown = [*(names if plain else []), *map(str, quantised.values())], plain

@@ -83,6 +83,8 @@ def test_not_yet_is_said_with_what_is_missing() -> None:
         (["qwen3-8b", "--group-size", "100"], "does not divide"),
         (["qwen3-8b", "--group-size", "64,128"], "use auto, 128, 64, 32 or -1"),
         (["qwen3-8b", "--context", "0"], "at least 1"),
+        (["qwen3-8b", "--context", f"1{'0' * 400}"], "--context is at most 1,000,000,000"),
+        (["qwen3-8b", "--tp", f"1,1{'0' * 400}"], "--tp is at most 1,000,000,000"),
     ],
 )
 def test_misuse_ends_with_code_2_and_a_hint(arguments: list[str], message: str) -> None:

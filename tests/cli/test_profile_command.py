@@ -191,6 +191,7 @@ def test_a_real_point(shell: Shell) -> None:
         (("--precision", "int3"), "there is no precision 'int3'"),
         (("--tokens", "many"), "is no list of whole numbers"),
         (("--tokens", "1"), "2 new tokens or more"),
+        (("--tokens", f"1{'0' * 400}"), "no cache holds more than 1,000,000,000 tokens"),
         (("--tokens", "0,16"), "2 new tokens or more"),
         (("--tokens", "0", "--encode", "0"), "nothing is to be measured"),
         (("--encode", "-1"), "a prompt to encode has 1 token or more\n  where: --encode"),

@@ -142,10 +142,12 @@ def test_every_step_is_a_command_with_options_that_exist(tmp_path: Path, text: s
 
 def test_random_weights_are_profiled_and_never_evaluated(tmp_path: Path) -> None:
     text = 'model = "qwen-7b-chat"\nweights = "random"\nprecisions = ["bf16", "int4"]\n'
-    (*_, profile, _) = chain(tmp_path, f"{text}[profile]").steps
+    profile, report = chain(tmp_path, f"{text}[profile]").steps  # nothing is quantised that nobody reads
+    assert report.name == "report"
     assert profile.arguments[:4] == ("profile", "qwen-7b-chat", "--precision", "bf16,int4")
     with pytest.raises(UsageError, match="measure chance"):
         chain(tmp_path, f"{text}[eval]")
+    assert [step.name for step in chain(tmp_path, text).steps] == ["quantise to int4"]
 
 
 def test_another_recipe_gets_other_folders_and_the_same_one_its_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,20 @@ def test_another_model_on_the_command_line_gets_a_report_of_its_own(tmp_path: Pa
     assert "run folder runs/Qwen3-0.6B" in done.stderr
     assert "qwenq quantize Qwen/Qwen3-0.6B --recipe r.toml" in done.stderr
     assert "--out reports/Qwen3-0.6B" in done.stderr
+
+
+@pytest.mark.parametrize(("model", "name"), [
+    ("My Model (v2)", r"My-Model-v2-[0-9a-f]{6}"),
+    ("_千问 7B", r"7B-[0-9a-f]{6}"),
+    ("千问", r"model-[0-9a-f]{6}"),
+])  # fmt: skip
+def test_a_model_of_any_name_has_a_report(tmp_path: Path, model: str, name: str) -> None:
+    """The name of a report is of few characters, and nobody has named this one."""
+    (tmp_path / "r.toml").write_text("[eval]\n")
+    done = qwenq("run", "r.toml", "--model", f"models/{model}", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(f"run folder runs/{name}\n", done.stderr), done.stderr
+    assert f"/{model}-GPTQ-Int4" in done.stderr
 
 
 def test_the_bundled_model_by_its_folder_in_the_cache_has_its_own_name(tmp_path: Path) -> None:
