@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from qwenq.errors import UsageError
 from qwenq.runtime.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ def protocol_sampling(checkpoint: Checkpoint) -> tuple[Sampling, str]:
     temperature = settings.get("temperature") or 1.0
     try:
         sampling = Sampling(float(temperature), float(top_p), int(top_k), SEED)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return GREEDY, "greedy: generation_config.json holds no numbers"
+    except UsageError as error:
+        return GREEDY, f"greedy: generation_config.json: {error.what}"
     phrase = (
         f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, top-k {sampling.top_k}, seed {SEED}"
     )

@@ -51,6 +51,19 @@ def test_sampling_is_the_checkpoints(tmp_path: Path) -> None:
     assert "repetition penalty 1.1 not applied" in phrase
 
 
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"temperature": -1}, "greedy: generation_config.json: the temperature -1.0 is no number from 0 up"),
+    ({"top_p": 2}, "greedy: generation_config.json: top-p 2.0 is not above 0 and at most 1"),
+    ({"top_k": 1e999}, "greedy: generation_config.json holds no numbers"),
+])  # fmt: skip
+def test_settings_that_nobody_can_sample_by_take_no_point_away(
+    tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    made = checkpoint(tmp_path, {}, {"do_sample": True, **settings})
+    sampling, phrase = protocol_sampling(made)
+    assert (sampling.greedy, phrase) == (True, says)
+
+
 def test_the_row_says_which_ends_were_suppressed(
     points: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
