@@ -127,7 +127,7 @@ def _ask(
         try:
             with _watched(child, limit, others) as killed:
                 with suppress(BrokenPipeError):
-                    child.stdin.write(json.dumps(request).encode())
+                    child.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
                     child.stdin.close()
                 for line in child.stdout:
                     if line.endswith(b"\n"):

@@ -30,6 +30,8 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)
     request = json.loads(sys.stdin.read())
+    if request["parent"] != os.getppid():  # it was killed before this one asked to die with it
+        sys.exit("the sweep is gone")
     if "probe" in request:
         _write(out, probe(request["probe"]))
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +176,14 @@ def test_a_child_ends_with_its_reader(
     rows.close()
     with pytest.raises(ProcessLookupError):
         os.kill(int(said.read_text()), signal.SIG_DFL)
+
+
+def test_a_child_whose_parent_was_killed_before_it_began_measures_nothing(points: list[Point]) -> None:
+    """Linux tells of a death only whoever has asked before it."""
+    request = {"point": points[0].to_json(), "seconds": None, "meeting": None, "parent": os.getppid()}
+    command = [sys.executable, "-m", "qwenq.profiling.point"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "the sweep is gone\n")
 
 
 def test_out_of_memory_is_called_that() -> None:
