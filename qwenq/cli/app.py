@@ -116,7 +116,7 @@ def main() -> None:
         except QwenqError as error:
             if os.environ.get("QWENQ_DEBUG"):
                 raise
-            typer.secho(f"qwenq: {error}", fg="red" if error.exit_code else None, err=True)
+            _say(error)
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, SystemExit) as end:
             stopped = isinstance(end, KeyboardInterrupt) or end.code == 128 + signal.SIGINT
@@ -141,12 +141,19 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Traceback
     ours = [frame for frame in extract_tb(trace) if Path(frame.filename).is_relative_to(PACKAGE)]
     place = f"{Path(ours[-1].filename).relative_to(PACKAGE.parent)}, line {ours[-1].lineno}" if ours else None
     said = " ".join(f"{kind.__name__}: {error}".split())[:300].rstrip(": ")
-    explained = QwenqError(
-        f"an error that was not foreseen: {said}",
-        where=place,
-        hint="`qwenq --debug …` shows how it came about; if nothing is wrong with this machine, report it",
+    _say(
+        QwenqError(
+            f"an error that was not foreseen: {said}",
+            where=place,
+            hint="`qwenq --debug …` shows how it came about; if the machine is sound, please report it",
+        )
     )
-    typer.secho(f"qwenq: {explained}", fg="red", err=True)
+
+
+def _say(error: QwenqError) -> None:
+    """On standard error; on a terminal in red, unless nothing went wrong or the user wants no colours."""
+    red = error.exit_code != 0 and not os.environ.get("NO_COLOR")
+    typer.secho(f"qwenq: {error}", fg="red" if red else None, err=True)
 
 
 @contextmanager

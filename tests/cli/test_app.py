@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from terminal import Terminal
 
 from qwenq import __version__, cli
 from qwenq.cli.app import app
@@ -156,6 +157,17 @@ def test_a_reader_that_left_gets_no_traceback() -> None:
     writer.stdout.close()
     _, errors = writer.communicate(timeout=60)
     assert errors == ""
+
+
+@pytest.mark.parametrize(("no_color", "red"), [("", True), ("1", False)])
+def test_errors_are_red_on_a_terminal_unless_no_color_is_set(no_color: str, red: bool) -> None:
+    command = [sys.executable, "-m", "qwenq", "plan", "no-such-model"]
+    terminal = Terminal(command, {"TERM": "xterm", "NO_COLOR": no_color})
+    shown = terminal.wait_for("try:")
+    assert "qwenq: " in shown
+    assert ("\x1b[31m" in shown) == red
+    assert terminal.exit_code() == 2
+    terminal.close()
 
 
 def test_commands_share_one_app() -> None:
