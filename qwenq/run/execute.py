@@ -151,7 +151,7 @@ def _rows(work: Path) -> int:
 def _journal(work: Path) -> dict[str, _End]:
     """Step → its last good end; a line that a kill tore is no end."""
     try:
-        lines = (work / JOURNAL).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (work / JOURNAL).read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return {}
     ends: dict[str, _End] = {}

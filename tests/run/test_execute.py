@@ -174,6 +174,13 @@ def test_a_torn_line_of_the_journal_is_no_end(steps: Path) -> None:
     assert log(steps) == ["one", "one"]
 
 
+def test_a_name_with_a_line_separator_of_unicode_is_one_line_of_the_journal(steps: Path) -> None:
+    """A model's folder may have it, and a step whose end is not found would be done again and again."""
+    one = made_of(steps, marker("a\u2028b\x85c", steps))
+    run_chain(one, lambda line: None)
+    assert is_done(one, one.steps[0])
+
+
 def test_ctrl_c_ends_the_step_and_the_chain(steps: Path) -> None:
     (steps / "step.py").write_text(
         "import pathlib, sys, time\n"
