@@ -29,6 +29,7 @@ from qwenq.models.new_folder import require_renameable
 from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.shapes import ModelShape
 from qwenq.models.shards import tensor_bytes, write_shards
+from qwenq.models.tokenizer import read_json
 from qwenq.storage import atomic_write_json, fsync_folder, guard_storage
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ def _target_config(
     changes = []
     if isinstance(checkpoint.source, QwenV1Source):
         changes.append("Qwen v1 layout → Qwen2 layout")
+    elif quant is not None and not is_quantised(read_json(checkpoint.folder / "config.json")):
+        changes.append("GPTQ settings of quantize_config.json → config.json, too")
     if quant is not None and zeros is not None and FORMATS[zeros] != quant.checkpoint_format:
         settings = {**config["quantization_config"], "checkpoint_format": FORMATS[zeros]}
         if "format" in settings:  # the newer name of the same key

@@ -104,6 +104,18 @@ def test_an_official_gptq_folder_becomes_a_plain_qwen2_gptq_folder(
     assert QuantConfig.read(beside) == QuantConfig.read(config) == QuantConfig(4, 32)
 
 
+def test_settings_that_autogptqs_own_file_alone_has_go_into_config_json(
+    gptq_v1_folder: Path, tmp_path: Path
+) -> None:
+    convert(gptq_v1_folder, tmp_path / "first")
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (tmp_path / "first" / "config.json").write_text(json.dumps(config))
+    done = convert(tmp_path / "first", tmp_path / "second")
+    assert done.changes == ["GPTQ settings of quantize_config.json → config.json, too"]
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["quantization_config"] == settings
+
+
 def test_zero_points_go_to_v2_and_back(gptq_v1_folder: Path, tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     convert(gptq_v1_folder, first)

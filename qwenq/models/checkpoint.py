@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.models.config import read_config, require_layers
-from qwenq.models.gptq_config import is_quantised
+from qwenq.models.gptq_config import is_quantised, settings_of
 from qwenq.models.long_context import long_context_of
 from qwenq.models.manifest import missing_manifest
 from qwenq.models.own_files import require_own_files
@@ -72,8 +72,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     """Open a model folder for lazy reading; only headers are read, and all of them are checked.
 
-    A GPTQ folder opens with its packed tensors; a notice says so where it has no qwenq.json. A Qwen v1 folder
-    opens in Qwen2's layout.
+    A GPTQ folder opens with its packed tensors; a notice says so where it has no qwenq.json, or AutoGPTQ's
+    quantize_config.json alone says how it was quantised. A Qwen v1 folder opens in Qwen2's layout.
 
     Args:
         folder: where config.json and the weights are.
@@ -95,6 +95,9 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         from qwenq.models.qwen_v1 import qwen2_view
 
         config, source = qwen2_view(folder, config, source)
+    elif not is_quantised(config) and (quant := settings_of(folder, config, source.names())):
+        config = {**config, "quantization_config": quant.to_config_json()}
+        notices = [*notices, "config.json says nothing of GPTQ: the settings are quantize_config.json's"]
     long_context_of(config, folder / "config.json")
     require_layers(config, source.names(), folder)
     if is_quantised(config) and not unfinished:

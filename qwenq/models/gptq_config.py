@@ -6,6 +6,7 @@ AutoGPTQ's nine keys (Qwen v1 and later), transformers' and optimum's (Qwen2.5),
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -105,6 +106,36 @@ class QuantConfig:
             checkpoint_format=_checkpoint_format(keys),
             lm_head=_flag(keys, "lm_head", False),
         )
+
+
+def settings_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> QuantConfig | None:
+    """GPTQ settings of a folder, None: plain weights. AutoGPTQ's own file counts where config.json has none.
+
+    Args:
+        folder: of the model.
+        config: its config.json.
+        names: of its tensors.
+
+    Raises:
+        ModelError: quantised weights, and neither file says how.
+        UnsupportedError: see ``QuantConfig.read``.
+    """
+    if config.get("quantization_config"):
+        return QuantConfig.read(config, folder / "config.json")
+    if not any(name.endswith(".qweight") for name in names):
+        return None
+    path = folder / "quantize_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("not an object")
+        return QuantConfig.read(settings, path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            "the weights are quantised, but neither config.json nor quantize_config.json says how",
+            where=path,
+            hint="copy the model's quantize_config.json into the folder",
+        ) from error
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:

@@ -7,7 +7,6 @@ which the Qwen2 config keeps under ``qwen_v1``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_config import QuantConfig, settings_of
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_config, qwen2_generation_config
 from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource
 
@@ -260,20 +259,4 @@ def _refuse_activation_order(source: TensorSource, quant: QuantConfig) -> None:
 
 
 def _quant_config(folder: Path, config: Mapping[str, Any], source: TensorSource) -> QuantConfig | None:
-    """GPTQ settings of the folder; AutoGPTQ's own file counts where config.json has none."""
-    if config.get("quantization_config"):
-        return QuantConfig.read(config, folder / "config.json")
-    if not any(name.endswith(".qweight") for name in source.names()):
-        return None
-    path = folder / "quantize_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("not an object")
-        return QuantConfig.read(settings, path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            "the weights are quantised, but neither config.json nor quantize_config.json says how",
-            where=path,
-            hint="copy the model's quantize_config.json into the folder",
-        ) from error
+    return settings_of(folder, config, source.names())

@@ -112,6 +112,20 @@ def test_compiled_attention_that_is_missed_is_said(plain: Path, base: Path, chec
     assert "left to torch" not in ran.out + ran.err
 
 
+def test_settings_in_autogptqs_own_file_alone(plain: Path, base: Path, tmp_path: Path, check: Shell) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "autogptq"))
+    (folder / "model.safetensors").rename(folder / "gptq_model-8bit-16g.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    ran = check(folder, "--against", base, *SMALL)
+    assert ran.code == 1 and "neither config.json nor quantize_config.json says how" in ran.err
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    ran = check(folder, "--against", base, *SMALL)
+    assert ran.code == 0, ran.err
+    assert "the settings are quantize_config.json's" in ran.err and "verdict     excellent" in ran.out
+
+
 def test_json_alone_on_stdout(plain: Path, base: Path, check: Shell) -> None:
     ran = check(plain, "--against", base, *SMALL, "--json")
     assert ran.code == 0, ran.err
