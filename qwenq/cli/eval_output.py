@@ -218,9 +218,13 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     lines = []
     if any(row.point.get("data") == "sample suite" for row in rows):
         lines.append("the sample suite is not the benchmark: its scores compare with nothing published")
-    limits = {row.point.get("limit") for row in rows if row.point.get("limit") is not None}
+    limits = {row.point["task"]: row.point["limit"] for row in rows if row.point.get("limit") is not None}
     if limits:
-        lines.append(f"limited to the first {limits.pop()} items of each subject or task")
+        all_ = limits.keys() == {row.point["task"] for row in rows}
+        which = "" if all_ else f"{', '.join(map(str, limits))}: "
+        lines.append(
+            f"{which}limited to the first {next(iter(limits.values()))} items of each subject or task"
+        )
     return lines
 
 

@@ -196,3 +196,13 @@ def test_one_item_and_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.splitlines() == ["Tiny int4, mmlu: 1 item"]
     eval_output.print_table(tmp_path, [])
     assert capsys.readouterr().out == f"run folder: {tmp_path}\n"
+
+
+def test_what_was_limited_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit above the number of a task's items is none of that task's."""
+    whole, other = row("fp32"), row("fp32")
+    cut = replace(other, point={**other.point, "task": "gsm8k", "limit": 5})
+    line = "limited to the first 5 items of each subject or task"
+    for rows, said in (([whole], []), ([cut], [line]), ([whole, cut], [f"gsm8k: {line}"])):
+        eval_output.print_table(tmp_path, rows)
+        assert [one for one in capsys.readouterr().out.splitlines() if "limited" in one] == said
