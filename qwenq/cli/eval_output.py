@@ -221,10 +221,8 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     limits = {row.point["task"]: row.point["limit"] for row in rows if row.point.get("limit") is not None}
     if limits:
         all_ = limits.keys() == {row.point["task"] for row in rows}
-        which = "" if all_ else f"{', '.join(map(str, limits))}: "
-        lines.append(
-            f"{which}limited to the first {next(iter(limits.values()))} items of each subject or task"
-        )
+        which, limit = "" if all_ else f"{', '.join(map(str, limits))}: ", next(iter(limits.values()))
+        lines.append(f"{which}limited to the first {limit} items of each subject or task")
     return lines
 
 

@@ -205,4 +205,4 @@ def test_what_was_limited_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     line = "limited to the first 5 items of each subject or task"
     for rows, said in (([whole], []), ([cut], [line]), ([whole, cut], [f"gsm8k: {line}"])):
         eval_output.print_table(tmp_path, rows)
-        assert [one for one in capsys.readouterr().out.splitlines() if "limited" in one] == said
+        assert [one for one in capsys.readouterr().out.splitlines() if "limited to" in one] == said
