@@ -101,6 +101,26 @@ def test_a_table_says_what_quantised_models_were_computed_in(
     assert [part for part in caption if "computed in" in part] == ([] if says is None else [says])
 
 
+@pytest.mark.parametrize(("changes", "beside"), [
+    ({}, True),
+    ({"limit": 500}, True),
+    ({"shots": 0}, True),
+    ({"shots": 5}, False),
+    ({"protocol": "base"}, False),
+    ({"subjects": "law"}, False),
+    ({"data": "sample suite"}, False),
+])  # fmt: skip
+def test_the_cards_scores_stand_beside_those_of_their_own_questions_and_protocol(
+    tmp_path: Path, changes: dict[str, object], beside: bool
+) -> None:
+    """The suite that ships here is not the benchmark, and five shots are not none."""
+    row = accuracy("int4")
+    run = write_run(tmp_path / "run", [replace(row, point=row.point | changes)])
+    (table, *_) = make_report(collect([run]), "t").sections[0].tables
+    assert table.key == "accuracy"
+    assert any(line.published for line in table.lines) is beside
+
+
 def test_what_is_served_is_computed_in_nobody_knows_what(tmp_path: Path) -> None:
     made = replace(accuracy("int4"), settings={"dtype": "unknown"})
     served = replace(made, model=replace(made.model, precision="served", group_size=None))
