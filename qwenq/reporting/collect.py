@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ def hardware(environment: dict[str, Any], device: object = None) -> str:
     gpus = environment.get("gpus") if device is None or not str(device).startswith("cpu") else None
     names = [str(gpu.get("name")) for gpu in gpus if isinstance(gpu, dict)] if isinstance(gpus, list) else []
     if names:
-        return clean(" + ".join(names))
+        counted = (f"{number} × {name}" if number > 1 else name for name, number in Counter(names).items())
+        return clean(" + ".join(counted))
     cpu = environment.get("cpu")
     if isinstance(cpu, str):
         return clean(cpu)

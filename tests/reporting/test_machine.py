@@ -133,6 +133,11 @@ def test_the_machine_of_a_row_wins_over_that_of_its_folder(runs: Runs) -> None:
     assert lines["processor"] == "Imaginary CPU, 2 cores, 2 threads and Laptop CPU, 4 cores, 4 threads"
 
 
+def test_eight_gpus_of_one_kind_are_named_once(runs: Runs) -> None:
+    found = runs((rows_of("int4", device="cuda"), {"gpus": [*[H100] * 8, {"name": "L4"}]}))
+    assert {item.hardware for item in found.measured} == {"8 × H100 + L4"}
+
+
 @pytest.mark.parametrize("said", [7, [], {}, {"cpu": 7}, {"gpus": "x"}, {"cpu": {"features": [[]]}}])
 def test_a_machine_that_is_none_is_no_traceback(runs: Runs, said: object) -> None:
     found = runs((rows_of("int4", **{MACHINE: said}), {}), (rows_of("int4"), {}))
