@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(hours=1)
 """For one exchange of tensors: others may have to wait for the longest step that one rank does by itself."""
 LOOK = timedelta(seconds=5)
+_LAST_PORT, _DIGITS = 65_535, 9
 STOPPED = "stopped"
 TOLD = 128 + signal.SIGTERM
 """Exit code of who was told to stop: torchrun makes a SIGTERM of whatever stops it."""
@@ -170,18 +171,21 @@ def described(environment: Mapping[str, str] = os.environ) -> Team:
     """
     world = _number(environment, "WORLD_SIZE", "1")
     if world == 1:
-        return Team(launched=True) if "WORLD_SIZE" in environment else ALONE
+        return Team(launched=True) if environment.get("WORLD_SIZE") else ALONE
     rank, local = _number(environment, "RANK"), _number(environment, "LOCAL_RANK")
-    if not rank < world or "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
-        raise _no_torchrun(
-            f"RANK is {rank} and WORLD_SIZE {world}, or MASTER_ADDR and MASTER_PORT are not set"
-        )
+    if rank >= world:
+        raise _no_torchrun(f"RANK is {rank} and WORLD_SIZE {world}")
+    if not environment.get("MASTER_ADDR"):
+        raise _no_torchrun("MASTER_ADDR is nothing")
+    if (port := _number(environment, "MASTER_PORT")) > _LAST_PORT:
+        raise _no_torchrun(f"MASTER_PORT is {port}")
     return Team(rank, world, local, launched=True)
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "nothing") -> int:
-    text = environment.get(name, default)
-    if not (text.isascii() and text.isdigit()) or (name == "WORLD_SIZE" and text == "0"):
+    text = environment.get(name) or default
+    sound = text.isascii() and text.isdigit() and len(text) <= _DIGITS
+    if not sound or (name == "WORLD_SIZE" and int(text) == 0):
         raise _no_torchrun(f"{name} is {text}")
     return int(text)
 

@@ -6,7 +6,15 @@ import os
 import subprocess
 import sys
 
+import pytest
 from teams import TESTS, free_port
+
+from qwenq.distributed import ALONE, Team, described
+from qwenq.errors import UsageError
+
+TORCHRUN = {
+    "WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
 
 LEAVES = """
 import os, sys
@@ -22,6 +30,36 @@ with assembled("cpu") as team:
     during = gloo()
 print(during, gloo(), ones.tolist())
 """
+
+
+def test_what_torchrun_says_is_a_team() -> None:
+    assert described(TORCHRUN) == Team(rank=2, world=3, local_rank=0, launched=True)
+    assert described({"WORLD_SIZE": "1"}) == Team(launched=True)
+    for nobody in ({}, {"WORLD_SIZE": ""}, {"RANK": "7"}):
+        assert described(nobody) is ALONE
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("WORLD_SIZE", "0", "WORLD_SIZE is 0"),
+        ("WORLD_SIZE", "00", "WORLD_SIZE is 00"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is two"),
+        ("WORLD_SIZE", "9" * 5000, "WORLD_SIZE is 99999"),
+        ("RANK", None, "RANK is nothing"),
+        ("RANK", "3", "RANK is 3 and WORLD_SIZE 3"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK is -1"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is nothing"),
+        ("MASTER_PORT", None, "MASTER_PORT is nothing"),
+        ("MASTER_PORT", "abc", "MASTER_PORT is abc"),
+        ("MASTER_PORT", "99999", "MASTER_PORT is 99999"),
+    ],
+)
+def test_what_torchrun_would_not_say_is_refused_by_name(name: str, value: str | None, says: str) -> None:
+    environment = {key: text for key, text in {**TORCHRUN, name: value}.items() if text is not None}
+    with pytest.raises(UsageError, match=f"speaks of several processes, but {says}") as refused:
+        described(environment)
+    assert "torchrun --nproc-per-node N" in str(refused.value.hint)
 
 
 def start(script: str) -> list[subprocess.Popen[str]]:

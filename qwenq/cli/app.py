@@ -51,7 +51,7 @@ def root(
     """Quantise Qwen models with GPTQ, and prove what it cost."""
     if debug:
         os.environ["QWENQ_DEBUG"] = "1"  # read by main(), also in child processes
-    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    several = "RANK" in os.environ and (os.environ.get("WORLD_SIZE") or "1") != "1"
     if several and context.invoked_subcommand not in SHARED:
         raise UsageError(
             f"qwenq {context.invoked_subcommand} does not share its work: every process would do all of it",
