@@ -23,7 +23,8 @@ from rapidfuzz import process
 
 from qwenq.errors import UsageError
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no number
+NotNegative = Annotated[int, Field(ge=0, strict=True)]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 FAIL_ON = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1.0"
 """What fails unless something else is asked (``reporting.gate`` has the rules)."""
@@ -57,7 +58,7 @@ class QuantizeRecipe(_Section):
     drift: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of inherited error that later layers make good
     refine: bool = True  # after GPTQ: descend on the same objective, integers and scales by turns
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: NotNegative = 0
 
 
 class EvalRecipe(_Section):
@@ -67,7 +68,7 @@ class EvalRecipe(_Section):
     protocol: Literal["card", "base", "lm-eval"] = "card"
     subjects: tuple[str, ...] = ()  # none: all
     limit: Count | None = None  # items of each subject, or of a task without subjects
-    shots: Annotated[int, Field(ge=0)] | None = None  # none: the protocol's own
+    shots: NotNegative | None = None  # none: the protocol's own
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of quantised models
     data: str | None = None  # folder of the benchmarks' files; none: the hub
     sample: bool = False  # the suite that ships with qwenq, which is not the benchmark

@@ -78,6 +78,9 @@ def test_a_key_that_is_near_nothing_lists_those_there_are(tmp_path: Path) -> Non
     ('[quantize]\nact_order = "yes"', "quantize.act_order = 'yes'"),
     ("[calibration]\nsamples = 0", "calibration.samples = 0"),
     ('[calibration]\nseq_len = "long"', "calibration.seq_len = 'long'"),
+    ("[calibration]\nsamples = true", "calibration.samples = True"),
+    ("[quantize]\nseed = true", "quantize.seed = True"),
+    ("[profile]\ntokens = [true]", "profile.tokens = True"),
     ("calibration = 7", "calibration = 7"),
     ("model = 7", "model = 7"),
 ])  # fmt: skip
