@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evals.dataset_hub import ask, serve
+from evals.dataset_hub import COMMIT, Handler, ask, serve
 
 pytest.importorskip("datasets")
 ASKED = ["mmlu:base:anatomy", "ceval:base:marxism", "gsm8k:card:", "humaneval:card:", "cmmlu:base:agronomy"]
@@ -134,3 +134,49 @@ def test_an_archive_that_is_none(tmp_path: Path) -> None:
     with serve({"lmlmcat/cmmlu": {**cmmlu(), "cmmlu_v1_0_1.zip": b"PK no more"}}) as address:
         (found,), _ = ask(address, tmp_path, ["cmmlu:base:agronomy"])
     assert found["error"] == "DataError" and "not a whole zip archive" in json.dumps(found)
+
+
+def test_damaged_bytes_and_a_card_that_is_of_other_data(tmp_path: Path) -> None:
+    """What datasets raises then is no error of Python's own."""
+    sums = published(
+        "main", "main", test=[{"question": f"1 + {n}?", "answer": "#### 1"} for n in range(1319)]
+    )
+    (name,) = (path for path in sums if path.endswith(".parquet"))
+    damaged = {**sums, name: sums[name][:40] + bytes(360) + sums[name][400:]}
+    count = (
+        "---\ndataset_info:\n- config_name: openai_humaneval\n  splits:\n"
+        "  - name: test\n    num_bytes: 10\n    num_examples: 7\n"
+    )
+    solved = human_eval()
+    other = {**solved, "README.md": count.encode() + solved["README.md"].removeprefix(b"---\n")}
+    with serve({"openai/gsm8k": damaged, "openai/openai_humaneval": other}) as address:
+        found, _ = ask(address, tmp_path, ["gsm8k:card:", "humaneval:card:"])
+    for one in found:
+        assert one["error"] == "DataError" and "the hub did not give the benchmark: " in one["text"]
+        assert "--data DIR" in one["text"]
+    assert "An error occurred" not in found[0]["text"], "but which one"
+    assert "num_examples=7" in found[1]["text"]
+
+
+def test_a_connection_that_breaks_in_a_file_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Handler.file
+
+    def half(self: Handler, data: bytes | None, *, body: bool) -> None:
+        if not body or data is None or not self.path.endswith((".zip", ".parquet")):
+            whole(self, data, body=body)
+            return
+        headers = {"ETag": '"x"', "X-Repo-Commit": COMMIT}
+        self.reply(200, data[: len(data) // 2], headers, len(data))
+        self.close_connection = True
+
+    monkeypatch.setattr(Handler, "file", half)
+    sums = [{"question": f"1 + {n}?", "answer": "#### 1"} for n in range(1319)]
+    with serve({"openai/gsm8k": published("main", "main", test=sums), "lmlmcat/cmmlu": cmmlu()}) as address:
+        found, _ = ask(address, tmp_path, ["gsm8k:card:", "cmmlu:base:agronomy"])
+    for one in found:
+        assert (
+            one["error"] == "DataError" and "the hub did not give the benchmark: peer closed" in one["text"]
+        )
+        assert "--data DIR" in one["text"]

@@ -39,7 +39,7 @@ def read_hub(dataset: str, config: str | None, split: str, *, sampled: bool = Tr
         with _from_the_cache(datasets, why=_unreachable(dataset)):
             rows: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
             listed = [dict(row) for row in rows]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:  # offline, gone, renamed, refused
+    except _errors_of(datasets) as error:
         raise _no_benchmark(error, where, ways) from error
     if not listed:
         raise DataError("the hub gave no rows", where=where, hint=ways)
@@ -64,13 +64,21 @@ def fetch_hub_file(dataset: str, name: str, *, sampled: bool = True) -> Path:
     why = _unreachable(dataset)
     try:
         found = hf_hub_download(dataset, name, repo_type="dataset", local_files_only=why is not None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, _http_error()) as error:
         raise _no_benchmark(why or error, where, ways) from error
     return Path(found)
 
 
+def _errors_of(datasets: Any) -> tuple[type[Exception], ...]:
+    """What it raises where a set is offline, gone, renamed, refused, damaged, or not what its card says."""
+    own = getattr(getattr(datasets, "exceptions", None), "DatasetsError", OSError)
+    return OSError, ValueError, RuntimeError, KeyError, own, _http_error()
+
+
 def _no_benchmark(error: Exception, where: str, ways: str) -> DataError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
+    hidden = type(error).__name__ == "DatasetGenerationError"  # whose own words say only that there was one
+    found = error.__cause__ if hidden and error.__cause__ is not None else error
+    reason = str(found).strip().splitlines() or [type(found).__name__]
     return DataError(f"the hub did not give the benchmark: {reason[0]}", where=where, hint=ways)
 
 
