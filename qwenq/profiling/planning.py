@@ -204,11 +204,14 @@ def _least_steps(tokens: int, seconds: float) -> int:
 def _weight_bytes(point: Point, shape: ModelShape, dtype: str) -> int:
     """Bytes in the form that is run."""
     model = point.subject.model
-    if model.precision in ("int8", "int4"):
-        bits = int(model.precision.removeprefix("int"))
+    if model.precision.startswith("int"):  # a folder may have 2 bits, too
+        bits, size = int(model.precision.removeprefix("int")), model.group_size or 128
         linear = sum(m.rows * m.columns for m in shape.linears()) * shape.layers
+        groups = (
+            sum(m.rows * (1 if size == -1 else m.columns // size) for m in shape.linears()) * shape.layers
+        )
         rest = shape.parameters - linear
-        return linear * bits // 8 + linear // (model.group_size or 128) * 4 + rest * ITEMSIZE[dtype]
+        return linear * bits // 8 + groups * 4 + rest * ITEMSIZE[dtype]
     return shape.bytes(dtype)
 
 

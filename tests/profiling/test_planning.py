@@ -31,6 +31,29 @@ def test_bytes_are_weights_and_cache() -> None:
     assert 5e9 < planned["int4"].nbytes < 9e9
 
 
+@pytest.mark.parametrize(("precision", "group_size", "bits", "groups"), [
+    ("int4", 128, 4, 1 / 128), ("int2", 128, 2, 1 / 128), ("int8", -1, 8, 0.0), ("int4", -1, 4, 0.0),
+])  # fmt: skip
+def test_quantised_weights_are_counted_by_their_bits_and_groups(
+    precision: str, group_size: int, bits: int, groups: float
+) -> None:
+    """One scale for a whole row is nearly none; and a folder of another tool may have 2 bits."""
+    found = subjects_of(["qwen-7b-chat"], ["int4"], "random")
+    (subject,) = found.subjects
+    model = replace(subject.model, precision=precision, group_size=group_size)
+    points = sweep(
+        [replace(subject, model=model)],
+        attentions=["sdpa"],
+        engines=["fast"],
+        lengths=[(1, 2048)],
+        device="cpu",
+    )
+    linear, cache = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 2 * 32 * 4096 * 2049
+    rest = 2 * (7_721_324_544 - linear) + 2 * 151936 * 4096  # and one embedding in flight
+    expected = linear * bits / 8 + 4 * groups * linear + rest + cache
+    assert plan(points, found.shapes, CPU)[0].nbytes == pytest.approx(expected, rel=0.002)
+
+
 def test_what_does_not_fit_is_said_before_it_is_tried() -> None:
     planned = of_7b(CPU)
     assert "it needs about" in planned["fp32"].too_large
