@@ -214,6 +214,15 @@ def test_no_network_and_no_data_names_both_ways_out(
     assert "--data DIR" in str(caught.value) and "qwenq[data]" in str(caught.value)
 
 
+def test_ctrl_c_in_the_hubs_library_is_no_fault_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it breaks into may fail while it is being left."""
+    broken = RuntimeError("left half way")
+    broken.__cause__ = KeyboardInterrupt()
+    monkeypatch.setitem(sys.modules, "datasets", Hub(broken))
+    with pytest.raises(KeyboardInterrupt):
+        get_task("gsm8k", "card").items(DataSource())
+
+
 def test_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="needs the package datasets") as caught:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qwenq import stopping
 from qwenq.errors import DataError
 
 _CONNECT = "either connect to the hub{package}, or put the files into a folder and name it: --data DIR"
@@ -75,7 +76,10 @@ def _errors_of(datasets: Any) -> tuple[type[Exception], ...]:
     return OSError, ValueError, RuntimeError, KeyError, own, _http_error()
 
 
-def _no_benchmark(error: Exception, where: str, ways: str) -> DataError:
+def _no_benchmark(error: Exception, where: str, ways: str) -> BaseException:
+    """What to raise from it; where a stop is behind it, that."""
+    if (stop := stopping.behind(error)) is not None:
+        return stop
     hidden = type(error).__name__ == "DatasetGenerationError"  # whose own words say only that there was one
     found = error.__cause__ if hidden and error.__cause__ is not None else error
     reason = str(found).strip().splitlines() or [type(found).__name__]
