@@ -61,7 +61,7 @@ def from_record(record: Any, where: str, column: str | None) -> Document:
     raise CalibrationError(
         f"the value is a {type(value).__name__}, neither a text nor a list of messages",
         where=where,
-        hint=_NAME_KEY,
+        hint=f"leave such records out, or {_NAME_KEY}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ ACCEPTED = ".txt, .jsonl, .json, .parquet"
 PASSAGE, LONGEST_PASSAGE = 2_000, 8_000
 """A .txt file is one long text. It is cut into passages so that the seed has something to choose from: at the
 first blank line after PASSAGE characters, or at the first line end after LONGEST_PASSAGE."""
+_CONVERT = "convert it, e.g. `iconv -f {} -t UTF-8 {}`"
 _LARGEST_JSON = 512_000_000
 LONGEST_LINE = 100_000_000
 """Bytes of a line, which is held in memory: of a file with a hole, or of a device, it would have no end."""
@@ -170,5 +172,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise CalibrationError(
                     f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start} of the line",
                     where=f"{path}, line {number}",
-                    hint=f"convert it, e.g. `iconv -f GB18030 -t UTF-8 {path.name}`",
+                    hint=_how_to_convert(line if number == 1 else b"", path.name),
                 ) from error
+
+
+def _how_to_convert(start: bytes, name: str) -> str:
+    """What makes UTF-8 of a file; of its ``start`` nothing need be known."""
+    if start.startswith(b"\x1f\x8b"):
+        return f"it is compressed: `gunzip -c {name}` gives its text"
+    utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return _CONVERT.format("UTF-16" if utf16 else "GB18030", name)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,23 @@ def test_a_text_is_cut_into_passages_and_nothing_is_lost(
         assert len(passage) >= (PASSAGE if passage.endswith("\n\n") or passage == "\n" else LONGEST_PASSAGE)
     for passage in passages:
         assert len(passage) < LONGEST_PASSAGE + max(map(len, lines))
+
+
+@pytest.mark.parametrize(
+    ("content", "how"),
+    [
+        ("words\n".encode("utf-16"), "`iconv -f UTF-16 -t UTF-8 a.txt`"),  # as Windows' shell writes a file
+        (gzip.compress(b"words\n"), "`gunzip -c a.txt`"),
+        ("问题".encode("gb18030"), "`iconv -f GB18030 -t UTF-8 a.txt`"),
+    ],
+)
+def test_what_would_make_utf8_of_it_is_told_by_how_it_begins(
+    tmp_path: Path, content: bytes, how: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(CalibrationError) as caught:
+        list(read_file(tmp_path / "a.txt"))
+    assert how in str(caught.value.hint)
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:
