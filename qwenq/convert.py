@@ -25,7 +25,7 @@ from qwenq.models.gptq_format import (
     validate_quantised,
 )
 from qwenq.models.integrity import check_finite
-from qwenq.models.new_folder import require_renameable
+from qwenq.models.new_folder import require_renameable, take_name
 from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.shapes import ModelShape
 from qwenq.models.shards import tensor_bytes, write_shards
@@ -238,9 +238,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            if target.is_dir():
-                target.rmdir()  # empty, see _refuse_target
-            temporary.rename(target)
+            take_name(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

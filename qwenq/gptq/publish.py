@@ -14,7 +14,7 @@ from qwenq.gptq.layer_store import discard_leftover
 from qwenq.gptq.quantise import LAYER_PARTS
 from qwenq.models.companions import write_companions
 from qwenq.models.manifest import MANIFEST, PARTIAL, STAGED
-from qwenq.models.new_folder import require_renameable
+from qwenq.models.new_folder import require_renameable, take_name
 from qwenq.models.shards import write_shards
 from qwenq.storage import atomic_write_json, fsync_file, fsync_folder, guard_storage, sha256_file
 
@@ -127,6 +127,7 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
         manifest: what was done; the size and sha256 of every file are added here.
 
     Raises:
+        UsageError: something has been put there meanwhile.
         StorageError: the disk refused.
     """
     files = {}
@@ -137,7 +138,7 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
             files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     atomic_write_json(staged / MANIFEST, {**manifest, "files": files})
     with guard_storage(out):
-        os.replace(staged, out)  # noqa: PTH105  Path.replace refuses an empty folder on some systems
+        take_name(staged, out)
         fsync_folder(out.parent)
 
 

@@ -46,3 +46,22 @@ def require_renameable(target: Path, option: str) -> None:
             where=target,
             hint=f"name a new folder on it, such as {option} {target / 'model'}",
         )
+
+
+def take_name(made: Path, target: Path) -> None:
+    """Give a finished folder its name, which an empty folder may have.
+
+    Raises:
+        UsageError: something has been put there since ``require_renameable``.
+        OSError: the disk refused.
+    """
+    try:
+        os.replace(made, target)  # noqa: PTH105  Path.replace refuses an empty folder on some systems
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UsageError(
+            "something has been put there since this run began",
+            where=target,
+            hint="move it away, then run the same command again",
+        ) from error

@@ -9,7 +9,7 @@ from pipeline import run
 from tiny_families import write_family
 
 from qwenq.errors import CorruptFileError, UsageError
-from qwenq.gptq.publish import clean_up_after_kill, require_free
+from qwenq.gptq.publish import clean_up_after_kill, publish, require_free
 from qwenq.models.integrity import verify_files
 
 
@@ -39,6 +39,19 @@ def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_the_work(
     monkeypatch.setattr("os.path.ismount", lambda path: True)
     with pytest.raises(UsageError, match=f"(?s)mounted.*--out {tmp_path / 'empty' / 'model'}"):
         require_free(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder with a file"])
+def test_what_was_put_there_meanwhile_is_kept_and_said(tmp_path: Path, kind: str) -> None:
+    staged, out = tmp_path / "staged", tmp_path / "out"
+    staged.mkdir()
+    theirs = out if kind == "a file" else out / "thesis.txt"
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("years of work")
+    with pytest.raises(UsageError, match=r"(?s)put there since this run began.*run the same command again"):
+        publish(staged, out, {})
+    assert theirs.read_text() == "years of work"
+    assert (staged / "qwenq.json").is_file()
 
 
 def test_the_root_is_no_name_for_a_new_folder() -> None:
