@@ -288,10 +288,13 @@ def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         port = parts.port  # read, as it is looked at only then
-    except ValueError:  # brackets that are not closed, a port that is none
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # brackets that are not closed, a port that is none, a name that no host can have
         return False
-    plain = url.isprintable() and " " not in url
-    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+    plain = url.isprintable() and " " not in url and parts.path.isascii()
+    # Paths are put behind it, and a key goes into OPENAI_API_KEY.
+    more = parts.query or parts.fragment or parts.username is not None
+    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not more
 
 
 def endpoint_at(

@@ -119,6 +119,12 @@ def test_the_model_is_looked_for_before_anything_is_asked(server: Server) -> Non
         "http://h :80/v1",
         "ftp://h/v1",
         "http://h\n/v1",
+        "http://a..b/v1",
+        f"http://{'a' * 70}.com/v1",
+        "http://h/v1é",
+        "http://user:password@h/v1",
+        "http://h/v1?version=1",
+        "http://h/v1#here",
         "",
     ],
 )
