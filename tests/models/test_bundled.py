@@ -132,6 +132,15 @@ def test_a_damaged_cache_is_made_again(installed: Path) -> None:
     assert (bundled.bundled_model() / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_cache_that_was_swept_is_made_again(installed: Path, name: str) -> None:
+    """Tools that free disks take the largest files first."""
+    file = bundled.bundled_model() / name
+    whole = file.read_bytes()
+    file.unlink()
+    assert (bundled.bundled_model() / name).read_bytes() == whole
+
+
 def test_what_a_killed_conversion_left_is_swept_up_later(installed: Path) -> None:
     old, new = (installed / f".{bundled.NAME}-{bundled._LAYOUT}.{name}" for name in ("old", "new"))
     old.mkdir(parents=True)
