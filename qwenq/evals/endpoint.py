@@ -3,8 +3,8 @@
 Chats go to ``/chat/completions``, plain text to ``/completions`` (vLLM, SGLang and llama.cpp serve both). A
 server that is busy (429), broken for a moment (5xx), silent, or that cuts a reply off is asked again after a
 pause, each pause twice as long as the last, or longer where its Retry-After says so; whoever waits is told.
-Where nothing has ever answered, a refused connection is an error at once. Only a whole reply counts, and it
-counts once: a late reply to an attempt that was given up reaches nobody.
+Where nothing has ever answered, a refused connection or handshake is an error at once. Only a whole reply
+counts, and it counts once: a late reply to an attempt that was given up reaches nobody.
 
 Standard library only. Redirects are refused, as the key would go along.
 """
@@ -15,6 +15,7 @@ import http.client
 import json
 import queue
 import socket
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -192,7 +193,8 @@ class Endpoint:
                     raise QwenqError(
                         f"nothing answers there: {again}",
                         where=self.url,
-                        hint="see that the server has started, and that address and port are its own",
+                        hint="see that the server has started, that address and port are its own, and "
+                        "whether it speaks http or https",
                     ) from again
                 if attempt == ATTEMPTS or asked():
                     raise self._given_up(attempt, path, again) from again
@@ -281,7 +283,7 @@ def _unreached(error: Exception) -> _Again:
     """No connection, or one that broke; in words, without the system's number."""
     reason = getattr(error, "reason", None) or error
     said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    return _Again(said, absent=isinstance(reason, ConnectionRefusedError | socket.gaierror))
+    return _Again(said, absent=isinstance(reason, ConnectionRefusedError | socket.gaierror | ssl.SSLError))
 
 
 def _is_address(url: str) -> bool:

@@ -174,3 +174,10 @@ def test_odd_values_of_a_server_are_no_tracebacks(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(Odd, "said", {"choices": [{"text": "a"}], "usage": usage})
         with pytest.raises(QwenqError, match="a reply without an answer"):
             odd.ask(Write("p", 1))
+
+
+def test_https_where_http_is_spoken_is_not_tried_for_a_minute(server: Server, waits: list[float]) -> None:
+    with pytest.raises(QwenqError, match=r"nothing answers there: .*wrong version number") as caught:
+        endpoint_at(server.url.replace("http:", "https:"), "big/model", None)
+    assert "http or https" in str(caught.value.hint)
+    assert waits == []
