@@ -23,11 +23,11 @@ def change_text(item: Comparison) -> str:
         return ""
     write = format_of(before.metric, before.unit)
     shown = f"{write(before.value)} → {write(after.value)} {write.unit}"
+    if item.change is None:
+        return shown
     if write(before.value) == write(after.value) and before.unit == "bytes" and item.change != 1:
         # A size is held to the byte: two figures that look alike would not say why it fails.
         return f"{before.value:,.0f} → {after.value:,.0f} bytes, × {item.change:.10g}"
-    if item.change is None:
-        return shown
     if metric.relation == "ratio":
         return f"{shown}, × {item.change:.3f}"
     digits = len(write(0.0).partition(".")[2])

@@ -52,6 +52,10 @@ def test_a_difference_of_a_few_bytes_is_shown_to_the_byte(tmp_path: Path) -> Non
     assert any("1,879,000,001 bytes" in line for line in text_lines(verdict))
     (same,) = judged(tmp_path / "same", [row], [row], "size:>1.0").of("passed")
     assert change_text(same.comparison) == "1879.0 → 1879.0 MB, × 1.000"
+    plain = accuracy("bf16")
+    other = replace(plain, model=replace(plain.model, nbytes=3_673_657_345, fingerprint="another"))
+    (apart,) = judged(tmp_path / "apart", [plain], [other], "size:>1.0").of("not comparable")
+    assert change_text(apart.comparison) == "3673.7 → 3673.7 MB"
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.48, 0.46), (0.57, 0.55), (0.3, 0.28), (0.91, 0.89)])
