@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from qwenq.gptq.quantise import LayerDone
     from qwenq.quantize import Quantised
 
+_UNKNOWN = "-:--"
 RESUME_HINT = "finished layers are kept: the same command goes on where it stopped"
 
 
@@ -37,8 +37,7 @@ class TextListener:
         self._stack = stack
         self._bar: Progress | None = None
         self._task: Any = None
-        self._started = 0.0
-        self._fresh = 0
+        self._fresh: list[float] = []  # seconds of the layers that were not resumed
 
     def say(self, line: str) -> None:
         """A choice, or something to know."""
@@ -53,17 +52,17 @@ class TextListener:
     def layers(self, total: int) -> None:
         """The layers begin."""
         self._stack.close()
-        self._started = time.monotonic()
         if sys.stdout.isatty():
             self._bar = self._stack.enter_context(_layer_bar())
-            self._task = self._bar.add_task("quantising", total=total, error="")
+            self._task = self._bar.add_task("quantising", total=total, left=_UNKNOWN)
 
     def layer(self, done: LayerDone) -> None:
         """One layer is finished."""
-        self._fresh += not done.resumed
+        if not done.resumed:
+            self._fresh.append(done.seconds)
         error = f"error {done.error:.2%}, round-to-nearest {done.rtn_error:.2%}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=done.index + 1, error=error)
+            self._bar.update(self._task, completed=done.index + 1, left=self._left(done))
             self._bar.console.print(f"  layer {done.index + 1:>3} of {done.total}: {error}", highlight=False)
             return
         how = "resumed" if done.resumed else f"{done.seconds:.1f} s, {self._left(done)} left"
@@ -94,8 +93,9 @@ class TextListener:
             typer.echo(f"{name:<14}{value}")
 
     def _left(self, done: LayerDone) -> str:
-        each = (time.monotonic() - self._started) / max(self._fresh, 1)
-        left = round(each * (done.total - done.index - 1))
+        if not self._fresh:
+            return _UNKNOWN
+        left = round(sum(self._fresh) / len(self._fresh) * (done.total - done.index - 1))
         return f"{left // 60}:{left % 60:02d}"
 
 
@@ -147,7 +147,6 @@ def _layer_bar() -> Progress:
         Progress,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
 
     return Progress(
@@ -157,7 +156,7 @@ def _layer_bar() -> Progress:
         TextColumn("layers ·"),
         TimeElapsedColumn(),
         TextColumn("gone,"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),  # rich's own forgets what took longer than half a minute
         TextColumn("left"),
         transient=True,
     )

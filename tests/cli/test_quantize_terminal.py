@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from terminal import SIZE, Terminal
 
+from qwenq.cli.quantize_output import TextListener, listener_for
+from qwenq.gptq.module import ModuleStats
+from qwenq.gptq.quantise import LayerDone
+
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -36,3 +40,21 @@ def test_a_live_bar_shows_layers_and_the_time_left(terminal: Terminal, tmp_path:
     assert "\x1b[2K" in end  # the bar is taken away
     assert terminal.exit_code() == 0
     assert (tmp_path / "q" / "qwenq.json").is_file()
+
+
+def test_the_time_left_is_shown_of_layers_that_take_minutes_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the layers of this run: those that were resumed took next to none."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    stats = {"q_proj": ModuleStats(0.01, 0.02, 0.01, 0)}
+    with listener_for("text") as listener:
+        assert isinstance(listener, TextListener)
+        listener.layers(5)
+        assert listener._bar is not None
+        seen = [listener._bar.tasks[0].fields["left"]]
+        for index, seconds in enumerate((1.0, 150.0, 170.0, 160.0)):
+            listener.layer(LayerDone(index, 5, seconds, stats, resumed=index == 0))
+            seen.append(listener._bar.tasks[0].fields["left"])
+    assert seen == ["-:--", "-:--", "7:30", "5:20", "2:40"]
+    assert "layer   4 of 5: error 1.00%" in capsys.readouterr().out
