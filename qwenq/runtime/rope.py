@@ -51,7 +51,7 @@ def _scaled_frequencies(spec: DecoderSpec) -> tuple[Tensor, float]:
         frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
             config, torch.device("cpu")
         )
-    return frequencies.float(), float(factor)
+        return frequencies.float(), float(factor)
 
 
 class Rope:

@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.config import KNOWN_ARCHITECTURES
 from qwenq.models.hf_config import transformers_config
 from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.whole_model import build_whole_model
@@ -28,6 +29,7 @@ from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.kernels.base import Kernel
 from qwenq.runtime.span import Span
+from qwenq.runtime.spec import rope_parameters
 from qwenq.runtime.weights import Weights
 
 _ATTENTION = "qwenq"
@@ -193,6 +195,8 @@ def _attend(
 def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, processes: int) -> Any:
     """The model with its weights, on the CPU, all but the kernels; or this process's slice, in its place."""
     config = transformers_config(checkpoint.config, checkpoint.folder)
+    if config.model_type in KNOWN_ARCHITECTURES:
+        rope_parameters(checkpoint.config)  # refuses what transformers takes in a way of its own
     _refuse_what_attention_lacks(config, checkpoint)
     AttentionInterface.register(_ATTENTION, _attend)
     model = build_whole_model(

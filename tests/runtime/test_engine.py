@@ -210,6 +210,43 @@ def test_rope_scalings_that_cannot_be(scaling: dict, says: str) -> None:
     assert "copy" in str(caught.value.hint)
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        (
+            {"rope_scaling": YARN, "rope_parameters": PLAIN},
+            "rope_scaling and rope_parameters .* different things",
+        ),
+        ({"rope_scaling": YARN, "rope_parameters": {**YARN, "rope_theta": 1e6}}, "different things"),
+        (
+            {"rope_parameters": YARN, "partial_rotary_factor": 0.5},
+            "0.5 of config.json: heads .* rotated whole",
+        ),
+        ({"rope_parameters": {**YARN, "attention_factor": [1.0]}}, r"attention_factor \[1.0\]; it has to be"),
+    ],
+)
+def test_positions_that_engines_would_take_differently_are_refused(
+    told: dict, says: str, engine: str
+) -> None:
+    """As of a folder that transformers 5 has saved, whose card says to add rope_scaling."""
+    _, checkpoint = small_model("qwen2-tied")
+    with pytest.raises(ModelError, match=says):
+        load(changed(checkpoint, told), device="cpu", dtype="float32", engine=engine)
+
+
+def test_positions_that_are_told_twice_alike_are_no_contradiction() -> None:
+    _, checkpoint = small_model("qwen2.5-yarn")
+    scaling = {"type": "yarn", **checkpoint.config["rope_parameters"]}
+    twice = load(changed(checkpoint, {"rope_scaling": scaling}), device="cpu", dtype="float32")
+    once = load(checkpoint, device="cpu", dtype="float32", engine="transformers")
+    torch.testing.assert_close(twice.logits([[1, 2, 3]])[0], once.logits([[1, 2, 3]])[0], atol=1e-4, rtol=0)
+
+
 def test_heads_without_halves_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="heads of 15 cannot be rotated"):
         load(changed(small_model("llama")[1], {"head_dim": 15}), device="cpu")
