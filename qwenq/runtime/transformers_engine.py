@@ -140,7 +140,7 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
 
 def _forget_longest(model: Any) -> None:
     """Dynamic rope scaling: by itself, the longest input so far decides how shorter ones are rotated."""
-    rope = getattr(model, "rotary_emb", None)
+    rope: Any = getattr(model, "rotary_emb", None)
     if getattr(rope, "rope_type", None) == "dynamic":
         rope.max_seq_len_cached = rope.original_max_seq_len
         rope.inv_freq = rope.original_inv_freq.to(rope.inv_freq.device)
