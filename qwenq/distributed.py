@@ -301,6 +301,8 @@ def _stop(team: Team, error: BaseException) -> NoReturn:
         ) from error
     if isinstance(error, QwenqError) and team.rank:
         error.what = f"rank {team.rank}: {error.what}"
+    elif team.rank:
+        error.add_note(f"on rank {team.rank}")
     raise error
 
 

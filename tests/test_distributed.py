@@ -9,7 +9,7 @@ import sys
 import pytest
 from teams import TESTS, free_port
 
-from qwenq.distributed import ALONE, Team, described
+from qwenq.distributed import ALONE, Team, _stop, described
 from qwenq.errors import UsageError
 
 TORCHRUN = {
@@ -60,6 +60,22 @@ def test_what_torchrun_would_not_say_is_refused_by_name(name: str, value: str | 
     with pytest.raises(UsageError, match=f"speaks of several processes, but {says}") as refused:
         described(environment)
     assert "torchrun --nproc-per-node N" in str(refused.value.hint)
+
+
+class EmptyStore:
+    """torchrun's, as the first who stops finds it."""
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        return value.encode()
+
+
+def test_an_error_that_nobody_foresaw_says_on_which_rank_it_was() -> None:
+    team = Team(rank=1, world=2, launched=True, _store=EmptyStore())
+    with pytest.raises(ZeroDivisionError) as failed:
+        _stop(team, ZeroDivisionError("division by zero"))
+    assert failed.value.__notes__ == ["on rank 1"]
+    with pytest.raises(UsageError, match="rank 1: wrong"):
+        _stop(team, UsageError("wrong"))
 
 
 def start(script: str) -> list[subprocess.Popen[str]]:

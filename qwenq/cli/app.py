@@ -141,6 +141,7 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Traceback
     ours = [frame for frame in extract_tb(trace) if Path(frame.filename).is_relative_to(PACKAGE)]
     place = f"{Path(ours[-1].filename).relative_to(PACKAGE.parent)}, line {ours[-1].lineno}" if ours else None
     said = " ".join(f"{kind.__name__}: {error}".split())[:300].rstrip(": ")
+    said = ", ".join([said, *getattr(error, "__notes__", ())])
     _say(
         QwenqError(
             f"an error that was not foreseen: {said}",

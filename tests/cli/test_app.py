@@ -108,7 +108,9 @@ def test_a_defect_of_ours_is_never_dressed_up(monkeypatch: pytest.MonkeyPatch) -
 
 UNFORESEEN = (
     "import sys, qwenq.plan.gpus; from qwenq.cli import main\n"
-    "def gpu(name): raise OSError(5, 'Input/output error', '/mnt/model\x1b[2J')\n"
+    "def gpu(name):\n"
+    "    error = OSError(5, 'Input/output error', '/mnt/model\\x1b[2J')\n"
+    "    error.add_note('on rank 3'); raise error\n"
     "qwenq.plan.gpus.gpu = gpu; main()"
 )
 
@@ -124,7 +126,7 @@ def test_what_nobody_foresaw_is_one_message_that_says_how_to_see_more() -> None:
     assert done.returncode == 1
     what, where, hint = done.stderr.splitlines()
     assert what.startswith("qwenq: an error that was not foreseen: OSError: [Errno 5] Input/output error: ")
-    assert "/mnt/model" in what and "\x1b" not in what
+    assert "/mnt/model" in what and "\x1b" not in what and what.endswith(", on rank 3")
     assert re.fullmatch(r"  where: qwenq/\w+/\w+\.py, line \d+", where)  # ours that was nearest to it
     assert hint.startswith("  try:   `qwenq --debug …` shows how it came about")
 
@@ -133,7 +135,7 @@ def test_what_nobody_foresaw_has_its_traceback_with_debug() -> None:
     done = unforeseen("--debug")
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
-    assert "OSError: [Errno 5]" in done.stderr.splitlines()[-1]
+    assert "OSError: [Errno 5]" in done.stderr.splitlines()[-2]
 
 
 def test_what_fails_because_of_a_stop_is_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
