@@ -275,7 +275,7 @@ class Endpoint:
             ) from error
         text = text or ""  # nothing was said: null
         places = [place for end in request.until if end and (place := text.find(end)) >= 0]
-        stopped = bool(places) or choice.get("finish_reason") == "stop"
+        stopped = bool(places) or choice.get("finish_reason") != "length"  # for an end there are many words
         return Reply(Written(text[: min(places)] if places else text, counts[0], stopped), counts[1])
 
 

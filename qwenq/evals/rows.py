@@ -43,7 +43,7 @@ def rows_of(
         details["average"] = "macro" if score.macro else "micro"
         details["standard_error"] = found.error
         details["command"] = command or None
-        details["notes"] = [*plan.notes, *cut_short(contender, plan, answers)] or None
+        details["notes"] = [*plan.notes, *cut_short(plan, answers)] or None
         if place == 0:
             details["items"] = verdicts(answers.judged)
             details["base"] = None if isinstance(contender, Served) else contender.base
@@ -68,12 +68,9 @@ def rows_of(
     return rows
 
 
-def cut_short(contender: Contestant, plan: Plan, answers: Answers) -> list[str]:
-    """A sentence where answers reached their limit, as those of models do that think first.
-
-    Not of a server's: what ends an answer there, each says in words of its own.
-    """
-    if isinstance(contender, Served) or not answers.cut:
+def cut_short(plan: Plan, answers: Answers) -> list[str]:
+    """A sentence where answers reached their limit, as those of models do that think first."""
+    if not answers.cut:
         return []
     cut = f"{answers.cut:,} of {len(answers.judged):,} answers to {plan.task.name}"
     return [f"{cut} were cut at their limit of tokens, before they ended"]

@@ -106,7 +106,7 @@ def evaluate(
                 )
                 if isinstance(contender, Served) and answers.recorded:
                     say(_served_before(answers.recorded))
-                for line in cut_short(contender, plan, answers):
+                for line in cut_short(plan, answers):
                     say(f"{contender.model.name} {contender.model.precision}: {line}")
                 rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":

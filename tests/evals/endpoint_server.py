@@ -11,6 +11,8 @@ from typing import Any
 from qwenq.evals.endpoint import Endpoint
 from qwenq.evals.task import Write
 
+FINISHED = "stop"
+
 
 class Server(ThreadingHTTPServer):
     """Answers a chat with its last message in capitals; ``trouble`` says what goes wrong, in order."""
@@ -103,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def _reply(choice: dict[str, Any]) -> dict[str, Any]:
     usage = {"prompt_tokens": 7, "completion_tokens": 3}
-    return {"choices": [{"finish_reason": "stop", **choice}], "usage": usage}
+    return {"choices": [{"finish_reason": FINISHED, **choice}], "usage": usage}
 
 
 def at(server: Server, **changes: Any) -> Endpoint:

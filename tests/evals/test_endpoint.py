@@ -12,7 +12,7 @@ from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.endpoint import Endpoint, endpoint_at
 from qwenq.evals.patience import ATTEMPTS, Trouble
-from qwenq.evals.task import Write
+from qwenq.evals.task import Write, Written
 
 
 def test_a_chat_goes_out_and_its_text_comes_back(server: Server) -> None:
@@ -181,3 +181,16 @@ def test_https_where_http_is_spoken_is_not_tried_for_a_minute(server: Server, wa
         endpoint_at(server.url.replace("http:", "https:"), "big/model", None)
     assert "http or https" in str(caught.value.hint)
     assert waits == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "stopped"), [("stop", True), ("eos_token", True), (None, True), ("length", False)]
+)
+def test_only_an_answer_that_the_server_calls_too_long_was_cut(
+    monkeypatch: pytest.MonkeyPatch, reason: str | None, stopped: bool
+) -> None:
+    """What else ends one, servers say in words of their own. A model that only thought said nothing: null."""
+    odd = Odd("http://h/v1", "m")
+    message = {"role": "assistant", "content": None, "reasoning_content": "hm"}
+    monkeypatch.setattr(Odd, "said", {"choices": [{"message": message, "finish_reason": reason}]})
+    assert odd.ask(Write("p", 1)).written == Written("", 0, stopped)

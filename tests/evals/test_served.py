@@ -130,6 +130,18 @@ def test_answers_of_what_was_served_before_are_said(
     assert "note: 3 answers are of what this address served before" in third.err
 
 
+def test_answers_that_the_server_cut_are_said(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("evals.endpoint_server.FINISHED", "length")
+    ran = Shell("eval", monkeypatch, capsys)(
+        *("--endpoint", server.url, "--sample", "--tasks", "gsm8k", "--limit", 2, "--out", tmp_path / "run")
+    )
+    assert ran.code == 0, ran.err
+    assert "note: model served: 2 of 2 answers to gsm8k were cut at their limit of tokens" in ran.err
+
+
 def test_scoring_protocols_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a server only writes"):
         ask(server, tmp_path, Shout(choose=True))
