@@ -173,22 +173,24 @@ def _generating(bench: Bench) -> Iterator[Row]:
         yield from _without_its_prompt(bench, why)
         return
     load_peak = bench.meter.peak()
+    _reset(bench.meter)
     engine.generate([bench.prompt], min(8, point.tokens), exact_tokens=True)  # warm-up
     decoding = decode_speed(bench, rounds=0)
     estimate = point.tokens / decoding.mean
-    held = bench.meter.now()
+    held, warm_peak, prompt_peak = bench.meter.now(), bench.meter.peak(), 0
     reset_error = _reset(bench.meter)
     if estimate <= bench.allowance.left(0.9):
         speed, energy = _protocol(bench)
         yield speed
     else:
-        decode_speed(bench, rounds=0)  # memory is that of a full cache all the same
+        decode_speed(bench, rounds=0)  # memory is that of a full cache all the same, and of the prompt
+        prompt_peak = warm_peak if point.context > 1 else 0
         left = bench.allowance.left()
         leaves = f"its share of the budget leaves {left:.0f} s"
         reason = f"one generation takes about {estimate:.0f} s, and {leaves}"
         yield bench.absent("speed.protocol", reason, again=True)
         energy = bench.absent("energy.token", reason, again=True)
-    yield from _memory_rows(bench, load_peak, held, reset_error)
+    yield from _memory_rows(bench, max(load_peak, warm_peak), held, reset_error, prompt_peak)
     yield energy
     found = decode_speed(bench, rounds=MOST, patience=min(PATIENCE, bench.allowance.left(0.6)))
     yield found.row(bench)
@@ -278,9 +280,16 @@ def _reset(meter: Meter) -> str | None:
     return None
 
 
-def _memory_rows(bench: Bench, load_peak: int, held: int, reset_error: str | None) -> Iterator[Row]:
-    """Peak since the reset, with its parts; and what a script that never resets would have printed."""
-    peak, how = bench.meter.peak(), {"memory": bench.meter.how}
+def _memory_rows(
+    bench: Bench, load_peak: int, held: int, reset_error: str | None, prompt_peak: int = 0
+) -> Iterator[Row]:
+    """Peak since the reset, with its parts; and what a script that never resets would have printed.
+
+    Args:
+        load_peak: before the reset.
+        prompt_peak: of the prompt, where it was not encoded again behind the reset.
+    """
+    peak, how = max(bench.meter.peak(), prompt_peak), {"memory": bench.meter.how}
     if reset_error:
         yield bench.absent("memory.generate", reset_error)
     else:
