@@ -19,7 +19,9 @@ from qwenq.models.qwen_v1_config import V1_KEY, qwen2_generation_config
 from qwenq.models.tokenizer import copy_tokenizer_files, has_tokenizer
 from qwenq.storage import atomic_write_json, guard_storage
 
-_LICENCE = re.compile(r"[\w -]*(?:licen[sc]e|notice|copying)[\w -]*(?:\.(?:txt|md|pdf))?", re.IGNORECASE)
+_LICENCE = re.compile(
+    r"[\w .-]*(?:licen[sc]e|notice|copying)(?:[\w -]|\.\d)*(?:\.(?:txt|md|rst|pdf|html))?", re.IGNORECASE
+)
 
 
 def write_companions(source: Path | None, target: Path, config: Mapping[str, Any]) -> list[str]:

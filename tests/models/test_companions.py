@@ -27,11 +27,17 @@ def test_tokenizer_template_settings_and_licence_travel_but_no_code(folders: tup
         "chat_template.jinja",
         "LICENSE",
         "License-MIT.md",
+        "LICENSE-APACHE-2.0",
+        "LICENSE-2.0.txt",
+        "Apache-2.0.LICENSE",
+        "COPYING.rst",
         "merges.txt",
         "NOTICE.txt",
     ]
     stays = [
         "modeling_qwen.py",
+        "check_license.py",
+        "license.safetensors",
         "README.md",
         "model.safetensors",
         "pytorch_model.bin",
