@@ -120,8 +120,8 @@ def check_packable(decoder: BlockwiseDecoder, bits: int) -> None:
                 f"needs multiples of {per_word}",
                 where=decoder.checkpoint.folder,
                 hint="pad these widths with zeros first, or try --bits 8"
-                if bits == 4
-                else "pad these widths",
+                if bits == 4 and not (linear.in_features % 4 or linear.out_features % 4)
+                else "pad these widths with zeros first",
             )
 
 

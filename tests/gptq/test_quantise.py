@@ -183,6 +183,10 @@ def test_widths_that_no_word_holds_are_refused(tmp_path: Path) -> None:
         check_packable(decoder, 4)
     assert "--bits 8" in str(caught.value)
     check_packable(decoder, 8)
+    odd = open_decoder(write_family(tmp_path / "odd", intermediate_size=98))
+    with pytest.raises(UnsupportedError, match=r"98 × 64.*multiples of 8") as caught:
+        check_packable(odd, 4)
+    assert "--bits 8" not in str(caught.value)  # which would be refused as well
 
 
 def test_the_facts_of_a_run_tell_runs_apart(tmp_path: Path) -> None:
