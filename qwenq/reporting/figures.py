@@ -16,7 +16,7 @@ from qwenq.reporting.card import TASKS
 from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.detail_tables import model_bytes
 from qwenq.reporting.frontier import frontier
-from qwenq.reporting.losses import bases_of, losses
+from qwenq.reporting.losses import bases_of, losses, told_apart
 from qwenq.reporting.selection import at_one_point, decode_rows, said
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import GIB
@@ -157,10 +157,11 @@ def _balance(collection: Collection, family: str) -> Figure | None:
         return None
     names, lost, won = [], [], []
     bases = bases_of(found, collection)
-    for index, loss in enumerate(found):
+    for index, (loss, place) in enumerate(zip(found, told_apart(found, collection), strict=True)):
         task = str(loss.after.point.get("task"))
         against = f" against {collection.label(loss.before.model)}" if len(bases) > 1 else ""
-        names.append(f"{TASKS.get(task, clean(task))}, {collection.label(loss.after.model)}{against}")
+        where = f", {place}" if place else ""
+        names.append(f"{TASKS.get(task, clean(task))}, {collection.label(loss.after.model)}{against}{where}")
         if isinstance(loss.pairing, Paired):
             lost.append(Point(index, -loss.pairing.lost, str(loss.pairing.lost)))
             won.append(Point(index, loss.pairing.won, str(loss.pairing.won)))

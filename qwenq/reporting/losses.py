@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qwenq.paired.base import PLAIN, choose_base
 from qwenq.paired.compare import Paired
 from qwenq.paired.mcnemar import ALPHA, shown_p
 from qwenq.reporting.card import TASKS, task_order
-from qwenq.reporting.collect import Collection
+from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.significance import holm, paired
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import clean
@@ -26,12 +26,14 @@ class Loss:
         before, after: unquantised, quantised.
         pairing: item by item; or why there is none.
         p: corrected by Holm for all losses of this family; None without a pairing.
+        run: that ``after`` was measured in.
     """
 
     before: Row
     after: Row
     pairing: Paired | str
     p: float | None = None
+    run: str = ""
 
     @property
     def change(self) -> float:
@@ -51,30 +53,30 @@ def losses(collection: Collection, family: str) -> list[Loss]:
 
     What BF16 lost against FP32 is no cost of quantising, and no test of it is counted.
     """
-    found = list(_pairs([item.row for item in collection.of(family, "accuracy")]))
+    found = list(_pairs(collection.of(family, "accuracy")))
     tests = {index: loss.pairing.p for index, loss in enumerate(found) if isinstance(loss.pairing, Paired)}
     corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
     made = [replace(loss, p=corrected.get(index)) for index, loss in enumerate(found)]
     return sorted(made, key=lambda loss: task_order(loss.after))
 
 
-def _pairs(rows: Iterable[Row]) -> Iterator[Loss]:
+def _pairs(items: Iterable[Measured]) -> Iterator[Loss]:
     """Each quantised model beside the base that was measured where it was; of one precision the last.
 
     Where a row names its base, only that: one of the same name whose weights have changed since is another.
     """
-    measured = [row for row in rows if row.status == "ok"]
+    measured = [item for item in items if item.row.status == "ok"]
     plain: dict[_Point, list[Row]] = defaultdict(list)
-    for row in measured:
-        if row.model.precision in PLAIN:
-            plain[_point(row.point)].append(row)
-    for row in measured:
-        if row.model.precision in PLAIN:
+    for item in measured:
+        if item.row.model.precision in PLAIN:
+            plain[_point(item.row.point)].append(item.row)
+    for item in measured:
+        if (row := item.row).model.precision in PLAIN:
             continue
         named, at = row.details.get("base"), plain[_point(row.point)]
         bases = {one.model.precision: one for one in at if named in (None, one.model.fingerprint)}
         if (base := choose_base(bases, row.settings.get("dtype"))) is not None:
-            yield Loss(base, row, paired(base, row))
+            yield Loss(base, row, paired(base, row), run=item.run.name)
 
 
 _Point = tuple[tuple[str, str], ...]
@@ -88,6 +90,8 @@ def _point(point: dict[str, Value]) -> _Point:
 LABELS = ("Task", "Quantization")
 AGAINST = "Against"
 """Heading of the base, where the lines of a table have several."""
+WHERE = "Where"
+"""Heading of what tells lines of one task and model apart, where something has to."""
 FIGURES = (
     *("Unquantised", "Quantised", "Difference", "Items lost", "Items won"),
     *("p", "p (Holm)", "Detectable drop", "In words"),
@@ -109,17 +113,36 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         "detectable drop: the smallest that so many items would have shown 4 times in 5, by one such test",
     ]
     tests = sum(loss.p is not None for loss in found)
-    made = []
-    for loss in found:
+    made, places = [], told_apart(found, collection)
+    for loss, place in zip(found, places, strict=True):
         task = str(loss.after.point.get("task"))
         named = [TASKS.get(task, clean(task)), collection.label(loss.after.model)]
         named += [collection.label(loss.before.model)] if len(bases) > 1 else []
+        named += [place or MISSING] if any(places) else []
         labels = (Cell(label, label) for label in named)
         made.append(Line((*labels, *_cells(loss, notes, tests))))
-    headers = (*LABELS, *([AGAINST] if len(bases) > 1 else []), *FIGURES)
-    places = len(headers) - len(FIGURES)
-    notes_ = tuple(notes.sentences)
-    return Table("losses", "What it cost", headers, places, tuple(made), tuple(caption), notes_)
+    headers = (*LABELS, *([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else []), *FIGURES)
+    count, notes_ = len(headers) - len(FIGURES), tuple(notes.sentences)
+    return Table("losses", "What it cost", headers, count, tuple(made), tuple(caption), notes_)
+
+
+def told_apart(found: Sequence[Loss], collection: Collection) -> list[str]:
+    """For each, what tells it from others of its task and model: keys of its point, its run; else nothing."""
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, loss in enumerate(found):
+        labels = (collection.label(loss.after.model), collection.label(loss.before.model))
+        alike[str(loss.after.point.get("task")), *labels].append(index)
+    told = [""] * len(found)
+    for group in (indices for indices in alike.values() if len(indices) > 1):
+        points = [found[index].after.point for index in group]
+        keys = dict.fromkeys(key for point in points for key in point)
+        differing = [key for key in keys if len({str(point.get(key)) for point in points}) > 1]
+        runs = {found[index].run for index in group}
+        for index, point in zip(group, points, strict=True):
+            parts = [f"{key} {point.get(key)}" for key in differing if point.get(key) is not None]
+            parts += [f"run {found[index].run}"] if len(runs) > 1 else []
+            told[index] = clean(", ".join(parts))
+    return told
 
 
 def bases_of(found: Iterable[Loss], collection: Collection) -> list[str]:

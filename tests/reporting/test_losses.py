@@ -145,6 +145,30 @@ def test_one_base_is_named_once(tmp_path: Path) -> None:
     assert said == "Int4: 51% of the BF16 bytes; no significant loss of accuracy against BF16 in 1 task."
 
 
+def test_lines_of_one_task_and_model_say_what_tells_them_apart(tmp_path: Path) -> None:
+    """Asked by two protocols, or evaluated in two runs."""
+    asked = [
+        accuracy("fp32"),
+        accuracy("int4", flips=3),
+        accuracy("int4", "gsm8k"),
+        accuracy("fp32", "gsm8k"),
+    ]
+    by_letter = [replace(row, point=row.point | {"protocol": "base"}) for row in asked[:2]]
+    table = table_of(tmp_path, [*asked, *by_letter])
+    assert table.headers[:3] == ("Task", "Quantization", "Where")
+    assert sorted(tuple(cell.text for cell in line.cells[:3]) for line in table.lines) == [
+        ("GSM8K", "Int4", "–"),
+        ("MMLU", "Int4", "protocol base"),
+        ("MMLU", "Int4", "protocol card"),
+    ]
+    runs = [write_run(tmp_path / name, rows) for name, rows in (("a", asked[:2]), ("b", [asked[1]]))]
+    made = loss_table(collect(runs), FAMILY)
+    assert made is not None
+    assert [line.cells[2].text for line in made.lines] == ["run a", "run b"]
+    figure = next(figure for figure in figures_of(collect(runs), FAMILY) if figure.key == "items")
+    assert figure.categories == ("MMLU, Int4, run a", "MMLU, Int4, run b")
+
+
 def test_a_decoding_speed_is_beside_the_base_that_was_computed_alike(tmp_path: Path) -> None:
     rows = [row for precision in ("fp32", "bf16") for row in speed(precision, 128)]
     rows += [computed("bfloat16", row) for row in speed("int4", 128)]
