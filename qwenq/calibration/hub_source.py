@@ -83,7 +83,7 @@ def _open(spec: str, split: str) -> Iterable[Any]:
         raise _unreadable(error, spec) from error
 
 
-def _unreadable(error: Exception, where: str) -> Exception:
+def _unreadable(error: Exception, where: str) -> BaseException:
     if (stop := stopping.behind(error)) is not None:
         return stop
     said = " ".join(str(error).split())[:500] or type(error).__name__
