@@ -170,14 +170,19 @@ class Pivot:
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     """Lines by model and by whatever varies inside a column; what does not vary goes to the caption."""
     hardware = hardware_names(names.measured)
-    facts = [_facts(item, layout, hardware(item)) for item in rows]
+    dtypes = _dtypes(rows, names)
+    several = any(len(found) > 1 for found in dtypes.values())  # of one model: its lines have to say which
+    facts = [
+        _facts(item, layout, hardware(item)) | ({COMPUTED_IN: _dtype(item)} if several else {})
+        for item in rows
+    ]
     headings = [layout.column(item)[1] for item in rows]
     varying, caption = _split(facts, headings, layout)
     labels = [
         [names.label(item.row.model), *_labels(fact, varying, layout)]
         for item, fact in zip(rows, facts, strict=True)
     ]
-    caption += _computed_in(rows, names)
+    caption += [] if several else _computed_in(dtypes)
     places = [(tuple(label), heading) for label, heading in zip(labels, headings, strict=True)]
     by_run = len(set(places)) < len(places)
     notes = Footnotes()
@@ -263,13 +268,25 @@ def _split(facts: list[dict[str, str]], headings: list[str], layout: Layout) -> 
     return varying, caption
 
 
-def _computed_in(rows: Sequence[Measured], names: Collection) -> list[str]:
-    """What quantised models were run in: the precision of others says it; of served ones nobody knows."""
+COMPUTED_IN = "computed_in"
+
+
+def _dtype(item: Measured) -> str:
+    """What a quantised model was run in: the precision of others says it; of served ones nobody knows."""
+    dtype = item.row.settings.get("dtype")
+    return clean(dtype) if isinstance(dtype, str) and item.row.model.precision.startswith("int") else ""
+
+
+def _dtypes(rows: Sequence[Measured], names: Collection) -> dict[str, dict[str, None]]:
+    """By label, what its figures were computed in."""
     found: dict[str, dict[str, None]] = {}
     for item in rows:
-        dtype = item.row.settings.get("dtype")
-        if isinstance(dtype, str) and item.row.model.precision.startswith("int"):
-            found.setdefault(names.label(item.row.model), {})[clean(dtype)] = None
+        if dtype := _dtype(item):
+            found.setdefault(names.label(item.row.model), {})[dtype] = None
+    return found
+
+
+def _computed_in(found: dict[str, dict[str, None]]) -> list[str]:
     told = {label: " and ".join(dtypes) for label, dtypes in found.items()}
     if len(set(told.values())) == 1:
         return [f"{' and '.join(told)} computed in {next(iter(told.values()))}"]

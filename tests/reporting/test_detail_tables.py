@@ -121,6 +121,18 @@ def test_the_cards_scores_stand_beside_those_of_their_own_questions_and_protocol
     assert any(line.published for line in table.lines) is beside
 
 
+def test_two_dtypes_of_one_model_are_two_lines_that_say_which(tmp_path: Path) -> None:
+    rows = [replace(accuracy("int4", flips=n), settings={"dtype": name}) for n, name in enumerate(
+        ("float32", "bfloat16"))]  # fmt: skip
+    runs = [write_run(tmp_path / str(n), [row, accuracy("bf16")]) for n, row in enumerate(rows)]
+    (table, *_) = make_report(collect(runs), "t").sections[0].tables
+    shown = [[cell.text for cell in line.cells] for line in table.lines if not line.published]
+    assert table.headers[:2] == ("Quantization", "Computed in")
+    assert [line[:2] for line in shown if line[0] == "Int4"] == [["Int4", "float32"], ["Int4", "bfloat16"]]
+    assert [line[1] for line in shown if line[0] == "BF16"] == ["–", "–"]
+    assert not [part for part in table.caption if "computed in" in part]
+
+
 def test_what_is_served_is_computed_in_nobody_knows_what(tmp_path: Path) -> None:
     made = replace(accuracy("int4"), settings={"dtype": "unknown"})
     served = replace(made, model=replace(made.model, precision="served", group_size=None))
