@@ -74,7 +74,7 @@ def evaluate(
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
     engine: EngineName = "fast",
-    attention: AttentionName = "sdpa",
+    attention: AttentionName = "auto",
     kernel: KernelName = "auto",
     batch: Annotated[str, typer.Option(help="auto, or how many prompts at once.")] = "auto",
     out: RunFolder = None,
@@ -102,9 +102,12 @@ def evaluate(
     the items.
     """
     from qwenq.models.identity import model_name
+    from qwenq.models.local_path import require_utf8
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
+    for path, option in ((out, "--out"), (data, "--data")):
+        require_utf8(path or "", option)  # rows hold the command
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
     _check_endpoint(endpoint, model, models, _typed(context))
     named = (model or "served").rsplit("/", 1)[-1] if endpoint is not None else model_name(given[0])

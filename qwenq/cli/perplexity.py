@@ -55,7 +55,7 @@ def perplexity(
     ] = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
-    attention: AttentionName = "sdpa",
+    attention: AttentionName = "auto",
     kernel: KernelName = "auto",
     out: RunFolder = None,
     as_json: RowsAsJson = False,
@@ -67,9 +67,12 @@ def perplexity(
     from qwenq.evals.contender import How, open_contender
     from qwenq.evals.perplexity import combinations, require_lengths
     from qwenq.models.identity import model_name
+    from qwenq.models.local_path import require_utf8
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
+    for path, option in ((out, "--out"), (text, "--text")):
+        require_utf8(path or "", option)  # rows hold the command, and what was read
     wanted = _lengths(lengths)
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
     run = out if out is not None else _RUNS / model_name(given[0])

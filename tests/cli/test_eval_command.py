@@ -277,6 +277,8 @@ def test_answers_cannot_steer_the_terminal(evaluate: Shell, base: Path, data: Pa
         (["--data", ".", "--sample"], "exclude each other"),
         (["--tasks", "mmlu", "--data", "."], "no mmlu data there"),
         (["--device", "cuda:99"], "cuda:99 cannot be used"),
+        (["--out", "o\udcff"], "the name of --out is not UTF-8"),
+        (["--data", "d\udcff"], "the name of --data is not UTF-8"),
     ],
 )
 def test_bad_input_is_explained(arguments: list[str], said: str, evaluate: Shell, base: Path) -> None:

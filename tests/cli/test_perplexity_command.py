@@ -143,6 +143,8 @@ def test_what_is_refused(perplexity: Shell, models: tuple[Path, Path], text: Pat
         ([*options(text), "--samples", "100000"], "lower --samples to"),
         (options(short), "give a longer text"),
         (options(tmp_path / "none.txt"), "no such"),
+        ([*options(text), "--out", "o\udcff"], "the name of --out is not UTF-8"),
+        (options(tmp_path / "t\udcff.txt"), "the name of --text is not UTF-8"),
         ([], "--text"),
     ):
         ran = perplexity(models[1], *arguments)
