@@ -171,7 +171,7 @@ def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
         resolved = resolve_model(named["model"])
     except QwenqError as error:
         error.what = f"the base that qwenq.json names cannot be had: {error.what}"
-        error.hint = "name it: --against BASE"
+        error.hint = f"name it: --against BASE{f'; or {error.hint}' if error.hint else ''}"
         raise
     bundled = named["model"] is None
     return resolved.folder, ["the base is the bundled model"] if bundled else resolved.notices

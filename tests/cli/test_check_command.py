@@ -14,6 +14,7 @@ from command_shell import Shell
 from safetensors.torch import load_file, save_file
 from tiny_model import TEXT, write_tiny_model
 
+from qwenq.errors import UsageError
 from qwenq.gptq.scales import search_grid
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import QuantConfig
@@ -212,6 +213,17 @@ def test_a_base_that_is_gone(ours: Path, check: Shell) -> None:
     ran = check(ours, *SMALL)
     assert ran.code == 2
     assert "the base that qwenq.json names cannot be had" in ran.err and "--against BASE" in ran.err
+
+
+def test_how_to_get_the_base_is_told_beside_how_to_name_it(
+    ours: Path, check: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> Path:
+        raise UsageError("the bundled model is not installed", hint="pip install it")
+
+    monkeypatch.setattr("qwenq.models.bundled.bundled_model", absent)
+    write_manifest(ours, base={"model": None, "fingerprint": "0" * 16})
+    assert "name it: --against BASE; or pip install it" in check(ours, *SMALL).err
 
 
 def test_a_base_named_by_a_relative_path_is_found_from_anywhere(
