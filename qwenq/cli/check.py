@@ -165,7 +165,7 @@ def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
             where=quantised,
             hint="name it: --against BASE",
         )
-    if "folder" in named:
+    if named.get("folder"):
         return local_base(named, quantised), []
     try:
         resolved = resolve_model(named["model"])

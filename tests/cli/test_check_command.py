@@ -209,10 +209,11 @@ def test_another_base_than_was_quantised(ours: Path, base: Path, tmp_path: Path,
 
 
 def test_a_base_that_is_gone(ours: Path, check: Shell) -> None:
-    write_manifest(ours, base={"model": "./gone", "fingerprint": "0" * 16})
-    ran = check(ours, *SMALL)
-    assert ran.code == 2
-    assert "the base that qwenq.json names cannot be had" in ran.err and "--against BASE" in ran.err
+    for place in ({}, {"folder": None}, {"folder": ""}):
+        write_manifest(ours, base={"model": "./gone", "fingerprint": "0" * 16, **place})
+        ran = check(ours, *SMALL)
+        assert ran.code == 2
+        assert "the base that qwenq.json names cannot be had" in ran.err and "--against BASE" in ran.err
 
 
 def test_how_to_get_the_base_is_told_beside_how_to_name_it(
