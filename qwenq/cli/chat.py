@@ -47,6 +47,7 @@ def chat(
     """
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.precision import resolve_device
+    from qwenq.models.qwen_tokenizer import without_surrogates
     from qwenq.models.resolve import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
     from qwenq.runtime.chat import Conversation, require_chat
@@ -80,6 +81,9 @@ def chat(
     )
     _note(runner.notes)
     session = Session(runner)
+    if system is not None:
+        system = without_surrogates(system)  # as Python passes on bytes of a command line that are no text
+        _note_lost_text(system)
     conversation = Conversation(
         session, tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens
     )
@@ -91,6 +95,11 @@ def chat(
 def _note(lines: Iterable[str]) -> None:
     for line in lines:
         typer.echo(f"note: {line}", err=True)
+
+
+def _note_lost_text(text: str) -> None:
+    if "\ufffd" in text:
+        _note(("what was no text in the terminal's or the pipe's encoding was read as \ufffd",))
 
 
 def summary(timing: Timing) -> str:
@@ -113,8 +122,7 @@ def _talk(conversation: Conversation) -> None:
     on_terminal = sys.stdin is not None and sys.stdin.isatty()
     reported = 0
     for question in _typed() if on_terminal else _piped():
-        if "\ufffd" in question:
-            _note(("what was no text in the terminal's or the pipe's encoding was read as \ufffd",))
+        _note_lost_text(question)
         try:
             with closing(conversation.ask(question)) as pieces:
                 for piece in pieces:

@@ -149,6 +149,14 @@ def test_bytes_that_are_no_text_are_read_as_such_and_said(folder: Path) -> None:
     assert len(done.stdout.splitlines()) >= 2
 
 
+def test_bytes_of_a_system_message_that_are_no_text_are_said_as_well(folder: Path) -> None:
+    command = [sys.executable, "-m", "qwenq", "chat", str(folder), *QUICK, "--system", b"caf\xe9"]
+    done = subprocess.run(command, input=b"plain\n", capture_output=True, check=False)
+    said = done.stderr.decode()
+    assert done.returncode == 0, said
+    assert said.count("was read as \ufffd") == 1
+
+
 @pytest.mark.parametrize("option", [["--temperature", "1e-300"], ["--top-p", "1e-300"]])
 def test_settings_of_almost_0_are_greedy(folder: Path, option: list[str]) -> None:
     texts = [
