@@ -102,16 +102,15 @@ def evaluate(
     the items.
     """
     from qwenq.models.identity import model_name
-    from qwenq.models.local_path import require_utf8
+    from qwenq.models.local_path import local_path
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
-    for path, option in ((out, "--out"), (data, "--data")):
-        require_utf8(path or "", option)  # rows hold the command
+    data = local_path(data, "--data") if data is not None else None
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
     _check_endpoint(endpoint, model, models, _typed(context))
     named = (model or "served").rsplit("/", 1)[-1] if endpoint is not None else model_name(given[0])
-    run = out if out is not None else _RUNS / named
+    run = local_path(out if out is not None else _RUNS / named, "--out")
     source = _source(data, sample)
     if show is not None:
         from qwenq.evals.show import show_item

@@ -67,15 +67,14 @@ def perplexity(
     from qwenq.evals.contender import How, open_contender
     from qwenq.evals.perplexity import combinations, require_lengths
     from qwenq.models.identity import model_name
-    from qwenq.models.local_path import require_utf8
+    from qwenq.models.local_path import local_path
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
-    for path, option in ((out, "--out"), (text, "--text")):
-        require_utf8(path or "", option)  # rows hold the command, and what was read
+    text = local_path(text, "--text")
     wanted = _lengths(lengths)
     given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
-    run = out if out is not None else _RUNS / model_name(given[0])
+    run = local_path(out if out is not None else _RUNS / model_name(given[0]), "--out")
     contenders = [open_contender(one, How(device, dtype, "fast", attention, kernel)) for one in given]
     switches = [
         combinations(one.checkpoint.config, _flag(ntk), _flag(logn), one.model.name) for one in contenders

@@ -279,6 +279,8 @@ def test_answers_cannot_steer_the_terminal(evaluate: Shell, base: Path, data: Pa
         (["--device", "cuda:99"], "cuda:99 cannot be used"),
         (["--out", "o\udcff"], "the name of --out is not UTF-8"),
         (["--data", "d\udcff"], "the name of --data is not UTF-8"),
+        (["--data", "d" * 300], "--data cannot be looked for: File name too long"),
+        (["--show", "x", "--out", "d" * 300], "--out cannot be looked for: File name too long"),
     ],
 )
 def test_bad_input_is_explained(arguments: list[str], said: str, evaluate: Shell, base: Path) -> None:
@@ -290,7 +292,7 @@ def test_bad_input_is_explained(arguments: list[str], said: str, evaluate: Shell
 
 
 @pytest.mark.parametrize(
-    "option", ["--dtype=bfloat16", "--device=cpu", "--kernel=x", "--dtype=auto", "--attention=sdpa"]
+    "option", ["--dtype=bfloat16", "--device=cpu", "--kernel=x", "--dtype=auto", "--attention=auto"]
 )
 def test_how_a_server_runs_its_model_is_not_decided_here(option: str, evaluate: Shell) -> None:
     ran = evaluate("--endpoint", "http://127.0.0.1:9/v1", option)

@@ -145,6 +145,7 @@ def test_what_is_refused(perplexity: Shell, models: tuple[Path, Path], text: Pat
         (options(tmp_path / "none.txt"), "no such"),
         ([*options(text), "--out", "o\udcff"], "the name of --out is not UTF-8"),
         (options(tmp_path / "t\udcff.txt"), "the name of --text is not UTF-8"),
+        (options(tmp_path / ("t" * 300)), "--text cannot be looked for: File name too long"),
         ([], "--text"),
     ):
         ran = perplexity(models[1], *arguments)
