@@ -159,7 +159,7 @@ def append_row(run: Path, row: Row) -> None:
     with guard_storage(path, len(line)):
         run.mkdir(parents=True, exist_ok=True)
         _end_last_line(path)
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="replace") as file:  # a command may name any bytes
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -100,6 +100,12 @@ def test_a_line_torn_by_a_kill_is_left_out_and_never_glued_to_the_next(tmp_path:
         assert read_rows(tmp_path) == [ROW, other]
 
 
+def test_a_row_whose_command_names_what_is_not_utf8_is_kept(tmp_path: Path) -> None:
+    """Hours lie behind it, and the name of a folder may be any bytes."""
+    append_row(tmp_path, replace(ROW, details={"command": "qwenq eval --out run\udcff"}))
+    assert read_rows(tmp_path) == [replace(ROW, details={"command": "qwenq eval --out run?"})]
+
+
 def test_a_last_row_without_its_end_is_a_row_if_it_is_whole(tmp_path: Path) -> None:
     """An editor, or a tool that joins lines, leaves the end away: that is no kill, and no row is lost."""
     other, third = replace(ROW, metric="speed.prefill"), replace(ROW, metric="speed.protocol")

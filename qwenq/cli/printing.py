@@ -1,14 +1,29 @@
-"""Standard output that ends early: a full disk behind it is a message, and no traceback follows at exit."""
+"""What commands print: output that ends early is a message and no traceback; commands as they were typed."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from qwenq.errors import StorageError
+
+
+def as_typed(words: Iterable[str]) -> str:
+    """A command for a shell, for rows to keep: what is not UTF-8, as a folder may be, in quotes of bash."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    raw = os.fsencode(word)
+    try:
+        return shlex.quote(raw.decode())
+    except UnicodeDecodeError:
+        plain = (chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}" for byte in raw)
+        return f"$'{''.join(plain)}'"
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import time
 from functools import partial
@@ -15,8 +14,8 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, KernelName, SeedOfWeights
-from qwenq.cli.printing import to_standard_output
-from qwenq.errors import UsageError
+from qwenq.cli.printing import as_typed, to_standard_output
+from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -141,11 +140,11 @@ def _measure(
 def _typed(team: Team) -> str:
     """The command as it was typed; of several processes that of torchrun, without which it is refused."""
     if team.world == 1:
-        return shlex.join(["qwenq", *sys.argv[1:]])
+        return as_typed(["qwenq", *sys.argv[1:]])
     here = os.environ.get("LOCAL_WORLD_SIZE", str(team.world))
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     options = [*(["--nnodes", machines] if machines != "1" else []), "--nproc-per-node", here]
-    return shlex.join(["torchrun", *options, "-m", "qwenq", *sys.argv[1:]])
+    return as_typed(["torchrun", *options, "-m", "qwenq", *sys.argv[1:]])
 
 
 def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, folder: Path) -> None:
@@ -156,7 +155,9 @@ def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, f
     count = f"{len(planned)} point{'' if len(planned) == 1 else 's'}"
     limit = f", budget {_clock(budget)}" if budget is not None else ""
     loading = f" ({_clock(load)} of it to start and load)"
-    typer.echo(f"plan: {count} on {place.device}, about {_clock(total)}{loading}{limit}; into {folder}")
+    typer.echo(
+        f"plan: {count} on {place.device}, about {_clock(total)}{loading}{limit}; into {visible(str(folder))}"
+    )
     if budget is not None and sum(each.needed for each in planned) > budget:
         typer.echo(
             "  to load and measure each once takes more than the budget: points at the end may be left out"
@@ -213,7 +214,8 @@ def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
         console.print(note, markup=False)
     if kept:
         console.print(f"{kept} of {len(planned)} points were there already", markup=False)
-    console.print(f"rows: {folder}; next: qwenq report {folder}", markup=False)
+    again = as_typed(["qwenq", "report", str(folder)])
+    console.print(f"rows: {visible(str(folder))}; next: {again}", markup=False)
 
 
 def _print_table(console: Console, printed: PrintedTable) -> None:

@@ -20,6 +20,7 @@ def report(
 
     Reads run folders only: nothing is measured, no model is loaded.
     """
+    from qwenq.errors import visible
     from qwenq.reporting.write import write_report
 
-    typer.echo(write_report(runs, out, title))
+    typer.echo(visible(str(write_report(runs, out, title))))

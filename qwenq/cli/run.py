@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.printing import as_typed
 from qwenq.errors import visible
 
 if TYPE_CHECKING:
@@ -44,13 +45,13 @@ def run(
     try:
         code = run_chain(chain, lambda line: typer.secho(line, bold=True, err=True))
     except KeyboardInterrupt:
-        command = shlex.join(["qwenq", *sys.argv[1:]])
+        command = as_typed(["qwenq", *sys.argv[1:]])
         typer.echo(f"\nstopped; the same command goes on where it stopped: {command}", err=True)
         raise
     if code:
         raise typer.Exit(code)
     if chain.page is not None:
-        typer.echo(chain.page)
+        typer.echo(visible(str(chain.page)))
 
 
 def _report_name(model: str) -> str:
@@ -70,7 +71,7 @@ def _show(chain: Chain) -> None:
     from qwenq.run.execute import is_done
 
     count = len(chain.steps)
-    typer.echo(f"{count} step{'' if count == 1 else 's'}; run folder {chain.work}", err=True)
+    typer.echo(f"{count} step{'' if count == 1 else 's'}; run folder {visible(str(chain.work))}", err=True)
     for number, step in enumerate(chain.steps, 1):
         mark = "done" if is_done(chain, step) else ""
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -142,6 +143,17 @@ def test_a_full_disk_behind_standard_output_is_a_message(
     assert code == 1
     assert "it cannot be written: No space left on device" in err
     assert len(read_rows(Path("runs/full"))) == 1  # what was measured is kept
+
+
+def test_a_run_folder_may_have_a_name_of_any_bytes(shell: Shell) -> None:
+    name = b"runs/it's \xff".decode(errors="surrogateescape")
+    code, _, err = shell("--tokens", "4", "--encode", "0", "--precision", "fp32", "--out", name)
+    assert code == 0, err
+    (command,) = {row.details["command"] for row in read_rows(Path(name))}
+    assert command.endswith(" --out $'runs/it\\x27s \\xff'")
+    script = f"printf %s {command.split(' --out ')[1]}"
+    said = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    assert said.stdout == b"runs/it's \xff"
 
 
 def test_nothing_need_be_generated(shell: Shell) -> None:
