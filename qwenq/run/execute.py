@@ -181,6 +181,6 @@ def _note(work: Path, step: Step, seconds: float) -> None:
         with path.open("a+b") as file:
             file.seek(max(0, file.tell() - 1))
             torn = file.read(1) not in {b"", b"\n"}  # a kill left a line without its end
-            file.write((b"\n" if torn else b"") + line.encode())
+            file.write((b"\n" if torn else b"") + line.encode(errors="replace"))  # a folder may be any bytes
             file.flush()
             os.fsync(file.fileno())

@@ -181,6 +181,13 @@ def test_a_name_with_a_line_separator_of_unicode_is_one_line_of_the_journal(step
     assert is_done(one, one.steps[0])
 
 
+def test_a_folder_of_any_bytes_is_no_traceback_after_the_step(steps: Path) -> None:
+    one = marker("one", steps)
+    named = made_of(steps, replace(one, arguments=(*one.arguments, "\udcff")))
+    assert run_chain(named, lambda line: None) == 0
+    assert is_done(named, named.steps[0])
+
+
 def test_ctrl_c_ends_the_step_and_the_chain(steps: Path) -> None:
     (steps / "step.py").write_text(
         "import pathlib, sys, time\n"
