@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ _THETA = 10_000.0
 _POSITIVE = {
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
 }  # fmt: skip
+_LARGEST = 2**31
 """Of a rope scaling."""
 _COPY_AGAIN = "copy the model's config.json again"
 _NO_WINDOW = "neither engine has it: the cache serves full attention; run a model without a window"
@@ -140,9 +140,10 @@ def _check_scaling(rope: Mapping[str, Any]) -> None:
         )
     for name in _POSITIVE & {name for name, value in rope.items() if value is not None}:
         value = rope[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
             raise ModelError(
-                f"the rope scaling of config.json has {name} {value!r}; it has to be a positive number",
+                f"the rope scaling of config.json has {name} {value!r}; it has to be a positive number up to "
+                f"{_LARGEST}",
                 hint=_COPY_AGAIN,
             )
 
