@@ -12,7 +12,9 @@ DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.O
 EngineName = Annotated[
     Literal["fast", "transformers"], typer.Option(help="The lean decoder, or transformers.")
 ]
-AttentionName = Annotated[str, typer.Option(help="One that `doctor` lists.")]
+AttentionName = Annotated[
+    str, typer.Option(help="One that `doctor` lists; auto: grouped on a CPU, else sdpa.")
+]
 KernelName = Annotated[str, typer.Option(help="Of quantised weights: auto, or one that `doctor` lists.")]
 RunFolder = Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")]
 RowsAsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]

@@ -19,7 +19,7 @@ from qwenq.models.random_weights import refuse_random
 from qwenq.models.resolve import resolve_model
 from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 from qwenq.results import Model
-from qwenq.runtime.engine import Engine, find_dtype, load
+from qwenq.runtime.engine import Engine, find_attention, find_dtype, load
 
 
 class _Comparable(Protocol):
@@ -38,7 +38,7 @@ class How:
     device: str = "auto"
     dtype: str = "auto"
     engine: str = "fast"
-    attention: str = "sdpa"
+    attention: str = "auto"
     kernel: str = "auto"
 
 
@@ -50,7 +50,7 @@ class Contender:
         checkpoint: where its weights are.
         model: what rows of results say of it.
         tokenizer: its own.
-        how: how it is run; ``device`` and ``dtype`` are the real ones, not ``auto``.
+        how: how it is run; device, dtype and attention are the real ones, not ``auto``.
         notices: what the user has to be told of it.
         base: fingerprint of the model that it was made from, where that is known, see ``settle_families``.
         generation: how it writes.
@@ -135,7 +135,12 @@ def open_contender(given: str | None, how: How) -> Contender:
         checkpoint,
         result_model(checkpoint, number, given),
         tokenizer,
-        replace(how, device=str(place), dtype=str(number).removeprefix("torch.")),
+        replace(
+            how,
+            device=str(place),
+            dtype=str(number).removeprefix("torch."),
+            attention=find_attention(how.attention, how.engine, place),
+        ),
         [*resolved.notices, *checkpoint.notices],
         base_of(checkpoint.folder).get("fingerprint"),
     )

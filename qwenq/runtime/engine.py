@@ -193,7 +193,7 @@ def load(
         dtype: ``auto`` (bfloat16 where the device has it, see ``compute_dtype``), or a name in DTYPES.
         engine: ``fast`` (the lean decoder) or ``transformers``.
         kernel: what multiplies quantised weights, see ``kernels.table``; ``auto``: the fastest that can.
-        attention: see ``attention_backend``; ``auto``: ``grouped`` if fast on a CPU, else ``sdpa``.
+        attention: see ``attention_backend``; or ``auto``, see ``find_attention``.
         head: ``as-is``, or ``int8``: the output head rounded to 8 bits (fast engine, CPU, bfloat16).
         real_vocab: never sample ids from here on; None: as the config says.
 
@@ -213,10 +213,8 @@ def load(
         raise UsageError(f"of a vocabulary of {real_vocab} ids nothing can be sampled")
     place = resolve_device(device)
     number = find_dtype(dtype, place)
-    if attention == "auto":
-        attention = "grouped" if engine == "fast" and place.type == "cpu" else "sdpa"
     sum_in_float32(place, number)
-    backend = attention_backend(attention, place, number)
+    backend = attention_backend(find_attention(attention, engine, place), place, number)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if engine == "transformers":
         from qwenq.runtime.transformers_engine import TransformersEngine
@@ -229,6 +227,13 @@ def load(
     if number is torch.bfloat16 and compute_dtype(place) is not torch.bfloat16:
         found.notes = (*found.notes, f"bfloat16 is emulated: this {place.type} has no instructions for it")
     return found
+
+
+def find_attention(name: str, engine: str, device: torch.device) -> str:
+    """The backend that is meant; ``auto``: ``grouped`` in the fast engine on a CPU, else ``sdpa``."""
+    if name != "auto":
+        return name
+    return "grouped" if engine == "fast" and device.type == "cpu" else "sdpa"
 
 
 def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -64,6 +64,15 @@ def test_auto_is_resolved(tiny: Path) -> None:
     how = open_contender(str(tiny), How(device="cpu")).how
     assert how.device == "cpu"
     assert how.dtype in ("float32", "bfloat16")
+    assert how.attention == "grouped"
+    assert open_contender(str(tiny), replace(CPU, engine="transformers")).how.attention == "sdpa"
+    assert open_contender(str(tiny), replace(CPU, attention="off")).how.attention == "off"
+
+
+def test_what_is_asked_for_by_name_and_what_auto_means_share_answers(tiny: Path) -> None:
+    named, auto = (open_contender(str(tiny), replace(CPU, attention=name)) for name in ("grouped", "auto"))
+    assert named.key == auto.key
+    assert auto.engine.implementation == named.engine.implementation
 
 
 def test_a_gpu_that_is_not_there_is_refused_before_the_model_is_looked_for() -> None:

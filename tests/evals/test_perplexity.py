@@ -54,7 +54,7 @@ def contender_of(checkpoint: Checkpoint) -> Any:
     return SimpleNamespace(
         checkpoint=checkpoint,
         model=Model("Tiny", "sha256:tiny", "fp32", "Tiny"),
-        how=How("cpu", "float32"),
+        how=How("cpu", "float32", attention="sdpa"),
         engine=load(checkpoint, device="cpu", dtype="float32", attention="sdpa"),
     )
 

@@ -14,7 +14,7 @@ from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig
 from qwenq.models.precision import resolve_device
 from qwenq.runtime import engine as door
-from qwenq.runtime.engine import Engine, find_dtype, load
+from qwenq.runtime.engine import Engine, find_attention, find_dtype, load
 from qwenq.runtime.generation import Timing, stream
 from qwenq.runtime.sampling import GREEDY, Sampling
 
@@ -322,6 +322,19 @@ def test_devices_and_dtypes() -> None:
         resolve_device("tpu")
     with pytest.raises(UsageError, match="is no dtype"):
         find_dtype("int3", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "device", "found"),
+    [
+        ("auto", "fast", "cpu", "grouped"),
+        ("auto", "fast", "cuda", "sdpa"),
+        ("auto", "transformers", "cpu", "sdpa"),
+        ("off", "fast", "cpu", "off"),
+    ],
+)
+def test_attention(name: str, engine: str, device: str, found: str) -> None:
+    assert find_attention(name, engine, torch.device(device)) == found
     with pytest.raises(UsageError, match="no engine 'vllm'"):
         load(Path("anywhere"), engine="vllm")
 
