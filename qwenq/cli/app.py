@@ -108,9 +108,9 @@ def main() -> None:
     _share_the_cores()
     _collect_less()
     _die_with_the_run()
-    commands.register()
     with _sigterm_as_ctrl_c() as received:
         try:
+            commands.register()
             with explained_output():
                 app()
         except QwenqError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,13 @@ def test_what_fails_because_of_a_stop_is_the_stop(monkeypatch: pytest.MonkeyPatc
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main_fails_with(KeyboardInterrupt(), monkeypatch) == 130
+
+
+def test_ctrl_c_while_the_commands_are_read_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenq.cli.commands.register", lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
 
 
 def test_a_reader_that_left_gets_no_traceback() -> None:
