@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.plain_qwen_v1 import MemorySource, quantise_v1, random_tensors, small_config, write_v1
-from runtime.small_models import random_ids, reference_logits, small_model
+from runtime.small_models import random_ids, small_model
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
@@ -210,43 +210,6 @@ def test_rope_scalings_that_cannot_be(scaling: dict, says: str) -> None:
     assert "copy" in str(caught.value.hint)
 
 
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
-PLAIN = {"rope_type": "default", "rope_theta": 1e6}
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    ("told", "says"),
-    [
-        (
-            {"rope_scaling": YARN, "rope_parameters": PLAIN},
-            "rope_scaling and rope_parameters .* different things",
-        ),
-        ({"rope_scaling": YARN, "rope_parameters": {**YARN, "rope_theta": 1e6}}, "different things"),
-        (
-            {"rope_parameters": YARN, "partial_rotary_factor": 0.5},
-            "0.5 of config.json: heads .* rotated whole",
-        ),
-        ({"rope_parameters": {**YARN, "attention_factor": [1.0]}}, r"attention_factor \[1.0\]; it has to be"),
-    ],
-)
-def test_positions_that_engines_would_take_differently_are_refused(
-    told: dict, says: str, engine: str
-) -> None:
-    """As of a folder that transformers 5 has saved, whose card says to add rope_scaling."""
-    _, checkpoint = small_model("qwen2-tied")
-    with pytest.raises(ModelError, match=says):
-        load(changed(checkpoint, told), device="cpu", dtype="float32", engine=engine)
-
-
-def test_positions_that_are_told_twice_alike_are_no_contradiction() -> None:
-    _, checkpoint = small_model("qwen2.5-yarn")
-    scaling = {"type": "yarn", **checkpoint.config["rope_parameters"]}
-    twice = load(changed(checkpoint, {"rope_scaling": scaling}), device="cpu", dtype="float32")
-    once = load(checkpoint, device="cpu", dtype="float32", engine="transformers")
-    torch.testing.assert_close(twice.logits([[1, 2, 3]])[0], once.logits([[1, 2, 3]])[0], atol=1e-4, rtol=0)
-
-
 def test_heads_without_halves_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="heads of 15 cannot be rotated"):
         load(changed(small_model("llama")[1], {"head_dim": 15}), device="cpu")
@@ -279,12 +242,6 @@ def test_a_window_is_what_neither_engine_has(config: dict) -> None:
         load(windowed, device="cpu", engine="transformers")
 
 
-def test_kinds_of_layers_that_are_not_one_for_each_are_refused() -> None:
-    short = changed(small_model("qwen2-tied")[1], {"layer_types": ["full_attention"]})
-    with pytest.raises(ModelError, match="2 layers, and layer_types of 1"):
-        load(short, device="cpu")
-
-
 def test_a_window_that_no_layer_uses_is_no_obstacle() -> None:
     _, checkpoint = small_model("qwen2-tied")
     unused = {"layer_types": None, "use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0}
@@ -301,17 +258,6 @@ def test_dynamic_rope_is_plain_up_to_its_length_and_refused_beyond() -> None:
     torch.testing.assert_close(runner.logits([ids[:32]])[0], expected, atol=1e-4, rtol=0)
     with pytest.raises(UsageError, match="33 tokens are more than the 32"):
         runner.logits([ids])
-
-
-def test_dynamic_rope_beyond_its_length_does_not_depend_on_longer_prompts_before() -> None:
-    scaling = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
-    model, checkpoint = small_model("llama", rope_parameters=scaling, max_position_embeddings=32)
-    runner = load(checkpoint, device="cpu", dtype="float32", engine="transformers")
-    ids = random_ids(90)
-    expected = [reference_logits(model, ids[:length]) for length in (32, 40, 90)]
-    for logits in reversed(expected):
-        found = runner.logits([ids[: len(logits)]])[0]
-        torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
 
 
 def test_devices_and_dtypes() -> None:
