@@ -47,7 +47,10 @@ def profile(
     precision: Annotated[
         str, typer.Option(help="Of models that are not quantised: fp32, bf16, fp16, int8, int4.")
     ] = "fp32,bf16,int8,int4",
-    attention: Annotated[str, typer.Option(help="v2, v1, off, sdpa, …, comma-separated.")] = "sdpa",
+    attention: Annotated[
+        str,
+        typer.Option(help="v2, v1, off, sdpa, …, comma-separated; auto: grouped on a CPU, else sdpa."),
+    ] = "auto",
     engine: Annotated[str, typer.Option(help="fast, transformers.")] = "fast",
     kernel: KernelName = "auto",
     device: DeviceName = "auto",
@@ -281,7 +284,7 @@ def _check_names(attentions: Sequence[str], engines: Sequence[str], kernel: str)
     from qwenq.runtime.kernels.table import KERNELS
 
     for option, given, known in (
-        ("--attention", attentions, BACKENDS),
+        ("--attention", attentions, ("auto", *BACKENDS)),
         ("--engine", engines, ("fast", "transformers")),
         ("--kernel", [kernel], ("auto", *(each.name for each in KERNELS))),
     ):

@@ -152,13 +152,20 @@ def sweep(
     """Every combination; the quick lengths of all subjects before the slow ones, so that a stop costs least.
 
     Args:
+        attentions: backends, or ``auto``: what ``runtime.engine.load`` takes for an engine.
         lengths: (context, new tokens).
     """
+    import torch
+
+    from qwenq.runtime.engine import find_attention
+
+    place = torch.device(device)
     ordered = sorted(lengths, key=lambda pair: (pair[1], pair[0]))
-    return [
-        Point(subject, attention, engine, context, tokens, device, kernel, tp)
-        for (context, tokens), subject, attention, engine in product(ordered, subjects, attentions, engines)
-    ]
+    points = (
+        Point(subject, find_attention(name, engine, place), engine, context, tokens, device, kernel, tp)
+        for (context, tokens), subject, name, engine in product(ordered, subjects, attentions, engines)
+    )
+    return list(dict.fromkeys(points))  # a backend that is named may be what auto means
 
 
 def is_done(point: Point, rows: Iterable[Row]) -> bool:

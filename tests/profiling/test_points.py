@@ -28,6 +28,24 @@ def test_a_sweep_is_every_combination_the_quick_lengths_first(subjects: Subjects
     assert {p.subject.model.precision for p in made} == {"fp32", "int4"}
 
 
+def test_auto_is_what_an_engine_takes_and_no_point_is_measured_twice(subjects: Subjects) -> None:
+    points = sweep(
+        subjects.subjects,
+        attentions=["auto", "grouped", "off"],
+        engines=["fast", "transformers"],
+        lengths=[(1, 8)],
+        device="cpu",
+    )
+    (first, *_) = subjects.subjects
+    assert [(point.attention, point.engine) for point in points if point.subject == first] == [
+        ("grouped", "fast"),
+        ("sdpa", "transformers"),
+        ("grouped", "transformers"),
+        ("off", "fast"),
+        ("off", "transformers"),
+    ]
+
+
 def test_a_point_survives_its_way_to_the_child(points: list[Point]) -> None:
     for point in points:
         assert Point.from_json(point.to_json()) == point
