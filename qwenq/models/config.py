@@ -11,6 +11,7 @@ from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.not_yet import NOT_YET, missing_by_config
+from qwenq.models.rope_parameters import rope_parameters
 
 KNOWN_ARCHITECTURES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -65,6 +66,11 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     _refuse_private_keys(config, path)
     notices = check_architecture(config, path)
     check_numbers(config, path)
+    if config["model_type"] != "qwen":  # v1's keys are its own
+        try:
+            rope_parameters(config)
+        except ModelError as error:
+            raise ModelError(error.what, where=path, hint=error.hint) from None
     return config, notices
 
 

@@ -9,16 +9,10 @@ from typing import Any
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.qwen_v1 import V1_KEY
+from qwenq.models.rope_parameters import DEFAULT_THETA, kind_of, rope_parameters
 from qwenq.models.shapes import ModelShape
 
 _USE_TRANSFORMERS = "use --engine transformers"
-_THETA = 10_000.0
-"""The rotary base where config.json says none."""
-_POSITIVE = {
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
-}  # fmt: skip
-_LARGEST = 2**31
-"""Of a rope scaling."""
 _COPY_AGAIN = "copy the model's config.json again"
 _NO_WINDOW = "neither engine has it: the cache serves full attention; run a model without a window"
 
@@ -96,63 +90,11 @@ def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
         raise UnsupportedError("sliding-window attention is not supported here", hint=_NO_WINDOW)
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How a Llama or Qwen model turns its heads, in either spelling of config.json.
-
-    Raises:
-        ModelError: both spellings, and they differ: transformers takes ``rope_scaling`` alone, and loses the
-            base that the other one says. Or parameters that no such model has.
-    """
-    scaling, parameters = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
-    if scaling and parameters and _whole(scaling, config) != _whole(parameters, config):
-        raise ModelError(
-            "rope_scaling and rope_parameters of config.json say different things",
-            hint="keep one of them, with rope_theta in it; transformers 5 writes rope_parameters",
-        )
-    found = {**scaling, **parameters}
-    if nested := sorted(name for name, value in found.items() if isinstance(value, dict)):
-        raise ModelError(
-            f"the rope parameters of config.json are those of kinds of layers ({', '.join(nested)}); a Llama "
-            "or Qwen model has the same in all layers",
-            hint=_COPY_AGAIN,
-        )
-    if _kind(found) != "default":
-        _check_scaling({"partial_rotary_factor": config.get("partial_rotary_factor"), **found})
-    return found
-
-
-def _kind(rope: Mapping[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))
-
-
-def _whole(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """With what it leaves out, and its kind under one name."""
-    left_out = {"rope_theta": config.get("rope_theta") or _THETA}
-    return {**left_out, **rope, "rope_type": _kind(rope), "type": None}
-
-
-def _check_scaling(rope: Mapping[str, Any]) -> None:
-    if rope["partial_rotary_factor"] not in (None, 1):
-        raise ModelError(
-            f"partial_rotary_factor {rope['partial_rotary_factor']!r} of config.json: heads of a Llama or "
-            "Qwen model are rotated whole",
-            hint=_COPY_AGAIN,
-        )
-    for name in _POSITIVE & {name for name, value in rope.items() if value is not None}:
-        value = rope[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
-            raise ModelError(
-                f"the rope scaling of config.json has {name} {value!r}; it has to be a positive number up to "
-                f"{_LARGEST}",
-                hint=_COPY_AGAIN,
-            )
-
-
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Base, and transformers' rope parameters where they scale."""
     parameters = rope_parameters(config)
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or _THETA)
-    kind = _kind(parameters)
+    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA)
+    kind = kind_of(parameters)
     if kind == "default":
         return theta, None
     if kind not in ("linear", "dynamic", "yarn", "llama3"):

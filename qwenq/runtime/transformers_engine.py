@@ -23,13 +23,13 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.config import KNOWN_ARCHITECTURES
 from qwenq.models.hf_config import transformers_config
 from qwenq.models.long_context import LongContext, long_context_of
+from qwenq.models.rope_parameters import rope_parameters
 from qwenq.models.whole_model import build_whole_model
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.kernels.base import Kernel
 from qwenq.runtime.span import Span
-from qwenq.runtime.spec import rope_parameters
 from qwenq.runtime.weights import Weights
 
 _ATTENTION = "qwenq"

@@ -203,6 +203,17 @@ def test_a_head_size_of_its_own_frees_the_width(tmp_path: Path) -> None:
     )  # as in Qwen3-0.6B
 
 
+def test_two_spellings_of_positions_that_differ_are_refused(tmp_path: Path) -> None:
+    """As of a folder that transformers 5 has saved, whose card says to add rope_scaling."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    plain = {"rope_type": "default", "rope_theta": 1e6}
+    with pytest.raises(ModelError, match="say different things") as caught:
+        read_config(write(tmp_path, model_type="qwen2", rope_scaling=yarn, rope_parameters=plain))
+    assert str(caught.value.where) == str(tmp_path / "config.json")
+    alike = {**yarn, "rope_theta": 1e6}
+    read_config(write(tmp_path, model_type="qwen2", rope_scaling=alike, rope_parameters=alike))
+
+
 def test_quantised_models_are_recognised() -> None:
     assert quantization_of(LLAMA) is None
     assert quantization_of(LLAMA | {"quantization_config": {"bits": 4}}) == {"bits": 4}
