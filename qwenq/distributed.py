@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(hours=1)
 """For one exchange of tensors: others may have to wait for the longest step that one rank does by itself."""
-LOOK = timedelta(seconds=5)
+_FIRST_LOOK, _LOOK = 0.005, 0.2  # seconds between two looks into the store, while the wait grows
 _LAST_PORT, _DIGITS = 65_535, 9
 STOPPED = "stopped"
 TOLD = 128 + signal.SIGTERM
@@ -117,16 +118,19 @@ class Team:
         return json.loads(self._ask(lambda store: store.get(name)))
 
     def _await(self, name: str) -> None:
-        """Wait for a key, and look now and then whether somebody has stopped."""
-        from torch.distributed import DistStoreError
+        """Wait for a key, and look now and then whether somebody has stopped.
 
-        said = False
-        while not said:
-            with suppress(DistStoreError):  # its time is up, or the store is gone: the next question tells
-                self._store.wait([name], LOOK)
-                said = True
+        The store's own wait would write to the terminal each time that it was in vain.
+        """
+        pause = _FIRST_LOOK
+        while True:
+            said = self._ask(lambda store: store.check([name]))
             if self._ask(lambda store: store.check([STOPPED])):
                 raise LostError("another process has stopped")
+            if said:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK)
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         try:
