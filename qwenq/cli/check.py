@@ -304,7 +304,7 @@ def _print_text(result: CheckResult, pair: _Pair, text: str, count: int) -> None
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # a name is a name
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = 200
     groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"

@@ -61,7 +61,7 @@ def plan(
 
     from qwenq.plan.tables import plan_tables
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = 120
     for part in plan_tables(result, show_padding=pad_ffn):

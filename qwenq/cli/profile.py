@@ -206,19 +206,19 @@ def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     wanted = [(each.point.place, each.point.subject.model) for each in planned]
     rows = [row for row in read_rows(folder) if (row.point, row.model) in wanted]
     printed = table(rows)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # a name is a name
     if not console.is_terminal:  # a pipe has no width of its own
         console.width = 160
-    console.print(", ".join(f"{name} {value}" for name, value in printed.constant), markup=False)
+    console.print(", ".join(f"{name} {value}" for name, value in printed.constant))
     _print_table(console, printed)
     if any("–" in cell for line in printed.lines for cell in line):
-        console.print("in brackets: 95 % intervals of the median", markup=False)
+        console.print("in brackets: 95 % intervals of the median")
     for note in printed.notes:
-        console.print(note, markup=False)
+        console.print(note)
     if kept:
-        console.print(f"{kept} of {len(planned)} points were there already", markup=False)
+        console.print(f"{kept} of {len(planned)} points were there already")
     again = as_typed(["qwenq", "report", str(folder)])
-    console.print(f"rows: {visible(str(folder))}; next: {again}", markup=False)
+    console.print(f"rows: {visible(str(folder))}; next: {again}")
 
 
 def _print_table(console: Console, printed: PrintedTable) -> None:
@@ -231,13 +231,13 @@ def _print_table(console: Console, printed: PrintedTable) -> None:
         for heading in headings:
             grid.add_column(heading, overflow="fold")
         for line in lines:
-            grid.add_row(*(cell.replace("[", r"\[") for cell in line))
+            grid.add_row(*line)
         unbound = console.options.update(max_width=10_000)  # else it needs no more than there is
         if Measurement.get(console, unbound, grid).maximum <= console.width:
             console.print(grid)
             return
     for text in printed.paragraphs(console.width):
-        console.print(text, markup=False)
+        console.print(text)
 
 
 def _lengths(context: str, tokens: str, encode: str) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import typer
 
 _PLAIN_STEPS = 10
 _PLAIN_SECONDS = 2.0  # quick steps are not worth a line
+_REMEMBERED = 3600.0  # seconds: rich's half a minute knows no time left where one step takes longer
 
 
 @contextmanager
@@ -29,13 +30,14 @@ def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=_REMEMBERED) as bar:
         task = bar.add_task(label, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 

@@ -122,4 +122,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         counts = [f"{row[key]:,}" for key in ("bytes", "characters", "tokens")]
         table.add_row(row["file"], *counts, f"{row['bytes_per_token']:.2f}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a name is a name, whatever it looks like

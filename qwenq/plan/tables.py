@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from rich import box
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -30,8 +31,9 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
     """The parts of the answer, in reading order."""
     shape = plan.shape
     yield (
-        f"[bold]{plan.model}[/bold] ({plan.origin}): {plan.parameters:,} parameters, {shape.layers} layers, "
-        f"hidden {shape.hidden}, {shape.heads} heads / {shape.kv_heads} key-value heads of {shape.head_dim}, "
+        f"[bold]{escape(plan.model)}[/bold] ({escape(plan.origin)}): "
+        f"{plan.parameters:,} parameters, {shape.layers} layers, hidden {shape.hidden}, "
+        f"{shape.heads} heads / {shape.kv_heads} key-value heads of {shape.head_dim}, "
         f"FFN {shape.ffn}, vocabulary {shape.vocab}{', tied head' if shape.tied else ''}"
     )
     if shape.context is not None and plan.wishes.context > shape.context:

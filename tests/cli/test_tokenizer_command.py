@@ -111,3 +111,13 @@ def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text(" \n")
     said = run(tmp_path / "blank.txt", "--tokenizer", tmp_path / "tokenizer.json", error=UsageError)
     assert "no token of the text" in said and "blank.txt" in said
+
+
+def test_a_name_is_shown_as_it_is_whatever_it_looks_like(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd = Path("a[") / "b] [bold]:smile:.txt"
+    odd.parent.mkdir()
+    odd.write_text("the the")
+    assert str(odd) in run(odd, "--tokenizer", model)
