@@ -28,7 +28,9 @@ RELIABILITY := tests/run/test_execute.py tests/test_crash.py tests/reliability t
     tests/evals/test_generating.py::test_after_sigterm_rows_under_way_are_finished_and_none_is_begun \
     tests/cli/test_perplexity_command.py::test_what_was_measured_before_ctrl_c_is_kept_and_not_measured_again \
     tests/cli/test_eval_command.py::test_answers_cannot_steer_the_terminal \
-    tests/runtime/test_chat.py::test_nothing_that_is_shown_steers_the_terminal
+    tests/runtime/test_chat.py::test_nothing_that_is_shown_steers_the_terminal \
+    tests/cli/test_app.py::test_what_nobody_foresaw_is_one_message_that_says_how_to_see_more \
+    tests/profiling/test_meeting.py
 
 FUZZ_SECONDS ?= 600
 

@@ -15,7 +15,7 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; t
 fi
 
 rm -f "$stamp"
-[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+[ -x "$venv/bin/pip" ] || "${PYTHON:-python3}" -m venv "$venv"  # python alone: cut off before pip was in it
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 # Where the list of hashes applies, all but torch are files that it knows; what follows then finds them there.
