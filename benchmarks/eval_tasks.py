@@ -1,6 +1,6 @@
 """MMLU, C-Eval, GSM8K and HumanEval on their own files: the bundled model in float32, Int8 and Int4.
 
-    python benchmarks/eval_tasks.py --data FOLDER [--work build/tasks]
+    python benchmarks/eval_tasks.py --data FOLDER --work build/tasks
 
 FOLDER holds ``mmlu/``, ``ceval/``, ``gsm8k/`` and ``humaneval/`` in their published layouts. Int8 and Int4
 are made by `qwenq quantize` with its defaults. ``LIMITS`` says how many items of each subject, or of a task
@@ -108,7 +108,7 @@ def main() -> None:
         f"bfloat16. {minutes:.1f} minutes{'' if fresh else ', and an earlier run had answered a part'}. "
         "Intervals, and what was lost item by item: [reports/tasks](../tasks/README.md). A model of this "
         "size is near chance where letters are asked for, and ends most programs before it begins: what Int4 "
-        "loses shows in questions that it can answer, the sample suite's of [reports/demo](../demo/README.md). "
+        "loses shows in questions that it can answer, those of [reports/demo](../demo/README.md). "
         f"{shared(rows, facts, 'cpu')}, {facts['cores']} cores, {measured_on(rows, facts)}.\n"
     )
     found = {"environment": facts, "limits": LIMITS, "minutes": minutes, "fresh": fresh, "rows": rows}
