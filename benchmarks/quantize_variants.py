@@ -1,13 +1,15 @@
 """What each step of quantising is worth: the same model and tokens, one setting after the other.
 
     python benchmarks/quantize_variants.py --data FOLDER [--work build/variants]
+    python benchmarks/quantize_variants.py --data FOLDER --model OTHER --work build/other --report other
 
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt``, as for
 quantize_vs_peers.py. Each variant is a recipe; it is measured on two texts that calibration never saw: the
 held-out sequences of C4 by `qwenq quantize`'s own check, and the beginning of WikiText-2 by the evaluator of
 all benchmarks, in float32. Variants whose result is in the work folder are not made again; each row keeps its
-own date and versions. Writes reports/benchmarks/quantize_variants.json and quantize_variants.md. Standard
-library only.
+own date and versions. Another model than the bundled one needs a work folder and a report of its own.
+Writes reports/benchmarks/quantize_variants.json and quantize_variants.md, or by the name that --report gives.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -37,19 +39,20 @@ from quantize_vs_peers import only_file
 
 HERE = Path(__file__).resolve().parent
 SAMPLES, SEQ_LEN, HELD_OUT, EVALUATED = 32, 512, 16, 40
-PLAIN = {"act_order": "none", "scale_search": "none", "drift": 0.0, "refine": False}
+PLAIN = {"act_order": "none", "scale_search": "none", "damp": 0.01, "drift": 0.0, "refine": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPTQ as published": PLAIN,
     "+ important columns first": PLAIN | {"act_order": "static"},
     "+ scale search": PLAIN | {"act_order": "static", "scale_search": "hessian"},
-    "+ half of the drift": {"refine": False},
-    "+ refined (the default)": {},
+    "+ half of the drift": {"damp": 0.01, "refine": False},
+    "+ refined": {"damp": 0.01},
+    "+ more damping (the default)": {},
     "default, no drift": {"drift": 0.0},
     "default, all of the drift": {"drift": 1.0},
     "default, columns in file order": {"act_order": "none"},
     "default, unweighted scale search": {"scale_search": "mse"},
     "default, free zero points": {"sym": False},
-    "default, damping 0.1": {"damp": 0.1},
+    "default, damping 0.2": {"damp": 0.2},
 }
 """Beside the defaults of a recipe's ``[quantize]``."""
 
@@ -120,9 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with c4/ and wikitext2/")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "variants")
+    parser.add_argument("--model", type=Path, help="another model's folder")
+    parser.add_argument("--report", default="quantize_variants", help="name of the report's files")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    model = resolve_bundled()
+    model = given.model.resolve() if given.model is not None else resolve_bundled()
     tokens = prepare(given.data, model, given.work)
     base = perplexity(model, tokens[1])
     rows = []
@@ -141,7 +146,7 @@ def main() -> None:
         f"interval may not hold elsewhere. {shared(rows, facts, 'cpu')}, {measured_on(rows, facts)}.\n"
     )
     report = {"environment": facts, "base_perplexity": base, "rows": rows}
-    write_report("quantize_variants", report, f"# What each step is worth\n\n{table(rows, base)}\n{told}")
+    write_report(given.report, report, f"# What each step is worth\n\n{table(rows, base)}\n{told}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class QuantizeRecipe(_Section):
     sym: bool = True
     act_order: Literal["static", "none"] = "static"
     scale_search: Literal["hessian", "mse", "none"] = "hessian"
-    damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    damp: Annotated[float, Field(gt=0, lt=1)] = 0.1
     drift: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of inherited error that later layers make good
     refine: bool = True  # after GPTQ: descend on the same objective, integers and scales by turns
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

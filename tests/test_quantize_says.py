@@ -31,7 +31,7 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
         "Int4, symmetric (the zero point in the middle: every kernel loads it)",
         "act-order with static groups (important columns first, stored in file order",
         "scale search: hessian (least error weighted by",
-        "damping 0.01 of the Hessian's mean diagonal (raised where",
+        "damping 0.1 of the Hessian's mean diagonal (raised where",
         "4 × 32 tokens (the sizes of that set)",
     ):
         assert part in said

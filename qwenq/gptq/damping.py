@@ -43,7 +43,7 @@ def damped(H: Tensor, damp: float, order: Tensor) -> Damped:
 
     Args:
         H: [in, in] float32; changed in place.
-        damp: GPTQ's ``damp_percent`` as a share, 0.01 by default.
+        damp: GPTQ's ``damp_percent`` as a share.
         order: [in] int64, a permutation of the columns.
 
     Raises:
