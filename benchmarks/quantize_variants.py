@@ -39,20 +39,20 @@ from quantize_vs_peers import only_file
 
 HERE = Path(__file__).resolve().parent
 SAMPLES, SEQ_LEN, HELD_OUT, EVALUATED = 32, 512, 16, 40
-PLAIN = {"act_order": "none", "scale_search": "none", "damp": 0.01, "drift": 0.0, "refine": False}
+REFINED: dict[str, Any] = {"damp": 0.01}
+PLAIN = REFINED | {"act_order": "none", "scale_search": "none", "drift": 0.0, "refine": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPTQ as published": PLAIN,
     "+ important columns first": PLAIN | {"act_order": "static"},
     "+ scale search": PLAIN | {"act_order": "static", "scale_search": "hessian"},
-    "+ half of the drift": {"damp": 0.01, "refine": False},
-    "+ refined": {"damp": 0.01},
-    "+ more damping (the default)": {},
-    "default, no drift": {"drift": 0.0},
-    "default, all of the drift": {"drift": 1.0},
-    "default, columns in file order": {"act_order": "none"},
-    "default, unweighted scale search": {"scale_search": "mse"},
-    "default, free zero points": {"sym": False},
-    "default, damping 0.2": {"damp": 0.2},
+    "+ half of the drift": REFINED | {"refine": False},
+    "+ refined": REFINED,
+    "+ damping 0.1 instead of 0.01 (the default)": {},
+    "refined, no drift": REFINED | {"drift": 0.0},
+    "refined, all of the drift": REFINED | {"drift": 1.0},
+    "refined, columns in file order": REFINED | {"act_order": "none"},
+    "refined, unweighted scale search": REFINED | {"scale_search": "mse"},
+    "refined, free zero points": REFINED | {"sym": False},
 }
 """Beside the defaults of a recipe's ``[quantize]``."""
 
