@@ -103,10 +103,12 @@ def main() -> None:
             print(name, task, f"{rows[-1]['value']:.3f}", f"{rows[-1]['seconds']:.0f} s", flush=True)
     report(work)
     minutes = sum(row["seconds"] for row in rows) / 60
-    recipes = [json.loads((work / name / "qwenq.json").read_text())["recipe"] for name in list(MODELS)[1:]]
+    manifests = [json.loads((work / name / "qwenq.json").read_text()) for name in list(MODELS)[1:]]
+    recipes = [manifest["recipe"]["quantize"] for manifest in manifests]
     told = (
         "The bundled model on the benchmarks' own files, by the base protocol; Int8 and Int4 compute in "
-        f"bfloat16, and were made with damping {recipes[0]['damp']:g}. {minutes:.1f} minutes{'' if fresh else ', and an earlier run had answered a part'}. "
+        f"bfloat16, and were made with damping {recipes[0]['damp']:g}. "
+        f"{minutes:.1f} minutes{'' if fresh else ', and an earlier run had answered a part'}. "
         "Intervals, and what was lost item by item: [reports/tasks](../tasks/README.md). A model of this "
         "size is near chance where letters are asked for, and ends most programs before it begins: what Int4 "
         "loses shows in questions that it can answer, those of [reports/demo](../demo/README.md). "
