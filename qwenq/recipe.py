@@ -67,7 +67,7 @@ class EvalRecipe(_Section):
     tasks: tuple[str, ...] = ("mmlu", "ceval", "gsm8k", "humaneval")
     protocol: Literal["card", "base", "lm-eval"] = "card"
     subjects: tuple[str, ...] = ()  # none: all
-    limit: Count | None = None  # items of each subject, or of a task without subjects
+    limit: Count | dict[str, Count] | None = None  # items of each subject, or of a task without; or by task
     shots: NotNegative | None = None  # none: the protocol's own
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of quantised models
     data: str | None = None  # folder of the benchmarks' files; none: the hub

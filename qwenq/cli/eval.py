@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,6 +20,7 @@ from qwenq.cli.options import (
     RowsAsJson,
     RunFolder,
 )
+from qwenq.cli.printing import typed_command
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +60,8 @@ def evaluate(
     ] = None,
     subjects: Annotated[str | None, typer.Option(help="Only these, with commas between.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="The first so many items of each subject or task.")
+        str | None,
+        typer.Option(help="The first so many items of each subject or task: 20, or mmlu=20,gsm8k=150."),
     ] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples. [default: the protocol's]")] = None,
     data: Annotated[
@@ -129,7 +129,7 @@ def evaluate(
         protocol=protocol,
         subjects=_listed(subjects, "--subjects") if subjects is not None else (),
         shots=shots,
-        limit=limit,
+        limit=_limit(limit, names),
         source=source,
         batch=size,
         unsafe_code=unsafe_code,
@@ -211,7 +211,7 @@ def _run(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team: Team
     from qwenq.cli.eval_output import Progress
     from qwenq.evals.suite import evaluate as run_all
 
-    command = shlex.join(["qwenq", *sys.argv[1:]])
+    command = typed_command(team.world)
     try:
         with Progress() as progress:
             return run_all(contenders, wanted, run, progress, _note, command, team)
@@ -245,9 +245,35 @@ def _listed(text: str, where: str) -> tuple[str, ...]:
     return names
 
 
+def _limit(text: str | None, tasks: Sequence[str]) -> int | dict[str, int] | None:
+    """``20`` of every task, or ``mmlu=20,gsm8k=150`` of these and all items of the others."""
+    if text is None:
+        return None
+    if (number := _whole_number(text)) is not None:
+        return number
+    limits: dict[str, int] = {}
+    for entry in text.split(","):
+        task, _, count = (part.strip() for part in entry.partition("="))
+        if (number := _whole_number(count)) is None:
+            hint = "use a number from 1 on, or one for each task: mmlu=20,gsm8k=150"
+            raise UsageError(f"{text!r} items", where="--limit", hint=hint)
+        if task not in tasks:
+            hint = f"--tasks are {', '.join(tasks)}"
+            raise UsageError(f"{task!r} is not asked for", where="--limit", hint=hint)
+        if task in limits:
+            raise UsageError(f"{task} is named twice", where="--limit", hint="give each task one number")
+        limits[task] = number
+    return limits
+
+
+def _whole_number(text: str) -> int | None:
+    """From 1 on; None: it is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0 else None
+
+
 def _batch(text: str) -> int | None:
     if text == "auto":
         return None
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+    if (number := _whole_number(text)) is None:
         raise UsageError(f"{text!r} prompts at once", where="--batch", hint="use auto, or a number from 1 on")
-    return int(text)
+    return number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Wanted:
         protocol: None: each model's own, ``card`` for chat models and ``base`` for others.
         subjects: only these; empty: all.
         shots: examples; None: the protocol's own number.
-        limit: of each subject the first so many items; None: all.
+        limit: of each subject the first so many items, of every task or by its name; None: all.
         source: where items come from.
         batch: rows at once; None: what fits.
         unsafe_code: run programs without a sandbox.
@@ -48,10 +48,14 @@ class Wanted:
     protocol: ProtocolName | None = None
     subjects: tuple[str, ...] = ()
     shots: int | None = None
-    limit: int | None = None
+    limit: int | Mapping[str, int] | None = None
     source: DataSource = field(default_factory=DataSource)
     batch: int | None = None
     unsafe_code: bool = False
+
+    def limit_of(self, task: str) -> int | None:
+        """How many items of each subject of this task."""
+        return self.limit if self.limit is None or isinstance(self.limit, int) else self.limit.get(task)
 
 
 Say = Callable[[str], None]
@@ -158,7 +162,7 @@ def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, Proto
     """Every task under every protocol that is needed, with its items."""
     return {
         (name, protocol): make_plan(
-            get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, wanted.limit
+            get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, wanted.limit_of(name)
         )
         for protocol in dict.fromkeys(wanted.protocol or one.protocol for one in order)
         for name in wanted.tasks

@@ -31,6 +31,9 @@ def _senseless(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "[eval] of random weights would measure chance", "leave [eval] out"
     if recipe.eval is not None and not recipe.eval.tasks:
         yield "eval.tasks is empty: there is nothing to evaluate", "name a task, or leave [eval] out"
+    if recipe.eval is not None and isinstance(recipe.eval.limit, dict):
+        for task in [name for name in recipe.eval.limit if name not in recipe.eval.tasks]:
+            yield f"eval.limit: {task!r} is not asked for", f"eval.tasks are {', '.join(recipe.eval.tasks)}"
     if recipe.profile is not None:
         yield from _senseless_points(recipe)
 

@@ -140,6 +140,15 @@ def test_every_step_is_a_command_with_options_that_exist(tmp_path: Path, text: s
             commands.commands[name].make_context(name, arguments)
 
 
+@pytest.mark.parametrize(
+    ("limit", "asked"), [("20", "20"), ("{ mmlu = 20, gsm8k = 150 }", "mmlu=20,gsm8k=150")]
+)
+def test_a_limit_for_all_tasks_or_by_task(tmp_path: Path, limit: str, asked: str) -> None:
+    steps = {step.name: step for step in chain(tmp_path, f"[eval]\nlimit = {limit}").steps}
+    step = steps["evaluate bf16"]
+    assert step.arguments[step.arguments.index("--limit") + 1] == asked
+
+
 def test_random_weights_are_profiled_and_never_evaluated(tmp_path: Path) -> None:
     text = 'model = "qwen-7b-chat"\nweights = "random"\nprecisions = ["bf16", "int4"]\n'
     profile, report = chain(tmp_path, f"{text}[profile]").steps  # nothing is quantised that nobody reads
