@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,6 +19,7 @@ from qwenq.cli.options import (
     RowsAsJson,
     RunFolder,
 )
+from qwenq.cli.printing import typed_command
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def _measured(
     from qwenq.results import append_row, read_rows, write_environment
     from qwenq.storage import locked
 
-    command = shlex.join(["qwenq", *sys.argv[1:]])
+    command = typed_command()
     rows = []
     try:
         with locked(run), show_progress(contender.model.name) as progress:

@@ -17,6 +17,16 @@ def as_typed(words: Iterable[str]) -> str:
     return " ".join(map(_quoted, words))
 
 
+def typed_command(processes: int = 1) -> str:
+    """This process's own command as it was typed; of several processes that of torchrun, their launcher."""
+    if processes == 1:
+        return as_typed(["qwenq", *sys.argv[1:]])
+    here = os.environ.get("LOCAL_WORLD_SIZE", str(processes))
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    options = [*(["--nnodes", machines] if machines != "1" else []), "--nproc-per-node", here]
+    return as_typed(["torchrun", *options, "-m", "qwenq", *sys.argv[1:]])
+
+
 def _quoted(word: str) -> str:
     raw = os.fsencode(word)
     try:

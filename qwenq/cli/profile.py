@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,7 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, KernelName, SeedOfWeights
-from qwenq.cli.printing import as_typed, to_standard_output
+from qwenq.cli.printing import as_typed, to_standard_output, typed_command
 from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -119,7 +117,7 @@ def _measure(
     from qwenq.profiling.sweep import run_sweep
     from qwenq.storage import locked
 
-    command = _typed(team)
+    command = typed_command(team.world)
     together: dict[str, Any] = {} if team.world == 1 else {"measure": measure_together(team)}
     began = time.monotonic()
     try:
@@ -138,16 +136,6 @@ def _measure(
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; {RESUME_HINT}: {command}", err=True)
         raise
-
-
-def _typed(team: Team) -> str:
-    """The command as it was typed; of several processes that of torchrun, without which it is refused."""
-    if team.world == 1:
-        return as_typed(["qwenq", *sys.argv[1:]])
-    here = os.environ.get("LOCAL_WORLD_SIZE", str(team.world))
-    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
-    options = [*(["--nnodes", machines] if machines != "1" else []), "--nproc-per-node", here]
-    return as_typed(["torchrun", *options, "-m", "qwenq", *sys.argv[1:]])
 
 
 def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, folder: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.printing import as_typed
+from qwenq.cli.printing import typed_command
 from qwenq.errors import visible
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def run(
     try:
         code = run_chain(chain, lambda line: typer.secho(line, bold=True, err=True))
     except KeyboardInterrupt:
-        command = as_typed(["qwenq", *sys.argv[1:]])
+        command = typed_command()
         typer.echo(f"\nstopped; the same command goes on where it stopped: {command}", err=True)
         raise
     if code:

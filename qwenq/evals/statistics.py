@@ -130,4 +130,5 @@ def wilson(rate: float, count: float) -> tuple[float, float]:
     z2 = float(ndtri((1 + CONFIDENCE) / 2)) ** 2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * (rate * (1 - rate) / count + z2 / (4 * count**2))) / (1 + z2 / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # at 0 and 1 the bound is the rate itself, but for rounding
+    return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))

@@ -13,6 +13,8 @@ from evals.benchmark_data import write_gsm8k, write_mmlu
 from teams import Ended, Launcher, launcher, torchrun
 from tiny_model import write_tiny_model
 
+from qwenq.results import read_rows
+
 LOADED = ["torch.distributed", "qwenq.evals.suite", "qwenq.runtime.engine"]
 
 
@@ -106,3 +108,7 @@ def test_eval_under_torchrun_itself(
     ended = torchrun(launch.folder, processes, *argv, "--out", tmp_path, agents=agents)
     assert [status for status, _ in ended] == [0] * agents, ended
     require_same(records(tmp_path), alone)
+    (command,) = {row.details["command"] for row in read_rows(tmp_path)}
+    nodes = f" --nnodes {agents}" if agents > 1 else ""
+    each = processes // agents
+    assert command.startswith(f"torchrun{nodes} --nproc-per-node {each} -m qwenq eval Tiny "), command

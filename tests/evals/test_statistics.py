@@ -36,7 +36,9 @@ def test_wilson_is_scipys(hits: int, more: int) -> None:
 
     count = hits + more or 1
     theirs = stats.binomtest(min(hits, count), count).proportion_ci(0.95, method="wilson")
-    assert wilson(min(hits, count) / count, count) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    low, high = wilson(min(hits, count) / count, count)
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert 0 <= low <= min(hits, count) / count <= high <= 1
 
 
 def test_means_are_covered_although_tokens_are_correlated() -> None:
