@@ -87,11 +87,11 @@ def _model_info(repo_id: str, revision: str | None) -> ModelInfo:
         if error.response.status_code >= 500:
             raise _UnreachableError(problem) from error
         raise problem from error
-    except _network_errors() as error:
+    except network_errors() as error:
         raise _UnreachableError(_no_network(repo_id, error)) from error
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
+def network_errors() -> tuple[type[Exception], ...]:
     """What the hub's HTTP library raises below the level of HTTP: no route, refused, cut off, timed out."""
     from huggingface_hub import errors
 
@@ -113,7 +113,7 @@ def _snapshot(repo_id: str, revision: str | None, info: ModelInfo) -> Fetched:
         if error.response.status_code >= 500:
             raise _broke_off(repo_id, error) from error
         raise _explain(error, repo_id, revision) from error
-    except _network_errors() as error:
+    except network_errors() as error:
         raise _broke_off(repo_id, error) from error
     except OSError as error:  # the library's own check of the size
         raise _broke_off(repo_id, error) from error

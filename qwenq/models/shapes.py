@@ -111,7 +111,7 @@ class ModelShape:
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
+            head_dim=_head_dim(config),
             ffn=config["intermediate_size"],
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
@@ -290,3 +290,10 @@ def _packed(
 def _fuse_qkv(modules: tuple[Linear, ...]) -> tuple[Linear, ...]:
     q, k, v, *rest = modules
     return (Linear("self_attn.c_attn", q.rows + k.rows + v.rows, q.columns, q.bias), *rest)
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    """As transformers reads it: a Qwen3 that says nothing has heads of 128, whatever its width."""
+    if config["model_type"] == "qwen3" and "head_dim" not in config:
+        return 128
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])

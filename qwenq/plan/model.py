@@ -8,6 +8,7 @@ from pathlib import Path
 from qwenq.errors import HubError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.config import read_config
+from qwenq.models.hub import network_errors
 from qwenq.models.local_path import local_path
 from qwenq.models.not_yet import refuse_by_name
 from qwenq.models.shapes import ModelShape
@@ -85,9 +86,11 @@ def _hub_config(model: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    known: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+    known += network_errors()
     try:
         return Path(hf_hub_download(model, "config.json"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except known as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HubError(
             f"config.json of {model} could not be fetched: {reason}",

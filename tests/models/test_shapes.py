@@ -68,6 +68,7 @@ def tensors_of_transformers(config: dict[str, Any]) -> dict[str, tuple[int, ...]
         {"model_type": "llama", "tie_word_embeddings": True},
         {"model_type": "qwen2"},
         {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 4},
+        {"model_type": "qwen3"},
         {"model_type": "qwen3", "head_dim": 32},
         {"model_type": "qwen3", "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
     ],

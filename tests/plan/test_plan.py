@@ -9,6 +9,7 @@ import pytest
 
 from qwenq.errors import HubError, ModelError, UnsupportedError, UsageError
 from qwenq.models import catalogue
+from qwenq.models.hub import network_errors
 from qwenq.models.not_yet import missing_by_name
 from qwenq.plan.gpus import gpu
 from qwenq.plan.model import find_model
@@ -137,6 +138,15 @@ def test_a_hub_id_whose_config_is_cached(tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("someone/missing", "someone/qwen3-30b-a3b"):  # which may be anything
         with pytest.raises(HubError, match=name):
             find_model(name)
+
+
+def test_a_hub_that_stops_answering_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*_: object) -> str:
+        raise network_errors()[0]("the server closed the connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cut_off)
+    with pytest.raises(HubError, match="someone/tiny could not be fetched: the server closed the connection"):
+        find_model("someone/tiny")
 
 
 def test_names_that_lead_nowhere(tmp_path: Path) -> None:
