@@ -1,7 +1,8 @@
 """What each step of quantising is worth: the same model and tokens, one setting after the other.
 
     python benchmarks/quantize_variants.py --data FOLDER [--work build/variants]
-    python benchmarks/quantize_variants.py --data FOLDER --model OTHER --work build/other --report other
+    python benchmarks/quantize_variants.py --data FOLDER --model OTHER --work build/other --report other \\
+        --group-size 128 --samples 16 --evaluated 20
 
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt``, as for
 quantize_vs_peers.py. Each variant is a recipe; it is measured on two texts that calibration never saw: the
@@ -19,6 +20,7 @@ import hashlib
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from _common import (
 from quantize_vs_peers import only_file
 
 HERE = Path(__file__).resolve().parent
-SAMPLES, SEQ_LEN, HELD_OUT, EVALUATED = 32, 512, 16, 40
+SEQ_LEN, HELD_OUT = 512, 16
 REFINED: dict[str, Any] = {"damp": 0.01}
 PLAIN = REFINED | {"act_order": "none", "scale_search": "none", "drift": 0.0, "refine": False}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -57,24 +59,38 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Beside the defaults of a recipe's ``[quantize]``."""
 
 
-def recipe(settings: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Sizes:
+    """What is the same for all variants.
+
+    Attributes:
+        samples: sequences to calibrate on.
+        evaluated: sequences of the second text.
+    """
+
+    group_size: int = 64
+    samples: int = 32
+    evaluated: int = 40
+
+
+def recipe(settings: dict[str, Any], group_size: int) -> str:
     """As TOML."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in {"group_size": 64, **settings}.items()]
+    lines = [f"{key} = {json.dumps(value)}" for key, value in {"group_size": group_size, **settings}.items()]
     return "\n".join(["[quantize]", *lines, ""])
 
 
-def prepare(data: Path, model: Path, work: Path) -> tuple[Path, Path]:
+def prepare(data: Path, model: Path, work: Path, asked: Sizes) -> tuple[Path, Path]:
     """Calibration and evaluation tokens, made once."""
     calibration, evaluation = work / "calibration.safetensors", work / "evaluation.safetensors"
     if not calibration.exists():
-        sizes = ("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--held-out", str(HELD_OUT))
+        sizes = ("--samples", str(asked.samples), "--seq-len", str(SEQ_LEN), "--held-out", str(HELD_OUT))
         source = only_file(data / "c4", "*.jsonl")
         command: Command = [sys.executable, "-m", "qwenq", "calibrate", model, "--source", source]
         run_child([*command, "--out", calibration, *sizes], threads=2)
     if not evaluation.exists():
         text = only_file(data / "wikitext2", "*.txt")
         tokenise: Command = [sys.executable, HERE / "_evaluation_tokens.py", model, text, evaluation]
-        run_child([*tokenise, str(EVALUATED), str(SEQ_LEN)], threads=2)
+        run_child([*tokenise, str(asked.evaluated), str(SEQ_LEN)], threads=2)
     return calibration, evaluation
 
 
@@ -84,13 +100,13 @@ def perplexity(model: Path, evaluation: Path) -> float:
     return float(run_child(command, threads=2).json()["perplexity"])
 
 
-def measure(settings: dict[str, Any], model: Path, tokens: tuple[Path, Path], work: Path) -> dict[str, Any]:
-    """Quantise, and what came of it on both texts."""
+def measure(given: str, model: Path, tokens: tuple[Path, Path], work: Path) -> dict[str, Any]:
+    """Quantise by a recipe, and what came of it on both texts."""
     calibration, evaluation = tokens
-    out, given = work / "out", work / "recipe.toml"
+    out, file = work / "out", work / "recipe.toml"
     shutil.rmtree(out, ignore_errors=True)
-    given.write_text(recipe(settings), encoding="utf-8")
-    command: Command = [sys.executable, "-m", "qwenq", "quantize", model, "--recipe", given]
+    file.write_text(given, encoding="utf-8")
+    command: Command = [sys.executable, "-m", "qwenq", "quantize", model, "--recipe", file]
     rest = ("--no-resume", "--json")
     told = run_child([*command, *rest, "--calibration", calibration, "--out", out], threads=2).json()
     manifest = json.loads((out / "qwenq.json").read_text(encoding="utf-8"))
@@ -125,25 +141,31 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "variants")
     parser.add_argument("--model", type=Path, help="another model's folder")
     parser.add_argument("--report", default="quantize_variants", help="name of the report's files")
+    parser.add_argument("--group-size", type=int, default=Sizes.group_size)
+    parser.add_argument("--samples", type=int, default=Sizes.samples, help="sequences to calibrate on")
+    parser.add_argument("--evaluated", type=int, default=Sizes.evaluated, help="sequences of WikiText-2")
     given = parser.parse_args()
+    asked = Sizes(given.group_size, given.samples, given.evaluated)
     given.work.mkdir(parents=True, exist_ok=True)
     model = given.model.resolve() if given.model is not None else resolve_bundled()
-    tokens = prepare(given.data, model, given.work)
+    tokens = prepare(given.data, model, given.work, asked)
     base = perplexity(model, tokens[1])
     rows = []
     for name, settings in VARIANTS.items():
-        kept = given.work / f"{hashlib.sha256(recipe(settings).encode()).hexdigest()[:12]}.json"
+        written = recipe(settings, asked.group_size)
+        kept = given.work / f"{hashlib.sha256(written.encode()).hexdigest()[:12]}.json"
         if not kept.exists():
-            kept.write_text(json.dumps(measure(settings, model, tokens, given.work)), encoding="utf-8")
+            kept.write_text(json.dumps(measure(written, model, tokens, given.work)), encoding="utf-8")
         rows.append({"variant": name, "settings": settings, **json.loads(kept.read_text(encoding="utf-8"))})
         print(name, rows[-1]["kl"]["value"], rows[-1]["perplexity"], flush=True)
     facts = machine()
     told = (
-        f"{model.name}, Int4, groups of 64, calibrated on {SAMPLES} × {SEQ_LEN} tokens of C4. C4: "
-        f"{HELD_OUT} × {SEQ_LEN} tokens that calibration did not see, KL with its 95 % interval, perplexity "
-        f"over the unquantised model's. WikiText-2: the first {EVALUATED} × {SEQ_LEN} tokens, the perplexity "
-        f"less the unquantised model's {base:.2f}. One model and one calibration set: what lies within the "
-        f"interval may not hold elsewhere. {shared(rows, facts, 'cpu')}, {measured_on(rows, facts)}.\n"
+        f"{model.name}, Int4, groups of {asked.group_size}, calibrated on {asked.samples} × {SEQ_LEN} tokens "
+        f"of C4. C4: {HELD_OUT} × {SEQ_LEN} tokens that calibration did not see, KL with its 95 % interval, "
+        "perplexity over the unquantised model's. WikiText-2: the first "
+        f"{asked.evaluated} × {SEQ_LEN} tokens, the perplexity less the unquantised model's {base:.2f}. One "
+        "model and one calibration set: what lies within the interval may not hold elsewhere. "
+        f"{shared(rows, facts, 'cpu')}, {measured_on(rows, facts)}.\n"
     )
     report = {"environment": facts, "base_perplexity": base, "rows": rows}
     write_report(given.report, report, f"# What each step is worth\n\n{table(rows, base)}\n{told}")

@@ -6,7 +6,7 @@
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt`` to evaluate on. Every
 contender is a process of its own, timed from its start to its exit: imports, loading, quantising, saving, and
 in qwenq's case the check of what it wrote. Perplexity is computed afterwards, by one evaluator for all.
-Writes ``reports/benchmarks/quantize.json`` and the table ``quantize.md``.
+Writes ``reports/benchmarks/quantize.json`` and the table ``quantize.md``, or by the name that --report gives.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON, help="has GPTQModel")
     parser.add_argument("--llmcompressor-python", type=Path, default=LLMCOMPRESSOR_PYTHON)
+    parser.add_argument("--model", type=Path, help="another model's folder")
     parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
+    parser.add_argument("--report", default="quantize", help="name of the report's files")
     return parser.parse_args()
 
 
@@ -331,13 +333,14 @@ def main() -> None:
         if peer in options.only and not peer_python(options, peer).exists():
             sys.exit(f"{peer_python(options, peer)} is missing: run `make {target}`")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options, resolve_bundled(), Path(folder))
+        model = options.model.resolve() if options.model else resolve_bundled()
+        bench = Bench(options, model, Path(folder))
         facts = environment(bench)
         prepare(bench)
         rows = measure(bench)
     found = ratios(rows)
     text = table(rows, found, facts)
-    write_report("quantize", {"environment": facts, "rows": rows, "ratios": found}, text, options.out)
+    write_report(options.report, {"environment": facts, "rows": rows, "ratios": found}, text, options.out)
     print(text)
 
 

@@ -159,9 +159,13 @@ def starts(load: Callable[[str], ModuleType], folder: Path) -> Iterator[tuple[st
             yield "eval", recorded(load, "eval_vs_lm_eval", call)
     variants, tokens = folder / "variants", (folder / "c.safetensors", folder / "e.safetensors")
     variants.mkdir()
-    made = recorded(load, "quantize_variants", lambda m: m.prepare(folder, Path("model"), variants))
+    made = recorded(
+        load, "quantize_variants", lambda m: m.prepare(folder, Path("model"), variants, m.Sizes())
+    )
     yield "calibrate", made[:1]
-    made = recorded(load, "quantize_variants", lambda m: m.measure({}, Path("model"), tokens, variants))
+    made = recorded(
+        load, "quantize_variants", lambda m: m.measure(m.recipe({}, 64), Path("model"), tokens, variants)
+    )
     yield "quantize", made
     yield "quantize", recorded(load, "eval_tasks", lambda m: m.quantised("Int4", folder))
     for name, task in (("Int4", "mmlu"), ("float32", "humaneval")):
