@@ -6,13 +6,16 @@ anew. One tensor is in memory at a time; the target appears under its name only 
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
 
 from qwenq.errors import ModelError, QuantisationError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +33,7 @@ from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.shapes import ModelShape
 from qwenq.models.shards import tensor_bytes, write_shards
 from qwenq.models.tokenizer import read_json
-from qwenq.storage import atomic_write_json, fsync_folder, guard_storage
+from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held
 
 if TYPE_CHECKING:
     import torch
@@ -233,13 +236,25 @@ def _counted(
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """A sibling folder that takes the target's name at the end; nothing is left when something fails."""
-    temporary = target.absolute().with_name(f".{target.name}.{os.getpid()}.tmp")
+    place = target.absolute()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     with guard_storage(target):
+        _remove_left_behind(place)
         temporary.mkdir(parents=True)
         try:
-            yield temporary
-            take_name(temporary, target)
+            with held(temporary):
+                yield temporary
+                take_name(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        fsync_folder(target.absolute().parent)
+        fsync_folder(place.parent)
+
+
+def _remove_left_behind(place: Path) -> None:
+    """Folders of killed conversions to the same name: their process is gone, and nobody holds them."""
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
+        process = left.suffixes[-2].removeprefix(".")
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            with suppress(UsageError), held(left):  # held: by a process that is not of this machine
+                shutil.rmtree(left, ignore_errors=True)

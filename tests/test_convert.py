@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,25 @@ def test_a_v1_model_loads_with_stock_transformers(v1_folder: Path, tmp_path: Pat
     assert done.changes == ["Qwen v1 layout → Qwen2 layout"]
     assert any("no tokenizer" in notice for notice in done.notices)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(v1_folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from qwenq.convert import convert\n"
+        "end = lambda done, total: os.kill(os.getpid(), 9) if done else None\n"
+        "convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=end)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, v1_folder, tmp_path / "out"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".out.*.tmp")
+    for name in (f".out.{os.getpid()}.tmp", ".out.notes.tmp"):  # of a process that lives; of nobody here
+        (tmp_path / name).mkdir()
+    convert(v1_folder, tmp_path / "out.copy")
+    assert left.exists()
+    (tmp_path / f".out.{os.getpid()}.tmp").rename(tmp_path / ".out.1.tmp")  # process 1 always lives
+    convert(v1_folder, tmp_path / "out")
+    assert not left.exists()
+    assert {file.name for file in tmp_path.glob(".*")} == {".out.1.tmp", ".out.notes.tmp"}
 
 
 def test_the_tokenizer_loads_with_stock_transformers(shared_data: Path, tmp_path: Path) -> None:
