@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -93,11 +94,12 @@ FAST = ("Decode (tokens/s)", "Peak at generation (GiB)")
 SAMPLE = "The questions are the sample suite's, which ships with qwenq: they are not the benchmarks'. "
 
 
-def front_table(report: Report) -> str:
-    """For the block ``front``: of the demo's report all accuracies, and some columns of its other tables.
+def front_table(folder: str, report: Report) -> str:
+    """For the blocks ``front`` and ``qwen``: all accuracies of a report, and some columns of its other tables.
 
     Accuracies keep their intervals: on so few items a difference means nothing without them.
-    Speed and memory of decoding are those of one attention, the best on that machine.
+    Speed and memory of decoding are those of one attention, the best on that machine; where a report has no
+    other, its table has no column for it.
     """
     (section,) = report["sections"]
     tables = {table["key"]: _records(table) for table in section["tables"]}
@@ -107,7 +109,7 @@ def front_table(report: Report) -> str:
     fast = {
         record[label]: record
         for record in tables["split"]
-        if record["Attention"] == "best" and record[FAST[0]] != "–"
+        if record.get("Attention", "best") == "best" and record[FAST[0]] != "–"
     }
     lost = {(record["Task"], record[label]) for record in tables["losses"] if "✗" in record["p (Holm)"]}
     sizes = {row["model"]["precision"]: row["model"]["nbytes"] for row in report["rows"]}
@@ -128,7 +130,7 @@ def front_table(report: Report) -> str:
         f"{table}\n{SAMPLE if 'sample suite' in captions['accuracy'] else ''}"
         f"Accuracy: {captions['accuracy']}; ✗: a loss that is no accident. "
         f"Decoding: the fastest attention (`best`). {measured_on(report['rows'], {})}; "
-        "[the whole report](reports/demo/README.md)."
+        f"[the whole report](reports/{folder}/README.md)."
     )
 
 
@@ -196,7 +198,8 @@ def gpu_table(report: Report) -> str:
 
 
 BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
-    "front": (ROOT / "reports" / "demo" / "results.json", front_table),
+    "front": (ROOT / "reports" / "demo" / "results.json", partial(front_table, "demo")),
+    "qwen": (ROOT / "reports" / "qwen" / "results.json", partial(front_table, "qwen")),
     "demo": (ROOT / "reports" / "demo.json", demo_table),
     "quantize": (ROOT / "reports" / "benchmarks" / "quantize.json", quantize_table),
     "decode_cpu": (ROOT / "reports" / "benchmarks" / "decode_cpu.json", decode_table),

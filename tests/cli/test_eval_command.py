@@ -68,15 +68,6 @@ def test_table_rows_and_environment(evaluate: Shell, base: Path, data: Path) -> 
     assert rows[0].settings["machine"]["cpu"] == found["cpu"]
 
 
-def test_each_task_can_have_a_limit_of_its_own(evaluate: Shell, base: Path, tmp_path: Path) -> None:
-    how = ("--sample", "--protocol", "base", "--dtype", "float32", "--device", "cpu", "--json")
-    ran = evaluate(base, "--tasks", "mmlu,ceval", "--limit", "mmlu=1", *how)
-    found = {(row["point"]["task"], row["point"]["limit"]) for row in json.loads(ran.out)["rows"]}
-    assert found == {("mmlu", 1), ("ceval", None)}
-    n = {row["point"]["task"]: row["n"] for row in json.loads(ran.out)["rows"]}
-    assert 0 < n["mmlu"] < n["ceval"]
-
-
 def test_a_second_run_is_answered_from_records(evaluate: Shell, base: Path, data: Path) -> None:
     first = scores(evaluate(base, *options(data, 6, "--json")))
     again = evaluate(base, *options(data, 6, "--json"))
@@ -279,15 +270,6 @@ def test_answers_cannot_steer_the_terminal(evaluate: Shell, base: Path, data: Pa
     [
         (["--tasks", "mmmlu"], "did you mean mmlu"),
         (["--tasks", ","], "no name given"),
-        (["--limit", "0"], "'0' items"),
-        (["--limit", "-1"], "'-1' items"),
-        (["--limit", "9" * 5000], "--limit"),
-        (["--limit", "2,3"], "one for each task"),
-        (["--limit", "mmlu=2,3"], "one for each task"),
-        (["--limit", "mmlu="], "one for each task"),
-        (["--limit", "=2"], "'' is not asked for"),
-        (["--limit", "mmlu=2,mmlu=3"], "mmlu is named twice"),
-        (["--tasks", "mmlu,ceval", "--limit", "gsm8k=2"], "'gsm8k' is not asked for"),
         (["--batch", "many"], "--batch"),
         (["--batch", "0"], "--batch"),
         (["--batch", "9" * 5000], "--batch"),
