@@ -95,7 +95,7 @@ SAMPLE = "The questions are the sample suite's, which ships with qwenq: they are
 
 
 def front_table(folder: str, report: Report) -> str:
-    """For the blocks ``front`` and ``qwen``: all accuracies of a report, and some columns of its other tables.
+    """For the blocks ``front`` and ``qwen``: all accuracies of a report, some columns of its other tables.
 
     Accuracies keep their intervals: on so few items a difference means nothing without them.
     Speed and memory of decoding are those of one attention, the best on that machine; where a report has no
