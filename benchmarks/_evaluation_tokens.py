@@ -1,11 +1,12 @@
 """Tokenise the evaluation text: its beginning, as it is.
 
-Usage: ``python _evaluation_tokens.py MODEL TEXT OUT.safetensors SAMPLES SEQ_LEN``. Writes one tensor,
-``tokens``, int64 ``[samples, seq_len]``.
+Usage: ``python _evaluation_tokens.py MODEL TEXT OUT.safetensors SAMPLES SEQ_LEN``. Writes ``tokens``, int64
+``[samples, seq_len]``, and ``unk``, bool of that shape: whether it is part of WikiText's mark ``<unk>``.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,10 +21,16 @@ def main(model: str, text: Path, out: Path, samples: int, seq_len: int) -> None:
     """Read, tokenise, write."""
     wanted = samples * seq_len
     beginning = text.read_text(encoding="utf-8")[: wanted * CHARACTERS_PER_TOKEN]
-    ids = AutoTokenizer.from_pretrained(model)(beginning, add_special_tokens=False)["input_ids"]
+    found = AutoTokenizer.from_pretrained(model)(
+        beginning, add_special_tokens=False, return_offsets_mapping=True
+    )
+    ids, spans = found["input_ids"][:wanted], found["offset_mapping"][:wanted]
     if len(ids) < wanted:
         sys.exit(f"{text} holds {len(ids)} tokens; {wanted} are needed")
-    save_file({"tokens": torch.tensor(ids[:wanted], dtype=torch.int64).view(samples, seq_len)}, out)
+    marked = {place for mark in re.finditer("<unk>", beginning) for place in range(*mark.span())}
+    unk = [not marked.isdisjoint(range(*span)) for span in spans]
+    shape = (samples, seq_len)
+    save_file({"tokens": torch.tensor(ids).view(shape), "unk": torch.tensor(unk).view(shape)}, out)
 
 
 if __name__ == "__main__":

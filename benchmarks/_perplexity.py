@@ -1,8 +1,14 @@
-"""Perplexity of a checkpoint, quantised or not: one evaluator for every contender.
+"""How near a checkpoint, quantised or not, is to a text and to its base: one evaluator for every contender.
 
-Usage: ``python _perplexity.py MODEL TOKENS.safetensors``. The model runs in transformers, in float32; the
+Usage: ``python _perplexity.py MODEL TOKENS.safetensors [BASE]``. Models run in transformers, in float32; the
 weights of a GPTQ folder are dequantised first, so that no kernel's rounding enters. The last line of the
-output is JSON: ``perplexity``, exp of the mean negative log-likelihood of every token but each row's first.
+output is JSON:
+
+- ``perplexity``: exp of the mean negative log-likelihood of every token but each row's first;
+- ``perplexity_without_unk``: of the tokens that are no part of a mark ``<unk>``, which stands in WikiText for
+  a rare word: its context still has them;
+- ``kl``, where there is a BASE: KL divergence of its next-token distribution from the model's, mean over all
+  positions, in nats.
 """
 
 from __future__ import annotations
@@ -43,14 +49,37 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
-    """``ids``: int64 ``[samples, seq_len]``."""
-    total = 0.0
+def quality(
+    model: PreTrainedModel, ids: torch.Tensor, unk: torch.Tensor, base: PreTrainedModel | None
+) -> dict[str, float]:
+    """The figures above.
+
+    Args:
+        model: judged.
+        ids: int64 ``[samples, seq_len]``.
+        unk: bool of that shape: part of a mark.
+        base: what it was quantised from.
+    """
+    losses, divergence = [], 0.0
     for row in ids.split(1):  # [1, seq_len]
-        logits = model(row).logits[0, :-1]  # [seq_len - 1, vocabulary]
-        total += torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
-    return math.exp(total / (ids.shape[0] * (ids.shape[1] - 1)))
+        scores = torch.log_softmax(model(row).logits[0], dim=-1)  # [seq_len, vocabulary]
+        losses.append(torch.nn.functional.nll_loss(scores[:-1], row[0, 1:], reduction="none"))
+        if base is not None:
+            expected = torch.log_softmax(base(row).logits[0], dim=-1)
+            divergence += torch.nn.functional.kl_div(
+                scores, expected, reduction="sum", log_target=True
+            ).item()
+    loss, text = torch.stack(losses).double(), ~unk[:, 1:]
+    found = {"perplexity": math.exp(loss.mean()), "perplexity_without_unk": math.exp(loss[text].mean())}
+    return found if base is None else found | {"kl": divergence / ids.numel()}
+
+
+def main(model: Path, tokens: Path, base: Path | None = None) -> None:
+    """Load, judge, tell."""
+    stored = load_file(tokens)
+    against = None if base is None else load(base)
+    print(json.dumps(quality(load(model), stored["tokens"], stored["unk"], against)))
 
 
 if __name__ == "__main__":
-    print(json.dumps({"perplexity": perplexity(load(Path(sys.argv[1])), load_file(sys.argv[2])["tokens"])}))
+    main(*map(Path, sys.argv[1:]))

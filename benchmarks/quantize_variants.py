@@ -2,7 +2,7 @@
 
     python benchmarks/quantize_variants.py --data FOLDER [--work build/variants]
     python benchmarks/quantize_variants.py --data FOLDER --model OTHER --work build/other --report other \\
-        --group-size 128 --samples 16 --evaluated 20
+        --group-size 128 --samples 16 --evaluated 20 [--only VARIANT VARIANT]
 
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt``, as for
 quantize_vs_peers.py. Each variant is a recipe; it is measured on two texts that calibration never saw: the
@@ -57,6 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "refined, free zero points": REFINED | {"sym": False},
 }
 """Beside the defaults of a recipe's ``[quantize]``."""
+GAPS = {"perplexity": "perplexity, WikiText-2", "perplexity_without_unk": "without its `<unk>`"}
+"""What is shown less the unquantised model's."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,12 @@ def prepare(data: Path, model: Path, work: Path, asked: Sizes) -> tuple[Path, Pa
     return calibration, evaluation
 
 
-def perplexity(model: Path, evaluation: Path) -> float:
-    """Of WikiText-2, by the evaluator that all benchmarks share."""
-    command: Command = [sys.executable, HERE / "_perplexity.py", model, evaluation]
-    return float(run_child(command, threads=2).json()["perplexity"])
+def quality(folder: Path, evaluation: Path, base: Path | None = None) -> dict[str, float]:
+    """On WikiText-2, by the evaluator that all benchmarks share."""
+    against = () if base is None else (base,)
+    command: Command = [sys.executable, HERE / "_perplexity.py", folder, evaluation, *against]
+    found: dict[str, float] = run_child(command, threads=2).json()
+    return found
 
 
 def measure(given: str, model: Path, tokens: tuple[Path, Path], work: Path) -> dict[str, Any]:
@@ -111,10 +115,12 @@ def measure(given: str, model: Path, tokens: tuple[Path, Path], work: Path) -> d
     told = run_child([*command, *rest, "--calibration", calibration, "--out", out], threads=2).json()
     manifest = json.loads((out / "qwenq.json").read_text(encoding="utf-8"))
     errors = [module["error"] for module in manifest["check"]["modules"]]
+    judged = quality(out, evaluation, model)
     found = {
         "kl": told["check"]["kl"],
         "ratio_held_out": told["check"]["perplexity_ratio"],
-        "perplexity": perplexity(out, evaluation),
+        **{name: judged[name] for name in GAPS},
+        "kl_wikitext": judged["kl"],
         "module_error": sum(errors) / len(errors),
         **circumstances(sys.executable, ["qwenq", "torch", "transformers"]),
     }
@@ -122,15 +128,16 @@ def measure(given: str, model: Path, tokens: tuple[Path, Path], work: Path) -> d
     return found
 
 
-def table(rows: list[dict[str, Any]], base: float) -> str:
+def table(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
     """Variants by both texts."""
     lines = []
     for row in rows:
         kl, ratio = row["kl"], row["ratio_held_out"]["value"]
         interval = f"{kl['value']:.4f} ({kl['low']:.4f}–{kl['high']:.4f})"
-        gap = f"{row['perplexity'] - base:+.2f}"
-        lines.append([row["variant"], interval, f"× {ratio:.4f}", gap, f"{100 * row['module_error']:.2f} %"])
-    header = ["", "KL, C4", "perplexity, C4", "perplexity, WikiText-2", "mean error of a module"]
+        gaps = [f"{row[name] - base[name]:+.2f}" for name in GAPS]
+        error = f"{100 * row['module_error']:.2f} %"
+        lines.append([row["variant"], interval, f"× {ratio:.4f}", f"{row['kl_wikitext']:.4f}", *gaps, error])
+    header = ["", "KL, C4", "perplexity, C4", "KL, WikiText-2", *GAPS.values(), "mean error of a module"]
     return markdown_table(header, lines)
 
 
@@ -144,14 +151,16 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=Sizes.group_size)
     parser.add_argument("--samples", type=int, default=Sizes.samples, help="sequences to calibrate on")
     parser.add_argument("--evaluated", type=int, default=Sizes.evaluated, help="sequences of WikiText-2")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     given = parser.parse_args()
     asked = Sizes(given.group_size, given.samples, given.evaluated)
     given.work.mkdir(parents=True, exist_ok=True)
     model = given.model.resolve() if given.model is not None else resolve_bundled()
     tokens = prepare(given.data, model, given.work, asked)
-    base = perplexity(model, tokens[1])
+    base = quality(model, tokens[1])
     rows = []
-    for name, settings in VARIANTS.items():
+    for name in given.only:
+        settings = VARIANTS[name]
         written = recipe(settings, asked.group_size)
         kept = given.work / f"{hashlib.sha256(written.encode()).hexdigest()[:12]}.json"
         if not kept.exists():
@@ -163,11 +172,12 @@ def main() -> None:
         f"{model.name}, Int4, groups of {asked.group_size}, calibrated on {asked.samples} × {SEQ_LEN} tokens "
         f"of C4. C4: {HELD_OUT} × {SEQ_LEN} tokens that calibration did not see, KL with its 95 % interval, "
         "perplexity over the unquantised model's. WikiText-2: the first "
-        f"{asked.evaluated} × {SEQ_LEN} tokens, the perplexity less the unquantised model's {base:.2f}. One "
-        "model and one calibration set: what lies within the interval may not hold elsewhere. "
-        f"{shared(rows, facts, 'cpu')}, {measured_on(rows, facts)}.\n"
+        f"{asked.evaluated} × {SEQ_LEN} tokens, KL, and the perplexity less the unquantised model's "
+        f"{base['perplexity']:.2f}, or {base['perplexity_without_unk']:.2f} over tokens that are no part of "
+        "a mark `<unk>`. One model and one calibration set: what lies within the interval may not hold "
+        f"elsewhere. {shared(rows, facts, 'cpu')}, {measured_on(rows, facts)}.\n"
     )
-    report = {"environment": facts, "base_perplexity": base, "rows": rows}
+    report = {"environment": facts, "base": base, "rows": rows}
     write_report(given.report, report, f"# What each step is worth\n\n{table(rows, base)}\n{told}")
 
 

@@ -5,7 +5,7 @@
 
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt`` to evaluate on. Every
 contender is a process of its own, timed from its start to its exit: imports, loading, quantising, saving, and
-in qwenq's case the check of what it wrote. Perplexity is computed afterwards, by one evaluator for all.
+in qwenq's case the check of what it wrote. What it wrote is judged afterwards, by one evaluator for all.
 Writes ``reports/benchmarks/quantize.json`` and the table ``quantize.md``, or by the name that --report gives.
 """
 
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from _common import (
@@ -28,25 +27,17 @@ from _common import (
     ROOT,
     Command,
     machine,
-    markdown_table,
-    measured_on,
     resolve_bundled,
     run_child,
-    turns_of,
     versions,
     write_report,
 )
+from _quantize_report import GPTQMODEL, LLMCOMPRESSOR, PEERS, QWENQ, ROUND_TO_NEAREST, ratios, table
 
 HERE = Path(__file__).resolve().parent
 INTEROP_PYTHON = ROOT / ".venv-interop" / "bin" / "python"
 LLMCOMPRESSOR_PYTHON = ROOT / ".venv-llmcompressor" / "bin" / "python"
-SHOWN = ("wall_s", "peak_rss_mib", "perplexity")
-PHASES = {"calibration": "reading the tokens", "layers": "layers", "write": "writing", "check": "the check"}
-"""Of a run of qwenq, as its JSON names them, in words."""
-
-QWENQ, GPTQMODEL, LLMCOMPRESSOR, ROUND_TO_NEAREST = "qwenq", "GPTQModel", "llm-compressor", "round to nearest"
-PEERS = {GPTQMODEL: "gptqmodel", LLMCOMPRESSOR: "llmcompressor"}
-"""Their packages, by which ratios are called after them."""
+SHOWN = ("wall_s", "peak_rss_mib", "perplexity", "kl")
 
 
 @dataclass(frozen=True)
@@ -159,10 +150,12 @@ def prepare(bench: Bench) -> None:
     run_child([*tokenise, str(options.eval_samples), str(options.seq_len)], options.threads)
 
 
-def perplexity(bench: Bench, model: Path) -> float:
-    """By the common evaluator."""
-    command: Command = [sys.executable, HERE / "_perplexity.py", model, bench.evaluation]
-    return float(run_child(command, bench.options.threads).json()["perplexity"])
+def quality(bench: Bench, model: Path) -> dict[str, float]:
+    """By the common evaluator, beside the unquantised model."""
+    against = () if model == bench.model else (bench.model,)
+    command: Command = [sys.executable, HERE / "_perplexity.py", model, bench.evaluation, *against]
+    found: dict[str, float] = run_child(command, bench.options.threads).json()
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def weights_sha256(folder: Path) -> str:
@@ -175,14 +168,14 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def take_turn(bench: Bench, tool: str, turn: int, seen: dict[str, float]) -> dict[str, Any]:
-    """One run of one contender; its perplexity, unless these very weights have been measured (``seen``)."""
+def take_turn(bench: Bench, tool: str, turn: int, seen: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """One run of one contender; its quality, unless these very weights have been measured (``seen``)."""
     out = bench.folder / "out"
     child = run_child(CONTENDERS[tool](bench, out), bench.options.threads, bench.folder)
     told = child.json()
     digest = weights_sha256(out)
     if digest not in seen:
-        seen[digest] = perplexity(bench, out)
+        seen[digest] = quality(bench, out)
     shutil.rmtree(out)
     row = {
         "tool": tool,
@@ -191,7 +184,7 @@ def take_turn(bench: Bench, tool: str, turn: int, seen: dict[str, float]) -> dic
         "cpu_s": round(child.cpu_s, 2),
         "phases_s": told.get("seconds", {k: v for k, v in told.items() if k.endswith("_s")}),
         "peak_rss_mib": round(child.peak_rss_mib, 1),
-        "perplexity": round(seen[digest], 4),
+        **seen[digest],
         "weights_sha256": digest,
         "date": date.today().isoformat(),
     }
@@ -201,40 +194,13 @@ def take_turn(bench: Bench, tool: str, turn: int, seen: dict[str, float]) -> dic
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """All rows: the unquantised model's, then each contender's, turn by turn."""
-    base = perplexity(bench, bench.model)
-    print(f"unquantised: perplexity {base:.4f}")
-    today = date.today().isoformat()
-    rows: list[dict[str, Any]] = [{"tool": "unquantised", "perplexity": round(base, 4), "date": today}]
-    seen: dict[str, float] = {}
+    base = quality(bench, bench.model)
+    print(f"unquantised: {base}", flush=True)
+    rows: list[dict[str, Any]] = [{"tool": "unquantised", **base, "date": date.today().isoformat()}]
+    seen: dict[str, dict[str, float]] = {}
     for turn in range(1, bench.options.repeats + 1):
         rows += [take_turn(bench, tool, turn, seen) for tool in bench.options.only]
     return rows
-
-
-def middle(rows: list[dict[str, Any]], tool: str, key: str) -> float:
-    """Median over a tool's turns."""
-    return float(median(row[key] for row in rows if row["tool"] == tool))
-
-
-def seconds_of_check(rows: list[dict[str, Any]]) -> list[float]:
-    """What qwenq spent on comparing what it wrote with the base, by turn; its peers have no such step."""
-    return [row["phases_s"]["check"] for row in rows if row["tool"] == QWENQ]
-
-
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Qwenq's medians over each peer's; the gap is the perplexity above the unquantised model's."""
-    tools, base = {row["tool"] for row in rows}, rows[0]["perplexity"]
-    found: dict[str, float] = {}
-    for peer, package in PEERS.items():
-        if {QWENQ, peer} <= tools:
-            time, memory, added = (
-                (middle(rows, QWENQ, key) - less, middle(rows, peer, key) - less)
-                for key, less in (("wall_s", 0.0), ("peak_rss_mib", 0.0), ("perplexity", base))
-            )
-            bare = time[0] - median(seconds_of_check(rows)), time[1]
-            pairs = {"time": time, "time_without_check": bare, "gap": added, "memory": memory}
-            found |= {f"{name}_vs_{package}": round(a / b, 3) for name, (a, b) in pairs.items()}
-    return found
 
 
 def environment(bench: Bench) -> dict[str, Any]:
@@ -257,73 +223,6 @@ def environment(bench: Bench) -> dict[str, Any]:
         "evaluation": f"WikiText-2 {text.name}, first {options.eval_samples} × {options.seq_len}",
         "turns": options.repeats,
     }
-
-
-def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
-    """The report for people."""
-    said = comparison(found, facts)
-    return (
-        f"# Quantising: qwenq beside its peers\n\n{lines(rows)}\n"
-        + (f"{said}\n\n" if said else "")
-        + (f"{whereabouts(rows)}\n\n" if any(row["tool"] == QWENQ for row in rows) else "")
-        + f"{facts['model']}, Int{facts['bits']}, group size {facts['group_size']}; calibrated on "
-        f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
-        f"float32 with dequantised weights. Seconds are those of the whole command, {turns_of(facts)}. "
-        f"{facts['cpu']}, {facts['threads']} threads; torch {facts['versions'].get('torch')}; "
-        f"{peers_of(facts)} with their defaults; {measured_on(rows, facts)}.\n"
-    )
-
-
-def peers_of(facts: dict[str, Any]) -> str:
-    """All that were raced, with their versions."""
-    return " and ".join(version_of(peer, facts) for peer in PEERS if f"versions_{PEERS[peer]}" in facts)
-
-
-def lines(rows: list[dict[str, Any]]) -> str:
-    """The table: medians over the turns; where there are several, the fastest and the slowest as well."""
-    base = rows[0]["perplexity"]
-    several = max(row.get("turn", 1) for row in rows) > 1
-    body = [["unquantised", "", *([""] * several), "", f"{base:.2f}", ""]]
-    for tool in dict.fromkeys(row["tool"] for row in rows[1:]):
-        walls = [row["wall_s"] for row in rows if row["tool"] == tool]
-        ppl = middle(rows, tool, "perplexity")
-        seconds = [f"{median(walls):.1f}", *([f"{min(walls):.1f}–{max(walls):.1f}"] * several)]
-        peak = f"{middle(rows, tool, 'peak_rss_mib'):.0f}"
-        body.append([tool, *seconds, peak, f"{ppl:.2f}", f"{ppl - base:.2f}"])
-    return markdown_table(["", "seconds", *(["range"] * several), "peak MiB", "perplexity", "added"], body)
-
-
-def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
-    """The ratios in words; nothing of a peer that was not measured."""
-    said = []
-    for peer, package in PEERS.items():
-        if f"time_vs_{package}" in found:
-            time, bare, memory, added = (
-                f"{found[f'{name}_vs_{package}']:.2f}"
-                for name in ("time", "time_without_check", "memory", "gap")
-            )
-            said.append(
-                f"qwenq beside {version_of(peer, facts)}: {time} of its time ({bare} without the check, "
-                f"which it does not have), {memory} of its memory, {added} of the perplexity that it added."
-            )
-    return " ".join(said)
-
-
-def version_of(peer: str, facts: dict[str, Any]) -> str:
-    """Name and version."""
-    return f"{peer} {facts[f'versions_{PEERS[peer]}'].get(PEERS[peer])}"
-
-
-def whereabouts(rows: list[dict[str, Any]]) -> str:
-    """Where qwenq's own seconds go: medians of its phases, and what is outside all of them."""
-    ours = [row for row in rows if row["tool"] == QWENQ]
-    phases = {name: float(median(row["phases_s"][name] for row in ours)) for name in PHASES}
-    rest = middle(rows, QWENQ, "wall_s") - sum(phases.values())
-    parts = [f"{PHASES[name]} {seconds:.1f}" for name, seconds in phases.items()]
-    return (
-        f"Where qwenq's seconds go: {', '.join(parts)}, starting Python, imports, fingerprint and exit "
-        f"{rest:.1f}. What a layer does: [quantize_profile.md](quantize_profile.md)."
-    )
 
 
 def main() -> None:

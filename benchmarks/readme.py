@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
+import _quantize_report
 import decode_vs_peers
-import quantize_vs_peers
 from _common import ROOT, machine, markdown_table, measured_on, turns_of
 
 from qwenq.results import plain_name
@@ -145,15 +145,15 @@ def _records(table: Report, *, bounds: bool = False) -> list[dict[str, str]]:
     return [dict(zip(table["headers"], cells, strict=True)) for cells in shown]
 
 
-def quantize_table(report: Report) -> str:
-    """For the block ``quantize``."""
+def quantize_table(name: str, report: Report) -> str:
+    """For the blocks ``quantize`` and ``quantize_qwen``."""
     facts, rows = report["environment"], report["rows"]
     return (
-        f"{quantize_vs_peers.lines(rows)}\n{quantize_vs_peers.comparison(report['ratios'], facts)} "
+        f"{_quantize_report.lines(rows)}\n{_quantize_report.comparison(report['ratios'], facts)} "
         f"{plain_name(facts['model'])}, Int{facts['bits']}, groups of {facts['group_size']}, "
         f"the same tokens for all; perplexity: {facts['evaluation']} tokens; "
         f"{turns_of(facts)}; {facts['threads']} threads of {facts['cpu']}, "
-        f"{measured_on(rows, facts)}; [the report](reports/benchmarks/quantize.md)."
+        f"{measured_on(rows, facts)}; [the report](reports/benchmarks/{name}.md)."
     )
 
 
@@ -201,7 +201,11 @@ BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
     "front": (ROOT / "reports" / "demo" / "results.json", partial(front_table, "demo")),
     "qwen": (ROOT / "reports" / "qwen" / "results.json", partial(front_table, "qwen")),
     "demo": (ROOT / "reports" / "demo.json", demo_table),
-    "quantize": (ROOT / "reports" / "benchmarks" / "quantize.json", quantize_table),
+    "quantize": (ROOT / "reports" / "benchmarks" / "quantize.json", partial(quantize_table, "quantize")),
+    "quantize_qwen": (
+        ROOT / "reports" / "benchmarks" / "quantize_qwen.json",
+        partial(quantize_table, "quantize_qwen"),
+    ),
     "decode_cpu": (ROOT / "reports" / "benchmarks" / "decode_cpu.json", decode_table),
     "decode_gpu": (ROOT / "reports" / "benchmarks" / "decode_gpu.json", gpu_table),
 }

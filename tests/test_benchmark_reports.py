@@ -31,7 +31,8 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "decode_cpu": ("decode_vs_peers", ("rows", "ratios", "environment")),
     "eval": ("eval_vs_lm_eval", ("rows", "ratios", "cpu_ratios", "environment")),
     "memory": ("quantize_memory", ("rows", "environment")),
-    "quantize": ("quantize_vs_peers", ("rows", "ratios", "environment")),
+    "quantize": ("_quantize_report", ("rows", "ratios", "environment")),
+    "quantize_qwen": ("_quantize_report", ("rows", "ratios", "environment")),
 }
 
 
@@ -126,7 +127,7 @@ def quantised(turns: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def test_one_turn_is_called_one_and_has_no_range(load: Load) -> None:
-    peers = load("quantize_vs_peers")
+    peers = load("_quantize_report")
     rows, facts = quantised(1)
     text = peers.table(rows, {}, facts)
     assert "one turn each" in text
@@ -139,16 +140,36 @@ def test_one_turn_is_called_one_and_has_no_range(load: Load) -> None:
 
 def test_where_qwenqs_seconds_go_adds_up_to_all_of_them(load: Load) -> None:
     rows, facts = quantised(3)
-    text = load("quantize_vs_peers").table(rows, {}, facts)
+    text = load("_quantize_report").table(rows, {}, facts)
     assert "layers 62.0, writing 0.5, the check 20.0" in text
     assert "exit 8.5" in text  # 92 less the phases
+
+
+def test_quality_beyond_perplexity_is_shown_where_it_was_measured(load: Load) -> None:
+    peers = load("_quantize_report")
+    rows, facts = quantised(1)
+    assert "KL" not in peers.lines(rows)  # an old report
+    for row, unmarked, kl in zip(rows, (18.0, 19.0, 22.0), (None, 0.05, 0.08), strict=True):
+        row |= {"perplexity_without_unk": unmarked} | ({} if kl is None else {"kl": kl})
+    table = peers.lines(rows).splitlines()
+    assert table[0] == "|  | seconds | peak MiB | perplexity | added | added without `<unk>` | KL |"
+    assert table[2] == "| unquantised |  |  | 20.00 |  |  |  |"
+    assert table[3] == "| qwenq | 91.0 | 1234 | 22.00 | 2.00 | 1.00 | 0.0500 |"
+    found = peers.ratios(rows)
+    assert found["gap_vs_gptqmodel"] == 1.0
+    assert found["gap_without_unk_vs_gptqmodel"] == 0.25
+    assert found["kl_vs_gptqmodel"] == 0.625
+    said = peers.comparison(found, facts)
+    assert (
+        "1.00 of the perplexity that it added (0.25 without the text's marks `<unk>`), 0.62 of its KL" in said
+    )
 
 
 @pytest.mark.parametrize("turns", [1, 3])
 def test_the_readme_says_how_many_turns_its_comparison_is_of(load: Load, turns: int) -> None:
     rows, facts = quantised(turns)
     ratios = dict.fromkeys(report("quantize")["ratios"], 0.5)
-    text = load("readme").quantize_table({"rows": rows, "environment": facts, "ratios": ratios})
+    text = load("readme").quantize_table("quantize", {"rows": rows, "environment": facts, "ratios": ratios})
     assert ("one turn each" if turns == 1 else "medians of 3 alternating turns") in text
 
 

@@ -1,0 +1,147 @@
+"""The report of quantize_vs_peers.py: its ratios, and its table for people."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from _common import markdown_table, measured_on, turns_of
+
+QWENQ, GPTQMODEL, LLMCOMPRESSOR, ROUND_TO_NEAREST = "qwenq", "GPTQModel", "llm-compressor", "round to nearest"
+PEERS = {GPTQMODEL: "gptqmodel", LLMCOMPRESSOR: "llmcompressor"}
+"""Their packages, by which ratios are called after them."""
+PHASES = {"calibration": "reading the tokens", "layers": "layers", "write": "writing", "check": "the check"}
+"""Of a run of qwenq, as its JSON names them, in words."""
+JUDGED = {"gap": "perplexity", "gap_without_unk": "perplexity_without_unk", "kl": "kl"}
+"""Ratios of quality, and whose they are. An old report has perplexity alone."""
+BEYOND = (
+    "In that text `<unk>` stands for a rare word. KL: divergence of each one's next-token distributions from the "
+    "unquantised model's, nats a token. "
+)
+
+
+def middle(rows: list[dict[str, Any]], tool: str, key: str) -> float:
+    """Median over a tool's turns."""
+    return float(median(row[key] for row in rows if row["tool"] == tool))
+
+
+def seconds_of_check(rows: list[dict[str, Any]]) -> list[float]:
+    """What qwenq spent on comparing what it wrote with the base, by turn; its peers have no such step."""
+    return [row["phases_s"]["check"] for row in rows if row["tool"] == QWENQ]
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Qwenq's medians over each peer's; a gap is the perplexity above the unquantised model's."""
+    tools, base = {row["tool"] for row in rows}, rows[0]
+    found: dict[str, float] = {}
+    for peer, package in PEERS.items():
+        if {QWENQ, peer} <= tools:
+            keys = {"time": "wall_s", **{name: key for name, key in JUDGED.items() if key in rows[1]}}
+            keys |= {"memory": "peak_rss_mib"}
+            pairs = {
+                name: [middle(rows, tool, key) - base.get(key, 0.0) for tool in (QWENQ, peer)]
+                for name, key in keys.items()
+            }
+            bare = pairs["time"][0] - median(seconds_of_check(rows)), pairs["time"][1]
+            pairs = {"time": pairs.pop("time"), "time_without_check": [*bare], **pairs}
+            found |= {f"{name}_vs_{package}": round(a / b, 3) for name, (a, b) in pairs.items()}
+    return found
+
+
+def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
+    """The report for people."""
+    said = comparison(found, facts)
+    return (
+        f"# Quantising: qwenq beside its peers\n\n{lines(rows)}\n"
+        + (f"{said}\n\n" if said else "")
+        + (f"{whereabouts(rows)}\n\n" if any(row["tool"] == QWENQ for row in rows) else "")
+        + f"{facts['model']}, Int{facts['bits']}, group size {facts['group_size']}; calibrated on "
+        f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
+        f"float32 with dequantised weights. {BEYOND if 'kl' in rows[1] else ''}Seconds are those of the whole command, {turns_of(facts)}. "
+        f"{facts['cpu']}, {facts['threads']} threads; torch {facts['versions'].get('torch')}; "
+        f"{peers_of(facts)} with their defaults; {measured_on(rows, facts)}.\n"
+    )
+
+
+def peers_of(facts: dict[str, Any]) -> str:
+    """All that were raced, with their versions."""
+    return " and ".join(version_of(peer, facts) for peer in PEERS if f"versions_{PEERS[peer]}" in facts)
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    """The table: medians over the turns; where there are several, the fastest and the slowest as well."""
+    base = rows[0]
+    several = max(row.get("turn", 1) for row in rows) > 1
+    judged = [key for key in JUDGED.values() if key in rows[1]]
+    body = [["unquantised", "", *([""] * several), "", *_quality(judged, base, base)]]
+    for tool in dict.fromkeys(row["tool"] for row in rows[1:]):
+        walls = [row["wall_s"] for row in rows if row["tool"] == tool]
+        seconds = [f"{median(walls):.1f}", *([f"{min(walls):.1f}–{max(walls):.1f}"] * several)]
+        found = {key: middle(rows, tool, key) for key in ("peak_rss_mib", *judged)}
+        body.append([tool, *seconds, f"{found['peak_rss_mib']:.0f}", *_quality(judged, found, base)])
+    heads = {
+        "perplexity": ["perplexity", "added"],
+        "perplexity_without_unk": ["added without `<unk>`"],
+        "kl": ["KL"],
+    }
+    header = [
+        "",
+        "seconds",
+        *(["range"] * several),
+        "peak MiB",
+        *(head for key in judged for head in heads[key]),
+    ]
+    return markdown_table(header, body)
+
+
+def _quality(judged: list[str], found: dict[str, float], base: dict[str, float]) -> list[str]:
+    """Cells of a line; of the base, what it is itself."""
+    added = {
+        key: "" if found is base else f"{found[key] - base.get(key, 0.0):.2f}"
+        for key in judged
+        if key != "kl"
+    }
+    cells = [f"{found['perplexity']:.2f}", *added.values()]
+    return cells + ([f"{found['kl']:.4f}" if "kl" in found else ""] if "kl" in judged else [])
+
+
+def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
+    """The ratios in words; nothing of a peer that was not measured."""
+    said = []
+    for peer, package in PEERS.items():
+        if f"time_vs_{package}" in found:
+            time, bare, memory, added = (
+                f"{found[f'{name}_vs_{package}']:.2f}"
+                for name in ("time", "time_without_check", "memory", "gap")
+            )
+            said.append(
+                f"qwenq beside {version_of(peer, facts)}: {time} of its time ({bare} without the check, "
+                f"which it does not have), {memory} of its memory, {added} of the perplexity that it added"
+                f"{_beyond(found, package)}."
+            )
+    return " ".join(said)
+
+
+def _beyond(found: dict[str, float], package: str) -> str:
+    """What perplexity alone does not tell, where it was measured."""
+    if f"kl_vs_{package}" not in found:
+        return ""
+    unmarked, divergence = (found[f"{name}_vs_{package}"] for name in ("gap_without_unk", "kl"))
+    return f" ({unmarked:.2f} without the text's marks `<unk>`), {divergence:.2f} of its KL divergence"
+
+
+def version_of(peer: str, facts: dict[str, Any]) -> str:
+    """Name and version."""
+    return f"{peer} {facts[f'versions_{PEERS[peer]}'].get(PEERS[peer])}"
+
+
+def whereabouts(rows: list[dict[str, Any]]) -> str:
+    """Where qwenq's own seconds go: medians of its phases, and what is outside all of them."""
+    ours = [row for row in rows if row["tool"] == QWENQ]
+    phases = {name: float(median(row["phases_s"][name] for row in ours)) for name in PHASES}
+    rest = middle(rows, QWENQ, "wall_s") - sum(phases.values())
+    parts = [f"{PHASES[name]} {seconds:.1f}" for name, seconds in phases.items()]
+    return (
+        f"Where qwenq's seconds go: {', '.join(parts)}, starting Python, imports, fingerprint and exit "
+        f"{rest:.1f}. What a layer does: [quantize_profile.md](quantize_profile.md)."
+    )
