@@ -15,8 +15,8 @@ PHASES = {"calibration": "reading the tokens", "layers": "layers", "write": "wri
 JUDGED = {"gap": "perplexity", "gap_without_unk": "perplexity_without_unk", "kl": "kl"}
 """Ratios of quality, and whose they are. An old report has perplexity alone."""
 BEYOND = (
-    "In that text `<unk>` stands for a rare word. KL: divergence of each one's next-token distributions from the "
-    "unquantised model's, nats a token. "
+    "In that text `<unk>` stands for a rare word. KL: divergence of each one's next-token distributions from "
+    "the unquantised model's, nats a token. "
 )
 
 
@@ -50,14 +50,14 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
     """The report for people."""
-    said = comparison(found, facts)
+    said, beyond = comparison(found, facts), BEYOND if "kl" in rows[1] else ""
     return (
         f"# Quantising: qwenq beside its peers\n\n{lines(rows)}\n"
         + (f"{said}\n\n" if said else "")
         + (f"{whereabouts(rows)}\n\n" if any(row["tool"] == QWENQ for row in rows) else "")
         + f"{facts['model']}, Int{facts['bits']}, group size {facts['group_size']}; calibrated on "
         f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
-        f"float32 with dequantised weights. {BEYOND if 'kl' in rows[1] else ''}Seconds are those of the whole command, {turns_of(facts)}. "
+        f"float32 with dequantised weights. {beyond}Seconds are those of the whole command, {turns_of(facts)}. "
         f"{facts['cpu']}, {facts['threads']} threads; torch {facts['versions'].get('torch')}; "
         f"{peers_of(facts)} with their defaults; {measured_on(rows, facts)}.\n"
     )

@@ -150,7 +150,7 @@ def test_quality_beyond_perplexity_is_shown_where_it_was_measured(load: Load) ->
     rows, facts = quantised(1)
     assert "KL" not in peers.lines(rows)  # an old report
     for row, unmarked, kl in zip(rows, (18.0, 19.0, 22.0), (None, 0.05, 0.08), strict=True):
-        row |= {"perplexity_without_unk": unmarked} | ({} if kl is None else {"kl": kl})
+        row.update({"perplexity_without_unk": unmarked} | ({} if kl is None else {"kl": kl}))
     table = peers.lines(rows).splitlines()
     assert table[0] == "|  | seconds | peak MiB | perplexity | added | added without `<unk>` | KL |"
     assert table[2] == "| unquantised |  |  | 20.00 |  |  |  |"
