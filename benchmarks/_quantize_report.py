@@ -57,8 +57,8 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
         + (f"{whereabouts(rows)}\n\n" if any(row["tool"] == QWENQ for row in rows) else "")
         + f"{facts['model']}, Int{facts['bits']}, group size {facts['group_size']}; calibrated on "
         f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
-        f"float32 with dequantised weights. {beyond}Seconds are those of the whole command, {turns_of(facts)}. "
-        f"{facts['cpu']}, {facts['threads']} threads; torch {facts['versions'].get('torch')}; "
+        f"float32 with dequantised weights. {beyond}Seconds are those of the whole command, "
+        f"{turns_of(facts)}. {facts['cpu']}, {facts['threads']} threads; torch {facts['versions'].get('torch')}; "
         f"{peers_of(facts)} with their defaults; {measured_on(rows, facts)}.\n"
     )
 
