@@ -59,7 +59,8 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
         f"{facts['calibration']} tokens; evaluated on {facts['evaluation']} tokens, the text as it is, in "
         f"float32 with dequantised weights. {beyond}Seconds are those of the whole command, "
         f"{turns_of(facts)}. {facts['cpu']}, {facts['threads']} threads; "
-        f"torch {facts['versions'].get('torch')}; {peers_of(facts)} with their defaults; {measured_on(rows, facts)}.\n"
+        f"torch {facts['versions'].get('torch')}; {peers_of(facts)} with their "
+        f"defaults; {measured_on(rows, facts)}.\n"
     )
 
 
