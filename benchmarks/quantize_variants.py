@@ -8,7 +8,7 @@ FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/
 quantize_vs_peers.py. Each variant is a recipe; it is measured on two texts that calibration never saw: the
 held-out sequences of C4 by `qwenq quantize`'s own check, and the beginning of WikiText-2 by the evaluator of
 all benchmarks, in float32. Variants whose result is in the work folder are not made again; each row keeps its
-own date and versions. Another model, as ``_small_model.py`` trains one, needs its own work folder and report.
+own date and versions. Another model, as ``_real_qwen.py`` makes one, needs its own work folder and report.
 Writes reports/benchmarks/quantize_variants.json and quantize_variants.md, or by the name that --report gives.
 Standard library only.
 """
