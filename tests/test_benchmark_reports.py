@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "memory": ("quantize_memory", ("rows", "environment")),
     "quantize": ("_quantize_report", ("rows", "ratios", "environment")),
     "quantize_qwen": ("_quantize_report", ("rows", "ratios", "environment")),
+    "quantize_xeon": ("_quantize_report", ("rows", "ratios", "environment")),
 }
 
 
