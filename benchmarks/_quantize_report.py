@@ -14,6 +14,7 @@ PHASES = {"calibration": "reading the tokens", "layers": "layers", "write": "wri
 """Of a run of qwenq, as its JSON names them, in words."""
 JUDGED = {"gap": "perplexity", "gap_without_unk": "perplexity_without_unk", "kl": "kl"}
 """Ratios of quality, and whose they are. An old report has perplexity alone."""
+HEADS = {"perplexity": "added", "perplexity_without_unk": "added without `<unk>`", "kl": "KL"}
 BEYOND = (
     "In that text `<unk>` stands for a rare word. KL: divergence of each one's next-token distributions from "
     "the unquantised model's, nats a token. "
@@ -36,14 +37,13 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for peer, package in PEERS.items():
         if {QWENQ, peer} <= tools:
-            keys = {"time": "wall_s", **{name: key for name, key in JUDGED.items() if key in rows[1]}}
-            keys |= {"memory": "peak_rss_mib"}
+            judged = {name: key for name, key in JUDGED.items() if key in rows[1]}
             pairs = {
                 name: [middle(rows, tool, key) - base.get(key, 0.0) for tool in (QWENQ, peer)]
-                for name, key in keys.items()
+                for name, key in {"time": "wall_s", **judged, "memory": "peak_rss_mib"}.items()
             }
-            bare = pairs["time"][0] - median(seconds_of_check(rows)), pairs["time"][1]
-            pairs = {"time": pairs.pop("time"), "time_without_check": [*bare], **pairs}
+            ours, theirs = pairs["time"]
+            pairs["time_without_check"] = [ours - median(seconds_of_check(rows)), theirs]
             found |= {f"{name}_vs_{package}": round(a / b, 3) for name, (a, b) in pairs.items()}
     return found
 
@@ -74,36 +74,16 @@ def lines(rows: list[dict[str, Any]]) -> str:
     base = rows[0]
     several = max(row.get("turn", 1) for row in rows) > 1
     judged = [key for key in JUDGED.values() if key in rows[1]]
-    body = [["unquantised", "", *([""] * several), "", *_quality(judged, base, base)]]
+    heads = [HEADS[key] for key in judged]
+    body = [["unquantised", "", *([""] * several), "", f"{base['perplexity']:.2f}", *([""] * len(judged))]]
     for tool in dict.fromkeys(row["tool"] for row in rows[1:]):
         walls = [row["wall_s"] for row in rows if row["tool"] == tool]
         seconds = [f"{median(walls):.1f}", *([f"{min(walls):.1f}–{max(walls):.1f}"] * several)]
-        found = {key: middle(rows, tool, key) for key in ("peak_rss_mib", *judged)}
-        body.append([tool, *seconds, f"{found['peak_rss_mib']:.0f}", *_quality(judged, found, base)])
-    heads = {
-        "perplexity": ["perplexity", "added"],
-        "perplexity_without_unk": ["added without `<unk>`"],
-        "kl": ["KL"],
-    }
-    header = [
-        "",
-        "seconds",
-        *(["range"] * several),
-        "peak MiB",
-        *(head for key in judged for head in heads[key]),
-    ]
-    return markdown_table(header, body)
-
-
-def _quality(judged: list[str], found: dict[str, float], base: dict[str, float]) -> list[str]:
-    """Cells of a line; of the base, what it is itself."""
-    added = {
-        key: "" if found is base else f"{found[key] - base.get(key, 0.0):.2f}"
-        for key in judged
-        if key != "kl"
-    }
-    cells = [f"{found['perplexity']:.2f}", *added.values()]
-    return cells + ([f"{found['kl']:.4f}" if "kl" in found else ""] if "kl" in judged else [])
+        peak, found = f"{middle(rows, tool, 'peak_rss_mib'):.0f}", f"{middle(rows, tool, 'perplexity'):.2f}"
+        more = {key: middle(rows, tool, key) - base.get(key, 0.0) for key in judged}
+        added = [f"{value:.4f}" if key == "kl" else f"{value:.2f}" for key, value in more.items()]
+        body.append([tool, *seconds, peak, found, *added])
+    return markdown_table(["", "seconds", *(["range"] * several), "peak MiB", "perplexity", *heads], body)
 
 
 def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from _common import (
     shared,
     write_report,
 )
-from quantize_vs_peers import only_file
+from quantize_vs_peers import only_file, quality
 
 HERE = Path(__file__).resolve().parent
 SEQ_LEN, HELD_OUT = 512, 16
@@ -96,14 +96,6 @@ def prepare(data: Path, model: Path, work: Path, asked: Sizes) -> tuple[Path, Pa
     return calibration, evaluation
 
 
-def quality(folder: Path, evaluation: Path, base: Path | None = None) -> dict[str, float]:
-    """On WikiText-2, by the evaluator that all benchmarks share."""
-    against = () if base is None else (base,)
-    command: Command = [sys.executable, HERE / "_perplexity.py", folder, evaluation, *against]
-    found: dict[str, float] = run_child(command, threads=2).json()
-    return found
-
-
 def measure(given: str, model: Path, tokens: tuple[Path, Path], work: Path) -> dict[str, Any]:
     """Quantise by a recipe, and what came of it on both texts."""
     calibration, evaluation = tokens
@@ -115,7 +107,7 @@ def measure(given: str, model: Path, tokens: tuple[Path, Path], work: Path) -> d
     told = run_child([*command, *rest, "--calibration", calibration, "--out", out], threads=2).json()
     manifest = json.loads((out / "qwenq.json").read_text(encoding="utf-8"))
     errors = [module["error"] for module in manifest["check"]["modules"]]
-    judged = quality(out, evaluation, model)
+    judged = quality(out, evaluation, threads=2, base=model)
     found = {
         "kl": told["check"]["kl"],
         "ratio_held_out": told["check"]["perplexity_ratio"],
@@ -157,7 +149,7 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     model = given.model.resolve() if given.model is not None else resolve_bundled()
     tokens = prepare(given.data, model, given.work, asked)
-    base = quality(model, tokens[1])
+    base = quality(model, tokens[1], threads=2)
     rows = []
     for name in given.only:
         settings = VARIANTS[name]

@@ -150,11 +150,11 @@ def prepare(bench: Bench) -> None:
     run_child([*tokenise, str(options.eval_samples), str(options.seq_len)], options.threads)
 
 
-def quality(bench: Bench, model: Path) -> dict[str, float]:
-    """By the common evaluator, beside the unquantised model."""
-    against = () if model == bench.model else (bench.model,)
-    command: Command = [sys.executable, HERE / "_perplexity.py", model, bench.evaluation, *against]
-    found: dict[str, float] = run_child(command, bench.options.threads).json()
+def quality(folder: Path, evaluation: Path, threads: int, base: Path | None = None) -> dict[str, float]:
+    """Of a checkpoint on the evaluation tokens, and beside its base: by the evaluator of all benchmarks."""
+    against = () if base is None else (base,)
+    command: Command = [sys.executable, HERE / "_perplexity.py", folder, evaluation, *against]
+    found: dict[str, float] = run_child(command, threads).json()
     return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -175,7 +175,7 @@ def take_turn(bench: Bench, tool: str, turn: int, seen: dict[str, dict[str, floa
     told = child.json()
     digest = weights_sha256(out)
     if digest not in seen:
-        seen[digest] = quality(bench, out)
+        seen[digest] = quality(out, bench.evaluation, bench.options.threads, bench.model)
     shutil.rmtree(out)
     row = {
         "tool": tool,
@@ -194,7 +194,7 @@ def take_turn(bench: Bench, tool: str, turn: int, seen: dict[str, dict[str, floa
 
 def measure(bench: Bench) -> list[dict[str, Any]]:
     """All rows: the unquantised model's, then each contender's, turn by turn."""
-    base = quality(bench, bench.model)
+    base = quality(bench.model, bench.evaluation, bench.options.threads)
     print(f"unquantised: {base}", flush=True)
     rows: list[dict[str, Any]] = [{"tool": "unquantised", **base, "date": date.today().isoformat()}]
     seen: dict[str, dict[str, float]] = {}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from test_docs import ROOT
 
 REPORTS = ROOT / "reports" / "benchmarks"
@@ -164,6 +166,23 @@ def test_quality_beyond_perplexity_is_shown_where_it_was_measured(load: Load) ->
     assert (
         "1.00 of the perplexity that it added (0.25 without the text's marks `<unk>`), 0.62 of its KL" in said
     )
+
+
+def test_the_evaluator_tells_marks_from_text_and_one_model_from_another(load: Load) -> None:
+    even = torch.zeros(4, 4)
+    sure = torch.tensor([0.0, math.log(5), 0.0, 0.0]).expand(4, 4)  # token 1: 5/8, the others 1/8
+    flat, peaked = (
+        lambda row, logits=logits: SimpleNamespace(logits=logits[None]) for logits in (even, sure)
+    )
+    ids, unk = torch.tensor([[0, 1, 2, 1]]), torch.tensor([[False, False, True, False]])
+    quality = load("_perplexity").quality
+    found = quality(peaked, ids, unk, flat)
+    assert found["perplexity"] == pytest.approx((8 / 5 * 8 * 8 / 5) ** (1 / 3), rel=1e-5)
+    assert found["perplexity_without_unk"] == pytest.approx(8 / 5, rel=1e-5)
+    expected = sum(math.log(0.25 / p) / 4 for p in (5 / 8, 1 / 8, 1 / 8, 1 / 8))
+    assert found["kl"] == pytest.approx(expected, rel=1e-5)  # of the base from the model, not the other way
+    assert quality(peaked, ids, unk, peaked)["kl"] == pytest.approx(0, abs=1e-6)
+    assert "kl" not in quality(flat, ids, unk, None)
 
 
 @pytest.mark.parametrize("turns", [1, 3])
