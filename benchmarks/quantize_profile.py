@@ -103,7 +103,7 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     from qwenq.gptq import quantise, rows
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.precision import compute_dtype
+    from qwenq.models.precision import product_dtype
 
     seconds: defaultdict[str, float] = defaultdict(float)
     for step, name in (
@@ -115,7 +115,7 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     clocked(seconds, "drift", quantise, "drift")
     clocked(seconds, "solve", quantise._Layer, "solve", around=True)
     tokens = CalibrationSet.load(calibration).tokens
-    decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), compute_dtype("cpu"))
+    decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), product_dtype("cpu"))
     settings = rows.Settings(4, 64, True, True, "hessian", 0.01, 0.5, True)
     store: Any = Forgetful()
     begun = time.perf_counter()
@@ -230,7 +230,7 @@ def main() -> None:
 
     import torch
 
-    from qwenq.models.precision import compute_dtype
+    from qwenq.models.precision import product_dtype
 
     torch.set_num_threads(options.threads)
     seconds, shape = measure(model, options.calibration, options.layers)
@@ -238,7 +238,7 @@ def main() -> None:
         "versions": versions(sys.executable, ["qwenq", "torch", "transformers"]),
         "model": model.name,
         "calibration": f"{shape[0]} × {shape[1]}",
-        "dtype": str(compute_dtype("cpu")).removeprefix("torch."),
+        "dtype": str(product_dtype("cpu")).removeprefix("torch."),
         "matmul_gflops": matmul_gflops(),
     }
     rows = rows_of(seconds, operations(model, shape))

@@ -211,7 +211,7 @@ def self_text_path(
     checkpoint: Checkpoint, tokenizer: Tokenizer, wanted: Wanted, seed: int, device: str
 ) -> Path:
     """Where the model's own text is kept: its name is a hash of all that decides it."""
-    from qwenq.models.precision import compute_dtype
+    from qwenq.models.precision import product_dtype
 
     decides: list[Any] = [
         _SELF_TEXT_RULE,
@@ -220,7 +220,7 @@ def self_text_path(
         asdict(wanted),
         seed,
         torch.device(device).type,
-        str(compute_dtype(device)),
+        str(product_dtype(device)),
     ]
     return (
         cache_folder()

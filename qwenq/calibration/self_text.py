@@ -27,7 +27,7 @@ from qwenq.calibration.whole_model import (
 )
 from qwenq.errors import CalibrationError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.precision import compute_dtype
+from qwenq.models.precision import product_dtype
 from qwenq.models.tokenizer import Tokenizer
 
 HELD_OUT_ROWS = 1 << 32
@@ -107,7 +107,7 @@ def write_self_text(
         CalibrationError: the model's logits are not finite.
     """
     vocabulary = vocabulary_of(checkpoint, tokenizer)
-    dtype = compute_dtype(device)
+    dtype = product_dtype(device)
     per_row = cache_bytes_per_row(checkpoint.config, seq_len, dtype)
     size = batch_rows(per_row)
     if torch.device(device).type == "cpu":

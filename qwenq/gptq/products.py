@@ -42,7 +42,7 @@ def products(rows: int, columns: int, like: Tensor, *, symmetric: bool = False) 
     if are_compiled(like):
         from qwenq.gptq.native_products import NativeProducts
 
-        return NativeProducts(rows, columns, symmetric=symmetric)
+        return NativeProducts(rows, columns, like.dtype, symmetric=symmetric)
     return Float32Products(rows, columns, like.device, symmetric=symmetric)
 
 
@@ -55,22 +55,20 @@ def native_why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why products are not compiled for this CPU, in words that follow "because"; None: they are."""
     if device.type != "cpu":
         return f"that is for CPUs, not for {device.type}"
-    if dtype != torch.bfloat16:
-        return f"that is for bfloat16, not for {str(dtype).removeprefix('torch.')}"
-    return support.why_not(*support.BFLOAT16)
+    return support.why_not_multiply(dtype)
 
 
 def passed_over(dtype: torch.dtype, device: torch.device, *, exact: bool = False) -> str | None:
     """A sentence on compiled code that this machine or this installation lacks; None: none is missed.
 
-    Products are compiled for bfloat16 on a CPU; ``columns`` and ``scales``, which ask less of it, whatever
-    the activations are; on a GPU columns alone.
+    Products are compiled for bfloat16 and float32 on a CPU; ``columns`` and ``scales`` whatever the
+    activations are; on a GPU columns alone.
 
     Args:
         exact: products are ``exact``'s, which are never compiled.
     """
     on_cpu = device.type == "cpu"
-    summing = native_why_not(dtype, device) if on_cpu and dtype == torch.bfloat16 and not exact else None
+    summing = native_why_not(dtype, device) if on_cpu and dtype in support.FEATURES and not exact else None
     rounding = columns.missed(device)
     if not on_cpu:
         what = "rounding is"

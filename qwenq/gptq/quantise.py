@@ -162,10 +162,10 @@ def run_facts(
 
 
 def how_summed(dtype: torch.dtype, device: torch.device, team: Team) -> str:
-    """Which of the ways to sum up Hessians, whose last bits differ: exact, bfloat16 pairs, float32."""
+    """Which of the ways to sum up Hessians, whose last bits differ: exact, torch, compiled."""
     if team.launched:
         return "exact"
-    return "float32" if native_why_not(dtype, device) else "bfloat16 pairs"
+    return "torch" if native_why_not(dtype, device) else "compiled"
 
 
 def how_solved(settings: Settings, device: torch.device) -> str:

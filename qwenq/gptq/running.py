@@ -27,10 +27,9 @@ def running_hessian(inputs: Sequence[Tensor]) -> Tensor:
 def running_drift(inputs: Sequence[Tensor], references: Sequence[Tensor], H: Tensor) -> Tensor | None:
     """2/n · Σ (x̃ − x) xᵀ, [width, width] float32; None: there is no reference.
 
-    In float32 whatever the activations' dtype. Compiled products take bfloat16 alone, and add the tokens in
-    one order: there it is 2/n · Σ x̃ xᵀ − H, without a rounded difference, and zero where nothing has drifted.
-    torch's may add in another order for each shape, and H⁻¹ would enlarge what is left: there the difference
-    comes first.
+    In float32 whatever the activations' dtype. Compiled products add the tokens in one order: there it is
+    2/n · Σ x̃ xᵀ − H, without a rounded difference, and zero where nothing has drifted. torch's may add in
+    another order for each shape, and H⁻¹ would enlarge what is left: there the difference comes first.
 
     Args:
         inputs: [..., width] each, as the quantised layers so far produce them.

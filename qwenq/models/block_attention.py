@@ -21,19 +21,17 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     """Why attention is not compiled for this CPU, in words that follow "because"; None: it is."""
     if device.type != "cpu":
         return f"compiled attention is for CPUs, not for {device.type}"
-    if dtype != torch.bfloat16:
-        return f"compiled attention is for bfloat16, not for {str(dtype).removeprefix('torch.')}"
     if head_dim % HEAD_STEP:
         return f"the width of a head, {head_dim}, is no multiple of {HEAD_STEP}"
-    return support.why_not(*support.BFLOAT16)
+    return support.why_not_multiply(dtype)
 
 
 def passed_over(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """A sentence on compiled attention that blocks go without; None: they have it, or none is made for them.
 
-    On a GPU and in float32 torch's is what there is: nothing is missed.
+    On a GPU and in float16 torch's is what there is: nothing is missed.
     """
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    if device.type != "cpu" or dtype not in support.FEATURES:
         return None
     why = why_not(device, dtype, head_dim)
     return f"attention is left to torch, which takes longer, because {why}" if why else None

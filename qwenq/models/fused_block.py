@@ -28,7 +28,7 @@ def fuse_blocks(blocks: Iterable[nn.Module], config: Any) -> str | None:
     """Replace modules of decoder blocks of which compiled code is known to compute the same.
 
     Args:
-        blocks: transformers' blocks, in bfloat16, for this CPU; without weights.
+        blocks: transformers' blocks, in bfloat16 or float32, for this CPU; without weights.
         config: transformers' configuration of their model.
 
     Returns:

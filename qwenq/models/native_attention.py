@@ -1,13 +1,14 @@
-"""Causal attention over several queries of a sequence in bfloat16, as code for CPUs with AVX-512 BF16.
+"""Causal attention over several queries of a sequence, as code for CPUs with AVX-512; bfloat16 or float32.
 
     out = softmax(scale · Q Kᵀ, causal) V
 
-torch's fused attention takes a third of a block's forward pass on such a CPU. Here eight queries are taken at
-a time: their scores against all keys up to the last of them in float32; the powers of each row, rounded to
-bfloat16 as FlashAttention rounds them (arXiv 2205.14135), and their sum in float32; the mean of the values.
-Eight rows of scores stay in the cache, so nothing has to be rescaled on the way.
+torch's fused attention takes up to a third of a block's forward pass. Here eight queries are taken at a time:
+their scores against all keys up to the last of them in float32; the powers of each row, rounded to the dtype
+of the values as FlashAttention rounds them (arXiv 2205.14135), and their sum in float32; the mean of the
+values. Eight rows of scores stay in the cache, so nothing has to be rescaled on the way.
 
-Keys are packed first, 16 side by side, and values in pairs: that is how the CPU's instruction reads them.
+Keys are packed first, 16 side by side, and values by words (``native.numbers``): that is how the CPU's
+instructions read them.
 """
 
 from __future__ import annotations
@@ -19,21 +20,13 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from qwenq.native.bfloat16 import (
-    WORDS,
-    add_to_tile,
-    put_bfloat16,
-    put_normal_bfloat16,
-    rows_as_pairs,
-    tile_of_sums,
-)
+from qwenq.native.bfloat16 import WORDS
 from qwenq.native.code import (
     BYTE,
     FLOAT,
     LANES,
     LONG,
     POINTER,
-    SHORT,
     WORD,
     Code,
     compiled,
@@ -50,6 +43,7 @@ from qwenq.native.floats import (
     put_floats,
     told_float,
 )
+from qwenq.native.numbers import NUMBERS, Numbers, add_to_tile, tile_of_sums
 
 QUERIES = 8
 """Rows of a tile."""
@@ -67,10 +61,10 @@ _NUMBERS = (
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None) -> Tensor:
-    """Each query's mean of the values up to its own; [batch, tokens, heads, d] bfloat16.
+    """Each query's mean of the values up to its own; [batch, tokens, heads, d] of their dtype.
 
     Args:
-        q: [batch, heads, tokens, d] bfloat16, d a multiple of 16.
+        q: [batch, heads, tokens, d] bfloat16 or float32, d a multiple of 16.
         k, v: [batch, kv_heads, slots, d]; kv_heads divides heads.
         scale: of the scores.
         starts: int64 [batch], the slot of each row's first query; query t sees slots 0 … start + t, of those
@@ -85,22 +79,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
     starts = _checked_starts(starts, batch, tokens, slots)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     panels = -(-slots // (LANES * REGISTERS)) * REGISTERS
-    out = torch.empty(batch, tokens, heads, d, dtype=torch.bfloat16)
-    keys, values = (torch.empty(batch * kv_heads * panels * d * 8, dtype=torch.int32) for _ in range(2))
-    scratch = torch.empty(threads * _scratch_bytes(panels), dtype=torch.uint8)
+    numbers, out = NUMBERS[q.dtype], torch.empty(batch, tokens, heads, d, dtype=q.dtype)
+    words = batch * kv_heads * panels * d * LANES // numbers.per_word
+    keys, values = (torch.empty(words, dtype=torch.int32) for _ in range(2))
+    scratch = torch.empty(threads * _scratch_bytes(panels, numbers), dtype=torch.uint8)
     strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
     addresses = (x.data_ptr() for x in (q, k, v, starts, out, keys, values, scratch))
     sizes = batch, heads, kv_heads, tokens, slots, panels
-    _code(d)(*addresses, *sizes, *strides, float_bits(scale), threads)
+    _code(d, q.dtype)(*addresses, *sizes, *strides, float_bits(scale), threads)
     return out
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.ndim != 4:
+        if x.dtype not in NUMBERS or x.dtype != q.dtype or x.device.type != "cpu" or x.ndim != 4:
             raise ValueError(
                 f"{name} is {x.dtype} {list(x.shape)} on {x.device}, "
-                "not bfloat16 [batch, heads, tokens, d] on the CPU"
+                "not bfloat16 or float32, as q is, [batch, heads, tokens, d] on the CPU"
             )
     (batch, heads, _, d), (kv_heads, slots) = q.shape, k.shape[1:3]
     if not d or d % LANES:
@@ -128,17 +123,17 @@ def _checked_starts(starts: Tensor | None, batch: int, tokens: int, slots: int) 
     return starts.contiguous()
 
 
-def _scratch_bytes(panels: int) -> int:
-    """A thread's: scores in float32, powers in bfloat16, the inverse of a row's sum; whole cache lines."""
-    return QUERIES * panels * LANES * (4 + 2) + 64
+def _scratch_bytes(panels: int, numbers: Numbers) -> int:
+    """A thread's: scores in float32, powers, the inverse of a row's sum; whole cache lines."""
+    return QUERIES * panels * LANES * (4 + numbers.size) + 64
 
 
 @cache
-def _code(d: int) -> Any:
-    """The function for one size of head, compiled; its arguments are 64-bit integers."""
+def _code(d: int, dtype: torch.dtype) -> Any:
+    """The function for one size of head and a dtype, compiled; its arguments are 64-bit integers."""
     module, told = ir.Module(), _POINTERS + _NUMBERS
     code = Code(module, "thread", POINTER)
-    _Attention(code, d).build()
+    _Attention(code, d, NUMBERS[dtype]).build()
     on_all_threads(module, "attention", "thread", len(told))
     return compiled(module, "attention", len(told) + 1)
 
@@ -146,18 +141,18 @@ def _code(d: int) -> Any:
 class _Attention:
     """Builds the loops; what is told lies in ``job`` by name."""
 
-    def __init__(self, code: Code, d: int) -> None:
-        self.code, self.d = code, d
+    def __init__(self, code: Code, d: int, numbers: Numbers) -> None:
+        self.code, self.d, self.numbers = code, d, numbers
         (told,) = code.function.args
         kinds = [(name, POINTER) for name in _POINTERS] + [(name, LONG) for name in _NUMBERS]
         self.job = {name: code.read(told, i, kind, LONG) for i, (name, kind) in enumerate(kinds)}
         self.scale = code.spread(told_float(code, self.job["scale"]))
         self.width = code.times(self.job["panels"], LANES)  # numbers of a row of scores
         rows = code.times(self.width, QUERIES)
-        size = code.plus(code.times(rows, 6), 64)  # _scratch_bytes
+        size = code.plus(code.times(rows, 4 + numbers.size), 64)  # _scratch_bytes
         self.scores = code.behind(self.job["scratch"], code.times(code.thread(), size), BYTE)
         self.powers = code.behind(self.scores, rows, FLOAT)
-        self.inverses = code.behind(self.powers, rows, SHORT)
+        self.inverses = code.behind(self.powers, rows, numbers.unit)
 
     def build(self) -> None:
         """Pack, wait for the others, attend."""
@@ -184,46 +179,49 @@ class _Attention:
             code.times(index, job[f"{name}_{part}"])
             for index, part in ((batch, "batch"), (head, "head"), (token, "token"))
         )
-        return code.behind(job[name], code.plus(*places), SHORT)
+        return code.behind(job[name], code.plus(*places), self.numbers.unit)
 
     def _pack(self, task: ir.Value) -> None:
-        """16 keys as [pairs of d, 16 keys], the same tokens' values as [pairs of tokens, d]."""
-        code, d = self.code, self.d
+        """16 keys as [words of d, 16 keys], the same tokens' values as [words of tokens, d]."""
+        code, d, per_word = self.code, self.d, self.numbers.per_word
         group = code.sdiv(task, self.job["panels"])
         batch, head = code.sdiv(group, self.job["kv_heads"]), code.srem(group, self.job["kv_heads"])
         first = code.times(code.srem(task, self.job["panels"]), LANES)
-        place = code.times(task, d * LANES // 2)
+        place = code.times(task, d * LANES // per_word)
         rows = [self._row("k", batch, head, code.plus(first, lane)) for lane in range(LANES)]
-        with code.each(0, d // 2) as pair:
+        with code.each(0, d // per_word) as word:
             words: ir.Value = ir.Constant(WORDS, ir.Undefined)
             for lane, row in enumerate(rows):
-                words = code.insert_element(words, code.read(row, pair, WORD, WORD), WORD(lane))
-            code.write(words, self.job["keys"], code.plus(place, code.times(pair, LANES)), WORD)
-        for pair in range(LANES // 2):
-            even, odd = (self._row("v", batch, head, code.plus(first, 2 * pair + i)) for i in range(2))
+                words = code.insert_element(words, code.read(row, word, WORD, WORD), WORD(lane))
+            code.write(words, self.job["keys"], code.plus(place, code.times(word, LANES)), WORD)
+        for word in range(LANES // per_word):
+            rows = [
+                self._row("v", batch, head, code.plus(first, word * per_word + i)) for i in range(per_word)
+            ]
+            starts = [code.ptrtoint(row, LONG) for row in rows]
+            apart = [code.sdiv(code.sub(start, starts[0]), LONG(self.numbers.size)) for start in starts]
             with code.each(0, d, LANES) as column:
-                low, high = (code.ptrtoint(row, LONG) for row in (even, odd))
-                apart = code.sdiv(code.sub(high, low), LONG(2))
-                words = rows_as_pairs(code, even, column, code.plus(apart, column))
-                code.write(words, self.job["values"], code.plus(place, pair * d, column), WORD)
+                words = self.numbers.beside(code, rows[0], [code.plus(offset, column) for offset in apart])
+                code.write(words, self.job["values"], code.plus(place, word * d, column), WORD)
 
     def _attend(self, batch: ir.Value, head: ir.Value, first: ir.Value) -> None:
         """Eight queries of a head."""
         code, job = self.code, self.job
         sharing = code.sdiv(job["heads"], job["kv_heads"])
         group = code.plus(code.times(batch, job["kv_heads"]), code.sdiv(head, sharing))
-        packed = code.times(group, job["panels"], self.d * LANES // 2)
+        packed = code.times(group, job["panels"], self.d * LANES // self.numbers.per_word)
         keys, values = (code.behind(job[name], packed, WORD) for name in ("keys", "values"))
         rows = [self._row("q", batch, head, code.plus(first, row)) for row in range(QUERIES)]
         slot = code.plus(code.read(job["starts"], batch, LONG, LONG), first)  # of the first of them
         end = self._least(code.plus(slot, QUERIES), self.width)  # of the keys that any of them sees
         with code.each(0, end, REGISTERS * LANES) as start:
-            self._score(rows, code.behind(keys, code.times(start, self.d // 2), WORD), start)
+            panels = code.behind(keys, code.times(start, self.d // self.numbers.per_word), WORD)
+            self._score(rows, panels, start)
         with code.each(0, QUERIES) as row:
             self._soften(row, self._least(code.plus(slot, row, 1), job["slots"]), end)
         token = code.plus(code.times(batch, job["tokens"]), first)
         place = code.plus(code.times(token, job["heads"]), head)
-        out = code.behind(job["out"], code.times(place, self.d), SHORT)
+        out = code.behind(job["out"], code.times(place, self.d), self.numbers.unit)
         count = self.d // LANES
         parts = -(-count // REGISTERS)  # as even as can be: a tile of one register waits for its sums
         for part in range(parts):
@@ -232,12 +230,13 @@ class _Attention:
 
     def _score(self, rows: list[ir.Value], keys: ir.Value, start: ir.Value) -> None:
         """Products of all rows with the keys of some panels."""
-        code, step = self.code, self.d * LANES // 2
+        code, count = self.code, self.d // self.numbers.per_word  # of words
         sums = tile_of_sums(code, QUERIES, REGISTERS)
-        with code.each(0, self.d // 2) as pair:
-            at = code.times(pair, LANES)
-            held = [code.read(keys, code.plus(at, i * step), WORDS, WORD) for i in range(REGISTERS)]
-            add_to_tile(code, sums, [code.read(row, pair, WORD, WORD) for row in rows], held)
+        with code.each(0, count) as word:
+            at = code.times(word, LANES)
+            held = [code.read(keys, code.plus(at, i * count * LANES), WORDS, WORD) for i in range(REGISTERS)]
+            words = [code.read(row, word, WORD, WORD) for row in rows]
+            add_to_tile(code, self.numbers, sums, words, held)
         for row, of_row in enumerate(sums):
             for register, place in enumerate(of_row):
                 at = code.plus(code.times(self.width, row), start, register * LANES)
@@ -261,7 +260,7 @@ class _Attention:
             power = exponential(code, code.fmul(less, self.scale))
             power = lanes_before(code, code.sub(count, at), power, 0.0)
             code.update(total, FLOATS, code.fadd, power)
-            put_normal_bfloat16(code, power, self.powers, code.plus(start, at))
+            self.numbers.put_normal(code, power, self.powers, code.plus(start, at))
         inverse = code.fdiv(FLOAT(1.0), code.total(code.load(total, typ=FLOATS)))
         code.write(inverse, self.inverses, row, FLOAT)
 
@@ -269,22 +268,19 @@ class _Attention:
         self, registers: list[int], values: ir.Value, first: ir.Value, end: ir.Value, out: ir.Value
     ) -> None:
         """Means of some columns of the values."""
-        code, d = self.code, self.d
+        code, d, numbers = self.code, self.d, self.numbers
         sums = tile_of_sums(code, QUERIES, len(registers))
-        with code.each(0, code.sdiv(code.plus(end, 1), LONG(2))) as pair:
-            at = code.times(pair, d)
+        words = code.sdiv(code.plus(end, numbers.per_word - 1), LONG(numbers.per_word))
+        with code.each(0, words) as word:
+            at, token = code.times(word, d), code.times(word, numbers.per_word)
             held = [code.read(values, code.plus(at, i * LANES), WORDS, WORD) for i in registers]
-            powers = [
-                code.read(
-                    self.powers, code.plus(code.times(self.width, row), code.times(pair, 2)), WORD, SHORT
-                )
-                for row in range(QUERIES)
-            ]
-            add_to_tile(code, sums, powers, held)
+            starts = [code.plus(code.times(self.width, row), token) for row in range(QUERIES)]
+            powers = [code.read(self.powers, start, WORD, numbers.unit) for start in starts]
+            add_to_tile(code, numbers, sums, powers, held)
         for row, of_row in enumerate(sums):
             there = code.icmp_signed("<", code.plus(first, row), self.job["tokens"])
             with code.if_then(there):
                 inverse = code.spread(code.read(self.inverses, row, FLOAT, FLOAT))
                 for register, place in zip(registers, of_row, strict=True):
                     to = code.plus(code.times(self.job["heads"], row, d), register * LANES)
-                    put_bfloat16(code, code.fmul(code.load(place, typ=FLOATS), inverse), out, to)
+                    numbers.put(code, code.fmul(code.load(place, typ=FLOATS), inverse), out, to)

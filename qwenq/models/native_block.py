@@ -1,8 +1,8 @@
-"""What lies between a block's products, in bfloat16: norms, rotary positions and the gated activation.
+"""What lies between a block's products: norms, rotary positions, the gated activation.
 
-torch takes several passes over memory for each, compiled code for CPUs with AVX-512 takes one. Sums and
-powers are of float32; what transformers' blocks round to bfloat16 on the way is rounded here, too, so that
-the results are theirs but for the last bit of a float32 sum or power.
+torch takes several passes over memory for each, compiled code for CPUs with AVX-512 takes one.
+Activations are bfloat16 or float32, sums and powers float32; what transformers' blocks round to bfloat16 on
+the way is rounded here, too, so that the results are theirs but for the last bit of a sum or power.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from qwenq.native.bfloat16 import SHORTS, WORDS, put_bfloat16, read_bfloat16
 from qwenq.native.code import (
     FLOAT,
     LANES,
     LONG,
     POINTER,
-    SHORT,
     WORD,
     Code,
     compiled,
@@ -29,6 +27,7 @@ from qwenq.native.code import (
     vector,
 )
 from qwenq.native.floats import FLOATS, exponential, float_bits, multiply_add, told_float
+from qwenq.native.numbers import NUMBERS, Numbers
 
 _LOWEST = -88.0  # of what ``exponential`` tells apart: below, SiLU is zero
 _PAIRS = (
@@ -41,8 +40,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight · x / √(mean x² + eps)``, normalised in float32, rounded, then weighed; a new tensor.
 
     Args:
-        x: […, d] bfloat16, d a multiple of 16.
-        weight: [d] bfloat16.
+        x: […, d] bfloat16 or float32, d a multiple of 16.
+        weight: [d] of that dtype.
         eps: added to the mean.
 
     Raises:
@@ -55,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     addresses = (tensor.data_ptr() for tensor in (x, weight, out))
-    _norm_code()(*addresses, x.numel() // d, d, float_bits(eps), torch.get_num_threads())
+    _norm_code(x.dtype)(*addresses, x.numel() // d, d, float_bits(eps), torch.get_num_threads())
     return out
 
 
@@ -63,8 +62,8 @@ def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) · up`` in the place of ``gate``, which is returned.
 
     Args:
-        gate: […, d] bfloat16, contiguous, d a multiple of 16.
-        up: of the same shape.
+        gate: […, d] bfloat16 or float32, contiguous, d a multiple of 16.
+        up: of the same shape and dtype.
 
     Raises:
         ValueError: tensors of other dtypes, devices, shapes or strides.
@@ -84,7 +83,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) · up`` of what one product gave side by side; a new tensor.
 
     Args:
-        gate_up: […, 2 · d] bfloat16, contiguous, d a multiple of 16.
+        gate_up: […, 2 · d] bfloat16 or float32, contiguous, d a multiple of 16.
 
     Returns:
         […, d].
@@ -97,7 +96,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     _check_width(gate=gate, up=up)
     if gate.shape != up.shape or not gate_up.is_contiguous():
         raise ValueError(f"gate and up {list(gate_up.shape)} with strides {gate_up.stride()}")
-    out = torch.empty(gate.shape, dtype=torch.bfloat16)
+    out = torch.empty(gate.shape, dtype=gate_up.dtype)
     _run_swiglu(gate, up, out, d, 2 * d)
     return out
 
@@ -105,17 +104,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def _run_swiglu(gate: Tensor, up: Tensor, out: Tensor, d: int, stride: int) -> None:
     """``stride``: from a row of both to their next; those of ``out`` follow each other."""
     addresses = (tensor.data_ptr() for tensor in (gate, up, out))
-    _swiglu_code()(*addresses, out.numel() // d, d, stride, torch.get_num_threads())
+    _swiglu_code(out.dtype)(*addresses, out.numel() // d, d, stride, torch.get_num_threads())
 
 
 def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn queries and keys by their positions, in place: ``x · cos + (-x₂, x₁) · sin``, halves of each head.
 
     Args:
-        q: [batch, tokens, heads, d] bfloat16, d a multiple of 16; any strides but of heads and d, which lie
-            beside each other.
+        q: [batch, tokens, heads, d] bfloat16 or float32, d a multiple of 16; any strides but of heads and d,
+            which lie beside each other.
         k: [batch, tokens, kv_heads, d], likewise.
-        cos, sin: [batch or 1, tokens, d].
+        cos, sin: [batch or 1, tokens, d] of that dtype.
 
     Raises:
         ValueError: tensors of other dtypes, devices, shapes or strides.
@@ -126,13 +125,17 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     batch, tokens, _, d = q.shape
     strides = (stride for x in (q, k, cos, sin) for stride in x.stride()[:2])
     addresses = (x.data_ptr() for x in (q, k, cos, sin))
-    _rotary_code(d)(*addresses, batch, tokens, q.shape[2], k.shape[2], *strides, torch.get_num_threads())
+    _rotary_code(d, q.dtype)(
+        *addresses, batch, tokens, q.shape[2], k.shape[2], *strides, torch.get_num_threads()
+    )
 
 
 def _check_memory(**tensors: Tensor) -> None:
+    wanted = next(iter(tensors.values())).dtype
     for name, x in tensors.items():
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu":
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, not bfloat16 on the CPU")
+        if x.dtype not in NUMBERS or x.dtype != wanted or x.device.type != "cpu":
+            kinds = "bfloat16 or float32" if x.dtype == wanted else str(wanted).removeprefix("torch.")
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, not {kinds} on the CPU")
 
 
 def _check_width(**tensors: Tensor) -> None:
@@ -177,53 +180,49 @@ def _finish(code: Code, told: list[ir.Value]) -> Any:
     return compiled(code.module, "block_part", len(told) + 1)
 
 
-def _rounded(code: Code, value: ir.Value) -> ir.Value:
-    """Float32 that bfloat16 holds, of two equally near ones the even; see ``put_bfloat16``."""
-    bits = code.bitcast(value, WORDS)
-    odd = code.and_(code.lshr(bits, same(WORD, 16)), same(WORD, 1))
-    moved = code.add(bits, code.add(odd, same(WORD, 0x7FFF)))
-    return code.bitcast(code.and_(moved, same(WORD, -0x10000)), FLOATS)
-
-
 @cache
-def _norm_code() -> Any:
+def _norm_code(dtype: torch.dtype) -> Any:
+    numbers = NUMBERS[dtype]
     code, told = _start(3, 3)
     x, weight, out, rows, d, eps = told
     with code.each(*code.share(rows)) as row:
         start = code.times(row, d)
         squares = code.local(same(FLOAT, 0.0))
         with code.each(0, d, LANES) as column:
-            number = read_bfloat16(code, x, code.plus(start, column))
+            number = numbers.read(code, x, code.plus(start, column))
             code.store(multiply_add(code, number, number, code.load(squares, typ=FLOATS)), squares)
         mean = code.fdiv(code.total(code.load(squares, typ=FLOATS)), code.sitofp(d, FLOAT))
         root = code.run("llvm.sqrt.f32", FLOAT, code.fadd(mean, told_float(code, eps)))
         scale = code.spread(code.fdiv(FLOAT(1.0), root))
         with code.each(0, d, LANES) as column:
             at = code.plus(start, column)
-            normed = _rounded(code, code.fmul(read_bfloat16(code, x, at), scale))
-            put_bfloat16(code, code.fmul(normed, read_bfloat16(code, weight, column)), out, at)
+            normed = numbers.rounded(code, code.fmul(numbers.read(code, x, at), scale))
+            numbers.put(code, code.fmul(normed, numbers.read(code, weight, column)), out, at)
     return _finish(code, told)
 
 
 @cache
-def _swiglu_code() -> Any:
+def _swiglu_code(dtype: torch.dtype) -> Any:
+    numbers = NUMBERS[dtype]
     code, told = _start(3, 3)
     gate, up, out, rows, d, stride = told
     with code.each(*code.share(rows)) as row, code.each(0, d, LANES) as column:
         at = code.plus(code.times(row, stride), column)
-        x = read_bfloat16(code, gate, at)
+        x = numbers.read(code, gate, at)
         below = code.fadd(same(FLOAT, 1.0), exponential(code, code.fneg(x)))
         # The power of what is lower still is infinite; -inf / inf is no number, as torch has it.
         low = code.fcmp_ordered("<", x, same(FLOAT, _LOWEST))
         silu = code.fdiv(x, code.select(low, same(FLOAT, float("inf")), below))
         to = code.plus(code.times(row, d), column)
-        put_bfloat16(code, code.fmul(_rounded(code, silu), read_bfloat16(code, up, at)), out, to)
+        gated = code.fmul(numbers.rounded(code, silu), numbers.read(code, up, at))
+        numbers.put(code, gated, out, to)
     return _finish(code, told)
 
 
 @cache
-def _rotary_code(d: int) -> Any:
+def _rotary_code(d: int, dtype: torch.dtype) -> Any:
     """The function for one size of head."""
+    numbers = NUMBERS[dtype]
     code, told = _start(4, 12)
     q, k, cos, sin, batch, tokens, q_heads, k_heads, *strides = told
     with code.each(*code.share(code.times(batch, tokens))) as task:
@@ -232,36 +231,37 @@ def _rotary_code(d: int) -> Any:
             code.behind(
                 base,
                 code.plus(code.times(index, strides[2 * i]), code.times(token, strides[2 * i + 1])),
-                SHORT,
+                numbers.unit,
             )
             for i, base in enumerate((q, k, cos, sin))
         )
         for column in range(0, d // 2, _PAIRS):
-            angles = [_read_pairs(code, table, d, column) for table in (cos_row, sin_row)]
+            angles = [_read_pairs(code, numbers, table, d, column) for table in (cos_row, sin_row)]
             for row, heads in ((q_row, q_heads), (k_row, k_heads)):
                 with code.each(0, heads) as head:
-                    _turn(code, code.behind(row, code.times(head, d), SHORT), d, column, *angles)
+                    of_head = code.behind(row, code.times(head, d), numbers.unit)
+                    _turn(code, numbers, of_head, d, column, *angles)
     return _finish(code, told)
 
 
-def _turn(code: Code, head: ir.Value, d: int, column: int, cos: ir.Value, sin: ir.Value) -> None:
+def _turn(
+    code: Code, numbers: Numbers, head: ir.Value, d: int, column: int, cos: ir.Value, sin: ir.Value
+) -> None:
     """Eight numbers of a head's first half and those that they are paired with."""
-    own = _read_pairs(code, head, d, column)
+    own = _read_pairs(code, numbers, head, d, column)
     swapped = _lanes(code, own, [*range(_PAIRS, LANES), *range(_PAIRS)])
     other = code.select(_FIRST, code.fneg(swapped), swapped)
-    turned = code.fadd(_rounded(code, code.fmul(own, cos)), _rounded(code, code.fmul(other, sin)))
-    bits = code.lshr(code.bitcast(_rounded(code, turned), WORDS), same(WORD, 16))
-    shorts = code.trunc(bits, SHORTS)
+    parts = (numbers.rounded(code, code.fmul(x, angle)) for x, angle in ((own, cos), (other, sin)))
+    turned = code.fadd(*parts)
     for half in range(2):
-        eight = _lanes(code, shorts, list(range(half * _PAIRS, (half + 1) * _PAIRS)))
-        code.write(eight, head, column + half * (d // 2), SHORT)
+        eight = _lanes(code, turned, list(range(half * _PAIRS, (half + 1) * _PAIRS)))
+        numbers.put(code, eight, head, column + half * (d // 2))
 
 
-def _read_pairs(code: Code, row: ir.Value, d: int, column: int) -> ir.Value:
-    """Eight bfloat16 of a row's first half and the eight at the same place of the second, as float32."""
-    first, second = (code.read(row, column + start, vector(SHORT, _PAIRS), SHORT) for start in (0, d // 2))
-    both = code.shuffle_vector(first, second, ir.Constant(WORDS, list(range(LANES))))
-    return code.bitcast(code.shl(code.zext(both, WORDS), same(WORD, 16)), FLOATS)
+def _read_pairs(code: Code, numbers: Numbers, row: ir.Value, d: int, column: int) -> ir.Value:
+    """Eight numbers of a row's first half and the eight at the same place of the second."""
+    first, second = (numbers.read(code, row, column + start, _PAIRS) for start in (0, d // 2))
+    return code.shuffle_vector(first, second, ir.Constant(vector(WORD), list(range(LANES))))
 
 
 def _lanes(code: Code, value: ir.Value, which: list[int]) -> ir.Value:

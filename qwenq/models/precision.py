@@ -1,4 +1,4 @@
-"""Which dtype to compute in on a device: bfloat16 where the hardware multiplies it natively."""
+"""Which dtype to compute in on a device: bfloat16 where the hardware has instructions, and gains by them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 (Cooper Lake, Sapphire Ra
 
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype for forward passes on ``device``.
+    """The dtype for running a model on ``device``, where reading its weights takes the time.
 
     CPU: bfloat16 only where the CPU has instructions for it; elsewhere it is emulated and slower than
     float32. CUDA: bfloat16 since Ampere, float16 before it. Any other device: float32.
@@ -28,15 +28,33 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32
 
 
+def product_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype for passing whole texts through a model on ``device``, where products take the time.
+
+    That of ``compute_dtype``, but for Intel's CPUs without AMX (or under a hypervisor that hides it): what
+    they have for bfloat16 multiplies at half the speed of their two units for float32.
+    """
+    import torch
+
+    dtype = compute_dtype(device)
+    if torch.device(device).type != "cpu" or dtype is not torch.bfloat16:
+        return dtype
+    has = torch.cpu.get_capabilities()
+    slow = str(has.get("cpu_name", "")).startswith("Intel") and not has.get("amx_bf16")
+    return torch.float32 if slow else dtype
+
+
 def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype that "auto" or a name stands for, and a sentence that says why."""
+    """The dtype in which "auto" or a name quantises, and a sentence that says why."""
     import torch
 
     if wanted != "auto":
         return getattr(torch, wanted), f"computing in {wanted} on {device}: as asked"
-    dtype = compute_dtype(device)
+    dtype = product_dtype(device)
     name = str(dtype).removeprefix("torch.")
-    if device.type == "cpu":
+    if device.type == "cpu" and dtype is not compute_dtype(device):
+        why = "this CPU multiplies bfloat16 more slowly"
+    elif device.type == "cpu":
         why = "native on this CPU" if dtype is torch.bfloat16 else "this CPU only emulates bfloat16"
     else:
         why = "the device's native half precision" if dtype is not torch.float32 else "the safe choice there"

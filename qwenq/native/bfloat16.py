@@ -6,8 +6,6 @@ What it sums over therefore lies in pairs: two numbers in 32 bits, the first in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from llvmlite import ir
 
 from qwenq.native.code import FLOAT, LANES, SHORT, WORD, Code, same, vector
@@ -39,55 +37,47 @@ def add_pairs(code: Code, sums: ir.Value, first: ir.Value, second: ir.Value) -> 
     return code.run("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, sums, *pairs)
 
 
-def tile_of_sums(code: Code, rows: int, registers: int) -> list[list[ir.Value]]:
-    """Sums of a tile, zero so far: a variable of 16 float32 for each of its rows and registers."""
-    return [[code.local(same(FLOAT, 0.0)) for _ in range(registers)] for _ in range(rows)]
-
-
-def add_to_tile(
-    code: Code, sums: list[list[ir.Value]], words: Iterable[ir.Value], held: list[ir.Value]
-) -> None:
-    """Add the products of every row's pair with every register's 16 pairs.
-
-    Args:
-        code: where.
-        sums: of ``tile_of_sums``.
-        words: a pair in 32 bits for each row. An iterator is asked for one when its row's turn comes, so that
-            each is read just before it is used.
-        held: registers of 16 pairs.
-    """
-    for of_row, word in zip(sums, words, strict=True):
-        spread = code.spread(word)
-        for place, other in zip(of_row, held, strict=True):
-            code.store(add_pairs(code, code.load(place, typ=FLOATS), spread, other), place)
-
-
 def rows_as_pairs(code: Code, base: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
     """16 words: numbers of one row beside those of another; offsets count bfloat16."""
     low, high = (code.zext(code.read(base, row, SHORTS, SHORT), WORDS) for row in (first, second))
     return code.or_(low, code.shl(high, same(WORD, 16)))
 
 
-def read_bfloat16(code: Code, row: ir.Value, column: ir.Value) -> ir.Value:
-    """16 bfloat16 as float32."""
-    halves = code.zext(code.read(row, column, SHORTS, SHORT), WORDS)
-    return code.bitcast(code.shl(halves, same(WORD, 16)), FLOATS)
+def read_bfloat16(code: Code, row: ir.Value, column: ir.Value | int, lanes: int = LANES) -> ir.Value:
+    """So many bfloat16 as float32."""
+    shorts = code.read(row, column, vector(SHORT, lanes), SHORT)
+    halves = code.zext(shorts, vector(WORD, lanes))
+    return code.bitcast(code.shl(halves, same(WORD, 16, lanes)), vector(FLOAT, lanes))
 
 
-def put_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value) -> None:
+def round_to_bfloat16(code: Code, value: ir.Value) -> ir.Value:
+    """Float32 that bfloat16 holds; see ``put_bfloat16``."""
+    lanes = value.type.count
+    bits = code.and_(_rounded_bits(code, value), same(WORD, -0x10000, lanes))
+    return code.bitcast(bits, vector(FLOAT, lanes))
+
+
+def put_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value | int) -> None:
     """Rounded to the nearest, of two the even one; infinities stay.
 
     What is no number stays none where its lower 16 bits are zero. So they are in what the CPU makes of an
     invalid operation, and in what comes of bfloat16. Others, which only a file of float16 or float32 could
     hold, may become an infinity or a zero: weights are checked where they are read (``models.integrity``).
     """
-    bits = code.bitcast(value, WORDS)
-    odd = code.and_(code.lshr(bits, same(WORD, 16)), same(WORD, 1))
-    rounded = code.add(bits, code.add(odd, same(WORD, 0x7FFF)))
-    code.write(code.trunc(code.lshr(rounded, same(WORD, 16)), SHORTS), base, offset, SHORT)
+    lanes = value.type.count
+    upper = code.lshr(_rounded_bits(code, value), same(WORD, 16, lanes))
+    code.write(code.trunc(upper, vector(SHORT, lanes)), base, offset, SHORT)
 
 
-def put_normal_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value) -> None:
+def _rounded_bits(code: Code, value: ir.Value) -> ir.Value:
+    """Words whose upper half is the bfloat16."""
+    lanes = value.type.count
+    bits = code.bitcast(value, vector(WORD, lanes))
+    odd = code.and_(code.lshr(bits, same(WORD, 16, lanes)), same(WORD, 1, lanes))
+    return code.add(bits, code.add(odd, same(WORD, 0x7FFF, lanes)))
+
+
+def put_normal_bfloat16(code: Code, value: ir.Value, base: ir.Value, offset: ir.Value | int) -> None:
     """The same in one instruction (AVX-512 BF16), which takes numbers too small to be normal for zero."""
     rounded = code.run("llvm.x86.avx512bf16.cvtneps2bf16.512", _NUMBERS, value)
     code.write(code.bitcast(rounded, SHORTS), base, offset, SHORT)

@@ -34,9 +34,9 @@ def vector(kind: ir.Type, lanes: int = LANES) -> ir.VectorType:
     return ir.VectorType(kind, lanes)
 
 
-def same(kind: ir.Type, value: float) -> ir.Constant:
+def same(kind: ir.Type, value: float, lanes: int = LANES) -> ir.Constant:
     """A constant in all lanes."""
-    return ir.Constant(vector(kind), [value] * LANES)
+    return ir.Constant(vector(kind, lanes), [value] * lanes)
 
 
 class Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types

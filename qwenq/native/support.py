@@ -14,8 +14,11 @@ import torch
 OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 """What compiled code calls of GNU OpenMP."""
 
-BFLOAT16 = ("avx512f", "avx512bw", "avx512vl", "avx512bf16")
-"""What a CPU needs to multiply bfloat16 as ``bfloat16.add_pairs`` does."""
+FEATURES = {
+    torch.bfloat16: ("avx512f", "avx512bw", "avx512vl", "avx512bf16"),
+    torch.float32: ("avx512f",),
+}
+"""What a CPU needs to multiply activations of a dtype as ``numbers`` does."""
 
 OLDEST = 0, 46
 """The first llvmlite that ``code`` can be built with: opaque pointers, LLVM's newer passes."""
@@ -42,6 +45,14 @@ def why_not(*features: str) -> str | None:
     here = get_host_cpu_features()
     lacking = [name for name in features if not here.get(name)]
     return f"this CPU has no {', '.join(lacking)}" if lacking else None
+
+
+def why_not_multiply(dtype: torch.dtype) -> str | None:
+    """Why activations of that dtype are not for compiled products, in such words; None: they are."""
+    if dtype not in FEATURES:
+        names = " and ".join(str(known).removeprefix("torch.") for known in FEATURES)
+        return f"that is for {names}, not for {str(dtype).removeprefix('torch.')}"
+    return why_not(*FEATURES[dtype])
 
 
 def _no_compiler() -> str | None:

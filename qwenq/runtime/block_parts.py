@@ -1,7 +1,7 @@
 """What lies between a block's products as several tokens pass it: norms, rotation, the gated activation.
 
-torch takes several passes over memory for each. In bfloat16, on a CPU that has the instructions, compiled
-code takes one (``models.native_block``); it rounds what transformers' blocks round.
+torch takes several passes over memory for each. In bfloat16 and float32, on a CPU that has the instructions,
+compiled code takes one (``models.native_block``); it rounds what transformers' blocks round.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn.functional import rms_norm, silu
 
 from qwenq.models.block_attention import HEAD_STEP
 from qwenq.models.block_attention import why_not as why_not_attention
+from qwenq.native import support
 from qwenq.runtime.rope import rotate
 from qwenq.runtime.spec import DecoderSpec
 
@@ -62,7 +63,7 @@ class TorchParts:
 
 
 class CompiledParts:
-    """In bfloat16 on the CPU, where ``why_not_compiled`` has no reason.
+    """In bfloat16 and float32 on the CPU, where ``why_not_compiled`` has no reason.
 
     Args:
         eps: of the norms.
@@ -78,10 +79,10 @@ class CompiledParts:
         return rms_norm(x, weight, self._eps)
 
     def rotate(self, qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """See `BlockParts`; in place, but with Qwen v1's tables, which are float32, by torch."""
+        """See `BlockParts`; in place, but by torch where Qwen v1's tables, in float32, meet bfloat16."""
         from qwenq.models.native_block import rotate_
 
-        if cos.dtype is not torch.bfloat16:
+        if cos.dtype is not qk.dtype:
             return rotate(qk, cos, sin)
         first, second = sin.squeeze(2).chunk(2, dim=-1)
         # The code sees to the sign that the table holds for `rope.rotate`; all heads go as queries.
@@ -114,7 +115,7 @@ def why_not_compiled(spec: DecoderSpec, device: torch.device, dtype: torch.dtype
 
 def passed_over(spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> str | None:
     """A sentence on compiled code that prompts go without; None: they have it, or none is made for them."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    if device.type != "cpu" or dtype not in support.FEATURES:
         return None
     why = why_not_compiled(spec, device, dtype)
     return f"prompts take longer than with code compiled for this CPU, because {why}" if why else None

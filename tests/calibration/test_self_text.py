@@ -41,7 +41,7 @@ def test_every_token_is_the_one_its_draw_selects(model_folder: Path, monkeypatch
     """Against transformers in float64, without a cache: the draw lies in the chosen id's interval."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(self_text, "compute_dtype", lambda _: torch.float32)  # bfloat16 rounds draws away
+    monkeypatch.setattr(self_text, "product_dtype", lambda _: torch.float32)  # bfloat16 rounds draws away
     text, uniforms = write(model_folder), draws(3, ROWS, SEQ_LEN)
     oracle = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
     size = load_tokenizer(model_folder).vocab_size
@@ -146,7 +146,7 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path, monkeypatch: py
     tensors = load_file(folder / "model.safetensors")
     for part in ("gate", "up"):
         tensors[f"model.layers.1.mlp.{part}_proj.weight"] *= 1e4
-    monkeypatch.setattr(self_text, "compute_dtype", lambda _: torch.float16)
+    monkeypatch.setattr(self_text, "product_dtype", lambda _: torch.float16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CalibrationError, match="logits are not finite"):
         write(folder)

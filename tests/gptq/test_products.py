@@ -15,17 +15,23 @@ from qwenq.gptq.quantise import how_summed
 from qwenq.native import support
 
 CPU = torch.device("cpu")
-WHY_NOT = native_why_not(torch.bfloat16, CPU)
-needs_bfloat16_pairs = pytest.mark.skipif(WHY_NOT is not None, reason=f"no such products here: {WHY_NOT}")
+WHY_NOT = {dtype: native_why_not(dtype, CPU) for dtype in support.FEATURES}
+in_both = pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, marks=pytest.mark.skipif(why is not None, reason=f"no such products here: {why}"))
+        for dtype, why in WHY_NOT.items()
+    ],
+)
 
 
-def drawn(seed: int, tokens: int, width: int) -> Tensor:
+def drawn(seed: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
-    return (x * torch.logspace(-3, 1, width)).bfloat16()  # columns of very different size, as channels are
+    return (x * torch.logspace(-3, 1, width)).to(dtype)  # columns of very different size, as channels are
 
 
-def native(rows: int, columns: int, *, symmetric: bool = False) -> Products:
-    made = products(rows, columns, torch.empty(0, dtype=torch.bfloat16), symmetric=symmetric)
+def native(rows: int, columns: int, dtype: torch.dtype, *, symmetric: bool = False) -> Products:
+    made = products(rows, columns, torch.empty(0, dtype=dtype), symmetric=symmetric)
     assert not isinstance(made, Float32Products)
     return made
 
@@ -37,7 +43,7 @@ def relative_error(got: Tensor, X: Tensor, Y: Tensor) -> float:
     return float(((got.double() - 2 / len(X) * X.T @ Y).abs() / (2 / len(X) * size)).max())
 
 
-@needs_bfloat16_pairs
+@in_both
 @settings(max_examples=40)
 @given(
     rows=st.integers(1, 130),
@@ -45,67 +51,70 @@ def relative_error(got: Tensor, X: Tensor, Y: Tensor) -> float:
     batches=st.lists(st.integers(1, 1100), min_size=1, max_size=3),
 )
 def test_any_shape_is_multiplied_as_precisely_as_in_float32(
-    rows: int, columns: int, batches: list[int]
+    dtype: torch.dtype, rows: int, columns: int, batches: list[int]
 ) -> None:
-    X, Y = drawn(1, sum(batches), rows), drawn(2, sum(batches), columns)
-    pairs, plain = native(rows, columns), Float32Products(rows, columns, "cpu")
+    X, Y = drawn(1, sum(batches), rows, dtype), drawn(2, sum(batches), columns, dtype)
+    compiled, plain = native(rows, columns, dtype), Float32Products(rows, columns, "cpu")
     for x, y in zip(X.split(batches), Y.split(batches), strict=True):
-        pairs.add(x, y)
+        compiled.add(x, y)
         plain.add(x, y)
-    assert pairs.mean().shape == (rows, columns)
-    assert relative_error(pairs.mean(), X, Y) < 2e-6
+    assert compiled.mean().shape == (rows, columns)
+    assert relative_error(compiled.mean(), X, Y) < 2e-6
     assert relative_error(plain.mean(), X, Y) < 2e-6
 
 
-@needs_bfloat16_pairs
+@in_both
 @pytest.mark.parametrize("width", [16, 48, 70, 576])
-def test_the_lower_triangle_of_a_symmetric_mean_is_that_of_the_whole(width: int) -> None:
+def test_the_lower_triangle_of_a_symmetric_mean_is_that_of_the_whole(dtype: torch.dtype, width: int) -> None:
     """Bit for bit: the drift of inputs that have not drifted is then exactly zero."""
-    x = drawn(0, 700, width).view(7, 100, width)
-    half, whole = native(width, width, symmetric=True), native(width, width)
+    x = drawn(0, 700, width, dtype).view(7, 100, width)
+    half, whole = native(width, width, dtype, symmetric=True), native(width, width, dtype)
     for batch in (x[:3], x[3:]):
         half.add(batch, batch)
         whole.add(batch, batch)
     assert torch.equal(mirror(half.mean().clone()), whole.mean())
 
 
-@needs_bfloat16_pairs
-def test_batches_that_are_no_block_of_memory() -> None:
-    x = drawn(0, 64, 96)
-    pairs = native(48, 96)
-    pairs.add(x[:, ::2], x.T.contiguous().T)
-    assert relative_error(pairs.mean(), x[:, ::2], x) < 2e-6
+@in_both
+def test_batches_that_are_no_block_of_memory(dtype: torch.dtype) -> None:
+    x = drawn(0, 64, 96, dtype)
+    compiled = native(48, 96, dtype)
+    compiled.add(x[:, ::2], x.T.contiguous().T)
+    assert relative_error(compiled.mean(), x[:, ::2], x) < 2e-6
 
 
-@needs_bfloat16_pairs
+@in_both
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_its_own_column_alone(bad: float) -> None:
-    x = drawn(0, 65, 33)
+def test_what_is_not_finite_shows_in_its_own_column_alone(dtype: torch.dtype, bad: float) -> None:
+    x = drawn(0, 65, 33, dtype)
     x[64, 32] = bad
-    pairs = native(33, 33)
-    pairs.add(x, x)
-    finite = pairs.mean().isfinite()
+    compiled = native(33, 33, dtype)
+    compiled.add(x, x)
+    finite = compiled.mean().isfinite()
     assert finite[:32, :32].all()
     assert not finite[32].any()
     assert not finite[:, 32].any()
 
 
-@needs_bfloat16_pairs
+@in_both
 @pytest.mark.parametrize(
     ("X", "Y", "said"),
     [
-        (drawn(0, 8, 32).float(), drawn(1, 8, 48), "float32"),
-        (drawn(0, 8, 32), drawn(1, 8, 32), "48"),
-        (drawn(0, 8, 32), drawn(1, 6, 48), "8 and 6 tokens"),
+        (torch.ones(8, 32, dtype=torch.float16), torch.ones(8, 48), "float16"),
+        (torch.ones(8, 32), torch.ones(8, 32), "48"),
+        (torch.ones(8, 32), torch.ones(6, 48), "8 and 6 tokens"),
     ],
 )
-def test_memory_that_is_not_what_it_should_be_is_not_read(X: Tensor, Y: Tensor, said: str) -> None:
+def test_memory_that_is_not_what_it_should_be_is_not_read(
+    dtype: torch.dtype, X: Tensor, Y: Tensor, said: str
+) -> None:
+    X = X if X.dtype is torch.float16 else X.to(dtype)
     with pytest.raises(ValueError, match=said):
-        native(32, 48).add(X, Y)
+        native(32, 48, dtype).add(X, Y.to(dtype))
 
 
 def test_other_dtypes_and_devices_are_left_to_torch() -> None:
-    assert isinstance(products(8, 8, torch.empty(0)), Float32Products)
+    assert isinstance(products(8, 8, torch.empty(0).half()), Float32Products)
     assert "float16" in str(native_why_not(torch.float16, CPU))
     assert "cuda" in str(native_why_not(torch.bfloat16, torch.device("cuda")))
 
@@ -117,10 +126,11 @@ def test_what_is_missed_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.Monk
     assert said is not None
     slower = "left to torch, which takes longer, because"
     assert said == f"Hessians, scales and rounding are {slower} llvmlite is not installed"
-    for dtype, exact in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, True)):
+    assert passed_over(torch.float32, CPU) == said
+    for dtype, exact in ((torch.float16, False), (torch.float32, True), (torch.bfloat16, True)):
         said = passed_over(dtype, CPU, exact=exact)
         assert said == f"scales and rounding are {slower} llvmlite is not installed"
-    assert how_summed(torch.bfloat16, CPU, ALONE) == "float32"
+    assert how_summed(torch.bfloat16, CPU, ALONE) == "torch"
     lacking = "this CPU has no avx512bf16"
     monkeypatch.setattr(support, "why_not", lambda *features: lacking if "avx512bf16" in features else None)
     said = passed_over(torch.bfloat16, CPU)
@@ -129,7 +139,8 @@ def test_what_is_missed_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.Monk
     assert passed_over(torch.bfloat16, CPU, exact=True) is None
     monkeypatch.setattr(support, "why_not", lambda *features: None)
     assert passed_over(torch.bfloat16, CPU) is None
-    assert how_summed(torch.bfloat16, CPU, ALONE) == "bfloat16 pairs"
+    assert how_summed(torch.bfloat16, CPU, ALONE) == "compiled"
+    assert how_summed(torch.float16, CPU, ALONE) == "torch"
     assert how_summed(torch.bfloat16, CPU, Team(launched=True)) == "exact"
 
 

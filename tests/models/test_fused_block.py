@@ -17,8 +17,16 @@ from qwenq.models.checkpoint import open_checkpoint
 from qwenq.native import support
 
 CPU = torch.device("cpu")
-UNABLE = support.why_not(*support.BFLOAT16)
-needs_bfloat16 = pytest.mark.skipif(UNABLE is not None, reason=f"no such code here: {UNABLE}")
+UNABLE = {dtype: support.why_not_multiply(dtype) for dtype in support.FEATURES}
+needs_float32, needs_bfloat16 = (
+    pytest.mark.skipif(UNABLE[dtype] is not None, reason=f"no such code here: {UNABLE[dtype]}")
+    for dtype in (torch.float32, torch.bfloat16)
+)
+in_both = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=needs_float32), pytest.param(torch.bfloat16, marks=needs_bfloat16)],
+)
+LAST = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}  # how far results may be apart beside their size
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 MODELS = [
@@ -32,7 +40,7 @@ MODELS = [
 
 
 def two_decoders(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.bfloat16
+    folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype = torch.float32
 ) -> tuple[BlockwiseDecoder, BlockwiseDecoder]:
     """One that is fused, one of transformers' modules, both with compiled attention."""
     fused = BlockwiseDecoder(open_checkpoint(folder), CPU, dtype)
@@ -46,13 +54,13 @@ def kinds(block: nn.Module) -> list[str]:
     return [type(module).__name__ for module in block.modules()]
 
 
-@needs_bfloat16
+@in_both
 @pytest.mark.parametrize(("family", "changes"), MODELS)
 def test_blocks_give_what_transformers_give(
-    tmp_path: Path, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str, changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_family(tmp_path / "model", family, **changes)
-    decoders = two_decoders(folder, monkeypatch)
+    decoders = two_decoders(folder, monkeypatch, dtype)
     tokens = torch.randint(0, 90, (3, 71), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         (hidden,) = decoders[0].embed([tokens])
@@ -65,15 +73,15 @@ def test_blocks_give_what_transformers_give(
                     outputs.append(decoder.forward(block, hidden))
                 assert torch.equal(hidden, before)
             fused, plain = outputs
-            assert fused.dtype is torch.bfloat16 and fused.shape == plain.shape
+            assert fused.dtype is dtype and fused.shape == plain.shape
             added = (plain - hidden).double().norm()
-            assert (fused - plain).double().norm() <= 2**-8 * added
+            assert (fused - plain).double().norm() <= LAST[dtype] * added
             hidden = plain
     assert "FusedAttention" in kinds(decoders[0].template)
     assert "FusedAttention" not in kinds(decoders[1].template)
 
 
-@needs_bfloat16
+@needs_float32
 @pytest.mark.parametrize(("family", "changes"), MODELS)
 def test_parameters_and_linears_keep_names_and_order(
     tmp_path: Path, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -88,13 +96,13 @@ def test_parameters_and_linears_keep_names_and_order(
     assert not any(module.training for module in fused.modules())
 
 
-@needs_bfloat16
+@in_both
 @pytest.mark.parametrize(("family", "changes"), MODELS)
 def test_a_walk_pauses_where_it_did(
-    tmp_path: Path, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str, changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[list[list[str]], dict[str, list[Tensor]], list[Tensor]]] = []
-    for decoder in two_decoders(write_family(tmp_path / "m", family, **changes), monkeypatch):
+    for decoder in two_decoders(write_family(tmp_path / "m", family, **changes), monkeypatch, dtype):
         tokens = torch.randint(0, 90, (2, 2, 33), generator=torch.Generator().manual_seed(1))
         inputs: dict[str, list[Tensor]] = {}
 
@@ -122,12 +130,12 @@ def test_a_walk_pauses_where_it_did(
     assert groups[0] == ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     for name, batches in inputs.items():
         for ours, theirs in zip(batches, plain_inputs[name], strict=True):
-            assert (ours - theirs).double().norm() <= 2**-7 * theirs.double().norm()
+            assert (ours - theirs).double().norm() <= 2 * LAST[dtype] * theirs.double().norm()
 
 
-@needs_bfloat16
+@needs_float32
 def test_keys_of_earlier_tokens_are_refused(tmp_path: Path) -> None:
-    decoder = BlockwiseDecoder(open_checkpoint(write_family(tmp_path / "m")), CPU, torch.bfloat16)
+    decoder = BlockwiseDecoder(open_checkpoint(write_family(tmp_path / "m")), CPU, torch.float32)
     attention: Any = decoder.template.get_submodule("self_attn")
     with pytest.raises(ValueError, match="keep no keys"):
         attention(torch.zeros(1, 1, 64), (torch.zeros(1), torch.zeros(1)), None, past_key_values=object())
@@ -157,7 +165,7 @@ def test_blocks_of_unknown_structure_stay(tmp_path: Path) -> None:
     assert fused_block.fuse_blocks([Other()], None) == "there is none for a Other"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_in_other_dtypes_blocks_are_transformers(tmp_path: Path, dtype: torch.dtype) -> None:
     decoder = BlockwiseDecoder(open_checkpoint(write_family(tmp_path / "m")), CPU, dtype)
     assert not any(kind.startswith("Fused") for kind in kinds(decoder.template))

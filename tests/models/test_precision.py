@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qwenq.errors import UsageError
-from qwenq.models.precision import compute_dtype, resolve_device
+from qwenq.models.precision import compute_dtype, product_dtype, resolve_device, resolve_dtype
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -18,9 +19,39 @@ def test_bfloat16_only_where_the_kernel_says_the_cpu_has_it() -> None:
     assert compute_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("has", "running", "quantising", "because"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, torch.bfloat16, torch.float32, "more slowly"),
+        (
+            {"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True},
+            torch.bfloat16, torch.bfloat16, "native on this CPU",
+        ),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16, torch.bfloat16, "native on this CPU"),
+        ({"cpu_name": "Neoverse", "bf16": True}, torch.bfloat16, torch.bfloat16, "native on this CPU"),
+        ({"avx512_bf16": True}, torch.bfloat16, torch.bfloat16, "native on this CPU"),
+        ({"cpu_name": "Intel Core"}, torch.float32, torch.float32, "only emulates bfloat16"),
+    ],
+)  # fmt: skip
+def test_whole_texts_pass_in_bfloat16_only_where_that_multiplies_faster(
+    has: dict[str, Any],
+    running: torch.dtype,
+    quantising: torch.dtype,
+    because: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert (compute_dtype("cpu"), product_dtype("cpu")) == (running, quantising)
+    dtype, why = resolve_dtype("auto", torch.device("cpu"))
+    assert dtype is quantising
+    assert because in why
+    asked, why = resolve_dtype("bfloat16", torch.device("cpu"))
+    assert asked is torch.bfloat16 and "as asked" in why
+
+
 @pytest.mark.parametrize("device", ["meta", torch.device("meta")])
 def test_other_devices_compute_in_float32(device: torch.device | str) -> None:
-    assert compute_dtype(device) == torch.float32
+    assert compute_dtype(device) == product_dtype(device) == torch.float32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

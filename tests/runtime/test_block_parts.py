@@ -14,7 +14,7 @@ from qwenq.runtime.engine import FastEngine, load
 from qwenq.runtime.rope import Rope
 
 CPU = torch.device("cpu")
-UNABLE = support.why_not(*support.BFLOAT16)
+UNABLE = support.why_not_multiply(torch.bfloat16)
 needs_bfloat16 = pytest.mark.skipif(UNABLE is not None, reason=f"no such code here: {UNABLE}")
 BOTH = CompiledParts(1e-6), TorchParts(1e-6)
 
@@ -90,7 +90,7 @@ def test_where_compiled_code_runs_and_what_is_said_where_not() -> None:
     spec = bfloat16_engine(checkpoint).decoder.spec
     assert isinstance(block_parts(spec, CPU, torch.bfloat16), CompiledParts)
     assert passed_over(spec, CPU, torch.bfloat16) is None
-    for device, dtype in ((CPU, torch.float32), (torch.device("cuda"), torch.bfloat16)):
+    for device, dtype in ((CPU, torch.float16), (torch.device("cuda"), torch.bfloat16)):
         assert isinstance(block_parts(spec, device, dtype), TorchParts)
         assert passed_over(spec, device, dtype) is None, "none is made for it: nothing is missed"
 
