@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from qwenq.runtime.bfloat16_products import float32_is_faster
 from qwenq.runtime.kernels.base import Kernel
 
 _PACKED_FOR = 32
 """Rows that oneDNN is told of when it packs; the layout is the same from 2 to 512, for 1 alone another."""
+_MANY_ROWS = 384
+"""From here on a packed bfloat16 matrix is unpacked where the CPU multiplies float32 faster."""
 _BLOCK, _FEWEST, _FEW_ROWS = 256, 64, 32
 """Outputs of a block, at most and at least, and the most rows for which blocks are faster."""
 
@@ -22,7 +25,8 @@ class Dense:
 
     Libraries copy a matrix into blocks as they multiply; with up to a few dozen rows that takes longer than
     the products. On CPUs with AVX-512 it lies in oneDNN's blocks from the start instead, in float32 and
-    bfloat16; the result of a row then does not depend on how many others there are, either.
+    bfloat16; the result of a row then does not depend on how many others there are, either, but for many rows
+    where the CPU multiplies float32 faster (``bfloat16_products``).
 
     Args:
         weight: [out, in].
@@ -47,11 +51,20 @@ class Dense:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
+        if self._packed and self._weight.dtype is torch.bfloat16 and self._unpacks(x):
+            return self._unpacked(x)
         if self._packed:
             return _packed_linear(x, self._weight, self.bias)
         if self._blocks is not None and x.shape[:-1].numel() <= _FEW_ROWS:
             return _linear_by_blocks(x, self._blocks)
         return linear(x, self._weight, self.bias)
+
+    def _unpacks(self, x: Tensor) -> bool:
+        return x.shape[:-1].numel() >= _MANY_ROWS and float32_is_faster()
+
+    def _unpacked(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return linear(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
 class SideBySide:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwenq.models.packing import PackedLinear
+from qwenq.runtime.bfloat16_products import multiply
 from qwenq.runtime.kernels.base import Grouped, Layer, Need, grouped
 
 
@@ -90,7 +91,7 @@ class CpuGrouped(ABC):
     def _rows(self, rows: Tensor) -> Tensor:
         if self.order is not None:
             rows = rows[:, self.order]
-        y = self._few(rows) if len(rows) < self.many_rows else self._many(rows)
+        y = self._few(rows) if len(rows) < self.many_rows else multiply(rows, self._unpacked())
         if self.offsets is not None:
             sums = rows.view(len(rows), len(self.offsets), -1).sum(-1, dtype=torch.float32)  # [rows, groups]
             y = torch.addmm(y.float(), sums, self.offsets).to(rows.dtype)
@@ -123,8 +124,8 @@ class CpuGrouped(ABC):
         """Bfloat16 [rows, in] → [rows, out] without offsets and bias, over the integers as they lie."""
 
     @abstractmethod
-    def _many(self, x: Tensor) -> Tensor:
-        """The same for many rows: unpack the weight, then one product that keeps the cores busy."""
+    def _unpacked(self) -> Tensor:
+        """Bfloat16 [in, out], the weight: for many rows one product with it keeps the cores busy."""
 
 
 def longest_group(columns: int, sizes: tuple[int, ...]) -> int:

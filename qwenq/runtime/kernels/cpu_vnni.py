@@ -86,11 +86,11 @@ class CpuVnni(CpuGrouped):
         )
         return y if whole == count else y[:count]
 
-    def _many(self, x: Tensor) -> Tensor:
+    def _unpacked(self) -> Tensor:
         weight = torch.empty(self._columns, self._out, dtype=torch.bfloat16)
         unpack = _code("unpacked", self.bits, self.scale_type)
         unpack(ctypes.addressof(self._layer), weight.data_ptr(), torch.get_num_threads())
-        return x @ weight
+        return weight
 
 
 @cache
