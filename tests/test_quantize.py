@@ -129,11 +129,14 @@ def test_the_manifest_tells_how_it_was_made(tmp_path: Path) -> None:
     assert manifest["recipe"]["quantize"]["damp"] == 0.02
     assert manifest["calibration"]["samples"] == 4
     assert set(manifest["versions"]) >= {"python", "qwenq", "torch", "transformers", "safetensors"}
-    computed_in = {"dtype": "float32", "device": "cpu", "attention": "sdpa", "sums": "float32"}
     told = manifest["computed_in"]
-    assert told.pop("solver") in ("compiled", "torch")  # as the machine has it
+    parts = tuple(told.pop(name) for name in ("attention", "sums", "solver"))
+    assert parts in (
+        ("qwenq_causal", "compiled", "compiled"),
+        ("sdpa", "torch", "torch"),
+    )  # as machines have it
     assert told.pop("threads") == torch.get_num_threads()
-    assert told == computed_in
+    assert told == {"dtype": "float32", "device": "cpu"}
     assert set(manifest["seconds"]) == {"calibration", "layers", "write", "check"}
     assert len(manifest["modules"]) == 21
     assert all(m["error"] < m["rtn_error"] for m in manifest["modules"].values())

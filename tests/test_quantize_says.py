@@ -43,30 +43,30 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
         assert part in said
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 @pytest.mark.parametrize("team", [ALONE, Team(launched=True)])
 def test_compiled_code_that_is_missed_is_said(
     tmp_path: Path, team: Team, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torchrun's processes sum up Hessians in a way of their own; the rest they compute like any other.
 
-    Attention and Hessians are compiled for bfloat16 alone.
+    Attention and Hessians are compiled for bfloat16 and float32.
     """
     monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
     model, ear = write_family(tmp_path / "m"), Ear()
     made = quantize(recipe_for(model, dtype=dtype), tmp_path / "out", ear, device="cpu", team=team)
     said = [line for line in ear.lines if "left to torch" in line]
-    half = dtype == "bfloat16"
+    compiled = dtype != "float16"
     missed = [
-        "Hessians, scales and rounding are" if half and not team.launched else "scales and rounding are"
+        "Hessians, scales and rounding are" if compiled and not team.launched else "scales and rounding are"
     ]
-    missed += ["attention is"] if half else []
+    missed += ["attention is"] if compiled else []
     because = "left to torch, which takes longer, because llvmlite is not installed"
     assert said == [f"{what} {because}" for what in missed]
     told = manifest_of(made.folder)["computed_in"]
     assert told["solver"] == "torch"
     assert told["attention"] == "sdpa"
-    assert told["sums"] == ("exact" if team.launched else "float32")
+    assert told["sums"] == ("exact" if team.launched else "torch")
 
 
 def test_raised_damping_is_said_with_its_modules(tmp_path: Path) -> None:

@@ -97,18 +97,21 @@ def test_the_manifest_names_the_base(ours: Path, base: Path, check: Shell) -> No
         "verdict     excellent: KL 0.00",
     ):
         assert expected in ran.out
-    assert "…" not in ran.out and "note:" not in ran.err
+    assert "…" not in ran.out
+    # The tiny heads are too narrow for compiled attention; nothing else is to be noted.
+    assert all(line.startswith("note: attention is left") for line in ran.err.splitlines() if "note:" in line)
     assert ran.out.count("model.layers.") == 2
 
 
 def test_compiled_attention_that_is_missed_is_said(plain: Path, base: Path, check: Shell) -> None:
-    """Not in float32, the default: there it is not made for."""
+    """Not in float16: for that none is made."""
     missed = "attention is left to torch, which takes longer, because the width of a head, 8, is no multiple"
-    ran = check(plain, "--against", base, *SMALL, "--dtype", "bfloat16", "--json")
-    assert ran.code == 0, ran.err
-    assert f"note: {missed}" in ran.err
-    assert missed in json.loads(ran.out)["notices"][-1]
-    ran = check(plain, "--against", base, *SMALL)
+    for dtype in ("auto", "bfloat16"):
+        ran = check(plain, "--against", base, *SMALL, "--dtype", dtype, "--json")
+        assert ran.code == 0, ran.err
+        assert f"note: {missed}" in ran.err
+        assert missed in json.loads(ran.out)["notices"][-1]
+    ran = check(plain, "--against", base, *SMALL, "--dtype", "float16")
     assert ran.code == 0, ran.err
     assert "left to torch" not in ran.out + ran.err
 

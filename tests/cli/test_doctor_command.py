@@ -56,9 +56,10 @@ def test_another_dtype_has_other_reasons() -> None:
 def test_what_is_missed_without_llvmlite_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
     parts = {(part["kind"], part["name"]): part["why_not"] for part in examination("cpu", "float32")["parts"]}
-    for name in ("scales", "rounding", "refining"):
+    for name in ("Hessians", "scales", "rounding", "refining"):
         assert parts["quantize", name] == "llvmlite is not installed"
-    assert parts["quantize", "Hessians"] == "that is for bfloat16, not for float32"
+    parts = {(part["kind"], part["name"]): part["why_not"] for part in examination("cpu", "float16")["parts"]}
+    assert parts["quantize", "Hessians"] == "that is for bfloat16 and float32, not for float16"
 
 
 def test_what_is_missed_without_triton_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,11 +81,11 @@ def test_a_follower_that_could_do_better_says_what_the_leader_lacks(
 def test_a_follower_that_would_refine_by_other_code_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
 ) -> None:
-    """In float32 attention is torch's on both; scales are fitted by sums in another order."""
+    """In float16 attention is torch's on both; scales are fitted by sums in another order."""
     lacking, whole = (lambda *features: "llvmlite is not installed"), (lambda *features: None)
     model = write_family(tmp_path / "m")
     monkeypatch.setattr(support, "why_not", whole if here else lacking)
-    told = told_by_a_leader(model, torch.float32)
+    told = told_by_a_leader(model, torch.float16)
     assert told["solver"] == (["compiled", None] if here else ["torch", "llvmlite is not installed"])
     monkeypatch.setattr(support, "why_not", lacking if here else whole)
     with pytest.raises(ModelError) as caught:
