@@ -5,7 +5,7 @@
 
 DIR takes the random checkpoint (kept for the next time) and what is quantised from it. Calibrates on 4 × 256
 random tokens: random weights are for speed and memory only. Writes ``reports/benchmarks/memory.json`` and
-``memory.md``, one row for each model, depth and recipe that was measured.
+``memory.md``, one row for each model, depth, recipe and dtype measured.
 """
 
 from __future__ import annotations
@@ -69,12 +69,13 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     sizes = ("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN))
     command: Command = [sys.executable, "-m", "qwenq", "quantize", model, "--recipe", recipe, *sizes]
     child = run_child([*command, "--no-resume", "--json", "--out", out], options.threads)
-    result = child.json()
+    result, manifest = child.json(), json.loads((out / "qwenq.json").read_text())
     shutil.rmtree(out)
     return {
         "model": options.model,
         "layers": json.loads((model / "config.json").read_text())["num_hidden_layers"],
         "recipe": options.recipe,
+        "dtype": manifest["computed_in"]["dtype"],
         "checkpoint_bytes": result["base_bytes"],
         "quantised_bytes": result["weight_bytes"],
         "peak_rss_mib": round(child.peak_rss_mib, 1),
@@ -86,10 +87,11 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """The report for people."""
-    header = ["", "layers", "checkpoint GB", "peak RSS GB", "minutes"]
+    header = ["", "computed in", "layers", "checkpoint GB", "peak RSS GB", "minutes"]
     lines = [
         [
             f"{row['model']}, {row['recipe']}",
+            row["dtype"],
             str(row["layers"]),
             f"{row['checkpoint_bytes'] / 1e9:.2f}",
             f"{row['peak_rss_mib'] * MIB / 1e9:.2f}",
@@ -113,7 +115,7 @@ def main() -> None:
     row = measure(options, random_model(options))
     report = REPORTS / "memory.json"
     rows = json.loads(report.read_text())["rows"] if report.exists() else []
-    key = ("model", "layers", "recipe")
+    key = ("model", "layers", "recipe", "dtype")
     rows = [old for old in rows if any(old[name] != row[name] for name in key)] + [row]
     facts = machine()
     text = table(rows, facts)

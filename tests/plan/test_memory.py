@@ -88,7 +88,9 @@ def test_quantisation_holds_one_block() -> None:
 def test_quantisation_takes_what_was_measured() -> None:
     """One layer of Qwen-7B's shape with its embeddings: depth costs no memory (tests/test_flat_memory.py)."""
     report = json.loads((Path(__file__).parents[2] / "reports/benchmarks/memory.json").read_text())
-    row = next(row for row in report["rows"] if (row["layers"], row["recipe"]) == (1, "default"))
-    measured = row["peak_rss_mib"] * 2**20
-    planned = quantisation_memory(catalogue.shape_for("qwen-7b"), samples=4, seq_len=256).peak
-    assert 0.9 * measured < planned < 1.25 * measured
+    rows = [row for row in report["rows"] if (row["layers"], row["recipe"]) == (1, "default")]
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
+    for row in rows:
+        measured, shape = row["peak_rss_mib"] * 2**20, catalogue.shape_for("qwen-7b")
+        planned = quantisation_memory(shape, samples=4, seq_len=256, dtype=row["dtype"]).peak
+        assert 0.9 * measured < planned < 1.25 * measured
