@@ -14,6 +14,7 @@ from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.precision import compute_dtype, resolve_device
 from qwenq.runtime.attention import attention_backend
+from qwenq.runtime.bfloat16_products import float32_is_faster
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.cuda_graph import Graphs
@@ -135,6 +136,8 @@ class FastEngine(CachedEngine):
         self.notes = decoder.notes
         if decoder.compiled_step:
             self.implementation += ", decode steps compiled for this CPU"
+        if decoder.device.type == "cpu" and decoder.dtype is torch.bfloat16 and float32_is_faster():
+            self.implementation += ", prompts multiplied by float32 units"
         self._graphs = None
         if (why_not := Graphs.why_not(decoder)) is None:
             self._graphs = Graphs(decoder)

@@ -51,16 +51,11 @@ class Dense:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        if self._packed and self._weight.dtype is torch.bfloat16 and self._unpacks(x):
-            return self._unpacked(x)
         if self._packed:
-            return _packed_linear(x, self._weight, self.bias)
+            return self._unpacked(x) if _unpacks(x) else _packed_linear(x, self._weight, self.bias)
         if self._blocks is not None and x.shape[:-1].numel() <= _FEW_ROWS:
             return _linear_by_blocks(x, self._blocks)
         return linear(x, self._weight, self.bias)
-
-    def _unpacks(self, x: Tensor) -> bool:
-        return x.shape[:-1].numel() >= _MANY_ROWS and float32_is_faster()
 
     def _unpacked(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -86,6 +81,11 @@ class SideBySide:
 def float32_logits(head: Kernel, hidden: Tensor) -> Tensor:
     """The output head's product, as float32 for softmax and sampling."""
     return head(hidden).to(torch.float32)
+
+
+def _unpacks(x: Tensor) -> bool:
+    many = x.dtype is torch.bfloat16 and x.shape[:-1].numel() >= _MANY_ROWS
+    return many and float32_is_faster()
 
 
 def _packable(weight: Tensor) -> bool:

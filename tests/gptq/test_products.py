@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native.native_functions import in_both
 from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
@@ -15,14 +16,6 @@ from qwenq.gptq.quantise import how_summed
 from qwenq.native import support
 
 CPU = torch.device("cpu")
-WHY_NOT = {dtype: native_why_not(dtype, CPU) for dtype in support.FEATURES}
-in_both = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(dtype, marks=pytest.mark.skipif(why is not None, reason=f"no such products here: {why}"))
-        for dtype, why in WHY_NOT.items()
-    ],
-)
 
 
 def drawn(seed: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:

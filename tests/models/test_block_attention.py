@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native.native_functions import in_both, needs_float32
 from tiny_families import write_family
 from torch import Tensor
 from torch.nn import functional
@@ -19,15 +20,6 @@ from qwenq.models.checkpoint import open_checkpoint
 from qwenq.native import support
 
 CPU = torch.device("cpu")
-UNABLE = {dtype: support.why_not_multiply(dtype) for dtype in support.FEATURES}
-needs_float32, needs_bfloat16 = (
-    pytest.mark.skipif(UNABLE[dtype] is not None, reason=f"no such attention here: {UNABLE[dtype]}")
-    for dtype in (torch.float32, torch.bfloat16)
-)
-in_both = pytest.mark.parametrize(
-    "dtype",
-    [pytest.param(torch.float32, marks=needs_float32), pytest.param(torch.bfloat16, marks=needs_bfloat16)],
-)
 
 
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

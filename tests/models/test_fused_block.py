@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from native.native_functions import in_both, needs_float32
 from tiny_families import write_family
 from torch import Tensor, nn
 
@@ -17,15 +18,6 @@ from qwenq.models.checkpoint import open_checkpoint
 from qwenq.native import support
 
 CPU = torch.device("cpu")
-UNABLE = {dtype: support.why_not_multiply(dtype) for dtype in support.FEATURES}
-needs_float32, needs_bfloat16 = (
-    pytest.mark.skipif(UNABLE[dtype] is not None, reason=f"no such code here: {UNABLE[dtype]}")
-    for dtype in (torch.float32, torch.bfloat16)
-)
-in_both = pytest.mark.parametrize(
-    "dtype",
-    [pytest.param(torch.float32, marks=needs_float32), pytest.param(torch.bfloat16, marks=needs_bfloat16)],
-)
 LAST = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}  # how far results may be apart beside their size
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}

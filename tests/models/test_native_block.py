@@ -8,23 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native.native_functions import UNABLE, in_both, needs_bfloat16
 from torch import Tensor
 from torch.nn import functional
 
-from qwenq.native import support
-
-UNABLE = {dtype: support.why_not_multiply(dtype) for dtype in support.FEATURES}
 if UNABLE[torch.float32] is not None:
     pytest.skip(f"no such code here: {UNABLE[torch.float32]}", allow_module_level=True)
 
-from qwenq.models.native_block import rms_norm, rotate_, swiglu, swiglu_  # noqa: E402
+from qwenq.models.native_block import rms_norm, rotate_, swiglu, swiglu_
 
 LAST = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}  # the unit of a number's last bit beside it
-DTYPES = [
-    pytest.param(dtype, marks=pytest.mark.skipif(UNABLE[dtype] is not None, reason=str(UNABLE[dtype])))
-    for dtype in LAST
-]
-in_both = pytest.mark.parametrize("dtype", DTYPES)
 WIDTHS = st.sampled_from([16, 48, 64, 80, 128, 576])
 
 
@@ -104,7 +97,7 @@ def test_the_activation_is_torchs(dtype: torch.dtype, rows: int, d: int, scale: 
     torch.testing.assert_close(got.double(), exact, rtol=4 * LAST[dtype], atol=1e-30)
 
 
-@pytest.mark.skipif(UNABLE[torch.bfloat16] is not None, reason=str(UNABLE[torch.bfloat16]))
+@needs_bfloat16
 def test_the_activation_of_every_bfloat16_is_torchs() -> None:
     """NaN among them: that stays one, and nothing else becomes one but as in torch."""
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).reshape(-1, 16)

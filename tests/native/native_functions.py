@@ -1,4 +1,4 @@
-"""Pieces of native code as functions over float32 tensors."""
+"""Pieces of native code as functions over float32 tensors, and what machines tests of native code need."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from qwenq.native import support
 
 _UNABLE = support.why_not("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 needs_native = pytest.mark.skipif(_UNABLE is not None, reason=f"no native code here: {_UNABLE}")
+
+UNABLE = {dtype: support.why_not_multiply(dtype) for dtype in support.FEATURES}
+needs_float32, needs_bfloat16 = (
+    pytest.mark.skipif(UNABLE[dtype] is not None, reason=f"no native code here: {UNABLE[dtype]}")
+    for dtype in (torch.float32, torch.bfloat16)
+)
+in_both = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=needs_float32), pytest.param(torch.bfloat16, marks=needs_bfloat16)],
+)
 
 
 def elementwise(piece: Callable[[Any, Any], Any]) -> Callable[[torch.Tensor], torch.Tensor]:

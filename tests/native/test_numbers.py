@@ -6,16 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from native.native_functions import in_both
 from torch import Tensor
 
 from qwenq.native import support
-
-DTYPES = [
-    pytest.param(dtype, marks=pytest.mark.skipif(why is not None, reason=f"no native code here: {why}"))
-    for dtype in support.FEATURES
-    for why in (support.why_not_multiply(dtype),)
-]
-in_both = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def made(dtype: torch.dtype, build: Any, *tensors: Tensor) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runtime.small_models import small_model
 
-from qwenq.runtime import bfloat16_products, linear
+from qwenq.runtime import bfloat16_products, engine, linear
 from qwenq.runtime.linear import Dense
 
 
@@ -48,3 +49,17 @@ def test_a_plain_matrix_is_unpacked_for_many_rows_alone(
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert found.shape == exact.shape and found.dtype is torch.bfloat16
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_row_of_results_says_which_unit_multiplied_prompts(
+    faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "float32_is_faster", lambda: faster)
+    _, checkpoint = small_model("llama")
+    said = {
+        dtype: "prompts multiplied by float32 units"
+        in engine.load(checkpoint, device="cpu", dtype=dtype, engine="fast").implementation
+        for dtype in ("bfloat16", "float32")
+    }
+    assert said == {"bfloat16": faster, "float32": False}

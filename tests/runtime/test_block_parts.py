@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native.native_functions import needs_bfloat16
 from runtime.small_models import FAMILIES, random_ids, small_model
 from torch import Tensor
 
@@ -14,8 +15,6 @@ from qwenq.runtime.engine import FastEngine, load
 from qwenq.runtime.rope import Rope
 
 CPU = torch.device("cpu")
-UNABLE = support.why_not_multiply(torch.bfloat16)
-needs_bfloat16 = pytest.mark.skipif(UNABLE is not None, reason=f"no such code here: {UNABLE}")
 BOTH = CompiledParts(1e-6), TorchParts(1e-6)
 
 

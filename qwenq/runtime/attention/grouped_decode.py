@@ -2,8 +2,8 @@
 
 In a decode step query heads that share a key/value head are rows of one product over keys kept transposed, so
 no key is read twice. `DecodeStep` has a cache arranged for it (see ``KVCache.step``); over any other cache it
-has to be brought to that form first. Prompts are compiled code's where this CPU has the
-instructions (``models.native_attention``), and else torch's.
+has to be brought to that form first. Prompts are compiled code's where this CPU has the instructions
+(``models.native_attention``), and else torch's.
 """
 
 from __future__ import annotations
