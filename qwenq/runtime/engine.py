@@ -134,10 +134,10 @@ class FastEngine(CachedEngine):
             f"attention {decoder.attend.name}: {decoder.attend.implementation}; torch {torch.__version__}"
         )
         self.notes = decoder.notes
-        if decoder.compiled_step:
-            self.implementation += ", decode steps compiled for this CPU"
         if decoder.device.type == "cpu" and decoder.dtype is torch.bfloat16 and float32_is_faster():
             self.implementation += ", prompts multiplied by float32 units"
+        if decoder.compiled_step:
+            self.implementation += ", decode steps compiled for this CPU"
         self._graphs = None
         if (why_not := Graphs.why_not(decoder)) is None:
             self._graphs = Graphs(decoder)
