@@ -44,10 +44,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stopping": set(),
     "paired": set(),
     "native": set(),
-    "models": LEAVES | {"native"},
+    "compute": {"errors"},
+    "models": LEAVES | {"native", "compute"},
     "calibration": LEAVES | {"models"},
-    "gptq": LEAVES | {"models", "calibration", "native"},
-    "runtime": LEAVES | {"models", "native"},
+    "gptq": LEAVES | {"models", "calibration", "native", "compute"},
+    "runtime": LEAVES | {"models", "native", "compute"},
     "evals": LEAVES | {"models", "runtime"},
     "profiling": LEAVES | {"models", "runtime"},
     "reporting": LEAVES,
@@ -58,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": ROOMS,
     "__main__": {"cli"},
 }
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = 60
 P95_FUNCTION_LINES = 40
 HELP_SECONDS = 0.3

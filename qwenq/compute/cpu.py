@@ -1,0 +1,196 @@
+"""Load the C library for this CPU, and call its kernels.
+
+The best variant that the CPU has the instructions for is loaded once. ``QWENQ_CPU`` lowers it, for tests and for bug
+reports: the name of a variant, or ``torch`` for none. Threads are torch's own: the library is given the entry points of
+the OpenMP runtime that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwenq.compute.build import (
+    LIBRARIES,
+    SOURCES,
+    SUFFIX,
+    VARIANTS,
+    Variant,
+    library_name,
+    machine_name,
+    sources_hash,
+)
+from qwenq.errors import UsageError
+
+VARIABLE = "QWENQ_CPU"
+FOLDER_VARIABLE = "QWENQ_KERNELS"
+"""Another folder of libraries, such as one that is compiled with a sanitizer."""
+
+_OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+_INSTALL = "run python -m qwenq.compute.build, with gcc, clang or the package ziglang"
+
+
+@dataclass(frozen=True)
+class Library:
+    """The library of a variant, loaded.
+
+    Attributes:
+        variant: what it was compiled for.
+        shares_threads: whether it runs on torch's OpenMP threads, not on its own.
+    """
+
+    variant: Variant
+    handle: ctypes.CDLL
+    shares_threads: bool
+
+
+def variants_here() -> list[Variant]:
+    """Return the variants that this CPU can run, the best first, whether they are compiled or not."""
+    has = _capabilities()
+    here = [variant for variant in VARIANTS if variant.machine == machine_name(platform.machine())]
+    return [variant for variant in here if all(has.get(name) for name in variant.features)]
+
+
+def variant_name() -> str:
+    """Return the name of the variant that runs, or ``torch``."""
+    found = library()
+    return found.variant.name if isinstance(found, Library) else "torch"
+
+
+def unsupported_reason() -> str | None:
+    """Return why C kernels do not run here, in words that follow "because"; None: they do."""
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def has(*features: str) -> bool:
+    """Return whether the variant that runs was compiled with these features."""
+    found = library()
+    return isinstance(found, Library) and set(features) <= set(found.variant.features)
+
+
+def library() -> Library | str:
+    """Return the library that runs, or why there is none.
+
+    Raises:
+        UsageError: ``QWENQ_CPU`` names no variant, or one that this CPU lacks.
+    """
+    return _library(os.environ.get(VARIABLE, ""), os.environ.get(FOLDER_VARIABLE, ""))
+
+
+@cache
+def _library(wanted: str, folder: str) -> Library | str:
+    usable = variants_here()
+    if wanted == "torch":
+        return f"{VARIABLE}=torch turns it off"
+    if wanted:
+        usable = [variant for variant in usable if variant.name == wanted]
+        if not usable:
+            names = ", ".join([variant.name for variant in variants_here()] + ["torch"])
+            raise UsageError(
+                f"{wanted!r} is no variant that this CPU can run", where=VARIABLE, hint=f"use {names}"
+            )
+    if not usable:
+        return f"there is no variant for this CPU ({_shortcoming()})"
+    place = Path(folder) if folder else LIBRARIES
+    reasons = []
+    for variant in usable:
+        found = _load(variant, place / library_name(variant.name, SUFFIX))
+        if isinstance(found, Library):
+            return found
+        reasons.append(found)
+    return reasons[0]
+
+
+def _load(variant: Variant, path: Path) -> Library | str:
+    if not path.is_file():
+        return f"the library {path.name} is not compiled ({_INSTALL})"
+    try:
+        handle = ctypes.CDLL(str(path))
+        handle.qwenq_sources.restype = handle.qwenq_variant.restype = ctypes.c_char_p
+        made_from, made_for = handle.qwenq_sources().decode(), handle.qwenq_variant().decode()
+        handle.qwenq_kernel.restype, handle.qwenq_kernel.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    except (OSError, AttributeError) as error:
+        return f"the library {path.name} cannot be loaded: {str(error).splitlines()[0]} ({_INSTALL})"
+    if made_for != variant.name or (SOURCES.is_dir() and made_from != sources_hash()):
+        return f"the library {path.name} was compiled from other sources ({_INSTALL})"
+    return Library(variant, handle, _share_threads(handle))
+
+
+def _share_threads(handle: ctypes.CDLL) -> bool:
+    """Pass in torch's OpenMP runtime; leave the library's own pool where torch has another one."""
+    torch_library = Path(torch.__path__[0]) / "lib" / f"libtorch_cpu{SUFFIX}"
+    try:
+        openmp = ctypes.CDLL(str(torch_library))
+        entries = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in _OPENMP]
+    except (OSError, AttributeError):
+        return False
+    handle.qwenq_set_threads.restype = None
+    handle.qwenq_set_threads(*entries)
+    return True
+
+
+def call(name: str, *arguments: Tensor | int | float, threads: int | None = None) -> None:
+    """Run a kernel on torch's threads.
+
+    Args:
+        name: of the kernel, see ``csrc/kernels.def``.
+        arguments: tensors as their addresses, integers, and floats as the bits of a float32, in the kernel's order.
+            The caller has checked shapes, dtypes, devices and strides: the kernel reads memory by these numbers.
+        threads: how many; None: as many as torch uses.
+    """
+    values = [torch.get_num_threads() if threads is None else threads]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            values.append(argument.data_ptr())
+        elif isinstance(argument, float):
+            values.append(struct.unpack("<I", struct.pack("<f", argument))[0])
+        else:
+            values.append(argument)
+    kernel(name)((ctypes.c_int64 * len(values))(*values))
+
+
+def kernel(name: str) -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
+    """Return a kernel as a function of its arguments' array."""
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(f"the kernel {name} cannot run because {found}")
+    return _kernel(found, name)
+
+
+@cache
+def _kernel(library: Library, name: str) -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
+    address = library.handle.qwenq_kernel(name.encode())
+    if not address:
+        raise RuntimeError(f"the library has no kernel {name}")
+    return ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))(address)
+
+
+@cache
+def _capabilities() -> dict[str, object]:
+    """Return what the CPU can do, by torch's names."""
+    found = dict(torch.cpu.get_capabilities())
+    if machine_name(platform.machine()) == "aarch64":
+        flags = set()
+        if Path("/proc/cpuinfo").is_file():
+            flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+        found["dot"] = bool(found.get("dot")) or "asimddp" in flags or platform.system() == "Darwin"
+    return found
+
+
+def _shortcoming() -> str:
+    """Say what the CPU lacks for the lowest variant of its machine."""
+    here = [variant for variant in VARIANTS if variant.machine == machine_name(platform.machine())]
+    if not here:
+        return f"{platform.machine()} has none"
+    lacking = [name for name in here[-1].features if not _capabilities().get(name)]
+    return f"{here[-1].name} needs {', '.join(lacking)}"
