@@ -140,7 +140,7 @@ def quantize(
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
     from qwenq.gptq.choices import describe
-    from qwenq.gptq.products import passed_over
+    from qwenq.compute.ops import fallback_notice
     from qwenq.gptq.quantise import check_packable, choose_group_size, input_widths
     from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
@@ -158,7 +158,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
     listener.say(why)
-    if slower := passed_over(dtype, place, exact=team.launched):
+    if slower := fallback_notice(dtype, place):
         listener.say(slower)
     checkpoint, widths = padded(base, wanted, listener.say)
     decoder = BlockwiseDecoder(checkpoint, place, dtype)

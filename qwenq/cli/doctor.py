@@ -19,7 +19,6 @@ _OPTIONAL = (
     ("triton", "kernels for NVIDIA GPUs", "comes with torch's CUDA build on Linux"),
     ("flash-attn", "attention v2, and v1 in its version 1", "pip install flash-attn --no-build-isolation"),
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
-    ("llvmlite", "kernels compiled for this CPU, on Linux, x86-64", "pip install 'qwenq[cpu]'"),
     ("datasets", "hub datasets to calibrate on", "pip install 'qwenq[data]'"),
     ("pyarrow", ".parquet files", "pip install 'qwenq[data]'"),
     ("matplotlib", "plots as files", "pip install 'qwenq[report]'"),
@@ -67,26 +66,18 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
         "environment": environment(),
         "device": str(place),
         "dtype": str(number).removeprefix("torch."),
-        "parts": [asdict(part) for part in [*parts, *_quantising(place, number)]],
+        "parts": [asdict(part) for part in [*parts, *_operations(place, number)]],
         "sandbox": _sandbox(),
         "optional": optional,
     }
 
 
-def _quantising(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """What of GPTQ runs as code of our own; ``qwenq quantize`` leaves the rest to torch, and says so."""
-    from qwenq.gptq import columns, products
+def _operations(device: torch.device, dtype: torch.dtype) -> list[Part]:
+    """Return what runs each operation of ``qwenq.compute``."""
+    from qwenq.compute.ops import operations
     from qwenq.runtime.doctor import Part
 
-    scales = "that is for CPUs, not for cuda" if device.type == "cuda" else columns.missed(device)
-    missed = {
-        "Hessians": products.native_why_not(dtype, device),
-        "scales": scales,
-        "rounding": columns.missed(device),
-        "refining": columns.missed(device),
-    }
-    runs = "a Triton kernel" if device.type == "cuda" else "compiled for this CPU"
-    return [Part("quantize", name, None if why else runs, why) for name, why in missed.items()]
+    return [Part("operation", each.name, each.runs, each.reason) for each in operations(device, dtype)]
 
 
 def _sandbox() -> dict[str, str | None]:
@@ -144,4 +135,6 @@ def _gpu_lines(gpus: list[dict[str, Any]] | None) -> list[str]:
 
 
 def _line(name: str, runs: str | None, why_not: str | None) -> str:
+    if runs is not None and why_not is not None:  # something slower runs
+        return f"  {name:13} slow {runs}: {why_not}"
     return f"  {name:13} yes  {runs}" if runs is not None else f"  {name:13} no   {why_not}"

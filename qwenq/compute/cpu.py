@@ -159,6 +159,16 @@ def call(name: str, *arguments: Tensor | int | float, threads: int | None = None
     kernel(name)((ctypes.c_int64 * len(values))(*values))
 
 
+def number(name: str, *arguments: int) -> int:
+    """Return a number that the library tells of itself, such as the width of a panel."""
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(f"{name} cannot be asked for because {found}")
+    function = getattr(found.handle, name)
+    function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long] * len(arguments)
+    return int(function(*arguments))
+
+
 def kernel(name: str) -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
     """Return a kernel as a function of its arguments' array."""
     found = library()

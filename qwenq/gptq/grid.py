@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-LARGEST = torch.finfo(torch.float16).max
-SMALLEST = torch.finfo(torch.float16).smallest_normal
+from qwenq.compute.columns import storable
+
+__all__ = ["Grid", "storable"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,3 @@ class Grid:
         rows, width = integers.shape
         grouped = integers.reshape(rows, -1, self.group_size).float()  # [rows, groups, group_size]
         return ((grouped - self.zeros[..., None]) * self.scales[..., None]).reshape(rows, width)
-
-
-def storable(scales: Tensor) -> Tensor:
-    """Scales as the file will hold them: rounded to float16, never zero or infinite, in float32."""
-    half = scales.clamp(-LARGEST, LARGEST).half().float()
-    tiny = half.abs() < SMALLEST
-    return torch.where(tiny, torch.where(scales < 0, -SMALLEST, SMALLEST), half)

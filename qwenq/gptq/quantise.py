@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import CalibrationError, QuantisationError, UnsupportedError, UsageError
-from qwenq.gptq.columns import missed
+from qwenq.compute.columns import fallback_reason
 from qwenq.gptq.drift import drift
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.layer_store import LayerStore
 from qwenq.gptq.module import ModuleStats, QuantisedLinear, quantise_group
-from qwenq.gptq.products import native_why_not
+from qwenq.compute.products import unsupported_reason
 from qwenq.gptq.rows import Settings
 from qwenq.gptq.walk import linears_of, shared_inputs, walk
 from qwenq.models.blocks import BlockwiseDecoder
@@ -165,7 +165,7 @@ def how_summed(dtype: torch.dtype, device: torch.device, team: Team) -> str:
     """Which of the ways to sum up Hessians, whose last bits differ: exact, torch, compiled."""
     if team.launched:
         return "exact"
-    return "torch" if native_why_not(dtype, device) else "compiled"
+    return "torch" if unsupported_reason(dtype, device) else "compiled"
 
 
 def how_solved(settings: Settings, device: torch.device) -> str:
@@ -175,7 +175,7 @@ def how_solved(settings: Settings, device: torch.device) -> str:
     """
     if device.type != "cuda" and not settings.refine:
         return "any"
-    if missed(device) is not None:
+    if fallback_reason(device) is not None:
         return "torch"
     return "triton" if device.type == "cuda" else "compiled"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwenq.distributed import Team
 from qwenq.errors import ModelError
-from qwenq.gptq.columns import missed
+from qwenq.compute.columns import fallback_reason
 from qwenq.gptq.quantise import LAYER_IS_STORED, how_solved, quantise_layers
 from qwenq.gptq.rows import Settings
 from qwenq.models.blocks import BlockwiseDecoder
@@ -44,7 +44,7 @@ def lead(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settin
             "settings": asdict(settings),
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "attention": [decoder.attention, decoder.attention_why_not],
-            "solver": [how_solved(settings, decoder.device), missed(decoder.device)],
+            "solver": [how_solved(settings, decoder.device), fallback_reason(decoder.device)],
             "tokens": list(tokens.shape),
             "threads": torch.get_num_threads(),
         }
@@ -100,17 +100,17 @@ def _require_same_attention(decoder: BlockwiseDecoder, leaders: str, leaders_why
 
 
 def _require_same_solver(
-    decoder: BlockwiseDecoder, settings: Settings, leaders: str, leaders_missed: str | None
+    decoder: BlockwiseDecoder, settings: Settings, leaders: str, leaders_reason: str | None
 ) -> None:
     """The integers of a tile would depend on who solved it.
 
     Args:
         decoder: the one here.
         settings: GPTQ's.
-        leaders, leaders_missed: rank 0's ``how_solved``, and what it lacks for compiled code.
+        leaders, leaders_reason: rank 0's ``how_solved``, and what it lacks for C kernels.
     """
     if (own := how_solved(settings, decoder.device)) != leaders:
-        _refuse(f"integers and scales by {leaders}", own, missed(decoder.device), leaders_missed, decoder)
+        _refuse(f"integers and scales by {leaders}", own, fallback_reason(decoder.device), leaders_reason, decoder)
 
 
 def _refuse(
@@ -123,5 +123,5 @@ def _refuse(
     raise ModelError(
         f"rank 0 computes {leaders}, here it would be {own}, because {why}",
         where=decoder.checkpoint.folder,
-        hint="install the same on every machine (pip install 'qwenq[cpu]'), or use CPUs of one kind",
+        hint="install the same on every machine (qwenq doctor says what runs), or use CPUs of one kind",
     )

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qwenq.gptq.columns import Block
+from qwenq.compute.columns import Block
 from qwenq.gptq.grid import Grid
-from qwenq.gptq.moves import move_columns
-from qwenq.gptq.refit import fit_scale
+from qwenq.compute.columns import move_columns
+from qwenq.compute.columns import fit_scale
 from qwenq.gptq.solver import Rounded
 
 SWEEPS = 2  # each one gains less than the one before it

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from qwenq.gptq.products import are_compiled, mirror, products
+from qwenq.compute.products import are_compiled, mirror, products
 
 
 def running_hessian(inputs: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwenq.gptq.columns import Block, round_columns
+from qwenq.compute.columns import Block, round_columns
 from qwenq.gptq.grid import Grid
 
 PANEL = 192  # columns of a triangular or symmetric matrix that are solved for or multiplied by at a time

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from qwenq.native.gpu import why_not_triton
+from qwenq.compute.gpu import unsupported_reason
 from qwenq.runtime.attention import available
 from qwenq.runtime.kernels.base import Need
 from qwenq.runtime.kernels.cpu_native import CpuNative
@@ -63,7 +63,7 @@ def _steps(device: torch.device, dtype: torch.dtype) -> list[Part]:
     """What makes whole decode steps of the fast engine faster; elsewhere torch runs them piece by piece."""
     whole = CpuNative.why_not(Need(4, 128, "gptq", device, dtype))
     graphs = None if device.type == "cuda" else f"CUDA graphs need a CUDA GPU, and this is a {device.type}"
-    between = why_not_triton(device)
+    between = unsupported_reason(device)
     return [
         Part("decode step", "compiled", None if whole else "one call, with kernel cpu-native", whole),
         Part("decode step", "graph", None if graphs else "one launch", graphs),

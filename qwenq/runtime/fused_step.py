@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from qwenq.native.gpu import why_not_triton
+from qwenq.compute.gpu import unsupported_reason
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.span import Span
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def why_not_fused(decoder: Decoder) -> str | None:
     """Why these kernels cannot run where the decoder does, in words that follow "because"; None: they can."""
-    return why_not_triton(decoder.device)
+    return unsupported_reason(decoder.device)
 
 
 def run_fused(

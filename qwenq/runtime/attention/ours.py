@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError
-from qwenq.native.gpu import interpreting, why_not_triton
+from qwenq.compute.gpu import interpreting, unsupported_reason
 from qwenq.runtime.attention.flash import check_flash, check_half
 from qwenq.runtime.attention.plain import attend
 from qwenq.runtime.kernels.triton_support import triton_label
@@ -74,7 +74,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> None:
         check_half(name, dtype)
     else:
         check_flash(name, device, dtype)
-    if reason := why_not_triton(device):
+    if reason := unsupported_reason(device):
         raise UnsupportedError(
             f"attention {name}: {reason}", where=f"--attention {name}", hint="use --attention sdpa or off"
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwenq.models.packing import PackedLinear, has_trivial_g_idx, pack, unpack_zeros
-from qwenq.native.gpu import why_not_triton
+from qwenq.compute.gpu import unsupported_reason
 from qwenq.runtime.kernels.base import Need, grouped
 
 SOME_ROWS = 16
@@ -51,7 +51,7 @@ class TritonInt4:
         """It needs a GPU with Triton, 16-bit activations, and groups of whole words."""
         if need.bits not in cls.widths:
             return f"it holds {cls.widths[0]} bits, not {need.bits}"
-        if reason := why_not_triton(need.device):
+        if reason := unsupported_reason(need.device):
             return reason
         if need.dtype not in (torch.bfloat16, torch.float16):
             return f"it multiplies bfloat16 or float16, not {str(need.dtype).removeprefix('torch.')}"

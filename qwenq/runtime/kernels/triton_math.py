@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qwenq.native.gpu import interpreting
+from qwenq.compute.gpu import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qwenq.native.gpu import interpreting
+from qwenq.compute.gpu import interpreting
 
 
 def triton_label() -> str:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.gptq.columns import Block
-from qwenq.gptq.triton_columns import AHEAD, ROWS, nearest, push
+from qwenq.compute.columns import Block
+from qwenq.compute.triton_columns import AHEAD, ROWS, nearest, push
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.gptq.columns import Block
+from qwenq.compute.columns import Block
 
 ROWS, AHEAD = 32, 16
 """Of a program; and the columns that an error is pushed onto at a time."""

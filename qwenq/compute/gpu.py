@@ -22,7 +22,7 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not_triton(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on this device, in words that follow "because"; None: they can.
 
     Does not import triton.

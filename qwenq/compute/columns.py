@@ -1,0 +1,253 @@
+"""The columns of a lazy block: rounded (GPTQ), moved (coordinate descent), and a group's scale fitted to its integers.
+
+Each operation runs in C on a CPU, by one Triton kernel on a GPU, else in torch. C and torch find the same integers and
+errors bit for bit, on every variant: a product is rounded before it is subtracted. A fitted scale is summed in another
+order by each.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwenq.compute import cpu, gpu
+
+LARGEST = torch.finfo(torch.float16).max
+SMALLEST = torch.finfo(torch.float16).smallest_normal
+WIDEST_GROUP = 256
+"""Columns of a group whose scale C fits; a wider one is a matrix product that the library is faster at."""
+
+
+class Block(NamedTuple):
+    """Columns that are rounded one after the other, and where what comes of them goes.
+
+    Attributes:
+        columns: [block, rows] float, a column of W in each row, contiguous; changed in place.
+        U: [block, block] of the same dtype, upper triangular: the block's part of ``inverse_factor``.
+        scales, zeros: [groups, rows] of the same dtype, contiguous.
+        groups: the group of each column.
+        levels: the largest integer.
+        integers: [block, rows] uint8, contiguous: filled.
+        errors: [block, rows] of the same dtype, contiguous: filled with (w_i − q_i) / U_ii.
+    """
+
+    columns: Tensor
+    U: Tensor
+    scales: Tensor
+    zeros: Tensor
+    groups: list[int]
+    levels: int
+    integers: Tensor
+    errors: Tensor
+
+
+class Fitted(NamedTuple):
+    """A group after its scale was fitted.
+
+    Attributes:
+        scale: [rows].
+        values: [group_size, rows] of the integers with it.
+        less: [group_size, rows] the values before, less these.
+        change: [rows] of ``output_error``, by the scale alone.
+    """
+
+    scale: Tensor
+    values: Tensor
+    less: Tensor
+    change: Tensor
+
+
+def unsupported_reason(x: Tensor) -> str | None:
+    """Return why C does not take a tensor, in words that follow "because"; None: it does."""
+    if x.device.type != "cpu":
+        return f"that is for CPUs, not for {x.device.type}"
+    if x.dtype != torch.float32:
+        return f"that is for float32, not for {str(x.dtype).removeprefix('torch.')}"
+    return cpu.unsupported_reason()
+
+
+def triton_unsupported_reason(columns: Tensor) -> str | None:
+    """Return why columns are not for the GPU's kernel, in words that follow "because"; None: they are."""
+    if columns.device.type != "cuda":
+        return f"that is for NVIDIA GPUs, not for {columns.device.type}"
+    if columns.dtype != torch.float32 or columns.numel() >= 1 << 31:
+        return "that is for float32, and for fewer than 2³¹ numbers"
+    return gpu.unsupported_reason(columns.device)
+
+
+def fallback_reason(device: torch.device) -> str | None:
+    """Return what a machine or an installation lacks for kernels of our own; None: nothing."""
+    return gpu.unsupported_reason(device) if device.type == "cuda" else cpu.unsupported_reason()
+
+
+def round_columns(block: Block) -> Tensor:
+    """Fill integers and errors; return Σ error² over the columns, [rows]."""
+    if triton_unsupported_reason(block.columns) is None:
+        from qwenq.compute.triton_columns import round_by_triton
+
+        return round_by_triton(block)
+    return round_by_torch(block) if unsupported_reason(block.columns) else round_by_c(block)
+
+
+def round_by_c(block: Block) -> Tensor:
+    """Round as ``round_columns`` does; the columns stay as they were.
+
+    Raises:
+        ValueError: other shapes or dtypes than ``Block`` says.
+    """
+    return _run("round_columns", block, block.U.T.contiguous(), block.columns)
+
+
+def round_by_torch(block: Block) -> Tensor:
+    """Round as ``round_columns`` does, on any device, in float32 or float64."""
+    columns, U, groups = block.columns, block.U, block.groups
+    diagonal = U.diagonal().tolist()
+    # Views are made once per block: at a hundred microseconds a column, indexing would be a third of it.
+    views = zip(columns.unbind(), block.errors.unbind(), U.unbind(), strict=True)
+    for i, (w, error, u) in enumerate(views):
+        scale, zero = block.scales[groups[i]], block.zeros[groups[i]]
+        q = torch.div(w, scale).add_(zero).round_().clamp_(0, block.levels)
+        torch.sub(w, q.sub_(zero).mul_(scale), out=error).div_(diagonal[i])  # e = (w_i − q_i) / U_ii
+        if i + 1 < len(columns):  # W_:,j −= e U_ij for the columns j of this block
+            columns[i + 1 :].sub_(torch.outer(u[i + 1 :], error))
+    # The columns have kept the values they were rounded from.
+    scaled = (columns / block.scales[groups]).add_(block.zeros[groups])
+    block.integers.copy_(scaled.round_().clamp_(0, block.levels))
+    return block.errors.square().sum(0)
+
+
+def move_columns(block: Block, values: Tensor) -> Tensor:
+    """Move each integer to the best value given all others; return the change of ``output_error``, [rows].
+
+    Args:
+        block: with G = (Q − W) H in place of W and H in place of U: ``columns`` are [block, rows] of G, ``U`` is [block,
+            block] of H. ``errors`` are filled with the old values less the new ones.
+        values: [block, rows] of the same dtype, contiguous: the columns of Q.
+    """
+    if triton_unsupported_reason(block.columns) is None:
+        from qwenq.compute.triton_moves import move_by_triton
+
+        return move_by_triton(block, values)
+    return move_by_torch(block, values) if unsupported_reason(block.columns) else move_by_c(block, values)
+
+
+def move_by_c(block: Block, values: Tensor) -> Tensor:
+    """Move as ``move_columns`` does; the gradients stay as they were.
+
+    Raises:
+        ValueError: other shapes or dtypes than it says.
+    """
+    return _run("move_columns", block, block.U.contiguous(), values)
+
+
+def move_by_torch(block: Block, values: Tensor) -> Tensor:
+    """Move as ``move_columns`` does, on any device, in float32 or float64."""
+    gradient, H, groups = block.columns.clone(), block.U, block.groups
+    pivots = H.diagonal().tolist()
+    views = zip(gradient.unbind(), values.unbind(), block.errors.unbind(), H.unbind(), strict=True)
+    for i, (g, value, less, h) in enumerate(views):
+        scale, zero = block.scales[groups[i]], block.zeros[groups[i]]
+        wanted = torch.sub(value, torch.div(g, pivots[i]))  # q_i − G_i / H_ii
+        z = wanted.div_(scale).add_(zero).round_().clamp_(0, block.levels)
+        block.integers[i] = z
+        torch.sub(value, z.sub_(zero).mul_(scale), out=less)
+        if i + 1 < len(gradient):
+            gradient[i + 1 :].sub_(torch.outer(h[i + 1 :], less))
+    # These gradients have kept the values that the moves were made from.
+    halves = H.diagonal()[:, None] / 2
+    return (block.errors * (block.errors * halves - gradient)).sum(0)
+
+
+def fit_scale(block: Block, values: Tensor, group: int) -> Fitted:
+    """Return the group with a better scale, as it is stored (rounded to float16), else with its own.
+
+    With u = integers − zero, G the gradient and H the group's own block, the objective is a parabola in the scale: it
+    changes by δ · uᵀG + δ²/2 · uᵀHu, least at δ = −uᵀG / uᵀHu (the second stage of arXiv 2602.02126, by group).
+
+    Args:
+        block: a whole group as ``move_columns`` has left it, with the gradients as they were before.
+        values: [group_size, rows] before that.
+        group: its number among ``block.scales``.
+    """
+    if len(block.columns) > WIDEST_GROUP or unsupported_reason(block.columns):
+        return fit_by_torch(block, values, group)
+    return fit_by_c(block, values, group)
+
+
+def fit_by_c(block: Block, values: Tensor, group: int) -> Fitted:
+    """Fit as ``fit_scale`` does.
+
+    Raises:
+        ValueError: other shapes or dtypes than it says.
+    """
+    _check(block, values=values)
+    if len(block.columns) > WIDEST_GROUP:
+        raise ValueError(f"a group of {len(block.columns)} columns, more than {WIDEST_GROUP}")
+    old, zero = block.scales[group], block.zeros[group]
+    fitted = Fitted(*(torch.empty_like(like) for like in (old, values, values, old)))
+    cpu.call(
+        "fit_scale", block.columns, values, block.U.contiguous(), old, zero, block.integers, block.errors,
+        *fitted, *block.columns.shape,
+    )  # fmt: skip
+    return fitted
+
+
+def fit_by_torch(block: Block, values: Tensor, group: int) -> Fitted:
+    """Fit as ``fit_scale`` does, on any device, in float32 or float64."""
+    old = block.scales[group]
+    u = block.integers.to(old.dtype) - block.zeros[group]
+    Hu = block.U @ u  # [group_size, rows]
+    slope = (u * block.columns - block.errors * Hu).sum(
+        0
+    )  # the moves changed G by −H · errors, H is symmetric
+    curve = (u * Hu).sum(0)
+    wanted = old - slope / curve
+    stored = torch.where(wanted.isfinite() & (wanted != 0), storable(wanted), old)
+    step = stored - old
+    change = step * (slope + step * (curve / 2))
+    better = change < 0
+    scale = torch.where(better, stored, old)
+    now = u.mul_(scale)
+    return Fitted(scale, now, values - now, torch.where(better, change, 0.0))
+
+
+def storable(scales: Tensor) -> Tensor:
+    """Return scales as the file will hold them: rounded to float16, never zero or infinite, in float32."""
+    half = scales.clamp(-LARGEST, LARGEST).half().float()
+    tiny = half.abs() < SMALLEST
+    return torch.where(tiny, torch.where(scales < 0, -SMALLEST, SMALLEST), half)
+
+
+def _run(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
+    """Call a kernel that goes through the columns; return the costs, [rows]."""
+    _check(block, values=values)
+    groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
+    cpu.call(
+        kernel, block.columns, values, factors, block.scales, block.zeros, groups, block.integers, block.errors,
+        costs, *block.columns.shape, float(block.levels),
+    )  # fmt: skip
+    return costs
+
+
+def _check(block: Block, **others: Tensor) -> None:
+    """Hold shapes, dtypes and strides against what C reads.
+
+    Raises:
+        ValueError: one differs.
+    """
+    count, rows = block.columns.shape
+    dtypes = {"integers": torch.uint8}
+    shapes = {"U": (count, count), "scales": block.scales.shape, "zeros": block.scales.shape}
+    tensors = {name: x for name, x in block._asdict().items() if isinstance(x, Tensor)} | others
+    for name, x in tensors.items():
+        dtype, shape = dtypes.get(name, torch.float32), shapes.get(name, (count, rows))
+        if x.dtype != dtype or x.device.type != "cpu" or x.shape != shape:
+            raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, not {dtype} {list(shape)}")
+        if name != "U" and not x.is_contiguous():
+            raise ValueError(f"{name} are not contiguous")
+    if block.scales.shape[1] != rows or not rows:
+        raise ValueError(f"{rows} rows, and scales for {block.scales.shape[1]}")
+    if len(block.groups) != count or min(block.groups) < 0 or max(block.groups) >= len(block.scales):
+        raise ValueError(f"{count} columns in groups {block.groups} of {len(block.scales)}")

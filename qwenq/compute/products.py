@@ -1,0 +1,170 @@
+"""Running means of products of activations, 2/n · Σ Xᵀ Y in float32: what Hessian and drift are made of.
+
+For a process that works alone: the last bits depend on the order of the batches, so several processes cannot
+share this work and find the same integers. They, and a process that torchrun started alone, take ``exact``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwenq.compute import cpu
+
+PANEL = (
+    192  # columns a product covers: wide enough for GEMM's speed, narrow enough to skip the upper triangle
+)
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Products(Protocol):
+    """A mean over the batches so far."""
+
+    def add(self, X: Tensor, Y: Tensor) -> None:
+        """Another batch: [..., rows] and [..., columns], as many tokens in both."""
+        ...
+
+    def mean(self) -> Tensor:
+        """2/n · Σ Xᵀ Y, [rows, columns] float32: what further batches would change in place."""
+        ...
+
+
+def products(rows: int, columns: int, like: Tensor, *, symmetric: bool = False) -> Products:
+    """Return a mean over no batches yet.
+
+    Args:
+        rows, columns: widths of X and Y.
+        like: activations as they will come: their dtype and device decide how products are computed.
+        symmetric: X is Y; what is above the diagonal need not be right.
+    """
+    if are_compiled(like):
+        return CProducts(rows, columns, like.dtype, symmetric=symmetric)
+    return Float32Products(rows, columns, like.device, symmetric=symmetric)
+
+
+def are_compiled(like: Tensor) -> bool:
+    """Return whether ``products`` of such activations are computed in C, which adds tokens in one order."""
+    return unsupported_reason(like.dtype, like.device) is None
+
+
+def unsupported_reason(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why products are not computed in C, in words that follow "because"; None: they are."""
+    if device.type != "cpu":
+        return f"that is for CPUs, not for {device.type}"
+    if dtype not in _DTYPES:
+        return f"that is for bfloat16 and float32, not for {str(dtype).removeprefix('torch.')}"
+    return cpu.unsupported_reason()
+
+
+class CProducts:
+    """The mean, computed in C: see ``csrc/hessian.c``.
+
+    Args:
+        rows, columns: widths of X and Y.
+        dtype: theirs, float32 or bfloat16.
+        symmetric: X is Y; the lower triangle is enough.
+    """
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, *, symmetric: bool = False) -> None:
+        self._shape, self._dtype, self._symmetric = (rows, columns), dtype, symmetric
+        self._panel, self._per_word = cpu.number("qwenq_panel"), cpu.number("qwenq_tokens_per_word", _DTYPES[dtype])
+        self._panels = tuple(-(-width // self._panel) for width in self._shape)
+        self._mean = torch.zeros(self._panels[0] * self._panel, self._panels[1] * self._panel)
+        self._packed = [torch.empty(0, dtype=torch.int32)] * 2
+        self._tokens = 0
+
+    def add(self, X: Tensor, Y: Tensor) -> None:
+        """Add a batch, see ``Products``.
+
+        Raises:
+            ValueError: not of that dtype in this machine's memory, or of other widths, or not of as many tokens.
+        """
+        tokens = self._count(X, Y)
+        total = self._tokens + tokens
+        right = self._pack(1, Y)
+        left = right if self._symmetric else self._pack(0, X)
+        cpu.call(
+            "hessian_add", left, right, self._mean, -(-tokens // self._per_word), *self._panels,
+            int(self._symmetric), self._tokens / total, 2.0 / total, _DTYPES[self._dtype],
+        )  # fmt: skip
+        self._tokens = total
+
+    def mean(self) -> Tensor:
+        """Return the mean, see ``Products``."""
+        rows, columns = self._shape
+        return self._mean[:rows, :columns]
+
+    def _count(self, X: Tensor, Y: Tensor) -> int:
+        """Return the number of tokens."""
+        for x, width in zip((X, Y), self._shape, strict=True):
+            if x.dtype != self._dtype or x.device.type != "cpu" or x.shape[-1] != width:
+                wanted = str(self._dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{x.dtype} {list(x.shape)} on {x.device}, not {wanted} [..., {width}] on a CPU"
+                )
+        tokens = [x.numel() // width for x, width in zip((X, Y), self._shape, strict=True)]
+        if tokens[0] != tokens[1]:
+            raise ValueError(f"{tokens[0]} and {tokens[1]} tokens")
+        return tokens[0]
+
+    def _pack(self, side: int, X: Tensor) -> Tensor:
+        """Arrange [..., columns] as int32 [panels, words, panel], by runs; valid until the next batch."""
+        columns = self._shape[side]
+        x = X.reshape(-1, columns).contiguous()  # [tokens, columns]
+        needed = -(-len(x) // self._per_word) * self._panels[side] * self._panel
+        if self._packed[side].numel() < needed:
+            self._packed[side] = torch.empty(needed, dtype=torch.int32)
+        cpu.call(
+            "hessian_pack", x, self._packed[side], len(x), columns, self._panels[side], _DTYPES[self._dtype]
+        )
+        return self._packed[side]
+
+
+class Float32Products:
+    """By torch, activations of any float dtype converted to float32 first."""
+
+    def __init__(
+        self, rows: int, columns: int, device: torch.device | str, *, symmetric: bool = False
+    ) -> None:
+        self._mean = torch.zeros(rows, columns, dtype=torch.float32, device=device)
+        self._rooms = [torch.empty(0, width, dtype=torch.float32, device=device) for width in (rows, columns)]
+        self._symmetric, self._tokens = symmetric, 0
+
+    def add(self, X: Tensor, Y: Tensor) -> None:
+        """See ``Products``."""
+        y = self._float32(1, Y)
+        total = self._tokens + y.shape[0]
+        keep, weight = self._tokens / total, 2.0 / total
+        if self._symmetric:
+            for start in range(0, y.shape[1], PANEL):  # the lower triangle only
+                panel = y[:, start : start + PANEL]
+                square = self._mean[start:, start : start + PANEL]
+                square.addmm_(y[:, start:].T, panel, beta=keep, alpha=weight)
+        else:
+            self._mean.addmm_(self._float32(0, X).T, y, beta=keep, alpha=weight)
+        self._tokens = total
+
+    def mean(self) -> Tensor:
+        """See ``Products``."""
+        return self._mean
+
+    def _float32(self, side: int, X: Tensor) -> Tensor:
+        """[tokens, width], in space that is allocated once: new pages cost time."""
+        x = X.reshape(-1, self._rooms[side].shape[1])  # [tokens, width]
+        if len(self._rooms[side]) < len(x):
+            self._rooms[side] = torch.empty_like(x, dtype=torch.float32)
+        return self._rooms[side][: len(x)].copy_(x)
+
+
+def mirror(H: Tensor) -> Tensor:
+    """Make a matrix symmetric in place, from what is on and below its diagonal; returns it."""
+    for start in range(0, len(H), PANEL):
+        stop = min(start + PANEL, len(H))
+        square = H[start:stop, start:stop]
+        square.copy_(square.tril() + square.tril(-1).T)
+        H[start:stop, stop:] = H[stop:, start:stop].T
+    return H
