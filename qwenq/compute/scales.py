@@ -28,7 +28,14 @@ def unsupported_reason(weights: Tensor, group_size: int, *, weighted: bool) -> s
 
 
 def search_scales(
-    grouped: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, sym: bool, weighted: bool
+    grouped: Tensor,
+    importance: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    *,
+    sym: bool,
+    weighted: bool,
 ) -> None:
     """Replace the scales and zeros of min/max by those that cost least.
 
@@ -43,7 +50,7 @@ def search_scales(
     if unsupported_reason(grouped, grouped.shape[1], weighted=weighted):
         search_by_torch(grouped, importance, scales, zeros, bits, sym=sym, weighted=weighted)
     else:
-        search_by_c(grouped.contiguous(), importance, scales, zeros, bits, sym=sym)
+        search_by_c(grouped.contiguous(), importance.contiguous(), scales, zeros, bits, sym=sym)
 
 
 def search_by_c(

@@ -110,7 +110,9 @@ def _require_same_solver(
         leaders, leaders_reason: rank 0's ``how_solved``, and what it lacks for C kernels.
     """
     if (own := how_solved(settings, decoder.device)) != leaders:
-        _refuse(f"integers and scales by {leaders}", own, fallback_reason(decoder.device), leaders_reason, decoder)
+        _refuse(
+            f"integers and scales by {leaders}", own, fallback_reason(decoder.device), leaders_reason, decoder
+        )
 
 
 def _refuse(

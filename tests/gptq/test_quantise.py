@@ -200,12 +200,12 @@ def test_the_facts_of_a_run_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_so_does_whose_code_refines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where llvmlite is installed between two runs: the second would go on with other last bits."""
+    """As where C kernels are compiled between two runs: the second would go on with other last bits."""
     decoder = open_decoder(write_family(tmp_path / "m"))
     plain = replace(USUAL, refine=False)
     found = []
-    for why in (None, "llvmlite is not installed"):
-        monkeypatch.setattr("qwenq.gptq.quantise.missed", lambda _, why=why: why)
+    for why in (None, "the library is not compiled"):
+        monkeypatch.setattr("qwenq.gptq.quantise.fallback_reason", lambda _, why=why: why)
         found.append([run_facts(decoder.checkpoint, "cal", settings, decoder) for settings in (USUAL, plain)])
     (compiled, rounded), (by_torch, rounded_by_torch) = found
     assert (compiled["solver"], by_torch["solver"]) == ("compiled", "torch")

@@ -12,13 +12,13 @@ from pipeline import recipe_for
 from problems import usual
 from tiny_families import write_family
 
+from qwenq.compute import cpu
 from qwenq.distributed import Team
 from qwenq.errors import ModelError
 from qwenq.gptq.ranks import follow, lead
 from qwenq.models.block_attention import NATIVE, TORCH
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.native import support
 
 CPU = torch.device("cpu")
 
@@ -50,30 +50,29 @@ def told_by_a_leader(model: Path, dtype: torch.dtype) -> dict[str, Any]:
 def test_a_follower_with_other_attention_says_what_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where llvmlite is installed on the first machine alone."""
+    """As where the C library is compiled on the first machine alone."""
     model = write_family(tmp_path / "m")
-    monkeypatch.setattr(support, "why_not", lambda *features: None)
     told = told_by_a_leader(model, torch.bfloat16)
     assert told["attention"] == [NATIVE, None]
-    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
+    monkeypatch.setenv(cpu.VARIABLE, "torch")
     with pytest.raises(ModelError) as caught:
         follow(recipe_for(model), Spoken(1, told), "cpu")
     assert caught.value.what == (
         "rank 0 computes attention by qwenq_causal, here it would be sdpa, "
-        "because here llvmlite is not installed"
+        f"because here {cpu.VARIABLE}=torch turns it off"
     )
-    assert "qwenq[cpu]" in str(caught.value.hint)
+    assert "qwenq doctor" in str(caught.value.hint)
 
 
 def test_a_follower_that_could_do_better_says_what_the_leader_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_family(tmp_path / "m")
-    monkeypatch.setattr(support, "why_not", lambda *features: "this CPU has no avx512bf16")
+    monkeypatch.setenv(cpu.VARIABLE, "torch")
     told = told_by_a_leader(model, torch.bfloat16)
-    assert told["attention"] == [TORCH, "this CPU has no avx512bf16"]
-    monkeypatch.setattr(support, "why_not", lambda *features: None)
-    with pytest.raises(ModelError, match="because there this CPU has no avx512bf16"):
+    assert told["attention"] == [TORCH, f"{cpu.VARIABLE}=torch turns it off"]
+    monkeypatch.delenv(cpu.VARIABLE)
+    with pytest.raises(ModelError, match=f"because there {cpu.VARIABLE}=torch turns it off"):
         follow(recipe_for(model), Spoken(1, told), "cpu")
 
 
@@ -82,16 +81,16 @@ def test_a_follower_that_would_refine_by_other_code_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
 ) -> None:
     """In float16 attention is torch's on both; scales are fitted by sums in another order."""
-    lacking, whole = (lambda *features: "llvmlite is not installed"), (lambda *features: None)
-    model = write_family(tmp_path / "m")
-    monkeypatch.setattr(support, "why_not", whole if here else lacking)
+    reason, model = f"{cpu.VARIABLE}=torch turns it off", write_family(tmp_path / "m")
+    first, then = ("", "torch") if here else ("torch", "")
+    monkeypatch.setenv(cpu.VARIABLE, first)
     told = told_by_a_leader(model, torch.float16)
-    assert told["solver"] == (["compiled", None] if here else ["torch", "llvmlite is not installed"])
-    monkeypatch.setattr(support, "why_not", lacking if here else whole)
+    assert told["solver"] == (["compiled", None] if here else ["torch", reason])
+    monkeypatch.setenv(cpu.VARIABLE, then)
     with pytest.raises(ModelError) as caught:
         follow(recipe_for(model), Spoken(1, told), "cpu")
     leaders, own = ("compiled", "torch") if here else ("torch", "compiled")
     assert caught.value.what == (
         f"rank 0 computes integers and scales by {leaders}, here it would be {own}, "
-        f"because {'here' if here else 'there'} llvmlite is not installed"
+        f"because {'here' if here else 'there'} {reason}"
     )

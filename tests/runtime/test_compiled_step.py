@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from compute.conftest import NAMES, lower
 from runtime.quantised_models import quantised_model
 from runtime.small_models import random_ids
 
@@ -18,12 +16,7 @@ from qwenq.runtime.engine import FastEngine, load
 from qwenq.runtime.kernels.cpu_native import CpuNative
 
 
-@pytest.fixture(params=NAMES, autouse=True, scope="module")
-def variant(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run every test for every variant that this CPU can run."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        lower(request.param, monkeypatch)
-        yield
+pytestmark = pytest.mark.usefixtures("each_variant")
 
 
 NEAR = 0.04  # what bfloat16 leaves of models whose random weights make it hard

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 
 import pytest
 import torch
-from compute.conftest import NAMES, lower
 from hypothesis import given
 from hypothesis import strategies as st
 from runtime.kernels.packed_layers import random_case
@@ -14,12 +12,7 @@ from runtime.kernels.packed_layers import random_case
 from qwenq.runtime.kernels.cpu_native import CpuNative
 
 
-@pytest.fixture(params=NAMES, autouse=True, scope="module")
-def variant(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run every test for every variant that this CPU can run."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        lower(request.param, monkeypatch)
-        yield
+pytestmark = pytest.mark.usefixtures("each_variant")
 
 
 BFLOAT16 = 2.0**-8  # the most that rounding to bfloat16 changes, of a number

@@ -12,18 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from qwenq.gptq.columns import missed, triton_why_not
-from qwenq.native import gpu
+from qwenq.compute.columns import fallback_reason, triton_unsupported_reason
+from qwenq.compute import gpu
 
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import torch
-from qwenq.gptq.columns import Block, round_by_torch
-from qwenq.gptq.moves import move_by_torch
-from qwenq.gptq.triton_columns import round_by_triton
-from qwenq.gptq.triton_moves import move_by_triton
+from qwenq.compute.columns import Block, move_by_torch, round_by_torch
+from qwenq.compute.triton_columns import round_by_triton
+from qwenq.compute.triton_moves import move_by_triton
 
 random = torch.Generator().manual_seed(0)
 for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 15), (17, 32, 17, 15)):
@@ -72,8 +71,8 @@ def test_the_interpreted_kernel_finds_the_integers_that_torch_finds() -> None:
 def test_it_builds_and_keeps_everything_in_registers(which: str, capability: int) -> None:
     from runtime.triton_builds import Build, resources
 
-    from qwenq.gptq.triton_columns import _round
-    from qwenq.gptq.triton_moves import _move
+    from qwenq.compute.triton_columns import _round
+    from qwenq.compute.triton_moves import _move
 
     kernel, names = {
         "round": (_round, ("columns", "U", "scales", "zeros", "errors", "cost")),
@@ -92,18 +91,20 @@ def test_it_builds_and_keeps_everything_in_registers(which: str, capability: int
 
 
 def test_what_is_not_for_it() -> None:
-    assert triton_why_not(torch.zeros(4, 4)) == "that is for NVIDIA GPUs, not for cpu"
-    assert triton_why_not(torch.zeros(4, 4, device="meta")) == "that is for NVIDIA GPUs, not for meta"
+    assert triton_unsupported_reason(torch.zeros(4, 4)) == "that is for NVIDIA GPUs, not for cpu"
+    assert (
+        triton_unsupported_reason(torch.zeros(4, 4, device="meta")) == "that is for NVIDIA GPUs, not for meta"
+    )
 
 
 def test_on_a_gpu_it_needs_float32_and_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_gpu(dtype: torch.dtype, numbers: int) -> Any:
         return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, numel=lambda: numbers)
 
-    monkeypatch.setattr(gpu, "why_not_triton", lambda device: "triton is not installed")
-    assert triton_why_not(on_gpu(torch.float32, 64)) == "triton is not installed"
-    assert missed(torch.device("cuda")) == "triton is not installed"
-    monkeypatch.setattr(gpu, "why_not_triton", lambda device: None)
-    assert triton_why_not(on_gpu(torch.float32, 64)) is None
-    assert "float32" in str(triton_why_not(on_gpu(torch.float64, 64)))
-    assert "2³¹" in str(triton_why_not(on_gpu(torch.float32, 2**31)))
+    monkeypatch.setattr(gpu, "unsupported_reason", lambda device: "triton is not installed")
+    assert triton_unsupported_reason(on_gpu(torch.float32, 64)) == "triton is not installed"
+    assert fallback_reason(torch.device("cuda")) == "triton is not installed"
+    monkeypatch.setattr(gpu, "unsupported_reason", lambda device: None)
+    assert triton_unsupported_reason(on_gpu(torch.float32, 64)) is None
+    assert "float32" in str(triton_unsupported_reason(on_gpu(torch.float64, 64)))
+    assert "2³¹" in str(triton_unsupported_reason(on_gpu(torch.float32, 2**31)))

@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from qwenq.native.gpu import why_not_triton
+from qwenq.compute.gpu import unsupported_reason
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -25,13 +25,13 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_gpu_with_all_that_it_takes() -> None:
-    assert why_not_triton(CUDA) is None
-    assert why_not_triton(CPU) == "Triton kernels need a CUDA GPU, and this is a cpu"
+    assert unsupported_reason(CUDA) is None
+    assert unsupported_reason(CPU) == "Triton kernels need a CUDA GPU, and this is a cpu"
 
 
 def test_the_interpreter_takes_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert why_not_triton(CPU) is None
+    assert unsupported_reason(CPU) is None
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,12 +40,12 @@ def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(metadata, "version", missing)
     for device in (CPU, CUDA):
-        assert str(why_not_triton(device)).startswith("triton is not installed; pip install triton")
+        assert str(unsupported_reason(device)).startswith("triton is not installed; pip install triton")
 
 
 def test_a_gpu_that_is_too_old_is_named_with_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0 and later, this GPU has 7.5" in str(why_not_triton(CUDA))
+    assert "compute capability 8.0 and later, this GPU has 7.5" in str(unsupported_reason(CUDA))
 
 
 def test_without_a_c_compiler_or_its_headers_no_kernel_can_be_launched(
@@ -54,7 +54,7 @@ def test_without_a_c_compiler_or_its_headers_no_kernel_can_be_launched(
     monkeypatch.delenv("CPATH")
     monkeypatch.delenv("C_INCLUDE_PATH", raising=False)
     monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: "/nowhere")
-    assert "Python.h, which is not in /nowhere; apt-get install python3-dev" in str(why_not_triton(CUDA))
+    assert "Python.h, which is not in /nowhere; apt-get install python3-dev" in str(unsupported_reason(CUDA))
     monkeypatch.delenv("CC")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "C compiler, and there is none; apt-get install gcc" in str(why_not_triton(CUDA))
+    assert "C compiler, and there is none; apt-get install gcc" in str(unsupported_reason(CUDA))

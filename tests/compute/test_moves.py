@@ -6,17 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import problem
+from gptq.problems import problem
 
-from qwenq.gptq.columns import Block, native_why_not
+from qwenq.compute import cpu
+from qwenq.compute.columns import Block, move_by_c, move_by_torch, move_columns
 from qwenq.gptq.grid import Grid
-from qwenq.gptq.moves import move_by_torch, move_columns
 from qwenq.gptq.scales import search_grid
 from qwenq.gptq.solver import output_error
-from qwenq.native import support
 
-WHY_NOT = native_why_not(torch.empty(1, 16))
-compiled_here = pytest.mark.skipif(WHY_NOT is not None, reason=f"no compiled columns here: {WHY_NOT}")
+
+pytestmark = pytest.mark.usefixtures("each_variant")
 
 
 def started(
@@ -43,11 +42,10 @@ def copied(one: Block) -> Block:
     return one._replace(columns=one.columns.clone(), integers=one.integers.clone(), errors=one.errors.clone())
 
 
-@compiled_here
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
-    rows=st.integers(16, 150),
+    rows=st.integers(1, 150),
     count=st.sampled_from([8, 24, 64, 80]),
     bits=st.sampled_from([2, 4, 8]),
     sym=st.booleans(),
@@ -55,11 +53,9 @@ def copied(one: Block) -> Block:
 def test_any_block_comes_out_the_same_bit_for_bit(
     seed: int, rows: int, count: int, bits: int, sym: bool
 ) -> None:
-    from qwenq.gptq.native_moves import move_natively
-
     one, values, _, _ = started(seed, rows, count, bits=bits, sym=sym)
     fast, slow = copied(one), copied(one)
-    ours, theirs = move_natively(fast, values), move_by_torch(slow, values)
+    ours, theirs = move_by_c(fast, values), move_by_torch(slow, values)
     assert torch.equal(fast.integers, slow.integers)
     assert torch.equal(fast.errors, slow.errors)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -77,17 +73,14 @@ def test_it_says_by_how_much_the_error_fell() -> None:
     torch.testing.assert_close(values - moved.errors, grid.values(moved.integers.T).T)
 
 
-@compiled_here
 def test_memory_that_is_not_what_it_should_be_is_not_touched() -> None:
-    from qwenq.gptq.native_moves import move_natively
-
     block, values, _, _ = started(0, 32, 24)
     with pytest.raises(ValueError, match=r"values: torch.float32 \[24, 31\]"):
-        move_natively(block, values[:, 1:].contiguous())
+        move_by_c(block, values[:, 1:].contiguous())
 
 
-def test_other_dtypes_and_few_rows_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "why_not", lambda *features: f"this CPU has no {features[0]}")
+def test_without_c_torch_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.VARIABLE, "torch")
     block, values, _, _ = started(0, 20, 24)
     ours, plain = copied(block), copied(block)
     assert torch.equal(move_columns(ours, values), move_by_torch(plain, values))

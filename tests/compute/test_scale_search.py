@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenq.compute import cpu
+from qwenq.compute.scales import search_by_c, search_by_torch, unsupported_reason
 from qwenq.gptq.grid import Grid
-from qwenq.gptq.scales import native_why_not, search_by_torch, search_grid
-from qwenq.native import support
+from qwenq.gptq.scales import search_grid
 
-WHY_NOT = native_why_not(torch.empty(1, 16), 16, "hessian")
-compiled_here = pytest.mark.skipif(WHY_NOT is not None, reason=f"no compiled search here: {WHY_NOT}")
 Found = tuple[torch.Tensor, torch.Tensor]
+
+pytestmark = pytest.mark.usefixtures("each_variant")
 
 
 def groups(seed: int, count: int, size: int, per_row: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,13 +27,11 @@ def groups(seed: int, count: int, size: int, per_row: int = 4) -> tuple[torch.Te
 
 def found_by_both(W: torch.Tensor, h: torch.Tensor, bits: int, *, sym: bool) -> tuple[Found, Found, Found]:
     """Scales and zeros, one of each to a group: of compiled code, of torch, and those of min/max."""
-    from qwenq.gptq.native_scales import search_natively
-
     start = search_grid(W, torch.ones(W.shape[1]), bits, W.shape[1], sym=sym, search="none")
     scales, zeros = start.scales.flatten(), start.zeros.flatten()
     fast, slow = (scales.clone(), zeros.clone()), (scales.clone(), zeros.clone())
-    search_natively(W, h, *fast, bits, sym=sym)
-    search_by_torch(W, h, *slow, bits, sym=sym, search="hessian")
+    search_by_c(W, h, *fast, bits, sym=sym)
+    search_by_torch(W, h, *slow, bits, sym=sym, weighted=True)
     return fast, slow, (scales, zeros)
 
 
@@ -43,7 +42,6 @@ def cost(W: torch.Tensor, h: torch.Tensor, found: Found, bits: int) -> torch.Ten
     return ((grid.values(grid.integers(W)) - W).double().square() * of_group).sum(1)
 
 
-@compiled_here
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("size", [16, 64, 128, 576])
@@ -56,7 +54,6 @@ def test_of_thousands_of_groups_each_finds_the_same(bits: int, sym: bool, size: 
     assert cost(W, h, fast, bits).sum() < 0.99 * cost(W, h, start, bits).sum()
 
 
-@compiled_here
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
@@ -79,7 +76,6 @@ def test_any_shape_finds_what_torch_finds(
     assert torch.equal(fast[0].half().float(), fast[0])
 
 
-@compiled_here
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38, 1e-42, 0.0])
 def test_groups_at_the_ends_of_the_numbers(bad: float, sym: bool) -> None:
@@ -91,7 +87,6 @@ def test_groups_at_the_ends_of_the_numbers(bad: float, sym: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-@compiled_here
 def test_a_matrix_takes_the_compiled_search() -> None:
     W, h = groups(5, 12, 32)
     grid = search_grid(W.view(3, 128), h, 4, 32, sym=False, search="hessian")
@@ -100,37 +95,35 @@ def test_a_matrix_takes_the_compiled_search() -> None:
     assert torch.equal(grid.zeros.flatten(), fast[1])
 
 
-@compiled_here
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"grouped": torch.zeros(32, 8).T}, "in one piece"),
+        ({"grouped": torch.zeros(32, 8).T}, "not contiguous"),
         ({"grouped": torch.zeros(8, 32, dtype=torch.float64)}, "float64"),
         ({"grouped": torch.zeros(8, 24), "importance": torch.zeros(96)}, "8 groups of 24"),
-        ({"importance": torch.zeros(96)}, "8 groups of 32, 3 to a row"),
-        ({"importance": torch.zeros(100)}, "not float32 .96."),
-        ({"scales": torch.zeros(7)}, "not float32 .8."),
+        ({"importance": torch.zeros(96)}, "8 groups of 32 weights, and importance of 96"),
+        ({"importance": torch.zeros(100)}, "importance of 100"),
+        ({"scales": torch.zeros(7)}, "not contiguous float32 .8."),
         ({"zeros": torch.zeros(8, dtype=torch.uint8)}, "uint8"),
     ],
 )
 def test_memory_that_is_not_what_it_should_be_is_not_touched(
     changes: dict[str, torch.Tensor], said: str
 ) -> None:
-    from qwenq.gptq.native_scales import search_natively
-
     W, h = groups(0, 8, 32)
     told = {"grouped": W, "importance": h, "scales": torch.ones(8), "zeros": torch.ones(8)} | changes
     with pytest.raises(ValueError, match=said):
-        search_natively(**told, bits=4, sym=True)
+        search_by_c(**told, bits=4, sym=True)
 
 
-def test_other_searches_and_sizes_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_searches_and_sizes_run_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.empty(4, 96)
-    assert native_why_not(weight, 32, "mse") == "that is for a search by the Hessian, not for mse"
-    assert native_why_not(weight, 24, "hessian") == "that is for groups of a multiple of 16, not of 24"
-    assert "meta" in str(native_why_not(weight.to("meta"), 32, "hessian"))
-    monkeypatch.setattr(support, "why_not", lambda *features: f"this CPU has no {features[0]}")
-    assert native_why_not(weight, 32, "hessian") == "this CPU has no avx512f"
+    assert unsupported_reason(weight, 32, weighted=False) == "that is for a search by the Hessian"
+    reason = "that is for groups of a multiple of 16, not of 24"
+    assert unsupported_reason(weight, 24, weighted=True) == reason
+    assert "meta" in str(unsupported_reason(weight.to("meta"), 32, weighted=True))
     W, h = groups(6, 4, 32)
+    compiled = search_grid(W.view(1, 128), h, 4, 32, sym=True, search="hessian")
+    monkeypatch.setenv(cpu.VARIABLE, "torch")
     grid = search_grid(W.view(1, 128), h, 4, 32, sym=True, search="hessian")
-    assert grid.scales.shape == (1, 4)
+    assert torch.equal(grid.scales, compiled.scales)

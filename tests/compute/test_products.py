@@ -6,16 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native.native_functions import in_both
 from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
-from qwenq.gptq import columns
-from qwenq.gptq.products import Float32Products, Products, mirror, native_why_not, passed_over, products
+from qwenq.compute import columns, cpu
+from qwenq.compute.ops import fallback_notice
+from qwenq.compute.products import CProducts, Float32Products, Products, mirror, products, unsupported_reason
 from qwenq.gptq.quantise import how_summed
-from qwenq.native import support
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("each_variant")
+in_both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def drawn(seed: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -25,7 +26,7 @@ def drawn(seed: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
 
 def native(rows: int, columns: int, dtype: torch.dtype, *, symmetric: bool = False) -> Products:
     made = products(rows, columns, torch.empty(0, dtype=dtype), symmetric=symmetric)
-    assert not isinstance(made, Float32Products)
+    assert isinstance(made, CProducts)
     return made
 
 
@@ -108,33 +109,24 @@ def test_memory_that_is_not_what_it_should_be_is_not_read(
 
 def test_other_dtypes_and_devices_are_left_to_torch() -> None:
     assert isinstance(products(8, 8, torch.empty(0).half()), Float32Products)
-    assert "float16" in str(native_why_not(torch.float16, CPU))
-    assert "cuda" in str(native_why_not(torch.bfloat16, torch.device("cuda")))
+    assert "float16" in str(unsupported_reason(torch.float16, CPU))
+    assert "cuda" in str(unsupported_reason(torch.bfloat16, torch.device("cuda")))
 
 
-def test_what_is_missed_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
-    assert isinstance(products(8, 8, torch.empty(0, dtype=torch.bfloat16)), Float32Products)
-    said = passed_over(torch.bfloat16, CPU)
-    assert said is not None
-    slower = "left to torch, which takes longer, because"
-    assert said == f"Hessians, scales and rounding are {slower} llvmlite is not installed"
-    assert passed_over(torch.float32, CPU) == said
-    for dtype, exact in ((torch.float16, False), (torch.float32, True), (torch.bfloat16, True)):
-        said = passed_over(dtype, CPU, exact=exact)
-        assert said == f"scales and rounding are {slower} llvmlite is not installed"
-    assert how_summed(torch.bfloat16, CPU, ALONE) == "torch"
-    lacking = "this CPU has no avx512bf16"
-    monkeypatch.setattr(support, "why_not", lambda *features: lacking if "avx512bf16" in features else None)
-    said = passed_over(torch.bfloat16, CPU)
-    assert said == f"Hessians are {slower} {lacking}"
-    assert passed_over(torch.float32, CPU) is None
-    assert passed_over(torch.bfloat16, CPU, exact=True) is None
-    monkeypatch.setattr(support, "why_not", lambda *features: None)
-    assert passed_over(torch.bfloat16, CPU) is None
+def test_what_torch_runs_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fallback_notice(torch.bfloat16, CPU) is None
     assert how_summed(torch.bfloat16, CPU, ALONE) == "compiled"
     assert how_summed(torch.float16, CPU, ALONE) == "torch"
     assert how_summed(torch.bfloat16, CPU, Team(launched=True)) == "exact"
+    monkeypatch.setenv(cpu.VARIABLE, "torch")
+    assert isinstance(products(8, 8, torch.empty(0, dtype=torch.bfloat16)), Float32Products)
+    assert how_summed(torch.bfloat16, CPU, ALONE) == "torch"
+    slower = "run in torch, which takes longer, because QWENQ_CPU=torch turns it off"
+    for dtype in (torch.bfloat16, torch.float32):
+        assert (
+            fallback_notice(dtype, CPU) == f"rounding and coordinate descent, scale search, Hessians {slower}"
+        )
+    assert fallback_notice(torch.float16, CPU) == f"rounding and coordinate descent, scale search {slower}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -142,8 +134,8 @@ def test_on_a_gpu_the_kernel_for_columns_is_what_can_be_missed(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason: str | None = "triton is not installed"
-    monkeypatch.setattr(columns.gpu, "why_not_triton", lambda device: reason)
-    said = "rounding is left to torch, which takes longer, because triton is not installed"
-    assert passed_over(dtype, torch.device("cuda")) == said
+    monkeypatch.setattr(columns.gpu, "unsupported_reason", lambda device: reason)
+    said = "rounding and coordinate descent run in torch, which takes longer, because triton is not installed"
+    assert fallback_notice(dtype, torch.device("cuda")) == said
     reason = None
-    assert passed_over(dtype, torch.device("cuda")) is None
+    assert fallback_notice(dtype, torch.device("cuda")) is None

@@ -6,16 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import problem
+from gptq.problems import problem
 
-from qwenq.gptq import columns
-from qwenq.gptq.columns import Block, native_why_not, round_by_torch, round_columns
+from qwenq.compute import columns, cpu
+from qwenq.compute.columns import Block, round_by_c, round_by_torch, round_columns, unsupported_reason
 from qwenq.gptq.scales import search_grid
 from qwenq.gptq.solver import Rounded, act_order, gptq, inverse_factor
-from qwenq.native import support
 
-WHY_NOT = native_why_not(torch.empty(1, 16))
-compiled_here = pytest.mark.skipif(WHY_NOT is not None, reason=f"no compiled columns here: {WHY_NOT}")
+
+pytestmark = pytest.mark.usefixtures("each_variant")
 
 
 def block(seed: int, rows: int, count: int, *, bits: int = 4, group_size: int = 8, sym: bool = True) -> Block:
@@ -42,20 +41,15 @@ def copied(one: Block) -> Block:
 
 def rounded_by_both(one: Block) -> tuple[Block, Block]:
     """By compiled code and by torch; what they return is compared, too."""
-    from qwenq.gptq.native_columns import round_natively
-
     fast, slow = copied(one), copied(one)
-    torch.testing.assert_close(
-        round_natively(fast), round_by_torch(slow), rtol=1e-5, atol=1e-12, equal_nan=True
-    )
+    torch.testing.assert_close(round_by_c(fast), round_by_torch(slow), rtol=1e-5, atol=1e-12, equal_nan=True)
     return fast, slow
 
 
-@compiled_here
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
-    rows=st.integers(16, 200),
+    rows=st.integers(1, 200),
     count=st.integers(1, 80),
     bits=st.sampled_from([2, 4, 8]),
     group_size=st.sampled_from([1, 8, 64]),
@@ -69,7 +63,6 @@ def test_any_block_comes_out_the_same_bit_for_bit(
     assert torch.equal(fast.errors, slow.errors)
 
 
-@compiled_here
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_out_the_rows(threads: int) -> None:
     one, before = block(1, 333, 64), torch.get_num_threads()
@@ -82,7 +75,6 @@ def test_threads_share_out_the_rows(threads: int) -> None:
     assert torch.equal(fast.errors, slow.errors)
 
 
-@compiled_here
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_what_is_no_number_stays_in_its_row(bad: float) -> None:
     one = block(2, 40, 24)
@@ -107,15 +99,14 @@ def solved(seed: int, rows: int, *, reorder: bool, sym: bool, dead: int) -> tupl
     assert U is not None
     fast = gptq(given.W, U, grid, order)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns, "native_why_not", lambda _: "it is not wanted")
+        patch.setattr(columns, "unsupported_reason", lambda _: "it is not wanted")
         return fast, gptq(given.W, U, grid, order)
 
 
-@compiled_here
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 10_000),
-    rows=st.integers(16, 100),
+    rows=st.integers(1, 100),
     reorder=st.booleans(),
     sym=st.booleans(),
     dead=st.integers(0, 3),
@@ -126,11 +117,10 @@ def test_a_whole_matrix_comes_out_the_same(seed: int, rows: int, reorder: bool, 
     torch.testing.assert_close(fast.errors, slow.errors, rtol=1e-5, atol=0)
 
 
-@compiled_here
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"columns": torch.zeros(32, 24).T}, "columns do not lie in one piece"),
+        ({"columns": torch.zeros(32, 24).T}, "columns are not contiguous"),
         ({"columns": torch.zeros(24, 32, dtype=torch.float64)}, "columns: torch.float64"),
         ({"U": torch.eye(23)}, "U: .* not torch.float32 .24, 24."),
         ({"zeros": torch.zeros(1, 32)}, "zeros: "),
@@ -142,18 +132,15 @@ def test_a_whole_matrix_comes_out_the_same(seed: int, rows: int, reorder: bool, 
     ],
 )
 def test_memory_that_is_not_what_it_should_be_is_not_touched(changes: dict[str, object], said: str) -> None:
-    from qwenq.gptq.native_columns import round_natively
-
     with pytest.raises(ValueError, match=said):
-        round_natively(block(0, 32, 24)._replace(**changes))
+        round_by_c(block(0, 32, 24)._replace(**changes))
 
 
-def test_other_dtypes_devices_and_few_rows_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "float64" in str(native_why_not(torch.empty(4, 64, dtype=torch.float64)))
-    assert "meta" in str(native_why_not(torch.empty(4, 64, device="meta")))
-    assert "not for 15" in str(native_why_not(torch.empty(4, 15)))
-    monkeypatch.setattr(support, "why_not", lambda *features: f"this CPU has no {features[0]}")
-    assert native_why_not(torch.empty(4, 64)) == "this CPU has no avx512f"
+def test_other_dtypes_devices_and_machines_run_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "float64" in str(unsupported_reason(torch.empty(4, 64, dtype=torch.float64)))
+    assert "meta" in str(unsupported_reason(torch.empty(4, 64, device="meta")))
+    monkeypatch.setenv(cpu.VARIABLE, "torch")
+    assert unsupported_reason(torch.empty(4, 64)) == "QWENQ_CPU=torch turns it off"
     one = block(0, 20, 24)
     ours, plain = copied(one), copied(one)
     assert torch.equal(round_columns(ours), round_by_torch(plain))

@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenq.gptq.columns import Block, native_why_not
-from qwenq.gptq.refit import fit_by_torch, fit_scale
+from qwenq.compute.columns import Block, fit_by_c, fit_by_torch, fit_scale
 
-WHY_NOT = native_why_not(torch.empty(1, 16))
-compiled_here = pytest.mark.skipif(WHY_NOT is not None, reason=f"no compiled columns here: {WHY_NOT}")
+
+pytestmark = pytest.mark.usefixtures("each_variant")
 
 
 def group(seed: int, rows: int, size: int, levels: int = 15) -> tuple[Block, torch.Tensor]:
@@ -26,19 +25,16 @@ def group(seed: int, rows: int, size: int, levels: int = 15) -> tuple[Block, tor
     return block, (integers - zeros[1]) * scales[1] + errors
 
 
-@compiled_here
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
-    rows=st.integers(16, 200),
+    rows=st.integers(1, 200),
     size=st.sampled_from([1, 8, 64, 128]),
     levels=st.sampled_from([3, 15, 255]),
 )
 def test_compiled_code_fits_what_float64_fits(seed: int, rows: int, size: int, levels: int) -> None:
-    from qwenq.gptq.native_refit import fit_natively
-
     block, values = group(seed, rows, size, levels)
-    found = fit_natively(block, values, 1)
+    found = fit_by_c(block, values, 1)
     exact = fit_by_torch(
         block._replace(
             columns=block.columns.double(), U=block.U.double(), zeros=block.zeros.double(),
@@ -61,15 +57,13 @@ def test_compiled_code_fits_what_float64_fits(seed: int, rows: int, size: int, l
     [(1e30, -65504.0), (-1e30, 65504.0), (float("nan"), 0.75), (float("inf"), 0.75), (0.0, 0.75)],
 )
 def test_scales_stay_within_what_is_stored(gradient: float, scale: float, compiled: bool) -> None:
-    if compiled and WHY_NOT is not None:
-        pytest.skip(f"no compiled columns here: {WHY_NOT}")
     block, values = group(2, 16, 4)
     block.columns.fill_(gradient)
     block.errors.zero_()
     block.scales.fill_(0.75)
     block.integers.fill_(9)
     block.zeros.fill_(8)
-    fitted = (fit_scale if compiled else fit_by_torch)(block, values, 1)
+    fitted = (fit_by_c if compiled else fit_by_torch)(block, values, 1)
     assert (fitted.scale == scale).all()
 
 
@@ -87,10 +81,7 @@ def test_what_it_says_is_what_is_gained() -> None:
     )
 
 
-@compiled_here
 def test_memory_that_is_not_what_it_should_be_is_not_touched() -> None:
-    from qwenq.gptq.native_refit import fit_natively
-
     block, values = group(0, 32, 8)
     with pytest.raises(ValueError, match=r"errors: torch\.float64"):
-        fit_natively(block._replace(errors=torch.zeros(8, 32).double()), values, 1)
+        fit_by_c(block._replace(errors=torch.zeros(8, 32).double()), values, 1)
