@@ -139,8 +139,8 @@ def quantize(
 
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
-    from qwenq.gptq.choices import describe
     from qwenq.compute.ops import fallback_notice
+    from qwenq.gptq.choices import describe
     from qwenq.gptq.quantise import check_packable, choose_group_size, input_widths
     from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwenq.compute import cpu, columns
+from qwenq.compute import columns, cpu
 
 SHRINK = torch.linspace(1.0, 0.45, 12)  # candidates, as fractions of the min/max scale
 REFITS = 3  # rounds of least squares for the scale, integers held fixed; as in csrc/scales.c

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qwenq.compute.columns import fallback_reason
+from qwenq.compute.products import unsupported_reason
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import CalibrationError, QuantisationError, UnsupportedError, UsageError
-from qwenq.compute.columns import fallback_reason
 from qwenq.gptq.drift import drift
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.layer_store import LayerStore
 from qwenq.gptq.module import ModuleStats, QuantisedLinear, quantise_group
-from qwenq.compute.products import unsupported_reason
 from qwenq.gptq.rows import Settings
 from qwenq.gptq.walk import linears_of, shared_inputs, walk
 from qwenq.models.blocks import BlockwiseDecoder

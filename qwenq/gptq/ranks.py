@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
+from qwenq.compute.columns import fallback_reason
 from qwenq.distributed import Team
 from qwenq.errors import ModelError
-from qwenq.compute.columns import fallback_reason
 from qwenq.gptq.quantise import LAYER_IS_STORED, how_solved, quantise_layers
 from qwenq.gptq.rows import Settings
 from qwenq.models.blocks import BlockwiseDecoder

@@ -15,10 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qwenq.compute.columns import Block
+from qwenq.compute.columns import Block, fit_scale, move_columns
 from qwenq.gptq.grid import Grid
-from qwenq.compute.columns import move_columns
-from qwenq.compute.columns import fit_scale
 from qwenq.gptq.solver import Rounded
 
 SWEEPS = 2  # each one gains less than the one before it

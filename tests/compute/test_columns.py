@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gptq.problems import problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from gptq.problems import problem
 
 from qwenq.compute import columns, cpu
 from qwenq.compute.columns import Block, round_by_c, round_by_torch, round_columns, unsupported_reason
 from qwenq.gptq.scales import search_grid
 from qwenq.gptq.solver import Rounded, act_order, gptq, inverse_factor
-
 
 pytestmark = pytest.mark.usefixtures("each_variant")
 

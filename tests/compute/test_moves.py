@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gptq.problems import problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from gptq.problems import problem
 
 from qwenq.compute import cpu
 from qwenq.compute.columns import Block, move_by_c, move_by_torch, move_columns
 from qwenq.gptq.grid import Grid
 from qwenq.gptq.scales import search_grid
 from qwenq.gptq.solver import output_error
-
 
 pytestmark = pytest.mark.usefixtures("each_variant")
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qwenq.distributed import ALONE, Team
 from qwenq.compute import columns, cpu
 from qwenq.compute.ops import fallback_notice
 from qwenq.compute.products import CProducts, Float32Products, Products, mirror, products, unsupported_reason
+from qwenq.distributed import ALONE, Team
 from qwenq.gptq.quantise import how_summed
 
 CPU = torch.device("cpu")

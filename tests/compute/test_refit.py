@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from qwenq.compute.columns import Block, fit_by_c, fit_by_torch, fit_scale
 
-
 pytestmark = pytest.mark.usefixtures("each_variant")
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from qwenq.compute.columns import fallback_reason, triton_unsupported_reason
 from qwenq.compute import gpu
+from qwenq.compute.columns import fallback_reason, triton_unsupported_reason
 
 pytest.importorskip("triton")
 

@@ -15,7 +15,6 @@ from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.engine import FastEngine, load
 from qwenq.runtime.kernels.cpu_native import CpuNative
 
-
 pytestmark = pytest.mark.usefixtures("each_variant")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwenq.errors import UnsupportedError
 from qwenq.compute.gpu import interpreting, unsupported_reason
+from qwenq.errors import UnsupportedError
 from qwenq.runtime.attention.flash import check_flash, check_half
 from qwenq.runtime.attention.plain import attend
 from qwenq.runtime.kernels.triton_support import triton_label

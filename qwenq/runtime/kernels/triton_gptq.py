@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qwenq.models.packing import PackedLinear, has_trivial_g_idx, pack, unpack_zeros
 from qwenq.compute.gpu import unsupported_reason
+from qwenq.models.packing import PackedLinear, has_trivial_g_idx, pack, unpack_zeros
 from qwenq.runtime.kernels.base import Need, grouped
 
 SOME_ROWS = 16

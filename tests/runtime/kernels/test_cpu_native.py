@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 from runtime.kernels.packed_layers import random_case
 
 from qwenq.runtime.kernels.cpu_native import CpuNative
-
 
 pytestmark = pytest.mark.usefixtures("each_variant")
 
