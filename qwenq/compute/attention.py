@@ -1,7 +1,7 @@
 """Causal attention over several queries of a sequence, as prompts and whole texts have it.
 
-The C kernel (``csrc/attention.c``) takes bfloat16 and float32 heads whose width is a multiple of 16; elsewhere torch's
-``scaled_dot_product_attention`` runs.
+The C kernel (``csrc/attention.c``) takes bfloat16 and float32 heads whose width is a multiple of 16;
+elsewhere torch's ``scaled_dot_product_attention`` runs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
         k: [batch, kv_heads, slots, d]; kv_heads divides heads.
         v: likewise.
         scale: of the scores, above zero.
-        starts: int64 [batch], the slot of each row's first query; query t sees slots 0 … start + t, of those that
-            there are. None: a query for every slot.
+        starts: int64 [batch], the slot of each row's first query; query t sees slots 0 … start + t, of those
+            that there are. None: a query for every slot.
 
     Raises:
         ValueError: the shapes, dtypes or devices do not fit, or ``starts`` names a slot that does not exist.
@@ -73,8 +73,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{name} is {x.dtype} {list(x.shape)} on {x.device}, not [batch, heads, tokens, d] of {q.dtype} "
-                f"on {q.device}, as q is"
+                f"{name} is {x.dtype} {list(x.shape)} on {x.device}, not [batch, heads, tokens, d] "
+                f"of {q.dtype} on {q.device}, as q is"
             )
     (batch, heads, _, d), (kv_heads, slots) = q.shape, k.shape[1:3]
     if not kv_heads or heads % kv_heads:
@@ -93,7 +93,8 @@ def _check_starts(starts: Tensor | None, q: Tensor, k: Tensor) -> None:
             raise ValueError(f"{tokens} queries and {slots} keys do not fit without starts")
     elif starts.dtype != torch.int64 or starts.device != q.device or starts.shape != (batch,):
         raise ValueError(
-            f"starts are {starts.dtype} {list(starts.shape)} on {starts.device}, not int64 [{batch}] on {q.device}"
+            f"starts are {starts.dtype} {list(starts.shape)} on {starts.device}, "
+            f"not int64 [{batch}] on {q.device}"
         )
     elif batch and q.device.type == "cpu" and not 0 <= int(starts.min()) <= int(starts.max()) < slots:
         raise ValueError(f"queries start at {starts.tolist()}; there are {slots} slots")

@@ -1,8 +1,8 @@
 """What lies between a block's products: RMSNorm, rotary positions, the gated activation.
 
-torch takes several passes over memory for each, the C kernels (``csrc/block.c``) take one. Activations are bfloat16 or
-float32; both ways compute in float32 and round what the blocks of transformers round, so that results differ by the
-last bit of a sum or a power.
+torch takes several passes over memory for each, the C kernels (``csrc/block.c``) take one. Activations are
+bfloat16 or float32. The kernels compute in float32 and round what the blocks of transformers round, so that
+results differ by the last bit of a sum or a power.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def unsupported_reason(
 def fallback_notice(
     what: str, device: torch.device, dtype: torch.dtype, widths: Mapping[str, int] = MappingProxyType({})
 ) -> str | None:
-    """Return a sentence on ``what`` running slower, in torch; None: C kernels run, or exist for no such device.
+    """Return a sentence on ``what`` running slower, in torch; None: C kernels run, or none exist for it.
 
     On a GPU and in float16 torch is all there is: nothing is missed.
     """
     if device.type != "cpu" or dtype not in DTYPE_CODES:
         return None
     reason = unsupported_reason(device, dtype, widths)
-    return f"{what} run in torch, which is slower, because {reason}" if reason else None
+    return f"{what} are left to torch, which takes longer, because {reason}" if reason else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -162,7 +162,11 @@ def _check_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape not in ((batch, tokens, 1, d), (1, tokens, 1, d)):
             raise ValueError(f"x is {list(x.shape)}, so {name} {list(table.shape)} does not fit")
-        if table.dtype not in (x.dtype, torch.float32) or table.dtype != cos.dtype or table.device != x.device:
+        if (
+            table.dtype not in (x.dtype, torch.float32)
+            or table.dtype != cos.dtype
+            or table.device != x.device
+        ):
             raise ValueError(f"{name} is {table.dtype} on {table.device}, x is {x.dtype} on {x.device}")
 
 

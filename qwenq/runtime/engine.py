@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from qwenq import __version__
+from qwenq.compute import cpu
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.precision import compute_dtype, resolve_device
 from qwenq.runtime.attention import attention_backend
-from qwenq.runtime.bfloat16_products import float32_is_faster
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.cuda_graph import Graphs
@@ -134,7 +134,7 @@ class FastEngine(CachedEngine):
             f"attention {decoder.attend.name}: {decoder.attend.implementation}; torch {torch.__version__}"
         )
         self.notes = decoder.notes
-        if decoder.device.type == "cpu" and decoder.dtype is torch.bfloat16 and float32_is_faster():
+        if decoder.device.type == "cpu" and decoder.dtype is torch.bfloat16 and cpu.float32_is_faster():
             self.implementation += ", prompts multiplied by float32 units"
         if decoder.compiled_step:
             self.implementation += ", decode steps compiled for this CPU"

@@ -13,11 +13,11 @@ ALWAYS_INLINE void multiply_tile(Args args, int dtype, int rows, int outs, long 
     long in = args[IN], stride = args[STRIDE], i = 0;
     const float *x = POINTER(float, X) + row * in, *bias = POINTER(float, BIAS);
     const uint16_t *weight = POINTER(uint16_t, WEIGHT) + output * stride;
-    Floats sum[4][4];
+    Floats sum[4][3];
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < outs; o++) sum[r][o] = spread(0);
     for (; i + LANES <= in; i += LANES) {
-        Floats held[4];
+        Floats held[3];
         for (int o = 0; o < outs; o++) held[o] = load_bf16(weight + o * stride + i);
         for (int r = 0; r < rows; r++) {
             Floats value = load(x + r * in + i);
@@ -41,14 +41,14 @@ ALWAYS_INLINE void multiply_outputs(Args args, int dtype, int outs, long output)
 }
 
 ALWAYS_INLINE void multiply_share(Args args, int dtype) {
-    const int block = 3;  // 4 rows x 3 outputs and their operands fill 16 registers
     long first, end;
     thread_share(args[OUTS], &first, &end);
-    for (; first + block <= end; first += block) multiply_outputs(args, dtype, block, first);
+    for (; first + 3 <= end; first += 3) multiply_outputs(args, dtype, 3, first);  // 4 x 3 fill 16 registers
     for (; first < end; first++) multiply_outputs(args, dtype, 1, first);
 }
 static void multiply_to_bf16(Args args) { multiply_share(args, BFLOAT16); }
 static void multiply_to_f32(Args args) { multiply_share(args, FLOAT32); }
 
-// dtype of out, x float32 [rows, in], weight bfloat16 [outs, in] by its stride, bias float32 [outs] or 0, out [rows, outs]
+// dtype of out, x float32 [rows, in], weight bfloat16 [outs, in] by its stride, bias float32 [outs] or 0,
+// out [rows, outs]
 void dense_bf16(Args args) { on_threads(args[DTYPE] == BFLOAT16 ? multiply_to_bf16 : multiply_to_f32, args); }

@@ -15,8 +15,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from qwenq.compute.dense import multiply
 from qwenq.models.packing import PackedLinear
-from qwenq.runtime.bfloat16_products import multiply
 from qwenq.runtime.kernels.base import Grouped, Layer, Need, grouped
 
 
@@ -91,7 +91,7 @@ class CpuGrouped(ABC):
     def _rows(self, rows: Tensor) -> Tensor:
         if self.order is not None:
             rows = rows[:, self.order]
-        y = self._few(rows) if len(rows) < self.many_rows else multiply(rows, self._unpacked())
+        y = self._few(rows) if len(rows) < self.many_rows else multiply(rows, self._unpacked().t())
         if self.offsets is not None:
             sums = rows.view(len(rows), len(self.offsets), -1).sum(-1, dtype=torch.float32)  # [rows, groups]
             y = torch.addmm(y.float(), sums, self.offsets).to(rows.dtype)
