@@ -1,6 +1,7 @@
 """Compile the C kernels while a wheel or an editable install is built.
 
-A wheel holds the variants of its platform; its tag says the platform, and any Python 3. Where no compiler works, the
+A wheel holds the variants of its platform; its tag says the platform, and any Python 3. Where no compiler
+works, the
 install goes on without the libraries: everything then runs in torch, and ``qwenq doctor`` says why.
 """
 
@@ -47,7 +48,7 @@ class KernelsBuildHook(BuildHookInterface[Any]):
 def _builder(root: Path) -> Any:
     """Load ``qwenq/compute/build.py`` without importing the package, whose dependencies are absent here."""
     spec = importlib.util.spec_from_file_location("qwenq_build", root / "qwenq" / "compute" / "build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None and spec.loader is not None  # noqa: S101  # the file is there
     module = importlib.util.module_from_spec(spec)
     sys.modules["qwenq_build"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

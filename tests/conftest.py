@@ -47,7 +47,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture(params=[variant.name for variant in VARIANTS], scope="module")
 def each_variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a module's tests for each variant of the C library that this CPU can run; the others are skipped."""
+    """Run a module's tests for each variant of the C library; skip those that this CPU cannot run."""
     from qwenq.compute import cpu
 
     name = request.param

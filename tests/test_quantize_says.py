@@ -12,7 +12,6 @@ from tiny_families import save_calibration, write_family
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import VerificationError
-from qwenq.native import support
 from qwenq.quantize import quantize
 
 
@@ -45,24 +44,22 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 @pytest.mark.parametrize("team", [ALONE, Team(launched=True)])
-def test_compiled_code_that_is_missed_is_said(
+def test_what_runs_in_torch_for_want_of_a_kernel_is_said(
     tmp_path: Path, team: Team, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torchrun's processes sum up Hessians in a way of their own; the rest they compute like any other.
 
     Attention and Hessians are compiled for bfloat16 and float32.
     """
-    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
+    monkeypatch.setenv("QWENQ_CPU", "torch")
     model, ear = write_family(tmp_path / "m"), Ear()
     made = quantize(recipe_for(model, dtype=dtype), tmp_path / "out", ear, device="cpu", team=team)
-    said = [line for line in ear.lines if "left to torch" in line]
+    said = [line for line in ear.lines if "run in torch" in line]
     compiled = dtype != "float16"
-    missed = [
-        "Hessians, scales and rounding are" if compiled and not team.launched else "scales and rounding are"
-    ]
-    missed += ["attention is"] if compiled else []
-    because = "left to torch, which takes longer, because llvmlite is not installed"
-    assert said == [f"{what} {because}" for what in missed]
+    slower = ["rounding and coordinate descent, scale search" + (", Hessians" if compiled else "")]
+    slower += ["attention, norms and activations"] if compiled else []
+    why = " run in torch, which takes longer, because QWENQ_CPU=torch turns it off"
+    assert said == [f"{what}{why}" for what in slower]
     told = manifest_of(made.folder)["computed_in"]
     assert told["solver"] == "torch"
     assert told["attention"] == "sdpa"

@@ -1,8 +1,8 @@
 """Compile ``csrc/`` into one shared library per variant: ``python -m qwenq.compute.build``.
 
-The build of a wheel and an editable install run it (``hatch_build.py``). It uses the standard library alone, since an
-isolated build environment has nothing else. The compiler is the system's, or the one that comes as the wheel
-``ziglang``, which also compiles for other platforms.
+The build of a wheel and an editable install run it (``hatch_build.py``). It uses the standard library alone,
+since an isolated build environment has nothing else. The compiler is the system's, or the one that comes as
+the wheel ``ziglang``, which also compiles for other platforms.
 """
 
 from __future__ import annotations
@@ -53,13 +53,19 @@ _AVX2 = ("avx2", "fma3", "f16c", "bmi2")
 _AVX512 = (*_AVX2, "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni")
 _V4 = ("-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512")
 
+_V3 = ("-march=x86-64-v3",)
+
 VARIANTS = (
-    Variant("avx512-bf16", "x86_64", (*_AVX512, "avx512_bf16"), (*_V4, "-mavx512bf16"),
-            "x86_64_v4+avx512vnni+avx512bf16"),
+    Variant(
+        "avx512-bf16", "x86_64", (*_AVX512, "avx512_bf16"), (*_V4, "-mavx512bf16"),
+        "x86_64_v4+avx512vnni+avx512bf16",
+    ),
     Variant("avx512-vnni", "x86_64", _AVX512, _V4, "x86_64_v4+avx512vnni"),
-    Variant("avx-vnni", "x86_64", (*_AVX2, "avx_vnni"), ("-march=x86-64-v3", "-mavxvnni"), "x86_64_v3+avxvnni"),
-    Variant("avx2", "x86_64", _AVX2, ("-march=x86-64-v3",), "x86_64_v3"),
-    Variant("neon", "aarch64", ("dot",), ("-march=armv8.2-a+dotprod+fp16",), "generic+v8.2a+dotprod+fullfp16"),
+    Variant("avx-vnni", "x86_64", (*_AVX2, "avx_vnni"), (*_V3, "-mavxvnni"), "x86_64_v3+avxvnni"),
+    Variant("avx2", "x86_64", _AVX2, _V3, "x86_64_v3"),
+    Variant(
+        "neon", "aarch64", ("dot",), ("-march=armv8.2-a+dotprod+fp16",), "generic+v8.2a+dotprod+fullfp16"
+    ),
 )  # fmt: skip
 """The best first; a CPU that has a variant's features also has those of the later ones of its machine, except
 that one with AVX-512 need not have AVX-VNNI."""

@@ -1,8 +1,10 @@
-"""The columns of a lazy block: rounded (GPTQ), moved (coordinate descent), and a group's scale fitted to its integers.
+"""The columns of a lazy block: rounded (GPTQ), moved (coordinate descent), and a group's scale fitted to its
+integers.
 
-Each operation runs in C on a CPU, by one Triton kernel on a GPU, else in torch. C and torch find the same integers and
-errors bit for bit, on every variant: a product is rounded before it is subtracted. A fitted scale is summed in another
-order by each.
+Each operation runs in C on a CPU, by one Triton kernel on a GPU, else in torch. C and torch find the same
+integers and
+errors bit for bit, on every variant: a product is rounded before it is subtracted. A fitted scale is summed
+in another order by each.
 """
 
 from __future__ import annotations
@@ -122,7 +124,8 @@ def move_columns(block: Block, values: Tensor) -> Tensor:
     """Move each integer to the best value given all others; return the change of ``output_error``, [rows].
 
     Args:
-        block: with G = (Q − W) H in place of W and H in place of U: ``columns`` are [block, rows] of G, ``U`` is [block,
+        block: with G = (Q − W) H in place of W and H in place of U: ``columns`` are [block, rows] of G, ``U``
+        is [block,
             block] of H. ``errors`` are filled with the old values less the new ones.
         values: [block, rows] of the same dtype, contiguous: the columns of Q.
     """
@@ -163,8 +166,9 @@ def move_by_torch(block: Block, values: Tensor) -> Tensor:
 def fit_scale(block: Block, values: Tensor, group: int) -> Fitted:
     """Return the group with a better scale, as it is stored (rounded to float16), else with its own.
 
-    With u = integers − zero, G the gradient and H the group's own block, the objective is a parabola in the scale: it
-    changes by δ · uᵀG + δ²/2 · uᵀHu, least at δ = −uᵀG / uᵀHu (the second stage of arXiv 2602.02126, by group).
+    With u = integers − zero, G the gradient and H the group's own block, the objective is a parabola in the
+    scale: it changes by δ · uᵀG + δ²/2 · uᵀHu, least at δ = −uᵀG / uᵀHu (the second stage of arXiv
+    2602.02126, by group).
 
     Args:
         block: a whole group as ``move_columns`` has left it, with the gradients as they were before.
@@ -225,8 +229,8 @@ def _run(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
     _check(block, values=values)
     groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
     cpu.call(
-        kernel, block.columns, values, factors, block.scales, block.zeros, groups, block.integers, block.errors,
-        costs, *block.columns.shape, float(block.levels),
+        kernel, block.columns, values, factors, block.scales, block.zeros, groups, block.integers,
+        block.errors, costs, *block.columns.shape, float(block.levels),
     )  # fmt: skip
     return costs
 

@@ -1,8 +1,9 @@
 """Load the C library for this CPU, and call its kernels.
 
-The best variant that the CPU has the instructions for is loaded once. ``QWENQ_CPU`` lowers it, for tests and for bug
-reports: the name of a variant, or ``torch`` for none. Threads are torch's own: the library is given the entry points of
-the OpenMP runtime that torch has loaded.
+The best variant that the CPU has the instructions for is loaded once. ``QWENQ_CPU`` lowers it, for tests and
+for bug
+reports: the name of a variant, or ``torch`` for none. Threads are torch's own: the library is given the entry
+points of the OpenMP runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ FOLDER_VARIABLE = "QWENQ_KERNELS"
 """Another folder of libraries, such as one that is compiled with a sanitizer."""
 
 _OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 (Cooper Lake, Zen 4), Arm (Neoverse V1)
 _INSTALL = "run python -m qwenq.compute.build, with gcc, clang or the package ziglang"
 
 
@@ -76,6 +78,44 @@ def has(*features: str) -> bool:
     """Return whether the variant that runs was compiled with these features."""
     found = library()
     return isinstance(found, Library) and set(features) <= set(found.variant.features)
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether the CPU has instructions for products of bfloat16; elsewhere torch emulates them."""
+    return any(_features().get(name) for name in _BFLOAT16)
+
+
+def float32_is_faster() -> bool:
+    """Return whether the CPU multiplies large matrices faster in float32 than in bfloat16.
+
+    So it is where bfloat16 is emulated, and on Intel's CPUs without AMX (or under a hypervisor that hides
+    it): what they have for bfloat16 multiplies at half the speed of their two units for float32.
+    """
+    has = _features()
+    intel = str(has.get("cpu_name", "")).startswith("Intel")
+    return not multiplies_bfloat16() or (intel and not has.get("amx_bf16"))
+
+
+def vectorises_512_bits() -> bool:
+    """Return whether torch and oneDNN compute with AVX-512 here."""
+    lowered = _lowered_to()
+    if lowered is not None and "avx512_f" not in lowered.features:
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _lowered_to() -> Variant | None:
+    """Return the variant that ``QWENQ_CPU`` lowers to; None: to none, or to ``torch``."""
+    usable, wanted = variants_here(), os.environ.get(VARIABLE, "")
+    return next((variant for variant in usable[1:] if variant.name == wanted), None)
+
+
+def _features() -> dict[str, object]:
+    """Return what the CPU can do, by torch's names, or a CPU of the variant that ``QWENQ_CPU`` lowers to."""
+    found, lowered = _capabilities(), _lowered_to()
+    if lowered is None:
+        return found
+    return {"cpu_name": found.get("cpu_name"), **dict.fromkeys(lowered.features, True)}
 
 
 def library() -> Library | str:
@@ -144,8 +184,10 @@ def call(name: str, *arguments: Tensor | int | float, threads: int | None = None
 
     Args:
         name: of the kernel, see ``csrc/kernels.def``.
-        arguments: tensors as their addresses, integers, and floats as the bits of a float32, in the kernel's order.
-            The caller has checked shapes, dtypes, devices and strides: the kernel reads memory by these numbers.
+        arguments: tensors as their addresses, integers, and floats as the bits of a float32, in the kernel's
+        order.
+            The caller has checked shapes, dtypes, devices and strides: the kernel reads memory by these
+            numbers.
         threads: how many; None: as many as torch uses.
     """
     values = [torch.get_num_threads() if threads is None else threads]

@@ -1,7 +1,8 @@
 """Products of 4- and 8-bit weights, scaled by group, with activations: few rows by integers, many unpacked.
 
-C multiplies the integers as they lie (``csrc/linear.c``): a decode step reads every weight once, at the memory's speed.
-The reference is ``unpack`` and one product of plain numbers, which is also what is faster for many rows.
+C multiplies the integers as they lie (``csrc/linear.c``): a decode step reads every weight once, at the
+memory's speed. The reference is ``unpack`` and one product of plain numbers, which is also what is faster for
+many rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class PackedWeights:
     """A layer's weights in the layout of ``csrc/linear.c``.
 
     Attributes:
-        weights: uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in the high
+        weights: uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in
+        the high
             nibbles.
         scales: [blocks, groups, 32] float16, or float32 where float16 would round them.
         bits: 4 or 8; integers are unsigned, around 2^(bits - 1).
@@ -97,7 +99,8 @@ def multiply(x: Tensor, layer: PackedWeights) -> Tensor:
     """
     if x.dtype not in _DTYPES or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != layer.columns:
         raise ValueError(
-            f"x is {x.dtype} {list(x.shape)} on {x.device}, not float32 or bfloat16 [rows, {layer.columns}] on the CPU"
+            f"x is {x.dtype} {list(x.shape)} on {x.device}, not float32 or bfloat16 "
+            f"[rows, {layer.columns}] on the CPU"
         )
     x, rows = x.contiguous(), len(x)
     y = torch.empty(rows, layer.outputs, dtype=x.dtype)

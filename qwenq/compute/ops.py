@@ -1,6 +1,7 @@
 """The table of operations: what runs each of them here, and why nothing faster does.
 
-``qwenq doctor`` prints it; commands quote ``fallback_notice`` where something slower runs than this machine could.
+``qwenq doctor`` prints it; commands quote ``fallback_notice`` where something slower runs than this machine
+could.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwenq.compute import columns, cpu, gpu, products
+from qwenq.compute import block, columns, cpu, gpu, products
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,13 @@ class Operation:
 
 def operations(device: torch.device, dtype: torch.dtype) -> list[Operation]:
     """Return every operation with what runs it for activations of a dtype on a device."""
-    return [_operation(name, reason(dtype, device), device, kinds) for name, kinds, reason in _TABLE]
+    return [_operation(name, reason(dtype, device), dtype, device, kinds) for name, kinds, reason in _TABLE]
 
 
 def fallback_notice(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return a sentence on operations of quantising that torch runs for want of a kernel; None: there are none."""
+    """Return a sentence on operations of quantising that run in torch for want of a kernel; None: none do."""
     found = [
-        _operation(name, reason(dtype, device), device, kinds)
+        _operation(name, reason(dtype, device), dtype, device, kinds)
         for name, kinds, reason in _TABLE
         if name in QUANTISING
     ]
@@ -68,6 +69,12 @@ def _hessians(dtype: torch.dtype, device: torch.device) -> str | None:
     return products.unsupported_reason(dtype, device)
 
 
+def _block(dtype: torch.dtype, device: torch.device) -> str | None:
+    if dtype not in block.DTYPE_CODES:
+        return None  # torch is what there is
+    return block.unsupported_reason(device, dtype)
+
+
 def _linear(dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type == "cuda":
         return gpu.unsupported_reason(device)
@@ -82,14 +89,20 @@ _TABLE: tuple[tuple[str, tuple[str, ...], _Reason], ...] = (
     ("rounding and coordinate descent", ("cpu", "cuda"), _by_kernel),
     ("scale search", ("cpu",), _by_c),
     ("Hessians", ("cpu",), _hessians),
+    ("norms, rotary positions, gated activations", ("cpu",), _block),
+    ("attention over prompts", ("cpu",), _block),
     ("quantised linear", ("cpu", "cuda"), _linear),
     ("decode step", ("cpu",), _linear),
 )
 """Name, kinds of device that have a kernel, and why it does not run."""
+_BY_DTYPE = ("Hessians", "norms, rotary positions, gated activations", "attention over prompts")
+"""Operations whose kernels take some dtypes of activations."""
 
 
-def _operation(name: str, reason: str | None, device: torch.device, kinds: tuple[str, ...]) -> Operation:
-    if device.type not in kinds:
+def _operation(
+    name: str, reason: str | None, dtype: torch.dtype, device: torch.device, kinds: tuple[str, ...]
+) -> Operation:
+    if device.type not in kinds or (reason is None and dtype not in block.DTYPE_CODES and name in _BY_DTYPE):
         return Operation(name, "torch", None)
     if reason is not None:
         return Operation(name, "torch", reason)

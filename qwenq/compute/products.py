@@ -84,7 +84,8 @@ class CProducts:
         """Add a batch, see ``Products``.
 
         Raises:
-            ValueError: not of that dtype in this machine's memory, or of other widths, or not of as many tokens.
+            ValueError: not of that dtype in this machine's memory, or of other widths, or not of as many
+            tokens.
         """
         tokens = self._count(X, Y)
         total = self._tokens + tokens

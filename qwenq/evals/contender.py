@@ -126,7 +126,7 @@ def open_contender(given: str | None, how: How) -> Contender:
         QwenqError: the model or its tokenizer cannot be read.
     """
     place = resolve_device(how.device)
-    number = find_dtype(how.dtype, place)
+    number = find_dtype(how.dtype, place, how.engine)
     resolved = resolve_model(given)
     checkpoint = open_checkpoint(resolved.folder)
     refuse_random(checkpoint.config, "accuracy")

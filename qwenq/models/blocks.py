@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qwenq.compute import attention
+from qwenq.compute.block import fallback_notice
 from qwenq.errors import ModelError
-from qwenq.models.block_attention import NATIVE, attention_of, passed_over, why_not
+from qwenq.models import fused_block
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite, require_numbers
 from qwenq.models.long_context import require_plain
@@ -36,11 +38,11 @@ class BlockwiseDecoder:
         dtype: of weights and hidden states.
 
     Attributes:
-        attention: ``block_attention``'s name of what computes it. In layers that slide a window it is torch's
-            for texts that fill that. Where it is compiled, norms, rotary positions and activations are, too,
-            if the architecture allows it (``fused_block``): the same on all machines.
-        attention_why_not: why that is not compiled code, in words that follow "because"; None: it is.
-        passed_over: a sentence for the user on compiled code that these blocks go without, or None.
+        attention: the name of what computes it (``fused_block``). In layers that slide a window it is torch's
+            for texts that fill that. Where it is ours, norms, rotary positions and activations are, too, if
+            the architecture allows it: the same on all machines.
+        attention_why_not: why attention is torch's, in words that follow "because"; None: it is ours.
+        passed_over: a sentence for the user on what runs slower, in torch, or None.
         names: "model.layers.0", …, the blocks' names in the checkpoint.
 
     Raises:
@@ -54,9 +56,10 @@ class BlockwiseDecoder:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         config = transformers_config(checkpoint.config, checkpoint.folder)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.attention = attention_of(device, dtype, head_dim)
-        self.attention_why_not = why_not(device, dtype, head_dim)
-        self.passed_over = passed_over(device, dtype, head_dim) or self._windowed(config)
+        self.attention = fused_block.attention_name(device, dtype, head_dim)
+        self.attention_why_not = attention.unsupported_reason(device, dtype, head_dim)
+        missed = fallback_notice("attention, norms and activations", device, dtype, {"a head": head_dim})
+        self.passed_over = missed or self._windowed(config)
         with refused_by_transformers(checkpoint.folder):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -67,29 +70,27 @@ class BlockwiseDecoder:
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
         self._require_tensors()
-        if self.attention == NATIVE:
+        if self.attention == fused_block.OURS:
             self._fuse(config)
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self._freed = FreedMemory()
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
 
     def _fuse(self, config: Any) -> None:
-        from qwenq.models.fused_block import fuse_blocks
-
-        why = fuse_blocks(self._blocks, config)
-        if why is not None:
-            missed = f"norms and activations are left to torch, which takes longer, because {why}"
+        reason = fused_block.fuse_blocks(self._blocks, config)
+        if reason is not None:
+            missed = f"norms and activations are left to torch, which takes longer, because {reason}"
             self.passed_over = f"{self.passed_over}; {missed}" if self.passed_over else missed
 
     def _windowed(self, config: Any) -> str | None:
-        """The sentence for compiled attention that only some of the layers have."""
+        """Return the sentence for layers whose attention may be torch's."""
         kinds = getattr(config, "layer_types", None) or []
         windowed = sum(kind == "sliding_attention" for kind in kinds)
         if not windowed or self.attention_why_not is not None:
             return None
         return (
             f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} "
-            "tokens: texts that fill it are left to torch there, which takes longer"
+            "tokens: where a text fills it, it is left to torch, which takes longer"
         )
 
     @property

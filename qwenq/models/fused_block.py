@@ -1,6 +1,6 @@
-"""Modules in the place of transformers' own in a decoder's blocks, whose parts between products are compiled.
+"""Our operations in the blocks of transformers: attention, and modules in the place of theirs.
 
-They have the same parameters and children under the same names, in the same order, and take and give what
+Modules have the same parameters and children under the same names, in the same order, and take and give what
 transformers' modules do; linears stay ``nn.Linear``. Results differ from transformers' by float32's rounding
 of sums and powers before they are rounded to bfloat16. Source of the structure: ``modeling_llama``,
 ``modeling_qwen2`` and ``modeling_qwen3`` of transformers.
@@ -9,11 +9,17 @@ of sums and powers before they are rounded to bfloat16. Source of the structure:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from qwenq.models.block_attention import HEAD_STEP, attend
+from qwenq.compute import attention, block
+from qwenq.compute.block import STEP
+
+TORCH, OURS = "sdpa", "qwenq_causal"
+"""The names under which transformers knows attention."""
 
 _KNOWN = {
     f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}DecoderLayer"
@@ -24,8 +30,54 @@ _HEAD_NORMS = ("q_norm", "k_norm")
 _SILU = ("silu", "swish")
 
 
+def attention_name(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Return ``OURS``, registered with transformers, or ``TORCH`` where the C kernel does not run."""
+    if attention.unsupported_reason(device, dtype, head_dim) is not None:
+        return TORCH
+    _register()
+    return OURS
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(OURS, attend)
+    AttentionMaskInterface.register(OURS, sdpa_mask)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention, [batch, tokens, heads, d]; under a mask, as of a window, in torch.
+
+    Args:
+        module: torch's attention reads its ``num_key_value_groups`` and ``is_causal``.
+        query: [batch, heads, tokens, d].
+        key: of fewer heads, which query heads share evenly.
+        value: likewise.
+        attention_mask: None: each token sees those up to its own.
+        scaling: of the scores; None: by the width of a head.
+        rest: further arguments of transformers, for torch's attention.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+        return output, None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention.causal_attention(query, key, value, scale), None
+
+
 def fuse_blocks(blocks: Iterable[nn.Module], config: Any) -> str | None:
-    """Replace modules of decoder blocks of which compiled code is known to compute the same.
+    """Replace modules of decoder blocks of which ours are known to compute the same.
 
     Args:
         blocks: transformers' blocks, in bfloat16 or float32, for this CPU; without weights.
@@ -35,31 +87,32 @@ def fuse_blocks(blocks: Iterable[nn.Module], config: Any) -> str | None:
         Why they stay transformers' own, in words that follow "because"; None: they are replaced.
     """
     blocks = list(blocks)
-    why = next((why for block in blocks if (why := _why_not(block, config)) is not None), None)
-    if why is None:
-        for block in blocks:
-            _fuse(block)
-    return why
+    reasons = (_unsupported_reason(one, config) for one in blocks)
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is None:
+        for one in blocks:
+            _fuse(one)
+    return reason
 
 
-def _why_not(block: nn.Module, config: Any) -> str | None:
-    kind = type(block)
+def _unsupported_reason(module: nn.Module, config: Any) -> str | None:
+    kind = type(module)
     if f"{kind.__module__}.{kind.__qualname__}" not in _KNOWN:
         return f"there is none for a {kind.__name__}"
     if config.hidden_act not in _SILU:
         return f"there is none for the activation {config.hidden_act}"
     for width, of in ((config.hidden_size, "hidden states"), (config.intermediate_size, "the MLP")):
-        if width % HEAD_STEP:
-            return f"the width of {of}, {width}, is no multiple of {HEAD_STEP}"
+        if width % STEP:
+            return f"the width of {of}, {width}, is no multiple of {STEP}"
     return None
 
 
-def _fuse(block: nn.Module) -> None:
+def _fuse(module: nn.Module) -> None:
     for name in _NORMS:
-        setattr(block, name, FusedNorm(getattr(block, name)))
-    block.self_attn = FusedAttention(block.self_attn)
-    block.mlp = FusedMLP(block.mlp)
-    block.eval()
+        setattr(module, name, FusedNorm(getattr(module, name)))
+    module.self_attn = FusedAttention(module.self_attn)
+    module.mlp = FusedMLP(module.mlp)
+    module.eval()
 
 
 class FusedNorm(nn.Module):
@@ -72,9 +125,7 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, d] → the same."""
-        from qwenq.models.native_block import rms_norm
-
-        return rms_norm(x, self.weight, self.eps)
+        return block.rms_norm(x, self.weight, self.eps)
 
 
 class FusedMLP(nn.Module):
@@ -91,10 +142,8 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, hidden] → the same."""
-        from qwenq.models.native_block import swiglu_
-
-        # What a linear gives is nobody else's: the activation may take its place.
-        output: Tensor = self.down_proj(swiglu_(self.gate_proj(x), self.up_proj(x)))
+        gate = self.gate_proj(x)
+        output: Tensor = self.down_proj(block.swiglu(gate, self.up_proj(x), out=gate))
         return output
 
 
@@ -130,8 +179,6 @@ class FusedAttention(nn.Module):
         Raises:
             ValueError: there are keys of earlier tokens: whole texts pass these blocks.
         """
-        from qwenq.models.native_block import rotate_
-
         if past_key_values is not None:
             raise ValueError("these blocks keep no keys and values of earlier tokens")
         shape = hidden_states.shape[:-1]
@@ -142,7 +189,10 @@ class FusedAttention(nn.Module):
         )
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        rotate_(q, k, *position_embeddings)  # fresh from linears or norms, so in place
+        cos, sin = (table.unsqueeze(2) for table in position_embeddings)  # [batch, tokens, 1, d]
+        first, second = sin.chunk(2, dim=-1)
+        sin = torch.cat([-first, second], dim=-1)  # the table holds the sign of the rotation
+        q, k = block.rotate(q, cos, sin), block.rotate(k, cos, sin)
         mixed, _ = attend(
             self,
             q.transpose(1, 2),

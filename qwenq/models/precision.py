@@ -9,39 +9,37 @@ from qwenq.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 (Cooper Lake, Sapphire Rapids), Arm (Neoverse V1)
-
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype for running a model on ``device``, where reading its weights takes the time.
+    """Return the dtype in which torch runs a model fastest on ``device``, where reading its weights takes the
+    time.
 
-    CPU: bfloat16 only where the CPU has instructions for it; elsewhere it is emulated and slower than
-    float32. CUDA: bfloat16 since Ampere, float16 before it. Any other device: float32.
+    CPU: bfloat16 only where the CPU has instructions for it; elsewhere torch emulates it, slower than float32
+    (the fast engine does not: ``runtime.engine.find_dtype``). CUDA: bfloat16 since Ampere, float16 before it.
+    Any other device: float32.
     """
     import torch
+
+    from qwenq.compute import cpu
 
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if kind == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in _CPU_BF16):
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if kind == "cpu" and cpu.multiplies_bfloat16() else torch.float32
 
 
 def product_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype for passing whole texts through a model on ``device``, where products take the time.
+    """Return the dtype for passing whole texts through a model on ``device``, where products take the time.
 
-    That of ``compute_dtype``, but for Intel's CPUs without AMX (or under a hypervisor that hides it): what
-    they have for bfloat16 multiplies at half the speed of their two units for float32.
+    It is that of ``compute_dtype``, but for CPUs that have bfloat16 and multiply float32 faster.
     """
     import torch
 
-    dtype = compute_dtype(device)
-    if torch.device(device).type != "cpu" or dtype is not torch.bfloat16:
-        return dtype
-    has = torch.cpu.get_capabilities()
-    slow = str(has.get("cpu_name", "")).startswith("Intel") and not has.get("amx_bf16")
-    return torch.float32 if slow else dtype
+    from qwenq.compute import cpu
+
+    if torch.device(device).type == "cpu" and cpu.float32_is_faster():
+        return torch.float32
+    return compute_dtype(device)
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -64,7 +64,7 @@ def _attention(point: Point) -> tuple[str, tuple[str, ...]]:
     from qwenq.runtime.engine import find_dtype
 
     place = resolve_device(point.device)
-    name, why = of_row(point.attention, place, find_dtype(point.subject.dtype, place))
+    name, why = of_row(point.attention, place, find_dtype(point.subject.dtype, place, point.engine))
     return name, (why,) if why else ()
 
 

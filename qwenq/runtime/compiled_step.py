@@ -1,7 +1,7 @@
 """One decode step on a CPU: all blocks of the decoder in one call of C.
 
-`DecodeStep` computes the same with a few hundred calls of torch, which in a small model take longer than the products.
-With many rows the calls weigh less, and `DecodeStep` has them.
+`DecodeStep` computes the same with a few hundred calls of torch, which in a small model take longer than the
+products. With many rows the calls weigh less, and `DecodeStep` has them.
 """
 
 from __future__ import annotations

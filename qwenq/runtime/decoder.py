@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm
+from torch.nn.functional import embedding
 
+from qwenq.compute import block as ops
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.attention.best import Best
 from qwenq.runtime.attention.grouped_decode import GroupedDecode
-from qwenq.runtime.block_parts import block_parts, passed_over
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.decode_step import DecodeStep
@@ -91,9 +91,11 @@ class Decoder:
         weights.check(self.spec.shape, checkpoint.tied)
         self.kernel, self.notes = weights.kernel, weights.notes
         self.rope = Rope(self.spec, device, dtype)
-        self.parts = block_parts(self.spec, device, dtype)
-        if missed := passed_over(self.spec, device, dtype):
-            self.notes = (*self.notes, missed)
+        shape = self.spec.shape
+        widths = {"hidden states": shape.hidden, "the MLP": shape.ffn, "a head": shape.head_dim}
+        what = "norms, rotary positions, activations and attention of prompts"
+        if notice := ops.fallback_notice(what, device, dtype, widths):
+            self.notes = (*self.notes, notice)
         self.embedding = weights.tensor("model.embed_tokens.weight")
         self.blocks = [_load_block(weights, self.spec, layer) for layer in range(self.spec.shape.layers)]
         self.norm = weights.tensor("model.norm.weight")
@@ -180,12 +182,13 @@ class Decoder:
             [batch, tokens, hidden] after the final norm.
         """
         x = embedding(ids, self.embedding)
-        parts = self.parts
+        eps = self.spec.eps
         for layer, block in enumerate(self.blocks):
-            normed = parts.norm(x, block.attention_norm)
+            normed = ops.rms_norm(x, block.attention_norm, eps)
             x = x + self._attention(normed, block, layer, cache, span, rotation, query_scales)
-            x = x + block.down(parts.activate(block.gate_up(parts.norm(x, block.mlp_norm))))
-        return parts.norm(x, self.norm)
+            gate, up = block.gate_up(ops.rms_norm(x, block.mlp_norm, eps)).chunk(2, dim=-1)
+            x = x + block.down(ops.swiglu(gate, up))
+        return ops.rms_norm(x, self.norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] → float32 [..., vocabulary]."""
@@ -207,8 +210,8 @@ class Decoder:
         qkv = block.qkv(x).view(batch, tokens, heads + 2 * shared, shape.head_dim)
         qk, values = qkv[:, :, : heads + shared], qkv[:, :, heads + shared :]
         if block.qk_norm is not None:
-            qk = rms_norm(qk, qk.shape[-1:], None, self.spec.eps) * block.qk_norm
-        rotated = self.parts.rotate(qk, *rotation)
+            qk = ops.rms_norm(qk, block.qk_norm, self.spec.eps)
+        rotated = ops.rotate(qk, *rotation)
         queries, keys = rotated[:, :, :heads], rotated[:, :, heads:]
         if query_scales is not None:
             queries = queries * query_scales

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from qwenq import __version__
+from qwenq.compute import cpu
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.precision import compute_dtype, resolve_device
 from qwenq.runtime.attention import attention_backend
-from qwenq.runtime.bfloat16_products import float32_is_faster
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.cuda_graph import Graphs
@@ -134,7 +134,7 @@ class FastEngine(CachedEngine):
             f"attention {decoder.attend.name}: {decoder.attend.implementation}; torch {torch.__version__}"
         )
         self.notes = decoder.notes
-        if decoder.device.type == "cpu" and decoder.dtype is torch.bfloat16 and float32_is_faster():
+        if decoder.device.type == "cpu" and decoder.dtype is torch.bfloat16 and cpu.float32_is_faster():
             self.implementation += ", prompts multiplied by float32 units"
         if decoder.compiled_step:
             self.implementation += ", decode steps compiled for this CPU"
@@ -215,7 +215,7 @@ def load(
     if real_vocab is not None and real_vocab < 1:
         raise UsageError(f"of a vocabulary of {real_vocab} ids nothing can be sampled")
     place = resolve_device(device)
-    number = find_dtype(dtype, place)
+    number = find_dtype(dtype, place, engine)
     sum_in_float32(place, number)
     backend = attention_backend(find_attention(attention, engine, place), place, number)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
@@ -227,7 +227,8 @@ def load(
         from qwenq.runtime.decoder import Decoder
 
         found = FastEngine(Decoder(checkpoint, place, number, backend, kernel, head), real_vocab)
-    if number is torch.bfloat16 and compute_dtype(place) is not torch.bfloat16:
+    emulated = number is torch.bfloat16 and compute_dtype(place) is not torch.bfloat16
+    if emulated and (engine != "fast" or place.type != "cpu" or cpu.unsupported_reason() is not None):
         found.notes = (*found.notes, f"bfloat16 is emulated: this {place.type} has no instructions for it")
     return found
 
@@ -239,8 +240,11 @@ def find_attention(name: str, engine: str, device: torch.device) -> str:
     return "grouped" if engine == "fast" and device.type == "cpu" else "sdpa"
 
 
-def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of that name; ``auto`` is what the device computes fastest.
+def find_dtype(name: str | torch.dtype, device: torch.device, engine: str = "fast") -> torch.dtype:
+    """Return the dtype of that name; ``auto`` is what an engine runs fastest on the device.
+
+    On a CPU the fast engine reads bfloat16 weights wherever C kernels run: they widen it in registers, so
+    that it needs no instructions for bfloat16. transformers takes it where torch does not emulate it.
 
     Raises:
         UsageError: no such dtype.
@@ -248,7 +252,8 @@ def find_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(name, torch.dtype):
         return name
     if name == "auto":
-        return compute_dtype(device)
+        widened = engine == "fast" and device.type == "cpu" and cpu.unsupported_reason() is None
+        return torch.bfloat16 if widened else compute_dtype(device)
     if name not in DTYPES:
         raise UsageError(
             f"{name!r} is no dtype that models run in", where="--dtype", hint=f"use {', '.join(DTYPES)}"

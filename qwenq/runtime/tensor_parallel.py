@@ -83,7 +83,7 @@ class SplitEngine(TransformersEngine):
                 where="--device cpu",
                 hint="hide them: CUDA_VISIBLE_DEVICES= torchrun …",
             )
-        number = find_dtype(dtype, place)
+        number = find_dtype(dtype, place, "transformers")
         backend = attention_backend("sdpa" if attention == "auto" else attention, place, number)
         super().__init__(checkpoint, place, number, backend, processes=team.world)
         self._team = team

@@ -99,13 +99,13 @@ def test_the_manifest_names_the_base(ours: Path, base: Path, check: Shell) -> No
         assert expected in ran.out
     assert "…" not in ran.out
     # The tiny heads are too narrow for compiled attention; nothing else is to be noted.
-    assert all(line.startswith("note: attention is left") for line in ran.err.splitlines() if "note:" in line)
+    assert all(line.startswith("note: attention, norms") for line in ran.err.splitlines() if "note:" in line)
     assert ran.out.count("model.layers.") == 2
 
 
 def test_compiled_attention_that_is_missed_is_said(plain: Path, base: Path, check: Shell) -> None:
     """Not in float16: for that none is made."""
-    missed = "attention is left to torch, which takes longer, because the width of a head, 8, is no multiple"
+    missed = "attention, norms and activations are left to torch, which takes longer, because the width"
     for dtype in ("auto", "bfloat16"):
         ran = check(plain, "--against", base, *SMALL, "--dtype", dtype, "--json")
         assert ran.code == 0, ran.err

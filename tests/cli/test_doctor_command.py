@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from qwenq.cli import doctor
 from qwenq.cli.app import app
 from qwenq.cli.doctor import examination
+from qwenq.compute import cpu, gpu
+from qwenq.compute.ops import operations
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.evals.sandbox import find
 from qwenq.evals.sandbox.find import Sandbox
-from qwenq.gptq import columns
-from qwenq.native import support
 from qwenq.runtime import doctor as runtime_doctor
 from qwenq.runtime.attention import BACKENDS
 from qwenq.runtime.kernels.table import KERNELS
@@ -32,13 +32,11 @@ def test_every_kernel_and_backend_runs_or_says_why_not(found: dict) -> None:
     assert names >= {("attention", name) for name in BACKENDS}
     assert {name for kind, name in names if kind == "engine"} == {"fast", "transformers"}
     assert {name for kind, name in names if kind == "decode step"} == {"compiled", "graph", "fused"}
-    assert {name for kind, name in names if kind == "quantize"} == {
-        "Hessians",
-        "scales",
-        "rounding",
-        "refining",
+    assert {name for kind, name in names if kind == "operation"} == {
+        each.name for each in operations(torch.device("cpu"), torch.bfloat16)
     }
-    assert all((part["runs"] is None) != (part["why_not"] is None) for part in found["parts"])
+    others = [part for part in found["parts"] if part["kind"] != "operation"]
+    assert all((part["runs"] is None) != (part["why_not"] is None) for part in others)
 
 
 def test_a_gpu_that_is_not_there_is_the_reason(found: dict) -> None:
@@ -53,22 +51,30 @@ def test_another_dtype_has_other_reasons() -> None:
     assert reasons["cpu-int4"] == "it computes in bfloat16, not in float32"
 
 
-def test_what_is_missed_without_llvmlite_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "why_not", lambda *features: "llvmlite is not installed")
-    parts = {(part["kind"], part["name"]): part["why_not"] for part in examination("cpu", "float32")["parts"]}
-    for name in ("Hessians", "scales", "rounding", "refining"):
-        assert parts["quantize", name] == "llvmlite is not installed"
-    parts = {(part["kind"], part["name"]): part["why_not"] for part in examination("cpu", "float16")["parts"]}
-    assert parts["quantize", "Hessians"] == "that is for bfloat16 and float32, not for float16"
+def test_operations_that_run_in_torch_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.VARIABLE, "torch")
+    found = examination("cpu", "bfloat16")
+    parts = {part["name"]: part for part in found["parts"] if part["kind"] == "operation"}
+    for part in parts.values():
+        assert (part["runs"], part["why_not"]) == ("torch", "QWENQ_CPU=torch turns it off")
+    lines = [line for line in doctor._lines(found) if " slow torch: QWENQ_CPU=torch turns it off" in line]
+    assert len(lines) == len(parts)
+
+
+def test_operations_name_the_variant_that_runs() -> None:
+    if reason := cpu.unsupported_reason():
+        pytest.skip(f"no C kernels here: {reason}")
+    parts = [part for part in examination("cpu", "bfloat16")["parts"] if part["kind"] == "operation"]
+    assert {part["runs"] for part in parts} == {f"C ({cpu.variant_name()})"}
 
 
 def test_what_is_missed_without_triton_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, lacking = torch.device("cuda"), "triton is not installed"
-    for room in (columns.gpu, runtime_doctor):
-        monkeypatch.setattr(room, "why_not_triton", lambda device: lacking)
-    rounding = {part.name: part.why_not for part in doctor._quantising(gpu, torch.bfloat16)}["rounding"]
-    steps = {part.name: part.why_not for part in runtime_doctor._steps(gpu, torch.bfloat16)}
-    assert rounding == steps["fused"] == lacking
+    device, lacking = torch.device("cuda"), "triton is not installed"
+    monkeypatch.setattr(gpu, "unsupported_reason", lambda device: lacking)
+    monkeypatch.setattr(runtime_doctor, "unsupported_reason", lambda device: lacking)
+    rounding = {part.name: part for part in doctor._operations(device, torch.bfloat16)}
+    steps = {part.name: part.why_not for part in runtime_doctor._steps(device, torch.bfloat16)}
+    assert rounding["rounding and coordinate descent"].why_not == steps["fused"] == lacking
     assert steps["graph"] is None
 
 

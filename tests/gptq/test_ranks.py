@@ -10,13 +10,13 @@ import pytest
 import torch
 from pipeline import recipe_for
 from problems import usual
+from qwenq.models.block_attention import NATIVE, TORCH
 from tiny_families import write_family
 
 from qwenq.compute import cpu
 from qwenq.distributed import Team
 from qwenq.errors import ModelError
 from qwenq.gptq.ranks import follow, lead
-from qwenq.models.block_attention import NATIVE, TORCH
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 

@@ -1,4 +1,4 @@
-"""Blocks with compiled parts between their products, beside transformers' own."""
+"""Blocks with our operations between their products, beside transformers' own."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from native.native_functions import in_both, needs_float32
 from tiny_families import write_family
 from torch import Tensor, nn
 
+from qwenq.compute import cpu
 from qwenq.gptq.walk import linears_of, shared_inputs, walk
 from qwenq.models import fused_block
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.native import support
 
 CPU = torch.device("cpu")
+in_both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 LAST = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-20}  # how far results may be apart beside their size
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
@@ -73,7 +73,6 @@ def test_blocks_give_what_transformers_give(
     assert "FusedAttention" not in kinds(decoders[1].template)
 
 
-@needs_float32
 @pytest.mark.parametrize(("family", "changes"), MODELS)
 def test_parameters_and_linears_keep_names_and_order(
     tmp_path: Path, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -125,7 +124,6 @@ def test_a_walk_pauses_where_it_did(
             assert (ours - theirs).double().norm() <= 2 * LAST[dtype] * theirs.double().norm()
 
 
-@needs_float32
 def test_keys_of_earlier_tokens_are_refused(tmp_path: Path) -> None:
     decoder = BlockwiseDecoder(open_checkpoint(write_family(tmp_path / "m")), CPU, torch.float32)
     attention: Any = decoder.template.get_submodule("self_attn")
@@ -141,9 +139,8 @@ def test_keys_of_earlier_tokens_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_other_structures_stay_transformers_and_that_is_said(
-    tmp_path: Path, changes: dict[str, Any], because: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, changes: dict[str, Any], because: str
 ) -> None:
-    monkeypatch.setattr(support, "why_not", lambda *features: None)  # nothing is run here
     folder = write_family(tmp_path / "m", **changes)
     decoder = BlockwiseDecoder(open_checkpoint(folder), CPU, torch.bfloat16)
     assert because in str(decoder.passed_over)
@@ -162,3 +159,54 @@ def test_in_other_dtypes_blocks_are_transformers(tmp_path: Path, dtype: torch.dt
     decoder = BlockwiseDecoder(open_checkpoint(write_family(tmp_path / "m")), CPU, dtype)
     assert not any(kind.startswith("Fused") for kind in kinds(decoder.template))
     assert decoder.passed_over is None
+
+
+@in_both
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("qwen2", WINDOW)]
+)
+def test_blocks_take_it_and_come_as_near_to_float64(
+    tmp_path: Path, family: str, changes: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 70 tokens most lie beyond the window: there a mask comes, and torch's attention with it."""
+    folder = write_family(tmp_path / "model", family, **changes)
+    tokens = torch.randint(0, 90, (3, 70), generator=torch.Generator().manual_seed(0))
+
+    def after_blocks(dtype: torch.dtype) -> tuple[str, Tensor]:
+        decoder = BlockwiseDecoder(open_checkpoint(folder), CPU, dtype)
+        with torch.inference_mode():
+            (hidden,) = decoder.embed([tokens])
+            for index in range(len(decoder.names)):
+                with decoder.block(index) as block:
+                    hidden = decoder.forward(block, hidden)
+        return decoder.attention, hidden.double()
+
+    name, exact = after_blocks(torch.float64)
+    assert name == fused_block.TORCH
+    name, compiled = after_blocks(dtype)
+    assert name == fused_block.OURS
+    monkeypatch.setenv(cpu.VARIABLE, "torch")
+    name, plain = after_blocks(dtype)
+    assert name == fused_block.TORCH
+    assert (compiled - exact).norm() <= 1.2 * (plain - exact).norm()
+
+
+def test_a_decoder_knows_why_its_attention_is_torchs(tmp_path: Path) -> None:
+    model = open_checkpoint(write_family(tmp_path / "m", head_dim=24))
+    decoder = BlockwiseDecoder(model, CPU, torch.bfloat16)
+    assert decoder.attention == fused_block.TORCH
+    assert decoder.attention_why_not == "the width of a head, 24, is no multiple of 16"
+    assert str(decoder.passed_over).endswith(decoder.attention_why_not)
+    assert BlockwiseDecoder(model, CPU, torch.float16).passed_over is None
+
+
+def test_layers_that_slide_a_window_are_said(tmp_path: Path) -> None:
+    plain, sliding = (
+        BlockwiseDecoder(
+            open_checkpoint(write_family(tmp_path / name, "qwen2", **changes)), CPU, torch.bfloat16
+        )
+        for name, changes in (("plain", {}), ("sliding", WINDOW))
+    )
+    assert plain.attention == sliding.attention == fused_block.OURS
+    assert plain.passed_over is None
+    assert "attention of 2 of 3 layers slides a window of 8 tokens" in str(sliding.passed_over)

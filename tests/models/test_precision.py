@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from qwenq.compute import cpu
 from qwenq.errors import UsageError
 from qwenq.models.precision import compute_dtype, product_dtype, resolve_device, resolve_dtype
 
@@ -13,7 +14,8 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 @pytest.mark.skipif(not CPUINFO.exists(), reason="reads the kernel's list of CPU features")
-def test_bfloat16_only_where_the_kernel_says_the_cpu_has_it() -> None:
+def test_bfloat16_only_where_the_kernel_says_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
     words = set(CPUINFO.read_text().split())
     native = bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
     assert compute_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
@@ -40,13 +42,28 @@ def test_whole_texts_pass_in_bfloat16_only_where_that_multiplies_faster(
     because: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.delenv(cpu.VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "_capabilities", lambda: has)
     assert (compute_dtype("cpu"), product_dtype("cpu")) == (running, quantising)
     dtype, why = resolve_dtype("auto", torch.device("cpu"))
     assert dtype is quantising
     assert because in why
     asked, why = resolve_dtype("bfloat16", torch.device("cpu"))
     assert asked is torch.bfloat16 and "as asked" in why
+
+
+def test_a_lowered_cpu_answers_as_one_that_has_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [variant.name for variant in cpu.variants_here()]
+    if "avx2" not in names[1:]:
+        pytest.skip("no better variant than avx2 to lower from")
+    monkeypatch.setenv(cpu.VARIABLE, "avx2")
+    assert compute_dtype("cpu") is product_dtype("cpu") is torch.float32
+    assert cpu.float32_is_faster() and not cpu.vectorises_512_bits()
+    monkeypatch.delenv(cpu.VARIABLE)
+    itself = compute_dtype("cpu")
+    for name in ("torch", names[0]):
+        monkeypatch.setenv(cpu.VARIABLE, name)
+        assert compute_dtype("cpu") is itself, f"{name} lowers nothing"
 
 
 @pytest.mark.parametrize("device", ["meta", torch.device("meta")])

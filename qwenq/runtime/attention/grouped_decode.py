@@ -2,8 +2,7 @@
 
 In a decode step query heads that share a key/value head are rows of one product over keys kept transposed, so
 no key is read twice. `DecodeStep` has a cache arranged for it (see ``KVCache.step``); over any other cache it
-has to be brought to that form first. Prompts are compiled code's where this CPU has the instructions
-(``models.native_attention``), and else torch's.
+has to be brought to that form first. Prompts are ``compute.attention``'s.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwenq.compute import cpu
+from qwenq.compute.attention import causal_attention, unsupported_reason
+from qwenq.compute.block import STEP
 from qwenq.errors import UnsupportedError
-from qwenq.models.block_attention import HEAD_STEP, why_not
-from qwenq.runtime.attention.plain import attend
 from qwenq.runtime.span import Span
 
 
@@ -27,19 +27,17 @@ class GroupedDecode:
     name = "grouped"
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._compiled = why_not(torch.device("cpu"), dtype, HEAD_STEP) is None
         prompts = f"torch {torch.__version__} scaled_dot_product_attention"
-        if self._compiled:
-            prompts = f"compiled for this CPU (heads of no multiple of {HEAD_STEP}: {prompts})"
+        if unsupported_reason(torch.device("cpu"), dtype, STEP) is None:
+            prompts = f"C for {cpu.variant_name()} (heads of no multiple of {STEP}: {prompts})"
         self.implementation = f"decode: batched products by key/value head in float32; prompts: {prompts}"
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """See `Attention`."""
         batch, heads, tokens, d = queries.shape
         if tokens > 1:
-            if self._compiled and d % HEAD_STEP == 0:
-                return _compiled(queries, keys, values, span)
-            return attend(queries, keys, values, span)
+            starts = None if span.causal and tokens == span.end else span.positions[:, 0].expand(batch)
+            return causal_attention(queries, keys, values, d**-0.5, starts).transpose(1, 2)
         shared, end = keys.shape[1:3]
         mask = None
         if span.mask is not None:
@@ -53,14 +51,6 @@ class GroupedDecode:
             mask,
         )
         return mixed.view(batch, heads, 1, d).to(queries.dtype)
-
-
-def _compiled(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
-    from qwenq.models.native_attention import causal_attention
-
-    batch, _, _, d = queries.shape
-    starts = span.positions[:, 0].expand(batch)
-    return causal_attention(queries, keys, values, d**-0.5, starts).transpose(1, 2)
 
 
 def mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

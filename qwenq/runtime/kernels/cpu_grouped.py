@@ -15,8 +15,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from qwenq.compute import cpu
 from qwenq.models.packing import PackedLinear
-from qwenq.runtime.bfloat16_products import float32_is_faster
 from qwenq.runtime.kernels.base import Grouped, Layer, Need, grouped
 
 
@@ -101,7 +101,7 @@ class CpuGrouped(ABC):
 
     def _many(self, rows: Tensor) -> Tensor:
         """[rows, in] → [rows, out] by one large product, in float32 where this CPU multiplies that faster."""
-        wide = float32_is_faster()
+        wide = cpu.float32_is_faster()
         weight = self._unpacked(torch.float32 if wide else rows.dtype)
         return (rows.float() @ weight).to(rows.dtype) if wide else rows @ weight
 

@@ -1,7 +1,8 @@
 """Int2, Int4 and Int8 on a CPU by C kernels: integer products for few rows, read as fast as memory gives.
 
-A decode step reads every weight once. Activations are 16-bit integers by group here (at most 128 columns), more precise
-than bfloat16; sums are exact, scales and totals float32. For many rows, weights are unpacked and torch multiplies.
+A decode step reads every weight once. Activations are 16-bit integers by group here (at most 128 columns),
+more precise than bfloat16; sums are exact, scales and totals float32. For many rows, weights are unpacked and
+torch multiplies.
 """
 
 from __future__ import annotations

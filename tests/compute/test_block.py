@@ -1,24 +1,30 @@
-"""Norms, rotary positions and the gated activation as compiled code, beside float64 and transformers'."""
+"""Norms, rotary positions and the gated activation, of every variant, beside float64 and transformers'."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from compute.conftest import NAMES, lower
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native.native_functions import UNABLE, in_both, needs_bfloat16
 from torch import Tensor
 from torch.nn import functional
 
-if UNABLE[torch.float32] is not None:
-    pytest.skip(f"no such code here: {UNABLE[torch.float32]}", allow_module_level=True)
-
-from qwenq.models.native_block import rms_norm, rotate_, swiglu, swiglu_
+from qwenq.compute import cpu
+from qwenq.compute.block import fallback_notice, rms_norm, rotate, swiglu, unsupported_reason
 
 LAST = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}  # the unit of a number's last bit beside it
 WIDTHS = st.sampled_from([16, 48, 64, 80, 128, 576])
+in_both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True, params=NAMES)
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run each test with each variant; not by ``monkeypatch``, which hypothesis refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield lower(request.param, patch)
 
 
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,6 +46,12 @@ def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
     turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
     return turned
+
+
+def tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """[batch, tokens, 1, d] with the sign of the rotation, of transformers' tables."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(2), torch.cat([-first, second], dim=-1).unsqueeze(2)
 
 
 def rarely_apart(got: Tensor, plain: Tensor) -> None:
@@ -91,49 +103,46 @@ def test_the_activation_is_torchs(dtype: torch.dtype, rows: int, d: int, scale: 
     gate, up = scale * drawn(rows, 3, rows, d, dtype=dtype), drawn(1, 3, rows, d, dtype=dtype)
     plain = functional.silu(gate) * up
     exact = functional.silu(gate.double()) * up.double()
-    got = swiglu_(gate, up)
+    got = swiglu(gate, up, out=gate)
     assert got is gate
     rarely_apart(got, plain)
     torch.testing.assert_close(got.double(), exact, rtol=4 * LAST[dtype], atol=1e-30)
 
 
-@needs_bfloat16
 def test_the_activation_of_every_bfloat16_is_torchs() -> None:
     """NaN among them: that stays one, and nothing else becomes one but as in torch."""
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).reshape(-1, 16)
     plain = functional.silu(gate)
-    got = swiglu_(gate.clone(), torch.ones_like(gate))
+    got = swiglu(gate, torch.ones_like(gate))
     # Where torch's power is infinite a little later, what is left is below 1e-35.
     torch.testing.assert_close(got, plain, rtol=2**-7, atol=1e-35, equal_nan=True)
     assert (got != plain).logical_and(plain.abs() > 1e-35).sum() < 30
     up = drawn(0, *gate.shape, dtype=torch.bfloat16)
     up[7, 7] = float("nan")
-    assert swiglu_(gate.clone(), up)[7, 7].isnan()
+    assert swiglu(gate, up)[7, 7].isnan()
 
 
 def test_the_activation_of_every_65536th_float32_is_torchs() -> None:
     gate = torch.arange(-(2**15), 2**15, dtype=torch.int32).mul(2**16).add(12345).view(torch.float32)
     plain = functional.silu(gate).reshape(-1, 16)
-    got = swiglu_(gate.clone().reshape(-1, 16), torch.ones(2**12, 16))
+    got = swiglu(gate.reshape(-1, 16), torch.ones(2**12, 16))
     torch.testing.assert_close(got, plain, rtol=2**-20, atol=1e-35, equal_nan=True)
 
 
 @in_both
-def test_the_activation_takes_any_strides_of_the_second(dtype: torch.dtype) -> None:
+def test_the_activation_takes_any_strides(dtype: torch.dtype) -> None:
     gate, up = drawn(0, 7, 48, dtype=dtype), drawn(1, 48, 14, dtype=dtype).T[::2]
-    assert torch.equal(swiglu_(gate.clone(), up), swiglu_(gate.clone(), up.clone()))
+    assert torch.equal(swiglu(gate, up), swiglu(gate, up.clone()))
 
 
 @in_both
 @settings(max_examples=20)
 @given(rows=st.integers(0, 70), d=WIDTHS)
-def test_the_activation_of_one_tensor_is_that_of_its_halves(dtype: torch.dtype, rows: int, d: int) -> None:
+def test_halves_of_one_product_are_taken_as_they_lie(dtype: torch.dtype, rows: int, d: int) -> None:
     both = drawn(rows, 2, rows, 2 * d, dtype=dtype)
-    kept = both.clone()
-    got = swiglu(both)
-    gate, up = kept.chunk(2, dim=-1)
-    assert got.is_contiguous() and torch.equal(got, swiglu_(gate.contiguous(), up))
-    assert torch.equal(both, kept)
+    gate, up = both.chunk(2, dim=-1)
+    got = swiglu(gate, up)
+    assert got.is_contiguous() and torch.equal(got, swiglu(gate.contiguous(), up.contiguous()))
 
 
 @in_both
@@ -155,8 +164,8 @@ def test_rotation_is_transformers_to_the_bit(
     angles = 9 * drawn(1, batch if of_each else 1, tokens, d)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     plain, values = plain_rotary(q, k, cos, sin), v.clone()
-    rotate_(q, k, cos, sin)
-    assert torch.equal(q, plain[0]) and torch.equal(k, plain[1]) and torch.equal(v, values)
+    found = [rotate(x, *tables(cos, sin)) for x in (q, k)]
+    assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1]) and torch.equal(v, values)
 
 
 @in_both
@@ -165,48 +174,104 @@ def test_rotation_hides_nothing_and_takes_any_strides_of_tables(dtype: torch.dty
     q[1, 2, 1, 3], k[0, 0, 0, 20] = float("nan"), float("inf")
     cos, sin = drawn(2, 1, 32, 5, dtype=dtype).transpose(1, 2), drawn(3, 1, 10, 32, dtype=dtype)[:, ::2]
     plain = plain_rotary(q, k, cos, sin)
-    rotate_(q, k, cos, sin)
-    for got, expected in zip((q, k), plain, strict=True):
+    found = [rotate(x, *tables(cos, sin)) for x in (q, k)]
+    for got, expected in zip(found, plain, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    assert q[1, 2, 1, 3].isnan() and q[1, 2, 1, 19].isnan()
+    assert found[0][1, 2, 1, 3].isnan() and found[0][1, 2, 1, 19].isnan()
 
 
-ROWS, TURNED, TABLE = drawn(0, 4, 32), drawn(1, 2, 5, 3, 32), drawn(2, 1, 5, 32)
+@settings(max_examples=20)
+@given(tokens=st.integers(1, 20), d=st.sampled_from([16, 48, 64, 128]))
+def test_float32_tables_rotate_bfloat16_in_float32(tokens: int, d: int) -> None:
+    """As of Qwen v1: the result alone is rounded."""
+    x = drawn(0, 2, tokens, 5, d, dtype=torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2)
+    cos, sin = tables(drawn(1, 1, tokens, d), drawn(2, 1, tokens, d))
+    exact = x.double() * cos.double() + x.double().roll(d // 2, -1) * sin.double()
+    got = rotate(x, cos, sin)
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@in_both
+def test_each_head_may_have_a_weight_of_its_own(dtype: torch.dtype) -> None:
+    x, weight = drawn(0, 2, 7, 5, 48, dtype=dtype)[:, :, 1:], drawn(1, 4, 48, dtype=dtype)
+    got = rms_norm(x, weight, 1e-6)
+    for head in range(4):
+        assert torch.equal(got[:, :, head], rms_norm(x[:, :, head], weight[head], 1e-6))
+
+
+@in_both
+def test_torch_computes_the_same_where_no_kernel_runs(dtype: torch.dtype, variant: str) -> None:
+    x, gate, up = (
+        drawn(0, 2, 9, 4, 32, dtype=dtype),
+        drawn(1, 9, 64, dtype=dtype),
+        drawn(2, 9, 64, dtype=dtype),
+    )
+    weights, turn = drawn(3, 4, 32, dtype=dtype), tables(*(drawn(i, 1, 9, 32, dtype=dtype) for i in (4, 5)))
+
+    def results() -> list[Tensor]:
+        norms = [rms_norm(x, weight, 1e-6) for weight in (weights, weights[0])]
+        return [*norms, swiglu(gate, up), swiglu(gate, up, out=gate.clone()), rotate(x.clone(), *turn)]
+
+    found = results()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu.VARIABLE, "torch")
+        plain = results()
+    for ours, torchs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=4 * LAST[dtype], atol=2 * LAST[dtype])
+
+
+def test_other_dtypes_and_widths_are_torchs_and_what_is_missed_is_said() -> None:
+    place = torch.device("cpu")
+    assert unsupported_reason(place, torch.float32, {"a head": 64}) is None
+    assert fallback_notice("norms", place, torch.bfloat16, {"a head": 64}) is None
+    assert "cuda" in str(unsupported_reason(torch.device("cuda"), torch.float32))
+    assert "not for float16" in str(unsupported_reason(place, torch.float16))
+    assert fallback_notice("norms", place, torch.float16) is None, "there is none: nothing is missed"
+    said = (
+        "norms are left to torch, which takes longer, because the width of a head, 24, is no multiple of 16"
+    )
+    assert fallback_notice("norms", place, torch.float32, {"a head": 24}) == said
+    x = drawn(0, 3, 24).half()
+    assert torch.equal(rms_norm(x, x[0], 1e-6), functional.rms_norm(x, (24,), x[0], 1e-6))
+
+
+ROWS, TURNED, TABLE = drawn(0, 4, 32), drawn(1, 2, 5, 3, 32), drawn(2, 1, 5, 1, 32)
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
         (
-            lambda: rms_norm(ROWS.half(), ROWS[0].half(), 1e-6),
-            r"x is torch\.float16 .* not bfloat16 or float32",
+            lambda: rms_norm(ROWS, ROWS[0].bfloat16(), 1e-6),
+            r"weight is torch\.bfloat16 .* x is torch.float32",
         ),
-        (lambda: rms_norm(ROWS, ROWS[0].bfloat16(), 1e-6), r"weight is torch\.bfloat16 .* not float32"),
-        (lambda: rms_norm(ROWS.bfloat16(), ROWS[0], 1e-6), r"weight is torch\.float32 .* not bfloat16"),
         (lambda: rms_norm(ROWS.to("meta"), ROWS[0], 1e-6), "x is .* on meta"),
         (lambda: rms_norm(ROWS, ROWS[0, :16], 1e-6), r"a weight \[16\] does not fit"),
-        (lambda: rms_norm(ROWS[:, :24], ROWS[0, :24], 1e-6), r"x \[4, 24\] .* no multiple of 16"),
-        (lambda: rms_norm(drawn(0), ROWS[0], 1e-6), r"x \[\] "),
-        (lambda: swiglu_(ROWS.clone(), ROWS.half()), r"up is torch\.float16"),
-        (lambda: swiglu_(ROWS.clone(), ROWS[:3]), "not of the shape"),
-        (lambda: swiglu_(ROWS.T.clone().T[:, :16], ROWS[:, :16]), "not contiguous"),
-        (lambda: swiglu_(drawn(0, 2, 24), drawn(0, 2, 24)), "no multiple of 16"),
-        (lambda: swiglu(ROWS.half()), r"gate is torch\.float16"),
-        (lambda: swiglu(ROWS[:, :31]), "no multiple of 16"),
-        (lambda: swiglu(drawn(0, 2, 48)), "no multiple of 16"),
-        (lambda: swiglu(drawn(0, 64, 4).T), "gate and up"),
-        (lambda: rotate_(TURNED.double(), TURNED, TABLE, TABLE), r"q is torch\.float64"),
-        (lambda: rotate_(TURNED, TURNED, TABLE, TABLE.bfloat16()), r"sin is torch\.bfloat16"),
-        (lambda: rotate_(TURNED[..., :24], TURNED, TABLE, TABLE), r"q is \[2, 5, 3, 24\]"),
-        (lambda: rotate_(TURNED, TURNED[0], TABLE, TABLE), r"k is \[5, 3, 32\]"),
-        (lambda: rotate_(TURNED, TURNED[:, :4], TABLE, TABLE), "do not fit"),
-        (lambda: rotate_(TURNED, TURNED, TABLE[:, :4], TABLE), "do not fit"),
-        (lambda: rotate_(TURNED, TURNED, TABLE, TABLE.expand(3, -1, -1)), "do not fit"),
-        (lambda: rotate_(TURNED.transpose(1, 2), TURNED, TABLE, TABLE), "beside each other"),
-        (lambda: rotate_(TURNED[..., ::2], TURNED, TABLE, TABLE), "beside each other"),
-        (lambda: rotate_(TURNED[:1].expand(2, -1, -1, -1), TURNED, TABLE, TABLE), "share memory"),
+        (lambda: rms_norm(ROWS, ROWS[:3], 1e-6), r"a weight \[3, 32\] does not fit"),
+        (lambda: rms_norm(drawn(0), ROWS[0], 1e-6), "x is a number"),
+        (lambda: swiglu(ROWS, ROWS.half()), r"up is torch\.float16"),
+        (lambda: swiglu(ROWS, ROWS[:3]), "do not fit"),
+        (lambda: swiglu(ROWS, ROWS, out=ROWS.T.contiguous().T), "do not fit"),
+        (lambda: swiglu(ROWS, ROWS, out=ROWS[:3].clone()), "do not fit"),
+        (lambda: rotate(TURNED.double(), TABLE.bfloat16(), TABLE.bfloat16()), r"cos is torch\.bfloat16"),
+        (lambda: rotate(TURNED.bfloat16(), TABLE, TABLE.bfloat16()), r"sin is torch\.bfloat16"),
+        (lambda: rotate(TURNED[0], TABLE, TABLE), r"x is \[5, 3, 32\]"),
+        (lambda: rotate(TURNED, TABLE[:, :4], TABLE), r"cos \[1, 4, 1, 32\] does not fit"),
+        (lambda: rotate(TURNED, TABLE, TABLE.expand(3, -1, -1, -1)), "sin .* does not fit"),
     ],
 )
-def test_memory_is_not_touched_by_numbers_that_do_not_fit(call: Callable[[], object], says: str) -> None:
+def test_tensors_that_do_not_fit_are_refused(call: Callable[[], object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_heads_of_any_strides_are_rotated() -> None:
+    plain = rotate(TURNED.clone(), TABLE, TABLE)
+    for x in (
+        TURNED.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.stack([TURNED, TURNED], -1)[..., 0],
+    ):
+        assert torch.equal(rotate(x.clone(memory_format=torch.preserve_format), TABLE, TABLE), plain)
+    shared = TURNED[:1].expand(2, -1, -1, -1)
+    assert torch.equal(rotate(shared, TABLE, TABLE), plain[:1].expand(2, -1, -1, -1))
