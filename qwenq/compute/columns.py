@@ -18,6 +18,7 @@ from qwenq.compute import cpu, gpu
 
 LARGEST = torch.finfo(torch.float16).max
 SMALLEST = torch.finfo(torch.float16).smallest_normal
+STRIP = 64  # rows that C takes at a time: its workspace, see csrc/gptq.c
 WIDEST_GROUP = 256
 """Columns of a group whose scale C fits; a wider one is a matrix product that the library is faster at."""
 
@@ -193,7 +194,7 @@ def fit_by_c(block: Block, values: Tensor, group: int) -> Fitted:
     fitted = Fitted(*(torch.empty_like(like) for like in (old, values, values, old)))
     cpu.call(
         "fit_scale", block.columns, values, block.U.contiguous(), old, zero, block.integers, block.errors,
-        *fitted, *block.columns.shape,
+        *fitted, _workspace(block), *block.columns.shape,
     )  # fmt: skip
     return fitted
 
@@ -230,9 +231,14 @@ def _run(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
     groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
     cpu.call(
         kernel, block.columns, values, factors, block.scales, block.zeros, groups, block.integers,
-        block.errors, costs, *block.columns.shape, float(block.levels),
+        block.errors, costs, _workspace(block), *block.columns.shape, float(block.levels),
     )  # fmt: skip
     return costs
+
+
+def _workspace(block: Block) -> Tensor:
+    """Return memory for a strip of all columns for each thread."""
+    return torch.empty(torch.get_num_threads(), len(block.columns), STRIP)
 
 
 def _check(block: Block, **others: Tensor) -> None:

@@ -3,18 +3,34 @@
 // (arXiv 2602.02126).
 //
 // All take a block as compute/columns.py describes it: tensors are [columns, rows], so that a column of the weight is
-// contiguous, and rows are independent. A strip of rows goes through all columns while its values stay in the cache. What
-// earlier columns push onto a column is subtracted when its turn comes, in their order; every product is rounded before it
-// is subtracted (no contraction): the integers and errors are torch's, bit for bit, in every variant.
-#include "common.h"
+// contiguous, and rows are independent. A strip of rows passes through all columns in registers. What earlier columns push
+// onto a column is subtracted when it is reached, in their order; every product is rounded before it is subtracted (no
+// contraction): the integers and errors are torch's, bit for bit, in every variant. The errors of a strip are read again for
+// each later column, so they also lie side by side in a workspace, which stays in the first-level cache.
+#include "vector.h"
 
-enum { STRIP = 64, WIDEST_GROUP = 256 };
+enum { STRIP = 64, REGISTERS = STRIP / LANES };
 
 // clamp(round(x / scale + zero), 0, levels), ties to even; what is not a number stays so
-ALWAYS_INLINE float nearest(float x, float scale, float zero, float levels) {
-    float q = rintf(x / scale + zero);
-    q = q < 0 ? 0 : q;
-    return q > levels ? levels : q;
+ALWAYS_INLINE Floats nearest(Floats x, Floats scale, Floats zero, Floats levels) {
+    return smaller(levels, larger(spread(0.0f), nearest_whole(x / scale + zero)));
+}
+
+// Of a weight with fewer rows than a register has lanes, `lanes` are read and written; the others hold ones.
+ALWAYS_INLINE Floats load_rows(const float *p, const int lanes) {
+    if (lanes == LANES) return load(p);
+    float held[LANES];
+    for (int k = 0; k < LANES; k++) held[k] = k < lanes ? p[k] : 1.0f;
+    return load(held);
+}
+ALWAYS_INLINE void store_rows(float *p, Floats x, const int lanes) {
+    if (lanes == LANES) {
+        store(p, x);
+        return;
+    }
+    float held[LANES];
+    store(held, x);
+    memcpy(p, held, (size_t)lanes * sizeof *p);
 }
 
 typedef struct {
@@ -28,51 +44,76 @@ typedef struct {
     uint8_t *integers;  // [count, rows]
     float *errors;      // [count, rows]: what a column pushes onto the later ones
     float *costs;       // [rows]
+    float *pushed;      // [count, STRIP]: this thread's workspace, the errors of a strip side by side
 } Block;
 
 enum { ROUND, MOVE };
 
 // ROUND: q = nearest(w), error = (w - q) / U_ii, cost error^2.
-// MOVE: to the grid's value nearest to q - G / H_ii; the error is the old value less the new one; the objective changes by
-// error (error H_ii / 2 - G), as it is a parabola in one integer.
-ALWAYS_INLINE void strip(const Block *b, int rule, long at, const int n) {
-    float cost[STRIP] = {0}, w[STRIP];
+// MOVE: to the grid's value nearest to q - G / H_ii; the error is the old value less the new one; the objective changes
+// by error (error H_ii / 2 - G), as it is a parabola in one integer.
+ALWAYS_INLINE void strip(const Block *b, int rule, long at, const int registers, const int lanes) {
+    Floats cost[REGISTERS], w[REGISTERS], levels = spread(b->levels);
+    float integers[STRIP];
+    for (int r = 0; r < registers; r++) cost[r] = spread(0.0f);
     for (long i = 0; i < b->count; i++) {
         const float *s = b->scales + b->groups[i] * b->rows + at, *z = b->zeros + b->groups[i] * b->rows + at;
-        const float *u = b->factors + i * b->count, *before = b->values + i * b->rows + at, pivot = u[i];
-        float *e = b->errors + i * b->rows + at;
-        uint8_t *integers = b->integers + i * b->rows + at;
-        for (int k = 0; k < n; k++) w[k] = b->columns[i * b->rows + at + k];
+        const float *u = b->factors + i * b->count;
+        const long here = i * b->rows + at;
+        for (int r = 0; r < registers; r++) w[r] = load_rows(b->columns + here + r * LANES, lanes);
         for (long j = 0; j < i; j++) {
-            const float factor = u[j], *pushed = b->errors + j * b->rows + at;
-            for (int k = 0; k < n; k++) w[k] -= factor * pushed[k];
+            Floats factor = spread(u[j]);
+            for (int r = 0; r < registers; r++) w[r] -= factor * load(b->pushed + j * STRIP + r * LANES);
         }
-        for (int k = 0; k < n; k++) {
-            float q = nearest(rule == MOVE ? before[k] - w[k] / pivot : w[k], s[k], z[k], b->levels);
-            float value = (q - z[k]) * s[k];
-            e[k] = rule == MOVE ? before[k] - value : (w[k] - value) / pivot;
-            cost[k] += rule == MOVE ? e[k] * (e[k] * (pivot * 0.5f) - w[k]) : e[k] * e[k];
-            integers[k] = (uint8_t)(int32_t)(q == q ? q : 0.0f);
+        Floats pivot = spread(u[i]), half = pivot * spread(0.5f);
+        for (int r = 0; r < registers; r++) {
+            Floats scale = load_rows(s + r * LANES, lanes), zero = load_rows(z + r * LANES, lanes), q, error;
+            if (rule == ROUND) {
+                q = nearest(w[r], scale, zero, levels);
+                error = (w[r] - (q - zero) * scale) / pivot;
+                cost[r] += error * error;
+            } else {
+                Floats before = load_rows(b->values + here + r * LANES, lanes);
+                q = nearest(before - w[r] / pivot, scale, zero, levels);
+                error = before - (q - zero) * scale;
+                cost[r] += error * (error * half - w[r]);
+            }
+            store(integers + r * LANES, q);
+            store_rows(b->errors + here + r * LANES, error, lanes);
+            store(b->pushed + i * STRIP + r * LANES, error);
         }
+        for (int k = 0; k < registers * lanes; k++)
+            b->integers[here + k] = (uint8_t)(int32_t)(integers[k] == integers[k] ? integers[k] : 0.0f);
     }
-    for (int k = 0; k < n; k++) b->costs[at + k] = cost[k];
+    for (int r = 0; r < registers; r++) store_rows(b->costs + at + r * LANES, cost[r], lanes);
 }
+
+// Run `body(first row, registers, lanes)` for this thread's strips. The last one begins earlier where rows are no
+// multiple, and writes what its neighbour writes, too; fewer than STRIP rows go by single registers.
+#define EACH_STRIP(rows, body) \
+    do { \
+        long wide = (rows) < STRIP ? at_most(rows, LANES) : STRIP, unit, end; \
+        thread_share(((rows) + wide - 1) / wide, &unit, &end); \
+        for (; unit < end; unit++) { \
+            long at = at_most(unit * wide, (rows) - wide); \
+            if (wide == STRIP) body(at, REGISTERS, LANES); \
+            else if (wide == LANES) body(at, 1, LANES); \
+            else body(at, 1, (int)wide); \
+        } \
+    } while (0)
 
 ALWAYS_INLINE void all_strips(Args args, int rule) {
     const Block block = {
-        args[10], args[11], POINTER(float, 1), POINTER(float, 2), POINTER(float, 3), POINTER(float, 4), POINTER(float, 5),
-        POINTER(int64_t, 6), float_of(args[12]), POINTER(uint8_t, 7), POINTER(float, 8), POINTER(float, 9),
+        args[11], args[12], POINTER(float, 1), POINTER(float, 2), POINTER(float, 3), POINTER(float, 4),
+        POINTER(float, 5), POINTER(int64_t, 6), float_of(args[13]), POINTER(uint8_t, 7), POINTER(float, 8), POINTER(float, 9),
+        POINTER(float, 10) + thread_index() * args[11] * STRIP,
     };
-    long unit, end;
-    thread_share((block.rows + STRIP - 1) / STRIP, &unit, &end);
-    for (; unit < end; unit++) {
-        long at = unit * STRIP, n = at_most(STRIP, block.rows - at);
-        if (n == STRIP) strip(&block, rule, at, STRIP);
-        else strip(&block, rule, at, (int)n);
-    }
+#define OF_COLUMNS(at, registers, lanes) strip(&block, rule, at, registers, lanes)
+    EACH_STRIP(block.rows, OF_COLUMNS);
 }
 
-// args: threads, columns, values, factors, scales, zeros, groups, integers, errors, costs, count, rows, levels
+// args: threads, columns, values, factors, scales, zeros, groups, integers, errors, costs, workspace, count, rows,
+// levels
 static void round_thread(Args args) { all_strips(args, ROUND); }
 static void move_thread(Args args) { all_strips(args, MOVE); }
 void round_columns(Args args) { on_threads(round_thread, args); }
@@ -90,51 +131,76 @@ ALWAYS_INLINE float storable(float scale) {
     return fabsf(half) < smallest ? (scale < 0 ? -smallest : smallest) : half;
 }
 
-ALWAYS_INLINE void fit_strip(Args args, long at, const int n) {
-    const long count = args[12], rows = args[13];
-    const float *gradient = POINTER(float, 1), *values = POINTER(float, 2), *H = POINTER(float, 3);
-    const float *scale = POINTER(float, 4), *zero = POINTER(float, 5), *errors = POINTER(float, 7);
-    const uint8_t *integers = POINTER(uint8_t, 6);
-    float *new_scale = POINTER(float, 8), *new_values = POINTER(float, 9), *less = POINTER(float, 10);
-    float *change = POINTER(float, 11);
-    float u[WIDEST_GROUP][STRIP], slope[STRIP] = {0}, curve[STRIP] = {0};
-    for (long i = 0; i < count; i++)
-        for (int k = 0; k < n; k++) u[i][k] = (float)integers[i * rows + at + k] - zero[at + k];
-    for (long i = 0; i < count; i++) {
-        float Hu[STRIP] = {0};
-        for (long j = 0; j < count; j++) {
-            const float h = H[i * count + j];
-            for (int k = 0; k < n; k++) Hu[k] += h * u[j][k];
+typedef struct {
+    long count, rows;  // columns of the group
+    const float *gradient, *values, *H, *scale, *zero;
+    const uint8_t *integers;
+    const float *errors;
+    float *new_scale, *new_values, *less, *change;
+    float *u;  // [count, STRIP]: this thread's workspace
+} Group;
+
+// Columns of H whose products with u are summed side by side, so that one addition need not wait for the last.
+enum { TOGETHER = LANES == 16 ? 4 : 1 };
+
+ALWAYS_INLINE void add_columns(const Group *g, long at, long i, Floats *slope, Floats *curve, const int registers,
+                               const int lanes, const int together) {
+    Floats Hu[TOGETHER][REGISTERS];
+    for (int c = 0; c < together; c++)
+        for (int r = 0; r < registers; r++) Hu[c][r] = spread(0.0f);
+    for (long j = 0; j < g->count; j++)
+        for (int c = 0; c < together; c++) {
+            Floats h = spread(g->H[(i + c) * g->count + j]);
+            for (int r = 0; r < registers; r++) Hu[c][r] = fmadd(h, load(g->u + j * STRIP + r * LANES), Hu[c][r]);
         }
-        const float *g = gradient + i * rows + at, *e = errors + i * rows + at;
-        for (int k = 0; k < n; k++) {
-            slope[k] += u[i][k] * g[k] - e[k] * Hu[k];
-            curve[k] += u[i][k] * Hu[k];
-        }
-    }
-    for (int k = 0; k < n; k++) {
-        float old = scale[at + k], wanted = old - slope[k] / curve[k];
-        float stored = isfinite(wanted) && wanted != 0 ? storable(wanted) : old, step = stored - old;
-        float changed = step * (slope[k] + step * (curve[k] / 2));
-        new_scale[at + k] = changed < 0 ? stored : old;
-        change[at + k] = changed < 0 ? changed : 0;
-    }
-    for (long i = 0; i < count; i++)
-        for (int k = 0; k < n; k++) {
-            float value = u[i][k] * new_scale[at + k];
-            new_values[i * rows + at + k] = value;
-            less[i * rows + at + k] = values[i * rows + at + k] - value;
+    for (int c = 0; c < together; c++)
+        for (int r = 0; r < registers; r++) {
+            long here = (i + c) * g->rows + at + r * LANES;
+            Floats u = load(g->u + (i + c) * STRIP + r * LANES);
+            slope[r] += u * load_rows(g->gradient + here, lanes) - load_rows(g->errors + here, lanes) * Hu[c][r];
+            curve[r] += u * Hu[c][r];
         }
 }
 
-// args: threads, gradient, values, H, scale, zero, integers, errors, new_scale, new_values, less, change, count, rows
-static void fit_thread(Args args) {
-    long unit, end, rows = args[13];
-    thread_share((rows + STRIP - 1) / STRIP, &unit, &end);
-    for (; unit < end; unit++) {
-        long at = unit * STRIP, n = at_most(STRIP, rows - at);
-        if (n == STRIP) fit_strip(args, at, STRIP);
-        else fit_strip(args, at, (int)n);
+ALWAYS_INLINE void fit_strip(const Group *g, long at, const int registers, const int lanes) {
+    Floats slope[REGISTERS], curve[REGISTERS];
+    float slopes[STRIP], curves[STRIP];
+    for (long i = 0; i < g->count; i++)
+        for (int k = 0; k < registers * lanes; k++)
+            g->u[i * STRIP + k] = (float)g->integers[i * g->rows + at + k] - g->zero[at + k];
+    for (int r = 0; r < registers; r++) slope[r] = curve[r] = spread(0.0f);
+    long i = 0;
+    for (; i + TOGETHER <= g->count; i += TOGETHER) add_columns(g, at, i, slope, curve, registers, lanes, TOGETHER);
+    for (; i < g->count; i++) add_columns(g, at, i, slope, curve, registers, lanes, 1);
+    for (int r = 0; r < registers; r++) {
+        store(slopes + r * LANES, slope[r]);
+        store(curves + r * LANES, curve[r]);
     }
+    for (int k = 0; k < registers * lanes; k++) {
+        float old = g->scale[at + k], wanted = old - slopes[k] / curves[k];
+        float stored = isfinite(wanted) && wanted != 0 ? storable(wanted) : old, step = stored - old;
+        float changed = step * (slopes[k] + step * (curves[k] / 2));
+        g->new_scale[at + k] = changed < 0 ? stored : old;
+        g->change[at + k] = changed < 0 ? changed : 0;
+    }
+    for (i = 0; i < g->count; i++)
+        for (int r = 0; r < registers; r++) {
+            long here = i * g->rows + at + r * LANES;
+            Floats value = load(g->u + i * STRIP + r * LANES) * load_rows(g->new_scale + at + r * LANES, lanes);
+            store_rows(g->new_values + here, value, lanes);
+            store_rows(g->less + here, load_rows(g->values + here, lanes) - value, lanes);
+        }
+}
+
+// args: threads, gradient, values, H, scale, zero, integers, errors, new_scale, new_values, less, change, workspace, count,
+// rows
+static void fit_thread(Args args) {
+    const Group group = {
+        args[13], args[14], POINTER(float, 1), POINTER(float, 2), POINTER(float, 3), POINTER(float, 4),
+        POINTER(float, 5), POINTER(uint8_t, 6), POINTER(float, 7), POINTER(float, 8), POINTER(float, 9), POINTER(float, 10),
+        POINTER(float, 11), POINTER(float, 12) + thread_index() * args[13] * STRIP,
+    };
+#define OF_GROUP(at, registers, lanes) fit_strip(&group, at, registers, lanes)
+    EACH_STRIP(group.rows, OF_GROUP);
 }
 void fit_scale(Args args) { on_threads(fit_thread, args); }

@@ -1,9 +1,9 @@
 // The search for a group's scale: the candidate with the least error weighted by the Hessian's diagonal, then refined by
 // least squares with its integers held fixed. A group passes all candidates while its weights are in the cache. Costs are
 // torch's bit for bit, the order of additions included (16 running sums, joined by halves), so the choice is, too.
-#include "common.h"
+#include "vector.h"
 
-enum { SUMS = 16, REFITS = 3 };
+enum { SUMS = 16, PARTS = SUMS / LANES, REFITS = 3 };
 
 typedef struct {
     const float *w, *h;  // weights and importance
@@ -11,25 +11,25 @@ typedef struct {
     float levels, cost, scale, zero;  // the best so far
 } Group;
 
-ALWAYS_INLINE float steps_of(float w, float scale, float zero, float levels) {
-    float q = rintf(w / scale + zero);
-    q = q < 0 ? 0 : q;
-    return (q > levels ? levels : q) - zero;
+ALWAYS_INLINE Floats steps_of(Floats w, Floats scale, Floats zero, Floats levels) {
+    return smaller(levels, larger(spread(0.0f), nearest_whole(w / scale + zero))) - zero;
 }
 
-ALWAYS_INLINE float by_halves(float *sum) {
-    for (int half = SUMS / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) sum[k] += sum[k + half];
-    return sum[0];
+ALWAYS_INLINE float by_halves(Floats *sum) {
+    for (int half = PARTS / 2; half; half /= 2)
+        for (int p = 0; p < half; p++) sum[p] += sum[p + half];
+    return total(sum[0]);
 }
 
-ALWAYS_INLINE void consider(Group *g, float scale, float zero) {
-    float sum[SUMS] = {0};
-    scale = (float)(_Float16)scale;  // judged as it will be read back
+ALWAYS_INLINE void consider(Group *g, float fitted, float zero) {
+    const float scale = (float)(_Float16)fitted;  // judged as it will be read back
+    Floats sum[PARTS], scales = spread(scale), zeros = spread(zero), levels = spread(g->levels);
+    for (int p = 0; p < PARTS; p++) sum[p] = spread(0.0f);
     for (int at = 0; at < g->size; at += SUMS)
-        for (int k = 0; k < SUMS; k++) {
-            float gap = steps_of(g->w[at + k], scale, zero, g->levels) * scale - g->w[at + k];
-            sum[k] += gap * gap * g->h[at + k];
+        for (int p = 0; p < PARTS; p++) {
+            Floats w = load(g->w + at + p * LANES);
+            Floats gap = steps_of(w, scales, zeros, levels) * scales - w;
+            sum[p] += gap * gap * load(g->h + at + p * LANES);
         }
     float cost = by_halves(sum);
     if (cost < g->cost) g->cost = cost, g->scale = scale, g->zero = zero;
@@ -37,12 +37,14 @@ ALWAYS_INLINE void consider(Group *g, float scale, float zero) {
 
 // The scale of least squares for the best candidate's integers.
 ALWAYS_INLINE float refit(const Group *g) {
-    float above[SUMS] = {0}, below[SUMS] = {0};
+    Floats above[PARTS], below[PARTS], scales = spread(g->scale), zeros = spread(g->zero), levels = spread(g->levels);
+    for (int p = 0; p < PARTS; p++) above[p] = below[p] = spread(0.0f);
     for (int at = 0; at < g->size; at += SUMS)
-        for (int k = 0; k < SUMS; k++) {
-            float q = steps_of(g->w[at + k], g->scale, g->zero, g->levels), hq = g->h[at + k] * q;
-            above[k] += hq * g->w[at + k];
-            below[k] += hq * q;
+        for (int p = 0; p < PARTS; p++) {
+            Floats w = load(g->w + at + p * LANES), q = steps_of(w, scales, zeros, levels);
+            Floats hq = load(g->h + at + p * LANES) * q;
+            above[p] += hq * w;
+            below[p] += hq * q;
         }
     float scale = by_halves(above) / by_halves(below);
     return isfinite(scale) && scale != 0 ? scale : g->scale;
