@@ -10,7 +10,7 @@ import pytest
 import torch
 from pipeline import recipe_for
 from problems import usual
-from qwenq.models.block_attention import NATIVE, TORCH
+from qwenq.models.fused_block import NATIVE, TORCH
 from tiny_families import write_family
 
 from qwenq.compute import cpu

@@ -2,14 +2,14 @@
 //
 //     out = softmax(scale * Q K^T, causal) V
 //
-// A tile of queries is taken at a time: their scores against all keys up to the last of them, the powers of each row and
-// their sum, and the weighted sum of the values, all in float32. A tile's scores stay in the cache, so that no partial
-// result has to be rescaled as in FlashAttention (Dao et al., arXiv 2205.14135).
+// A tile of queries is taken at a time: their scores against all keys up to the last of them, the powers of each row
+// and their sum, and the weighted sum of the values, all in float32. A tile's scores stay in the cache, so that no
+// partial result has to be rescaled as in FlashAttention (Dao et al., arXiv 2205.14135).
 //
 // Operands are packed as 32-bit words in the order in which the multiplications read them: keys by tiles of
-// [d, TILE keys], queries and values by rows. A word is a float32; where the CPU multiplies pairs of
-// bfloat16 (AVX-512 BF16) it is a pair: two neighbours of d for keys and queries, two neighbouring tokens for values, and
-// the powers are then rounded to bfloat16.
+// [d, TILE keys], queries and values by rows. A word is a float32; where the CPU multiplies pairs of bfloat16 (AVX-512
+// BF16) it is a pair: two neighbours of d for keys and queries, two neighbouring tokens for values, and the powers are
+// then rounded to bfloat16.
 #include "vector.h"
 
 // A tile of sums, QUERIES x REGISTERS, fills the registers but for the operands: 32 of AVX-512 and NEON, 16 of AVX2.
@@ -74,13 +74,14 @@ ALWAYS_INLINE void pack_tile(Args args, int dtype, int pairs, long group, long t
         const char *row = row_of(args, VALUE, dtype, batch, head, token + i);
         const char *next = row_of(args, VALUE, dtype, batch, head, token + i + 1);
         for (long column = 0; column < d; column++)
-            values[column] = pairs ? ((const uint16_t *)row)[column] | (uint32_t)((const uint16_t *)next)[column] << 16
+            values[column] = pairs ? word_of(dtype, 0, row, column) >> 16 | word_of(dtype, 0, next, column)
                                    : word_of(dtype, 0, row, column);
     }
 }
 
 // Scores of the tile's queries with a tile of keys.
-ALWAYS_INLINE void multiply_keys(int pairs, long words, const float *queries, const float *keys, float *scores, long width) {
+ALWAYS_INLINE void multiply_keys(int pairs, long words, const float *queries, const float *keys, float *scores,
+                                 long width) {
     Floats sum[QUERIES][REGISTERS];
     for (int q = 0; q < QUERIES; q++)
         for (int i = 0; i < REGISTERS; i++) sum[q][i] = spread(0);
@@ -96,7 +97,7 @@ ALWAYS_INLINE void multiply_keys(int pairs, long words, const float *queries, co
         for (int i = 0; i < REGISTERS; i++) store(scores + q * width + i * LANES, sum[q][i]);
 }
 
-// e^(scale (score - largest)) of the first `count` scores of a row, zeros up to `end`; returns the inverse of their sum.
+// e^(scale (score - largest)) of the first `count` scores of a row, zeros up to `end`; the inverse of their sum.
 ALWAYS_INLINE float softmax(int pairs, float *scores, void *powers, long count, long end, float scale) {
     for (long at = count; at < end; at++) scores[at] = HIDDEN;
     Floats largest = spread(HIDDEN), sum = spread(0);
@@ -156,11 +157,12 @@ ALWAYS_INLINE void attend_tile(Args args, int dtype, int pairs, long batch, long
     for (int q = 0; q < QUERIES; q++)
         inverses[q] = softmax(pairs, scores + q * width, powers + q * row_words, at_most(slot + q + 1, args[SLOTS]),
                               padded, float_of(args[SCALE]));
-    long rows = args[TOKENS] - first, stride = args[HEADS] * d, count = d / LANES, parts = (count + REGISTERS - 1) / REGISTERS;
-    char *out = POINTER(char, OUT) + ((batch * args[TOKENS] + first) * args[HEADS] + head) * d * (dtype == BFLOAT16 ? 2 : 4);
+    long rows = args[TOKENS] - first, stride = args[HEADS] * d, size = dtype == BFLOAT16 ? 2 : 4;
+    long count = d / LANES, parts = (count + REGISTERS - 1) / REGISTERS;
+    char *out = POINTER(char, OUT) + ((batch * args[TOKENS] + first) * args[HEADS] + head) * d * size;
     for (long part = 0; part < parts; part++) {  // as even as can be: a tile of one register waits for its sums
         long column = part * count / parts * LANES, registers = (part + 1) * count / parts - part * count / parts;
-        char *to = out + column * (dtype == BFLOAT16 ? 2 : 4);
+        char *to = out + column * size;
         long tokens = (end + per_word - 1) / per_word;
 #define SUMS(registers)                                                                                               \
     multiply_values(pairs, dtype, registers, tokens, powers, row_words, values + column, value_stride, inverses, to, \

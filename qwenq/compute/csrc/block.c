@@ -1,12 +1,12 @@
 // What lies between a block's products: RMSNorm, rotary positions, the gated activation. One pass over memory each.
 //
 //     rms_norm   out = weight * x / sqrt(mean(x^2) + eps)              Zhang and Sennrich, arXiv 1910.07467
-//     rotate     (a, b) -> (a cos - b sin, b cos + a sin) of the pairs (x[i], x[i + d/2])   Su et al., arXiv 2104.09864
+//     rotate     (a, b) -> (a cos - b sin, b cos + a sin), pairs (x[i], x[i + d/2])   Su et al., arXiv 2104.09864
 //     swiglu     out = up * gate / (1 + e^-gate)                       Shazeer, arXiv 2002.05202
 //
-// Activations are bfloat16 or float32, sums and powers float32. What the blocks of transformers round to bfloat16 on the
-// way (the normalised x, both products of a rotation, the activation before it is multiplied by `up`) is rounded here,
-// too. Widths are multiples of 16.
+// Activations are bfloat16 or float32, sums and powers float32. What the blocks of transformers round to bfloat16 on
+// the way (the normalised x, both products of a rotation, the activation before it is multiplied by `up`) is rounded
+// here, too. Widths are multiples of 16.
 #include "vector.h"
 
 enum { DTYPE = 1, FIRST = 2 };  // of every kernel's arguments: the dtype of its activations, then its own
@@ -43,7 +43,8 @@ ALWAYS_INLINE void norm_rows(Args args, int dtype) {
 static void norm_bf16(Args args) { norm_rows(args, BFLOAT16); }
 static void norm_f32(Args args) { norm_rows(args, FLOAT32); }
 
-// dtype, x [rows, d], weight [weight_rows, d] (row r has weight r % weight_rows), out [rows, d], rows, d, weight_rows, eps
+// dtype, x [rows, d], weight [weight_rows, d] (row r has weight r % weight_rows), out [rows, d], rows, d, weight_rows,
+// eps
 void rms_norm(Args args) { on_threads(args[DTYPE] == BFLOAT16 ? norm_bf16 : norm_f32, args); }
 
 ALWAYS_INLINE void swiglu_rows(Args args, int dtype) {
@@ -100,7 +101,8 @@ ALWAYS_INLINE void rotate_tokens(Args args, int dtype, int table) {
             for (long head = 0; head < heads; head++) {
                 long at = head * d + i, paired = at + half;
                 float a = get_as(dtype, here, at), b = get_as(dtype, here, paired);
-                float a_cos = round_as(table, a * get_as(table, cos, i)), b_sin = round_as(table, b * get_as(table, sin, i));
+                float a_cos = round_as(table, a * get_as(table, cos, i));
+                float b_sin = round_as(table, b * get_as(table, sin, i));
                 float b_cos = round_as(table, b * get_as(table, cos, half + i));
                 float a_sin = round_as(table, a * get_as(table, sin, half + i));
                 put_as(dtype, here, at, a_cos + b_sin);
@@ -112,8 +114,8 @@ static void rotate_bf16(Args args) { rotate_tokens(args, BFLOAT16, BFLOAT16); }
 static void rotate_bf16_f32(Args args) { rotate_tokens(args, BFLOAT16, FLOAT32); }
 static void rotate_f32(Args args) { rotate_tokens(args, FLOAT32, FLOAT32); }
 
-// dtype, dtype of the tables, x [batch, tokens, heads, d] (changed), cosines and sines [batch, tokens, d], where the first
-// half of the sines is negated, batch, tokens, heads, d, and the strides of batch and token of x, cosines and sines
+// dtype, dtype of the tables, x [batch, tokens, heads, d] (changed), cosines and sines [batch, tokens, d], where the
+// first half of the sines is negated, batch, tokens, heads, d, and the strides of batch and token of x, cosines, sines
 void rotate(Args args) {
     if (args[DTYPE] == FLOAT32) on_threads(rotate_f32, args);
     else on_threads(args[FIRST] == FLOAT32 ? rotate_bf16_f32 : rotate_bf16, args);
