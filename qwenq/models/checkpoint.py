@@ -100,9 +100,27 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         notices = [*notices, "config.json says nothing of GPTQ: the settings are quantize_config.json's"]
     long_context_of(config, folder / "config.json")
     require_layers(config, source.names(), folder)
+    config, untied = _untied(config, source)
+    notices = [*notices, *untied]
     if is_quantised(config) and not unfinished:
         notices = [*notices, *missing_manifest(folder)]
     return Checkpoint(folder=folder, config=config, source=source, notices=notices)
+
+
+def _untied(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
+    """Return a config that agrees with the weights where it ties a head that is not the embedding."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not config.get("tie_word_embeddings") or not {head, embedding} <= set(source.names()):
+        return config, []
+    import torch
+
+    if source.info(head) == source.info(embedding) and torch.equal(source.read(head), source.read(embedding)):
+        return config, []
+    notice = (
+        f"config.json says tie_word_embeddings, but {head} is not the embedding: the head in the file is "
+        "used, and what is written here says tie_word_embeddings: false"
+    )
+    return {**config, "tie_word_embeddings": False}, [notice]
 
 
 def open_weights(folder: Path) -> TensorSource:
