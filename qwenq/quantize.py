@@ -183,8 +183,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
         sym=settings.sym,
         static_groups=settings.act_order,
         damp_percent=settings.damp,
-        # free zero points as they are: GPTQModel refuses them minus one, and 0 has no such form
-        checkpoint_format="gptq" if settings.sym else "gptq_v2",
+        checkpoint_format=settings.checkpoint_format,
     )
     listener.say(describe(settings))
     return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")]
@@ -27,13 +26,13 @@ SeedOfWeights = Annotated[int, typer.Option(min=0, help="Of random weights.")]
 
 
 class RecipeCommand(TyperCommand):
-    """A command whose options override a recipe: its help shows the recipe's defaults, read when it is shown."""
+    """A command whose options override a recipe, whose defaults its help shows."""
 
-    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, each option with the default of the recipe's key of that name."""
         defaults = recipe_defaults()
         for param in self.params:
-            if isinstance(param, click.Option) and param.name in defaults:
+            if isinstance(param, TyperOption) and param.name in defaults:
                 shown = _shown(defaults[param.name], param)
                 param.help = f"{(param.help or '').partition(' [default: ')[0]} [default: {shown}]"
         super().format_help(ctx, formatter)
@@ -52,7 +51,7 @@ def recipe_defaults() -> dict[str, Any]:
     }
 
 
-def _shown(value: Any, option: click.Option) -> str:
+def _shown(value: Any, option: TyperOption) -> str:
     """Return a default as it would be typed: of a flag, which of its two names."""
     if isinstance(value, bool):
         return (option.opts if value else option.secondary_opts)[0].removeprefix("--")
