@@ -183,6 +183,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
         sym=settings.sym,
         static_groups=settings.act_order,
         damp_percent=settings.damp,
+        checkpoint_format=settings.checkpoint_format,
     )
     listener.say(describe(settings))
     return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)

@@ -14,6 +14,8 @@ bits = 4
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -167,10 +169,52 @@ def read_recipe(path: Path) -> Recipe:
             f"the recipe cannot be read: {error}", where=path, hint="a recipe is a TOML file in UTF-8"
         ) from error
     except (ValueError, RecursionError) as error:  # TOML's own error; endless digits; endless nesting
+        _refuse_other_language(text.decode("utf-8-sig"), path)
         raise UsageError(
             f"the recipe is not TOML: {error}", where=path, hint="repair that line; strings need quotes"
         ) from error
     return _validate(content, str(path))
+
+
+_TOOLS = {
+    "quant_stage": "llm-compressor",
+    "quant_modifiers": "llm-compressor",
+    "GPTQModifier": "llm-compressor",
+    "quant_method": "a quantised model's quantize_config.json",
+    "desc_act": "a quantised model's quantize_config.json",
+}
+"""Words in other tools' settings, and whose they are."""
+
+
+def _refuse_other_language(text: str, path: Path) -> None:
+    """Say what a file that is not TOML looks like, if it looks like JSON or YAML.
+
+    Raises:
+        UsageError: it is JSON, or like YAML.
+    """
+    language = "JSON" if _is_json(text) else "YAML" if _is_like_yaml(text) else None
+    if language is None:
+        return
+    owner = next((whose for word, whose in _TOOLS.items() if re.search(rf"\b{word}\b", text)), None)
+    raise UsageError(
+        f"this looks like {language}{f', as of {owner}' if owner else ''}; a recipe of qwenq is a TOML file",
+        where=path,
+        hint="write the settings as in docs/recipes.md, such as [quantize] and bits = 4; see recipes/",
+    )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_like_yaml(text: str) -> bool:
+    """Return whether the first line with content is ``key:``, ``key: value``, ``- item`` or ``---``."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    return re.match(r"(---|- |[\w.\"'-]+\s*:(\s|$))", first) is not None
 
 
 def _validate(content: dict[str, Any], where: str) -> Recipe:

@@ -139,3 +139,26 @@ def test_a_bad_option_names_the_command_line() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.name)
 def test_recipes_that_come_along_are_sound(path: Path) -> None:
     assert read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "quant_stage:\n  quant_modifiers:\n    GPTQModifier:\n      scheme: W4A16\n",
+            "YAML, as of llm-compressor",
+        ),
+        ("# theirs\n---\nbits: 4\n", "looks like YAML;"),
+        (
+            '{"bits": 4, "group_size": 128, "desc_act": false}',
+            "JSON, as of a quantised model's quantize_config",
+        ),
+        ("- GPTQModifier:\n    targets: Linear\n", "YAML, as of llm-compressor"),
+    ],
+)
+def test_a_recipe_of_another_tool_is_called_what_it_is(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "recipe"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="a recipe of qwenq is a TOML file") as caught:
+        read_recipe(path)
+    assert says in caught.value.what

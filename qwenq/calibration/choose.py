@@ -46,6 +46,8 @@ def calibration_for(
     """
     made = _loaded_or_made(recipe, checkpoint, vocabulary, device, progress)
     facts = made.manifest
+    for notice in facts.notices:
+        say(f"calibration: {notice}")
     if not facts.held_out:
         raise CalibrationError(
             "this calibration set has no held-out sequences, and the check needs some",

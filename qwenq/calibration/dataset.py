@@ -25,6 +25,7 @@ class CalibrationManifest(BaseModel):
 
     ``held_out_from`` says whether the held-out sequences share documents with the calibration ones.
     ``documents`` counts those whose tokens are in the set, ``documents_read`` those that could have been.
+    ``notices`` say what of the source the tokens do not hold, or hold in another form, one sentence each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class CalibrationManifest(BaseModel):
     tokenizer: str
     model: str | None = None
     tokens: str
+    notices: tuple[str, ...] = ()
     made_by: str = f"qwenq {__version__}"
 
 

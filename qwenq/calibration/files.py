@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-import codecs
+import csv
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qwenq.calibration.documents import KNOWN_KEYS, Document, from_record
+from qwenq.calibration.content import bare_suffix, is_compressed, is_parquet, lines_of
+from qwenq.calibration.documents import BESIDE_KEYS, CHAT_KEYS, KNOWN_KEYS, Document, from_record
 from qwenq.errors import CalibrationError, UsageError
 
-ACCEPTED = ".txt, .jsonl, .json, .parquet"
+Reader = Callable[[Path, str | None], Iterator[Document]]
+
+ACCEPTED = ".txt, .md, .jsonl, .json, .csv, .tsv, .parquet, also compressed (.gz, .bz2, .xz, .zst)"
 PASSAGE, LONGEST_PASSAGE = 2_000, 8_000
 """A .txt file is one long text. It is cut into passages so that the seed has something to choose from: at the
 first blank line after PASSAGE characters, or at the first line end after LONGEST_PASSAGE."""
-_CONVERT = "convert it, e.g. `iconv -f {} -t UTF-8 {}`"
 _LARGEST_JSON = 512_000_000
-LONGEST_LINE = 100_000_000
-"""Bytes of a line, which is held in memory: of a file with a hole, or of a device, it would have no end."""
+TEXTS, JSONS = {".txt", ".text", ".md", ""}, {".json", ".jsonl", ".ndjson"}
+TABLES = {".csv": ",", ".tsv": "\t"}
 
 
 def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
-    """Documents of a .txt, .jsonl, .json or .parquet file, in file order; blank ones are left out.
+    """Yield the documents of a file, in file order; blank ones are left out.
 
     Args:
-        path: the file; its suffix decides how it is read.
-        column: key or column to read; None takes the first of text, messages, conversations.
+        path: the file; its content decides how it is read, and its suffix where the content could be either.
+        column: key or column to read; None takes the first of text, messages, conversations that is filled.
 
     Raises:
-        UsageError: not there, a folder, or a suffix that nothing here reads.
+        UsageError: not there, a folder, or a kind of file that nothing here reads.
         CalibrationError: what is inside cannot be read; says the line or row.
     """
-    readers: dict[str, Callable[[Path, str | None], Iterator[Document]]] = {
-        ".txt": read_text,
-        ".jsonl": read_json_lines,
-        ".json": read_json,
-        ".parquet": read_parquet,
-    }
     if not path.exists():
         raise UsageError("no such text", where=path, hint=f"accepted: {ACCEPTED}")
     if not path.is_file() and not path.is_dir():
@@ -46,21 +44,63 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
         )
     if path.is_dir():
         raise UsageError("a folder is no text", where=path, hint=f"name one file: {ACCEPTED}")
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UsageError(
-            f"cannot read a {path.suffix or 'suffixless'} file", where=path, hint=f"accepted: {ACCEPTED}"
-        )
-    return (document for document in reader(path, column) if document.characters)
+    return (document for document in _reader_of(path, column)(path, column) if not document.blank)
+
+
+def _reader_of(path: Path, column: str | None) -> Reader:
+    suffix = bare_suffix(path)
+    if suffix == ".parquet" or is_parquet(path):
+        return read_parquet
+    if suffix in TABLES:
+        return read_table
+    if suffix in JSONS:
+        return read_json_lines if _holds_lines(path, suffix, column) else read_json
+    if suffix in TEXTS or (is_compressed(path) and suffix not in JSONS):
+        first = _first_values(path, 1)
+        holds_records = first and isinstance(first[0], dict) and _is_record(first[0], column)
+        return read_json_lines if holds_records else read_text
+    raise UsageError(f"cannot read a {path.suffix} file", where=path, hint=f"accepted: {ACCEPTED}")
+
+
+def _holds_lines(path: Path, suffix: str, column: str | None) -> bool:
+    """Return whether each line is a record; else the file is one JSON value. Names are not trusted here."""
+    values = _first_values(path, 2)
+    if not values:  # empty, or the first line is no value of its own
+        return suffix != ".json" and not _begins_list(path)
+    if isinstance(values[0], list):
+        return len(values) == 2
+    return len(values) == 2 or suffix != ".json" or _is_record(values[0], column)
+
+
+def _is_record(value: Any, column: str | None) -> bool:
+    keys = KNOWN_KEYS if column is None else (column,)
+    return isinstance(value, dict) and any(key in value for key in keys)
+
+
+def _first_values(path: Path, count: int) -> list[Any]:
+    """Return what the first lines hold, as far as each is whole JSON; a broken second counts."""
+    values: list[Any] = []
+    try:
+        for _, line in islice(((n, text) for n, text in lines_of(path) if text.strip()), count):
+            values.append(json.loads(line))
+    except (ValueError, RecursionError, CalibrationError):  # the reader that is chosen says what is wrong
+        return [*values, None] if values else []
+    return values
+
+
+def _begins_list(path: Path) -> bool:
+    with suppress(CalibrationError):
+        return next((line for _, line in lines_of(path) if line.strip()), "").lstrip().startswith("[")
+    return False
 
 
 def read_text(path: Path, column: str | None = None) -> Iterator[Document]:
-    """Passages of a plain text (see PASSAGE)."""
+    """Yield passages of a plain text (see PASSAGE)."""
     if column is not None:
         raise UsageError("a .txt file has no columns", where=path, hint="leave the column out")
     passage: list[str] = []
     size, start = 0, 1
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         passage.append(line)
         size += len(line)
         if size >= (LONGEST_PASSAGE if line.strip() else PASSAGE):
@@ -71,15 +111,15 @@ def read_text(path: Path, column: str | None = None) -> Iterator[Document]:
 
 
 def read_json_lines(path: Path, column: str | None = None) -> Iterator[Document]:
-    """One record a line; blank lines are left out."""
-    for number, line in _lines(path):
+    """Yield one record a line; blank lines are left out."""
+    for number, line in lines_of(path):
         if line.strip():
             where = f"{path}, line {number}"
             yield from_record(_parse_line(line, where), where, column)
 
 
 def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
-    """A list of records, as run_gptq.py takes it. It has to be parsed whole, so its size is bounded."""
+    """Yield a list of records, as run_gptq.py takes it. It has to be parsed whole, so its size is bounded."""
     if path.stat().st_size > _LARGEST_JSON:
         raise UsageError(
             f"a .json file of over {_LARGEST_JSON // 1_000_000} MB would have to be read whole",
@@ -87,7 +127,7 @@ def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
             hint="write it as .jsonl, one record a line, which is read as far as needed",
         )
     try:
-        records = json.loads("".join(line for _, line in _lines(path)) or "null")
+        content = json.loads(_joined(path) or "null")
     except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise CalibrationError(
@@ -95,20 +135,60 @@ def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
             where=f"{path}{line}",
             hint="repair or cut the file there; one record a line is called .jsonl",
         ) from error
-    if records is None:
-        return
-    if not isinstance(records, list):
-        raise CalibrationError(
-            f"a .json file holds a list of records, this one a {type(records).__name__}",
-            where=path,
-            hint=f"write [{{…}}, {{…}}], each record with one of {', '.join(KNOWN_KEYS)}",
-        )
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(_records(content, path, column), 1):
         yield from_record(record, f"{path}, record {number}", column)
 
 
+def _joined(path: Path) -> str:
+    """Return the whole text, whose size after decompression is bounded too."""
+    lines, size = [], 0
+    for _, line in lines_of(path):
+        size += len(line)
+        if size > _LARGEST_JSON:
+            raise UsageError(
+                f"over {_LARGEST_JSON // 1_000_000} MB of JSON would have to be read whole",
+                where=path,
+                hint="write it as .jsonl, one record a line, which is read as far as needed",
+            )
+        lines.append(line)
+    return "".join(lines)
+
+
+def _records(content: Any, path: Path, column: str | None) -> list[Any]:
+    """Return the records of a JSON value: a list, one record, or an object with a list of records in it."""
+    if content is None:
+        return []
+    if isinstance(content, list):
+        return content
+    if _is_record(content, column):
+        return [content]
+    lists = [v for v in content.values() if isinstance(v, list)] if isinstance(content, dict) else []
+    inside = [value for value in lists if value and all(isinstance(record, dict) for record in value)]
+    if len(inside) == 1:  # {"version": …, "data": […]}
+        return inside[0]
+    raise CalibrationError(
+        f"a .json file holds a list of records, this one a {type(content).__name__}",
+        where=path,
+        hint=f"write [{{…}}, {{…}}], each record with one of {', '.join(KNOWN_KEYS)}",
+    )
+
+
+def read_table(path: Path, column: str | None = None) -> Iterator[Document]:
+    """Yield one record a row of a .csv or .tsv file, whose first line names the columns."""
+    csv.field_size_limit(LONGEST_PASSAGE * 1000)
+    lines = (line for _, line in lines_of(path))
+    rows = csv.DictReader(lines, delimiter=TABLES[bare_suffix(path)], strict=True)
+    try:
+        for number, record in enumerate(rows, 1):
+            yield from_record(record, f"{path}, row {number}", column)
+    except csv.Error as error:
+        raise CalibrationError(
+            f"not a whole table: {error}", where=f"{path}, line {rows.line_num}", hint="repair that line"
+        ) from error
+
+
 def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
-    """One record a row; only the one column is read, a few hundred rows at a time."""
+    """Yield one record a row; only columns that may be needed are read, a few hundred rows at a time."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -122,10 +202,12 @@ def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
         texts = [field.name for field in file.schema_arrow if pyarrow.types.is_string(field.type)]
         # A value that is stored once may stand in every row: it is not to be held as often.
         file = parquet.ParquetFile(path, read_dictionary=texts)
-        wanted = [column] if column else [key for key in KNOWN_KEYS if key in file.schema_arrow.names][:1]
-        known = [key for key in wanted if key in file.schema_arrow.names]
+        names = file.schema_arrow.names
+        known = [key for key in ((column,) if column else KNOWN_KEYS) if key in names]
         if not known:  # from_record names the columns there are
-            from_record(dict.fromkeys(file.schema_arrow.names), str(path), column)
+            from_record(dict.fromkeys(names), str(path), column)
+        if column or any(key in CHAT_KEYS for key in known):
+            known += [key for key in BESIDE_KEYS if key in names and key not in known]
         for batch in file.iter_batches(batch_size=256, columns=known):
             for row in range(len(batch)):
                 number += 1
@@ -150,35 +232,7 @@ def _parse_line(line: str, where: str) -> Any:
 
 
 def _complaint(error: ValueError | RecursionError) -> str:
-    """Of the JSON reader, which also refuses numbers of thousands of digits and endless nesting."""
+    """Return what the JSON reader says, which also refuses endless digits and endless nesting."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return str(error)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends; a byte-order mark is dropped, other encodings are refused."""
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
-            if len(line) > LONGEST_LINE:
-                raise CalibrationError(
-                    f"a line of more than {LONGEST_LINE // 1_000_000} MB",
-                    where=f"{path}, line {number}",
-                    hint="cut the text into lines, or documents of one line each",
-                )
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise CalibrationError(
-                    f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start} of the line",
-                    where=f"{path}, line {number}",
-                    hint=_how_to_convert(line if number == 1 else b"", path.name),
-                ) from error
-
-
-def _how_to_convert(start: bytes, name: str) -> str:
-    """What makes UTF-8 of a file; of its ``start`` nothing need be known."""
-    if start.startswith(b"\x1f\x8b"):
-        return f"it is compressed: `gunzip -c {name}` gives its text"
-    utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return _CONVERT.format("UTF-16" if utf16 else "GB18030", name)

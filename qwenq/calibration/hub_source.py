@@ -40,7 +40,7 @@ def read_hub(spec: str, split: str | None = None, column: str | None = None) -> 
         for record in stream:
             number += 1
             document = from_record(record, f"{where}, row {number}", column)
-            if document.characters:
+            if not document.blank:
                 yield document
     except (MemoryError, QwenqError):
         raise

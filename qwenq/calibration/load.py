@@ -11,10 +11,13 @@ from typing import Any, Literal
 
 import torch
 
+from qwenq.calibration.content import bare_suffix
 from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
 from qwenq.calibration.documents import Document
-from qwenq.calibration.files import ACCEPTED, read_file
+from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, read_file
+from qwenq.calibration.folders import read_folder
 from qwenq.calibration.hub_source import is_hub_id, read_hub
+from qwenq.calibration.noticing import notices_of
 from qwenq.calibration.saved import load_saved
 from qwenq.calibration.sequences import (
     Progress,
@@ -41,6 +44,8 @@ LENGTH = "the length of this set's sequences"
 _SELF_TEXT_RULE = 1  # counts up when the same settings would write another text
 
 _BYTES_OF_TOKEN = 32  # int64, once more while sequences are put together, and as much for their numbers
+
+_SUFFIXES = {*JSONS, *TABLES, *TEXTS, ".parquet"} - {""}
 
 _log = logging.getLogger(__name__)
 
@@ -115,15 +120,17 @@ def wanted_sizes(
 
 def _open(spec: str, split: str | None, column: str | None) -> Iterator[Document]:
     path = local_path(spec, "the text")
-    if not path.exists() and is_hub_id(spec) and path.suffix not in {".txt", ".jsonl", ".json", ".parquet"}:
+    if not path.exists() and is_hub_id(spec) and bare_suffix(path) not in _SUFFIXES:
         return read_hub(spec, split, column)
     if not path.exists():
         raise UsageError(
             f"no such text: {spec}",
             where=path.absolute(),
-            hint=f"self, a hub dataset (owner/name), a file ({ACCEPTED}), or a .safetensors set from "
-            "`qwenq calibrate`",
+            hint=f"self, a hub dataset (owner/name), a file ({ACCEPTED}), a folder of such files, or a "
+            ".safetensors set from `qwenq calibrate`",
         )
+    if path.is_dir():
+        return read_folder(path, split, column)
     if split is not None:
         raise UsageError("a file has no splits", where=path, hint="leave the split out")
     return read_file(path, column)
@@ -160,6 +167,7 @@ def _from_documents(
         source_read_to_end=pool.read_to_end,
         tokenizer=tokenizer.fingerprint,
         tokens=fingerprint_tokens(packed.tokens, packed.held_out),
+        notices=notices_of(pool.documents, tokenizer),
     )
     return CalibrationSet(packed.tokens, packed.held_out, manifest)
 

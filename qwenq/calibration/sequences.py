@@ -56,18 +56,36 @@ class Pool:
     read_to_end: bool
 
 
-def ids_of(document: Document, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a text as it is, or of a conversation through the model's chat template.
+def ids_of(document: Document, tokenizer: Tokenizer, *, special: bool = True) -> list[int]:
+    """Return the ids of a text, or of a conversation through the model's chat template.
+
+    Args:
+        document: the text or conversation.
+        tokenizer: of the model.
+        special: whether special tokens spelt out in a text are read as tokens: a text may be a conversation
+            that was rendered already.
 
     Raises:
-        CalibrationError: a conversation, and a tokenizer without a template or one that refuses it.
+        CalibrationError: a conversation, and a tokenizer without a template, or one that refuses it or knows
+            no tools and would render a tool's answer as a turn of an unknown role.
     """
     if isinstance(document.content, str):
-        return tokenizer.encode(document.content)
+        return tokenizer.encode(document.content, special=special)
+    _require_tool_role(document, tokenizer.template)
     try:
-        return tokenizer.chat(document.content, add_generation_prompt=False)
+        return tokenizer.chat(document.content, add_generation_prompt=False, tools=document.tools)
     except UsageError as error:
         raise CalibrationError(error.what, where=document.where, hint=error.hint) from error
+
+
+def _require_tool_role(document: Document, template: str | None) -> None:
+    answers = any(isinstance(message, dict) and message["role"] == "tool" for message in document.content)
+    if answers and template is not None and "tool" not in template:
+        raise CalibrationError(
+            "a message has the role tool, which the model's chat template does not know",
+            where=document.where,
+            hint="leave such conversations out, or calibrate on others",
+        )
 
 
 def read_pool(documents: Iterator[Document], characters: int) -> Pool:

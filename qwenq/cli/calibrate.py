@@ -38,8 +38,8 @@ def calibrate(
     source: Annotated[
         str,
         typer.Option(
-            help="self (the model writes its own text), a .txt, .jsonl, .json or .parquet file, "
-            "or a hub dataset owner/name[:config]."
+            help="self (the model writes its own text), a file (text, JSON, CSV, parquet; also compressed), "
+            "a folder of such files or of save_to_disk, or a hub dataset owner/name[:config]."
         ),
     ] = "self",
     samples: Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")] = None,
@@ -48,7 +48,9 @@ def calibrate(
         int | None, typer.Option(help="Sequences kept apart for the check afterwards. Default: 8.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the documents, or the text.")] = 0,
-    split: Annotated[str | None, typer.Option(help="Split of a hub dataset. Default: train.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of a hub dataset or a folder. Default: train.")
+    ] = None,
     column: Annotated[
         str | None,
         typer.Option(help="Key to read. Default: the first of text, messages, conversations."),
@@ -73,6 +75,8 @@ def calibrate(
     kept = None if force else _there_already(made, out)
     if kept is None:
         made.save(out)
+    for notice in made.manifest.notices:
+        typer.echo(notice, err=True)
     shown = kept or made  # the same tokens, whatever they were read from then
     if as_json:
         typer.echo(shown.manifest.model_dump_json(indent=2))

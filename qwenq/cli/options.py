@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")]
@@ -22,3 +23,36 @@ RealWeights = Annotated[
     Literal["stored", "random"], typer.Option("--weights", help="random is refused: it has no accuracy.")
 ]
 SeedOfWeights = Annotated[int, typer.Option(min=0, help="Of random weights.")]
+
+
+class RecipeCommand(TyperCommand):
+    """A command whose options override a recipe, whose defaults its help shows."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, each option with the default of the recipe's key of that name."""
+        defaults = recipe_defaults()
+        for param in self.params:
+            if isinstance(param, TyperOption) and param.name in defaults:
+                shown = _shown(defaults[param.name], param)
+                param.help = f"{(param.help or '').partition(' [default: ')[0]} [default: {shown}]"
+        super().format_help(ctx, formatter)
+
+
+def recipe_defaults() -> dict[str, Any]:
+    """Return the defaults of a recipe by the names of `qwenq quantize`'s options."""
+    from qwenq.recipe import CalibrationRecipe, QuantizeRecipe, Recipe
+
+    sizes = CalibrationRecipe().model_dump(include={"samples", "seq_len"})
+    return {
+        "weights": Recipe().weights,
+        "calibration": CalibrationRecipe().source,
+        **sizes,
+        **QuantizeRecipe().model_dump(),
+    }
+
+
+def _shown(value: Any, option: TyperOption) -> str:
+    """Return a default as it would be typed: of a flag, which of its two names."""
+    if isinstance(value, bool):
+        return (option.opts if value else option.secondary_opts)[0].removeprefix("--")
+    return str(value)

@@ -146,7 +146,7 @@ def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
     end = separator_of(tokenizer) if path.suffix.lower() != ".txt" else None  # passages of one text have none
     ids: list[int] = []
     for document in read_file(path):
-        ids += ids_of(document, tokenizer) + ([end] if end is not None else [])
+        ids += ids_of(document, tokenizer, special=False) + ([end] if end is not None else [])
         if len(ids) >= windows * longest:
             break
     if len(ids) < windows * longest:

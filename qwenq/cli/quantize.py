@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName
+from qwenq.cli.options import DeviceName, RecipeCommand
 from qwenq.errors import UsageError
 from qwenq.models.local_path import local_path
 from qwenq.models.opening import WEIGHTS_HELP
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qwenq.recipe import CalibrationRecipe, Recipe
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def quantize(
     model: Annotated[
         str | None,
@@ -28,51 +28,47 @@ def quantize(
             help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. Nothing: the bundled model."
         ),
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="4 or 8. [default: 4]")] = None,
+    bits: Annotated[int | None, typer.Option(help="4 or 8.")] = None,
     group_size: Annotated[
-        str | None, typer.Option(help="auto, 32, 64, 128, or -1 for one scale per row. [default: auto]")
+        str | None, typer.Option(help="auto, 32, 64, 128, or -1 for one scale per row.")
     ] = None,
     pad_ffn: Annotated[
         str | None,
         typer.Option(
             metavar="auto|WIDTH",
             help="Widen the MLP with zero channels, so that more GPUs can share its groups; auto: as `qwenq "
-            "plan` advises. The outputs stay the same. [default: none]",
+            "plan` advises. The outputs stay the same.",
         ),
     ] = None,
     weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="self (the model writes its own text), a text, JSON lines or parquet file, a set made by "
-            "`qwenq calibrate`, or a hub dataset. [default: self]"
+            help="self (the model writes its own text), a file or folder of text, JSON, CSV or parquet, a "
+            "set made by `qwenq calibrate`, or a hub dataset."
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Sequences. [default: 48 on CPU, 128 on a GPU]")] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens each. [default: 256 on CPU, 2048 on a GPU]")
-    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Sequences; auto: 48 on CPU, 128 on a GPU.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens each; auto: 256 on CPU, 2048 on a GPU.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here win over it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make. [default: NAME-GPTQ-Int4]")] = None,
     device: DeviceName = "auto",
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of the forward pass: auto, float32, bfloat16, float16. [default: auto]"),
+        typer.Option(help="Of the forward pass: auto, float32, bfloat16, float16."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Chooses the calibration text. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Chooses the calibration text.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run of the same settings.")] = True,
     sym: Annotated[
         bool | None,
-        typer.Option("--sym/--asym", help="Zero point fixed in the middle, or free. [default: sym]"),
+        typer.Option("--sym/--asym", help="Zero point fixed in the middle, or free."),
     ] = None,
-    act_order: Annotated[str | None, typer.Option(help="static or none. [default: static]")] = None,
-    scale_search: Annotated[str | None, typer.Option(help="hessian, mse or none. [default: hessian]")] = None,
-    damp: Annotated[
-        float | None, typer.Option(help="Share of the Hessian's mean diagonal. [default: 0.01]")
-    ] = None,
+    act_order: Annotated[str | None, typer.Option(help="static or none.")] = None,
+    scale_search: Annotated[str | None, typer.Option(help="hessian, mse or none.")] = None,
+    damp: Annotated[float | None, typer.Option(help="Share of the Hessian's mean diagonal.")] = None,
     refine: Annotated[
         bool | None,
-        typer.Option("--refine/--no-refine", help="Descend further on GPTQ's objective. [default: refine]"),
+        typer.Option("--refine/--no-refine", help="Descend further on GPTQ's objective."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Events and the result as JSON lines.")] = False,
 ) -> None:
@@ -144,7 +140,7 @@ def _for_source(calibration: CalibrationRecipe, source: str) -> CalibrationRecip
     changes: dict[str, Any] = {}
     if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
         changes |= {"samples": "auto", "seq_len": "auto", "column": None}
-    if source == "self" or local_path(source, "--calibration").exists():
+    if source == "self" or local_path(source, "--calibration").is_file():
         changes["split"] = None
     if source == "self":
         changes["column"] = None

@@ -16,7 +16,8 @@ def describe(settings: Settings) -> str:
     parts = [
         f"Int{settings.bits}, symmetric (the zero point in the middle: every kernel loads it)"
         if settings.sym
-        else f"Int{settings.bits}, asymmetric (each group has its own zero point; some kernels load none)",
+        else f"Int{settings.bits}, asymmetric (each group has its own zero point, stored as gptq_v2: "
+        "some kernels do not load it)",
         "act-order with static groups (important columns first, stored in file order: every kernel loads it)"
         if settings.act_order
         else "no act-order (columns as they come)",

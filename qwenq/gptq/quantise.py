@@ -152,6 +152,7 @@ def run_facts(
         "model": checkpoint.fingerprint,
         "calibration": calibration,
         "settings": asdict(settings),
+        "checkpoint_format": settings.checkpoint_format,
         "dtype": str(decoder.dtype),
         "device": decoder.device.type,
         "attention": decoder.attention,
@@ -299,7 +300,9 @@ class _Layer:
             weight = torch.empty_like(linear.weight.data)
             if self._team.leads:
                 parts = (tensors[f"{self._prefix}.{name}.{part}"] for part in LAYER_PARTS)
-                weight.copy_(dequantise(PackedLinear(*parts), self._settings.bits))
+                weight.copy_(
+                    dequantise(PackedLinear(*parts), self._settings.bits, self._settings.checkpoint_format)
+                )
             self._team.copy(weight)
             linear.weight.data = weight
         streams.quantised = [self._forward(hidden) for hidden in streams.quantised]
@@ -328,7 +331,8 @@ class _Layer:
         grid = result.grid
         if self._team.leads:  # who writes
             zeros = grid.zeros.to(torch.uint8).cpu()
-            packed = pack(result.integers.cpu(), grid.scales.cpu(), zeros, grid.bits)
+            stored_as = self._settings.checkpoint_format
+            packed = pack(result.integers.cpu(), grid.scales.cpu(), zeros, grid.bits, stored_as)
             self.tensors.update(packed.tensors(f"{self._prefix}.{name}"))
         self.stats[name] = result.stats
         return grid.values(result.integers).to(self._decoder.dtype)

@@ -19,6 +19,7 @@ from qwenq.gptq.grid import Grid
 from qwenq.gptq.refine import refine
 from qwenq.gptq.scales import ScaleSearch, search_grid
 from qwenq.gptq.solver import act_order, gptq, output_error
+from qwenq.models.packing import CheckpointFormat
 
 TILE_ROWS = {"cpu": 2048}  # a column's update of a tile stays in the cache
 TILE_ROWS_ELSEWHERE = 16384  # on a GPU the column loop costs what its launches cost: fewer, larger tiles
@@ -36,6 +37,11 @@ class Settings:
     damp: float
     drift: float
     refine: bool
+
+    @property
+    def checkpoint_format(self) -> CheckpointFormat:
+        """Return how zero points are stored: free ones as they are, as GPTQModel refuses them minus one."""
+        return "gptq" if self.sym else "gptq_v2"
 
 
 @dataclass(frozen=True)

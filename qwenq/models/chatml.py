@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from qwenq.errors import UsageError
 
@@ -34,7 +34,8 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
 )
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""Role and content, both texts, and whatever else a chat template may read: tool_calls, reasoning_content."""
 
 
 class ChatmlTokenizer(Protocol):
@@ -113,7 +114,7 @@ def split_rounds(
     for place, message in enumerate(messages):
         _check_message(place, message)
     has_system = bool(messages) and messages[0]["role"] == "system"
-    system = messages[0]["content"] if has_system else DEFAULT_SYSTEM
+    system = str(messages[0]["content"]) if has_system else DEFAULT_SYSTEM
     turns = messages[1:] if has_system else messages
     for place, message in enumerate(turns):
         expected = ("user", "assistant")[place % 2]

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenq.errors import QwenqError
 from qwenq.models.config import read_config, require_layers
-from qwenq.models.gptq_config import is_quantised, settings_of
+from qwenq.models.gptq_config import QuantConfig, is_quantised, settings_of
 from qwenq.models.long_context import long_context_of
 from qwenq.models.manifest import missing_manifest
 from qwenq.models.own_files import require_own_files
@@ -100,9 +101,50 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         notices = [*notices, "config.json says nothing of GPTQ: the settings are quantize_config.json's"]
     long_context_of(config, folder / "config.json")
     require_layers(config, source.names(), folder)
+    config, untied = _untied(config, source)
+    config, retagged = _retagged(config, source)
+    notices = [*notices, *untied, *retagged]
     if is_quantised(config) and not unfinished:
         notices = [*notices, *missing_manifest(folder)]
     return Checkpoint(folder=folder, config=config, source=source, notices=notices)
+
+
+def _untied(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
+    """Return a config that agrees with the weights where it ties a head that is not the embedding."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not config.get("tie_word_embeddings") or not {head, embedding} <= set(source.names()):
+        return config, []
+    import torch
+
+    if source.info(head) == source.info(embedding) and torch.equal(source.read(head), source.read(embedding)):
+        return config, []
+    notice = (
+        f"config.json says tie_word_embeddings, but {head} is not the embedding: the head in the file is "
+        "used, and what is written here says tie_word_embeddings: false"
+    )
+    return {**config, "tie_word_embeddings": False}, [notice]
+
+
+def _retagged(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
+    """Return a config that names the format in which a symmetric model's zero points are stored."""
+    name = next((name for name in source.names() if name.endswith(".qzeros")), None)
+    if name is None or not is_quantised(config):
+        return config, []
+    from qwenq.models.gptq_format import format_of_zeros
+
+    try:
+        quant = QuantConfig.read(config)
+        stored = format_of_zeros(source.read(name), quant) if quant.sym else None
+    except QwenqError:  # whoever needs the weights says what is wrong with them
+        return config, []
+    if stored is None or stored == quant.checkpoint_format:
+        return config, []
+    settings = {**config["quantization_config"], "checkpoint_format": stored}
+    notice = (
+        f"config.json says checkpoint_format {quant.checkpoint_format}, but the zero points are stored as "
+        f"{stored} does: they are read so"
+    )
+    return {**config, "quantization_config": settings}, [notice]
 
 
 def open_weights(folder: Path) -> TensorSource:

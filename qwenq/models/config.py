@@ -119,6 +119,9 @@ def require_layers(config: dict[str, Any], names: Iterable[str], folder: Path) -
             hint="name a causal language model",
         )
     if not any(name.startswith(last) for name in names):
+        from qwenq.models.neighbours import refuse_prefix
+
+        refuse_prefix(names, folder)
         raise ModelError(
             f"config.json says {config['num_hidden_layers']} layers, but the last one has no weights",
             where=folder,
@@ -131,7 +134,11 @@ def _refuse_constant(name: str) -> None:
 
 
 def _no_model(why: str, folder: Path) -> ModelError:
+    from qwenq.models.neighbours import recognise
+
     holds = _listing(folder)
+    if known := recognise(folder):
+        return ModelError(f"not a model folder: {known.what}", where=folder, hint=known.hint)
     return ModelError(
         f"not a model folder: {why}",
         where=folder,
@@ -241,6 +248,14 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
     kinds = config.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise _absurd("layer_types", kinds, "a list of names", path)
+    layers = config.get("num_hidden_layers")
+    if kinds and layers is not None and len(kinds) != layers:
+        raise ModelError(
+            f"config.json says num_hidden_layers = {layers}, but its layer_types name {len(kinds)} layers",
+            where=path,
+            hint="make both agree with the layers in the weights: a model whose layers were removed needs a "
+            "shorter layer_types",
+        )
     for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
         for key in ("rope_theta", "factor"):
             value = rope.get(key) if rope else None

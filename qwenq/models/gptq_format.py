@@ -15,7 +15,7 @@ from qwenq.models.source import TensorInfo, TensorSource
 if TYPE_CHECKING:
     import torch
 
-    from qwenq.models.packing import PackedLinear
+    from qwenq.models.packing import CheckpointFormat, PackedLinear
 
 __all__ = [
     "DequantisedSource",
@@ -216,6 +216,15 @@ def check_g_idx(g_idx: torch.Tensor, module: str, quant: QuantConfig) -> None:
             where=f"{module}.g_idx",
             hint="the file is damaged, or group_size of quantization_config is wrong",
         )
+
+
+def format_of_zeros(qzeros: torch.Tensor, quant: QuantConfig) -> CheckpointFormat | None:
+    """Return the format in which all these zero points are the middle; None: in neither."""
+    from qwenq.models.packing import unpack_zeros
+
+    middle = 2 ** (quant.bits - 1)
+    formats: tuple[CheckpointFormat, ...] = ("gptq", "gptq_v2")
+    return next((f for f in formats if bool((unpack_zeros(qzeros, quant.bits, f) == middle).all())), None)
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:

@@ -47,6 +47,19 @@ class HfTokenizer:
         definition = backend.to_str() if backend is not None else repr(sorted(self._hf.get_vocab().items()))
         return digest(definition, str(self._hf.chat_template))
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Surface forms of tokens marked special; other added tokens are parsed in every text."""
+        return tuple(token.content for token in self._hf.added_tokens_decoder.values() if token.special)
+
+    @property
+    def template(self) -> str | None:
+        """Source of the default chat template; None: the folder has no template, or no default among many."""
+        try:
+            return str(self._hf.get_chat_template()) if self._hf.chat_template else None
+        except ValueError:
+            return None
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids, without BOS or EOS.
 
@@ -88,6 +101,7 @@ class HfTokenizer:
         add_generation_prompt: bool = True,
         *,
         max_window: int | None = None,
+        tools: Sequence[Any] = (),
     ) -> list[int]:
         """The prompt that the folder's chat template renders.
 
@@ -97,23 +111,26 @@ class HfTokenizer:
         Raises:
             UsageError: the folder has no chat template, or its template refuses the messages.
         """
-        ids = self._render(messages, add_generation_prompt)
+        ids = self._render(messages, add_generation_prompt, tools)
         while max_window is not None and len(ids) >= max_window:
             shorter = _without_oldest_round(messages)
             if shorter is None:
                 break
             messages = shorter
-            ids = self._render(messages, add_generation_prompt)
+            ids = self._render(messages, add_generation_prompt, tools)
         return ids
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any]
+    ) -> list[int]:
         if not self._hf.chat_template:
             raise UsageError(
                 "this model has no chat template", where=self._path, hint="use its -Chat or -Instruct sibling"
             )
         try:
             template = self._hf.get_chat_template()
-            text = PROCESS.render(template, messages, add_generation_prompt, self._hf.special_tokens_map)
+            variables = {**self._hf.special_tokens_map, **({"tools": list(tools)} if tools else {})}
+            text = PROCESS.render(template, messages, add_generation_prompt, variables)
         except (UsageError, ValueError) as error:  # ValueError: several templates, and none is the default
             what = error.what if isinstance(error, UsageError) else str(error)
             raise UsageError(what, where=self._path) from error
@@ -207,6 +224,12 @@ def _load(path: Path) -> Any:
         if (stop := stopping.behind(error)) is not None:
             raise stop from error
         said = " ".join(str(error).split())[:500]
+        if (of_config := _complaint_of_config(path)) is not None:  # which the loader reads first
+            raise ModelError(
+                f"transformers cannot read config.json: {of_config}",
+                where=path / "config.json",
+                hint="copy the model's config.json again, or correct the keys that it names",
+            ) from error
         raise ModelError(
             f"transformers cannot load the tokenizer: {said}",
             where=path,
@@ -215,6 +238,20 @@ def _load(path: Path) -> Any:
     refuse_holes(loaded, path)
     refuse_growth(loaded, path)
     return loaded
+
+
+def _complaint_of_config(path: Path) -> str | None:
+    """Return what transformers says of config.json alone; None: it reads it, or there is no such file."""
+    from transformers import AutoConfig
+
+    if not (path / "config.json").is_file():
+        return None
+    try:
+        AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a config class raises
+        said = " ".join(str(error).split())[:500]
+        return None if "trust_remote_code" in said else said or type(error).__name__
+    return None
 
 
 def _refuse_foreign_names(path: Path) -> None:

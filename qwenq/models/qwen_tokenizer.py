@@ -17,12 +17,13 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tokenizers import normalizers
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
-from qwenq.models.chatml import Message, build_context, stop_ids
+from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context, stop_ids
 
 RANKS_FILE = "qwen.tiktoken"
 RANK_COUNT = 151_643  # of every released v1 model
@@ -115,6 +116,8 @@ class QwenTokenizer:
         self.pad_id: int | None = self.eod_id
         self.eos_ids: tuple[int, ...] = stop_ids(self) if chat_format == "chatml" else (self.eod_id,)
         self.max_window = max_window
+        self.special_tokens: tuple[str, ...] = SPECIAL_TOKENS
+        self.template: str | None = CHAT_TEMPLATE
 
     @classmethod
     def from_file(cls, path: Path, *, expected_ranks: int | None = RANK_COUNT) -> QwenTokenizer:
@@ -181,8 +184,12 @@ class QwenTokenizer:
         add_generation_prompt: bool = True,
         *,
         max_window: int | None = None,
+        tools: Sequence[Any] = (),
     ) -> list[int]:
-        """The ChatML prompt of a conversation; arguments and errors as `chatml.build_context`."""
+        """The ChatML prompt of a conversation; arguments and errors as `chatml.build_context`.
+
+        Qwen v1 calls no tools: ``tools`` are left out, as `template` tells.
+        """
         return build_context(
             self, messages, add_generation_prompt=add_generation_prompt, max_window=max_window
         ).ids

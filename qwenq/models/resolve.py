@@ -51,6 +51,12 @@ def resolve_model(model: str | None) -> Resolved:
     path = local_path(model, "MODEL")
     if path.is_dir():
         return Resolved(path)
+    if path.suffix == ".gguf" and path.is_file():
+        raise UsageError(
+            "MODEL is a GGUF file, which is quantised already and is not read here",
+            where=path,
+            hint="name the folder of the model it was made from: config.json and *.safetensors",
+        )
     if path.exists():
         raise UsageError(
             "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"

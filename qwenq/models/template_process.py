@@ -47,7 +47,7 @@ class TemplateProcess:
         self._owner = 0
 
     def render(
-        self, template: str, messages: Sequence[Mapping[str, str]], prompt: bool, special: Mapping[str, Any]
+        self, template: str, messages: Sequence[Mapping[str, Any]], prompt: bool, special: Mapping[str, Any]
     ) -> str:
         """The text of a conversation.
 
@@ -55,7 +55,7 @@ class TemplateProcess:
             template: Jinja.
             messages: of the conversation.
             prompt: end with the opening of the assistant's answer.
-            special: further variables of the template: the tokenizer's special tokens.
+            special: further variables of the template: the tokenizer's special tokens, tools.
 
         Raises:
             UsageError: the template refuses the messages, or takes too long or too much memory.
@@ -142,7 +142,7 @@ def serve() -> None:
 def _render(library: Any, template: str, messages: list[Any], prompt: bool, special: dict[str, Any]) -> str:
     rendered, _ = library([messages], chat_template=template, add_generation_prompt=prompt, **special)
     text = str(rendered[0])
-    if len(text) > LONGEST + TIMES * sum(len(str(message.get("content"))) for message in messages):
+    if len(text) > LONGEST + TIMES * (len(str(messages)) + len(str(special))):
         raise ValueError(f"it made {len(text):,} characters")
     return text
 

@@ -72,6 +72,14 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """16 hex digits over all that decides the ids."""
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Surface forms of the tokens that ``encode(…, special=True)`` parses besides plain text."""
+
+    @property
+    def template(self) -> str | None:
+        """Source of the chat template, whose names tell which keys of a message it reads."""
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids, without BOS or EOS; the surface forms of special tokens are parsed only if ``special``."""
 
@@ -93,8 +101,12 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = True,
         *,
         max_window: int | None = None,
+        tools: Sequence[Any] = (),
     ) -> list[int]:
-        """The prompt of a conversation, the oldest rounds dropped until it fits ``max_window`` tokens."""
+        """Return the prompt of a conversation that may call ``tools``.
+
+        The oldest rounds are dropped until it fits ``max_window`` tokens.
+        """
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

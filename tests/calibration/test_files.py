@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from qwenq.calibration import files
+from qwenq.calibration.content import lines_of
 from qwenq.calibration.documents import Document, from_record
 from qwenq.calibration.files import LONGEST_PASSAGE, PASSAGE, read_file
 from qwenq.errors import CalibrationError, UsageError
@@ -74,7 +73,8 @@ def test_records_in_every_form(record: Any, column: str | None, expected: Any) -
         ([1], None, "a list, not an object"),
         ("x", "text", "a str, not an object"),
         ({"text": 5}, None, "a int, neither a text nor a list of messages"),
-        ({"text": None}, None, "a NoneType, neither"),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, None, "the role 'narrator'"),
+        ({"messages": CHAT, "tools": "{]"}, None, "'tools' is a text that is not JSON"),
         ({"messages": ["Hi"]}, None, "a message without a role and a text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None, "a message without a role"),
         ({"messages": [CHAT[1]]}, None, "without a user's turn"),
@@ -113,7 +113,7 @@ def test_a_cut_off_line_is_named(tmp_path: Path) -> None:
 def test_other_encodings_are_named(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a{suffix}", b'"plain"\n' + "中文".encode("gb18030"))
     with pytest.raises(CalibrationError, match=r"(?s)not UTF-8: byte 0xd6 at position 0.*line 2.*iconv"):
-        list(read_file(path) if suffix != ".jsonl" else files._lines(path))
+        list(read_file(path) if suffix != ".jsonl" else lines_of(path))
 
 
 def test_a_json_list(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_json_list(tmp_path: Path) -> None:
     assert contents(path) == [CHAT, "one", "two"]
     assert contents(write(path, "")) == contents(write(path, "[]")) == []
     with pytest.raises(CalibrationError, match="holds a list of records, this one a dict"):
-        contents(write(path, '{"text": "one"}'))
+        contents(write(path, '{"one": "text"}'))
     with pytest.raises(CalibrationError, match=r"(?s)not whole JSON.*line 2"):
         contents(write(path, '[{"text": "one"},\n {"text": "tw'))
 
@@ -171,7 +171,10 @@ def test_a_text_is_cut_into_passages_and_nothing_is_lost(
     ("content", "how"),
     [
         ("words\n".encode("utf-16"), "`iconv -f UTF-16 -t UTF-8 a.txt`"),  # as Windows' shell writes a file
-        (gzip.compress(b"words\n"), "`gunzip -c a.txt`"),
+        ("words and words\n".encode("utf-16-le"), "`iconv -f UTF-16LE -t UTF-8 a.txt`"),
+        ("words and words\n".encode("utf-16-be"), "`iconv -f UTF-16BE -t UTF-8 a.txt`"),
+        (b"%PDF-1.7 words", "`pdftotext a.txt`"),
+        (b"PK\x03\x04 words", "`unzip a.txt`"),
         ("问题".encode("gb18030"), "`iconv -f GB18030 -t UTF-8 a.txt`"),
     ],
 )

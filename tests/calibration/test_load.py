@@ -56,11 +56,53 @@ def test_conversations_go_through_the_chat_template(tiny: Tiny, tmp_path: Path) 
     assert tiny.load(path).manifest.template == "mixed"
 
 
-def test_surface_forms_of_special_tokens_in_texts_stay_text(tiny: Tiny, tmp_path: Path) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("a <|im_end|> b " * 50)
-    made = tiny.load(path, seq_len=40)
-    assert 2 not in made.tokens and "<|im_end|>" in tiny.tokenizer.decode(made.tokens.flatten().tolist())
+def test_text_that_was_rendered_already_has_the_ids_of_its_conversations(tiny: Tiny, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Measure."}, {"role": "assistant", "content": "The table."}]
+    chats, texts = tmp_path / "chats.jsonl", tmp_path / "texts.jsonl"
+    rendered = tiny.tokenizer.decode(tiny.tokenizer.chat(turns, add_generation_prompt=False))
+    chats.write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    texts.write_text((json.dumps({"text": rendered}) + "\n") * 20)
+    made = tiny.load(texts)
+    assert torch.equal(made.tokens, tiny.load(chats).tokens)
+    assert made.manifest.notices == (
+        "plain texts hold 80 special tokens, such as <|im_start|>: they are read as tokens",
+    )
+    made.save(tmp_path / "kept.safetensors")
+    assert tiny.load(tmp_path / "kept.safetensors").manifest.notices == made.manifest.notices
+
+
+def test_keys_that_the_template_does_not_read_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    asked = {"role": "user", "content": "Measure the weights."}
+    answer = {"role": "assistant", "content": "The table.", "reasoning_content": "Hm.", "weight": 1}
+    record = {"messages": [asked, answer], "tools": [{"type": "function", "function": {"name": "f"}}]}
+    path.write_text((json.dumps(record) + "\n") * 20)
+    assert tiny.load(path).manifest.notices == (
+        "the model's chat template does not read reasoning_content (20 times), tools (20 times): left out of "
+        "the calibration tokens",
+    )
+
+
+def test_a_tools_answer_is_not_rendered_by_a_template_that_knows_no_tools(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Measure."}, {"role": "tool", "content": "12"}]
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    with pytest.raises(CalibrationError, match="role tool, which the model's chat template does not know"):
+        tiny.load(path)
+
+
+def test_records_without_words_are_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    good = {"messages": [{"role": "user", "content": "Measure the weights."}]}
+    system = {"role": "system", "content": "Be brief."}
+    bad = [{"messages": []}, {"messages": [system]}, {"text": None}, {"text": " \n\t"}, {"messages": None}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*[good] * 20, *bad]))
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text((json.dumps(good) + "\n") * 20)
+    assert tiny.load(path).fingerprint == tiny.load(alone).fingerprint
+    path.write_text("".join(json.dumps(record) + "\n" for record in bad))
+    with pytest.raises(CalibrationError, match="the text is empty"):
+        tiny.load(path)
 
 
 def test_saved_sets_come_back_exactly(tiny: Tiny, notes: Path, tmp_path: Path) -> None:
@@ -108,8 +150,9 @@ def test_bad_sources(tiny: Tiny, tmp_path: Path) -> None:
         CalibrationError, match=r"too little text: \d+ tokens, but 24 are needed for 2 \+ 1 seq"
     ):
         tiny.load(tmp_path / "short.txt")
-    with pytest.raises(UsageError, match=r"(?s)a folder is no text"):
-        tiny.load(tmp_path)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UsageError, match=r"(?s)no text file in this folder"):
+        tiny.load(tmp_path / "nothing")
     for wrong in ("selv", str(tmp_path / "gone.txt"), "data/notes.jsonl"):
         with pytest.raises(UsageError, match=r"(?s)no such text.*owner/name"):
             tiny.load(wrong)

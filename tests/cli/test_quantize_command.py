@@ -57,6 +57,7 @@ def test_options_reach_the_config(quantize: QuantizeShell, calibration: Path) ->
     assert ran.code == 0, ran.err
     said = json.loads(Path("q/config.json").read_text())["quantization_config"]
     wanted = {"bits": 8, "group_size": -1, "sym": False, "static_groups": False, "damp_percent": 0.05}
+    assert said["checkpoint_format"] == "gptq_v2"  # GPTQModel refuses free zero points in the first format
     assert wanted.items() <= said.items()
     recipe = json.loads(Path("q/qwenq.json").read_text())["recipe"]["quantize"]
     assert (recipe["scale_search"], recipe["refine"], recipe["act_order"]) == ("mse", False, "none")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import DataError
@@ -28,7 +29,7 @@ from qwenq.evals.tasks.choices import (
     options_by_length,
 )
 from qwenq.evals.tasks.data import Row, text_columns
-from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.hub import place_of, read_hub
 from qwenq.evals.tasks.script import Judged, Script, missing_subjects
 
 VERSION = 1
@@ -144,12 +145,12 @@ def no_scores(judged: Judged) -> list[Score]:
     return []
 
 
-def _from_hub(split: str, subjects: Sequence[str]) -> dict[str, list[Row]]:
+def _from_hub(split: str, subjects: Sequence[str], copy: Path | None = None) -> dict[str, list[Row]]:
     columns = ("id", *(COLUMNS[:-1] if split == "test" else COLUMNS))
     found = {}
     for subject in subjects:
-        where = f"hub dataset ceval/ceval-exam, {subject}, split {split}"
-        records = enumerate(read_hub("ceval/ceval-exam", subject, split), 1)
+        where = place_of(f"ceval/ceval-exam, {subject}", split, copy)
+        records = enumerate(read_hub("ceval/ceval-exam", subject, split, copy=copy), 1)
         found[subject] = [_row(record, columns, f"{where}, row {n}") for n, record in records]
     return found
 

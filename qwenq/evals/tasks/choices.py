@@ -12,6 +12,7 @@ from typing import Any
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import Chosen, DataSource, Item, Judgement
 from qwenq.evals.tasks.data import AnyPath, Row, check_count, local_folder, read_csv
+from qwenq.evals.tasks.hub import copy_in
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
@@ -31,9 +32,10 @@ class ChoiceSet:
         split: which split is scored.
         columns: of its files; the rows of items have them in lower case, but for the letters.
         header: whether the files begin with a line that names the columns.
-        hub: the rows of (split, subjects) from the hub, by subject.
+        hub: the rows of (split, subjects, copy) by subject: from the hub, or from a copy of its files.
         answered: whether the scored split has its answers.
         file: names of the files.
+        copy: the folder, if it holds what the hub has, in the hub's layout.
         least: rows that every subject has; fewer are a file that is not whole.
     """
 
@@ -43,10 +45,11 @@ class ChoiceSet:
     split: str
     columns: Sequence[str]
     header: bool
-    hub: Callable[[str, Sequence[str]], Mapping[str, list[Row]]]
+    hub: Callable[[str, Sequence[str], Path | None], Mapping[str, list[Row]]]
     answered: bool = True
     file: str = "{split}/{subject}_{split}.csv"
     least: int = 1
+    copy: Callable[[Path | None], Path | None] = copy_in
 
     def path(self, folder: AnyPath, split: str, subject: str) -> AnyPath:
         """Where the rows of a subject are."""
@@ -64,9 +67,10 @@ def load_choices(origin: ChoiceSet, source: DataSource, subjects: Sequence[str],
     known = _subjects_in(folder, origin.split) if source.sample and folder else list(origin.counts)
     _check_known(origin.name, subjects, known)
     wanted = [subject for subject in known if not subjects or subject in subjects]
-    if folder is None:
-        scored = origin.hub(origin.split, wanted)
-        examples = origin.hub("dev", wanted) if shots else {}
+    copy = None if folder is not None and (folder / origin.split).is_dir() else origin.copy(folder)
+    if folder is None or copy is not None:
+        scored = origin.hub(origin.split, wanted, copy)
+        examples = origin.hub("dev", wanted, copy) if shots else {}
     else:
         wanted = _present(origin, folder, wanted, asked=bool(subjects))
         scored = {subject: read_subject(origin, folder, origin.split, subject) for subject in wanted}

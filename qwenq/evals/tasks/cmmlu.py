@@ -12,6 +12,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from qwenq.errors import DataError
 from qwenq.evals.tasks.averages import score_all
@@ -78,8 +79,12 @@ CATEGORIES: Mapping[str, Sequence[str]] = {
 """The first four share out the subjects; the last is across them."""
 
 
-def _from_hub(split: str, subjects: Sequence[str]) -> dict[str, list[Row]]:
-    path = fetch_hub_file(HUB, ARCHIVE, sampled=False)
+def _copy_in(folder: Path | None) -> Path | None:
+    return folder if folder is not None and (folder / ARCHIVE).is_file() else None
+
+
+def _from_hub(split: str, subjects: Sequence[str], copy: Path | None = None) -> dict[str, list[Row]]:
+    path = fetch_hub_file(HUB, ARCHIVE, sampled=False) if copy is None else copy / ARCHIVE
     try:
         with zipfile.ZipFile(path) as archive:
             root = zipfile.Path(archive)
@@ -100,6 +105,7 @@ ORIGIN = ChoiceSet(
     hub=_from_hub,
     file="{split}/{subject}.csv",
     least=100,
+    copy=_copy_in,
 )
 _script = partial(
     Script,

@@ -72,7 +72,7 @@ def read_csv(
     Args:
         path: UTF-8, with or without a byte-order mark.
         columns: their names, in order where the file has no header.
-        header: the first line names the columns.
+        header: whether the first line has to name the columns; if not, it may: copies were saved with one.
         optional: columns that the file may have besides.
 
     Raises:
@@ -87,7 +87,13 @@ def read_csv(
             names = next(reader, [])
             _check_header(path, names, columns, optional)
             line = reader.line_num
+        first = True
         for values in reader:
+            is_header, first = first and not header and _names_columns(values, columns), False
+            if is_header:
+                names = _in_our_spelling(values, columns)
+                line = reader.line_num
+                continue
             where = f"{path}, line {line + 1}"
             line = reader.line_num
             if not values:
@@ -186,6 +192,22 @@ def check_count(found: int, expected: int, where: object) -> None:
         )
 
 
+def _names_columns(values: Sequence[str], columns: Sequence[str]) -> bool:
+    """Return whether a first row is a header: the columns' names, or their numbers as pandas writes them."""
+    folded = {value.strip().casefold() for value in values}
+    numbers = [str(number) for number in range(len(columns))]
+    return folded >= {name.casefold() for name in columns} or [v.strip() for v in values] in (
+        numbers,
+        ["", *numbers],
+    )
+
+
+def _in_our_spelling(header: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return the names of a header's columns, those that are wanted as they are called here."""
+    known = {name.casefold(): name for name in columns} | {str(n): name for n, name in enumerate(columns)}
+    return [known.get(name.strip().casefold(), name.strip()) for name in header]
+
+
 def _check_header(
     path: object, names: Sequence[str], columns: Sequence[str], optional: Sequence[str]
 ) -> None:
@@ -215,6 +237,12 @@ def read_text(path: Path | zipfile.Path) -> str:
         raise DataError(
             f"cannot be unpacked: {error}", where=str(path), hint="get the archive again"
         ) from error
+    if b"\0" in raw:
+        raise DataError(
+            "it holds zero (NUL) bytes: probably UTF-16, or not a text",
+            where=str(path),
+            hint=f"convert it, e.g. `iconv -f UTF-16LE -t UTF-8 {path.name}`",
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

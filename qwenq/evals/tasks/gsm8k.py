@@ -22,7 +22,7 @@ from qwenq.errors import DataError
 from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
-from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
@@ -217,7 +217,9 @@ def _check_steps(row: Row) -> None:
 
 def _read(source: DataSource, split: str) -> list[Row]:
     folder = local_folder(source, "gsm8k")
-    rows = _from_hub(split) if folder is None else _from_file(folder / f"{split}.jsonl")
+    file = None if folder is None else folder / f"{split}.jsonl"
+    copy = None if file is None or file.exists() else copy_in(folder)
+    rows = _from_hub(split, copy) if file is None or copy is not None else _from_file(file)
     if not source.sample:
         check_count(len(rows), COUNTS[split], rows[0].where.rsplit(", ", 1)[0])
     for row in rows:
@@ -235,11 +237,11 @@ def _from_file(path: Path) -> list[Row]:
     return read_json_lines(path, ("question", "answer"))
 
 
-def _from_hub(split: str) -> list[Row]:
-    where = f"hub dataset openai/gsm8k, split {split}"
+def _from_hub(split: str, copy: Path | None) -> list[Row]:
+    where = place_of("openai/gsm8k", split, copy)
     return [
         Row(text_columns(record, ("question", "answer"), f"{where}, row {n}"), f"{where}, row {n}")
-        for n, record in enumerate(read_hub("openai/gsm8k", "main", split), 1)
+        for n, record in enumerate(read_hub("openai/gsm8k", "main", split, copy=copy), 1)
     ]
 
 

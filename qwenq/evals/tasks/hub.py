@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,9 +15,12 @@ from qwenq.errors import DataError
 _CONNECT = "either connect to the hub{package}, or put the files into a folder and name it: --data DIR"
 _NEITHER = "; --sample needs neither, but is not the benchmark"
 _TIMEOUT = 10.0  # seconds
+_LARGEST = 64_000_000  # bytes of a file
 
 
-def read_hub(dataset: str, config: str | None, split: str, *, sampled: bool = True) -> list[dict[str, Any]]:
+def read_hub(
+    dataset: str, config: str | None, split: str, *, sampled: bool = True, copy: Path | None = None
+) -> list[dict[str, Any]]:
     """All rows of one split, in its own order, through the ``datasets`` library.
 
     Args:
@@ -24,10 +28,13 @@ def read_hub(dataset: str, config: str | None, split: str, *, sampled: bool = Tr
         config: one of its configurations; None where it has one only.
         split: such as ``test``.
         sampled: whether the sample suite has this benchmark, too.
+        copy: a folder with the set's parquet files, as downloaded; None: the hub.
 
     Raises:
         DataError: ``datasets`` is not installed, the hub cannot be reached, or has no such set.
     """
+    if copy is not None:
+        return _read_copy(copy, config, split)
     where = f"hub dataset {dataset}{f', {config}' if config else ''}, split {split}"
     ways = _CONNECT.format(package=" (pip install 'qwenq[data]')") + (_NEITHER if sampled else "")
     try:
@@ -45,6 +52,59 @@ def read_hub(dataset: str, config: str | None, split: str, *, sampled: bool = Tr
     if not listed:
         raise DataError("the hub gave no rows", where=where, hint=ways)
     return listed
+
+
+def copy_in(folder: Path | None) -> Path | None:
+    """Return the folder if parquet files of a hub data set lie in it, however deep."""
+    return folder if folder is not None and next(folder.rglob("*.parquet"), None) else None
+
+
+def place_of(dataset: str, split: str, copy: Path | None) -> str:
+    """Return where the rows of ``read_hub`` come from, for messages."""
+    return f"hub dataset {dataset}, split {split}" if copy is None else f"{copy}, split {split}"
+
+
+def _read_copy(folder: Path, config: str | None, split: str) -> list[dict[str, Any]]:
+    """Return the rows of a split from parquet files that lie as on the hub."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            "reading .parquet needs the package pyarrow", where=folder, hint="pip install 'qwenq[data]'"
+        ) from None
+    rows: list[dict[str, Any]] = []
+    for file in _copied_files(folder, config, split):
+        if file.stat().st_size > _LARGEST:
+            raise DataError(f"over {_LARGEST // 1_000_000} MB: no benchmark file is that large", where=file)
+        try:
+            rows += parquet.read_table(file).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"not a whole parquet file: {error}", where=file, hint="copy it again") from error
+    if not rows:
+        raise DataError("the parquet files hold no rows", where=folder, hint="download them again")
+    return rows
+
+
+def _copied_files(folder: Path, config: str | None, split: str) -> list[Path]:
+    inside = [(file, file.relative_to(folder).parts) for file in sorted(folder.rglob("*.parquet"))]
+    of_config = [(file, parts) for file, parts in inside if config in parts]
+    if not of_config and len({parts[:-1] for _, parts in inside}) == 1:
+        of_config = inside  # downloaded alone, without its folder
+    named = re.compile(rf"(?:.*[-_.])?{re.escape(split)}(?:[-_.].*)?")
+    files = [
+        file
+        for file, parts in (inside if config is None else of_config)
+        if split in parts[:-1] or named.fullmatch(parts[-1].removesuffix(".parquet"))
+    ]
+    if not files:
+        names = ", ".join("/".join(parts) for _, parts in inside[:5])
+        raise DataError(
+            f"no parquet file of the split {split}{f' of {config}' if config else ''}",
+            where=folder,
+            hint=f"it should be called {config or 'data'}/{split}-00000-of-00001.parquet; there are {names}",
+        )
+    return files
 
 
 def fetch_hub_file(dataset: str, name: str, *, sampled: bool = True) -> Path:

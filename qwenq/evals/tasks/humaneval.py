@@ -22,7 +22,7 @@ from qwenq.evals.sandbox.programs import Program
 from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
-from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
@@ -126,15 +126,16 @@ def canonical(item: Item) -> str:
 
 def _rows(source: DataSource) -> list[Row]:
     folder = local_folder(source, "humaneval")
-    if folder is not None:
-        plain = folder / FILE.removesuffix(".gz")
-        return read_json_lines(plain if plain.exists() else folder / FILE, COLUMNS)
-    if packaged := _packaged():
+    plain = None if folder is None else folder / FILE.removesuffix(".gz")
+    copy = None if plain is None or plain.exists() or (plain.parent / FILE).exists() else copy_in(folder)
+    if plain is not None and copy is None:
+        return read_json_lines(plain if plain.exists() else plain.parent / FILE, COLUMNS)
+    if copy is None and (packaged := _packaged()):
         return read_json_lines(packaged, COLUMNS)
-    where = "hub dataset openai/openai_humaneval, split test"
+    where = place_of("openai/openai_humaneval", "test", copy)
     return [
         Row(text_columns(record, COLUMNS, f"{where}, row {n}"), f"{where}, row {n}")
-        for n, record in enumerate(read_hub("openai/openai_humaneval", None, "test"), 1)
+        for n, record in enumerate(read_hub("openai/openai_humaneval", None, "test", copy=copy), 1)
     ]
 
 

@@ -28,7 +28,7 @@ from qwenq.evals.tasks.data import (
     text_columns,
 )
 from qwenq.evals.tasks.final_answers import boxed, same_answer, stated
-from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
 from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
@@ -131,8 +131,10 @@ def _item(subject: str, name: str, row: Row, shots: int) -> Item:
 def _rows(source: DataSource, wanted: Sequence[str]) -> dict[str, list[tuple[str, Row]]]:
     """Names and rows, by subject."""
     folder = local_folder(source, "math")
-    if folder is None:
-        return {subject: _from_hub(subject) for subject in wanted}
+    ours = folder is not None and any((folder / name).exists() for name in ("test.jsonl", "test"))
+    copy = None if ours else copy_in(folder)
+    if folder is None or copy is not None:
+        return {subject: _from_hub(subject, copy) for subject in wanted}
     if (folder / "test.jsonl").exists():
         return _from_lines(folder / "test.jsonl", wanted)
     return {subject: _from_folder(folder / "test" / subject) for subject in wanted}
@@ -156,9 +158,9 @@ def _from_lines(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[str, 
     return found
 
 
-def _from_hub(subject: str) -> list[tuple[str, Row]]:
-    where = f"hub dataset {HUB}, {subject}, split test"
-    rows = enumerate(read_hub(HUB, subject, "test", sampled=False))
+def _from_hub(subject: str, copy: Path | None) -> list[tuple[str, Row]]:
+    where = place_of(f"{HUB}, {subject}", "test", copy)
+    rows = enumerate(read_hub(HUB, subject, "test", sampled=False, copy=copy))
     named = ((str(n), f"{where}, row {n + 1}", record) for n, record in rows)
     return [(name, Row(text_columns(record, COLUMNS, place), place)) for name, place, record in named]
 

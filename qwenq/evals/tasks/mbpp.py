@@ -33,7 +33,7 @@ from qwenq.evals.tasks.data import (
     read_json_records,
     text_columns,
 )
-from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
@@ -181,8 +181,10 @@ def _names_in(tree: ast.AST) -> set[str]:
 
 def _rows(source: DataSource) -> tuple[str, list[Row]]:
     folder = local_folder(source, "mbpp")
-    if folder is None:
-        found = [*_from_hub("prompt"), *_from_hub("test")]
+    ours = folder is not None and any((folder / name).exists() for name in (FULL, SANITIZED))
+    copy = None if ours else copy_in(folder)
+    if folder is None or copy is not None:
+        found = [*_from_hub("prompt", copy), *_from_hub("test", copy)]
         return FULL, [_row(record, where, FULL) for record, where in found]
     name = SANITIZED if not (folder / FULL).exists() and (folder / SANITIZED).exists() else FULL
     return name, [_row(record, where, name) for record, where in _read(folder / name)]
@@ -194,8 +196,8 @@ def _read(path: Path) -> list[tuple[Any, str]]:
     return numbered(read_json(path), str(path))
 
 
-def _from_hub(split: str) -> list[tuple[Any, str]]:
-    return numbered(read_hub(HUB, "full", split, sampled=False), f"hub dataset {HUB}, split {split}")
+def _from_hub(split: str, copy: Path | None) -> list[tuple[Any, str]]:
+    return numbered(read_hub(HUB, "full", split, sampled=False, copy=copy), place_of(HUB, split, copy))
 
 
 def _row(record: object, where: str, name: str) -> Row:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from qwenq.errors import DataError
 from qwenq.evals.task import Choose, Item, Judgement, Request, Write, Written, chat_text, first_turn
@@ -34,7 +35,7 @@ from qwenq.evals.tasks.choices import (
     options_by_length,
 )
 from qwenq.evals.tasks.data import Row
-from qwenq.evals.tasks.hub import read_hub
+from qwenq.evals.tasks.hub import place_of, read_hub
 from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
@@ -150,10 +151,12 @@ def _few_shot(item: Item, question: str, *, strip: bool = False) -> str:
     return HEADER.format(subject=subject) + shown + question.format_map(rows[-1])
 
 
-def _from_hub(split: str, subjects: Sequence[str]) -> dict[str, list[Row]]:
+def _from_hub(split: str, subjects: Sequence[str], copy: Path | None = None) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {subject: [] for subject in subjects}
-    for number, record in enumerate(read_hub("cais/mmlu", "all", split), 1):
-        where = f"hub dataset cais/mmlu, split {split}, row {number}"
+    place = place_of("cais/mmlu", split, copy)
+    config = "all" if copy is None or any(copy.rglob("all")) else None  # a copy may be of some subjects
+    for number, record in enumerate(read_hub("cais/mmlu", config, split, copy=copy), 1):
+        where = f"{place}, row {number}"
         options, answer = record.get("choices"), record.get("answer")
         texts = [record.get("question"), *(options if isinstance(options, list) else ())]
         whole = len(texts) == 5 and all(isinstance(text, str) for text in texts)
@@ -164,7 +167,7 @@ def _from_hub(split: str, subjects: Sequence[str]) -> dict[str, list[Row]]:
             found[record["subject"]].append(Row(dict(zip(COLUMNS, values, strict=True)), where))
     empty = [subject for subject, rows in found.items() if not rows]
     if empty:
-        raise DataError(f"no rows of {', '.join(empty)}", where=f"hub dataset cais/mmlu, split {split}")
+        raise DataError(f"no rows of {', '.join(empty)}", where=place)
     return found
 
 

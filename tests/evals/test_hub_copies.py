@@ -1,0 +1,97 @@
+"""Benchmarks as they lie on the hub, and copies that were saved with a header."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from benchmark_data import MMLU_SUBJECTS, write_gsm8k, write_humaneval, write_mmlu
+from pyarrow import parquet
+
+from qwenq.errors import DataError
+from qwenq.evals.task import DataSource
+from qwenq.evals.tasks.registry import get_task
+
+
+def items(data: Path, task: str, protocol: str, subjects: tuple[str, ...] = (), shots: int = 0) -> Any:
+    return get_task(task, protocol).load(DataSource(folder=data), subjects, shots)
+
+
+def put(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def mmlu_rows(data: Path, subject: str, split: str) -> list[dict[str, Any]]:
+    with (data / "mmlu" / split / f"{subject}_{split}.csv").open(encoding="utf-8", newline="") as file:
+        return [
+            {"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5]), "subject": subject}
+            for row in csv.reader(file)
+        ]
+
+
+@pytest.mark.parametrize("layout", ["all/{split}-00000-of-00001.parquet", "{split}-00000-of-00001.parquet"])
+def test_mmlu_as_on_the_hub(tmp_path: Path, layout: str) -> None:
+    original, copy = write_mmlu(tmp_path / "original"), tmp_path / "copy"
+    for split in ("dev", "test"):
+        rows = [row for subject in MMLU_SUBJECTS for row in mmlu_rows(original, subject, split)]
+        put(copy / "mmlu" / layout.format(split=split), rows)
+    subjects = tuple(MMLU_SUBJECTS)
+    assert items(copy, "mmlu", "base", subjects, 5) == items(original, "mmlu", "base", subjects, 5)
+
+
+def test_mmlu_by_subject(tmp_path: Path) -> None:
+    original, copy = write_mmlu(tmp_path / "original"), tmp_path / "copy"
+    for subject in MMLU_SUBJECTS:
+        for split in ("dev", "test"):
+            put(
+                copy / "mmlu" / subject / f"{split}-00000-of-00001.parquet",
+                mmlu_rows(original, subject, split),
+            )
+    for subjects in (("astronomy",), tuple(MMLU_SUBJECTS)):
+        assert items(copy, "mmlu", "base", subjects, 5) == items(original, "mmlu", "base", subjects, 5)
+
+
+def test_gsm8k_and_humaneval_as_on_the_hub(tmp_path: Path) -> None:
+    original, copy = write_humaneval(write_gsm8k(tmp_path / "original")), tmp_path / "copy"
+    for split in ("train", "test"):
+        lines = (original / "gsm8k" / f"{split}.jsonl").read_text().splitlines()
+        put(copy / "gsm8k" / "main" / f"{split}-00000-of-00001.parquet", [json.loads(line) for line in lines])
+    with gzip.open(original / "humaneval" / "HumanEval.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    put(copy / "humaneval" / "openai_humaneval" / "test-00000-of-00001.parquet", rows)
+    assert items(copy, "gsm8k", "lm-eval") == items(original, "gsm8k", "lm-eval")
+    assert items(copy, "humaneval", "base") == items(original, "humaneval", "base")
+
+
+def test_copies_that_are_not_whole(tmp_path: Path) -> None:
+    put(
+        tmp_path / "gsm8k" / "main" / "train-00000-of-00001.parquet", [{"question": "1?", "answer": "#### 1"}]
+    )
+    with pytest.raises(DataError, match="no parquet file of the split test of main") as caught:
+        items(tmp_path, "gsm8k", "card")
+    assert "main/train-00000-of-00001.parquet" in str(caught.value.hint)
+    (tmp_path / "gsm8k" / "main" / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="not a whole parquet file"):
+        items(tmp_path, "gsm8k", "card")
+
+
+@pytest.mark.parametrize(
+    "header", ["question,A,B,C,D,answer", "Question,a,b,c,d,Answer", "0,1,2,3,4,5", "answer,question,A,B,C,D"]
+)
+def test_mmlu_files_with_a_header(tmp_path: Path, header: str) -> None:
+    original, copy = write_mmlu(tmp_path / "original"), write_mmlu(tmp_path / "copy")
+    for path in (copy / "mmlu").rglob("*.csv"):
+        text = path.read_text(encoding="utf-8")
+        if header.startswith("answer"):
+            rows = [line.rsplit(",", 1) for line in text.splitlines()]
+            text = "".join(f"{answer},{rest}\n" for rest, answer in rows)
+        path.write_text(f"{header}\n{text}", encoding="utf-8")
+    assert items(copy, "mmlu", "base", ("astronomy",), 5) == items(
+        original, "mmlu", "base", ("astronomy",), 5
+    )
