@@ -235,8 +235,9 @@ def test_help_loads_nothing_heavy() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_an_environment_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     """venv writes pyvenv.cfg first and pip last: Ctrl-C, or a Python without ensurepip, leaves no pip."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "hatch_build.py"):
         shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "qwenq" / "compute", tmp_path / "qwenq" / "compute")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "pyvenv.cfg").touch()
 

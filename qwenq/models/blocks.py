@@ -79,7 +79,7 @@ class BlockwiseDecoder:
     def _fuse(self, config: Any) -> None:
         reason = fused_block.fuse_blocks(self._blocks, config)
         if reason is not None:
-            missed = f"norms and activations are left to torch, which takes longer, because {reason}"
+            missed = f"norms and activations run in torch, which takes longer, because {reason}"
             self.passed_over = f"{self.passed_over}; {missed}" if self.passed_over else missed
 
     def _windowed(self, config: Any) -> str | None:
@@ -90,7 +90,7 @@ class BlockwiseDecoder:
             return None
         return (
             f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} "
-            "tokens: where a text fills it, it is left to torch, which takes longer"
+            "tokens: where a text fills it, it runs in torch, which takes longer"
         )
 
     @property

@@ -105,7 +105,7 @@ def test_the_manifest_names_the_base(ours: Path, base: Path, check: Shell) -> No
 
 def test_compiled_attention_that_is_missed_is_said(plain: Path, base: Path, check: Shell) -> None:
     """Not in float16: for that none is made."""
-    missed = "attention, norms and activations are left to torch, which takes longer, because the width"
+    missed = "attention, norms and activations run in torch, which takes longer, because the width"
     for dtype in ("auto", "bfloat16"):
         ran = check(plain, "--against", base, *SMALL, "--dtype", dtype, "--json")
         assert ran.code == 0, ran.err
@@ -113,7 +113,7 @@ def test_compiled_attention_that_is_missed_is_said(plain: Path, base: Path, chec
         assert missed in json.loads(ran.out)["notices"][-1]
     ran = check(plain, "--against", base, *SMALL, "--dtype", "float16")
     assert ran.code == 0, ran.err
-    assert "left to torch" not in ran.out + ran.err
+    assert "run in torch" not in ran.out + ran.err
 
 
 def test_settings_in_autogptqs_own_file_alone(plain: Path, base: Path, tmp_path: Path, check: Shell) -> None:

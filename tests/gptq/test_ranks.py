@@ -10,7 +10,7 @@ import pytest
 import torch
 from pipeline import recipe_for
 from problems import usual
-from qwenq.models.fused_block import NATIVE, TORCH
+from qwenq.models.fused_block import OURS, TORCH
 from tiny_families import write_family
 
 from qwenq.compute import cpu
@@ -53,7 +53,7 @@ def test_a_follower_with_other_attention_says_what_it_lacks(
     """As where the C library is compiled on the first machine alone."""
     model = write_family(tmp_path / "m")
     told = told_by_a_leader(model, torch.bfloat16)
-    assert told["attention"] == [NATIVE, None]
+    assert told["attention"] == [OURS, None]
     monkeypatch.setenv(cpu.VARIABLE, "torch")
     with pytest.raises(ModelError) as caught:
         follow(recipe_for(model), Spoken(1, told), "cpu")

@@ -50,7 +50,7 @@ def test_a_decoder_with_kernels_is_as_near_to_float32_as_in_torch(
 @needs_kernels
 def test_where_no_kernel_runs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     _, checkpoint = small_model("llama")
-    notice = "norms, rotary positions, activations and attention of prompts are left to torch"
+    notice = "norms, rotary positions, activations and attention of prompts run in torch"
     engine = fast_engine(checkpoint, "bfloat16")
     assert not any(notice in note for note in engine.notes)
     assert f"C for {cpu.variant_name()}" in engine.implementation

@@ -79,22 +79,30 @@ ALWAYS_INLINE void pack_tile(Args args, int dtype, int pairs, long group, long t
     }
 }
 
-// Scores of the tile's queries with a tile of keys.
-ALWAYS_INLINE void multiply_keys(int pairs, long words, const float *queries, const float *keys, float *scores,
-                                 long width) {
-    Floats sum[QUERIES][REGISTERS];
-    for (int q = 0; q < QUERIES; q++)
-        for (int i = 0; i < REGISTERS; i++) sum[q][i] = spread(0);
-    for (long word = 0; word < words; word++, keys += TILE) {
-        Floats key[REGISTERS];
-        for (int i = 0; i < REGISTERS; i++) key[i] = load(keys + i * LANES);
-        for (int q = 0; q < QUERIES; q++) {
-            Floats query = spread(queries[q * words + word]);
-            for (int i = 0; i < REGISTERS; i++) sum[q][i] = multiply_words(pairs, query, key[i], sum[q][i]);
+// Scores of the tile's queries with a tile of keys. Sums of at most CHUNK words are added up in registers, and these in
+// memory: a float32 sum of a wide head keeps more of its digits.
+#define CHUNK 128
+ALWAYS_INLINE void multiply_keys(int pairs, long words, const float *queries, const float *keys, float *scores, long width) {
+    for (long first = 0; first < words; first += CHUNK) {
+        Floats sum[QUERIES][REGISTERS];
+        for (int q = 0; q < QUERIES; q++)
+            for (int i = 0; i < REGISTERS; i++) sum[q][i] = spread(0);
+        long last = at_most(first + CHUNK, words);
+        for (long word = first; word < last; word++, keys += TILE) {
+            Floats key[REGISTERS];
+            for (int i = 0; i < REGISTERS; i++) key[i] = load(keys + i * LANES);
+            for (int q = 0; q < QUERIES; q++) {
+                Floats query = spread(queries[q * words + word]);
+                for (int i = 0; i < REGISTERS; i++) sum[q][i] = multiply_words(pairs, query, key[i], sum[q][i]);
+            }
         }
+        for (int q = 0; q < QUERIES; q++)
+            for (int i = 0; i < REGISTERS; i++) {
+                float *to = scores + q * width + i * LANES;
+                if (first) sum[q][i] += load(to);
+                store(to, sum[q][i]);
+            }
     }
-    for (int q = 0; q < QUERIES; q++)
-        for (int i = 0; i < REGISTERS; i++) store(scores + q * width + i * LANES, sum[q][i]);
 }
 
 // e^(scale (score - largest)) of the first `count` scores of a row, zeros up to `end`; the inverse of their sum.

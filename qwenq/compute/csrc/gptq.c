@@ -54,7 +54,7 @@ enum { ROUND, MOVE };
 // by error (error H_ii / 2 - G), as it is a parabola in one integer.
 ALWAYS_INLINE void strip(const Block *b, int rule, long at, const int registers, const int lanes) {
     Floats cost[REGISTERS], w[REGISTERS], levels = spread(b->levels);
-    float integers[STRIP];
+    float integers[STRIP] = {0};
     for (int r = 0; r < registers; r++) cost[r] = spread(0.0f);
     for (long i = 0; i < b->count; i++) {
         const float *s = b->scales + b->groups[i] * b->rows + at, *z = b->zeros + b->groups[i] * b->rows + at;
