@@ -171,7 +171,7 @@ def test_a_text_is_cut_into_passages_and_nothing_is_lost(
     ("content", "how"),
     [
         ("words\n".encode("utf-16"), "`iconv -f UTF-16 -t UTF-8 a.txt`"),  # as Windows' shell writes a file
-        (gzip.compress(b"words\n"), "`gunzip -c a.txt`"),
+        (gzip.compress(b"words\n", mtime=0), "`gunzip -c a.txt`"),
         ("问题".encode("gb18030"), "`iconv -f GB18030 -t UTF-8 a.txt`"),
     ],
 )

@@ -8,14 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native.native_functions import UNABLE, in_both, needs_bfloat16
+from native.native_functions import in_both, needs_bfloat16, needs_float32
 from torch import Tensor
 from torch.nn import functional
 
-if UNABLE[torch.float32] is not None:
-    pytest.skip(f"no such code here: {UNABLE[torch.float32]}", allow_module_level=True)
-
 from qwenq.models.native_block import rms_norm, rotate_, swiglu, swiglu_
+
+pytestmark = needs_float32
 
 LAST = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}  # the unit of a number's last bit beside it
 WIDTHS = st.sampled_from([16, 48, 64, 80, 128, 576])
