@@ -2,8 +2,8 @@
 
 Workers of pytest-xdist compare what they collected and stop where it differs. No parameter may come from the
 clock, from chance, from the order of a set, from an address, or from what this machine can do: a test skips
-itself when it runs. Packages that are not installed are the exception, as all processes of an environment lack
-the same.
+itself when it runs. Packages that are not installed are the exception: all processes of an environment lack
+the same ones.
 """
 
 from __future__ import annotations
