@@ -25,7 +25,7 @@ from qwenq.runtime.cache import KVCache
 from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.decode_step import DecodeStep
 from qwenq.runtime.kernels.base import Kernel
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni
+from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.linear import Dense, float32_logits
 from qwenq.runtime.rope import Rope, logn_scales
@@ -103,8 +103,8 @@ class Decoder:
         if head == "int8":
             self.head = Int8Head.of(self.head)
         self._step = _decode_step(self)
-        if self.kernel == CpuVnni.name and isinstance(self._step, DecodeStep):
-            why = CompiledStep.why_not(self)
+        if self.kernel == CpuNative.name and isinstance(self._step, DecodeStep):
+            why = CompiledStep.unsupported_reason(self)
             self.notes = (*self.notes, f"the faster compiled decode step was passed over: {why}")
 
     def switched(self, *, dynamic_ntk: bool, logn: bool) -> Decoder:
@@ -235,7 +235,7 @@ def _decode_step(decoder: Decoder) -> DecodeStep | CompiledStep | None:
     if not isinstance(attend, GroupedDecode) and not (isinstance(attend, Best) and attend.has_grouped):
         return None
     plain = DecodeStep(decoder)
-    step = plain if CompiledStep.why_not(decoder) else CompiledStep(decoder, plain)
+    step = plain if CompiledStep.unsupported_reason(decoder) else CompiledStep(decoder, plain)
     if not isinstance(attend, Best):
         return step
     whole, otherwise = _milliseconds(decoder, step), _milliseconds(decoder, None)

@@ -10,7 +10,7 @@ import torch
 from qwenq.native.gpu import why_not_triton
 from qwenq.runtime.attention import available
 from qwenq.runtime.kernels.base import Need
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni
+from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.kernels.table import KERNELS
 from qwenq.runtime.kernels.triton_support import triton_label
 
@@ -61,11 +61,11 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> list[Part]:
 
 def _steps(device: torch.device, dtype: torch.dtype) -> list[Part]:
     """What makes whole decode steps of the fast engine faster; elsewhere torch runs them piece by piece."""
-    whole = CpuVnni.why_not(Need(4, 128, "gptq", device, dtype))
+    whole = CpuNative.why_not(Need(4, 128, "gptq", device, dtype))
     graphs = None if device.type == "cuda" else f"CUDA graphs need a CUDA GPU, and this is a {device.type}"
     between = why_not_triton(device)
     return [
-        Part("decode step", "compiled", None if whole else "one call, with kernel cpu-vnni", whole),
+        Part("decode step", "compiled", None if whole else "one call, with kernel cpu-native", whole),
         Part("decode step", "graph", None if graphs else "one launch", graphs),
         Part("decode step", "fused", None if between else f"between products {triton_label()}", between),
     ]

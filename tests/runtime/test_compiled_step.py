@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from native.native_functions import needs_native
+from compute.conftest import NAMES, lower
 from runtime.quantised_models import quantised_model
 from runtime.small_models import random_ids
 
@@ -14,9 +15,17 @@ from qwenq.errors import UsageError
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.engine import FastEngine, load
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni
+from qwenq.runtime.kernels.cpu_native import CpuNative
 
-pytestmark = needs_native
+
+@pytest.fixture(params=NAMES, autouse=True, scope="module")
+def variant(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run every test for every variant that this CPU can run."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        lower(request.param, monkeypatch)
+        yield
+
+
 NEAR = 0.04  # what bfloat16 leaves of models whose random weights make it hard
 INT4, INT8 = QuantConfig(bits=4, group_size=32), QuantConfig(bits=8, group_size=32)
 FAMILIES = ("llama", "llama3-rope", "qwen1.5", "qwen2-tied", "qwen2.5-yarn", "qwen3")
@@ -58,7 +67,7 @@ def test_it_is_nearer_to_the_exact_model_than_bfloat16_calls_are(family: str, qu
     assert error < 1.1 * rounding
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, CpuVnni.many_rows - 1, CpuVnni.many_rows])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, CpuNative.many_rows - 1, CpuNative.many_rows])
 def test_any_number_of_rows_each_as_if_alone(rows: int) -> None:
     engine = engine_of("qwen3")
     prompts = [random_ids(1 + row % 7, row) for row in range(rows)]

@@ -18,7 +18,7 @@ from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.gptq_format import DequantisedSource
 from qwenq.runtime.engine import Engine, load
 from qwenq.runtime.kernels.cpu_int4 import block
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni
+from qwenq.runtime.kernels.cpu_native import CpuNative
 
 ENGINES = ("fast", "transformers")
 INT4 = QuantConfig(bits=4, group_size=32)
@@ -75,7 +75,7 @@ def test_the_int4_product_is_as_near_as_bfloat16_is(case: str, engine: str) -> N
     assert f"kernel {kernel}" in found.implementation
     assert not [note for note in found.notes if "passed over" in note]
     chosen = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine)
-    assert f"kernel {'cpu-vnni' if CpuVnni.unable() is None else kernel}" in chosen.implementation
+    assert f"kernel {'cpu-native' if CpuNative.unable() is None else kernel}" in chosen.implementation
     exact = logits(load(checkpoint, device="cpu", dtype="float32", engine=engine))
     reference = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine, kernel="dequantise")
     errors = [(logits(one) - exact).norm() / exact.norm() for one in (found, chosen)]
@@ -91,7 +91,7 @@ def test_what_ran_is_said_with_what_was_passed_over() -> None:
         kernels = [note for note in engine.notes if note.startswith("the faster kernel ")]
         assert kernels == [
             f"the faster kernel {name} was passed over: it computes in bfloat16, not in float32"
-            for name in ("cpu-vnni", "cpu-int4")
+            for name in ("cpu-native", "cpu-int4")
         ]
 
 

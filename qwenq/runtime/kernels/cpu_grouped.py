@@ -1,4 +1,4 @@
-"""What the CPU's kernels share: few rows by integers as they lie, many rows unpacked, both in bfloat16.
+"""What the CPU's kernels share: few rows by integers as they lie, many rows unpacked.
 
 Three things that no product over groups knows are done around it:
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwenq.models.packing import PackedLinear
-from qwenq.runtime.bfloat16_products import multiply
+from qwenq.runtime.bfloat16_products import float32_is_faster
 from qwenq.runtime.kernels.base import Grouped, Layer, Need, grouped
 
 
@@ -91,13 +91,19 @@ class CpuGrouped(ABC):
     def _rows(self, rows: Tensor) -> Tensor:
         if self.order is not None:
             rows = rows[:, self.order]
-        y = self._few(rows) if len(rows) < self.many_rows else multiply(rows, self._unpacked())
+        y = self._few(rows) if len(rows) < self.many_rows else self._many(rows)
         if self.offsets is not None:
             sums = rows.view(len(rows), len(self.offsets), -1).sum(-1, dtype=torch.float32)  # [rows, groups]
             y = torch.addmm(y.float(), sums, self.offsets).to(rows.dtype)
         if self.bias is not None:
             y += self.bias
         return y
+
+    def _many(self, rows: Tensor) -> Tensor:
+        """[rows, in] → [rows, out] by one large product, in float32 where this CPU multiplies that faster."""
+        wide = float32_is_faster()
+        weight = self._unpacked(torch.float32 if wide else rows.dtype)
+        return (rows.float() @ weight).to(rows.dtype) if wide else rows @ weight
 
     @property
     def nbytes(self) -> int:
@@ -124,8 +130,8 @@ class CpuGrouped(ABC):
         """Bfloat16 [rows, in] → [rows, out] without offsets and bias, over the integers as they lie."""
 
     @abstractmethod
-    def _unpacked(self) -> Tensor:
-        """Bfloat16 [in, out], the weight: for many rows one product with it keeps the cores busy."""
+    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        """[in, out], the weight: for many rows one product with it keeps the cores busy."""
 
 
 def longest_group(columns: int, sizes: tuple[int, ...]) -> int:

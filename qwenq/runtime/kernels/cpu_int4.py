@@ -66,8 +66,8 @@ class CpuInt4(CpuGrouped):
         """The input as the stored integers want it."""
         return rows
 
-    def _unpacked(self) -> Tensor:
-        return self._plain(integers(self._weight, self._scales.shape[1]))
+    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        return self._plain(integers(self._weight, self._scales.shape[1])).to(dtype)
 
     def _plain(self, integers: Tensor) -> Tensor:
         """Bfloat16 [in, out] of the stored integers [stored columns, out], scaled; overwrites them."""

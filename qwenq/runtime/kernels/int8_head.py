@@ -8,7 +8,7 @@ from torch import Tensor
 from qwenq.errors import UnsupportedError
 from qwenq.runtime.kernels.base import Grouped, Kernel
 from qwenq.runtime.kernels.cpu_int4 import CpuInt8, block
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni
+from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.linear import Dense
 
 _GROUP_SIZE = 32  # as in GGUF's Q8_0, the usual form of a head there
@@ -35,7 +35,7 @@ class Int8Head:
             integers[part], scales[part] = _rounded(weight[part].float())
         zeros = torch.full(scales.shape, 128, dtype=torch.uint8)
         layer = Grouped(integers, scales, zeros, None)
-        self._layer = CpuInt8.of(layer, bits=8) if CpuVnni.unable() else CpuVnni.of(layer, bits=8)
+        self._layer = CpuInt8.of(layer, bits=8) if CpuNative.unable() else CpuNative.of(layer, bits=8)
         self.name = f"int8 head by {self._layer.name}"
 
     @classmethod

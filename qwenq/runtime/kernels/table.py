@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.kernels.base import Need, QuantisedKernel
 from qwenq.runtime.kernels.cpu_int4 import CpuInt4, CpuInt8
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni
+from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.kernels.dequantise import Dequantise
 from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
 
 KERNELS: tuple[type[QuantisedKernel], ...] = (
-    CpuVnni,
+    CpuNative,
     CpuInt4,
     CpuInt8,
     TritonInt4,

@@ -11,7 +11,7 @@ from runtime.kernels.packed_layers import random_case
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.kernels.base import Layer, Need, stacked
 from qwenq.runtime.kernels.cpu_int4 import CpuInt4, CpuInt8, block
-from qwenq.runtime.kernels.cpu_vnni import CpuVnni
+from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.kernels.dequantise import Dequantise
 from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.kernels.table import KERNELS, choose
@@ -122,17 +122,17 @@ def test_what_is_asked_for_is_refused_with_its_reason_and_never_replaced(changes
 
 @needs_int4
 def test_auto_takes_the_fastest_and_says_what_it_passed_over() -> None:
-    first, eighth = (CpuVnni, CpuVnni) if CpuVnni.unable() is None else (CpuInt4, CpuInt8)
+    first, eighth = (CpuNative, CpuNative) if CpuNative.unable() is None else (CpuInt4, CpuInt8)
     assert choose("auto", need()).kernel is first
     assert choose("auto", need(bits=8)).kernel is eighth
-    reason = CpuVnni.unable()
-    passed_over = () if reason is None else (f"the faster kernel cpu-vnni was passed over: {reason}",)
+    reason = CpuNative.unable()
+    passed_over = () if reason is None else (f"the faster kernel cpu-native was passed over: {reason}",)
     assert choose("auto", need()).passed_over == passed_over
     plain = choose("auto", need(dtype=torch.float32))
     assert plain.kernel is Dequantise
     assert plain.passed_over == tuple(
         f"the faster kernel {name} was passed over: it computes in bfloat16, not in float32"
-        for name in ("cpu-vnni", "cpu-int4")
+        for name in ("cpu-native", "cpu-int4")
     )
     assert choose("dequantise", need()).kernel is Dequantise
 

@@ -1,0 +1,26 @@
+// A quantised linear layer over a few rows: see linear.c. step.c runs the same products inside a decode step.
+#pragma once
+#include "common.h"
+
+enum { OUTPUTS = 32, LONGEST_GROUP = 128 };
+enum { TO_FLOAT32 = 0, TO_BFLOAT16 = 1, ADD_FLOAT32 = 2 };  // where sums go
+
+// The weights of a layer; the order of its fields in an array of int64 is LINEAR_FIELDS of compute/linear.py.
+typedef struct {
+    const uint8_t *weights;
+    const void *scales;  // [blocks, groups, 32] float16 or float32
+    long columns, blocks, group_size, bits, scales_float16;
+} Linear;
+
+// Rows of activations as 16-bit integers with a scale and a sum for each group.
+typedef struct {
+    int8_t *high, *low;  // bytes [rows, columns]; where products are of 16 bits, `high` is int16 [rows, columns]
+    float *scales;       // [rows, groups]
+    int32_t *sums;       // [rows, groups]
+    long columns, group_size, groups;
+} Activations;
+
+Linear linear_at(const int64_t *fields);
+Activations activations_at(void *workspace, long rows, const Linear *layer);
+void quantise_group(const Activations *to, long row, long group, const float *x);
+void multiply(const Linear *layer, const Activations *x, long rows, int mode, void *y);

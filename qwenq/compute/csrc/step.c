@@ -1,0 +1,313 @@
+// A whole decode step: every block of a decoder for one new token in each row, on all threads together.
+//
+//     x += W_o attention(rotary(norm(x) W_qkv));  x += W_down (silu(gate) up),  gate, up = norm(x) W_gate_up
+//
+// Nothing but a barrier lies between a product and the next. Products are linear.c's; all else is float32, the residual
+// stream too. Attention reads a cache that is laid out for steps: keys transposed, so that a register holds the same
+// number of neighbouring slots. A long cache is split into stretches, which threads share; each has a softmax of its own,
+// and their results are joined by their largest scores (flash-decoding, Dao et al. 2023). Stretches have a fixed length:
+// the result does not depend on the number of threads.
+#include "linear.h"
+#include "vector.h"
+
+enum { STRETCH = 256, HEADS_AT_ONCE = 4, MOST_HEAD_REGISTERS = 256 / LANES };
+
+// What a step reads and writes; compute/step.py asks for these names, in this order.
+#define FIELDS(FIELD) \
+    FIELD(x) FIELD(workspace)         /* float32 [rows, hidden], the residual stream; activations of the widest layer */ \
+    FIELD(qkv) FIELD(mixed) FIELD(gate_up)  /* float32 [rows, ...], what linears read and write */ \
+    FIELD(linears) FIELD(vectors)     /* of each block: 4 addresses of a Linear's fields; 4 addresses of float32 vectors */ \
+    FIELD(scores) FIELD(parts) FIELD(splits)  /* float32, see attend; stretches that the longest row reaches into */ \
+    FIELD(cos) FIELD(sin) FIELD(rotation_stride)  /* float32 [rows or 1, heads + kv_heads, d]; from row to row */ \
+    FIELD(keys) FIELD(values) FIELD(slots)    /* float32 [layers, rows, kv_heads, d, slots], [..., slots, d] */ \
+    FIELD(layer_stride)               /* numbers from layer to layer of both */ \
+    FIELD(positions) FIELD(rows)      /* int64 [rows] */ \
+    FIELD(norm) FIELD(y) FIELD(y_bfloat16)    /* float32 [hidden]; float32 or bfloat16 [rows, hidden] */ \
+    FIELD(layers) FIELD(hidden) FIELD(ffn) FIELD(heads) FIELD(kv_heads) FIELD(head_dim) FIELD(eps)
+
+enum {
+    STEP_threads,
+#define FIELD(name) STEP_##name,
+    FIELDS(FIELD)
+#undef FIELD
+};
+EXPORT const char *qwenq_step_fields(void) {
+    return ""
+#define FIELD(name) #name " "
+        FIELDS(FIELD)
+#undef FIELD
+        ;
+}
+
+enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
+enum { ATTENTION_NORM, MLP_NORM, QKV_BIAS, QK_NORM, VECTORS };
+
+typedef struct {
+    float *x, *qkv, *mixed, *gate_up, *scores, *parts, *keys, *values;
+    const float *cos, *sin, *norm;
+    const int64_t *linears, *vectors, *positions;
+    void *workspace, *y;
+    long splits, rotation_stride, slots, layer_stride, rows, y_bfloat16, layers, hidden, ffn, heads, kv_heads, d;
+    float eps;
+} Step;
+
+#define FLOAT_FIELD(name) .name = POINTER(float, STEP_##name)
+#define LONG_FIELD(name) .name = args[STEP_##name]
+static Step step_at(Args args) {
+    return (Step){
+        FLOAT_FIELD(x), FLOAT_FIELD(qkv), FLOAT_FIELD(mixed), FLOAT_FIELD(gate_up), FLOAT_FIELD(scores),
+        FLOAT_FIELD(parts), FLOAT_FIELD(keys), FLOAT_FIELD(values), FLOAT_FIELD(cos), FLOAT_FIELD(sin), FLOAT_FIELD(norm),
+        LONG_FIELD(splits), LONG_FIELD(rotation_stride), LONG_FIELD(slots), LONG_FIELD(layer_stride), LONG_FIELD(rows),
+        LONG_FIELD(y_bfloat16), LONG_FIELD(layers), LONG_FIELD(hidden), LONG_FIELD(ffn), LONG_FIELD(heads),
+        LONG_FIELD(kv_heads), .d = args[STEP_head_dim], .eps = float_of(args[STEP_eps]),
+        .workspace = POINTER(void, STEP_workspace), .y = POINTER(void, STEP_y),
+        .linears = POINTER(int64_t, STEP_linears), .vectors = POINTER(int64_t, STEP_vectors),
+        .positions = POINTER(int64_t, STEP_positions),
+    };
+}
+
+static float inverse_rms(const float *x, long n, float eps) {
+    Floats squares = spread(0.0f);
+    for (long i = 0; i < n; i += LANES) squares = fmadd(load(x + i), load(x + i), squares);
+    return 1.0f / sqrtf(total(squares) / (float)n + eps);
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+enum { NORMED, MIXED, GATED };  // what a linear layer reads
+
+// A group of a row's activations: RMSNorm of the residual stream, attention's result, or silu(gate) up.
+static void activations(const Step *s, int kind, const float *weight, float inverse, long row, long first, long n,
+                        float *to) {
+    if (kind == NORMED) {
+        const float *x = s->x + row * s->hidden + first;
+        for (long k = 0; k < n; k += LANES) store(to + k, load(x + k) * spread(inverse) * load(weight + first + k));
+    } else if (kind == MIXED) {
+        memcpy(to, s->mixed + row * s->heads * s->d + first, (size_t)n * sizeof *to);
+    } else {
+        const float *gate = s->gate_up + row * 2 * s->ffn + first, *up = gate + s->ffn;
+        for (long k = 0; k < n; k += LANES) {
+            Floats g = load(gate + k), below = spread(1.0f) + exponential(spread(0.0f) - g);
+            store(to + k, g / below * load(up + k));
+        }
+    }
+}
+
+// This thread's part of a linear layer over all rows; every thread has to come here.
+static void linear(const Step *s, const int64_t *fields, int kind, const float *norm, int mode, float *y) {
+    Linear layer = linear_at(fields);
+    Activations x = activations_at(s->workspace, s->rows, &layer);
+    long group, end;
+    thread_share(x.groups, &group, &end);
+    for (long row = 0; row < s->rows; row++) {
+        float inverse = kind == NORMED ? inverse_rms(s->x + row * s->hidden, s->hidden, s->eps) : 0.0f;
+        for (long g = group; g < end; g++) {
+            float values[LONGEST_GROUP];
+            activations(s, kind, norm, inverse, row, g * x.group_size, x.group_size, values);
+            quantise_group(&x, row, g, values);
+        }
+    }
+    barrier();
+    multiply(&layer, &x, s->rows, mode, y);
+    barrier();
+}
+
+// ---- rotary positions, and the cache --------------------------------------------------------------------------------
+
+// The cache of a head: numbers before its keys, and before its values.
+static long cache_start(const Step *s, long layer, long row, long kv_head) {
+    return layer * s->layer_stride + (row * s->kv_heads + kv_head) * s->slots * s->d;
+}
+
+static void rotate_and_store(const Step *s, long layer, const float *bias, const float *norm) {
+    long d = s->d, half = d / 2, heads = s->heads + 2 * s->kv_heads, rotated = s->heads + s->kv_heads, task, end;
+    thread_share(s->rows * heads, &task, &end);
+    for (; task < end; task++) {
+        long row = task / heads, head = task % heads, position = s->positions[row];
+        float *x = s->qkv + task * d;
+        if (bias)
+            for (long i = 0; i < d; i += LANES) store(x + i, load(x + i) + load(bias + head * d + i));
+        if (head >= rotated) {
+            float *to = s->values + cache_start(s, layer, row, head - rotated) + position * d;
+            memcpy(to, x, (size_t)d * sizeof *to);
+            continue;
+        }
+        if (norm) {  // Qwen3's RMSNorm of each head
+            Floats inverse = spread(inverse_rms(x, d, s->eps));
+            for (long i = 0; i < d; i += LANES) store(x + i, load(x + i) * inverse * load(norm + head * d + i));
+        }
+        // x cos + (the other half) sin: the sines of the first half are negative in the table
+        const float *cos = s->cos + row * s->rotation_stride + head * d, *sin = s->sin + row * s->rotation_stride + head * d;
+        for (long i = 0; i < half; i += LANES) {
+            Floats first = load(x + i), second = load(x + half + i);
+            store(x + i, fmadd(first, load(cos + i), second * load(sin + i)));
+            store(x + half + i, fmadd(second, load(cos + half + i), first * load(sin + half + i)));
+        }
+        if (head < s->heads) continue;
+        float *to = s->keys + cache_start(s, layer, row, head - s->heads) + position;  // keys lie transposed
+        for (long i = 0; i < d; i++) to[i * s->slots] = x[i];
+    }
+}
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+// What attention leaves of a stretch for each head: values mixed [d], the largest score, the sum of powers.
+ALWAYS_INLINE float *part_at(const Step *s, long row, long head, long split) {
+    return s->parts + ((row * s->heads + head) * s->splits + split) * (s->d + 2);
+}
+
+// Lanes from `count` on become `other`.
+ALWAYS_INLINE Floats lanes_before(long count, Floats x, float other) {
+    if (count >= LANES) return x;
+    float lane[LANES];
+    store(lane, x);
+    for (long k = count < 0 ? 0 : count; k < LANES; k++) lane[k] = other;
+    return load(lane);
+}
+
+// Scores of `heads` queries with the keys of `wide` registers of slots: [heads, STRETCH], from `at` on.
+ALWAYS_INLINE void score(const Step *s, const float *queries, const float *keys, long at, float *scores, const int heads,
+                         const int wide) {
+    Floats sums[HEADS_AT_ONCE][4];
+    for (int h = 0; h < heads; h++)
+        for (int w = 0; w < wide; w++) sums[h][w] = spread(0.0f);
+    for (long i = 0; i < s->d; i++) {
+        Floats held[4];
+        for (int w = 0; w < wide; w++) held[w] = load(keys + i * s->slots + w * LANES);
+        for (int h = 0; h < heads; h++) {
+            Floats q = spread(queries[h * s->d + i]);
+            for (int w = 0; w < wide; w++) sums[h][w] = fmadd(q, held[w], sums[h][w]);
+        }
+    }
+    for (int h = 0; h < heads; h++)
+        for (int w = 0; w < wide; w++) store(scores + h * STRETCH + at + w * LANES, sums[h][w]);
+}
+
+// `heads` heads that share keys and values, over the slots [start, end) of a stretch.
+ALWAYS_INLINE void attend(const Step *s, long row, long head, long split, const float *keys, const float *values,
+                          long count, float *scores, const int heads) {
+    const float *queries = s->qkv + (row * (s->heads + 2 * s->kv_heads) + head) * s->d;
+    const int wide = heads == 4 && LANES < 16 ? 2 : 4;
+    long at = 0;
+    for (; at + wide * LANES <= count; at += wide * LANES) score(s, queries, keys + at, at, scores, heads, wide);
+    for (; at < count; at += LANES) score(s, queries, keys + at, at, scores, heads, 1);
+    for (int h = 0; h < heads; h++) {  // softmax but for its divisor
+        float *own = scores + h * STRETCH, *part = part_at(s, row, head + h, split);
+        Floats largest = spread(-INFINITY), sum = spread(0.0f), invalid = spread(0.0f);
+        for (at = 0; at < count; at += LANES) {
+            Floats seen = lanes_before(count - at, load(own + at), -INFINITY);
+            largest = larger(largest, seen);
+        }
+        float top = largest_lane(largest);
+        for (at = 0; at < count; at += LANES) {
+            Floats shifted = load(own + at) - spread(top);
+            Floats power = lanes_before(count - at, exponential(shifted), 0.0f);
+            invalid += lanes_before(count - at, shifted - shifted, 0.0f);  // NaN where a score is not finite
+            store(own + at, power);
+            sum += power;
+        }
+        part[s->d] = top, part[s->d + 1] = total(sum) + total(invalid);
+    }
+    enum { SLICE = 4 };  // registers of a head's values at a time
+    for (long first = 0; first < s->d; first += SLICE * LANES) {
+        const int registers = (int)at_most(SLICE, (s->d - first) / LANES);
+        Floats sums[HEADS_AT_ONCE][SLICE];
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < SLICE; i++) sums[h][i] = spread(0.0f);
+        if (registers == SLICE) {
+            for (at = 0; at < count; at++) {
+                Floats held[SLICE];
+                for (int i = 0; i < SLICE; i++) held[i] = load(values + at * s->d + first + i * LANES);
+                for (int h = 0; h < heads; h++) {
+                    Floats weight = spread(scores[h * STRETCH + at]);
+                    for (int i = 0; i < SLICE; i++) sums[h][i] = fmadd(weight, held[i], sums[h][i]);
+                }
+            }
+        } else {
+            for (at = 0; at < count; at++)
+                for (int i = 0; i < registers; i++) {
+                    Floats held = load(values + at * s->d + first + i * LANES);
+                    for (int h = 0; h < heads; h++) sums[h][i] = fmadd(spread(scores[h * STRETCH + at]), held, sums[h][i]);
+                }
+        }
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < registers; i++) store(part_at(s, row, head + h, split) + first + i * LANES, sums[h][i]);
+    }
+}
+
+static void attend_parts(const Step *s, long layer) {
+    long sharing = s->heads / s->kv_heads, task, end;
+    float *scores = s->scores + thread_index() * HEADS_AT_ONCE * STRETCH;
+    thread_share(s->rows * s->kv_heads * s->splits, &task, &end);
+    for (; task < end; task++) {
+        long split = task % s->splits, row = task / s->splits / s->kv_heads, kv_head = task / s->splits % s->kv_heads;
+        long start = split * STRETCH, count = at_most(STRETCH, s->positions[row] + 1 - start);
+        long cache = cache_start(s, layer, row, kv_head), head = kv_head * sharing, last = head + sharing;
+        const float *keys = s->keys + cache + start, *values = s->values + cache + start * s->d;
+        if (count <= 0) {  // a row that ends before this stretch
+            for (; head < last; head++) {
+                float *part = part_at(s, row, head, split);
+                memset(part, 0, (size_t)(s->d + 2) * sizeof *part);
+                part[s->d] = -INFINITY;
+            }
+            continue;
+        }
+        for (; head + 4 <= last; head += 4) attend(s, row, head, split, keys, values, count, scores, 4);
+        if (last - head == 3) attend(s, row, head, split, keys, values, count, scores, 3);
+        if (last - head == 2) attend(s, row, head, split, keys, values, count, scores, 2);
+        if (last - head == 1) attend(s, row, head, split, keys, values, count, scores, 1);
+    }
+}
+
+static void join_parts(const Step *s) {
+    long task, end, d = s->d;
+    thread_share(s->rows * s->heads, &task, &end);
+    for (; task < end; task++) {
+        const float *parts = s->parts + task * s->splits * (d + 2);
+        float top = -INFINITY, *mixed = s->mixed + task * d;
+        for (long split = 0; split < s->splits; split++) {
+            float largest = parts[split * (d + 2) + d];
+            top = largest > top ? largest : top;
+        }
+        Floats sums[MOST_HEAD_REGISTERS], divisor = spread(0.0f);
+        for (long i = 0; i < d / LANES; i++) sums[i] = spread(0.0f);
+        for (long split = 0; split < s->splits; split++) {
+            const float *part = parts + split * (d + 2);
+            Floats weight = part[d] == -INFINITY ? spread(0.0f) : exponential(spread(part[d] - top));
+            divisor = fmadd(weight, spread(part[d + 1]), divisor);
+            for (long i = 0; i < d / LANES; i++) sums[i] = fmadd(weight, load(part + i * LANES), sums[i]);
+        }
+        for (long i = 0; i < d / LANES; i++) store(mixed + i * LANES, sums[i] / divisor);
+    }
+}
+
+// ---- the step -------------------------------------------------------------------------------------------------------
+
+static void step_thread(Args args) {
+    const Step step = step_at(args), *s = &step;
+    for (long layer = 0; layer < s->layers; layer++) {
+        const int64_t *const linears = s->linears + layer * LINEARS;
+        const float *vectors[VECTORS];
+        for (int i = 0; i < VECTORS; i++) vectors[i] = (const float *)(intptr_t)s->vectors[layer * VECTORS + i];
+#define FIELDS_OF(i) ((const int64_t *)(intptr_t)linears[i])
+        linear(s, FIELDS_OF(QKV), NORMED, vectors[ATTENTION_NORM], TO_FLOAT32, s->qkv);
+        rotate_and_store(s, layer, vectors[QKV_BIAS], vectors[QK_NORM]);
+        barrier();
+        attend_parts(s, layer);
+        barrier();
+        join_parts(s);
+        barrier();
+        linear(s, FIELDS_OF(OUT), MIXED, NULL, ADD_FLOAT32, s->x);
+        linear(s, FIELDS_OF(GATE_UP), NORMED, vectors[MLP_NORM], TO_FLOAT32, s->gate_up);
+        linear(s, FIELDS_OF(DOWN), GATED, NULL, ADD_FLOAT32, s->x);
+    }
+    long first, end;
+    thread_share(s->hidden / LANES, &first, &end);
+    for (long row = 0; row < s->rows; row++) {
+        const float *x = s->x + row * s->hidden;
+        Floats inverse = spread(inverse_rms(x, s->hidden, s->eps));
+        for (long i = first * LANES; i < end * LANES; i += LANES)
+            store_as(s->y_bfloat16 ? BFLOAT16 : FLOAT32, s->y, row * s->hidden + i, load(x + i) * inverse * load(s->norm + i));
+    }
+}
+void decode_step(Args args) { on_threads(step_thread, args); }
