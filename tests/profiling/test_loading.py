@@ -24,4 +24,4 @@ def test_a_row_that_runs_another_attention_says_so(
     monkeypatch.setattr(attention, "of_row", lambda name, device, dtype: ("off", f"{name} ran off"))
     engine = engine_for(point, checkpoint, ALONE)
     assert "attention off: matmul" in engine.implementation
-    assert engine.notes == ("v2 ran off",)
+    assert set(engine.notes) - set(engine_for(points[0], checkpoint, ALONE).notes) == {"v2 ran off"}

@@ -88,10 +88,11 @@ def test_what_ran_is_said_with_what_was_passed_over() -> None:
     for part in ("fast", "kernel dequantise", "attention grouped", f"torch {torch.__version__}"):
         assert part in engine.implementation
     if block():
-        assert engine.notes == tuple(
+        kernels = [note for note in engine.notes if note.startswith("the faster kernel ")]
+        assert kernels == [
             f"the faster kernel {name} was passed over: it computes in bfloat16, not in float32"
             for name in ("cpu-native", "cpu-int4")
-        )
+        ]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
