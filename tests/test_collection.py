@@ -19,13 +19,10 @@ ROOT = Path(__file__).parents[1]
 COLLECT = ("--collect-only", "-q", "-p", "no:cacheprovider", "tests")
 
 BARE_MACHINE = """
-import importlib.util, os, sys
+import os, sys
 import pytest, torch
 torch.cpu.get_capabilities = dict
 os.cpu_count = lambda: 1
-if importlib.util.find_spec("llvmlite"):
-    import llvmlite.binding
-    llvmlite.binding.get_host_cpu_features = dict
 sys.exit(pytest.main(sys.argv[1:]))
 """
 """Runs pytest with one core whose CPU has no features beyond its architecture's first."""

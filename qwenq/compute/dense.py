@@ -2,9 +2,9 @@
 
 Each way multiplies the same numbers, adds in float32 and rounds the sum to the dtype of the activations once;
 they differ in the order of the additions. Measured with AVX2 alone (576 × 576 to 49,152 × 576, 2 threads),
-torch's time for bfloat16 over that of the way that is taken: 4 rows 1.2 to 2.0, 16 rows 1.9 to 2.7, 32 rows
-2.3 to 3.0, 512 rows 3.9 to 5.2. One row is torch's: its product is as fast as ours, and 1.7 times as fast
-with the largest matrix.
+torch's time for bfloat16 over that of the way that is taken: 4 rows 1.2 to 2.0, 16 rows 1.9 to 2.7,
+32 rows 2.3 to 3.0, 512 rows 3.9 to 5.2. One row is torch's: its product is as fast as ours, and 1.7 times as
+fast with the largest matrix.
 """
 
 from __future__ import annotations
