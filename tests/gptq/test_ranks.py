@@ -10,7 +10,6 @@ import pytest
 import torch
 from pipeline import recipe_for
 from problems import usual
-from qwenq.models.block_attention import NATIVE, TORCH
 from tiny_families import write_family
 
 from qwenq.compute import cpu
@@ -19,6 +18,7 @@ from qwenq.errors import ModelError
 from qwenq.gptq.ranks import follow, lead
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.fused_block import OURS, TORCH
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def test_a_follower_with_other_attention_says_what_it_lacks(
     """As where the C library is compiled on the first machine alone."""
     model = write_family(tmp_path / "m")
     told = told_by_a_leader(model, torch.bfloat16)
-    assert told["attention"] == [NATIVE, None]
+    assert told["attention"] == [OURS, None]
     monkeypatch.setenv(cpu.VARIABLE, "torch")
     with pytest.raises(ModelError) as caught:
         follow(recipe_for(model), Spoken(1, told), "cpu")
