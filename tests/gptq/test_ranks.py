@@ -10,7 +10,6 @@ import pytest
 import torch
 from pipeline import recipe_for
 from problems import usual
-from qwenq.models.fused_block import OURS, TORCH
 from tiny_families import write_family
 
 from qwenq.compute import cpu
@@ -19,6 +18,7 @@ from qwenq.errors import ModelError
 from qwenq.gptq.ranks import follow, lead
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.fused_block import OURS, TORCH
 
 CPU = torch.device("cpu")
 

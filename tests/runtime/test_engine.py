@@ -294,7 +294,9 @@ def test_cuda_without_a_gpu_is_explained() -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_dtype_that_is_emulated_is_said(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast engine's C kernels widen bfloat16 in registers: nothing is emulated where they run."""
     _, checkpoint = small_model("llama")
+    monkeypatch.setenv("QWENQ_CPU", "torch")
     monkeypatch.setattr(door, "compute_dtype", lambda device: torch.float32)
     note = "bfloat16 is emulated: this cpu has no instructions for it"
     found = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine)
@@ -303,3 +305,15 @@ def test_a_dtype_that_is_emulated_is_said(engine: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(door, "compute_dtype", lambda device: torch.bfloat16)
     natively = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine)
     assert natively.notes == found.notes[:-1]  # what else is said depends on the CPU
+
+
+def test_auto_reads_bfloat16_in_the_fast_engine_wherever_c_kernels_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(door, "compute_dtype", lambda device: torch.float32)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(door.cpu, "unsupported_reason", lambda: None)
+    assert find_dtype("auto", cpu, "fast") is torch.bfloat16
+    assert find_dtype("auto", cpu, "transformers") is torch.float32
+    monkeypatch.setattr(door.cpu, "unsupported_reason", lambda: "the library is not compiled")
+    assert find_dtype("auto", cpu, "fast") is torch.float32

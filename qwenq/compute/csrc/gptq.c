@@ -3,10 +3,10 @@
 // (arXiv 2602.02126).
 //
 // All take a block as compute/columns.py describes it: tensors are [columns, rows], so that a column of the weight is
-// contiguous, and rows are independent. A strip of rows passes through all columns in registers. What earlier columns push
-// onto a column is subtracted when it is reached, in their order; every product is rounded before it is subtracted (no
-// contraction): the integers and errors are torch's, bit for bit, in every variant. The errors of a strip are read again for
-// each later column, so they also lie side by side in a workspace, which stays in the first-level cache.
+// contiguous, and rows are independent. A strip of rows passes through all columns in registers. What earlier columns
+// push onto a column is subtracted when it is reached, in their order; every product is rounded before it is subtracted
+// (no contraction): the integers and errors are torch's, bit for bit, in every variant. The errors of a strip are read
+// again for each later column, so they also lie side by side in a workspace, which stays in the first-level cache.
 #include "vector.h"
 
 enum { STRIP = 64, REGISTERS = STRIP / LANES };
@@ -105,7 +105,8 @@ ALWAYS_INLINE void strip(const Block *b, int rule, long at, const int registers,
 ALWAYS_INLINE void all_strips(Args args, int rule) {
     const Block block = {
         args[11], args[12], POINTER(float, 1), POINTER(float, 2), POINTER(float, 3), POINTER(float, 4),
-        POINTER(float, 5), POINTER(int64_t, 6), float_of(args[13]), POINTER(uint8_t, 7), POINTER(float, 8), POINTER(float, 9),
+        POINTER(float, 5), POINTER(int64_t, 6), float_of(args[13]), POINTER(uint8_t, 7), POINTER(float, 8),
+        POINTER(float, 9),
         POINTER(float, 10) + thread_index() * args[11] * STRIP,
     };
 #define OF_COLUMNS(at, registers, lanes) strip(&block, rule, at, registers, lanes)
@@ -120,8 +121,8 @@ void round_columns(Args args) { on_threads(round_thread, args); }
 void move_columns(Args args) { on_threads(move_thread, args); }
 
 // ---- a group's scale for its integers -------------------------------------------------------------------------------
-// With u = integers - zero, G the gradient before the moves and H the group's block of the Hessian, the objective changes
-// by delta u'G + delta^2/2 u'Hu: least at delta = -u'G / u'Hu. The moves have changed G by -H errors since.
+// With u = integers - zero, G the gradient before the moves and H the group's block of the Hessian, the objective
+// changes by delta u'G + delta^2/2 u'Hu: least at delta = -u'G / u'Hu. The moves have changed G by -H errors since.
 
 // A scale as a file holds it: float16, never zero or infinite.
 ALWAYS_INLINE float storable(float scale) {
@@ -192,13 +193,13 @@ ALWAYS_INLINE void fit_strip(const Group *g, long at, const int registers, const
         }
 }
 
-// args: threads, gradient, values, H, scale, zero, integers, errors, new_scale, new_values, less, change, workspace, count,
-// rows
+// args: threads, gradient, values, H, scale, zero, integers, errors, new_scale, new_values, less, change, workspace,
+// count, rows
 static void fit_thread(Args args) {
     const Group group = {
         args[13], args[14], POINTER(float, 1), POINTER(float, 2), POINTER(float, 3), POINTER(float, 4),
-        POINTER(float, 5), POINTER(uint8_t, 6), POINTER(float, 7), POINTER(float, 8), POINTER(float, 9), POINTER(float, 10),
-        POINTER(float, 11), POINTER(float, 12) + thread_index() * args[13] * STRIP,
+        POINTER(float, 5), POINTER(uint8_t, 6), POINTER(float, 7), POINTER(float, 8), POINTER(float, 9),
+        POINTER(float, 10), POINTER(float, 11), POINTER(float, 12) + thread_index() * args[13] * STRIP,
     };
 #define OF_GROUP(at, registers, lanes) fit_strip(&group, at, registers, lanes)
     EACH_STRIP(group.rows, OF_GROUP);

@@ -1,6 +1,7 @@
-// The search for a group's scale: the candidate with the least error weighted by the Hessian's diagonal, then refined by
-// least squares with its integers held fixed. A group passes all candidates while its weights are in the cache. Costs are
-// torch's bit for bit, the order of additions included (16 running sums, joined by halves), so the choice is, too.
+// The search for a group's scale: the candidate with the least error weighted by the Hessian's diagonal, then refined
+// by least squares with its integers held fixed. A group passes all candidates while its weights are in the cache.
+// Costs are torch's bit for bit, the order of additions included (16 running sums, joined by halves), so the choice is,
+// too.
 #include "vector.h"
 
 enum { SUMS = 16, PARTS = SUMS / LANES, REFITS = 3 };
@@ -50,8 +51,8 @@ ALWAYS_INLINE float refit(const Group *g) {
     return isfinite(scale) && scale != 0 ? scale : g->scale;
 }
 
-// args: threads, weights [groups, size], importance [per_row, size], scales [groups], zeros [groups], shrink [candidates],
-// groups, groups per row, size, candidates, levels, whether the zero point stays
+// args: threads, weights [groups, size], importance [per_row, size], scales [groups], zeros [groups], shrink
+// [candidates], groups, groups per row, size, candidates, levels, whether the zero point stays
 static void search_thread(Args args) {
     const float *weights = POINTER(float, 1), *importance = POINTER(float, 2), *shrink = POINTER(float, 5);
     float *scales = POINTER(float, 3), *zeros = POINTER(float, 4), levels = float_of(args[10]);
