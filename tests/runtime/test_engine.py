@@ -307,7 +307,7 @@ def test_a_dtype_that_is_emulated_is_said(engine: str, monkeypatch: pytest.Monke
     assert natively.notes == found.notes[:-1]  # what else is said depends on the CPU
 
 
-def test_auto_reads_bfloat16_in_the_fast_engine_wherever_c_kernels_run(
+def test_auto_is_bfloat16_in_the_fast_engine_where_c_kernels_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(door, "compute_dtype", lambda device: torch.float32)

@@ -1,0 +1,90 @@
+"""One turn of before_after: a task by the checkout that is on ``PYTHONPATH``; ends with a line of JSON.
+
+Usage: ``python _before_after_turn.py TASK VARIANT [ARGUMENTS]``. The checkout of before knows no ``QWENQ_CPU``:
+features of the CPU are hidden from it, as from this one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+PROMPT, NEW, START = 512, 128, 16
+
+
+def hide_avx512() -> None:
+    """Answer as a CPU without AVX-512 would, where the checkout asks torch or LLVM for features."""
+    import torch
+
+    here = {name: value for name, value in torch.cpu.get_capabilities().items() if "avx512" not in name}
+    torch.cpu.get_capabilities = lambda: here
+    if importlib.util.find_spec("qwenq.native"):
+        support: Any = importlib.import_module("qwenq.native.support")
+        support.why_not = lambda *features: "AVX-512 is hidden" if features else None
+
+
+def decode(folder: str, dtype: str, head: str) -> dict[str, Any]:
+    """Measure a prompt and new tokens, batch 1, greedy."""
+    from qwenq.runtime.engine import load
+    from qwenq.runtime.sampling import GREEDY
+
+    engine = load(Path(folder), device="cpu", dtype=dtype, head=head)
+    ids = list(range(1000, 1000 + PROMPT))
+
+    def seconds(prompt: list[int], count: int) -> list[float]:
+        times = [time.perf_counter()]
+        engine.generate(
+            [prompt],
+            count,
+            sampling=GREEDY,
+            exact_tokens=True,
+            on_token=lambda *_: times.append(time.perf_counter()),
+        )
+        return [after - before for before, after in pairwise(times)]
+
+    seconds(ids[:START], 8)
+    prompt = min(seconds(ids, 1)[0] for _ in range(3))
+    steps = seconds(ids[:START], NEW)[1:]
+    return {
+        "prompt_tokens_per_s": round(PROMPT / prompt, 1),
+        "decode_tokens_per_s": round(len(steps) / sum(steps), 1),
+        "implementation": engine.implementation,
+    }
+
+
+def command(*arguments: str, out: str) -> dict[str, Any]:
+    """Measure a command of the command line; its folder or file is removed first."""
+    from typer.testing import CliRunner
+
+    from qwenq.cli.app import app
+    from qwenq.cli.commands import register
+
+    register()
+    path = Path(out)
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    start = time.perf_counter()
+    result = CliRunner().invoke(app, [*arguments, "--out", out])
+    if result.exit_code:
+        sys.exit(result.output[-2000:])
+    return {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def main() -> None:
+    """Run the task."""
+    task, variant, *arguments = sys.argv[1:]
+    if variant == "avx2":
+        hide_avx512()
+    found = decode(*arguments) if task == "decode" else command(*arguments[1:], out=arguments[0])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
