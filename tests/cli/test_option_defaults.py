@@ -71,4 +71,4 @@ def test_an_option_of_eval_with_a_default_of_its_own_has_the_recipes() -> None:
     own = {name: options[name].default for name in keys if name in options}
     own = {name: default for name, default in own.items() if default not in (None, (), [])}
     assert own
-    assert own == {name: keys[name] for name in own}
+    assert own == {name: ",".join(k) if isinstance(k := keys[name], tuple) else k for name in own}
