@@ -30,7 +30,7 @@ def test_a_folder_of_texts_in_the_order_of_their_names(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "README.md").write_text("about")
     (tmp_path / ".hidden.txt").write_text("hidden")
-    assert contents(tmp_path) == ["a", "b", "c"]
+    assert contents(tmp_path) == ["a", "b", "deeper/c"]
     with pytest.raises(UsageError, match="no file of the split 'train'"):
         contents(tmp_path, "train")
 
