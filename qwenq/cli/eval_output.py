@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qwenq.reporting.cut import cut_of
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.table import Table
@@ -154,7 +156,7 @@ def _table(rows: Sequence[Row], *, beside: bool) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("task", "protocol", "model"):
         table.add_column(title, overflow="fold")
-    figures = ("score", "± SE", "95 % interval", "items")
+    figures = ("score", "± SE", "95 % interval", "items", "asked by", "cut")
     for title in (*figures, *(("change", "lost / won", "p") if beside else ())):
         table.add_column(title, justify="right", no_wrap=True)
     if beside:
@@ -180,7 +182,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     value = f"{row.value:.1%}" if row.value is not None else "-"
     found = row.details.get("standard_error")
     error = f"± {100 * found:.1f}" if isinstance(found, float) else "-"
-    return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}"
+    asked = str(row.settings.get("asked", "-"))
+    cut = "-" if (found := cut_of(row)) is None else f"{found.share:.1%}"
+    return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}", asked, cut
 
 
 def _comparison(row: Row) -> tuple[str, ...]:
@@ -215,7 +219,11 @@ def _check_lines(rows: Sequence[Row]) -> list[str]:
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader must not miss."""
-    lines = []
+    lines = [
+        f"warning: {row.point['task']}, {row.model.name} {row.model.precision}: {found.warning}"
+        for row in rows
+        if (found := cut_of(row)) is not None and found.many
+    ]
     if any(row.point.get("data") == "sample suite" for row in rows):
         lines.append("the sample suite is not the benchmark: its scores compare with nothing published")
     limits = {row.point["task"]: row.point["limit"] for row in rows if row.point.get("limit") is not None}

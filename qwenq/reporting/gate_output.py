@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from qwenq.paired.mcnemar import said_p
 from qwenq.reporting.compare import Comparison
+from qwenq.reporting.cut import cut_of
 from qwenq.reporting.gate import NOT_COMPARABLE, Condition, Judged, Verdict
 from qwenq.reporting.text import clean, count, markdown
 from qwenq.reporting.units import format_of, signed
@@ -35,7 +36,13 @@ def change_text(item: Comparison) -> str:
     if item.pairing is None:
         return shown
     p = said_p(1.0 if item.p is None else item.p)
-    return f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, {p}"
+    shown = f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, {p}"
+    warnings = [
+        f"{which}: {found.warning}"
+        for which, row in (("baseline", before), ("new", after))
+        if (found := cut_of(row)) is not None and found.many
+    ]
+    return "; ".join([shown, *warnings])
 
 
 def effect(judged: Judged) -> str:
