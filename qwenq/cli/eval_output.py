@@ -134,7 +134,7 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
 
     console = Console(highlight=False, markup=False, emoji=False)  # a name is a name, whatever it looks like
     if not console.is_terminal:  # a pipe has no width of its own
-        console.width = 200
+        console.width = 250
     checks = [row for row in rows if "task" not in row.point]
     rows = [row for row in rows if "task" in row.point]
     order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
@@ -144,7 +144,7 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     if rows:  # a split without answers has no score
         console.print(_table(rows, beside=bool(compared) and not aside))
     lines = [_in_a_line(row) for row in compared] if aside else []
-    for line in [*lines, *_check_lines(checks), *_remarks(rows)]:
+    for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows)]:
         console.print(line, soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
 
@@ -232,6 +232,23 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         which, limit = "" if all_ else f"{', '.join(map(str, limits))}: ", next(iter(limits.values()))
         lines.append(f"{which}limited to the first {limit} items of each subject or task")
     return lines
+
+
+def _headlines(rows: Sequence[Row]) -> list[str]:
+    """A line for each model that was compared: its largest drop, and the verdict."""
+    from qwenq.paired.compare import Paired
+    from qwenq.paired.headline import Compared, headline
+    from qwenq.paired.mcnemar import holm
+
+    compared = [row for row in rows if "paired" in row.details]
+    pairings = [Paired(*(row.details["paired"][key] for key in ("n", "lost", "won"))) for row in compared]
+    by_model: dict[str, list[Compared]] = {}
+    for row, pairing, p in zip(compared, pairings, holm([one.p for one in pairings]), strict=True):
+        value, change = row.value or 0.0, row.details["paired"]["change"]
+        name = f"{row.model.name} {row.model.precision} beside its base"
+        tested = Compared(str(row.point["task"]), value - change, value, pairing, p)
+        by_model.setdefault(name, []).append(tested)
+    return [f"{name}: {headline(found, len(compared))}" for name, found in by_model.items()]
 
 
 def _bar() -> Bar:

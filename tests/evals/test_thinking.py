@@ -64,7 +64,7 @@ def test_template_arguments_are_part_of_the_fingerprint(folder: Path) -> None:
         plain.with_thinking(True).fingerprint,
         plain.with_thinking(False).fingerprint,
     }
-    assert len(prints) == 3
+    assert len(set(prints)) == 3
 
 
 def test_auto_is_off_where_there_is_a_choice_and_says_so(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A chat template that does what the published text of Qwen3's does with turns of text, written for these tests.
+"""A chat template that does what the published text of Qwen3's does, written for these tests.
 
 No released tokenizer of Qwen3 is at hand here: this stands in its place, without tools. What it keeps of the
 published text: each turn ends in a line end, thoughts of earlier answers are left out, and with
