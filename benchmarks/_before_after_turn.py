@@ -1,7 +1,7 @@
 """One turn of before_after: a task by the checkout that is on ``PYTHONPATH``; ends with a line of JSON.
 
-Usage: ``python _before_after_turn.py TASK VARIANT [ARGUMENTS]``. The checkout of before knows no ``QWENQ_CPU``:
-features of the CPU are hidden from it, as from this one.
+Usage: ``python _before_after_turn.py TASK VARIANT [ARGUMENTS]``. The checkout of before knows no
+``QWENQ_CPU``: features of the CPU are hidden from it, as from this one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def hide_avx512() -> None:
     import torch
 
     here = {name: value for name, value in torch.cpu.get_capabilities().items() if "avx512" not in name}
-    torch.cpu.get_capabilities = lambda: here
+    torch.cpu.get_capabilities = lambda: here  # type: ignore[assignment]
     if importlib.util.find_spec("qwenq.native"):
         support: Any = importlib.import_module("qwenq.native.support")
         support.why_not = lambda *features: "AVX-512 is hidden" if features else None

@@ -28,6 +28,7 @@ from qwenq.errors import UsageError
 Count = Annotated[int, Field(ge=1, strict=True)]  # strict: true is no number
 NotNegative = Annotated[int, Field(ge=0, strict=True)]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+Thinking = Literal["auto", "on", "off"]
 FAIL_ON = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1.0"
 """What fails unless something else is asked (``reporting.gate`` has the rules)."""
 
@@ -45,6 +46,7 @@ class CalibrationRecipe(_Section):
     held_out: Count = 8  # further sequences, for the check only
     split: str | None = None
     column: str | None = None
+    thinking: Thinking = "auto"  # enable_thinking for conversations; auto: the chat template's own
 
 
 class QuantizeRecipe(_Section):
@@ -73,6 +75,8 @@ class EvalRecipe(_Section):
     shots: NotNegative | None = None  # none: the protocol's own
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of quantised models
     data: str | None = None  # folder of the benchmarks' files; none: the hub
+    thinking: Thinking = "auto"  # whether models think before they answer; auto: off where they can choose
+    max_new_tokens: Count | dict[str, Count] | None = None  # of a written answer; none: the protocol's
     sample: bool = False  # the suite that ships with qwenq, which is not the benchmark
 
 

@@ -14,7 +14,7 @@ from qwenq.calibration.sequences import Wanted
 from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.long_context import longest_plain, require_plain
 from qwenq.models.random_weights import is_random
-from qwenq.models.tokenizer import has_tokenizer, load_tokenizer
+from qwenq.models.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def _loaded_or_made(
     return load_calibration(
         wanted.source,
         checkpoint=checkpoint,
-        tokenizer=load_tokenizer(checkpoint.folder),
+        tokenizer=calibration_tokenizer(checkpoint.folder, wanted.thinking),
         samples=asked[0],
         seq_len=asked[1],
         held_out=asked[2],
@@ -117,6 +117,16 @@ def _loaded_or_made(
         device=str(device),
         progress=progress(label),
     )
+
+
+def calibration_tokenizer(folder: Path, thinking: str) -> Tokenizer:
+    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``.
+
+    Raises:
+        UsageError: the template does not read it.
+    """
+    tokenizer = load_tokenizer(folder)
+    return tokenizer if thinking == "auto" else tokenizer.with_thinking(thinking == "on")
 
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import ThinkingWish
 from qwenq.errors import CalibrationError, CorruptFileError, UsageError
 from qwenq.models.local_path import local_path
 
@@ -58,6 +59,7 @@ def calibrate(
     device: Annotated[
         str, typer.Option(help="Where `self` runs the model: auto, cpu, cuda, cuda:1, …")
     ] = "auto",
+    thinking: ThinkingWish = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a different file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
@@ -71,7 +73,7 @@ def calibrate(
     if weights == "random":
         made, tokenizer = _random(model, source, **options), None
     else:
-        made, tokenizer = _make(model, source, device, **options)
+        made, tokenizer = _make(model, source, device, thinking, **options)
     kept = None if force else _there_already(made, out)
     if kept is None:
         made.save(out)
@@ -86,18 +88,20 @@ def calibrate(
     typer.echo(_describe(shown, out, preview, kept is not None))
 
 
-def _make(model: str | None, source: str, device: str, **options: Any) -> tuple[CalibrationSet, Tokenizer]:
+def _make(
+    model: str | None, source: str, device: str, thinking: str, **options: Any
+) -> tuple[CalibrationSet, Tokenizer]:
     from qwenq.calibration import load_calibration
+    from qwenq.calibration.choose import calibration_tokenizer
     from qwenq.cli.progress import show_progress
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.precision import resolve_device
     from qwenq.models.resolve import resolve_model
-    from qwenq.models.tokenizer import load_tokenizer
 
     place = str(resolve_device(device))
     resolved = resolve_model(model)
     checkpoint = open_checkpoint(resolved.folder)
-    tokenizer = load_tokenizer(resolved.folder)
+    tokenizer = calibration_tokenizer(resolved.folder, thinking)
     for notice in (*resolved.notices, *checkpoint.notices):
         typer.echo(notice, err=True)
     with show_progress("writing text" if source == "self" else "reading text") as progress:

@@ -12,7 +12,7 @@ import typer
 
 from qwenq import stopping
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName, DtypeName, EngineName, KernelName
+from qwenq.cli.options import DeviceName, DtypeName, EngineName, KernelName, ThinkingWish
 from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -27,9 +27,21 @@ def chat(
     ] = None,
     weights: Annotated[Literal["stored", "random"], typer.Option(help="random is refused here.")] = "stored",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that sum to this.")] = 0.8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    thinking: ThinkingWish = "auto",
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 always takes the likeliest token. [default: 0.7; 0.6 where the model thinks]"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Draw from the likeliest tokens that sum to this. [default: 0.8; 0.95 where it thinks]"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most tokens of an answer. [default: 512; 32768 where the model thinks]"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     engine: EngineName = "fast",
@@ -50,7 +62,7 @@ def chat(
     from qwenq.models.qwen_tokenizer import without_surrogates
     from qwenq.models.resolve import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
-    from qwenq.runtime.chat import Conversation, require_chat
+    from qwenq.runtime.chat import ANSWER, THOUGHTS, Conversation, require_chat, thinking_in_chat
     from qwenq.runtime.engine import load
     from qwenq.runtime.sampling import Sampling
     from qwenq.runtime.session import Session
@@ -61,12 +73,18 @@ def chat(
             where="--weights",
             hint="qwenq profile measures its speed and memory",
         )
-    sampling = Sampling(temperature=0.0 if greedy else temperature, top_p=top_p, seed=seed)
+    Sampling(temperature=temperature or 0.0, top_p=1.0 if top_p is None else top_p)  # before a download
     resolve_device(device)  # before a download
     resolved = resolve_model(model)
     _note(resolved.notices)
     tokenizer = load_tokenizer(resolved.folder)
     require_chat(tokenizer)
+    tokenizer, thinks = thinking_in_chat(tokenizer, thinking)
+    sampling = Sampling(
+        temperature=0.0 if greedy else _given(temperature, 0.6 if thinks else 0.7),
+        top_p=_given(top_p, 0.95 if thinks else 0.8),
+        seed=seed,
+    )
     checkpoint = open_checkpoint(resolved.folder)
     _note(checkpoint.notices)
     runner = load(
@@ -85,11 +103,19 @@ def chat(
         system = without_surrogates(system)  # as Python passes on bytes of a command line that are no text
         _note_lost_text(system)
     conversation = Conversation(
-        session, tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens
+        session,
+        tokenizer,
+        system=system,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens or (THOUGHTS if thinks else ANSWER),
     )
     typer.echo(f"{runner.implementation}, {str(runner.dtype).removeprefix('torch.')}", err=True)
     _talk(conversation)
     typer.echo(summary(session.timing), err=True)
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _note(lines: Iterable[str]) -> None:
@@ -137,6 +163,8 @@ def _talk(conversation: Conversation) -> None:
                 raise
             typer.echo(f"qwenq: {error}", err=True, nl=False)
         typer.echo()
+        if conversation.cut:
+            _note(("the answer was cut at its limit of tokens; --max-new-tokens sets it",))
         if conversation.dropped_rounds > reported:
             reported = conversation.dropped_rounds
             rounds = "round" if reported == 1 else f"{reported} rounds"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,6 +20,7 @@ from qwenq.cli.options import (
     RealWeights,
     RowsAsJson,
     RunFolder,
+    ThinkingWish,
 )
 from qwenq.cli.printing import typed_command
 from qwenq.errors import UsageError
@@ -64,6 +66,14 @@ def evaluate(
         typer.Option(help="The first so many items of each subject or task: 20, or mmlu=20,gsm8k=150."),
     ] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples. [default: the protocol's]")] = None,
+    thinking: ThinkingWish = "auto",
+    max_new_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Most tokens of a written answer: 2048, or gsm8k=2048,humaneval=4096. "
+            "[default: the protocol's; 32768 where the model thinks]"
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Folder with mmlu/, ceval/, gsm8k/, humaneval/ … [default: the hub]"),
@@ -123,13 +133,14 @@ def evaluate(
     from qwenq.evals.contender import How
     from qwenq.evals.suite import Wanted, assist_all
 
-    how = How(device, dtype, engine, attention, kernel)
+    how = How(device, dtype, engine, attention, kernel, thinking)
     wanted = Wanted(
         tasks=names,
         protocol=protocol,
         subjects=_listed(subjects, "--subjects") if subjects is not None else (),
         shots=shots,
-        limit=_limit(limit, names),
+        limit=_by_task(limit, names, "--limit", "items"),
+        max_new_tokens=_by_task(max_new_tokens, names, "--max-new-tokens", "tokens"),
         source=source,
         batch=size,
         unsafe_code=unsafe_code,
@@ -196,7 +207,11 @@ def _contestants(
         from qwenq.evals.served import Served
 
         key = os.environ.get("OPENAI_API_KEY")
-        return [Served(endpoint_at(endpoint, model, key, size or CONCURRENCY, _note))]
+        found = endpoint_at(endpoint, model, key, size or CONCURRENCY, _note)
+        asked = None if how.thinking == "auto" else how.thinking == "on"
+        if asked is None:
+            _note("whether this model thinks, its server decides; --thinking on or off asks for one of them")
+        return [Served(replace(found, thinking=asked))]
     from qwenq.evals.contender import open_contender
 
     contenders = [open_contender(one, how) for one in given]
@@ -245,8 +260,8 @@ def _listed(text: str, where: str) -> tuple[str, ...]:
     return names
 
 
-def _limit(text: str | None, tasks: Sequence[str]) -> int | dict[str, int] | None:
-    """``20`` of every task, or ``mmlu=20,gsm8k=150`` of these and all items of the others."""
+def _by_task(text: str | None, tasks: Sequence[str], where: str, unit: str) -> int | dict[str, int] | None:
+    """Read ``20`` for every task, or ``mmlu=20,gsm8k=150`` for these and the default for the others."""
     if text is None:
         return None
     if (number := _whole_number(text)) is not None:
@@ -256,12 +271,12 @@ def _limit(text: str | None, tasks: Sequence[str]) -> int | dict[str, int] | Non
         task, _, count = (part.strip() for part in entry.partition("="))
         if (number := _whole_number(count)) is None:
             hint = "use a number from 1 on, or one for each task: mmlu=20,gsm8k=150"
-            raise UsageError(f"{text!r} items", where="--limit", hint=hint)
+            raise UsageError(f"{text!r} {unit}", where=where, hint=hint)
         if task not in tasks:
             hint = f"--tasks are {', '.join(tasks)}"
-            raise UsageError(f"{task!r} is not asked for", where="--limit", hint=hint)
+            raise UsageError(f"{task!r} is not asked for", where=where, hint=hint)
         if task in limits:
-            raise UsageError(f"{task} is named twice", where="--limit", hint="give each task one number")
+            raise UsageError(f"{task} is named twice", where=where, hint="give each task one number")
         limits[task] = number
     return limits
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qwenq.reporting.cut import cut_of
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.table import Table
@@ -132,7 +134,7 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
 
     console = Console(highlight=False, markup=False, emoji=False)  # a name is a name, whatever it looks like
     if not console.is_terminal:  # a pipe has no width of its own
-        console.width = 200
+        console.width = 250
     checks = [row for row in rows if "task" not in row.point]
     rows = [row for row in rows if "task" in row.point]
     order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
@@ -142,7 +144,7 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     if rows:  # a split without answers has no score
         console.print(_table(rows, beside=bool(compared) and not aside))
     lines = [_in_a_line(row) for row in compared] if aside else []
-    for line in [*lines, *_check_lines(checks), *_remarks(rows)]:
+    for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows)]:
         console.print(line, soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
 
@@ -154,7 +156,7 @@ def _table(rows: Sequence[Row], *, beside: bool) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("task", "protocol", "model"):
         table.add_column(title, overflow="fold")
-    figures = ("score", "± SE", "95 % interval", "items")
+    figures = ("score", "± SE", "95 % interval", "items", "asked by", "cut")
     for title in (*figures, *(("change", "lost / won", "p") if beside else ())):
         table.add_column(title, justify="right", no_wrap=True)
     if beside:
@@ -180,7 +182,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     value = f"{row.value:.1%}" if row.value is not None else "-"
     found = row.details.get("standard_error")
     error = f"± {100 * found:.1f}" if isinstance(found, float) else "-"
-    return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}"
+    asked = str(row.settings.get("asked", "-"))
+    cut = "-" if (found := cut_of(row)) is None else f"{found.share:.1%}"
+    return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}", asked, cut
 
 
 def _comparison(row: Row) -> tuple[str, ...]:
@@ -215,7 +219,11 @@ def _check_lines(rows: Sequence[Row]) -> list[str]:
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader must not miss."""
-    lines = []
+    lines = [
+        f"warning: {row.point['task']}, {row.model.name} {row.model.precision}: {found.warning}"
+        for row in rows
+        if (found := cut_of(row)) is not None and found.many
+    ]
     if any(row.point.get("data") == "sample suite" for row in rows):
         lines.append("the sample suite is not the benchmark: its scores compare with nothing published")
     limits = {row.point["task"]: row.point["limit"] for row in rows if row.point.get("limit") is not None}
@@ -224,6 +232,23 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         which, limit = "" if all_ else f"{', '.join(map(str, limits))}: ", next(iter(limits.values()))
         lines.append(f"{which}limited to the first {limit} items of each subject or task")
     return lines
+
+
+def _headlines(rows: Sequence[Row]) -> list[str]:
+    """A line for each model that was compared: its largest drop, and the verdict."""
+    from qwenq.paired.compare import Paired
+    from qwenq.paired.headline import Compared, headline
+    from qwenq.paired.mcnemar import holm
+
+    compared = [row for row in rows if "paired" in row.details]
+    pairings = [Paired(*(row.details["paired"][key] for key in ("n", "lost", "won"))) for row in compared]
+    by_model: dict[str, list[Compared]] = {}
+    for row, pairing, p in zip(compared, pairings, holm([one.p for one in pairings]), strict=True):
+        value, change = row.value or 0.0, row.details["paired"]["change"]
+        name = f"{row.model.name} {row.model.precision} beside its base"
+        tested = Compared(str(row.point["task"]), value - change, value, pairing, p)
+        by_model.setdefault(name, []).append(tested)
+    return [f"{name}: {headline(found, len(compared))}" for name, found in by_model.items()]
 
 
 def _bar() -> Bar:

@@ -17,6 +17,10 @@ AttentionName = Annotated[
     str, typer.Option(help="One that `doctor` lists; auto: grouped on a CPU, else sdpa.")
 ]
 KernelName = Annotated[str, typer.Option(help="Of quantised weights: auto, or one that `doctor` lists.")]
+ThinkingWish = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="Whether the model thinks before it answers (enable_thinking of its chat template)."),
+]
 RunFolder = Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")]
 RowsAsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 RealWeights = Annotated[

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.task import ProtocolName
+from qwenq.evals.thinking import choose_thinking
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
 from qwenq.models.identity import base_of, result_model
@@ -20,6 +21,8 @@ from qwenq.models.resolve import resolve_model
 from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 from qwenq.results import Model
 from qwenq.runtime.engine import Engine, find_attention, find_dtype, load
+from qwenq.runtime.generation_config import protocol_sampling
+from qwenq.runtime.sampling import Sampling
 
 
 class _Comparable(Protocol):
@@ -40,6 +43,7 @@ class How:
     engine: str = "fast"
     attention: str = "auto"
     kernel: str = "auto"
+    thinking: str = "auto"
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Contender:
         how: how it is run; device, dtype and attention are the real ones, not ``auto``.
         notices: what the user has to be told of it.
         base: fingerprint of the model that it was made from, where that is known, see ``settle_families``.
-        generation: how it writes.
+        thinking: whether it thinks before it answers a chat.
     """
 
     checkpoint: Checkpoint
@@ -62,7 +66,7 @@ class Contender:
     how: How
     notices: list[str] = field(default_factory=list)
     base: str | None = None
-    generation: ClassVar[str] = "greedy, repetition penalty 1"
+    thinking: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -76,6 +80,15 @@ class Contender:
         Found out when it is needed: chats are rendered in a process that takes seconds to start.
         """
         return "card" if answers_chats(self.tokenizer) else "base"
+
+    @property
+    def sampling(self) -> tuple[Sampling, str]:
+        """How it draws tokens where it thinks, by its own generation settings, and a phrase that says so."""
+        return protocol_sampling(self.checkpoint)
+
+    def generation(self, thinking: bool) -> str:
+        """How it writes, in words."""
+        return self.sampling[1] if thinking else "greedy, repetition penalty 1"
 
     @cached_property
     def engine(self) -> Engine:
@@ -130,19 +143,20 @@ def open_contender(given: str | None, how: How) -> Contender:
     resolved = resolve_model(given)
     checkpoint = open_checkpoint(resolved.folder)
     refuse_random(checkpoint.config, "accuracy")
-    tokenizer = load_tokenizer(resolved.folder)
+    thinking = choose_thinking(load_tokenizer(resolved.folder), how.thinking)
     return Contender(
         checkpoint,
         result_model(checkpoint, number, given),
-        tokenizer,
+        thinking.tokenizer,
         replace(
             how,
             device=str(place),
             dtype=str(number).removeprefix("torch."),
             attention=find_attention(how.attention, how.engine, place),
         ),
-        [*resolved.notices, *checkpoint.notices],
+        [*resolved.notices, *checkpoint.notices, *([thinking.notice] if thinking.notice else [])],
         base_of(checkpoint.folder).get("fingerprint"),
+        thinking.on,
     )
 
 

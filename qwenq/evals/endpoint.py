@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.patience import ATTEMPTS, FIRST_PAUSE, Trouble, pause_before, retry_after, wait
 from qwenq.evals.task import Write, Written
+from qwenq.evals.thinking import CLOSE, OPEN
 from qwenq.stopping import asked
 
 CONCURRENCY = 8  # requests under way at a time, by default
@@ -34,6 +35,7 @@ AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LARGEST_REPLY = 16 << 20  # bytes: a server that sends more sends no answer
 STOPS = 4  # strings that OpenAI's interface takes; all are looked for again here
 PENALTY = "repetition_penalty"
+SEED = 0  # of answers that a server samples
 """No part of OpenAI's interface; but vLLM and SGLang take it, and else the one that the model's own
 generation_config.json has, 1.1 in Qwen's chat models."""
 
@@ -80,6 +82,7 @@ class Endpoint:
         timeout: seconds without a byte after which an attempt is given up.
         pause: seconds before the second attempt.
         trouble: what all requests to it know.
+        thinking: sent as ``enable_thinking`` for the chat template; None: nothing is, the server decides.
     """
 
     url: str
@@ -89,6 +92,7 @@ class Endpoint:
     timeout: float = 300.0
     pause: float = FIRST_PAUSE
     trouble: Trouble = field(default_factory=Trouble, repr=False, compare=False)
+    thinking: bool | None = None
 
     def models(self) -> list[str] | None:
         """Names of what is served; None: this server does not say.
@@ -126,6 +130,11 @@ class Endpoint:
             found = self._without_penalty("/completions", {**body, "prompt": request.prompt})
             return self._read(found, request)
         turns = [dict(message) for message in request.prompt]
+        if self.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": self.thinking}
+        if self.thinking:  # greedy thoughts repeat themselves: Qwen advises against them
+            del body["temperature"]
+            body["seed"] = SEED
         found = self._without_penalty("/chat/completions", {**body, "messages": turns})
         return self._read(found, request)
 
@@ -262,7 +271,10 @@ class Endpoint:
     def _read(self, found: dict[str, Any], request: Write) -> Reply:
         try:
             choice = found["choices"][0]
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            message = choice.get("message")
+            text = choice["text"] if message is None else message["content"]
+            if self.thinking and message is not None:
+                text = _with_thoughts(message)
             usage = found.get("usage") or {}
             if not isinstance(text, str | None):
                 raise TypeError("its text is no text")
@@ -277,6 +289,15 @@ class Endpoint:
         places = [place for end in request.until if end and (place := text.find(end)) >= 0]
         stopped = bool(places) or choice.get("finish_reason") != "length"  # for an end there are many words
         return Reply(Written(text[: min(places)] if places else text, counts[0], stopped), counts[1])
+
+
+def _with_thoughts(message: dict[str, Any]) -> Any:
+    """Return the text as the model wrote it; some servers part its thoughts from its answer."""
+    content = message["content"]
+    thoughts = message.get("reasoning_content") or message.get("reasoning")
+    if not isinstance(thoughts, str) or not isinstance(content, str | None):
+        return content
+    return f"{OPEN}{thoughts}{CLOSE}\n{content}" if content else f"{OPEN}{thoughts}"
 
 
 def _unreached(error: Exception) -> _Again:

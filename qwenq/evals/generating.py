@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: a finished row is replaced at once, so that no row waits for another.
+"""Answers to many prompts, greedy or drawn. A finished row is replaced at once: no row waits for another.
 
 Longest first: what needs the most memory is tried while nothing depends on it, and the last rows to finish
 are short ones. What prompts share is encoded once and copied into each row.
@@ -6,9 +6,10 @@ are short ones. What prompts share is encoded once and copied into each row.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from qwenq.evals.task import Written
 from qwenq.models.tokenizer import TextStream, Tokenizer
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine
+from qwenq.runtime.sampling import GREEDY, Sampler, Sampling
 from qwenq.stopping import asked, stop_here
 
 _COMPACT = {"cpu": 1.0, "cuda": 0.75}
@@ -70,6 +72,7 @@ class _Row:
     index: int
     room: int
     text: AnswerText
+    sampler: Sampler | None = None
     tokens: int = 0
     stopped: bool = False
 
@@ -124,7 +127,9 @@ class _Writer:
         stop_ids: Collection[int],
         budget: Budget,
         prompts: Budget,
+        sampling: Sampling,
     ) -> None:
+        self._sampling = sampling
         self._engine, self._tokenizer, self._requests = engine, tokenizer, requests
         self._stops = frozenset(stop_ids)
         self._budget, self._prompts = budget, prompts
@@ -186,7 +191,7 @@ class _Writer:
             for place, index in zip(places, chosen, strict=True):
                 request = self._requests[index]
                 text = AnswerText(self._tokenizer.stream(), request.until)
-                batch.rows[place] = _Row(index, request.max_new_tokens, text)
+                batch.rows[place] = _Row(index, request.max_new_tokens, text, self._sampler(request.name))
             tails = [self._requests[index].prompt[shared:] for index in chosen]
             fresh = begin_rows(
                 self._engine, self._prefix(group, chosen[0]), len(chosen), shared + max(map(len, tails))
@@ -215,12 +220,22 @@ class _Writer:
             self._prefixes[group] = encode_prefix(self._engine, prompt[: self._lengths[group]])
         return self._prefixes[group]
 
+    def _sampler(self, name: str) -> Sampler | None:
+        """Return what draws one answer's tokens: of a seed of its own, whatever it is batched with."""
+        if self._sampling.greedy:
+            return None
+        own = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:4])
+        sampling = replace(self._sampling, seed=self._sampling.seed + own)
+        return Sampler(sampling, 1, self._engine.real_vocab)
+
     def _take(self, batch: _Batch, places: Sequence[int], logits: Tensor) -> Iterator[tuple[int, Written]]:
         """Read the next token of these rows from float32 logits [places, vocabulary]."""
         best, tokens = logits[:, : self._engine.real_vocab].max(dim=-1)
         rows = [batch.rows[place] for place in places]
         require_finite(best, [self._requests[row.index].name for row in rows if row is not None])
-        for place, row, token in zip(places, rows, tokens.tolist(), strict=True):
+        for line, (place, row, likeliest) in enumerate(zip(places, rows, tokens.tolist(), strict=True)):
+            sampler = None if row is None else row.sampler
+            token = likeliest if sampler is None else int(sampler(logits[line : line + 1]))
             batch.newest[place] = token
             if row is not None and row.push(token, self._stops):
                 batch.rows[place] = None
@@ -235,6 +250,7 @@ def write(
     stop_ids: Collection[int],
     budget: Budget,
     prompts: Budget,
+    sampling: Sampling = GREEDY,
 ) -> Iterator[tuple[int, Written]]:
     """The answer to each request, as they are finished: (index, answer), in an order of its own.
 
@@ -245,9 +261,10 @@ def write(
         stop_ids: each ends an answer and is not part of it.
         budget: for decode steps.
         prompts: for the passes over prompts.
+        sampling: how tokens are chosen; each item draws by its name and the seed.
 
     Raises:
         ModelError: logits that are not finite; the answers given out before are sound.
         QwenqError: a single prompt does not fit into the memory.
     """
-    yield from _Writer(engine, tokenizer, requests, stop_ids, budget, prompts).run()
+    yield from _Writer(engine, tokenizer, requests, stop_ids, budget, prompts, sampling).run()

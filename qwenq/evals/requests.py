@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import Choose, Item, Message, Prompt, Request, Write
@@ -87,9 +87,16 @@ def require_context(requests: Sequence[RequestTokens], context: int | None) -> N
         f"{len(too_long)} of {len(requests)} prompts are too long for this model, which takes {context} "
         f"tokens; the longest has {len(longest.prompt):,}{answer}",
         where=longest.name,
-        hint="show fewer examples with --shots, name the subjects that fit with --subjects, or leave the "
-        "task out of --tasks",
+        hint="show fewer examples with --shots, allow fewer new tokens with --max-new-tokens, name the "
+        "subjects that fit with --subjects, or leave the task out of --tasks",
     )
+
+
+def limited(request: Request, max_new_tokens: int | None) -> Request:
+    """Return the request with this limit on what is written; None leaves the protocol's own."""
+    if max_new_tokens is None or isinstance(request, Choose):
+        return request
+    return replace(request, max_new_tokens=max_new_tokens)
 
 
 def request_hash(item: Item, request: Request) -> str:

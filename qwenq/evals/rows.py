@@ -48,6 +48,8 @@ def rows_of(
             details["items"] = verdicts(answers.judged)
             details["base"] = None if isinstance(contender, Served) else contender.base
             details["questions"] = answers.questions or None
+            if answers.written:
+                details["cut"] = {"answers": answers.cut, "of": answers.written}
             details |= _beside(base, details, score.value) if base is not None else {"unpaired": apart}
         rows.append(
             Row(
@@ -85,6 +87,10 @@ def point_of(plan: Plan) -> dict[str, Value]:
         "limit": plan.limit,
         "shots": plan.shots,
     }
+    if plan.thinking:
+        point["thinking"] = "on"
+    if plan.max_new_tokens is not None:
+        point["max_new_tokens"] = plan.max_new_tokens
     if plan.subjects:
         point["subjects"] = ",".join(sorted(plan.subjects))
     if plan.source.sample:

@@ -20,6 +20,7 @@ from qwenq.evals.requests import (
     RequestTokens,
     WriteTokens,
     encode_requests,
+    limited,
     questions_hash,
     request_hash,
     require_context,
@@ -29,8 +30,20 @@ from qwenq.evals.sandbox.programs import Outcome, Program
 from qwenq.evals.sandbox.run import run_programs
 from qwenq.evals.scoring import score
 from qwenq.evals.served import Contestant, Response, Served
-from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, MakeProgram, Request, Task
+from qwenq.evals.task import (
+    Answer,
+    Chosen,
+    DataSource,
+    Item,
+    Judgement,
+    MakeProgram,
+    Request,
+    Task,
+    Written,
+)
 from qwenq.evals.tasks.script import Script
+from qwenq.evals.thinking import final_answer
+from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
 
 
@@ -65,6 +78,8 @@ class Plan:
         subjects: only these; empty: all.
         source: where the items came from.
         notes: what has to be said beside the scores.
+        max_new_tokens: the limit of written answers; None: the protocol's own.
+        thinking: whether the model thinks before it answers: what follows its thoughts is judged.
     """
 
     task: Task
@@ -74,6 +89,12 @@ class Plan:
     subjects: tuple[str, ...] = ()
     source: DataSource = field(default_factory=DataSource)
     notes: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    thinking: bool = False
+
+    def request(self, item: Item) -> Request:
+        """Return what is asked about an item, with this plan's limit."""
+        return limited(self.task.request(item), self.max_new_tokens)
 
 
 Judged = list[tuple[Item, Judgement]]
@@ -91,6 +112,7 @@ class Answers:
         questions: a hash of all that was asked, the same for every model; empty: not known.
         sandboxes: what ran the programs, each once.
         cut: written answers that reached their limit of tokens before they ended.
+        written: answers that were written; the others are letters that were scored by their logits.
     """
 
     judged: Judged
@@ -100,6 +122,7 @@ class Answers:
     questions: str = ""
     sandboxes: tuple[str, ...] = ()
     cut: int = 0
+    written: int = 0
 
 
 def make_plan(
@@ -157,7 +180,7 @@ def answer(
     if plan.task.needs_sandbox and sandbox is None:
         raise ValueError(f"{plan.task.name} needs a sandbox")
     task, title, key = plan.task, _title(contender, plan), records_key(contender, plan)
-    hashes = {item.id: request_hash(item, task.request(item)) for item in plan.items}
+    hashes = {item.id: request_hash(item, plan.request(item)) for item in plan.items}
     with Records(run, title, key) as records:
         take_parts(records, run, title, key)
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
@@ -200,25 +223,30 @@ def _ask(
     team: Team,
 ) -> None:
     """Ask this rank's share of these items, and record each answer."""
-    task = plan.task
-    shares = deal([cost(task.request(item)) for item in items], team.world)
+    shares = deal([cost(plan.request(item)) for item in items], team.world)
     mine = [items[index] for index in shares[team.rank]]
-    requests = [task.request(item) for item in mine]
+    requests = [plan.request(item) for item in mine]
     if not mine:
         return
-    responses = _responses(contender, mine, requests, batch)
+    responses = _responses(contender, plan, mine, requests, batch)
     with finishing("the items under way are recorded"):
         for together in responses:
-            made = [_judged(task, mine[one.index], requests[one.index], one) for one in together]
+            made = [_judged(plan, mine[one.index], requests[one.index], one) for one in together]
             records.append(*made)
             if listener is not None:
                 for record in made:
                     listener.judged(record.correct)
 
 
-def _judged(task: Task, item: Item, request: Request, response: Response) -> Record:
-    """An answer with its verdict; with none where the sandbox has to say it, or nobody here can."""
-    judgement = task.judge(item, response.answer)
+def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Record:
+    """Judge an answer; without a verdict where the sandbox has to give it, or nobody here can.
+
+    What a chat model thought first stays in the record, and is not judged.
+    """
+    task, found = plan.task, response.answer
+    if isinstance(found, Written) and not isinstance(request.prompt, str):
+        found = replace(found, text=final_answer(found, plan.thinking))
+    judgement = task.judge(item, found)
     record = _record(item, request_hash(item, request), response, judgement)
     return record if judgement.known and not task.needs_sandbox else replace(record, correct=None)
 
@@ -232,7 +260,9 @@ def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
         "protocol": task.protocol,
         "version": task.version,
         "shots": plan.shots,
-        "sampling": "greedy",
+        "sampling": contender.generation(True) if plan.thinking else "greedy",
+        **({"max_new_tokens": plan.max_new_tokens} if plan.max_new_tokens is not None else {}),
+        **({"thinking": True} if plan.thinking else {}),
     }
 
 
@@ -247,7 +277,7 @@ def _title(contender: Contestant, plan: Plan) -> str:
 
 
 def _responses(
-    contender: Contestant, items: Sequence[Item], requests: Sequence[Request], batch: int | None
+    contender: Contestant, plan: Plan, items: Sequence[Item], requests: Sequence[Request], batch: int | None
 ) -> Iterator[list[Response]]:
     """What the model here, or whoever serves it, says, in lists of what came together.
 
@@ -260,12 +290,12 @@ def _responses(
     implementation = contender.engine.implementation
     return (
         [Response(index, found, len(encoded[index].prompt), implementation) for index, found in together]
-        for together in _answers(contender, encoded, batch)
+        for together in _answers(contender, encoded, batch, plan.thinking)
     )
 
 
 def _answers(
-    contender: Contender, encoded: Sequence[RequestTokens], batch: int | None
+    contender: Contender, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
 ) -> Iterator[list[tuple[int, Answer]]]:
     """Choices first, a batch at a time, then texts, one by one: (index into ``encoded``, answer)."""
     choices = [(i, one) for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)]
@@ -277,7 +307,8 @@ def _answers(
     if texts:
         tokenizer, requests = contender.tokenizer, [one for _, one in texts]
         budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
-        for place, written in write(engine, tokenizer, requests, tokenizer.eos_ids, *budgets):
+        sampling = contender.sampling[0] if thinking else GREEDY
+        for place, written in write(engine, tokenizer, requests, tokenizer.eos_ids, *budgets, sampling):
             yield [(texts[place][0], written)]
 
 
@@ -343,4 +374,5 @@ def _answers_of(items: Sequence[Item], found: Sequence[Record], recorded: int) -
     sandboxes = tuple(dict.fromkeys(record.sandbox for record in found if record.sandbox))
     tokens = sum(record.tokens for record in found)
     cut = sum(record.output is not None and not record.stopped for record in found)
-    return Answers(judged, implementations, recorded, tokens, sandboxes=sandboxes, cut=cut)
+    written = sum(record.output is not None for record in found)
+    return Answers(judged, implementations, recorded, tokens, sandboxes=sandboxes, cut=cut, written=written)

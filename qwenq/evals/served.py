@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from qwenq.errors import UsageError
 from qwenq.evals.contender import Contender, How
-from qwenq.evals.endpoint import PENALTY, Endpoint
+from qwenq.evals.endpoint import PENALTY, SEED, Endpoint
 from qwenq.evals.task import Answer, Item, ProtocolName, Request, Write
 from qwenq.models.identity import family_name
 from qwenq.results import Model
@@ -45,14 +45,12 @@ class Served:
         quantised: nobody knows; it is compared with nothing.
         protocol: chats, unless the user says otherwise.
         how: nor is it known how it is run.
-        generation: as far as a server heeds what it is asked.
     """
 
     endpoint: Endpoint
     quantised: ClassVar[bool] = False
     protocol: ClassVar[ProtocolName] = "card"
     how: ClassVar[How] = How("served", "unknown", "served", "unknown", "unknown")
-    generation: ClassVar[str] = "greedy, repetition penalty 1 where the server takes it"
 
     @property
     def model(self) -> Model:
@@ -63,9 +61,22 @@ class Served:
         return Model(name, f"endpoint:{digest}", "served", family_name(name))
 
     @property
+    def thinking(self) -> bool:
+        """Whether it was asked to think; where nothing was asked, its server decides."""
+        return self.endpoint.thinking is True
+
+    def generation(self, thinking: bool) -> str:
+        """How it writes, as far as a server heeds what it is asked."""
+        if thinking:
+            return f"sampled by the server's own settings, seed {SEED} where it takes it"
+        return "greedy, repetition penalty 1 where the server takes it"
+
+    @property
     def key(self) -> dict[str, Any]:
         """What of it decides an answer, as far as that is known."""
-        return {"endpoint": self.endpoint.url, "model": self.endpoint.model, PENALTY: 1}
+        key = {"endpoint": self.endpoint.url, "model": self.endpoint.model, PENALTY: 1}
+        asked = self.endpoint.thinking
+        return key if asked is None else {**key, "enable_thinking": asked}
 
     def unload(self) -> None:
         """Nothing is held here."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenq.errors import QwenqError, StorageError, UsageError
 from qwenq.evals.records import FOLDER, Record, read_records
-from qwenq.evals.requests import prompt_text, request_hash
+from qwenq.evals.requests import limited, prompt_text, request_hash
 from qwenq.evals.task import Choose, DataSource, Item, Request
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import read_rows
@@ -90,7 +90,8 @@ def _question(key: dict[str, Any], record: Record, source: DataSource) -> str:
     except (QwenqError, StopIteration) as error:
         why = error.what if isinstance(error, QwenqError) else "the item is not in this data"
         return f"{title}\n(prompt not shown: {why}; name the data that was asked: --data DIR or --sample)"
-    request = task.request(item)
+    limit = key.get("max_new_tokens")
+    request = limited(task.request(item), limit if isinstance(limit, int) else None)
     changed = request_hash(item, request) != record.asked
     note = "\n(the data or the task has changed since: this is not what was asked)" if changed else ""
     return f"{title}{note}\n--- prompt\n{prompt_text(request.prompt)}{_wanted(item, request)}"

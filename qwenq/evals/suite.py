@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import DataSource, ProtocolName
 from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
+from qwenq.evals.thinking import MAX_NEW_TOKENS
 from qwenq.paired.base import PLAIN
 from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
@@ -42,6 +43,8 @@ class Wanted:
         source: where items come from.
         batch: rows at once; None: what fits.
         unsafe_code: run programs without a sandbox.
+        max_new_tokens: the limit of written answers, of every task or by its name; None: the protocol's, or
+            the budget of thoughts (``evals.thinking``) where the model thinks.
     """
 
     tasks: tuple[str, ...]
@@ -52,6 +55,15 @@ class Wanted:
     source: DataSource = field(default_factory=DataSource)
     batch: int | None = None
     unsafe_code: bool = False
+    max_new_tokens: int | Mapping[str, int] | None = None
+
+    def plan_for(self, contender: Contestant, plan: Plan) -> Plan:
+        """Return the plan as this model is asked it: whether it thinks, and how long answers may be."""
+        wanted = self.max_new_tokens
+        limit = wanted.get(plan.task.name) if isinstance(wanted, Mapping) else wanted
+        thinking = contender.thinking and plan.task.protocol == "card"
+        limit = MAX_NEW_TOKENS if thinking and limit is None else limit
+        return replace(plan, thinking=thinking, max_new_tokens=limit)
 
     def limit_of(self, task: str) -> int | None:
         """How many items of each subject of this task."""
@@ -104,7 +116,7 @@ def evaluate(
             if isinstance(contender, Contender) and contender.quantised:
                 rows += _recorded_check(contender, run, say)
             for name in wanted.tasks:
-                plan = plans[name, wanted.protocol or contender.protocol]
+                plan = wanted.plan_for(contender, plans[name, wanted.protocol or contender.protocol])
                 answers = answer(
                     contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
                 )
@@ -153,7 +165,7 @@ def assist_all(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team
     plans = _plans(order, wanted)
     for contender in order:
         for name in wanted.tasks:
-            plan = plans[name, wanted.protocol or contender.protocol]
+            plan = wanted.plan_for(contender, plans[name, wanted.protocol or contender.protocol])
             assist(contender, plan, run, team, batch=wanted.batch)
         contender.unload()
 
@@ -226,9 +238,12 @@ def _append_rows(
         "engine": how.engine,
         "attention": how.attention,
         "kernel": how.kernel,
-        "generation": contender.generation,
+        "generation": contender.generation(plan.thinking),
+        "asked": "generation" if answers.written else "logits",
         MACHINE: machine(environment()),
     }
+    if (kind := _thinking(contender, plan)) is not None:
+        settings["thinking"] = kind
     if not answers.recorded:  # how many were asked together, records do not say
         served = contender.endpoint.concurrency if isinstance(contender, Served) else None
         settings["batch"] = served or wanted.batch or "auto"
@@ -239,6 +254,18 @@ def _append_rows(
     for row in rows:
         append_row(run, row)
     return rows
+
+
+def _thinking(contender: Contestant, plan: Plan) -> str | None:
+    """``on`` or ``off`` where a chat model has that choice; None elsewhere, and where a server decides."""
+    if plan.task.protocol != "card":
+        return None
+    if isinstance(contender, Served):
+        asked = contender.endpoint.thinking
+        return None if asked is None else "on" if asked else "off"
+    if contender.tokenizer.thinking == "never":
+        return None
+    return "on" if plan.thinking else "off"
 
 
 def _write_submission(contender: Contestant, plan: Plan, answers: Answers, run: Path) -> str:

@@ -8,9 +8,12 @@ safe against that; filter untrusted input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import decoders
@@ -21,7 +24,7 @@ from qwenq.models.chatml import Message
 from qwenq.models.config import check_labels
 from qwenq.models.qwen_tokenizer import StreamDecoder, without_surrogates
 from qwenq.models.template_process import PROCESS
-from qwenq.models.tokenizer import TextStream, digest, eos_ids_of, read_json
+from qwenq.models.tokenizer import TemplateThinking, TextStream, digest, eos_ids_of, read_json
 from qwenq.models.tokenizer_growth import refuse_growth, refuse_holes
 from qwenq.models.tokenizer_json import byte_of_char
 
@@ -30,6 +33,7 @@ class HfTokenizer:
     """transformers' tokenizer behind the `qwenq.models.tokenizer.Tokenizer` protocol."""
 
     max_window: int | None = None
+    _template_args: Mapping[str, bool] = MappingProxyType({})
 
     def __init__(self, path: Path, generation: dict[str, Any]) -> None:
         """Load from a folder or a tokenizer.json; ModelError when transformers cannot."""
@@ -45,7 +49,42 @@ class HfTokenizer:
         """16 hex digits over the tokenizer's whole definition and its chat template."""
         backend = getattr(self._hf, "backend_tokenizer", None)
         definition = backend.to_str() if backend is not None else repr(sorted(self._hf.get_vocab().items()))
-        return digest(definition, str(self._hf.chat_template))
+        args = [json.dumps(dict(self._template_args), sort_keys=True)] if self._template_args else []
+        return digest(definition, str(self._hf.chat_template), *args)
+
+    @cached_property
+    def thinking(self) -> TemplateThinking:
+        """Whether prompts of the chat template let the model think, by the template's own text."""
+        try:
+            template = str(self._hf.get_chat_template())
+        except ValueError:  # none, or several and none is the default
+            return "never"
+        if "enable_thinking" in template:
+            return "switch"
+        if "<think>" not in template:
+            return "never"
+        try:
+            prompt = self.decode(self.chat([{"role": "user", "content": "?"}]))
+        except UsageError:
+            return "never"
+        return "always" if prompt.rstrip().endswith("<think>") else "never"
+
+    def with_thinking(self, enabled: bool) -> HfTokenizer:
+        """Return a tokenizer whose chat template is rendered with ``enable_thinking``.
+
+        Raises:
+            UsageError: the template does not read it.
+        """
+        if self.thinking != "switch":
+            raise UsageError(
+                "this model's chat template does not read enable_thinking",
+                where=self._path,
+                hint="leave out --thinking",
+            )
+        made = copy.copy(self)
+        made.__dict__.pop("fingerprint", None)
+        made._template_args = MappingProxyType({"enable_thinking": enabled})
+        return made
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -129,7 +168,8 @@ class HfTokenizer:
             )
         try:
             template = self._hf.get_chat_template()
-            variables = {**self._hf.special_tokens_map, **({"tools": list(tools)} if tools else {})}
+            named = {"tools": list(tools)} if tools else {}
+            variables = {**self._hf.special_tokens_map, **named, **self._template_args}
             text = PROCESS.render(template, messages, add_generation_prompt, variables)
         except (UsageError, ValueError) as error:  # ValueError: several templates, and none is the default
             what = error.what if isinstance(error, UsageError) else str(error)

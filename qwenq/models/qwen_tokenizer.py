@@ -17,12 +17,12 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tiktoken
 from tokenizers import normalizers
 
-from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
+from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context, stop_ids
 
 RANKS_FILE = "qwen.tiktoken"
@@ -131,6 +131,15 @@ class QwenTokenizer:
         for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             digest.update(b"%d %s\n" % (rank, base64.b64encode(token)))
         return digest.hexdigest()[:16]
+
+    @property
+    def thinking(self) -> Literal["never"]:
+        """Models of this generation answer at once."""
+        return "never"
+
+    def with_thinking(self, enabled: bool) -> QwenTokenizer:
+        """Refuse: this chat format has no such switch."""
+        raise UsageError("this model's chat format has no enable_thinking", hint="leave out --thinking")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text, without BOS or EOS.

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from qwenq.errors import CorruptFileError, ModelError
 from qwenq.models.chatml import DEFAULT_MAX_WINDOW, Message
@@ -33,6 +33,10 @@ COPIED = (
     RANKS_FILE,
 )
 _SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
+
+
+TemplateThinking = Literal["never", "switch", "always"]
+"""``switch``: the template reads ``enable_thinking``; ``always``: it opens ``<think>`` in every prompt."""
 
 
 class TextStream(Protocol):
@@ -79,6 +83,13 @@ class Tokenizer(Protocol):
     @property
     def template(self) -> str | None:
         """Source of the chat template, whose names tell which keys of a message it reads."""
+
+    @property
+    def thinking(self) -> TemplateThinking:
+        """Whether prompts of its chat template let the model think before it answers."""
+
+    def with_thinking(self, enabled: bool) -> Tokenizer:
+        """Return a tokenizer whose chat template gets ``enable_thinking``; only for ``switch``."""
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids, without BOS or EOS; the surface forms of special tokens are parsed only if ``special``."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from qwenq.paired.equivalence import MARGIN, change_interval, equivalence_p
 from qwenq.paired.mcnemar import ALPHA, mcnemar, said_p
 
 
@@ -36,26 +37,68 @@ class Paired:
 
         return detectable_drop(self.n, (self.lost + self.won) / self.n)
 
-    def said_of(self, change: float) -> str:
-        """What can be said of a change of the score, in words.
+    @property
+    def change(self) -> float:
+        """Return the change of the share of items that are right, all items alike."""
+        return (self.won - self.lost) / self.n
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of ``change``."""
+        return change_interval(self.lost, self.won, self.n)
+
+    @cached_property
+    def equivalence_p(self) -> float:
+        """Return the p value of TOST: whether a change as large as the margin is excluded."""
+        return equivalence_p(self.lost, self.won, self.n)
+
+    @property
+    def equivalent(self) -> bool:
+        """Return whether a change as large as the margin is excluded."""
+        return self.equivalence_p < ALPHA
+
+    def said_change(self, change: float) -> str:
+        """Return a change of the score with the interval of what the items show.
 
         Args:
-            change: score of the model less that of its base. Averaged over subjects it may go the other way
-                than the items, which are what is tested; then it is these that are counted.
+            change: of the score. Averaged over subjects it is another one than that of the items, which are
+                what is tested; both are then given.
         """
+        low, high = (points(bound, signed=True) for bound in self.interval)
+        interval = f"95 % interval {low} to {high}"
+        score, items = points(change, signed=True), points(self.change, signed=True)
+        if score == items:
+            return f"{score} points, {interval}"
+        return f"{score} points; all items alike {items}, {interval}"
+
+    def said_of(self, change: float) -> str:
+        """Return what can be said of a change of the score: a loss, no loss beyond a margin, or inconclusive.
+
+        Args:
+            change: as in `said_change`.
+        """
+        shown = self.said_change(change)
         if self.p < ALPHA:
-            points = f"{100 * abs(change):.1f}"
-            if points == "0.0" or (change < 0) != (self.lost > self.won):
-                return f"lost {self.lost:,}, won {self.won:,} items ({said_p(self.p)})"
-            return f"{'lost' if change < 0 else 'gained'} {points} points ({said_p(self.p)})"
+            return f"{'loss' if self.lost > self.won else 'gain'}: {shown} ({said_p(self.p)})"
+        if self.equivalent:
+            return f"no loss beyond {points(MARGIN)} points: {shown} (TOST, {said_p(self.equivalence_p)})"
         if self.detectable is None:
-            return f"too few items: with {self.n}, no loss at all could be shown"
-        return f"no loss detectable above {100 * self.detectable:.1f} points"
+            return f"inconclusive: {shown}; with {self.n} items no loss at all could be shown"
+        return f"inconclusive: {shown}; a drop below {points(self.detectable)} points would go unseen"
 
     def to_json(self, change: float) -> dict[str, Any]:
-        """Plain values; ``change`` as in `said_of`."""
-        figures = {"p": self.p, "detectable": self.detectable, "change": change}
+        """Return plain values; ``change`` as in `said_change`."""
+        figures: dict[str, Any] = {"p": self.p, "detectable": self.detectable, "change": change}
+        figures |= {"interval": list(self.interval), "margin": MARGIN, "equivalence_p": self.equivalence_p}
         return {**asdict(self), **figures, "sentence": self.said_of(change)}
+
+
+def points(share: float, *, signed: bool = False) -> str:
+    """Return a share as percentage points, ``2``, ``12.5`` or ``−4.0``."""
+    if not signed:
+        return f"{100 * share:.1f}".removesuffix(".0")
+    text = f"{100 * share:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
 
 
 def compare(

@@ -6,6 +6,7 @@ Of the others, if nothing was lost, each is as likely a loss as a win: the p-val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 ALPHA = 0.05
@@ -18,6 +19,17 @@ def mcnemar(lost: int, won: int) -> float:
         tail += ways
         ways = ways * (discordant - k) // (k + 1)  # discordant over k + 1
     return min(1.0, float(Fraction(2 * tail, 2**discordant)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values in the order given (Holm, Scandinavian Journal of Statistics 1979)."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def shown_p(p: float) -> str:

@@ -27,10 +27,10 @@ from qwenq.profiling.loading import checkpoint_of, engine_for, release
 from qwenq.profiling.memory import Meter, meter_for
 from qwenq.profiling.points import Point
 from qwenq.profiling.prompts import prefill, too_long
-from qwenq.profiling.protocol import end_ids, protocol_sampling
 from qwenq.profiling.rounded import rounded
 from qwenq.profiling.statistics import MOST, Summary, repeat, summarise
 from qwenq.results import Row
+from qwenq.runtime.generation_config import end_ids, protocol_sampling
 
 if TYPE_CHECKING:
     from qwenq.runtime.engine import Engine

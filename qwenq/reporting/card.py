@@ -6,6 +6,7 @@ from typing import Any
 
 from qwenq.published import PublishedRow, published_of
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured, rank
+from qwenq.reporting.cut import asked_by, cut_of
 from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, pivot
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import fixed
@@ -39,11 +40,39 @@ def accuracy_table(collection: Collection, family: str) -> Table | None:
     layout = Layout("Quantization", _task, count="items", used=frozenset({"task"}))
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "percent of items answered correctly, with 95 % intervals")
+    made.caption.append(_how_asked(rows))
+    _add_cut(made, rows, collection)
     asked = {str(item.row.point.get("task")): _task(item)[1] for item in rows if _as_the_cards(item.row)}
     for row in published_of(family):
         figures = {asked[task]: value for task, value in row.accuracy.items() if task in asked}
         _add_published(made, row, {"Protocol": "card"}, figures, digits=1)
     return made.table("accuracy", "Accuracy")
+
+
+def _how_asked(rows: list[Measured]) -> str:
+    """``letters by logits: MMLU; written answers: GSM8K``."""
+    by: dict[str, dict[str, None]] = {"logits": {}, "generation": {}}
+    for item in sorted(rows, key=lambda item: task_order(item.row)):
+        by[asked_by(item.row)][_task(item)[1]] = None
+    parts = {"letters asked by logits": by["logits"], "answers by generation": by["generation"]}
+    return "; ".join(f"{how}: {', '.join(tasks)}" for how, tasks in parts.items() if tasks)
+
+
+def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
+    """A column for each task with written answers: the share that reached the limit of tokens."""
+    for item in sorted(rows, key=lambda item: task_order(item.row)):
+        if (found := cut_of(item.row)) is None:
+            continue
+        score = _task(item)[1]
+        heading = f"{score} cut (%)"
+        note = made.notes.number(f"{score}: {found.warning}") if found.many else None
+        label = collection.label(item.row.model)
+        for line in made.lines:
+            cell = line.cells.get(score)
+            if line.labels[0] == label and cell is not None and cell.value == item.row.value:
+                line.cells[heading] = Cell(fixed(1)(100 * found.share), found.share, note=note)
+        if heading not in made.columns:
+            made.columns.append(heading)
 
 
 def _as_the_cards(row: Row) -> bool:

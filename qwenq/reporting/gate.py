@@ -25,6 +25,7 @@ from math import isfinite
 from typing import Literal
 
 from qwenq.errors import UsageError
+from qwenq.paired.headline import Compared, headline
 from qwenq.recipe import FAIL_ON
 from qwenq.reporting.collect import PRECISIONS
 from qwenq.reporting.compare import METRICS, Comparison, corrected
@@ -143,8 +144,22 @@ class Verdict:
             return f"Not comparable: {len(apart)} of {count(asked, 'rows')}; that is no pass"
         if self.exit_code == NOT_COMPARABLE:
             return "Not comparable: there was nothing to judge; that is no pass"
+        return self._pass(asked)
+
+    @property
+    def accuracies(self) -> str:
+        """One sentence on all accuracies that were paired, passed or not; empty where none was."""
+        tested = []
+        for item in (judged.comparison for judged in self.judged):
+            if item.pairing is not None and item.before is not None and item.after is not None:
+                scores = item.before.value or 0.0, item.after.value or 0.0
+                p = item.pairing.p if item.p is None else item.p
+                tested.append(Compared(item.name, *scores, item.pairing, p))
+        return headline(tested, len(tested)) if tested else ""
+
+    def _pass(self, asked: int) -> str:
         unsure = f"; {len(self.passed_over)} could not be judged" if self.passed_over else ""
-        return f"Passed: no regression in {count(asked, 'rows')}{unsure}"
+        return f"Passed: no condition failed in {count(asked, 'rows')}{unsure}"
 
 
 def judge(

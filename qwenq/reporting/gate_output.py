@@ -6,12 +6,17 @@ import secrets
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Iterator
 
+from qwenq.paired.compare import points
+from qwenq.paired.equivalence import MARGIN
 from qwenq.paired.mcnemar import said_p
 from qwenq.reporting.compare import Comparison
+from qwenq.reporting.cut import cut_of
 from qwenq.reporting.gate import NOT_COMPARABLE, Condition, Judged, Verdict
 from qwenq.reporting.text import clean, count, markdown
 from qwenq.reporting.units import format_of, signed
 
+UNCHANGED = {"the same", "within noise", "inconclusive", f"no loss beyond {points(MARGIN)} points"}
+"""Effects of rows that passed and are only counted."""
 MOST_ROWS = 60
 """Rows of a table in a comment, which GitHub cuts at 65,536 characters."""
 
@@ -35,7 +40,13 @@ def change_text(item: Comparison) -> str:
     if item.pairing is None:
         return shown
     p = said_p(1.0 if item.p is None else item.p)
-    return f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, {p}"
+    shown = f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, {p}"
+    warnings = [
+        f"{which}: {found.warning}"
+        for which, row in (("baseline", before), ("new", after))
+        if (found := cut_of(row)) is not None and found.many
+    ]
+    return "; ".join([shown, *warnings])
 
 
 def effect(judged: Judged) -> str:
@@ -48,8 +59,11 @@ def effect(judged: Judged) -> str:
         return f"{'worse' if item.worse else 'better'} by items"
     if same:
         return "the same"
+    if item.real is False and item.pairing is not None:
+        none = f"no loss beyond {points(MARGIN)} points"
+        return none if item.pairing.equivalent else "inconclusive"
     if item.real is False:
-        return "no real difference"
+        return "within noise"
     word = "worse" if item.worse else "better"
     return word if item.real else f"{word}, or noise"
 
@@ -57,13 +71,13 @@ def effect(judged: Judged) -> str:
 def text_lines(verdict: Verdict) -> Iterator[str]:
     """For a terminal: what failed first, then what changed without failing, then the verdict."""
     passed = verdict.of("passed")
-    changed = [item for item in passed if effect(item) not in {"the same", "no real difference"}]
+    changed = [item for item in passed if effect(item) not in UNCHANGED]
     for judged in [*verdict.of("regression"), *verdict.of("not comparable"), *changed]:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
         parts = (change_text(judged.comparison), effect(judged), _reason(judged))
         yield f"{'':<15}{'; '.join(part for part in parts if part)}"
     if same := len(passed) - len(changed):
-        yield f"{count(same, 'rows')} passed without a real difference"
+        yield f"{count(same, 'rows')} passed without a difference beyond noise"
     for judged in verdict.passed_over:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
         yield f"{'':<15}{change_text(judged.comparison)}; {_reason(judged)}"
@@ -71,6 +85,8 @@ def text_lines(verdict: Verdict) -> Iterator[str]:
         yield _rest(rest)
     for condition in verdict.idle:
         yield f"{condition} {_idle(verdict, condition)}"
+    if said := verdict.accuracies:
+        yield f"accuracy: {said}"
     yield f"{verdict.headline}."
 
 
@@ -94,6 +110,8 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
     """A comment for a pull request: the verdict, what failed, and the rest folded."""
     failed = [*verdict.of("regression"), *verdict.of("not comparable")]
     parts = [f"### {markdown(verdict.headline)}", f"{markdown(baseline)} → {markdown(new)}"]
+    if said := verdict.accuracies:
+        parts.append(f"Accuracy: {markdown(said)}.")
     if failed:
         parts.append(_table(failed))
     if few := verdict.passed_over:

@@ -5,21 +5,11 @@ Two intervals that overlap would hide most of the losses that it finds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from qwenq.paired.compare import Paired, compare
+from qwenq.paired.mcnemar import holm
 from qwenq.results import Row
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values in the order given (Holm, Scandinavian Journal of Statistics 1979)."""
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    adjusted = [0.0] * len(p_values)
-    largest = 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - place) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
 
 
 def items_of(row: Row) -> Mapping[str, bool] | None:
@@ -29,6 +19,8 @@ def items_of(row: Row) -> Mapping[str, bool] | None:
         return None
     return items if all(isinstance(correct, bool) for correct in items.values()) else None
 
+
+__all__ = ["holm", "items_of", "other_items", "paired"]
 
 NO_RECORD = "no record of single items"
 

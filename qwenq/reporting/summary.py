@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from qwenq.paired.base import PLAIN, choose_base
 from qwenq.paired.compare import Paired
+from qwenq.paired.headline import Compared, headline
 from qwenq.reporting.card import TASKS
 from qwenq.reporting.collect import Collection
 from qwenq.reporting.detail_tables import model_bytes
 from qwenq.reporting.losses import Loss, bases_of, losses
 from qwenq.reporting.selection import at_one_point, decode_rows
 from qwenq.reporting.text import clean
-from qwenq.reporting.units import format_of, signed
+from qwenq.reporting.units import format_of
 from qwenq.results import Model
 
 
@@ -26,6 +27,7 @@ def summary_of(collection: Collection, family: str) -> Iterator[str]:
     if not any(model.precision in PLAIN for model in models):
         return
     found = losses(collection, family)
+    tests = sum(loss.p is not None for loss in found)
     for model in models:
         if model.precision in PLAIN:
             continue
@@ -33,7 +35,7 @@ def summary_of(collection: Collection, family: str) -> Iterator[str]:
             *_size(collection, family, model),
             *_speed(collection, family, model),
             *_closeness(collection, family, model),
-            *_accuracy(collection, [loss for loss in found if loss.after.model == model]),
+            *_accuracy(collection, [loss for loss in found if loss.after.model == model], tests),
         ]
         if parts:
             yield f"{collection.label(model)}: {'; '.join(parts)}."
@@ -64,28 +66,18 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
             yield f"KL divergence {format_of('kl', item.row.unit)(item.row.value)} nats a token"
 
 
-def _accuracy(collection: Collection, found: list[Loss]) -> Iterator[str]:
-    tested = [loss for loss in found if loss.p is not None]
-    if not tested:
-        return
-    worse = [loss for loss in tested if loss.significant]
-    bases = " and ".join(bases_of(tested, collection))
-    if not worse:
-        tasks = f"{len(tested)} task{'s' if len(tested) > 1 else ''}"
-        yield f"no significant loss of accuracy against {bases} in {tasks}"
-        return
-    named = ", ".join(f"{_task(loss)} ({_lost(loss)})" for loss in worse)
-    yield f"significantly less accurate than {bases} in {len(worse)} of {len(tested)} tasks: {named}"
+def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator[str]:
+    """The largest drop, what the items could have shown, and the verdict; none without a pairing."""
+    tested = [
+        Compared(_task(loss), loss.before.value or 0.0, loss.after.value or 0.0, loss.pairing, loss.p)
+        for loss in found
+        if isinstance(loss.pairing, Paired) and loss.p is not None
+    ]
+    if tested:
+        bases = " and ".join(bases_of(found, collection))
+        yield f"against {bases}, {headline(tested, tests, len(found) - len(tested))}"
 
 
 def _task(loss: Loss) -> str:
     task = str(loss.after.point.get("task"))
     return TASKS.get(task, clean(task))
-
-
-def _lost(loss: Loss) -> str:
-    """Points of the score; items, where subjects that count alike let the score go the other way."""
-    points = signed(loss.change * 100)
-    if isinstance(loss.pairing, Paired) and not points.startswith("−"):
-        return f"{loss.pairing.lost:,} items lost, {loss.pairing.won:,} won"
-    return f"{points} points"

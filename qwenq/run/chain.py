@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qwenq import __version__
 from qwenq.models.bundled import NAME as BUNDLED
-from qwenq.recipe import EvalRecipe, Recipe
+from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
 from qwenq.run.senseless import refuse_senseless
 
@@ -150,18 +150,24 @@ def _eval_options(recipe: Recipe) -> Iterator[str]:
     if wanted.subjects:
         yield from ("--subjects", ",".join(wanted.subjects))
     data = None if wanted.data is None else Path(wanted.data).expanduser()  # no shell does it for a step
-    for option, value in (("--limit", _limit(wanted)), ("--shots", wanted.shots), ("--data", data)):
+    for option, value in (
+        ("--limit", _by_task(wanted.limit)),
+        ("--shots", wanted.shots),
+        ("--thinking", None if wanted.thinking == "auto" else wanted.thinking),
+        ("--max-new-tokens", _by_task(wanted.max_new_tokens)),
+        ("--data", data),
+    ):
         if value is not None:
             yield from (option, str(value))
     if wanted.sample:
         yield "--sample"
 
 
-def _limit(wanted: EvalRecipe) -> str | None:
-    """As the command line takes it."""
-    if not isinstance(wanted.limit, dict):
-        return None if wanted.limit is None else str(wanted.limit)
-    return ",".join(f"{task}={count}" for task, count in wanted.limit.items())
+def _by_task(number: int | dict[str, int] | None) -> str | None:
+    """Return a number of all tasks, or of each, as the command line takes it."""
+    if not isinstance(number, dict):
+        return None if number is None else str(number)
+    return ",".join(f"{task}={count}" for task, count in number.items())
 
 
 def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Step:

@@ -13,6 +13,8 @@ from qwenq.models.tokenizer import Tokenizer
 from qwenq.runtime.sampling import Sampling
 from qwenq.runtime.session import Session
 
+ANSWER, THOUGHTS = 512, 32_768
+"""Most new tokens of an answer; and of thoughts and answer together, as Qwen3's cards recommend."""
 _LEAST_ROOM = 16  # tokens that an answer has at least, else the question does not fit
 
 
@@ -28,6 +30,7 @@ class Conversation:
 
     Attributes:
         dropped_rounds: how many of the oldest rounds did not fit into the latest prompt.
+        cut: whether the latest answer reached its limit of tokens.
 
     Raises:
         UsageError: a base model, which was never taught to answer.
@@ -48,6 +51,7 @@ class Conversation:
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._rounds: list[list[Message]] = []
         self.dropped_rounds = 0
+        self.cut = False
 
     def ask(self, question: str) -> Generator[str]:
         """The answer, piece by piece, as text without control characters.
@@ -60,6 +64,7 @@ class Conversation:
         """
         self._rounds.append([{"role": "user", "content": question}])
         ids: list[int] = []
+        self.cut = False
         try:
             prompt, room = self._prompt()
             text = self._tokenizer.stream()
@@ -69,6 +74,7 @@ class Conversation:
             for token in self._session.answer(prompt, room, sampling=sampling, stop_ids=stops):
                 ids.append(token)
                 yield printable(text.push(token))
+            self.cut = len(ids) >= room
             yield printable(text.finish())
         finally:
             self._remember(ids)
@@ -122,6 +128,25 @@ def require_chat(tokenizer: Tokenizer) -> None:
             hint="name its -Chat sibling, e.g. Qwen-1.8B-Chat",
         )
     tokenizer.chat([{"role": "user", "content": "?"}])  # says itself what is missing
+
+
+def thinking_in_chat(tokenizer: Tokenizer, wish: str) -> tuple[Tokenizer, bool]:
+    """Return the tokenizer with ``enable_thinking`` as asked for, and whether the model thinks then.
+
+    ``auto`` says nothing to the chat template, which then does what its authors want.
+
+    Raises:
+        UsageError: the template cannot do what was asked for.
+    """
+    kind = tokenizer.thinking
+    if kind == "switch" and wish == "auto":
+        prompt = tokenizer.decode(tokenizer.chat([{"role": "user", "content": "?"}]))
+        return tokenizer, not prompt.rstrip().endswith("</think>")
+    if wish == "auto" or (kind, wish) in {("always", "on"), ("never", "off")}:
+        return tokenizer, kind == "always"
+    if kind == "always":
+        raise UsageError("this model's chat template opens <think> in every prompt", where="--thinking")
+    return tokenizer.with_thinking(wish == "on"), wish == "on"
 
 
 def printable(text: str) -> str:

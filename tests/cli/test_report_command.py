@@ -53,7 +53,7 @@ def test_a_run_that_is_not_there_is_explained(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "code", "says"), [
-    ({}, 0, "Passed: no regression"),
+    ({}, 0, "Passed: no condition failed"),
     ({"correct": 60}, 1, "fails accuracy:significant"),
     ({"speed": 40.0}, 1, "fails speed:<0.95"),
     ({"kl": 0.2}, 1, "fails kl:>0.05"),
@@ -205,7 +205,7 @@ def test_of_one_row_is_spoken_in_the_singular(runs: Path) -> None:
     assert "1 row was not asked about, or is new" in done.stdout
     done = qwenq("compare", "before", "after", "--fail-on", "kl:>0.05", cwd=runs)
     assert "1 row passed without a real difference" in done.stdout
-    assert "Passed: no regression in 1 row." in done.stdout
+    assert "Passed: no condition failed in 1 row." in done.stdout
 
 
 def test_runs_of_one_name_are_told_apart(runs: Path) -> None:

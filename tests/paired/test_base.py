@@ -41,6 +41,8 @@ def plan_of(task: str) -> Any:
         shots=None,
         subjects=(),
         source=SimpleNamespace(sample=False),
+        thinking=False,
+        max_new_tokens=None,
     )
 
 

@@ -107,10 +107,26 @@ def test_a_p_value_is_written_one_way() -> None:
 @pytest.mark.parametrize(
     ("lost", "won", "both", "sentence"),
     [
-        (30, 5, 500, r"lost 4\.7 points \(p < 0\.001\)"),
-        (2, 14, 100, r"gained 10\.3 points \(p = 0\.004\)"),
-        (12, 10, 1000, r"no loss detectable above \d\.\d points"),
-        (0, 0, 4, r"too few items: with 4, no loss at all could be shown"),
+        (30, 5, 500, r"loss: −4\.7 points, 95 % interval −7\.\d to −2\.\d \(p < 0\.001\)"),
+        (2, 14, 100, r"gain: \+10\.3 points, 95 % interval \+4\.\d to \+1\d\.\d \(p = 0\.004\)"),
+        (
+            12,
+            10,
+            1000,
+            r"no loss beyond 2 points: −0\.2 points, 95 % interval −1\.\d to .* \(TOST, p < 0\.001\)",
+        ),
+        (
+            12,
+            10,
+            300,
+            r"inconclusive: −0\.6 points, 95 % .*; a drop below \d\.\d points would go unseen",
+        ),
+        (
+            0,
+            0,
+            4,
+            r"inconclusive: 0\.0 points, 95 % .*; with 4 items no loss at all could be shown",
+        ),
     ],
 )
 def test_it_is_said_in_words(lost: int, won: int, both: int, sentence: str) -> None:
@@ -125,16 +141,16 @@ def test_it_is_said_in_words(lost: int, won: int, both: int, sentence: str) -> N
 @pytest.mark.parametrize(
     ("lost", "won", "change", "sentence"),
     [
-        (40, 15, 0.003, "lost 40, won 15 items (p = 0.001)"),
-        (15, 40, -0.003, "lost 15, won 40 items (p = 0.001)"),
-        (40, 15, 0.0, "lost 40, won 15 items (p = 0.001)"),
-        (40, 15, -0.0004, "lost 40, won 15 items (p = 0.001)"),
-        (40, 15, -0.003, "lost 0.3 points (p = 0.001)"),
-        (15, 40, 0.003, "gained 0.3 points (p = 0.001)"),
+        (40, 15, 0.003, "loss: +0.3 points; all items alike −5.0, 95 % interval "),
+        (15, 40, -0.003, "gain: −0.3 points; all items alike +5.0, 95 % interval "),
+        (40, 15, 0.0, "loss: 0.0 points; all items alike −5.0, 95 % interval "),
+        (40, 15, -0.05, "loss: −5.0 points, 95 % interval "),
     ],
 )
-def test_items_are_counted_where_the_score_went_another_way(
+def test_items_are_given_too_where_the_score_went_another_way(
     lost: int, won: int, change: float, sentence: str
 ) -> None:
     """Scores may count subjects alike; what is tested is items."""
-    assert Paired(500, lost, won).said_of(change) == sentence
+    said = Paired(500, lost, won).said_of(change)
+    assert said.startswith(sentence)
+    assert said.endswith(" (p = 0.001)")

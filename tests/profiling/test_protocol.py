@@ -13,7 +13,7 @@ from brief_profiles import profile_briefly
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.profiling.measure import measure
 from qwenq.profiling.points import Point
-from qwenq.profiling.protocol import end_ids, protocol_sampling
+from qwenq.runtime.generation_config import end_ids, protocol_sampling
 
 
 def checkpoint(folder: Path, config: dict[str, Any], generation: object = None) -> Checkpoint:

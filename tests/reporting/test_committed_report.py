@@ -12,7 +12,7 @@ import pytest
 from browser import Browser
 from report_cells import plain, shown
 
-from qwenq.recipe import read_recipe
+from qwenq.recipe import CalibrationRecipe, read_recipe
 
 DEMO = Path(__file__).parents[2] / "reports" / "demo"
 
@@ -36,7 +36,7 @@ def test_the_recipe_that_the_readme_names_made_it(results: Any) -> None:
     assert all_of("speed.protocol", "attention") == set(recipe.profile.attention)
     assert all_of("speed.protocol", "tokens") == set(recipe.profile.tokens)
     made_of = [row["settings"]["recipe"] for row in results["rows"] if row["metric"] == "kl"]
-    assert [made["calibration"] for made in made_of] == [recipe.calibration.model_dump(mode="json")] * 2
+    assert [CalibrationRecipe(**made["calibration"]) for made in made_of] == [recipe.calibration] * 2
     assert [made["quantize"]["drift"] for made in made_of] == [recipe.quantize.drift] * 2
 
 

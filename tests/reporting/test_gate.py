@@ -172,7 +172,7 @@ def test_a_speed_of_too_few_measurements_fails_nothing_and_says_so(
     decode = [row for row in speed("int4", 2048) if row.metric == "speed.decode"]
     beside = gate([*old, *decode], [*new, *decode], "speed:<0.95")
     assert beside.exit_code == 0
-    assert beside.headline == "Passed: no regression in 1 row; 1 could not be judged"
+    assert beside.headline == "Passed: no condition failed in 1 row; 1 could not be judged"
     shown = markdown_text(beside, "a", "b")
     assert "1 row could not be judged" in shown
     assert shown.index("too few measurements") < shown.index("<details>")

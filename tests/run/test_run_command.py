@@ -49,7 +49,7 @@ def test_the_whole_chain_and_then_nothing_twice(tmp_path: Path) -> None:
     journal = (run / "journal.jsonl").read_bytes()
     second = qwenq(tmp_path, "run", "recipe.toml")
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "Passed: no regression" in second.stdout
+    assert "Passed: no condition failed" in second.stdout
     assert second.stdout.splitlines()[-1] == "reports/tiny/index.html"
     steps = [
         json.loads(line)["step"] for line in (run / "journal.jsonl").read_bytes()[len(journal) :].splitlines()

@@ -1,4 +1,4 @@
-"""How the cards' script draws tokens: by the checkpoint's own generation settings, its end never chosen."""
+"""Read how a checkpoint wants to be sampled (generation_config.json), and which ids end its texts."""
 
 from __future__ import annotations
 
