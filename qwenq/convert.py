@@ -161,7 +161,7 @@ def _target_config(
     checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json of the target, and the changes in words."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
     changes = []
     if isinstance(checkpoint.source, QwenV1Source):
         changes.append("Qwen v1 layout → Qwen2 layout")
@@ -182,7 +182,8 @@ def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[st
     if quant is not None and checkpoint.config.get("model_type") == "qwen2":
         modules = (name.removesuffix(".qweight") for name in checkpoint.names() if name.endswith(".qweight"))
         hidden = surplus_biases(checkpoint.source, modules)
-    return [(name, checkpoint.info(name)) for name in checkpoint.names() if name not in hidden]
+    source = checkpoint.published
+    return [(name, source.info(name)) for name in source.names() if name not in hidden]
 
 
 def _reader(
@@ -192,7 +193,7 @@ def _reader(
     wanted = None if zeros is None else FORMATS[zeros]
 
     def read(name: str) -> torch.Tensor:
-        tensor = check_finite(name, checkpoint.read(name), checkpoint.folder)
+        tensor = check_finite(name, checkpoint.published.read(name), checkpoint.folder)
         if quant is None or wanted is None or wanted == quant.checkpoint_format:
             return tensor
         return restored_zeros(tensor, quant, wanted, name) if name.endswith(".qzeros") else tensor

@@ -311,7 +311,8 @@ def _publish(
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
-    base_bytes = sum(tensor_bytes(job.base.info(name)) for name in job.base.names())
+    published = job.base.published
+    base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
     publish(staged, job.out, manifest)
     store.discard()
     return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)

@@ -12,12 +12,14 @@ from typing import Any
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.not_yet import NOT_YET, missing_by_config
 from qwenq.models.rope_parameters import rope_parameters
+from qwenq.models.text_config import is_nested, text_config
 
 KNOWN_ARCHITECTURES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen": "QWenLMHeadModel",  # Qwen v1; seen as Qwen2
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",  # its language model is Qwen3
 }
 """model_type → class name in config.json, of every architecture with a tested recipe."""
 
@@ -65,10 +67,11 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     path = folder / "config.json"
     _refuse_private_keys(config, path)
     notices = check_architecture(config, path)
-    check_numbers(config, path)
+    text = text_config(config)
+    check_numbers(text, path)
     if config["model_type"] != "qwen":  # v1's keys are its own
         try:
-            rope_parameters(config)
+            rope_parameters(text)
         except ModelError as error:
             raise ModelError(error.what, where=path, hint=error.hint) from None
     return config, notices
@@ -177,6 +180,7 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     model_type = config["model_type"]
     if model_type in KNOWN_ARCHITECTURES:
         _refuse_other_use(config, path)
+        _require_text(config, path)
         if "auto_map" in config:
             return [f"auto_map in config.json is ignored: {model_type} is built in, and its code is not run"]
         return []
@@ -193,16 +197,27 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     raise UnsupportedError(what, where=path, hint=hint)
 
 
+def _require_text(config: dict[str, Any], path: Path) -> None:
+    """Refuse a vision-language model's config.json that does not describe its language model."""
+    if "ForConditionalGeneration" in KNOWN_ARCHITECTURES[config["model_type"]] and not is_nested(config):
+        raise ModelError(
+            f"config.json of a {config['model_type']} has no text_config, which describes its language model",
+            where=path,
+            hint="copy the model's config.json again",
+        )
+
+
 def _refuse_other_use(config: dict[str, Any], path: Path) -> None:
     """A classifier's or a reward model's blocks are a language model's; what comes of its tokens is not."""
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes:
         return
-    if all(isinstance(name, str) and _OTHER_USE.fullmatch(name) for name in classes):
+    known = KNOWN_ARCHITECTURES[config["model_type"]]
+    if all(isinstance(name, str) and name != known and _OTHER_USE.fullmatch(name) for name in classes):
         raise UnsupportedError(
             f"{', '.join(classes)} is no causal language model",
             where=path,
-            hint=f"name a model whose architectures are {KNOWN_ARCHITECTURES[config['model_type']]}",
+            hint=f"name a model whose architectures are {known}",
         )
 
 

@@ -22,7 +22,6 @@ NOT_YET: dict[str, str] = {
     "mixtral": _ROUTING,
     "qwen2_vl": _VISION,
     "qwen2_5_vl": _VISION,
-    "qwen3_vl": _VISION,
     "qwen2_audio": _AUDIO,
 }
 """Model types, and which part of them is missing here."""
@@ -30,7 +29,7 @@ NOT_YET: dict[str, str] = {
 _BY_NAME: tuple[tuple[str, str], ...] = (
     (_LINEAR, r"qwen3.*-next|qwen3\.[5-9]"),
     (_ROUTING, r"-a\d+(\.\d+)?b\b|moe|mixtral|-next"),  # 30b-a3b: 3 of 30 billion parameters at a time
-    (_VISION, r"-vl\b|-omni\b"),
+    (_VISION, r"(?<!qwen3)-vl\b|-omni\b"),
     (_AUDIO, r"-audio\b|-omni\b"),
 )
 _FAMILY = re.compile(r"qwen|mixtral")
@@ -77,7 +76,7 @@ def refuse_by_name(name: str) -> None:
         raise UnsupportedError(
             f"{name} is not supported yet: {missing} would have to be added",
             where="MODEL",
-            hint="supported are dense models: Qwen v1, Qwen1.5, 2, 2.5 and 3, Llama",
+            hint="supported are dense models: Qwen v1, Qwen1.5, 2, 2.5, 3 and 3-VL, Llama",
         )
 
 
