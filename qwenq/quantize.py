@@ -145,6 +145,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.kept import summary
     from qwenq.models.opening import open_model
     from qwenq.models.precision import resolve_device, resolve_dtype
     from qwenq.plan.padding import padded
@@ -167,6 +168,8 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     check_packable(decoder, wanted.bits)
     group_size, why = choose_group_size(wanted.group_size, widths or input_widths(decoder))
     listener.say(why)
+    if kept := summary(decoder.kept()):
+        listener.say(kept)
     settings = Settings(
         bits=wanted.bits,
         group_size=group_size,
@@ -291,7 +294,7 @@ def _publish(
     job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
     from qwenq.gptq.publish import publish
-    from qwenq.gptq.quantise import module_errors
+    from qwenq.gptq.quantise import expert_coverage, module_errors
     from qwenq.models.identity import base_facts
     from qwenq.models.shards import tensor_bytes
     from qwenq.versions import versions
@@ -307,7 +310,9 @@ def _publish(
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
-        "modules": dict(module_errors(store, len(job.decoder.names))),
+        "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
+        **expert_coverage(modules),
+        **({"not_quantised": kept} if (kept := _kept(job)) else {}),
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
@@ -316,6 +321,12 @@ def _publish(
     publish(staged, job.out, manifest)
     store.discard()
     return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
+
+
+def _kept(job: Job) -> dict[str, str]:
+    """Return every parameter of two dimensions or more in a block that is not quantised, and why."""
+    prefixes = zip(job.decoder.names, job.decoder.kept(), strict=True)
+    return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}
 
 
 def _computed_in(job: Job) -> dict[str, str | int]:

@@ -92,13 +92,20 @@ def test_a_vision_model_without_its_processor_is_remarked_on(tmp_path: Path) -> 
     assert any("holds no preprocessor_config.json" in line for line in ear.lines)
 
 
-@pytest.mark.parametrize("engine", ["fast", "transformers"])
-def test_engines_run_the_text_part_of_a_vision_model(tmp_path: Path, engine: str) -> None:
-    model = write_published(tmp_path / "model", "qwen3_vl")
+@pytest.mark.parametrize(
+    ("family", "engine"), [("qwen3_vl", "fast"), *((family, "transformers") for family in FAMILIES)]
+)
+def test_engines_compute_what_transformers_does(tmp_path: Path, family: str, engine: str) -> None:
+    model = write_published(tmp_path / "model", family)
     out, _, _ = quantised(model)
     plain = write_dequantised(out, tmp_path / "plain")
     ids = tokens_for(out)[1].flatten()[:40].tolist()
     with torch.inference_mode():
         expected = transformers_of(plain)(input_ids=torch.tensor([ids])).logits[0]
-    (found,) = load(out, device="cpu", dtype="float32", engine=engine).logits([ids])
+    running = load(out, device="cpu", dtype="float32", engine=engine)
+    (found,) = running.logits([ids])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    cache = running.new_cache(1, 40)
+    steps = [running.prefill([ids[:30]], cache)]
+    steps += [running.decode(torch.tensor([token]), cache) for token in ids[30:]]
+    torch.testing.assert_close(torch.cat(steps), expected[29:], atol=1e-4, rtol=0)

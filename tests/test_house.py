@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": ROOMS,
     "__main__": {"cli"},
 }
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 700
 MAX_FUNCTION_LINES = 60
 P95_FUNCTION_LINES = 40
 HELP_SECONDS = 0.3

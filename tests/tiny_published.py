@@ -1,8 +1,9 @@
-"""Small random models of the families as they are published: saved by transformers, laid out as on the hub."""
+"""Small random models as they are published: saved by transformers, laid out as on the hub."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,22 @@ _VISION = {
     "num_position_embeddings": 16,
 }
 _DEEPSTACK = {"deepstack_visual_indexes": [0]}
+_MOE = {
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**_TEXT, **_MOE}),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        {
+            "text_config": {**_TEXT, **_MOE, "rope_parameters": _MROPE},
+            "vision_config": {**_VISION, **_DEEPSTACK},
+        },
+    ),
     "qwen3_vl": (
         "Qwen3VLForConditionalGeneration",
         {"text_config": {**_TEXT, "rope_parameters": _MROPE}, "vision_config": {**_VISION, **_DEEPSTACK}},
@@ -88,6 +104,24 @@ def language_config(folder: Path) -> dict[str, Any]:
     return config.get("text_config", config)
 
 
+def fused(tensors: dict[str, torch.Tensor], *, transposed: bool = False) -> dict[str, torch.Tensor]:
+    """Stack the experts of each block into tensors of three dimensions; ``transposed``: [expert, in, out]."""
+    experts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    rest = {}
+    for name, tensor in tensors.items():
+        if (m := _EXPERT.fullmatch(name)) is None or name.startswith("mtp."):
+            rest[name] = tensor
+        else:
+            experts.setdefault(m[1], {}).setdefault(int(m[2]), {})[m[3]] = tensor
+    for prefix, numbered in experts.items():
+        each = [numbered[number] for number in sorted(numbered)]
+        both = torch.stack([torch.cat([one["gate_proj"], one["up_proj"]]) for one in each])
+        down = torch.stack([one["down_proj"] for one in each])
+        rest[f"{prefix}.gate_up_proj"] = both.mT if transposed else both
+        rest[f"{prefix}.down_proj"] = down.mT if transposed else down
+    return rest
+
+
 def with_draft_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Add a draft head's tensors, in a dtype of their own."""
     draw = torch.Generator().manual_seed(3)
@@ -110,9 +144,11 @@ def write_dequantised(quantised: Path, target: Path) -> Path:
     for name in plain.names():
         stored = checkpoint.view.published(name) if checkpoint.view is not None else name
         tensors[stored] = plain.read(name).contiguous()
+    config = json.loads((quantised / "config.json").read_text())
+    if config["model_type"] == "qwen3_vl_moe":  # transformers' class of this one loads fused experts alone
+        tensors = {name: tensor.contiguous() for name, tensor in fused(tensors).items()}
     target.mkdir()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((quantised / "config.json").read_text())
     del config["quantization_config"]
     (target / "config.json").write_text(json.dumps(config))
     return target

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +15,17 @@ from qwenq.distributed import ALONE, Team
 from qwenq.errors import CalibrationError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.columns import missed
 from qwenq.gptq.drift import drift
+from qwenq.gptq.experts import ExpertInput, expert_problem
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.layer_store import LayerStore
 from qwenq.gptq.module import ModuleStats, QuantisedLinear, quantise_group
 from qwenq.gptq.products import native_why_not
 from qwenq.gptq.rows import Settings
-from qwenq.gptq.walk import linears_of, shared_inputs, walk
+from qwenq.gptq.walk import Routing, shared_inputs, walk
 from qwenq.models.blocks import BlockwiseDecoder
+from qwenq.models.kept import linears_of
 from qwenq.models.packing import PackedLinear, dequantise, pack
+from qwenq.models.routed_experts import Expert, Routed
 from qwenq.models.shapes import GROUP_SIZES, fitting_group_sizes
 from qwenq.stopping import Terminated, asked
 
@@ -102,8 +106,12 @@ def _indivisible(size: int, widths: dict[str, int]) -> UsageError:
 
 
 def input_widths(decoder: BlockwiseDecoder) -> dict[str, int]:
-    """Input width of every linear in the first block, by name."""
-    return {name: linear.in_features for name, linear in linears_of(decoder.template).items()}
+    """Input width of every linear that is quantised, by its name in a block."""
+    return {name: linear.in_features for name, linear in _every_linear(decoder).items()}
+
+
+def _every_linear(decoder: BlockwiseDecoder) -> dict[str, nn.Linear]:
+    return {name: linear for block in decoder.kinds.values() for name, linear in linears_of(block).items()}
 
 
 def check_packable(decoder: BlockwiseDecoder, bits: int) -> None:
@@ -113,7 +121,7 @@ def check_packable(decoder: BlockwiseDecoder, bits: int) -> None:
         UnsupportedError: a side of a weight is not a multiple of the integers in a word.
     """
     per_word = 32 // bits
-    for name, linear in linears_of(decoder.template).items():
+    for name, linear in _every_linear(decoder).items():
         if linear.in_features % per_word or linear.out_features % per_word:
             raise UnsupportedError(
                 f"{name} is {linear.out_features} × {linear.in_features}; the GPTQ layout at {bits} bits "
@@ -244,12 +252,12 @@ class _Streams:
     Attributes:
         quantised: as the quantised blocks so far produce them.
         original: as the original blocks do; none where their drift is not asked for.
-        groups: linears of a block that read the same tensor, found on the first block.
+        groups: linears of a block that read the same tensor, found on the first block of a kind.
     """
 
     quantised: list[Tensor]
     original: list[Tensor]
-    groups: list[list[str]] = field(default_factory=list)
+    groups: dict[tuple[str, ...], list[list[str]]] = field(default_factory=dict)
 
 
 def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings, team: Team) -> _Streams:
@@ -278,13 +286,15 @@ class _Layer:
         self._block, self._prefix = block, decoder.names[index]
         self.tensors: dict[str, Tensor] = {}
         self.stats: dict[str, ModuleStats] = {}
+        self._of_block: dict[str, Tensor] = {}
 
     def quantise(self, streams: _Streams) -> None:
         """Solve all linears and advance the streams; ``tensors`` and ``stats`` then hold the result."""
-        if not streams.groups:
-            streams.groups = shared_inputs(self._block, self._forward, streams.quantised[0][:1])
+        kind = tuple(self._linears)
+        if kind not in streams.groups:
+            streams.groups[kind] = shared_inputs(self._block, self._forward, streams.quantised[0][:1])
         streams.quantised, streams.original = walk(
-            self._block, self._forward, streams.quantised, streams.groups, self.solve, streams.original
+            self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original
         )
 
     def load(self, tensors: dict[str, Tensor], streams: _Streams) -> None:
@@ -307,30 +317,54 @@ class _Layer:
     def _forward(self, hidden: Tensor) -> Tensor:
         return self._decoder.forward(self._block, hidden)
 
-    def solve(self, names: Sequence[str], inputs: list[Tensor], reference: list[Tensor]) -> dict[str, Tensor]:
+    def solve(
+        self, names: Sequence[str], inputs: list[Tensor], reference: list[Tensor], routing: Routing
+    ) -> dict[str, Tensor]:
         """Quantise the linears ``names``, whose common input is ``inputs``: their new weights."""
-        H = hessian(inputs, self._team)
         weights = {name: self._stored(name) for name in names}
-        found = drift(inputs, reference, list(weights.values()), H, self._team)
+        routed = [each for each in routing if each is not None]
+        tokens = None
+        if routed:
+            count = len(inputs)
+            given = ExpertInput(inputs, routed[:count], reference, routed[count:])
+            pool = partial(self._pooled, names[0], given.routed)
+            H, found, tokens = expert_problem(given, list(weights.values()), pool, self._team)
+        else:
+            H = hessian(inputs, self._team)
+            found = drift(inputs, reference, list(weights.values()), H, self._team)
         try:
             results = quantise_group(weights, H, found, self._settings, self._team)
         except QuantisationError as error:
             where = f"{self._prefix}.{error.where or names[0]}"
             raise QuantisationError(error.what, where=where, hint=error.hint) from error
-        return {name: self._keep(name, result) for name, result in results.items()}
+        return {name: self._keep(name, result, tokens) for name, result in results.items()}
+
+    def _pooled(self, name: str, routed: Sequence[Routed], step: int) -> Tensor:
+        """Return the Hessian of the block's tokens at an expert's linear ``name``: of each ``step``-th one.
+
+        The input of gate and up is the same for all experts: it is taken whole, once a layer.
+        """
+        path, _, leaf = name.rpartition(".")
+        expert = self._block.get_submodule(path)
+        if leaf == "down_proj" and isinstance(expert, Expert):
+            return hessian([expert.inner(each.hidden[::step]) for each in routed], self._team)
+        experts = path.rpartition(".")[0]
+        if experts not in self._of_block:
+            self._of_block[experts] = hessian([each.hidden for each in routed], self._team)
+        return self._of_block[experts]
 
     def _stored(self, name: str) -> Tensor:
         """The weight as the checkpoint holds it, in float32: the block's has been rounded to its dtype."""
         weight = self._decoder.checkpoint.read(f"{self._prefix}.{name}.weight")
         return weight.to(self._decoder.device, torch.float32)
 
-    def _keep(self, name: str, result: QuantisedLinear) -> Tensor:
+    def _keep(self, name: str, result: QuantisedLinear, tokens: int | None) -> Tensor:
         grid = result.grid
         if self._team.leads:  # who writes
             zeros = grid.zeros.to(torch.uint8).cpu()
             packed = pack(result.integers.cpu(), grid.scales.cpu(), zeros, grid.bits)
             self.tensors.update(packed.tensors(f"{self._prefix}.{name}"))
-        self.stats[name] = result.stats
+        self.stats[name] = replace(result.stats, tokens=tokens)
         return grid.values(result.integers).to(self._decoder.dtype)
 
 
@@ -339,3 +373,16 @@ def module_errors(store: LayerStore, layers: int) -> Iterator[tuple[str, dict[st
     for index in range(layers):
         for name, stats in store.modules(index).items():
             yield f"model.layers.{index}.{name}", stats
+
+
+def expert_coverage(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return how many calibration tokens each expert was given, for the manifest; {} without experts.
+
+    Args:
+        modules: from ``module_errors``.
+    """
+    tokens: dict[str, list[int]] = {}
+    for name, stats in modules.items():
+        if "tokens" in stats and name.endswith(".gate_proj"):
+            tokens.setdefault(name.rpartition(".experts.")[0] + ".experts", []).append(stats["tokens"])
+    return {"expert_tokens": tokens} if tokens else {}

@@ -17,15 +17,14 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from qwenq.errors import UnsupportedError
+from qwenq.models.kept import linears_of
+from qwenq.models.routed_experts import Routed
 
 Forward = Callable[[Tensor], Tensor]
-Solve = Callable[[Sequence[str], list[Tensor], list[Tensor]], dict[str, Tensor]]
-"""(names of a group, its input per batch, its input per reference batch) → new weights by name."""
-
-
-def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
-    """The block's linear layers by name, in definition order."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+Routing = list["Routed | None"]
+"""Of an expert's linears: which tokens the input is made of, per batch and then per reference batch."""
+Solve = Callable[[Sequence[str], list[Tensor], list[Tensor], Routing], dict[str, Tensor]]
+"""(names of a group, its input by batch, its input by reference batch, its routing) → new weights by name."""
 
 
 def shared_inputs(block: nn.Module, forward: Forward, sample: Tensor) -> list[list[str]]:
@@ -82,8 +81,10 @@ def walk(
         if name not in first:
             return None
 
+        parent = block.get_submodule(name.rpartition(".")[0])
+
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            main.switch((name, args[0]))
+            main.switch((name, args[0], getattr(parent, "routed", None)))
 
         return hook
 
@@ -92,10 +93,10 @@ def walk(
         states = [run.switch(batch) for run, batch in zip(runs, (*batches, *reference), strict=True)]
         count = len(batches)
         for names in groups:
-            if any(name != names[0] for name, _ in states):
+            if any(state[0] != names[0] for state in states):
                 raise UnsupportedError("a block whose path depends on the batch", where=names[0])
-            inputs = [x for _, x in states]
-            weights = solve(names, inputs[:count], inputs[count:])
+            inputs = [x for _, x, _ in states]
+            weights = solve(names, inputs[:count], inputs[count:], [routed for *_, routed in states])
             original = [run.switch() for run in runs[count:]]
             for name, weight in weights.items():
                 block.get_submodule(name).weight.data = weight

@@ -19,7 +19,9 @@ KNOWN_ARCHITECTURES: dict[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen": "QWenLMHeadModel",  # Qwen v1; seen as Qwen2
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",  # its language model is Qwen3
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",  # and that of this one is Qwen3-MoE
 }
 """model_type → class name in config.json, of every architecture with a tested recipe."""
 
@@ -50,9 +52,16 @@ _COUNTS: dict[str, _Bound] = {
     "vocab_size": _Bound(1, 1 << 26),
     "max_position_embeddings": _Bound(1, _LIMIT),
     "seq_length": _Bound(1, _LIMIT),
+    "num_experts": _Bound(1, 1 << 16),
+    "num_local_experts": _Bound(1, 1 << 16),  # what transformers 5 calls them
+    "num_experts_per_tok": _Bound(1, 1 << 16),
+    "moe_intermediate_size": _Bound(1, 1 << 24),
+    "shared_expert_intermediate_size": _Bound(0, 1 << 24),
+    "decoder_sparse_step": _Bound(1, 10_000),
     "num_labels": _Bound(0, 1 << 20),  # transformers makes a name for each
 }
-_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _POSITIVE_REALS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_emb_base")
 
 
@@ -231,7 +240,10 @@ def check_labels(config: dict[str, Any], path: Path) -> None:
 def check_numbers(config: dict[str, Any], path: Path) -> None:
     """Refuse counts that no model has, and heads that do not divide; names key and value."""
     required = _REQUIRED if config["model_type"] != "qwen" else ()
-    for key in required:
+    widths = (
+        () if not required or any(config.get(key) is not None for key in _MLP_WIDTHS) else _MLP_WIDTHS[:1]
+    )
+    for key in (*required, *widths):
         if config.get(key) is None:
             raise ModelError(
                 f"config.json has no {key}", where=path, hint="copy the model's config.json again"
@@ -247,6 +259,7 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
         raise _absurd("tie_word_embeddings", config["tie_word_embeddings"], "true or false", path)
     _check_nested(config, path)
     _check_heads(config, path)
+    _check_experts(config, path)
 
 
 def _check_nested(config: dict[str, Any], path: Path) -> None:
@@ -288,6 +301,12 @@ def _check_heads(config: dict[str, Any], path: Path) -> None:
     shared = config.get("num_key_value_heads")
     if shared is not None and heads % shared:
         raise _absurd("num_key_value_heads", shared, f"a divisor of num_attention_heads ({heads})", path)
+
+
+def _check_experts(config: dict[str, Any], path: Path) -> None:
+    experts, chosen = config.get("num_experts") or config.get("num_local_experts"), "num_experts_per_tok"
+    if experts is not None and (config.get(chosen) or 0) > experts:
+        raise _absurd(chosen, config[chosen], f"at most the number of experts ({experts})", path)
 
 
 def _absurd(key: str, value: Any, expected: str, path: Path) -> ModelError:

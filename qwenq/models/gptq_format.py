@@ -5,7 +5,7 @@ The layout of one module's tensors is in ``packing``, the settings in ``gptq_con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError
@@ -38,15 +38,23 @@ def quantised_modules(source: TensorSource) -> list[str]:
     return [name.removesuffix(".qweight") for name in source.names() if name.endswith(".qweight")]
 
 
-def read_packed(source: TensorSource, module: str, quant: QuantConfig) -> PackedLinear:
+def read_packed(
+    source: TensorSource, module: str, quant: QuantConfig, names: Container[str] | None = None
+) -> PackedLinear:
     """The packed tensors of one module; a missing ``g_idx`` is trivial unless the config says otherwise.
+
+    Args:
+        source: of the tensors.
+        module: whose.
+        quant: their settings.
+        names: of all tensors, for callers that read many modules; None: they are asked for.
 
     Raises:
         ModelError: one of its tensors is missing, or their shapes contradict the config.
     """
     from qwenq.models.packing import PackedLinear, trivial_g_idx
 
-    names = set(source.names())
+    names = set(source.names()) if names is None else names
     check_module_shapes(source, names, module, quant)
     qweight = source.read(f"{module}.qweight")  # [in * bits / 32, out]
     if f"{module}.g_idx" in names:
@@ -80,6 +88,7 @@ class DequantisedSource:
         self._quant = quant
         self._config = config or {}
         self._dtype = dtype
+        self._stored = frozenset(source.names())
         self._modules = {f"{module}.weight": module for module in quantised_modules(source)}
         self._names: list[str] | None = None
 
@@ -107,7 +116,7 @@ class DequantisedSource:
 
         if name not in self._modules:
             return self._source.read(name)
-        packed = read_packed(self._source, self._modules[name], self._quant)
+        packed = read_packed(self._source, self._modules[name], self._quant, self._stored)
         return dequantise(packed, self._quant.bits, self._quant.checkpoint_format, self.info(name).dtype)
 
 
@@ -155,7 +164,7 @@ def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
     return modules
 
 
-def check_module_shapes(source: TensorSource, names: set[str], module: str, quant: QuantConfig) -> None:
+def check_module_shapes(source: TensorSource, names: Container[str], module: str, quant: QuantConfig) -> None:
     """One module's tensors are all there, and their headers agree with bits and group size."""
     required = PACKED_PARTS if quant.desc_act else PACKED_PARTS[:3]
     missing = [part for part in required if f"{module}.{part}" not in names]
@@ -185,7 +194,7 @@ def check_module_shapes(source: TensorSource, names: set[str], module: str, quan
             )
 
 
-def _check_types(source: TensorSource, names: set[str], module: str) -> None:
+def _check_types(source: TensorSource, names: Container[str], module: str) -> None:
     """Words are int32 and scales are real, and the weight is a matrix that is not empty."""
     for part in PACKED_PARTS:
         name = f"{module}.{part}"

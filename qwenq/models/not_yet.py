@@ -13,7 +13,6 @@ _VISION, _AUDIO = "the vision tower", "the audio tower"
 
 NOT_YET: dict[str, str] = {
     "qwen2_moe": _ROUTING,
-    "qwen3_moe": _ROUTING,
     "qwen3_next": f"{_LINEAR} and {_ROUTING}",
     "qwen3_5": _LINEAR,
     "qwen3_5_text": _LINEAR,
@@ -29,9 +28,12 @@ NOT_YET: dict[str, str] = {
 _BY_NAME: tuple[tuple[str, str], ...] = (
     (_LINEAR, r"qwen3.*-next|qwen3\.[5-9]"),
     (_ROUTING, r"-a\d+(\.\d+)?b\b|moe|mixtral|-next"),  # 30b-a3b: 3 of 30 billion parameters at a time
-    (_VISION, r"(?<!qwen3)-vl\b|-omni\b"),
+    (_VISION, r"-vl\b|-omni\b"),
     (_AUDIO, r"-audio\b|-omni\b"),
 )
+"""What is missing in ``plan`` and the catalogue, which know no sizes of such models."""
+_RUNS = re.compile(r"qwen3-(?!next|coder-next|omni)")
+"""Names of models that are quantised and run nevertheless."""
 _FAMILY = re.compile(r"qwen|mixtral")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
@@ -63,8 +65,18 @@ def missing_by_config(config: dict[str, Any]) -> str | None:
     return _listed(found)
 
 
+def refuse_to_run(name: str) -> None:
+    """Say "not yet" to the name of a model that is known, and neither quantised nor run.
+
+    Raises:
+        UnsupportedError: names what is missing.
+    """
+    if not _RUNS.match(name.lower().rpartition("/")[2]):
+        refuse_by_name(name)
+
+
 def refuse_by_name(name: str) -> None:
-    """Say "not yet" to the name of a model that is known, and not supported.
+    """Say "not yet" to the name of a model that is known, and whose sizes are not.
 
     A hub id of another owner than Qwen passes: others may call theirs what they like.
 

@@ -24,7 +24,7 @@ from qwenq.models.config import KNOWN_ARCHITECTURES
 from qwenq.models.hf_config import transformers_config
 from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.rope_parameters import rope_parameters
-from qwenq.models.whole_model import build_whole_model
+from qwenq.models.whole_model import assemble_unfused, build_whole_model
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cached_engine import CachedEngine
@@ -199,14 +199,21 @@ def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, process
         rope_parameters(checkpoint.config)  # refuses what transformers takes in a way of its own
     _refuse_what_attention_lacks(config, checkpoint)
     AttentionInterface.register(_ATTENTION, _attend)
-    model = build_whole_model(
-        checkpoint,
-        config,
-        weights.plain() if processes == 1 else weights.lazy(),
-        dtype,
-        attn_implementation=_ATTENTION,
-        distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
-    )
+    if any(".experts." in name and name.endswith(".gate_proj.weight") for name in weights.names):
+        if processes > 1:
+            raise UnsupportedError(
+                "a mixture of experts is not dealt out among processes here", where=checkpoint.folder
+            )
+        model = assemble_unfused(checkpoint, config, weights.plain(), dtype, attn_implementation=_ATTENTION)
+    else:
+        model = build_whole_model(
+            checkpoint,
+            config,
+            weights.plain() if processes == 1 else weights.lazy(),
+            dtype,
+            attn_implementation=_ATTENTION,
+            distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
+        )
     _refuse_surplus(model, weights)
     places = dict(model.named_modules())
     for module in sorted(weights.quantised):

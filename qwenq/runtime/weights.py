@@ -147,6 +147,7 @@ class Weights:
             self._require_memory()
             return
         quant = self._quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
+        self._stored = frozenset(checkpoint.source.names())
         layers = _quantised_layers(checkpoint.source, quant)
         self._source = DequantisedSource(checkpoint.source, quant, dtype, checkpoint.config)
         self._names = set(self._source.names())
@@ -219,7 +220,7 @@ class Weights:
         return SideBySide([self.linear(module) for module in modules])
 
     def _packed(self, module: str) -> PackedLinear:
-        packed = read_packed(self._packed_source, module, self._quant)
+        packed = read_packed(self._packed_source, module, self._quant, self._stored)
         # What only values can tell is checked here, where they are read anyway.
         check_finite(f"{module}.scales", packed.scales, self._folder)
         if not bool(packed.scales.any()):
