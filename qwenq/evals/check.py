@@ -218,7 +218,7 @@ class _Pair:
                 where=name,
                 hint="the folder mixes two models: quantise again",
             )
-        return module_error(name, weight, quantised, x, self._quant)
+        return module_error(name, weight, quantised, x, self._quant.of(name))
 
 
 class _Steps:

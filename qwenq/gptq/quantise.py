@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
 ALGORITHM = 10  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
 LAYER_IS_STORED = "this layer is on the disk"
+UNQUANTISED = 16
+"""What ``module_bits`` calls the bits of modules that are left as they are."""
+AUTOMATIC_BITS = {r"^linear_attn\.": 8}
+"""Bits of modules where the recipe says "auto": a recurrent state carries an error from token to token."""
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -105,23 +111,89 @@ def _indivisible(size: int, widths: dict[str, int]) -> UsageError:
     )
 
 
-def input_widths(decoder: BlockwiseDecoder) -> dict[str, int]:
+def input_widths(linears: Mapping[str, nn.Linear]) -> dict[str, int]:
     """Input width of every linear that is quantised, by its name in a block."""
-    return {name: linear.in_features for name, linear in _every_linear(decoder).items()}
+    return {name: linear.in_features for name, linear in linears.items()}
 
 
-def _every_linear(decoder: BlockwiseDecoder) -> dict[str, nn.Linear]:
-    return {name: linear for block in decoder.kinds.values() for name, linear in linears_of(block).items()}
+def every_linear(decoder: BlockwiseDecoder, settings: Settings) -> dict[str, nn.Linear]:
+    """Return the linears that are quantised in any block, by their names in it."""
+    blocks = decoder.kinds.values()
+    return {name: linear for block in blocks for name, linear in _quantised(block, settings).items()}
 
 
-def check_packable(decoder: BlockwiseDecoder, bits: int) -> None:
+def _quantised(block: nn.Module, settings: Settings) -> dict[str, nn.Linear]:
+    linears = linears_of(block).items()
+    return {name: linear for name, linear in linears if settings.bits_of(name) < UNQUANTISED}
+
+
+def module_bits(
+    decoder: BlockwiseDecoder, wanted: Mapping[str, int] | str, common: int
+) -> tuple[tuple[str, int], ...]:
+    """Return the patterns of modules with bits of their own, as ``Settings`` takes them.
+
+    Args:
+        decoder: of the model.
+        wanted: pattern → bits; "auto": ``AUTOMATIC_BITS``, as far as the model has such modules and they are
+        more
+            than the others'.
+        common: the bits of all other modules.
+
+    Raises:
+        UsageError: a pattern that is none, or that is found in the name of no linear layer.
+    """
+    names = {name for block in decoder.kinds.values() for name in linears_of(block)}
+    rules = AUTOMATIC_BITS if isinstance(wanted, str) else wanted
+    found = []
+    for pattern, bits in rules.items():
+        try:
+            matches = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is no pattern: {error}", where="--module-bits") from error
+        if not matches and rules is wanted:
+            raise UsageError(
+                f"{pattern!r} is found in the name of no linear layer of a block",
+                where="--module-bits",
+                hint=f"names are {', '.join(sorted(names)[:8])}{', …' if len(names) > 8 else ''}",
+            )
+        if matches and (rules is wanted or bits > common):
+            found.append((pattern, bits))
+    _require_like_experts(names, found, common)
+    return tuple(found)
+
+
+def _require_like_experts(names: Iterable[str], rules: Sequence[tuple[str, int]], common: int) -> None:
+    """Refuse experts of a block with different bits: engines keep all of them in one tensor."""
+    widths: dict[str, set[int]] = {}
+    for name in names:
+        experts, found, _ = name.rpartition(".experts.")
+        if found:
+            bits = next((bits for pattern, bits in rules if re.search(pattern, name)), common)
+            widths.setdefault(experts, set()).add(bits)
+    if any(len(found) > 1 for found in widths.values()):
+        raise UsageError(
+            "the experts of a block would have different bits, which no engine loads",
+            where="--module-bits",
+            hint='give all of them the same, with the pattern "experts"',
+        )
+
+
+def kept_parameters(decoder: BlockwiseDecoder, settings: Settings) -> Iterator[dict[str, str]]:
+    """What of each block is not quantised, with the reason: by the rules of ``models.kept``, or as asked."""
+    for block, kept in zip(decoder.blocks, decoder.kept(), strict=True):
+        asked = (name for name in linears_of(block) if settings.bits_of(name) == UNQUANTISED)
+        yield kept | {f"{name}.weight": "as module_bits says" for name in asked}
+
+
+def check_packable(decoder: BlockwiseDecoder, settings: Settings) -> None:
     """Refuse, before any work, a linear that no GPTQ file can hold: eight integers make a word of 32 bits.
 
     Raises:
         UnsupportedError: a side of a weight is not a multiple of the integers in a word.
     """
-    per_word = 32 // bits
-    for name, linear in _every_linear(decoder).items():
+    for name, linear in every_linear(decoder, settings).items():
+        bits = settings.bits_of(name)
+        per_word = 32 // bits
         if linear.in_features % per_word or linear.out_features % per_word:
             raise UnsupportedError(
                 f"{name} is {linear.out_features} × {linear.in_features}; the GPTQ layout at {bits} bits "
@@ -159,7 +231,7 @@ def run_facts(
         "algorithm": ALGORITHM,
         "model": checkpoint.fingerprint,
         "calibration": calibration,
-        "settings": asdict(settings),
+        "settings": json.loads(json.dumps(asdict(settings))),  # as it is when it is read again
         "dtype": str(decoder.dtype),
         "device": decoder.device.type,
         "attention": decoder.attention,
@@ -281,7 +353,7 @@ class _Layer:
     def __init__(
         self, decoder: BlockwiseDecoder, block: nn.Module, index: int, settings: Settings, team: Team
     ) -> None:
-        self._linears, self._settings, self._decoder = linears_of(block), settings, decoder
+        self._linears, self._settings, self._decoder = _quantised(block, settings), settings, decoder
         self._team = team
         self._block, self._prefix = block, decoder.names[index]
         self.tensors: dict[str, Tensor] = {}
@@ -292,7 +364,9 @@ class _Layer:
         """Solve all linears and advance the streams; ``tensors`` and ``stats`` then hold the result."""
         kind = tuple(self._linears)
         if kind not in streams.groups:
-            streams.groups[kind] = shared_inputs(self._block, self._forward, streams.quantised[0][:1])
+            bits_of, sample = self._settings.bits_of, streams.quantised[0][:1]
+            groups = shared_inputs(self._block, self._forward, sample, bits_of)
+            streams.groups[kind] = [names for names in groups if bits_of(names[0]) < UNQUANTISED]
         streams.quantised, streams.original = walk(
             self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original
         )
@@ -309,7 +383,7 @@ class _Layer:
             weight = torch.empty_like(linear.weight.data)
             if self._team.leads:
                 parts = (tensors[f"{self._prefix}.{name}.{part}"] for part in LAYER_PARTS)
-                weight.copy_(dequantise(PackedLinear(*parts), self._settings.bits))
+                weight.copy_(dequantise(PackedLinear(*parts), self._settings.bits_of(name)))
             self._team.copy(weight)
             linear.weight.data = weight
         streams.quantised = [self._forward(hidden) for hidden in streams.quantised]
@@ -333,7 +407,8 @@ class _Layer:
             H = hessian(inputs, self._team)
             found = drift(inputs, reference, list(weights.values()), H, self._team)
         try:
-            results = quantise_group(weights, H, found, self._settings, self._team)
+            own = replace(self._settings, bits=self._settings.bits_of(names[0]))
+            results = quantise_group(weights, H, found, own, self._team)
         except QuantisationError as error:
             where = f"{self._prefix}.{error.where or names[0]}"
             raise QuantisationError(error.what, where=where, hint=error.hint) from error

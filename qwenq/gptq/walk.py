@@ -27,29 +27,32 @@ Solve = Callable[[Sequence[str], list[Tensor], list[Tensor], Routing], dict[str,
 """(names of a group, its input by batch, its input by reference batch, its routing) → new weights by name."""
 
 
-def shared_inputs(block: nn.Module, forward: Forward, sample: Tensor) -> list[list[str]]:
-    """Groups of linears that read the very same tensor, in the order of evaluation.
+def shared_inputs(
+    block: nn.Module, forward: Forward, sample: Tensor, kind: Callable[[str], object] = lambda _: None
+) -> list[list[str]]:
+    """Groups of linears that read the very same tensor and are of one kind, in the order of evaluation.
 
     Args:
         block: a decoder block.
         forward: runs the block on hidden states.
         sample: [1, tokens, hidden], any values.
+        kind: of a linear by its name: those that are quantised alike have the same.
     """
-    seen: list[tuple[Tensor, list[str]]] = []
+    seen: list[tuple[Tensor, object, list[str]]] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for tensor, names in seen:
-                if tensor is args[0]:
+            for tensor, other, names in seen:
+                if tensor is args[0] and other == kind(name):
                     names.append(name)
                     return
-            seen.append((args[0], [name]))
+            seen.append((args[0], kind(name), [name]))
 
         return hook
 
     with _hooks(block, note):
         forward(sample)
-    return [names for _, names in seen]
+    return [names for *_, names in seen]
 
 
 def walk(

@@ -106,6 +106,11 @@ class BlockwiseDecoder:
         """One block without weights of each kind, by the names of its linears."""
         return {tuple(linears_of(block)): block for block in reversed(self._blocks)}
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All blocks, without weights."""
+        return self._blocks
+
     def kept(self) -> Iterator[dict[str, str]]:
         """What is not quantised, block by block: ``kept_of``."""
         yield from map(kept_of, self._blocks)

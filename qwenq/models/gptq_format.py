@@ -55,6 +55,7 @@ def read_packed(
     from qwenq.models.packing import PackedLinear, trivial_g_idx
 
     names = set(source.names()) if names is None else names
+    quant = quant.of(module)
     check_module_shapes(source, names, module, quant)
     qweight = source.read(f"{module}.qweight")  # [in * bits / 32, out]
     if f"{module}.g_idx" in names:
@@ -108,7 +109,7 @@ class DequantisedSource:
         module = self._modules[name]
         words, out_features = self._source.info(f"{module}.qweight").shape
         dtype = self._dtype or self._source.info(f"{module}.scales").dtype
-        return TensorInfo((out_features, words * 32 // self._quant.bits), dtype)
+        return TensorInfo((out_features, words * 32 // self._quant.of(module).bits), dtype)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor; a quantised weight as ``[out, in]`` in the dtype that ``info`` names."""
@@ -117,7 +118,8 @@ class DequantisedSource:
         if name not in self._modules:
             return self._source.read(name)
         packed = read_packed(self._source, self._modules[name], self._quant, self._stored)
-        return dequantise(packed, self._quant.bits, self._quant.checkpoint_format, self.info(name).dtype)
+        quant = self._quant.of(self._modules[name])
+        return dequantise(packed, quant.bits, quant.checkpoint_format, self.info(name).dtype)
 
 
 def surplus_biases(
@@ -159,13 +161,14 @@ def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
         check_module_shapes(source, names, module, quant)
         if f"{module}.g_idx" in names:
             check_g_idx(source.read(f"{module}.g_idx"), module, quant)
-        if quant.sym:
+        if quant.of(module).sym:
             check_symmetric_zeros(source.read(f"{module}.qzeros"), module, quant)
     return modules
 
 
 def check_module_shapes(source: TensorSource, names: Container[str], module: str, quant: QuantConfig) -> None:
     """One module's tensors are all there, and their headers agree with bits and group size."""
+    quant = quant.of(module)
     required = PACKED_PARTS if quant.desc_act else PACKED_PARTS[:3]
     missing = [part for part in required if f"{module}.{part}" not in names]
     if missing:
@@ -218,7 +221,7 @@ def check_g_idx(g_idx: torch.Tensor, module: str, quant: QuantConfig) -> None:
     Raises:
         ModelError: it does not.
     """
-    groups = quant.groups(g_idx.shape[0])
+    groups = quant.of(module).groups(g_idx.shape[0])
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise ModelError(
             f"g_idx runs from {int(g_idx.min())} to {int(g_idx.max())}, but there are {groups} groups",
@@ -235,6 +238,7 @@ def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig)
     """
     from qwenq.models.packing import unpack_zeros
 
+    quant = quant.of(module)
     zeros = unpack_zeros(qzeros, quant.bits, quant.checkpoint_format)
     middle = 2 ** (quant.bits - 1)
     if bool((zeros == middle).all()):

@@ -94,6 +94,12 @@ class TextView:
         """Return the names under which a tensor of the files is shown: none, one, or its experts'."""
         return self._shown.get(stored, [])
 
+    @property
+    def beside(self) -> list[str]:
+        """What lies beside the language model: of ``mtp`` and ``visual`` those that there are."""
+        hidden = [name for name in self.whole.names() if not self.shown(name)]
+        return [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
+
     def is_whole(self, shown: str) -> bool:
         """Return whether the tensor is shown as it is stored, not as a part of a larger one."""
         return self._parts[shown].expert is None
