@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from pipeline import manifest_of, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_families import write_calibration, write_family
 from tiny_published import transformers_of, write_dequantised, write_published
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import QuantConfig, validate_quantised
+from qwenq.models.packing import pack_zeros
 from qwenq.recipe import Recipe
 from qwenq.runtime.engine import load
 
@@ -137,3 +138,21 @@ def test_a_recipe_may_say_so() -> None:
     assert recipe.quantize.module_bits == {"linear_attn": 16}
     with pytest.raises(UsageError, match="module_bits"):
         Recipe().override(quantize={"module_bits": {"linear_attn": 5}})
+
+
+def test_zero_points_of_the_other_format_are_read_as_what_they_are(tmp_path: Path) -> None:
+    """A published Int4 model says gptq, and its zero points are stored as gptq_v2 does."""
+    out = mixed(tmp_path, self_attn=8)
+    ids = list(range(3, 43))
+    expected = load(out, device="cpu", dtype="float32", engine="transformers").logits([ids])[0]
+    tensors = load_file(out / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(".qzeros"):
+            bits = 8 if "self_attn" in name else 4
+            zeros = torch.full((tensor.shape[1] * 32 // bits, tensor.shape[0]), 1 << (bits - 1))
+            tensors[name] = pack_zeros(zeros.to(torch.uint8), bits, "gptq_v2")
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(out)
+    assert any("zero points are stored as gptq_v2 does" in notice for notice in checkpoint.notices)
+    found = load(checkpoint, device="cpu", dtype="float32", engine="transformers").logits([ids])[0]
+    assert torch.equal(found, expected)

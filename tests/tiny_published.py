@@ -44,6 +44,17 @@ _MOE = {
     "norm_topk_prob": True,
 }
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
+_HYBRID = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "num_hidden_layers": 4,
+    "rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5},
+}
+_MIXED = {**_MOE, "shared_expert_intermediate_size": 32}
+_MROPE_HALF = {**_MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**_TEXT, **_MOE}),
     "qwen3_vl_moe": (
@@ -51,6 +62,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {**_TEXT, **_MOE, "rope_parameters": _MROPE},
             "vision_config": {**_VISION, **_DEEPSTACK},
+        },
+    ),
+    "qwen3_next": ("Qwen3NextForCausalLM", {**_TEXT, **_HYBRID, **_MIXED}),
+    "qwen3_5_text": ("Qwen3_5ForCausalLM", {**_TEXT, **_HYBRID, "rope_parameters": _MROPE_HALF}),
+    "qwen3_5": (
+        "Qwen3_5ForConditionalGeneration",
+        {"text_config": {**_TEXT, **_HYBRID, "rope_parameters": _MROPE_HALF}, "vision_config": _VISION},
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeForCausalLM",
+        {**_TEXT, **_HYBRID, **_MIXED, "rope_parameters": _MROPE_HALF},
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {
+            "text_config": {**_TEXT, **_HYBRID, **_MIXED, "rope_parameters": _MROPE_HALF},
+            "vision_config": _VISION,
         },
     ),
     "qwen3_vl": (

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenq.errors import QwenqError
 from qwenq.models.config import read_config, require_layers
-from qwenq.models.gptq_config import is_quantised, settings_of
+from qwenq.models.gptq_config import QuantConfig, is_quantised, settings_of
 from qwenq.models.long_context import long_context_of
 from qwenq.models.manifest import missing_manifest
 from qwenq.models.own_files import require_own_files
@@ -124,6 +125,9 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     if not view.plain:
         source = view
     require_layers(config, source.names(), folder)
+    if is_quantised(config):
+        config, said = _with_true_zeros(config, source)
+        notices = [*notices, *said]
     if is_quantised(config) and not unfinished:
         notices = [*notices, *missing_manifest(folder)]
     return Checkpoint(
@@ -134,6 +138,27 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         view=None if view.plain else view,
         file_config=file_config if is_nested(file_config) else None,
     )
+
+
+def _with_true_zeros(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
+    """Return the config with the format in which zero points are stored, and what is to be said about it."""
+    from qwenq.models.gptq_format import stored_format
+
+    try:
+        quant = QuantConfig.read(config)
+        found = stored_format(source, quant)
+    except QwenqError:  # whoever needs the settings or the tensor says what is wrong with it
+        return config, []
+    if found == quant.checkpoint_format:
+        return config, []
+    settings = {**config["quantization_config"], "checkpoint_format": found}
+    if "format" in settings:
+        settings["format"] = found
+    said = (
+        f"config.json says {quant.checkpoint_format}, but the zero points are stored as {found} does: "
+        "they are read as what they are"
+    )
+    return {**config, "quantization_config": settings}, [said]
 
 
 def open_weights(folder: Path) -> TensorSource:

@@ -20,6 +20,11 @@ KNOWN_ARCHITECTURES: dict[str, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen": "QWenLMHeadModel",  # Qwen v1; seen as Qwen2
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",  # its language model is Qwen3
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",  # and that of this one is Qwen3-MoE
 }
@@ -58,8 +63,17 @@ _COUNTS: dict[str, _Bound] = {
     "moe_intermediate_size": _Bound(1, 1 << 24),
     "shared_expert_intermediate_size": _Bound(0, 1 << 24),
     "decoder_sparse_step": _Bound(1, 10_000),
+    "full_attention_interval": _Bound(1, 10_000),
+    "linear_num_key_heads": _Bound(1, 1 << 16),
+    "linear_num_value_heads": _Bound(1, 1 << 16),
+    "linear_key_head_dim": _Bound(1, 1 << 16),
+    "linear_value_head_dim": _Bound(1, 1 << 16),
+    "linear_conv_kernel_dim": _Bound(1, 1 << 10),
     "num_labels": _Bound(0, 1 << 20),  # transformers makes a name for each
 }
+PLAIN_ROPE = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""Types whose heads are rotated whole, in the same way in all layers."""
+LAYER_KINDS = ("full_attention", "sliding_attention", "linear_attention")
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _POSITIVE_REALS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_emb_base")
@@ -78,7 +92,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     notices = check_architecture(config, path)
     text = text_config(config)
     check_numbers(text, path)
-    if config["model_type"] != "qwen":  # v1's keys are its own
+    if text["model_type"] in PLAIN_ROPE:
         try:
             rope_parameters(text)
         except ModelError as error:
@@ -269,6 +283,19 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
     kinds = config.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise _absurd("layer_types", kinds, "a list of names", path)
+    if kinds is not None and config["model_type"] in KNOWN_ARCHITECTURES:
+        if len(kinds) != config["num_hidden_layers"]:
+            raise ModelError(
+                f"config.json has {config['num_hidden_layers']} layers, and layer_types of {len(kinds)}",
+                where=path,
+                hint="copy the model's config.json again",
+            )
+        if unknown := sorted(set(kinds) - set(LAYER_KINDS)):
+            raise UnsupportedError(
+                f"layer_types of config.json names {', '.join(unknown)}, which is not known here",
+                where=path,
+                hint=f"known are {', '.join(LAYER_KINDS)}",
+            )
     for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
         for key in ("rope_theta", "factor"):
             value = rope.get(key) if rope else None

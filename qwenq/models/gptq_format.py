@@ -15,7 +15,7 @@ from qwenq.models.source import TensorInfo, TensorSource
 if TYPE_CHECKING:
     import torch
 
-    from qwenq.models.packing import PackedLinear
+    from qwenq.models.packing import CheckpointFormat, PackedLinear
 
 __all__ = [
     "DequantisedSource",
@@ -26,6 +26,7 @@ __all__ = [
     "quantised_bytes",
     "quantised_modules",
     "read_packed",
+    "stored_format",
     "surplus_biases",
     "validate_quantised",
 ]
@@ -228,6 +229,26 @@ def check_g_idx(g_idx: torch.Tensor, module: str, quant: QuantConfig) -> None:
             where=f"{module}.g_idx",
             hint="the file is damaged, or group_size of quantization_config is wrong",
         )
+
+
+def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
+    """Return the format in which zero points are stored; the first module tells.
+
+    Files have been published that say ``gptq`` and hold zero points as ``gptq_v2`` does. Of a symmetric model
+    every zero point is the middle, so its values tell.
+    """
+    from qwenq.models.packing import unpack_zeros
+
+    module = next(iter(quantised_modules(source)), None)
+    own = quant if module is None else quant.of(module)
+    if module is None or not own.sym or f"{module}.qzeros" not in set(source.names()):
+        return quant.checkpoint_format
+    qzeros = source.read(f"{module}.qzeros")
+    other: CheckpointFormat = "gptq_v2" if quant.checkpoint_format == "gptq" else "gptq"
+    if str(qzeros.dtype) != "torch.int32" or qzeros.ndim != 2 or not qzeros.numel():
+        return quant.checkpoint_format
+    fits = bool((unpack_zeros(qzeros, own.bits, other) == 2 ** (own.bits - 1)).all())
+    return other if fits else quant.checkpoint_format
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:

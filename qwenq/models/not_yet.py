@@ -10,14 +10,12 @@ from qwenq.errors import UnsupportedError
 
 _ROUTING, _LINEAR = "the experts' routing", "linear-attention layers"
 _VISION, _AUDIO = "the vision tower", "the audio tower"
+_FLASH_NEXT = "hyper-connections, an embedding of n-grams (about 95 GiB) and an indexed attention"
 
 NOT_YET: dict[str, str] = {
+    "qwen4_exp": _FLASH_NEXT,
+    "qwen4_exp_text": _FLASH_NEXT,
     "qwen2_moe": _ROUTING,
-    "qwen3_next": f"{_LINEAR} and {_ROUTING}",
-    "qwen3_5": _LINEAR,
-    "qwen3_5_text": _LINEAR,
-    "qwen3_5_moe": f"{_LINEAR} and {_ROUTING}",
-    "qwen3_5_moe_text": f"{_LINEAR} and {_ROUTING}",
     "mixtral": _ROUTING,
     "qwen2_vl": _VISION,
     "qwen2_5_vl": _VISION,
@@ -32,7 +30,7 @@ _BY_NAME: tuple[tuple[str, str], ...] = (
     (_AUDIO, r"-audio\b|-omni\b"),
 )
 """What is missing in ``plan`` and the catalogue, which know no sizes of such models."""
-_RUNS = re.compile(r"qwen3-(?!next|coder-next|omni)")
+_RUNS = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
 """Names of models that are quantised and run nevertheless."""
 _FAMILY = re.compile(r"qwen|mixtral")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
