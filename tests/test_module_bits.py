@@ -106,6 +106,19 @@ def test_a_pattern_that_finds_nothing_is_refused(tmp_path: Path, pattern: str, s
         mixed(tmp_path, **{pattern: 8})
 
 
+def test_leaving_everything_as_it_is_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no linear layer would be quantised"):
+        mixed(tmp_path, proj=16)
+
+
+def test_a_block_may_stay_as_it_is(tmp_path: Path) -> None:
+    """A dense block beside sparse ones, all of whose linears are left alone."""
+    model = write_published(tmp_path / "m", "qwen3_moe", mlp_only_layers=[0])
+    run(model, tmp_path / "out", module_bits={"attn": 16, r"mlp\.(gate|up|down)": 16})
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.split(".")[2] for name in names if name.endswith(".qweight")} == {"1"}
+
+
 def test_rules_that_contradict_the_tensors_are_refused(tmp_path: Path) -> None:
     out = mixed(tmp_path, self_attn=8)
     for change in ({"-:.*experts.*": {}}, {".*self_attn.*": {"bits": 4}}):

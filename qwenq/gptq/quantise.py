@@ -64,12 +64,12 @@ class LayerDone:
     @property
     def error(self) -> float:
         """Mean share of output energy lost over the layer's modules."""
-        return sum(stats.error for stats in self.modules.values()) / len(self.modules)
+        return sum(stats.error for stats in self.modules.values()) / max(1, len(self.modules))
 
     @property
     def rtn_error(self) -> float:
         """The same for round-to-nearest."""
-        return sum(stats.rtn_error for stats in self.modules.values()) / len(self.modules)
+        return sum(stats.rtn_error for stats in self.modules.values()) / max(1, len(self.modules))
 
     def raised_damping(self, asked: float) -> dict[float, list[str]]:
         """Modules whose Hessian needed more damping than was asked for, by how much they got."""
@@ -159,6 +159,12 @@ def module_bits(
         if matches and (rules is wanted or bits > common):
             found.append((pattern, bits))
     _require_like_experts(names, found, common)
+    if all(
+        any(bits == UNQUANTISED and re.search(pattern, name) for pattern, bits in found) for name in names
+    ):
+        raise UsageError(
+            "no linear layer would be quantised", where="--module-bits", hint="leave out a pattern"
+        )
     return tuple(found)
 
 
