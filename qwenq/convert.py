@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,7 @@ from qwenq.models.gptq_format import (
 from qwenq.models.integrity import check_finite
 from qwenq.models.new_folder import require_renameable, take_name
 from qwenq.models.qwen_v1 import QwenV1Source
-from qwenq.models.shapes import ModelShape
+from qwenq.models.shapes import DENSE, ModelShape
 from qwenq.models.shards import tensor_bytes, write_shards
 from qwenq.models.tokenizer import read_json
 from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held
@@ -145,6 +145,13 @@ def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
     plain = checkpoint.source
     if quant is not None:
         plain = DequantisedSource(plain, quant, config=checkpoint.config)
+    if checkpoint.config["model_type"] not in DENSE:
+        import torch
+
+        from qwenq.models.blocks import BlockwiseDecoder
+
+        BlockwiseDecoder(replace(checkpoint, source=plain), torch.device("cpu"), torch.float32)  # checks all
+        return
     names = set(plain.names())
     for tensor in ModelShape.from_config(checkpoint.config).tensors():
         if tensor.name not in names:
@@ -208,7 +215,8 @@ def restored_zeros(
     from qwenq.models.packing import pack_zeros, unpack_zeros
 
     try:
-        return pack_zeros(unpack_zeros(qzeros, quant.bits, quant.checkpoint_format), quant.bits, wanted)
+        own = quant.of(name.removesuffix(".qzeros"))
+        return pack_zeros(unpack_zeros(qzeros, own.bits, own.checkpoint_format), own.bits, wanted)
     except QuantisationError as error:
         error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
         raise

@@ -21,8 +21,13 @@ from tiny_published import (
     write_dequantised,
     write_published,
 )
+from typer.testing import CliRunner
 
+from qwenq.cli.app import app
+from qwenq.cli.commands import register
 from qwenq.runtime.engine import load
+
+register()
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +114,26 @@ def test_engines_compute_what_transformers_does(tmp_path: Path, family: str, eng
     steps = [running.prefill([ids[:30]], cache)]
     steps += [running.decode(torch.tensor([token]), cache) for token in ids[30:]]
     torch.testing.assert_close(torch.cat(steps), expected[29:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "engine"),
+    [("qwen3_vl", "fast"), ("qwen3_moe", "transformers"), ("qwen3_5_moe", "transformers")],
+)
+def test_a_folder_is_converted_whole(tmp_path: Path, family: str, engine: str) -> None:
+    model = rewrite(write_published(tmp_path / "model", family), with_draft_head)
+    out, _, _ = quantised(model)
+    result = CliRunner().invoke(app, ["convert", str(out), str(tmp_path / "v2"), "--zeros", "v2"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    before, after = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "v2"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith(".qzeros"))
+    config = json.loads((tmp_path / "v2" / "config.json").read_text())
+    assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    assert config.keys() == json.loads((out / "config.json").read_text()).keys()
+    ids = tokens_for(out)[1].flatten()[:20].tolist()
+    first, second = (
+        load(folder, device="cpu", dtype="float32", engine=engine).logits([ids])[0]
+        for folder in (out, tmp_path / "v2")
+    )
+    assert torch.equal(first, second)
