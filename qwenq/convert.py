@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,7 @@ from qwenq.models.gptq_format import (
 from qwenq.models.integrity import check_finite
 from qwenq.models.new_folder import require_renameable, take_name
 from qwenq.models.qwen_v1 import QwenV1Source
-from qwenq.models.shapes import ModelShape
+from qwenq.models.shapes import DENSE, ModelShape
 from qwenq.models.shards import tensor_bytes, write_shards
 from qwenq.models.tokenizer import read_json
 from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held
@@ -145,6 +145,13 @@ def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
     plain = checkpoint.source
     if quant is not None:
         plain = DequantisedSource(plain, quant, config=checkpoint.config)
+    if checkpoint.config["model_type"] not in DENSE:
+        import torch
+
+        from qwenq.models.blocks import BlockwiseDecoder
+
+        BlockwiseDecoder(replace(checkpoint, source=plain), torch.device("cpu"), torch.float32)  # checks all
+        return
     names = set(plain.names())
     for tensor in ModelShape.from_config(checkpoint.config).tensors():
         if tensor.name not in names:
@@ -161,7 +168,7 @@ def _target_config(
     checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json of the target, and the changes in words."""
-    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
     changes = []
     if isinstance(checkpoint.source, QwenV1Source):
         changes.append("Qwen v1 layout → Qwen2 layout")
@@ -182,7 +189,8 @@ def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[st
     if quant is not None and checkpoint.config.get("model_type") == "qwen2":
         modules = (name.removesuffix(".qweight") for name in checkpoint.names() if name.endswith(".qweight"))
         hidden = surplus_biases(checkpoint.source, modules)
-    return [(name, checkpoint.info(name)) for name in checkpoint.names() if name not in hidden]
+    source = checkpoint.published
+    return [(name, source.info(name)) for name in source.names() if name not in hidden]
 
 
 def _reader(
@@ -192,7 +200,7 @@ def _reader(
     wanted = None if zeros is None else FORMATS[zeros]
 
     def read(name: str) -> torch.Tensor:
-        tensor = check_finite(name, checkpoint.read(name), checkpoint.folder)
+        tensor = check_finite(name, checkpoint.published.read(name), checkpoint.folder)
         if quant is None or wanted is None or wanted == quant.checkpoint_format:
             return tensor
         return restored_zeros(tensor, quant, wanted, name) if name.endswith(".qzeros") else tensor
@@ -207,7 +215,8 @@ def restored_zeros(
     from qwenq.models.packing import pack_zeros, unpack_zeros
 
     try:
-        return pack_zeros(unpack_zeros(qzeros, quant.bits, quant.checkpoint_format), quant.bits, wanted)
+        own = quant.of(name.removesuffix(".qzeros"))
+        return pack_zeros(unpack_zeros(qzeros, own.bits, own.checkpoint_format), own.bits, wanted)
     except QuantisationError as error:
         error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -141,10 +141,17 @@ def quantize(
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
     from qwenq.compute.ops import fallback_notice
     from qwenq.gptq.choices import describe
-    from qwenq.gptq.quantise import check_packable, choose_group_size, input_widths
+    from qwenq.gptq.quantise import (
+        check_packable,
+        choose_group_size,
+        every_linear,
+        input_widths,
+        kept_parameters,
+        module_bits,
+    )
     from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
-    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.kept import summary
     from qwenq.models.opening import open_model
     from qwenq.models.precision import resolve_device, resolve_dtype
     from qwenq.plan.padding import padded
@@ -164,29 +171,51 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
     if decoder.passed_over:
         listener.say(decoder.passed_over)
-    check_packable(decoder, wanted.bits)
-    group_size, why = choose_group_size(wanted.group_size, widths or input_widths(decoder))
-    listener.say(why)
     settings = Settings(
         bits=wanted.bits,
-        group_size=group_size,
+        group_size=-1,  # until the widths that it has to divide are known
         sym=wanted.sym,
         act_order=wanted.act_order == "static",
         scale_search=wanted.scale_search,
         damp=wanted.damp,
         drift=wanted.drift,
         refine=wanted.refine,
+        module_bits=module_bits(decoder, wanted.module_bits, wanted.bits),
     )
+    check_packable(decoder, settings)
+    widths = widths or input_widths(every_linear(decoder, settings))
+    group_size, why = choose_group_size(wanted.group_size, widths)
+    listener.say(why)
+    settings = replace(settings, group_size=group_size)
+    if kept := summary(kept_parameters(decoder, settings)):
+        listener.say(kept)
+    quant = _quant_config(checkpoint, decoder, settings)
+    listener.say(describe(settings))
+    return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
+
+
+def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: Settings) -> QuantConfig:
+    """Return what config.json says of the result: rules, too, where a module differs from the rest."""
+    from qwenq.gptq.quantise import every_linear, kept_parameters
+    from qwenq.models.dynamic import dynamic_rules, module_groups
+    from qwenq.models.gptq_format import QuantConfig
+
     quant = QuantConfig(
         bits=settings.bits,
-        group_size=group_size,
+        group_size=settings.group_size,
         sym=settings.sym,
         static_groups=settings.act_order,
         damp_percent=settings.damp,
         checkpoint_format=settings.checkpoint_format,
     )
-    listener.say(describe(settings))
-    return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
+    bits = {name: settings.bits_of(name) for name in every_linear(decoder, settings)}
+    kept = {name.removesuffix(".weight") for block in kept_parameters(decoder, settings) for name in block}
+    beside = checkpoint.view.beside if checkpoint.view is not None else []
+    if not (kept or beside or set(bits.values()) != {settings.bits}):
+        return quant
+    repeated = {"group_size": quant.group_size, "sym": quant.sym, "desc_act": quant.desc_act}
+    rules = dynamic_rules(sorted(kept), bits, quant.bits, repeated, beside)
+    return replace(quant, dynamic=rules, modules=tuple(map(tuple, module_groups([name] for name in bits))))
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -292,7 +321,7 @@ def _publish(
     job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
     from qwenq.gptq.publish import publish
-    from qwenq.gptq.quantise import module_errors
+    from qwenq.gptq.quantise import expert_coverage, module_errors
     from qwenq.models.identity import base_facts
     from qwenq.models.shards import tensor_bytes
     from qwenq.versions import versions
@@ -308,14 +337,25 @@ def _publish(
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
-        "modules": dict(module_errors(store, len(job.decoder.names))),
+        "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
+        **expert_coverage(modules),
+        **({"not_quantised": kept} if (kept := _kept(job)) else {}),
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
-    base_bytes = sum(tensor_bytes(job.base.info(name)) for name in job.base.names())
+    published = job.base.published
+    base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
     publish(staged, job.out, manifest)
     store.discard()
     return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
+
+
+def _kept(job: Job) -> dict[str, str]:
+    """Return every parameter of two dimensions or more in a block that is not quantised, and why."""
+    from qwenq.gptq.quantise import kept_parameters
+
+    prefixes = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
+    return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}
 
 
 def _computed_in(job: Job) -> dict[str, str | int]:

@@ -55,6 +55,7 @@ class QuantizeRecipe(_Section):
     bits: Literal[4, 8] = 4
     group_size: Literal["auto", 32, 64, 128, -1] = "auto"
     pad_ffn: Literal["none", "auto"] | Count = "none"  # channels of the MLP once it is widened with zeros
+    module_bits: dict[str, Literal[4, 8, 16]] | Literal["auto"] = "auto"  # by pattern; 16: not quantised
     sym: bool = True
     act_order: Literal["static", "none"] = "static"
     scale_search: Literal["hessian", "mse", "none"] = "hessian"

@@ -52,6 +52,7 @@ def write_family(folder: Path, family: str = "llama", dtype: str = "float32", **
 def random_tokens(model: Path, samples: int, seq_len: int, seed: int = 0) -> torch.Tensor:
     """int64 [samples, seq_len], ids that the tokenizer has."""
     config = json.loads((model / "config.json").read_text())
+    config = config.get("text_config", config)
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, config["vocab_size"] - PADDING_ROWS, (samples, seq_len), generator=draw)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from qwenq.calibration.sequences import Progress
 from qwenq.calibration.whole_model import (
@@ -144,7 +144,12 @@ def sample_rows(
     rows, seq_len = uniforms.shape
     ends = torch.tensor(sorted(vocabulary.ends), device=uniforms.device)
     text = torch.full((rows, seq_len), vocabulary.start, dtype=torch.int64, device=uniforms.device)
-    cache = Cache(layers=[_GrowingLayer(seq_len) for _ in range(model.config.num_hidden_layers)])
+    kinds = getattr(model.config, "layer_types", None) or [""] * model.config.num_hidden_layers
+    cache = Cache(
+        layers=[
+            LinearAttentionLayer() if kind == "linear_attention" else _GrowingLayer(seq_len) for kind in kinds
+        ]
+    )
     for place in range(1, seq_len):
         last = text[:, place - 1 : place]  # [rows, 1]
         logits = model(last, past_key_values=cache, use_cache=True).logits[:, -1, : vocabulary.size]

@@ -57,6 +57,13 @@ def quantize(
         str | None,
         typer.Option(help="Of the forward pass: auto, float32, bfloat16, float16."),
     ] = None,
+    module_bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATTERN=BITS for linear layers whose names hold the pattern: 4, 8, or 16 to leave them as "
+            "they are; may be repeated, the first match counts."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Chooses the calibration text.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run of the same settings.")] = True,
     sym: Annotated[
@@ -85,6 +92,7 @@ def quantize(
             "bits": bits,
             "group_size": _group_size(group_size),
             "pad_ffn": _width(pad_ffn),
+            "module_bits": _module_bits(module_bits),
             "dtype": dtype,
             "seed": seed,
             "sym": sym,
@@ -151,6 +159,20 @@ def _group_size(text: str | None) -> int | str | None:
     if text is None or text == "auto":
         return text
     return _whole(text, "group size", "--group-size", "use auto, 32, 64, 128 or -1")
+
+
+def _module_bits(given: list[str] | None) -> dict[str, int] | None:
+    if not given:
+        return None
+    found = {}
+    for text in given:
+        pattern, _, bits = text.rpartition("=")
+        if not pattern:
+            raise UsageError(
+                f"{text!r} is not PATTERN=BITS", where="--module-bits", hint="like linear_attn=8"
+            )
+        found[pattern] = _whole(bits, "bits", "--module-bits", "use 4, 8 or 16")
+    return found
 
 
 def _width(text: str | None) -> int | str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from qwenq.errors import ModelError, UsageError
 from qwenq.evals.divergence import TokenScores, score_tokens
 from qwenq.evals.module_error import (
+    EXPERT_TOKENS,
     MODULE_TOKENS,
     ModuleError,
     captured_inputs,
@@ -82,7 +83,7 @@ def check(
     """
     quant = require_comparable(quantised, base)
     require_tokens(held_out, base)
-    base = widened(base, int(quantised.config["intermediate_size"]))  # Qwen's 72B is wider than its base
+    base = widened(base, quantised.config.get("intermediate_size"))  # Qwen's 72B is wider than its base
     plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
     pair = _Pair(plain, base, quant, torch.device(device), dtype)
     if say is not None and pair.passed_over:
@@ -117,7 +118,7 @@ def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
         has, wants = quantised.config.get(key), base.config.get(key)
         if has != wants and None not in (has, wants):
             raise _another_model(key, has, wants, base)
-    has, wants = base.config["intermediate_size"], quantised.config["intermediate_size"]
+    has, wants = (one.config.get("intermediate_size", 0) for one in (base, quantised))
     if not has <= wants <= 2 * has:  # wider: zero channels were added before quantising (models/pad_ffn.py)
         raise _another_model("intermediate_size", wants, has, base)
     return QuantConfig.read(quantised.config, quantised.folder / "config.json")
@@ -202,7 +203,10 @@ class _Pair:
                 with captured_inputs(block, names) as seen:
                     hidden[at] = self._base.forward(block, states)
                 for name, (x,) in seen.items():
-                    kept[name].append(x[rows[at]].flatten(0, 1)[:MODULE_TOKENS])  # [tokens, in]
+                    if x.ndim == 3:
+                        kept[name].append(x[rows[at]].flatten(0, 1)[:MODULE_TOKENS])  # [tokens, in]
+                    else:  # an expert's, of all sequences: [rows, in]
+                        kept[name].append(x[:EXPERT_TOKENS].clone())
         return {name: torch.cat(parts)[:MODULE_TOKENS] for name, parts in kept.items()}
 
     def _module_error(self, name: str, x: Tensor) -> ModuleError:
@@ -214,7 +218,7 @@ class _Pair:
                 where=name,
                 hint="the folder mixes two models: quantise again",
             )
-        return module_error(name, weight, quantised, x, self._quant)
+        return module_error(name, weight, quantised, x, self._quant.of(name))
 
 
 class _Steps:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from qwenq.models.gptq_config import QuantConfig
 
 MODULE_TOKENS = 512  # enough for two digits of a share of energy, at an eighth of the forward passes' cost
+EXPERT_TOKENS = 64  # of each batch, for an expert: a block has hundreds, whose inputs are all kept at once
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _score_group(
         rows = min(_rows(budget, longest, shared + longest, work), len(order) - done)
         batch = order[done : done + rows]
         try:
-            if work is not None and work.batch == rows:
+            if work is not None and work.batch == rows and not work.states:
                 work.rewind(shared)  # what later batches add is shorter: it fits
             else:
                 work = None  # before its successor is made

@@ -28,16 +28,18 @@ class ModuleStats:
         rtn_error: the same for round-to-nearest on a min/max grid.
         damp: the share of the mean diagonal that was added to the Hessian.
         dead: input columns that were always zero.
+        tokens: of an expert: how many were routed to it; None: it is none, and sees all of them.
     """
 
     error: float
     rtn_error: float
     damp: float
     dead: int
+    tokens: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

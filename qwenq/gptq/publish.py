@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwenq.gptq.layer_store import LayerStore
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.gptq_format import QuantConfig
-    from qwenq.models.source import TensorInfo
+    from qwenq.models.source import TensorSource
 
 
 def require_free(target: Path) -> None:
@@ -103,15 +103,15 @@ def stage(
         if folder.exists():  # of a run that was killed while it wrote
             shutil.rmtree(folder)
         folder.mkdir()
-    packed = store.source(layers)
-    entries = list(_entries(checkpoint, {name: packed.info(name) for name in packed.names()}))
-    of_layers = set(packed.names())
+    tensors = _tensors(checkpoint, store.source(layers))
+    entries = [(name, source.info(inner)) for name, (source, inner) in tensors.items()]
 
     def read(name: str) -> torch.Tensor:
-        return packed.read(name) if name in of_layers else checkpoint.read(name)
+        source, inner = tensors[name]
+        return source.read(inner)
 
     write_shards(folder, entries, read)
-    config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
+    config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
     config["quantization_config"] = quant.to_config_json()
     atomic_write_json(folder / "config.json", config)
     atomic_write_json(folder / "quantize_config.json", quant.to_quantize_config_json())
@@ -142,12 +142,22 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
         fsync_folder(out.parent)
 
 
-def _entries(checkpoint: Checkpoint, packed: dict[str, TensorInfo]) -> Iterable[tuple[str, TensorInfo]]:
-    """Names in the base's order; a quantised weight gives way to its packed tensors."""
-    for name in checkpoint.names():
-        module = name.removesuffix(".weight")
-        if f"{module}.qweight" in packed:
-            for part in LAYER_PARTS:
-                yield f"{module}.{part}", packed[f"{module}.{part}"]
+def _tensors(checkpoint: Checkpoint, packed: TensorSource) -> dict[str, tuple[TensorSource, str]]:
+    """Return what is written, in the base's order: name in the files → where it is read, and as what.
+
+    A quantised weight gives way to its packed tensors, a fused tensor of experts to those of each expert.
+    """
+    quantised = set(packed.names())
+    view = checkpoint.view
+    found: dict[str, tuple[TensorSource, str]] = {}
+    for stored in view.whole.names() if view is not None else checkpoint.names():
+        shown = view.shown(stored) if view is not None else [stored]
+        modules = [name.removesuffix(".weight") for name in shown]
+        if modules and f"{modules[0]}.qweight" in quantised:
+            parts = [f"{module}.{part}" for module in modules for part in LAYER_PARTS]
+            found |= {view.published(part) if view is not None else part: (packed, part) for part in parts}
+        elif view is not None and not (shown and view.is_whole(shown[0])):
+            found[stored] = view.whole, stored
         else:
-            yield name, checkpoint.info(name)
+            found[stored] = checkpoint.source, shown[0]  # as the model runs it: an MLP may be wider there
+    return found

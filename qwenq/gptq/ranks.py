@@ -40,7 +40,7 @@ def lead(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settin
     team.tell(
         {
             "model": decoder.checkpoint.fingerprint,
-            "ffn": decoder.checkpoint.config["intermediate_size"],
+            "ffn": decoder.checkpoint.config.get("intermediate_size"),
             "settings": asdict(settings),
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "attention": [decoder.attention, decoder.attention_why_not],

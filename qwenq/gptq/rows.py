@@ -6,6 +6,7 @@ last bits of a matrix product depend on its shape, and the same integers have to
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -27,7 +28,11 @@ TILE_ROWS_ELSEWHERE = 16384  # on a GPU the column loop costs what its launches 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the algorithm can be told; the recipe holds the same names for users."""
+    """What the algorithm can be told; the recipe holds the same names for users.
+
+    Attributes:
+        module_bits: (pattern, bits) of modules that differ from the rest; 16: they are not quantised.
+    """
 
     bits: int
     group_size: int
@@ -37,6 +42,11 @@ class Settings:
     damp: float
     drift: float
     refine: bool
+    module_bits: tuple[tuple[str, int], ...] = ()
+
+    def bits_of(self, module: str) -> int:
+        """Return the bits of a module by its name in a block: the first pattern's that is found in it."""
+        return next((bits for pattern, bits in self.module_bits if re.search(pattern, module)), self.bits)
 
     @property
     def checkpoint_format(self) -> CheckpointFormat:

@@ -17,40 +17,42 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from qwenq.errors import UnsupportedError
+from qwenq.models.kept import linears_of
+from qwenq.models.routed_experts import Routed
 
 Forward = Callable[[Tensor], Tensor]
-Solve = Callable[[Sequence[str], list[Tensor], list[Tensor]], dict[str, Tensor]]
-"""(names of a group, its input per batch, its input per reference batch) → new weights by name."""
+Routing = list["Routed | None"]
+"""Of an expert's linears: which tokens the input is made of, per batch and then per reference batch."""
+Solve = Callable[[Sequence[str], list[Tensor], list[Tensor], Routing], dict[str, Tensor]]
+"""(names of a group, its input by batch, its input by reference batch, its routing) → new weights by name."""
 
 
-def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
-    """The block's linear layers by name, in definition order."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-
-
-def shared_inputs(block: nn.Module, forward: Forward, sample: Tensor) -> list[list[str]]:
-    """Groups of linears that read the very same tensor, in the order of evaluation.
+def shared_inputs(
+    block: nn.Module, forward: Forward, sample: Tensor, kind: Callable[[str], object] = lambda _: None
+) -> list[list[str]]:
+    """Groups of linears that read the very same tensor and are of one kind, in the order of evaluation.
 
     Args:
         block: a decoder block.
         forward: runs the block on hidden states.
         sample: [1, tokens, hidden], any values.
+        kind: of a linear by its name: those that are quantised alike have the same.
     """
-    seen: list[tuple[Tensor, list[str]]] = []
+    seen: list[tuple[Tensor, object, list[str]]] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for tensor, names in seen:
-                if tensor is args[0]:
+            for tensor, other, names in seen:
+                if tensor is args[0] and other == kind(name):
                     names.append(name)
                     return
-            seen.append((args[0], [name]))
+            seen.append((args[0], kind(name), [name]))
 
         return hook
 
     with _hooks(block, note):
         forward(sample)
-    return [names for _, names in seen]
+    return [names for *_, names in seen]
 
 
 def walk(
@@ -82,8 +84,10 @@ def walk(
         if name not in first:
             return None
 
+        parent = block.get_submodule(name.rpartition(".")[0])
+
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            main.switch((name, args[0]))
+            main.switch((name, args[0], getattr(parent, "routed", None)))
 
         return hook
 
@@ -92,10 +96,10 @@ def walk(
         states = [run.switch(batch) for run, batch in zip(runs, (*batches, *reference), strict=True)]
         count = len(batches)
         for names in groups:
-            if any(name != names[0] for name, _ in states):
+            if any(state[0] != names[0] for state in states):
                 raise UnsupportedError("a block whose path depends on the batch", where=names[0])
-            inputs = [x for _, x in states]
-            weights = solve(names, inputs[:count], inputs[count:])
+            inputs = [x for _, x, _ in states]
+            weights = solve(names, inputs[:count], inputs[count:], [routed for *_, routed in states])
             original = [run.switch() for run in runs[count:]]
             for name, weight in weights.items():
                 block.get_submodule(name).weight.data = weight

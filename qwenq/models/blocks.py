@@ -20,8 +20,10 @@ from qwenq.errors import ModelError
 from qwenq.models import fused_block
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite, require_numbers
+from qwenq.models.kept import kept_of, linears_of
 from qwenq.models.long_context import require_plain
 from qwenq.models.process_memory import FreedMemory
+from qwenq.models.routed_experts import unfuse
 
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
@@ -66,6 +68,7 @@ class BlockwiseDecoder:
                     config, dtype=dtype, attn_implementation=self.attention
                 )
             self._inner = model.model.eval()
+            unfuse(self._inner.layers, every=True)
             # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
@@ -98,6 +101,20 @@ class BlockwiseDecoder:
         """The first block without weights: its modules and their shapes."""
         first: nn.Module = self._blocks[0]
         return first
+
+    @property
+    def kinds(self) -> dict[tuple[str, ...], nn.Module]:
+        """One block without weights of each kind, by the names of its linears."""
+        return {tuple(linears_of(block)): block for block in reversed(self._blocks)}
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """All blocks, without weights."""
+        return self._blocks
+
+    def kept(self) -> Iterator[dict[str, str]]:
+        """What is not quantised, block by block: ``kept_of``."""
+        yield from map(kept_of, self._blocks)
 
     @property
     def vocabulary(self) -> int:
@@ -139,11 +156,14 @@ class BlockwiseDecoder:
                 # Rows are looked up in the stored table: converting all of it would cost too much.
                 rows = functional.embedding(batch, table).to(self.device, self.dtype)
                 self._inner(inputs_embeds=rows, use_cache=False)
+            hidden = list(recorders[0].hidden)
+            # Positions may come with a row for each sequence, and batches differ in how many they have.
+            self._inner(inputs_embeds=rows[:1], use_cache=False)
         finally:
             self._inner.norm, self._inner.layers = norm, self._blocks
         recorded = zip(self._blocks, recorders, strict=True)
         self._arguments = {block: recorder.arguments for block, recorder in recorded}
-        return recorders[0].hidden
+        return hidden
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -169,7 +189,7 @@ class BlockwiseDecoder:
 
     def _require_tensors(self) -> None:
         """All that will be read is there in its shape: known before the first layer, not after the last."""
-        shapes = {f"model.{name}": parameter.shape for name, parameter in self._inner.named_parameters()}
+        shapes = {f"model.{name}": tensor.shape for name, tensor in self._inner.state_dict().items()}
         del shapes["model.embed_tokens.weight"]  # see ``embed``
         if not self.checkpoint.tied:
             config = self.checkpoint.config
@@ -222,7 +242,7 @@ class BlockwiseDecoder:
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         state = {}
-        for name, parameter in module.named_parameters():
+        for name, parameter in module.state_dict(keep_vars=True).items():  # buffers that are stored, too
             full = f"{prefix}.{name}"
             tensor = check_finite(full, self.checkpoint.read(full), self.checkpoint.folder)
             require_numbers(full, tensor, self.checkpoint.folder)

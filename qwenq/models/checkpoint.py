@@ -15,6 +15,8 @@ from qwenq.models.long_context import long_context_of
 from qwenq.models.manifest import missing_manifest
 from qwenq.models.own_files import require_own_files
 from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource
+from qwenq.models.text_config import is_nested, text_config, whole_config
+from qwenq.models.text_view import TextView
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +28,15 @@ class Checkpoint:
 
     Attributes:
         folder: where the files lie; of a model that lies on no disk, words that stand for that in messages.
-        config: config.json, in the layout of the architecture that is run (Qwen v1 is seen as Qwen2).
-        source: the tensors, under the names of that architecture.
+        config: config.json, in the layout of the architecture that is run (Qwen v1 is seen as Qwen2; of a
+            vision-language model it is the language model's part).
+        source: the tensors, under the names of that architecture; of a vision-language model, a model with a
+            draft head or fused experts it is a ``TextView``, or stands before one.
         notices: what the user has to be told about how it was read, one line each.
         on_disk: False: weights are drawn as they are read, and nothing in ``folder``, should there be such a
             one, belongs to them.
+        view: how the language model was found among the files' tensors; None: they are all it has.
+        file_config: config.json as it was read, where ``config`` is a part of it.
     """
 
     folder: Path
@@ -38,11 +44,23 @@ class Checkpoint:
     source: TensorSource
     notices: list[str] = field(default_factory=list)
     on_disk: bool = True
+    view: TextView | None = None
+    file_config: dict[str, Any] | None = None
 
     @property
     def companions(self) -> Path | None:
         """The folder of tokenizer, licence and settings; None where there can be none."""
         return self.folder if self.on_disk else None
+
+    @property
+    def published_config(self) -> dict[str, Any]:
+        """The config.json of the whole model, whose language model is this one."""
+        return whole_config(self.file_config, self.config) if self.file_config else dict(self.config)
+
+    @property
+    def published(self) -> TensorSource:
+        """The tensors of the whole model, under the names in its files."""
+        return self.view.whole if self.view is not None else self.source
 
     def names(self) -> Iterable[str]:
         """All tensor names, in file order."""
@@ -67,6 +85,8 @@ class Checkpoint:
         """16 hex digits over names, shapes, dtypes and bytes of all weights, and the config."""
         from qwenq.models.fingerprint import fingerprint
 
+        if self.view is not None and self.source is self.view:  # files are hashed as they are
+            return fingerprint(self.published_config, self.view.whole)
         return fingerprint(self.config, self.source)
 
 
@@ -100,13 +120,47 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         config = {**config, "quantization_config": quant.to_config_json()}
         notices = [*notices, "config.json says nothing of GPTQ: the settings are quantize_config.json's"]
     long_context_of(config, folder / "config.json")
+    file_config, config = config, text_config(config)
+    view = TextView(source, config.get("hidden_size"), folder)
+    if not view.plain:
+        source = view
     require_layers(config, source.names(), folder)
     config, untied = _untied(config, source)
-    config, retagged = _retagged(config, source)
-    notices = [*notices, *untied, *retagged]
+    notices = [*notices, *untied]
+    if is_quantised(config):
+        config, said = _with_true_zeros(config, source)
+        notices = [*notices, *said]
     if is_quantised(config) and not unfinished:
         notices = [*notices, *missing_manifest(folder)]
-    return Checkpoint(folder=folder, config=config, source=source, notices=notices)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        source=source,
+        notices=notices,
+        view=None if view.plain else view,
+        file_config=file_config if is_nested(file_config) else None,
+    )
+
+
+def _with_true_zeros(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
+    """Return the config with the format in which zero points are stored, and what is to be said about it."""
+    from qwenq.models.gptq_format import stored_format
+
+    try:
+        quant = QuantConfig.read(config)
+        found = stored_format(source, quant)
+    except QwenqError:  # whoever needs the settings or the tensor says what is wrong with it
+        return config, []
+    if found == quant.checkpoint_format:
+        return config, []
+    settings = {**config["quantization_config"], "checkpoint_format": found}
+    if "format" in settings:
+        settings["format"] = found
+    said = (
+        f"config.json says {quant.checkpoint_format}, but the zero points are stored as {found} does: "
+        "they are read as what they are"
+    )
+    return {**config, "quantization_config": settings}, [said]
 
 
 def _untied(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
@@ -123,28 +177,6 @@ def _untied(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any
         "used, and what is written here says tie_word_embeddings: false"
     )
     return {**config, "tie_word_embeddings": False}, [notice]
-
-
-def _retagged(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
-    """Return a config that names the format in which a symmetric model's zero points are stored."""
-    name = next((name for name in source.names() if name.endswith(".qzeros")), None)
-    if name is None or not is_quantised(config):
-        return config, []
-    from qwenq.models.gptq_format import format_of_zeros
-
-    try:
-        quant = QuantConfig.read(config)
-        stored = format_of_zeros(source.read(name), quant) if quant.sym else None
-    except QwenqError:  # whoever needs the weights says what is wrong with them
-        return config, []
-    if stored is None or stored == quant.checkpoint_format:
-        return config, []
-    settings = {**config["quantization_config"], "checkpoint_format": stored}
-    notice = (
-        f"config.json says checkpoint_format {quant.checkpoint_format}, but the zero points are stored as "
-        f"{stored} does: they are read so"
-    )
-    return {**config, "quantization_config": settings}, [notice]
 
 
 def open_weights(folder: Path) -> TensorSource:

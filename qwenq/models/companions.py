@@ -24,6 +24,10 @@ _LICENCE = re.compile(
 )
 
 
+_PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+"""How a vision-language model turns images into its input: carried along, never read here."""
+
+
 def write_companions(source: Path | None, target: Path, config: Mapping[str, Any]) -> list[str]:
     """Copy what belongs to a model but is neither weights nor config.json.
 
@@ -48,10 +52,24 @@ def write_companions(source: Path | None, target: Path, config: Mapping[str, Any
     with guard_storage(target):
         _copy_licences(source, target)
         _write_generation_config(source, target, config)
+        notices = _copy_processor(source, target, config)
     if not has_tokenizer(source):
-        return [f"{source} holds no tokenizer; the folder that was written has none either"]
+        return [*notices, f"{source} holds no tokenizer; the folder that was written has none either"]
     copy_tokenizer_files(source, target)
-    return []
+    return notices
+
+
+def _copy_processor(source: Path, target: Path, config: Mapping[str, Any]) -> list[str]:
+    """Copy the image processor's files; a notice where a vision-language model has none."""
+    found = [name for name in _PROCESSOR if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    if found or not config.get("vision_config"):
+        return []
+    return [
+        f"{source} holds no {_PROCESSOR[0]}: what was written takes text, and images only once that file is "
+        "copied beside it"
+    ]
 
 
 def _copy_licences(source: Path, target: Path) -> None:

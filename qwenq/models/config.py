@@ -12,12 +12,21 @@ from typing import Any
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.not_yet import NOT_YET, missing_by_config
 from qwenq.models.rope_parameters import rope_parameters
+from qwenq.models.text_config import is_nested, text_config
 
 KNOWN_ARCHITECTURES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen": "QWenLMHeadModel",  # Qwen v1; seen as Qwen2
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",  # its language model is Qwen3
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",  # and that of this one is Qwen3-MoE
 }
 """model_type → class name in config.json, of every architecture with a tested recipe."""
 
@@ -48,9 +57,25 @@ _COUNTS: dict[str, _Bound] = {
     "vocab_size": _Bound(1, 1 << 26),
     "max_position_embeddings": _Bound(1, _LIMIT),
     "seq_length": _Bound(1, _LIMIT),
+    "num_experts": _Bound(1, 1 << 16),
+    "num_local_experts": _Bound(1, 1 << 16),  # what transformers 5 calls them
+    "num_experts_per_tok": _Bound(1, 1 << 16),
+    "moe_intermediate_size": _Bound(1, 1 << 24),
+    "shared_expert_intermediate_size": _Bound(0, 1 << 24),
+    "decoder_sparse_step": _Bound(1, 10_000),
+    "full_attention_interval": _Bound(1, 10_000),
+    "linear_num_key_heads": _Bound(1, 1 << 16),
+    "linear_num_value_heads": _Bound(1, 1 << 16),
+    "linear_key_head_dim": _Bound(1, 1 << 16),
+    "linear_value_head_dim": _Bound(1, 1 << 16),
+    "linear_conv_kernel_dim": _Bound(1, 1 << 10),
     "num_labels": _Bound(0, 1 << 20),  # transformers makes a name for each
 }
-_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+PLAIN_ROPE = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""Types whose heads are rotated whole, in the same way in all layers."""
+LAYER_KINDS = ("full_attention", "sliding_attention", "linear_attention")
+_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_MLP_WIDTHS = ("intermediate_size", "moe_intermediate_size")
 _POSITIVE_REALS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_emb_base")
 
 
@@ -65,10 +90,11 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     path = folder / "config.json"
     _refuse_private_keys(config, path)
     notices = check_architecture(config, path)
-    check_numbers(config, path)
-    if config["model_type"] != "qwen":  # v1's keys are its own
+    text = text_config(config)
+    check_numbers(text, path)
+    if text["model_type"] in PLAIN_ROPE:
         try:
-            rope_parameters(config)
+            rope_parameters(text)
         except ModelError as error:
             raise ModelError(error.what, where=path, hint=error.hint) from None
     return config, notices
@@ -184,6 +210,7 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     model_type = config["model_type"]
     if model_type in KNOWN_ARCHITECTURES:
         _refuse_other_use(config, path)
+        _require_text(config, path)
         if "auto_map" in config:
             return [f"auto_map in config.json is ignored: {model_type} is built in, and its code is not run"]
         return []
@@ -200,16 +227,27 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     raise UnsupportedError(what, where=path, hint=hint)
 
 
+def _require_text(config: dict[str, Any], path: Path) -> None:
+    """Refuse a vision-language model's config.json that does not describe its language model."""
+    if "ForConditionalGeneration" in KNOWN_ARCHITECTURES[config["model_type"]] and not is_nested(config):
+        raise ModelError(
+            f"config.json of a {config['model_type']} has no text_config, which describes its language model",
+            where=path,
+            hint="copy the model's config.json again",
+        )
+
+
 def _refuse_other_use(config: dict[str, Any], path: Path) -> None:
     """A classifier's or a reward model's blocks are a language model's; what comes of its tokens is not."""
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes:
         return
-    if all(isinstance(name, str) and _OTHER_USE.fullmatch(name) for name in classes):
+    known = KNOWN_ARCHITECTURES[config["model_type"]]
+    if all(isinstance(name, str) and name != known and _OTHER_USE.fullmatch(name) for name in classes):
         raise UnsupportedError(
             f"{', '.join(classes)} is no causal language model",
             where=path,
-            hint=f"name a model whose architectures are {KNOWN_ARCHITECTURES[config['model_type']]}",
+            hint=f"name a model whose architectures are {known}",
         )
 
 
@@ -223,7 +261,10 @@ def check_labels(config: dict[str, Any], path: Path) -> None:
 def check_numbers(config: dict[str, Any], path: Path) -> None:
     """Refuse counts that no model has, and heads that do not divide; names key and value."""
     required = _REQUIRED if config["model_type"] != "qwen" else ()
-    for key in required:
+    widths = (
+        () if not required or any(config.get(key) is not None for key in _MLP_WIDTHS) else _MLP_WIDTHS[:1]
+    )
+    for key in (*required, *widths):
         if config.get(key) is None:
             raise ModelError(
                 f"config.json has no {key}", where=path, hint="copy the model's config.json again"
@@ -239,6 +280,7 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
         raise _absurd("tie_word_embeddings", config["tie_word_embeddings"], "true or false", path)
     _check_nested(config, path)
     _check_heads(config, path)
+    _check_experts(config, path)
 
 
 def _check_nested(config: dict[str, Any], path: Path) -> None:
@@ -256,19 +298,28 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
             hint="make both agree with the layers in the weights: a model whose layers were removed needs a "
             "shorter layer_types",
         )
-    for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
-        for key in ("rope_theta", "factor"):
-            value = rope.get(key) if rope else None
-            if value is not None and not _is_positive(value):
-                raise _absurd(key, value, "a positive number", path)
-    real = (config.get("qwen_v1") or {}).get("real_vocab")
-    if real is not None and not _is_count(real, _COUNTS["vocab_size"]):
-        raise _absurd("qwen_v1.real_vocab", real, "a positive whole number", path)
-    if config.get("use_sliding_window") and config.get("sliding_window") == 0:
-        raise _absurd("sliding_window", 0, "1 or more where use_sliding_window is set", path)
-    windows = config.get("max_window_layers")
-    if windows is not None and not _is_count(windows, _Bound(0, _LIMIT)):
-        raise _absurd("max_window_layers", windows, "a whole number", path)
+    unknown = sorted(set(kinds or ()) - set(LAYER_KINDS))
+    if unknown and config["model_type"] in KNOWN_ARCHITECTURES:
+        raise UnsupportedError(
+            f"layer_types of config.json names {', '.join(unknown)}, which is not known here",
+            where=path,
+            hint=f"known are {', '.join(LAYER_KINDS)}",
+        )
+
+
+for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
+    for key in ("rope_theta", "factor"):
+        value = rope.get(key) if rope else None
+        if value is not None and not _is_positive(value):
+            raise _absurd(key, value, "a positive number", path)
+real = (config.get("qwen_v1") or {}).get("real_vocab")
+if real is not None and not _is_count(real, _COUNTS["vocab_size"]):
+    raise _absurd("qwen_v1.real_vocab", real, "a positive whole number", path)
+if config.get("use_sliding_window") and config.get("sliding_window") == 0:
+    raise _absurd("sliding_window", 0, "1 or more where use_sliding_window is set", path)
+windows = config.get("max_window_layers")
+if windows is not None and not _is_count(windows, _Bound(0, _LIMIT)):
+    raise _absurd("max_window_layers", windows, "a whole number", path)
 
 
 def _is_count(value: Any, bound: _Bound) -> bool:
@@ -288,6 +339,12 @@ def _check_heads(config: dict[str, Any], path: Path) -> None:
     shared = config.get("num_key_value_heads")
     if shared is not None and heads % shared:
         raise _absurd("num_key_value_heads", shared, f"a divisor of num_attention_heads ({heads})", path)
+
+
+def _check_experts(config: dict[str, Any], path: Path) -> None:
+    experts, chosen = config.get("num_experts") or config.get("num_local_experts"), "num_experts_per_tok"
+    if experts is not None and (config.get(chosen) or 0) > experts:
+        raise _absurd(chosen, config[chosen], f"at most the number of experts ({experts})", path)
 
 
 def _absurd(key: str, value: Any, expected: str, path: Path) -> ModelError:

@@ -7,11 +7,13 @@ AutoGPTQ's nine keys (Qwen v1 and later), transformers' and optimum's (Qwen2.5),
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from qwenq.errors import ModelError, UnsupportedError
+from qwenq.models.dynamic import rule_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_BITS = (2, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+_MOST_RULES, _LONGEST_RULE = 10_000, 1000  # of dynamic, and characters of one
 _WIDEST = 1 << 24  # input columns of the widest linear that config.json may name
 
 
@@ -38,6 +41,8 @@ class QuantConfig:
         damp_percent: share of the Hessian's mean diagonal that was added to it; between 0 and 1.
         checkpoint_format: ``gptq`` stores zero points minus one, ``gptq_v2`` as they are.
         lm_head: whether the head is quantised too.
+        dynamic: rules for modules that are not quantised, or otherwise than the rest: see ``models.dynamic``.
+        modules: ``modules_in_block_to_quantize``: names within a block; empty: the file does not say.
     """
 
     bits: int = 4
@@ -49,6 +54,35 @@ class QuantConfig:
     damp_percent: float = 0.01
     checkpoint_format: CheckpointFormat = "gptq"
     lm_head: bool = False
+    dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    modules: tuple[tuple[str, ...], ...] = ()
+
+    def of(self, module: str) -> QuantConfig:
+        """Return the settings of one quantised module, in which no rules are left.
+
+        Raises:
+            ModelError: a rule of ``dynamic`` says that the module is not quantised.
+        """
+        if not self.dynamic:
+            return self
+        found = rule_for(self.dynamic, module)
+        plain = replace(self, dynamic={})
+        if found is None:
+            return plain
+        pattern, settings = found
+        if pattern.startswith("-:"):
+            raise ModelError(
+                f"the rule {_shown(pattern)} of dynamic says that this module is not quantised, but it is",
+                where=module,
+                hint="config.json and the weights are not of one model: copy the folder again",
+            )
+        return replace(
+            plain,
+            bits=_bits(settings.get("bits", self.bits)),
+            group_size=_group_size(settings.get("group_size", self.group_size)),
+            sym=_flag(settings, "sym", self.sym),
+            desc_act=_flag(settings, "desc_act", self.desc_act),
+        )
 
     def groups(self, in_features: int) -> int:
         """Number of groups along an input axis of that width."""
@@ -68,11 +102,17 @@ class QuantConfig:
             "model_file_base_name": "model",
             "quant_method": "gptq",
             "checkpoint_format": self.checkpoint_format,
+            **(
+                {"dynamic": {key: dict(value) for key, value in self.dynamic.items()}} if self.dynamic else {}
+            ),
         }
 
     def to_config_json(self) -> dict[str, Any]:
         """``quantization_config`` of config.json, as transformers, optimum, GPTQModel and vLLM read it."""
-        return {**self.to_quantize_config_json(), "lm_head": self.lm_head, "pack_dtype": "int32"}
+        found = {**self.to_quantize_config_json(), "lm_head": self.lm_head, "pack_dtype": "int32"}
+        if self.modules:
+            found["modules_in_block_to_quantize"] = [list(group) for group in self.modules]
+        return found
 
     @classmethod
     def read(cls, config: Mapping[str, Any], where: str | Path = "config.json") -> QuantConfig:
@@ -105,6 +145,8 @@ class QuantConfig:
             damp_percent=_damp_percent(keys.get("damp_percent")),
             checkpoint_format=_checkpoint_format(keys),
             lm_head=_flag(keys, "lm_head", False),
+            dynamic=_dynamic(keys.get("dynamic")),
+            modules=_modules(keys.get("modules_in_block_to_quantize")),
         )
 
 
@@ -182,13 +224,53 @@ def _refuse_foreign_method(keys: Mapping[str, Any]) -> None:
             where="quantization_config.quant_method",
             hint="start from a full-precision or a GPTQ checkpoint",
         )
-    for key, plain in (("pack_dtype", "int32"), ("dynamic", None)):
-        if keys.get(key) and keys[key] != plain:
-            raise UnsupportedError(
-                f"quantization_config.{key} is {_shown(keys[key])}; only models without it are read",
-                where=f"quantization_config.{key}",
-                hint="quantise the full-precision model with the same settings for all modules",
-            )
+    if keys.get("pack_dtype") and keys["pack_dtype"] != "int32":
+        raise UnsupportedError(
+            f"quantization_config.pack_dtype is {_shown(keys['pack_dtype'])}; only int32 is read",
+            where="quantization_config.pack_dtype",
+            hint="quantise the full-precision model again",
+        )
+
+
+def _dynamic(value: Any) -> dict[str, dict[str, Any]]:
+    """Rules by pattern, each checked: patterns that compile, settings that make sense."""
+    if not value:
+        return {}
+    where = "quantization_config.dynamic"
+    if not isinstance(value, Mapping) or len(value) > _MOST_RULES:
+        raise _no_rules(f"dynamic is {_shown(value)}; it has to be an object of rules", where)
+    for pattern, settings in value.items():
+        if not isinstance(settings, Mapping):
+            raise _no_rules(f"the rule {_shown(pattern)} of dynamic is {_shown(settings)}, no object", where)
+        try:
+            if len(pattern) > _LONGEST_RULE:
+                raise ValueError("too long")
+            re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+        except (re.error, ValueError, RecursionError, OverflowError) as error:
+            raise _no_rules(f"the rule {_shown(pattern)} of dynamic is no pattern: {error}", where) from error
+        if "bits" in settings:
+            _bits(settings["bits"])
+        if "group_size" in settings:
+            _group_size(settings["group_size"])
+        for key in ("sym", "desc_act"):
+            _flag(settings, key, False)
+    return {pattern: dict(settings) for pattern, settings in value.items()}
+
+
+def _modules(value: Any) -> tuple[tuple[str, ...], ...]:
+    """Groups of names; a flat list is one group."""
+    if not value:
+        return ()
+    groups = value if isinstance(value, list) else [value]
+    groups = [group if isinstance(group, list) else [group] for group in groups]
+    if not all(isinstance(name, str) for group in groups for name in group):
+        where = "quantization_config.modules_in_block_to_quantize"
+        raise _no_rules(f"modules_in_block_to_quantize is {_shown(value)}, no list of names", where)
+    return tuple(tuple(group) for group in groups)
+
+
+def _no_rules(what: str, where: str) -> ModelError:
+    return ModelError(what, where=where, hint="restore config.json from where the model came from")
 
 
 def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:

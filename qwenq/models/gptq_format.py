@@ -5,7 +5,7 @@ The layout of one module's tensors is in ``packing``, the settings in ``gptq_con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError
@@ -26,6 +26,7 @@ __all__ = [
     "quantised_bytes",
     "quantised_modules",
     "read_packed",
+    "stored_format",
     "surplus_biases",
     "validate_quantised",
 ]
@@ -38,15 +39,24 @@ def quantised_modules(source: TensorSource) -> list[str]:
     return [name.removesuffix(".qweight") for name in source.names() if name.endswith(".qweight")]
 
 
-def read_packed(source: TensorSource, module: str, quant: QuantConfig) -> PackedLinear:
+def read_packed(
+    source: TensorSource, module: str, quant: QuantConfig, names: Container[str] | None = None
+) -> PackedLinear:
     """The packed tensors of one module; a missing ``g_idx`` is trivial unless the config says otherwise.
+
+    Args:
+        source: of the tensors.
+        module: whose.
+        quant: their settings.
+        names: of all tensors, for callers that read many modules; None: they are asked for.
 
     Raises:
         ModelError: one of its tensors is missing, or their shapes contradict the config.
     """
     from qwenq.models.packing import PackedLinear, trivial_g_idx
 
-    names = set(source.names())
+    names = set(source.names()) if names is None else names
+    quant = quant.of(module)
     check_module_shapes(source, names, module, quant)
     qweight = source.read(f"{module}.qweight")  # [in * bits / 32, out]
     if f"{module}.g_idx" in names:
@@ -80,6 +90,7 @@ class DequantisedSource:
         self._quant = quant
         self._config = config or {}
         self._dtype = dtype
+        self._stored = frozenset(source.names())
         self._modules = {f"{module}.weight": module for module in quantised_modules(source)}
         self._names: list[str] | None = None
 
@@ -99,7 +110,7 @@ class DequantisedSource:
         module = self._modules[name]
         words, out_features = self._source.info(f"{module}.qweight").shape
         dtype = self._dtype or self._source.info(f"{module}.scales").dtype
-        return TensorInfo((out_features, words * 32 // self._quant.bits), dtype)
+        return TensorInfo((out_features, words * 32 // self._quant.of(module).bits), dtype)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor; a quantised weight as ``[out, in]`` in the dtype that ``info`` names."""
@@ -107,8 +118,9 @@ class DequantisedSource:
 
         if name not in self._modules:
             return self._source.read(name)
-        packed = read_packed(self._source, self._modules[name], self._quant)
-        return dequantise(packed, self._quant.bits, self._quant.checkpoint_format, self.info(name).dtype)
+        packed = read_packed(self._source, self._modules[name], self._quant, self._stored)
+        quant = self._quant.of(self._modules[name])
+        return dequantise(packed, quant.bits, quant.checkpoint_format, self.info(name).dtype)
 
 
 def surplus_biases(
@@ -150,13 +162,14 @@ def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
         check_module_shapes(source, names, module, quant)
         if f"{module}.g_idx" in names:
             check_g_idx(source.read(f"{module}.g_idx"), module, quant)
-        if quant.sym:
+        if quant.of(module).sym:
             check_symmetric_zeros(source.read(f"{module}.qzeros"), module, quant)
     return modules
 
 
-def check_module_shapes(source: TensorSource, names: set[str], module: str, quant: QuantConfig) -> None:
+def check_module_shapes(source: TensorSource, names: Container[str], module: str, quant: QuantConfig) -> None:
     """One module's tensors are all there, and their headers agree with bits and group size."""
+    quant = quant.of(module)
     required = PACKED_PARTS if quant.desc_act else PACKED_PARTS[:3]
     missing = [part for part in required if f"{module}.{part}" not in names]
     if missing:
@@ -185,7 +198,7 @@ def check_module_shapes(source: TensorSource, names: set[str], module: str, quan
             )
 
 
-def _check_types(source: TensorSource, names: set[str], module: str) -> None:
+def _check_types(source: TensorSource, names: Container[str], module: str) -> None:
     """Words are int32 and scales are real, and the weight is a matrix that is not empty."""
     for part in PACKED_PARTS:
         name = f"{module}.{part}"
@@ -209,7 +222,7 @@ def check_g_idx(g_idx: torch.Tensor, module: str, quant: QuantConfig) -> None:
     Raises:
         ModelError: it does not.
     """
-    groups = quant.groups(g_idx.shape[0])
+    groups = quant.of(module).groups(g_idx.shape[0])
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise ModelError(
             f"g_idx runs from {int(g_idx.min())} to {int(g_idx.max())}, but there are {groups} groups",
@@ -218,13 +231,24 @@ def check_g_idx(g_idx: torch.Tensor, module: str, quant: QuantConfig) -> None:
         )
 
 
-def format_of_zeros(qzeros: torch.Tensor, quant: QuantConfig) -> CheckpointFormat | None:
-    """Return the format in which all these zero points are the middle; None: in neither."""
+def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
+    """Return the format in which zero points are stored; the first module tells.
+
+    Files have been published that say ``gptq`` and hold zero points as ``gptq_v2`` does. Of a symmetric model
+    every zero point is the middle, so its values tell.
+    """
     from qwenq.models.packing import unpack_zeros
 
-    middle = 2 ** (quant.bits - 1)
-    formats: tuple[CheckpointFormat, ...] = ("gptq", "gptq_v2")
-    return next((f for f in formats if bool((unpack_zeros(qzeros, quant.bits, f) == middle).all())), None)
+    module = next(iter(quantised_modules(source)), None)
+    own = quant if module is None else quant.of(module)
+    if module is None or not own.sym or f"{module}.qzeros" not in set(source.names()):
+        return quant.checkpoint_format
+    qzeros = source.read(f"{module}.qzeros")
+    other: CheckpointFormat = "gptq_v2" if quant.checkpoint_format == "gptq" else "gptq"
+    if str(qzeros.dtype) != "torch.int32" or qzeros.ndim != 2 or not qzeros.numel():
+        return quant.checkpoint_format
+    fits = bool((unpack_zeros(qzeros, own.bits, other) == 2 ** (own.bits - 1)).all())
+    return other if fits else quant.checkpoint_format
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
@@ -235,6 +259,7 @@ def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig)
     """
     from qwenq.models.packing import unpack_zeros
 
+    quant = quant.of(module)
     zeros = unpack_zeros(qzeros, quant.bits, quant.checkpoint_format)
     middle = 2 ** (quant.bits - 1)
     if bool((zeros == middle).all()):

@@ -10,19 +10,15 @@ from qwenq.errors import UnsupportedError
 
 _ROUTING, _LINEAR = "the experts' routing", "linear-attention layers"
 _VISION, _AUDIO = "the vision tower", "the audio tower"
+_FLASH_NEXT = "hyper-connections, an embedding of n-grams (about 95 GiB) and an indexed attention"
 
 NOT_YET: dict[str, str] = {
+    "qwen4_exp": _FLASH_NEXT,
+    "qwen4_exp_text": _FLASH_NEXT,
     "qwen2_moe": _ROUTING,
-    "qwen3_moe": _ROUTING,
-    "qwen3_next": f"{_LINEAR} and {_ROUTING}",
-    "qwen3_5": _LINEAR,
-    "qwen3_5_text": _LINEAR,
-    "qwen3_5_moe": f"{_LINEAR} and {_ROUTING}",
-    "qwen3_5_moe_text": f"{_LINEAR} and {_ROUTING}",
     "mixtral": _ROUTING,
     "qwen2_vl": _VISION,
     "qwen2_5_vl": _VISION,
-    "qwen3_vl": _VISION,
     "qwen2_audio": _AUDIO,
 }
 """Model types, and which part of them is missing here."""
@@ -33,6 +29,9 @@ _BY_NAME: tuple[tuple[str, str], ...] = (
     (_VISION, r"-vl\b|-omni\b"),
     (_AUDIO, r"-audio\b|-omni\b"),
 )
+"""What is missing in ``plan`` and the catalogue, which know no sizes of such models."""
+_RUNS = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
+"""Names of models that are quantised and run nevertheless."""
 _FAMILY = re.compile(r"qwen|mixtral")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
@@ -64,8 +63,18 @@ def missing_by_config(config: dict[str, Any]) -> str | None:
     return _listed(found)
 
 
+def refuse_to_run(name: str) -> None:
+    """Say "not yet" to the name of a model that is known, and neither quantised nor run.
+
+    Raises:
+        UnsupportedError: names what is missing.
+    """
+    if not _RUNS.match(name.lower().rpartition("/")[2]):
+        refuse_by_name(name)
+
+
 def refuse_by_name(name: str) -> None:
-    """Say "not yet" to the name of a model that is known, and not supported.
+    """Say "not yet" to the name of a model that is known, and whose sizes are not.
 
     A hub id of another owner than Qwen passes: others may call theirs what they like.
 
@@ -77,7 +86,7 @@ def refuse_by_name(name: str) -> None:
         raise UnsupportedError(
             f"{name} is not supported yet: {missing} would have to be added",
             where="MODEL",
-            hint="supported are dense models: Qwen v1, Qwen1.5, 2, 2.5 and 3, Llama",
+            hint="supported are dense models: Qwen v1, Qwen1.5, 2, 2.5, 3 and 3-VL, Llama",
         )
 
 

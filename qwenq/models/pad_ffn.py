@@ -79,16 +79,17 @@ def _zeros(length: int, to: int) -> int:
     return zeros
 
 
-def widened(checkpoint: Checkpoint, to: int) -> Checkpoint:
+def widened(checkpoint: Checkpoint, to: int | None) -> Checkpoint:
     """The same unquantised model with MLPs of ``to`` channels; its outputs stay the same.
 
-    Nothing is read for that. It is the checkpoint itself where it has that width already.
+    Nothing is read for that. It is the checkpoint itself where it has that width already, or ``to`` is
+    None: a mixture of experts has no MLP of one width.
 
     Raises:
         UsageError: the width is out of range: below the model's, or above twice that.
     """
-    ffn = int(checkpoint.config["intermediate_size"])
-    if not _zeros(ffn, to):
+    ffn = checkpoint.config.get("intermediate_size")
+    if to is None or ffn is None or not _zeros(int(ffn), to):
         return checkpoint
     return replace(
         checkpoint,

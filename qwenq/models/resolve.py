@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwenq.errors import HubError, UsageError
 from qwenq.models.local_path import local_path
-from qwenq.models.not_yet import refuse_by_name
+from qwenq.models.not_yet import refuse_to_run
 
 BUNDLED_NOTICE = (
     "no MODEL given: using the bundled SmolLM2-135M-Instruct; "
@@ -62,11 +62,11 @@ def resolve_model(model: str | None) -> Resolved:
             "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
         )
     if _HUB_ID.fullmatch(model):
-        refuse_by_name(model)
+        refuse_to_run(model)
         return _from_hub(model, path)
     near = _did_you_mean(path)
     if near is None:
-        refuse_by_name(model)
+        refuse_to_run(model)
     hints = [hint for hint in (near, _of_catalogue(model)) if hint]
     raise UsageError(
         f"no such model folder: {model}", where=path.absolute(), hint=" ".join(hints) or _NAME_ONE

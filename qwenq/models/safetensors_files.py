@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +98,29 @@ class SafetensorsSource:
     def read(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype."""
         file, info = self._find(name)
-        try:
-            nbytes = info.numel * info.dtype.itemsize
+        nbytes = info.numel * info.dtype.itemsize
+        with self._readable(file, name):
             tensor = self._read_small(file, name, nbytes) if nbytes <= _SMALL else _read_alone(file, name)
+        _require_unchanged(tensor, name, info.shape, info.dtype, file)
+        return tensor
+
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        """One step along the first dimension of a tensor; the rest of it is not read."""
+        file, info = self._find(name)
+        with self._readable(file, name), safe_open(file, framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_slice(name)[index]
+        _require_unchanged(tensor, name, info.shape[1:], info.dtype, file)
+        return tensor
+
+    @contextmanager
+    def _readable(self, file: Path, name: str) -> Iterator[None]:
+        try:
+            yield
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             self.close()
             raise CorruptFileError(
                 f"the tensor {name} cannot be read: {error}", where=file, hint=_REDOWNLOAD
             ) from error
-        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
-            raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
-        return tensor
 
     def _read_small(self, file: Path, name: str, nbytes: int) -> torch.Tensor:
         if self._open is None or not self._open.serves(file):
@@ -126,6 +139,13 @@ class SafetensorsSource:
             return self._where[name]
         except KeyError:
             raise ModelError(f"there is no tensor named {name}", where=_folder_of(self.files)) from None
+
+
+def _require_unchanged(
+    tensor: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, file: Path
+) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
 
 
 def _read_alone(file: Path, name: str) -> torch.Tensor:

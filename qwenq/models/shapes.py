@@ -18,6 +18,8 @@ from qwenq.models.qwen_v1_config import V1_KEY, qwen2_config
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 """Bytes per element of the dtypes that are written."""
 
+DENSE = ("llama", "qwen", "qwen2", "qwen3")
+"""Model types whose sizes are known here."""
 GROUP_SIZES = (128, 64, 32)
 """What ``--group-size auto`` tries, in order."""
 
@@ -100,6 +102,12 @@ class ModelShape:
         where = Path("config.json")
         config = {"model_type": "none", **config}
         check_architecture(config, where)
+        if config["model_type"] not in DENSE:
+            raise UnsupportedError(
+                f"{config['model_type']} is no dense Llama or Qwen model: its sizes are not known here",
+                where=where,
+                hint="where an engine can be chosen, use --engine transformers",
+            )
         check_numbers(config, where)
         if config["model_type"] == "qwen":
             config = qwen2_config(config)

@@ -66,3 +66,12 @@ class MadeFromFacts(Protocol):
     def decided_by(self) -> Mapping[str, Any]:
         """All that the values follow from, as JSON can hold it."""
         ...
+
+
+@runtime_checkable
+class ReadsParts(Protocol):
+    """A source that reads a part of a tensor without the rest of it."""
+
+    def read_part(self, name: str, index: int) -> torch.Tensor:
+        """``read(name)[index]``: one step along the first dimension."""
+        ...

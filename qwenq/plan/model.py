@@ -12,6 +12,7 @@ from qwenq.models.hub import network_errors
 from qwenq.models.local_path import local_path
 from qwenq.models.not_yet import refuse_by_name
 from qwenq.models.shapes import ModelShape
+from qwenq.models.text_config import text_config
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _from_config(folder: Path, name: str, origin: str) -> PlannedModel:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if config.get("quantization_config") or dtype not in ("bfloat16", "float16", "float32"):
         dtype = "bfloat16"  # the sizes of the model before it was quantised
-    return PlannedModel(name, origin, ModelShape.from_config(config), dtype)
+    return PlannedModel(name, origin, ModelShape.from_config(text_config(config)), dtype)
 
 
 def _hub_config(model: str) -> Path:

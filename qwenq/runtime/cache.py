@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,12 +25,26 @@ LOWER = (
 """What to do where a cache does not fit."""
 
 
+@dataclass(frozen=True)
+class StateShape:
+    """Sizes of what a linear-attention layer keeps of a row, whatever its length.
+
+    Attributes:
+        conv: (channels, width): the last inputs of its convolution, in the dtype of the activations.
+        recurrent: (heads, key width, value width): float32.
+    """
+
+    conv: tuple[int, int]
+    recurrent: tuple[int, int, int]
+
+
 class KVCache:
-    """Preallocated keys and values of all layers.
+    """Preallocated keys and values of all layers that attend, and the states of those that do not.
 
     Args:
         layers, batch, heads, capacity, head_dim: sizes; ``heads`` counts the key/value heads.
         device, dtype: of the tensors.
+        states: of each linear-attention layer, in order; a row without tokens has zeros.
 
     Raises:
         UsageError: fewer than no rows or slots.
@@ -39,6 +54,7 @@ class KVCache:
         lengths: tokens in each row.
         alphas: NTK factor with which each row's keys were rotated (1 for all but long Qwen v1 prompts).
         keys, values: one [batch, heads, capacity, d] per layer.
+        states: (convolution, recurrent) per linear-attention layer, [batch, …] each.
     """
 
     def __init__(
@@ -50,6 +66,7 @@ class KVCache:
         head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        states: Sequence[StateShape] = (),
     ) -> None:
         if batch < 0 or capacity < 0:
             raise UsageError(f"a cache cannot have {batch} rows of {capacity} tokens")
@@ -59,7 +76,8 @@ class KVCache:
         self._arranged: StepLayout | None = None
         shape = (batch, heads, capacity, head_dim)
         require(
-            2 * layers * math.prod(shape) * dtype.itemsize,
+            2 * layers * math.prod(shape) * dtype.itemsize
+            + batch * sum(math.prod(s.conv) * dtype.itemsize + math.prod(s.recurrent) * 4 for s in states),
             device,
             f"a cache of {batch} rows of {capacity} tokens",
             LOWER,
@@ -67,6 +85,14 @@ class KVCache:
         # Zeros, because a masked NaN would still poison the sum over values.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self._state_shapes = tuple(states)
+        self.states = [
+            (
+                torch.zeros(batch, *state.conv, device=device, dtype=dtype),
+                torch.zeros(batch, *state.recurrent, device=device, dtype=torch.float32),
+            )
+            for state in states
+        ]
 
     @property
     def batch(self) -> int:
@@ -83,17 +109,27 @@ class KVCache:
         """Layers, key/value heads, head width and dtype: another model's cache differs in one of them."""
         return len(self.keys), self.keys[0].shape[1], self.keys[0].shape[3], self._dtype
 
+    def can_rewind(self, row: int, length: int) -> bool:
+        """Return whether a row can be cut to a length: one with states only to nothing, or not at all."""
+        return not self.states or length in (0, self.lengths[row])
+
     def rewind(self, lengths: int | Sequence[int]) -> None:
         """Forget what lies behind the given length of each row.
 
         Raises:
-            UsageError: a length is negative or more than the row holds.
+            UsageError: a length is negative or more than the row holds, or a recurrent state would have to be
+                that of an earlier token; ``take`` a copy of the row before it goes on.
         """
         wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
         if len(wanted) != self.batch or any(
             not 0 <= new <= old for new, old in zip(wanted, self.lengths, strict=True)
         ):
             raise UsageError(f"the cache holds {self.lengths} tokens, it cannot be rewound to {wanted}")
+        if not all(self.can_rewind(row, new) for row, new in enumerate(wanted)):
+            raise UsageError(
+                f"the cache holds recurrent states after {self.lengths} tokens: those after {wanted} are gone"
+            )
+        self._forget_states([row for row, new in enumerate(wanted) if not new])
         self.lengths = wanted
 
     def reserve(self, capacity: int) -> None:
@@ -128,6 +164,7 @@ class KVCache:
         self.check_rows(rows)
         for row in rows:
             self.lengths[row], self.alphas[row] = 0, 1
+        self._forget_states(rows)
 
     def take(self, rows: Sequence[int], capacity: int | None = None) -> KVCache:
         """A new cache whose row i is a copy of this cache's row ``rows[i]``; a row may be named many times.
@@ -150,7 +187,8 @@ class KVCache:
             raise UsageError(f"{held} tokens do not fit into a cache of {capacity}")
         heads, head_dim = self.keys[0].shape[1], self.keys[0].shape[3]
         device = self.keys[0].device
-        copy = KVCache(len(self.keys), len(rows), heads, capacity, head_dim, device, self._dtype)
+        sizes = (len(self.keys), len(rows), heads, capacity, head_dim)
+        copy = KVCache(*sizes, device, self._dtype, self._state_shapes)
         copy.lengths, copy.alphas = lengths, [self.alphas[row] for row in rows]
         copy._copy_rows(range(len(rows)), self, rows, held)
         return copy
@@ -192,7 +230,12 @@ class KVCache:
             for row, was in enumerate(order):
                 if row != was:
                     tensor[row, :, : self.lengths[was]] = tensor[was, :, : self.lengths[was]]
+        for tensor in (tensor for state in self.states for tensor in state):
+            for row, was in enumerate(order):
+                if row != was:
+                    tensor[row] = tensor[was]
         self.keys, self.values = ([layer[: len(order)] for layer in own] for own in (self.keys, self.values))
+        self.states = [(conv[: len(order)], recurrent[: len(order)]) for conv, recurrent in self.states]
         if self._arranged is not None:
             self._arranged.narrow(len(order))
         self.lengths, self.alphas = ([own[was] for was in order] for own in (self.lengths, self.alphas))
@@ -244,11 +287,20 @@ class KVCache:
         self.keys, self.values = keys, values
 
     def _copy_rows(self, rows: Sequence[int], source: KVCache, theirs: Sequence[int], held: int) -> None:
-        """Slots 0 … held-1 of the other cache's rows into these rows, in all layers."""
+        """Slots 0 … held-1 of the other cache's rows into these rows, in all layers; and their states."""
         for mine, other in ((self.keys, source.keys), (self.values, source.values)):
             for target, origin in zip(mine, other, strict=True):
                 for row, their in zip(rows, theirs, strict=True):
                     target[row, :, :held] = origin[their, :, :held]
+        for mine_states, their_states in zip(self.states, source.states, strict=True):
+            for target, origin in zip(mine_states, their_states, strict=True):
+                for row, their in zip(rows, theirs, strict=True):
+                    target[row] = origin[their]
+
+    def _forget_states(self, rows: Sequence[int]) -> None:
+        for tensor in (tensor for state in self.states for tensor in state):
+            for row in rows:
+                tensor[row] = 0
 
     def span(self, counts: Sequence[int]) -> Span:
         """Plan a forward pass over ``counts[r]`` new tokens of each row r, padded on the right to the most.

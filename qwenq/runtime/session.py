@@ -67,5 +67,7 @@ class Session:
         # Qwen v1 would have rotated a longer prompt by another base: nothing of the cache can be kept then.
         if self._engine.prompt_alpha(len(prompt)) != self._cache.alphas[0]:
             shared = 0
+        if not self._cache.can_rewind(0, shared):  # a recurrent state is that of its last token alone
+            shared = 0
         self._cache.rewind(shared)
         return shared

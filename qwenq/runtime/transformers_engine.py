@@ -15,24 +15,25 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.distributed import DistributedConfig
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.config import KNOWN_ARCHITECTURES
+from qwenq.models.config import PLAIN_ROPE
 from qwenq.models.hf_config import transformers_config
 from qwenq.models.long_context import LongContext, long_context_of
 from qwenq.models.rope_parameters import rope_parameters
-from qwenq.models.whole_model import build_whole_model
+from qwenq.models.whole_model import assemble_unfused, build_whole_model
 from qwenq.runtime.attention import Attention
-from qwenq.runtime.cache import KVCache
+from qwenq.runtime.cache import KVCache, StateShape
 from qwenq.runtime.cached_engine import CachedEngine
 from qwenq.runtime.kernels.base import Kernel
 from qwenq.runtime.span import Span
 from qwenq.runtime.weights import Weights
 
 _ATTENTION = "qwenq"
+_LINEAR = "linear_attention"
 _AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 """Settings of architectures whose forward pass does something to the head's product."""
 _OF_TWO_MODELS = "config.json and the weights are not of one model: copy the folder again"
@@ -74,6 +75,9 @@ class TransformersEngine(CachedEngine):
         if processes == 1:  # else each tensor was put where it belongs as it came
             self._model.to(device)
         self._config = self._model.config
+        every = ["full_attention"] * self._config.num_hidden_layers
+        self._kinds: list[str] = getattr(self._config, "layer_types", None) or every
+        self._states = _state_shapes(self._model)
         self.notes = weights.notes
         self.implementation = (
             f"transformers {transformers.__version__}, kernel {weights.kernel}, "
@@ -90,14 +94,17 @@ class TransformersEngine(CachedEngine):
         config = self._config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = config.num_hidden_layers
-        return KVCache(layers, batch, heads // self._processes, capacity, head_dim, self.device, self.dtype)
+        layers = config.num_hidden_layers - len(self._states)
+        sizes = (layers, batch, heads // self._processes, capacity, head_dim)
+        return KVCache(*sizes, self.device, self.dtype, self._states)
 
     def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        if cache.states and len(set(counts)) > 1:
+            return self._hidden_by_count(ids, counts, cache)
         span = cache.span(counts)
         _refuse_long_v1(self._long_context, span.end)
         _forget_longest(self._model.base_model)
-        view = Cache(layers=[_Slots(cache, layer, span) for layer in range(len(cache.keys))])
+        view = Cache(layers=_layers(self._kinds, cache, span))
         output = self._model.base_model(
             input_ids=ids,
             position_ids=span.positions.expand(len(counts), -1),
@@ -109,6 +116,21 @@ class TransformersEngine(CachedEngine):
         )
         cache.advance(counts)
         hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _hidden_by_count(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Run rows of unlike length apart: padding would go into their recurrent states."""
+        hidden: Tensor | None = None
+        for count in sorted(set(counts) - {0}):
+            rows = [row for row, own in enumerate(counts) if own == count]
+            part = cache.take(rows, max(cache.lengths[row] for row in rows) + count)
+            found = self._hidden(ids[rows, :count], [count] * len(rows), part)
+            cache.put(rows, part)
+            if hidden is None:
+                hidden = found.new_zeros(len(counts), ids.shape[1], found.shape[-1])
+            hidden[rows, :count] = found
+        if hidden is None:
+            raise UsageError("there is no token to run")
         return hidden
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -136,6 +158,39 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
         """Slots that are read, and the first of them."""
         del query_length
         return self._span.end, 0
+
+
+class _States(LinearAttentionLayer):  # type: ignore[misc]
+    """The states of one layer of our cache, as transformers wants to see them: it changes them in place."""
+
+    def __init__(self, conv: Tensor, recurrent: Tensor) -> None:
+        super().__init__()
+        self.conv_states, self.recurrent_states = {0: conv}, {0: recurrent}
+        self.is_conv_states_initialized = self.is_recurrent_states_initialized = {0: True}
+        self.has_previous_state = {0: True}  # zeros are what it would begin with
+        self.conv_kernel_size = {0: conv.shape[-1]}
+        self.device, self.dtype = conv.device, conv.dtype
+
+
+def _layers(kinds: Sequence[str], cache: KVCache, span: Span) -> list[Any]:
+    """Return transformers' view of the cache: slots of layers that attend, states of those that do not."""
+    slots = iter([_Slots(cache, layer, span) for layer in range(len(cache.keys))])
+    states = iter([_States(*state) for state in cache.states])
+    return [next(states) if kind == _LINEAR else next(slots) for kind in kinds]
+
+
+def _state_shapes(model: Any) -> list[StateShape]:
+    """Return the sizes of the states of each linear-attention layer."""
+    blocks = getattr(model.base_model, "layers", ())  # some architectures call them otherwise, and have none
+    layers = (getattr(block, "linear_attn", None) for block in blocks)
+    return [
+        StateShape(
+            (layer.conv1d.weight.shape[0], layer.conv1d.weight.shape[-1]),
+            (layer.num_v_heads, layer.head_k_dim, layer.head_v_dim),
+        )
+        for layer in layers
+        if layer is not None
+    ]
 
 
 def _forget_longest(model: Any) -> None:
@@ -195,18 +250,25 @@ def _attend(
 def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, processes: int) -> Any:
     """The model with its weights, on the CPU, all but the kernels; or this process's slice, in its place."""
     config = transformers_config(checkpoint.config, checkpoint.folder)
-    if config.model_type in KNOWN_ARCHITECTURES:
+    if config.model_type in PLAIN_ROPE:
         rope_parameters(checkpoint.config)  # refuses what transformers takes in a way of its own
     _refuse_what_attention_lacks(config, checkpoint)
     AttentionInterface.register(_ATTENTION, _attend)
-    model = build_whole_model(
-        checkpoint,
-        config,
-        weights.plain() if processes == 1 else weights.lazy(),
-        dtype,
-        attn_implementation=_ATTENTION,
-        distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
-    )
+    if any(".experts." in name and name.endswith(".gate_proj.weight") for name in weights.names):
+        if processes > 1:
+            raise UnsupportedError(
+                "a mixture of experts is not dealt out among processes here", where=checkpoint.folder
+            )
+        model = assemble_unfused(checkpoint, config, weights.plain(), dtype, attn_implementation=_ATTENTION)
+    else:
+        model = build_whole_model(
+            checkpoint,
+            config,
+            weights.plain() if processes == 1 else weights.lazy(),
+            dtype,
+            attn_implementation=_ATTENTION,
+            distributed_config=None if processes == 1 else DistributedConfig(tp_size=processes),
+        )
     _refuse_surplus(model, weights)
     places = dict(model.named_modules())
     for module in sorted(weights.quantised):
@@ -236,7 +298,7 @@ def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:
     kinds = set(layers or ["full_attention"])
     soft_cap, window = (getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window"))
     windowed = window is not None and not layers  # where layers have kinds, those say which have a window
-    if soft_cap is not None or windowed or kinds != {"full_attention"}:
+    if soft_cap is not None or windowed or not kinds <= {"full_attention", _LINEAR}:
         found = "soft-capped scores" if soft_cap is not None else ", ".join(sorted(kinds))
         found = f"a window of {window} tokens" if windowed else found
         raise UnsupportedError(

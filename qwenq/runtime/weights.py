@@ -70,20 +70,37 @@ def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, 
     layers = []
     for module in _every_module(modules, names):
         check_module_shapes(source, names, module, quant)
+        own = quant.of(module)
         if f"{module}.weight" in names:
             raise ModelError(
                 f"{module} is there twice: as weight and as qweight", where=f"{module}.weight", hint=_HINT
             )
         words, out_features = source.info(f"{module}.qweight").shape
-        in_features = words * 32 // quant.bits
-        even = quant.group_size == -1 or in_features % quant.group_size == 0
+        in_features = words * 32 // own.bits
+        even = own.group_size == -1 or in_features % own.group_size == 0
         if even and f"{module}.g_idx" in names:
             g_idx = source.read(f"{module}.g_idx")
             check_g_idx(g_idx, module, quant)
-            counts = torch.bincount(g_idx, minlength=quant.groups(in_features))
+            counts = torch.bincount(g_idx, minlength=own.groups(in_features))
             even = bool((counts == counts[0]).all())
         layers.append(Layer(module, in_features, out_features, even))
     return tuple(layers)
+
+
+def _needs(
+    layers: Sequence[Layer], quant: QuantConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Need]:
+    """Return what each module needs of a kernel: one ``Need`` for all with the same bits and group size."""
+    settings = {layer.name: quant.of(layer.name) for layer in layers}
+    alike: dict[tuple[int, int], list[Layer]] = {}
+    for layer in layers:
+        own = settings[layer.name]
+        alike.setdefault((own.bits, own.group_size), []).append(layer)
+    needs = {
+        (bits, size): Need(bits, size, quant.checkpoint_format, device, dtype, tuple(some))
+        for (bits, size), some in alike.items()
+    }
+    return {name: needs[own.bits, own.group_size] for name, own in settings.items()}
 
 
 def _every_module(modules: Sequence[str], names: set[str]) -> list[str]:
@@ -147,24 +164,33 @@ class Weights:
             self._require_memory()
             return
         quant = self._quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
+        self._stored = frozenset(checkpoint.source.names())
         layers = _quantised_layers(checkpoint.source, quant)
         self._source = DequantisedSource(checkpoint.source, quant, dtype, checkpoint.config)
         self._names = set(self._source.names())
-        self._need = Need(quant.bits, quant.group_size, quant.checkpoint_format, device, dtype, layers)
-        choice = choose(kernel, self._need)
-        self._kernel, self.kernel, self.notes = choice.kernel, choice.kernel.name, choice.passed_over
+        self._needs = _needs(layers, quant, device, dtype)
+        choices = {need: choose(kernel, need) for need in dict.fromkeys(self._needs.values())}
+        self._kernels = {need: choice.kernel for need, choice in choices.items()}
+        self.kernel = " + ".join(dict.fromkeys(choice.kernel.name for choice in choices.values()))
+        self.notes = tuple(dict.fromkeys(note for choice in choices.values() for note in choice.passed_over))
         self.quantised = frozenset(layer.name for layer in layers)
         self._require_memory()
 
     def _require_memory(self) -> None:
         """Refuse a model whose weights alone are more than what is free."""
         dense = self.kernel == "dequantise" or not self.quantised
+        widths = set() if dense else {need.bits for need in self._needs.values()}
         needed = 0
         for name in self._names:
-            packed = name.removesuffix(".weight") in self.quantised
-            size = self._dtype.itemsize if dense or not packed else self._need.bits / 8
+            module = name.removesuffix(".weight")
+            packed = module in self.quantised
+            size = self._dtype.itemsize if dense or not packed else self._needs[module].bits / 8
             needed += int(math.prod(self._source.info(name).shape) * size)
-        form = f"in {str(self._dtype).removeprefix('torch.')}" if dense else f"in {self._need.bits} bits"
+        form = (
+            f"in {str(self._dtype).removeprefix('torch.')}"
+            if dense
+            else f"in {' and '.join(map(str, sorted(widths)))} bits"
+        )
         hint = "use --dtype bfloat16, a quantised model, a smaller one, or another --device"
         require(needed // self._processes, self._device, f"the model's weights {form}", hint)
 
@@ -212,14 +238,16 @@ class Weights:
         if not packed:
             weight = self._stacked([f"{module}.weight" for module in modules])
             return Dense(weight, self._bias(modules))
-        if len(packed) == len(modules):
+        needs = {self._needs[module] for module in packed}
+        if len(packed) == len(modules) and len(needs) == 1:
+            (need,) = needs
             parts = [self._packed(module) for module in modules]
             if (whole := stacked(parts)) is not None:
-                return self._kernel(whole, self._need, self._bias(modules))
+                return self._kernels[need](whole, need, self._bias(modules))
         return SideBySide([self.linear(module) for module in modules])
 
     def _packed(self, module: str) -> PackedLinear:
-        packed = read_packed(self._packed_source, module, self._quant)
+        packed = read_packed(self._packed_source, module, self._quant, self._stored)
         # What only values can tell is checked here, where they are read anyway.
         check_finite(f"{module}.scales", packed.scales, self._folder)
         if not bool(packed.scales.any()):
@@ -229,7 +257,7 @@ class Weights:
                 hint="the file has a hole: compare its checksum with the publisher's, copy it again",
             )
         check_g_idx(packed.g_idx, module, self._quant)
-        if self._quant.sym:
+        if self._quant.of(module).sym:
             check_symmetric_zeros(packed.qzeros, module, self._quant)
         return packed
 

@@ -38,4 +38,6 @@ def usual(**changes: Any) -> Settings:
     """The recipe's defaults, Int4, groups of 32; ``changes`` go over them."""
     recipe = QuantizeRecipe()
     values = {field.name: getattr(recipe, field.name) for field in fields(Settings)}
-    return Settings(**(values | {"bits": 4, "group_size": 32, "act_order": True} | changes))
+    return Settings(
+        **(values | {"module_bits": (), "bits": 4, "group_size": 32, "act_order": True} | changes)
+    )

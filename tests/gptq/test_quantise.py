@@ -180,12 +180,12 @@ def test_tokens_out_of_the_vocabulary_are_refused(bad: int) -> None:
 def test_widths_that_no_word_holds_are_refused(tmp_path: Path) -> None:
     decoder = open_decoder(write_family(tmp_path / "m", intermediate_size=100))
     with pytest.raises(UnsupportedError, match=r"mlp.gate_proj is 100 × 64.*multiples of 8") as caught:
-        check_packable(decoder, 4)
+        check_packable(decoder, usual(bits=4))
     assert "--bits 8" in str(caught.value)
-    check_packable(decoder, 8)
+    check_packable(decoder, usual(bits=8))
     odd = open_decoder(write_family(tmp_path / "odd", intermediate_size=98))
     with pytest.raises(UnsupportedError, match=r"98 × 64.*multiples of 8") as caught:
-        check_packable(odd, 4)
+        check_packable(odd, usual(bits=4))
     assert "--bits 8" not in str(caught.value)  # which would be refused as well
 
 

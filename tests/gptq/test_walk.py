@@ -10,9 +10,10 @@ from tiny_families import random_tokens, write_family
 from torch import Tensor, nn
 
 from qwenq.errors import QuantisationError
-from qwenq.gptq.walk import linears_of, shared_inputs, walk
+from qwenq.gptq.walk import shared_inputs, walk
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.kept import linears_of
 
 ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
 GROUPS = [*ATTENTION, ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
@@ -85,7 +86,7 @@ def test_later_linears_are_given_what_the_replaced_ones_before_them_make(bench: 
     seen: dict[str, list[Tensor]] = {}
     with bench.decoder.block(0) as block:
 
-        def replace(names: Sequence[str], inputs: list[Tensor], _: list[Tensor]) -> dict[str, Tensor]:
+        def replace(names: Sequence[str], inputs: list[Tensor], *_: object) -> dict[str, Tensor]:
             seen.update(dict.fromkeys(names, inputs))
             return {name: coarse(block, name) for name in names}
 
@@ -118,7 +119,9 @@ def test_reference_batches_pass_through_the_original_block(bench: Bench) -> None
         for handle in handles:
             handle.remove()
 
-        def replace(names: Sequence[str], _: list[Tensor], reference: list[Tensor]) -> dict[str, Tensor]:
+        def replace(
+            names: Sequence[str], _: object, reference: list[Tensor], *__: object
+        ) -> dict[str, Tensor]:
             given[names[0]] = reference
             return {name: coarse(block, name) for name in names}
 
@@ -132,7 +135,7 @@ def test_reference_batches_pass_through_the_original_block(bench: Bench) -> None
 
 
 def test_an_error_in_between_leaves_no_hook_behind(bench: Bench) -> None:
-    def fail(names: Sequence[str], *_: list[Tensor]) -> dict[str, Tensor]:
+    def fail(names: Sequence[str], *_: object) -> dict[str, Tensor]:
         if names == GROUPS[1]:
             raise QuantisationError("no")
         return {}

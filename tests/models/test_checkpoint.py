@@ -123,7 +123,7 @@ def test_truncated_weights_are_named_on_opening(folder: Path) -> None:
 
 
 def test_unsupported_models_are_refused_before_their_weights_are_read(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen3_moe"}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen2_moe"}))
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(UnsupportedError, match="routing"):
         open_checkpoint(folder)

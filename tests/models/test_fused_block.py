@@ -11,10 +11,11 @@ from tiny_families import write_family
 from torch import Tensor, nn
 
 from qwenq.compute import cpu
-from qwenq.gptq.walk import linears_of, shared_inputs, walk
+from qwenq.gptq.walk import shared_inputs, walk
 from qwenq.models import fused_block
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.kept import linears_of
 
 CPU = torch.device("cpu")
 in_both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,7 +99,7 @@ def test_a_walk_pauses_where_it_did(
         inputs: dict[str, list[Tensor]] = {}
 
         def solve(
-            names: Any, batches: list[Tensor], _: list[Tensor], inputs: dict[str, list[Tensor]] = inputs
+            names: Any, batches: list[Tensor], *_: object, inputs: dict[str, list[Tensor]] = inputs
         ) -> dict[str, Tensor]:
             inputs["+".join(names)] = [batch.clone() for batch in batches]
             return {}

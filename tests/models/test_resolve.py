@@ -95,7 +95,7 @@ def test_a_folder_near_by_is_suggested_beside_the_catalogue(
     assert "name of the catalogue" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-Next-80B-A3B-Instruct"])
+@pytest.mark.parametrize("model", ["qwen1.5-moe-a2.7b", "Qwen/Qwen2-57B-A14B-Instruct"])
 def test_a_model_that_is_not_supported_yet_is_not_downloaded(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
