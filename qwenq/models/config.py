@@ -306,20 +306,19 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
             hint=f"known are {', '.join(LAYER_KINDS)}",
         )
 
-
-for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
-    for key in ("rope_theta", "factor"):
-        value = rope.get(key) if rope else None
-        if value is not None and not _is_positive(value):
-            raise _absurd(key, value, "a positive number", path)
-real = (config.get("qwen_v1") or {}).get("real_vocab")
-if real is not None and not _is_count(real, _COUNTS["vocab_size"]):
-    raise _absurd("qwen_v1.real_vocab", real, "a positive whole number", path)
-if config.get("use_sliding_window") and config.get("sliding_window") == 0:
-    raise _absurd("sliding_window", 0, "1 or more where use_sliding_window is set", path)
-windows = config.get("max_window_layers")
-if windows is not None and not _is_count(windows, _Bound(0, _LIMIT)):
-    raise _absurd("max_window_layers", windows, "a whole number", path)
+    for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
+        for key in ("rope_theta", "factor"):
+            value = rope.get(key) if rope else None
+            if value is not None and not _is_positive(value):
+                raise _absurd(key, value, "a positive number", path)
+    real = (config.get("qwen_v1") or {}).get("real_vocab")
+    if real is not None and not _is_count(real, _COUNTS["vocab_size"]):
+        raise _absurd("qwen_v1.real_vocab", real, "a positive whole number", path)
+    if config.get("use_sliding_window") and config.get("sliding_window") == 0:
+        raise _absurd("sliding_window", 0, "1 or more where use_sliding_window is set", path)
+    windows = config.get("max_window_layers")
+    if windows is not None and not _is_count(windows, _Bound(0, _LIMIT)):
+        raise _absurd("max_window_layers", windows, "a whole number", path)
 
 
 def _is_count(value: Any, bound: _Bound) -> bool:
