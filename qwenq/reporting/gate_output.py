@@ -77,7 +77,7 @@ def text_lines(verdict: Verdict) -> Iterator[str]:
         parts = (change_text(judged.comparison), effect(judged), _reason(judged))
         yield f"{'':<15}{'; '.join(part for part in parts if part)}"
     if same := len(passed) - len(changed):
-        yield f"{count(same, 'rows')} passed without a difference beyond noise"
+        yield f"{count(same, 'rows')} passed; none shows a difference"
     for judged in verdict.passed_over:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
         yield f"{'':<15}{change_text(judged.comparison)}; {_reason(judged)}"
