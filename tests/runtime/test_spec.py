@@ -49,7 +49,7 @@ def test_positions_that_are_told_twice_alike_are_no_contradiction() -> None:
 
 def test_kinds_of_layers_that_are_not_one_for_each_are_refused() -> None:
     short = changed(small_model("qwen2-tied")[1], {"layer_types": ["full_attention"]})
-    with pytest.raises(ModelError, match="2 layers, and layer_types of 1"):
+    with pytest.raises(ModelError, match="num_hidden_layers = 2, but its layer_types name 1 layers"):
         load(short, device="cpu")
 
 
