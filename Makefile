@@ -34,7 +34,7 @@ RELIABILITY := tests/run/test_execute.py tests/test_crash.py tests/reliability t
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: help install install-locked demo gate test test-slow reliability fuzz interop llama llmcompressor lint format clean
+.PHONY: wheels help install install-locked demo gate test test-slow reliability fuzz interop llama llmcompressor lint format clean
 
 help:
 	@echo 'make demo       install, quantise the bundled model to Int8 and Int4, check, evaluate, profile, report'
@@ -46,6 +46,7 @@ help:
 	@echo 'make interop    load the result with transformers and GPTQModel, in an environment of their own'
 	@echo 'make llama      compile the server that the tests of --endpoint ask; minutes'
 	@echo 'make llmcompressor  the environment of a peer that benchmarks/quantize_vs_peers.py races'
+	@echo 'make wheels     compile wheels for Linux on x86-64 and Arm, and macOS on Arm, into dist/'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make install    only make .venv, with everything'
 
@@ -94,6 +95,13 @@ llmcompressor: .venv-llmcompressor/.complete
 	$(PYTHON) -m venv .venv-llmcompressor
 	.venv-llmcompressor/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	@touch $@
+
+# Wheels for every platform that releases have, compiled here by Zig: dist/qwenq-…-py3-none-PLATFORM.whl
+wheels: .venv/.dev
+	rm -rf dist
+	for tag in $$($(BIN)/python -c 'from qwenq.compute.build import PLATFORMS; print(*[p.tag for p in PLATFORMS])'); do \
+	    QWENQ_WHEEL_PLATFORM=$$tag $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . || exit 1; \
+	done
 
 interop:
 	PYTHON='$(PYTHON)' bash tests/interop/setup.sh

@@ -2,7 +2,7 @@
 decoding.
 
     git worktree add --detach ../before COMMIT
-    python benchmarks/before_after.py --before ../before --variant avx2 --text c4.jsonl
+    python benchmarks/before_after.py --before ../before --int4 FOLDER --int8 FOLDER --variant avx2
 
 ``--variant avx2`` computes as a CPU with AVX2 alone does: AVX-512 is hidden from torch, oneDNN and qwenq.
 With ``--llama-python`` llama.cpp (an environment with ``llama-cpp-python``, built for the same instructions)

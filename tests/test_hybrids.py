@@ -176,7 +176,11 @@ def test_a_hybrid_writes_its_own_calibration_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"layer_types": ["full_attention"] * 3}, ModelError, "num_hidden_layers = 4, but its layer_types name 3 layers"),
+        (
+            {"layer_types": ["full_attention"] * 3},
+            ModelError,
+            "num_hidden_layers = 4, but its layer_types name 3 layers",
+        ),
         (
             {"layer_types": ["full_attention", "mamba"] * 2},
             UnsupportedError,

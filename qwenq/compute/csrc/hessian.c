@@ -11,7 +11,7 @@ enum { REGISTERS = 3, ROWS = 8 };
 #elif defined(__AVX2__)
 enum { REGISTERS = 3, ROWS = 4 };
 #else
-enum { REGISTERS = 4, ROWS = 4 };
+enum { REGISTERS = 6, ROWS = 4 };
 #endif
 enum { PANEL = REGISTERS * LANES, RUN = 128 };
 _Static_assert(PANEL % ROWS == 0, "a panel is whole tiles");
