@@ -25,7 +25,7 @@ SOURCES = HERE / "csrc"
 LIBRARIES = HERE / "lib"
 
 FLAGS = (
-    "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
+    "-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0",
     "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi",
 )  # fmt: skip
 
@@ -59,12 +59,36 @@ VARIANTS = (
     Variant("avx512-vnni", "x86_64", _AVX512, _V4, "x86_64_v4+avx512vnni"),
     Variant("avx-vnni", "x86_64", (*_AVX2, "avx_vnni"), ("-march=x86-64-v3", "-mavxvnni"), "x86_64_v3+avxvnni"),
     Variant("avx2", "x86_64", _AVX2, ("-march=x86-64-v3",), "x86_64_v3"),
-    Variant("neon", "aarch64", ("dot",), ("-march=armv8.2-a+dotprod+fp16",), "generic+v8.2a+dotprod+fullfp16"),
+    Variant("neon", "aarch64", ("dot",), ("-march=armv8.2-a+dotprod+fp16",), "generic+v8_2a+dotprod+fullfp16"),
 )  # fmt: skip
 """The best first; a CPU that has a variant's features also has those of the later ones of its machine, except
 that one with AVX-512 need not have AVX-VNNI."""
 
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a wheel can be built for on any machine, by Zig.
+
+    Attributes:
+        tag: of the wheel's file name: the system, its oldest version, the machine.
+        machine: as `Variant.machine`.
+        zig: the target for `zig cc`.
+        suffix: of libraries.
+    """
+
+    tag: str
+    machine: str
+    zig: str
+    suffix: str
+
+
+PLATFORMS = (
+    Platform("manylinux_2_17_x86_64", "x86_64", "x86_64-linux-gnu.2.17", ".so"),
+    Platform("manylinux_2_17_aarch64", "aarch64", "aarch64-linux-gnu.2.17", ".so"),
+    Platform("macosx_11_0_arm64", "aarch64", "aarch64-macos.11.0", ".dylib"),
+)
 
 
 class BuildError(RuntimeError):
@@ -101,13 +125,30 @@ def find_compiler() -> tuple[list[str], bool]:
             command = name.split()
             if shutil.which(command[0]):
                 return command, False
+    try:
+        return find_zig()
+    except BuildError:
+        raise BuildError("there is no C compiler: install gcc or clang, or pip install ziglang") from None
+
+
+def find_zig() -> tuple[list[str], bool]:
+    """Return the command of ``zig cc``, which compiles for every platform, and True.
+
+    Raises:
+        BuildError: the package is not installed.
+    """
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "cc"], True
-    raise BuildError("there is no C compiler: install gcc or clang, or pip install ziglang")
+    raise BuildError("there is no compiler for other platforms: pip install ziglang")
 
 
 def compile_variant(
-    variant: Variant, target: Path, *, zig_target: str | None = None, extra: Sequence[str] = ()
+    variant: Variant,
+    target: Path,
+    *,
+    zig_target: str | None = None,
+    extra: Sequence[str] = (),
+    program: Path | None = None,
 ) -> Path:
     """Compile all sources for a variant.
 
@@ -116,18 +157,21 @@ def compile_variant(
         target: the library's path; replaced at once when it is complete.
         zig_target: another platform, as Zig names it (``aarch64-linux-gnu.2.17``); None: this one.
         extra: more flags, such as ``-fsanitize=address``.
+        program: a C file with a ``main``; makes a program of it and the kernels, in place of a library.
 
     Raises:
         BuildError: there is no compiler, or it refuses.
     """
-    command, zig = find_compiler()
-    if zig_target is not None and not zig:
-        command, zig = [sys.executable, "-m", "ziglang", "cc"], True
+    command, zig = find_zig() if zig_target is not None else find_compiler()
     flags = [f"-mcpu={variant.zig}"] if zig else list(variant.gcc)
     if zig_target is not None:
         flags += ["-target", zig_target]
-    target.parent.mkdir(parents=True, exist_ok=True)
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
+    if program is None:
+        flags += ["-fPIC", "-shared"]
+    else:
+        sources.append(str(program))
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         defines = [f'-DQWENQ_SOURCES="{sources_hash()}"', f'-DQWENQ_VARIANT="{variant.name}"']
@@ -141,21 +185,38 @@ def compile_variant(
     return target
 
 
-def build(folder: Path = LIBRARIES, machine: str | None = None) -> list[Path]:
-    """Compile every variant of a machine's architecture; skip those that are current.
+def build(folder: Path = LIBRARIES, target: Platform | None = None, extra: Sequence[str] = ()) -> list[Path]:
+    """Compile every variant of a platform; skip those that are current.
+
+    Args:
+        folder: where libraries are written.
+        target: another platform, compiled for by Zig; None: this machine.
+        extra: more flags.
 
     Raises:
         BuildError: there is no compiler, or it refuses.
     """
-    here = machine_name(machine or platform.machine())
+    machine = target.machine if target else machine_name(platform.machine())
     paths = []
     for variant in VARIANTS:
-        if variant.machine == here:
-            path = folder / library_name(variant.name)
+        if variant.machine == machine:
+            path = folder / library_name(variant.name, target.suffix if target else SUFFIX)
             if not path.is_file() or sources_hash().encode() not in path.read_bytes():
-                compile_variant(variant, path)
+                compile_variant(variant, path, zig_target=target.zig if target else None, extra=extra)
             paths.append(path)
     return paths
+
+
+def platform_of(tag: str) -> Platform:
+    """Return a platform by its tag.
+
+    Raises:
+        BuildError: no wheel is built for it.
+    """
+    for known in PLATFORMS:
+        if known.tag == tag:
+            return known
+    raise BuildError(f"no wheel is built for {tag!r}: use {', '.join(known.tag for known in PLATFORMS)}")
 
 
 def main() -> int:

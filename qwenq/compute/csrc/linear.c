@@ -105,8 +105,8 @@ void quantise_group(const Activations *to, long row, long group, const float *x)
     int32_t q[LONGEST_GROUP], sum = 0;
     for (long k = 0; k < to->group_size; k++) {
         float whole = rintf(x[k] * steps);
-        whole = whole < -LARGEST ? -LARGEST : whole;
-        whole = whole > LARGEST ? LARGEST : whole;
+        whole = whole > -LARGEST ? whole : -LARGEST;  // NaN, too, becomes a number that an integer can hold
+        whole = whole < LARGEST ? whole : LARGEST;
         q[k] = (int32_t)whole;
         sum += q[k];
     }
