@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-PROMPT, NEW, START = 512, 128, 16
+PROMPT, START = 512, 16
 
 
 def hide_avx512() -> None:
@@ -30,8 +30,8 @@ def hide_avx512() -> None:
         support.why_not = lambda *features: "AVX-512 is hidden" if features else None
 
 
-def decode(folder: str, dtype: str, head: str) -> dict[str, Any]:
-    """Measure a prompt and new tokens, batch 1, greedy."""
+def decode(folder: str, dtype: str, head: str, counts: str) -> dict[str, Any]:
+    """Measure a prompt and so many new tokens, batch 1, greedy."""
     from qwenq.runtime.engine import load
     from qwenq.runtime.sampling import GREEDY
 
@@ -51,12 +51,11 @@ def decode(folder: str, dtype: str, head: str) -> dict[str, Any]:
 
     seconds(ids[:START], 8)
     prompt = min(seconds(ids, 1)[0] for _ in range(3))
-    steps = seconds(ids[:START], NEW)[1:]
-    return {
-        "prompt_tokens_per_s": round(PROMPT / prompt, 1),
-        "decode_tokens_per_s": round(len(steps) / sum(steps), 1),
-        "implementation": engine.implementation,
-    }
+    found: dict[str, Any] = {"prompt_512": round(PROMPT / prompt, 1)}
+    for count in map(int, counts.split(",")):
+        steps = seconds(ids[:START], count)[1:]
+        found[f"decode_{count}"] = round(len(steps) / sum(steps), 1)
+    return found | {"implementation": engine.implementation}
 
 
 def command(*arguments: str, out: str) -> dict[str, Any]:

@@ -34,6 +34,12 @@ DECODES = {
     "FP32": ("base", "float32", "as-is"),
 }
 """Model, dtype, head."""
+SHORT, LONG = "128", "128,2048"
+SPEEDS = {
+    "prompt_512": "prompt of 512, tokens/s",
+    "decode_128": "128 new, tokens/s",
+    "decode_2048": "2048 new, tokens/s",
+}
 TASKS = {"quantize": "quantise 32 × 512, Int4 g64, s", "calibrate": "own text, 48 × 128, s"}
 
 
@@ -53,11 +59,12 @@ def parse_options() -> argparse.Namespace:
 
 def turn(options: argparse.Namespace, checkout: Path, task: str, arguments: list[str]) -> dict[str, Any]:
     """One process of one checkout."""
-    os.environ["PYTHONPATH"] = str(checkout)
     os.environ.update(HIDDEN if options.variant == "avx2" else {})
     script = HERE / "_before_after_turn.py"
     child = run_child(
-        [sys.executable, script, task, options.variant, *arguments], options.threads, folder=checkout
+        ["env", f"PYTHONPATH={checkout}", sys.executable, script, task, options.variant, *arguments],
+        options.threads,
+        folder=checkout,
     )
     return {**child.json(), "peak_rss_mib": round(child.peak_rss_mib)}
 
@@ -70,15 +77,12 @@ def llama(options: argparse.Namespace) -> dict[str, Any]:
         json.dump(list(range(1000, 2000)), ids)
         ids.flush()
         command = [
-            options.llama_python, HERE / "_decode.py", "llama.cpp", gguf, ids.name, "512", "128",
+            options.llama_python, HERE / "_decode.py", "llama.cpp", gguf, ids.name, "512", LONG,
             str(options.threads),
         ]  # fmt: skip
         found = run_child(command, options.threads).json()
-    return {
-        "prompt_tokens_per_s": found["prefill_512"],
-        "decode_tokens_per_s": found["decode_128"],
-        "implementation": found["implementation"],
-    }
+    renamed = {"prefill_512": "prompt_512"}
+    return {renamed.get(key, key): value for key, value in found.items() if key != "load_s"}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -96,7 +100,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             for which, checkout in checkouts.items():
                 if head == "int8" and which == "before" and options.variant == "avx2":
                     continue
-                arguments = [str(models[model].resolve()), dtype, head]
+                counts = LONG if head == "int8" and options.llama_python else SHORT
+                arguments = [str(models[model].resolve()), dtype, head, counts]
                 keep({"turn": number, "checkout": which, "task": name} | turn(
                     options, checkout, "decode", arguments
                 ))  # fmt: skip
@@ -131,12 +136,12 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Figures of this checkout over those of the earlier one, of llama.cpp and of its own BF16."""
     found = {}
     for task in dict.fromkeys(row["task"] for row in rows):
-        for key in ("seconds", "prompt_tokens_per_s", "decode_tokens_per_s", "peak_rss_mib"):
+        for key in ("seconds", *SPEEDS, "peak_rss_mib"):
             after, before = (middle(rows, which, task, key) for which in ("after", "before"))
             if after and before:
                 found[f"{task}: {key} after / before"] = round(after / before, 3)
     peer = "Q4_1, Q8_0 head"
-    for key in ("prompt_tokens_per_s", "decode_tokens_per_s"):
+    for key in SPEEDS:
         theirs = middle(rows, "llama.cpp", peer, key)
         for task in DECODES:
             ours, plain = (middle(rows, "after", name, key) for name in (task, "BF16"))
@@ -152,11 +157,11 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
     body = []
     for task in dict.fromkeys(row["task"] for row in rows):
         for which in ("before", "after", "llama.cpp"):
-            keys = ("prompt_tokens_per_s", "decode_tokens_per_s", "seconds", "peak_rss_mib")
+            keys = (*SPEEDS, "seconds", "peak_rss_mib")
             values = [middle(rows, which, task, key) for key in keys]
             if any(values):
                 body.append([task, which, *("" if value is None else f"{value:.1f}" for value in values)])
-    heading = ["task", "checkout", "prompt of 512, tokens/s", "128 new, tokens/s", "seconds", "peak MiB"]
+    heading = ["task", "checkout", *SPEEDS.values(), "seconds", "peak MiB"]
     lines = "".join(f"- {name}: {value}\n" for name, value in found.items())
     hidden = " AVX-512 hidden from torch, oneDNN and qwenq." if facts["variant"] == "avx2" else ""
     return (
@@ -180,7 +185,6 @@ def main() -> None:
         "threads": options.threads,
     }
     rows = measure(options)
-    os.environ.pop("PYTHONPATH", None)
     found = ratios(rows)
     name = f"before_after_{options.variant}"
     write_report(name, {"environment": facts, "rows": rows, "ratios": found}, table(rows, found, facts))

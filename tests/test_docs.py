@@ -155,7 +155,7 @@ NUMBERS = (
     "Qwen2.5", "Qwen2", "Qwen3", "Qwen3.5", "Qwen3.6", "Qwen3.8", "Qwen v1", "Python 3.11", "Apache-2.0",
     "kill -9", "135 million parameters", "4 and 8 bits", "x86-64", "AVX2", "AVX-512",
 )  # fmt: skip
-"""All numbers that the README has outside of tables, blocks and links: names and versions, none measured; instruction sets."""
+"""All numbers that the README has outside of tables, blocks and links: names and versions, none measured."""
 
 
 def numbers_by_hand(text: str) -> list[str]:

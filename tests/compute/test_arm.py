@@ -30,6 +30,9 @@ NEON = next(variant for variant in build.VARIANTS if variant.name == "neon")
 THREADS = "2"
 BOUNDS = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Of the largest finite number in the same piece of memory."""
+BOUNDS_OF = {"decode_step": 5e-4, "fit_scale": 1e-3}
+"""Activations are rounded to 16 bits on the way, steps of 3e-5 of their largest: another order of additions
+may fall on the other side of a step. The change that a fitted scale makes is a small difference of large sums."""
 SCRATCH = {
     "quantised_linear": {4},
     "decode_step": {2, 8},
@@ -94,7 +97,7 @@ def objects_of(
             at += held["size"]
 
 
-def difference(held: dict[str, Any], expected: bytes, found: bytes) -> str | None:
+def difference(kernel: str, held: dict[str, Any], expected: bytes, found: bytes) -> str | None:
     """In what memory differs from what is expected; None: in nothing that matters."""
     if expected == found:
         return None
@@ -112,8 +115,9 @@ def difference(held: dict[str, Any], expected: bytes, found: bytes) -> str | Non
         return "what is not finite"
     if not finite.any():
         return None
+    bound = BOUNDS_OF.get(kernel, BOUNDS[held["dtype"]])
     largest, error = one[finite].abs().max(), (one - other)[finite].abs().max()
-    return f"{error / largest:.2e} of the largest" if error > BOUNDS[held["dtype"]] * largest else None
+    return f"{error / largest:.2e} of the largest" if error > bound * largest else None
 
 
 def test_arm_computes_the_same(program: Path, recorded: Path, tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_arm_computes_the_same(program: Path, recorded: Path, tmp_path: Path) ->
     differences = [
         f"{what}: {wrong}"
         for what, held, (one, other) in objects_of(calls, expected, found)
-        if (wrong := difference(held, one, other))
+        if (wrong := difference(what.split()[2], held, one, other))
     ]
     assert not differences, f"{len(differences)} differences:\n" + "\n".join(differences[:20])
     kernels = (build.SOURCES / "kernels.def").read_text().split()

@@ -50,7 +50,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": str(TESTS.parent),
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",  # barriers spin: several threads on shared cores take ten times as long
     }
 
 
