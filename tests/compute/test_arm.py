@@ -32,7 +32,7 @@ BOUNDS = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Of the largest finite number in the same piece of memory."""
 BOUNDS_OF = {"decode_step": 5e-4, "fit_scale": 1e-3}
 """Activations are rounded to 16 bits on the way, steps of 3e-5 of their largest: another order of additions
-may fall on the other side of a step. The change that a fitted scale makes is a small difference of large sums."""
+may fall on the other side of a step. What a fitted scale changes is a small difference of large sums."""
 SCRATCH = {
     "quantised_linear": {4},
     "decode_step": {2, 8},
