@@ -74,12 +74,6 @@ def unsupported_reason() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def has(*features: str) -> bool:
-    """Return whether the variant that runs was compiled with these features."""
-    found = library()
-    return isinstance(found, Library) and set(features) <= set(found.variant.features)
-
-
 def multiplies_bfloat16() -> bool:
     """Return whether the CPU has instructions for products of bfloat16; elsewhere torch emulates them."""
     return any(_features().get(name) for name in _BFLOAT16)

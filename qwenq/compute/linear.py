@@ -7,7 +7,6 @@ many rows.
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
 
 import torch
@@ -125,11 +124,6 @@ def unpack(layer: PackedWeights, dtype: torch.dtype) -> Tensor:
 def activation_bytes(rows: int, columns: int, group_size: int) -> int:
     """Return the bytes of rows in 16 bits: two bytes a column, and a scale and a sum for each group."""
     return rows * (2 * columns + 8 * (columns // group_size))
-
-
-def address(layer: PackedWeights) -> ctypes.c_void_p:
-    """Return where a layer's fields lie."""
-    return ctypes.c_void_p(layer.fields.data_ptr())
 
 
 def _aligned(tensor: Tensor) -> Tensor:
