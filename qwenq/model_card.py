@@ -1,8 +1,8 @@
 """Write the model card of a quantised folder: README.md as the hub shows it.
 
 The card is made from what is known: qwenq.json, config.json, the base's own card where it lies beside the
-base, and the rules of the engines. Its sections stand between marks, and only these are rewritten: what people
-add stays.
+base, and the rules of the engines. Its sections stand between marks, and only these are rewritten: what
+people add stays.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ def escape(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Return text of unknown origin as inline code."""
-    return f"`{' '.join(str(text).split()).replace('`', chr(39))}`"
+    """Return text of unknown origin as inline code, in a table too."""
+    flat = " ".join(str(text).split()).replace("`", "'").replace("|", r"\|")
+    return f"`{flat}`"
 
 
 def _new(
