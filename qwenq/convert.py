@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from qwenq.errors import ModelError, QuantisationError, UsageError
+from qwenq.events import Listener, Notice, counted, silent
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.companions import write_companions
 from qwenq.models.gptq_format import (
@@ -55,7 +56,6 @@ class Converted:
         tensors: their number.
         total_bytes: of all tensors.
         changes: what differs from the source, one line each; empty when only the shards do.
-        notices: what the user has to be told.
     """
 
     folder: Path
@@ -63,7 +63,6 @@ class Converted:
     tensors: int
     total_bytes: int
     changes: list[str]
-    notices: list[str]
 
 
 def convert(
@@ -72,7 +71,7 @@ def convert(
     *,
     zeros: ZeroPoints | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    progress: Callable[[int, int], None] | None = None,
+    listener: Listener = silent,
 ) -> Converted:
     """Write ``source`` to ``target`` in Qwen2's (or its own) layout, as safetensors.
 
@@ -81,7 +80,7 @@ def convert(
         target: missing or empty.
         zeros: how zero points are to be stored; None leaves them.
         max_shard_bytes: most bytes of tensors in one file.
-        progress: called with (bytes written, bytes in all) before each tensor.
+        listener: receives the number of tensors written, and notices.
 
     Raises:
         UsageError: the target is the source or holds something; ``zeros`` for a model that is not quantised.
@@ -98,20 +97,27 @@ def convert(
     entries = _entries(checkpoint, quant)
     total = sum(tensor_bytes(info) for _, info in entries)
     read = _reader(checkpoint, quant, zeros)
-    with _new_folder(target) as folder:
-        files = write_shards(folder, entries, _counted(read, entries, total, progress), max_shard_bytes)
+    with _new_folder(target) as folder, counted(listener, "writing", "tensors") as update:
+        numbers = {name: number for number, (name, _) in enumerate(entries)}
+
+        def read_counted(name: str) -> torch.Tensor:
+            update(numbers[name], len(entries))
+            return read(name)
+
+        files = write_shards(folder, entries, read_counted, max_shard_bytes)
         atomic_write_json(folder / "config.json", config)
         if quant is not None:
             written = QuantConfig.read(config)
             atomic_write_json(folder / "quantize_config.json", written.to_quantize_config_json())
         notices = write_companions(source, folder, config)
+    for notice in (*checkpoint.notices, *notices):
+        listener(Notice(notice))
     return Converted(
         folder=target,
         files=[target / file.name for file in files],
         tensors=len(entries),
         total_bytes=total,
         changes=changes,
-        notices=[*checkpoint.notices, *notices],
     )
 
 
@@ -220,26 +226,6 @@ def restored_zeros(
     except QuantisationError as error:
         error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
         raise
-
-
-def _counted(
-    read: Callable[[str], torch.Tensor],
-    entries: list[tuple[str, TensorInfo]],
-    total: int,
-    progress: Callable[[int, int], None] | None,
-) -> Callable[[str], torch.Tensor]:
-    if progress is None:
-        return read
-    sizes = {name: tensor_bytes(info) for name, info in entries}
-    done = 0
-
-    def counted(name: str) -> torch.Tensor:
-        nonlocal done
-        progress(done, total)
-        done += sizes[name]
-        return read(name)
-
-    return counted
 
 
 @contextmanager

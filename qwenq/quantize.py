@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwenq import __version__
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import UsageError, VerificationError
+from qwenq.events import Advance, Event, Listener, Notice, Start, silent
 from qwenq.stopping import finishing
 
 if TYPE_CHECKING:
@@ -27,22 +28,8 @@ if TYPE_CHECKING:
     from qwenq.recipe import Recipe
 
 T = TypeVar("T")
-
-
-class Listener(Protocol):
-    """Whoever shows a run to the user: a terminal, a log, a machine."""
-
-    def say(self, line: str) -> None:
-        """A choice that was made, and why; or something the user has to know."""
-
-    def progress(self, label: str) -> Callable[[int, int], None]:
-        """A step begins; the result is called with (done, total)."""
-
-    def layers(self, total: int) -> None:
-        """Quantisation begins."""
-
-    def layer(self, done: LayerDone) -> None:
-        """A layer is finished."""
+LAYERS = "quantising"
+"""Name of the step whose advances carry a ``LayerDone``."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,7 @@ class Job:
 def quantize(
     recipe: Recipe,
     out: Path | None,
-    listener: Listener,
+    listener: Listener = silent,
     *,
     device: str = "auto",
     resume: bool = True,
@@ -116,7 +103,7 @@ def quantize(
     Args:
         recipe: the model and all settings.
         out: the folder to make; None: named after the model, in the current folder.
-        listener: is told every choice and every layer.
+        listener: receives every choice as a notice and every layer as the result of an advance.
         device: "auto", "cpu", "cuda", "cuda:1", …
         resume: go on with an unfinished run in ``OUT.partial``.
         team: further processes that take part, each in ``gptq.ranks.follow``; this one leads.
@@ -131,7 +118,7 @@ def quantize(
         _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
         staged, notices = _timed(job, "write", lambda: _stage(job, store))
         for notice in notices:
-            listener.say(notice)
+            listener(Notice(notice))
         result = _timed(job, "check", lambda: _check(job, staged, calibration))
         return _publish(job, store, staged, calibration, result)
     finally:
@@ -158,19 +145,19 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
 
     base = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
     for notice in base.notices:
-        listener.say(notice)
+        listener(Notice(notice))
     _refuse_quantised(base)
     wanted = recipe.quantize
     target = _target(out, recipe, base)
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
-    listener.say(why)
+    listener(Notice(why))
     if slower := fallback_notice(dtype, place):
-        listener.say(slower)
-    checkpoint, widths = padded(base, wanted, listener.say)
+        listener(Notice(slower))
+    checkpoint, widths = padded(base, wanted, listener)
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
     if decoder.passed_over:
-        listener.say(decoder.passed_over)
+        listener(Notice(decoder.passed_over))
     settings = Settings(
         bits=wanted.bits,
         group_size=-1,  # until the widths that it has to divide are known
@@ -185,12 +172,12 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     check_packable(decoder, settings)
     widths = widths or input_widths(every_linear(decoder, settings))
     group_size, why = choose_group_size(wanted.group_size, widths)
-    listener.say(why)
+    listener(Notice(why))
     settings = replace(settings, group_size=group_size)
     if kept := summary(kept_parameters(decoder, settings)):
-        listener.say(kept)
+        listener(Notice(kept))
     quant = _quant_config(checkpoint, decoder, settings)
-    listener.say(describe(settings))
+    listener(Notice(describe(settings)))
     return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
 
 
@@ -244,9 +231,7 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 def _calibration(job: Job) -> CalibrationSet:
     from qwenq.calibration.choose import calibration_for
 
-    said = job.listener
-    vocabulary = job.decoder.vocabulary
-    return calibration_for(job.recipe, job.base, vocabulary, job.device, said.say, said.progress)
+    return calibration_for(job.recipe, job.base, job.decoder.vocabulary, job.device, job.listener)
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
@@ -259,9 +244,8 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
     store = LayerStore(folder, facts, resume=resume)
     job.resumed = store.finished()
     if job.resumed:
-        job.listener.say(
-            f"resuming: {job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
-        )
+        found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
+        job.listener(Notice(f"resuming: {found}"))
     return store
 
 
@@ -270,13 +254,13 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
     from qwenq.gptq.ranks import lead
 
     def on_layer(done: LayerDone) -> None:
-        job.listener.layer(done)
+        job.listener(Advance(LAYERS, done.index + 1, done.total, done))
         raised = {} if done.resumed else done.raised_damping(job.settings.damp)
         for damp, names in raised.items():
             at = f"layer {done.index + 1}, {', '.join(names)}"
-            job.listener.say(f"{at}: damping raised to {damp:.3g}")
+            job.listener(Notice(f"{at}: damping raised to {damp:.3g}"))
 
-    job.listener.layers(len(job.decoder.names))
+    job.listener(Start(LAYERS, len(job.decoder.names), "layers"))
     lead(job.team, job.decoder, calibration.tokens, job.settings)
     with finishing(LAYER_IS_STORED):
         quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
@@ -298,15 +282,20 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
     written = open_checkpoint(staged, unfinished=True)
     validate_quantised(written.source, job.quant)
     if is_random(job.checkpoint.config):
-        job.listener.say("random weights: what was written is whole; its accuracy would mean nothing")
+        job.listener(Notice("random weights: what was written is whole; its accuracy would mean nothing"))
         return None
+
+    def progress_only(event: Event) -> None:  # its notices repeat those before the layers
+        if not isinstance(event, Notice):
+            job.listener(event)
+
     result = check(
         written,
         job.base,
         calibration.held_out,
         device=job.device,
         dtype=job.decoder.dtype,
-        progress=job.listener.progress("checking what was written"),
+        listener=progress_only,
     )
     if result.broken:
         raise VerificationError(

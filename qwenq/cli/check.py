@@ -64,7 +64,7 @@ def check(
     poor       KL to 2, same top from 30 %
     broken     beyond that, or not finite: the exit code is 1
     """
-    from qwenq.cli.progress import show_progress
+    from qwenq.cli.progress import show_events
     from qwenq.evals.check import check as run
     from qwenq.models.opening import refuse_random_weights
     from qwenq.models.precision import resolve_device
@@ -76,15 +76,9 @@ def check(
     for notice in pair.notices:
         typer.echo(f"note: {notice}", err=True)
     said: list[str] = []
-    with show_progress("checking", "steps") as progress:
+    with show_events(said.append) as listener:
         result = run(
-            pair.quantised,
-            pair.base,
-            held_out,
-            device=place,
-            dtype=_dtype(dtype),
-            progress=progress,
-            say=said.append,
+            pair.quantised, pair.base, held_out, device=place, dtype=_dtype(dtype), listener=listener
         )
     for notice in said:
         typer.echo(f"note: {notice}", err=True)

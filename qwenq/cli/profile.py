@@ -14,6 +14,7 @@ from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, KernelName, SeedOfWeights
 from qwenq.cli.printing import as_typed, to_standard_output, typed_command
 from qwenq.errors import UsageError, visible
+from qwenq.events import Advance, Event, Notice, Start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -167,21 +168,16 @@ class _Listener:
     def __init__(self, as_json: bool) -> None:
         self._json, self._began = as_json, time.monotonic()
 
-    def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None:
-        if not self._json:
-            share = f", {_clock(seconds)} of the budget" if seconds is not None else ""
-            typer.echo(
-                f"{number} of {total}: {planned.point.label}, about {_clock(planned.seconds)}{share}",
-                err=True,
-            )
-
-    def row(self, row: Row) -> None:
-        if self._json:
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Start) and not self._json:
+            share = f", {_clock(event.limit)} of the budget" if event.limit is not None else ""
+            about = f"about {_clock(event.seconds or 0)}{share}"
+            typer.echo(f"{event.done + 1} of {event.total}: {event.step}, {about}", err=True)
+        elif isinstance(event, Advance) and isinstance(event.result, Row) and self._json:
             with to_standard_output():
-                typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
-
-    def note(self, line: str) -> None:
-        typer.echo(f"note: {line}", err=True)
+                typer.echo(json.dumps(event.result.to_json(), ensure_ascii=False))
+        elif isinstance(event, Notice):
+            typer.echo(f"note: {event.text}", err=True)
 
 
 def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:

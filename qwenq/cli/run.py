@@ -13,6 +13,7 @@ import typer
 from qwenq.cli.app import app
 from qwenq.cli.printing import typed_command
 from qwenq.errors import visible
+from qwenq.events import Event, Notice, Start
 
 if TYPE_CHECKING:
     from qwenq.run.chain import Chain
@@ -42,7 +43,7 @@ def run(
     if dry_run:
         return
     try:
-        code = run_chain(chain, lambda line: typer.secho(line, bold=True, err=True))
+        code = run_chain(chain, _show_event)
     except KeyboardInterrupt:
         command = typed_command()
         typer.echo(f"\nstopped; the same command goes on where it stopped: {command}", err=True)
@@ -51,6 +52,13 @@ def run(
         raise typer.Exit(code)
     if chain.page is not None:
         typer.echo(visible(str(chain.page)))
+
+
+def _show_event(event: Event) -> None:
+    if isinstance(event, Start):
+        typer.secho(f"step {event.done + 1} of {event.total}: {event.step}", bold=True, err=True)
+    elif isinstance(event, Notice):
+        typer.secho(f"note: {event.text}", bold=True, err=True)
 
 
 def _report_name(model: str) -> str:

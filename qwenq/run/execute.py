@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from types import FrameType
 
+from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.manifest import PARTIAL
 from qwenq.results import RESULTS_FILE
 from qwenq.run.chain import Chain, Step
@@ -41,7 +41,7 @@ def is_done(chain: Chain, step: Step) -> bool:
     return end is not None and end.fingerprint == step.fingerprint() and end.rows <= _rows(chain.work)
 
 
-def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
+def run_chain(chain: Chain, listener: Listener = silent) -> int:
     """Do what is not done; the first step that fails ends it.
 
     Returns:
@@ -52,24 +52,24 @@ def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
         StorageError: the disk refused.
     """
     with locked(chain.work, LOCK):
-        return _run_steps(chain, say)
+        return _run_steps(chain, listener)
 
 
-def _run_steps(chain: Chain, say: Callable[[str], None]) -> int:
+def _run_steps(chain: Chain, listener: Listener) -> int:
     fresh = len(chain.steps) == 1
     for number, step in enumerate(chain.steps, 1):
         if is_done(chain, step):
             _tidy(step)
             _lead_to(step)
             continue
-        say(f"step {number} of {len(chain.steps)}: {step.name}")
+        listener(Start(step.name, len(chain.steps), "steps", number - 1))
         if step.always and not fresh:
-            say("note: what it judges was made before; after a change of the code, begin in an empty folder")
+            listener(Notice("it judges earlier results; after a change of the code, use an empty folder"))
         fresh = True
         started = time.monotonic()
         code, stopped = _execute(step)
         if code != 0:
-            say(f"{step.name} ended with exit code {code}; the same command goes on from here")
+            listener(Notice(f"{step.name} ended with exit code {code}; the same command goes on from here"))
             return code
         _lead_to(step)
         _note(chain.work, step, time.monotonic() - started)
