@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LEAVES = {
     "errors",
+    "events",
     "storage",
     "versions",
     "recipe",
@@ -34,6 +35,7 @@ ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILE
 COMPOSER = ROOMS - {"cli", "__main__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "events": set(),
     "versions": set(),
     "storage": {"errors"},
     "recipe": {"errors"},
@@ -52,6 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profiling": LEAVES | {"models", "runtime"},
     "reporting": LEAVES,
     "plan": LEAVES | {"models"},
+    "api": COMPOSER,
+    "checking": COMPOSER,
     "convert": COMPOSER,
     "quantize": COMPOSER,
     "run": COMPOSER,
