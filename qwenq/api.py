@@ -76,7 +76,7 @@ def quantize(
     Args:
         model: a folder or hub id; None: the recipe's, else the bundled model.
         out: the folder to make; None: named after the model, in the current folder.
-        recipe: a recipe, or the TOML file of one; what is given here replaces its values.
+        recipe: a recipe, its TOML file, or the name of one of qwenq's own; arguments replace its values.
         weights: "random": ``model`` is a catalogue name, drawn at random.
         calibration: "self" (the model writes the text), a file or folder, a saved set, or a hub dataset.
         samples, seq_len: calibration sequences, and tokens of each.
@@ -90,8 +90,12 @@ def quantize(
     """
     from qwenq.quantize import quantize as run
     from qwenq.recipe import Recipe, read_recipe
+    from qwenq.run.chain import find_recipe
 
-    base = Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
+    if recipe is None:
+        base = Recipe()
+    else:
+        base = recipe if isinstance(recipe, Recipe) else read_recipe(find_recipe(Path(recipe)))
     text = {"source": calibration and str(calibration), "samples": samples, "seq_len": seq_len}
     top = {"model": model and str(model), "weights": weights}
     chosen = base.override(top, calibration=text, quantize=settings)
