@@ -1,4 +1,4 @@
-"""The whole of `qwenq quantize`: model and recipe in, a checked GPTQ checkpoint out."""
+"""Quantise a model by a recipe: open, calibrate, solve, write, check, publish."""
 
 from __future__ import annotations
 
@@ -34,15 +34,14 @@ LAYERS = "quantising"
 
 @dataclass(frozen=True)
 class Quantised:
-    """What was made.
+    """A quantised checkpoint.
 
     Attributes:
         folder: the checkpoint.
-        weight_bytes, base_bytes: of the weight files, after and before.
-        check: the comparison with the base, on the folder as read back from disk; None: its weights are
-            random, and the comparison would mean nothing.
+        weight_bytes, base_bytes: sizes of the weights, after and before.
+        check: the comparison with the base, of the folder as read back from disk; None: random weights.
         seconds: of this run, by phase: "calibration", "layers", "write", "check".
-        resumed_layers: taken over from an earlier run, whose seconds are not among these.
+        resumed_layers: from an earlier run, whose seconds are not among these.
     """
 
     folder: Path
@@ -53,7 +52,7 @@ class Quantised:
     resumed_layers: int
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return plain values, for ``--json``."""
         return {
             "folder": str(self.folder),
             "weight_bytes": self.weight_bytes,
@@ -71,8 +70,8 @@ class Job:
     Attributes:
         base: the model as it was opened.
         checkpoint: the model as it is quantised: the base, or the base with wider MLPs.
-        quant: what config.json will say.
-        team: who quantises with this process, which leads.
+        quant: the settings for config.json.
+        team: the processes that take part; this one is rank 0.
     """
 
     recipe: Recipe
@@ -105,11 +104,11 @@ def quantize(
         out: the folder to make; None: named after the model, in the current folder.
         listener: receives every choice as a notice and every layer as the result of an advance.
         device: "auto", "cpu", "cuda", "cuda:1", …
-        resume: go on with an unfinished run in ``OUT.partial``.
-        team: further processes that take part, each in ``gptq.ranks.follow``; this one leads.
+        resume: continue an unfinished run in ``OUT.partial``.
+        team: further processes that take part, each in ``gptq.ranks.follow``; this one is rank 0.
 
     Raises:
-        QwenqError: see qwenq/errors.py; finished layers are kept and the message says how to go on.
+        QwenqError: see qwenq/errors.py; finished layers are kept, and the message says how to continue.
     """
     job = _prepare(recipe, out, listener, device, team)
     calibration = _timed(job, "calibration", lambda: _calibration(job))
@@ -182,7 +181,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
 
 
 def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: Settings) -> QuantConfig:
-    """Return what config.json says of the result: rules, too, where a module differs from the rest."""
+    """Return the settings for config.json, with rules where modules differ from the rest."""
     from qwenq.gptq.quantise import every_linear, kept_parameters
     from qwenq.models.dynamic import dynamic_rules, module_groups
     from qwenq.models.gptq_format import QuantConfig
@@ -217,7 +216,7 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
-    """The output folder, refused when it holds something already or may not be made."""
+    """Return the output folder; refuse one that holds something or cannot be made."""
     from qwenq.gptq.publish import clean_up_after_kill, require_free
     from qwenq.models.identity import model_name
 
@@ -273,7 +272,7 @@ def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
 
 
 def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
-    """Compare what lies on the disk with the base; refuse it when it is broken."""
+    """Compare the written folder with the base; refuse a broken one."""
     from qwenq.evals.check import check
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.gptq_format import validate_quantised
@@ -282,7 +281,7 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
     written = open_checkpoint(staged, unfinished=True)
     validate_quantised(written.source, job.quant)
     if is_random(job.checkpoint.config):
-        job.listener(Notice("random weights: what was written is whole; its accuracy would mean nothing"))
+        job.listener(Notice("random weights: the files are complete; their accuracy is not measured"))
         return None
 
     def progress_only(event: Event) -> None:  # its notices repeat those before the layers
@@ -348,7 +347,7 @@ def _kept(job: Job) -> dict[str, str]:
 
 
 def _computed_in(job: Job) -> dict[str, str | int]:
-    """What the integers depend on besides the recipe and ``versions``: each rounds in a way of its own."""
+    """Return what the integers depend on besides the recipe and ``versions``: each rounds differently."""
     import torch
 
     from qwenq.gptq.quantise import how_solved, how_summed

@@ -33,14 +33,15 @@ LEAVES = {
 }
 ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} - {"__init__"}
 COMPOSER = ROOMS - {"cli", "__main__"}
+COMPOSERS = {"api", "checking", "convert", "conversion", "quantize", "quantization", "run", "workflow"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "events": set(),
-    "versions": set(),
+    **({"versions": set()} if "versions" in ROOMS else {}),
     "storage": {"errors"},
     "recipe": {"errors"},
     "results": {"errors", "storage"},
-    "environment": set(),
+    "environment": {"versions"},
     "published": set(),
     "distributed": {"errors"},
     "stopping": set(),
@@ -54,11 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profiling": LEAVES | {"models", "runtime"},
     "reporting": LEAVES,
     "plan": LEAVES | {"models"},
-    "api": COMPOSER,
-    "checking": COMPOSER,
-    "convert": COMPOSER,
-    "quantize": COMPOSER,
-    "run": COMPOSER,
+    **{name: COMPOSER for name in COMPOSERS & ROOMS},
     "cli": ROOMS,
     "__main__": {"cli"},
 }

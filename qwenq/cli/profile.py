@@ -15,6 +15,7 @@ from qwenq.cli.options import DeviceName, KernelName, SeedOfWeights
 from qwenq.cli.printing import as_typed, to_standard_output, typed_command
 from qwenq.errors import UsageError, visible
 from qwenq.events import Advance, Event, Notice, Start
+from qwenq.results import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from qwenq.profiling.points import Point
     from qwenq.profiling.subjects import Subjects
     from qwenq.profiling.table import PrintedTable
-    from qwenq.results import Row
 
 MOST_TOKENS = 10**9
 RESUME_HINT = "what is measured is kept: the same command goes on where it stopped"
