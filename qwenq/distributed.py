@@ -206,7 +206,7 @@ def assembled(device: str = "auto", *, tensors: bool = True, meeting: str = "") 
         meeting: a name that keeps several groups of the same ranks apart, such as those of their children.
 
     Raises:
-        UsageError: see ``described``; one GPU named for all, or fewer GPUs than processes on this machine.
+        UsageError: see ``described``; one GPU for all, or fewer GPUs than processes on this machine.
         QwenqError: the others could not be reached, or one is gone.
         SystemExit: another process stops the run, and explains it.
     """

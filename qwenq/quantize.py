@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwenq import __version__
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import UsageError, VerificationError
 from qwenq.events import Advance, Event, Listener, Notice, Start, silent
@@ -312,7 +311,7 @@ def _publish(
     from qwenq.gptq.quantise import expert_coverage, module_errors
     from qwenq.models.identity import base_facts
     from qwenq.models.shards import tensor_bytes
-    from qwenq.versions import versions
+    from qwenq.versions import __version__, versions
 
     manifest = {
         "format": "qwenq-1",

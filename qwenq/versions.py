@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+__version__ = "0.1.0"
+
 _PACKAGES = ("qwenq", "torch", "transformers", "triton", "safetensors", "tokenizers", "numpy")
 
 

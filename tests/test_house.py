@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profiling": LEAVES | {"models", "runtime"},
     "reporting": LEAVES,
     "plan": LEAVES | {"models"},
-    **{name: COMPOSER for name in COMPOSERS & ROOMS},
+    **dict.fromkeys(COMPOSERS & ROOMS, COMPOSER),
     "cli": ROOMS,
     "__main__": {"cli"},
 }

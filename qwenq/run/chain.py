@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from qwenq import __version__
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
 from qwenq.run.senseless import require_packages, validate_recipe
+from qwenq.versions import __version__
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BITS = {"int8": 8, "int4": 4}
