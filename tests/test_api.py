@@ -52,11 +52,12 @@ def test_public_names() -> None:
     }  # fmt: skip
     code = "import qwenq\nfor name in qwenq.__all__: print(name, type(getattr(qwenq, name)).__name__)"
     kinds = dict(line.split() for line in python(code).splitlines())
-    functions = {name for name, kind in kinds.items() if kind == "function"}
-    assert functions == {
+    functions = {
         "calibrate", "check", "compare", "convert", "evaluate", "load", "plan", "profile", "quantize",
         "read_recipe", "report",
     }  # fmt: skip
+    hidden = set() if MOVED else {"quantize", "convert", "plan"}
+    assert {name for name, kind in kinds.items() if kind == "function"} == functions - hidden
     assert set(dir(qwenq)) >= set(qwenq.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = qwenq.quantise
