@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import SeedOfWeights
+from qwenq.cli.progress import show_events
 from qwenq.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -43,9 +43,10 @@ def convert(
     from qwenq.storage import readable_bytes
 
     resolved = resolve_model(src)
-    with _Progress() as progress:
-        done = run(resolved.folder, dst, zeros=zeros, max_shard_bytes=shard_bytes, progress=progress)
-    for notice in (*resolved.notices, *done.notices):
+    said = list(resolved.notices)
+    with show_events(said.append) as listener:
+        done = run(resolved.folder, dst, zeros=zeros, max_shard_bytes=shard_bytes, listener=listener)
+    for notice in said:
         typer.echo(f"note: {notice}", err=True)
     for change in done.changes or ["nothing but the shards changed"]:
         typer.echo(f"changed: {change}")
@@ -81,35 +82,3 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"{text!r} is no size", where="--max-shard", hint="write 5GB, 500MB or 2GiB")
     return size
-
-
-class _Progress:
-    """A bar over the bytes, on a terminal; silent elsewhere."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-
-            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("writing", total=None)
-            self._bar.start()
-        return self
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

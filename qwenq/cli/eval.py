@@ -24,6 +24,7 @@ from qwenq.cli.options import (
 )
 from qwenq.cli.printing import typed_command
 from qwenq.errors import UsageError
+from qwenq.events import Event, Notice
 
 if TYPE_CHECKING:
     from qwenq.distributed import Team
@@ -207,7 +208,7 @@ def _contestants(
         from qwenq.evals.served import Served
 
         key = os.environ.get("OPENAI_API_KEY")
-        found = endpoint_at(endpoint, model, key, size or CONCURRENCY, _note)
+        found = endpoint_at(endpoint, model, key, size or CONCURRENCY, _show_notice)
         asked = None if how.thinking == "auto" else how.thinking == "on"
         if asked is None:
             _note("whether this model thinks, its server decides; --thinking on or off asks for one of them")
@@ -229,12 +230,17 @@ def _run(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team: Team
     command = typed_command(team.world)
     try:
         with Progress() as progress:
-            return run_all(contenders, wanted, run, progress, _note, command, team)
+            return run_all(contenders, wanted, run, progress, command, team)
     except KeyboardInterrupt:  # SIGTERM too
         typer.echo(
             f"\nstopped; answers are kept: the same command goes on where it stopped: {command}", err=True
         )
         raise
+
+
+def _show_notice(event: Event) -> None:
+    if isinstance(event, Notice):
+        _note(event.text)
 
 
 def _note(line: str) -> None:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qwenq.events import Advance, Event, Finish, Notice, Start
 from qwenq.reporting.cut import cut_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.table import Table
 
-    from qwenq.evals.run import Plan
-    from qwenq.evals.served import Contestant
     from qwenq.results import Row
 
 _PLAIN_SECONDS = 10.0
@@ -30,13 +29,12 @@ _WIDE = 130
 
 
 class Progress:
-    """Implements ``evals.run.Listener``, on stderr."""
+    """A listener that shows an evaluation on stderr."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._bar: Bar | None = None
         self._task: Any = None
-        self._label = ""
         self._left = _TimeLeft()
         self._begin("", 0, 0)
 
@@ -50,31 +48,24 @@ class Progress:
     ) -> None:
         self._stack.close()
 
-    def started(self, contender: Contestant, plan: Plan, recorded: int) -> None:
-        """A model begins with a task."""
-        self.finished()
-        self._label = f"{contender.model.name} {contender.model.precision}, {plan.task.name}"
-        self._begin(self._label, len(plan.items), recorded)
-        if self._bar is None:
-            known = f", {recorded:,} known from records" if recorded else ""
-            items = "1 item" if len(plan.items) == 1 else f"{len(plan.items):,} items"
-            typer.echo(f"{self._label}: {items}{known}", err=True)
+    def __call__(self, event: Event) -> None:
+        """Show an event: a task or its programs start, an item is judged, a notice."""
+        match event:
+            case Start(step, total, unit, done):
+                self._clear()
+                self._begin(step, total or 0, done)
+                if self._bar is None and unit == "items":
+                    known = f", {done:,} known from records" if done else ""
+                    items = "1 item" if total == 1 else f"{total:,} items"
+                    typer.echo(f"{step}: {items}{known}", err=True)
+            case Advance(result=None | bool() as correct):
+                self._step(correct)
+            case Notice(text):
+                typer.echo(f"note: {text}", err=True)
+            case Finish():
+                self._clear()
 
-    def judged(self, correct: bool | None) -> None:
-        """One more item."""
-        self._step(correct)
-
-    def running(self, total: int) -> None:
-        """Programs go through the sandbox."""
-        self.finished()
-        self._begin(f"{self._label}: running programs".lstrip(": "), total, 0)
-
-    def ran(self, passed: bool) -> None:
-        """One program more has ended."""
-        self._step(passed)
-
-    def finished(self) -> None:
-        """The bar has done its duty."""
+    def _clear(self) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None

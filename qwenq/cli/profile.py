@@ -14,6 +14,8 @@ from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, KernelName, SeedOfWeights
 from qwenq.cli.printing import as_typed, to_standard_output, typed_command
 from qwenq.errors import UsageError, visible
+from qwenq.events import Advance, Event, Notice, Start
+from qwenq.results import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from qwenq.profiling.points import Point
     from qwenq.profiling.subjects import Subjects
     from qwenq.profiling.table import PrintedTable
-    from qwenq.results import Row
 
 MOST_TOKENS = 10**9
 RESUME_HINT = "what is measured is kept: the same command goes on where it stopped"
@@ -69,6 +70,7 @@ def profile(
     from qwenq.distributed import assembled, described
     from qwenq.profiling.parallel import check_processes, help_measure, refuse_unsplittable
     from qwenq.profiling.planning import parse_budget
+    from qwenq.profiling.points import require_known
     from qwenq.profiling.subjects import subjects_of
 
     check_processes(described(), tp)
@@ -79,7 +81,7 @@ def profile(
         seconds = parse_budget(budget) if budget else None
         lengths = _lengths(context, tokens, encode)
         attentions, engines = _names(attention, "--attention"), _names(engine, "--engine")
-        _check_names(attentions, engines, kernel)
+        require_known(attentions, engines, kernel)
         given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
         found = subjects_of(given, _names(precision, "--precision"), weights, seed)
         if tp > 1:
@@ -167,21 +169,16 @@ class _Listener:
     def __init__(self, as_json: bool) -> None:
         self._json, self._began = as_json, time.monotonic()
 
-    def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None:
-        if not self._json:
-            share = f", {_clock(seconds)} of the budget" if seconds is not None else ""
-            typer.echo(
-                f"{number} of {total}: {planned.point.label}, about {_clock(planned.seconds)}{share}",
-                err=True,
-            )
-
-    def row(self, row: Row) -> None:
-        if self._json:
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Start) and not self._json:
+            share = f", {_clock(event.limit)} of the budget" if event.limit is not None else ""
+            about = f"about {_clock(event.seconds or 0)}{share}"
+            typer.echo(f"{event.done + 1} of {event.total}: {event.step}, {about}", err=True)
+        elif isinstance(event, Advance) and isinstance(event.result, Row) and self._json:
             with to_standard_output():
-                typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
-
-    def note(self, line: str) -> None:
-        typer.echo(f"note: {line}", err=True)
+                typer.echo(json.dumps(event.result.to_json(), ensure_ascii=False))
+        elif isinstance(event, Notice):
+            typer.echo(f"note: {event.text}", err=True)
 
 
 def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
@@ -230,21 +227,13 @@ def _print_table(console: Console, printed: PrintedTable) -> None:
 
 def _lengths(context: str, tokens: str, encode: str) -> list[tuple[int, int]]:
     """(prompt, new tokens) of every point; one new token where the prompt is all that it is about."""
+    from qwenq.profiling.points import lengths_of
+
     news, prompts, encoded = (
         _numbers(text, option)
         for text, option in ((tokens, "--tokens"), (context, "--context"), (encode, "--encode"))
     )
-    news, encoded = ([] if found == [0] else found for found in (news, encoded))
-    for found, least, option, what in (
-        (prompts, 1, "--context", "a generation has a prompt of 1 token or more"),
-        (news, 2, "--tokens", "a generation has 2 new tokens or more"),
-        (encoded, 1, "--encode", "a prompt to encode has 1 token or more"),
-    ):
-        if any(number < least for number in found):
-            raise UsageError(what, where=option, hint="0 alone is for none" if found is not prompts else None)
-    if not news and not encoded:
-        raise UsageError("nothing is to be measured", where="--tokens 0 --encode 0")
-    return [*((length, 1) for length in encoded), *((c, t) for t in news for c in prompts)]
+    return lengths_of(prompts, news, encoded)
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -264,20 +253,6 @@ def _names(text: str, option: str) -> list[str]:
     if not names:
         raise UsageError("nothing is named", where=option)
     return names
-
-
-def _check_names(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
-    """A misspelt name is found before the first point, not by each of them."""
-    from qwenq.runtime.attention import BACKENDS
-    from qwenq.runtime.kernels.table import KERNELS
-
-    for option, given, known in (
-        ("--attention", attentions, ("auto", *BACKENDS)),
-        ("--engine", engines, ("fast", "transformers")),
-        ("--kernel", [kernel], ("auto", *(each.name for each in KERNELS))),
-    ):
-        if wrong := [name for name in given if name not in known]:
-            raise UsageError(f"there is no {wrong[0]!r}", where=option, hint=f"use {', '.join(known)}")
 
 
 def _clock(seconds: float) -> str:

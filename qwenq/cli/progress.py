@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import typer
+
+from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update
 
 _PLAIN_STEPS = 10
 _PLAIN_SECONDS = 2.0  # quick steps are not worth a line
@@ -22,6 +24,28 @@ def show_progress(label: str, unit: str = "tokens") -> Iterator[Callable[[int, i
             yield update
     else:
         yield _plain(label, unit)
+
+
+@contextmanager
+def show_events(say: Callable[[str], None]) -> Iterator[Listener]:
+    """Yield a listener that shows each step as ``show_progress`` does; ``say`` receives the notices."""
+    with ExitStack() as stack:
+        update: Update = lambda done, total: None  # noqa: E731
+
+        def listen(event: Event) -> None:
+            nonlocal update
+            match event:
+                case Notice(text):
+                    say(text)
+                case Start(step, unit=unit):
+                    stack.close()
+                    update = stack.enter_context(show_progress(step, unit))
+                case Advance(done=int() as done, total=int() as total):
+                    update(done, total)
+                case Finish():
+                    stack.close()
+
+        yield listen
 
 
 @contextmanager

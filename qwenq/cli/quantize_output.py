@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import typer
 
 from qwenq.cli.progress import show_progress
+from qwenq.events import Advance, Event, Notice, Start, Update
 from qwenq.storage import readable_bytes
 
 if TYPE_CHECKING:
@@ -37,27 +38,28 @@ class TextListener:
         self._stack = stack
         self._bar: Progress | None = None
         self._task: Any = None
+        self._update: Update = lambda done, total: None
         self._fresh: list[float] = []  # seconds of the layers that were not resumed
 
-    def say(self, line: str) -> None:
-        """A choice, or something to know."""
-        typer.echo(f"· {line}")
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Notice(text):
+                typer.echo(f"· {text}")
+            case Start(step, total, "layers"):
+                self._stack.close()
+                if sys.stdout.isatty():
+                    self._bar = self._stack.enter_context(_layer_bar())
+                    self._task = self._bar.add_task(step, total=total, left=_UNKNOWN)
+            case Start(step, unit=unit):
+                self._stack.close()
+                self._bar, self._update = None, self._stack.enter_context(show_progress(step, unit))
+            case Advance(done=int() as done, total=int() as total, result=None):
+                self._update(done, total)
+            case Advance(result=layer) if layer is not None:
+                self._layer(cast("LayerDone", layer))
 
-    def progress(self, label: str) -> Callable[[int, int], None]:
-        """A step other than the layers; the bar before it is closed."""
-        self._stack.close()
-        unit = "steps" if label.startswith("check") else "tokens"
-        return self._stack.enter_context(show_progress(label, unit))
-
-    def layers(self, total: int) -> None:
-        """The layers begin."""
-        self._stack.close()
-        if sys.stdout.isatty():
-            self._bar = self._stack.enter_context(_layer_bar())
-            self._task = self._bar.add_task("quantising", total=total, left=_UNKNOWN)
-
-    def layer(self, done: LayerDone) -> None:
-        """One layer is finished."""
+    def _layer(self, done: LayerDone) -> None:
         if not done.resumed:
             self._fresh.append(done.seconds)
         error = f"error {done.error:.2%}, round-to-nearest {done.rtn_error:.2%}"
@@ -102,30 +104,26 @@ class TextListener:
 class JsonListener:
     """For machines: one JSON object per line on stdout, the result last."""
 
-    def say(self, line: str) -> None:
-        """A choice, or something to know."""
-        _emit("note", text=line)
-
-    def progress(self, label: str) -> Callable[[int, int], None]:
-        """A step; only its begin is told."""
-        _emit("step", text=label)
-        return lambda done, total: None
-
-    def layers(self, total: int) -> None:
-        """The layers begin."""
-        _emit("layers", total=total)
-
-    def layer(self, done: LayerDone) -> None:
-        """One layer is finished."""
-        _emit(
-            "layer",
-            index=done.index,
-            total=done.total,
-            seconds=round(done.seconds, 3),
-            error=done.error,
-            rtn_error=done.rtn_error,
-            resumed=done.resumed,
-        )
+    def __call__(self, event: Event) -> None:
+        """Print an event; of the progress within a step, only layers."""
+        match event:
+            case Notice(text):
+                _emit("note", text=text)
+            case Start(_, total, "layers"):
+                _emit("layers", total=total)
+            case Start(step):
+                _emit("step", text=step)
+            case Advance(result=layer) if layer is not None:
+                done = cast("LayerDone", layer)
+                _emit(
+                    "layer",
+                    index=done.index,
+                    total=done.total,
+                    seconds=round(done.seconds, 3),
+                    error=done.error,
+                    rtn_error=done.rtn_error,
+                    resumed=done.resumed,
+                )
 
     def interrupted(self) -> None:
         """Ctrl-C or SIGTERM."""

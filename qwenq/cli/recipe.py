@@ -28,9 +28,9 @@ def check(files: Annotated[list[Path], typer.Argument(help="TOML files.", metava
 
     Nothing is run.
     """
-    from qwenq.run.chain import chain_of
+    from qwenq.run.chain import chain_of, find_recipe
 
-    for file in files:
+    for file in map(find_recipe, files):
         chain = chain_of(checked(file), file)
         typer.echo(f"{file}: {', '.join(step.name for step in chain.steps)}")
 

@@ -6,7 +6,6 @@ hidden states, and two heads. Figures, intervals and bands: ``divergence``, ``st
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +31,7 @@ from qwenq.evals.statistics import (
     ratio_of_perplexities,
 )
 from qwenq.evals.verdict import judge
+from qwenq.events import Listener, Notice, Update, counted, silent
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised, quantised_modules
@@ -41,8 +41,6 @@ from qwenq.models.random_weights import refuse_random
 __all__ = ["CheckResult", "check", "require_comparable"]
 
 TOKENS_PER_BATCH = 2048
-Progress = Callable[[int, int], None]
-"""Told (steps done, steps in all): one for each block, one for each batch through the heads."""
 _SAME_IN_BOTH = (
     "model_type",
     "vocab_size",
@@ -60,8 +58,7 @@ def check(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    listener: Listener = silent,
 ) -> CheckResult:
     """Compare a GPTQ checkpoint with the model it was made from.
 
@@ -72,8 +69,7 @@ def check(
         device: where to compute.
         dtype: of weights and hidden states. float32 shows the integers' cost alone; in 16 bits the two
             models' roundings differ, too, and are counted with it.
-        progress: told (steps done, steps in all).
-        say: told what takes longer here than it could, and why.
+        listener: receives the progress, and what takes longer here than it could, and why.
 
     Raises:
         UsageError: not a quantised model and its base (see ``require_comparable``), random weights, tokens
@@ -86,9 +82,9 @@ def check(
     base = widened(base, quantised.config.get("intermediate_size"))  # Qwen's 72B is wider than its base
     plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
     pair = _Pair(plain, base, quant, torch.device(device), dtype)
-    if say is not None and pair.passed_over:
-        say(pair.passed_over)
-    with torch.inference_mode():
+    if pair.passed_over:
+        listener(Notice(pair.passed_over))
+    with counted(listener, "checking") as progress, torch.inference_mode():
         scores, modules = pair.run(held_out, quantised_modules(quantised.source), progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
 
@@ -169,7 +165,7 @@ class _Pair:
         self.passed_over = self._base.passed_over  # both have the same heads
 
     def run(
-        self, tokens: Tensor, modules: list[str], progress: Progress | None
+        self, tokens: Tensor, modules: list[str], progress: Update
     ) -> tuple[TokenScores, list[ModuleError]]:
         """Score all tokens; ``modules`` are the quantised linears' full names."""
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
@@ -222,13 +218,12 @@ class _Pair:
 
 
 class _Steps:
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Update, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def __call__(self) -> None:
         self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        self._progress(self._done, self._total)
 
 
 def _summarise(

@@ -19,7 +19,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.patience import ATTEMPTS, FIRST_PAUSE, Trouble, pause_before, retry_after, wait
 from qwenq.evals.task import Write, Written
 from qwenq.evals.thinking import CLOSE, OPEN
+from qwenq.events import Listener, silent
 from qwenq.stopping import asked
 
 CONCURRENCY = 8  # requests under way at a time, by default
@@ -325,7 +326,7 @@ def endpoint_at(
     model: str | None,
     key: str | None,
     concurrency: int = CONCURRENCY,
-    say: Callable[[str], None] = lambda line: None,
+    listener: Listener = silent,
 ) -> Endpoint:
     """The endpoint that a user named, asked once whether it serves that model.
 
@@ -334,7 +335,7 @@ def endpoint_at(
         model: its name there; None: the only one that is served.
         key: see ``Endpoint``.
         concurrency: see ``Endpoint``.
-        say: told when a request failed and is made again.
+        listener: receives a notice when a request failed and is made again.
 
     Raises:
         UsageError: no URL, no key, or no such model there.
@@ -349,7 +350,7 @@ def endpoint_at(
         raise UsageError(
             "the key has characters that no key has", where="OPENAI_API_KEY", hint="copy it again"
         )
-    found = Endpoint(url.rstrip("/"), model or "", key, concurrency, trouble=Trouble(say))
+    found = Endpoint(url.rstrip("/"), model or "", key, concurrency, trouble=Trouble(listener))
     served = found.models()
     if model is None:
         if served is None or len(served) != 1:

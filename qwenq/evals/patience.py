@@ -8,10 +8,10 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from qwenq.events import Listener, Notice, silent
 from qwenq.stopping import asked
 
 ATTEMPTS = 8
@@ -25,17 +25,17 @@ class Trouble:
     """What is known of a server by all who ask it.
 
     Args:
-        say: told a line at a failed attempt, unless another request has just said as much.
+        listener: receives a notice at a failed attempt, unless another request has just failed alike.
 
     Attributes:
         answered: it has sent something, whatever it was.
         unknown: options of a request that it refuses.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, listener: Listener = silent) -> None:
         self.answered = False
         self.unknown: frozenset[str] = frozenset()
-        self._say, self._lock = say, threading.Lock()
+        self._listener, self._lock = listener, threading.Lock()
         self._round, self._told = 0, -QUIET_SECONDS
 
     def failed(self, attempt: int, why: str, seconds: float) -> None:
@@ -45,7 +45,8 @@ class Trouble:
             if attempt <= self._round or (attempt == 1 and now - self._told < QUIET_SECONDS):
                 return
             self._round, self._told = attempt, now
-        self._say(f"{why}; asked again in {seconds:.0f} s, {left} attempt{'s' * (left != 1)} left")
+        left_over = f"{left} attempt{'s' * (left != 1)} left"
+        self._listener(Notice(f"{why}; asked again in {seconds:.0f} s, {left_over}"))
 
     def passed(self) -> None:
         """A request was answered."""
@@ -58,7 +59,7 @@ class Trouble:
             news = option not in self.unknown
             self.unknown |= {option}
         if news:
-            self._say(f"{url}: this server refuses the option {option}, so it is left out")
+            self._listener(Notice(f"{url}: this server refuses the option {option}, so it is left out"))
 
 
 def pause_before(attempt: int, first: float = FIRST_PAUSE, wanted: float | None = None) -> float:

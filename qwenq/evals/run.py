@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError
@@ -43,27 +42,9 @@ from qwenq.evals.task import (
 )
 from qwenq.evals.tasks.script import Script
 from qwenq.evals.thinking import final_answer
+from qwenq.events import Advance, Finish, Listener, Start, silent
 from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
-
-
-class Listener(Protocol):
-    """Told how far it is."""
-
-    def started(self, contender: Contestant, plan: Plan, recorded: int) -> None:
-        """A model begins with a task; so many items are known from records."""
-
-    def judged(self, correct: bool | None) -> None:
-        """One more item: its verdict, None where the sandbox still has to say it."""
-
-    def running(self, total: int) -> None:
-        """So many programs go through the sandbox."""
-
-    def ran(self, passed: bool) -> None:
-        """One program more has ended."""
-
-    def finished(self) -> None:
-        """The model is done with the task."""
 
 
 @dataclass(frozen=True)
@@ -184,20 +165,26 @@ def answer(
     with Records(run, title, key) as records:
         take_parts(records, run, title, key)
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
-        listener.started(contender, plan, len(plan.items) - len(open_))
+        step = step_name(contender, plan)
+        listener(Start(step, len(plan.items), "items", len(plan.items) - len(open_)))
         team.tell([item.id for item in open_])
         _ask(contender, plan, open_, records, listener, batch, team)
         team.wait()
         for record in take_parts(records, run, title, key):
-            listener.judged(record.correct)
+            listener(Advance(step, result=record.correct))
         require_all(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
         found_records = _all(records, plan.items, hashes)
         if sandbox is not None and task.program is not None:
-            _run_pending(task.program, plan.items, found_records, records, sandbox, listener)
+            _run_pending(task.program, plan.items, found_records, records, sandbox, listener, step)
             found_records = _all(records, plan.items, hashes)
-    listener.finished()
+    listener(Finish(step))
     answers = _answers_of(plan.items, found_records, len(plan.items) - len(open_))
     return replace(answers, questions=questions_hash(hashes))
+
+
+def step_name(contender: Contestant, plan: Plan) -> str:
+    """Return the name of a model's way through a task, for progress."""
+    return f"{contender.model.name} {contender.model.precision}, {plan.task.name}"
 
 
 def assist(contender: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
@@ -209,7 +196,7 @@ def assist(contender: Contestant, plan: Plan, run: Path, team: Team, *, batch: i
     wanted = set(team.tell())
     open_ = [item for item in plan.items if item.id in wanted]
     with Records(run, title_of(_title(contender, plan), team), records_key(contender, plan)) as records:
-        _ask(contender, plan, open_, records, None, batch, team)
+        _ask(contender, plan, open_, records, silent, batch, team)
     team.wait()
 
 
@@ -218,7 +205,7 @@ def _ask(
     plan: Plan,
     items: Sequence[Item],
     records: Records,
-    listener: Listener | None,
+    listener: Listener,
     batch: int | None,
     team: Team,
 ) -> None:
@@ -233,9 +220,8 @@ def _ask(
         for together in responses:
             made = [_judged(plan, mine[one.index], requests[one.index], one) for one in together]
             records.append(*made)
-            if listener is not None:
-                for record in made:
-                    listener.judged(record.correct)
+            for record in made:
+                listener(Advance(step_name(contender, plan), result=record.correct))
 
 
 def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Record:
@@ -337,6 +323,7 @@ def _run_pending(
     records: Records,
     sandbox: Sandbox,
     listener: Listener,
+    step: str,
 ) -> None:
     """Run the programs that have no verdict yet, and record it."""
     pending = {
@@ -351,9 +338,10 @@ def _run_pending(
         note = outcome.reason + (f": {outcome.detail}" if outcome.detail else "")
         asked, ran = pending[ended.id][0], sandbox.implementation
         records.append(replace(asked, correct=outcome.passed, note=note, sandbox=ran))
-        listener.ran(outcome.passed)
+        listener(Advance(step, result=outcome.passed))
 
-    listener.running(len(pending))
+    step = f"{step}: running programs"
+    listener(Start(step, len(pending), "programs"))
     run_programs([one for _, one in pending.values()], sandbox=sandbox, on_done=done)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.recorded import has_check, record_check
 from qwenq.evals.records import FOLDER
 from qwenq.evals.rows import MAIN, asked_apart, base_row, cut_short, rows_of
-from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan, records_name
+from qwenq.evals.run import Answers, Plan, answer, assist, make_plan, records_name
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
 from qwenq.evals.served import Contestant, Served
@@ -25,6 +25,7 @@ from qwenq.evals.task import DataSource, ProtocolName
 from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
 from qwenq.evals.thinking import MAX_NEW_TOKENS
+from qwenq.events import Advance, Listener, Notice, Start
 from qwenq.paired.base import PLAIN
 from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
@@ -70,16 +71,11 @@ class Wanted:
         return self.limit if self.limit is None or isinstance(self.limit, int) else self.limit.get(task)
 
 
-Say = Callable[[str], None]
-"""Told what the user has to know, a line each."""
-
-
 def evaluate(
     contenders: Sequence[Contestant],
     wanted: Wanted,
     run: Path,
     listener: Listener,
-    say: Say,
     command: str = "",
     team: Team = ALONE,
 ) -> list[Row]:
@@ -108,25 +104,25 @@ def evaluate(
         write_environment(run, environment())
         notes = [note for plan in plans.values() for note in plan.notes]
         for line in dict.fromkeys([*settle_families(here, _recorded_bases(run)), *notes]):
-            say(line)
+            listener(Notice(line))
         if sandbox is not None:
             for plan in coded:
-                check_solutions(plan, sandbox, run, listener, say)
+                check_solutions(plan, sandbox, run, listener)
         for contender in order:
             if isinstance(contender, Contender) and contender.quantised:
-                rows += _recorded_check(contender, run, say)
+                rows += _recorded_check(contender, run, listener)
             for name in wanted.tasks:
                 plan = wanted.plan_for(contender, plans[name, wanted.protocol or contender.protocol])
                 answers = answer(
                     contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
                 )
                 if isinstance(contender, Served) and answers.recorded:
-                    say(_served_before(answers.recorded))
+                    listener(Notice(_served_before(answers.recorded)))
                 for line in cut_short(plan, answers):
-                    say(f"{contender.model.name} {contender.model.precision}: {line}")
+                    listener(Notice(f"{contender.model.name} {contender.model.precision}: {line}"))
                 rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
-                    say(_write_submission(contender, plan, answers, run))
+                    listener(Notice(_write_submission(contender, plan, answers, run)))
             contender.unload()
     return rows
 
@@ -143,7 +139,7 @@ def _served_before(count: int) -> str:
     return f"{answers} of what this address served before; --out NEW asks again"
 
 
-def _recorded_check(contender: Contender, run: Path, say: Say) -> list[Row]:
+def _recorded_check(contender: Contender, run: Path, listener: Listener) -> list[Row]:
     """KL divergence and same top token as `qwenq quantize` found them; none where it made no check."""
     folder = contender.checkpoint.folder
     if not has_check(folder):
@@ -151,7 +147,7 @@ def _recorded_check(contender: Contender, run: Path, say: Say) -> list[Row]:
     try:
         return record_check(folder, contender.model, run)
     except QwenqError as error:
-        say(f"the check of {contender.model.name} is not shown: {error.what} ({error.where})")
+        listener(Notice(f"the check of {contender.model.name} is not shown: {error.what} ({error.where})"))
         return []
 
 
@@ -181,7 +177,7 @@ def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, Proto
     }
 
 
-def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener, say: Say) -> None:
+def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener) -> None:
     """The benchmark's own solutions have to pass, or no verdict means anything; once for each run folder.
 
     Raises:
@@ -195,12 +191,12 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
     kept = run / FOLDER / f"{name}.solutions.{digest}.json"
     if kept.exists():
         return
-    listener.running(len(plan.items))
+    listener(Start(step := f"{name}: running the benchmark's own solutions", len(plan.items), "programs"))
     began = time.monotonic()
     outcomes = run_programs(
         [program(item, reference(item)) for item in plan.items],
         sandbox=sandbox,
-        on_done=lambda _, outcome: listener.ran(outcome.passed),
+        on_done=lambda _, outcome: listener(Advance(step, result=outcome.passed)),
     )
     failed = [(item, o) for item, o in zip(plan.items, outcomes, strict=True) if not o.passed]
     if failed:
@@ -212,14 +208,13 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
                 f"{found} ({why}): the data or this sandbox ({sandbox.implementation}) is broken",
                 where=item.id,
             )
-        say(f"{name}: {found}, so no answer can: {', '.join(i.id for i, _ in failed)} (the first: {why})")
+        ids = ", ".join(item.id for item, _ in failed)
+        listener(Notice(f"{name}: {found}, so no answer can: {ids} (the first: {why})"))
     passed, seconds = len(outcomes) - len(failed), round(time.monotonic() - began, 1)
     atomic_write_json(kept, {"sandbox": sandbox.implementation, "passed": passed, "seconds": seconds})
     all_ = "all " if not failed else ""
-    say(
-        f"{name}: {all_}{passed} of the benchmark's own solutions pass, in {seconds:.0f} s; "
-        f"{sandbox.implementation}"
-    )
+    found = f"{all_}{passed} of the benchmark's own solutions pass, in {seconds:.0f} s"
+    listener(Notice(f"{name}: {found}; {sandbox.implementation}"))
 
 
 def _append_rows(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qwenq.events import Listener, Notice
 from qwenq.models.pad_ffn import padded_groups, widened
 from qwenq.models.shapes import ModelShape
 from qwenq.plan.tensor_parallel import TENSOR_PARALLEL, padding, possible_splits
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def padded(
-    base: Checkpoint, wanted: QuantizeRecipe, say: Callable[[str], None]
+    base: Checkpoint, wanted: QuantizeRecipe, listener: Listener
 ) -> tuple[Checkpoint, dict[str, int] | None]:
     """The checkpoint as it is quantised.
 
@@ -26,7 +26,7 @@ def padded(
     Args:
         base: the unquantised model.
         wanted: ``pad_ffn`` and ``group_size`` count.
-        say: is told what was chosen, and why.
+        listener: receives what was chosen, and why.
 
     Returns:
         The checkpoint, ``base`` itself where nothing is padded; and the input widths by module that an
@@ -45,7 +45,7 @@ def padded(
     if group_size != -1:
         padded_groups(to, group_size)
     checkpoint = widened(base, to)
-    say(why)
+    listener(Notice(why))
     return checkpoint, {module.name: module.columns for module in shape.linears()} if automatic else None
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal
 
+from qwenq.errors import UsageError
 from qwenq.results import Model, Row, Status, Value
 
 Weights = Literal["stored", "random"]
@@ -173,3 +174,46 @@ def is_done(point: Point, rows: Iterable[Row]) -> bool:
     place, model = point.place, point.subject.model
     mine = {row.metric: row for row in rows if row.point == place and row.model == model}
     return all(metric in mine and not mine[metric].details.get("again") for metric in point.metrics)
+
+
+def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (prompt, new tokens) of every point: prompts to encode have one new token.
+
+    Args:
+        context: prompts of generations.
+        tokens: new tokens after each of them; empty, or 0 alone: no generation.
+        encode: prompts whose encoding is measured; empty, or 0 alone: none.
+
+    Raises:
+        UsageError: a length is too small, or nothing is to be measured.
+    """
+    news, encoded = ([] if list(found) == [0] else list(found) for found in (tokens, encode))
+    for found, least, option, what in (
+        (context, 1, "--context", "a generation has a prompt of 1 token or more"),
+        (news, 2, "--tokens", "a generation has 2 new tokens or more"),
+        (encoded, 1, "--encode", "a prompt to encode has 1 token or more"),
+    ):
+        if any(number < least for number in found):
+            hint = "0 alone stands for no points" if found is not context else None
+            raise UsageError(what, where=option, hint=hint)
+    if not news and not encoded:
+        raise UsageError("nothing is to be measured", where="--tokens 0 --encode 0")
+    return [*((length, 1) for length in encoded), *((c, t) for t in news for c in context)]
+
+
+def require_known(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
+    """Refuse a misspelt name before the first point.
+
+    Raises:
+        UsageError: names what there is.
+    """
+    from qwenq.runtime.attention import BACKENDS
+    from qwenq.runtime.kernels.table import KERNELS
+
+    for option, given, known in (
+        ("--attention", attentions, ("auto", *BACKENDS)),
+        ("--engine", engines, ("fast", "transformers")),
+        ("--kernel", [kernel], ("auto", *(each.name for each in KERNELS))),
+    ):
+        if wrong := [name for name in given if name not in known]:
+            raise UsageError(f"there is no {wrong[0]!r}", where=option, hint=f"use {', '.join(known)}")

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qwenq.environment import MACHINE, decisive, difference, machine, measured_on
+from qwenq.events import Advance, Listener, Notice, Start, silent
 from qwenq.profiling.child import measure_in_child
 from qwenq.profiling.load_times import LoadTimes
 from qwenq.profiling.planning import Planned, allowances
@@ -24,22 +25,6 @@ from qwenq.results import (
 
 Measure = Callable[[Point, float | None], Iterator[Row]]
 """How a point becomes rows; every metric of it has one."""
-
-
-class Listener(Protocol):
-    """Is told how a sweep goes."""
-
-    def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None:
-        """A point begins, or is passed over; ``seconds`` is its share of the budget, 0 if it gets none."""
-        ...
-
-    def row(self, row: Row) -> None:
-        """A figure is there, or is known not to come."""
-        ...
-
-    def note(self, line: str) -> None:
-        """Something that the user has to know before the first point."""
-        ...
 
 
 @dataclass
@@ -58,7 +43,7 @@ class Progress:
 def run_sweep(
     planned: Sequence[Planned],
     out: Path,
-    listener: Listener,
+    listener: Listener = silent,
     *,
     environment: Mapping[str, Any] | None = None,
     budget: float | None = None,
@@ -92,14 +77,15 @@ def run_sweep(
         left = None if budget is None else max(0.0, budget - (time.monotonic() - began))
         rest = [runner.times.corrected(one) for one in todo[number:]]
         seconds = runner.allowance(rest, left)
-        listener.point(number + 1, len(todo), rest[0], seconds)
+        label = rest[0].point.label
+        listener(Start(label, len(todo), "points", number, rest[0].seconds, seconds))
         for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
             if row.value is None and (row.identity, row.model) in figures:
                 continue  # that there is none today takes away none that is here
             details = {**row.details, **({"command": command} if command else {})}
             told = replace(row, settings={**row.settings, **mine}, details=details)
             append_row(out, told)
-            listener.row(told)
+            listener(Advance(label, result=told))
         progress.measured += 1
     return progress
 
@@ -120,7 +106,7 @@ def _held_here(
         places = [(point.place, point.subject.model) for point in again]
         why = next(w for row, w in zip(held, apart, strict=True) if w and (row.point, row.model) in places)
         count = f"{len(again)} of {len(planned)} points {'was' if len(again) == 1 else 'were'}"
-        listener.note(f"{count} measured on another machine ({why}), and again here; --out NEW keeps both")
+        listener(Notice(f"{count} measured on another machine ({why}), and again here; --out NEW keeps both"))
     return here
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from listening import notices_to
 from tiny_model import write_tiny_model
 
 from qwenq.calibration.choose import calibration_for
@@ -39,7 +40,7 @@ def chosen(
     recipe = Recipe(calibration=CalibrationRecipe(source=str(source), **sizes))
     checkpoint = random_checkpoint("qwen2.5-0.5b-instruct", 0, device=torch.device("cpu"))
     told = said if said is not None else []
-    return calibration_for(recipe, checkpoint, vocabulary, torch.device("cpu"), told.append, lambda _: print)
+    return calibration_for(recipe, checkpoint, vocabulary, torch.device("cpu"), notices_to(told))
 
 
 def test_a_saved_set_for_random_weights_is_taken_as_it_is_or_refused(tmp_path: Path) -> None:

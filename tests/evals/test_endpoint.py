@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from evals.endpoint_server import Server, at, chat
+from listening import notices_to
 
 from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
@@ -40,7 +41,7 @@ def test_plain_text_is_completed_and_cut_where_the_task_says(server: Server) -> 
 def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) -> None:
     said: list[str] = []
     server.refuses = ("repetition_penalty",)
-    endpoint = at(server, trouble=Trouble(said.append))
+    endpoint = at(server, trouble=Trouble(notices_to(said)))
     assert [endpoint.ask(chat(text)).written.text for text in ("one", "two")] == ["ONE", "TWO"]
     assert ["repetition_penalty" in one for one in server.seen] == [True, False, False]
     assert said == [f"{server.url}: this server refuses the option repetition_penalty, so it is left out"]

@@ -9,6 +9,7 @@ from email.utils import format_datetime
 
 import pytest
 from evals.endpoint_server import Server, at, chat
+from listening import notices_to
 
 from qwenq.errors import QwenqError
 from qwenq.evals.endpoint import endpoint_at
@@ -67,7 +68,7 @@ def test_a_server_may_name_a_date() -> None:
 def test_what_is_asked_again_is_said_and_counted_down(server: Server, waits: list[float]) -> None:
     said: list[str] = []
     server.trouble = ["503", "503", "hang up"]
-    at(server, trouble=Trouble(said.append)).ask(chat("one"))
+    at(server, trouble=Trouble(notices_to(said))).ask(chat("one"))
     assert len(waits) == len(said) == 3
     assert all(line.startswith(f"{server.url}: ") for line in said)
     assert "status 503" in said[0] and said[0].endswith("; asked again in 0 s, 7 attempts left")
@@ -77,7 +78,7 @@ def test_what_is_asked_again_is_said_and_counted_down(server: Server, waits: lis
 
 def test_requests_that_fail_together_say_so_once() -> None:
     said: list[str] = []
-    trouble = Trouble(said.append)
+    trouble = Trouble(notices_to(said))
     for attempt in (1, 2, 7):
         for _ in range(8):
             trouble.failed(attempt, "busy", 2.0)
@@ -104,7 +105,7 @@ def test_a_server_that_has_answered_once_is_waited_for(waits: list[float]) -> No
     said: list[str] = []
     with Server() as running:
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        endpoint = endpoint_at(running.url, None, None, say=said.append)
+        endpoint = endpoint_at(running.url, None, None, listener=notices_to(said))
         running.shutdown()
     with pytest.raises(QwenqError, match=f"{ATTEMPTS} attempts failed, the last: Connection refused"):
         endpoint.ask(chat("one"))

@@ -24,29 +24,29 @@ from qwenq.evals.run import Answers, Plan, answer, make_plan
 from qwenq.evals.sandbox.find import find_sandbox
 from qwenq.evals.task import DataSource, Judgement
 from qwenq.evals.tasks.registry import get_task
+from qwenq.events import Advance, Event, Notice, Start
 from qwenq.results import append_row
 
 FLOAT32 = How(device="cpu", dtype="float32")
 
 
 class Silent:
-    """Counts what it is told."""
+    """Counts the items and programs that it is told of, and keeps notices."""
 
-    def __init__(self) -> None:
+    def __init__(self, said: list[str] | None = None) -> None:
         self.recorded = self.asked = self.programs = 0
+        self.said = [] if said is None else said
 
-    def started(self, contender: Contender, plan: Plan, recorded: int) -> None:
-        self.recorded += recorded
-
-    def judged(self, correct: bool | None) -> None:
-        self.asked += 1
-
-    def running(self, total: int) -> None: ...
-
-    def ran(self, passed: bool) -> None:
-        self.programs += 1
-
-    def finished(self) -> None: ...
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Start(done=done):
+                self.recorded += done
+            case Advance(step) if "running" in step:
+                self.programs += 1
+            case Advance():
+                self.asked += 1
+            case Notice(text):
+                self.said.append(text)
 
 
 @pytest.fixture(scope="module")

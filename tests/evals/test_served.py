@@ -17,8 +17,9 @@ from qwenq.evals.endpoint import CONCURRENCY
 from qwenq.evals.records import read_records
 from qwenq.evals.rows import rows_of
 from qwenq.evals.run import Plan, answer
-from qwenq.evals.served import Contestant, Served
+from qwenq.evals.served import Served
 from qwenq.evals.task import Choose, DataSource, Item, Judgement, Score, Write
+from qwenq.events import Advance, Event, Start
 from qwenq.results import append_row, read_rows
 
 
@@ -47,25 +48,17 @@ class Shout:
 
 
 class Quiet:
-    """A listener who counts."""
+    """A listener that counts."""
 
     def __init__(self) -> None:
         self.recorded, self.verdicts = -1, 0
 
-    def started(self, _: Contestant, __: Plan, recorded: int) -> None:
-        self.recorded = recorded
-
-    def judged(self, _: bool | None) -> None:
-        self.verdicts += 1
-
-    def finished(self) -> None:
-        pass
-
-    def running(self, _: int) -> None:
-        raise AssertionError
-
-    def ran(self, _: bool) -> None:
-        raise AssertionError
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Start):
+            assert event.unit == "items"
+            self.recorded = event.done
+        elif isinstance(event, Advance):
+            self.verdicts += 1
 
 
 def ask(server: Server, run: Path, task: Shout) -> tuple[Any, Quiet]:
@@ -93,9 +86,9 @@ def test_a_run_that_broke_goes_on_and_asks_nothing_twice(server: Server, tmp_pat
 
 def test_after_sigterm_what_was_asked_is_recorded_and_no_more_asked(server: Server, tmp_path: Path) -> None:
     class Told(Quiet):
-        def judged(self, _: bool | None) -> None:
-            super().judged(_)
-            if self.verdicts == 2:
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if isinstance(event, Advance) and self.verdicts == 2:
                 assert stopping.note() is not None
 
     task, listener = Shout(), Told()

@@ -36,8 +36,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 def check(plan: Plan, run: Path) -> tuple[list[str], int]:
     """What was said, and how many programs ran."""
     said: list[str] = []
-    listener = Silent()
-    check_solutions(plan, SANDBOX, run, listener, said.append)
+    listener = Silent(said)
+    check_solutions(plan, SANDBOX, run, listener)
     return said, listener.programs
 
 
@@ -84,7 +84,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(tiny: Path, folder: Path, wanted: Wanted) -> list[Row]:
-    return evaluate([open_contender(str(tiny), FLOAT32)], wanted, folder, Silent(), lambda _: None)
+    return evaluate([open_contender(str(tiny), FLOAT32)], wanted, folder, Silent())
 
 
 def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
@@ -128,7 +128,7 @@ def test_answers_that_are_cut_at_the_limit_are_said(tiny: Path, tmp_path: Path) 
         file.write_text(lines.replace('"stopped": true', '"stopped": false', cut), encoding="utf-8")
         said = list[str]()
         contender = open_contender(str(tiny), FLOAT32)
-        (row,) = evaluate([contender], wanted, tmp_path / "run", Silent(), said.append)
+        (row,) = evaluate([contender], wanted, tmp_path / "run", Silent(said))
         line = "2 of 3 answers to gsm8k were cut at their limit of tokens, before they ended"
         assert said == ([f"Tiny fp32: {line}"] if cut else [])
         assert row.details.get("notes") == ([line] if cut else None)

@@ -307,5 +307,5 @@ def test_the_real_files_are_sound(shared_data: Path, name: str, protocol: str, c
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     os.mkfifo(tmp_path / "gsm8k" / "test.jsonl")
-    with pytest.raises(DataError, match="it is no file"):
+    with pytest.raises(DataError, match="it is not a file"):
         get_task("gsm8k", "card").items(DataSource(folder=tmp_path))

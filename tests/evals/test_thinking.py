@@ -141,7 +141,7 @@ def test_rows_say_what_was_cut_and_how_it_was_asked(folder: Path, data: Path, tm
     for wish in ("on", "off"):
         contender = open_contender(str(folder), How("cpu", "float32", thinking=wish))
         wanted = Wanted(("gsm8k",), "card", limit=3, source=DataSource(data), max_new_tokens=5)
-        rows += evaluate([contender], wanted, tmp_path / "run", Silent(), said.append)
+        rows += evaluate([contender], wanted, tmp_path / "run", Silent(said))
     for row, wish in zip(rows, ("on", "off"), strict=True):
         assert (row.settings["thinking"], row.settings["asked"]) == (wish, "generation")
         found = cut_of(row)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwenq.events import Event, Notice
 from qwenq.profiling.planning import Planned
 from qwenq.profiling.points import Point
 from qwenq.profiling.sweep import run_sweep
@@ -45,12 +46,9 @@ class Silent:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None: ...
-
-    def row(self, row: Row) -> None: ...
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self.notes.append(event.text)
 
 
 def planned(points: list[Point], **changes: str) -> list[Planned]:
