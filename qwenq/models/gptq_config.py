@@ -10,15 +10,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.dynamic import rule_for
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from qwenq.models.packing import CheckpointFormat
 
 SUPPORTED_BITS = (2, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
@@ -52,7 +50,7 @@ class QuantConfig:
     static_groups: bool = False
     true_sequential: bool = True
     damp_percent: float = 0.01
-    checkpoint_format: CheckpointFormat = "gptq"
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     lm_head: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     modules: tuple[tuple[str, ...], ...] = ()
@@ -273,7 +271,7 @@ def _no_rules(what: str, where: str) -> ModelError:
     return ModelError(what, where=where, hint="restore config.json from where the model came from")
 
 
-def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:
+def _checkpoint_format(keys: Mapping[str, Any]) -> Literal["gptq", "gptq_v2"]:
     """``checkpoint_format`` (AutoGPTQ, GPTQModel) or ``format`` (newer GPTQModel); absent: v1."""
     value = keys.get("checkpoint_format") or keys.get("format") or "gptq"
     if value not in CHECKPOINT_FORMATS:
@@ -282,7 +280,7 @@ def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:
             where="quantization_config.checkpoint_format",
             hint=f"convert it to one of {', '.join(CHECKPOINT_FORMATS)} with the tool that wrote it",
         )
-    return cast("CheckpointFormat", value)
+    return cast("Literal['gptq', 'gptq_v2']", value)
 
 
 def _bits(value: Any) -> int:

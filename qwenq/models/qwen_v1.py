@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.gptq_config import QuantConfig, settings_of
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_config, qwen2_generation_config
-from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource
+from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource, require_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,6 @@ _SPLIT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _BUFFERS = (".attn.rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # rebuilt, never learnt
 _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.(\w+)")
 _OUTPUT_AXIS = {"weight": 0, "bias": 0, "qweight": 1, "scales": 1, "qzeros": 1}
-_INCOMPLETE = "a shard is missing, or config.json belongs to another model; copy the model again"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def qwen2_view(
         ModelError: keys or tensors contradict each other or are missing; names them.
         UnsupportedError: a vision tower, or a GPTQ folder in activation order.
     """
-    quant = _quant_config(folder, config, source)
+    quant = settings_of(folder, config, source.names())
     names = set(source.names())
     embedding = "transformer.wte.weight"
     dtype = str(source.info(embedding).dtype).removeprefix("torch.") if embedding in names else None
@@ -95,7 +94,7 @@ class QwenV1Source:
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
         self._source = source
         self.files = list(source.files) if isinstance(source, StoredInFiles) else []
-        _check_shapes(source, config, quant)
+        require_tensors(source, dict(_expected(config, quant)), self.files[0].parent if self.files else None)
         if quant is not None:
             _refuse_activation_order(source, quant)
         self._origins = dict(_mapping(source, config["num_hidden_layers"]))
@@ -190,23 +189,6 @@ def _unknown(name: str) -> ModelError:
     )
 
 
-def _check_shapes(source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
-    """Every tensor that the config asks for is there, in its shape."""
-    names = set(source.names())
-    for name, shape in _expected(config, quant):
-        if name not in names:
-            raise ModelError("a tensor of the Qwen v1 model is missing", where=name, hint=_INCOMPLETE)
-        found = source.info(name).shape
-        if found != shape:
-            raise ModelError(_shape_message(name, found, shape), where=name, hint=_INCOMPLETE)
-
-
-def _shape_message(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    if f".{_FUSED}." in name:
-        return f"c_attn is {list(found)}, but q, k and v over hidden_size make it {list(shape)}"
-    return f"the tensor is {list(found)}, but config.json makes it {list(shape)}"
-
-
 def _expected(config: Mapping[str, Any], quant: QuantConfig | None) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(v1 name, shape) of the tensors that cannot be missing."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
@@ -256,7 +238,3 @@ def _refuse_activation_order(source: TensorSource, quant: QuantConfig) -> None:
                 where=name,
                 hint="quantise the full-precision model again; act-order here keeps the natural order",
             )
-
-
-def _quant_config(folder: Path, config: Mapping[str, Any], source: TensorSource) -> QuantConfig | None:
-    return settings_of(folder, config, source.names())
