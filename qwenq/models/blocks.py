@@ -1,4 +1,4 @@
-"""A decoder that is never whole in memory: transformers' own blocks on the meta device, filled one at a time.
+"""Run a decoder block by block: transformers' own blocks on the meta device, filled one at a time.
 
 Quantising and checking both run a model layer by layer over many sequences. This gives them the hidden states
 before the first block, each block in turn with its weights read from the checkpoint, and the head's logits.
@@ -98,31 +98,31 @@ class BlockwiseDecoder:
 
     @property
     def template(self) -> nn.Module:
-        """The first block without weights: its modules and their shapes."""
+        """Return the first block without weights: its modules and their shapes."""
         first: nn.Module = self._blocks[0]
         return first
 
     @property
     def kinds(self) -> dict[tuple[str, ...], nn.Module]:
-        """One block without weights of each kind, by the names of its linears."""
+        """Return one block without weights of each kind, by the names of its linears."""
         return {tuple(linears_of(block)): block for block in reversed(self._blocks)}
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """All blocks, without weights."""
+        """Return all blocks, without weights."""
         return self._blocks
 
     def kept(self) -> Iterator[dict[str, str]]:
-        """What is not quantised, block by block: ``kept_of``."""
+        """Yield what is not quantised, block by block: ``kept_of``."""
         yield from map(kept_of, self._blocks)
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """Return rows of the embedding."""
         return self.checkpoint.info("model.embed_tokens.weight").shape[0]
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Hidden states before the first block.
+        """Compute the hidden states before the first block.
 
         Args:
             batches: int64 [batch, tokens] each, all of one length, no padding.
@@ -165,7 +165,7 @@ class BlockwiseDecoder:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block ``index`` with its weights; they are dropped on leaving.
+        """Give block ``index`` its weights; they are dropped on leaving.
 
         Raises:
             ModelError: a tensor is missing or has another shape.
@@ -197,7 +197,7 @@ class BlockwiseDecoder:
 
     @contextmanager
     def head(self) -> Iterator[_Head]:
-        """The final norm and the output head, callable on hidden states."""
+        """Load the final norm and the output head, callable on hidden states."""
         self._fill(self._inner.norm, "model.norm")
         name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
         try:
@@ -224,7 +224,7 @@ class _Head:
         self._norm, self._weight, self._device, self._dtype = norm, weight, device, dtype
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[…, hidden] → […, vocabulary] float32."""
+        """Compute logits: […, hidden] → […, vocabulary] float32."""
         normed = self._norm(hidden)
         logits = torch.empty(*hidden.shape[:-1], len(self._weight), dtype=torch.float32, device=self._device)
         chunks = zip(self._weight.split(VOCABULARY_CHUNK), logits.split(VOCABULARY_CHUNK, -1), strict=True)

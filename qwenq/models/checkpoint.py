@@ -1,4 +1,4 @@
-"""A checkpoint: a folder, its config, and a lazy source of tensors."""
+"""Open a checkpoint: a folder, its config, and a lazy source of tensors."""
 
 from __future__ import annotations
 
@@ -50,40 +50,40 @@ class Checkpoint:
 
     @property
     def companions(self) -> Path | None:
-        """The folder of tokenizer, licence and settings; None where there can be none."""
+        """Return the folder of tokenizer, licence and settings; None where there can be none."""
         return self.folder if self.on_disk else None
 
     @property
     def published_config(self) -> dict[str, Any]:
-        """The config.json of the whole model, whose language model is this one."""
+        """Return the config.json of the whole model, whose language model is this one."""
         return whole_config(self.file_config, self.config) if self.file_config else dict(self.config)
 
     @property
     def published(self) -> TensorSource:
-        """The tensors of the whole model, under the names in its files."""
+        """Return the tensors of the whole model, under the names in its files."""
         return self.view.whole if self.view is not None else self.source
 
     def names(self) -> Iterable[str]:
-        """All tensor names, in file order."""
+        """Return all tensor names, in file order."""
         return self.source.names()
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of a tensor, from the header alone."""
+        """Return shape and dtype of a tensor, from the header alone."""
         return self.source.info(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in its stored dtype."""
+        """Read one tensor, on the CPU, in its stored dtype."""
         return self.source.read(name)
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the output head is the embedding: no ``lm_head.weight`` and the config says so."""
+        """Return whether the output head is the embedding."""
         absent = "lm_head.weight" not in set(self.names())
         return absent and bool(self.config.get("tie_word_embeddings", False))
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over names, shapes, dtypes and bytes of all weights, and the config."""
+        """Return 16 hex digits over names, shapes, dtypes and bytes of all weights, and the config."""
         from qwenq.models.fingerprint import fingerprint
 
         if self.view is not None and self.source is self.view:  # files are hashed as they are
@@ -151,8 +151,8 @@ def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[
     if "format" in settings:
         settings["format"] = found
     notices.append(
-        f"config.json names the format {quant.checkpoint_format}, but the zero points are stored as in {found}: "
-        "they are read as stored"
+        f"config.json names {quant.checkpoint_format}, but the zero points are stored as in {found}: they are "
+        "read as stored"
     )
     return {**config, "quantization_config": settings}
 

@@ -26,7 +26,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Return number of elements."""
         count = 1
         for size in self.shape:
             count *= size
@@ -37,15 +37,15 @@ class TensorSource(Protocol):
     """Lazy access to named tensors. ``read`` raises ``ModelError`` for an unknown name."""
 
     def names(self) -> Iterable[str]:
-        """All tensor names, in file order."""
+        """Return all tensor names, in file order."""
         ...
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype from the header alone."""
+        """Return shape and dtype from the header alone."""
         ...
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype."""
+        """Return the tensor on the CPU, in its stored dtype."""
         ...
 
 
@@ -55,7 +55,7 @@ class StoredInFiles(Protocol):
 
     @property
     def files(self) -> Sequence[Path]:
-        """All of them; empty where that is not known."""
+        """Return all of them; empty where that is not known."""
         ...
 
 
@@ -65,7 +65,7 @@ class MadeFromFacts(Protocol):
 
     @property
     def decided_by(self) -> Mapping[str, Any]:
-        """All that the values follow from, as JSON can hold it."""
+        """Return all that the values follow from, as JSON can hold it."""
         ...
 
 
@@ -74,7 +74,7 @@ class ReadsParts(Protocol):
     """A source that reads a part of a tensor without the rest of it."""
 
     def read_part(self, name: str, index: int) -> torch.Tensor:
-        """``read(name)[index]``: one step along the first dimension."""
+        """Return ``read(name)[index]``: one step along the first dimension."""
         ...
 
 

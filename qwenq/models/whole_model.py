@@ -1,4 +1,4 @@
-"""A whole model as transformers builds it, from a config and tensors that are here: nothing is fetched."""
+"""Build a whole model with transformers, from a config and tensors that are here: nothing is fetched."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build_whole_model(
     hint: str | None = None,
     **options: Any,
 ) -> Any:
-    """A causal language model for inference, on the CPU unless ``options`` say otherwise.
+    """Build a causal language model for inference, on the CPU unless ``options`` say otherwise.
 
     Args:
         checkpoint: for messages.
@@ -113,7 +113,7 @@ def _fill_computed(model: Any) -> None:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers' own is off for a while: the caller shows progress."""
+    """Switch transformers' progress bar off for a while: the caller shows progress."""
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()
