@@ -130,11 +130,6 @@ class BlockwiseDecoder:
         Returns:
             One [batch, tokens, hidden] per batch; what the blocks need besides (positions, rotary tables,
             masks where some layers slide a window) is kept for ``forward``.
-
-        Raises:
-            UsageError: the sequences are longer than these blocks compute as the model does.
-            CorruptFileError: the embedding, the last norm or the head holds NaN or Inf.
-            UnsupportedError: it holds no floating-point numbers of 16 bits or more.
         """
         for batch in batches:
             require_plain(
@@ -165,13 +160,7 @@ class BlockwiseDecoder:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Give block ``index`` its weights; they are dropped on leaving.
-
-        Raises:
-            ModelError: a tensor is missing or has another shape.
-            CorruptFileError: a tensor holds NaN or Inf.
-            UnsupportedError: a tensor holds no floating-point numbers of 16 bits or more.
-        """
+        """Give block ``index`` its weights; they are dropped on leaving."""
         block: nn.Module = self._blocks[index]
         self._fill(block, self.names[index])
         try:

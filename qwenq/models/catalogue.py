@@ -98,20 +98,12 @@ def suggestions(name: str, count: int = 2, alike: float = 0.0) -> list[str]:
 
 
 def config_for(name: str) -> dict[str, Any]:
-    """Return a config.json for a catalogue name, in Llama, Qwen2 or Qwen3 layout (Qwen v1 as Qwen2).
-
-    Raises:
-        UsageError: no such name.
-    """
+    """Return a config.json for a catalogue name, in Llama, Qwen2 or Qwen3 layout (Qwen v1 as Qwen2)."""
     return dict(entry(name).config)
 
 
 def shape_for(name: str) -> ModelShape:
-    """Return the sizes of a catalogue name.
-
-    Raises:
-        UsageError: no such name.
-    """
+    """Return the sizes of a catalogue name."""
     return entry(name).shape
 
 

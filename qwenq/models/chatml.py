@@ -106,11 +106,7 @@ def build_context(
 def split_rounds(
     messages: Sequence[Message], *, must_end_with_user: bool = False
 ) -> tuple[str, list[list[Message]]]:
-    """Split a conversation into its system prompt and rounds that begin with a user message.
-
-    Raises:
-        UsageError: as `build_context`.
-    """
+    """Split a conversation into its system prompt and rounds that begin with a user message."""
     for place, message in enumerate(messages):
         _check_message(place, message)
     has_system = bool(messages) and messages[0]["role"] == "system"
@@ -132,18 +128,6 @@ def split_rounds(
 def stop_ids(tokenizer: ChatmlTokenizer) -> tuple[int, int, int]:
     """Return the ids that end an answer: ``<|im_end|>``, ``<|endoftext|>``, ``<|im_start|>``."""
     return tokenizer.im_end_id, tokenizer.eod_id, tokenizer.im_start_id
-
-
-def cut_answer(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """Return the generated ids up to the first stop id; all of them when none occurs.
-
-    v1's own decoding lost the last token in that second case (an answer cut by the token limit).
-    """
-    ends = set(stops)
-    for place, token in enumerate(ids):
-        if token in ends:
-            return list(ids[:place])
-    return list(ids)
 
 
 def _first_kept(head: int, rounds: Sequence[int], max_window: int | None) -> int:

@@ -33,7 +33,7 @@ class Checkpoint:
             vision-language model it is the language model's part).
         source: the tensors, under the names of that architecture; of a vision-language model, a model with a
             draft head or fused experts it is a ``TextView``, or stands before one.
-        notices: what the user has to be told about how it was read, one line each.
+        notices: for the user, on how it was read, one line each.
         on_disk: False: weights are drawn as they are read, and nothing in ``folder``, should there be such a
             one, belongs to them.
         view: how the language model was found among the files' tensors; None: they are all it has.
@@ -151,8 +151,8 @@ def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[
     if "format" in settings:
         settings["format"] = found
     notices.append(
-        f"config.json names {quant.checkpoint_format}, but the zero points are stored as in {found}: they are "
-        "read as stored"
+        f"config.json names {quant.checkpoint_format}, but the zero points are stored as in {found}, and are "
+        "read so"
     )
     return {**config, "quantization_config": settings}
 

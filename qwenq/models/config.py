@@ -129,12 +129,7 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def require_layers(config: dict[str, Any], names: Iterable[str], folder: Path) -> None:
-    """Check that the last layer of config.json has tensors, before ten thousand are built.
-
-    Raises:
-        ModelError: it has none.
-        UnsupportedError: they have the names of a model that is no language model.
-    """
+    """Check that the last layer of config.json has tensors, before ten thousand are built."""
     last = f"model.layers.{config['num_hidden_layers'] - 1}."
     names = list(names)
     if any(name.startswith(last.removeprefix("model.")) for name in names):

@@ -174,11 +174,7 @@ class FusedAttention(nn.Module):
         past_key_values: Any = None,
         **rest: Any,
     ) -> tuple[Tensor, None]:
-        """Return [batch, tokens, hidden] → the same, and no weights.
-
-        Raises:
-            ValueError: there are keys of earlier tokens: whole texts pass these blocks.
-        """
+        """Return [batch, tokens, hidden] → the same, and no weights."""
         if past_key_values is not None:
             raise ValueError("these blocks keep no keys and values of earlier tokens")
         shape = hidden_states.shape[:-1]

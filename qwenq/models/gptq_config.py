@@ -26,7 +26,7 @@ _WIDEST = 1 << 24  # input columns of the widest linear that config.json may nam
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How a checkpoint was quantised: what a reader has to know, and what the quantiser was told.
+    """Settings of a quantised checkpoint.
 
     Attributes:
         bits: 2, 4 or 8.
@@ -56,11 +56,7 @@ class QuantConfig:
     modules: tuple[tuple[str, ...], ...] = ()
 
     def of(self, module: str) -> QuantConfig:
-        """Return the settings of one quantised module, in which no rules are left.
-
-        Raises:
-            ModelError: a rule of ``dynamic`` says that the module is not quantised.
-        """
+        """Return the settings of one quantised module, in which no rules are left."""
         if not self.dynamic:
             return self
         found = rule_for(self.dynamic, module)
@@ -155,10 +151,6 @@ def settings_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -
         folder: of the model.
         config: its config.json.
         names: of its tensors.
-
-    Raises:
-        ModelError: quantised weights, and neither file says how.
-        UnsupportedError: see ``QuantConfig.read``.
     """
     if config.get("quantization_config"):
         return QuantConfig.read(config, folder / "config.json")
@@ -181,37 +173,6 @@ def settings_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -
 def is_quantised(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json is that of a quantised model, by whatever method."""
     return bool(config.get("quantization_config"))
-
-
-def linear_bytes(in_features: int, out_features: int, bits: int, group_size: int, *, bias: bool) -> int:
-    """Return bytes of one quantised linear: qweight, qzeros, scales (fp16), g_idx (int32), bias (fp16)."""
-    groups = 1 if group_size == -1 else -(-in_features // group_size)
-    qweight = in_features * out_features * bits // 8
-    qzeros = groups * out_features * bits // 8
-    return qweight + qzeros + groups * out_features * 2 + in_features * 4 + (out_features * 2 if bias else 0)
-
-
-def quantised_bytes(
-    linears: Iterable[tuple[int, int, bool]],
-    unquantised_elements: int,
-    bits: int,
-    group_size: int,
-    *,
-    zero_biases: bool = False,
-) -> int:
-    """Return bytes of all tensors of a GPTQ checkpoint (the index's ``total_size``), to the byte.
-
-    Args:
-        linears: ``(in_features, out_features, has_bias)`` of each quantised linear.
-        unquantised_elements: elements of everything else (embedding, norms, head), stored in 16 bits.
-        bits: 2, 4 or 8.
-        group_size: input columns a group; -1 for all.
-        zero_biases: count a bias for every quantised linear, as AutoGPTQ wrote it until March 2024.
-    """
-    packed = sum(
-        linear_bytes(n_in, n_out, bits, group_size, bias=bias or zero_biases) for n_in, n_out, bias in linears
-    )
-    return packed + 2 * unquantised_elements
 
 
 def _refuse_foreign_method(keys: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError
-from qwenq.models.gptq_config import QuantConfig, is_quantised, linear_bytes, quantised_bytes
+from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.source import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ __all__ = [
     "QuantConfig",
     "check_module_shapes",
     "is_quantised",
-    "linear_bytes",
-    "quantised_bytes",
     "quantised_modules",
     "read_packed",
     "stored_format",
@@ -49,9 +47,6 @@ def read_packed(
         module: whose.
         quant: their settings.
         names: of all tensors, for callers that read many modules; None: they are asked for.
-
-    Raises:
-        ModelError: one of its tensors is missing, or their shapes contradict the config.
     """
     from qwenq.models.packing import PackedLinear, trivial_g_idx
 
@@ -217,11 +212,7 @@ def _check_types(source: TensorSource, names: Container[str], module: str) -> No
 
 
 def check_g_idx(g_idx: torch.Tensor, module: str, quant: QuantConfig) -> None:
-    """Check that a module's ``g_idx`` names groups that exist.
-
-    Raises:
-        ModelError: it does not.
-    """
+    """Check that a module's ``g_idx`` names groups that exist."""
     groups = quant.of(module).groups(g_idx.shape[0])
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise ModelError(
@@ -252,11 +243,7 @@ def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
-    """Check that every zero point of a symmetric model is the middle; one off means the other format.
-
-    Raises:
-        ModelError: they are stored in the other format than the config says, or are no middle at all.
-    """
+    """Check that every zero point of a symmetric model is the middle; one off means the other format."""
     from qwenq.models.packing import unpack_zeros
 
     quant = quant.of(module)

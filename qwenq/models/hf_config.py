@@ -52,12 +52,7 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: st
 
 @contextmanager
 def refused_by_transformers(folder: Path | None) -> Iterator[None]:
-    """Turn whatever building a model raises into ``ModelError``: transformers checks few values.
-
-    Raises:
-        OutOfMemoryError: torch was refused memory; that is not the config's fault.
-        KeyboardInterrupt: a stop, also where leaving what it broke into failed.
-    """
+    """Turn whatever building a model raises into ``ModelError``: transformers checks few values."""
     try:
         yield
     except (MemoryError, QwenqError):

@@ -70,11 +70,7 @@ class HfTokenizer:
         return "always" if prompt.rstrip().endswith("<think>") else "never"
 
     def with_thinking(self, enabled: bool) -> HfTokenizer:
-        """Return a tokenizer whose chat template is rendered with ``enable_thinking``.
-
-        Raises:
-            UsageError: the template does not read it.
-        """
+        """Return a tokenizer whose chat template is rendered with ``enable_thinking``."""
         if self.thinking != "switch":
             raise UsageError(
                 "this model's chat template does not read enable_thinking",

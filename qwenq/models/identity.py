@@ -103,9 +103,6 @@ def base_of(folder: Path) -> dict[str, Any]:
     """Read ``base_facts`` of the model that this one was made from; empty where there are none.
 
     Older manifests have ``model`` and ``fingerprint`` alone.
-
-    Raises:
-        CorruptFileError: the manifest is no JSON object, or calls the base something that is no name.
     """
     path = folder / MANIFEST
     if not path.is_file():

@@ -36,11 +36,7 @@ def local_path(text: str | Path, what: str) -> Path:
 
 
 def require_utf8(path: str | Path, what: str) -> None:
-    """Refuse a name that JSON cannot hold and the safetensors library cannot open.
-
-    Raises:
-        UsageError: its bytes are no UTF-8, as those of an old disk or archive may be.
-    """
+    """Refuse a name that JSON cannot hold and the safetensors library cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

@@ -37,9 +37,6 @@ def long_context_of(config: Mapping[str, Any], where: str | Path = "config.json"
         config: config.json in Llama's, Qwen2's or Qwen3's words.
         where: the file, for messages. ``open_checkpoint`` names it, so that whatever it has opened has sound
             flags or none.
-
-    Raises:
-        ModelError: the flags are there but incomplete.
     """
     flags = config.get(V1_KEY)
     if flags is None:
@@ -78,9 +75,6 @@ def require_plain(config: Mapping[str, Any], tokens: int, *, option: str, where:
         tokens: of each sequence.
         option: what made them so long: ``--seq-len``, a file.
         where: the model or the file.
-
-    Raises:
-        UsageError: says the limit, and what sets it.
     """
     longest = longest_plain(config)
     if longest is None or tokens <= longest:

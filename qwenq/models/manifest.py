@@ -13,11 +13,7 @@ which says what the run is."""
 
 
 def missing_manifest(folder: Path) -> list[str]:
-    """Return a notice on quantised weights without a manifest; empty where there is one.
-
-    Raises:
-        ModelError: they are what an unfinished run has staged: never compared with their base.
-    """
+    """Return a notice on quantised weights without a manifest; empty where there is one."""
     if (folder / MANIFEST).is_file():
         return []
     real = folder.resolve()

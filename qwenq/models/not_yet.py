@@ -64,11 +64,7 @@ def missing_by_config(config: dict[str, Any]) -> str | None:
 
 
 def refuse_to_run(name: str) -> None:
-    """Say "not yet" to the name of a model that is known, and neither quantised nor run.
-
-    Raises:
-        UnsupportedError: names what is missing.
-    """
+    """Say "not yet" to the name of a model that is known, and neither quantised nor run."""
     if not _RUNS.match(name.lower().rpartition("/")[2]):
         refuse_by_name(name)
 
@@ -77,9 +73,6 @@ def refuse_by_name(name: str) -> None:
     """Say "not yet" to the name of a model that is known, and whose sizes are not.
 
     A hub id of another owner than Qwen passes: others may call theirs what they like.
-
-    Raises:
-        UnsupportedError: names what is missing.
     """
     owner = name.lower().rpartition("/")[0]
     if owner in ("", "qwen") and (missing := missing_by_name(name)):

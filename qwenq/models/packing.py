@@ -154,11 +154,7 @@ def dequantise(
 
 
 def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "gptq") -> Tensor:
-    """Pack zero points uint8 ``[out, groups]`` to int32 ``[groups, out * bits / 32]``.
-
-    Raises:
-        QuantisationError: a zero point of 0, which format v1 has no safe form for.
-    """
+    """Pack zero points uint8 ``[out, groups]`` to int32 ``[groups, out * bits / 32]``."""
     if checkpoint_format == "gptq":
         if bool((zeros == 0).any()):
             raise QuantisationError(

@@ -39,11 +39,7 @@ def padded_width(ffn: int, group_size: int, tensor_parallel: Iterable[int] = (8,
 
 
 def padded_groups(to: int, group_size: int) -> int:
-    """Return groups of ``down_proj`` after padding: ``to / group_size``.
-
-    Raises:
-        UsageError: the width is no multiple of the group size.
-    """
+    """Return groups of ``down_proj`` after padding: ``to / group_size``."""
     if to % group_size:
         raise UsageError(
             f"an FFN of {to} channels is no multiple of the group size {group_size}",
@@ -54,11 +50,7 @@ def padded_groups(to: int, group_size: int) -> int:
 
 
 def interleave_zeros(tensor: torch.Tensor, to: int, axis: int) -> torch.Tensor:
-    """Copy a tensor to length ``to`` on ``axis``: a zero slice after each of its first slices.
-
-    Raises:
-        UsageError: ``to`` is shorter than the axis, or more than twice as long.
-    """
+    """Copy a tensor to length ``to`` on ``axis``: a zero slice after each of its first slices."""
     length = tensor.shape[axis]
     zeros = _zeros(length, to)
     source = tensor.movedim(axis, 0)

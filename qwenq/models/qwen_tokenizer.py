@@ -46,10 +46,6 @@ def read_ranks(path: Path, expected: int | None = RANK_COUNT) -> dict[bytes, int
 
     Returns:
         Token bytes to rank; the ranks are 0 … n-1 and hold all 256 single bytes.
-
-    Raises:
-        ModelError: there is no such file.
-        CorruptFileError: a line that is no rank, a rank or token that occurs twice, or missing ranks.
     """
     try:
         content = path.read_bytes()

@@ -61,10 +61,6 @@ def qwen2_view(
         folder: the model folder, for ``quantize_config.json`` where config.json lacks the settings.
         config: config.json as it is on disk.
         source: the tensors as they are on disk.
-
-    Raises:
-        ModelError: keys or tensors contradict each other or are missing; names them.
-        UnsupportedError: a vision tower, or a GPTQ folder in activation order.
     """
     quant = settings_of(folder, config, source.names())
     names = set(source.names())
@@ -85,10 +81,6 @@ class QwenV1Source:
         source: the v1 tensors.
         config: the Qwen2 config that belongs to them (see ``qwen2_config``).
         quant: the GPTQ settings, None for full precision.
-
-    Raises:
-        ModelError: a tensor is missing, unknown, or not of the shape that the config asks for.
-        UnsupportedError: see ``qwen2_view``.
     """
 
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:

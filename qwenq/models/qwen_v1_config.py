@@ -49,9 +49,6 @@ def qwen2_config(
         config: config.json of a v1 model, in either key set. It is not changed.
         dtype: of the weights, for ``torch_dtype``; None: what config.json says.
         where: the file, for messages.
-
-    Raises:
-        ModelError: a key is missing, or two contradict each other; names them.
     """
     keys = _Keys(config, where)
     hidden, vocab = keys.count("hidden_size"), keys.vocab()
@@ -116,7 +113,7 @@ def _token_ids(config: Mapping[str, Any], vocab: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Keys:
-    """What a v1 config.json says, key by key; what is wrong with one is said with the file."""
+    """Values of a v1 config.json, read key by key; errors name the file."""
 
     config: Mapping[str, Any]
     where: str | Path

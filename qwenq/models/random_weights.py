@@ -88,11 +88,7 @@ class RandomSource:
         return self._infos.keys()
 
     def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype of a tensor, which is not made for that.
-
-        Raises:
-            ModelError: no tensor of that name.
-        """
+        """Return shape and dtype of a tensor, which is not made for that."""
         if name not in self._infos:
             raise ModelError(f"this model has no tensor {name}", where=name)
         return self._infos[name]
@@ -148,11 +144,7 @@ def tensor_seed(seed: int, name: str) -> int:
 def random_config(
     name_or_config: str | dict[str, Any], seed: int, dtype: str = "bfloat16", layers: int | None = None
 ) -> dict[str, Any]:
-    """Build a config.json marked as random, from a catalogue name or a config.
-
-    Raises:
-        UsageError: no such catalogue name, dtype or depth.
-    """
+    """Build a config.json marked as random, from a catalogue name or a config."""
     config = catalogue.config_for(name_or_config) if isinstance(name_or_config, str) else dict(name_or_config)
     _dtype(dtype)
     if layers is not None and layers < 1:
@@ -171,11 +163,7 @@ def random_checkpoint(
     layers: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Checkpoint:
-    """Make a checkpoint that lies on no disk: its tensors are made as they are read.
-
-    Raises:
-        UsageError: no such catalogue name, dtype or depth.
-    """
+    """Make a checkpoint that lies on no disk: its tensors are made as they are read."""
     config = random_config(name_or_config, seed, dtype, layers)
     source = RandomSource(
         ModelShape.from_config(config),

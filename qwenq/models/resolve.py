@@ -24,7 +24,7 @@ _ALIKE_IN_CATALOGUE = 85.0  # nearer: its names differ by a digit
 
 @dataclass(frozen=True)
 class Resolved:
-    """A model folder that exists, and what has to be told about how it was found."""
+    """A model folder that exists, and notices on how it was found."""
 
     folder: Path
     notices: list[str] = field(default_factory=list)

@@ -18,12 +18,7 @@ _COPY_AGAIN = "copy the model's config.json again"
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a Llama or Qwen model rotates its heads, in either spelling of config.json.
-
-    Raises:
-        ModelError: both spellings, and they differ: transformers takes ``rope_scaling`` alone, and loses the
-            base that the other one says. Or parameters that no such model has.
-    """
+    """Return how a Llama or Qwen model rotates its heads, in either spelling of config.json."""
     scaling, parameters = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
     if scaling and parameters and _whole(scaling, config) != _whole(parameters, config):
         raise ModelError(

@@ -92,7 +92,7 @@ class RoutedExperts(nn.ModuleList):
 def unfuse(blocks: Iterable[nn.Module], *, every: bool) -> bool:
     """Replace fused experts by ``RoutedExperts`` on the meta device; return whether there were any.
 
-    Modules of another make (biases, no gate, interleaved rows, [in, out]) are left alone: whoever goes
+    Modules of another make (biases, no gate, interleaved rows, [in, out]) are left alone: code that goes
     through the parameters of a block then meets theirs, and refuses them by name.
     """
     found = False

@@ -217,12 +217,7 @@ def _find_index(folder: Path) -> Path | None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Read ``weight_map`` of an index file: tensor name → file name.
-
-    Raises:
-        ModelError: the disk does not give it, or it is a folder.
-        CorruptFileError: not JSON, or no map of names to names.
-    """
+    """Read ``weight_map`` of an index file: tensor name → file name."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -236,12 +231,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def shard_path(folder: Path, name: str, index: Path) -> Path:
-    """Return the path of a file that an index names: a plain file name inside ``folder``.
-
-    Raises:
-        CorruptFileError: the name has folders in it, or is absolute. Symbolic links are followed, since the
-            hub's cache is made of them, but only the folder's own: the index cannot point outside.
-    """
+    """Return the path of a file that an index names: a plain file name inside ``folder``."""
     if name in {"", ".", ".."} or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
         raise CorruptFileError(
             f"the index points outside the model folder: {name!r}",

@@ -19,7 +19,7 @@ OTHER_MODEL = "config.json and the weights are not of one model, or a shard is m
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of a tensor, without its bytes."""
+    """Shape and dtype of a tensor, from a file's header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -108,11 +108,7 @@ def require_tensors(
 def require_shape(
     name: str, found: Sequence[int] | None, expected: Sequence[int], where: str | Path | None
 ) -> None:
-    """Check one tensor's shape against what config.json asks for.
-
-    Raises:
-        ModelError: there is no such tensor (``found`` is None), or it has another shape.
-    """
+    """Check one tensor's shape against what config.json asks for."""
     if found is None:
         raise ModelError(f"the tensor {name} is missing", where=where, hint=OTHER_MODEL)
     if tuple(found) != tuple(expected):

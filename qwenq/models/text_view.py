@@ -52,9 +52,6 @@ class TextView:
         whole: the tensors as the files name them.
         hidden: the width of the hidden states, which tells how fused experts are oriented.
         folder: for messages.
-
-    Raises:
-        ModelError: fused experts whose shapes fit neither orientation.
     """
 
     def __init__(self, whole: TensorSource, hidden: Any, folder: Path | None = None) -> None:

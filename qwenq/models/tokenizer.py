@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,21 +16,7 @@ from qwenq.errors import CorruptFileError, ModelError
 from qwenq.models.chatml import DEFAULT_MAX_WINDOW, Message
 from qwenq.models.own_files import require_own_files
 from qwenq.models.qwen_tokenizer import RANK_COUNT, RANKS_FILE, SPECIAL_TOKENS, QwenTokenizer
-from qwenq.storage import atomic_write_json, guard_storage
 
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-    RANKS_FILE,
-)
 _SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
 
 
@@ -168,44 +153,8 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SUFFICIENT)
 
 
-def copy_tokenizer_files(src: Path, dst: Path) -> list[str]:
-    """Put the tokenizer of ``src`` beside a model in ``dst``, loadable by AutoTokenizer without remote code.
-
-    A folder with ``qwen.tiktoken`` alone gets a tokenizer.json exported from it, and none of v1's
-    tokenizer_config.json, which asks for remote code.
-
-    Returns:
-        The names of what was written.
-
-    Raises:
-        ModelError: ``src`` holds no tokenizer.
-        StorageError: the disk is full, read-only, or forbids it.
-    """
-    if not has_tokenizer(src):
-        raise ModelError("the folder holds no tokenizer", where=src)
-    exports = (src / RANKS_FILE).is_file() and not (src / "tokenizer.json").is_file()
-    names = [RANKS_FILE] if exports else [name for name in COPIED if (src / name).exists()]
-    with guard_storage(dst):
-        dst.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            _copy(src / name, dst / name)
-    if exports:
-        from qwenq.models.tokenizer_json import WRITTEN, write_tokenizer_json
-
-        length = read_json(src / "config.json").get("seq_length")
-        write_tokenizer_json(
-            load_qwen_tokenizer(src), dst, max_length=length if isinstance(length, int) else None
-        )
-        names += WRITTEN
-    return names
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; empty when there is no such file.
-
-    Raises:
-        CorruptFileError: the file is no JSON object.
-    """
+    """Read a JSON object from a file; empty when there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -235,17 +184,3 @@ def digest(*parts: str) -> str:
 def _is_chat(generation: dict[str, Any], im_start: int) -> bool:
     """Return whether a v1 model answers in ChatML: by its chat_format, or by its end ids after conversion."""
     return generation.get("chat_format") == "chatml" or im_start + 2 in eos_ids_of(generation, None)
-
-
-def _copy(src: Path, dst: Path) -> None:
-    if src.name == "tokenizer_config.json":
-        settings = read_json(src)
-        settings.pop("auto_map", None)  # names remote code, which is neither copied nor run
-        atomic_write_json(dst, settings)
-    elif src.is_dir():
-        # Templates alone, and not their modes: of a read-only model those would be unwritable files.
-        dst.mkdir(exist_ok=True)
-        for file in sorted(src.glob("*.jinja")):
-            _copy(file, dst / file.name)
-    elif not (dst.exists() and src.samefile(dst)):
-        shutil.copyfile(src, dst)

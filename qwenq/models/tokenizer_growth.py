@@ -25,9 +25,6 @@ def refuse_holes(loaded: Any, path: Path) -> None:
     Args:
         loaded: transformers' tokenizer.
         path: for the message.
-
-    Raises:
-        ModelError: more than ``HOLES`` ids are left out.
     """
     ids = loaded.get_vocab().values()
     largest = max(ids, default=0)
@@ -45,9 +42,6 @@ def refuse_growth(loaded: Any, path: Path) -> None:
     Args:
         loaded: transformers' tokenizer.
         path: for the message.
-
-    Raises:
-        ModelError: more than ``MOST`` times, or its ids come more than once.
     """
     backend = getattr(loaded, "backend_tokenizer", None)
     for part in ("normalizer", "decoder"):

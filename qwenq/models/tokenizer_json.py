@@ -24,10 +24,6 @@ def write_tokenizer_json(tokenizer: QwenTokenizer, folder: Path, *, max_length: 
         tokenizer: the ranks, and whether the model chats.
         folder: made if it is missing; files of these names are replaced.
         max_length: the model's context in tokens, if known.
-
-    Raises:
-        UnsupportedError: a token that no sequence of merges builds (none in the released file).
-        StorageError: the disk is full, read-only, or forbids it.
     """
     content = as_tokenizers(tokenizer).to_str()
     chats = tokenizer.im_end_id in tokenizer.eos_ids
@@ -74,9 +70,6 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
     Merging a token's own bytes with the lower ranks alone ends in two parts; no other pair can ever meet in
     any text, because merges of lower rank come first there too.
-
-    Raises:
-        UnsupportedError: more than two parts remain: tiktoken finds such a token only as a whole word.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

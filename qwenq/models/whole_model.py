@@ -33,10 +33,6 @@ def build_whole_model(
         dtype: of the weights.
         hint: what to do about an architecture that transformers does not know.
         options: further ones of transformers' ``from_pretrained``.
-
-    Raises:
-        UnsupportedError: transformers has no causal language model of this type.
-        ModelError: tensors are missing or have the wrong shape; names the first.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -84,9 +80,6 @@ def assemble_unfused(
         tensors: by name, each expert's apart; tied ones once.
         dtype: of the weights.
         options: further ones of transformers' ``from_config``.
-
-    Raises:
-        ModelError: tensors are missing or have the wrong shape; names the first.
     """
     from transformers import AutoModelForCausalLM
 
