@@ -109,31 +109,27 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     require_own_files(folder)
     config, notices = read_config(folder)
     source, unread = open_weights(folder)
+    names = list(source.names())
     notices += unread
     if config["model_type"] == "qwen":
         config, source = qwen2_view(folder, config, source)
-    elif not is_quantised(config) and (quant := settings_of(folder, config, source.names())):
+    elif not is_quantised(config) and (quant := settings_of(folder, config, names)):
         config = {**config, "quantization_config": quant.to_config_json()}
         notices.append("config.json has no GPTQ settings: those of quantize_config.json are used")
+    quantised = is_quantised(config)
     long_context_of(config, folder / "config.json")
-    file_config, config = config, text_config(config)
-    view = TextView(source, config.get("hidden_size"), folder)
-    if not view.plain:
-        source = view
+    file_config = config if is_nested(config) else None
+    config = text_config(config)
+    found = TextView(source, config.get("hidden_size"), folder)
+    view = None if found.plain else found
+    source = view or source
     require_layers(config, source.names(), folder)
     config = _untie(config, source, notices)
-    if is_quantised(config):
+    if quantised:
         config = _correct_format(config, source, notices)
         if not unfinished:
             notices += missing_manifest(folder)
-    return Checkpoint(
-        folder=folder,
-        config=config,
-        source=source,
-        notices=notices,
-        view=None if view.plain else view,
-        file_config=file_config if is_nested(file_config) else None,
-    )
+    return Checkpoint(folder, config, source, notices, view=view, file_config=file_config)
 
 
 def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[str]) -> dict[str, Any]:
