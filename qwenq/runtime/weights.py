@@ -26,32 +26,13 @@ from qwenq.models.gptq_format import (
 from qwenq.models.integrity import check_finite
 from qwenq.models.packing import PackedLinear
 from qwenq.models.shapes import ModelShape
-from qwenq.models.source import TensorSource
+from qwenq.models.source import TensorSource, require_tensors
 from qwenq.runtime.kernels.base import Kernel, Layer, Need, stacked
 from qwenq.runtime.kernels.table import choose
 from qwenq.runtime.linear import Dense, SideBySide
 from qwenq.runtime.memory import require
 
 _HINT = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
-
-
-def _check_tensors(source: TensorSource, shape: ModelShape, tied: bool) -> None:
-    names = set(source.names())
-    expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
-    if not tied:
-        expected["lm_head.weight"] = (shape.vocab, shape.hidden)
-    else:
-        expected.pop("lm_head.weight", None)
-    for name, wanted in expected.items():
-        if name not in names:
-            raise ModelError(f"the tensor {name} is missing", where=name, hint=_HINT)
-        if (found := source.info(name).shape) != wanted:
-            raise ModelError(
-                f"{name} is {list(found)}, but config.json makes it {list(wanted)}", where=name, hint=_HINT
-            )
-    for name in sorted(names - expected.keys()):
-        if name.startswith("model.layers.") and not name.endswith(".rotary_emb.inv_freq"):
-            raise ModelError(f"{name} has no place in this architecture", where=name, hint=_HINT)
 
 
 def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, ...]:
@@ -205,7 +186,11 @@ class Weights:
         Raises:
             ModelError: names the first tensor that is missing, surplus, or of another shape.
         """
-        _check_tensors(self._source, shape, tied)
+        expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
+        expected.pop("lm_head.weight", None)
+        if not tied:
+            expected["lm_head.weight"] = (shape.vocab, shape.hidden)
+        require_tensors(self._source, expected, self._folder)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor."""
