@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from qwenq.calibration import CalibrationSet
     from qwenq.evals.check import CheckResult
+    from qwenq.gptq.choices import Settings
     from qwenq.gptq.layer_store import LayerStore
     from qwenq.gptq.quantise import LayerDone
-    from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.gptq_format import QuantConfig
@@ -140,16 +140,16 @@ def quantize(
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
     from qwenq.compute.ops import fallback_notice
-    from qwenq.gptq.choices import describe
-    from qwenq.gptq.quantise import (
+    from qwenq.gptq.choices import (
+        Settings,
         check_packable,
         choose_group_size,
+        describe,
         every_linear,
         input_widths,
         kept_parameters,
         module_bits,
     )
-    from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.kept import summary
     from qwenq.models.opening import open_model
@@ -171,17 +171,8 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
     if decoder.passed_over:
         listener.say(decoder.passed_over)
-    settings = Settings(
-        bits=wanted.bits,
-        group_size=-1,  # until the widths that it has to divide are known
-        sym=wanted.sym,
-        act_order=wanted.act_order == "static",
-        scale_search=wanted.scale_search,
-        damp=wanted.damp,
-        drift=wanted.drift,
-        refine=wanted.refine,
-        module_bits=module_bits(decoder, wanted.module_bits, wanted.bits),
-    )
+    bits = module_bits(decoder, wanted.module_bits, wanted.bits)
+    settings = Settings.from_recipe(wanted, module_bits=bits)
     check_packable(decoder, settings)
     widths = widths or input_widths(every_linear(decoder, settings))
     group_size, why = choose_group_size(wanted.group_size, widths)
@@ -196,7 +187,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
 
 def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: Settings) -> QuantConfig:
     """Return what config.json says of the result: rules, too, where a module differs from the rest."""
-    from qwenq.gptq.quantise import every_linear, kept_parameters
+    from qwenq.gptq.choices import every_linear, kept_parameters
     from qwenq.models.dynamic import dynamic_rules, module_groups
     from qwenq.models.gptq_format import QuantConfig
 
@@ -352,7 +343,7 @@ def _publish(
 
 def _kept(job: Job) -> dict[str, str]:
     """Return every parameter of two dimensions or more in a block that is not quantised, and why."""
-    from qwenq.gptq.quantise import kept_parameters
+    from qwenq.gptq.choices import kept_parameters
 
     prefixes = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
     return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}

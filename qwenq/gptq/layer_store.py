@@ -27,6 +27,8 @@ from qwenq.models.manifest import RUN, STAGED
 from qwenq.models.safetensors_files import SafetensorsSource
 from qwenq.storage import atomic_write_bytes, atomic_write_json, guard_storage, sha256_file, take_lock
 
+LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""Tensors of a quantised linear."""
 _LAYERS, _LOCK = "layers", "lock"
 _OURS = {RUN, _LOCK, _LAYERS, STAGED}
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import AlreadyDoneError, StorageError, UsageError
-from qwenq.gptq.layer_store import discard_leftover
-from qwenq.gptq.quantise import LAYER_PARTS
+from qwenq.gptq.layer_store import LAYER_PARTS, discard_leftover
 from qwenq.models.companions import write_companions
 from qwenq.models.manifest import MANIFEST, PARTIAL, STAGED
 from qwenq.models.new_folder import require_renameable, take_name

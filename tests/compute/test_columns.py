@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from qwenq.compute import columns, cpu
 from qwenq.compute.columns import Block, round_by_c, round_by_torch, round_columns, unsupported_reason
+from qwenq.gptq.grid import Rounded
 from qwenq.gptq.scales import search_grid
-from qwenq.gptq.solver import Rounded, act_order, gptq, inverse_factor
+from qwenq.gptq.solver import gptq, inverse_factor, order_by_diagonal
 
 pytestmark = pytest.mark.usefixtures("each_variant")
 
@@ -21,7 +22,7 @@ def block(seed: int, rows: int, count: int, *, bits: int = 4, group_size: int = 
     draw = torch.Generator().manual_seed(seed)
     given = problem(seed, rows=rows, width=count, tokens=4 * count)
     H = given.H + 0.01 * given.H.diagonal().mean() * torch.eye(count)
-    U, _ = inverse_factor(H)
+    U = inverse_factor(H)
     assert U is not None
     width = -(-count // group_size) * group_size
     W = torch.nn.functional.pad(given.W, (0, width - count))
@@ -93,8 +94,8 @@ def solved(seed: int, rows: int, *, reorder: bool, sym: bool, dead: int) -> tupl
     H.diagonal()[:dead] = H.diagonal().mean()
     H += 0.01 * H.diagonal().mean() * torch.eye(192)
     grid = search_grid(given.W, H.diagonal(), 4, 32, sym=sym, search="hessian")
-    order = act_order(H) if reorder else None
-    U, _ = inverse_factor(H, order)
+    order = order_by_diagonal(H) if reorder else None
+    U = inverse_factor(H, order)
     assert U is not None
     fast = gptq(given.W, U, grid, order)
     with pytest.MonkeyPatch.context() as patch:

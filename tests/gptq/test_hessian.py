@@ -63,7 +63,7 @@ def test_float16_inputs_whose_square_would_overflow_do_not() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_bad_activation_shows_on_the_diagonal(bad: float) -> None:
-    """``damped`` looks at the diagonal alone."""
+    """``damp_hessian`` looks at the diagonal alone."""
     x = torch.randn(32, 600)
     x[7, 550] = bad
     good = torch.randn(32, 600)

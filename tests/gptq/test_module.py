@@ -7,9 +7,9 @@ import torch
 from problems import problem, usual
 
 from qwenq.errors import QuantisationError
-from qwenq.gptq import rows
+from qwenq.gptq import rows, solver
+from qwenq.gptq.grid import Rounded
 from qwenq.gptq.module import quantise_group
-from qwenq.gptq.solver import Rounded
 
 USUAL = usual()
 
@@ -27,8 +27,8 @@ def energy(W: torch.Tensor, X: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"bits": 8}, {"sym": False}, {"act_order": False}, {"refine": False}, {"group_size": -1},
-    {"scale_search": "none"}, {"scale_search": "mse", "refine": False},
+    {}, {"bits": 8}, {"sym": False}, {"act_order": False}, {"coordinate_descent": False}, {"group_size": -1},
+    {"scale_search": "none"}, {"scale_search": "mse", "coordinate_descent": False},
 ])  # fmt: skip
 def test_every_module_is_better_than_rounding_to_nearest(changes: dict[str, object]) -> None:
     weights, H, X = layer()
@@ -55,26 +55,28 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
     weights, _, X = layer()
     X[:, 7] = 0
     H = 2 / X.shape[0] * X.T @ X
-    for result in quantise_group(weights, H, None, replace(USUAL, refine=False)).values():
+    for result in quantise_group(weights, H, None, replace(USUAL, coordinate_descent=False)).values():
         assert result.stats.dead == 1
-    results = quantise_group(weights, 2 / X.shape[0] * X.T @ X, None, replace(USUAL, refine=False))
+    results = quantise_group(
+        weights, 2 / X.shape[0] * X.T @ X, None, replace(USUAL, coordinate_descent=False)
+    )
     q = results["q"]
     assert torch.equal(q.integers[:, 7].float(), q.grid.integers(weights["q"])[:, 7])
 
 
 def test_the_assertion_fires_when_a_module_is_worse_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the solver to return rubbish for one linear of a group, that one is named."""
-    solve = rows.gptq
+    solve = solver.gptq
 
     def rubbish(W: torch.Tensor, *rest: object) -> Rounded:
         rounded = solve(W, *rest)  # type: ignore[arg-type]
         rounded.integers[32:] = 15 - rounded.integers[32:]
         return rounded
 
-    monkeypatch.setattr(rows, "gptq", rubbish)
+    monkeypatch.setattr(solver, "gptq", rubbish)
     weights, H, _ = layer()
     with pytest.raises(QuantisationError, match="above round-to-nearest's") as caught:
-        quantise_group(weights, H, None, replace(USUAL, refine=False))
+        quantise_group(weights, H, None, replace(USUAL, coordinate_descent=False))
     assert caught.value.where == "k"
     assert caught.value.hint
 

@@ -13,19 +13,10 @@ from tiny_families import random_tokens, write_family
 
 from qwenq.errors import CalibrationError, CorruptFileError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq import quantise
-from qwenq.gptq.layer_store import LayerStore
+from qwenq.gptq.choices import Settings, check_packable, choose_group_size
+from qwenq.gptq.layer_store import LAYER_PARTS, LayerStore
 from qwenq.gptq.module import ModuleStats
-from qwenq.gptq.quantise import (
-    LAYER_PARTS,
-    LayerDone,
-    check_packable,
-    check_tokens,
-    choose_group_size,
-    module_errors,
-    quantise_layers,
-    run_facts,
-)
-from qwenq.gptq.rows import Settings
+from qwenq.gptq.quantise import LayerDone, check_tokens, module_errors, quantise_layers, run_facts
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.shapes import fitting_group_sizes
@@ -202,7 +193,7 @@ def test_the_facts_of_a_run_tell_runs_apart(tmp_path: Path) -> None:
 def test_so_does_whose_code_refines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where C kernels are compiled between two runs: the second would go on with other last bits."""
     decoder = open_decoder(write_family(tmp_path / "m"))
-    plain = replace(USUAL, refine=False)
+    plain = replace(USUAL, coordinate_descent=False)
     found = []
     for why in (None, "the library is not compiled"):
         monkeypatch.setattr("qwenq.gptq.quantise.fallback_reason", lambda _, why=why: why)
