@@ -312,7 +312,7 @@ def _publish(
     job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
     from qwenq.gptq.publish import publish
-    from qwenq.gptq.quantise import expert_coverage, module_errors
+    from qwenq.gptq.quantise import computed_in, expert_coverage, module_errors
     from qwenq.models.identity import base_facts
     from qwenq.models.shards import tensor_bytes
     from qwenq.versions import versions
@@ -324,7 +324,7 @@ def _publish(
         "recipe": job.recipe.model_dump(mode="json"),
         "quantization": job.quant.to_config_json(),
         "calibration": calibration.manifest.model_dump(mode="json"),
-        "computed_in": _computed_in(job),
+        "computed_in": computed_in(job.decoder, job.settings, job.team),
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
@@ -347,23 +347,6 @@ def _kept(job: Job) -> dict[str, str]:
 
     prefixes = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
     return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}
-
-
-def _computed_in(job: Job) -> dict[str, str | int]:
-    """What the integers depend on besides the recipe and ``versions``: each rounds in a way of its own."""
-    import torch
-
-    from qwenq.gptq.quantise import how_solved, how_summed
-
-    decoder = job.decoder
-    return {
-        "dtype": str(decoder.dtype).removeprefix("torch."),
-        "device": decoder.device.type,
-        "attention": decoder.attention,
-        "sums": how_summed(decoder.dtype, decoder.device, job.team),
-        "solver": how_solved(job.settings, decoder.device),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:

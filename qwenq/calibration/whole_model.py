@@ -1,4 +1,4 @@
-"""The whole model in memory, for writing text; quantising itself never needs this."""
+"""Load the whole model, which only writing text needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def require_memory(checkpoint: Checkpoint, dtype: torch.dtype, extra: int) -> No
     """Refuse when the weights in ``dtype`` and ``extra`` bytes do not fit into the free memory.
 
     Raises:
-        UsageError: says how much is needed and free; a text file needs no whole model.
+        UsageError: names how much is needed and free.
     """
     weights = sum(checkpoint.info(name).numel for name in checkpoint.names()) * dtype.itemsize
     needed, free = int((weights + extra) * _SLACK), free_memory()
@@ -50,7 +50,7 @@ def require_memory(checkpoint: Checkpoint, dtype: torch.dtype, extra: int) -> No
 
 
 def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
-    """The model as transformers builds it, in ``dtype`` on ``device``, for inference.
+    """Return the model as transformers builds it, in ``dtype`` on ``device``, for inference.
 
     Raises:
         UnsupportedError: transformers does not know the architecture.
@@ -75,7 +75,7 @@ def store_transposed(model: Any) -> None:
 
 
 def require_finite(values: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """Refuse to sample from logits that are no numbers.
+    """Refuse to sample from logits that are not finite.
 
     Raises:
         CalibrationError: NaN or Inf.

@@ -1,4 +1,4 @@
-"""Asymmetric calibration: target the outputs of the full-precision model, not those of the drifted inputs.
+"""Calibrate asymmetrically: target the outputs of the full-precision model, not those of the drifted inputs.
 
 By the time a layer is quantised its input x deviates from the input x̃ that it has in the original model.
 GPTQ keeps Q x near W x; what is wanted is W x̃ (GPTAQ, arXiv 2504.02692; Qronos, arXiv 2505.11695). Completing

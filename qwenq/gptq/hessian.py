@@ -1,8 +1,4 @@
-"""Accumulate the Hessian of a linear layer's quantisation error, H = 2/n · Σ x xᵀ (arXiv 2210.17323, §3).
-
-For one output row w of a layer, replacing w by q costs ‖(w − q) X‖² = ½ n (w − q) H (w − q)ᵀ, so H is shared
-by all rows and by all layers that read the same input (q/k/v; gate/up).
-"""
+"""Accumulate the Hessian of a linear layer's quantisation error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantise the linears that share an input: Hessian in, integers, grids and statistics out."""
+"""Quantise the linears that share an input."""
 
 from __future__ import annotations
 

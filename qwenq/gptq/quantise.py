@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
 ALGORITHM = 10  # raise it when the same settings give other integers: unfinished runs are then not resumed
-TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; small enough that a batch's activations stay modest
+TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; few enough that a batch's activations stay small
 LAYER_IS_STORED = "this layer is on the disk"
 
 
@@ -100,7 +100,14 @@ def run_facts(
         "calibration": calibration,
         "settings": json.loads(json.dumps(asdict(settings))),  # as it is when it is read again
         "checkpoint_format": settings.checkpoint_format,
-        "dtype": str(decoder.dtype),
+        **computed_in(decoder, settings, team),
+    }
+
+
+def computed_in(decoder: BlockwiseDecoder, settings: Settings, team: Team = ALONE) -> dict[str, str | int]:
+    """Return what the integers depend on besides recipe and versions: each of these rounds in another way."""
+    return {
+        "dtype": str(decoder.dtype).removeprefix("torch."),
         "device": decoder.device.type,
         "attention": decoder.attention,
         "sums": how_summed(decoder.dtype, decoder.device, team),

@@ -1,8 +1,4 @@
-"""Choose the grid of a weight before rounding: by min/max, or by a search for the scale of least error.
-
-The search minimises Σ_j h_j |w_j − q_j|^p over scale candidates, then refines the best in closed form.
-With h = diag(H) and p = 2 this is the diagonal part of GPTQ's own objective.
-"""
+"""Choose the grid of a weight before rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwenq.compute.columns import storable
-from qwenq.compute.scales import search_scales
+from qwenq.compute.scales import Groups, search_scales
 from qwenq.gptq.grid import Grid
 
 ScaleSearch = Literal["hessian", "mse", "none"]
@@ -35,7 +31,7 @@ def search_grid(
     grouped = weight.reshape(-1, group_size)  # [rows · groups, group_size]
     scales, zeros = _symmetric_range(grouped, bits) if sym else _asymmetric_range(grouped, bits)
     if search != "none":
-        search_scales(grouped, importance, scales, zeros, bits, sym=sym, weighted=search == "hessian")
+        search_scales(Groups(grouped, importance, scales, zeros, bits, sym, weighted=search == "hessian"))
     shape = (rows, width // group_size)
     return Grid(bits, group_size, storable(scales.reshape(shape)), zeros.reshape(shape))
 
