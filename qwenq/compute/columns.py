@@ -86,15 +86,18 @@ def fallback_reason(device: torch.device) -> str | None:
 def round_columns(block: Block) -> Tensor:
     """Fill integers and errors; return Σ error² over the columns, [rows]."""
     if triton_unsupported_reason(block.columns) is None:
-        from qwenq.compute.triton_columns import round_by_triton
-
         return round_by_triton(block)
     return round_by_torch(block) if unsupported_reason(block.columns) else round_by_c(block)
 
 
 def round_by_c(block: Block) -> Tensor:
     """Round as ``round_columns`` does; the columns stay as they were."""
-    return _run("round_columns", block, block.U.T.contiguous(), block.columns)
+    return _run_c("round_columns", block, block.U.T.contiguous(), block.columns)
+
+
+def round_by_triton(block: Block) -> Tensor:
+    """Round as ``round_columns`` does; the columns are changed."""
+    return _run_triton(block, block.columns, block.columns, moves=False)
 
 
 def round_by_torch(block: Block) -> Tensor:
@@ -124,15 +127,18 @@ def move_columns(block: Block, values: Tensor) -> Tensor:
         values: [block, rows] of the same dtype, contiguous: the columns of Q.
     """
     if triton_unsupported_reason(block.columns) is None:
-        from qwenq.compute.triton_columns import move_by_triton
-
         return move_by_triton(block, values)
     return move_by_torch(block, values) if unsupported_reason(block.columns) else move_by_c(block, values)
 
 
 def move_by_c(block: Block, values: Tensor) -> Tensor:
     """Move as ``move_columns`` does; the gradients stay as they were."""
-    return _run("move_columns", block, block.U.contiguous(), values)
+    return _run_c("move_columns", block, block.U.contiguous(), values)
+
+
+def move_by_triton(block: Block, values: Tensor) -> Tensor:
+    """Move as ``move_columns`` does; the gradients stay as they were."""
+    return _run_triton(block, block.columns.clone(), values, moves=True)
 
 
 def move_by_torch(block: Block, values: Tensor) -> Tensor:
@@ -209,7 +215,13 @@ def storable(scales: Tensor) -> Tensor:
     return torch.where(tiny, torch.where(scales < 0, -SMALLEST, SMALLEST), half)
 
 
-def _run(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
+def _run_triton(block: Block, columns: Tensor, values: Tensor, *, moves: bool) -> Tensor:
+    from qwenq.compute.triton_columns import run_columns
+
+    return run_columns(columns, values, *block[1:], moves=moves)
+
+
+def _run_c(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
     """Run a kernel over the columns; return the costs, [rows]."""
     _check(block, values=values)
     groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])

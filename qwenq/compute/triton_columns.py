@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.compute.columns import Block
-
 ROWS, AHEAD = 32, 16
 """Rows of a program; and the columns that an error is pushed onto at a time."""
 
@@ -65,24 +63,17 @@ def _nearest(w: tl.tensor, scale: tl.tensor, zero: tl.tensor, levels: tl.tensor)
     return (q + 8388608.0) - 8388608.0
 
 
-def round_by_triton(block: Block) -> Tensor:
-    """Round as ``columns.round_columns`` does; float32 on a GPU."""
-    return _run(block, block.columns, block.columns, moves=False)
-
-
-def move_by_triton(block: Block, values: Tensor) -> Tensor:
-    """Move as ``columns.move_columns`` does; float32 on a GPU."""
-    return _run(block, block.columns.clone(), values, moves=True)
-
-
-def _run(block: Block, columns: Tensor, values: Tensor, *, moves: bool) -> Tensor:
+def run_columns(
+    columns: Tensor, values: Tensor, U: Tensor, scales: Tensor, zeros: Tensor, groups: list[int], levels: int,
+    integers: Tensor, errors: Tensor, *, moves: bool,
+) -> Tensor:  # fmt: skip
+    """Run the kernel on the parts of a ``columns.Block``, float32 on a GPU; return the costs, [rows]."""
     count, rows = columns.shape
-    groups = torch.tensor(block.groups, dtype=torch.int32, device=columns.device)
+    group_of = torch.tensor(groups, dtype=torch.int32, device=columns.device)
     cost = torch.empty_like(columns[0])
     with torch.cuda.device_of(columns):
         _columns[(triton.cdiv(rows, ROWS),)](
-            columns, values, block.U, block.scales, block.zeros, groups, block.integers, block.errors, cost,
-            rows, *block.U.stride(), block.levels,
+            columns, values, U, scales, zeros, group_of, integers, errors, cost, rows, *U.stride(), levels,
             MOVES=moves, COUNT=count, ROWS=ROWS, AHEAD=AHEAD, num_warps=1,
         )  # fmt: skip
     return cost

@@ -20,8 +20,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import torch
-from qwenq.compute.columns import Block, move_by_torch, round_by_torch
-from qwenq.compute.triton_columns import move_by_triton, round_by_triton
+from qwenq.compute.columns import Block, move_by_torch, move_by_triton, round_by_torch, round_by_triton
 
 random = torch.Generator().manual_seed(0)
 for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 15), (17, 32, 17, 15)):
