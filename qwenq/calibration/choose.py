@@ -120,11 +120,7 @@ def _loaded_or_made(
 
 
 def calibration_tokenizer(folder: Path, thinking: str) -> Tokenizer:
-    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``.
-
-    Raises:
-        UsageError: the template does not read it.
-    """
+    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``."""
     tokenizer = load_tokenizer(folder)
     return tokenizer if thinking == "auto" else tokenizer.with_thinking(thinking == "on")
 

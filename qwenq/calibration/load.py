@@ -103,11 +103,7 @@ def load_calibration(
 def wanted_sizes(
     checkpoint: Checkpoint, samples: int | None, seq_len: int | None, held_out: int | None
 ) -> Wanted:
-    """Return how much to make; None: the defaults, and no longer sequences than the model takes.
-
-    Raises:
-        UsageError: a size that is too small, or more tokens than the model takes.
-    """
+    """Return how much to make; None: the defaults, and no longer sequences than the model takes."""
     usual = min(DEFAULT_SEQ_LEN, longest_plain(checkpoint.config) or DEFAULT_SEQ_LEN)
     wanted = Wanted(
         samples=DEFAULT_SAMPLES if samples is None else samples,

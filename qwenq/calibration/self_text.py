@@ -94,10 +94,6 @@ def write_self_text(
 
     Returns:
         int64 [len(rows), seq_len], on the CPU.
-
-    Raises:
-        UsageError: the whole model does not fit into memory.
-        CalibrationError: the model's logits are not finite.
     """
     vocabulary = vocabulary_of(checkpoint, tokenizer)
     dtype = product_dtype(device)

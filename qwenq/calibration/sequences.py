@@ -121,9 +121,6 @@ def pack(
     The held-out sequences are cut first; the document that their last token falls into is used no further,
     so that the calibration sequences come from other documents. Where the text is too short for that, both
     are cut from one stream: see ``held_out_from``. What is left over is dropped.
-
-    Raises:
-        CalibrationError: too little text; names how many tokens there are and how many are needed.
     """
     stream = iter(documents)
     meter = _Meter(wanted.tokens, progress)

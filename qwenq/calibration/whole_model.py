@@ -50,13 +50,7 @@ def require_memory(checkpoint: Checkpoint, dtype: torch.dtype, extra: int) -> No
 
 
 def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
-    """Return the model as transformers builds it, in ``dtype`` on ``device``, for inference.
-
-    Raises:
-        UnsupportedError: transformers does not know the architecture.
-        ModelError: tensors are missing or have the wrong shape; names them.
-        CorruptFileError: a tensor holds NaN or Inf; names it.
-    """
+    """Return the model as transformers builds it, in ``dtype`` on ``device``, for inference."""
     config = transformers_config(checkpoint.config, checkpoint.folder, GIVE_A_FILE)
     names, folder = checkpoint.names(), checkpoint.folder
     tensors = {name: check_finite(name, checkpoint.read(name), folder) for name in names}

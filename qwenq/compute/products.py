@@ -74,11 +74,7 @@ class CProducts:
         self._tokens = 0
 
     def add(self, X: Tensor, Y: Tensor) -> None:
-        """Add a batch, see ``Products``.
-
-        Raises:
-            ValueError: another dtype, device or width, or another number of tokens in both.
-        """
+        """Add a batch, see ``Products``."""
         tokens = self._count(X, Y)
         total = self._tokens + tokens
         right = self._pack(1, Y)

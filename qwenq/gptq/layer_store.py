@@ -95,11 +95,7 @@ class LayerStore:
         return count
 
     def save(self, index: int, tensors: dict[str, Tensor], modules: dict[str, Any]) -> None:
-        """Put a layer on the disk: content first, then the record that makes it count.
-
-        Raises:
-            StorageError: the disk refused, or is no longer the one that this run began on.
-        """
+        """Put a layer on the disk: content first, then the record that makes it count."""
         with guard_storage(self.folder):
             (self.folder / _LOCK).stat()  # else its disk was unmounted, and the layer would go below it
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})

@@ -93,9 +93,6 @@ def stage(
 
     Returns:
         The staging folder, and notices for the user.
-
-    Raises:
-        StorageError: the disk refused; finished layers are kept.
     """
     folder = store.folder / STAGED
     with guard_storage(folder):
@@ -124,10 +121,6 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
         staged: from ``stage``.
         out: missing or an empty folder.
         manifest: what was done; the size and sha256 of every file are added here.
-
-    Raises:
-        UsageError: something has been put there meanwhile.
-        StorageError: the disk refused.
     """
     files = {}
     with guard_storage(staged):

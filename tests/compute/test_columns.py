@@ -76,7 +76,7 @@ def test_threads_share_out_the_rows(threads: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_what_is_no_number_stays_in_its_row(bad: float) -> None:
+def test_nan_and_infinity_stay_in_their_row(bad: float) -> None:
     one = block(2, 40, 24)
     one.columns[5, 33] = bad
     fast, slow = rounded_by_both(one)
@@ -131,7 +131,7 @@ def test_a_whole_matrix_comes_out_the_same(seed: int, rows: int, reorder: bool, 
         ({"scales": torch.ones(3, 31), "zeros": torch.ones(3, 31)}, "32 rows, and scales for 31"),
     ],
 )
-def test_memory_that_is_not_what_it_should_be_is_not_touched(changes: dict[str, object], said: str) -> None:
+def test_wrong_shapes_dtypes_and_strides_are_refused(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         round_by_c(block(0, 32, 24)._replace(**changes))
 

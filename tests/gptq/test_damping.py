@@ -36,7 +36,7 @@ def test_a_singular_hessian_gets_more_and_the_result_says_how_much() -> None:
     )
 
 
-def test_bisection_finds_about_the_least_that_works() -> None:
+def test_bisection_finds_the_least_damping_that_works() -> None:
     """A matrix with a known negative eigenvalue: the least damping is that eigenvalue's size."""
     basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
     values = torch.linspace(1, 2, 64)
@@ -74,7 +74,7 @@ def test_activations_that_are_not_finite_are_an_error(bad: float) -> None:
         damp_hessian(H, 0.01, NATURAL)
 
 
-def test_a_hopeless_matrix_is_an_error_not_a_loop() -> None:
+def test_a_matrix_that_no_damping_makes_positive_definite_is_an_error() -> None:
     H = torch.diag(torch.full((64,), 1.0))
     H[0, 1] = H[1, 0] = 1e30
     with pytest.raises(QuantisationError, match="not positive definite"):

@@ -42,7 +42,7 @@ def test_every_module_is_better_than_rounding_to_nearest(changes: dict[str, obje
         assert result.stats.error == pytest.approx(energy(W - Q, X) / energy(W, X), rel=1e-3)
 
 
-def test_a_group_gives_each_what_it_would_get_alone() -> None:
+def test_linears_of_a_group_get_what_they_get_alone() -> None:
     weights, H, _ = layer()
     together = quantise_group(weights, H.clone(), None, USUAL)
     for name, weight in weights.items():
@@ -64,7 +64,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
     assert torch.equal(q.integers[:, 7].float(), q.grid.integers(weights["q"])[:, 7])
 
 
-def test_the_assertion_fires_when_a_module_is_worse_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_worse_than_rounding_to_nearest_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the solver to return rubbish for one linear of a group, that one is named."""
     solve = solver.gptq
 
@@ -81,7 +81,7 @@ def test_the_assertion_fires_when_a_module_is_worse_than_rounding(monkeypatch: p
     assert caught.value.hint
 
 
-def test_the_assertion_fires_on_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_error_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(W: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.full((W.shape[0],), torch.nan)
 
@@ -91,14 +91,14 @@ def test_the_assertion_fires_on_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         quantise_group(weights, H, None, USUAL)
 
 
-def test_rows_of_zeros_pass() -> None:
+def test_a_weight_of_zeros_has_no_error() -> None:
     _, H, _ = layer()
     result = quantise_group({"zero": torch.zeros(8, 64)}, H, None, USUAL)["zero"]
     assert result.stats.error == 0
     assert (result.grid.values(result.integers) == 0).all()
 
 
-def test_one_scale_a_row() -> None:
+def test_group_size_minus_one_gives_one_scale_a_row() -> None:
     weights, H, _ = layer()
     result = quantise_group(weights, H, None, replace(USUAL, group_size=-1))["q"]
     assert result.grid.scales.shape == (32, 1)

@@ -35,7 +35,7 @@ def start(
     nearest=st.booleans(),
     block=st.sampled_from([5, 128]),
 )
-def test_no_row_is_worse_than_before(
+def test_coordinate_descent_makes_no_row_worse(
     seed: int, bits: int, size: int, sym: bool, tokens: int, nearest: bool, block: int
 ) -> None:
     W, hessian, grid, integers = start(seed, bits, size, sym, tokens=tokens, nearest=nearest)
@@ -52,7 +52,7 @@ def test_no_row_is_worse_than_before(
     assert (refined.scales != 0).all()
 
 
-def test_it_gains_on_gptq_and_a_second_sweep_on_the_first() -> None:
+def test_each_sweep_lowers_the_error_further_than_gptq() -> None:
     W, hessian, grid, integers = start(1, 4, 32, True)
     before = float(output_error(W, grid.values(integers), hessian.H).sum())
     once, twice = (
@@ -62,7 +62,7 @@ def test_it_gains_on_gptq_and_a_second_sweep_on_the_first() -> None:
     assert twice < 0.92
 
 
-def test_the_first_group_has_the_scale_that_a_search_over_all_finds() -> None:
+def test_the_fitted_scale_is_the_best_of_ten_thousand() -> None:
     """One row, one group: the closed form against ten thousand scales."""
     W, hessian, grid, integers = start(7, 4, 64, True)
     W, integers = W[:1], integers[:1]
@@ -77,7 +77,7 @@ def test_the_first_group_has_the_scale_that_a_search_over_all_finds() -> None:
     torch.testing.assert_close(refined.scales[0, 0], many[costs.argmin(), 0], rtol=1e-3, atol=0)
 
 
-def test_it_ends_where_no_integer_and_no_scale_can_move() -> None:
+def test_coordinate_descent_ends_in_a_local_minimum() -> None:
     W, hessian, grid, integers = start(5, 4, 32, True, nearest=True)
     refined, rounded = descend(W, integers, grid, hessian.H, sweeps=60)
     best = output_error(W, refined.values(rounded.integers), hessian.H)
@@ -104,7 +104,7 @@ def test_a_group_that_stays_all_zero_keeps_its_scale() -> None:
     assert refined.scales[3, 1] == grid.scales[3, 1]
 
 
-def test_in_float64_too() -> None:
+def test_coordinate_descent_in_float64() -> None:
     W, hessian, grid, integers = start(4, 4, 32, False)
     single, _ = descend(W, integers, grid, hessian.H)
     double, rounded = descend(W.double(), integers, grid, hessian.H.double())
@@ -118,7 +118,7 @@ def agree(one: Rounded, other: Rounded) -> None:
     torch.testing.assert_close(one.errors.sum(), other.errors.sum(), rtol=5e-3, atol=0)
 
 
-def test_the_block_does_not_show() -> None:
+def test_coordinate_descent_is_the_same_in_blocks_of_any_size() -> None:
     W, hessian, grid, integers = start(4, 4, 64, False)
     usual, small = (descend(W, integers, grid, hessian.H, block=block)[1] for block in (128, 5))
     agree(usual, small)

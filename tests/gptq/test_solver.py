@@ -64,7 +64,7 @@ def test_in_float32_every_decision_that_is_no_tie_agrees(reorder: bool) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 500])
-def test_the_result_does_not_depend_on_the_block(block: int) -> None:
+def test_gptq_is_the_same_in_blocks_of_any_size(block: int) -> None:
     given = problem(3, width=192, dtype=torch.float64)
     grid = search_grid(given.W.float(), given.H.diagonal().float(), 4, 64, sym=True, search="none")
     fast, slow, _, _ = both(given, damp(given.H), grid, reorder=True, block=block)
@@ -74,7 +74,7 @@ def test_the_result_does_not_depend_on_the_block(block: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)])
-def test_the_errors_on_the_way_are_the_output_errors(dtype: torch.dtype, rtol: float) -> None:
+def test_gptqs_own_errors_are_the_output_errors(dtype: torch.dtype, rtol: float) -> None:
     given = problem(4, width=192, dtype=dtype)
     H = damp(given.H)
     grid = search_grid(given.W.float(), H.diagonal().float(), 4, 64, sym=True, search="hessian")
@@ -85,7 +85,7 @@ def test_the_errors_on_the_way_are_the_output_errors(dtype: torch.dtype, rtol: f
     torch.testing.assert_close(rounded.errors, exact, rtol=rtol, atol=0)
 
 
-def test_without_an_order_it_is_the_natural_one() -> None:
+def test_gptq_without_an_order_rounds_in_natural_order() -> None:
     given = problem(5)
     grid = search_grid(given.W, given.H.diagonal(), 4, 32, sym=True, search="none")
     U = inverse_factor(damp(given.H))
@@ -93,14 +93,14 @@ def test_without_an_order_it_is_the_natural_one() -> None:
     assert torch.equal(gptq(given.W, U, grid).integers, natural)
 
 
-def test_with_uncorrelated_inputs_it_is_rounding_to_nearest() -> None:
+def test_gptq_with_uncorrelated_inputs_rounds_to_nearest() -> None:
     given = problem(1)
     grid = search_grid(given.W, torch.ones(64), 4, 32, sym=True, search="none")
     U = inverse_factor(torch.eye(64) * 3)
     assert torch.equal(gptq(given.W, U, grid).integers.float(), grid.integers(given.W))
 
 
-def test_it_beats_rounding_to_nearest_by_far_on_correlated_inputs() -> None:
+def test_gptq_beats_rounding_to_nearest_on_correlated_inputs() -> None:
     given = problem(1)
     H = damp(given.H)
     grid = search_grid(given.W, H.diagonal(), 4, 32, sym=True, search="none")

@@ -53,7 +53,7 @@ def test_linears_that_read_the_same_tensor_are_found_in_order(bench: Bench) -> N
     assert found == GROUPS
 
 
-def test_when_nothing_is_replaced_the_outputs_are_those_of_a_plain_forward(bench: Bench) -> None:
+def test_without_new_weights_the_outputs_are_those_of_a_plain_forward(bench: Bench) -> None:
     asked: list[list[str]] = []
     with bench.decoder.block(0) as block:
         plain = [bench.forward(block, states) for states in bench.batches]
