@@ -40,22 +40,24 @@ LARGEST_DAMP = 1e4  # beyond this H is noise: rounding to nearest would be as go
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight on its grid: ``weight = scales · (integers − zeros)``, group by group.
+    """A weight on its grid: ``dequantized = scales · (integers − zeros)``, group by group.
 
     Attributes:
         integers: [out, in] uint8 in 0 … 2^bits − 1.
         scales: [out, groups] float32, exactly representable in float16; may be negative.
         zeros: [out, groups] float32 holding integers.
-        weight: [out, in] float32, the dequantised weight Q.
-        error: tr((W − Q) H (W − Q)ᵀ) / tr(W H Wᵀ), the share of the output's energy that is lost.
+        dequantized: [out, in] float32, Q.
+        error: tr((W − Q) H (W − Q)ᵀ) / tr(W H Wᵀ), the share of the output's energy that is lost, H damped.
+        rtn_error: the same for round-to-nearest on a min/max grid.
         damp: the share of H's mean diagonal that was added to it, at least what was asked for.
     """
 
     integers: Tensor
     scales: Tensor
     zeros: Tensor
-    weight: Tensor
+    dequantized: Tensor
     error: float
+    rtn_error: float
     damp: float
 
 
@@ -74,11 +76,13 @@ def quantize_weight(
     """Quantise one weight given the Hessian of its inputs: minimise tr((W − Q) H (W − Q)ᵀ) over Q on a grid.
 
     The steps: damping (H + damp · mean(diag H) · I), a grid by ``search_grid``, GPTQ (Algorithm 1 of arXiv
-    2210.17323), coordinate descent on integers and scales from there. Neither argument is changed.
+    2210.17323), coordinate descent on integers and scales from there. The defaults are those of `qwenq
+    quantize`; ``scale_search="none", damp=0.01, coordinate_descent=False`` is GPTQ as in the paper. Neither
+    argument is changed.
 
         H = 2 / len(X) * X.T @ X          # X: [tokens, in], the inputs of the layer
         result = quantize_weight(layer.weight.data, H, bits=4, group_size=128)
-        layer.weight.data = result.weight.to(layer.weight.dtype)
+        layer.weight.data.copy_(result.dequantized)
 
     Args:
         weight: [out, in], W, any float dtype.
@@ -115,9 +119,13 @@ def quantize_weight(
         W, damped, bits, size, sym=sym, scale_search=scale_search, coordinate_descent=coordinate_descent
     )
     Q = grid.values(rounded.integers)
-    energy = float(output_error(W, torch.zeros_like(W), H).sum()) or 1.0
-    error = float(output_error(W, Q, H).sum()) / energy
-    return QuantizedWeight(rounded.integers, grid.scales, grid.zeros, Q, error, damped.damp)
+    plain = search_grid(W, H.diagonal(), bits, size, sym=sym, search="none")
+    values = (Q, plain.values(plain.integers(W)), torch.zeros_like(W))
+    lost, lost_by_rtn, energy = (float(output_error(W, x, damped.H).sum()) for x in values)
+    return QuantizedWeight(
+        rounded.integers, grid.scales, grid.zeros, Q, lost / (energy or 1.0), lost_by_rtn / (energy or 1.0),
+        damped.damp,
+    )  # fmt: skip
 
 
 def _require(sound: bool, wanted: str) -> None:
