@@ -1,6 +1,6 @@
 """Accumulate running means of products of activations, 2/n · Σ Xᵀ Y in float32, for Hessians and deviations.
 
-The last bits depend on the order of the batches: several processes sum in another way (``gptq.exact``).
+The last bits depend on the order of the batches: several processes sum in another way (``gptq.hessian``).
 """
 
 from __future__ import annotations
