@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from qwenq.calibration import CalibrationSet
     from qwenq.evals.check import CheckResult
+    from qwenq.gptq.choices import Settings
     from qwenq.gptq.layer_store import LayerStore
     from qwenq.gptq.quantise import LayerDone
-    from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.gptq_format import QuantConfig
@@ -125,16 +125,16 @@ def quantize(
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
     from qwenq.compute.ops import fallback_notice
-    from qwenq.gptq.choices import describe
-    from qwenq.gptq.quantise import (
+    from qwenq.gptq.choices import (
+        Settings,
         check_packable,
         choose_group_size,
+        describe,
         every_linear,
         input_widths,
         kept_parameters,
         module_bits,
     )
-    from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.kept import summary
     from qwenq.models.opening import open_model
@@ -156,17 +156,8 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
     if decoder.passed_over:
         listener(Notice(decoder.passed_over))
-    settings = Settings(
-        bits=wanted.bits,
-        group_size=-1,  # until the widths that it has to divide are known
-        sym=wanted.sym,
-        act_order=wanted.act_order == "static",
-        scale_search=wanted.scale_search,
-        damp=wanted.damp,
-        drift=wanted.drift,
-        refine=wanted.refine,
-        module_bits=module_bits(decoder, wanted.module_bits, wanted.bits),
-    )
+    bits = module_bits(decoder, wanted.module_bits, wanted.bits)
+    settings = Settings.from_recipe(wanted, module_bits=bits)
     check_packable(decoder, settings)
     widths = widths or input_widths(every_linear(decoder, settings))
     group_size, why = choose_group_size(wanted.group_size, widths)
@@ -181,7 +172,7 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
 
 def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: Settings) -> QuantConfig:
     """Return the settings for config.json, with rules where modules differ from the rest."""
-    from qwenq.gptq.quantise import every_linear, kept_parameters
+    from qwenq.gptq.choices import every_linear, kept_parameters
     from qwenq.models.dynamic import dynamic_rules, module_groups
     from qwenq.models.gptq_format import QuantConfig
 
@@ -308,7 +299,7 @@ def _publish(
     job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
     from qwenq.gptq.publish import publish
-    from qwenq.gptq.quantise import expert_coverage, module_errors
+    from qwenq.gptq.quantise import computed_in, expert_coverage, module_errors
     from qwenq.models.identity import base_facts
     from qwenq.models.shards import tensor_bytes
     from qwenq.versions import __version__, versions
@@ -320,7 +311,7 @@ def _publish(
         "recipe": job.recipe.model_dump(mode="json"),
         "quantization": job.quant.to_config_json(),
         "calibration": calibration.manifest.model_dump(mode="json"),
-        "computed_in": _computed_in(job),
+        "computed_in": computed_in(job.decoder, job.settings, job.team),
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
@@ -339,27 +330,10 @@ def _publish(
 
 def _kept(job: Job) -> dict[str, str]:
     """Return every parameter of two dimensions or more in a block that is not quantised, and why."""
-    from qwenq.gptq.quantise import kept_parameters
+    from qwenq.gptq.choices import kept_parameters
 
     prefixes = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
     return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}
-
-
-def _computed_in(job: Job) -> dict[str, str | int]:
-    """Return what the integers depend on besides the recipe and ``versions``: each rounds differently."""
-    import torch
-
-    from qwenq.gptq.quantise import how_solved, how_summed
-
-    decoder = job.decoder
-    return {
-        "dtype": str(decoder.dtype).removeprefix("torch."),
-        "device": decoder.device.type,
-        "attention": decoder.attention,
-        "sums": how_summed(decoder.dtype, decoder.device, job.team),
-        "solver": how_solved(job.settings, decoder.device),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""The calibration set that a recipe asks for, with the sizes that suit the device."""
+"""Choose sizes that suit the device, where a recipe leaves them open."""
 
 from __future__ import annotations
 
@@ -120,17 +120,13 @@ def _loaded_or_made(
 
 
 def calibration_tokenizer(folder: Path, thinking: str) -> Tokenizer:
-    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``.
-
-    Raises:
-        UsageError: the template does not read it.
-    """
+    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``."""
     tokenizer = load_tokenizer(folder)
     return tokenizer if thinking == "auto" else tokenizer.with_thinking(thinking == "on")
 
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """A model with random weights has one if it was written to a folder, and one was put beside it."""
+    """Return whether a model with random weights has a tokenizer in the folder it was written to."""
     return checkpoint.companions is not None and has_tokenizer(checkpoint.companions)
 
 
@@ -141,7 +137,7 @@ def _without_text(
     asked: tuple[int | None, int | None, int | None],
     sizes: Wanted,
 ) -> CalibrationSet:
-    """Tokens for a model with random weights: a saved set, whatever text it was made of, or drawn ones."""
+    """Return tokens for a model with random weights: a saved set, of whatever text, or random ones."""
     source = recipe.calibration.source
     if source == "self":
         require_sizes(sizes, checkpoint)

@@ -60,13 +60,13 @@ def test_a_saved_set_for_random_weights_is_taken_as_it_is_or_refused(tmp_path: P
         chosen(path)
 
 
-def test_random_weights_say_how_many_random_tokens_they_took() -> None:
+def test_random_tokens_are_reported_in_a_notice() -> None:
     said: list[str] = []
     assert chosen("self", said=said, samples=2, seq_len=16).tokens.shape == (2, 16)
     assert said == ["random weights write no text: 2 × 16 random tokens calibrate them"]
 
 
-def test_a_folder_of_the_same_name_lends_no_tokenizer(
+def test_a_folder_named_like_the_catalogue_model_lends_no_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of random weights lies on no disk: ``random-weights`` here is somebody else's."""
@@ -77,7 +77,7 @@ def test_a_folder_of_the_same_name_lends_no_tokenizer(
         chosen("text.txt")
 
 
-def test_a_seed_that_no_generator_takes_is_refused() -> None:
+def test_a_seed_of_64_bits_is_refused() -> None:
     wanted = Wanted(samples=1, held_out=1, seq_len=4)
     assert random_tokens(300, wanted, 2**63 - 1).tokens.shape == (1, 4)
     with pytest.raises(UsageError, match="the seed 9223372036854775808 is too large"):

@@ -11,7 +11,7 @@ from tiny_families import write_family
 from torch import Tensor, nn
 
 from qwenq.compute import cpu
-from qwenq.gptq.walk import shared_inputs, walk
+from qwenq.gptq.walk import run_sequential, shared_inputs
 from qwenq.models import fused_block
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
@@ -113,7 +113,7 @@ def test_a_walk_pauses_where_it_did(
                     return output
 
                 groups = shared_inputs(block, forward, hidden[0][:1])
-                outputs, _ = walk(block, forward, hidden, groups, solve)
+                outputs, _ = run_sequential(block, forward, hidden, groups, solve)
                 whole = [forward(x) for x in hidden]
         assert all(torch.equal(*pair) for pair in zip(outputs, whole, strict=True))
         seen.append((groups, inputs, outputs))
