@@ -1,4 +1,4 @@
-"""Overflow is never silent: logits that are no numbers end the run and say what would help."""
+"""Keep sums in float32, and end a run whose logits overflow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sum_in_float32(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
-    """The logits, once they are sure to be finite.
+    """Return the logits, once they are sure to be finite.
 
     float16 ends at 65504, so there the logits of every prompt are looked at; with ``--debug`` those
     of every step in every dtype.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.attention import BACKENDS, attention_backend, available, flash, of_row
-from qwenq.runtime.attention.best import Best
+from qwenq.runtime.attention.best import Autotuned
 from qwenq.runtime.attention.flash import Flash
 from qwenq.runtime.span import Span
 
@@ -241,7 +241,7 @@ class Slow:
 
 def test_best_takes_the_faster_one_for_prompts_and_for_steps_and_says_which() -> None:
     one, other = Slow("one", 0.0, 0.02), Slow("other", 0.02, 0.0)
-    best = Best([one, other], CPU, torch.float32)
+    best = Autotuned([one, other], CPU, torch.float32)
     assert best.implementation.startswith(
         "fastest measured at load among one, other: prefill one (one 1.0), "
     )

@@ -15,7 +15,7 @@ from qwenq.models.gptq_format import DequantisedSource, QuantConfig
 from qwenq.models.precision import resolve_device
 from qwenq.runtime import engine as door
 from qwenq.runtime.engine import Engine, find_attention, find_dtype, load
-from qwenq.runtime.generation import Timing, stream
+from qwenq.runtime.generation import Timing
 from qwenq.runtime.sampling import GREEDY, Sampling
 
 ENGINES = ("fast", "transformers")
@@ -97,7 +97,7 @@ def test_streaming_gives_the_same_tokens_and_leaves_a_usable_cache(runner: Engin
     whole = runner.generate([prompt], 20).answers[0].ids
     cache = runner.new_cache(1, 40)
     streamed = []
-    for token in stream(runner, prompt, 20, GREEDY, (), cache, Timing()):
+    for token in runner.stream(prompt, 20, GREEDY, (), cache, Timing()):
         streamed.append(token)
         if len(streamed) == 8:
             break

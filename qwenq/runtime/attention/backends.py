@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.attention.best import Best
+from qwenq.runtime.attention.best import Autotuned
 from qwenq.runtime.attention.flash import flash_v1_package, flash_v2
 from qwenq.runtime.attention.grouped_decode import grouped
 from qwenq.runtime.attention.ours import flash_v1_ours, split
@@ -48,7 +48,7 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
             f"there is no attention {name!r}", where="--attention", hint=f"use {', '.join(BACKENDS)}"
         )
     if name == "best":
-        return Best(_all(device, dtype), device, dtype)
+        return Autotuned(_all(device, dtype), device, dtype)
     return _BUILDERS[name](device, dtype)
 
 

@@ -19,7 +19,7 @@ PROMPT, CONTEXT = 512, 2048
 _REPEATS = 3
 
 
-class Best:
+class Autotuned:
     """Whichever was fastest for prompts and for decode steps.
 
     Args:

@@ -44,7 +44,7 @@ class GroupedDecode:
             hidden = ~span.mask.expand(batch, shared, 1, end).reshape(batch * shared, 1, end)
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         grouped = (queries.float() * d**-0.5).reshape(batch * shared, heads // shared, d)
-        mixed = mix(
+        mixed = grouped_attention(
             grouped,
             keys.float().reshape(batch * shared, end, d).transpose(1, 2),
             values.float().reshape(batch * shared, end, d),
@@ -53,7 +53,7 @@ class GroupedDecode:
         return mixed.view(batch, heads, 1, d).to(queries.dtype)
 
 
-def mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention of one step, all float32.
 
     Args:

@@ -1,10 +1,10 @@
-"""What the CPU's kernels share: few rows by integers as they lie, many rows unpacked.
+"""Share what quantised linears on a CPU have in common: few rows by integers, many rows unpacked.
 
-Three things that no product over groups knows are done around it:
+Three things that a product over groups does not know are done around it:
 
 - columns in activation order: the input's are put into the stored order;
 - zero points off the middle: ``Σ_g scale · (middle - zero) · Σ_i x_i``, a product with the groups' sums;
-- groups longer than the product knows: a scale is said more than once.
+- groups longer than the product knows: a scale is repeated.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from torch import Tensor
 
 from qwenq.compute import cpu
 from qwenq.models.packing import PackedLinear
-from qwenq.runtime.kernels.base import Grouped, Layer, Need, grouped
+from qwenq.runtime.kernels.base import LinearShape, Requirements, UnpackedLinear, unpack_by_group
 
 
 class CpuGrouped(ABC):
     """A linear layer over integers with a scale per group.
 
     Attributes:
-        name, device_type: see `QuantisedKernel`.
-        widths: bits that it holds.
+        name, device_type, widths: see `QuantLinear`.
         group_sizes: columns that may share a scale in its product, longest first.
         many_rows: from here on unpacking to bfloat16 and one large product are faster.
-        order: see `Grouped`.
-        offsets: float32 [groups, out] of `Grouped`; None where every zero point is the middle.
+        order: see `UnpackedLinear`.
+        offsets: float32 [groups, out] of `UnpackedLinear`; None where every zero point is the middle.
         bias: [out], or None.
     """
 
@@ -39,17 +38,18 @@ class CpuGrouped(ABC):
     group_sizes: ClassVar[tuple[int, ...]]
     many_rows: ClassVar[int]
 
-    def __init__(self, packed: PackedLinear, need: Need, bias: Tensor | None) -> None:
-        self._take(grouped(packed, need), need.bits, None if bias is None else bias.to(need.dtype))
+    def __init__(self, packed: PackedLinear, need: Requirements, bias: Tensor | None) -> None:
+        layer = unpack_by_group(packed, need)
+        self._take(layer, need.bits, None if bias is None else bias.to(need.dtype))
 
     @classmethod
-    def of(cls, layer: Grouped, bits: int) -> Self:
-        """A layer without a bias that comes from elsewhere than a file."""
+    def of(cls, layer: UnpackedLinear, bits: int) -> Self:
+        """Return a layer without a bias that comes from elsewhere than a file."""
         self = cls.__new__(cls)
         self._take(layer, bits, None)
         return self
 
-    def _take(self, layer: Grouped, bits: int, bias: Tensor | None) -> None:
+    def _take(self, layer: UnpackedLinear, bits: int, bias: Tensor | None) -> None:
         self.order, self.bias = layer.order, bias
         offsets = layer.offsets(2 ** (bits - 1))
         self.offsets = None if offsets is None else offsets.t().contiguous()  # [groups, out]
@@ -58,21 +58,21 @@ class CpuGrouped(ABC):
         self._weight, self._scales = self._stored(layer.integers, scales, bits)
 
     @classmethod
-    def why_not(cls, need: Need) -> str | None:
-        """It needs the CPU's instructions, bfloat16 activations, whole groups and whole blocks of outputs."""
+    def unsupported_reason(cls, need: Requirements) -> str | None:
+        """Require the CPU's instructions, bfloat16 activations, whole groups and whole blocks of outputs."""
         if need.device.type != "cpu":
             return f"it runs on the CPU, not on {need.device.type}"
         if need.bits not in cls.widths:
             return f"it holds {' or '.join(map(str, cls.widths))} bits, not {need.bits}"
         if need.dtype != torch.bfloat16:
             return f"it computes in bfloat16, not in {str(need.dtype).removeprefix('torch.')}"
-        if reason := cls.unable():
+        if reason := cls.unsupported_cpu():
             return reason
-        reasons = (cls._why_not_layer(layer, need.group_size) for layer in need.layers)
+        reasons = (cls._unsupported_layer(layer, need.group_size) for layer in need.layers)
         return next((reason for reason in reasons if reason), None)
 
     @classmethod
-    def _why_not_layer(cls, layer: Layer, columns: int) -> str | None:
+    def _unsupported_layer(cls, layer: LinearShape, columns: int) -> str | None:
         size = layer.in_features if columns == -1 else columns
         if not longest_group(size, cls.group_sizes):
             return f"a group of {layer.name} has {size} columns, no multiple of {cls.group_sizes[-1]}"
@@ -83,7 +83,7 @@ class CpuGrouped(ABC):
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
+        """Return [..., out] for [..., in]."""
         if x.dim() == 2:  # as a decode step has it: a small model spends as long between products as in them
             return self._rows(x.contiguous())
         return self._rows(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
@@ -100,7 +100,7 @@ class CpuGrouped(ABC):
         return y
 
     def _many(self, rows: Tensor) -> Tensor:
-        """[rows, in] → [rows, out] by one large product, in float32 where this CPU multiplies that faster."""
+        """Multiply by one large product, in float32 where this CPU multiplies that faster."""
         wide = cpu.float32_is_faster()
         weight = self._unpacked(torch.float32 if wide else rows.dtype)
         return (rows.float() @ weight).to(rows.dtype) if wide else rows @ weight
@@ -113,27 +113,27 @@ class CpuGrouped(ABC):
 
     @classmethod
     @abstractmethod
-    def unable(cls) -> str | None:
-        """Why no layer can be run so on this machine; None: it can."""
+    def unsupported_cpu(cls) -> str | None:
+        """Return why this CPU cannot run any such layer; None: it can."""
 
     @classmethod
     @abstractmethod
     def block(cls) -> int:
-        """Outputs that are packed side by side."""
+        """Return how many outputs are packed side by side."""
 
     @abstractmethod
     def _stored(self, integers: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-        """Uint8 [out, in] and float32 [out, groups], both as the product reads them."""
+        """Arrange uint8 [out, in] and float32 [out, groups] as the product reads them."""
 
     @abstractmethod
     def _few(self, x: Tensor) -> Tensor:
-        """Bfloat16 [rows, in] → [rows, out] without offsets and bias, over the integers as they lie."""
+        """Multiply bfloat16 [rows, in] by the integers as they lie, without offsets and bias."""
 
     @abstractmethod
     def _unpacked(self, dtype: torch.dtype) -> Tensor:
-        """[in, out], the weight: for many rows one product with it keeps the cores busy."""
+        """Return the weight [in, out]: for many rows one product with it keeps the cores busy."""
 
 
 def longest_group(columns: int, sizes: tuple[int, ...]) -> int:
-    """The longest of some group sizes that divides so many columns; 0: none."""
+    """Return the longest of some group sizes that divides so many columns; 0: there is none."""
     return next((size for size in sizes if columns % size == 0), 0)

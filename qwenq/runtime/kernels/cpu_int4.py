@@ -1,11 +1,11 @@
-"""Int4 and Int8 on the CPU by torch's int4 product; by a plain bfloat16 product where there are many rows.
+"""Multiply Int4 and Int8 weights on a CPU by torch's int4 product, many rows by a plain bfloat16 one.
 
 ``_weight_int4pack_mm_for_cpu`` computes ``Σ (q - 8) · scale`` by group, in float32 with AVX-512 or AVX2, over
 bfloat16 activations. 8 bits are brought to that form without loss:
 ``q - 128 = 16 · (high - 8) + (low - 8) + 8`` with the two nibbles of q. A layer of 8 bits is one int4 layer
 of twice the width, over the input twice, with scales ``16 · s`` and ``s``.
 
-Scales are float16 in the file and rounded to bfloat16 here, as the op wants them.
+Scales are float16 in the file and rounded to bfloat16 here, as the op takes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from qwenq.runtime.kernels.cpu_grouped import CpuGrouped
 
 _BLOCKS = (64, 32)
-_ROWS_AT_ONCE = 4096  # of a weight that are packed in one go: bounds the int32 that the op wants
+_ROWS_AT_ONCE = 4096  # of a weight that are packed in one go: bounds the int32 that the op takes
 
 
 class CpuInt4(CpuGrouped):
@@ -31,15 +31,15 @@ class CpuInt4(CpuGrouped):
     many_rows = 16
 
     @classmethod
-    def unable(cls) -> str | None:
-        """It needs AVX-512 or AVX2."""
+    def unsupported_cpu(cls) -> str | None:
+        """Require AVX-512 or AVX2."""
         if block() == 0:
             return f"this CPU has neither AVX-512 nor AVX2 ({torch.backends.cpu.get_cpu_capability()})"
         return None
 
     @classmethod
     def block(cls) -> int:
-        """As torch packs them on this CPU."""
+        """Return how many torch packs side by side on this CPU."""
         return block()
 
     def _stored(self, integers: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -54,23 +54,23 @@ class CpuInt4(CpuGrouped):
         return y
 
     def _nibbles(self, integers: Tensor, bits: int) -> Tensor:
-        """Uint8 [rows, in] as integers 0 … 15 around 8."""
+        """Return uint8 [rows, in] as integers 0 … 15 around 8."""
         moved: Tensor = integers + (8 - 2 ** (bits - 1))
         return moved
 
     def _factors(self, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """What the op multiplies each integer by, and what it adds; both [out, groups] as stored."""
+        """Return what the op multiplies each integer by, and what it adds; both [out, groups] as stored."""
         return scales, torch.zeros_like(scales)
 
     def _widened(self, rows: Tensor) -> Tensor:
-        """The input as the stored integers want it."""
+        """Return the input for the stored integers."""
         return rows
 
     def _unpacked(self, dtype: torch.dtype) -> Tensor:
         return self._plain(integers(self._weight, self._scales.shape[1])).to(dtype)
 
     def _plain(self, integers: Tensor) -> Tensor:
-        """Bfloat16 [in, out] of the stored integers [stored columns, out], scaled; overwrites them."""
+        """Scale the stored integers [stored columns, out] in place, to bfloat16 [in, out]."""
         by_group = integers.view(len(self._scales), self._size, -1)  # [groups, group_size, out]
         return by_group.mul_(self._scales[:, :, 0].unsqueeze(1)).view(integers.shape)
 
@@ -102,7 +102,7 @@ class CpuInt8(CpuInt4):
 
 @cache
 def block() -> int:
-    """Outputs that the op packs side by side on this CPU: 64 with AVX-512, 32 with AVX2; 0: neither.
+    """Return how many outputs the op packs side by side: 64 with AVX-512, 32 with AVX2; 0: neither.
 
     Found out by packing numbers and reading them back, since torch does not tell.
     """
@@ -117,12 +117,15 @@ def block() -> int:
 
 
 def integers(packed: Tensor, out_features: int) -> Tensor:
-    """Bfloat16 [in, out], the packed integers less 8."""
+    """Return the packed integers less 8, bfloat16 [in, out]."""
     return _read_back(packed, out_features, block()).sub_(8)
 
 
 def _read_back(packed: Tensor, out_features: int, width: int) -> Tensor:
-    """Bfloat16 [in, out]: low nibbles are the first half of a block of outputs, high ones the second."""
+    """Return the packed integers, bfloat16 [in, out].
+
+    Low nibbles are the first half of a block of outputs, high ones the second.
+    """
     halves = packed.view(out_features // width, -1, width // 2).transpose(0, 1)  # [in, blocks, width / 2]
     columns, blocks, _ = halves.shape
     numbers = torch.empty(columns, blocks, 2, width // 2, dtype=torch.bfloat16)

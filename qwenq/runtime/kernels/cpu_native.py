@@ -1,4 +1,4 @@
-"""Int2, Int4 and Int8 on a CPU by C kernels: integer products for few rows, read as fast as memory gives.
+"""Multiply Int2, Int4 and Int8 weights on a CPU by C kernels, few rows as fast as memory is read.
 
 A decode step reads every weight once. Activations are 16-bit integers by group here (at most 128 columns),
 more precise than bfloat16; sums are exact, scales and totals float32. For many rows, weights are unpacked and
@@ -29,7 +29,7 @@ class CpuNative(CpuGrouped):
     many_rows = 96
 
     @classmethod
-    def unable(cls) -> str | None:
+    def unsupported_cpu(cls) -> str | None:
         """Return why C kernels do not run here; None: they do."""
         return cpu.unsupported_reason()
 

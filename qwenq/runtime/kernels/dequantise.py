@@ -1,4 +1,4 @@
-"""The reference: integers become numbers once, at load. Runs everywhere, in the memory of plain weights."""
+"""Multiply dequantised weights, the reference: it runs everywhere, in the memory of plain weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qwenq.models.packing import PackedLinear, dequantise
-from qwenq.runtime.kernels.base import Need
+from qwenq.runtime.kernels.base import Requirements
 
 
 class Dequantise:
@@ -16,20 +16,21 @@ class Dequantise:
 
     name = "dequantise"
     device_type: ClassVar[str] = "any"
+    widths: ClassVar[tuple[int, ...]] = (2, 4, 8)
 
-    def __init__(self, packed: PackedLinear, need: Need, bias: Tensor | None) -> None:
+    def __init__(self, packed: PackedLinear, need: Requirements, bias: Tensor | None) -> None:
         weight = dequantise(packed, need.bits, need.checkpoint_format, need.dtype)
         self.weight = weight.to(need.device)
         self.bias = None if bias is None else bias.to(need.device, need.dtype)
 
     @staticmethod
-    def why_not(need: Need) -> str | None:
-        """It always can."""
+    def unsupported_reason(need: Requirements) -> str | None:
+        """Return None: it always can."""
         del need
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
+        """Return [..., out] for [..., in]."""
         return linear(x, self.weight, self.bias)
 
     @property

@@ -1,4 +1,4 @@
-"""FlashAttention as first published: Dao et al., arXiv 2205.14135, Algorithm 1, the forward pass.
+"""Run FlashAttention as first published: Dao et al., arXiv 2205.14135, Algorithm 1, the forward pass.
 
 Work is split over batch × heads only: one program computes a whole head, however long the sequence. Keys and
 values are the outer loop, queries the inner one, and the unfinished output and its softmax statistics go
@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.runtime.kernels.triton_math import product
+from qwenq.runtime.kernels.triton_math import LOG2E, product
 from qwenq.runtime.kernels.triton_support import bound, power_of_2
-
-_LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -33,7 +31,7 @@ def _flash_v1(
     position_batch: tl.tensor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program: one head of one row. Names as in the paper: B_r, B_c, l (row_sum), m (row_max)."""
+    """Compute one head of one row. Names as in the paper: B_r, B_c, l (row_sum), m (row_max)."""
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     q += batch.to(tl.int64) * q_batch + head * q_head
@@ -78,7 +76,7 @@ def _flash_v1(
 
 
 def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """FlashAttention (1) over the cache.
+    """Run FlashAttention (1) over the cache.
 
     Args:
         queries: [batch, heads, tokens, d], float16 or bfloat16.
@@ -105,7 +103,7 @@ def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -
             row_sum,
             row_max,
             positions,
-            d**-0.5 * _LOG2E,
+            d**-0.5 * LOG2E,
             heads,
             heads // shared,
             tokens,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from runtime.kernels.packed_layers import random_case
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.kernels.base import Layer, Need, stacked
+from qwenq.runtime.kernels.base import LinearShape, Requirements, stacked
 from qwenq.runtime.kernels.cpu_int4 import CpuInt4, CpuInt8, block
 from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.kernels.dequantise import Dequantise
@@ -66,7 +66,7 @@ def test_every_kernel_that_says_it_can_is_right(
     case = random_case(
         bits, group_size, in_features, out_features, seed=seed, sym=sym, shuffled=shuffled, dtype=dtype
     )
-    able = [kernel for kernel in KERNELS if kernel.why_not(case.need) is None]
+    able = [kernel for kernel in KERNELS if kernel.unsupported_reason(case.need) is None]
     assert Dequantise in able
     for kernel in able:
         check(kernel, case, rows, seed)
@@ -77,7 +77,7 @@ def test_every_kernel_that_says_it_can_is_right(
 @pytest.mark.parametrize("group_size", [32, 64, 96, 128, 192, 512, -1])
 def test_group_sizes_of_the_int4_product(kernel: type, bits: int, group_size: int) -> None:
     case = random_case(bits, group_size, 3 * 512, 192, sym=False)
-    assert kernel.why_not(case.need) is None
+    assert kernel.unsupported_reason(case.need) is None
     for rows in (1, 64):
         check(kernel, case, rows, seed=rows)
 
@@ -91,16 +91,16 @@ def test_integers_are_read_back_as_they_were_packed() -> None:
     assert torch.equal(few, layer(eye))  # the same numbers by both paths, to the bit
 
 
-def need(**changes: object) -> Need:
+def need(**changes: object) -> Requirements:
     values = {
         "bits": 4,
         "group_size": 128,
         "checkpoint_format": "gptq",
         "device": CPU,
         "dtype": torch.bfloat16,
-        "layers": (Layer("q", 256, 128),),
+        "layers": (LinearShape("q", 256, 128),),
     }
-    return Need(**{**values, **changes})  # type: ignore[arg-type]
+    return Requirements(**{**values, **changes})  # type: ignore[arg-type]
 
 
 @needs_int4
@@ -111,8 +111,8 @@ def need(**changes: object) -> Need:
         ({"bits": 8}, "it holds 2 or 4 bits, not 8"),
         ({"device": torch.device("cuda")}, "it runs on the CPU, not on cuda"),
         ({"group_size": 16}, "a group of q has 16 columns"),
-        ({"layers": (Layer("k", 256, 40),)}, "k has 40 outputs"),
-        ({"layers": (Layer("k", 256, 128, even=False),)}, "the groups of k differ in size"),
+        ({"layers": (LinearShape("k", 256, 40),)}, "k has 40 outputs"),
+        ({"layers": (LinearShape("k", 256, 128, even=False),)}, "the groups of k differ in size"),
     ],
 )
 def test_what_is_asked_for_is_refused_with_its_reason_and_never_replaced(changes: dict, reason: str) -> None:
@@ -121,20 +121,20 @@ def test_what_is_asked_for_is_refused_with_its_reason_and_never_replaced(changes
 
 
 @needs_int4
-def test_auto_takes_the_fastest_and_says_what_it_passed_over() -> None:
-    first, eighth = (CpuNative, CpuNative) if CpuNative.unable() is None else (CpuInt4, CpuInt8)
-    assert choose("auto", need()).kernel is first
-    assert choose("auto", need(bits=8)).kernel is eighth
-    reason = CpuNative.unable()
-    passed_over = () if reason is None else (f"the faster kernel cpu-native was passed over: {reason}",)
-    assert choose("auto", need()).passed_over == passed_over
-    plain = choose("auto", need(dtype=torch.float32))
-    assert plain.kernel is Dequantise
-    assert plain.passed_over == tuple(
-        f"the faster kernel {name} was passed over: it computes in bfloat16, not in float32"
-        for name in ("cpu-native", "cpu-int4")
+def test_auto_chooses_the_fastest_and_notes_what_it_does_not_use() -> None:
+    first, eighth = (CpuNative, CpuNative) if CpuNative.unsupported_cpu() is None else (CpuInt4, CpuInt8)
+    reason = CpuNative.unsupported_cpu()
+    notices = [] if reason is None else [f"the faster kernel cpu-native is not used because {reason}"]
+    assert choose("auto", need()) == (first, notices)
+    assert choose("auto", need(bits=8))[0] is eighth
+    assert choose("auto", need(dtype=torch.float32)) == (
+        Dequantise,
+        [
+            f"the faster kernel {name} is not used because it computes in bfloat16, not in float32"
+            for name in ("cpu-native", "cpu-int4")
+        ],
     )
-    assert choose("dequantise", need()).kernel is Dequantise
+    assert choose("dequantise", need()) == (Dequantise, [])
 
 
 def test_a_kernel_that_is_not_there() -> None:
