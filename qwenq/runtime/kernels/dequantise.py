@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 
 from qwenq.models.packing import PackedLinear, dequantise
 from qwenq.runtime.kernels.base import Requirements
@@ -31,7 +31,7 @@ class Dequantise:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [..., out] for [..., in]."""
-        return linear(x, self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
 
     @property
     def nbytes(self) -> int:
