@@ -48,7 +48,7 @@ def test_a_gpu_that_is_not_there_is_the_reason(found: dict) -> None:
 
 def test_another_dtype_has_other_reasons() -> None:
     reasons = {part["name"]: part["why_not"] for part in examination("cpu", "float32")["parts"]}
-    assert reasons["cpu-int4"] == "it computes in bfloat16, not in float32"
+    assert reasons["cpu-native"] == "it computes in bfloat16, not in float32"
 
 
 def test_operations_that_run_in_torch_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

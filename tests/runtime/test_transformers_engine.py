@@ -77,7 +77,9 @@ def test_what_would_be_computed_otherwise_is_refused(kind: str, changes: dict[st
 
 def test_code_of_transformers_that_passes_nothing_on_to_attention_is_refused() -> None:
     engine = load(model_of("stablelm")[1], device="cpu", dtype="float32", engine="transformers")
-    with pytest.raises(UnsupportedError, match="StableLmAttention does not pass the arguments of our attention on"):
+    with pytest.raises(
+        UnsupportedError, match="StableLmAttention does not pass the arguments of our attention on"
+    ):
         engine.logits([random_ids(3)])
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwenq.compute import cpu, linear
 from qwenq.errors import UnsupportedError
 from qwenq.runtime.kernels.base import Linear, UnpackedLinear
-from qwenq.runtime.kernels.cpu_int4 import CpuInt8, block
 from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.linear import Dense
 
@@ -20,23 +20,20 @@ class Int8Head:
 
     Args:
         weight: bfloat16 [vocabulary, hidden].
-
-    Attributes:
-        name: with the product that multiplies it.
     """
+
+    name = f"int8 head by {CpuNative.name}"
 
     def __init__(self, weight: Tensor) -> None:
         self._vocab, hidden = weight.shape
-        rows = -(-self._vocab // block()) * block()  # the product works on blocks of outputs
+        rows = -(-self._vocab // linear.OUTPUTS) * linear.OUTPUTS  # the product works on blocks of outputs
         integers = torch.full((rows, hidden), 128, dtype=torch.uint8)
         scales = torch.zeros(rows, hidden // _GROUP_SIZE)
         for start in range(0, self._vocab, _VOCAB_AT_ONCE):  # bounds the float32 temporary
             part = slice(start, min(start + _VOCAB_AT_ONCE, self._vocab))
             integers[part], scales[part] = _rounded(weight[part].float())
         layer = UnpackedLinear(integers, scales, torch.full(scales.shape, 128, dtype=torch.uint8), None)
-        kernel = CpuInt8 if CpuNative.unsupported_cpu() else CpuNative
-        self._layer = kernel.of(layer, bits=8)
-        self.name = f"int8 head by {kernel.name}"
+        self._layer = CpuNative.of(layer, bits=8)
 
     @classmethod
     def of(cls, head: Linear) -> Int8Head:
@@ -62,7 +59,7 @@ class Int8Head:
             return f"it runs on the CPU, not on {weight.device.type}"
         if weight.dtype != torch.bfloat16:
             return f"it computes in bfloat16, not in {str(weight.dtype).removeprefix('torch.')}"
-        if reason := CpuInt8.unsupported_cpu():
+        if reason := cpu.unsupported_reason():
             return reason
         if weight.shape[1] % _GROUP_SIZE:
             return f"{weight.shape[1]} columns are no multiple of {_GROUP_SIZE}"
@@ -82,7 +79,7 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round float32 [rows, hidden] to uint8 around 128, with float32 scales [rows, groups]."""
     groups = weight.view(len(weight), -1, _GROUP_SIZE)  # [rows, groups, group_size]
     largest = groups.abs().amax(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    # Scales are bfloat16 in torch's product: rounded first, they are what the integers are rounded against.
+    # Rounded first, scales are what the integers are rounded against.
     scales = (largest / 127).to(torch.bfloat16).float()
     integers = (groups / scales.unsqueeze(-1)).round_().clamp_(-127, 127).add_(128)
     return integers.to(torch.uint8).view(weight.shape), scales

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.kernels.base import QuantLinear, Requirements
-from qwenq.runtime.kernels.cpu_int4 import CpuInt4, CpuInt8
 from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.kernels.dequantise import Dequantise
 from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
 
-KERNELS: tuple[type[QuantLinear], ...] = (
-    CpuNative,
-    CpuInt4,
-    CpuInt8,
-    TritonInt4,
-    TritonInt8,
-    Dequantise,
-)
+KERNELS: tuple[type[QuantLinear], ...] = (CpuNative, TritonInt4, TritonInt8, Dequantise)
 """``auto`` takes the first that is supported. Importing them works without a GPU."""
 
 
