@@ -18,7 +18,7 @@ _BLOCK, _LEAST_BLOCK, _FEW_ROWS = 256, 64, 32
 class Dense:
     """A matrix in the dtype of the activations.
 
-    Where that is faster it lies in oneDNN's blocks from the start (``dense.packable``).
+    It lies in oneDNN's blocks from the start where that is faster (``dense.packable``).
 
     Args:
         weight: [out, in].

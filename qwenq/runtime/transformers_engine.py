@@ -49,7 +49,7 @@ class TransformersEngine(Engine):
         attention: what mixes the cache's values.
         kernel: of the quantised linears, see ``kernels.table``.
         real_vocab: never sample ids from here on; None: as the config says.
-        processes: torch.distributed's, which hold the model together, see ``tensor_parallel``.
+        processes: among which the model is sharded, see ``tensor_parallel``.
 
     Raises:
         UnsupportedError: transformers does not know the architecture, or a kernel cannot run this model here.
@@ -75,8 +75,8 @@ class TransformersEngine(Engine):
         if processes == 1:  # else each tensor was put where it belongs as it came
             self._model.to(device)
         self._config = self._model.config
-        every = ["full_attention"] * self._config.num_hidden_layers
-        self._kinds: list[str] = getattr(self._config, "layer_types", None) or every
+        kinds = getattr(self._config, "layer_types", None)
+        self._kinds: list[str] = kinds or ["full_attention"] * self._config.num_hidden_layers
         self._states = _state_shapes(self._model)
         self.notes = weights.notes
         self.implementation = (

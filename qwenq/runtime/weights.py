@@ -35,32 +35,8 @@ from qwenq.runtime.memory import require
 _HINT = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
 
 
-def _check_tensors(source: TensorSource, shape: ModelShape, tied: bool) -> None:
-    names = set(source.names())
-    expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
-    if not tied:
-        expected["lm_head.weight"] = (shape.vocab, shape.hidden)
-    else:
-        expected.pop("lm_head.weight", None)
-    for name, wanted in expected.items():
-        if name not in names:
-            raise ModelError(f"the tensor {name} is missing", where=name, hint=_HINT)
-        if (found := source.info(name).shape) != wanted:
-            raise ModelError(
-                f"{name} is {list(found)}, but config.json makes it {list(wanted)}", where=name, hint=_HINT
-            )
-    for name in sorted(names - expected.keys()):
-        if name.startswith("model.layers.") and not name.endswith(".rotary_emb.inv_freq"):
-            raise ModelError(f"{name} has no place in this architecture", where=name, hint=_HINT)
-
-
 def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[LinearShape, ...]:
-    """Return the sizes of every quantised module, in file order; check headers against the settings.
-
-    Raises:
-        ModelError: there is none, one lacks a tensor or has a plain weight, too, or a shape contradicts bits
-            or group size.
-    """
+    """Return the sizes of every quantised module, in file order; check headers against the settings."""
     modules, names = quantised_modules(source), set(source.names())
     if not modules:
         raise ModelError(
@@ -68,7 +44,9 @@ def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[LinearS
             hint="the folder mixes the config and the weights of two models, or a shard is missing",
         )
     layers = []
-    for module in _every_module(modules, names):
+    # Modules that have a ``qweight``, then those that have only some of the other tensors.
+    rest = (name.removesuffix(".qzeros") for name in sorted(names) if name.endswith(".qzeros"))
+    for module in dict.fromkeys([*modules, *rest]):
         check_module_shapes(source, names, module, quant)
         own = quant.of(module)
         if f"{module}.weight" in names:
@@ -87,26 +65,20 @@ def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[LinearS
     return tuple(layers)
 
 
-def _needs(
+def _requirements(
     layers: Sequence[LinearShape], quant: QuantConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Requirements]:
     """Return what each module requires: one object for all with the same bits and group size."""
-    settings = {layer.name: quant.of(layer.name) for layer in layers}
     alike: dict[tuple[int, int], list[LinearShape]] = {}
     for layer in layers:
-        own = settings[layer.name]
+        own = quant.of(layer.name)
         alike.setdefault((own.bits, own.group_size), []).append(layer)
-    needs = {
-        (bits, size): Requirements(bits, size, quant.checkpoint_format, device, dtype, tuple(some))
+    return {
+        layer.name: need
         for (bits, size), some in alike.items()
+        for need in [Requirements(bits, size, quant.checkpoint_format, device, dtype, tuple(some))]
+        for layer in some
     }
-    return {name: needs[own.bits, own.group_size] for name, own in settings.items()}
-
-
-def _every_module(modules: Sequence[str], names: set[str]) -> list[str]:
-    """Return the modules that have a ``qweight``, and those that have only some of the other tensors."""
-    rest = (name.removesuffix(".qzeros") for name in sorted(names) if name.endswith(".qzeros"))
-    return list(dict.fromkeys([*modules, *rest]))
 
 
 @dataclass(frozen=True)
@@ -159,7 +131,12 @@ class Weights:
         self.kernel, self.notes = "dense", tuple[str, ...]()
         self.quantised: frozenset[str] = frozenset()
         if quantization_of(checkpoint.config) is None:
-            _refuse_kernel(kernel)
+            if kernel != "auto":
+                raise UnsupportedError(
+                    f"the kernel {kernel} multiplies packed integers, and this model is not quantised",
+                    where="--kernel",
+                    hint="leave --kernel out, or quantise the model first",
+                )
             self._names = set(self._source.names())
             self._require_memory()
             return
@@ -168,7 +145,7 @@ class Weights:
         layers = _quantised_layers(checkpoint.source, quant)
         self._source = DequantisedSource(checkpoint.source, quant, dtype, checkpoint.config)
         self._names = set(self._source.names())
-        self._needs = _needs(layers, quant, device, dtype)
+        self._needs = _requirements(layers, quant, device, dtype)
         choices = {need: choose(kernel, need) for need in dict.fromkeys(self._needs.values())}
         self._kernels = {need: chosen for need, (chosen, _) in choices.items()}
         self.kernel = " + ".join(dict.fromkeys(chosen.name for chosen in self._kernels.values()))
@@ -179,20 +156,18 @@ class Weights:
     def _require_memory(self) -> None:
         """Refuse a model whose weights alone are more than what is free."""
         dense = self.kernel == "dequantise" or not self.quantised
-        widths = set() if dense else {need.bits for need in self._needs.values()}
         needed = 0
         for name in self._names:
             module = name.removesuffix(".weight")
             packed = module in self.quantised
             size = self._dtype.itemsize if dense or not packed else self._needs[module].bits / 8
             needed += int(math.prod(self._source.info(name).shape) * size)
-        form = (
-            f"in {str(self._dtype).removeprefix('torch.')}"
-            if dense
-            else f"in {' and '.join(map(str, sorted(widths)))} bits"
-        )
+        form = str(self._dtype).removeprefix("torch.")
+        if not dense:
+            widths = sorted({need.bits for need in self._needs.values()})
+            form = f"{' and '.join(map(str, widths))} bits"
         hint = "use --dtype bfloat16, a quantised model, a smaller one, or another --device"
-        require(needed // self._processes, self._device, f"the model's weights {form}", hint)
+        require(needed // self._processes, self._device, f"the model's weights in {form}", hint)
 
     @property
     def names(self) -> frozenset[str]:
@@ -205,7 +180,22 @@ class Weights:
         Raises:
             ModelError: names the first tensor that is missing, surplus, or of another shape.
         """
-        _check_tensors(self._source, shape, tied)
+        expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
+        expected.pop("lm_head.weight", None)
+        if not tied:
+            expected["lm_head.weight"] = (shape.vocab, shape.hidden)
+        for name, wanted in expected.items():
+            if name not in self._names:
+                raise ModelError(f"the tensor {name} is missing", where=name, hint=_HINT)
+            if (found := self._source.info(name).shape) != wanted:
+                raise ModelError(
+                    f"{name} is {list(found)}, but config.json makes it {list(wanted)}",
+                    where=name,
+                    hint=_HINT,
+                )
+        for name in sorted(self._names - expected.keys()):
+            if name.startswith("model.layers.") and not name.endswith(".rotary_emb.inv_freq"):
+                raise ModelError(f"{name} has no place in this architecture", where=name, hint=_HINT)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor onto the device."""
@@ -269,12 +259,3 @@ class Weights:
         if not tensor.is_floating_point():
             raise ModelError(f"{name} is {tensor.dtype}, and a weight is a float", where=name, hint=_HINT)
         return check_finite(name, tensor, self._folder)
-
-
-def _refuse_kernel(name: str) -> None:
-    if name != "auto":
-        raise UnsupportedError(
-            f"the kernel {name} multiplies packed integers, and this model is not quantised",
-            where="--kernel",
-            hint="leave --kernel out, or quantise the model first",
-        )

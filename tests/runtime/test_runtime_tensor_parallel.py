@@ -98,9 +98,9 @@ def test_two_processes_answer_as_one(tmp_path: Path, family: str, changes: dict[
 def test_what_cannot_be_dealt_out_is_refused(tmp_path: Path) -> None:
     plain = open_checkpoint(write_family(tmp_path / "tiny"))
     refuse_unsplittable(plain, 2)
-    with pytest.raises(UnsupportedError, match="num_attention_heads cannot be dealt out to 3"):
+    with pytest.raises(UnsupportedError, match="num_attention_heads cannot be divided evenly among 3"):
         refuse_unsplittable(plain, 3)
-    with pytest.raises(UnsupportedError, match="2 num_key_value_heads cannot be dealt out to 4"):
+    with pytest.raises(UnsupportedError, match="2 num_key_value_heads cannot be divided evenly among 4"):
         refuse_unsplittable(plain, 4)
     with pytest.raises(UnsupportedError, match="packed GPTQ weights cannot be split"):
         refuse_unsplittable(quantised_model("llama", QuantConfig(bits=4, group_size=32)), 2)

@@ -96,30 +96,13 @@ def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -
     row_max = torch.full_like(row_sum, float("-inf"))
     with torch.cuda.device_of(queries):
         _flash_v1[(batch * heads,)](
-            queries,
-            keys,
-            values,
-            mixed,
-            row_sum,
-            row_max,
-            positions,
-            d**-0.5 * LOG2E,
-            heads,
-            heads // shared,
-            tokens,
-            end,
-            bound(triton.cdiv(end, columns)),
-            bound(triton.cdiv(tokens, rows)),
-            *queries.stride()[:3],
-            *keys.stride()[:3],
-            *values.stride()[:3],
+            queries, keys, values, mixed, row_sum, row_max, positions, d**-0.5 * LOG2E,
+            heads, heads // shared, tokens, end,
+            bound(triton.cdiv(end, columns)), bound(triton.cdiv(tokens, rows)),
+            *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             positions.stride(0) if positions.shape[0] > 1 else 0,
-            D=d,
-            BLOCK_D=block_d,
-            BR=rows,
-            BC=columns,
-            num_warps=4,
+            D=d, BLOCK_D=block_d, BR=rows, BC=columns, num_warps=4,
             # One stage: what a program writes to `mixed` it reads again; a load moved ahead would miss it.
             num_stages=1,
-        )
+        )  # fmt: skip
     return mixed.to(queries.dtype)

@@ -87,26 +87,11 @@ def multiply_rows(rows: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | N
     y = torch.empty((splits, count, outputs), dtype=dtype, device=rows.device)
     with torch.cuda.device_of(rows):
         _dot[(triton.cdiv(outputs, _DOT_OUTPUTS), splits)](
-            rows,
-            words,
-            scales,
-            words if zeros is None else zeros,
-            y,
-            count,
-            outputs,
-            rows.stride(0),
-            EXPONENT,
-            WORDS=words.shape[0],
-            GROUP_WORDS=group_words,
-            BITS=bits,
-            SYMMETRIC=zeros is None,
-            BLOCK_WORDS=block,
-            REPEAT=repeat,
-            BLOCK_OUT=_DOT_OUTPUTS,
-            STEPS=steps,
-            num_warps=4,
-            num_stages=3,
-        )
+            rows, words, scales, words if zeros is None else zeros, y,
+            count, outputs, rows.stride(0), EXPONENT,
+            WORDS=words.shape[0], GROUP_WORDS=group_words, BITS=bits, SYMMETRIC=zeros is None,
+            BLOCK_WORDS=block, REPEAT=repeat, BLOCK_OUT=_DOT_OUTPUTS, STEPS=steps, num_warps=4, num_stages=3,
+        )  # fmt: skip
     # The parts are added in their order by a pass of its own: no atomics, the same bits each time.
     return y[0] if splits == 1 else y.sum(0).to(rows.dtype)
 

@@ -93,24 +93,12 @@ def multiply_row(
     y = torch.empty((splits, outputs), dtype=dtype, device=row.device)
     with torch.cuda.device_of(row):
         _gemv[(triton.cdiv(outputs, width), splits)](
-            row,
-            words,
-            scales,
-            words if zeros is None else zeros,
-            words if bias is None else bias,
-            y,
-            outputs,
-            EXPONENT,
-            WORDS=words.shape[0],
-            GROUP_WORDS=words.shape[0] // scales.shape[0],
-            BITS=bits,
-            SYMMETRIC=zeros is None,
-            BIAS=bias is not None,
-            BLOCK_WORDS=block,
-            BLOCK_OUT=width,
-            STEPS=steps,
-            num_warps=warps,
-        )
+            row, words, scales, words if zeros is None else zeros, words if bias is None else bias, y,
+            outputs, EXPONENT,
+            WORDS=words.shape[0], GROUP_WORDS=words.shape[0] // scales.shape[0], BITS=bits,
+            SYMMETRIC=zeros is None, BIAS=bias is not None,
+            BLOCK_WORDS=block, BLOCK_OUT=width, STEPS=steps, num_warps=warps,
+        )  # fmt: skip
     # The parts are added in their order by a pass of its own: no atomics, the same bits each time.
     return y if splits == 1 else y.sum(0, keepdim=True).to(row.dtype)
 

@@ -46,17 +46,8 @@ def unpack_weight(
     weight = torch.empty((count * 32 // bits, outputs), dtype=dtype, device=words.device)
     with torch.cuda.device_of(words):
         _unpack[(triton.cdiv(outputs, _UNPACK_OUTPUTS), triton.cdiv(count, _UNPACK_WORDS))](
-            words,
-            scales,
-            words if zeros is None else zeros,
-            weight,
-            outputs,
-            WORDS=count,
-            GROUP_WORDS=count // scales.shape[0],
-            BITS=bits,
-            SYMMETRIC=zeros is None,
-            BLOCK_WORDS=_UNPACK_WORDS,
-            BLOCK_OUT=_UNPACK_OUTPUTS,
-            num_warps=4,
-        )
+            words, scales, words if zeros is None else zeros, weight, outputs,
+            WORDS=count, GROUP_WORDS=count // scales.shape[0], BITS=bits, SYMMETRIC=zeros is None,
+            BLOCK_WORDS=_UNPACK_WORDS, BLOCK_OUT=_UNPACK_OUTPUTS, num_warps=4,
+        )  # fmt: skip
     return weight

@@ -112,40 +112,16 @@ def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
     mixed = queries.new_empty((batch, heads, 1, d))
     with torch.cuda.device_of(queries):
         _attend_run[(runs, batch * shared)](
-            queries,
-            keys,
-            values,
-            parts,
-            logs,
-            positions,
-            d**-0.5 * LOG2E,
-            shared,
-            runs,
-            end,
+            queries, keys, values, parts, logs, positions, d**-0.5 * LOG2E, shared, runs, end,
             *(*queries.stride()[:2], *keys.stride()[:3], *values.stride()[:3]),
-            GROUP=group,
-            ROWS=max(16, power_of_2(group)),  # the fewest that tensor cores take
-            D=d,
-            BLOCK_D=block_d,
-            BLOCK=_BLOCK,
-            BLOCKS=slots // _BLOCK,
-            num_warps=4,
-            STAGES=stages(block_d),
-        )
+            GROUP=group, ROWS=max(16, power_of_2(group)),  # the fewest that tensor cores take
+            D=d, BLOCK_D=block_d, BLOCK=_BLOCK, BLOCKS=slots // _BLOCK,
+            num_warps=4, STAGES=stages(block_d),
+        )  # fmt: skip
         _join_runs[(batch * heads,)](
-            parts,
-            logs,
-            mixed,
-            positions,
-            heads,
-            runs,
-            end,
-            D=d,
-            BLOCK_D=block_d,
-            RUNS=power_of_2(runs),
-            SLOTS=slots,
-            num_warps=4,
-        )
+            parts, logs, mixed, positions, heads, runs, end,
+            D=d, BLOCK_D=block_d, RUNS=power_of_2(runs), SLOTS=slots, num_warps=4,
+        )  # fmt: skip
     return mixed
 
 
