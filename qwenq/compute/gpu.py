@@ -1,8 +1,4 @@
-"""Find out whether Triton's kernels can be built and run here: Triton, a GPU, and a C compiler.
-
-With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, block by
-block in numpy: slow, and exact enough to test them against float64.
-"""
+"""Find out whether Triton's kernels can be built and run here: Triton, a GPU, and a C compiler."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Keep keys and values of a batch of sequences, each row with its own length.
-
-Row r's token p lies in slot p, whatever the other rows hold: no row is padded on the left, a token's slot is
-its position, and "may see" is one comparison (slot ≤ position). What lies behind a row's length is free.
-"""
+"""Keep keys and values of a batch of sequences, each row with its own length."""
 
 from __future__ import annotations
 

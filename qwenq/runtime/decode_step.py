@@ -1,10 +1,4 @@
-"""Run a decoder's blocks: the forward pass of a block, written once, over interchangeable operations.
-
-A block is two residual steps, attention over the cache and the gated MLP. q, k and v are one product, gate
-and up are one. `Operations` is what lies between the products: `PlainOperations` for any tokens on any
-device, `StepOperations` for a decode step on a CPU, `TritonOperations` for one on a GPU. `CompiledStep` is
-the whole pass in one call of C.
-"""
+"""Run a decoder's blocks: the forward pass of a block, written once, over interchangeable operations."""
 
 from __future__ import annotations
 

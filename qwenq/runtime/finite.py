@@ -11,7 +11,7 @@ from qwenq.errors import ModelError
 
 
 def sum_in_float32(device: torch.device, dtype: torch.dtype) -> None:
-    """On a GPU, sum products of float16 in float32 to the end: by default parts may be joined in float16.
+    """Sum products of float16 on a GPU in float32 to the end: by default parts may be joined in float16.
 
     A switch of the whole process.
     """

@@ -1,4 +1,4 @@
-"""Operations of a decode step on a GPU, by Triton kernels: three launches where torch takes fifteen."""
+"""Run a decode step's operations on a GPU by Triton kernels: three launches where torch takes fifteen."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Compute rotary position embeddings: tables of cosines and sines.
 
-Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Scaled variants take their frequencies
-from transformers; Qwen v1's dynamic NTK, which transformers does not know, is here.
+Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Scaled variants take their
+frequencies from transformers; Qwen v1's dynamic NTK, which transformers does not know, is here.
 """
 
 from __future__ import annotations

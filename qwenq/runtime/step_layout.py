@@ -1,7 +1,7 @@
 """Arrange keys and values as decode steps on a CPU read them fastest.
 
-Keys lie transposed, as their product with a query runs over slots. All is float32: products of so few rows
-are slower in bfloat16 on a CPU, and scores keep their precision.
+Keys lie transposed, as their product with a query runs over slots. All is float32: products of so few
+rows are slower in bfloat16 on a CPU, and scores keep their precision.
 """
 
 from __future__ import annotations

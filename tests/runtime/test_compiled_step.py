@@ -41,7 +41,7 @@ def steps(engine: FastEngine, prompts: list[list[int]], count: int, seed: int = 
 
 @pytest.mark.parametrize("quant", [INT4, INT8], ids=["int4", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_nearer_to_the_exact_model_than_bfloat16_calls_are(family: str, quant: QuantConfig) -> None:
+def test_compiled_steps_are_nearer_to_float32_than_steps_in_torch(family: str, quant: QuantConfig) -> None:
     prompts = [random_ids(length, length) for length in (3, 1, 21)]
     engine = engine_of(family, quant)
     assert engine.implementation.endswith("decode steps compiled for this CPU")
@@ -58,7 +58,7 @@ def test_it_is_nearer_to_the_exact_model_than_bfloat16_calls_are(family: str, qu
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, CpuNative.many_rows - 1, CpuNative.many_rows])
-def test_any_number_of_rows_each_as_if_alone(rows: int) -> None:
+def test_rows_of_a_batch_equal_rows_alone(rows: int) -> None:
     engine = engine_of("qwen3")
     prompts = [random_ids(1 + row % 7, row) for row in range(rows)]
     together = steps(engine, prompts, 3)
@@ -161,7 +161,7 @@ def test_another_thread_of_python_gets_the_same_text() -> None:
         ("qwen3", INT4, {"head_dim": 16}, "sizes are no multiples of 32"),
     ],
 )
-def test_where_it_cannot_run_one_line_says_why(
+def test_unsupported_models_get_a_note_with_the_reason(
     family: str, quant: QuantConfig, changes: dict[str, int], reason: str
 ) -> None:
     engine = engine_of(family, quant, **changes)

@@ -48,7 +48,7 @@ def static(engine: FastEngine, cache: KVCache, tokens: Tensor, end: int) -> Tens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_fixed_shape_is_the_step(family: str) -> None:
+def test_a_step_of_fixed_shape_equals_a_plain_step(family: str) -> None:
     engine = fast(family)
     for lengths in ([9], [3, 17, 8]):
         plain, fixed = prefilled(engine, lengths), prefilled(engine, lengths)
@@ -91,7 +91,7 @@ class Recorder:
         return replay
 
 
-def test_replays_follow_the_cache_wherever_it_goes() -> None:
+def test_replays_follow_a_cache_that_grows_and_is_rewound() -> None:
     engine = fast("qwen2-tied")
     recorder = Recorder()
     graphs = Graphs(engine.decoder, recorder)
@@ -162,7 +162,7 @@ def test_bounds_are_powers_of_two_up_to_the_capacity(needed: int, capacity: int,
     assert bound_for(needed, capacity) == bound
 
 
-def test_on_a_cpu_there_are_no_graphs_and_the_engine_does_not_claim_any() -> None:
+def test_on_a_cpu_there_are_no_graphs() -> None:
     engine = fast("llama")
     assert Graphs.unsupported_reason(engine.decoder) == "CUDA graphs need a CUDA GPU, and this is a cpu"
     assert "graph" not in engine.implementation
@@ -182,9 +182,7 @@ def test_whether_a_step_is_fused_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("reason", [None, "triton is not installed; pip install triton"])
-def test_on_a_gpu_kernels_that_are_missed_are_said_in_one_line(
-    reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unused_gpu_kernels_get_one_note(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door.gpu, "unsupported_reason", lambda device: reason)
     on_gpu = copy(fast("llama").decoder)
     on_gpu.device, on_gpu.notes = torch.device("cuda"), ()

@@ -1,7 +1,7 @@
 """Run FlashAttention of packages and of torch behind `Attention`: ``v2``, and ``flash-attn`` 1.
 
-Such a kernel has one mask: none, or causal with the last query at the last key; other passes are several
-calls. FlashAttention-2: Dao, arXiv 2307.08691. FlashAttention: Dao et al., arXiv 2205.14135.
+Such a kernel has one mask: none, or causal with the last query at the last key; other passes are
+several calls. FlashAttention-2: Dao, arXiv 2307.08691. FlashAttention: Dao et al., arXiv 2205.14135.
 """
 
 from __future__ import annotations

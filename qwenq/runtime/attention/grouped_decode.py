@@ -1,8 +1,8 @@
 """Compute attention on a CPU: decode steps by one batched product per group of heads, prompts by C.
 
-In a decode step query heads that share a key/value head are rows of one product over keys kept transposed, so
-no key is read twice. `StepOperations` has a cache arranged for it (see ``KVCache.step``); any other cache is
-brought to that form first. Prompts are ``compute.attention``'s.
+In a decode step query heads that share a key/value head are rows of one product over keys kept
+transposed, so no key is read twice. `StepOperations` has a cache arranged for it (see
+``KVCache.step``); any other cache is brought to that form first. Prompts are ``compute.attention``'s.
 """
 
 from __future__ import annotations

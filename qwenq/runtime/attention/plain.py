@@ -1,7 +1,4 @@
-"""Compute attention anywhere: written out (``off``), and by whatever torch picks (``sdpa``).
-
-Query heads h share key/value head h // group. All scores are scaled by 1 / sqrt(d).
-"""
+"""Compute attention anywhere: written out (``off``), and by whatever torch picks (``sdpa``)."""
 
 from __future__ import annotations
 

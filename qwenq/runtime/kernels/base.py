@@ -1,8 +1,8 @@
 """Define what a linear layer is to the engines, and what one over packed integers has to tell of itself.
 
-A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor takes one
-layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are listed in
-``table``.
+A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor
+takes one layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are
+listed in ``table``.
 """
 
 from __future__ import annotations

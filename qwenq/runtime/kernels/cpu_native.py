@@ -1,11 +1,13 @@
 """Multiply Int2, Int4 and Int8 weights on a CPU by C kernels, few rows as fast as memory is read.
 
-A decode step reads every weight once. Activations are 16-bit integers by group here (at most 128 columns),
-more precise than bfloat16; sums are exact, scales and totals float32. For many rows, weights are unpacked and
-torch multiplies. Three things that the product over groups does not know are done around it:
+A decode step reads every weight once. Activations are 16-bit integers by group here (at most 128
+columns), more precise than bfloat16; sums are exact, scales and totals float32. For many rows, weights
+are unpacked and torch multiplies. Three things that the product over groups does not know are done
+around it:
 
 - columns in activation order: the input's are put into the stored order;
-- zero points off the middle: ``Σ_g scale · (middle - zero) · Σ_i x_i``, a product with the groups' sums;
+- zero points off the middle: ``Σ_g scale · (middle - zero) · Σ_i x_i``, a product with the groups'
+  sums;
 - groups longer than the product knows: a scale is repeated.
 """
 

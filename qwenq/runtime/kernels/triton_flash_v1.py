@@ -1,12 +1,12 @@
 """Run FlashAttention as first published: Dao et al., arXiv 2205.14135, Algorithm 1, the forward pass.
 
-Work is split over batch × heads only: one program computes a whole head, however long the sequence. Keys and
-values are the outer loop, queries the inner one, and the unfinished output and its softmax statistics go
-through device memory each time. This is what version 2 mended (arXiv 2307.08691, §3), and the reason to keep
-it is the column "FlashAttention v1" of the cards.
+Work is split over batch × heads only: one program computes a whole head, however long the sequence.
+Keys and values are the outer loop, queries the inner one, and the unfinished output and its softmax
+statistics go through device memory each time. This is what version 2 mended (arXiv 2307.08691, §3), and
+the reason to keep it is the column "FlashAttention v1" of the cards.
 
-Beyond the paper: a query sees the slots up to its own position, blocks that no query sees are skipped, and
-query heads may share keys.
+Beyond the paper: a query sees the slots up to its own position, blocks that no query sees are skipped,
+and query heads may share keys.
 """
 
 from __future__ import annotations

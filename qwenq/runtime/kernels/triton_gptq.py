@@ -1,9 +1,9 @@
 """Multiply Int4 and Int8 weights on an NVIDIA GPU by three Triton kernels, chosen by the number of rows.
 
 The packed words of the file are read as they are: a word holds consecutive inputs of one output, its
-neighbours the same inputs of the next outputs, so four words in a row are one 16-byte load. Zero points are
-unpacked once, at load: packed along the outputs, each word of them would be read by the threads of eight of
-those. Where all of them are the middle, as in a symmetric model, they are a constant.
+neighbours the same inputs of the next outputs, so four words in a row are one 16-byte load. Zero points
+are unpacked once, at load: packed along the outputs, each word of them would be read by the threads of
+eight of those. Where all of them are the middle, as in a symmetric model, they are a constant.
 """
 
 from __future__ import annotations

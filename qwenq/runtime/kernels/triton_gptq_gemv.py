@@ -1,12 +1,13 @@
 """Multiply one row by packed integers, as a decode step does: few instructions a weight, at memory's speed.
 
-A field of b bits at bit s of a word becomes a float32 by one operation: masked and put below the exponent
-of 2^23 it reads 2^23 + q · 2^s, exactly. One subtraction leaves (q - zero) · 2^s, one multiply-add does the
-rest, with 2^-s taken into the activation once for all outputs. Sums are float32; a scale is applied once
-per word.
+A field of b bits at bit s of a word becomes a float32 by one operation: masked and put below the
+exponent of 2^23 it reads 2^23 + q · 2^s, exactly. One subtraction leaves (q - zero) · 2^s, one
+multiply-add does the rest, with 2^-s taken into the activation once for all outputs. Sums are float32;
+a scale is applied once per word.
 
 Tests count instructions in the machine code for sm_90 (three a weight, and no shared memory but the
-pipeline's); block sizes are the fastest of those tried on an H200 with the layers of Qwen-1.8B and Qwen-7B.
+pipeline's); block sizes are the fastest of those tried on an H200 with the layers of Qwen-1.8B and
+Qwen-7B.
 """
 
 from __future__ import annotations

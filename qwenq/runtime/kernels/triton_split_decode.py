@@ -1,11 +1,12 @@
 """Attend from one new token to a long cache: programs take parts of the slots, a second pass joins them.
 
-A decode step has batch × key/value heads to do, far fewer than a GPU has multiprocessors. Flash-decoding
-(Dao, Haziza, Massa, Sizov, 2023) cuts the keys of each head into runs; each yields an output and the
-logarithm of its softmax's denominator, and those are joined exactly. Every order is fixed: the same input
-gives the same bits.
+A decode step has batch × key/value heads to do, far fewer than a GPU has multiprocessors. Flash-
+decoding (Dao, Haziza, Massa, Sizov, 2023) cuts the keys of each head into runs; each yields an output
+and the logarithm of its softmax's denominator, and those are joined exactly. Every order is fixed: the
+same input gives the same bits.
 
-Lengths are read from the device, so that a launch can be captured in a CUDA graph and replayed as rows grow.
+Lengths are read from the device, so that a launch can be captured in a CUDA graph and replayed as rows
+grow.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Launch Triton kernels alike on a GPU and in the interpreter; imports no triton.
+"""Launch Triton kernels alike on a GPU and in the interpreter; import no triton.
 
-A launch goes to torch's current GPU, wherever its tensors lie: hence ``torch.cuda.device_of`` around each.
+A launch goes to torch's current GPU, wherever its tensors lie: hence ``torch.cuda.device_of`` around
+each.
 """
 
 from __future__ import annotations

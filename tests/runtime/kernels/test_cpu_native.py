@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runtime.kernels.packed_layers import random_case
+from runtime.packed_layers import random_case
 
 from qwenq.runtime.kernels.cpu_native import CpuNative
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runtime.kernels.packed_layers import random_case
+from runtime.packed_layers import random_case
 
 from qwenq.compute import cpu
 from qwenq.errors import UnsupportedError, UsageError
@@ -52,7 +52,7 @@ def check(kernel: type, case, rows: int, seed: int) -> None:
     shuffled=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_every_kernel_that_says_it_can_is_right(
+def test_every_supported_kernel_agrees_with_float64(
     bits: int,
     group_size: int,
     widths: tuple[int, int],
@@ -96,7 +96,7 @@ def need(**changes: object) -> Requirements:
         ({"layers": (LinearShape("k", 256, 128, even=False),)}, "the groups of k differ in size"),
     ],
 )
-def test_what_is_asked_for_is_refused_with_its_reason_and_never_replaced(changes: dict, reason: str) -> None:
+def test_a_named_kernel_is_refused_and_never_replaced(changes: dict, reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
         choose("cpu-native", need(**changes))
 
@@ -109,7 +109,7 @@ def test_auto_chooses_the_fastest_and_notes_what_it_does_not_use() -> None:
     assert choose("dequantise", need()) == (Dequantise, [])
 
 
-def test_a_kernel_that_is_not_there() -> None:
+def test_an_unknown_kernel_is_refused() -> None:
     with pytest.raises(UsageError, match="no kernel 'marlin'"):
         choose("marlin", need())
 
