@@ -58,7 +58,7 @@ def packable(weight: Tensor) -> bool:
     """Return whether products are faster with the matrix in oneDNN's blocks from the start.
 
     Libraries copy a matrix into blocks as they multiply; with up to a few dozen rows that takes longer than
-    the products. Measured with AVX-512, where oneDNN has code of its own for float32 and for bfloat16
+    the products. Measured with AVX-512, where oneDNN has kernels for float32 and for bfloat16
     instructions; where bfloat16 is emulated, packing gains nothing over ``multiply``.
     """
     native = weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and cpu.multiplies_bfloat16())

@@ -58,7 +58,7 @@ class StaticStep:
         self._rows = torch.arange(batch, device=device)
         self._first = torch.zeros_like(self._rows)
         self._slots = torch.arange(cache.capacity, device=device)
-        # Tables of its own: the decoder makes longer ones when it needs them, and drops these.
+        # Tables that stay: the decoder replaces those that it has by longer ones.
         cos, sin = decoder.rope.at(self._slots.unsqueeze(0), cache.alphas, cache.capacity)
         self._cos, self._sin = (table.expand(batch, -1, -1, -1) for table in (cos, sin))
         self._scales = self._logn()
@@ -92,7 +92,7 @@ class Graphs:
     """Decode steps of one decoder by graphs, kept for as long as the cache that they were made for.
 
     Args:
-        decoder: on a CUDA GPU, or anywhere with a ``capture`` of one's own.
+        decoder: on a CUDA GPU, or anywhere with another ``capture``.
         capture: how a step becomes a graph.
 
     Attributes:

@@ -74,10 +74,11 @@ def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Ope
     return operations.add_norm(x, added, norm)
 
 
+@dataclass
 class PlainOperations:
-    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture it.
+    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture them.
 
-    Args:
+    Attributes:
         attend: what mixes the cache's values.
         cache: written where ``span`` says; its lengths stay as they are.
         span: where the tokens go, and what they may see.
@@ -86,39 +87,31 @@ class PlainOperations:
         spec: sizes and constants.
     """
 
-    def __init__(
-        self,
-        attend: Attention,
-        cache: KVCache,
-        span: Span,
-        rotation: tuple[Tensor, Tensor],
-        query_scales: Tensor | None,
-        spec: DecoderSpec,
-    ) -> None:
-        self._attend, self._cache, self._span = attend, cache, span
-        self._rotation, self._query_scales = rotation, query_scales
-        self._shape, self._eps = spec.shape, spec.eps
+    attend: Attention
+    cache: KVCache
+    span: Span
+    rotation: tuple[Tensor, Tensor]
+    query_scales: Tensor | None
+    spec: DecoderSpec
 
     def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
         """See `Operations`."""
-        if added is not None:
-            x += added
-        return ops.rms_norm(x, weight, self._eps)
+        return _add_norm(x, added, weight, self.spec.eps)
 
     def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
         """See `Operations`."""
         batch, tokens, _ = qkv.shape
-        heads, shared = self._shape.heads, self._shape.kv_heads
-        qkv = qkv.view(batch, tokens, heads + 2 * shared, self._shape.head_dim)
+        heads, shared = self.spec.shape.heads, self.spec.shape.kv_heads
+        qkv = qkv.view(batch, tokens, heads + 2 * shared, self.spec.shape.head_dim)
         qk, values = qkv[:, :, : heads + shared], qkv[:, :, heads + shared :]
         if qk_norm is not None:
-            qk = ops.rms_norm(qk, qk_norm, self._eps)
-        rotated = ops.rotate(qk, *self._rotation)
+            qk = ops.rms_norm(qk, qk_norm, self.spec.eps)
+        rotated = ops.rotate(qk, *self.rotation)
         queries, keys = rotated[:, :, :heads], rotated[:, :, heads:]
-        if self._query_scales is not None:
-            queries = queries * self._query_scales
-        keys, values = self._cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), self._span)
-        mixed = self._attend(queries.transpose(1, 2), keys, values, self._span)  # [batch, heads, tokens, d]
+        if self.query_scales is not None:
+            queries = queries * self.query_scales
+        keys, values = self.cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), self.span)
+        mixed = self.attend(queries.transpose(1, 2), keys, values, self.span)  # [batch, heads, tokens, d]
         return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
     def gated(self, gate_up: Tensor) -> Tensor:
@@ -148,9 +141,7 @@ class StepOperations:
 
     def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
         """See `Operations`."""
-        if added is not None:
-            x += added
-        return ops.rms_norm(x, weight, self._eps)
+        return _add_norm(x, added, weight, self._eps)
 
     def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
         """See `Operations`."""
@@ -172,3 +163,9 @@ class StepOperations:
         """See `Operations`."""
         gate, up = gate_up.chunk(2, dim=1)
         return silu(gate).mul_(up)
+
+
+def _add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    if added is not None:
+        x += added
+    return ops.rms_norm(x, weight, eps)

@@ -14,15 +14,10 @@ from qwenq.runtime.span import Span
 class Attention(Protocol):
     """Softmax attention over the cache's slots."""
 
-    @property
-    def name(self) -> str:
-        """Name of the backend: ``v2``, ``v1``, ``off``, ``sdpa``, ``split``, ``grouped`` or ``best``."""
-        ...
-
-    @property
-    def implementation(self) -> str:
-        """Exactly what runs, with package and version, for the row of a table."""
-        ...
+    name: str
+    """Name of the backend: ``v2``, ``v1``, ``off``, ``sdpa``, ``split``, ``grouped`` or ``best``."""
+    implementation: str
+    """Exactly what runs, with package and version, for the row of a table."""
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """Mix the values that each query may see.

@@ -92,7 +92,7 @@ def multiply_rows(rows: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | N
             WORDS=words.shape[0], GROUP_WORDS=group_words, BITS=bits, SYMMETRIC=zeros is None,
             BLOCK_WORDS=block, REPEAT=repeat, BLOCK_OUT=_DOT_OUTPUTS, STEPS=steps, num_warps=4, num_stages=3,
         )  # fmt: skip
-    # The parts are added in their order by a pass of its own: no atomics, the same bits each time.
+    # The parts are added in their order in a second pass: no atomics, the same bits each time.
     return y[0] if splits == 1 else y.sum(0).to(rows.dtype)
 
 

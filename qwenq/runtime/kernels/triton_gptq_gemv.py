@@ -100,7 +100,7 @@ def multiply_row(
             SYMMETRIC=zeros is None, BIAS=bias is not None,
             BLOCK_WORDS=block, BLOCK_OUT=width, STEPS=steps, num_warps=warps,
         )  # fmt: skip
-    # The parts are added in their order by a pass of its own: no atomics, the same bits each time.
+    # The parts are added in their order in a second pass: no atomics, the same bits each time.
     return y if splits == 1 else y.sum(0, keepdim=True).to(row.dtype)
 
 
