@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from qwenq.errors import ModelError, QuantisationError, UsageError
+from qwenq.errors import QuantisationError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.companions import write_companions
 from qwenq.models.gptq_format import (
@@ -32,6 +32,7 @@ from qwenq.models.new_folder import require_renameable, take_name
 from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.shapes import DENSE, ModelShape
 from qwenq.models.shards import tensor_bytes, write_shards
+from qwenq.models.source import TensorInfo, require_tensors
 from qwenq.models.tokenizer import read_json
 from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     import torch
 
     from qwenq.models.packing import CheckpointFormat
-    from qwenq.models.source import TensorInfo
 
 ZeroPoints = Literal["v1", "v2"]
 FORMATS: dict[str, CheckpointFormat] = {"v1": "gptq", "v2": "gptq_v2"}
@@ -152,16 +152,8 @@ def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
 
         BlockwiseDecoder(replace(checkpoint, source=plain), torch.device("cpu"), torch.float32)  # checks all
         return
-    names = set(plain.names())
-    for tensor in ModelShape.from_config(checkpoint.config).tensors():
-        if tensor.name not in names:
-            what = f"the tensor {tensor.name} is missing"
-        elif (found := plain.info(tensor.name).shape) != tensor.shape:
-            what = f"{tensor.name} has shape {found}, config.json asks for {tensor.shape}"
-        else:
-            continue
-        hint = "config.json and the weights are of two models, or a shard is missing: copy the folder again"
-        raise ModelError(what, where=checkpoint.folder, hint=hint)
+    expected = {tensor.name: tensor.shape for tensor in ModelShape.from_config(checkpoint.config).tensors()}
+    require_tensors(plain, expected, checkpoint.folder)
 
 
 def _target_config(

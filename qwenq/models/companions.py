@@ -1,4 +1,4 @@
-"""The files beside the weights: tokenizer, chat template, generation settings, licence.
+"""Write the files beside the weights: tokenizer, chat template, generation settings, licence.
 
 Whatever writes a model folder calls ``write_companions``, so that the folder loads with plain
 ``AutoModelForCausalLM`` and ``AutoTokenizer`` and keeps its licence. Remote code (``*.py``) is never copied.

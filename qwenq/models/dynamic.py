@@ -1,4 +1,4 @@
-"""``dynamic`` and ``modules_in_block_to_quantize``: which modules of a checkpoint are quantised, and how.
+"""Say which modules of a checkpoint are quantised, and how: ``dynamic`` and its like.
 
 ``dynamic`` maps patterns to settings: the first pattern that matches a module's whole name from its start
 counts; ``-:`` says that the module is not quantised, anything else that these settings take the place of the

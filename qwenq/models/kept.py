@@ -1,4 +1,4 @@
-"""What of a block is quantised, and what stays in the dtype of its file, with the reason."""
+"""Choose what of a block is quantised, and name the reason for what stays as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that users take for a model (adapters, caches, a trainer's output), and what to do instead."""
+"""Recognise folders that are taken for a model: adapters, caches, what a trainer wrote."""
 
 from __future__ import annotations
 

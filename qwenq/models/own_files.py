@@ -1,4 +1,4 @@
-"""The files of a model folder: its own, and plain ones. A folder from a stranger cannot show us other files.
+"""Refuse links out of a model folder, and what is no plain file.
 
 What is copied beside a quantised model (licences, tokenizers) would otherwise carry a private file along, to
 wherever the result is uploaded: `LICENSE` need only be a link to it.
@@ -49,7 +49,7 @@ def _entries(root: Path) -> Iterator[Path]:
 
 
 def _hub_blobs(root: Path) -> tuple[Path, ...]:
-    """``models--owner--name/blobs`` of ``models--owner--name/snapshots/commit``."""
+    """Return ``models--owner--name/blobs`` of ``models--owner--name/snapshots/commit``."""
     repository = root.parent.parent
     is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
     return (repository / "blobs",) if is_snapshot else ()

@@ -1,4 +1,4 @@
-"""Experts as linears of their own, in the place of transformers' parameters of three dimensions.
+"""Take experts apart into linears, in the place of transformers' parameters of three dimensions.
 
 transformers keeps all experts of a block in two tensors and multiplies them by whatever code its
 configuration names. Here an expert is a module with ``gate_proj``, ``up_proj`` and ``down_proj``, under the

@@ -1,4 +1,4 @@
-"""What a small tokenizer.json may blow up: a text, by its rules, and the tokenizer itself, by its ids.
+"""Refuse tokenizer files that blow up: a text, by their rules, or the tokenizer, by its ids.
 
 Thirty rules "a" → "aa" make a gigabyte of one letter. A vocabulary with one id of two thousand million is
 written out by the library with a list of all ids that are missing: gigabytes, and where there is no memory
@@ -68,7 +68,7 @@ def refuse_growth(loaded: Any, path: Path) -> None:
 
 
 def _copies(rule: Any) -> int:
-    """How often the ids of a single text are in what comes out; special tokens, which are left out, aside."""
+    """Count how often the ids of a single text are in what comes out, special tokens aside."""
     if not isinstance(rule, dict):
         return 1
     times = 1
@@ -78,7 +78,7 @@ def _copies(rule: Any) -> int:
 
 
 def _growth(rule: Any) -> float:
-    """How many times as long a long text can become."""
+    """Return how many times as long a long text can become."""
     if not isinstance(rule, dict):
         return 1.0
     times = 1.0

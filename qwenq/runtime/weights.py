@@ -26,7 +26,7 @@ from qwenq.models.gptq_format import (
 from qwenq.models.integrity import check_finite
 from qwenq.models.packing import PackedLinear
 from qwenq.models.shapes import ModelShape
-from qwenq.models.source import TensorSource
+from qwenq.models.source import TensorSource, require_tensors
 from qwenq.runtime.kernels.base import Linear, LinearShape, Requirements, stacked
 from qwenq.runtime.kernels.table import choose
 from qwenq.runtime.linear import Dense, SideBySide
@@ -184,18 +184,7 @@ class Weights:
         expected.pop("lm_head.weight", None)
         if not tied:
             expected["lm_head.weight"] = (shape.vocab, shape.hidden)
-        for name, wanted in expected.items():
-            if name not in self._names:
-                raise ModelError(f"the tensor {name} is missing", where=name, hint=_HINT)
-            if (found := self._source.info(name).shape) != wanted:
-                raise ModelError(
-                    f"{name} is {list(found)}, but config.json makes it {list(wanted)}",
-                    where=name,
-                    hint=_HINT,
-                )
-        for name in sorted(self._names - expected.keys()):
-            if name.startswith("model.layers.") and not name.endswith(".rotary_emb.inv_freq"):
-                raise ModelError(f"{name} has no place in this architecture", where=name, hint=_HINT)
+        require_tensors(self._source, expected, self._folder)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor onto the device."""

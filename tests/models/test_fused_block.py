@@ -38,7 +38,7 @@ def two_decoders(
     """One that is fused, one of transformers' modules, both with compiled attention."""
     fused = BlockwiseDecoder(open_checkpoint(folder), CPU, dtype)
     with monkeypatch.context() as patch:
-        patch.setattr(fused_block, "fuse_blocks", lambda *_: None)
+        patch.setattr("qwenq.models.blocks.fuse_blocks", lambda *_: None)
         plain = BlockwiseDecoder(open_checkpoint(folder), CPU, dtype)
     return fused, plain
 
