@@ -18,7 +18,9 @@ from qwenq.runtime.spec import DecoderSpec
 
 
 def ntk_alpha(tokens: int, seq_length: int) -> int:
-    """Return Qwen v1's factor for a prompt: 1 up to ``seq_length`` tokens, 3 up to twice that, then 7, 15, …
+    """Return Qwen v1's NTK factor for a prompt of that many tokens.
+
+    It is 1 up to ``seq_length`` tokens, 3 up to twice that, then 7, 15, …
 
     v1's ``get_ntk_alpha``: ``max(2 ** ceil(log2(L / s) + 1) - 1, 1)``. It counts once, at prefill, and holds
     for every token that is generated after it.
