@@ -119,7 +119,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += ["", "optional packages:"]
     for package in found["optional"]:
         have = f"{package['version']}: {package['for']}" if package["version"] else None
-        lines.append(_line(package["name"], have, f"{package['for']}; {package['get']}"))
+        lack = None if have else f"{package['for']}; {package['get']}"
+        lines.append(_line(package["name"], have, lack))
     return [*lines, "", found["summary"]]
 
 

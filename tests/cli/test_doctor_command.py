@@ -119,6 +119,7 @@ def test_the_same_for_people_and_as_json() -> None:
     assert shown.exit_code == 0, shown.output
     last = shown.output.splitlines()[-1]
     assert last.startswith("fastest here: engine fast, kernel ") and "; to get more: " in last
+    assert "; None" not in shown.output
     for expected in ("engine:", "kernel:", "attention:", "sandbox", "dequantise    yes", "torch "):
         assert expected in shown.output
     told = json.loads(CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"]).output)
