@@ -50,7 +50,7 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
 
     from qwenq.environment import environment
     from qwenq.models.precision import resolve_device
-    from qwenq.runtime.doctor import examine
+    from qwenq.runtime.doctor import examine, fastest
     from qwenq.runtime.engine import find_dtype
 
     place = resolve_device(device)
@@ -69,6 +69,7 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
         "parts": [asdict(part) for part in [*parts, *_operations(place, number)]],
         "sandbox": _sandbox(),
         "optional": optional,
+        "summary": fastest(place, number),
     }
 
 
@@ -118,8 +119,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += ["", "optional packages:"]
     for package in found["optional"]:
         have = f"{package['version']}: {package['for']}" if package["version"] else None
-        lines.append(_line(package["name"], have, f"{package['for']}; {package['get']}"))
-    return lines
+        lack = None if have else f"{package['for']}; {package['get']}"
+        lines.append(_line(package["name"], have, lack))
+    return [*lines, "", found["summary"]]
 
 
 def _gpu_lines(gpus: list[dict[str, Any]] | None) -> list[str]:

@@ -19,7 +19,7 @@ from qwenq.profiling.measure import Bench, measure
 from qwenq.profiling.point import explain
 from qwenq.profiling.points import Point
 from qwenq.profiling.prompts import prefill
-from qwenq.runtime.cached_engine import CachedEngine
+from qwenq.runtime.cached_engine import Engine
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
@@ -120,14 +120,14 @@ def test_the_peak_of_generating_is_that_of_its_prompt_too_though_no_generation_f
     points: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile_briefly(monkeypatch)
-    meter, whole = Counter(), CachedEngine.prefill
+    meter, whole = Counter(), Engine.prefill
 
-    def encode(engine: CachedEngine, prompts: list[list[int]], *arguments: object) -> object:
+    def encode(engine: Engine, prompts: list[list[int]], *arguments: object) -> object:
         meter.made += len(prompts[0]) > 1
         return whole(engine, prompts, *arguments)
 
     monkeypatch.setattr("qwenq.profiling.measure.meter_for", lambda device: meter)
-    monkeypatch.setattr(CachedEngine, "prefill", encode)
+    monkeypatch.setattr(Engine, "prefill", encode)
     rows = {row.metric: row for row in measure(replace(points[2], context=12), seconds=0.0)}
     assert rows["speed.protocol"].status == "unavailable"
     assert rows["memory.generate"].value == rows["memory.unreset"].value == 1001

@@ -28,7 +28,6 @@ from qwenq.reporting.turns import with_turns
 from qwenq.results import append_row, read_rows, write_environment
 from qwenq.run.execute import append_check
 from qwenq.runtime.compiled_step import CompiledStep
-from qwenq.runtime.kernels.cpu_int4 import CpuInt4
 from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.storage import sha256_file
 
@@ -187,7 +186,7 @@ def test_a_slowed_kernel_fails_for_its_speed(
         return slow
 
     monkeypatch.setattr("qwenq.profiling.measure.PROTOCOL_PATIENCE", 20.0)  # for the three that are judged
-    for kernel, delay in ((CpuInt4, step / LINEARS), (CpuNative, step / LINEARS), (CompiledStep, step)):
+    for kernel, delay in ((CpuNative, step / LINEARS), (CompiledStep, step)):
         monkeypatch.setattr(kernel, "__call__", slowed(kernel.__call__, delay))  # whichever runs here
     after = profiled(model, tmp_path / "after")
     assert regressions(before, after, "speed.protocol:<0.5, size:>1.0") == {"speed.protocol"}
