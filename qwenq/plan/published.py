@@ -1,4 +1,4 @@
-"""The two-copies cache model beside the peaks that the model cards published: a check of the arithmetic."""
+"""Check the arithmetic: the two-copies cache model beside the peaks that the model cards published."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DTYPES = {"FP32": "float32", "BF16": "bfloat16", "Int8": "float16", "Int4": "fl
 
 @dataclass(frozen=True)
 class PublishedPeak:
-    """One published peak at 8192 generated tokens, and what the two-copies model says; GiB."""
+    """One published peak at 8192 generated tokens, and that of the two-copies model; GiB."""
 
     precision: str
     predicted_gib: float
@@ -27,7 +27,7 @@ class PublishedPeak:
 
 
 def published_peaks(name: str) -> list[PublishedPeak]:
-    """Every published 8192-token peak of a catalogue name, predicted; empty where none was published."""
+    """Return every published 8192-token peak of a catalogue name, with its prediction."""
     entry = catalogue.find(name)
     if entry is None:
         return []
@@ -46,7 +46,7 @@ def published_peaks(name: str) -> list[PublishedPeak]:
 
 
 def published_bytes(shape: ModelShape, precision: str) -> int:
-    """Bytes of the publisher's own file: groups of 128, and for Qwen v1 its fused, zero-biased layout."""
+    """Return the bytes of the publisher's own file: groups of 128; Qwen v1 is fused and has zero biases."""
     if precision.startswith("Int"):
         v1 = shape.fused_qkv
         return shape.quantised_bytes(int(precision[3:]), 128, zero_biases=v1, fused_qkv=v1)

@@ -79,7 +79,7 @@ def _ask(request: dict[str, Any], limit: float | None, processes: int = 1) -> It
         _ChildError: a process failed; names the reason.
     """
     with ExitStack() as files:
-        errors = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
+        errors: list[IO[bytes]] = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
         children = _start(errors)
         try:
             with _watched(children, errors, limit) as killed:
