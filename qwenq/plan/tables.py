@@ -40,7 +40,7 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
         f"FFN {shape.ffn}, vocabulary {shape.vocab}{', tied head' if shape.tied else ''}"
     )
     if shape.context is not None and plan.wishes.context > shape.context:
-        yield f"[yellow]{plan.wishes.context} tokens: the model was made for at most {shape.context}[/yellow]"
+        yield f"[yellow]{plan.wishes.context} tokens: the model is made for {shape.context}[/yellow]"
     yield _disk(plan)
     yield _generation(plan)
     if plan.published_peaks:
