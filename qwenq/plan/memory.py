@@ -2,10 +2,8 @@
 
 A test holds the estimate of quantising against the measured peaks of reports/benchmarks/memory.json.
 
-Two cache models are kept apart. A *single-copy* cache (static, or today's layer-by-layer one) holds the
-keys and values of ``n`` tokens once. The *two-copies* cache of the published cards is 2023's tuple cache: the
-old ``past_key_values`` stays alive while ``torch.cat`` builds the new one, so the peak is weights + 2 KV.
-It reproduces the published peaks within 2 %; today's engines need less.
+The cache holds the keys and values of each token once. The peaks of the published cards are weights and twice
+the cache: in 2023 the old ``past_key_values`` stayed alive while ``torch.cat`` built the new one.
 """
 
 from __future__ import annotations
@@ -32,8 +30,6 @@ class GenerationMemory:
         decode_activations: while one token of each sequence is generated.
         peak: single-copy cache, a prompt that fills the context: weights, cache, prefill activations.
         decode_peak: single-copy cache, generated from one token: weights, cache, decode activations.
-        two_copies_peak: the tuple cache of the published cards: weights and twice the cache.
-        two_copies_load: of their loading: the weights, and one more float16 embedding and head.
     """
 
     weights: int
@@ -43,8 +39,6 @@ class GenerationMemory:
     decode_activations: int
     peak: int
     decode_peak: int
-    two_copies_peak: int
-    two_copies_load: int
 
 
 @dataclass(frozen=True)
@@ -102,8 +96,6 @@ def generation_memory(
         decode_activations=decode,
         peak=weights + kv_cache + max(prefill, decode),
         decode_peak=weights + kv_cache + decode,
-        two_copies_peak=weights + 2 * kv_cache,
-        two_copies_load=weights + 2 * shape.embedding_parameters * ITEMSIZE["float16"],
     )
 
 

@@ -16,7 +16,6 @@ from qwenq.plan.memory import (
     quantisation_memory,
 )
 from qwenq.plan.model import PlannedModel
-from qwenq.plan.published import PublishedPeak, published_peaks
 from qwenq.plan.speed import SpeedBound, speed_bound
 from qwenq.plan.tensor_parallel import TENSOR_PARALLEL, Padding, Split, kv_share, padding, split
 
@@ -112,7 +111,6 @@ class Plan:
     deployments: list[Deployment]
     padding: Padding | None
     padded_bytes: dict[str, int] = field(default_factory=dict)
-    published_peaks: list[PublishedPeak] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -154,7 +152,6 @@ def make_plan(model: PlannedModel, wishes: Wishes) -> Plan:
         ],
         padding=padded,
         padded_bytes=_padded_bytes(model, padded, precisions),
-        published_peaks=published_peaks(model.name),
     )
 
 

@@ -14,7 +14,6 @@ from rich.text import Text
 from qwenq.plan.gpus import Gpu
 from qwenq.plan.memory import GIB
 from qwenq.plan.plan import Deployment, Plan, Quantisation
-from qwenq.plan.published import CONTEXT
 
 _QUANTISATION_PARTS = {
     "process": "libraries",
@@ -43,8 +42,6 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
         yield f"[yellow]{plan.wishes.context} tokens: the model is made for {shape.context}[/yellow]"
     yield _disk(plan)
     yield _generation(plan)
-    if plan.published_peaks:
-        yield _published(plan)
     yield from (_quantisation(each) for each in plan.quantisation)
     if plan.deployments:
         yield from _deployments(plan)
@@ -67,7 +64,6 @@ def _generation(plan: Plan) -> RenderableType:
     table = _Section(
         f"Memory, GiB: {wishes.context} tokens of context, batch {wishes.batch}",
         *("precision", "weights", "load", "KV cache", "prefill", "decode", "peak", "peak from 1 token"),
-        "two-copies peak",
     )
     for label, memory in plan.generation.items():
         parts = (
@@ -78,25 +74,9 @@ def _generation(plan: Plan) -> RenderableType:
             memory.decode_activations,
             memory.peak,
             memory.decode_peak,
-            memory.two_copies_peak,
         )
         table.row(label, *(_gib(part) for part in parts))
-    table.note = (
-        "peak: weights + one copy of the cache + activations (today's caches). "
-        "two-copies peak: weights + 2 × cache, the tuple cache of the 2023 cards"
-    )
-    return table.render()
-
-
-def _published(plan: Plan) -> RenderableType:
-    title = f"Two-copies cache model against the published cards, {CONTEXT} tokens, GiB"
-    table = _Section(title, "precision", "model", "published", "deviation")
-    for row in plan.published_peaks:
-        table.row(
-            row.precision, f"{row.predicted_gib:.2f}", f"{row.published_gib:.2f}", f"{row.deviation:+.1%}"
-        )
-    first = plan.published_peaks[0]
-    table.note = f"{first.source}; {first.hardware}"
+    table.note = "peak: weights, one copy of the cache, activations"
     return table.render()
 
 

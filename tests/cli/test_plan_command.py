@@ -22,7 +22,6 @@ def test_json_holds_the_published_figures() -> None:
     assert plan["parameters"] == 7_721_324_544
     assert plan["precisions"][0]["bytes"] == 15_442_649_088
     assert [item["published_bytes"] for item in plan["precisions"]][1:] == [9_123_864_576, 5_860_564_992]
-    assert all(abs(row["deviation"]) < 0.02 for row in plan["published_peaks"])
     assert plan["padding"]["to"] == 11264
     assert {row["speed"]["gpu"] for row in plan["deployments"]} == {"a100-80g"}
 
@@ -32,8 +31,7 @@ def test_tables_for_people() -> None:
     assert result.returncode == 0, result.stderr
     for expected in (
         "1,836,828,672 parameters",
-        "two-copies peak",
-        "Two-copies cache model against the published cards",
+        "peak from 1 token",
         "H200",
         "RTX 4090",
         "no: 43 groups of down_proj",
