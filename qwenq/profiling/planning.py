@@ -108,13 +108,13 @@ def allowances(planned: Sequence[Planned], budget: float | None) -> list[float |
     for each in planned:
         runs.append(each.too_large is None and each.needed <= left)
         left -= each.needed if runs[-1] else 0.0
-    wishes = [
+    useful = [
         max(0.0, each.work - each.least) if run else 0.0 for each, run in zip(planned, runs, strict=True)
     ]
-    total = sum(wishes) or 1.0
+    total = sum(useful) or 1.0
     return [
-        each.needed + left * wish / total if run else 0.0
-        for each, wish, run in zip(planned, wishes, runs, strict=True)
+        each.needed + left * more / total if run else 0.0
+        for each, more, run in zip(planned, useful, runs, strict=True)
     ]
 
 

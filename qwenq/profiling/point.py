@@ -100,21 +100,21 @@ def probe(device: str) -> dict[str, Any]:
 
     began = time.monotonic()
     try:
-        place = resolve_device(device)
+        found = resolve_device(device)
     except QwenqError as error:
         return {"error": {"what": error.what, "where": error.where, "hint": error.hint}}
-    if place.type == "cuda":
+    if found.type == "cuda":
         import torch
 
-        free = torch.cuda.mem_get_info(place)[0]
+        free = torch.cuda.mem_get_info(found)[0]
     else:
         free = free_memory()
-    dtype = compute_dtype(place)
+    dtype = compute_dtype(found)
     return {
-        "device": str(place),
+        "device": str(found),
         "free_bytes": free,
-        "copy_bytes_per_s": copy_bandwidth(place, 3),
-        "operations_per_s": matmul_rate(place, dtype),
+        "copy_bytes_per_s": copy_bandwidth(found, 3),
+        "operations_per_s": matmul_rate(found, dtype),
         "dtype": str(dtype).removeprefix("torch."),
         "worked_seconds": time.monotonic() - began,
     }
