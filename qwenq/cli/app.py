@@ -20,8 +20,8 @@ import typer
 from qwenq import __version__, stopping
 from qwenq.errors import QwenqError, UsageError
 
-SHARED = ("quantize", "eval", "profile")
-"""Commands that torchrun may start several times; profile with --tp."""
+SHARED = ("quantize", "eval")
+"""Commands that torchrun may start several times."""
 PACKAGE = Path(__file__).parents[1]
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def root(
         raise UsageError(
             f"qwenq {context.invoked_subcommand} does not share its work: every process would do all of it",
             where="torchrun",
-            hint="start it without torchrun; quantize, eval and profile --tp take several processes",
+            hint="start it without torchrun; quantize and eval take several processes",
         )
 
 

@@ -24,16 +24,16 @@ def plan(
     context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 8192,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     gpu: Annotated[
-        str, typer.Option(help="GPUs, comma-separated: h200, a100-80g, rtx-4090, … (a wrong one lists all).")
-    ] = "a100-80g",
-    tp: Annotated[str, typer.Option(help="Numbers of GPUs that share the model.")] = "1,2,4,8",
+        str, typer.Option(help="GPUs, comma-separated: h200, a100-80g, rtx-4090, …; none: a CPU.")
+    ] = "",
+    tp: Annotated[str, typer.Option(help="Numbers of GPUs that share the model: 1,2,4,8.")] = "1",
     group_size: Annotated[str, typer.Option(help="auto, 128, 64, 32, or -1 for whole rows.")] = "auto",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 48,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 256,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences; 48, on a GPU 128.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of each; 256, on a GPU 2048.")] = None,
     pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show what padding the MLP changes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
 ) -> None:
-    """Say what a model needs, before anything is downloaded.
+    """Plan what a model needs, before anything is downloaded.
 
     Bytes on disk, memory, tensor parallelism, the bound on its speed.
     """

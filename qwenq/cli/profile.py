@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from qwenq.distributed import Team
     from qwenq.profiling.planning import Device, Planned
     from qwenq.profiling.points import Point
     from qwenq.profiling.subjects import Subjects
@@ -60,39 +59,32 @@ def profile(
     budget: Annotated[str | None, typer.Option(help="Time for the whole sweep: 90s, 10m, 1h30m.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/profile-… without it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
-    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share a model; under torchrun.")] = 1,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Processes that share a model, one a GPU.")] = 1,
 ) -> None:
     """Measure speed and memory, each point in a process of its own.
 
     Points: models in each precision × attention × engine × length. One that cannot run says why, and the
     sweep goes on. Ctrl-C keeps what is done; the same command goes on.
     """
-    from qwenq.distributed import assembled, described
-    from qwenq.profiling.parallel import check_processes, help_measure, refuse_unsplittable
     from qwenq.profiling.planning import parse_budget
-    from qwenq.profiling.points import require_known
+    from qwenq.profiling.points import refuse_unsplittable, require_known
     from qwenq.profiling.subjects import subjects_of
 
-    check_processes(described(), tp)
-    with assembled(tensors=False) as team:
-        if not team.leads:
-            help_measure(team)
-            return
-        seconds = parse_budget(budget) if budget else None
-        lengths = _lengths(context, tokens, encode)
-        attentions, engines = _names(attention, "--attention"), _names(engine, "--engine")
-        require_known(attentions, engines, kernel)
-        given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
-        found = subjects_of(given, _names(precision, "--precision"), weights, seed)
-        if tp > 1:
-            refuse_unsplittable(found.subjects, engines)
-        for notice in found.notices:
-            typer.echo(f"note: {notice}", err=True)
-        points = partial(
-            sweep_points, found, attentions=attentions, engines=engines, lengths=lengths, kernel=kernel, tp=tp
-        )
-        folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
-        _measure(found, points, folder, device, seconds, as_json, team)
+    seconds = parse_budget(budget) if budget else None
+    lengths = _lengths(context, tokens, encode)
+    attentions, engines = _names(attention, "--attention"), _names(engine, "--engine")
+    require_known(attentions, engines, kernel)
+    given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
+    found = subjects_of(given, _names(precision, "--precision"), weights, seed)
+    if tp > 1:
+        refuse_unsplittable(found.subjects, engines)
+    for notice in found.notices:
+        typer.echo(f"note: {notice}", err=True)
+    points = partial(
+        sweep_points, found, attentions=attentions, engines=engines, lengths=lengths, kernel=kernel, tp=tp
+    )
+    folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
+    _measure(found, points, folder, device, seconds, as_json)
 
 
 def sweep_points(found: Subjects, device: str, **choices: Any) -> list[Point]:
@@ -109,18 +101,15 @@ def _measure(
     device: str,
     seconds: float | None,
     as_json: bool,
-    team: Team,
 ) -> None:
     """Plan the points, measure those that the folder lacks, show all."""
     from qwenq.environment import environment
     from qwenq.profiling.child import probe
-    from qwenq.profiling.parallel import measure_together
     from qwenq.profiling.planning import plan, read_device
     from qwenq.profiling.sweep import run_sweep
     from qwenq.storage import locked
 
-    command = typed_command(team.world)
-    together: dict[str, Any] = {} if team.world == 1 else {"measure": measure_together(team)}
+    command = typed_command()
     began = time.monotonic()
     try:
         with locked(folder):  # before anything is timed: two commands would measure each other
@@ -128,11 +117,10 @@ def _measure(
             planned = plan(points(device=place.device), found.shapes, place)
             if not as_json:
                 show_plan(planned, place, seconds, folder)
-            options = {"environment": environment(), "command": command, **together}
+            options: dict[str, Any] = {"environment": environment(), "command": command}
             listener = _Listener(as_json)
             left = None if seconds is None else seconds - (time.monotonic() - began)  # the probe counts, too
             progress = run_sweep(planned, folder, listener, budget=left, **options)
-        team.tell()  # the sweep is over
         if not as_json:
             _show(folder, planned, progress.kept)
     except KeyboardInterrupt:
@@ -141,7 +129,7 @@ def _measure(
 
 
 def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, folder: Path) -> None:
-    """What will be measured, in which order, and how long it takes, about."""
+    """Print what will be measured, in which order, and about how long it takes."""
     from qwenq.storage import readable_bytes
 
     total, load = sum(each.seconds for each in planned), sum(each.load for each in planned)
@@ -153,10 +141,10 @@ def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, f
     )
     if budget is not None and sum(each.needed for each in planned) > budget:
         typer.echo(
-            "  to load and measure each once takes more than the budget: points at the end may be left out"
+            "  to load and measure each once takes more than the budget: the last points may be skipped"
         )
     elif budget is not None and total > budget:
-        typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are left out")
+        typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are skipped")
     for each in planned:
         seconds = f"about {_clock(each.seconds)} ({_clock(each.load)} to load)"
         estimate = each.too_large or f"{seconds}, {readable_bytes(each.nbytes)}"
@@ -164,7 +152,7 @@ def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, f
 
 
 class _Listener:
-    """One line a point on stderr, or rows as JSON on stdout."""
+    """One line for each point on stderr, or rows as JSON on stdout."""
 
     def __init__(self, as_json: bool) -> None:
         self._json, self._began = as_json, time.monotonic()
@@ -182,7 +170,7 @@ class _Listener:
 
 
 def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
-    """The table of this sweep's points, those measured earlier included."""
+    """Print the table of this sweep's points, those measured earlier included."""
     from rich.console import Console
 
     from qwenq.profiling.table import table
@@ -192,7 +180,7 @@ def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     rows = [row for row in read_rows(folder) if (row.point, row.model) in wanted]
     printed = table(rows)
     console = Console(highlight=False, markup=False, emoji=False)  # a name is a name
-    if not console.is_terminal:  # a pipe has no width of its own
+    if not console.is_terminal:  # a pipe has no width
         console.width = 160
     console.print(", ".join(f"{name} {value}" for name, value in printed.constant))
     _print_table(console, printed)
@@ -201,13 +189,13 @@ def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     for note in printed.notes:
         console.print(note)
     if kept:
-        console.print(f"{kept} of {len(planned)} points were there already")
+        console.print(f"{kept} of {len(planned)} points were measured before")
     again = as_typed(["qwenq", "report", str(folder)])
     console.print(f"rows: {visible(str(folder))}; next: {again}")
 
 
 def _print_table(console: Console, printed: PrintedTable) -> None:
-    """As wide as the terminal allows; of a figure nothing may be cut off, nor broken into pieces."""
+    """Print the widest layout that fits the terminal with every figure in one piece."""
     from rich.measure import Measurement
     from rich.table import Table
 
@@ -217,7 +205,7 @@ def _print_table(console: Console, printed: PrintedTable) -> None:
             grid.add_column(heading, overflow="fold")
         for line in lines:
             grid.add_row(*line)
-        unbound = console.options.update(max_width=10_000)  # else it needs no more than there is
+        unbound = console.options.update(max_width=10_000)  # else the measurement is cut to the console
         if Measurement.get(console, unbound, grid).maximum <= console.width:
             console.print(grid)
             return
@@ -226,7 +214,7 @@ def _print_table(console: Console, printed: PrintedTable) -> None:
 
 
 def _lengths(context: str, tokens: str, encode: str) -> list[tuple[int, int]]:
-    """(prompt, new tokens) of every point; one new token where the prompt is all that it is about."""
+    """Return (prompt, new tokens) of every point; one new token where only the prompt is measured."""
     from qwenq.profiling.points import lengths_of
 
     news, prompts, encoded = (

@@ -1,4 +1,4 @@
-"""``--pad-ffn``: the checkpoint that is quantised, its MLP widened as a plan advises or as the user says."""
+"""Widen the MLP of a checkpoint before it is quantised (``--pad-ffn``)."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 def padded(
     base: Checkpoint, wanted: QuantizeRecipe, listener: Listener
 ) -> tuple[Checkpoint, dict[str, int] | None]:
-    """The checkpoint as it is quantised.
+    """Return the checkpoint with the recipe's padding, and the widths for an automatic group size.
 
-    As in a plan the group size comes first: ``auto`` takes the one that suits the model as it is, and the
-    width then makes its groups shareable. The other way round a wider MLP could ask for larger groups, of
-    which there are fewer.
+    As in a plan the group size comes first: ``auto`` takes the one for the model without padding, and the
+    width then makes its groups shareable. Otherwise a wider MLP could lead to larger groups, of which there
+    are fewer.
 
     Args:
         base: the unquantised model.
-        wanted: ``pad_ffn`` and ``group_size`` count.
+        wanted: ``pad_ffn`` and ``group_size`` are used.
         listener: receives what was chosen, and why.
 
     Returns:
-        The checkpoint, ``base`` itself where nothing is padded; and the input widths by module that an
-        automatic group size has to go by, None where those of the checkpoint do.
+        The checkpoint, ``base`` itself where nothing is padded; and the input widths by module for an
+        automatic group size, None where those of the checkpoint are to be used.
 
     Raises:
-        UsageError: a width below the model's, above twice that, or no multiple of the group size; or an
-            automatic group size finds none.
+        UsageError: a width below the model's, above twice that, or no multiple of the group size; or no
+            automatic group size fits.
     """
     if wanted.pad_ffn == "none":
         return base, None
@@ -50,7 +50,7 @@ def padded(
 
 
 def _width(wanted: int | str, shape: ModelShape, group_size: int) -> tuple[int, str]:
-    """The width of the MLP, and a sentence that says why."""
+    """Return the width of the MLP, and a sentence with the reason."""
     if wanted != "auto":
         return int(wanted), f"FFN {shape.ffn} → {int(wanted)}: as asked; added channels are zero"
     found = padding(shape, group_size, TENSOR_PARALLEL)

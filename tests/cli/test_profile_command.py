@@ -116,7 +116,7 @@ def test_the_same_command_goes_on(shell: Shell) -> None:
     assert len(read_rows(Path("runs/one"))) == 8
     code, out, _ = shell(*arguments)
     assert code == 0
-    assert "1 of 2 points were there already" in out
+    assert "1 of 2 points were measured before" in out
 
 
 def test_on_another_machine_the_same_command_begins_again(
@@ -206,12 +206,12 @@ def test_a_real_point(shell: Shell) -> None:
         (("--tokens", "1"), "2 new tokens or more"),
         (("--tokens", f"1{'0' * 400}"), "no cache holds more than 1,000,000,000 tokens"),
         (("--tokens", "0,16"), "2 new tokens or more"),
-        (("--tokens", "0", "--encode", "0"), "nothing is to be measured"),
+        (("--tokens", "0", "--encode", "0"), "there is nothing to measure"),
         (("--encode", "-1"), "a prompt to encode has 1 token or more\n  where: --encode"),
         (("--encode", "0,8"), "a prompt to encode has 1 token or more"),
         (("--tokens", ""), "nothing is named"),
         (("--context", "0"), "a prompt of 1 token or more\n  where: --context"),
-        (("--budget", "soon"), "is no time"),
+        (("--budget", "soon"), "is not a duration"),
     ],
 )
 def test_misuse_is_refused_before_anything_runs(shell: Shell, arguments: tuple[str, ...], said: str) -> None:
