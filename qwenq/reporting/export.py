@@ -6,7 +6,6 @@ import io
 import json
 from typing import Any
 
-from qwenq.errors import UsageError
 from qwenq.reporting.collect import Measured
 from qwenq.reporting.report import Report
 from qwenq.reporting.text import clean, spreadsheet
@@ -46,15 +45,9 @@ def _row(item: Measured) -> dict[str, Any]:
 
 
 def csv_text(report: Report) -> str:
-    """One line a row; the keys of points have columns of their own.
+    """Return one line a row; each key of a point has a column."""
+    import pandas as pd
 
-    Raises:
-        UsageError: pandas is not installed.
-    """
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise UsageError("results.csv needs pandas", hint="pip install 'qwenq[report]'") from error
     frame = pd.DataFrame([_record(item) for item in report.collection.measured], dtype=object)
     text = io.StringIO()
     frame.to_csv(text, index=False, lineterminator="\n")

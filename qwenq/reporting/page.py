@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from qwenq.reporting.environment_table import environment_lines
 from qwenq.reporting.machine import hardware_names
+from qwenq.reporting.plots import inline_svg, tone_of
 from qwenq.reporting.report import Report
-from qwenq.reporting.svg import TONES, draw
 from qwenq.reporting.tables import Table
 
 
@@ -39,8 +39,8 @@ def render(report: Report) -> str:
         script=Markup(script),  # noqa: S704
         style_hash=_hash(style),
         script_hash=_hash(script),
-        draw=draw,
-        tone=lambda tone: tone if tone in TONES else "other",
+        draw=inline_svg,
+        tone=tone_of,
         sentence=_sentence,
         marked=_marked,
     )

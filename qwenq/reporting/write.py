@@ -10,7 +10,7 @@ from pathlib import Path
 from qwenq.errors import UsageError
 from qwenq.reporting import export, markdown, page
 from qwenq.reporting.collect import collect
-from qwenq.reporting.plots import require_matplotlib, write_plot
+from qwenq.reporting.plots import write_plot
 from qwenq.reporting.report import make_report
 from qwenq.storage import atomic_write_bytes, held
 
@@ -40,8 +40,6 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
         "README.md": markdown.render(report),
         "index.html": page.render(report),
     }
-    if any(section.figures for section in report.sections):
-        require_matplotlib()
     with held(out):
         for rest in _rests(out):
             rest.unlink(missing_ok=True)
