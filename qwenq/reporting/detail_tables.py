@@ -1,4 +1,4 @@
-"""The tables that a card does not have: closeness to the unquantised model; speed and memory taken apart."""
+"""Make the tables that a card does not have: closeness to the base; speed and memory in parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPLIT = {
 
 
 def closeness_table(collection: Collection, family: str) -> Table | None:
-    """How near each model is to the unquantised one, and its bytes."""
+    """Tabulate how close each model is to the unquantised one, and its bytes."""
     rows = collection.of(family, *CLOSENESS)
     if not rows:
         return None
@@ -46,7 +46,7 @@ def closeness_table(collection: Collection, family: str) -> Table | None:
 
 
 def split_table(collection: Collection, family: str) -> Table | None:
-    """Speed and memory taken apart: prefill from decoding, loading from generating."""
+    """Tabulate speed and memory in parts: prefill and decoding, loading and generating."""
     rows = collection.of(family, *SPLIT)
     if not rows:
         return None
@@ -55,7 +55,7 @@ def split_table(collection: Collection, family: str) -> Table | None:
 
 
 def other_accuracies(collection: Collection, family: str) -> Table | None:
-    """Accuracies by another rule than the protocol's main one, such as ``accuracy.published``."""
+    """Tabulate accuracies by another rule than the protocol's main one, such as ``accuracy.published``."""
     rows = [item for item in collection.of(family) if item.row.metric.startswith("accuracy.")]
     if not rows:
         return None
@@ -66,7 +66,7 @@ def other_accuracies(collection: Collection, family: str) -> Table | None:
 
 
 def model_bytes(collection: Collection, family: str) -> dict[Model, int]:
-    """Bytes of each model's weights, where a row says them."""
+    """Return the bytes of each model's weights, as far as rows record them."""
     return {
         item.row.model: item.row.model.nbytes
         for item in collection.of(family)

@@ -1,4 +1,4 @@
-"""The report for programs: ``results.json`` with every row and table, ``results.csv`` with a line a row."""
+"""Write a report for programs: ``results.json`` and, with a line per row, ``results.csv``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain values. Rows leave out the record of single items, which stays in the run folder."""
+    """Return plain values. Rows leave out the record of single items, which stays in the run folder."""
     return {
         "format": FORMAT,
         "title": report.title,
@@ -34,7 +34,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def json_text(report: Report) -> str:
-    """``to_json`` with two spaces and a final newline."""
+    """Return `to_json` indented by two spaces, with a final newline."""
     return json.dumps(to_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

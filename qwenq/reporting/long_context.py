@@ -1,4 +1,4 @@
-"""Perplexity by context length, as the cards of Qwen's base models have it."""
+"""Tabulate perplexity by context length, as the cards of Qwen's base models do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwenq.reporting.tables import Layout, Table, pivot
 
 
 def long_context_table(collection: Collection, family: str) -> Table | None:
-    """Quantization | Dynamic NTK | LogN | 1024 | 2048 …; the last two labels are dashes for newer models."""
+    """Make Quantization | Dynamic NTK | LogN | 1024 | 2048 …; newer models have neither NTK nor LogN."""
     rows = collection.of(family, "perplexity.context")
     if not rows:
         return None

@@ -1,7 +1,7 @@
-"""The page: one file that asks the network for nothing, and runs no script but its own.
+"""Write a report as one HTML file that needs no network and runs only its own script.
 
 A content security policy names the page's one script and one style by their hashes, so that even text that
-slipped through the escaping could not run.
+escaped the escaping could not run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwenq.reporting.tables import Table
 
 
 def render(report: Report) -> str:
-    """The whole page."""
+    """Return the whole page."""
     style, script = _asset("page.css"), _asset("page.js")
     environment = Environment(
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Which rows may stand beside each other in one plot: those measured at one point."""
+"""Select the rows of one point, which may stand beside each other in a plot."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwenq.reporting.text import clean
 
 
 def at_one_point(rows: list[Measured], *, anywhere: bool = False) -> list[Measured]:
-    """The measured rows of the point that most models were measured at; each model once.
+    """Return the measured rows of the point that most models have; each model once.
 
     On one machine, unless ``anywhere``: accuracy and divergence do not depend on it. Of points with equally
     many models, the one with most tokens counts, then the one with the largest sum.
@@ -34,14 +34,14 @@ def _worth(group: list[Measured]) -> tuple[int, int, float]:
 
 
 def said(item: Measured, *, without: tuple[str, ...] = ()) -> str:
-    """The point of a row and its hardware in words, for a caption."""
+    """Describe the point and hardware of a row for a caption."""
     point = item.row.point.items()
     parts = [f"{key} {value}" for key, value in point if key not in without and value is not None]
     return clean(", ".join([*parts, item.hardware]))
 
 
 def decode_rows(collection: Collection, family: str) -> list[Measured]:
-    """Speed of decoding at one point; by the cards' protocol where decoding alone was not measured."""
+    """Return speeds of decoding at one point; by the cards' protocol if decoding alone was not measured."""
     for metric in ("speed.decode", "speed.protocol"):
         if chosen := at_one_point(collection.of(family, metric)):
             return chosen

@@ -1,40 +1,38 @@
-"""Is a loss of accuracy real? McNemar's exact test on the same items (``paired``), corrected by Holm.
+"""Pair two accuracies item by item, for McNemar's exact test (``qwenq.paired``).
 
-Two intervals that overlap would hide most of the losses that it finds.
+Two intervals that overlap would hide most of the losses that this test finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwenq.paired.compare import Paired, compare
-from qwenq.paired.mcnemar import holm
+from qwenq.paired.compare import Paired
+from qwenq.paired.compare import compare as pair_items
 from qwenq.results import Row
+
+NO_RECORD = "no record of single items"
 
 
 def items_of(row: Row) -> Mapping[str, bool] | None:
-    """Correctness by item id; None where the row has no such record or it is not sound."""
+    """Return correctness by item id; None for a row without a sound record of its items."""
     items = row.details.get("items")
     if not isinstance(items, dict) or not items:
         return None
     return items if all(isinstance(correct, bool) for correct in items.values()) else None
 
 
-__all__ = ["holm", "items_of", "other_items", "paired"]
-
-NO_RECORD = "no record of single items"
-
-
 def paired(before: Row, after: Row) -> Paired | str:
-    """The pairing of two accuracy rows, or why they cannot be paired."""
+    """Return the pairing of two accuracy rows, or why they cannot be paired."""
     first, second = items_of(before), items_of(after)
     if first is None or second is None:
         return NO_RECORD
-    return compare(first, second, questions=(before.details.get("questions"), after.details.get("questions")))
+    questions = before.details.get("questions"), after.details.get("questions")
+    return pair_items(first, second, questions=questions)
 
 
 def other_items(before: Row, after: Row) -> str:
-    """Why two accuracies are not over the same items, whatever their rows say they asked; else empty."""
+    """Return why two accuracies are of different items; empty if of the same, as far as rows record."""
     pairing = paired(before, after)
     if isinstance(pairing, str) and pairing != NO_RECORD:
         return pairing

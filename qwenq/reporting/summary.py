@@ -1,4 +1,4 @@
-"""A sentence for each quantised model: what it bought and what it cost, next to the unquantised one."""
+"""Summarise each quantised model in a sentence: what it saves and what it costs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
 
 
 def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator[str]:
-    """The largest drop, what the items could have shown, and the verdict; none without a pairing."""
+    """Yield the largest drop, what the items could have shown, and the verdict; nothing without a pairing."""
     tested = [
         Compared(_task(loss), loss.before.value or 0.0, loss.after.value or 0.0, loss.pairing, loss.p)
         for loss in found

@@ -1,4 +1,4 @@
-"""Tables as data: rows of a run turned so that models are lines and points are columns.
+"""Pivot rows into tables as data: models as lines, points as columns.
 
 Markdown, the page and ``results.json`` are all written from these, so no form has figures of its own.
 """
@@ -27,7 +27,7 @@ class Cell:
         value: what it is sorted by: the figure as measured, or the label; None where there is none.
         low, high: bounds as shown; both or neither.
         note: number of the footnote, where there is one.
-        mark: ``significant`` for a loss that is no accident; else empty.
+        mark: ``significant`` for a significant loss; else empty.
     """
 
     text: str
@@ -55,7 +55,7 @@ class Table:
         title: its heading.
         headers: of all columns.
         labels: how many columns on the left are labels.
-        caption: what holds for all figures in it: what does not vary is said here, once.
+        caption: what holds for all its figures.
         notes: footnotes; number 1 is the first.
     """
 
@@ -116,7 +116,7 @@ class Footnotes:
         self.sentences: list[str] = []
 
     def number(self, sentence: str) -> int:
-        """The number of a sentence, from 1."""
+        """Return the number of a sentence, from 1."""
         if sentence not in self.sentences:
             self.sentences.append(sentence)
         return self.sentences.index(sentence) + 1
@@ -149,7 +149,7 @@ class Pivot:
     notes: Footnotes
 
     def table(self, key: str, title: str) -> Table:
-        """The table: a cell that nothing was measured for is a dash."""
+        """Return the table; a cell without a measurement is a dash."""
         return Table(
             key,
             title,
@@ -168,7 +168,7 @@ class Pivot:
 
 
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
-    """Lines by model and by whatever varies inside a column; what does not vary goes to the caption."""
+    """Make lines by model and by what varies within a column; the rest goes to the caption."""
     hardware = hardware_names(names.measured)
     dtypes = _dtypes(rows, names)
     several = any(len(found) > 1 for found in dtypes.values())  # of one model: its lines have to say which
@@ -201,7 +201,7 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
 
 
 def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> Cell:
-    """A row's figure with its interval, or a footnote on why there is none."""
+    """Return a row's figure with its interval, or with a footnote on why it is missing."""
     row = item.row
     if row.value is None:
         return Cell("failed" if row.status == "failed" else "n/a", note=notes.number(clean(row.reason)))
@@ -238,7 +238,7 @@ def _is_outlier(found: object) -> bool:
 
 
 def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:
-    """What decides a figure besides model and column, as text."""
+    """Return what decides a figure besides model and column, as text."""
     point = {key: value for key, value in item.row.point.items() if key not in layout.used}
     shown = {key: layout.names.get(key, _plain)(value) for key, value in point.items()}
     if item.row.status == "ok" and item.row.n is not None:
@@ -247,7 +247,7 @@ def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:
 
 
 def _split(facts: list[dict[str, str]], headings: list[str], layout: Layout) -> tuple[list[str], list[str]]:
-    """Keys that need a column of their own, and captions of those that do not.
+    """Return the keys that need a column, and captions for the others.
 
     ``n`` never makes a column: where it differs between lines of a column, it is left to ``results.json``.
     """
@@ -272,13 +272,13 @@ COMPUTED_IN = "computed_in"
 
 
 def _dtype(item: Measured) -> str:
-    """What a quantised model was run in: the precision of others says it; of served ones nobody knows."""
+    """Return the dtype that a quantised model was run in; empty for others, whose precision is that."""
     dtype = item.row.settings.get("dtype")
     return clean(dtype) if isinstance(dtype, str) and item.row.model.precision.startswith("int") else ""
 
 
 def _dtypes(rows: Sequence[Measured], names: Collection) -> dict[str, dict[str, None]]:
-    """By label, what its figures were computed in."""
+    """Return the dtypes of each label's figures."""
     found: dict[str, dict[str, None]] = {}
     for item in rows:
         if dtype := _dtype(item):

@@ -1,4 +1,4 @@
-"""A report in all its forms, in one folder."""
+"""Write a report in all its forms into one folder."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
         The page.
 
     Raises:
-        UsageError: a run cannot be read, ``out`` holds something other than a report, somebody else is
-            writing one there, or a package for a part of it is not installed.
+        UsageError: a run cannot be read, ``out`` holds other files than a report, or another qwenq is
+            writing one there.
         StorageError: the disk refused.
     """
     _refuse_foreign(runs, out)
@@ -56,7 +56,7 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
 
 
 def _refuse_foreign(runs: list[Path], out: Path) -> None:
-    """A report has names that other folders use, too: somebody's README.md must not be overwritten."""
+    """Refuse a folder with other files: a report's README.md must not replace another one."""
     if out.resolve() in {run.resolve() for run in runs}:
         raise UsageError(
             "the report would be mixed with its run", where=out, hint="give --out another folder"
@@ -71,14 +71,14 @@ _REST = re.compile(r"\.(results\.json|results\.csv|README\.md|index\.html|.+\.pn
 
 
 def _rests(out: Path) -> Iterator[Path]:
-    """What a report that was killed has left of the file that it was writing (``storage``)."""
+    """Yield temporary files that a killed report has left (``storage``)."""
     for folder in (out, out / markdown.PLOTS):
         if folder.is_dir():
             yield from (path for path in folder.iterdir() if _REST.fullmatch(path.name))
 
 
 def _is_report(file: Path) -> bool:
-    """Whether a report has written it: the name is a common one."""
+    """Return whether a report has written the file, whose name is a common one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -87,7 +87,7 @@ def _is_report(file: Path) -> bool:
 
 
 def _forget_others(folder: Path, plots: list[Path]) -> None:
-    """Plots that an earlier report wrote here, and this one has no data for."""
+    """Remove plots of an earlier report that this one has no data for."""
     if folder.is_dir():
         for old in folder.iterdir():
             if old.suffix in {".png", ".svg"} and old not in plots:
