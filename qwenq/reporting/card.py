@@ -93,20 +93,18 @@ def speed_table(collection: Collection, family: str) -> Table | None:
             "Speed (encoding {context} tokens)",
             "Speed ({context} + {tokens} tokens)",
         ),
-        labels={"attention": "FlashAttn"},
+        labels={"attention": "Attention"},
         used=frozenset({"context", "tokens"}),
         names={"attention": attention},
     )
     made = pivot(rows, layout, collection)
-    made.caption.insert(
-        0, "tokens per second by the cards' protocol: the wall clock around one generate call"
-    )
+    made.caption.insert(0, "tokens/s by the cards' protocol: the wall clock around one generate call")
     for row in published_of(family):
         for kind, pair in row.speed.items():
             if ATTENTION[kind] not in {label for line in made.lines for label in line.labels}:
                 continue
             figures = {f"Speed ({n} tokens)": v for n, v in zip((2048, 8192), pair, strict=False)}
-            _add_published(made, row, {"FlashAttn": ATTENTION[kind]}, figures, digits=2)
+            _add_published(made, row, {"Attention": ATTENTION[kind]}, figures, digits=2)
     return made.table("speed", "Speed")
 
 

@@ -15,7 +15,7 @@ def long_context_table(collection: Collection, family: str) -> Table | None:
         return None
     layout = Layout(
         "Quantization",
-        _length,
+        _context_length,
         labels={"ntk": "Dynamic NTK", "logn": "LogN"},
         used=frozenset({"seq_len"}),
         count="tokens",
@@ -25,6 +25,6 @@ def long_context_table(collection: Collection, family: str) -> Table | None:
     return made.table("long-context", "Long context")
 
 
-def _length(item: Measured) -> tuple[Any, str]:
+def _context_length(item: Measured) -> tuple[Any, str]:
     length = item.row.point.get("seq_len")
     return (length if isinstance(length, int) else 0), str(length)

@@ -93,9 +93,11 @@ AGAINST = "Against"
 WHERE = "Where"
 """Heading of what distinguishes lines of one task and model."""
 FIGURES = (
-    *("Unquantised", "Quantised", "Difference", "Items lost", "Items won"),
-    *("p", "p (Holm)", "Detectable drop", "In words"),
+    *("Unquantised (%)", "Quantised (%)", "Difference (points)", "Items lost", "Items won"),
+    *("p", "p (Holm)", "Detectable drop (points)"),
 )
+WORDS = "In words"
+"""Heading of the plain description of a loss, which stands beside its labels."""
 
 
 def loss_table(collection: Collection, family: str) -> Table | None:
@@ -107,7 +109,6 @@ def loss_table(collection: Collection, family: str) -> Table | None:
     bases = bases_of(found, collection)
     caption = [
         f"against {bases[0] if len(bases) == 1 else 'the unquantised model named'}, item by item",
-        "difference in percentage points",
         "p: McNemar's exact test on the items that exactly one of both got right, two-sided",
         "p (Holm): corrected for all tests of this table",
         "detectable drop: the smallest that so many items would have shown 4 times in 5, by one such test",
@@ -119,9 +120,10 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         named = [TASKS.get(task, clean(task)), collection.label(loss.after.model)]
         named += [collection.label(loss.before.model)] if len(bases) > 1 else []
         named += [place or MISSING] if any(places) else []
-        labels = (Cell(label, label) for label in named)
-        made.append(Line((*labels, *_cells(loss, notes, tests))))
-    headers = (*LABELS, *([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else []), *FIGURES)
+        labels = (Cell(label, label) for label in [*named, _in_words(loss, tests)])
+        made.append(Line((*labels, *_cells(loss, notes))))
+    optional = [*([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else [])]
+    headers = (*LABELS, *optional, WORDS, *FIGURES)
     count, notes_ = len(headers) - len(FIGURES), tuple(notes.sentences)
     return Table("losses", "What it cost", headers, count, tuple(made), tuple(caption), notes_)
 
@@ -150,7 +152,7 @@ def bases_of(found: Iterable[Loss], collection: Collection) -> list[str]:
     return list(dict.fromkeys(collection.label(loss.before.model) for loss in found))
 
 
-def _cells(loss: Loss, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
+def _cells(loss: Loss, notes: Footnotes) -> tuple[Cell, ...]:
     before, after = loss.before.value or 0.0, loss.after.value or 0.0
     mark = "significant" if loss.significant else ""
     shown = (
@@ -161,9 +163,9 @@ def _cells(loss: Loss, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
     missing = Cell(MISSING)
     if isinstance(loss.pairing, str):
         untested = Cell("n/a", note=notes.number(loss.pairing))
-        return (*shown, missing, missing, untested, missing, missing, missing)
+        return (*shown, missing, missing, untested, missing, missing)
     pairing, p = loss.pairing, 1.0 if loss.p is None else loss.p
-    drop, words = pairing.detectable, _in_words(pairing, loss.change, p, tests)
+    drop = pairing.detectable
     return (
         *shown,
         Cell(f"{pairing.lost:,}", pairing.lost),
@@ -171,11 +173,13 @@ def _cells(loss: Loss, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
         Cell(shown_p(pairing.p), pairing.p),
         Cell(shown_p(p), p, mark=mark),
         Cell("none" if drop is None else fixed(1)(drop * 100), drop),
-        Cell(words, words),
     )
 
 
-def _in_words(found: Paired, change: float, p: float, tests: int) -> str:
+def _in_words(loss: Loss, tests: int) -> str:
     """Describe a change in words, with a note if it may be chance among so many tests."""
-    told = found.said_of(change)
-    return f"{told}, which one of {tests} tests may show by chance" if found.p < ALPHA <= p else told
+    if isinstance(loss.pairing, str):
+        return "not tested"
+    words = loss.pairing.said_of(loss.change)
+    by_chance = loss.p is not None and loss.pairing.p < ALPHA <= loss.p
+    return f"{words}, which one of {tests} tests may show by chance" if by_chance else words

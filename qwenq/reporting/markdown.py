@@ -16,7 +16,7 @@ PLOTS = "plots"
 """Folder of the plots, beside the Markdown."""
 
 
-def render(report: Report) -> str:
+def report_markdown(report: Report) -> str:
     """Return the whole document."""
     parts = [f"# {markdown(report.title)}", *_head(report)]
     several = len(report.sections) > 1

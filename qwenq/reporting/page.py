@@ -21,7 +21,7 @@ from qwenq.reporting.report import Report
 from qwenq.reporting.tables import Table
 
 
-def render(report: Report) -> str:
+def report_page(report: Report) -> str:
     """Return the whole page."""
     style, script = _asset("page.css"), _asset("page.js")
     environment = Environment(

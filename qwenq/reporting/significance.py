@@ -1,25 +1,22 @@
-"""Pair two accuracies item by item, for McNemar's exact test (``qwenq.paired``).
-
-Two intervals that overlap would hide most of the losses that this test finds.
-"""
+"""Pair rows of results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwenq.paired.compare import Paired
-from qwenq.paired.compare import compare as pair_items
+from qwenq.paired.compare import Paired, compare
 from qwenq.results import Row
-
-NO_RECORD = "no record of single items"
 
 
 def items_of(row: Row) -> Mapping[str, bool] | None:
-    """Return correctness by item id; None for a row without a sound record of its items."""
+    """Return correctness by item id; None where the row has no sound record of it."""
     items = row.details.get("items")
     if not isinstance(items, dict) or not items:
         return None
     return items if all(isinstance(correct, bool) for correct in items.values()) else None
+
+
+NO_RECORD = "no record of single items"
 
 
 def paired(before: Row, after: Row) -> Paired | str:
@@ -27,12 +24,11 @@ def paired(before: Row, after: Row) -> Paired | str:
     first, second = items_of(before), items_of(after)
     if first is None or second is None:
         return NO_RECORD
-    questions = before.details.get("questions"), after.details.get("questions")
-    return pair_items(first, second, questions=questions)
+    return compare(first, second, questions=(before.details.get("questions"), after.details.get("questions")))
 
 
 def other_items(before: Row, after: Row) -> str:
-    """Return why two accuracies are of different items; empty if of the same, as far as rows record."""
+    """Return why two accuracies are not over the same items; empty where they are."""
     pairing = paired(before, after)
     if isinstance(pairing, str) and pairing != NO_RECORD:
         return pairing

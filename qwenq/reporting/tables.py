@@ -206,35 +206,16 @@ def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> 
     if row.value is None:
         return Cell("failed" if row.status == "failed" else "n/a", note=notes.number(clean(row.reason)))
     write = written or format_of(row.metric, row.unit)
-    note = notes.number(sentence) if (sentence := _outliers(item, write)) else None
+    listed = row.details.get("outliers")
+    outliers = listed if isinstance(listed, list) else []
+    known = any(isinstance(one, dict) and isinstance(one.get("repetition"), int) for one in outliers)
+    note = notes.number(OUTLIERS) if known else None
     if row.low is None or row.high is None:
         return Cell(write(row.value), row.value, note=note)
     return Cell(write(row.value), row.value, write(row.low), write(row.high), note)
 
 
-NAMED = 3
-"""Outliers that a footnote names; the row has all of them."""
-
-
-def _outliers(item: Measured, write: Format) -> str:
-    """Which repetitions stood out; empty where none did."""
-    listed = item.row.details.get("outliers")
-    found = [one for one in listed if _is_outlier(one)] if isinstance(listed, list) else []
-    if not found:
-        return ""
-    named = [
-        f"{write(one['value'])} {write.unit} (repetition {one['repetition'] + 1})" for one in found[:NAMED]
-    ]
-    more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
-    stand = "stands out and stays" if len(found) == 1 else "stand out and stay"
-    return clean(f"{len(found)} of {item.row.n} repetitions {stand} in the median: {', '.join(named + more)}")
-
-
-def _is_outlier(found: object) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("repetition"), int):
-        return False
-    value = found.get("value")
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+OUTLIERS = "a median that includes outlying repetitions, which results.json lists"
 
 
 def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:

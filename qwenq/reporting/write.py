@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwenq.errors import UsageError
-from qwenq.reporting import export, markdown, page
 from qwenq.reporting.collect import collect
+from qwenq.reporting.export import csv_text, json_text
+from qwenq.reporting.markdown import PLOTS, report_markdown
+from qwenq.reporting.page import report_page
 from qwenq.reporting.plots import write_plot
 from qwenq.reporting.report import make_report
 from qwenq.storage import atomic_write_bytes, held
@@ -35,10 +37,10 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
     collection = collect(runs)
     report = make_report(collection, title or ", ".join(collection.families))
     texts = {
-        "results.json": export.json_text(report),
-        "results.csv": export.csv_text(report),
-        "README.md": markdown.render(report),
-        "index.html": page.render(report),
+        "results.json": json_text(report),
+        "results.csv": csv_text(report),
+        "README.md": report_markdown(report),
+        "index.html": report_page(report),
     }
     with held(out):
         for rest in _rests(out):
@@ -49,9 +51,9 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
             path
             for section in report.sections
             for figure in section.figures
-            for path in write_plot(figure, out / markdown.PLOTS / f"{section.slug}-{figure.key}")
+            for path in write_plot(figure, out / PLOTS / f"{section.slug}-{figure.key}")
         ]
-        _forget_others(out / markdown.PLOTS, plots)
+        _forget_others(out / PLOTS, plots)
     return out / "index.html"
 
 
@@ -72,7 +74,7 @@ _REST = re.compile(r"\.(results\.json|results\.csv|README\.md|index\.html|.+\.pn
 
 def _rests(out: Path) -> Iterator[Path]:
     """Yield temporary files that a killed report has left (``storage``)."""
-    for folder in (out, out / markdown.PLOTS):
+    for folder in (out, out / PLOTS):
         if folder.is_dir():
             yield from (path for path in folder.iterdir() if _REST.fullmatch(path.name))
 

@@ -17,7 +17,7 @@ from report_cells import plain, shown
 from qwenq.errors import UsageError
 from qwenq.reporting.collect import Collection, collect
 from qwenq.reporting.figures import figures_of
-from qwenq.reporting.markdown import render
+from qwenq.reporting.markdown import report_markdown
 from qwenq.reporting.plots import inline_svg
 from qwenq.reporting.report import make_report
 from qwenq.reporting.write import write_report
@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def markdown_of(run: Path, title: str = "Qwen-1.8B-Chat, quantised") -> str:
-    return render(make_report(collect([run]), title))
+    return report_markdown(make_report(collect([run]), title))
 
 
 def matches_golden(text: str, name: str) -> None:
