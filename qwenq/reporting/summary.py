@@ -91,11 +91,8 @@ def _speed(collection: Collection, family: str, model: Model) -> Iterator[str]:
         yield f"decodes {write(row.value or 0.0)} {write.unit}"
         return
     ratio, name = (row.value or 0.0) / base.value, collection.label(base.model)
-    yield (
-        f"decodes {ratio:.2f} × as fast as {name}"
-        if ratio >= 1
-        else f"decodes slower than {name}, {ratio:.2f} ×"
-    )
+    slower = " (slower)" if ratio < 1 else ""
+    yield f"decodes {ratio:.2f} × as fast as {name}{slower}"
 
 
 def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator[str]:
