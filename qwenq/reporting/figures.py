@@ -17,7 +17,7 @@ from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.detail_tables import model_bytes
 from qwenq.reporting.frontier import frontier
 from qwenq.reporting.losses import bases_of, losses, told_apart
-from qwenq.reporting.selection import FASTEST_OF, at_one_point, decode_rows, said
+from qwenq.reporting.selection import FASTEST_OF, at_one_point, decode_rows, point_text
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import GIB
 
@@ -110,7 +110,7 @@ def _by_speed(collection: Collection, family: str) -> Figure | None:
     return Figure(
         "accuracy_speed", "points", "Accuracy against speed", "tokens/s", "accuracy, %", series,
         f"Up and to the right is better. {_FRONTIER} Speed with each model's fastest attention: "
-        f"{said(rows[0], without=FASTEST_OF)}.",
+        f"{point_text(rows[0], without=FASTEST_OF)}.",
     )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def _decode(collection: Collection, family: str) -> Figure | None:
         return None
     return Figure(
         "decode", "lines", "Speed of decoding over position", "tokens in the cache", "tokens/s", series,
-        f"At {said(rows[0])}.",
+        f"At {point_text(rows[0])}.",
     )  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def _memory(collection: Collection, family: str) -> Figure | None:
             series.append(Series(name, tuple(points), f"c{place}"))
     categories = tuple(collection.label(item.row.model) for item in rows)
     return Figure(
-        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {said(rows[0])}.", categories
+        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {point_text(rows[0])}.", categories
     )  # fmt: skip
 
 

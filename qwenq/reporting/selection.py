@@ -46,7 +46,7 @@ def _worth(group: list[Measured]) -> tuple[int, int, float]:
     return models, tokens if isinstance(tokens, int) else 0, sum(item.row.value or 0 for item in group)
 
 
-def said(item: Measured, *, without: tuple[str, ...] = ()) -> str:
+def point_text(item: Measured, *, without: tuple[str, ...] = ()) -> str:
     """Describe the point and hardware of a row for a caption."""
     point = item.row.point.items()
     parts = [f"{key} {value}" for key, value in point if key not in without and value is not None]

@@ -1,4 +1,4 @@
-"""Runs of the same code measured in turns: one figure, as uncertain as they were apart."""
+"""Repeated runs of the same code make one figure, as uncertain as they were apart."""
 
 from __future__ import annotations
 
