@@ -247,7 +247,8 @@ def _memory(collection: Collection, family: str) -> Figure | None:
             series.append(Series(name, tuple(points), f"c{place}"))
     categories = tuple(collection.label(item.row.model) for item in rows)
     return Figure(
-        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {point_text(rows[0])}.", categories
+        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {point_text(rows[0])}.",
+        categories,
     )  # fmt: skip
 
 
