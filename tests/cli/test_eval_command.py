@@ -17,7 +17,7 @@ from evals.benchmark_data import write_ceval_test, write_mmlu
 from tiny_model import write_tiny_model
 
 from qwenq.reporting.collect import collect
-from qwenq.reporting.markdown import render
+from qwenq.reporting.markdown import report_markdown
 from qwenq.reporting.report import make_report
 from qwenq.results import read_environment, read_rows
 from qwenq.run.recorded import record
@@ -170,7 +170,7 @@ def test_what_quantising_cost_by_its_check_is_shown_and_recorded_once(
     assert [json.loads(line)["metric"] for line in lines].count("kl") == 1
     (kl,) = (row for row in read_rows(Path("run")) if row.metric == "kl")
     assert (kl.value, kl.model.precision, kl.model.family) == (0.0712, "int8", "Tiny")
-    report = render(make_report(collect([Path("run")]), "Tiny"))
+    report = report_markdown(make_report(collect([Path("run")]), "Tiny"))
     assert "| Int8 | 0.0712 (0.0600–0.0800) | 90.0 (85.0–95.0) |" in report
 
     record(int8, Path("run"), "qwenq quantize Tiny")  # as a step of `qwenq run`
