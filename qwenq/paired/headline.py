@@ -1,4 +1,4 @@
-"""What several comparisons say together: the largest drop first, what could be seen, the verdict last."""
+"""Write the headline of several comparisons."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Compared:
 
 
 def headline(found: Sequence[Compared], tests: int, unpaired: int = 0) -> str:
-    """Return one sentence on all comparisons of a model; at least one is needed.
+    """Return one sentence on all comparisons of a model: largest drop, power, verdict.
 
     Args:
-        found: the model's comparisons.
+        found: the model's comparisons, at least one.
         tests: how many p values were corrected together.
         unpaired: tasks that could not be compared item by item.
     """
@@ -52,7 +52,7 @@ def headline(found: Sequence[Compared], tests: int, unpaired: int = 0) -> str:
     corrected = f", {shown_p(worst.p)} after Holm's correction for {tests} tests" if tests > 1 else ""
     figures = f"{pairing.said_change(worst.change)}; {said_p(pairing.p)}{corrected}"
     shown = f"{100 * worst.before:.1f} → {100 * worst.after:.1f} %"
-    return f"{worst.name} {fell}: {shown} ({figures}); {_seen(pairing)}; {verdict(found, unpaired)}"
+    return f"{worst.name} {fell}: {shown} ({figures}); {_power_text(pairing)}; {verdict(found, unpaired)}"
 
 
 def verdict(found: Sequence[Compared], unpaired: int = 0) -> str:
@@ -69,8 +69,8 @@ def verdict(found: Sequence[Compared], unpaired: int = 0) -> str:
     return f"verdict: inconclusive ({excluded}{apart})"
 
 
-def _seen(pairing: Paired) -> str:
-    """Whether these items could have shown a drop that matters."""
+def _power_text(pairing: Paired) -> str:
+    """Return whether these items could have shown a drop that matters."""
     if pairing.detectable is None:
         return f"with {pairing.n:,} items no drop at all could have been shown"
     power = f"its {pairing.n:,} items show a drop of {points(pairing.detectable)} points 4 times in 5"

@@ -9,11 +9,11 @@ from typing import Literal
 
 from qwenq.paired.base import PLAIN
 from qwenq.paired.compare import Paired
-from qwenq.paired.mcnemar import ALPHA
+from qwenq.paired.mcnemar import ALPHA, holm
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured
 from qwenq.reporting.machine import another_machine
 from qwenq.reporting.matching import Match, matched
-from qwenq.reporting.significance import holm, other_items, paired
+from qwenq.reporting.significance import other_items, paired
 from qwenq.reporting.text import clean
 from qwenq.results import Row
 

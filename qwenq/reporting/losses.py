@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from qwenq.paired.base import PLAIN, choose_base
 from qwenq.paired.compare import Paired
-from qwenq.paired.mcnemar import ALPHA, shown_p
+from qwenq.paired.mcnemar import ALPHA, holm, shown_p
 from qwenq.reporting.card import TASKS, task_order
 from qwenq.reporting.collect import Collection, Measured
-from qwenq.reporting.significance import holm, paired
+from qwenq.reporting.significance import paired
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import PERCENT, fixed, signed
