@@ -1,7 +1,6 @@
-"""The check after quantising: how far is the quantised model from its base, on text held out from both?
+"""Stream both models block by block.
 
-Both models are streamed block by block, so a 15 GB model is checked in the memory of one of its blocks, the
-hidden states, and two heads. Figures, intervals and bands: ``divergence``, ``statistics``, ``verdict``.
+A 15 GB model is checked in the memory of one of its blocks, the hidden states, and two heads.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ __all__ = ["CheckResult", "check", "require_comparable"]
 
 TOKENS_PER_BATCH = 2048
 Progress = Callable[[int, int], None]
-"""Told (steps done, steps in all): one for each block, one for each batch through the heads."""
+"""Called with (steps done, steps in all): one for each block, one for each batch through the heads."""
 _SAME_IN_BOTH = (
     "model_type",
     "vocab_size",
@@ -72,8 +71,8 @@ def check(
         device: where to compute.
         dtype: of weights and hidden states. float32 shows the integers' cost alone; in 16 bits the two
             models' roundings differ, too, and are counted with it.
-        progress: told (steps done, steps in all).
-        say: told what takes longer here than it could, and why.
+        progress: called with (steps done, steps in all).
+        say: called with a notice where a slower path runs, and why.
 
     Raises:
         UsageError: not a quantised model and its base (see ``require_comparable``), random weights, tokens
@@ -94,7 +93,7 @@ def check(
 
 
 def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
-    """The settings of ``quantised``, once it is known to be a GPTQ model of ``base``'s shape.
+    """Return the settings of ``quantised``, a GPTQ model of ``base``'s shape.
 
     Raises:
         UsageError: the first is not quantised, the second is, they differ in shape, or weights are random.
@@ -133,7 +132,7 @@ def _another_model(key: str, has: object, wants: object, base: Checkpoint) -> Us
 
 
 def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
-    """Refuse text that nothing can be measured on.
+    """Refuse tokens that cannot be scored.
 
     Raises:
         UsageError: not [sequences, tokens] with 2 tokens or more, or an id without a row in the embedding.
@@ -152,7 +151,7 @@ def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
 
 
 class _Pair:
-    """Two decoders that walk through their blocks side by side."""
+    """Two decoders that run block by block side by side."""
 
     def __init__(
         self,
@@ -193,7 +192,7 @@ class _Pair:
     def _advance_base(
         self, index: int, names: list[str], hidden: list[Tensor], rows: list[list[int]]
     ) -> dict[str, Tensor]:
-        """Take ``hidden`` through block ``index`` in place; the inputs of its linears, [tokens, in] each.
+        """Run block ``index`` on ``hidden`` in place; return the inputs of its linears, [tokens, in] each.
 
         ``rows``: the sequences of each batch whose inputs are kept.
         """
@@ -210,7 +209,7 @@ class _Pair:
         return {name: torch.cat(parts)[:MODULE_TOKENS] for name, parts in kept.items()}
 
     def _module_error(self, name: str, x: Tensor) -> ModuleError:
-        """Weights are read again, in float32: those in the blocks are rounded to the compute dtype."""
+        """Measure one linear from its weights in float32: the blocks' are rounded to the compute dtype."""
         weight, quantised = (c.read(f"{name}.weight").to(x.device).float() for c in self._checkpoints)
         if weight.shape != quantised.shape:
             raise ModelError(

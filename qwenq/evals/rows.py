@@ -1,4 +1,4 @@
-"""From verdicts to rows of results: scores with their intervals, and each model beside its base."""
+"""Make rows of scores, each compared with the base's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from qwenq.evals.accuracy import RESAMPLES, SEED, Accuracy, macro_accuracy, micr
 from qwenq.evals.run import Answers, Judged, Plan
 from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import Score
+from qwenq.evals.tasks.averages import MAIN
 from qwenq.paired.base import choose_base
 from qwenq.paired.compare import compare
 from qwenq.results import RESULTS_FILE, Row, Value, read_rows
-
-MAIN = "accuracy"
 
 
 def rows_of(
@@ -28,13 +27,13 @@ def rows_of(
     command: str = "",
     apart: str | None = None,
 ) -> list[Row]:
-    """One row a score, the main one first, which also holds the verdict on every item.
+    """Return a row for each score; the first, main one also holds the verdict on every item.
 
     Args:
-        base: the row of the model that this one was made from, see ``base_row``; None: there is none here.
-        settings: what else decides the value.
-        command: what the user typed.
-        apart: why there is no base here, where that has to be said.
+        base: the row of the base, see ``base_row``; None: not in this run folder.
+        settings: everything else that the value depends on.
+        command: as the user typed it.
+        apart: why rows of the base do not match, if there are any.
     """
     rows = []
     for place, score in enumerate(plan.task.scores(answers.judged)):
@@ -71,7 +70,7 @@ def rows_of(
 
 
 def cut_short(plan: Plan, answers: Answers) -> list[str]:
-    """A sentence where answers reached their limit, as those of models do that think first."""
+    """Return a notice where answers reached their limit of tokens."""
     if not answers.cut:
         return []
     cut = f"{answers.cut:,} of {len(answers.judged):,} answers to {plan.task.name}"
@@ -79,7 +78,7 @@ def cut_short(plan: Plan, answers: Answers) -> list[str]:
 
 
 def point_of(plan: Plan) -> dict[str, Value]:
-    """What was measured; equal points of two models were asked the same."""
+    """Return the point: equal for two models that were asked the same."""
     point: dict[str, Value] = {
         "task": plan.task.name,
         "protocol": plan.task.protocol,
@@ -99,12 +98,12 @@ def point_of(plan: Plan) -> dict[str, Value]:
 
 
 def verdicts(judged: Judged) -> dict[str, bool]:
-    """The main verdict by item id."""
+    """Return the main verdict by item id."""
     return {item.id: judgement.correct for item, judgement in judged}
 
 
 def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, Any]:
-    """``paired``: the comparison with the base, whose change is that of the score; ``unpaired``: why none."""
+    """Return ``paired``, the comparison with the base, or ``unpaired``, why there is none."""
     if base.value is None:
         return {}
     questions = base.details.get("questions"), details["questions"]
@@ -115,9 +114,9 @@ def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, An
 
 
 def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
-    """The base on this very point, from rows of this run folder: those of the weights of ``Contender.base``.
+    """Return the base's row at the same point of this run folder, by the fingerprint ``Contender.base``.
 
-    Of several precisions that which `choose_base` chooses, as in reports; of one the last that was measured.
+    Of several precisions `choose_base` takes one, as in reports; of several rows the last counts.
 
     Raises:
         UsageError: a broken row.
@@ -137,7 +136,7 @@ def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
 
 
 def asked_apart(run: Path, contender: Contestant, plan: Plan) -> str | None:
-    """Why rows of the base on this task are no match; None where there are none, or one is.
+    """Return why rows of the base on this task do not match; None without any, or where one does.
 
     Raises:
         UsageError: a broken row.
@@ -155,7 +154,7 @@ def asked_apart(run: Path, contender: Contestant, plan: Plan) -> str | None:
     if not found or point in found:
         return None
     other = [key for key in {**found[-1], **point} if found[-1].get(key) != point.get(key)]
-    return f"its base was asked with another {', '.join(other)}: evaluate both alike"
+    return f"its base was evaluated with another {', '.join(other)}: evaluate both alike"
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:
@@ -166,7 +165,7 @@ def _accuracy(score: Score, judged: Judged) -> Accuracy:
 
 
 def _correct(metric: str, judged: Judged) -> Sequence[bool]:
-    """The verdicts that a metric counts: ``accuracy`` the main one, ``accuracy.NAME`` the one called NAME."""
+    """Return a metric's verdicts: of ``accuracy`` the main ones, of ``accuracy.NAME`` those called NAME."""
     if metric == MAIN:
         return [judgement.correct for _, judgement in judged]
     name = metric.removeprefix(f"{MAIN}.")
@@ -177,7 +176,7 @@ def _correct(metric: str, judged: Judged) -> Sequence[bool]:
 
 
 def _interval(score: Score, found: Accuracy) -> dict[str, Any]:
-    """How the interval was found; nothing where there is none."""
+    """Return the interval's method; nothing without an interval."""
     if found.low is None:
         return {}
     if score.macro and found.error:

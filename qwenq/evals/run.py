@@ -1,4 +1,4 @@
-"""One model through one task: ask what is not recorded yet, record each answer, give back all verdicts."""
+"""Run one task on one model: ask what is not recorded yet, record each answer, return all verdicts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ from qwenq.evals.task import (
     Judgement,
     MakeProgram,
     Request,
-    Task,
     Written,
 )
 from qwenq.evals.tasks.script import Script
@@ -48,41 +47,41 @@ from qwenq.stopping import finishing
 
 
 class Listener(Protocol):
-    """Told how far it is."""
+    """Receiver of progress."""
 
     def started(self, contender: Contestant, plan: Plan, recorded: int) -> None:
-        """A model begins with a task; so many items are known from records."""
+        """Start a model on a task; so many items are recorded already."""
 
     def judged(self, correct: bool | None) -> None:
-        """One more item: its verdict, None where the sandbox still has to say it."""
+        """Count an item: its verdict, None where its program has not run yet."""
 
     def running(self, total: int) -> None:
-        """So many programs go through the sandbox."""
+        """Start so many programs in the sandbox."""
 
     def ran(self, passed: bool) -> None:
-        """One program more has ended."""
+        """Count a program that has ended."""
 
     def finished(self) -> None:
-        """The model is done with the task."""
+        """Finish the task."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of a model.
+    """A task's items with the settings that a model is asked with.
 
     Attributes:
         task: a benchmark under a protocol.
         items: in their order; at least one.
-        shots: examples that were asked for; None: the protocol's own number, asked for or not.
-        limit: items of each subject at most; None: all, whether asked for or as there are no more.
+        shots: number of examples; None: the protocol's default, given or not.
+        limit: items of each subject at most; None: all, also where the limit was larger.
         subjects: only these; empty: all.
-        source: where the items came from.
-        notes: what has to be said beside the scores.
+        source: of the items.
+        notes: notices for the user.
         max_new_tokens: the limit of written answers; None: the protocol's own.
-        thinking: whether the model thinks before it answers: what follows its thoughts is judged.
+        thinking: whether the model thinks before it answers; the text behind its thoughts is judged.
     """
 
-    task: Task
+    task: Script
     items: Sequence[Item]
     shots: int | None = None
     limit: int | None = None
@@ -93,7 +92,7 @@ class Plan:
     thinking: bool = False
 
     def request(self, item: Item) -> Request:
-        """Return what is asked about an item, with this plan's limit."""
+        """Return the request for an item, with this plan's limit."""
         return limited(self.task.request(item), self.max_new_tokens)
 
 
@@ -106,13 +105,13 @@ class Answers:
 
     Attributes:
         judged: in the order of the items.
-        implementations: what ran, each once; more than one where a run was gone on with elsewhere.
+        implementations: code that ran, each once; several where a run was continued elsewhere.
         recorded: items that were not asked again.
         tokens: new tokens of all answers.
-        questions: a hash of all that was asked, the same for every model; empty: not known.
-        sandboxes: what ran the programs, each once.
+        questions: a hash of all requests, the same for every model; empty: unknown.
+        sandboxes: that programs ran in, each once.
         cut: written answers that reached their limit of tokens before they ended.
-        written: answers that were written; the others are letters that were scored by their logits.
+        written: generated answers; the others are letters scored by logits.
     """
 
     judged: Judged
@@ -151,7 +150,7 @@ def make_plan(
     if subjects and all(item.subject is None for item in kept):
         notes.append(f"{task.name} has no subjects: all of its questions are asked")
         subjects = ()
-    own = None if shots == task.shots else shots  # said or not, it is the same question
+    own = None if shots == task.shots else shots  # given or not, it is the same question
     return Plan(task, kept, own, limit if cut else None, tuple(subjects), source, tuple(notes))
 
 
@@ -165,13 +164,14 @@ def answer(
     sandbox: Sandbox | None = None,
     team: Team = ALONE,
 ) -> Answers:
-    """Ask a model what its records do not answer yet.
+    """Ask a model every item that its records do not answer yet.
 
     Args:
-        run: the run folder; hold it (``storage.locked``).
+        run: the run folder, which has to be locked (``storage.locked``).
+        listener: receives progress.
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
-        team: further processes that ask a share, each in ``assist``; this one leads.
+        team: further processes that ask a share, each in ``assist``; this one is rank 0.
 
     Raises:
         DataError: prompts that do not fit the model's context; nothing has been asked then.
@@ -201,11 +201,7 @@ def answer(
 
 
 def assist(contender: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
-    """Ask this rank's share of what the leader asks in ``answer``, and leave the records for it.
-
-    Raises:
-        QwenqError: as ``answer``, or another process has stopped.
-    """
+    """Ask this rank's share of the items of ``answer``, and leave the records for rank 0."""
     wanted = set(team.tell())
     open_ = [item for item in plan.items if item.id in wanted]
     with Records(run, title_of(_title(contender, plan), team), records_key(contender, plan)) as records:
@@ -239,9 +235,9 @@ def _ask(
 
 
 def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Record:
-    """Judge an answer; without a verdict where the sandbox has to give it, or nobody here can.
+    """Judge an answer; without a verdict where the sandbox gives it, or the right answer is not published.
 
-    What a chat model thought first stays in the record, and is not judged.
+    A chat model's thoughts are recorded, but not judged.
     """
     task, found = plan.task, response.answer
     if isinstance(found, Written) and not isinstance(request.prompt, str):
@@ -252,7 +248,7 @@ def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Rec
 
 
 def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
-    """All that decides an answer but the item itself, which has a hash of its own."""
+    """Return everything that an answer depends on but the item, which has a separate hash."""
     task = plan.task
     return {
         **contender.key,
@@ -267,7 +263,7 @@ def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
 
 
 def records_name(contender: Contestant, plan: Plan) -> str:
-    """What the file of its records is called, less its ending; other answers have another."""
+    """Return the name of the records' file without its suffix."""
     return name_of(_title(contender, plan), records_key(contender, plan))
 
 
@@ -279,10 +275,7 @@ def _title(contender: Contestant, plan: Plan) -> str:
 def _responses(
     contender: Contestant, plan: Plan, items: Sequence[Item], requests: Sequence[Request], batch: int | None
 ) -> Iterator[list[Response]]:
-    """What the model here, or whoever serves it, says, in lists of what came together.
-
-    The model is loaded when this returns.
-    """
+    """Return an iterator of answers in batches; the model is loaded when this returns."""
     if isinstance(contender, Served):
         return ([response] for response in contender.respond(items, requests))
     encoded = encode_requests(contender.tokenizer, items, requests)
@@ -297,7 +290,7 @@ def _responses(
 def _answers(
     contender: Contender, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
 ) -> Iterator[list[tuple[int, Answer]]]:
-    """Choices first, a batch at a time, then texts, one by one: (index into ``encoded``, answer)."""
+    """Yield (index into ``encoded``, answer): letters first, a batch at a time, then texts, one by one."""
     choices = [(i, one) for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)]
     texts = [(i, one) for i, one in enumerate(encoded) if isinstance(one, WriteTokens)]
     engine = contender.engine
@@ -338,7 +331,7 @@ def _run_pending(
     sandbox: Sandbox,
     listener: Listener,
 ) -> None:
-    """Run the programs that have no verdict yet, and record it."""
+    """Run the programs that have no verdict yet, and record their verdicts."""
     pending = {
         record.id: (record, program(item, record.extracted or ""))
         for item, record in zip(items, found, strict=True)

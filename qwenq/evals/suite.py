@@ -1,4 +1,4 @@
-"""Several models through several tasks: bases first, as each quantised model is compared with its own."""
+"""Run several tasks on several models: bases first, as each quantised model is compared with its base."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from qwenq.storage import atomic_write_json, locked
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every model.
+    """Settings of an evaluation.
 
     Attributes:
         tasks: by name.
-        protocol: None: each model's own, ``card`` for chat models and ``base`` for others.
+        protocol: None: each model's default, ``card`` for chat models and ``base`` for others.
         subjects: only these; empty: all.
-        shots: examples; None: the protocol's own number.
-        limit: of each subject the first so many items, of every task or by its name; None: all.
-        source: where items come from.
-        batch: rows at once; None: what fits.
+        shots: number of examples; None: the protocol's default.
+        limit: items of each subject at most, for every task or by its name; None: all.
+        source: of the items.
+        batch: rows at once; None: as many as fit.
         unsafe_code: run programs without a sandbox.
-        max_new_tokens: the limit of written answers, of every task or by its name; None: the protocol's, or
-            the budget of thoughts (``evals.thinking``) where the model thinks.
+        max_new_tokens: the limit of generated answers, for every task or by its name; None: the protocol's,
+            or that of thinking models (``evals.thinking``).
     """
 
     tasks: tuple[str, ...]
@@ -58,7 +58,7 @@ class Wanted:
     max_new_tokens: int | Mapping[str, int] | None = None
 
     def plan_for(self, contender: Contestant, plan: Plan) -> Plan:
-        """Return the plan as this model is asked it: whether it thinks, and how long answers may be."""
+        """Return the plan for this model: whether it thinks, and the limit of answers."""
         wanted = self.max_new_tokens
         limit = wanted.get(plan.task.name) if isinstance(wanted, Mapping) else wanted
         thinking = contender.thinking and plan.task.protocol == "card"
@@ -66,12 +66,12 @@ class Wanted:
         return replace(plan, thinking=thinking, max_new_tokens=limit)
 
     def limit_of(self, task: str) -> int | None:
-        """How many items of each subject of this task."""
+        """Return the number of items of each subject of this task."""
         return self.limit if self.limit is None or isinstance(self.limit, int) else self.limit.get(task)
 
 
 Say = Callable[[str], None]
-"""Told what the user has to know, a line each."""
+"""Called with each line for the user."""
 
 
 def evaluate(
@@ -83,19 +83,19 @@ def evaluate(
     command: str = "",
     team: Team = ALONE,
 ) -> list[Row]:
-    """Ask every model every task; the rows, also appended to ``run`` as they are made.
+    """Run every task on every model; return the rows, which are appended to ``run`` as they are made.
 
     Data and sandbox are checked before the first model is loaded. The rows of quantised models include those
     of the check that `qwenq quantize` made.
 
     Args:
-        command: what the user typed, for the rows.
-        team: further processes that ask a share, each in ``assist_all``; this one leads.
+        command: as the user typed it, for the rows.
+        team: further processes that ask a share, each in ``assist_all``; this one is rank 0.
 
     Raises:
         DataError: no data, broken data, prompts that no model here can take.
         UsageError: an unknown task, protocol or subject, or another process works in ``run``.
-        UnsupportedError: no sandbox works here, and none was waived.
+        UnsupportedError: no sandbox works here, and ``unsafe_code`` is off.
         QwenqError: a model cannot be loaded, or its logits are not finite.
     """
     order = by_need(contenders)
@@ -132,19 +132,19 @@ def evaluate(
 
 
 def _recorded_bases(run: Path) -> list[Model]:
-    """Unquantised models that a run folder has scores of, the last first."""
+    """Return unquantised models that a run folder has scores of, the last first."""
     rows = read_rows(run) if (run / RESULTS_FILE).exists() else []
     return [row.model for row in reversed(rows) if row.metric == MAIN and row.model.precision in PLAIN]
 
 
 def _served_before(count: int) -> str:
-    """A server may have been given other weights under the same name; nobody here can tell."""
+    """Return a notice on recorded answers, as a server may have got other weights under the same name."""
     answers = "1 answer is" if count == 1 else f"{count:,} answers are"
-    return f"{answers} of what this address served before; --out NEW asks again"
+    return f"{answers} recorded from this address before; --out NEW asks again"
 
 
 def _recorded_check(contender: Contender, run: Path, say: Say) -> list[Row]:
-    """KL divergence and same top token as `qwenq quantize` found them; none where it made no check."""
+    """Return rows of the check that `qwenq quantize` made; none without a check."""
     folder = contender.checkpoint.folder
     if not has_check(folder):
         return []
@@ -156,11 +156,7 @@ def _recorded_check(contender: Contender, run: Path, say: Say) -> list[Row]:
 
 
 def assist_all(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> None:
-    """Ask this rank's share of everything that the leader asks in ``evaluate``.
-
-    Raises:
-        QwenqError: as ``evaluate``, or another process has stopped.
-    """
+    """Ask this rank's share of every task of ``evaluate``."""
     order = by_need(contenders)
     plans = _plans(order, wanted)
     for contender in order:
@@ -171,7 +167,7 @@ def assist_all(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team
 
 
 def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, ProtocolName], Plan]:
-    """Every task under every protocol that is needed, with its items."""
+    """Return every task under every protocol that is needed, with its items."""
     return {
         (name, protocol): make_plan(
             get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, wanted.limit_of(name)
@@ -182,10 +178,10 @@ def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, Proto
 
 
 def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener, say: Say) -> None:
-    """The benchmark's own solutions have to pass, or no verdict means anything; once for each run folder.
+    """Run the benchmark's own solutions, once for each run folder: if they fail, no verdict means anything.
 
     Raises:
-        DataError: more of them fail than the task has to ``spare``; says which, and why.
+        DataError: more of them fail than the task allows (``spare``).
     """
     name, program, reference = plan.task.name, plan.task.program, plan.task.reference
     if program is None or reference is None:
@@ -205,7 +201,7 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
     failed = [(item, o) for item, o in zip(plan.items, outcomes, strict=True) if not o.passed]
     if failed:
         item, outcome = failed[0]
-        found = f"{len(failed)} of {len(plan.items)} solutions of the benchmark itself do not pass"
+        found = f"{len(failed)} of {len(plan.items)} solutions of the benchmark itself fail"
         why = f"{outcome.reason}: {outcome.detail}"
         if len(failed) > min(plan.task.spare, len(plan.items) // 2):
             raise DataError(
@@ -244,7 +240,7 @@ def _append_rows(
     }
     if (kind := _thinking(contender, plan)) is not None:
         settings["thinking"] = kind
-    if not answers.recorded:  # how many were asked together, records do not say
+    if not answers.recorded:  # records do not hold the batch size
         served = contender.endpoint.concurrency if isinstance(contender, Served) else None
         settings["batch"] = served or wanted.batch or "auto"
     if plan.task.needs_sandbox and sandbox is not None:
@@ -257,7 +253,7 @@ def _append_rows(
 
 
 def _thinking(contender: Contestant, plan: Plan) -> str | None:
-    """``on`` or ``off`` where a chat model has that choice; None elsewhere, and where a server decides."""
+    """Return ``on`` or ``off`` where a chat model has that choice; None where a server decides."""
     if plan.task.protocol != "card":
         return None
     if isinstance(contender, Served):
@@ -269,9 +265,9 @@ def _thinking(contender: Contestant, plan: Plan) -> str | None:
 
 
 def _write_submission(contender: Contestant, plan: Plan, answers: Answers, run: Path) -> str:
-    """The file that C-Eval's leaderboard takes; its test split has no published answers to score with.
+    """Write the file for C-Eval's leaderboard, as the test split has no published answers; return a notice.
 
-    It is called as its records are, so that no other answers overwrite it, nor does a part the whole.
+    It is named as its records are, so that no other answers overwrite it, nor a part of them the whole.
     """
     asked, all_ = len(answers.judged), ceval.TEST.total or 0
     ending = "part.json" if asked < all_ else "json"
@@ -279,5 +275,5 @@ def _write_submission(contender: Contestant, plan: Plan, answers: Answers, run: 
     atomic_write_json(path, ceval.submission(answers.judged))
     if asked < all_:
         part = f"answers to {asked:,} of the {all_:,} questions of C-Eval's test split"
-        return f"{part}; its leaderboard takes all of them only: {path}"
+        return f"{part}; the leaderboard needs all of them: {path}"
     return f"the answers to C-Eval's test split, for its leaderboard: {path}"

@@ -1,8 +1,7 @@
-"""Models that think before they answer: whether they are asked to, with what budget, and what the answer is.
+"""Handle models that think before they answer.
 
-Qwen3's chat template reads ``enable_thinking`` and thinks where nothing is said; others open ``<think>`` in
-every prompt. Thoughts end at ``</think>``, and only what follows is judged: an answer that is cut before that
-has no answer in it.
+Qwen3's chat template reads ``enable_thinking``, true by default; other templates open ``<think>`` in every
+prompt. Thoughts end at ``</think>``, and only the text behind it is judged.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ MAX_NEW_TOKENS = 32_768
 
 @dataclass(frozen=True)
 class Thinking:
-    """How one model is asked in chats.
+    """Thinking mode of one model's chats.
 
     Attributes:
         tokenizer: whose chat template gets ``enable_thinking`` where it reads it.
         on: whether the model thinks first.
-        notice: what has to be said of a choice that the user did not make; else empty.
+        notice: of a choice that the user did not make; else empty.
     """
 
     tokenizer: Tokenizer
@@ -37,7 +36,7 @@ class Thinking:
 
 
 def choose_thinking(tokenizer: Tokenizer, wish: str) -> Thinking:
-    """Settle whether a model thinks, by what the user asked for and what its chat template can do.
+    """Choose whether a model thinks, by the user's wish and the abilities of its chat template.
 
     Raises:
         UsageError: the template cannot do what was asked for.
@@ -55,7 +54,7 @@ def choose_thinking(tokenizer: Tokenizer, wish: str) -> Thinking:
         )
     if wish == "on" and kind == "never":
         raise UsageError(
-            "this model's chat template has no thoughts: it does not read enable_thinking",
+            "this model's chat template does not support thinking: it does not read enable_thinking",
             where="--thinking",
             hint="use auto or off",
         )
@@ -64,7 +63,7 @@ def choose_thinking(tokenizer: Tokenizer, wish: str) -> Thinking:
 
 
 def final_answer(written: Written, thinking: bool) -> str:
-    """Return what follows the thoughts; nothing where they never ended.
+    """Return the text behind the thoughts; empty where they did not end.
 
     Args:
         written: all that the model wrote, thoughts included.

@@ -237,9 +237,7 @@ def test_one_item_in_full(evaluate: Shell, base: Path, data: Path) -> None:
     ):
         assert text in shown.out
     elsewhere = evaluate(base, "--data", ".", "--show", "astronomy/2")
-    assert (
-        "(prompt not shown: no mmlu data there; name the data that was asked: --data DIR or" in elsewhere.out
-    )
+    assert "(prompt not shown: no mmlu data there; name the data of this run: --data DIR or" in elsewhere.out
     missing = evaluate(base, "--data", data, "--show", "astronomy/700")
     assert missing.code == 2
     assert "no record" in missing.err

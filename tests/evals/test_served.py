@@ -143,7 +143,7 @@ def test_answers_that_the_server_cut_are_said(
 
 
 def test_scoring_protocols_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a server only writes"):
+    with pytest.raises(UsageError, match="a server only generates text"):
         ask(server, tmp_path, Shout(choose=True))
     assert server.seen == []
 

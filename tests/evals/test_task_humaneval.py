@@ -124,7 +124,7 @@ def test_the_score_is_the_share_that_passes() -> None:
     ("change", "says"),
     [
         ({"entry_point": "sub"}, "no function sub with a docstring"),
-        ({"entry_point": "add("}, "no function name"),
+        ({"entry_point": "add("}, "not a function name"),
         ({"prompt": "def add(a, b):\n    pass\n"}, "no function add with a docstring"),
         ({"test": "assert True"}, "no function check"),
         ({"task_id": "HumanEval/0"}, "HumanEval/0 occurs twice"),

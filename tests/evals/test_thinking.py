@@ -84,7 +84,7 @@ def test_a_template_that_always_thinks_cannot_be_asked_not_to(always: Path) -> N
 
 def test_a_template_without_thoughts_cannot_be_asked_for_them(tmp_path: Path) -> None:
     made = set_template(write_tiny_model(tmp_path / "Tiny"), "{{ messages[0].content }}")
-    with pytest.raises(UsageError, match="has no thoughts"):
+    with pytest.raises(UsageError, match="does not support thinking"):
         choose_thinking(load_tokenizer(made), "on")
     assert not choose_thinking(load_tokenizer(made), "off").on
 

@@ -1,12 +1,12 @@
-r"""MATH: 5,000 competition problems in seven subjects, each with one final answer (Hendrycks et al. 2021).
+r"""Ask MATH: 5,000 competition problems in seven subjects, each with a final answer (Hendrycks et al.).
 
 The base prompt has the form of Minerva's 4 examples (Lewkowycz et al. 2022): ``Problem:``, ``Solution:``,
-and at the end ``Final Answer: The final answer is $…$. I hope it is correct.`` The four examples are ours,
-of the same kind, so that a score is close to, but not, one with Minerva's. Which script Qwen's cards used is
-not published; there is no protocol for chat models.
+and at the end ``Final Answer: The final answer is $…$. I hope it is correct.`` The four examples were written
+for this project, so a score is close to, but not the same as, one with Minerva's. Qwen's own script is not
+published; there is no protocol for chat models.
 
-Read is what an answer states at its end, else its last ``\boxed{…}``; see ``final_answers`` for what counts
-as equal. Original layout: ``{test}/{subject}/{n}.json``; or ``test.jsonl``, a row a line with its ``type``.
+The stated final answer counts, else the last ``\boxed{…}``. Original layout:
+``{test}/{subject}/{n}.json``; or ``test.jsonl``, a row a line with its ``type``.
 """
 
 from __future__ import annotations
@@ -80,16 +80,11 @@ COUNTS = {
 """Problems by subject in the test split: 5,000."""
 COLUMNS = ("problem", "solution", "type")
 HUB = "EleutherAI/hendrycks_math"
-DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"\d+")
 
 
 def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-    """The test split, subject by subject.
-
-    Raises:
-        DataError: no data, broken data, or a solution without a final answer.
-        UsageError: a subject that does not exist.
-    """
+    """Return the test split, subject by subject."""
     unknown = [subject for subject in subjects if subject not in COUNTS]
     if unknown:
         raise UsageError(
@@ -106,13 +101,13 @@ def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
 
 
 def ask(item: Item) -> Request:
-    """Worked examples and the problem as plain text."""
+    """Return worked examples and the problem as plain text."""
     shown = "".join(SHOT.format_map(row) for row in item.shots)
     return Write(shown + PROBLEM.format_map(item.data), MAX_NEW_TOKENS, STOPS)
 
 
 def read(item: Item, answer: Written) -> Judgement:
-    """The answer that is stated, else the last box."""
+    """Judge the stated final answer, else the last box."""
     found = stated(answer.text) or boxed(answer.text)
     if found is None:
         return Judgement(False, None, note="no final answer")
@@ -129,7 +124,7 @@ def _item(subject: str, name: str, row: Row, shots: int) -> Item:
 
 
 def _rows(source: DataSource, wanted: Sequence[str]) -> dict[str, list[tuple[str, Row]]]:
-    """Names and rows, by subject."""
+    """Return names and rows by subject."""
     folder = local_folder(source, "math")
     ours = folder is not None and any((folder / name).exists() for name in ("test.jsonl", "test"))
     copy = None if ours else copy_in(folder)
@@ -141,7 +136,7 @@ def _rows(source: DataSource, wanted: Sequence[str]) -> dict[str, list[tuple[str
 
 
 def _from_folder(folder: Path) -> list[tuple[str, Row]]:
-    paths = sorted(folder.glob("*.json"), key=lambda path: [*map(int, DIGITS.findall(path.stem)), 0])
+    paths = sorted(folder.glob("*.json"), key=lambda path: [*map(int, _DIGITS.findall(path.stem)), 0])
     if not paths:
         raise DataError("no problems there", where=folder, hint="it should hold 1.json, 2.json …")
     return [(path.stem, Row(text_columns(read_json(path), COLUMNS, str(path)), str(path))) for path in paths]
