@@ -169,39 +169,39 @@ def answers_chats(tokenizer: Tokenizer) -> bool:
     return any(token in tokenizer.eos_ids for token in ids[-3:])
 
 
-def settle_families(contenders: Sequence[Contender], recorded: Sequence[Model] = ()) -> list[str]:
+def settle_families(eval_models: Sequence[Contender], recorded: Sequence[Model] = ()) -> list[str]:
     """Set base and family of each quantised model; return notices for the user.
 
     The base is the model whose fingerprint the manifest names, and no other. Without one it is the model of
     the same family name, else the only unquantised one, if it has the same shape, with a notice.
 
     Args:
-        contenders: the models of this run.
+        eval_models: the models of this run.
         recorded: unquantised models that the run folder has rows of; they need not be named again.
     """
     notes = []
-    bases = [contender for contender in contenders if not contender.quantised]
-    for contender in contenders:
-        if not contender.quantised:
+    bases = [eval_model for eval_model in eval_models if not eval_model.quantised]
+    for eval_model in eval_models:
+        if not eval_model.quantised:
             continue
-        base, note = _base_among(contender, bases, recorded)
+        base, note = _base_among(eval_model, bases, recorded)
         notes += [note] if note else []
         if base is not None:
-            contender.base = base.fingerprint
-            contender.model = replace(contender.model, family=base.family)
+            eval_model.base = base.fingerprint
+            eval_model.model = replace(eval_model.model, family=base.family)
     return notes
 
 
 def _base_among(
-    contender: Contender, bases: Sequence[Contender], recorded: Sequence[Model]
+    eval_model: Contender, bases: Sequence[Contender], recorded: Sequence[Model]
 ) -> tuple[Model | None, str]:
     """Return the base, if it is among the models, and a notice."""
-    name, family = contender.model.name, contender.model.family
+    name, family = eval_model.model.name, eval_model.model.family
     given = [base.model for base in bases]
     called = [model for model in (*given, *recorded) if model.family == family]
     absent = f"no base of {name} is among the models: it is not compared" if bases else ""
-    if contender.base is not None:
-        same = [model for model in (*given, *recorded) if model.fingerprint == contender.base]
+    if eval_model.base is not None:
+        same = [model for model in (*given, *recorded) if model.fingerprint == eval_model.base]
         changed = f"{name} was made from other weights than {family} has: the base has changed since, "
         return (same[0], "") if same else (None, f"{changed}and it is not compared" if called else absent)
     called = [model for model in given if model.family == family] or called
@@ -209,14 +209,14 @@ def _base_among(
         return None, f"several models are called {family}, and nothing says which {name} was made from"
     if called:
         return called[0], ""
-    if len(bases) == 1 and _same_shape(bases[0], contender):
+    if len(bases) == 1 and _same_shape(bases[0], eval_model):
         return given[0], f"nothing says what {name} was made from: it is compared with {given[0].name}"
     return None, absent
 
 
-def by_need(contenders: Sequence[T]) -> list[T]:
+def by_need(eval_models: Sequence[T]) -> list[T]:
     """Return unquantised models first, else in the order given."""
-    return sorted(contenders, key=lambda contender: contender.quantised)
+    return sorted(eval_models, key=lambda eval_model: eval_model.quantised)
 
 
 def _same_shape(one: Contender, other: Contender) -> bool:

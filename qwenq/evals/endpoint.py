@@ -23,8 +23,7 @@ from urllib.parse import urlsplit
 
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.patience import ATTEMPTS, FIRST_PAUSE, Trouble, pause_before, retry_after, wait
-from qwenq.evals.task import Write, Written
-from qwenq.evals.thinking import CLOSE, OPEN
+from qwenq.evals.task import CLOSE, OPEN, Write, Written
 from qwenq.stopping import asked
 
 CONCURRENCY = 8  # requests under way at a time, by default

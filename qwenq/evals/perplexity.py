@@ -111,7 +111,7 @@ def require_lengths(lengths: Sequence[int], text: Text) -> None:
 
 
 def perplexities(
-    contender: Contender,
+    eval_model: Contender,
     text: Text,
     lengths: Sequence[int],
     switches: Sequence[Switches | None],
@@ -128,7 +128,7 @@ def perplexities(
     Raises:
         QwenqError: the model cannot be loaded, or the tokens are not its own.
     """
-    engine = contender.engine
+    engine = eval_model.engine
     if not isinstance(engine, FastEngine):
         raise UsageError("perplexity by length needs the fast engine", where="--engine", hint="use fast")
     shared: dict[int, NDArray[np.float64] | QwenqError] = {}
@@ -137,7 +137,7 @@ def perplexities(
     for switch in switches:
         decoder = _decoder(engine.decoder, switch)
         for length in lengths:
-            facts = _facts(contender, engine, text, length, switch)
+            facts = _facts(eval_model, engine, text, length, switch)
             row = next((one for one in known if one.value is not None and _measured(one, facts)), None)
             if row is None:
                 alike = context is None or length <= context.seq_length
@@ -190,20 +190,20 @@ def _measure(decoder: Decoder, windows: Tensor) -> NDArray[np.float64] | QwenqEr
 
 
 def _facts(
-    contender: Contender, engine: FastEngine, text: Text, length: int, switch: Switches | None
+    eval_model: Contender, engine: FastEngine, text: Text, length: int, switch: Switches | None
 ) -> dict[str, Any]:
     """Return every field of a row that its value depends on."""
     context = engine.decoder.spec.long_context
     return {
         "metric": METRIC,
-        "model": contender.model,
-        "point": _point(contender, text, length, switch),
+        "model": eval_model.model,
+        "point": _point(eval_model, text, length, switch),
         "unit": "ratio",
         "implementation": engine.implementation,
         "settings": {
-            "device": contender.how.device,
-            "attention": contender.how.attention,
-            "kernel": contender.how.kernel,
+            "device": eval_model.how.device,
+            "attention": eval_model.how.attention,
+            "kernel": eval_model.how.kernel,
             "interval": "Student's t over windows",
             "trained_length": context.seq_length if context is not None else engine.context,
         },
@@ -226,13 +226,13 @@ def _row(
     return Row(**facts, details=dict(details), date=date.today().isoformat(), **values)
 
 
-def _point(contender: Contender, text: Text, length: int, switch: Switches | None) -> dict[str, Value]:
+def _point(eval_model: Contender, text: Text, length: int, switch: Switches | None) -> dict[str, Value]:
     """Return the point: equal for two models that were measured alike."""
     point: dict[str, Value] = {
         "seq_len": length,
         "text": text.name,
         "text_fingerprint": text.fingerprint,
-        "dtype": contender.how.dtype,
+        "dtype": eval_model.how.dtype,
     }
     if switch is not None:
         point |= {"ntk": _word(switch.ntk), "logn": _word(switch.logn)}

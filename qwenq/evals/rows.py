@@ -19,7 +19,7 @@ from qwenq.results import RESULTS_FILE, Row, Value, read_rows
 
 
 def rows_of(
-    contender: Contestant,
+    eval_model: Contestant,
     plan: Plan,
     answers: Answers,
     base: Row | None,
@@ -45,7 +45,7 @@ def rows_of(
         details["notes"] = [*plan.notes, *cut_short(plan, answers)] or None
         if place == 0:
             details["items"] = verdicts(answers.judged)
-            details["base"] = None if isinstance(contender, Served) else contender.base
+            details["base"] = None if isinstance(eval_model, Served) else eval_model.base
             details["questions"] = answers.questions or None
             if answers.written:
                 details["cut"] = {"answers": answers.cut, "of": answers.written}
@@ -53,7 +53,7 @@ def rows_of(
         rows.append(
             Row(
                 metric=score.metric,
-                model=contender.model,
+                model=eval_model.model,
                 point=point_of(plan),
                 value=score.value,
                 unit="share",
@@ -113,7 +113,7 @@ def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, An
     return {"paired": {**found.to_json(score - base.value), "base": base.model.precision}}
 
 
-def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
+def base_row(run: Path, eval_model: Contestant, plan: Plan) -> Row | None:
     """Return the base's row at the same point of this run folder, by the fingerprint ``Contender.base``.
 
     Of several precisions `choose_base` takes one, as in reports; of several rows the last counts.
@@ -121,34 +121,34 @@ def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
     Raises:
         UsageError: a broken row.
     """
-    if isinstance(contender, Served) or contender.base is None or not (run / RESULTS_FILE).exists():
+    if isinstance(eval_model, Served) or eval_model.base is None or not (run / RESULTS_FILE).exists():
         return None
     point = point_of(plan)
     found = {
         row.model.precision: row
         for row in read_rows(run)
         if (row.metric, row.status, row.model.family, row.point)
-        == (MAIN, "ok", contender.model.family, point)
-        and row.model.fingerprint == contender.base
+        == (MAIN, "ok", eval_model.model.family, point)
+        and row.model.fingerprint == eval_model.base
         and isinstance(row.details.get("items"), dict)
     }
-    return choose_base(found, contender.how.dtype)
+    return choose_base(found, eval_model.how.dtype)
 
 
-def asked_apart(run: Path, contender: Contestant, plan: Plan) -> str | None:
+def asked_apart(run: Path, eval_model: Contestant, plan: Plan) -> str | None:
     """Return why rows of the base on this task do not match; None without any, or where one does.
 
     Raises:
         UsageError: a broken row.
     """
-    if isinstance(contender, Served) or contender.base is None or not (run / RESULTS_FILE).exists():
+    if isinstance(eval_model, Served) or eval_model.base is None or not (run / RESULTS_FILE).exists():
         return None
     point = point_of(plan)
     found = [
         row.point
         for row in read_rows(run)
         if row.metric == MAIN
-        and row.model.fingerprint == contender.base
+        and row.model.fingerprint == eval_model.base
         and row.point.get("task") == plan.task.name
     ]
     if not found or point in found:

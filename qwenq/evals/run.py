@@ -39,9 +39,9 @@ from qwenq.evals.task import (
     MakeProgram,
     Request,
     Written,
+    final_answer,
 )
 from qwenq.evals.tasks.script import Script
-from qwenq.evals.thinking import final_answer
 from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
 
@@ -49,7 +49,7 @@ from qwenq.stopping import finishing
 class Listener(Protocol):
     """Receiver of progress."""
 
-    def started(self, contender: Contestant, plan: Plan, recorded: int) -> None:
+    def started(self, eval_model: Contestant, plan: Plan, recorded: int) -> None:
         """Start a model on a task; so many items are recorded already."""
 
     def judged(self, correct: bool | None) -> None:
@@ -155,7 +155,7 @@ def make_plan(
 
 
 def answer(
-    contender: Contestant,
+    eval_model: Contestant,
     plan: Plan,
     run: Path,
     listener: Listener,
@@ -179,14 +179,14 @@ def answer(
     """
     if plan.task.needs_sandbox and sandbox is None:
         raise ValueError(f"{plan.task.name} needs a sandbox")
-    task, title, key = plan.task, _title(contender, plan), records_key(contender, plan)
+    task, title, key = plan.task, _title(eval_model, plan), records_key(eval_model, plan)
     hashes = {item.id: request_hash(item, plan.request(item)) for item in plan.items}
     with Records(run, title, key) as records:
         take_parts(records, run, title, key)
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
-        listener.started(contender, plan, len(plan.items) - len(open_))
+        listener.started(eval_model, plan, len(plan.items) - len(open_))
         team.tell([item.id for item in open_])
-        _ask(contender, plan, open_, records, listener, batch, team)
+        _ask(eval_model, plan, open_, records, listener, batch, team)
         team.wait()
         for record in take_parts(records, run, title, key):
             listener.judged(record.correct)
@@ -200,17 +200,17 @@ def answer(
     return replace(answers, questions=questions_hash(hashes))
 
 
-def assist(contender: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
+def assist(eval_model: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
     """Ask this rank's share of the items of ``answer``, and leave the records for rank 0."""
     wanted = set(team.tell())
     open_ = [item for item in plan.items if item.id in wanted]
-    with Records(run, title_of(_title(contender, plan), team), records_key(contender, plan)) as records:
-        _ask(contender, plan, open_, records, None, batch, team)
+    with Records(run, title_of(_title(eval_model, plan), team), records_key(eval_model, plan)) as records:
+        _ask(eval_model, plan, open_, records, None, batch, team)
     team.wait()
 
 
 def _ask(
-    contender: Contestant,
+    eval_model: Contestant,
     plan: Plan,
     items: Sequence[Item],
     records: Records,
@@ -224,7 +224,7 @@ def _ask(
     requests = [plan.request(item) for item in mine]
     if not mine:
         return
-    responses = _responses(contender, plan, mine, requests, batch)
+    responses = _responses(eval_model, plan, mine, requests, batch)
     with finishing("the items under way are recorded"):
         for together in responses:
             made = [_judged(plan, mine[one.index], requests[one.index], one) for one in together]
@@ -247,60 +247,60 @@ def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Rec
     return record if judgement.known and not task.needs_sandbox else replace(record, correct=None)
 
 
-def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
+def records_key(eval_model: Contestant, plan: Plan) -> dict[str, object]:
     """Return everything that an answer depends on but the item, which has a separate hash."""
     task = plan.task
     return {
-        **contender.key,
+        **eval_model.key,
         "task": task.name,
         "protocol": task.protocol,
         "version": task.version,
         "shots": plan.shots,
-        "sampling": contender.generation(True) if plan.thinking else "greedy",
+        "sampling": eval_model.generation(True) if plan.thinking else "greedy",
         **({"max_new_tokens": plan.max_new_tokens} if plan.max_new_tokens is not None else {}),
         **({"thinking": True} if plan.thinking else {}),
     }
 
 
-def records_name(contender: Contestant, plan: Plan) -> str:
+def records_name(eval_model: Contestant, plan: Plan) -> str:
     """Return the name of the records' file without its suffix."""
-    return name_of(_title(contender, plan), records_key(contender, plan))
+    return name_of(_title(eval_model, plan), records_key(eval_model, plan))
 
 
-def _title(contender: Contestant, plan: Plan) -> str:
-    model = contender.model
+def _title(eval_model: Contestant, plan: Plan) -> str:
+    model = eval_model.model
     return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
 
 
 def _responses(
-    contender: Contestant, plan: Plan, items: Sequence[Item], requests: Sequence[Request], batch: int | None
+    eval_model: Contestant, plan: Plan, items: Sequence[Item], requests: Sequence[Request], batch: int | None
 ) -> Iterator[list[Response]]:
     """Return an iterator of answers in batches; the model is loaded when this returns."""
-    if isinstance(contender, Served):
-        return ([response] for response in contender.respond(items, requests))
-    encoded = encode_requests(contender.tokenizer, items, requests)
-    require_context(encoded, contender.engine.context)
-    implementation = contender.engine.implementation
+    if isinstance(eval_model, Served):
+        return ([response] for response in eval_model.respond(items, requests))
+    encoded = encode_requests(eval_model.tokenizer, items, requests)
+    require_context(encoded, eval_model.engine.context)
+    implementation = eval_model.engine.implementation
     return (
         [Response(index, found, len(encoded[index].prompt), implementation) for index, found in together]
-        for together in _answers(contender, encoded, batch, plan.thinking)
+        for together in _answers(eval_model, encoded, batch, plan.thinking)
     )
 
 
 def _answers(
-    contender: Contender, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
+    eval_model: Contender, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
 ) -> Iterator[list[tuple[int, Answer]]]:
     """Yield (index into ``encoded``, answer): letters first, a batch at a time, then texts, one by one."""
     choices = [(i, one) for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)]
     texts = [(i, one) for i, one in enumerate(encoded) if isinstance(one, WriteTokens)]
-    engine = contender.engine
+    engine = eval_model.engine
     if choices:
         for found in score(engine, [one for _, one in choices], budget_for(engine, batch)):
             yield [(choices[place][0], chosen) for place, chosen in found]
     if texts:
-        tokenizer, requests = contender.tokenizer, [one for _, one in texts]
+        tokenizer, requests = eval_model.tokenizer, [one for _, one in texts]
         budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
-        sampling = contender.sampling[0] if thinking else GREEDY
+        sampling = eval_model.sampling[0] if thinking else GREEDY
         for place, written in write(engine, tokenizer, requests, tokenizer.eos_ids, *budgets, sampling):
             yield [(texts[place][0], written)]
 

@@ -16,13 +16,14 @@ from qwenq.errors import DataError, QwenqError
 from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.recorded import has_check, record_check
 from qwenq.evals.records import FOLDER
-from qwenq.evals.rows import MAIN, asked_apart, base_row, cut_short, rows_of
+from qwenq.evals.rows import asked_apart, base_row, cut_short, rows_of
 from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan, records_name
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
 from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import DataSource, ProtocolName
 from qwenq.evals.tasks import ceval
+from qwenq.evals.tasks.averages import MAIN
 from qwenq.evals.tasks.registry import get_task
 from qwenq.evals.thinking import MAX_NEW_TOKENS
 from qwenq.paired.base import PLAIN
@@ -57,11 +58,11 @@ class Wanted:
     unsafe_code: bool = False
     max_new_tokens: int | Mapping[str, int] | None = None
 
-    def plan_for(self, contender: Contestant, plan: Plan) -> Plan:
+    def plan_for(self, eval_model: Contestant, plan: Plan) -> Plan:
         """Return the plan for this model: whether it thinks, and the limit of answers."""
         wanted = self.max_new_tokens
         limit = wanted.get(plan.task.name) if isinstance(wanted, Mapping) else wanted
-        thinking = contender.thinking and plan.task.protocol == "card"
+        thinking = eval_model.thinking and plan.task.protocol == "card"
         limit = MAX_NEW_TOKENS if thinking and limit is None else limit
         return replace(plan, thinking=thinking, max_new_tokens=limit)
 
@@ -75,7 +76,7 @@ Say = Callable[[str], None]
 
 
 def evaluate(
-    contenders: Sequence[Contestant],
+    eval_models: Sequence[Contestant],
     wanted: Wanted,
     run: Path,
     listener: Listener,
@@ -98,7 +99,7 @@ def evaluate(
         UnsupportedError: no sandbox works here, and ``unsafe_code`` is off.
         QwenqError: a model cannot be loaded, or its logits are not finite.
     """
-    order = by_need(contenders)
+    order = by_need(eval_models)
     plans = _plans(order, wanted)
     coded = [plan for plan in plans.values() if plan.task.needs_sandbox]
     sandbox = find_sandbox(wanted.unsafe_code) if coded else None
@@ -112,22 +113,22 @@ def evaluate(
         if sandbox is not None:
             for plan in coded:
                 check_solutions(plan, sandbox, run, listener, say)
-        for contender in order:
-            if isinstance(contender, Contender) and contender.quantised:
-                rows += _recorded_check(contender, run, say)
+        for eval_model in order:
+            if isinstance(eval_model, Contender) and eval_model.quantised:
+                rows += _recorded_check(eval_model, run, say)
             for name in wanted.tasks:
-                plan = wanted.plan_for(contender, plans[name, wanted.protocol or contender.protocol])
+                plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
                 answers = answer(
-                    contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
+                    eval_model, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
                 )
-                if isinstance(contender, Served) and answers.recorded:
+                if isinstance(eval_model, Served) and answers.recorded:
                     say(_served_before(answers.recorded))
                 for line in cut_short(plan, answers):
-                    say(f"{contender.model.name} {contender.model.precision}: {line}")
-                rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
+                    say(f"{eval_model.model.name} {eval_model.model.precision}: {line}")
+                rows += _append_rows(eval_model, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
-                    say(_write_submission(contender, plan, answers, run))
-            contender.unload()
+                    say(_write_submission(eval_model, plan, answers, run))
+            eval_model.unload()
     return rows
 
 
@@ -143,27 +144,27 @@ def _served_before(count: int) -> str:
     return f"{answers} recorded from this address before; --out NEW asks again"
 
 
-def _recorded_check(contender: Contender, run: Path, say: Say) -> list[Row]:
+def _recorded_check(eval_model: Contender, run: Path, say: Say) -> list[Row]:
     """Return rows of the check that `qwenq quantize` made; none without a check."""
-    folder = contender.checkpoint.folder
+    folder = eval_model.checkpoint.folder
     if not has_check(folder):
         return []
     try:
-        return record_check(folder, contender.model, run)
+        return record_check(folder, eval_model.model, run)
     except QwenqError as error:
-        say(f"the check of {contender.model.name} is not shown: {error.what} ({error.where})")
+        say(f"the check of {eval_model.model.name} is not shown: {error.what} ({error.where})")
         return []
 
 
-def assist_all(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> None:
+def assist_all(eval_models: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> None:
     """Ask this rank's share of every task of ``evaluate``."""
-    order = by_need(contenders)
+    order = by_need(eval_models)
     plans = _plans(order, wanted)
-    for contender in order:
+    for eval_model in order:
         for name in wanted.tasks:
-            plan = wanted.plan_for(contender, plans[name, wanted.protocol or contender.protocol])
-            assist(contender, plan, run, team, batch=wanted.batch)
-        contender.unload()
+            plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
+            assist(eval_model, plan, run, team, batch=wanted.batch)
+        eval_model.unload()
 
 
 def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, ProtocolName], Plan]:
@@ -219,7 +220,7 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
 
 
 def _append_rows(
-    contender: Contestant,
+    eval_model: Contestant,
     plan: Plan,
     answers: Answers,
     wanted: Wanted,
@@ -227,51 +228,51 @@ def _append_rows(
     sandbox: Sandbox | None,
     command: str,
 ) -> list[Row]:
-    how = contender.how
+    how = eval_model.how
     settings: dict[str, Any] = {
         "dtype": how.dtype,
         "device": how.device,
         "engine": how.engine,
         "attention": how.attention,
         "kernel": how.kernel,
-        "generation": contender.generation(plan.thinking),
+        "generation": eval_model.generation(plan.thinking),
         "asked": "generation" if answers.written else "logits",
         MACHINE: machine(environment()),
     }
-    if (kind := _thinking(contender, plan)) is not None:
+    if (kind := _thinking(eval_model, plan)) is not None:
         settings["thinking"] = kind
     if not answers.recorded:  # records do not hold the batch size
-        served = contender.endpoint.concurrency if isinstance(contender, Served) else None
+        served = eval_model.endpoint.concurrency if isinstance(eval_model, Served) else None
         settings["batch"] = served or wanted.batch or "auto"
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = "; ".join(answers.sandboxes) or sandbox.implementation
-    base, apart = base_row(run, contender, plan), asked_apart(run, contender, plan)
-    rows = rows_of(contender, plan, answers, base, settings, command, apart)
+    base, apart = base_row(run, eval_model, plan), asked_apart(run, eval_model, plan)
+    rows = rows_of(eval_model, plan, answers, base, settings, command, apart)
     for row in rows:
         append_row(run, row)
     return rows
 
 
-def _thinking(contender: Contestant, plan: Plan) -> str | None:
+def _thinking(eval_model: Contestant, plan: Plan) -> str | None:
     """Return ``on`` or ``off`` where a chat model has that choice; None where a server decides."""
     if plan.task.protocol != "card":
         return None
-    if isinstance(contender, Served):
-        asked = contender.endpoint.thinking
+    if isinstance(eval_model, Served):
+        asked = eval_model.endpoint.thinking
         return None if asked is None else "on" if asked else "off"
-    if contender.tokenizer.thinking == "never":
+    if eval_model.tokenizer.thinking == "never":
         return None
     return "on" if plan.thinking else "off"
 
 
-def _write_submission(contender: Contestant, plan: Plan, answers: Answers, run: Path) -> str:
+def _write_submission(eval_model: Contestant, plan: Plan, answers: Answers, run: Path) -> str:
     """Write the file for C-Eval's leaderboard, as the test split has no published answers; return a notice.
 
     It is named as its records are, so that no other answers overwrite it, nor a part of them the whole.
     """
     asked, all_ = len(answers.judged), ceval.TEST.total or 0
     ending = "part.json" if asked < all_ else "json"
-    path = run / f"ceval-submission.{records_name(contender, plan)}.{ending}"
+    path = run / f"ceval-submission.{records_name(eval_model, plan)}.{ending}"
     atomic_write_json(path, ceval.submission(answers.judged))
     if asked < all_:
         part = f"answers to {asked:,} of the {all_:,} questions of C-Eval's test split"

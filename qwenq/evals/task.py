@@ -96,6 +96,22 @@ def chat_text(answer: Written) -> str:
     return answer.text.strip()
 
 
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def final_answer(written: Written, thinking: bool) -> str:
+    """Return the text behind the thoughts; empty where they did not end.
+
+    Args:
+        written: all that the model wrote, thoughts included.
+        thinking: whether it was asked to think; its thoughts then need not begin with ``<think>``.
+    """
+    _, close, after = written.text.rpartition(CLOSE)
+    if close:
+        return after.lstrip("\n")
+    return "" if thinking or written.text.lstrip().startswith(OPEN) else written.text
+
+
 Answer = Chosen | Written
 
 

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwenq.errors import UsageError
-from qwenq.evals.task import Written
 from qwenq.models.tokenizer import Tokenizer
 
 Wish = Literal["auto", "on", "off"]
 """As ``--thinking`` takes it. ``auto`` asks for answers without thoughts where the model has the switch."""
-OPEN, CLOSE = "<think>", "</think>"
 MAX_NEW_TOKENS = 32_768
 """Tokens of thoughts and answer, the output length that Qwen3's model cards recommend for most queries."""
 
@@ -60,16 +58,3 @@ def choose_thinking(tokenizer: Tokenizer, wish: str) -> Thinking:
         )
     notice = "this model's chat template opens <think> in every prompt: it thinks before each answer"
     return Thinking(tokenizer, kind == "always", notice if kind == "always" and wish == "auto" else "")
-
-
-def final_answer(written: Written, thinking: bool) -> str:
-    """Return the text behind the thoughts; empty where they did not end.
-
-    Args:
-        written: all that the model wrote, thoughts included.
-        thinking: whether it was asked to think; its thoughts then need not begin with ``<think>``.
-    """
-    _, close, after = written.text.rpartition(CLOSE)
-    if close:
-        return after.lstrip("\n")
-    return "" if thinking or written.text.lstrip().startswith(OPEN) else written.text

@@ -16,7 +16,7 @@ CPU = How(device="cpu", dtype="float32")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("contender") / "Tiny")
+    return write_tiny_model(tmp_path_factory.mktemp("eval_model") / "Tiny")
 
 
 def copy(tiny: Path, folder: Path, **config: object) -> Path:

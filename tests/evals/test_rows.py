@@ -42,9 +42,9 @@ def test_the_interval_is_called_what_it_is(task: str, law: str, logic: str, inte
         for subject, verdicts in (("law", law), ("logic", logic))
         for n, verdict in enumerate(verdicts)
     ]
-    contender: Any = Named()
+    eval_model: Any = Named()
     plan = Plan(get_task(task, "card"), [item for item, _ in judged])
-    (row,) = rows_of(contender, plan, Answers(judged, ("here",), 0, 1), None, {})
+    (row,) = rows_of(eval_model, plan, Answers(judged, ("here",), 0, 1), None, {})
     assert row.settings.get("interval") == interval
     assert (row.low is None) == (interval is None)
     assert ("seed" in row.settings) == (interval == BOOTSTRAP)

@@ -127,8 +127,8 @@ def test_answers_that_are_cut_at_the_limit_are_said(tiny: Path, tmp_path: Path) 
     for cut in (0, 2):
         file.write_text(lines.replace('"stopped": true', '"stopped": false', cut), encoding="utf-8")
         said = list[str]()
-        contender = open_contender(str(tiny), FLOAT32)
-        (row,) = evaluate([contender], wanted, tmp_path / "run", Silent(), said.append)
+        eval_model = open_contender(str(tiny), FLOAT32)
+        (row,) = evaluate([eval_model], wanted, tmp_path / "run", Silent(), said.append)
         line = "2 of 3 answers to gsm8k were cut at their limit of tokens, before they ended"
         assert said == ([f"Tiny fp32: {line}"] if cut else [])
         assert row.details.get("notes") == ([line] if cut else None)

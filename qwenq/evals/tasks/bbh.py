@@ -3,7 +3,7 @@
 Examples and questions come from the authors' repository, suzgunmirac/BIG-Bench-Hard: ``bbh/{task}.json`` and
 ``cot-prompts/{task}.txt``, whose text every prompt begins with. Copies on the hub have no examples, so these
 files are needed. The text behind "the answer is", less its full stop, has to equal the target exactly. The
-score is the mean of the 27, as OpenCompass has it; the authors count the three sizes of two tasks as one each.
+score is the mean of the 27, as OpenCompass has it; the authors count three sizes of two tasks as one each.
 Qwen's own script (3 examples) is not published; there is no protocol for chat models.
 """
 
