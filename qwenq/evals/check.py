@@ -244,11 +244,12 @@ def _summarise(
     if kl.low is not None:
         kl = replace(kl, low=max(0.0, kl.low))
     same_top = rate_of_sequences(scores.same_top)
-    median, p99 = (float(x) for x in np.quantile(scores.kl, (0.5, 0.99)))
+    median, p99, p999 = (float(x) for x in np.quantile(scores.kl, (0.5, 0.99, 0.999)))
     return CheckResult(
         kl=kl,
         kl_median=median,
         kl_p99=p99,
+        kl_p999=p999,
         kl_by_position=by_position(scores.kl),
         same_top=same_top,
         perplexity=perplexity(scores.nll),

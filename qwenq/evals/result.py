@@ -16,7 +16,7 @@ class CheckResult:
 
     Attributes:
         kl: mean KL(base ‖ quantised) a token, in nats.
-        kl_median, kl_p99: of the same, over tokens.
+        kl_median, kl_p99, kl_p999: median and quantiles (0.99, 0.999) over tokens.
         kl_by_position: mean KL along the sequences.
         same_top: share of tokens where both models rank the same token first.
         perplexity, base_perplexity: of the next token.
@@ -32,6 +32,7 @@ class CheckResult:
     kl: Estimate
     kl_median: float
     kl_p99: float
+    kl_p999: float
     kl_by_position: tuple[Stretch, ...]
     same_top: Estimate
     perplexity: float
@@ -83,7 +84,7 @@ class CheckResult:
         kl, same, ratio = self.kl, self.same_top, self.perplexity_ratio
         lines = {
             "KL": f"{kl.value:.4f} nats a token{_interval(kl, '.4f')}; "
-            f"median {self.kl_median:.4f}, 99th percentile {self.kl_p99:.3f}",
+            f"median {self.kl_median:.4f}, 99 % quantile {self.kl_p99:.3f}, 99.9 % {self.kl_p999:.3f}",
             "same token": f"{same.value:.1%} of {self.tokens:,} tokens have the same most likely one"
             f"{_interval(same, '.1%')}",
             "perplexity": f"{self.perplexity:.3f}, base {self.base_perplexity:.3f}: "

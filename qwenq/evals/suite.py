@@ -141,7 +141,7 @@ def _recorded_bases(run: Path) -> list[Model]:
 def _served_before(count: int) -> str:
     """Return a notice on recorded answers, as a server may have got other weights under the same name."""
     answers = "1 answer is" if count == 1 else f"{count:,} answers are"
-    return f"{answers} recorded from this address before; --out NEW asks again"
+    return f"{answers} recorded from this address already; --out NEW asks again"
 
 
 def _recorded_check(eval_model: Contender, run: Path, say: Say) -> list[Row]:

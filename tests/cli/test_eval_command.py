@@ -104,7 +104,9 @@ def test_quantised_models_are_compared_with_their_base(
 def test_a_base_asked_otherwise_is_said(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:
     int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
     evaluate(base, *options(data, 6), "--out", "run")
-    assert "its base was asked with another limit" in evaluate(int8, *options(data, 3), "--out", "run").out
+    assert (
+        "its base was evaluated with another limit" in evaluate(int8, *options(data, 3), "--out", "run").out
+    )
     again = evaluate(int8, *options(data, 6), "--out", "run", "--shots", "5")  # the protocol's own number
     assert "lost / won" in again.out
 

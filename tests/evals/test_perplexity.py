@@ -150,7 +150,7 @@ def test_combinations_can_be_ruled_out(eval_model: Any) -> None:
     assert combinations(config, True, False) == [Switches(True, False)]
 
 
-def test_what_does_not_fit_is_a_row_that_says_so(
+def test_a_length_that_does_not_fit_is_an_unavailable_row(
     eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(decoder: Decoder, windows: torch.Tensor) -> Any:
@@ -165,13 +165,13 @@ def test_what_does_not_fit_is_a_row_that_says_so(
     assert (lost.status, lost.reason, lost.n) == ("unavailable", "not enough memory", None)
 
 
-def test_logits_that_are_no_numbers(eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_make_a_failed_row(eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
     nan = lambda decoder, windows: window_nats(decoder, windows) * float("nan")  # noqa: E731
     monkeypatch.setattr("qwenq.evals.perplexity.window_nats", nan)
     assert {row.status for row in measured(eval_model, text, [32]).values()} == {"failed"}
 
 
 @pytest.mark.parametrize("length", [1, 48, 512])
-def test_lengths_that_would_score_another_text(text: Text, length: int) -> None:
+def test_lengths_have_to_divide_the_longest(text: Text, length: int) -> None:
     with pytest.raises(UsageError, match=f"a window of {length} tokens"):
         require_lengths([32, length], text)

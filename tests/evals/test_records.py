@@ -28,7 +28,7 @@ def record(number: int, **changes: object) -> Record:
     return Record(**(values | changes))  # type: ignore[arg-type]
 
 
-def test_what_was_written_is_found_again(tmp_path: Path) -> None:
+def test_appended_records_are_found_again(tmp_path: Path) -> None:
     with Records(tmp_path, "model mmlu", KEY) as records:
         records.append(record(1))
         records.append(record(2, correct=None))
@@ -41,7 +41,7 @@ def test_what_was_written_is_found_again(tmp_path: Path) -> None:
     assert [one.id for one in read_records(records.path)] == ["subject/1", "subject/2"]
 
 
-def test_questions_of_other_data_under_the_same_id_void_nothing(tmp_path: Path) -> None:
+def test_records_of_other_data_under_the_same_id_are_kept(tmp_path: Path) -> None:
     """Both are on the disk, and each is answered for by its own."""
     first, other = record(1), record(1, asked="of other data", correct=False)
     with Records(tmp_path, "m", KEY) as records:

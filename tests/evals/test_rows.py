@@ -35,7 +35,7 @@ class Named:
         ("mmlu", "1", "", "Wilson"),
     ],
 )
-def test_the_interval_is_called_what_it_is(task: str, law: str, logic: str, interval: str | None) -> None:
+def test_rows_name_the_interval_method(task: str, law: str, logic: str, interval: str | None) -> None:
     """Where the items of every subject agree, a bootstrap sees no spread and Wilson's is taken."""
     judged = [
         (Item(f"{subject}/{n}", subject, {}), Judgement(verdict == "1", ""))
@@ -50,7 +50,7 @@ def test_the_interval_is_called_what_it_is(task: str, law: str, logic: str, inte
     assert ("seed" in row.settings) == (interval == BOOTSTRAP)
 
 
-def test_a_limit_that_leaves_nothing_out_is_none(tmp_path: Path) -> None:
+def test_a_limit_above_the_items_is_none(tmp_path: Path) -> None:
     """The same items as without it, so the same point: rows of both are compared."""
     source, task = DataSource(write_gsm8k(tmp_path)), get_task("gsm8k", "card")
     limits = [point_of(make_plan(task, source, (), None, limit))["limit"] for limit in (1318, 1319, 2000)]

@@ -98,7 +98,7 @@ def test_scores_do_not_depend_on_the_batch(
         assert one.judged == auto.judged
 
 
-def test_nothing_is_asked_twice_and_the_model_not_even_loaded(
+def test_a_complete_run_does_not_load_the_model_again(
     eval_model: Contender, data: Path, tmp_path: Path
 ) -> None:
     first, listener = ask(eval_model, mmlu(data), tmp_path)
@@ -138,7 +138,7 @@ def test_more_items_are_added_to_those_there_are(eval_model: Contender, data: Pa
     assert more.judged == fresh.judged
 
 
-def test_other_data_in_between_voids_nothing(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+def test_records_survive_a_run_on_other_data(eval_model: Contender, data: Path, tmp_path: Path) -> None:
     plan = mmlu(data, 2)
     first = plan.items[0]
     other = replace(plan, items=[replace(first, data={**first.data, "A": "9"})])
@@ -307,7 +307,9 @@ def test_the_base_cards_other_tasks_run_through_the_same_machinery(
     assert (listener.programs, len(found.judged)) == (2, 2)
 
 
-def test_no_base_that_was_asked_something_else(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+def test_a_base_with_other_settings_is_not_compared(
+    eval_model: Contender, data: Path, tmp_path: Path
+) -> None:
     """Under the same ids, because the data has changed; or at another point, which is said."""
     plan = mmlu(data, 3)
     answers, _ = ask(eval_model, plan, tmp_path)
@@ -326,13 +328,11 @@ def test_no_base_that_was_asked_something_else(eval_model: Contender, data: Path
     assert asked_apart(tmp_path, eval_model, mmlu(data, 5)) is None
     assert asked_apart(tmp_path, int4, plan_of(data, "gsm8k", "card", 3)) is None
     why = asked_apart(tmp_path, int4, mmlu(data, 5))
-    assert why == "its base was asked with another limit: evaluate both alike"
+    assert why == "its base was evaluated with another limit: evaluate both alike"
     assert rows_of(int4, plan, answers, None, {}, apart=why)[0].details["unpaired"] == why
 
 
-def test_verdicts_keep_the_sandbox_that_they_are_of(
-    eval_model: Contender, data: Path, tmp_path: Path
-) -> None:
+def test_verdicts_name_the_sandbox_that_ran_them(eval_model: Contender, data: Path, tmp_path: Path) -> None:
     plan, unsafe = short(plan_of(data, "humaneval", "base", 1), 2), find_sandbox(unsafe=True)
     script: Any = plan.task
     solved = replace(script, read=lambda item, _: Judgement(False, item.data["canonical_solution"]))
@@ -341,7 +341,7 @@ def test_verdicts_keep_the_sandbox_that_they_are_of(
         assert ask(eval_model, plan, tmp_path, sandbox=sandbox)[0].sandboxes == (unsafe.implementation,)
 
 
-def test_what_is_said_or_left_out_is_the_same_question(data: Path) -> None:
+def test_default_shots_given_or_not_are_the_same_question(data: Path) -> None:
     """The protocol's own number of examples; subjects where a task has none, which is said."""
     assert plan_of(data, "mmlu", "base", 1, ("astronomy",), 5).shots is None
     assert plan_of(data, "mmlu", "base", 1, ("astronomy",), 4).shots == 4

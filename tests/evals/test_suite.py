@@ -61,7 +61,7 @@ def test_solutions_that_pass_are_run_once_and_it_is_said_how_long_it_took(plan: 
 
 def test_a_solution_that_fails_is_an_error_which_names_it(plan: Plan, tmp_path: Path) -> None:
     broken = changed(plan, 2, canonical_solution="    return x\n")
-    with pytest.raises(DataError, match="1 of 4 solutions of the benchmark itself do not pass") as caught:
+    with pytest.raises(DataError, match="1 of 4 solutions of the benchmark itself fail") as caught:
         check(broken, tmp_path)
     assert caught.value.where == "HumanEval/2"
     assert not list((tmp_path / "records").glob("*.json")), "and it is tried again"
@@ -118,7 +118,7 @@ def test_rows_name_a_batch_where_all_was_asked_in_it(tiny: Path, tmp_path: Path)
     assert row.settings["batch"] == "auto"
 
 
-def test_answers_that_are_cut_at_the_limit_are_said(tiny: Path, tmp_path: Path) -> None:
+def test_answers_cut_at_the_limit_are_reported(tiny: Path, tmp_path: Path) -> None:
     """What a model that thinks first would have come to, its score does not show."""
     wanted = Wanted(("gsm8k",), "card", (), None, 3, DataSource(write_gsm8k(tmp_path / "data")))
     run(tiny, tmp_path / "run", wanted)

@@ -104,7 +104,7 @@ def test_an_answer_without_a_function_is_said() -> None:
     assert CARD.judge(ITEM, Written("no", 1, stopped=True)).note == "not run; no function in the answer"
 
 
-def test_what_is_run() -> None:
+def test_the_program_is_prompt_completion_and_tests() -> None:
     made = program(ITEM, canonical(ITEM))
     assert made.solution == PROMPT + "    return a + b\n"
     assert (made.id, made.entry_points, made.prelude) == ("HumanEval/7", ("add",), PROMPT)
