@@ -33,7 +33,8 @@ from qwenq.evals.statistics import (
 from qwenq.evals.verdict import judge
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised, quantised_modules
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource, is_quantised, quantised_modules
 from qwenq.models.pad_ffn import widened
 from qwenq.models.random_weights import refuse_random
 

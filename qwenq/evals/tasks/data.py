@@ -19,7 +19,7 @@ from qwenq.evals.task import DataSource
 
 SAMPLE = Path(__file__).parents[1] / "sample"
 """The suite that ships with qwenq: items written for it, in the benchmarks' layouts."""
-_LARGEST = 64_000_000  # bytes
+LARGEST = 64_000_000  # bytes
 T = TypeVar("T")
 AnyPath = TypeVar("AnyPath", Path, zipfile.Path)
 """The path of a file, or of a member of a zip archive."""
@@ -234,10 +234,10 @@ def _bounded(path: Path | zipfile.Path) -> bytes:
     """Return the bytes, inflated up to a bound: a compressed file may be a thousand times as large."""
     packed = path.suffix == ".gz"
     with path.open("rb") as stored, gzip.open(stored) if packed else nullcontext(stored) as file:
-        raw: bytes = file.read(_LARGEST + 1)
-    if len(raw) > _LARGEST:
+        raw: bytes = file.read(LARGEST + 1)
+    if len(raw) > LARGEST:
         raise DataError(
-            f"over {_LARGEST // 1_000_000} MB when inflated: no benchmark file is that large",
+            f"over {LARGEST // 1_000_000} MB when inflated: no benchmark file is that large",
             where=str(path),
             hint="get the file again",
         )

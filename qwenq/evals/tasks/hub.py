@@ -11,11 +11,11 @@ from typing import Any
 
 from qwenq import stopping
 from qwenq.errors import DataError
+from qwenq.evals.tasks.data import LARGEST
 
 _CONNECT = "either connect to the hub{package}, or put the files into a folder and name it: --data DIR"
 _NEITHER = "; --sample needs neither, but is not the benchmark"
 _TIMEOUT = 10.0  # seconds
-_LARGEST = 64_000_000  # bytes of a file
 
 
 def read_hub(
@@ -75,8 +75,8 @@ def _read_copy(folder: Path, config: str | None, split: str) -> list[dict[str, A
         ) from None
     rows: list[dict[str, Any]] = []
     for file in _copied_files(folder, config, split):
-        if file.stat().st_size > _LARGEST:
-            raise DataError(f"over {_LARGEST // 1_000_000} MB: no benchmark file is that large", where=file)
+        if file.stat().st_size > LARGEST:
+            raise DataError(f"over {LARGEST // 1_000_000} MB: no benchmark file is that large", where=file)
         try:
             rows += parquet.read_table(file).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
