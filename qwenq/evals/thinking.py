@@ -1,8 +1,4 @@
-"""Handle models that think before they answer.
-
-Qwen3's chat template reads ``enable_thinking``, true by default; other templates open ``<think>`` in every
-prompt. Thoughts end at ``</think>``, and only the text behind it is judged.
-"""
+"""Choose whether a model thinks before it answers."""
 
 from __future__ import annotations
 
