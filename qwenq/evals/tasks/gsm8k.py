@@ -16,13 +16,12 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
-from pathlib import Path
 
 from qwenq.errors import DataError
 from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
 from qwenq.evals.tasks.averages import score_all
-from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
-from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
+from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines
+from qwenq.evals.tasks.hub import copy_in, hub_rows
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
@@ -57,6 +56,7 @@ STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 IGNORED = tuple(map(re.compile, (",", r"\$", r"(?s).*#### ", r"\.$")))
 
+COLUMNS = ("question", "answer")
 COUNTS = {"train": 7473, "test": 1319}
 
 
@@ -210,11 +210,10 @@ def _read(source: DataSource, split: str) -> list[Row]:
     folder = local_folder(source, "gsm8k")
     file = None if folder is None else folder / f"{split}.jsonl"
     copy = None if file is None or file.exists() else copy_in(folder)
-    rows = (
-        _from_hub(split, copy)
-        if file is None or copy is not None
-        else read_json_lines(file, ("question", "answer"))
-    )
+    if file is None or copy is not None:
+        rows = hub_rows("openai/gsm8k", "main", split, COLUMNS, copy=copy)
+    else:
+        rows = read_json_lines(file, COLUMNS)
     if not source.sample:
         check_count(len(rows), COUNTS[split], rows[0].where.rsplit(", ", 1)[0])
     for row in rows:
@@ -226,14 +225,6 @@ def _read(source: DataSource, split: str) -> list[Row]:
                 "the answer does not end with its number", where=row.where, hint="its last line is `#### 42`"
             )
     return rows
-
-
-def _from_hub(split: str, copy: Path | None) -> list[Row]:
-    where = place_of("openai/gsm8k", split, copy)
-    return [
-        Row(text_columns(record, ("question", "answer"), f"{where}, row {n}"), f"{where}, row {n}")
-        for n, record in enumerate(read_hub("openai/gsm8k", "main", split, copy=copy), 1)
-    ]
 
 
 _script = partial(Script, name="gsm8k", version=VERSION, average=score_all)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from qwenq import stopping
 from qwenq.errors import DataError
-from qwenq.evals.tasks.data import LARGEST
+from qwenq.evals.tasks.data import LARGEST, Row, numbered, text_columns
 
 _CONNECT = "either connect to the hub{package}, or put the files into a folder and name it: --data DIR"
 _NEITHER = "; --sample needs neither, but is not the benchmark"
@@ -52,6 +52,21 @@ def read_hub(
     if not listed:
         raise DataError("the hub returned no rows", where=where, hint=ways)
     return listed
+
+
+def hub_rows(
+    dataset: str,
+    config: str | None,
+    split: str,
+    columns: Sequence[str],
+    *,
+    sampled: bool = True,
+    copy: Path | None = None,
+) -> list[Row]:
+    """Return the rows of one split with these columns of text; arguments as of ``read_hub``."""
+    where = place_of(f"{dataset}, {config}" if config else dataset, split, copy)
+    records = numbered(read_hub(dataset, config, split, sampled=sampled, copy=copy), where)
+    return [Row(text_columns(record, columns, place), place) for record, place in records]
 
 
 def copy_in(folder: Path | None) -> Path | None:

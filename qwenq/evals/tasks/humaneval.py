@@ -21,8 +21,8 @@ from qwenq.errors import DataError
 from qwenq.evals.sandbox.programs import Program
 from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
-from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
-from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
+from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines
+from qwenq.evals.tasks.hub import copy_in, hub_rows
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
@@ -128,11 +128,7 @@ def _rows(source: DataSource) -> list[Row]:
         return read_json_lines(plain if plain.exists() else plain.parent / FILE, COLUMNS)
     if copy is None and (packaged := _packaged()):
         return read_json_lines(packaged, COLUMNS)
-    where = place_of("openai/openai_humaneval", "test", copy)
-    return [
-        Row(text_columns(record, COLUMNS, f"{where}, row {n}"), f"{where}, row {n}")
-        for n, record in enumerate(read_hub("openai/openai_humaneval", None, "test", copy=copy), 1)
-    ]
+    return hub_rows("openai/openai_humaneval", None, "test", COLUMNS, copy=copy)
 
 
 def _packaged() -> Path | None:

@@ -28,7 +28,7 @@ from qwenq.evals.tasks.data import (
     text_columns,
 )
 from qwenq.evals.tasks.final_answers import boxed, same_answer, stated
-from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
+from qwenq.evals.tasks.hub import copy_in, hub_rows
 from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
@@ -129,7 +129,8 @@ def _rows(source: DataSource, wanted: Sequence[str]) -> dict[str, list[tuple[str
     ours = folder is not None and any((folder / name).exists() for name in ("test.jsonl", "test"))
     copy = None if ours else copy_in(folder)
     if folder is None or copy is not None:
-        return {subject: _from_hub(subject, copy) for subject in wanted}
+        hub = {s: hub_rows(HUB, s, "test", COLUMNS, sampled=False, copy=copy) for s in wanted}
+        return {s: [(str(n), row) for n, row in enumerate(rows)] for s, rows in hub.items()}
     if (folder / "test.jsonl").exists():
         return _from_lines(folder / "test.jsonl", wanted)
     return {subject: _from_folder(folder / "test" / subject) for subject in wanted}
@@ -151,13 +152,6 @@ def _from_lines(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[str, 
         if subject in found:
             found[subject].append((str(len(found[subject])), row))
     return found
-
-
-def _from_hub(subject: str, copy: Path | None) -> list[tuple[str, Row]]:
-    where = place_of(f"{HUB}, {subject}", "test", copy)
-    rows = enumerate(read_hub(HUB, subject, "test", sampled=False, copy=copy))
-    named = ((str(n), f"{where}, row {n + 1}", record) for n, record in rows)
-    return [(name, Row(text_columns(record, COLUMNS, place), place)) for name, place, record in named]
 
 
 PROTOCOLS: tuple[Script, ...] = (
