@@ -127,7 +127,7 @@ def test_recorded_answers_of_a_server_are_reported(
     assert len(server.seen) == 3
     assert [row.settings.get("batch") for row in read_rows(tmp_path / "run")] == [CONCURRENCY, None]
     third = command(*options, "--limit", 3)
-    assert "note: 3 answers are of what this address served before" in third.err
+    assert "note: 3 answers are recorded from this address already" in third.err
 
 
 def test_answers_cut_by_the_server_are_reported(
