@@ -1,9 +1,8 @@
-"""Summarise repeated measurements: median, its 95 % interval, outliers; and repeat until it is narrow.
+"""Estimate the median of repeated measurements.
 
-The interval: from six values on it lies between two order statistics (distribution-free: the binomial with
-p = 1/2 gives how many values lie below the median; Conover, Practical Nonparametric Statistics, 3.2). Five
-values or fewer cannot give 95 % that way; then it is Student's t interval of the logarithms, which is wide.
-One value has no interval.
+From six values on its interval lies between two order statistics (distribution-free, by the binomial with
+p = 1/2; Conover, Practical Nonparametric Statistics, 3.2). Fewer values cannot give 95 % that way: then it is
+Student's t interval of the logarithms, which is wide, as it should be. A single value has no interval.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ NARROW = 0.01
 LEAST, MOST = 6, 30
 """Repetitions: from LEAST on the interval needs no assumption; none after MOST."""
 _FENCE = 3.0
-"""Scaled median absolute deviations from the median beyond which a value is named an outlier."""
+"""Scaled median absolute deviations from the median beyond which a value is an outlier."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Summary:
     """A median of repeated measurements.
 
     Attributes:
-        low, high: 95 % interval of the median; None of a single value.
+        low, high: 95 % interval of the median; None for a single value.
         method: how the interval was made.
         outliers: (index, value), in the order measured; named, not removed.
     """
@@ -85,7 +84,7 @@ def _interval(ordered: list[float], middle: float) -> tuple[float | None, float 
 
 
 def rank(n: int) -> int:
-    """Return the largest r ≥ 1 with P(r-th smallest ≤ median ≤ r-th largest) ≥ 0.95, of n ≥ 6 values."""
+    """Return the largest r with P(r-th smallest ≤ median ≤ r-th largest) ≥ 0.95 of n ≥ 6 values, from 1."""
     tail, r = 0.0, 0
     while True:
         tail += math.comb(n, r) * 0.5**n  # P(at most r values lie below the median)
@@ -95,7 +94,7 @@ def rank(n: int) -> int:
 
 
 def _outliers(values: Sequence[float], middle: float) -> tuple[tuple[int, float], ...]:
-    """Return values beyond three deviations, 1.4826 times the median absolute one, as for a normal."""
+    """Return values beyond three deviations (1.4826 times the median absolute one, as for a normal)."""
     deviation = 1.4826 * statistics.median(abs(value - middle) for value in values)
     if deviation == 0:
         return ()

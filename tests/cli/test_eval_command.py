@@ -104,7 +104,9 @@ def test_quantised_models_are_compared_with_their_base(
 def test_a_base_asked_otherwise_is_said(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:
     int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
     evaluate(base, *options(data, 6), "--out", "run")
-    assert "its base was asked with another limit" in evaluate(int8, *options(data, 3), "--out", "run").out
+    assert (
+        "its base was evaluated with another limit" in evaluate(int8, *options(data, 3), "--out", "run").out
+    )
     again = evaluate(int8, *options(data, 6), "--out", "run", "--shots", "5")  # the protocol's own number
     assert "lost / won" in again.out
 
@@ -237,9 +239,7 @@ def test_one_item_in_full(evaluate: Shell, base: Path, data: Path) -> None:
     ):
         assert text in shown.out
     elsewhere = evaluate(base, "--data", ".", "--show", "astronomy/2")
-    assert (
-        "(prompt not shown: no mmlu data there; name the data that was asked: --data DIR or" in elsewhere.out
-    )
+    assert "(prompt not shown: no mmlu data there; name the data of this run: --data DIR or" in elsewhere.out
     missing = evaluate(base, "--data", data, "--show", "astronomy/700")
     assert missing.code == 2
     assert "no record" in missing.err

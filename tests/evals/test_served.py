@@ -105,7 +105,7 @@ def test_after_sigterm_what_was_asked_is_recorded_and_no_more_asked(server: Serv
     assert (again.recorded, again.verdicts) == (3, 3)
 
 
-def test_answers_of_what_was_served_before_are_said(
+def test_recorded_answers_of_a_server_are_reported(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody can tell whether the address still serves the same weights; whoever started it can."""
@@ -116,14 +116,14 @@ def test_answers_of_what_was_served_before_are_said(
     assert first.code == 0, first.err
     assert "served before" not in first.err
     again = command(*options, "--limit", 3)
-    assert "note: 1 answer is of what this address served before; --out NEW asks again" in again.err
+    assert "note: 1 answer is recorded from this address already; --out NEW asks again" in again.err
     assert len(server.seen) == 3
     assert [row.settings.get("batch") for row in read_rows(tmp_path / "run")] == [CONCURRENCY, None]
     third = command(*options, "--limit", 3)
-    assert "note: 3 answers are of what this address served before" in third.err
+    assert "note: 3 answers are recorded from this address already" in third.err
 
 
-def test_answers_that_the_server_cut_are_said(
+def test_answers_cut_by_the_server_are_reported(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
@@ -136,12 +136,12 @@ def test_answers_that_the_server_cut_are_said(
 
 
 def test_scoring_protocols_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a server only writes"):
+    with pytest.raises(UsageError, match="a server only generates text"):
         ask(server, tmp_path, Shout(choose=True))
     assert server.seen == []
 
 
-def test_rows_say_that_nobody_here_saw_the_weights(server: Server) -> None:
+def test_rows_of_a_served_model_have_no_weights_fingerprint(server: Server) -> None:
     served = Served(at(server))
     assert (served.model.name, served.model.precision) == ("model", "served")
     assert served.model.fingerprint.startswith("endpoint:")
