@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import write_family
 
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, validate_quantised
 from qwenq.models.shapes import ModelShape
 from qwenq.profiling.rounded import rounded
 from qwenq.runtime.engine import load
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("rounded") / "tiny")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
