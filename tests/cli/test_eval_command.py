@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from command_shell import Ran, Shell
 from evals.benchmark_data import write_ceval_test, write_mmlu
+from qwenq.run.recorded import record
 from tiny_model import write_tiny_model
 
 from qwenq.reporting.collect import collect
 from qwenq.reporting.markdown import report_markdown
 from qwenq.reporting.report import make_report
 from qwenq.results import read_environment, read_rows
-from qwenq.run.recorded import record
 from qwenq.storage import sha256_file
 
 SUBJECTS = "abstract_algebra,astronomy"

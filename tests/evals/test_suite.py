@@ -127,7 +127,7 @@ def test_answers_cut_at_the_limit_are_reported(tiny: Path, tmp_path: Path) -> No
     for cut in (0, 2):
         file.write_text(lines.replace('"stopped": true', '"stopped": false', cut), encoding="utf-8")
         said = list[str]()
-        eval_model = open_eval_model(str(tiny), FLOAT32)
+        eval_model = open_contender(str(tiny), FLOAT32)
         (row,) = evaluate([eval_model], wanted, tmp_path / "run", Silent(said))
         line = "2 of 3 answers to gsm8k were cut at their limit of tokens, before they ended"
         assert said == ([f"Tiny fp32: {line}"] if cut else [])
