@@ -19,7 +19,7 @@ import qwenq
 from qwenq import api
 from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Advance, Event, ProgressBar, Start
-from qwenq.gptq.tensor import quantize_weight
+from qwenq.gptq.solver import quantize_weight
 from qwenq.recipe import QuantizeRecipe, Recipe
 from qwenq.results import Model, Row
 

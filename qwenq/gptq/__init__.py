@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwenq.gptq.tensor import QuantizedWeight, quantize_weight
+    from qwenq.gptq.solver import QuantizedWeight, quantize_weight
 
 __all__ = ["QuantizedWeight", "quantize_weight"]
 
@@ -13,6 +13,6 @@ __all__ = ["QuantizedWeight", "quantize_weight"]
 def __getattr__(name: str) -> Any:  # lazy: importing a file of this room loads no more than that file
     if name not in __all__:
         raise AttributeError(f"module 'qwenq.gptq' has no attribute {name!r}")
-    from qwenq.gptq import tensor
+    from qwenq.gptq import solver
 
-    return getattr(tensor, name)
+    return getattr(solver, name)
