@@ -1,4 +1,4 @@
-"""``qwenq check``: what quantising cost a model, measured beside its base."""
+"""``qwenq check``: compare a quantised model with its base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName, RealWeights
+from qwenq.cli.options import DeviceName, Quiet, RealWeights
+from qwenq.cli.printing import next_commands, notes, print_json, table_console
 from qwenq.errors import QwenqError, UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -28,32 +29,36 @@ def check(
     quantised: Annotated[str, typer.Argument(help="GPTQ model: folder or hub id.")],
     against: Annotated[
         str | None,
-        typer.Option(help="The model it was made from. Default: the one that its qwenq.json names."),
+        typer.Option(help="The model it was made from. [default: the one that its qwenq.json names]"),
     ] = None,
     weights: RealWeights = "stored",
     text: Annotated[
         str,
         typer.Option(
-            help="Text to measure on: self (the base model writes it), a .txt, .jsonl, .json or .parquet "
-            "file, a hub dataset owner/name[:config], or the held-out part of a set by `qwenq calibrate`."
+            help="Text to measure on: self (the base model writes it); a file of text, JSON, CSV or parquet; "
+            "a hub dataset owner/name[:config]; or the held-out part of a set made by `qwenq calibrate`."
         ),
     ] = "self",
-    samples: Annotated[int | None, typer.Option(min=1, help="Sequences. Default: 8.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help=f"Sequences. [default: {_SAMPLES}]")] = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of each. Default: 512, or what the model takes.")
+        int | None,
+        typer.Option(min=2, help=f"Tokens of each. [default: {_SEQ_LEN}, at most the context]"),
     ] = None,
     device: DeviceName = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto: float32, so that no rounding but the weights' is counted."),
+        typer.Option(help="auto: float32, so that only the rounding of weights is measured."),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Chooses the text.")] = 0,
-    modules: Annotated[int, typer.Option(min=0, help="How many of the worst modules to list.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, all modules.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the text.")] = 0,
+    modules: Annotated[int, typer.Option(min=0, help="Number of the worst modules to list.")] = 8,
+    quiet: Quiet = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result with all modules as JSON.")
+    ] = False,
 ) -> None:
     """Compare a quantised model with its base.
 
-    Prints KL divergence, same top token, perplexity and the error by module.
+    Prints KL divergence, share of same top tokens, perplexity and the error of each module.
 
     The verdict, by mean KL in nats and share of same top tokens; both must reach it:
 
@@ -70,25 +75,23 @@ def check(
     from qwenq.models.precision import resolve_device
 
     refuse_random_weights(weights)
-    place = resolve_device(device)
+    chosen = resolve_device(device)
     pair = _open_pair(quantised, against)
-    held_out = _held_out(text, pair, samples, seq_len, seed, str(place))
-    for notice in pair.notices:
-        typer.echo(f"note: {notice}", err=True)
-    said: list[str] = []
-    with show_progress("checking", "steps") as progress:
+    held_out = _held_out(text, pair, samples, seq_len, seed, str(chosen), quiet=quiet)
+    notes(pair.notices)
+    found: list[str] = []
+    with show_progress("checking", "steps", quiet=quiet) as progress:
         result = run(
             pair.quantised,
             pair.base,
             held_out,
-            device=place,
+            device=chosen,
             dtype=_dtype(dtype),
             progress=progress,
-            say=said.append,
+            say=found.append,
         )
-    for notice in said:
-        typer.echo(f"note: {notice}", err=True)
-    pair.notices += said
+    notes(found)
+    pair.notices += found
     if as_json:
         _print_json(result, pair, text, seed)
     else:
@@ -99,6 +102,8 @@ def check(
             where=pair.quantised.folder,
             hint="is it compared with the model it was made from? If so, quantise it again, with --bits 8",
         )
+    if not as_json:
+        next_commands(("eval", against or pair.base.folder, quantised), ("chat", quantised))
 
 
 @dataclass
@@ -110,7 +115,7 @@ class _Pair:
 
 
 def _open_pair(quantised: str, against: str | None) -> _Pair:
-    """Both models, known to be sound and of one shape."""
+    """Open both models, and verify that they are sound and of one shape."""
     from qwenq.evals.check import require_comparable
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.gptq_format import is_quantised, validate_quantised
@@ -137,7 +142,7 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
 
 
 def _verified_manifest(folder: Path) -> dict[str, Any] | None:
-    """qwenq.json once every file it lists has the bytes that it says; None where there is none."""
+    """Return qwenq.json, with every file that it lists verified; None without one."""
     import json
 
     from qwenq.models.integrity import verify_files
@@ -151,7 +156,7 @@ def _verified_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
-    """The base's folder, and what has to be said about how it was found."""
+    """Return the base's folder, and notices about how it was found."""
     from qwenq.models.identity import base_of, local_base
     from qwenq.models.resolve import resolve_model
 
@@ -161,7 +166,7 @@ def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
     named = base_of(quantised)
     if "model" not in named:
         raise UsageError(
-            "which model was this made from? It has no qwenq.json that names it",
+            "which model was this made from? No qwenq.json names it",
             where=quantised,
             hint="name it: --against BASE",
         )
@@ -170,7 +175,7 @@ def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
     try:
         resolved = resolve_model(named["model"])
     except QwenqError as error:
-        error.what = f"the base that qwenq.json names cannot be had: {error.what}"
+        error.what = f"the base that qwenq.json names cannot be opened: {error.what}"
         error.hint = f"name it: --against BASE{f'; or {error.hint}' if error.hint else ''}"
         raise
     bundled = named["model"] is None
@@ -178,7 +183,7 @@ def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
 
 
 def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:
-    """The base has to be the very one that was quantised, unless the user chose it."""
+    """Raise UsageError unless the base is the one that was quantised; add a notice if the user named it."""
     from qwenq.models.identity import base_of
 
     wanted = base_of(pair.quantised.folder).get("fingerprint")
@@ -189,7 +194,7 @@ def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:
             f"the base has changed since it was quantised: its fingerprint is {pair.base.fingerprint}, "
             f"qwenq.json says {wanted}",
             where=pair.base.folder,
-            hint="name the very model with --against BASE, or quantise again",
+            hint="name the original model with --against BASE, or quantise again",
         )
     pair.notices.append(
         f"this is not the base that was quantised: its fingerprint is {pair.base.fingerprint}, "
@@ -198,9 +203,16 @@ def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:
 
 
 def _held_out(
-    text: str, pair: _Pair, samples: int | None, seq_len: int | None, seed: int, device: str
+    text: str,
+    pair: _Pair,
+    samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    device: str,
+    *,
+    quiet: bool,
 ) -> torch.Tensor:
-    """Sequences that calibration does not use: int64 [samples, seq_len]."""
+    """Return sequences that calibration does not use: int64 [samples, seq_len]."""
     from qwenq.calibration import load_calibration
     from qwenq.cli.progress import show_progress
     from qwenq.models.long_context import longest_plain
@@ -220,7 +232,7 @@ def _held_out(
     longest = longest_plain(pair.base.config) or _SEQ_LEN
     rows, length = samples or _SAMPLES, seq_len or min(_SEQ_LEN, longest)
     _note_overlap(text, pair, {"held_out": rows, "seq_len": length, "seed": seed})
-    with show_progress("writing text" if text == "self" else "reading text") as progress:
+    with show_progress("writing text" if text == "self" else "reading text", quiet=quiet) as progress:
         made = load_calibration(
             text,
             checkpoint=pair.base,
@@ -238,9 +250,9 @@ def _held_out(
 def _unused_samples(
     text: str, pair: _Pair, tokenizer: Tokenizer, rows: int, length: int, seed: int, device: str
 ) -> int:
-    """How many calibration sequences to ask for: as many as the model was made with, if that text is kept.
+    """Return the number of calibration sequences to request: that of the model's calibration if it is cached.
 
-    Its held-out rows are then there already. Otherwise one, the least there can be.
+    The held-out sequences are then cached too. Otherwise 1, the minimum.
     """
     from qwenq.calibration.load import self_text_path
     from qwenq.calibration.sequences import Wanted
@@ -254,9 +266,9 @@ def _unused_samples(
 
 
 def _note_overlap(text: str, pair: _Pair, wanted: dict[str, int]) -> None:
-    """Say so where a text that calibrated the model is cut in another way: parts of it may come up again.
+    """Add a notice where the calibration text is cut differently, so that parts of it may be seen again.
 
-    The model's own text cannot: held-out rows have random streams of their own.
+    With self-written text that cannot happen: held-out sequences have separate random streams.
     """
     used = (pair.manifest or {}).get("calibration")
     if not isinstance(used, dict) or text == "self" or not _same_text(text, used.get("source")):
@@ -270,7 +282,7 @@ def _note_overlap(text: str, pair: _Pair, wanted: dict[str, int]) -> None:
 
 
 def _same_text(text: str, source: object) -> bool:
-    """Whether two names stand for one text: they are spelt alike, or there is one file of both."""
+    """Return whether two names are equal or name the same file."""
     if not isinstance(source, str) or text == source:
         return text == source
     with suppress(OSError, ValueError):
@@ -279,7 +291,7 @@ def _same_text(text: str, source: object) -> bool:
 
 
 def _dtype(name: str) -> torch.dtype:
-    """auto is float32: in 16 bits the two models' own roundings would be counted as damage, too."""
+    """Return the dtype; auto is float32: in 16 bits both models' rounding would be measured too."""
     import torch
 
     found: torch.dtype = getattr(torch, "float32" if name == "auto" else name)
@@ -287,8 +299,6 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _print_json(result: CheckResult, pair: _Pair, text: str, seed: int) -> None:
-    import json
-
     about = {
         "quantised": str(pair.quantised.folder),
         "base": str(pair.base.folder),
@@ -296,17 +306,14 @@ def _print_json(result: CheckResult, pair: _Pair, text: str, seed: int) -> None:
         "seed": seed,
         "notices": pair.notices,
     }
-    typer.echo(json.dumps({**about, **result.to_json()}, indent=2, ensure_ascii=False, allow_nan=False))
+    print_json({**about, **result.to_json()})
 
 
 def _print_text(result: CheckResult, pair: _Pair, text: str, count: int) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False)  # a name is a name
-    if not console.is_terminal:  # a pipe has no width of its own
-        console.width = 200
+    console = table_console(200)
     groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"
     lines = {
         "quantised": f"{pair.quantised.folder} (Int{result.bits}, {groups})",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from qwenq.errors import UsageError
 from qwenq.recipe import Recipe
 
-ATTENTIONS = ("v2", "v1", "off", "sdpa", "split", "grouped", "best")
+ATTENTIONS = ("auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best")
 ENGINES = ("fast", "transformers")
 """Names that `qwenq profile` knows. To look them up where they are defined would load torch, and the steps of
 a run would inherit its memory as a peak of their own."""

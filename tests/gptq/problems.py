@@ -37,7 +37,8 @@ def problem(
 def usual(**changes: Any) -> Settings:
     """The recipe's defaults, Int4, groups of 32; ``changes`` go over them."""
     recipe = QuantizeRecipe()
-    values = {field.name: getattr(recipe, field.name) for field in fields(Settings)}
+    names = {"drift": "asymmetric_calibration"}
+    values = {f.name: getattr(recipe, names.get(f.name, f.name)) for f in fields(Settings)}
     return Settings(
         **(values | {"module_bits": (), "bits": 4, "group_size": 32, "act_order": True} | changes)
     )
