@@ -375,17 +375,17 @@ class Setting:
 
     @property
     def values(self) -> str:
-        """Return what it may be: ``4 | 8``, ``auto | NUMBER``."""
+        """Return what it may be: ``4, 8``; ``auto, number (x >= 1)``."""
         names = {
-            int: "NUMBER",
-            float: "SHARE",
-            str: "TEXT",
-            dict: "BY NAME",
-            tuple: "LIST",
-            bool: "true | false",
+            int: "number",
+            float: "number",
+            str: "text",
+            dict: "table",
+            tuple: "list",
+            bool: "true, false",
         }
-        shown = (names.get(kind, str(kind)) for kind in self.kinds if kind is not type(None))
-        return " | ".join(dict.fromkeys(shown)) + (f", {self.limits}" if self.limits else "")
+        shown = [names.get(kind, str(kind)) for kind in self.kinds if kind is not type(None)]
+        return ", ".join(dict.fromkeys(shown)) + (f" ({self.limits})" if self.limits else "")
 
 
 @cache
@@ -446,8 +446,7 @@ def markdown_table() -> str:
         for each in settings(section).values():
             default = each.shown or f"`{json.dumps(each.default)}`"
             meaning = " ".join(part for part in (each.help, each.more) if part)
-            values = each.values.replace("|", "or")
-            lines.append(f"| `{each.name}` | {default} | {values} | {meaning} |")
+            lines.append(f"| `{each.name}` | {default} | {each.values} | {meaning} |")
     return "\n".join(lines)
 
 

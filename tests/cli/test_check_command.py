@@ -216,7 +216,7 @@ def test_a_base_that_is_gone(ours: Path, check: Shell) -> None:
         write_manifest(ours, base={"model": "./gone", "fingerprint": "0" * 16, **place})
         ran = check(ours, *SMALL)
         assert ran.code == 2
-        assert "the base that qwenq.json names cannot be had" in ran.err and "--against BASE" in ran.err
+        assert "the base that qwenq.json names cannot be opened" in ran.err and "--against BASE" in ran.err
 
 
 def test_how_to_get_the_base_is_told_beside_how_to_name_it(
