@@ -102,15 +102,15 @@ def test_the_time_left_goes_on_while_an_answer_is_long(clock: Clock, monkeypatch
     bar = bar_of(clock, monkeypatch)
     with EvalProgress() as shown:
         begin(shown, 10, recorded=5)
-        shown = [line_of(bar)]
+        seen = [line_of(bar)]
         for seconds in (3600, 600, 300, 17100, 1000):
             clock.now += seconds
             if seconds == 3600:
                 shown.judged(True)
-            shown.append(line_of(bar))
+            seen.append(line_of(bar))
         shown.judged(True)
-        shown.append(line_of(bar))
-    times = [line.partition(" left")[0].rpartition(" ")[2] for line in shown]
+        seen.append(line_of(bar))
+    times = [line.partition(" left")[0].rpartition(" ")[2] for line in seen]
     assert times == ["-:--:--", "4:00:00", "3:50:00", "3:45:00", "0:00:00", "0:00:00", "9:25:00"]
 
 

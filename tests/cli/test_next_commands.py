@@ -17,7 +17,7 @@ from qwenq.cli.printing import next_commands
 
 
 def suggested() -> list[tuple[str, list[str]]]:
-    """Return (file, words) of every command that the package suggests, with a name for what is not literal."""
+    """Return (file, words) of every command that the package suggests, with a word for each variable."""
     found = []
     for path in sorted(Path(cli.__file__).parent.glob("*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

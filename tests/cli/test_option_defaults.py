@@ -134,7 +134,7 @@ def test_the_older_name_of_a_key_still_loads(tmp_path: Path) -> None:
     path.write_text("[quantize]\ndrift = 0.25\n")
     assert read_recipe(path).quantize.asymmetric_calibration == 0.25
     path.write_text("[quantize]\ndrift = 0.25\nasymmetric_calibration = 0.5\n")
-    with pytest.raises(UsageError, match="older name of quantize.asymmetric_calibration"):
+    with pytest.raises(UsageError, match=r"older name of quantize\.asymmetric_calibration"):
         read_recipe(path)
 
 

@@ -36,7 +36,7 @@ def test_two_processes_measure_one_model(launch: Launcher, tiny: Path, tmp_path:
     assert rows["energy.token", 8].reason == "the energy of several devices is not added up"
     again = launch(2, "profile", tiny, *lengths, *ENGINE, "--tp", 2, "--out", tmp_path / "run")
     assert again.statuses == [0, 0]
-    assert "2 of 2 points were there already" in again.shown[0]
+    assert "2 of 2 points were measured earlier" in again.shown[0]
 
 
 @pytest.mark.parametrize(
