@@ -180,7 +180,7 @@ def listed_numbers(text: str, option: str, example: str = "1,2,4") -> list[int]:
 
 def _number(text: str) -> int | float | str:
     """Return a number where the text is one, whole if it can be; else the text, which the recipe refuses."""
-    if re.fullmatch(r"-?[0-9]{1,400}", text):
+    if re.fullmatch(r"-?[0-9]{1,4000}", text):
         return int(text)
     try:
         return float(text) if text.isascii() and "_" not in text else text

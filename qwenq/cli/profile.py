@@ -81,7 +81,12 @@ def profile(
         budget = parse_budget(points.budget) if points.budget else None
         lengths = _lengths(context, points)
         _check_names(points.attention, points.engine, kernel)
-        found = subjects_of(models or [None], listed_names(precision, "--precision"), chosen.weights, seed)
+        found = subjects_of(
+            list(dict.fromkeys(models or [None])),
+            listed_names(precision, "--precision"),
+            chosen.weights,
+            seed,
+        )
         if tp > 1:
             refuse_unsplittable(found.subjects, list(points.engine))
         notes(found.notices)
@@ -210,7 +215,6 @@ def _lengths(context: str, points: ProfileRecipe) -> list[tuple[int, int]]:
     for numbers, least, option, what in (
         (prompts, 1, "--context", "a generation has a prompt of 1 token or more"),
         (points.tokens, 2, "--tokens", "a generation has 2 new tokens or more"),
-        (points.encode, 1, "--encode", "a prompt to encode has 1 token or more"),
     ):
         if any(number < least for number in numbers):
             raise UsageError(what, where=option, hint=None if numbers is prompts else "0 alone: none")

@@ -38,7 +38,7 @@ def check(
 
 @recipe_app.command()
 def settings() -> None:
-    """List every setting of a recipe with its default and meaning, as Markdown."""
+    """List all settings with their defaults, as Markdown."""
     from qwenq.recipe import markdown_table
 
     typer.echo(markdown_table())

@@ -36,7 +36,7 @@ def stats(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the bytes per token of each file: the more, the better the compression."""
+    """Show the bytes per token of text files."""
     texts = [(file, *read_text(file)) for file in files]
     reader, source = _open(tokenizer)
     rows = [_row(str(file), size, text, reader) for file, size, text in texts]

@@ -66,7 +66,7 @@ def test_what_was_measured_before_ctrl_c_is_kept_and_not_measured_again(
     monkeypatch.setattr(measuring, "window_nats", pressed)
     stopped = perplexity(models[1], *options(text))
     assert stopped.code == 130
-    assert "the same command goes on: qwenq perplexity" in stopped.err
+    assert "the same command goes on where it stopped: qwenq perplexity" in stopped.err
     (kept,) = read_rows(Path("runs/Plain"))
     assert kept.point["seq_len"] == 16
     assert kept.settings["machine"]["cpu"]["model"]
