@@ -81,12 +81,8 @@ def profile(
         budget = parse_budget(points.budget) if points.budget else None
         lengths = _lengths(context, points)
         _check_names(points.attention, points.engine, kernel)
-        found = subjects_of(
-            list(dict.fromkeys(models or [None])),
-            listed_names(precision, "--precision"),
-            chosen.weights,
-            seed,
-        )
+        named: list[str | None] = [*dict.fromkeys(models)] if models else [None]
+        found = subjects_of(named, listed_names(precision, "--precision"), chosen.weights, seed)
         if tp > 1:
             refuse_unsplittable(found.subjects, list(points.engine))
         notes(found.notices)
