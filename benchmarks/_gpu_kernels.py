@@ -22,7 +22,7 @@ from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
 from qwenq.runtime.engine import FastEngine, load
-from qwenq.runtime.kernels.base import Kernel, Need
+from qwenq.runtime.kernels.base import Linear, Requirements
 from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
 
 KERNELS = {4: TritonInt4, 8: TritonInt8}
@@ -109,7 +109,7 @@ def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
     for bits in (4, 8):
         for group_size, symmetric, dtype in kinds:
             layer = random_packed(*shape, bits, group_size, symmetric, device)
-            kernel = KERNELS[bits](layer, Need(bits, group_size, "gptq", device, dtype), None)
+            kernel = KERNELS[bits](layer, Requirements(bits, group_size, "gptq", device, dtype), None)
             weight = dequantise(_on_cpu(layer), bits, "gptq", torch.float64).to(device)
             for rows in (1, 5) if tiny else (1, 2, 5, 16, 17, 300):
                 x = _normal((rows, shape[0]), dtype, device)
@@ -191,7 +191,7 @@ def kernel_speeds(device: torch.device, tiny: bool, deadline: float) -> Iterator
         for rows in (1,) if tiny else (1, 2, 4, 8, 16):
             if time.monotonic() > deadline:
                 return
-            need = Need(bits, 64 if tiny else 128, "gptq", device, torch.bfloat16)
+            need = Requirements(bits, 64 if tiny else 128, "gptq", device, torch.bfloat16)
             layer = random_packed(inputs, outputs, bits, need.group_size, True, device)
             first = KERNELS[bits](layer, need, None)
             count = 1 if tiny else -(-L2_BYTES // first.nbytes)
@@ -204,7 +204,7 @@ def kernel_speeds(device: torch.device, tiny: bool, deadline: float) -> Iterator
             }  # fmt: skip
 
 
-def _each(kernels: Sequence[Kernel], x: Tensor) -> list[Tensor]:
+def _each(kernels: Sequence[Linear], x: Tensor) -> list[Tensor]:
     """The same product by every layer: their weights do not all fit the cache."""
     return [kernel(x) for kernel in kernels]
 

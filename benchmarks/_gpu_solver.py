@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qwenq.gptq.damping import damped
 from qwenq.gptq.grid import Grid
-from qwenq.gptq.refine import refine
+from qwenq.gptq.refine import descend
 from qwenq.gptq.scales import search_grid
-from qwenq.gptq.solver import act_order, gptq, output_error
+from qwenq.gptq.solver import damp_hessian, gptq, order_by_diagonal, output_error
 
 ALLOWED = 0.01
 """More error of the output than float64's integers have: a tie that breaks otherwise changes what follows."""
@@ -46,11 +45,11 @@ def _solved(
 ) -> tuple[Tensor, Tensor]:
     """The output errors in float64 after GPTQ and after refining, [rows] each; the grid is float32's."""
     H = 2 / len(X) * X.T @ X
-    hessian = damped(H, 0.01, act_order(H))
+    hessian = damp_hessian(H, 0.01, order_by_diagonal(H))
     grid = search_grid(W, hessian.H.diagonal(), bits, group_size, sym=sym, search="hessian")
     W, H, U = (x.to(dtype) for x in (W, hessian.H, hessian.U))
     rounded = gptq(W, U, grid, hessian.order)
-    refined, again = refine(W, rounded.integers, grid, H)
+    refined, again = descend(W, rounded.integers, grid, H)
     return _error(W, grid, rounded.integers, H), _error(W, refined, again.integers, H)
 
 

@@ -100,23 +100,25 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     import torch
 
     from qwenq.calibration import CalibrationSet
-    from qwenq.gptq import quantise, rows
+    from qwenq.gptq import quantise, solver
+    from qwenq.gptq import rows as gptq_rows
+    from qwenq.gptq.choices import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.precision import product_dtype
 
     seconds: defaultdict[str, float] = defaultdict(float)
-    for step, name in (
-        ("factor", "damped"), ("target", "aim"), ("scales", "search_grid"), ("columns", "gptq"),
-        ("refining", "refine"), ("statistics", "output_error"),
+    for step, owner, name in (
+        ("hessian", quantise, "hessian"), ("drift", quantise, "measure_deviation"),
+        ("factor", gptq_rows, "damp_hessian"), ("target", gptq_rows, "shift_targets"),
+        ("scales", solver, "search_grid"), ("columns", solver, "gptq"),
+        ("refining", solver, "descend"), ("statistics", gptq_rows, "output_error"),
     ):  # fmt: skip
-        clocked(seconds, step, rows, name)
-    clocked(seconds, "hessian", quantise, "hessian")
-    clocked(seconds, "drift", quantise, "drift")
+        clocked(seconds, step, owner, name)
     clocked(seconds, "solve", quantise._Layer, "solve", around=True)
     tokens = CalibrationSet.load(calibration).tokens
     decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), product_dtype("cpu"))
-    settings = rows.Settings(4, 64, True, True, "hessian", 0.01, 0.5, True)
+    settings = Settings(4, 64, True, True, "hessian", 0.01, 0.5, True)
     store: Any = Forgetful()
     begun = time.perf_counter()
 

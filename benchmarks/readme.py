@@ -1,4 +1,4 @@
-"""Fill the README's tables from the committed reports, so that no figure in it is typed by hand.
+"""Fill the tables of README.md and docs/benchmarks.md from the committed reports: no figure is typed by hand.
 
     python benchmarks/readme.py --demo build/demo     # after `make demo`
     python benchmarks/readme.py                       # after any new report
@@ -27,7 +27,7 @@ from _common import ROOT, machine, markdown_table, measured_on, turns_of
 
 from qwenq.results import plain_name
 
-README = ROOT / "README.md"
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 Report = dict[str, Any]
 
 
@@ -126,8 +126,9 @@ def front_table(folder: str, report: Report) -> str:
     ]
     captions = {table["key"]: "; ".join(table["caption"]) for table in section["tables"]}
     table = markdown_table([label, *tasks, *NEAR, "Weights (MB)", *FAST], rows)
+    headlines = "".join(f"- {line}\n" for line in section["summary"])
     return (
-        f"{table}\n{SAMPLE if 'sample suite' in captions['accuracy'] else ''}"
+        f"{table}\n{headlines}\n{SAMPLE if 'sample suite' in captions['accuracy'] else ''}"
         f"Accuracy: {captions['accuracy']}; ✗: a loss that is no accident. "
         f"Decoding: the fastest attention (`best`). {measured_on(report['rows'], {})}; "
         f"[the whole report](reports/{folder}/README.md)."
@@ -211,21 +212,21 @@ BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
 }
 
 
-def filled(readme: str) -> str:
-    """The README with every block made anew."""
-    for name, (file, table) in BLOCKS.items():
+def filled(document: Path, text: str) -> str:
+    """Return the text of a document with each of its blocks made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        file, table = BLOCKS[match[1]]
         content = f"{table(json.loads(file.read_text(encoding='utf-8'))).strip()}\n" if file.is_file() else ""
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        begin, *rest = pattern.split(readme)
-        if len(rest) != 3:
-            sys.exit(f"README.md: expected one block {name}, found {len(rest) // 3}")
-        opening, closing, end = rest
-        readme = f"{begin}{opening}{content}{closing}{end}"
-    return readme
+        if document.parent != ROOT:
+            content = content.replace("](reports/", "](../reports/")
+        return f"<!-- {match[1]} -->\n{content}<!-- /{match[1]} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", block, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Write ``reports/demo.json`` where asked, then the README."""
+    """Write ``reports/demo.json`` where asked, then the tables of both documents."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--demo", type=Path, help="run folder of `make demo`")
     options = parser.parse_args()
@@ -233,7 +234,8 @@ def main() -> None:
         text = json.dumps(demo_report(options.demo), indent=2, ensure_ascii=False)
         BLOCKS["demo"][0].parent.mkdir(exist_ok=True)
         BLOCKS["demo"][0].write_text(text + "\n", encoding="utf-8")
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in (README, BENCHMARKS):
+        document.write_text(filled(document, document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,3 +1,73 @@
-"""qwenq: GPTQ quantisation of Qwen models, and the proof of what it cost and bought."""
+"""Quantise Qwen models with GPTQ, and measure what that cost and gained: the front door for Python.
 
-__version__ = "0.1.0"
+    import qwenq
+
+    result = qwenq.quantize("Qwen/Qwen2.5-0.5B-Instruct", bits=4)
+    print(qwenq.load(result.folder).generate("The capital of France is"))
+
+Importing qwenq loads nothing heavy: a name is looked up when it is used. docs/python.md has examples.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from qwenq.versions import __version__
+
+if TYPE_CHECKING:
+    from qwenq import errors, events, gptq
+    from qwenq.api import (
+        LoadedModel,
+        Results,
+        calibrate,
+        check,
+        compare,
+        convert,
+        evaluate,
+        load,
+        plan,
+        profile,
+        quantize,
+        report,
+    )
+    from qwenq.recipe import Recipe, read_recipe
+
+__all__ = [
+    "LoadedModel",
+    "Recipe",
+    "Results",
+    "__version__",
+    "calibrate",
+    "check",
+    "compare",
+    "convert",
+    "errors",
+    "evaluate",
+    "events",
+    "gptq",
+    "load",
+    "plan",
+    "profile",
+    "quantize",
+    "read_recipe",
+    "report",
+]
+
+_MODULES = ("errors", "events", "gptq")
+_IN_RECIPE = ("Recipe", "read_recipe")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES or find_spec(f"qwenq.{name}") is not None:  # a module hides a function of its name
+        return import_module(f"qwenq.{name}")
+    if name in _IN_RECIPE:
+        return getattr(import_module("qwenq.recipe"), name)
+    if name in __all__:
+        return getattr(import_module("qwenq.api"), name)
+    raise AttributeError(f"module 'qwenq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

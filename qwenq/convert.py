@@ -1,7 +1,7 @@
-"""One model folder from another, in the layout that today's clients load without remote code.
+"""Rewrite a model folder in a layout that clients load without remote code.
 
-Qwen v1 becomes Qwen2 (full precision or GPTQ), GPTQ zero points change between v1 and v2, shards are cut
-anew. One tensor is in memory at a time; the target appears under its name only when it is whole.
+Qwen v1 becomes Qwen2 (full precision or GPTQ), GPTQ zero points change between v1 and v2, and the sizes of
+shards. One tensor is in memory at a time; the target gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
-from qwenq.errors import ModelError, QuantisationError, UsageError
+from qwenq.errors import QuantisationError, UsageError
+from qwenq.events import Listener, Notice, counted, silent
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.companions import write_companions
 from qwenq.models.gptq_format import (
@@ -32,6 +33,7 @@ from qwenq.models.new_folder import require_renameable, take_name
 from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.shapes import DENSE, ModelShape
 from qwenq.models.shards import tensor_bytes, write_shards
+from qwenq.models.source import TensorInfo, require_tensors
 from qwenq.models.tokenizer import read_json
 from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held
 
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     import torch
 
     from qwenq.models.packing import CheckpointFormat
-    from qwenq.models.source import TensorInfo
 
 ZeroPoints = Literal["v1", "v2"]
 FORMATS: dict[str, CheckpointFormat] = {"v1": "gptq", "v2": "gptq_v2"}
@@ -47,15 +48,14 @@ FORMATS: dict[str, CheckpointFormat] = {"v1": "gptq", "v2": "gptq_v2"}
 
 @dataclass(frozen=True)
 class Converted:
-    """What ``convert`` wrote.
+    """The folder that ``convert`` wrote.
 
     Attributes:
         folder: the new model folder.
         files: its weight files.
-        tensors: their number.
+        tensors: number of tensors.
         total_bytes: of all tensors.
-        changes: what differs from the source, one line each; empty when only the shards do.
-        notices: what the user has to be told.
+        changes: differences from the source, one line each; empty where only the shards differ.
     """
 
     folder: Path
@@ -63,7 +63,6 @@ class Converted:
     tensors: int
     total_bytes: int
     changes: list[str]
-    notices: list[str]
 
 
 def convert(
@@ -72,16 +71,16 @@ def convert(
     *,
     zeros: ZeroPoints | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    progress: Callable[[int, int], None] | None = None,
+    listener: Listener = silent,
 ) -> Converted:
     """Write ``source`` to ``target`` in Qwen2's (or its own) layout, as safetensors.
 
     Args:
         source: a model folder: full precision or GPTQ; Qwen v1 or any architecture that is known.
         target: missing or empty.
-        zeros: how zero points are to be stored; None leaves them.
+        zeros: the format of zero points; None: as they are.
         max_shard_bytes: most bytes of tensors in one file.
-        progress: called with (bytes written, bytes in all) before each tensor.
+        listener: receives the number of tensors written, and notices.
 
     Raises:
         UsageError: the target is the source or holds something; ``zeros`` for a model that is not quantised.
@@ -98,20 +97,27 @@ def convert(
     entries = _entries(checkpoint, quant)
     total = sum(tensor_bytes(info) for _, info in entries)
     read = _reader(checkpoint, quant, zeros)
-    with _new_folder(target) as folder:
-        files = write_shards(folder, entries, _counted(read, entries, total, progress), max_shard_bytes)
+    with _new_folder(target) as folder, counted(listener, "writing", "tensors") as update:
+        numbers = {name: number for number, (name, _) in enumerate(entries)}
+
+        def read_counted(name: str) -> torch.Tensor:
+            update(numbers[name], len(entries))
+            return read(name)
+
+        files = write_shards(folder, entries, read_counted, max_shard_bytes)
         atomic_write_json(folder / "config.json", config)
         if quant is not None:
             written = QuantConfig.read(config)
             atomic_write_json(folder / "quantize_config.json", written.to_quantize_config_json())
         notices = write_companions(source, folder, config)
+    for notice in (*checkpoint.notices, *notices):
+        listener(Notice(notice))
     return Converted(
         folder=target,
         files=[target / file.name for file in files],
         tensors=len(entries),
         total_bytes=total,
         changes=changes,
-        notices=[*checkpoint.notices, *notices],
     )
 
 
@@ -126,7 +132,7 @@ def _refuse_target(source: Path, target: Path) -> None:
 
 
 def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:
-    """GPTQ settings of the source, whose packed tensors are checked against them; None: full precision."""
+    """Return the GPTQ settings of the source, its tensors checked against them; None: full precision."""
     if is_quantised(checkpoint.config):
         quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
         validate_quantised(checkpoint.source, quant)
@@ -141,7 +147,7 @@ def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig |
 
 
 def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
-    """All that config.json asks for is there in its shape: a folder that lacks something is not written."""
+    """Require every tensor of config.json, in its shape: no incomplete folder is written."""
     plain = checkpoint.source
     if quant is not None:
         plain = DequantisedSource(plain, quant, config=checkpoint.config)
@@ -152,22 +158,14 @@ def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
 
         BlockwiseDecoder(replace(checkpoint, source=plain), torch.device("cpu"), torch.float32)  # checks all
         return
-    names = set(plain.names())
-    for tensor in ModelShape.from_config(checkpoint.config).tensors():
-        if tensor.name not in names:
-            what = f"the tensor {tensor.name} is missing"
-        elif (found := plain.info(tensor.name).shape) != tensor.shape:
-            what = f"{tensor.name} has shape {found}, config.json asks for {tensor.shape}"
-        else:
-            continue
-        hint = "config.json and the weights are of two models, or a shard is missing: copy the folder again"
-        raise ModelError(what, where=checkpoint.folder, hint=hint)
+    expected = {tensor.name: tensor.shape for tensor in ModelShape.from_config(checkpoint.config).tensors()}
+    require_tensors(plain, expected, checkpoint.folder)
 
 
 def _target_config(
     checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """config.json of the target, and the changes in words."""
+    """Return config.json of the target, and the changes in words."""
     config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
     changes = []
     if isinstance(checkpoint.source, QwenV1Source):
@@ -184,7 +182,7 @@ def _target_config(
 
 
 def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[str, TensorInfo]]:
-    """Names and headers to write; zero biases that the architecture has no place for are left out."""
+    """Return names and headers to write, without zero biases that the architecture does not have."""
     hidden: set[str] = set()
     if quant is not None and checkpoint.config.get("model_type") == "qwen2":
         modules = (name.removesuffix(".qweight") for name in checkpoint.names() if name.endswith(".qweight"))
@@ -196,7 +194,7 @@ def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[st
 def _reader(
     checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
 ) -> Callable[[str], torch.Tensor]:
-    """Reads a tensor as it is to be written, once its numbers are known to be finite."""
+    """Return a function that reads a tensor as it is to be written, and requires finite numbers."""
     wanted = None if zeros is None else FORMATS[zeros]
 
     def read(name: str) -> torch.Tensor:
@@ -211,7 +209,7 @@ def _reader(
 def restored_zeros(
     qzeros: torch.Tensor, quant: QuantConfig, wanted: CheckpointFormat, name: str
 ) -> torch.Tensor:
-    """Packed zero points of the format in ``quant``, stored as ``wanted`` stores them."""
+    """Return packed zero points of the format in ``quant``, stored as ``wanted`` stores them."""
     from qwenq.models.packing import pack_zeros, unpack_zeros
 
     try:
@@ -222,29 +220,9 @@ def restored_zeros(
         raise
 
 
-def _counted(
-    read: Callable[[str], torch.Tensor],
-    entries: list[tuple[str, TensorInfo]],
-    total: int,
-    progress: Callable[[int, int], None] | None,
-) -> Callable[[str], torch.Tensor]:
-    if progress is None:
-        return read
-    sizes = {name: tensor_bytes(info) for name, info in entries}
-    done = 0
-
-    def counted(name: str) -> torch.Tensor:
-        nonlocal done
-        progress(done, total)
-        done += sizes[name]
-        return read(name)
-
-    return counted
-
-
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A sibling folder that takes the target's name at the end; nothing is left when something fails."""
+    """Yield a sibling folder that gets the target's name at the end; remove it on an error."""
     place = target.absolute()
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     with guard_storage(target):
@@ -261,9 +239,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _remove_left_behind(place: Path) -> None:
-    """Folders of killed conversions to the same name: their process is gone, and nobody holds them."""
+    """Remove folders of killed conversions to the same name: their process is gone, their lock free."""
     for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
         process = left.suffixes[-2].removeprefix(".")
         if process.isdecimal() and not psutil.pid_exists(int(process)):
-            with suppress(UsageError), held(left):  # held: by a process that is not of this machine
+            with suppress(UsageError), held(left):  # held: by a process of another machine
                 shutil.rmtree(left, ignore_errors=True)

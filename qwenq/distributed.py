@@ -1,12 +1,11 @@
-"""Several processes as one: what torchrun started, computing one result together.
+"""Compute one result with the processes that torchrun started.
 
 There is no launcher here. ``torchrun --nproc-per-node 4 -m qwenq quantize …`` starts the same command four
-times and says so in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Rank 0, the
-leader, alone talks to the user and writes files. Tensors go over NCCL on GPUs and over gloo on CPUs. What the
-leader has to say between two steps goes over torchrun's key-value store, where nobody waits in vain: who
-waits looks every few seconds whether somebody has stopped.
+times, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment. Rank 0 alone talks
+to the user and writes files. Tensors go over NCCL on GPUs and over gloo on CPUs; objects go over torchrun's
+key-value store, where a rank that waits looks regularly whether another one has stopped.
 
-Without torchrun a process is ``ALONE``: everything here then does nothing, and loads no torch.
+Without torchrun the team is ``ALONE``: its methods do nothing, and torch is not loaded.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT = timedelta(hours=1)
-"""For one exchange of tensors: others may have to wait for the longest step that one rank does by itself."""
+"""Of one collective operation: ranks may wait for the longest step that one of them does by itself."""
 _FIRST_LOOK, _LOOK = 0.005, 0.2  # seconds between two looks into the store, while the wait grows
 _LAST_PORT, _DIGITS = 65_535, 9
 STOPPED = "stopped"
 TOLD = 128 + signal.SIGTERM
-"""Exit code of who was told to stop: torchrun makes a SIGTERM of whatever stops it."""
-RESUME = "look above, and in torchrun's summary, for which one; the same command goes on where it stopped"
+"""Exit code of a process that was asked to stop: torchrun sends SIGTERM, whatever stopped it."""
+RESUME = "look above, and in torchrun's summary, for which one; the same command continues where it stopped"
 
 
 class LostError(QwenqError):
-    """An exchange failed: some other process is gone."""
+    """A collective operation failed: another process is gone."""
 
 
 class StoppedError(QwenqError):
-    """Another process was told to stop; this one has to end as it did."""
+    """Another process was asked to stop; this one ends with the same exit code."""
 
     exit_code = TOLD
 
@@ -52,10 +51,10 @@ class Team:
     """The processes of one command.
 
     Attributes:
-        rank: this one, from 0 on.
-        world: how many there are.
-        local_rank: this one among those on the same machine.
-        launched: torchrun started it, perhaps alone: results must not depend on how many there are.
+        rank: of this process, from 0.
+        world: number of processes.
+        local_rank: of this process among those of its machine.
+        launched: torchrun started it, perhaps as the only one: results must not depend on their number.
     """
 
     rank: int = 0
@@ -68,19 +67,15 @@ class Team:
 
     @property
     def leads(self) -> bool:
-        """Whether this one writes, and talks to the user."""
+        """Return whether this process writes files and talks to the user."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This rank's of ``count`` things, dealt out like cards: the first ranks may have one more.
-
-        Args:
-            count: at least 0.
-        """
+        """Return this rank's indices of ``count`` items: every ``world``-th."""
         return range(self.rank, count, self.world)
 
     def add(self, tensor: Tensor) -> None:
-        """Put the sum over all ranks into ``tensor``, in an order of the library's choice."""
+        """Put the sum over all ranks into ``tensor``; the order of summation is the library's."""
         self._exchange(lambda group: group.all_reduce(tensor, op=group.ReduceOp.SUM))
 
     def largest(self, tensor: Tensor) -> None:
@@ -88,11 +83,11 @@ class Team:
         self._exchange(lambda group: group.all_reduce(tensor, op=group.ReduceOp.MAX))
 
     def copy(self, tensor: Tensor, source: int = 0) -> None:
-        """Put what ``source`` has in ``tensor`` into everybody's; same shape and dtype everywhere."""
+        """Copy ``tensor`` of rank ``source`` into that of all others; same shape and dtype everywhere."""
         self._exchange(lambda group: group.broadcast(tensor, src=source))
 
     def wait(self) -> None:
-        """Go on once all have come here; waits as long as that takes."""
+        """Wait until all ranks have come here, however long that takes."""
         if self.world == 1:
             return
         self._waited += 1
@@ -102,10 +97,10 @@ class Team:
         self._await(all_here)
 
     def tell(self, value: Any = None) -> Any:
-        """What the leader says here, for all; waits as long as that takes.
+        """Return rank 0's object on all ranks; wait as long as that takes.
 
         Args:
-            value: the leader's, as JSON can hold it; the others' is not looked at.
+            value: an object that JSON can hold; that of other ranks is ignored.
         """
         if self.world == 1:
             return value
@@ -118,16 +113,16 @@ class Team:
         return json.loads(self._ask(lambda store: store.get(name)))
 
     def _await(self, name: str) -> None:
-        """Wait for a key, and look now and then whether somebody has stopped.
+        """Wait for a key, and look regularly whether another rank has stopped.
 
-        The store's own wait would write to the terminal each time that it was in vain.
+        The store's own wait would write to the terminal at each time-out.
         """
         pause = _FIRST_LOOK
         while True:
-            said = self._ask(lambda store: store.check([name]))
+            there = self._ask(lambda store: store.check([name]))
             if self._ask(lambda store: store.check([STOPPED])):
                 raise LostError("another process has stopped")
-            if said:
+            if there:
                 return
             time.sleep(pause)
             pause = min(2 * pause, _LOOK)
@@ -136,7 +131,7 @@ class Team:
         try:
             return question(self._store)
         except RuntimeError as error:
-            raise LostError("torchrun's store does not answer any more") from error
+            raise LostError("torchrun's key-value store does not answer") from error
 
     def _exchange(self, step: Callable[[Any], object]) -> None:
         if self.world == 1:
@@ -152,14 +147,14 @@ class Team:
             raise LostError(f"rank {self.rank} lost another process") from error
 
     def claim_stop(self, code: int) -> int | None:
-        """Say that this process stops the run; None: it is the first, else that one's exit code.
+        """Record that this process stops the run; return the exit code of one that did before, or None.
 
         Raises:
             LostError: the store is gone.
         """
         mine = json.dumps([self.rank, code])
         first = self._ask(lambda store: store.compare_set(STOPPED, "", mine)).decode()
-        if self.leads:  # wakes those who wait for its next word
+        if self.leads:  # wakes ranks that wait for its next object
             self._ask(lambda store: store.set(f"told/{self._told + 1}", "null"))
         return None if first == mine else int(json.loads(first)[1])
 
@@ -168,10 +163,10 @@ ALONE = Team()
 
 
 def described(environment: Mapping[str, str] = os.environ) -> Team:
-    """What torchrun's variables say; ``ALONE`` where there are none.
+    """Return the team that torchrun's variables describe; ``ALONE`` where there are none.
 
     Raises:
-        UsageError: some are missing or are no sound numbers.
+        UsageError: some are missing, or are not whole numbers.
     """
     world = _number(environment, "WORLD_SIZE", "1")
     if world == 1:
@@ -180,13 +175,13 @@ def described(environment: Mapping[str, str] = os.environ) -> Team:
     if rank >= world:
         raise _no_torchrun(f"RANK is {rank} and WORLD_SIZE {world}")
     if not environment.get("MASTER_ADDR"):
-        raise _no_torchrun("MASTER_ADDR is nothing")
+        raise _no_torchrun("MASTER_ADDR is not set")
     if (port := _number(environment, "MASTER_PORT")) > _LAST_PORT:
         raise _no_torchrun(f"MASTER_PORT is {port}")
     return Team(rank, world, local, launched=True)
 
 
-def _number(environment: Mapping[str, str], name: str, default: str = "nothing") -> int:
+def _number(environment: Mapping[str, str], name: str, default: str = "not set") -> int:
     text = environment.get(name) or default
     sound = text.isascii() and text.isdigit() and len(text) <= _DIGITS
     if not sound or (name == "WORLD_SIZE" and int(text) == 0):
@@ -196,25 +191,24 @@ def _number(environment: Mapping[str, str], name: str, default: str = "nothing")
 
 def _no_torchrun(what: str) -> UsageError:
     return UsageError(
-        f"the environment speaks of several processes, but {what}",
+        f"WORLD_SIZE asks for several processes, but {what}",
         hint="start with `torchrun --nproc-per-node N -m qwenq …`, or unset WORLD_SIZE",
     )
 
 
 @contextmanager
 def assembled(device: str = "auto", *, tensors: bool = True, meeting: str = "") -> Iterator[Team]:
-    """Join the other processes of this command; on an error, see to it that all end and one says why.
+    """Join the other processes of this command; on an error, end all of them, and let one explain it.
 
     Args:
         device: as ``--device``: "auto" and "cuda" stand for the GPU with the number of the local rank.
-        tensors: False: only words will be exchanged, and no GPU is touched.
-        meeting: a name that sets several meetings of the same ranks apart, of one process each after another
-            or of their children.
+        tensors: False: only objects will be exchanged, and no GPU is used.
+        meeting: a name that keeps several groups of the same ranks apart, such as those of their children.
 
     Raises:
-        UsageError: see ``described``; a GPU named for all, or fewer GPUs than processes on this machine.
-        QwenqError: the others could not be met, or one is gone.
-        SystemExit: another process stops the run, and says why.
+        UsageError: see ``described``; one GPU for all, or fewer GPUs than processes on this machine.
+        QwenqError: the others could not be reached, or one is gone.
+        SystemExit: another process stops the run, and explains it.
     """
     team = described()
     if team.world == 1:
@@ -233,18 +227,18 @@ def assembled(device: str = "auto", *, tensors: bool = True, meeting: str = "") 
 
 
 def _gpu_of(team: Team, device: str) -> torch.device | None:
-    """The GPU of this rank, made torch's current one, or None."""
+    """Return the GPU of this rank, made torch's current one; None: it computes on the CPU."""
     import torch
 
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return None
     if device not in ("auto", "cuda"):
         if not team.leads:
-            raise SystemExit(UsageError.exit_code)  # the leader says it
+            raise SystemExit(UsageError.exit_code)  # rank 0 explains it
         raise UsageError(
             f"--device {device} with {team.world} processes: each needs one of its own",
             where="--device",
-            hint="leave it out, or say cuda: each process takes the GPU with its local rank's number",
+            hint="leave it out, or use cuda: each process takes the GPU with its local rank's number",
         )
     if team.local_rank >= torch.cuda.device_count():
         raise UsageError(
@@ -257,8 +251,9 @@ def _gpu_of(team: Team, device: str) -> torch.device | None:
 
 
 def _join(team: Team, gpu: torch.device | None, tensors: bool, meeting: str) -> None:
-    # Its functions hold for ever what the default group is when it is loaded, as transformers does: beyond
-    # destroy_process_group, so that gloo's threads would run into the end of the interpreter, which aborts.
+    # Loaded before the group exists: its functions keep the default group of that moment for ever. Loaded
+    # later, as transformers does, it would let gloo's threads outlive destroy_process_group, and these abort
+    # the end of the interpreter.
     import torch.distributed.nn  # noqa: F401
     from torch import distributed
     from torch.distributed.distributed_c10d import PrefixStore
@@ -277,7 +272,7 @@ def _join(team: Team, gpu: torch.device | None, tensors: bool, meeting: str) -> 
             )
     except RuntimeError as error:
         raise QwenqError(
-            f"rank {team.rank} could not meet the others: {str(error).splitlines()[0]}",
+            f"rank {team.rank} could not reach the others: {str(error).splitlines()[0]}",
             where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             hint="see that all machines reach this address, and that nothing else uses the port",
         ) from error
@@ -285,9 +280,9 @@ def _join(team: Team, gpu: torch.device | None, tensors: bool, meeting: str) -> 
 
 
 def _stop(team: Team, error: BaseException) -> NoReturn:
-    """Only who stops first explains itself; whoever stops because of that ends without a word.
+    """End this process: the first to stop explains why, the others end silently.
 
-    Unless it was a signal: the process that had it has nothing to explain, so the leader says how to go on.
+    Where the first was stopped by a signal, rank 0 says how to continue.
     """
     try:
         known = team.claim_stop(_exit_code(error))
@@ -295,11 +290,11 @@ def _stop(team: Team, error: BaseException) -> NoReturn:
         known = None
     if known is not None and not isinstance(error, KeyboardInterrupt):
         if team.leads and known == TOLD:
-            raise StoppedError("another process was told to stop", hint=RESUME) from error
+            raise StoppedError("another process was asked to stop", hint=RESUME) from error
         raise SystemExit(known) from error
     if isinstance(error, LostError):
         raise QwenqError(
-            f"one of the {team.world} processes ended without a word: it was killed, or had no memory left",
+            f"one of the {team.world} processes disappeared: it was killed, or ran out of memory",
             where=f"noticed by rank {team.rank}",
             hint=RESUME,
         ) from error

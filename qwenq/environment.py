@@ -1,7 +1,7 @@
-"""What a measurement was made on: versions, processor, memory, GPUs. Nothing that names machine or owner.
+"""Describe the machine of a measurement: versions, processor, memory, GPUs; nothing that names its owner.
 
-Nothing heavy is loaded for it: torch is asked only if the process has it already, else NVIDIA's own library
-if it is installed. What cannot be found out is left out, never guessed.
+Nothing heavy is loaded for it: torch is used only where the process has it already, else NVIDIA's library if
+it is installed. Unknown facts are left out, never guessed.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("qwenq", "torch", "transformers", "triton", "tokenizers", "numpy")
-# What decides how fast a CPU multiplies: the rest of /proc/cpuinfo's flags does not.
+from qwenq.versions import versions
+
+# Flags of /proc/cpuinfo that decide how fast a CPU multiplies.
 FEATURES = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
     "amx_tile", "amx_bf16", "amx_int8", "neon", "asimd", "asimddp", "sve", "i8mm", "bf16",
 )  # fmt: skip
 
 MACHINE = "machine"
-"""Key of a row's ``settings``: what it was measured on. A folder may be gone on with on another machine."""
+"""Key of a row's ``settings``: its machine. A run may be continued on another one."""
 _OF_MACHINE = ("cpu", "memory_bytes", "gpus")
 UNKNOWN = "unknown"
 
 
 def environment() -> dict[str, Any]:
-    """Plain JSON values: ``versions``, ``python``, ``os``, ``cpu``, ``memory_bytes``, ``gpus``, ``date``.
+    """Return plain JSON values.
 
-    ``gpus`` is None where nothing here could ask, and empty where there are none.
+    Keys: ``versions``, ``python``, ``os``, ``cpu``, ``memory_bytes``, ``gpus``, ``date``.
+    ``gpus`` is None where no library could be asked, and empty without a GPU.
     """
+    found = versions()
     return {
         "date": date.today().isoformat(),
-        "versions": _versions(),
-        "python": platform.python_version(),
+        "versions": {name: number for name, number in found.items() if name != "python"},
+        "python": found["python"],
         "os": _system(),
         "cpu": _cpu(),
         "memory_bytes": _memory_bytes(),
@@ -47,33 +49,33 @@ def environment() -> dict[str, Any]:
 
 
 def machine(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an ``environment`` that a row keeps under ``MACHINE``."""
+    """Return the part of an ``environment`` that a row keeps under ``MACHINE``."""
     return {name: found.get(name) for name in _OF_MACHINE}
 
 
 def measured_on(folder: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The environment of a row: its folder's, but for the machine where its ``settings`` say one."""
-    said = settings.get(MACHINE)
-    own = {name: said[name] for name in _OF_MACHINE if name in said} if isinstance(said, dict) else {}
+    """Return the environment of a row: its folder's, with the machine of its ``settings``, if any."""
+    known = settings.get(MACHINE)
+    own = {name: known[name] for name in _OF_MACHINE if name in known} if isinstance(known, dict) else {}
     return {**folder, **own}
 
 
 def decisive(found: Mapping[str, Any], device: object = None, threads: object = None) -> dict[str, str]:
-    """What decides a speed and a peak of memory, in words; a fact that nobody recorded is ``unknown``.
+    """Return the facts that decide speed and memory, as text; a missing one is ``unknown``.
 
     Args:
-        found: an ``environment``, perhaps a stranger's: any JSON values.
-        device: what computed; on ``cpu``, whether a GPU is there decides nothing.
-        threads: what the row itself says; None: those of ``found``.
+        found: an ``environment``, perhaps from a foreign file: any JSON values.
+        device: that computed; with ``cpu`` the GPUs are left out.
+        threads: of the row itself; None: those of ``found``.
     """
     return dict(_decisive(found, device, threads))
 
 
 def difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """``cores 4 instead of 2``, of facts of ``decisive``; empty where all are the same."""
+    """Return ``cores 4 instead of 2`` for facts of ``decisive`` that differ; empty where none does."""
     differing = (key for key in {**before, **after} if before.get(key) != after.get(key))
-    told = (f"{key} {after.get(key, UNKNOWN)} instead of {before.get(key, UNKNOWN)}" for key in differing)
-    return ", ".join(told)
+    facts = (f"{key} {after.get(key, UNKNOWN)} instead of {before.get(key, UNKNOWN)}" for key in differing)
+    return ", ".join(facts)
 
 
 def _decisive(found: Mapping[str, Any], device: object, threads: object) -> Iterator[tuple[str, str]]:
@@ -101,21 +103,13 @@ def _text(value: Any) -> str:
 
 
 def _system() -> str:
-    """Name and version number; what builders of kernels append to it may name a machine."""
+    """Return name and version number; suffixes of a kernel's version may name a machine."""
     number = re.match(r"[0-9.]*", platform.release())
     return f"{platform.system()} {number[0] if number else ''}".strip()
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def _cpu() -> dict[str, Any]:
-    """Model, features that matter for arithmetic, usable cores, and threads it computes with."""
+    """Return model, features that matter for arithmetic, usable cores, and threads of torch."""
     torch = sys.modules.get("torch")
     return {
         "model": _cpu_line("model name") or platform.processor() or platform.machine(),
@@ -132,14 +126,14 @@ def _features() -> list[str]:
 
 
 def _usable_cores() -> int | None:
-    """A container or ``taskset`` may grant fewer than the machine has."""
+    """Return the cores that this process may use: containers and ``taskset`` may allow fewer."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
 def _cpu_line(name: str) -> str | None:
-    """The first value of that name in /proc/cpuinfo, where there is such a file."""
+    """Return the first value of that name in /proc/cpuinfo, where there is such a file."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -155,7 +149,7 @@ def _memory_bytes() -> int:
 
 
 def _gpus() -> list[dict[str, Any]] | None:
-    """Name, memory in bytes and driver of each GPU."""
+    """Return name, memory in bytes, compute capability and driver of each GPU."""
     torch = sys.modules.get("torch")
     asked = _gpus_by_nvml()
     if asked is not None or torch is None:
@@ -171,7 +165,7 @@ def _gpus() -> list[dict[str, Any]] | None:
 
 
 def _gpus_by_nvml() -> list[dict[str, Any]] | None:
-    """By nvidia-ml-py; None where it is not installed or finds no driver."""
+    """Return the same by nvidia-ml-py; None where it is not installed or finds no driver."""
     try:
         import pynvml
     except ImportError:

@@ -1,18 +1,18 @@
-"""One tree of exceptions. Each says what happened, where, and what to do about it.
+"""Define the tree of exceptions: each says what happened, where, and what to do about it.
 
 QwenqError                  exit code 1: the run failed
-├── AlreadyDoneError             exit code 0: an earlier run made what this one would make
+├── AlreadyDoneError        exit code 0: an earlier run made what this one would make
 ├── UsageError              exit code 2: the command or its input has to change
 ├── ModelError              a model folder, its config or its tensors are not usable
 │   ├── CorruptFileError    the bytes are damaged: truncated, bit-flipped, NaN
 │   └── UnsupportedError    sound, but nothing here can run it (yet)
 ├── CalibrationError        the calibration data is missing, too short or does not fit the model
-├── QuantisationError       the algorithm could not keep its promise for a module
+├── QuantisationError       the algorithm failed for a module
 ├── DataError               benchmark data is missing, broken, or of another layout
 ├── StorageError            the disk refused: full, read-only, gone
 ├── OutOfMemoryError        the machine's or the GPU's memory is too small (also a MemoryError)
 ├── HubError                the hub could not be reached or refused
-└── VerificationError       what was written does not pass its own check
+└── VerificationError       the written model does not pass its check
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ class QwenqError(Exception):
 
 
 def visible(text: str) -> str:
-    """Text of a file or a model, fit for a terminal: what would drive it or hide in it is shown as U+FFFD.
+    """Return text that is safe to print: control and invisible characters are replaced by U+FFFD.
 
-    What joins letters and emoji (U+200C, U+200D) stays.
+    Joiners of letters and emoji (U+200C, U+200D) stay.
     """
     return _UNSHOWABLE.sub("\ufffd", text)
 
 
 def _showable(text: str) -> str:
-    """Messages quote files from strangers: no escape sequence of theirs reaches the terminal, nor a novel."""
+    """Return ``visible`` text of limited length: messages quote foreign files."""
     shown = visible(text)
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
 
 
 class AlreadyDoneError(QwenqError):
-    """What the command would make is there already, made by the same command: nothing is left to do."""
+    """The result exists already, made by the same command: there is nothing to do."""
 
     exit_code = 0
 
@@ -95,7 +95,7 @@ class CalibrationError(QwenqError):
 
 
 class QuantisationError(QwenqError):
-    """The algorithm could not keep its promise for a module."""
+    """The algorithm failed for a module: an unusable Hessian, or a result worse than rounding to nearest."""
 
 
 class DataError(QwenqError):
@@ -115,4 +115,4 @@ class HubError(QwenqError):
 
 
 class VerificationError(QwenqError):
-    """What was written does not pass its own check."""
+    """The written model does not pass its check."""

@@ -1,4 +1,4 @@
-"""What the model cards say, for plans and reports to stand beside. The figures lie in ``published.toml``."""
+"""Read the figures of Qwen's model cards (``published.toml``), which plans and reports show beside theirs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """What a card says of one precision of a model (units and protocol: head of ``published.toml``)."""
+    """A card's figures for one precision of a model (units and protocol: head of ``published.toml``)."""
 
     model: str
     precision: str
@@ -23,7 +23,7 @@ class PublishedRow:
 
 @cache
 def published_rows() -> tuple[PublishedRow, ...]:
-    """Every recorded row, in the order of the file."""
+    """Return every row, in the order of the file."""
     data = tomllib.loads(files("qwenq").joinpath("published.toml").read_text(encoding="utf-8"))
     return tuple(
         PublishedRow(**{**row, "hardware": data["hardware"][row["hardware"]]}) for row in data["row"]
@@ -31,7 +31,7 @@ def published_rows() -> tuple[PublishedRow, ...]:
 
 
 def published_of(name: str) -> list[PublishedRow]:
-    """The rows of a model under its catalogue name, hub id or folder; empty where nothing is recorded.
+    """Return the rows of a model by its catalogue name, hub id or folder; empty where there are none.
 
     ``Qwen/Qwen-1_8B-Chat``, ``Qwen-1_8B-Chat`` and ``qwen-1.8b-chat`` are one model: hub ids cannot hold
     every name, so they write ``_`` for the point.

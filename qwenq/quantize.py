@@ -1,4 +1,4 @@
-"""The whole of `qwenq quantize`: model and recipe in, a checked GPTQ checkpoint out."""
+"""Quantise a model by a recipe: open, calibrate, solve, write, check, publish."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwenq import __version__
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import UsageError, VerificationError
+from qwenq.events import Advance, Event, Listener, Notice, Start, silent
 from qwenq.stopping import finishing
 
 if TYPE_CHECKING:
@@ -18,44 +18,29 @@ if TYPE_CHECKING:
 
     from qwenq.calibration import CalibrationSet
     from qwenq.evals.check import CheckResult
+    from qwenq.gptq.choices import Settings
     from qwenq.gptq.layer_store import LayerStore
     from qwenq.gptq.quantise import LayerDone
-    from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.gptq_format import QuantConfig
     from qwenq.recipe import Recipe
 
 T = TypeVar("T")
-
-
-class Listener(Protocol):
-    """Whoever shows a run to the user: a terminal, a log, a machine."""
-
-    def say(self, line: str) -> None:
-        """A choice that was made, and why; or something the user has to know."""
-
-    def progress(self, label: str) -> Callable[[int, int], None]:
-        """A step begins; the result is called with (done, total)."""
-
-    def layers(self, total: int) -> None:
-        """Quantisation begins."""
-
-    def layer(self, done: LayerDone) -> None:
-        """A layer is finished."""
+LAYERS = "quantising"
+"""Name of the step whose advances carry a ``LayerDone``."""
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What was made.
+    """A quantised checkpoint.
 
     Attributes:
         folder: the checkpoint.
-        weight_bytes, base_bytes: of the weight files, after and before.
-        check: the comparison with the base, on the folder as read back from disk; None: its weights are
-            random, and the comparison would mean nothing.
+        weight_bytes, base_bytes: sizes of the weights, after and before.
+        check: the comparison with the base, of the folder as read back from disk; None: random weights.
         seconds: of this run, by phase: "calibration", "layers", "write", "check".
-        resumed_layers: taken over from an earlier run, whose seconds are not among these.
+        resumed_layers: from an earlier run, whose seconds are not among these.
     """
 
     folder: Path
@@ -66,7 +51,7 @@ class Quantised:
     resumed_layers: int
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return plain values, for ``--json``."""
         return {
             "folder": str(self.folder),
             "weight_bytes": self.weight_bytes,
@@ -84,8 +69,8 @@ class Job:
     Attributes:
         base: the model as it was opened.
         checkpoint: the model as it is quantised: the base, or the base with wider MLPs.
-        quant: what config.json will say.
-        team: who quantises with this process, which leads.
+        quant: the settings for config.json.
+        team: the processes that take part; this one is rank 0.
     """
 
     recipe: Recipe
@@ -105,7 +90,7 @@ class Job:
 def quantize(
     recipe: Recipe,
     out: Path | None,
-    listener: Listener,
+    listener: Listener = silent,
     *,
     device: str = "auto",
     resume: bool = True,
@@ -116,13 +101,13 @@ def quantize(
     Args:
         recipe: the model and all settings.
         out: the folder to make; None: named after the model, in the current folder.
-        listener: is told every choice and every layer.
+        listener: receives every choice as a notice and every layer as the result of an advance.
         device: "auto", "cpu", "cuda", "cuda:1", …
-        resume: go on with an unfinished run in ``OUT.partial``.
-        team: further processes that take part, each in ``gptq.ranks.follow``; this one leads.
+        resume: continue an unfinished run in ``OUT.partial``.
+        team: further processes that take part, each in ``gptq.ranks.follow``; this one is rank 0.
 
     Raises:
-        QwenqError: see qwenq/errors.py; finished layers are kept and the message says how to go on.
+        QwenqError: see qwenq/errors.py; finished layers are kept, and the message says how to continue.
     """
     job = _prepare(recipe.validated(), out, listener, device, team)
     calibration = _timed(job, "calibration", lambda: _calibration(job))
@@ -131,7 +116,7 @@ def quantize(
         _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
         staged, notices = _timed(job, "write", lambda: _stage(job, store))
         for notice in notices:
-            listener.say(notice)
+            listener(Notice(notice))
         result = _timed(job, "check", lambda: _check(job, staged, calibration))
         return _publish(job, store, staged, calibration, result)
     finally:
@@ -140,16 +125,16 @@ def quantize(
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
     from qwenq.compute.ops import fallback_notice
-    from qwenq.gptq.choices import describe
-    from qwenq.gptq.quantise import (
+    from qwenq.gptq.choices import (
+        Settings,
         check_packable,
         choose_group_size,
+        describe,
         every_linear,
         input_widths,
         kept_parameters,
         module_bits,
     )
-    from qwenq.gptq.rows import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.kept import summary
     from qwenq.models.opening import open_model
@@ -158,45 +143,36 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
 
     base = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
     for notice in base.notices:
-        listener.say(notice)
+        listener(Notice(notice))
     _refuse_quantised(base)
     wanted = recipe.quantize
     target = _target(out, recipe, base)
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
-    listener.say(why)
+    listener(Notice(why))
     if slower := fallback_notice(dtype, place):
-        listener.say(slower)
-    checkpoint, widths = padded(base, wanted, listener.say)
+        listener(Notice(slower))
+    checkpoint, widths = padded(base, wanted, listener)
     decoder = BlockwiseDecoder(checkpoint, place, dtype)
     if decoder.passed_over:
-        listener.say(decoder.passed_over)
-    settings = Settings(
-        bits=wanted.bits,
-        group_size=-1,  # until the widths that it has to divide are known
-        sym=wanted.sym,
-        act_order=wanted.act_order == "static",
-        scale_search=wanted.scale_search,
-        damp=wanted.damp,
-        drift=wanted.asymmetric_calibration,
-        refine=wanted.refine,
-        module_bits=module_bits(decoder, wanted.module_bits, wanted.bits),
-    )
+        listener(Notice(decoder.passed_over))
+    bits = module_bits(decoder, wanted.module_bits, wanted.bits)
+    settings = Settings.from_recipe(wanted, module_bits=bits)
     check_packable(decoder, settings)
     widths = widths or input_widths(every_linear(decoder, settings))
     group_size, why = choose_group_size(wanted.group_size, widths)
-    listener.say(why)
+    listener(Notice(why))
     settings = replace(settings, group_size=group_size)
     if kept := summary(kept_parameters(decoder, settings)):
-        listener.say(kept)
+        listener(Notice(kept))
     quant = _quant_config(checkpoint, decoder, settings)
-    listener.say(describe(settings))
+    listener(Notice(describe(settings)))
     return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
 
 
 def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: Settings) -> QuantConfig:
-    """Return what config.json says of the result: rules, too, where a module differs from the rest."""
-    from qwenq.gptq.quantise import every_linear, kept_parameters
+    """Return the settings for config.json, with rules where modules differ from the rest."""
+    from qwenq.gptq.choices import every_linear, kept_parameters
     from qwenq.models.dynamic import dynamic_rules, module_groups
     from qwenq.models.gptq_format import QuantConfig
 
@@ -230,7 +206,7 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 
 
 def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
-    """The output folder, refused when it holds something already or may not be made."""
+    """Return the output folder; refuse one that holds something or cannot be made."""
     from qwenq.gptq.publish import clean_up_after_kill, require_free
     from qwenq.models.identity import model_name
 
@@ -244,9 +220,7 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 def _calibration(job: Job) -> CalibrationSet:
     from qwenq.calibration.choose import calibration_for
 
-    said = job.listener
-    vocabulary = job.decoder.vocabulary
-    return calibration_for(job.recipe, job.base, vocabulary, job.device, said.say, said.progress)
+    return calibration_for(job.recipe, job.base, job.decoder.vocabulary, job.device, job.listener)
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
@@ -259,9 +233,8 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
     store = LayerStore(folder, facts, resume=resume)
     job.resumed = store.finished()
     if job.resumed:
-        job.listener.say(
-            f"resuming: {job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
-        )
+        found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
+        job.listener(Notice(f"resuming: {found}"))
     return store
 
 
@@ -270,13 +243,13 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
     from qwenq.gptq.ranks import lead
 
     def on_layer(done: LayerDone) -> None:
-        job.listener.layer(done)
+        job.listener(Advance(LAYERS, done.index + 1, done.total, done))
         raised = {} if done.resumed else done.raised_damping(job.settings.damp)
         for damp, names in raised.items():
             at = f"layer {done.index + 1}, {', '.join(names)}"
-            job.listener.say(f"{at}: damping raised to {damp:.3g}")
+            job.listener(Notice(f"{at}: damping raised to {damp:.3g}"))
 
-    job.listener.layers(len(job.decoder.names))
+    job.listener(Start(LAYERS, len(job.decoder.names), "layers"))
     lead(job.team, job.decoder, calibration.tokens, job.settings)
     with finishing(LAYER_IS_STORED):
         quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
@@ -289,7 +262,7 @@ def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
 
 
 def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
-    """Compare what lies on the disk with the base; refuse it when it is broken."""
+    """Compare the written folder with the base; refuse a broken one."""
     from qwenq.evals.check import check
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.gptq_format import validate_quantised
@@ -298,15 +271,20 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
     written = open_checkpoint(staged, unfinished=True)
     validate_quantised(written.source, job.quant)
     if is_random(job.checkpoint.config):
-        job.listener.say("random weights: what was written is whole; its accuracy would mean nothing")
+        job.listener(Notice("random weights: the files are complete; their accuracy is not measured"))
         return None
+
+    def progress_only(event: Event) -> None:  # its notices repeat those before the layers
+        if not isinstance(event, Notice):
+            job.listener(event)
+
     result = check(
         written,
         job.base,
         calibration.held_out,
         device=job.device,
         dtype=job.decoder.dtype,
-        progress=job.listener.progress("checking what was written"),
+        listener=progress_only,
     )
     if result.broken:
         raise VerificationError(
@@ -321,10 +299,10 @@ def _publish(
     job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
     from qwenq.gptq.publish import publish
-    from qwenq.gptq.quantise import expert_coverage, module_errors
+    from qwenq.gptq.quantise import computed_in, expert_coverage, module_errors
     from qwenq.models.identity import base_facts
     from qwenq.models.shards import tensor_bytes
-    from qwenq.versions import versions
+    from qwenq.versions import __version__, versions
 
     manifest = {
         "format": "qwenq-1",
@@ -333,7 +311,7 @@ def _publish(
         "recipe": job.recipe.to_json(),
         "quantization": job.quant.to_config_json(),
         "calibration": calibration.manifest.model_dump(mode="json"),
-        "computed_in": _computed_in(job),
+        "computed_in": computed_in(job.decoder, job.settings, job.team),
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
@@ -352,27 +330,10 @@ def _publish(
 
 def _kept(job: Job) -> dict[str, str]:
     """Return every parameter of two dimensions or more in a block that is not quantised, and why."""
-    from qwenq.gptq.quantise import kept_parameters
+    from qwenq.gptq.choices import kept_parameters
 
     prefixes = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
     return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}
-
-
-def _computed_in(job: Job) -> dict[str, str | int]:
-    """What the integers depend on besides the recipe and ``versions``: each rounds in a way of its own."""
-    import torch
-
-    from qwenq.gptq.quantise import how_solved, how_summed
-
-    decoder = job.decoder
-    return {
-        "dtype": str(decoder.dtype).removeprefix("torch."),
-        "device": decoder.device.type,
-        "attention": decoder.attention,
-        "sums": how_summed(decoder.dtype, decoder.device, job.team),
-        "solver": how_solved(job.settings, decoder.device),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:

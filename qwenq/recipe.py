@@ -521,14 +521,14 @@ def _is_like_yaml(text: str) -> bool:
     return re.match(r"(---|- |[\w.\"'-]+\s*:(\s|$))", first) is not None
 
 
-_RENAMED = {("quantize", "drift"): "asymmetric_calibration"}
+RENAMED = {("quantize", "drift"): "asymmetric_calibration"}
 """Keys of older recipes, by section, and what they are called now."""
 
 
 def _validate(content: dict[str, Any], where: str) -> Recipe:
     from pydantic import ValidationError
 
-    for (section, old), new in _RENAMED.items():
+    for (section, old), new in RENAMED.items():
         table = content.get(section)
         if isinstance(table, dict) and old in table:
             if new in table:

@@ -1,14 +1,14 @@
-"""Rows of a run folder: the one language between what measures (evals, profiling) and what reports.
+"""Write and read the rows of a run folder, the interface between evals and profiling and the reports.
 
-A run folder holds ``results.jsonl``, one row a line, and ``environment.json``; whatever else a command keeps
-there (item records, plots) is its own. A row that could not be measured is still a row: ``unavailable`` and
-why. Rows are appended and flushed one by one, so a kill loses none that was finished.
+A run folder holds ``results.jsonl``, one row a line, and ``environment.json``; other files there (records of
+items, plots) belong to the command that wrote them. A figure that could not be measured is still a row:
+``unavailable`` with its reason. Rows are appended and flushed one by one, so a kill loses none.
 
-What reports read out of ``details``, each where a row has it (lists of one row are of one length):
+Reports read from ``details``, each key where a row has it (lists of one row have one length):
 
 * accuracy: ``items`` {item id: correct}, ``parts`` {subject: share}; tests pair two rows by item id, unless
-  ``questions``, a hash of all that was asked, differs: then the data has changed under the ids; ``base`` of
-  a quantised model, the fingerprint of what it was made from, where that is known
+  ``questions``, a hash of all prompts, differs: then the data has changed under the ids; ``base`` of a
+  quantised model, the fingerprint of the model it was made from, where that is known
 * kl: ``positions`` [tokens read, the middle of a stretch] with ``values`` [mean nats there], ``lows`` and
   ``highs`` [95 % interval or null], ``counts`` [predictions]; ``modules`` [{name, error, rtn_error}]
 * speed.decode: ``positions`` [token] with ``values`` [tokens/s]
@@ -34,25 +34,25 @@ RESULTS_FILE = "results.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 FORMAT = 1
 LONGEST_ROW = 64_000_000
-"""Bytes. A row of 14,000 items has a million; a line without an end would take all memory."""
-_TOO_LONG = f"a line of more than {LONGEST_ROW // 1_000_000} MB is no row of results"
+"""Bytes; a row of 14,000 items has a million. A line without an end would take all memory."""
+_TOO_LONG = f"a line of more than {LONGEST_ROW // 1_000_000} MB is not a row of results"
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
 
 _CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+(-GPTQ-Int[48])?")
-"""The cache's folder of the bundled model, whose name counts its layouts (``models.bundled``), and what
-`qwenq quantize` calls the folders that it makes of that."""
+"""The bundled model's folder in the cache, whose name has a layout number (``models.bundled``), and folders
+that `qwenq quantize` names after it."""
 
 
 def plain_name(name: str) -> str:
-    """What a model is called, out of the name of its folder: the bundled model is the same by any path."""
+    """Return a model's name from that of its folder; the bundled model has one name by any path."""
     found = _CACHED.fullmatch(name)
     return found[1] + (found[2] or "") if found else name
 
 
 @dataclass(frozen=True)
 class Model:
-    """Which weights a row is about. Its names are `plain_name`'s, whoever makes or reads it.
+    """The weights that a row is about; names pass through `plain_name`.
 
     Attributes:
         name: for people: the folder's or the hub's name.
@@ -74,19 +74,19 @@ class Model:
     def __post_init__(self) -> None:
         for key in ("name", "family"):
             value = getattr(self, key)
-            if isinstance(value, str):  # a stranger's row is refused where it is read, by its types
+            if isinstance(value, str):  # a foreign row is refused where it is read, by its types
                 object.__setattr__(self, key, plain_name(value))
 
     @property
     def rounded_from(self) -> str | None:
-        """Fingerprint of what it was rounded from on the fly (``profiling.subjects``); None: it was not."""
+        """Return the fingerprint of a model rounded on the fly, or None (``profiling.subjects``)."""
         kind, _, base = self.fingerprint.partition(":")
         return base if kind.startswith("rounded-") else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement, or why there is none.
+    """One measurement, or the reason why it is missing.
 
     Attributes:
         metric: what was measured, with a dot between family and figure: ``accuracy``, ``accuracy.float32``,
@@ -139,12 +139,12 @@ class Row:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What makes two rows the same measurement of perhaps different weights: precision, metric, point."""
+        """Return what two rows of the same measurement share, perhaps of different weights."""
         where = (f"{key}={self.point[key]}" for key in sorted(self.point))
         return (self.model.family, self.model.precision, self.metric, *where)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, one line of ``results.jsonl``."""
+        """Return plain values: one line of ``results.jsonl``."""
         return {"format": FORMAT, **asdict(self)}
 
 
@@ -166,7 +166,7 @@ def append_row(run: Path, row: Row) -> None:
 
 
 def require_readable(row: Row) -> None:
-    """Refuse what ``read_rows`` would refuse: a row made of a stranger's values, before it is appended.
+    """Refuse, before it is appended, a row made of foreign values that ``read_rows`` would refuse.
 
     Raises:
         TypeError, ValueError, RecursionError: a value has another type, is beyond all bounds, or cannot be
@@ -177,9 +177,9 @@ def require_readable(row: Row) -> None:
 
 
 def read_rows(run: Path) -> list[Row]:
-    """All rows of a run folder; of rows with one identity and model the last one counts.
+    """Return all rows of a run folder; of rows with one identity and model the last.
 
-    A last line that breaks off is the trace of a kill: it is left out. Any other broken line is an error.
+    A last line that breaks off is left by a kill, and skipped. Any other broken line is an error.
 
     Raises:
         UsageError: no results there, or a line that is no row; says which.
@@ -202,7 +202,7 @@ def read_rows(run: Path) -> list[Row]:
 
 
 def _whole_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that hold something; a kill may have torn the last one, in a character even."""
+    """Yield numbered lines that are not blank; a kill may have cut the last one, even within a character."""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), b""), 1):
         if len(line) > LONGEST_ROW:
             raise UsageError(_TOO_LONG, where=f"{path}, line {number}", hint="delete that line")
@@ -211,7 +211,7 @@ def _whole_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line without its end is an object all the same: an editor may have left the end away."""
+    """Return whether a line without a line end is a complete object: an editor may have left the end out."""
     try:
         return isinstance(json.loads(line.removeprefix(b"\xef\xbb\xbf")), dict)
     except (ValueError, RecursionError):
@@ -224,7 +224,7 @@ def write_environment(run: Path, environment: dict[str, Any]) -> None:
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """What the rows were measured on; empty where the file is missing.
+    """Return what the rows were measured on; empty where the file is missing.
 
     Raises:
         UsageError: the file is not a JSON object.
@@ -265,10 +265,10 @@ def _row(line: str, path: Path, number: int) -> Row:
 
 
 def _made(content: dict[str, Any]) -> Row:
-    """A row of plain values; what has no place in it is named.
+    """Make a row of plain values.
 
     Raises:
-        ValueError: a key too many or too few, or what could not be written again.
+        ValueError: names an unknown or missing key, or a value that could not be written again.
     """
     model = content.pop("model")
     for kind, values, what in ((Model, model, "the model"), (Row, {**content, "model": model}, "it")):
@@ -293,7 +293,7 @@ def _required(each: Field[Any]) -> bool:
 
 
 def _check_types(row: Row) -> None:
-    """JSON has types of its own: what the rest of the code relies on is checked here, once."""
+    """Check the types that the rest of the code relies on: JSON has others."""
     for name, kinds in _KINDS.items():
         value = getattr(row, name)
         if isinstance(value, bool) or not isinstance(value, kinds):
@@ -313,7 +313,7 @@ def _check_types(row: Row) -> None:
 
 _NUMBER = (int, float, type(None))
 _MOST = 2**63
-"""No figure or count is larger; what is would overflow wherever it is scaled."""
+"""No figure or count is larger: it would overflow where it is scaled."""
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("metric", "unit", "implementation", "date"), (str,)),
     **dict.fromkeys(("point", "settings", "details"), (dict,)),
@@ -325,7 +325,7 @@ assert _KINDS.keys() <= {f.name for f in fields(Row)}  # noqa: S101 - a misspelt
 
 
 def _end_last_line(path: Path) -> None:
-    """Give a last line its end, or cut it off where a kill tore it: the next row would be glued to it."""
+    """End the last line, or remove it where a kill cut it off: the next row would be appended to it."""
     if not path.exists():
         return
     with path.open("rb+") as file:
@@ -344,6 +344,6 @@ def _end_last_line(path: Path) -> None:
 
 
 def each_run(folders: list[Path]) -> Iterator[tuple[Path, list[Row], dict[str, Any]]]:
-    """(folder, rows, environment) of each run folder, in the order given."""
+    """Yield (folder, rows, environment) of each run folder, in the order given."""
     for folder in folders:
         yield folder, read_rows(folder), read_environment(folder)

@@ -1,11 +1,11 @@
-"""SIGTERM in the middle of what should become whole: noted, and obeyed where nothing is half done.
+"""Delay SIGTERM until the step in progress is stored.
 
-A scheduler that takes a machine away sends SIGTERM, and kills some time later: Slurm and torchrun wait 30
-seconds unless told otherwise, Kubernetes as well. A layer that takes less is kept, as are answers that are
-being written. A second SIGTERM stops at once. Ctrl-C always does: whoever presses it is waiting.
+A scheduler that takes a machine away sends SIGTERM, and kills some time later: Slurm, torchrun and Kubernetes
+wait 30 seconds by default. A layer that takes less is kept, as are answers that are being written. A second
+SIGTERM stops at once, and so does Ctrl-C: the user is waiting.
 
-A signal is the whole process's, and so is what is known of it here. Nothing is installed by this module:
-``qwenq.cli`` has the handler, and in a process without it nothing is ever noted.
+The state is the process's, as signals are. ``qwenq.cli`` installs the handler; in a process without it these
+functions do nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 ONE = 1.0
-"""Seconds within which a second SIGTERM is the first one again: a scheduler tells all processes of a job, and
-torchrun or `qwenq run` passes on what it was told."""
+"""Seconds within which a second SIGTERM counts as the first: a scheduler signals all processes of a job, and
+torchrun and `qwenq run` pass their own signal on."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM is obeyed: what was in progress is stored."""
+    """SIGTERM takes effect: the step in progress is stored."""
 
 
 @dataclass
 class _State:
-    """What is being finished, when the SIGTERM came that is still to be obeyed, and when the last one did."""
+    """The step to finish first, the time of a SIGTERM that is still pending, and that of the last one."""
 
     until: str | None = None
     came: float | None = None
@@ -38,10 +38,10 @@ _state = _State()
 
 @contextmanager
 def finishing(until: str) -> Iterator[None]:
-    """Within it, SIGTERM waits for ``stop_here``, or for the end. It cannot be nested.
+    """Make SIGTERM wait for ``stop_here`` or for the end of the block; blocks cannot be nested.
 
     Args:
-        until: when the command will stop: "this layer is on the disk".
+        until: what the command waits for, for the message: "this layer is on the disk".
 
     Raises:
         Terminated: at the end, if it came and nothing else went wrong.
@@ -50,22 +50,22 @@ def finishing(until: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _state.until = None  # first: a signal between these two lines is obeyed at once, and none is lost
+        _state.until = None  # first: a signal between these two lines takes effect at once, and none is lost
         came, _state.came = _state.came, None
     if came is not None:
         raise Terminated
 
 
 def passed_on() -> bool:
-    """For the handler, before ``note``: whether this SIGTERM is the last one again, which has been seen to.
+    """Return, for the handler, whether this SIGTERM repeats the last one, which is being handled.
 
-    Of one that stopped the command at once, too: it must not break into how the command ends.
+    Also where the last one stopped the command at once: a repetition must not interrupt its end.
     """
     return _state.last is not None and time.monotonic() - _state.last < ONE
 
 
 def note() -> str | None:
-    """For the handler: SIGTERM has come. What is finished first; None: nothing, stop at once."""
+    """Record, for the handler, that SIGTERM came; return what is finished first, None to stop at once."""
     _state.last = time.monotonic()
     if _state.until is None or _state.came is not None:
         return None
@@ -74,33 +74,33 @@ def note() -> str | None:
 
 
 def asked() -> bool:
-    """Whether SIGTERM came and is still to be obeyed: nothing new should be begun."""
+    """Return whether a SIGTERM is pending: nothing new should begin."""
     return _state.came is not None
 
 
 def came() -> bool:
-    """Whether SIGTERM has come, obeyed or not: what looks like Ctrl-C is then a stop."""
+    """Return whether SIGTERM has come at all: a KeyboardInterrupt is then a stop."""
     return _state.last is not None
 
 
 def stop_here() -> None:
-    """A place where nothing is half done.
+    """Stop here if SIGTERM is pending: everything is stored.
 
     Raises:
-        Terminated: SIGTERM has come.
+        Terminated: it is.
     """
     if asked():
         raise Terminated
 
 
 def behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The stop that an error came out of, if it did: the error is then nobody's fault, and no reason.
+    """Return the interrupt that an error was caused by, or None.
 
-    What a stop breaks into may fail while it is being left: torch's device modes, popped twice, raise a
-    RuntimeError in the place of the interrupt.
+    Code that is interrupted may fail while it unwinds: torch's device modes, popped twice, raise a
+    RuntimeError in place of the interrupt.
 
     Returns:
-        A new one of the same kind, to be raised from ``error``; None: no stop is behind it.
+        A new interrupt of the same kind, to be raised from ``error``.
     """
     seen: set[int] = set()
     found: BaseException | None = error

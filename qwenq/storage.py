@@ -1,4 +1,4 @@
-"""Writing without losing anything: atomic files, flushed folders, and disks that refuse."""
+"""Write without losing data: atomic files, flushed folders, locks, and errors of full or failing disks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def readable_bytes(count: float) -> str:
-    """A size for people, in powers of 1000: ``15_442_649_088`` is ``15.4 GB``."""
+    """Return a size for people, in powers of 1000: ``15_442_649_088`` is ``15.4 GB``."""
     for unit in _UNITS[:-1]:
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -46,7 +46,7 @@ def readable_bytes(count: float) -> str:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes free for us on the disk that holds ``path`` or its nearest existing parent; None if unknown."""
+    """Return the free bytes of the disk of ``path`` or its nearest existing parent; None if unknown."""
     for folder in (path, *path.parents):
         with suppress(OSError):
             return shutil.disk_usage(folder).free
@@ -110,14 +110,14 @@ def require_space(path: Path, needed: int) -> None:
 
 
 def take_lock(folder: Path, name: str = "lock") -> IO[str]:
-    """An advisory lock of the kernel's on a folder: it goes with the process, however that ends.
+    """Take an advisory lock on a folder; the kernel releases it when the process ends, however it ends.
 
     Args:
-        folder: is there already.
-        name: of the file in it that is locked; it stays when the lock goes.
+        folder: an existing folder.
+        name: of the file in it that is locked; the file stays.
 
     Returns:
-        The open file: closing it lets go.
+        The open file; closing it releases the lock.
 
     Raises:
         UsageError: another process holds it.
@@ -135,14 +135,14 @@ def take_lock(folder: Path, name: str = "lock") -> IO[str]:
     except OSError as error:  # some network disks have no locks: then waiting would not help
         handle.close()
         raise StorageError(
-            f"the disk gave no lock: {error.strerror}", where=folder, hint="name an --out on another disk"
+            f"the disk refused a lock: {error.strerror}", where=folder, hint="name an --out on another disk"
         ) from error
     return handle
 
 
 @contextmanager
 def locked(folder: Path, name: str = "lock") -> Iterator[None]:
-    """Hold a folder, which is made where it is missing, for this process alone; see ``take_lock``."""
+    """Lock a folder, made where it is missing, for this process; see ``take_lock``."""
     with guard_storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with take_lock(folder, name):
@@ -151,10 +151,10 @@ def locked(folder: Path, name: str = "lock") -> Iterator[None]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """As ``locked``, by a lock of the folder itself: nothing is left in one that people look at.
+    """Lock as ``locked`` does, but the folder itself: no file is left in a folder that people look at.
 
-    Where the disk has no locks of folders, as NFS, by that of a file in the user's cache: who shares that is
-    kept out.
+    Where the disk cannot lock folders, as NFS, a file in the user's cache is locked instead, which keeps out
+    processes that share that cache.
 
     Raises:
         UsageError: another process holds it.
@@ -177,7 +177,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _hold_elsewhere(folder: Path, stack: ExitStack) -> None:
-    """A lock in the user's cache that stands for a folder; none where the cache has no locks either."""
+    """Lock a file in the user's cache that stands for a folder; without locks there, lock nothing."""
     locks, name = cache_folder() / "locks", hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     try:
         stack.enter_context(locked(locks, name))
@@ -198,8 +198,7 @@ def _working(folder: Path) -> UsageError:
 def fsync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` survive a power cut.
 
-    No-op where that cannot be asked for: of a folder that may not be listed, and on network disks and others
-    that flush files alone.
+    Does nothing where folders cannot be flushed: network disks, and folders that may not be listed.
     """
     if sys.platform == "win32":
         return
@@ -223,7 +222,7 @@ def fsync_file(path: Path) -> None:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never half, even after a power cut.
+    """Write a file so that readers see the old or the new content, never a part, even after a power cut.
 
     Raises:
         StorageError: the disk is full, read-only, or forbids it; nothing is left behind.
@@ -246,39 +245,39 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 def atomic_write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
-    """``atomic_write_bytes`` of UTF-8 JSON with a final newline; NaN is refused (it is not JSON)."""
+    """Write UTF-8 JSON with a final newline as ``atomic_write_bytes`` does; refuse NaN, which is not JSON."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     atomic_write_bytes(path, text.encode() + b"\n")
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A file to read; what is no file, such as a pipe, which would be waited for without end, is refused.
+    """Open a file to read; refuse what is not one, such as a pipe, which might never end.
 
     Raises:
         OSError: as ``Path.open`` does.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
     return path.open("rb")
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, streamed."""
+    """Return the hex SHA-256 of a file, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
-    """Where qwenq keeps what it can make again: ``$QWENQ_CACHE``, else the platform's cache folder.
+    """Return the folder for what qwenq can make again: ``$QWENQ_CACHE``, else the platform's cache folder.
 
     Raises:
-        UsageError: nothing says where this user's home is, as in a container whose user has no name.
+        UsageError: the user has no home folder, as in a container whose user has no name.
     """
     try:
         return _cache_folder()
     except RuntimeError as error:
         raise UsageError(
-            f"no place for a cache: {error}", where="HOME", hint="set QWENQ_CACHE to a folder of yours"
+            f"no folder for a cache: {error}", where="HOME", hint="set QWENQ_CACHE to a folder of yours"
         ) from error
 
 
@@ -295,7 +294,7 @@ def _cache_folder() -> Path:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     current = os.umask(0o077)
     os.umask(current)
     return current

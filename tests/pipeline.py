@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tiny_families import write_calibration
 
+from qwenq.events import Advance, Event, Notice, Start
 from qwenq.gptq.quantise import LayerDone
-from qwenq.quantize import Quantised, quantize
+from qwenq.quantize import LAYERS, Quantised, quantize
 from qwenq.recipe import Recipe
 
 
@@ -22,18 +22,15 @@ class Ear:
         self.done: list[LayerDone] = []
         self.total = 0
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def progress(self, label: str) -> Callable[[int, int], None]:
-        self.lines.append(label)
-        return lambda done, total: None
-
-    def layers(self, total: int) -> None:
-        self.total = total
-
-    def layer(self, done: LayerDone) -> None:
-        self.done.append(done)
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Notice(text):
+                self.lines.append(text)
+            case Start(step, total):
+                self.lines.append(step)
+                self.total = total if step == LAYERS else self.total
+            case Advance(result=LayerDone() as done):
+                self.done.append(done)
 
 
 def recipe_for(model: Path, calibration: Path | None = None, **changes: Any) -> Recipe:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from listening import notices_to
 from models.plain_qwen_v1 import forward, quantise_v1, random_tensors, small_config, write_v1
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from qwenq.cli.commands import register
 from qwenq.cli.convert import parse_size
 from qwenq.convert import convert
 from qwenq.errors import CorruptFileError, ModelError, QuantisationError, UsageError
+from qwenq.events import Advance, Event
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, validate_quantised
 from qwenq.models.packing import pack
@@ -55,7 +57,8 @@ def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_v1_model_loads_with_stock_transformers(v1_folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    done = convert(v1_folder, tmp_path / "out")
+    said: list[str] = []
+    done = convert(v1_folder, tmp_path / "out", listener=notices_to(said))
     model = AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float32)
     assert type(model).__name__ == "Qwen2ForCausalLM"
     with torch.inference_mode():
@@ -69,15 +72,15 @@ def test_a_v1_model_loads_with_stock_transformers(v1_folder: Path, tmp_path: Pat
     assert "auto_map" not in config
     assert config["qwen_v1"]["seq_length"] == 64
     assert done.changes == ["Qwen v1 layout → Qwen2 layout"]
-    assert any("no tokenizer" in notice for notice in done.notices)
+    assert any("no tokenizer" in notice for notice in said)
     assert not list(tmp_path.glob(".*"))
 
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next(v1_folder: Path, tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; from qwenq.convert import convert\n"
-        "end = lambda done, total: os.kill(os.getpid(), 9) if done else None\n"
-        "convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=end)"
+        "end = lambda event: os.kill(os.getpid(), 9) if getattr(event, 'done', 0) else None\n"
+        "convert(Path(sys.argv[1]), Path(sys.argv[2]), listener=end)"
     )
     killed = subprocess.run([sys.executable, "-c", code, v1_folder, tmp_path / "out"], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -253,12 +256,12 @@ def test_a_number_that_is_none_names_its_tensor_and_leaves_no_folder(tmp_path: P
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["v1"]
 
 
-def test_progress_counts_all_bytes(v1_folder: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    done = convert(v1_folder, tmp_path / "out", progress=lambda *pair: seen.append(pair))
-    assert seen[0] == (0, done.total_bytes)
-    assert [pair[0] for pair in seen] == sorted({pair[0] for pair in seen})
-    assert len(seen) == done.tensors
+def test_progress_counts_all_tensors(v1_folder: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    done = convert(v1_folder, tmp_path / "out", listener=seen.append)
+    assert [(event.done, event.total) for event in seen if isinstance(event, Advance)] == [
+        (number, done.tensors) for number in range(done.tensors)
+    ]
 
 
 def test_the_command_says_what_it_did(v1_folder: Path, tmp_path: Path) -> None:

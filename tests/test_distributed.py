@@ -46,18 +46,18 @@ def test_what_torchrun_says_is_a_team() -> None:
         ("WORLD_SIZE", "00", "WORLD_SIZE is 00"),
         ("WORLD_SIZE", "two", "WORLD_SIZE is two"),
         ("WORLD_SIZE", "9" * 5000, "WORLD_SIZE is 99999"),
-        ("RANK", None, "RANK is nothing"),
+        ("RANK", None, "RANK is not set"),
         ("RANK", "3", "RANK is 3 and WORLD_SIZE 3"),
         ("LOCAL_RANK", "-1", "LOCAL_RANK is -1"),
-        ("MASTER_ADDR", "", "MASTER_ADDR is nothing"),
-        ("MASTER_PORT", None, "MASTER_PORT is nothing"),
+        ("MASTER_ADDR", "", "MASTER_ADDR is not set"),
+        ("MASTER_PORT", None, "MASTER_PORT is not set"),
         ("MASTER_PORT", "abc", "MASTER_PORT is abc"),
         ("MASTER_PORT", "99999", "MASTER_PORT is 99999"),
     ],
 )
 def test_what_torchrun_would_not_say_is_refused_by_name(name: str, value: str | None, says: str) -> None:
     environment = {key: text for key, text in {**TORCHRUN, name: value}.items() if text is not None}
-    with pytest.raises(UsageError, match=f"speaks of several processes, but {says}") as refused:
+    with pytest.raises(UsageError, match=f"WORLD_SIZE asks for several processes, but {says}") as refused:
         described(environment)
     assert "torchrun --nproc-per-node N" in str(refused.value.hint)
 
@@ -127,6 +127,6 @@ def test_a_rank_that_alone_gets_sigterm_stops_all_with_143_and_the_leader_says_h
         said, _ = rank.communicate(timeout=120)
         ended.append((rank.returncode, said))
     assert [code for code, _ in ended] == [143, 143], ended
-    assert ended[0][1].startswith("another process was told to stop\n")
-    assert "the same command goes on where it stopped" in ended[0][1]
+    assert ended[0][1].startswith("another process was asked to stop\n")
+    assert "the same command continues where it stopped" in ended[0][1]
     assert ended[1][1] == ""

@@ -17,6 +17,7 @@ from tiny_families import write_calibration
 from tiny_published import fused, rewrite, write_published
 
 from qwenq.errors import ModelError, StorageError
+from qwenq.events import Advance, Event
 from qwenq.quantize import quantize
 from qwenq.runtime.engine import load
 
@@ -82,8 +83,9 @@ def test_a_run_that_resumes_ends_as_a_whole_one(tmp_path: Path) -> None:
     quantize(recipe, tmp_path / "whole", Ear(), device="cpu")
 
     class Stopped(Ear):
-        def layer(self, done: Any) -> None:
-            raise StorageError("stopped after a layer")
+        def __call__(self, event: Event) -> None:
+            if isinstance(event, Advance) and event.result is not None:
+                raise StorageError("stopped after a layer")
 
     with pytest.raises(StorageError):
         quantize(recipe, tmp_path / "out", Stopped(), device="cpu")

@@ -98,7 +98,7 @@ def test_the_cards_speeds_stand_beside_them_in_the_report(
     assert table is not None
     assert list(table.headers) == [
         "Quantization",
-        "FlashAttn",
+        "Attention",
         "Speed (2048 tokens)",
         "Speed (8192 tokens)",
     ]

@@ -123,9 +123,9 @@ def test_a_line_without_an_end_is_not_read_to_the_end_of_a_hole(tmp_path: Path) 
     append_row(tmp_path, ROW)
     with (tmp_path / RESULTS_FILE).open("rb+") as file:
         file.truncate(1 << 40)  # a terabyte that takes no room on the disk
-    with pytest.raises(UsageError, match="a line of more than 64 MB is no row"):
+    with pytest.raises(UsageError, match="a line of more than 64 MB is not a row"):
         read_rows(tmp_path)
-    with pytest.raises(UsageError, match="a line of more than 64 MB is no row"):
+    with pytest.raises(UsageError, match="a line of more than 64 MB is not a row"):
         append_row(tmp_path, ROW)
 
 
@@ -134,9 +134,9 @@ def test_a_line_without_an_end_is_not_read_to_the_end_of_a_hole(tmp_path: Path) 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / RESULTS_FILE)
     os.mkfifo(tmp_path / ENVIRONMENT_FILE)
-    with pytest.raises(StorageError, match="it is no file"):
+    with pytest.raises(StorageError, match="it is not a file"):
         read_rows(tmp_path)
-    with pytest.raises(UsageError, match="it is no file"):
+    with pytest.raises(UsageError, match="it is not a file"):
         read_environment(tmp_path)
 
 

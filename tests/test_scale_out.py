@@ -79,7 +79,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     ended = launch(2, *argv, at=at)
     assert ended.statuses[0] == -signal.SIGKILL
     assert ended.statuses[1] == 1
-    assert "ended without a word" in ended.shown[1]
+    assert "disappeared" in ended.shown[1]
     assert "Traceback" not in ended.shown[1]
     ended = launch(3, *argv)
     assert ended.statuses == [0, 0, 0], ended.shown

@@ -161,7 +161,7 @@ def test_a_disk_without_locks_is_not_called_another_qwenq(
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
     with held(tmp_path):  # where nothing has locks, nobody is kept out
         pass
-    said = r"(?s)gave no lock: No locks available.*another disk"
+    said = r"(?s)refused a lock: No locks available.*another disk"
     with pytest.raises(StorageError, match=said), locked(tmp_path):
         pass
 
@@ -239,5 +239,5 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
     for name in ("QWENQ_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 1_999_999_999)  # as a container may have it
-    with pytest.raises(UsageError, match=r"(?s)no place for a cache.*set QWENQ_CACHE"):
+    with pytest.raises(UsageError, match=r"(?s)no folder for a cache.*set QWENQ_CACHE"):
         cache_folder()

@@ -1,4 +1,4 @@
-"""Text sources → token sequences for the Hessians, with a manifest and a fingerprint."""
+"""Turn text sources into token sequences for the Hessians, with a manifest and a fingerprint."""
 
 from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet
 from qwenq.calibration.load import (

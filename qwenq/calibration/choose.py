@@ -1,8 +1,7 @@
-"""The calibration set that a recipe asks for, with the sizes that suit the device."""
+"""Choose sizes that suit the device, where a recipe leaves them open."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from qwenq.calibration.random_tokens import random_tokens
 from qwenq.calibration.saved import load_saved
 from qwenq.calibration.sequences import Wanted
 from qwenq.errors import CalibrationError, UsageError
+from qwenq.events import Listener, Notice, counted
 from qwenq.models.long_context import longest_plain, require_plain
 from qwenq.models.random_weights import is_random
 from qwenq.models.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -28,8 +28,7 @@ def calibration_for(
     checkpoint: Checkpoint,
     vocabulary: int,
     device: torch.device,
-    say: Callable[[str], None],
-    progress: Callable[[str], Callable[[int, int], None]],
+    listener: Listener,
 ) -> CalibrationSet:
     """Load the set or make it.
 
@@ -38,16 +37,15 @@ def calibration_for(
         checkpoint: whose tokenizer it is for, and who writes it where the source is "self".
         vocabulary: rows of the model's embedding.
         device: where the model writes; a GPU is given more text.
-        say: is told what was chosen.
-        progress: begins a step; its result is called with (done, total).
+        listener: receives what was chosen, and the progress in tokens.
 
     Raises:
         CalibrationError: no sound set comes of it, or it has no held-out sequences.
     """
-    made = _loaded_or_made(recipe, checkpoint, vocabulary, device, progress)
+    made = _loaded_or_made(recipe, checkpoint, vocabulary, device, listener)
     facts = made.manifest
     for notice in facts.notices:
-        say(f"calibration: {notice}")
+        listener(Notice(f"calibration: {notice}"))
     if not facts.held_out:
         raise CalibrationError(
             "this calibration set has no held-out sequences, and the check needs some",
@@ -55,12 +53,13 @@ def calibration_for(
             hint="make it again with `qwenq calibrate --held-out 8`",
         )
     if facts.source == "random":
-        say(f"random weights write no text: {facts.samples} × {facts.seq_len} random tokens calibrate them")
+        drawn = f"{facts.samples} × {facts.seq_len} random tokens calibrate them"
+        listener(Notice(f"random weights write no text: {drawn}"))
         return made
     own = " (the model's own text: as good as C4 here, and it needs no network)"
     source = f"{facts.source}{own if facts.source == 'self' else ''}"
     made_of = f"{facts.samples} × {facts.seq_len} tokens ({_why_so_many(recipe, device)}) from {source}"
-    say(f"calibration: {made_of}, {facts.held_out} more held out for the check")
+    listener(Notice(f"calibration: {made_of}, {facts.held_out} more held out for the check"))
     return made
 
 
@@ -80,7 +79,7 @@ def _loaded_or_made(
     checkpoint: Checkpoint,
     vocabulary: int,
     device: torch.device,
-    progress: Callable[[str], Callable[[int, int], None]],
+    listener: Listener,
 ) -> CalibrationSet:
     wanted = recipe.calibration
     on_gpu = device.type == "cuda"
@@ -104,33 +103,30 @@ def _loaded_or_made(
             hint="leave --calibration out: the tokens are random, too",
         )
     label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
-    return load_calibration(
-        wanted.source,
-        checkpoint=checkpoint,
-        tokenizer=calibration_tokenizer(checkpoint.folder, wanted.thinking),
-        samples=asked[0],
-        seq_len=asked[1],
-        held_out=asked[2],
-        seed=recipe.quantize.seed,
-        split=wanted.split,
-        column=wanted.column,
-        device=str(device),
-        progress=progress(label),
-    )
+    with counted(listener, label, "tokens") as progress:
+        return load_calibration(
+            wanted.source,
+            checkpoint=checkpoint,
+            tokenizer=calibration_tokenizer(checkpoint.folder, wanted.thinking),
+            samples=asked[0],
+            seq_len=asked[1],
+            held_out=asked[2],
+            seed=recipe.quantize.seed,
+            split=wanted.split,
+            column=wanted.column,
+            device=str(device),
+            progress=progress,
+        )
 
 
 def calibration_tokenizer(folder: Path, thinking: str) -> Tokenizer:
-    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``.
-
-    Raises:
-        UsageError: the template does not read it.
-    """
+    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``."""
     tokenizer = load_tokenizer(folder)
     return tokenizer if thinking == "auto" else tokenizer.with_thinking(thinking == "on")
 
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """A model with random weights has one if it was written to a folder, and one was put beside it."""
+    """Return whether a model with random weights has a tokenizer in the folder it was written to."""
     return checkpoint.companions is not None and has_tokenizer(checkpoint.companions)
 
 
@@ -141,7 +137,7 @@ def _without_text(
     asked: tuple[int | None, int | None, int | None],
     sizes: Wanted,
 ) -> CalibrationSet:
-    """Tokens for a model with random weights: a saved set, whatever text it was made of, or drawn ones."""
+    """Return tokens for a model with random weights: a saved set, of whatever text, or random ones."""
     source = recipe.calibration.source
     if source == "self":
         require_sizes(sizes, checkpoint)

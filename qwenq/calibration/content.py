@@ -1,4 +1,4 @@
-"""What a file holds, by its bytes: compression, tables, binary data. Names only decide where bytes do not."""
+"""Open files by their bytes: compression, encodings, binary data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any
 from qwenq.errors import CalibrationError, UsageError
 
 LONGEST_LINE = 100_000_000
-"""Bytes of a line, which is held in memory: of a file with a hole, or of a device, it would have no end."""
+"""Bytes of a line, which is held in memory: a sparse file or a device could have one without end."""
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
@@ -58,7 +58,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
     Raises:
         UsageError: a compression whose library is not installed.
-        CalibrationError: the compressed file is damaged, or the file is no text by its first bytes.
+        CalibrationError: the compressed file is damaged, or its first bytes are not those of a text.
     """
     with path.open("rb") as stored:
         start = stored.read(16)
@@ -101,7 +101,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """Yield numbered lines with their ends; a byte-order mark is dropped, other encodings are refused.
 
     Raises:
-        CalibrationError: a line without end, or bytes that are no UTF-8 text; says the line and what to do.
+        CalibrationError: a line that is too long, or bytes that are not UTF-8 text; names the line.
     """
     with open_bytes(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
@@ -125,7 +125,7 @@ def refuse_other_encoding(raw: bytes, where: str, name: str, *, first: bool) -> 
         first: whether they are the file's beginning.
 
     Raises:
-        CalibrationError: says which encoding it probably is.
+        CalibrationError: names the encoding that it probably is.
     """
     encoding = _marked(raw) if first else None
     if encoding is None and b"\0" in raw:

@@ -1,4 +1,4 @@
-"""A calibration set: token sequences, held-out sequences for the check, and where they came from."""
+"""Hold, save and load calibration sets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _TENSORS = {"tokens", "held_out"}
 
 
 class CalibrationManifest(BaseModel):
-    """What is known of a calibration set, enough to make it again.
+    """Origin of a calibration set, enough to make it again.
 
     ``held_out_from`` says whether the held-out sequences share documents with the calibration ones.
     ``documents`` counts those whose tokens are in the set, ``documents_read`` those that could have been.
-    ``notices`` say what of the source the tokens do not hold, or hold in another form, one sentence each.
+    ``notices`` name what of the source the tokens do not hold, or hold in another form, one sentence each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +50,7 @@ class CalibrationManifest(BaseModel):
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token sequences for the Hessians, and others that they never saw.
+    """Token sequences for the Hessians, and held-out ones.
 
     Attributes:
         tokens: int64 [samples, seq_len], no padding.
@@ -64,7 +64,7 @@ class CalibrationSet:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over both token tensors: equal data, equal fingerprint, whatever the file."""
+        """Return 16 hex digits over both token tensors, the same for equal data, whatever the file."""
         return self.manifest.tokens
 
     def save(self, path: Path) -> None:
@@ -104,11 +104,11 @@ class CalibrationSet:
         return loaded
 
     def _verify(self, path: Path) -> None:
-        says = self.manifest
-        shapes = (says.samples, says.seq_len), (says.held_out, says.seq_len)
+        facts = self.manifest
+        shapes = (facts.samples, facts.seq_len), (facts.held_out, facts.seq_len)
         whole = (tuple(self.tokens.shape), tuple(self.held_out.shape)) == shapes
         whole = whole and self.tokens.dtype == self.held_out.dtype == torch.int64
-        if not whole or fingerprint_tokens(self.tokens, self.held_out) != says.tokens:
+        if not whole or fingerprint_tokens(self.tokens, self.held_out) != facts.tokens:
             raise CorruptFileError(
                 "the tokens of this calibration set are not those it was saved with",
                 where=path,
@@ -117,12 +117,12 @@ class CalibrationSet:
 
 
 def manifest_path(path: Path) -> Path:
-    """The readable manifest beside a set: ``chats.safetensors.json``, for ``chats.json`` may be a source."""
+    """Return the readable manifest's path, ``chats.safetensors.json``, as ``chats.json`` may be a source."""
     return path.with_name(path.name + ".json")
 
 
 def fingerprint_tokens(tokens: torch.Tensor, held_out: torch.Tensor) -> str:
-    """16 hex digits over shapes and values (little-endian int64) of both tensors."""
+    """Return 16 hex digits over shapes and values (little-endian int64) of both tensors."""
     digest = hashlib.sha256()
     for tensor in (tokens, held_out):
         digest.update(repr(tuple(tensor.shape)).encode())

@@ -1,4 +1,4 @@
-"""What one record of a source is: a text, or a conversation with everything that a chat template may read."""
+"""Turn a record of a source into a text or a conversation, with everything that a chat template may read."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _ROLES = {
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool",
     "ipython": "tool", "developer": "system",
 }  # fmt: skip
-"""What ShareGPT's files, LLaMA-Factory and the APIs of others call the roles."""
+"""Names of the roles in ShareGPT's files, LLaMA-Factory and other APIs."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text or a conversation, and where it stood.
+    """A text or a conversation, and its place in the source.
 
     Attributes:
         content: the text, or messages ``{"role": …, "content": …}`` with all further keys of theirs.
@@ -66,7 +66,7 @@ def from_record(record: Any, where: str, column: str | None) -> Document:
         column: the key to read; None takes the first known one that holds something.
 
     Raises:
-        CalibrationError: no such key (names the keys there are), or a value that is no text or conversation.
+        CalibrationError: no such key, or a value that is neither a text nor a conversation.
     """
     if isinstance(record, str) and column is None:
         return Document(_clean(record), where)

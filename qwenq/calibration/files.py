@@ -1,4 +1,4 @@
-"""Local files as streams of documents: nothing is read before it is asked for."""
+"""Read local files as streams of documents, lazily."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
 
     Raises:
         UsageError: not there, a folder, or a kind of file that nothing here reads.
-        CalibrationError: what is inside cannot be read; says the line or row.
+        CalibrationError: its content cannot be read; names the line or row.
     """
     if not path.exists():
         raise UsageError("no such text", where=path, hint=f"accepted: {ACCEPTED}")
@@ -65,7 +65,7 @@ def _reader_of(path: Path, column: str | None) -> Reader:
 def _holds_lines(path: Path, suffix: str, column: str | None) -> bool:
     """Return whether each line is a record; else the file is one JSON value. Names are not trusted here."""
     values = _first_values(path, 2)
-    if not values:  # empty, or the first line is no value of its own
+    if not values:  # empty, or the first line is not a whole value
         return suffix != ".json" and not _begins_list(path)
     if isinstance(values[0], list):
         return len(values) == 2
@@ -83,7 +83,7 @@ def _first_values(path: Path, count: int) -> list[Any]:
     try:
         for _, line in islice(((n, text) for n, text in lines_of(path) if text.strip()), count):
             values.append(json.loads(line))
-    except (ValueError, RecursionError, CalibrationError):  # the reader that is chosen says what is wrong
+    except (ValueError, RecursionError, CalibrationError):  # the reader that is chosen reports it
         return [*values, None] if values else []
     return values
 
@@ -232,7 +232,7 @@ def _parse_line(line: str, where: str) -> Any:
 
 
 def _complaint(error: ValueError | RecursionError) -> str:
-    """Return what the JSON reader says, which also refuses endless digits and endless nesting."""
+    """Return the JSON reader's message; it also refuses endless digits and endless nesting."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return str(error)

@@ -1,4 +1,4 @@
-"""Folders as streams of documents: data sets that were saved or downloaded, and folders of text files."""
+"""Read folders as streams of documents: saved or downloaded data sets, and folders of text files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qwenq import stopping
 from qwenq.calibration.content import bare_suffix
 from qwenq.calibration.documents import Document, from_record
 from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, read_file
-from qwenq.errors import CalibrationError, UsageError
+from qwenq.calibration.hub_source import unreadable
+from qwenq.errors import UsageError
 
 _KINDS: tuple[set[str], ...] = ({".parquet"}, JSONS, set(TABLES), TEXTS - {""})
 """Suffixes that belong together, best first: a repository's README is no data beside its tables."""
@@ -91,7 +91,7 @@ def _saved(folder: Path, split: str | None, column: str | None) -> Iterator[Docu
     except MemoryError:
         raise
     except Exception as error:  # ValueError, pyarrow's, KeyError: there is no common class
-        raise _unreadable(error, folder) from error
+        raise unreadable(error, folder, "save it again") from error
     if isinstance(loaded, datasets.DatasetDict):
         wanted = split or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
         if wanted not in loaded:
@@ -111,14 +111,7 @@ def _rows(rows: Any, folder: Path, column: str | None) -> Iterator[Document]:
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
-            raise _unreadable(error, folder) from error
+            raise unreadable(error, folder, "save it again") from error
         document = from_record(record, f"{folder}, row {number + 1}", column)
         if not document.blank:
             yield document
-
-
-def _unreadable(error: Exception, folder: Path) -> BaseException:
-    if (stop := stopping.behind(error)) is not None:
-        return stop
-    said = " ".join(str(error).split())[:500] or type(error).__name__
-    return CalibrationError(f"the saved data set cannot be read: {said}", where=folder, hint="save it again")

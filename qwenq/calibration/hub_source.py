@@ -1,9 +1,10 @@
-"""Hub datasets as streams of documents, through the ``datasets`` library."""
+"""Read hub datasets as streams of documents, through the ``datasets`` library."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from qwenq import stopping
@@ -11,16 +12,17 @@ from qwenq.calibration.documents import Document, from_record
 from qwenq.errors import CalibrationError, HubError, QwenqError, UsageError
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
+_OTHERWISE = "download the file, repair it and give its path; or name another dataset"
 _WITHOUT_HUB = "without a network: name self, or download the file elsewhere and give its path"
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether ``spec`` is spelt ``owner/name`` or ``owner/name:config``."""
+    """Return whether ``spec`` is spelt ``owner/name`` or ``owner/name:config``."""
     return _HUB_ID.fullmatch(spec) is not None
 
 
 def read_hub(spec: str, split: str | None = None, column: str | None = None) -> Iterator[Document]:
-    """Documents of a hub dataset, in its own order, streamed.
+    """Yield the documents of a hub dataset, streamed, in the dataset's order.
 
     Args:
         spec: ``owner/name``, or ``owner/name:config`` for a dataset that has several.
@@ -30,7 +32,7 @@ def read_hub(spec: str, split: str | None = None, column: str | None = None) -> 
     Raises:
         UsageError: ``datasets`` is not installed; no such split, config or column.
         HubError: the hub could not be reached, or has no such dataset.
-        CalibrationError: its files are damaged, or of a form that ``datasets`` does not read; says the row.
+        CalibrationError: its files are damaged, or of a form that ``datasets`` does not read; names the row.
     """
     split = split or "train"
     stream = _open(spec, split)
@@ -49,7 +51,7 @@ def read_hub(spec: str, split: str | None = None, column: str | None = None) -> 
             f"reading the dataset broke off: {error}", where=f"{where}, row {number + 1}", hint=_WITHOUT_HUB
         ) from error
     except Exception as error:  # ValueError, EOFError, pyarrow's, the library's own: there is no common class
-        raise _unreadable(error, f"{where}, after row {number}") from error
+        raise unreadable(error, f"{where}, after row {number}", _OTHERWISE) from error
 
 
 def _open(spec: str, split: str) -> Iterable[Any]:
@@ -79,16 +81,13 @@ def _open(spec: str, split: str) -> Iterable[Any]:
         raise HubError(f"cannot open the dataset: {error}", where=spec, hint=_WITHOUT_HUB) from error
     except MemoryError:
         raise
-    except Exception as error:  # RuntimeError: a script of its own would have to be run
-        raise _unreadable(error, spec) from error
+    except Exception as error:  # RuntimeError: the dataset's script would have to be run
+        raise unreadable(error, spec, _OTHERWISE) from error
 
 
-def _unreadable(error: Exception, where: str) -> BaseException:
+def unreadable(error: Exception, where: Path | str, hint: str) -> BaseException:
+    """Return the error to raise where ``datasets`` fails: the stop that caused it, if one did."""
     if (stop := stopping.behind(error)) is not None:
         return stop
-    said = " ".join(str(error).split())[:500] or type(error).__name__
-    return CalibrationError(
-        f"the dataset cannot be read: {said}",
-        where=where,
-        hint="download the file, repair it and give its path; or name another dataset",
-    )
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    return CalibrationError(f"the dataset cannot be read: {reason}", where=where, hint=hint)

@@ -1,4 +1,4 @@
-"""From what the user named to a calibration set: the one door of this room."""
+"""Make or load the calibration set that the user names."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def load_calibration(
         split, column: of a hub dataset or a table; None: ``train``, and the first of text, messages,
             conversations.
         device: where ``self`` runs the model.
-        progress: told (tokens done, tokens in all).
+        progress: called with (tokens done, tokens in all).
 
     Raises:
         UsageError: nothing that can be read is named, or options contradict it.
@@ -103,11 +103,7 @@ def load_calibration(
 def wanted_sizes(
     checkpoint: Checkpoint, samples: int | None, seq_len: int | None, held_out: int | None
 ) -> Wanted:
-    """How much to make; None: the defaults, and no longer sequences than the model takes.
-
-    Raises:
-        UsageError: a size that is too small, or more tokens than the model takes.
-    """
+    """Return how much to make; None: the defaults, and no longer sequences than the model takes."""
     usual = min(DEFAULT_SEQ_LEN, longest_plain(checkpoint.config) or DEFAULT_SEQ_LEN)
     wanted = Wanted(
         samples=DEFAULT_SAMPLES if samples is None else samples,
@@ -145,7 +141,7 @@ def _from_documents(
     seed: int,
     progress: Progress | None,
 ) -> CalibrationSet:
-    # imported here: it loads transformers, which reading files has no need of
+    # imported here: it loads transformers, which reading files does not need
     from qwenq.calibration.self_text import separator_of
 
     pool = read_pool(documents, max(POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted.tokens))
@@ -218,7 +214,7 @@ def _self_written(
 def self_text_path(
     checkpoint: Checkpoint, tokenizer: Tokenizer, wanted: Wanted, seed: int, device: str
 ) -> Path:
-    """Where the model's own text is kept: its name is a hash of all that decides it."""
+    """Return where the model's own text is cached: the name is a hash of all that decides the text."""
     from qwenq.models.precision import product_dtype
 
     decides: list[Any] = [
@@ -238,7 +234,7 @@ def self_text_path(
 
 
 def _from_cache(path: Path) -> CalibrationSet | None:
-    """The kept text; a damaged file counts as none and is written anew."""
+    """Return the text in the cache; None where it is missing or damaged, and has to be written again."""
     if not path.is_file():
         return None
     try:

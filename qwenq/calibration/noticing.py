@@ -1,4 +1,4 @@
-"""Say what tokens do not show: keys that a chat template does not read, special tokens in plain text."""
+"""Report what tokens do not show: keys that a chat template does not read, special tokens in plain text."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Token sequences for models with random weights, which no text would tell anything about."""
+"""Draw random tokens for models with random weights, for which a text would mean nothing."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 import torch
 
@@ -10,7 +12,7 @@ from qwenq.errors import UsageError
 
 
 def random_tokens(vocabulary: int, wanted: Wanted, seed: int) -> CalibrationSet:
-    """Uniformly drawn ids, [samples, seq_len] and [held_out, seq_len].
+    """Return uniformly drawn ids, [samples, seq_len] and [held_out, seq_len].
 
     Raises:
         UsageError: a seed that the generator does not take.
@@ -25,9 +27,7 @@ def random_tokens(vocabulary: int, wanted: Wanted, seed: int) -> CalibrationSet:
         source="random",
         template="random",
         seed=seed,
-        samples=wanted.samples,
-        seq_len=wanted.seq_len,
-        held_out=wanted.held_out,
+        **asdict(wanted),
         held_out_from="other random streams" if wanted.held_out else "none",
         tokenizer="none",
         tokens=fingerprint_tokens(tokens, held_out),

@@ -1,4 +1,4 @@
-"""A calibration set that `qwenq calibrate` saved, read for a model."""
+"""Read a calibration set that `qwenq calibrate` saved."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from qwenq.models.local_path import local_path
 def load_saved(
     path: Path, vocabulary: int, asked: tuple[int | None, int | None, int | None] = (None, None, None)
 ) -> CalibrationSet:
-    """The set in a file, which has sizes of its own.
+    """Return the set in a file, whose sizes are fixed.
 
     Args:
         path: the .safetensors file.
         vocabulary: ids have to be below it.
-        asked: samples, tokens of each, and held-out sequences that the user named; None: none was named.
+        asked: samples, tokens of each, and held-out sequences that the user named; None: not named.
 
     Raises:
         UsageError: no such file, or it has other sizes.
-        CalibrationError: an id that the model does not have, or a file that is no calibration set.
+        CalibrationError: an id that the model does not have, or a file that is not a calibration set.
         CorruptFileError: a damaged file.
     """
     path = local_path(path, "the calibration set")

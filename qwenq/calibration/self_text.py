@@ -1,16 +1,9 @@
-"""Calibration without data: the model writes its own text, sampled from BOS at temperature 1.
-
-Every row has a random stream of its own, drawn from (seed, row): which text a row gets depends neither on
-how many rows there are nor, up to floating point, on how they are batched. (A product over another number of
-rows may round the last bit differently; where that moves a token over the edge of its draw, the row goes on
-with another text. The batch size follows from the model's shape alone, never from the machine's free memory,
-so that the same command gives the same text again on the same machine.)
-"""
+"""Sample text from the model, row by row."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +45,7 @@ class Vocabulary:
 
 
 def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:
-    """The ids that sampling needs.
+    """Return the ids that sampling needs.
 
     Raises:
         CalibrationError: the tokenizer names neither BOS nor an end, or the model has no row for it.
@@ -78,7 +71,7 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:
 
 
 def separator_of(tokenizer: Tokenizer) -> int | None:
-    """The id that parts documents: ``<|endoftext|>`` where it is a token, else the first end id."""
+    """Return the id that parts documents: ``<|endoftext|>`` where it is a token, else the first end id."""
     spelled = tokenizer.encode("<|endoftext|>", special=True)
     if len(spelled) == 1:
         return spelled[0]
@@ -95,16 +88,12 @@ def write_self_text(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Text that the model writes: one sequence for each number in ``rows``.
+    """Return text that the model writes, one sequence for each number in ``rows``.
 
     A row begins with BOS. Where it ends (an end id), it goes on with a new text, so that it is always full.
 
     Returns:
         int64 [len(rows), seq_len], on the CPU.
-
-    Raises:
-        UsageError: the whole model does not fit into memory.
-        CalibrationError: the model's logits are not finite.
     """
     vocabulary = vocabulary_of(checkpoint, tokenizer)
     dtype = product_dtype(device)
@@ -118,9 +107,13 @@ def write_self_text(
     written = []
     for first in range(0, len(rows), size):
         batch = rows[first : first + size]
-        meter = _BatchMeter(progress, first * seq_len, len(batch), len(rows) * seq_len)
+
+        def report(tokens: int, before: int = first * seq_len, count: int = len(batch)) -> None:
+            if progress:
+                progress(before + count * tokens, len(rows) * seq_len)
+
         uniforms = draws(seed, batch, seq_len).to(device)
-        written.append(sample_rows(model, checkpoint, vocabulary, uniforms, meter))
+        written.append(sample_rows(model, checkpoint, vocabulary, uniforms, report))
     return torch.cat(written).cpu()
 
 
@@ -130,16 +123,16 @@ def sample_rows(
     checkpoint: Checkpoint,
     vocabulary: Vocabulary,
     uniforms: torch.Tensor,
-    meter: _BatchMeter,
+    report: Callable[[int], None],
 ) -> torch.Tensor:
-    """Rows of text by inverse transform: draw u takes the first id whose cumulative probability exceeds u.
+    """Sample rows by inverse transform: draw u takes the first id whose cumulative probability exceeds u.
 
     Args:
         model: a causal language model of transformers.
         checkpoint: for messages.
         vocabulary: where texts begin and end.
         uniforms: float64 [rows, seq_len] in [0, 1).
-        meter: told of every step.
+        report: called with the number of tokens that each row has so far.
     """
     rows, seq_len = uniforms.shape
     ends = torch.tensor(sorted(vocabulary.ends), device=uniforms.device)
@@ -160,13 +153,13 @@ def sample_rows(
         chosen.clamp_(max=vocabulary.size - 1)
         restart = torch.isin(last, ends) & (last != vocabulary.start)
         text[:, place] = torch.where(restart, vocabulary.start, chosen)[:, 0]
-        meter.step(place)
-    meter.step(seq_len)
+        report(place)
+    report(seq_len)
     return text
 
 
 def draws(seed: int, rows: Sequence[int], count: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), float64 [len(rows), count]; each row has a stream of its own."""
+    """Return uniform numbers in [0, 1), float64 [len(rows), count], from one stream per row."""
     streams = []
     for row in rows:
         digest = hashlib.sha256(f"qwenq self text, seed {seed}, row {row}".encode()).digest()
@@ -176,7 +169,7 @@ def draws(seed: int, rows: Sequence[int], count: int) -> torch.Tensor:
 
 
 def cache_bytes_per_row(config: dict[str, Any], seq_len: int, dtype: torch.dtype) -> int:
-    """Keys and values of one row of ``seq_len`` tokens over all layers, in bytes."""
+    """Return the bytes of keys and values of one row of ``seq_len`` tokens over all layers."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -184,20 +177,8 @@ def cache_bytes_per_row(config: dict[str, Any], seq_len: int, dtype: torch.dtype
 
 
 def batch_rows(bytes_per_row: int) -> int:
-    """Rows written at once: at most 64, and at most 2 GiB of keys and values; at least one."""
+    """Return the rows written at once: at most 64, and at most 2 GiB of keys and values; at least one."""
     return max(1, min(_MOST_ROWS, _CACHE_BYTES // bytes_per_row))
-
-
-@dataclass(frozen=True)
-class _BatchMeter:
-    progress: Progress | None
-    before: int
-    rows: int
-    total: int
-
-    def step(self, place: int) -> None:
-        if self.progress:
-            self.progress(self.before + self.rows * place, self.total)
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]

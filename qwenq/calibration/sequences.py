@@ -1,4 +1,4 @@
-"""Documents → full sequences: shuffled, tokenised, joined, cut. There is no padding anywhere."""
+"""Shuffle, render, tokenise, join and cut documents into sequences."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
-"""Told (tokens done, tokens in all)."""
+"""Called with (tokens done, tokens in all)."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How much to make."""
+    """Sizes of a calibration set."""
 
     samples: int
     held_out: int
@@ -27,7 +27,7 @@ class Wanted:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all sequences together."""
+        """Return the tokens in all sequences together."""
         return (self.samples + self.held_out) * self.seq_len
 
 
@@ -38,7 +38,7 @@ class Packed:
     Attributes:
         tokens: int64 [samples, seq_len].
         held_out: int64 [held_out, seq_len].
-        held_out_from: whether the held-out sequences have documents of their own.
+        held_out_from: whether the held-out sequences come from other documents.
         documents: how many documents were tokenised for them.
     """
 
@@ -89,7 +89,7 @@ def _require_tool_role(document: Document, template: str | None) -> None:
 
 
 def read_pool(documents: Iterator[Document], characters: int) -> Pool:
-    """The first documents of a source, until they hold ``characters`` characters."""
+    """Return the first documents of a source, until they hold ``characters`` characters."""
     pool: list[Document] = []
     for document in documents:
         pool.append(document)
@@ -100,7 +100,7 @@ def read_pool(documents: Iterator[Document], characters: int) -> Pool:
 
 
 def shuffled(documents: list[Document], seed: int) -> list[Document]:
-    """In an order that depends on seed and number alone, the same for every Python and platform."""
+    """Return documents in an order that depends on seed and number alone, the same on every platform."""
 
     def draw(place: int) -> bytes:
         return hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=16).digest()
@@ -120,10 +120,7 @@ def pack(
 
     The held-out sequences are cut first; the document that their last token falls into is used no further,
     so that the calibration sequences come from other documents. Where the text is too short for that, both
-    are cut from one stream, and ``held_out_from`` says so. What is left over is dropped.
-
-    Raises:
-        CalibrationError: too little text: says how many tokens there are, how many are needed, what to lower.
+    are cut from one stream: see ``held_out_from``. What is left over is dropped.
     """
     stream = iter(documents)
     meter = _Meter(wanted.tokens, progress)
@@ -158,7 +155,7 @@ class _Meter:
 def _take(
     stream: Iterator[list[int]], count: int, separator: list[int], meter: _Meter
 ) -> tuple[list[int], int]:
-    """Whole documents until there are ``count`` tokens, or no more documents; and how many those were."""
+    """Take whole documents until there are ``count`` tokens; return them and the number of documents."""
     taken: list[int] = []
     used = 0
     while len(taken) < count:

@@ -1,4 +1,4 @@
-"""The whole model in memory, for writing text; quantising itself never needs this."""
+"""Load the whole model, which only writing text needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def require_memory(checkpoint: Checkpoint, dtype: torch.dtype, extra: int) -> No
     """Refuse when the weights in ``dtype`` and ``extra`` bytes do not fit into the free memory.
 
     Raises:
-        UsageError: says how much is needed and free; a text file needs no whole model.
+        UsageError: names how much is needed and free.
     """
     weights = sum(checkpoint.info(name).numel for name in checkpoint.names()) * dtype.itemsize
     needed, free = int((weights + extra) * _SLACK), free_memory()
@@ -50,13 +50,7 @@ def require_memory(checkpoint: Checkpoint, dtype: torch.dtype, extra: int) -> No
 
 
 def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Any:
-    """The model as transformers builds it, in ``dtype`` on ``device``, for inference.
-
-    Raises:
-        UnsupportedError: transformers does not know the architecture.
-        ModelError: tensors are missing or have the wrong shape; names them.
-        CorruptFileError: a tensor holds NaN or Inf; names it.
-    """
+    """Return the model as transformers builds it, in ``dtype`` on ``device``, for inference."""
     config = transformers_config(checkpoint.config, checkpoint.folder, GIVE_A_FILE)
     names, folder = checkpoint.names(), checkpoint.folder
     tensors = {name: check_finite(name, checkpoint.read(name), folder) for name in names}
@@ -75,7 +69,7 @@ def store_transposed(model: Any) -> None:
 
 
 def require_finite(values: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """Refuse to sample from logits that are no numbers.
+    """Refuse to sample from logits that are not finite.
 
     Raises:
         CalibrationError: NaN or Inf.

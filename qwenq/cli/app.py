@@ -20,8 +20,8 @@ import typer
 from qwenq import __version__, stopping
 from qwenq.errors import QwenqError, UsageError
 
-SHARED = ("quantize", "eval", "profile")
-"""Commands that torchrun may start as several processes; profile with --tp."""
+SHARED = ("quantize", "eval")
+"""Commands that torchrun may start as several processes."""
 PACKAGE = Path(__file__).parents[1]
 
 app = typer.Typer(
@@ -57,7 +57,7 @@ def root(
         raise UsageError(
             f"qwenq {context.invoked_subcommand} runs as one process: each of several would do all the work",
             where="torchrun",
-            hint="start it without torchrun; quantize, eval and profile --tp take several processes",
+            hint="start it without torchrun; quantize and eval take several processes",
         )
 
 

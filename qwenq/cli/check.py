@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qwenq.checking import SAMPLES, SEQ_LEN
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, Quiet, RealWeights
-from qwenq.cli.printing import next_commands, notes, print_json, table_console
-from qwenq.errors import QwenqError, UsageError, VerificationError
+from qwenq.cli.printing import next_commands, note, print_json, table_console
+from qwenq.errors import VerificationError
 
 if TYPE_CHECKING:
-    import torch
-
-    from qwenq.evals.result import CheckResult
-    from qwenq.models.checkpoint import Checkpoint
-    from qwenq.models.tokenizer import Tokenizer
-
-_SAMPLES, _SEQ_LEN = 8, 512
+    from qwenq.checking import Checked
 
 
 @app.command()
@@ -39,10 +31,10 @@ def check(
             "a hub dataset owner/name[:config]; or the held-out part of a set made by `qwenq calibrate`."
         ),
     ] = "self",
-    samples: Annotated[int | None, typer.Option(min=1, help=f"Sequences. [default: {_SAMPLES}]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help=f"Sequences. [default: {SAMPLES}]")] = None,
     seq_len: Annotated[
         int | None,
-        typer.Option(min=2, help=f"Tokens of each. [default: {_SEQ_LEN}, at most the context]"),
+        typer.Option(min=2, help=f"Tokens of each. [default: {SEQ_LEN}, at most the context]"),
     ] = None,
     device: DeviceName = "auto",
     dtype: Annotated[
@@ -69,255 +61,59 @@ def check(
     poor       KL to 2, same top from 30 %
     broken     beyond that, or not finite: the exit code is 1
     """
-    from qwenq.cli.progress import show_progress
-    from qwenq.evals.check import check as run
+    from qwenq.checking import check_folders
+    from qwenq.cli.progress import show_events
     from qwenq.models.opening import refuse_random_weights
-    from qwenq.models.precision import resolve_device
 
     refuse_random_weights(weights)
-    chosen = resolve_device(device)
-    pair = _open_pair(quantised, against)
-    held_out = _held_out(text, pair, samples, seq_len, seed, str(chosen), quiet=quiet)
-    notes(pair.notices)
-    found: list[str] = []
-    with show_progress("checking", "steps", quiet=quiet) as progress:
-        result = run(
-            pair.quantised,
-            pair.base,
-            held_out,
-            device=chosen,
-            dtype=_dtype(dtype),
-            progress=progress,
-            say=found.append,
+    with show_events(note, quiet=quiet) as listener:
+        found = check_folders(
+            quantised,
+            against,
+            text=text,
+            samples=samples,
+            seq_len=seq_len,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            listener=listener,
         )
-    notes(found)
-    pair.notices += found
+    result = found.result
     if as_json:
-        _print_json(result, pair, text, seed)
+        _print_json(found, text, seed)
     else:
-        _print_text(result, pair, text, modules)
+        _print_text(found, text, modules)
     if result.broken:
         raise VerificationError(
             "the quantised model is broken",
-            where=pair.quantised.folder,
+            where=found.quantised,
             hint="is it compared with the model it was made from? If so, quantise it again, with --bits 8",
         )
     if not as_json:
-        next_commands(("eval", against or pair.base.folder, quantised), ("chat", quantised))
+        next_commands(("eval", against or found.base, quantised), ("chat", quantised))
 
 
-@dataclass
-class _Pair:
-    quantised: Checkpoint
-    base: Checkpoint
-    manifest: dict[str, Any] | None
-    notices: list[str] = field(default_factory=list)
-
-
-def _open_pair(quantised: str, against: str | None) -> _Pair:
-    """Open both models, and verify that they are sound and of one shape."""
-    from qwenq.evals.check import require_comparable
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.gptq_format import is_quantised, validate_quantised
-    from qwenq.models.random_weights import refuse_random
-    from qwenq.models.resolve import resolve_model
-
-    resolved = resolve_model(quantised)
-    packed = open_checkpoint(resolved.folder)
-    if not is_quantised(packed.config):
-        raise UsageError(
-            "this model is not quantised, so there is nothing to check",
-            where=resolved.folder,
-            hint="the quantised model comes first: `qwenq check QUANTISED --against BASE`",
-        )
-    refuse_random(packed.config, "accuracy")  # before its base is looked for: that one lies on no disk
-    manifest = _verified_manifest(resolved.folder)
-    folder, notices = _find_base(against, resolved.folder)
-    pair = _Pair(packed, open_checkpoint(folder), manifest)
-    pair.notices = [*resolved.notices, *packed.notices, *notices, *pair.base.notices]
-    quant = require_comparable(packed, pair.base)
-    validate_quantised(packed.source, quant)
-    _compare_fingerprint(pair, explicit=against is not None)
-    return pair
-
-
-def _verified_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return qwenq.json, with every file that it lists verified; None without one."""
-    import json
-
-    from qwenq.models.integrity import verify_files
-    from qwenq.models.manifest import MANIFEST
-
-    if not (folder / MANIFEST).is_file():
-        return None
-    verify_files(folder)
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
-
-
-def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
-    """Return the base's folder, and notices about how it was found."""
-    from qwenq.models.identity import base_of, local_base
-    from qwenq.models.resolve import resolve_model
-
-    if against is not None:
-        resolved = resolve_model(against)
-        return resolved.folder, resolved.notices
-    named = base_of(quantised)
-    if "model" not in named:
-        raise UsageError(
-            "which model was this made from? No qwenq.json names it",
-            where=quantised,
-            hint="name it: --against BASE",
-        )
-    if named.get("folder"):
-        return local_base(named, quantised), []
-    try:
-        resolved = resolve_model(named["model"])
-    except QwenqError as error:
-        error.what = f"the base that qwenq.json names cannot be opened: {error.what}"
-        error.hint = f"name it: --against BASE{f'; or {error.hint}' if error.hint else ''}"
-        raise
-    bundled = named["model"] is None
-    return resolved.folder, ["the base is the bundled model"] if bundled else resolved.notices
-
-
-def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:
-    """Raise UsageError unless the base is the one that was quantised; add a notice if the user named it."""
-    from qwenq.models.identity import base_of
-
-    wanted = base_of(pair.quantised.folder).get("fingerprint")
-    if wanted is None or wanted == pair.base.fingerprint:
-        return
-    if not explicit:
-        raise UsageError(
-            f"the base has changed since it was quantised: its fingerprint is {pair.base.fingerprint}, "
-            f"qwenq.json says {wanted}",
-            where=pair.base.folder,
-            hint="name the original model with --against BASE, or quantise again",
-        )
-    pair.notices.append(
-        f"this is not the base that was quantised: its fingerprint is {pair.base.fingerprint}, "
-        f"qwenq.json says {wanted}"
-    )
-
-
-def _held_out(
-    text: str,
-    pair: _Pair,
-    samples: int | None,
-    seq_len: int | None,
-    seed: int,
-    device: str,
-    *,
-    quiet: bool,
-) -> torch.Tensor:
-    """Return sequences that calibration does not use: int64 [samples, seq_len]."""
-    from qwenq.calibration import load_calibration
-    from qwenq.cli.progress import show_progress
-    from qwenq.models.long_context import longest_plain
-    from qwenq.models.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(pair.base.folder)
-    if text.endswith(".safetensors"):
-        made = load_calibration(text, checkpoint=pair.base, tokenizer=tokenizer, seq_len=seq_len)
-        held_out = made.held_out
-        if len(held_out) < (samples or 1):
-            raise UsageError(
-                f"{samples or 1} held-out sequences are needed, this set has {len(held_out)}",
-                where=text,
-                hint="lower --samples, or make a set with more: `qwenq calibrate … --held-out`",
-            )
-        return held_out[:samples]
-    longest = longest_plain(pair.base.config) or _SEQ_LEN
-    rows, length = samples or _SAMPLES, seq_len or min(_SEQ_LEN, longest)
-    _note_overlap(text, pair, {"held_out": rows, "seq_len": length, "seed": seed})
-    with show_progress("writing text" if text == "self" else "reading text", quiet=quiet) as progress:
-        made = load_calibration(
-            text,
-            checkpoint=pair.base,
-            tokenizer=tokenizer,
-            samples=_unused_samples(text, pair, tokenizer, rows, length, seed, device),
-            held_out=rows,
-            seq_len=length,
-            seed=seed,
-            device=device,
-            progress=progress,
-        )
-    return made.held_out
-
-
-def _unused_samples(
-    text: str, pair: _Pair, tokenizer: Tokenizer, rows: int, length: int, seed: int, device: str
-) -> int:
-    """Return the number of calibration sequences to request: that of the model's calibration if it is cached.
-
-    The held-out sequences are then cached too. Otherwise 1, the minimum.
-    """
-    from qwenq.calibration.load import self_text_path
-    from qwenq.calibration.sequences import Wanted
-
-    used = (pair.manifest or {}).get("calibration")
-    made_with = used.get("samples") if isinstance(used, dict) else None
-    if text != "self" or not isinstance(made_with, int):
-        return 1
-    wanted = Wanted(samples=made_with, held_out=rows, seq_len=length)
-    return made_with if self_text_path(pair.base, tokenizer, wanted, seed, device).is_file() else 1
-
-
-def _note_overlap(text: str, pair: _Pair, wanted: dict[str, int]) -> None:
-    """Add a notice where the calibration text is cut differently, so that parts of it may be seen again.
-
-    With self-written text that cannot happen: held-out sequences have separate random streams.
-    """
-    used = (pair.manifest or {}).get("calibration")
-    if not isinstance(used, dict) or text == "self" or not _same_text(text, used.get("source")):
-        return
-    if any(used.get(key) != value for key, value in wanted.items()):
-        pair.notices.append(
-            "this text calibrated the model and is cut differently here, so parts of it may be seen again; "
-            f"it was made with seed {used.get('seed')}, {used.get('held_out')} held-out sequences "
-            f"of {used.get('seq_len')}"
-        )
-
-
-def _same_text(text: str, source: object) -> bool:
-    """Return whether two names are equal or name the same file."""
-    if not isinstance(source, str) or text == source:
-        return text == source
-    with suppress(OSError, ValueError):
-        return Path(text).samefile(source)
-    return False
-
-
-def _dtype(name: str) -> torch.dtype:
-    """Return the dtype; auto is float32: in 16 bits both models' rounding would be measured too."""
-    import torch
-
-    found: torch.dtype = getattr(torch, "float32" if name == "auto" else name)
-    return found
-
-
-def _print_json(result: CheckResult, pair: _Pair, text: str, seed: int) -> None:
+def _print_json(found: Checked, text: str, seed: int) -> None:
     about = {
-        "quantised": str(pair.quantised.folder),
-        "base": str(pair.base.folder),
+        "quantised": str(found.quantised),
+        "base": str(found.base),
         "text": text,
         "seed": seed,
-        "notices": pair.notices,
+        "notices": found.notices,
     }
-    print_json({**about, **result.to_json()})
+    print_json({**about, **found.result.to_json()})
 
 
-def _print_text(result: CheckResult, pair: _Pair, text: str, count: int) -> None:
+def _print_text(found: Checked, text: str, count: int) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    result = found.result
     console = table_console(200)
     groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"
     lines = {
-        "quantised": f"{pair.quantised.folder} (Int{result.bits}, {groups})",
-        "base": str(pair.base.folder),
+        "quantised": f"{found.quantised} (Int{result.bits}, {groups})",
+        "base": str(found.base),
         "text": f"{text}, {result.sequences} × {result.seq_len} tokens; {result.dtype} on {result.device}",
     }
     verdict_styles = {"excellent": "bold green", "good": "bold green", "fair": "bold yellow"}

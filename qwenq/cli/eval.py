@@ -27,6 +27,7 @@ from qwenq.cli.options import (
 )
 from qwenq.cli.printing import next_commands, note, notes, print_rows, stop_notice, typed_command
 from qwenq.errors import UsageError
+from qwenq.events import Event, Notice
 
 if TYPE_CHECKING:
     from qwenq.evals.contender import How
@@ -116,7 +117,7 @@ def evaluate(
         from qwenq.cli.progress import EvalProgress
 
         with stop_notice("answers are kept", team.world), EvalProgress(quiet=quiet) as progress:
-            rows = run_all(contenders, wanted, run, progress, note, typed_command(team.world), team)
+            rows = run_all(contenders, wanted, run, progress, typed_command(team.world), team)
     if as_json:
         print_rows(run, rows)
     else:
@@ -195,11 +196,16 @@ def _served(endpoint: str, model: str | None, how: How, size: int | None) -> Con
     from qwenq.evals.served import Served
 
     key = os.environ.get("OPENAI_API_KEY")
-    found = endpoint_at(endpoint, model, key, size or CONCURRENCY, note)
+    found = endpoint_at(endpoint, model, key, size or CONCURRENCY, _show_notice)
     if how.thinking == "auto":
         note("whether this model thinks, its server decides; --thinking on or off asks for one of them")
         return Served(replace(found, thinking=None))
     return Served(replace(found, thinking=how.thinking == "on"))
+
+
+def _show_notice(event: Event) -> None:
+    if isinstance(event, Notice):
+        note(event.text)
 
 
 def _source(chosen: EvalRecipe) -> DataSource:

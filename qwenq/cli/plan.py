@@ -27,15 +27,24 @@ def plan(
     batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     gpu: Annotated[
         str,
-        typer.Option(help="GPUs, comma-separated: h200, a100-80g, rtx-4090, … (a wrong name lists all)."),
-    ] = "a100-80g",
-    tp: Annotated[str, typer.Option(help="GPUs for tensor parallelism, comma-separated.")] = "1,2,4,8",
+        typer.Option(
+            help="GPUs, comma-separated: h200, a100-80g, rtx-4090, … (a wrong name lists all). "
+            "[default: a CPU]",
+        ),
+    ] = "",
+    tp: Annotated[
+        str, typer.Option(help="Numbers of GPUs for tensor parallelism, comma-separated: 1,2,4,8.")
+    ] = "1",
     group_size: Annotated[
         str,
         typer.Option(help="Group size: auto, 128, 64, 32, or -1 (the whole row)."),
     ] = "auto",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 48,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 256,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences. [default: 48; on a GPU 128]")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a calibration sequence. [default: 256; on a GPU 2048]")
+    ] = None,
     pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show the effect of padding the MLP.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
 ) -> None:
@@ -51,7 +60,7 @@ def plan(
         bits=tuple(listed_numbers(bits, "--bits", "4,8")),
         context=context,
         batch=batch,
-        gpus=tuple(find_gpu(name) for name in listed_names(gpu, "--gpu")),
+        gpus=tuple(map(find_gpu, listed_names(gpu, "--gpu"))) if gpu else (),
         tensor_parallel=tuple(listed_numbers(tp, "--tp")),
         group_size=None if group_size == "auto" else _group_size(group_size),
         samples=samples,

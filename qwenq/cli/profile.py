@@ -23,21 +23,17 @@ from qwenq.cli.options import (
 )
 from qwenq.cli.printing import next_commands, notes, stop_notice, table_console, typed_command
 from qwenq.cli.progress import ProfileProgress, rough_time
-from qwenq.errors import UsageError, visible
+from qwenq.errors import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
-    from qwenq.distributed import Team
     from qwenq.profiling.planning import Device, Planned
     from qwenq.profiling.points import Point
     from qwenq.profiling.subjects import Subjects
     from qwenq.profiling.table import PrintedTable
-    from qwenq.recipe import ProfileRecipe
-
-MOST_TOKENS = 10**9
 
 
 @app.command()
@@ -58,49 +54,43 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/profile-MODEL]")] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
-    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share a model; under torchrun.")] = 1,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Processes that share a model, one a GPU.")] = 1,
 ) -> None:
     """Measure speed and memory, each point in a separate process.
 
     Points: models in each precision × attention × engine × length. A point that cannot run is reported with
     the reason, and the sweep goes on. Ctrl-C keeps what is measured; the same command goes on.
     """
-    from qwenq.distributed import assembled, described
-    from qwenq.profiling.parallel import check_processes, help_measure, refuse_unsplittable
     from qwenq.profiling.planning import parse_budget
+    from qwenq.profiling.points import lengths_of, refuse_unsplittable, require_known
     from qwenq.profiling.subjects import subjects_of
     from qwenq.recipe import ProfileRecipe, Recipe
 
     chosen = Recipe().override(given[""], profile=given["profile"])
     points = chosen.profile or ProfileRecipe()
-    check_processes(described(), tp)
-    with assembled(tensors=False) as team:
-        if not team.leads:
-            help_measure(team)
-            return
-        budget = parse_budget(points.budget) if points.budget else None
-        lengths = _lengths(context, points)
-        _check_names(points.attention, points.engine, kernel)
-        named: list[str | None] = [*dict.fromkeys(models)] if models else [None]
-        found = subjects_of(named, listed_names(precision, "--precision"), chosen.weights, seed)
-        if tp > 1:
-            refuse_unsplittable(found.subjects, list(points.engine))
-        notes(found.notices)
-        sweep = partial(
-            sweep_points,
-            found,
-            attentions=list(points.attention),
-            engines=list(points.engine),
-            lengths=lengths,
-            kernel=kernel,
-            tp=tp,
-        )
-        folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
-        progress = ProfileProgress(as_json=as_json, quiet=quiet)
-        with stop_notice("what is measured is kept", team.world):
-            planned, kept = _measure(found, sweep, folder, device, budget, progress, team)
-            if not as_json:
-                _show(folder, planned, kept)
+    budget = parse_budget(points.budget) if points.budget else None
+    lengths = lengths_of(listed_numbers(context, "--context", "1,1024"), points.tokens, points.encode)
+    require_known(points.attention, points.engine, kernel)
+    named: list[str | None] = [*dict.fromkeys(models)] if models else [None]
+    found = subjects_of(named, listed_names(precision, "--precision"), chosen.weights, seed)
+    if tp > 1:
+        refuse_unsplittable(found.subjects, points.engine)
+    notes(found.notices)
+    sweep = partial(
+        sweep_points,
+        found,
+        attentions=points.attention,
+        engines=points.engine,
+        lengths=lengths,
+        kernel=kernel,
+        tp=tp,
+    )
+    folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
+    progress = ProfileProgress(as_json=as_json, quiet=quiet)
+    with stop_notice("what is measured is kept"):
+        planned, kept = _measure(found, sweep, folder, device, budget, progress)
+        if not as_json:
+            _show(folder, planned, kept)
 
 
 def sweep_points(found: Subjects, device: str, **choices: Any) -> list[Point]:
@@ -117,27 +107,23 @@ def _measure(
     device: str,
     budget: float | None,
     progress: ProfileProgress,
-    team: Team,
 ) -> tuple[list[Planned], int]:
     """Plan the points and measure those that the folder lacks; return all, and how many it had."""
     from qwenq.environment import environment
     from qwenq.profiling.child import probe
-    from qwenq.profiling.parallel import measure_together
     from qwenq.profiling.planning import plan, read_device
     from qwenq.profiling.sweep import run_sweep
     from qwenq.storage import locked
 
-    together: dict[str, Any] = {} if team.world == 1 else {"measure": measure_together(team)}
     began = time.monotonic()
     with locked(folder):  # before anything is timed: two commands would measure each other
         chosen = read_device(probe(device))
         planned = plan(points(device=chosen.device), found.shapes, chosen)
         if not progress.quiet:
             show_plan(planned, chosen, budget, folder)
-        options = {"environment": environment(), "command": typed_command(team.world), **together}
         left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
-        done = run_sweep(planned, folder, progress, budget=left, **options)
-    team.tell()  # the sweep is over
+        facts, command = environment(), typed_command()
+        done = run_sweep(planned, folder, progress, environment=facts, budget=left, command=command)
     return list(planned), done.kept
 
 
@@ -155,10 +141,10 @@ def show_plan(planned: Sequence[Planned], device: Device, budget: float | None, 
     )
     if budget is not None and sum(each.needed for each in planned) > budget:
         typer.echo(
-            "  to load and measure each once takes more than the budget: points at the end may be left out"
+            "  to load and measure each once takes more than the budget: the last points may be skipped"
         )
     elif budget is not None and total > budget:
-        typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are left out")
+        typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are skipped")
     for each in planned:
         seconds = f"about {rough_time(each.seconds)} ({rough_time(each.load)} to load)"
         estimate = each.too_large or f"{seconds}, {readable_bytes(each.nbytes)}"
@@ -203,34 +189,3 @@ def _print_table(console: Console, printed: PrintedTable) -> None:
             return
     for text in printed.paragraphs(console.width):
         console.print(text)
-
-
-def _lengths(context: str, points: ProfileRecipe) -> list[tuple[int, int]]:
-    """Return (prompt, new tokens) of every point; one new token where only the prefill is measured."""
-    prompts = listed_numbers(context, "--context", "1,1024")
-    for numbers, least, option, what in (
-        (prompts, 1, "--context", "a generation has a prompt of 1 token or more"),
-        (points.tokens, 2, "--tokens", "a generation has 2 new tokens or more"),
-    ):
-        if any(number < least for number in numbers):
-            raise UsageError(what, where=option, hint=None if numbers is prompts else "0 alone: none")
-        if any(number > MOST_TOKENS for number in numbers):
-            raise UsageError(f"no cache holds more than {MOST_TOKENS:,} tokens", where=option)
-    if not points.tokens and not points.encode:
-        raise UsageError("there is nothing to measure", where="--tokens 0 --encode 0")
-    encoded = [(length, 1) for length in points.encode]
-    return [*encoded, *((prompt, new) for new in points.tokens for prompt in prompts)]
-
-
-def _check_names(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
-    """Raise UsageError for a misspelt name before the first point."""
-    from qwenq.runtime.attention import BACKENDS
-    from qwenq.runtime.kernels.table import KERNELS
-
-    for option, given, known in (
-        ("--attention", attentions, ("auto", *BACKENDS)),
-        ("--engine", engines, ("fast", "transformers")),
-        ("--kernel", [kernel], ("auto", *(each.name for each in KERNELS))),
-    ):
-        if wrong := [name for name in given if name not in known]:
-            raise UsageError(f"there is no {wrong[0]!r}", where=option, hint=f"use {', '.join(known)}")

@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from qwenq.cli.printing import note, to_standard_output
+from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update
+from qwenq.results import Row
 from qwenq.storage import readable_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
-
-    from qwenq.evals.run import Plan
-    from qwenq.evals.served import Contestant
-    from qwenq.profiling.planning import Planned
-    from qwenq.results import Row
 
 _PLAIN_STEPS = 10
 _PLAIN_SECONDS = 2.0  # quick steps are not worth a line
@@ -48,6 +45,28 @@ def show_progress(
             yield update
     else:
         yield _plain(label, unit)
+
+
+@contextmanager
+def show_events(on_notice: Callable[[str], None], *, quiet: bool = False) -> Iterator[Listener]:
+    """Yield a listener that shows each step as ``show_progress`` does; ``on_notice`` receives the notices."""
+    with ExitStack() as stack:
+        update: Update = lambda done, total: None  # noqa: E731
+
+        def listen(event: Event) -> None:
+            nonlocal update
+            match event:
+                case Notice(text):
+                    on_notice(text)
+                case Start(step, unit=unit):
+                    stack.close()
+                    update = stack.enter_context(show_progress(step, unit, quiet=quiet))
+                case Advance(done=int() as done, total=int() as total):
+                    update(done, total)
+                case Finish():
+                    stack.close()
+
+        yield listen
 
 
 @contextmanager
@@ -93,14 +112,13 @@ def _plain(label: str, unit: str) -> Callable[[int, int], None]:
 
 
 class EvalProgress:
-    """Implements ``evals.run.Listener`` on standard error: items, share of correct answers, time left."""
+    """A listener that shows an evaluation on stderr: items, share of correct answers, time left."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._stack = ExitStack()
         self._bar: Bar | None = None
         self._task: Any = None
-        self._label = ""
         self._left = _TimeLeft()
         self._begin("", 0, 0)
 
@@ -114,31 +132,24 @@ class EvalProgress:
     ) -> None:
         self._stack.close()
 
-    def started(self, contender: Contestant, plan: Plan, recorded: int) -> None:
-        """Begin a task of a model."""
-        self.finished()
-        self._label = f"{contender.model.name} {contender.model.precision}, {plan.task.name}"
-        self._begin(self._label, len(plan.items), recorded)
-        if self._bar is None and not self._quiet:
-            known = f", {recorded:,} answered earlier" if recorded else ""
-            items = "1 item" if len(plan.items) == 1 else f"{len(plan.items):,} items"
-            typer.echo(f"{self._label}: {items}{known}", err=True)
+    def __call__(self, event: Event) -> None:
+        """Show an event: a task or its programs start, an item is judged, a notice."""
+        match event:
+            case Start(step, total, unit, done):
+                self._clear()
+                self._begin(step, total or 0, done)
+                if self._bar is None and unit == "items" and not self._quiet:
+                    known = f", {done:,} answered earlier" if done else ""
+                    items = "1 item" if total == 1 else f"{total:,} items"
+                    typer.echo(f"{step}: {items}{known}", err=True)
+            case Advance(result=None | bool() as correct):
+                self._step(correct)
+            case Notice(text):
+                note(text)
+            case Finish():
+                self._clear()
 
-    def judged(self, correct: bool | None) -> None:
-        """Count an item; None: it has no answer to compare with."""
-        self._step(correct)
-
-    def running(self, total: int) -> None:
-        """Begin to run programs in the sandbox."""
-        self.finished()
-        self._begin(f"{self._label}: running programs".lstrip(": "), total, 0)
-
-    def ran(self, passed: bool) -> None:
-        """Count a program."""
-        self._step(passed)
-
-    def finished(self) -> None:
-        """Remove the bar of the last task."""
+    def _clear(self) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
@@ -202,27 +213,23 @@ def _eval_bar() -> Bar:
 
 
 class ProfileProgress:
-    """Implements ``profiling.sweep.Listener``: a line for each point on stderr, or rows as JSON on stdout."""
+    """A listener that shows a sweep: a line for each point on stderr, or rows as JSON on stdout."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
         self._json, self.quiet = as_json, quiet or as_json
 
-    def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None:
-        """Begin a point."""
-        if not self.quiet:
-            share = f", {rough_time(seconds)} of the budget" if seconds is not None else ""
-            about = f"about {rough_time(planned.seconds)}"
-            typer.echo(f"{number} of {total}: {planned.point.label}, {about}{share}", err=True)
-
-    def row(self, row: Row) -> None:
-        """Show a new row."""
-        if self._json:
-            with to_standard_output():
-                typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
-
-    def note(self, line: str) -> None:
-        """Show something that the user has to know."""
-        note(line)
+    def __call__(self, event: Event) -> None:
+        """Show an event: a point starts, a row is measured, a notice."""
+        match event:
+            case Start(step) if not self.quiet:
+                share = f", {rough_time(event.limit)} of the budget" if event.limit is not None else ""
+                about = f"about {rough_time(event.seconds or 0)}{share}"
+                typer.echo(f"{event.done + 1} of {event.total}: {step}, {about}", err=True)
+            case Advance(result=Row() as row) if self._json:
+                with to_standard_output():
+                    typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
+            case Notice(text):
+                note(text)
 
 
 def rough_time(seconds: float) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from qwenq.cli.progress import show_progress
+from qwenq.events import Advance, Event, Notice, Start, Update
 from qwenq.storage import readable_bytes
 
 if TYPE_CHECKING:
@@ -31,35 +32,35 @@ def quantize_listener(*, as_json: bool, quiet: bool = False) -> Iterator[TextLis
 
 
 class TextListener:
-    """Implements ``quantize.Listener`` for people: a bar on a terminal, one line per layer elsewhere."""
+    """A listener for people: a bar on a terminal, one line per layer elsewhere."""
 
     def __init__(self, stack: ExitStack, *, quiet: bool = False) -> None:
         self._stack, self._quiet = stack, quiet
         self._bar: Bar | None = None
         self._task: Any = None
+        self._update: Update = lambda done, total: None
         self._fresh: list[float] = []  # seconds of the layers that were not resumed
 
-    def say(self, line: str) -> None:
-        """Show a choice, or something that the user has to know."""
-        typer.echo(f"· {line}")
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Notice(text):
+                typer.echo(f"· {text}")
+            case Start(step, total, "layers"):
+                self._stack.close()
+                if sys.stdout.isatty() and not self._quiet:
+                    self._bar = self._stack.enter_context(_layer_bar())
+                    self._task = self._bar.add_task(step, total=total, left=_UNKNOWN)
+            case Start(step, unit=unit):
+                self._stack.close()
+                self._bar = None
+                self._update = self._stack.enter_context(show_progress(step, unit, quiet=self._quiet))
+            case Advance(done=int() as done, total=int() as total, result=None):
+                self._update(done, total)
+            case Advance(result=layer) if layer is not None and not self._quiet:
+                self._layer(cast("LayerDone", layer))
 
-    def progress(self, label: str) -> Callable[[int, int], None]:
-        """Begin a step other than the layers; the bar before it is closed."""
-        self._stack.close()
-        unit = "steps" if label.startswith("check") else "tokens"
-        return self._stack.enter_context(show_progress(label, unit, quiet=self._quiet))
-
-    def layers(self, total: int) -> None:
-        """Begin the layers."""
-        self._stack.close()
-        if sys.stdout.isatty() and not self._quiet:
-            self._bar = self._stack.enter_context(_layer_bar())
-            self._task = self._bar.add_task("quantising", total=total, left=_UNKNOWN)
-
-    def layer(self, done: LayerDone) -> None:
-        """Show a finished layer."""
-        if self._quiet:
-            return
+    def _layer(self, done: LayerDone) -> None:
         if not done.resumed:
             self._fresh.append(done.seconds)
         error = f"error {done.error:.2%}, round-to-nearest {done.rtn_error:.2%}"
@@ -101,32 +102,28 @@ class TextListener:
 
 
 class JsonListener:
-    """Implements ``quantize.Listener`` for machines: one JSON object per line on stdout, the result last."""
+    """A listener for machines: one JSON object per line on stdout, the result last."""
 
-    def say(self, line: str) -> None:
-        """Report a choice, or something that the user has to know."""
-        _emit("note", text=line)
-
-    def progress(self, label: str) -> Callable[[int, int], None]:
-        """Report that a step begins."""
-        _emit("step", text=label)
-        return lambda done, total: None
-
-    def layers(self, total: int) -> None:
-        """Report that the layers begin."""
-        _emit("layers", total=total)
-
-    def layer(self, done: LayerDone) -> None:
-        """Report a finished layer."""
-        _emit(
-            "layer",
-            index=done.index,
-            total=done.total,
-            seconds=round(done.seconds, 3),
-            error=done.error,
-            rtn_error=done.rtn_error,
-            resumed=done.resumed,
-        )
+    def __call__(self, event: Event) -> None:
+        """Print an event; of the progress within a step, only layers."""
+        match event:
+            case Notice(text):
+                _emit("note", text=text)
+            case Start(_, total, "layers"):
+                _emit("layers", total=total)
+            case Start(step):
+                _emit("step", text=step)
+            case Advance(result=layer) if layer is not None:
+                done = cast("LayerDone", layer)
+                _emit(
+                    "layer",
+                    index=done.index,
+                    total=done.total,
+                    seconds=round(done.seconds, 3),
+                    error=done.error,
+                    rtn_error=done.rtn_error,
+                    resumed=done.resumed,
+                )
 
     def interrupted(self) -> None:
         """Report Ctrl-C or SIGTERM."""

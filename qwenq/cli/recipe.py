@@ -29,9 +29,9 @@ def check(
     files: Annotated[list[Path], typer.Argument(help="Recipes: TOML files.", metavar="FILE...")],
 ) -> None:
     """Check recipes and show their steps, without running them."""
-    from qwenq.run.chain import chain_of
+    from qwenq.run.chain import chain_of, find_recipe
 
-    for file in files:
+    for file in map(find_recipe, files):
         chain = chain_of(checked(file), file)
         typer.echo(f"{file}: {', '.join(step.name for step in chain.steps)}")
 

@@ -13,6 +13,7 @@ import typer
 from qwenq.cli.app import app
 from qwenq.cli.printing import note, stop_notice
 from qwenq.errors import visible
+from qwenq.events import Event, Notice, Start
 
 if TYPE_CHECKING:
     from qwenq.run.chain import Chain
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a TOML file, e.g. recipes/demo.toml.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe: a TOML file, or the name of one that ships with qwenq: demo.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub id, instead of the recipe's.")
     ] = None,
@@ -33,9 +36,10 @@ def run(
     interrupted step is resumed. Exit codes of the gate as in `qwenq compare`.
     """
     from qwenq.cli.recipe import checked
-    from qwenq.run.chain import chain_of
+    from qwenq.run.chain import chain_of, find_recipe
     from qwenq.run.execute import run_chain
 
+    recipe = find_recipe(recipe)
     chosen = checked(recipe)
     if model is not None:
         chosen = chosen.override({"model": model}, report={"name": _report_name(model)})
@@ -44,11 +48,18 @@ def run(
     if dry_run:
         return
     with stop_notice("finished steps are kept"):
-        code = run_chain(chain, lambda line: typer.secho(line, bold=True, err=True))
+        code = run_chain(chain, _show_event)
     if code:
         raise typer.Exit(code)
     if chain.page is not None:
         typer.echo(visible(str(chain.page)))
+
+
+def _show_event(event: Event) -> None:
+    if isinstance(event, Start):
+        typer.secho(f"step {event.done + 1} of {event.total}: {event.step}", bold=True, err=True)
+    elif isinstance(event, Notice):
+        typer.secho(f"note: {event.text}", bold=True, err=True)
 
 
 def _report_name(model: str) -> str:
@@ -72,8 +83,8 @@ def _show(chain: Chain) -> None:
     for number, step in enumerate(chain.steps, 1):
         mark = "done" if is_done(chain, step) else ""
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)
-        program = "qwenq" if step.module == "qwenq" else f"python -m {step.module}"
-        typer.echo(f"           {program} {visible(shlex.join(step.arguments))}", err=True)
+        if not step.records:
+            typer.echo(f"           qwenq {visible(shlex.join(step.arguments))}", err=True)
     baseline = chain.recipe.gate.baseline
     if baseline is not None and not Path(baseline).is_dir():
         note(f"there is no baseline {visible(baseline)} yet, so the last step will fail")

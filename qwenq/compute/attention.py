@@ -1,4 +1,4 @@
-"""Causal attention over several queries of a sequence, as prompts and whole texts have it.
+"""Compute causal attention over several queries of a sequence, as prompts and whole texts have it.
 
 The C kernel (``csrc/attention.c``) takes bfloat16 and float32 heads whose width is a multiple of 16;
 elsewhere torch's ``scaled_dot_product_attention`` runs.

@@ -1,4 +1,4 @@
-"""What lies between a block's products: RMSNorm, rotary positions, the gated activation.
+"""Compute what lies between a block's products: RMSNorm, rotary positions, the gated activation.
 
 torch takes several passes over memory for each, the C kernels (``csrc/block.c``) take one. Activations are
 bfloat16 or float32. The kernels compute in float32 and round what the blocks of transformers round, so that
@@ -46,9 +46,9 @@ def unsupported_reason(
 def fallback_notice(
     what: str, device: torch.device, dtype: torch.dtype, widths: Mapping[str, int] = MappingProxyType({})
 ) -> str | None:
-    """Return a sentence on ``what`` running slower, in torch; None: C kernels run, or none exist for it.
+    """Return a notice that ``what`` runs slower, in torch; None: C kernels run, or there are none.
 
-    On a GPU and in float16 torch is all there is: nothing is missed.
+    On a GPU and in float16 torch is the only implementation.
     """
     if device.type != "cpu" or dtype not in DTYPE_CODES:
         return None

@@ -112,7 +112,7 @@ def library_name(variant: str, suffix: str = SUFFIX) -> str:
 
 
 def sources_hash(folder: Path = SOURCES) -> str:
-    """Return a hash of all sources; a library tells the one that it was compiled from."""
+    """Return a hash of all sources; a library holds the hash of those that it was compiled from."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in {".c", ".h", ".def"}:
@@ -121,11 +121,7 @@ def sources_hash(folder: Path = SOURCES) -> str:
 
 
 def find_compiler() -> tuple[list[str], bool]:
-    """Return the command of a C compiler, and whether it is ``zig cc``.
-
-    Raises:
-        BuildError: there is no compiler.
-    """
+    """Return the command of a C compiler, and whether it is ``zig cc``."""
     if os.environ.get("QWENQ_BUILD_WITH") != "zig":
         for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
             command = name.split()
@@ -138,11 +134,7 @@ def find_compiler() -> tuple[list[str], bool]:
 
 
 def find_zig() -> tuple[list[str], bool]:
-    """Return the command of ``zig cc``, which compiles for every platform, and True.
-
-    Raises:
-        BuildError: the package is not installed.
-    """
+    """Return the command of ``zig cc``, which compiles for every platform, and True."""
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "cc"], True
     raise BuildError("there is no compiler for other platforms: pip install ziglang")
@@ -226,7 +218,7 @@ def platform_of(tag: str) -> Platform:
 
 
 def main() -> int:
-    """Compile for this machine, or say why that failed."""
+    """Compile for this machine, or print why that failed."""
     argparse.ArgumentParser(prog="python -m qwenq.compute.build", description=__doc__).parse_args()
     try:
         paths = build()

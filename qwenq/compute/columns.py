@@ -1,10 +1,8 @@
-"""The columns of a lazy block: rounded (GPTQ), moved (coordinate descent), and a group's scale fitted to its
-integers.
+"""Round the columns of a lazy block (GPTQ), move them (coordinate descent), or fit a group's scale.
 
 Each operation runs in C on a CPU, by one Triton kernel on a GPU, else in torch. C and torch find the same
-integers and
-errors bit for bit, on every variant: a product is rounded before it is subtracted. A fitted scale is summed
-in another order by each.
+integers and errors bit for bit, on every variant: a product is rounded before it is subtracted. The sums of a
+fitted scale are in another order in each.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ WIDEST_GROUP = 256
 
 
 class Block(NamedTuple):
-    """Columns that are rounded one after the other, and where what comes of them goes.
+    """Columns that are rounded one after the other, and memory for the result.
 
     Attributes:
         columns: [block, rows] float, a column of W in each row, contiguous; changed in place.
@@ -51,9 +49,9 @@ class Fitted(NamedTuple):
 
     Attributes:
         scale: [rows].
-        values: [group_size, rows] of the integers with it.
-        less: [group_size, rows] the values before, less these.
-        change: [rows] of ``output_error``, by the scale alone.
+        values: [group_size, rows], the dequantised integers.
+        less: [group_size, rows], the values before, less these.
+        change: [rows], of ``output_error``, by the scale alone.
     """
 
     scale: Tensor
@@ -72,7 +70,7 @@ def unsupported_reason(x: Tensor) -> str | None:
 
 
 def triton_unsupported_reason(columns: Tensor) -> str | None:
-    """Return why columns are not for the GPU's kernel, in words that follow "because"; None: they are."""
+    """Return why the GPU's kernel does not take columns, in words that follow "because"; None: it does."""
     if columns.device.type != "cuda":
         return f"that is for NVIDIA GPUs, not for {columns.device.type}"
     if columns.dtype != torch.float32 or columns.numel() >= 1 << 31:
@@ -81,26 +79,25 @@ def triton_unsupported_reason(columns: Tensor) -> str | None:
 
 
 def fallback_reason(device: torch.device) -> str | None:
-    """Return what a machine or an installation lacks for kernels of our own; None: nothing."""
+    """Return what a machine or an installation lacks for compiled kernels; None: nothing."""
     return gpu.unsupported_reason(device) if device.type == "cuda" else cpu.unsupported_reason()
 
 
 def round_columns(block: Block) -> Tensor:
     """Fill integers and errors; return Σ error² over the columns, [rows]."""
     if triton_unsupported_reason(block.columns) is None:
-        from qwenq.compute.triton_columns import round_by_triton
-
         return round_by_triton(block)
     return round_by_torch(block) if unsupported_reason(block.columns) else round_by_c(block)
 
 
 def round_by_c(block: Block) -> Tensor:
-    """Round as ``round_columns`` does; the columns stay as they were.
+    """Round as ``round_columns`` does; the columns stay as they were."""
+    return _run_c("round_columns", block, block.U.T.contiguous(), block.columns)
 
-    Raises:
-        ValueError: other shapes or dtypes than ``Block`` says.
-    """
-    return _run("round_columns", block, block.U.T.contiguous(), block.columns)
+
+def round_by_triton(block: Block) -> Tensor:
+    """Round as ``round_columns`` does; the columns are changed."""
+    return _run_triton(block, block.columns, block.columns, moves=False)
 
 
 def round_by_torch(block: Block) -> Tensor:
@@ -126,24 +123,22 @@ def move_columns(block: Block, values: Tensor) -> Tensor:
 
     Args:
         block: with G = (Q − W) H in place of W and H in place of U: ``columns`` are [block, rows] of G, ``U``
-        is [block,
-            block] of H. ``errors`` are filled with the old values less the new ones.
+            is [block, block] of H. ``errors`` are filled with the old values less the new ones.
         values: [block, rows] of the same dtype, contiguous: the columns of Q.
     """
     if triton_unsupported_reason(block.columns) is None:
-        from qwenq.compute.triton_moves import move_by_triton
-
         return move_by_triton(block, values)
     return move_by_torch(block, values) if unsupported_reason(block.columns) else move_by_c(block, values)
 
 
 def move_by_c(block: Block, values: Tensor) -> Tensor:
-    """Move as ``move_columns`` does; the gradients stay as they were.
+    """Move as ``move_columns`` does; the gradients stay as they were."""
+    return _run_c("move_columns", block, block.U.contiguous(), values)
 
-    Raises:
-        ValueError: other shapes or dtypes than it says.
-    """
-    return _run("move_columns", block, block.U.contiguous(), values)
+
+def move_by_triton(block: Block, values: Tensor) -> Tensor:
+    """Move as ``move_columns`` does; the gradients stay as they were."""
+    return _run_triton(block, block.columns.clone(), values, moves=True)
 
 
 def move_by_torch(block: Block, values: Tensor) -> Tensor:
@@ -165,7 +160,7 @@ def move_by_torch(block: Block, values: Tensor) -> Tensor:
 
 
 def fit_scale(block: Block, values: Tensor, group: int) -> Fitted:
-    """Return the group with a better scale, as it is stored (rounded to float16), else with its own.
+    """Return the group with a better scale, as it is stored (rounded to float16), else with the one it has.
 
     With u = integers − zero, G the gradient and H the group's own block, the objective is a parabola in the
     scale: it changes by δ · uᵀG + δ²/2 · uᵀHu, least at δ = −uᵀG / uᵀHu (the second stage of arXiv
@@ -182,11 +177,7 @@ def fit_scale(block: Block, values: Tensor, group: int) -> Fitted:
 
 
 def fit_by_c(block: Block, values: Tensor, group: int) -> Fitted:
-    """Fit as ``fit_scale`` does.
-
-    Raises:
-        ValueError: other shapes or dtypes than it says.
-    """
+    """Fit as ``fit_scale`` does, groups of at most ``WIDEST_GROUP`` columns."""
     _check(block, values=values)
     if len(block.columns) > WIDEST_GROUP:
         raise ValueError(f"a group of {len(block.columns)} columns, more than {WIDEST_GROUP}")
@@ -204,9 +195,8 @@ def fit_by_torch(block: Block, values: Tensor, group: int) -> Fitted:
     old = block.scales[group]
     u = block.integers.to(old.dtype) - block.zeros[group]
     Hu = block.U @ u  # [group_size, rows]
-    slope = (u * block.columns - block.errors * Hu).sum(
-        0
-    )  # the moves changed G by −H · errors, H is symmetric
+    # The moves changed G by −H · errors, H is symmetric.
+    slope = (u * block.columns - block.errors * Hu).sum(0)
     curve = (u * Hu).sum(0)
     wanted = old - slope / curve
     stored = torch.where(wanted.isfinite() & (wanted != 0), storable(wanted), old)
@@ -225,8 +215,14 @@ def storable(scales: Tensor) -> Tensor:
     return torch.where(tiny, torch.where(scales < 0, -SMALLEST, SMALLEST), half)
 
 
-def _run(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
-    """Call a kernel that goes through the columns; return the costs, [rows]."""
+def _run_triton(block: Block, columns: Tensor, values: Tensor, *, moves: bool) -> Tensor:
+    from qwenq.compute.triton_columns import run_columns
+
+    return run_columns(columns, values, *block[1:], moves=moves)
+
+
+def _run_c(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
+    """Run a kernel over the columns; return the costs, [rows]."""
     _check(block, values=values)
     groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
     cpu.call(
@@ -242,10 +238,10 @@ def _workspace(block: Block) -> Tensor:
 
 
 def _check(block: Block, **others: Tensor) -> None:
-    """Hold shapes, dtypes and strides against what C reads.
+    """Check shapes, dtypes and strides: C reads memory by these numbers.
 
     Raises:
-        ValueError: one differs.
+        ValueError: one differs from what ``Block`` says.
     """
     count, rows = block.columns.shape
     dtypes = {"integers": torch.uint8}

@@ -1,9 +1,8 @@
 """Load the C library for this CPU, and call its kernels.
 
 The best variant that the CPU has the instructions for is loaded once. ``QWENQ_CPU`` lowers it, for tests and
-for bug
-reports: the name of a variant, or ``torch`` for none. Threads are torch's own: the library is given the entry
-points of the OpenMP runtime that torch has loaded.
+bug reports: the name of a variant, or ``torch`` for no library. Threads are torch's: the library gets the
+entry points of the OpenMP runtime that torch has loaded.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Library:
 
     Attributes:
         variant: what it was compiled for.
-        shares_threads: whether it runs on torch's OpenMP threads, not on its own.
+        shares_threads: whether it runs on torch's OpenMP threads, not on a pool of the library.
     """
 
     variant: Variant
@@ -82,8 +81,8 @@ def multiplies_bfloat16() -> bool:
 def float32_is_faster() -> bool:
     """Return whether the CPU multiplies large matrices faster in float32 than in bfloat16.
 
-    So it is where bfloat16 is emulated, and on Intel's CPUs without AMX (or under a hypervisor that hides
-    it): what they have for bfloat16 multiplies at half the speed of their two units for float32.
+    It does where bfloat16 is emulated, and on Intel's CPUs without AMX (or under a hypervisor that hides
+    it): their instructions for bfloat16 run at half the speed of their two units for float32.
     """
     has = _features()
     intel = str(has.get("cpu_name", "")).startswith("Intel")
@@ -99,7 +98,7 @@ def vectorises_512_bits() -> bool:
 
 
 def _lowered_to() -> Variant | None:
-    """Return the variant that ``QWENQ_CPU`` lowers to; None: to none, or to ``torch``."""
+    """Return the variant that ``QWENQ_CPU`` lowers to; None: it is not set, or is ``torch``."""
     usable, wanted = variants_here(), os.environ.get(VARIABLE, "")
     return next((variant for variant in usable[1:] if variant.name == wanted), None)
 
@@ -179,9 +178,7 @@ def call(name: str, *arguments: Tensor | int | float, threads: int | None = None
     Args:
         name: of the kernel, see ``csrc/kernels.def``.
         arguments: tensors as their addresses, integers, and floats as the bits of a float32, in the kernel's
-        order.
-            The caller has checked shapes, dtypes, devices and strides: the kernel reads memory by these
-            numbers.
+            order. The caller has checked shapes, dtypes, devices and strides: the kernel relies on them.
         threads: how many; None: as many as torch uses.
     """
     values = [torch.get_num_threads() if threads is None else threads]
@@ -196,7 +193,7 @@ def call(name: str, *arguments: Tensor | int | float, threads: int | None = None
 
 
 def number(name: str, *arguments: int) -> int:
-    """Return a number that the library tells of itself, such as the width of a panel."""
+    """Return a constant of the library, such as the width of a panel."""
     found = library()
     if isinstance(found, str):
         raise RuntimeError(f"{name} cannot be asked for because {found}")
@@ -234,7 +231,7 @@ def _capabilities() -> dict[str, object]:
 
 
 def _shortcoming() -> str:
-    """Say what the CPU lacks for the lowest variant of its machine."""
+    """Return what the CPU lacks for the lowest variant of its machine."""
     here = [variant for variant in VARIANTS if variant.machine == machine_name(platform.machine())]
     if not here:
         return f"{platform.machine()} has none"

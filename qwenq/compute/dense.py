@@ -1,4 +1,4 @@
-"""Products with a matrix that is not quantised, by whichever unit of the CPU is faster.
+"""Multiply by a matrix that is not quantised, by the faster unit of the CPU.
 
 Each way multiplies the same numbers, adds in float32 and rounds the sum to the dtype of the activations once;
 they differ in the order of the additions. Measured with AVX2 alone (576 × 576 to 49,152 × 576, 2 threads),
@@ -21,7 +21,7 @@ _MANY_ROWS, _MANY_ROWS_PACKED = 32, 384
 
 _OUTPUTS_AT_ONCE = 4096  # bounds the float32 copy
 _PACKED_FOR = 32
-"""Rows that oneDNN is told of when it packs; the layout is the same from 2 to 512, for 1 alone another."""
+"""Rows that oneDNN packs for; the layout is the same from 2 to 512 rows, another for one."""
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def packable(weight: Tensor) -> bool:
     """Return whether products are faster with the matrix in oneDNN's blocks from the start.
 
     Libraries copy a matrix into blocks as they multiply; with up to a few dozen rows that takes longer than
-    the products. Measured with AVX-512, where oneDNN has code of its own for float32 and for bfloat16
+    the products. Measured with AVX-512, where oneDNN has kernels for float32 and for bfloat16
     instructions; where bfloat16 is emulated, packing gains nothing over ``multiply``.
     """
     native = weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and cpu.multiplies_bfloat16())

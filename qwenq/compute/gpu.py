@@ -1,8 +1,4 @@
-"""Whether Triton's kernels can be built and run here: Triton, a GPU that it knows, and what it compiles with.
-
-With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, block by
-block in numpy: slow, and exact enough to test them against float64.
-"""
+"""Find out whether Triton's kernels can be built and run here: Triton, a GPU, and a C compiler."""
 
 from __future__ import annotations
 
@@ -18,12 +14,12 @@ _INSTALL = "pip install triton (it comes with a CUDA build of torch on Linux)"
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter."""
+    """Return whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unsupported_reason(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on this device, in words that follow "because"; None: they can.
+    """Return why Triton kernels cannot run on this device, in words that follow "because"; None: they can.
 
     Does not import triton.
     """
@@ -42,7 +38,7 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 
 def _no_compiler() -> str | None:
-    """Why Triton cannot compile what launches a kernel, C code with Python.h (triton/runtime/build.py)."""
+    """Return why Triton cannot compile its launchers, C code with Python.h (triton/runtime/build.py)."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton calls a C compiler, and there is none; apt-get install gcc, or set CC"
     scheme = sysconfig.get_default_scheme()

@@ -1,4 +1,4 @@
-"""Products of 4- and 8-bit weights, scaled by group, with activations: few rows by integers, many unpacked.
+"""Multiply by 4- and 8-bit weights that are scaled by group: few rows by integers, many unpacked.
 
 C multiplies the integers as they lie (``csrc/linear.c``): a decode step reads every weight once, at the
 memory's speed. The reference is ``unpack`` and one product of plain numbers, which is also what is faster for
@@ -30,8 +30,7 @@ class PackedWeights:
 
     Attributes:
         weights: uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in
-        the high
-            nibbles.
+            the high nibbles.
         scales: [blocks, groups, 32] float16, or float32 where float16 would round them.
         bits: 4 or 8; integers are unsigned, around 2^(bits - 1).
         columns, outputs, group_size: of the weight.
@@ -54,7 +53,7 @@ def unsupported_reason(bits: int, columns: int, outputs: int, group_size: int) -
     if bits not in (4, 8):
         return f"it holds 4 or 8 bits, not {bits}"
     if group_size not in GROUP_SIZES or columns % group_size:
-        return f"groups of {group_size} of {columns} columns are none of {', '.join(map(str, GROUP_SIZES))}"
+        return f"groups of {group_size} of {columns} columns are not of {', '.join(map(str, GROUP_SIZES))}"
     if outputs % OUTPUTS:
         return f"{outputs} outputs are no multiple of {OUTPUTS}"
     return None

@@ -1,7 +1,7 @@
-"""The table of operations: what runs each of them here, and why nothing faster does.
+"""List the operations: what runs each of them here, and why nothing faster does.
 
-``qwenq doctor`` prints it; commands quote ``fallback_notice`` where something slower runs than this machine
-could.
+``qwenq doctor`` prints the list; commands print ``fallback_notice`` where operations run slower than they
+could on this machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def operations(device: torch.device, dtype: torch.dtype) -> list[Operation]:
 
 
 def fallback_notice(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return a sentence on operations of quantising that run in torch for want of a kernel; None: none do."""
+    """Return a notice of operations of quantising that run in torch for want of a kernel, or None."""
     found = [
         _operation(name, reason(dtype, device), dtype, device, kinds)
         for name, kinds, reason in _TABLE

@@ -1,7 +1,6 @@
-"""Running means of products of activations, 2/n · Σ Xᵀ Y in float32: what Hessian and drift are made of.
+"""Accumulate running means of products of activations, 2/n · Σ Xᵀ Y in float32, for Hessians and deviations.
 
-For a process that works alone: the last bits depend on the order of the batches, so several processes cannot
-share this work and find the same integers. They, and a process that torchrun started alone, take ``exact``.
+The last bits depend on the order of the batches: several processes sum in another way (``gptq.hessian``).
 """
 
 from __future__ import annotations
@@ -13,11 +12,7 @@ from torch import Tensor
 
 from qwenq.compute import cpu
 
-PANEL = (
-    192  # columns a product covers: wide enough for GEMM's speed, narrow enough to skip the upper triangle
-)
-
-
+PANEL = 192  # columns of a product: wide enough for GEMM's speed, narrow enough to skip the upper triangle
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -25,11 +20,11 @@ class Products(Protocol):
     """A mean over the batches so far."""
 
     def add(self, X: Tensor, Y: Tensor) -> None:
-        """Another batch: [..., rows] and [..., columns], as many tokens in both."""
+        """Add a batch: [..., rows] and [..., columns], as many tokens in both."""
         ...
 
     def mean(self) -> Tensor:
-        """2/n · Σ Xᵀ Y, [rows, columns] float32: what further batches would change in place."""
+        """Return 2/n · Σ Xᵀ Y, [rows, columns] float32, which further batches change in place."""
         ...
 
 
@@ -38,7 +33,7 @@ def products(rows: int, columns: int, like: Tensor, *, symmetric: bool = False) 
 
     Args:
         rows, columns: widths of X and Y.
-        like: activations as they will come: their dtype and device decide how products are computed.
+        like: activations: their dtype and device decide how products are computed.
         symmetric: X is Y; what is above the diagonal need not be right.
     """
     if are_compiled(like):
@@ -71,22 +66,15 @@ class CProducts:
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, *, symmetric: bool = False) -> None:
         self._shape, self._dtype, self._symmetric = (rows, columns), dtype, symmetric
-        self._panel, self._per_word = (
-            cpu.number("qwenq_panel"),
-            cpu.number("qwenq_tokens_per_word", _DTYPES[dtype]),
-        )
+        self._panel = cpu.number("qwenq_panel")
+        self._per_word = cpu.number("qwenq_tokens_per_word", _DTYPES[dtype])
         self._panels = tuple(-(-width // self._panel) for width in self._shape)
         self._mean = torch.zeros(self._panels[0] * self._panel, self._panels[1] * self._panel)
         self._packed = [torch.empty(0, dtype=torch.int32)] * 2
         self._tokens = 0
 
     def add(self, X: Tensor, Y: Tensor) -> None:
-        """Add a batch, see ``Products``.
-
-        Raises:
-            ValueError: not of that dtype in this machine's memory, or of other widths, or not of as many
-            tokens.
-        """
+        """Add a batch, see ``Products``."""
         tokens = self._count(X, Y)
         total = self._tokens + tokens
         right = self._pack(1, Y)
@@ -129,17 +117,19 @@ class CProducts:
 
 
 class Float32Products:
-    """By torch, activations of any float dtype converted to float32 first."""
+    """The mean, computed by torch: activations of any float dtype are converted to float32 first."""
 
     def __init__(
         self, rows: int, columns: int, device: torch.device | str, *, symmetric: bool = False
     ) -> None:
         self._mean = torch.zeros(rows, columns, dtype=torch.float32, device=device)
-        self._rooms = [torch.empty(0, width, dtype=torch.float32, device=device) for width in (rows, columns)]
+        self._buffers = [
+            torch.empty(0, width, dtype=torch.float32, device=device) for width in (rows, columns)
+        ]
         self._symmetric, self._tokens = symmetric, 0
 
     def add(self, X: Tensor, Y: Tensor) -> None:
-        """See ``Products``."""
+        """Add a batch, see ``Products``."""
         y = self._float32(1, Y)
         total = self._tokens + y.shape[0]
         keep, weight = self._tokens / total, 2.0 / total
@@ -153,19 +143,19 @@ class Float32Products:
         self._tokens = total
 
     def mean(self) -> Tensor:
-        """See ``Products``."""
+        """Return the mean, see ``Products``."""
         return self._mean
 
     def _float32(self, side: int, X: Tensor) -> Tensor:
-        """[tokens, width], in space that is allocated once: new pages cost time."""
-        x = X.reshape(-1, self._rooms[side].shape[1])  # [tokens, width]
-        if len(self._rooms[side]) < len(x):
-            self._rooms[side] = torch.empty_like(x, dtype=torch.float32)
-        return self._rooms[side][: len(x)].copy_(x)
+        """Return X as float32 [tokens, width], in a buffer that is allocated once: new pages cost time."""
+        x = X.reshape(-1, self._buffers[side].shape[1])  # [tokens, width]
+        if len(self._buffers[side]) < len(x):
+            self._buffers[side] = torch.empty_like(x, dtype=torch.float32)
+        return self._buffers[side][: len(x)].copy_(x)
 
 
 def mirror(H: Tensor) -> Tensor:
-    """Make a matrix symmetric in place, from what is on and below its diagonal; returns it."""
+    """Make a matrix symmetric in place, from its lower triangle; return it."""
     for start in range(0, len(H), PANEL):
         stop = min(start + PANEL, len(H))
         square = H[start:stop, start:stop]

@@ -1,9 +1,11 @@
-"""The search for a group's scale: the candidate of least error under the Hessian's diagonal.
+"""Search a group's scale: the candidate of least error under the Hessian's diagonal.
 
 C and torch choose the same scales bit for bit, on every variant: the order of additions is the same.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,27 @@ LANES = 16  # sums of a group that C keeps side by side
 MSE_POWER = 2.4  # IST-DASLab/gptq, quant.py
 
 
+class Groups(NamedTuple):
+    """Groups of weights whose scales are searched.
+
+    Attributes:
+        weights: [rows · groups, group_size] float32, row by row.
+        importance: [groups · group_size] float32.
+        scales, zeros: [rows · groups] float32, contiguous: those of min/max; changed in place.
+        bits: 2…8.
+        sym: whether the zero points stay.
+        weighted: whether squared errors are weighted by importance; else unweighted errors^2.4 are summed.
+    """
+
+    weights: Tensor
+    importance: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    sym: bool
+    weighted: bool = True
+
+
 def unsupported_reason(weights: Tensor, group_size: int, *, weighted: bool) -> str | None:
     """Return why C does not search, in words that follow "because"; None: it does."""
     if not weighted:
@@ -27,44 +50,25 @@ def unsupported_reason(weights: Tensor, group_size: int, *, weighted: bool) -> s
     return columns.unsupported_reason(weights)
 
 
-def search_scales(
-    grouped: Tensor,
-    importance: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    *,
-    sym: bool,
-    weighted: bool,
-) -> None:
-    """Replace the scales and zeros of min/max by those that cost least.
-
-    Args:
-        grouped: [rows · groups, group_size] float32, row by row.
-        importance: [groups · group_size] float32.
-        scales, zeros: [rows · groups] float32, contiguous; changed in place.
-        bits: 2…8.
-        sym: the zero points stay.
-        weighted: by importance, squared errors; else unweighted, to the power 2.4.
-    """
-    if unsupported_reason(grouped, grouped.shape[1], weighted=weighted):
-        search_by_torch(grouped, importance, scales, zeros, bits, sym=sym, weighted=weighted)
+def search_scales(groups: Groups) -> None:
+    """Replace the scales and zeros of min/max by those that cost least."""
+    weights = groups.weights
+    if unsupported_reason(weights, weights.shape[1], weighted=groups.weighted):
+        search_by_torch(groups)
     else:
-        search_by_c(grouped.contiguous(), importance.contiguous(), scales, zeros, bits, sym=sym)
+        search_by_c(groups._replace(weights=weights.contiguous(), importance=groups.importance.contiguous()))
 
 
-def search_by_c(
-    grouped: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int, *, sym: bool
-) -> None:
+def search_by_c(groups: Groups) -> None:
     """Search as ``search_scales`` does, weighted.
 
     Raises:
-        ValueError: other shapes, dtypes or strides than it says.
+        ValueError: other shapes, dtypes or strides than ``Groups`` says.
     """
-    count, size = grouped.shape
-    wanted = {"weights": (grouped, (count, size)), "scales": (scales, (count,)), "zeros": (zeros, (count,))}
-    wanted["importance"] = (importance, (importance.numel(),))
-    for name, (x, shape) in wanted.items():
+    weights, importance, scales, zeros, bits, sym, _ = groups
+    count, size = weights.shape
+    shapes = ((count, size), importance.shape[:1], (count,), (count,))
+    for name, x, shape in zip(groups._fields, groups[:4], shapes, strict=False):
         if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape != shape or not x.is_contiguous():
             raise ValueError(
                 f"{name}: {x.dtype} {list(x.shape)} on {x.device}, not contiguous float32 {list(shape)}"
@@ -72,37 +76,22 @@ def search_by_c(
     if size % LANES or importance.numel() % size or count % (importance.numel() // size):
         raise ValueError(f"{count} groups of {size} weights, and importance of {importance.numel()}")
     cpu.call(
-        "search_scales", grouped, importance, scales, zeros, SHRINK, count, importance.numel() // size, size,
+        "search_scales", weights, importance, scales, zeros, SHRINK, count, importance.numel() // size, size,
         len(SHRINK), float((1 << bits) - 1), int(sym),
     )  # fmt: skip
 
 
-def search_by_torch(
-    grouped: Tensor,
-    importance: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    *,
-    sym: bool,
-    weighted: bool,
-) -> None:
-    """Search as ``search_scales`` does, on any device.
-
-    Args:
-        grouped: [rows · groups, group_size] float32, row by row.
-        importance: [groups · group_size] float32.
-        scales, zeros: [rows · groups] float32; changed in place.
-        bits, sym, weighted: see ``search_scales``.
-    """
-    count, group_size = grouped.shape
-    weights = importance if weighted else torch.ones_like(importance)
-    per_group = weights.reshape(-1, group_size).repeat(count * group_size // len(weights), 1)
+def search_by_torch(groups: Groups) -> None:
+    """Search as ``search_scales`` does, on any device."""
+    weights, importance, scales, zeros, bits, sym, weighted = groups
+    count, group_size = weights.shape
+    importance = importance if weighted else torch.ones_like(importance)
+    per_group = importance.reshape(-1, group_size).repeat(count * group_size // len(importance), 1)
     power = 2.0 if weighted else MSE_POWER
-    step = max(1, CHUNK.get(grouped.device.type, CHUNK_ELSEWHERE) // group_size)
+    step = max(1, CHUNK.get(weights.device.type, CHUNK_ELSEWHERE) // group_size)
     for at in range(0, count, step):
         part = slice(at, at + step)
-        w, h = (x[part].T.contiguous() for x in (grouped, per_group))  # [group_size, groups]
+        w, h = (x[part].T.contiguous() for x in (weights, per_group))  # [group_size, groups]
         scales[part], zeros[part] = _best(w, h, scales[part], zeros[part], bits, sym=sym, power=power)
 
 
@@ -141,7 +130,7 @@ def _best(
 
 
 def _total(shares: Tensor) -> Tensor:
-    """The sum of each group's shares, [group_size, n] → [n], in the order in which compiled code adds.
+    """Sum each group's shares, [group_size, n] → [n], in the order in which compiled code adds.
 
     The order decides which of two candidates wins that cost the same but for rounding: on every machine it
     has to be the same one. The shares are changed.

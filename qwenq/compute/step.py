@@ -1,7 +1,7 @@
-"""A whole decode step in one call: every block of a decoder for one new token in each row (``csrc/step.c``).
+"""Run a decode step in one call: every block of a decoder for one new token in each row (``csrc/step.c``).
 
-Its reference is ``runtime.decode_step``, which computes the same with a few hundred calls of torch; in a
-small model these take longer than the products.
+The reference is `StepOperations` of ``runtime.decode_step``, with a few hundred calls of torch; in a small
+model these take longer than the products.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class StepBlock:
     Attributes:
         linears: qkv, out, gate_up, down.
         vectors: float32: attention_norm [hidden], mlp_norm [hidden], qkv_bias [(heads + 2 kv_heads) · d] or
-        None, qk_norm
-            [heads + kv_heads, d] or None.
+            None, qk_norm [heads + kv_heads, d] or None.
     """
 
     linears: tuple[PackedWeights, PackedWeights, PackedWeights, PackedWeights]
@@ -98,15 +97,14 @@ class DecodeStep:
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]
     ) -> Tensor:
-        """Return [rows, hidden] after the final norm; keys and values of the new tokens are added to the
-        cache.
+        """Return [rows, hidden] after the final norm; add keys and values of the new tokens to the cache.
 
         Args:
             x: [rows, hidden], the new tokens' embeddings.
             cos, sin: float32 [rows or 1, heads + kv_heads, d]; queries' are scaled, the first halves' sines
-            negated.
+                negated.
             keys: float32 [layers, rows, kv_heads, d, slots]; slots a multiple of 16, at least 16 more than a
-            row holds.
+                row holds.
             values: float32 [layers, rows, kv_heads, slots, d].
             lengths: tokens of each row so far.
 

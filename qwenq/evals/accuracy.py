@@ -1,10 +1,4 @@
-"""How sure an accuracy is: standard error and 95 % interval.
-
-* Items that count alike: Wilson's interval (JASA 1927).
-* Subjects that count alike (C-Eval's macro average): a bootstrap of the items within each subject. From a
-  subject of n items, n - 1 are drawn, which makes the resampled variance unbiased (Rao and Wu, JASA 1988);
-  drawing n would make the interval too narrow, as subjects have few items.
-"""
+"""Estimate accuracies with their standard errors and 95 % intervals."""
 
 from __future__ import annotations
 
@@ -26,7 +20,7 @@ class Accuracy:
 
     Attributes:
         error: standard error.
-        low, high: 95 % interval; None where a single item of a subject says nothing of its spread.
+        low, high: 95 % interval; None where a subject has a single item, hence no spread.
         n: items.
     """
 
@@ -38,7 +32,7 @@ class Accuracy:
 
 
 def micro_accuracy(correct: Sequence[bool]) -> Accuracy:
-    """Of items that count alike; at least one."""
+    """Return the share of correct items, with Wilson's interval (JASA 1927); at least one item is needed."""
     n = len(correct)
     value = sum(correct) / n
     low, high = wilson(value, n)
@@ -46,16 +40,17 @@ def micro_accuracy(correct: Sequence[bool]) -> Accuracy:
 
 
 def macro_accuracy(correct: Sequence[bool], subjects: Sequence[str | None], seed: int = SEED) -> Accuracy:
-    """Of subjects that count alike.
+    """Return the mean of the subjects' shares, with an interval from a bootstrap within subjects.
 
-    Where all items of every subject agree, resampling sees no spread at all: the interval is then Wilson's,
-    of all items.
+    From a subject of n items, n - 1 are drawn, which makes the resampled variance unbiased (Rao and Wu, JASA
+    1988); drawing n would make the interval too narrow, as subjects have few items. Where all items of every
+    subject agree, resampling shows no spread: the interval is then Wilson's, of all items.
     """
     names = sorted(set(subjects), key=str)
     row_of = {name: row for row, name in enumerate(names)}
-    place = np.array([row_of[subject] for subject in subjects])
-    sizes = np.bincount(place)  # [subjects]
-    shares = np.bincount(place, weights=np.array(correct, dtype=np.float64)) / sizes
+    index = np.array([row_of[subject] for subject in subjects])
+    sizes = np.bincount(index)  # [subjects]
+    shares = np.bincount(index, weights=np.array(correct, dtype=np.float64)) / sizes
     value, n = float(shares.mean()), len(correct)
     if sizes.min() < 2:
         return Accuracy(value, None, None, None, n)

@@ -1,12 +1,10 @@
-"""The check after quantising: how far is the quantised model from its base, on text held out from both?
+"""Stream both models block by block.
 
-Both models are streamed block by block, so a 15 GB model is checked in the memory of one of its blocks, the
-hidden states, and two heads. Figures, intervals and bands: ``divergence``, ``statistics``, ``verdict``.
+A 15 GB model is checked in the memory of one of its blocks, the hidden states, and two heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -32,17 +30,17 @@ from qwenq.evals.statistics import (
     ratio_of_perplexities,
 )
 from qwenq.evals.verdict import judge
+from qwenq.events import Listener, Notice, Update, counted, silent
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised, quantised_modules
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource, is_quantised, quantised_modules
 from qwenq.models.pad_ffn import widened
 from qwenq.models.random_weights import refuse_random
 
 __all__ = ["CheckResult", "check", "require_comparable"]
 
 TOKENS_PER_BATCH = 2048
-Progress = Callable[[int, int], None]
-"""Told (steps done, steps in all): one for each block, one for each batch through the heads."""
 _SAME_IN_BOTH = (
     "model_type",
     "vocab_size",
@@ -60,8 +58,7 @@ def check(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
+    listener: Listener = silent,
 ) -> CheckResult:
     """Compare a GPTQ checkpoint with the model it was made from.
 
@@ -72,8 +69,7 @@ def check(
         device: where to compute.
         dtype: of weights and hidden states. float32 shows the integers' cost alone; in 16 bits the two
             models' roundings differ, too, and are counted with it.
-        progress: told (steps done, steps in all).
-        say: told what takes longer here than it could, and why.
+        listener: receives the progress, and a notice where a slower path runs, and why.
 
     Raises:
         UsageError: not a quantised model and its base (see ``require_comparable``), random weights, tokens
@@ -86,15 +82,15 @@ def check(
     base = widened(base, quantised.config.get("intermediate_size"))  # Qwen's 72B is wider than its base
     plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
     pair = _Pair(plain, base, quant, torch.device(device), dtype)
-    if say is not None and pair.passed_over:
-        say(pair.passed_over)
-    with torch.inference_mode():
+    if pair.passed_over:
+        listener(Notice(pair.passed_over))
+    with counted(listener, "checking") as progress, torch.inference_mode():
         scores, modules = pair.run(held_out, quantised_modules(quantised.source), progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
 
 
 def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
-    """The settings of ``quantised``, once it is known to be a GPTQ model of ``base``'s shape.
+    """Return the settings of ``quantised``, a GPTQ model of ``base``'s shape.
 
     Raises:
         UsageError: the first is not quantised, the second is, they differ in shape, or weights are random.
@@ -133,7 +129,7 @@ def _another_model(key: str, has: object, wants: object, base: Checkpoint) -> Us
 
 
 def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
-    """Refuse text that nothing can be measured on.
+    """Refuse tokens that cannot be scored.
 
     Raises:
         UsageError: not [sequences, tokens] with 2 tokens or more, or an id without a row in the embedding.
@@ -152,7 +148,7 @@ def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
 
 
 class _Pair:
-    """Two decoders that walk through their blocks side by side."""
+    """Two decoders that run block by block side by side."""
 
     def __init__(
         self,
@@ -169,7 +165,7 @@ class _Pair:
         self.passed_over = self._base.passed_over  # both have the same heads
 
     def run(
-        self, tokens: Tensor, modules: list[str], progress: Progress | None
+        self, tokens: Tensor, modules: list[str], progress: Update
     ) -> tuple[TokenScores, list[ModuleError]]:
         """Score all tokens; ``modules`` are the quantised linears' full names."""
         size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
@@ -193,7 +189,7 @@ class _Pair:
     def _advance_base(
         self, index: int, names: list[str], hidden: list[Tensor], rows: list[list[int]]
     ) -> dict[str, Tensor]:
-        """Take ``hidden`` through block ``index`` in place; the inputs of its linears, [tokens, in] each.
+        """Run block ``index`` on ``hidden`` in place; return the inputs of its linears, [tokens, in] each.
 
         ``rows``: the sequences of each batch whose inputs are kept.
         """
@@ -210,7 +206,7 @@ class _Pair:
         return {name: torch.cat(parts)[:MODULE_TOKENS] for name, parts in kept.items()}
 
     def _module_error(self, name: str, x: Tensor) -> ModuleError:
-        """Weights are read again, in float32: those in the blocks are rounded to the compute dtype."""
+        """Measure one linear from its weights in float32: the blocks' are rounded to the compute dtype."""
         weight, quantised = (c.read(f"{name}.weight").to(x.device).float() for c in self._checkpoints)
         if weight.shape != quantised.shape:
             raise ModelError(
@@ -222,13 +218,12 @@ class _Pair:
 
 
 class _Steps:
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Update, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def __call__(self) -> None:
         self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        self._progress(self._done, self._total)
 
 
 def _summarise(
@@ -245,11 +240,12 @@ def _summarise(
     if kl.low is not None:
         kl = replace(kl, low=max(0.0, kl.low))
     same_top = rate_of_sequences(scores.same_top)
-    median, p99 = (float(x) for x in np.quantile(scores.kl, (0.5, 0.99)))
+    median, p99, p999 = (float(x) for x in np.quantile(scores.kl, (0.5, 0.99, 0.999)))
     return CheckResult(
         kl=kl,
         kl_median=median,
         kl_p99=p99,
+        kl_p999=p999,
         kl_by_position=by_position(scores.kl),
         same_top=same_top,
         perplexity=perplexity(scores.nll),

@@ -1,4 +1,4 @@
-"""A model that is evaluated: opened, named, and loaded only once something has to be asked."""
+"""Open a checkpoint that is evaluated; its weights are loaded on first use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from qwenq.errors import QwenqError, UsageError
+from qwenq.errors import QwenqError
 from qwenq.evals.task import ProtocolName
 from qwenq.evals.thinking import choose_thinking
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
@@ -36,7 +36,7 @@ _SAME_SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "
 
 @dataclass(frozen=True)
 class How:
-    """How models are run: names as on the command line."""
+    """Settings for loading a model, as on the command line."""
 
     device: str = "auto"
     dtype: str = "auto"
@@ -48,15 +48,15 @@ class How:
 
 @dataclass
 class Contender:
-    """One model.
+    """A checkpoint that is evaluated on this machine.
 
     Attributes:
         checkpoint: where its weights are.
-        model: what rows of results say of it.
+        model: its identity in rows of results.
         tokenizer: its own.
-        how: how it is run; device, dtype and attention are the real ones, not ``auto``.
-        notices: what the user has to be told of it.
-        base: fingerprint of the model that it was made from, where that is known, see ``settle_families``.
+        how: settings that it runs with; device, dtype and attention are resolved, not ``auto``.
+        notices: lines for the user.
+        base: fingerprint of the model that it was quantised from, where known, see ``settle_families``.
         thinking: whether it thinks before it answers a chat.
     """
 
@@ -70,33 +70,29 @@ class Contender:
 
     @property
     def quantised(self) -> bool:
-        """Whether it holds packed integers."""
+        """Return whether its weights are packed integers."""
         return is_quantised(self.checkpoint.config)
 
     @cached_property
     def protocol(self) -> ProtocolName:
-        """What it is asked by default: ``card`` for a chat model, else ``base``.
+        """Return the default protocol: ``card`` for a chat model, else ``base``.
 
-        Found out when it is needed: chats are rendered in a process that takes seconds to start.
+        It is computed on first use: the process that renders chats takes seconds to start.
         """
         return "card" if answers_chats(self.tokenizer) else "base"
 
     @property
     def sampling(self) -> tuple[Sampling, str]:
-        """How it draws tokens where it thinks, by its own generation settings, and a phrase that says so."""
+        """Return how tokens are drawn while it thinks, by its generation_config.json, and a phrase for it."""
         return protocol_sampling(self.checkpoint)
 
     def generation(self, thinking: bool) -> str:
-        """How it writes, in words."""
+        """Return a phrase on how answers are generated."""
         return self.sampling[1] if thinking else "greedy, repetition penalty 1"
 
     @cached_property
     def engine(self) -> Engine:
-        """Loaded on first use.
-
-        Raises:
-            QwenqError: as `runtime.engine.load`.
-        """
+        """Load the model on first use; raises as `runtime.engine.load`."""
         return load(
             self.checkpoint,
             device=self.how.device,
@@ -108,13 +104,13 @@ class Contender:
         )
 
     def unload(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self.__dict__.pop("engine", None) is not None and self.how.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
     @property
     def key(self) -> dict[str, Any]:
-        """What of it decides an answer: weights, tokenizer, how it is run."""
+        """Return everything of it that an answer depends on: weights, tokenizer, settings."""
         return {
             "model": self.model.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
@@ -132,7 +128,7 @@ def open_contender(given: str | None, how: How) -> Contender:
 
     Args:
         given: a folder, a hub id, or None for the bundled model.
-        how: as the user said.
+        how: settings as the user gave them.
 
     Raises:
         UsageError: no such model, device or dtype; random weights.
@@ -161,54 +157,51 @@ def open_contender(given: str | None, how: How) -> Contender:
 
 
 def answers_chats(tokenizer: Tokenizer) -> bool:
-    """Whether the model was taught to answer: it has a chat template whose turns end with an end id.
+    """Return whether the model is a chat model: its chat template ends a turn with an end id.
 
     Base models of Qwen2.5 have the template as well, but generation does not end at ``<|im_end|>``.
     """
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     try:
         ids = tokenizer.chat(turns, add_generation_prompt=False)
-    except (UsageError, QwenqError):
+    except QwenqError:
         return False
     return any(token in tokenizer.eos_ids for token in ids[-3:])
 
 
-def settle_families(contenders: Sequence[Contender], recorded: Sequence[Model] = ()) -> list[str]:
-    """Each quantised model in the family of its base, and with that base's fingerprint.
+def settle_families(eval_models: Sequence[Contender], recorded: Sequence[Model] = ()) -> list[str]:
+    """Set base and family of each quantised model; return notices for the user.
 
-    The base is the model with the fingerprint that the manifest names, and no other. Where nothing names one,
-    it is the one with the family's name, else the only unquantised one, if it has the same shape: that is
-    said.
+    The base is the model whose fingerprint the manifest names, and no other. Without one it is the model of
+    the same family name, else the only unquantised one, if it has the same shape, with a notice.
 
     Args:
+        eval_models: the models of this run.
         recorded: unquantised models that the run folder has rows of; they need not be named again.
-
-    Returns:
-        What the user has to be told.
     """
     notes = []
-    bases = [contender for contender in contenders if not contender.quantised]
-    for contender in contenders:
-        if not contender.quantised:
+    bases = [eval_model for eval_model in eval_models if not eval_model.quantised]
+    for eval_model in eval_models:
+        if not eval_model.quantised:
             continue
-        base, note = _base_among(contender, bases, recorded)
+        base, note = _base_among(eval_model, bases, recorded)
         notes += [note] if note else []
         if base is not None:
-            contender.base = base.fingerprint
-            contender.model = replace(contender.model, family=base.family)
+            eval_model.base = base.fingerprint
+            eval_model.model = replace(eval_model.model, family=base.family)
     return notes
 
 
 def _base_among(
-    contender: Contender, bases: Sequence[Contender], recorded: Sequence[Model]
+    eval_model: Contender, bases: Sequence[Contender], recorded: Sequence[Model]
 ) -> tuple[Model | None, str]:
-    """The base, if it is there, and what is to be said."""
-    name, family = contender.model.name, contender.model.family
+    """Return the base, if it is among the models, and a notice."""
+    name, family = eval_model.model.name, eval_model.model.family
     given = [base.model for base in bases]
     called = [model for model in (*given, *recorded) if model.family == family]
     absent = f"no base of {name} is among the models: it is not compared" if bases else ""
-    if contender.base is not None:
-        same = [model for model in (*given, *recorded) if model.fingerprint == contender.base]
+    if eval_model.base is not None:
+        same = [model for model in (*given, *recorded) if model.fingerprint == eval_model.base]
         changed = f"{name} was made from other weights than {family} has: the base has changed since, "
         return (same[0], "") if same else (None, f"{changed}and it is not compared" if called else absent)
     called = [model for model in given if model.family == family] or called
@@ -216,14 +209,14 @@ def _base_among(
         return None, f"several models are called {family}, and nothing says which {name} was made from"
     if called:
         return called[0], ""
-    if len(bases) == 1 and _same_shape(bases[0], contender):
+    if len(bases) == 1 and _same_shape(bases[0], eval_model):
         return given[0], f"nothing says what {name} was made from: it is compared with {given[0].name}"
     return None, absent
 
 
-def by_need(contenders: Sequence[T]) -> list[T]:
-    """Unquantised models first, else in the order given."""
-    return sorted(contenders, key=lambda contender: contender.quantised)
+def by_need(eval_models: Sequence[T]) -> list[T]:
+    """Return unquantised models first, else in the order given."""
+    return sorted(eval_models, key=lambda eval_model: eval_model.quantised)
 
 
 def _same_shape(one: Contender, other: Contender) -> bool:

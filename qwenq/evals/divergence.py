@@ -1,4 +1,4 @@
-"""How far one model's predictions lie from another's, token by token."""
+"""Compare two models' predictions token by token."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def score_tokens(
 
 
 def compare_slab(*logits_and_targets: Tensor) -> Tensor:
-    """``compare_logits`` of any number of tokens, ``ROWS`` of them at a time."""
+    """Return ``compare_logits`` of any number of tokens, computed ``ROWS`` at a time."""
     parts = zip(*(torch.split(x, ROWS) for x in logits_and_targets), strict=True)
     return torch.cat([compare_logits(*part) for part in parts], dim=1)
 
 
 def compare_logits(base: Tensor, quantised: Tensor, targets: Tensor) -> Tensor:
-    """KL, same top token (0 or 1), the quantised model's nats and the base's: float64 [4, tokens].
+    """Return KL, same top token (0 or 1), the quantised model's nats and the base's: float64 [4, tokens].
 
     With a, b the logits less their maximum, Z = Σ exp: KL = Σ exp(a) (a − b) / Zₐ + log Z_b − log Zₐ. Nothing
     overflows, nothing is a logarithm of zero. Summed in float32 it is right to about 1e-6 nats, a tenth of

@@ -1,12 +1,9 @@
-"""A client for OpenAI-compatible servers: prompts out, texts in, some at a time, patiently.
+"""Send requests with the standard library alone.
 
-Chats go to ``/chat/completions``, plain text to ``/completions`` (vLLM, SGLang and llama.cpp serve both). A
-server that is busy (429), broken for a moment (5xx), silent, or that cuts a reply off is asked again after a
-pause, each pause twice as long as the last, or longer where its Retry-After says so; whoever waits is told.
-Where nothing has ever answered, a refused connection or handshake is an error at once. Only a whole reply
-counts, and it counts once: a late reply to an attempt that was given up reaches nobody.
-
-Standard library only. Redirects are refused, as the key would go along.
+Chats go to ``/chat/completions``, plain text to ``/completions`` (vLLM, SGLang and llama.cpp serve both).
+Requests are retried after status 429 or 5xx, a timeout or a truncated reply, with exponential backoff or the
+server's Retry-After. Where the server has never answered, a refused connection or handshake is an error at
+once. Only a whole reply counts, once. Redirects are refused, as the key would be sent along.
 """
 
 from __future__ import annotations
@@ -19,25 +16,25 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.patience import ATTEMPTS, FIRST_PAUSE, Trouble, pause_before, retry_after, wait
-from qwenq.evals.task import Write, Written
-from qwenq.evals.thinking import CLOSE, OPEN
+from qwenq.evals.task import CLOSE, OPEN, Write, Written
+from qwenq.events import Listener, silent
 from qwenq.stopping import asked
 
 CONCURRENCY = 8  # requests under way at a time, by default
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 LARGEST_REPLY = 16 << 20  # bytes: a server that sends more sends no answer
 STOPS = 4  # strings that OpenAI's interface takes; all are looked for again here
-PENALTY = "repetition_penalty"
 SEED = 0  # of answers that a server samples
-"""No part of OpenAI's interface; but vLLM and SGLang take it, and else the one that the model's own
-generation_config.json has, 1.1 in Qwen's chat models."""
+PENALTY = "repetition_penalty"
+"""No part of OpenAI's interface, but vLLM and SGLang take it; by default they use the model's
+generation_config.json, which has 1.1 in Qwen's chat models."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Reply:
 
 
 class _Again(Exception):  # noqa: N818  no error yet
-    """Not this time: why, how long the server wants to be left alone, and whether nobody listens."""
+    """A failure that is retried: why, the server's Retry-After, and whether no server listens there."""
 
     def __init__(self, why: str, pause: float | None = None, *, absent: bool = False) -> None:
         super().__init__(why)
@@ -72,7 +69,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is served.
+    """A server's address and a model's name there.
 
     Attributes:
         url: up to and with ``/v1``.
@@ -81,8 +78,8 @@ class Endpoint:
         concurrency: requests under way at a time.
         timeout: seconds without a byte after which an attempt is given up.
         pause: seconds before the second attempt.
-        trouble: what all requests to it know.
-        thinking: sent as ``enable_thinking`` for the chat template; None: nothing is, the server decides.
+        trouble: state that all requests share.
+        thinking: sent as ``enable_thinking`` for the chat template; None: left to the server.
     """
 
     url: str
@@ -95,7 +92,7 @@ class Endpoint:
     thinking: bool | None = None
 
     def models(self) -> list[str] | None:
-        """Names of what is served; None: this server does not say.
+        """Return the names of the models served; None where the server does not list them.
 
         Raises:
             QwenqError: it cannot be reached, or refuses the key.
@@ -113,7 +110,7 @@ class Endpoint:
         return [name for name in names if isinstance(name, str)]
 
     def ask(self, request: Write) -> Reply:
-        """One answer, greedily.
+        """Return one answer, decoded greedily.
 
         Raises:
             QwenqError: the server refused, or every attempt failed.
@@ -139,7 +136,7 @@ class Endpoint:
         return self._read(found, request)
 
     def _without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The reply where repetitions cost nothing; a server that knows no such option has no such cost."""
+        """Return the reply without repetition penalty; a server that refuses the option applies none."""
         if PENALTY not in self.trouble.unknown:
             try:
                 return self._patiently(path, {**body, PENALTY: 1.0})
@@ -150,9 +147,9 @@ class Endpoint:
         return self._patiently(path, body)
 
     def ask_all(self, requests: Sequence[Write]) -> Iterator[tuple[int, Reply]]:
-        """Every answer as it comes: (index, reply), ``concurrency`` requests under way at a time.
+        """Yield every answer as it arrives, as (index, reply), with ``concurrency`` requests at a time.
 
-        After SIGTERM (see ``stopping.finishing``) no further ones are begun.
+        After SIGTERM (see ``stopping.finishing``) no further requests are sent.
 
         Raises:
             QwenqError: as ``ask``; requests that were not begun are not sent any more.
@@ -171,7 +168,7 @@ class Endpoint:
                     break
                 try:
                     ended.put((index, self.ask(requests[index])))
-                except BaseException as error:  # whatever it is belongs to who asked
+                except BaseException as error:  # raised in the thread that consumes the answers
                     ended.put((index, error))
             ended.put(None)
 
@@ -200,10 +197,10 @@ class Endpoint:
             except _Again as again:
                 if again.absent and not self.trouble.answered:
                     raise QwenqError(
-                        f"nothing answers there: {again}",
+                        f"no server answers: {again}",
                         where=self.url,
-                        hint="see that the server has started, that address and port are its own, and "
-                        "whether it speaks http or https",
+                        hint="check that the server has started, its address and port, and "
+                        "whether it uses http or https",
                     ) from again
                 if attempt == ATTEMPTS or asked():
                     raise self._given_up(attempt, path, again) from again
@@ -221,7 +218,7 @@ class Endpoint:
         return QwenqError(
             f"{attempt} attempts failed, the last: {again}",
             where=self.url + path,
-            hint="see the server's log; what was answered is kept, the same command goes on",
+            hint="see the server's log; answers are kept, and the same command continues",
         )
 
     def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -242,9 +239,9 @@ class Endpoint:
         try:
             found = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise _Again("a reply that is no JSON") from error
+            raise _Again("the reply is not JSON") from error
         if not isinstance(found, dict):
-            raise _Again("a reply that is no JSON object")
+            raise _Again("the reply is not a JSON object")
         return found
 
     def _refusal(self, error: urllib.error.HTTPError, path: str, body: dict[str, Any]) -> Exception:
@@ -260,12 +257,12 @@ class Endpoint:
         hints = {
             401: "put the server's key into OPENAI_API_KEY",
             403: "put a key that may use this model into OPENAI_API_KEY",
-            404: "see that the URL ends in /v1, and that --model is served there",
+            404: "check that the URL ends in /v1, and that --model is served there",
         }
         return QwenqError(
             f"the server answers with status {error.code}{f': {said[:500]}' if said else ''}",
             where=self.url + path,
-            hint=hints.get(error.code, "nothing was recorded for this item; see what the server says"),
+            hint=hints.get(error.code, "nothing was recorded for this item; see the server's message"),
         )
 
     def _read(self, found: dict[str, Any], request: Write) -> Reply:
@@ -292,7 +289,7 @@ class Endpoint:
 
 
 def _with_thoughts(message: dict[str, Any]) -> Any:
-    """Return the text as the model wrote it; some servers part its thoughts from its answer."""
+    """Return the text as the model wrote it; some servers separate thoughts and answer."""
     content = message["content"]
     thoughts = message.get("reasoning_content") or message.get("reasoning")
     if not isinstance(thoughts, str) or not isinstance(content, str | None):
@@ -301,7 +298,7 @@ def _with_thoughts(message: dict[str, Any]) -> Any:
 
 
 def _unreached(error: Exception) -> _Again:
-    """No connection, or one that broke; in words, without the system's number."""
+    """Return the error of a connection that failed or broke, without the system's error number."""
     reason = getattr(error, "reason", None) or error
     said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return _Again(said, absent=isinstance(reason, ConnectionRefusedError | socket.gaierror | ssl.SSLError))
@@ -325,16 +322,16 @@ def endpoint_at(
     model: str | None,
     key: str | None,
     concurrency: int = CONCURRENCY,
-    say: Callable[[str], None] = lambda line: None,
+    listener: Listener = silent,
 ) -> Endpoint:
-    """The endpoint that a user named, asked once whether it serves that model.
+    """Return the endpoint at a URL, after one request for the models that it serves.
 
     Args:
-        url: ``http://HOST/v1``; a missing ``/v1`` is not made up.
+        url: ``http://HOST/v1``; a missing ``/v1`` is not added.
         model: its name there; None: the only one that is served.
         key: see ``Endpoint``.
         concurrency: see ``Endpoint``.
-        say: told when a request failed and is made again.
+        listener: receives a notice when a request has failed and is retried.
 
     Raises:
         UsageError: no URL, no key, or no such model there.
@@ -342,21 +339,19 @@ def endpoint_at(
     """
     if not _is_address(url):
         raise UsageError(
-            f"{url!r} is no address", where="--endpoint", hint="such as http://localhost:8000/v1"
+            f"{url!r} is not an address", where="--endpoint", hint="such as http://localhost:8000/v1"
         )
     key = key.strip() if key is not None else None  # a file that holds a key ends in a line end
     if key is not None and not (key.isascii() and key.isprintable()):
         raise UsageError(
-            "the key has characters that no key has", where="OPENAI_API_KEY", hint="copy it again"
+            "the key has characters that a key cannot have", where="OPENAI_API_KEY", hint="copy it again"
         )
-    found = Endpoint(url.rstrip("/"), model or "", key, concurrency, trouble=Trouble(say))
+    found = Endpoint(url.rstrip("/"), model or "", key, concurrency, trouble=Trouble(listener))
     served = found.models()
     if model is None:
         if served is None or len(served) != 1:
             names = (
-                "does not say what it serves"
-                if served is None
-                else f"serves {', '.join(served) or 'nothing'}"
+                "does not list its models" if served is None else f"serves {', '.join(served) or 'nothing'}"
             )
             raise UsageError(f"this server {names}", where="--endpoint", hint="name one with --model")
         return replace(found, model=served[0])

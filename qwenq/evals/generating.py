@@ -1,7 +1,7 @@
-"""Answers to many prompts, greedy or drawn. A finished row is replaced at once: no row waits for another.
+"""Generate answers to many prompts, greedily or by sampling (continuous batching).
 
-Longest first: what needs the most memory is tried while nothing depends on it, and the last rows to finish
-are short ones. What prompts share is encoded once and copied into each row.
+A finished row is replaced at once. The longest prompts come first, so that memory runs out early or never,
+and the last rows to finish are short. Shared prefixes are encoded once and copied into each row.
 """
 
 from __future__ import annotations
@@ -25,30 +25,29 @@ from qwenq.runtime.sampling import GREEDY, Sampler, Sampling
 from qwenq.stopping import asked, stop_here
 
 _COMPACT = {"cpu": 1.0, "cuda": 0.75}
-"""Rows in use, of all rows, up to which idle ones are dropped. On a CPU each has its share of every step; on
-a GPU next to none, but steps over another number of rows are captured anew."""
+"""Share of busy rows up to which idle ones are dropped. On a CPU each row costs its part of every step; on a
+GPU almost nothing, but a graph for another number of rows has to be captured."""
 
 
 class AnswerText:
-    """The text of an answer as it grows, and whether it has come to its end.
+    """The growing text of an answer, and whether a stop string has ended it.
 
-    Only the newest text is searched for the strings of ``until``, with as much before it as one of them may
-    reach back.
+    Only the newest text is searched for stop strings, with as much before it as one of them may overlap.
     """
 
     def __init__(self, stream: TextStream, until: Sequence[str]) -> None:
         self._stream, self._until = stream, [text for text in until if text]
         self._reach = max(map(len, self._until), default=1) - 1
         self._pieces: list[str] = []
-        self._tail = ""  # the end of what came, too short to hold any string of ``until``
+        self._tail = ""  # the end of the text, too short to hold any stop string
         self._cut: str | None = None
 
     def push(self, token: int) -> bool:
-        """Take one more token; true when a string of ``until`` has come."""
+        """Append one token; return whether a stop string has appeared."""
         return self._take(self._stream.push(token))
 
     def finish(self) -> str:
-        """The text, cut before the first string of ``until``."""
+        """Return the text before the first stop string."""
         if self._cut is None:
             self._take(self._stream.finish())
         return "".join(self._pieces) if self._cut is None else self._cut
@@ -77,7 +76,7 @@ class _Row:
     stopped: bool = False
 
     def push(self, token: int, stops: Collection[int]) -> bool:
-        """Take the next token; true when the answer is complete."""
+        """Append the next token; return whether the answer is complete."""
         if token in stops:
             self.stopped = True
             return True
@@ -91,7 +90,7 @@ class _Row:
 
 @dataclass
 class _Batch:
-    """Rows that are decoded together; ``None``: a row without work."""
+    """Rows that are decoded together; ``None``: an idle row."""
 
     cache: KVCache
     rows: list[_Row | None]
@@ -106,7 +105,7 @@ class _Batch:
         return [place for place, row in enumerate(self.rows) if row is None]
 
     def drop_idle(self) -> None:
-        """Go on with the busy rows alone, once enough are idle to be worth it."""
+        """Drop idle rows once there are enough of them."""
         busy, idle = self.busy, self.idle
         if idle and len(busy) <= _COMPACT[self.cache.keys[0].device.type] * len(self.rows):
             order = self.cache.keep(busy)
@@ -117,7 +116,7 @@ class _Batch:
 
 
 class _Writer:
-    """One task's prompts through one model."""
+    """The generation of one task's answers by one model."""
 
     def __init__(
         self,
@@ -145,7 +144,7 @@ class _Writer:
         self._queue = deque(order)
 
     def run(self) -> Iterator[tuple[int, Written]]:
-        """Answers as they are finished."""
+        """Yield answers as they are finished."""
         while self._queue:
             stop_here()
             capacity = self._requests[self._queue[0]].needed
@@ -162,7 +161,7 @@ class _Writer:
                 self._prompts.rows = min(self._prompts.rows, self._budget.rows)
 
     def _begin_again(self, batch: _Batch | None) -> None:
-        """What was not finished goes back into the queue, in its old order."""
+        """Put unfinished requests back into the queue, in their order."""
         unfinished = [row.index for row in batch.rows if row is not None] if batch is not None else []
         waiting = [*unfinished, *self._queue]
         order = longest_first([self._requests[index].needed for index in waiting])
@@ -180,7 +179,7 @@ class _Writer:
             yield from self._take(batch, batch.busy, logits[batch.busy] if batch.idle else logits)
 
     def _fill(self, batch: _Batch) -> Iterator[tuple[int, Written]]:
-        """Give idle rows work, as long as there is any; an answer of one token is complete at once."""
+        """Prefill prompts into idle rows; an answer of one token is complete at once."""
         while self._queue and batch.idle and not asked():  # then those under way are still finished
             group = self._group_of[self._queue[0]]
             shared = self._lengths[group]
@@ -204,7 +203,7 @@ class _Writer:
             yield from self._take(batch, places, logits)
 
     def _next_of(self, group: int, most: int, longest: int) -> list[int]:
-        """The next prompts of one group in the queue's order, none of more than ``longest`` fresh tokens."""
+        """Take the next prompts of one group from the queue, each of at most ``longest`` fresh tokens."""
         shared = self._lengths[group]
         chosen: list[int] = []
         while self._queue and len(chosen) < most:
@@ -221,7 +220,7 @@ class _Writer:
         return self._prefixes[group]
 
     def _sampler(self, name: str) -> Sampler | None:
-        """Return what draws one answer's tokens: of a seed of its own, whatever it is batched with."""
+        """Return the sampler of one answer, seeded by its item so that batching does not matter."""
         if self._sampling.greedy:
             return None
         own = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:4])
@@ -229,7 +228,7 @@ class _Writer:
         return Sampler(sampling, 1, self._engine.real_vocab)
 
     def _take(self, batch: _Batch, places: Sequence[int], logits: Tensor) -> Iterator[tuple[int, Written]]:
-        """Read the next token of these rows from float32 logits [places, vocabulary]."""
+        """Choose the next token of these rows from float32 logits [places, vocabulary]."""
         best, tokens = logits[:, : self._engine.real_vocab].max(dim=-1)
         rows = [batch.rows[place] for place in places]
         require_finite(best, [self._requests[row.index].name for row in rows if row is not None])
@@ -252,19 +251,19 @@ def write(
     prompts: Budget,
     sampling: Sampling = GREEDY,
 ) -> Iterator[tuple[int, Written]]:
-    """The answer to each request, as they are finished: (index, answer), in an order of its own.
+    """Yield (index, answer) for each request, in the order of finishing.
 
     Args:
         engine: runs the model.
         tokenizer: of the same model.
-        requests: what to go on from.
+        requests: prompts and limits.
         stop_ids: each ends an answer and is not part of it.
         budget: for decode steps.
         prompts: for the passes over prompts.
         sampling: how tokens are chosen; each item draws by its name and the seed.
 
     Raises:
-        ModelError: logits that are not finite; the answers given out before are sound.
+        ModelError: logits that are not finite; answers already yielded are sound.
         QwenqError: a single prompt does not fit into the memory.
     """
     yield from _Writer(engine, tokenizer, requests, stop_ids, budget, prompts, sampling).run()

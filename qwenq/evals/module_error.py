@@ -1,4 +1,4 @@
-"""What quantising did to each linear's output, beside what rounding to nearest would have done."""
+"""Measure the error of each linear's output, and that of rounding to nearest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPERT_TOKENS = 64  # of each batch, for an expert: a block has hundreds, whose 
 
 @dataclass(frozen=True)
 class ModuleError:
-    """One linear, as shares of its output's energy: ‖(W − Q) x‖² / ‖W x‖² over tokens x.
+    """Errors of one linear as shares of its output's energy: ‖(W − Q) x‖² / ‖W x‖² over tokens x.
 
     Attributes:
         name: "model.layers.0.self_attn.q_proj".
@@ -33,10 +33,10 @@ class ModuleError:
 
 
 def chosen_sequences(sequences: int, tokens: int) -> list[int]:
-    """Which sequences give the inputs: whole ones, evenly spread, at most MODULE_TOKENS tokens, at least one.
+    """Return the sequences whose inputs are used: evenly spread, at most MODULE_TOKENS tokens, at least one.
 
-    Whole ones, because the first token of a sequence has activations like no other, and must not be counted
-    more often than it occurs.
+    They are whole, because the first token of a sequence has extraordinary activations, and must not be
+    counted more often than it occurs.
     """
     count = min(sequences, max(1, MODULE_TOKENS // tokens))
     return [index * sequences // count for index in range(count)]
@@ -44,7 +44,7 @@ def chosen_sequences(sequences: int, tokens: int) -> list[int]:
 
 @contextmanager
 def captured_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what the linears ``names`` of a block are given: name → one [batch, tokens, in] per forward."""
+    """Collect the inputs of the linears ``names`` of a block: name → one [batch, tokens, in] per forward."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Any:
@@ -82,7 +82,7 @@ def _energy(x: Tensor, weight: Tensor) -> float:
 
 
 def round_to_nearest(weight: Tensor, quant: QuantConfig) -> Tensor:
-    """The grid that a group's range alone gives, and the nearest point of it for each weight.
+    """Round each weight to the nearest point of the grid that its group's range gives.
 
     Symmetric: the group's largest magnitude meets the grid's longer side (−2^(bits−1)), so the scale is
     absmax / 2^(bits−1), negative where that weight is positive. Asymmetric: minimum to maximum, with zero.

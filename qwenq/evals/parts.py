@@ -1,8 +1,7 @@
-"""A task dealt out to several processes: who asks what, and how their records become one file.
+"""Share a task among ranks, and merge their logs.
 
-Each rank but the leader records what it asked in a file of its own beside the leader's, which the leader
-takes over at the end, or at the beginning of the next run, whatever its number of ranks: nothing that was
-answered is asked again. The run folder has to be on a disk that all ranks see.
+Each rank writes a log beside that of rank 0, which merges them at the end, or at the beginning of the next
+run, whatever its number of ranks. The run folder has to be on a disk that all ranks share.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from qwenq.evals.task import Choose, Request
 from qwenq.storage import guard_storage
 
 CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact
-TITLE = 100  # characters; file names are cut behind the rank, not before it
+TITLE = 100  # characters, so that a long file name keeps its rank
 DECODE_COST = 8  # a new token, in tokens of a prompt: these go through the model together
 
 
 def cost(request: Request) -> int:
-    """What a request takes, roughly, in tokens of a prompt."""
+    """Return the rough cost of a request, in tokens of a prompt."""
     prompt = len(prompt_text(request.prompt)) // CHARACTERS_A_TOKEN
     return prompt + (
         len(request.choices) if isinstance(request, Choose) else DECODE_COST * request.max_new_tokens
@@ -32,7 +31,7 @@ def cost(request: Request) -> int:
 
 
 def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indexes for each rank: the dearest first, each to who has least so far; ties to the lower rank."""
+    """Return indexes for each rank: the costliest first, each to the rank with the least so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
     for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
@@ -43,21 +42,12 @@ def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def title_of(title: str, team: Team) -> str:
-    """What this rank's records are called."""
+    """Return the title of this rank's log."""
     return title if team.leads else f"{title[:TITLE]}.rank{team.rank}"
 
 
 def take_parts(records: Records, run: Path, title: str, key: Mapping[str, Any]) -> list[Record]:
-    """Take over the records of other ranks, of this run or of one that ended early, and remove their files.
-
-    Args:
-        records: the leader's, open.
-        run: the run folder.
-        title, key: as of ``records``.
-
-    Returns:
-        What was new.
-    """
+    """Merge the logs of other ranks, of this run or an earlier one, into rank 0's; return the new records."""
     found: list[Record] = []
     for path in Records.parts(run, f"{title[:TITLE]}.rank", key):
         new = [one for one in read_records(path) if records.find(one.id, one.asked) is None]
@@ -72,11 +62,11 @@ def require_all(missing: int, team: Team, run: Path) -> None:
     """Refuse a run folder that the ranks do not share.
 
     Raises:
-        StorageError: what other ranks recorded is not here.
+        StorageError: records of other ranks are missing.
     """
     if missing and team.world > 1:
         raise StorageError(
-            f"{missing} answers of other processes are not here",
+            f"{missing} answers of other processes are missing",
             where=run,
             hint="name a run folder with --out on a disk that all machines share",
         )

@@ -1,17 +1,14 @@
-"""Waiting for a server: how long, and what whoever waits is told.
-
-Many requests are under way at a time, and all fail when the server does: one line a round is enough.
-"""
+"""Retry with backoff. Many requests fail together when a server does: one notice a round is enough."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from qwenq.events import Listener, Notice, silent
 from qwenq.stopping import asked
 
 ATTEMPTS = 8
@@ -22,58 +19,61 @@ _SLICE = 0.5
 
 
 class Trouble:
-    """What is known of a server by all who ask it.
+    """State of a server that all requests to it share.
 
     Args:
-        say: told a line at a failed attempt, unless another request has just said as much.
+        listener: receives a notice at a failed attempt, unless another request has just reported the same.
 
     Attributes:
-        answered: it has sent something, whatever it was.
+        answered: the server has sent any reply.
         unknown: options of a request that it refuses.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, listener: Listener = silent) -> None:
         self.answered = False
         self.unknown: frozenset[str] = frozenset()
-        self._say, self._lock = say, threading.Lock()
+        self._listener, self._lock = listener, threading.Lock()
         self._round, self._told = 0, -QUIET_SECONDS
 
     def failed(self, attempt: int, why: str, seconds: float) -> None:
-        """An attempt failed, the first is 1; the next comes in so many seconds."""
+        """Report that an attempt has failed, counted from 1, and is retried in so many seconds."""
         now, left = time.monotonic(), ATTEMPTS - attempt
         with self._lock:
             if attempt <= self._round or (attempt == 1 and now - self._told < QUIET_SECONDS):
                 return
             self._round, self._told = attempt, now
-        self._say(f"{why}; asked again in {seconds:.0f} s, {left} attempt{'s' * (left != 1)} left")
+        left_over = f"{left} attempt{'s' * (left != 1)} left"
+        self._listener(Notice(f"{why}; retried in {seconds:.0f} s, {left_over}"))
 
     def passed(self) -> None:
-        """A request was answered."""
+        """Note that a request was answered."""
         with self._lock:
             self._round = 0
 
     def lacks(self, option: str, url: str) -> None:
-        """It answers where this option is left out, and only there; said once."""
+        """Note that the server refuses an option, and report it once."""
         with self._lock:
             news = option not in self.unknown
             self.unknown |= {option}
         if news:
-            self._say(f"{url}: this server refuses the option {option}, so it is left out")
+            self._listener(Notice(f"{url}: this server refuses the option {option}, so it is left out"))
 
 
 def pause_before(attempt: int, first: float = FIRST_PAUSE, wanted: float | None = None) -> float:
-    """Seconds before an attempt, the second is 2: each twice the last, none quite as another request's.
+    """Return the pause before an attempt in seconds: exponential backoff with jitter.
 
     Args:
-        wanted: seconds that the server asks for, see ``retry_after``. It may ask for more, not for less: many
-            say 0 while they start, and all attempts would be over in a moment.
+        attempt: counted from 1; the first pause comes before the second.
+        first: seconds.
+        wanted: the server's Retry-After. It can make the pause longer, not shorter: many servers send 0 while
+            they start, and all attempts would be over in a moment.
     """
     own = min(first * 2.0 ** (attempt - 2), LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311
     return own if wanted is None else max(own, wanted)
 
 
 def retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or a date (RFC 9110, 10.2.3); None: neither."""
+    """Return the seconds of a Retry-After header, a number or a date (RFC 9110, 10.2.3); None: neither."""
     if not header:
         return None
     text = header.strip()
@@ -88,7 +88,7 @@ def retry_after(header: str | None) -> float | None:
 
 
 def wait(seconds: float) -> None:
-    """Sleep; no longer once SIGTERM has come."""
+    """Sleep, at most until SIGTERM arrives."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0 and not asked():
         time.sleep(min(left, _SLICE))

@@ -1,4 +1,4 @@
-"""Perplexity by context length, with Qwen v1's dynamic NTK and logn on and off.
+"""Measure perplexity by context length, with Qwen v1's dynamic NTK and logn on and off.
 
 The same tokens are scored at every length: the text is cut into windows of the longest, and those into
 shorter ones. A window goes through the model alone and in one pass, so that its length decides the NTK
@@ -37,15 +37,15 @@ TOKENS_PER_PASS = 4096
 """Short windows go through the model together, up to so many tokens; a longer one goes alone."""
 
 LARGEST = 40.0
-"""Nats; a mean beyond them is no measurement, as no vocabulary is that large."""
+"""Nats; a larger mean is not a measurement, as no vocabulary is that large."""
 
 Progress = Callable[[int, int], None]
-"""Told (tokens done, tokens in all)."""
+"""Called with (tokens done, tokens in all)."""
 
 
 @dataclass(frozen=True)
 class Switches:
-    """Qwen v1's ways beyond its trained length, on or off."""
+    """Qwen v1's two methods beyond its trained length, on or off."""
 
     ntk: bool
     logn: bool
@@ -53,10 +53,10 @@ class Switches:
 
 @dataclass(frozen=True)
 class Text:
-    """What is scored.
+    """A text that is scored.
 
     Attributes:
-        name: for people; no path.
+        name: a label; not a path.
         tokens: int64 [windows, longest].
     """
 
@@ -65,14 +65,14 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over the tokens."""
+        """Return 16 hex digits over the tokens."""
         return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 def combinations(
     config: Mapping[str, Any], ntk: bool | None, logn: bool | None, name: str = "this model"
 ) -> list[Switches | None]:
-    """What a model is run with: every combination that was not ruled out; None for a model without switches.
+    """Return the combinations of switches to measure; [None] for a model without switches.
 
     Args:
         config: of the model.
@@ -87,7 +87,7 @@ def combinations(
             raise UsageError(
                 f"{name} has no such switch: only Qwen v1 has dynamic NTK and logn",
                 where="--ntk" if ntk is not None else "--logn",
-                hint="leave the option out, or measure this model by a command of its own",
+                hint="leave the option out, or measure this model in a separate command",
             )
         return [None]
     choices = [(False, True) if wanted is None else (wanted,) for wanted in (ntk, logn)]
@@ -111,7 +111,7 @@ def require_lengths(lengths: Sequence[int], text: Text) -> None:
 
 
 def perplexities(
-    contender: Contender,
+    eval_model: Contender,
     text: Text,
     lengths: Sequence[int],
     switches: Sequence[Switches | None],
@@ -120,16 +120,15 @@ def perplexities(
     progress: Progress | None = None,
     known: Sequence[Row] = (),
 ) -> Iterator[Row]:
-    """A row for each combination of switches and length, as they are measured.
+    """Yield a row for each combination of switches and length, as they are measured.
 
-    Up to the trained length the switches do nothing: what they share there is computed once. A length that
-    this machine cannot run is a row that says why. One of ``known`` that measured exactly this is given back
-    as it is.
+    Up to the trained length the switches have no effect: those windows are scored once. A length that this
+    machine cannot run becomes a row with the reason. A row of ``known`` with the same facts is reused.
 
     Raises:
         QwenqError: the model cannot be loaded, or the tokens are not its own.
     """
-    engine = contender.engine
+    engine = eval_model.engine
     if not isinstance(engine, FastEngine):
         raise UsageError("perplexity by length needs the fast engine", where="--engine", hint="use fast")
     shared: dict[int, NDArray[np.float64] | QwenqError] = {}
@@ -138,7 +137,7 @@ def perplexities(
     for switch in switches:
         decoder = _decoder(engine.decoder, switch)
         for length in lengths:
-            facts = _facts(contender, engine, text, length, switch)
+            facts = _facts(eval_model, engine, text, length, switch)
             row = next((one for one in known if one.value is not None and _measured(one, facts)), None)
             if row is None:
                 alike = context is None or length <= context.seq_length
@@ -154,7 +153,7 @@ def perplexities(
 
 @torch.inference_mode()
 def window_nats(decoder: Decoder, windows: Tensor) -> NDArray[np.float64]:
-    """−log of the probability of each token but the first, by window: float64 [windows, length − 1].
+    """Return −log of the probability of each token but the first: float64 [windows, length − 1].
 
     Args:
         decoder: the model.
@@ -181,7 +180,7 @@ def _decoder(decoder: Decoder, switch: Switches | None) -> Decoder:
 
 
 def _measure(decoder: Decoder, windows: Tensor) -> NDArray[np.float64] | QwenqError:
-    """The nats; or why this length cannot be run here."""
+    """Return the nats, or the error that makes this length impossible here."""
     what = f"a window of {windows.shape[1]} tokens"
     try:
         with explained(decoder.device, what, "leave this length out, or use another --dtype or --attention"):
@@ -191,20 +190,20 @@ def _measure(decoder: Decoder, windows: Tensor) -> NDArray[np.float64] | QwenqEr
 
 
 def _facts(
-    contender: Contender, engine: FastEngine, text: Text, length: int, switch: Switches | None
+    eval_model: Contender, engine: FastEngine, text: Text, length: int, switch: Switches | None
 ) -> dict[str, Any]:
-    """All of a row that decides its value."""
+    """Return every field of a row that its value depends on."""
     context = engine.decoder.spec.long_context
     return {
         "metric": METRIC,
-        "model": contender.model,
-        "point": _point(contender, text, length, switch),
+        "model": eval_model.model,
+        "point": _point(eval_model, text, length, switch),
         "unit": "ratio",
         "implementation": engine.implementation,
         "settings": {
-            "device": contender.how.device,
-            "attention": contender.how.attention,
-            "kernel": contender.how.kernel,
+            "device": eval_model.how.device,
+            "attention": eval_model.how.attention,
+            "kernel": eval_model.how.kernel,
             "interval": "Student's t over windows",
             "trained_length": context.seq_length if context is not None else engine.context,
         },
@@ -212,7 +211,7 @@ def _facts(
 
 
 def _measured(row: Row, facts: Mapping[str, Any]) -> bool:
-    """Whether a row has these facts, on whatever machine it was."""
+    """Return whether a row has these facts, on any machine."""
     plain = replace(row, settings={key: value for key, value in row.settings.items() if key != MACHINE})
     return all(getattr(plain, name) == value for name, value in facts.items())
 
@@ -227,13 +226,13 @@ def _row(
     return Row(**facts, details=dict(details), date=date.today().isoformat(), **values)
 
 
-def _point(contender: Contender, text: Text, length: int, switch: Switches | None) -> dict[str, Value]:
-    """What two models were measured on alike."""
+def _point(eval_model: Contender, text: Text, length: int, switch: Switches | None) -> dict[str, Value]:
+    """Return the point: equal for two models that were measured alike."""
     point: dict[str, Value] = {
         "seq_len": length,
         "text": text.name,
         "text_fingerprint": text.fingerprint,
-        "dtype": contender.how.dtype,
+        "dtype": eval_model.how.dtype,
     }
     if switch is not None:
         point |= {"ntk": _word(switch.ntk), "logn": _word(switch.logn)}
@@ -241,14 +240,14 @@ def _point(contender: Contender, text: Text, length: int, switch: Switches | Non
 
 
 def _as_released(context: LongContext | None, switch: Switches | None) -> dict[str, bool]:
-    """Whether the switches stand as the model's own config has them."""
+    """Return whether the switches are as in the model's config."""
     if context is None or switch is None:
         return {}
     return {"as_released": (switch.ntk, switch.logn) == (context.dynamic_ntk, context.logn)}
 
 
 def _estimate(nats: NDArray[np.float64]) -> dict[str, Any]:
-    """Perplexity with its interval, or that there is none."""
+    """Return perplexity with its interval, or a failure."""
     mean = mean_of_sequences(nats)
     if not mean.value < LARGEST:  # NaN, too
         return {"value": None, "status": "failed", "reason": "the logits are not finite"}

@@ -1,10 +1,9 @@
-"""Which prompts begin alike: encode that beginning once, and only what differs for each.
+"""Group prompts by shared prefixes, each of which is encoded once.
 
-The prompts are sorted; neighbours then share the most, and every set of prompts with a common beginning is a
-run of neighbours: the LCP-interval tree of a suffix array (Abouelhoda, Kurtz and Ohlebusch 2004), here over
-whole prompts. Going up that tree, each node decides whether its prompts go together or its children apart,
-by what is saved: tokens that need not be computed, less a fixed cost for every group, as groups are not
-batched with each other.
+In sorted order every set of prompts with a common prefix is a run of neighbours: the LCP-interval tree of a
+suffix array (Abouelhoda, Kurtz and Ohlebusch 2004), here over whole prompts. From the leaves up, each node
+chooses between one group and those of its children by the tokens saved, less a fixed cost for every group, as
+groups are not batched with each other.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUP_COST = 96
-"""Tokens that one more group is taken to cost: a forward pass for its beginning, and smaller batches."""
+"""Cost of a group in tokens, estimated: a forward pass for its prefix, and smaller batches."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts that begin alike.
+    """Prompts with a common prefix.
 
     Attributes:
-        length: tokens that they share; always less than any of the prompts, as the last token of each has to
-            be computed. 0: nothing.
-        members: which prompts, by index.
+        length: of the prefix in tokens; less than any of the prompts, as the last token of each has to be
+            computed. 0: they share nothing.
+        members: indexes of the prompts.
     """
 
     length: int
@@ -36,7 +35,7 @@ class Group:
 
 @dataclass
 class _Node:
-    """A run of sorted prompts that share ``depth`` tokens, and the best that can be made of it alone."""
+    """A run of sorted prompts that share ``depth`` tokens, and its best division into groups."""
 
     depth: int
     left: int
@@ -50,7 +49,7 @@ class _Node:
         return self.right - self.left + 1
 
     def close(self, right: int) -> _Node:
-        """Decide, once all children are decided."""
+        """Choose the division, once all children have theirs."""
         self.right = right
         apart = [child for child in self.children if child.saved > child.size * self.depth]
         inside = {place for child in apart for place in range(child.left, child.right + 1)}
@@ -67,11 +66,7 @@ class _Node:
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[Group]:
-    """Every prompt in exactly one group; groups in the order of their first members.
-
-    Args:
-        prompts: ids, at least one each.
-    """
+    """Return groups in the order of their first members; every prompt, of one id or more, is in one."""
     if not prompts:
         return []
     rows = [np.asarray(prompt, dtype=">u4") for prompt in prompts]  # big endian: bytes sort as numbers do
@@ -83,14 +78,14 @@ def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[Group]:
 
 
 def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
-    """Length of the common beginning, one less than the shorter of both at most."""
+    """Return the length of the common prefix, one less than the shorter prompt at most."""
     limit = min(len(a), len(b)) - 1
     differs = np.flatnonzero(a[:limit] != b[:limit])
     return int(differs[0]) if len(differs) else limit
 
 
 def _tree(shared: Sequence[int]) -> _Node:
-    """Bottom-up over the lengths that neighbours share; returns the decided root."""
+    """Build the tree bottom-up from the lengths that neighbours share; return its root."""
     stack = [_Node(0, 0)]
     for place, depth in enumerate(shared):
         left, done = place, None

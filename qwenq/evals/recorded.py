@@ -1,8 +1,4 @@
-"""The check that `qwenq quantize` made of a model, as rows: KL divergence, same top token, perplexity.
-
-The check is in the manifest already; nothing is measured again. It was made of the bytes whose hashes are
-there, too: of a folder with others it says nothing.
-"""
+"""Turn the check in a model's manifest into rows; nothing is measured again."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
 
 
 def has_check(folder: Path) -> bool:
-    """Whether the folder has a manifest that holds a check; one of random weights does not."""
+    """Return whether the folder has a manifest with a check; one of random weights has none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -32,22 +28,21 @@ def has_check(folder: Path) -> bool:
 
 
 def record_check(folder: Path, model: Model, run: Path, command: str = "") -> list[Row]:
-    """The rows of a quantised model's check, also appended to a run folder that does not have them yet.
+    """Return the rows of a quantised model's check, and append those that the run folder does not have.
 
     Args:
         folder: of the model.
-        model: what the rows say of it.
-        run: the run folder; hold it (``storage.locked``), or let nobody else write there.
-        command: that quantised it; empty: not known.
+        model: its identity in rows.
+        run: the run folder, which has to be locked (``storage.locked``).
+        command: that quantised it; empty: unknown.
 
     Raises:
-        CorruptFileError: the folder has no manifest, or one without a check or with one that `qwenq quantize`
-            does not write; or its bytes are others.
+        CorruptFileError: no manifest, no sound check in it, or files that differ from its hashes.
         UsageError: a broken row in the run folder.
     """
     rows = _sound_rows(folder / MANIFEST, model, command)
     known = read_rows(run) if (run / RESULTS_FILE).exists() else []
-    missing = [row for row in rows if not any(_says(other, row) for other in known)]
+    missing = [row for row in rows if not any(_same_row(other, row) for other in known)]
     if missing:
         verify_files(folder)
     for row in missing:
@@ -55,8 +50,8 @@ def record_check(folder: Path, model: Model, run: Path, command: str = "") -> li
     return rows
 
 
-def rows_of(manifest: dict[str, Any], model: Model, command: str) -> Iterator[Row]:
-    """KL, with the errors of the modules; same top token; perplexity as a ratio to the base's."""
+def _check_rows(manifest: dict[str, Any], model: Model, command: str) -> Iterator[Row]:
+    """Yield KL with the errors of the modules, same top token, and perplexity as a ratio to the base's."""
     check, calibration = manifest["check"], manifest["calibration"]
     point: dict[str, Value] = {
         "text": f"held out of {calibration['source']}",
@@ -84,10 +79,10 @@ def rows_of(manifest: dict[str, Any], model: Model, command: str) -> Iterator[Ro
 
 
 def _sound_rows(path: Path, model: Model, command: str) -> list[Row]:
-    """What is made of a stranger's values has to be readable again, or it would spoil the run folder."""
+    """Return the rows, once they are known to be readable: others would make the run folder unreadable."""
     manifest = _read(path)
     try:
-        rows = list(rows_of(manifest, model, command))
+        rows = list(_check_rows(manifest, model, command))
         for row in rows:
             require_readable(row)
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -97,15 +92,15 @@ def _sound_rows(path: Path, model: Model, command: str) -> list[Row]:
     return rows
 
 
-def _says(known: Row, row: Row) -> bool:
-    """Whether a recorded row says all that this one does, on whatever day; of commands, any will do."""
-    told = {**row.details, "command": known.details.get("command")}
-    same = replace(row, date=known.date, details=told if told["command"] else row.details)
+def _same_row(known: Row, row: Row) -> bool:
+    """Return whether a recorded row equals this one but for its date, and the command where it has one."""
+    details = {**row.details, "command": known.details.get("command")}
+    same = replace(row, date=known.date, details=details if details["command"] else row.details)
     return json.dumps(same.to_json(), sort_keys=True) == json.dumps(known.to_json(), sort_keys=True)
 
 
 def _details_of_kl(check: dict[str, Any]) -> dict[str, Any]:
-    """The modules' errors; and the curve over position, which older manifests do not have."""
+    """Return the modules' errors, and the curve over position, which older manifests do not have."""
     measured = [part for part in check.get("kl_by_position", []) if part["value"] is not None]
     curve = {
         "positions": [(part["first"] + part["last"]) / 2 for part in measured],

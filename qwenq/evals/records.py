@@ -1,4 +1,4 @@
-"""What was asked and answered, item by item, so that no run has to ask twice.
+"""Log answers item by item, so that no run asks twice.
 
     RUN/lock                      held while a process works here
     RUN/records/NAME.jsonl        one file per model and task; NAME ends in a hash of the key
@@ -6,10 +6,9 @@
         {"id": …, "asked": …, …}      a record; of those with one id and one question the last counts
 
 A record answers for an item only where ``asked``, a hash of the prompt, the limits and the item's data, is
-the same; records of other data under the same ids stay beside it. A written answer is appended and put on the
-disk (fsync) when it is complete, and the verdict of a program when it has run; choices are when the batch is
-finished that answered them together. So neither a kill nor a power cut loses what was recorded. A line that
-was torn is cut off by the next run.
+the same; records of other data under the same ids are kept. A generated answer is appended and flushed to the
+disk (fsync) when it is complete, a program's verdict when it has run, letters when their batch is done: no
+kill and no power cut loses a record. The next run removes a torn last line.
 """
 
 from __future__ import annotations
@@ -40,17 +39,16 @@ class Record:
         id, subject: the item's.
         asked: `requests.request_hash`.
         prompt_tokens: tokens of the prompt.
-        implementation: exactly what ran, see ``Engine.implementation``.
+        implementation: the code that ran, see ``Engine.implementation``.
         tokens: new tokens; 0 where continuations were scored.
         output: the text, or None for a choice.
         logprobs, published: of the continuations (see ``task.Chosen``), or None.
-        extracted: what was read out of it.
-        correct: the verdict; None where the answer still has to be run in the sandbox, or nobody here knows
-            the right one.
+        extracted: the answer that was read from it.
+        correct: the verdict; None where a program has not run yet, or the right answer is not published.
         also: further verdicts.
         note: why.
-        stopped: whether the text came to its end before the limit.
-        sandbox: what ran the program that was read out of it; None: none has run, or nobody wrote it down.
+        stopped: whether the text ended before its limit.
+        sandbox: in which the extracted program ran; None: it has not run, or an old version recorded it.
     """
 
     id: str
@@ -75,11 +73,11 @@ class Records:
 
     Args:
         run: the run folder.
-        title: what the file is called, for people; made into a sound file name.
-        key: all that decides an answer but the item: JSON values.
+        title: of the file; converted to a valid file name.
+        key: everything that an answer depends on but the item: JSON values.
 
     Raises:
-        StorageError: the disk refused, or a line is broken that no kill can have torn.
+        StorageError: the disk refused, or a line other than the last is broken.
     """
 
     def __init__(self, run: Path, title: str, key: Mapping[str, Any]) -> None:
@@ -98,17 +96,17 @@ class Records:
 
     @staticmethod
     def parts(run: Path, title: str, key: Mapping[str, Any]) -> list[Path]:
-        """Files of records with this key whose titles begin so and end in a number."""
+        """Return the logs with this key whose titles are this one and a number."""
         digest = _digest(json.dumps(key, ensure_ascii=False, sort_keys=True))
         ending = re.compile(re.escape(_name(title)) + rf"\d+\.{digest}\.jsonl")
         return sorted(path for path in (run / FOLDER).glob("*.jsonl") if ending.fullmatch(path.name))
 
     def find(self, id_: str, asked: str) -> Record | None:
-        """The record of an item, if this very question was asked."""
+        """Return the record of an item, if the same question was asked."""
         return self._known.get((id_, asked))
 
     def append(self, *records: Record) -> None:
-        """Write records that were made together; they are on the disk when this returns.
+        """Write records; they are on the disk when this returns.
 
         Raises:
             StorageError: the disk refused.
@@ -142,7 +140,7 @@ class Records:
             self._file.flush()
 
     def _read(self) -> dict[tuple[str, str], Record]:
-        """All records; begins the file where there is none, and cuts off a torn end."""
+        """Read all records; begin a new file, and remove a torn last line."""
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -158,7 +156,7 @@ class Records:
 
 
 def name_of(title: str, key: Mapping[str, Any]) -> str:
-    """What a file is called that belongs to a key, less its ending: no two keys share one."""
+    """Return the name of a key's file without its suffix: no two keys share one."""
     return f"{_name(title)}.{_digest(json.dumps(key, ensure_ascii=False, sort_keys=True))}"
 
 
@@ -171,7 +169,7 @@ def _digest(key: str) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The last record of every question in a file, in the order of their first.
+    """Return the last record of every question in a file.
 
     Raises:
         StorageError: the file cannot be read, or a line is broken.
@@ -184,7 +182,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _last(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
-    """The last record by id and question: data may change under an id, and back."""
+    """Return the last record by id and question: data may change under an id, and back."""
     return {(record.id, record.asked): record for record in records}
 
 
@@ -218,7 +216,7 @@ def _record(value: Mapping[str, Any]) -> Record:
         raise TypeError("the verdicts have to be true or false")
     texts = record.subject, record.output, record.extracted, record.note, record.sandbox
     if not isinstance(record.implementation, str) or not all(isinstance(one, str | None) for one in texts):
-        raise TypeError("what was answered and what ran have to be texts")
+        raise TypeError("answers and implementations have to be texts")
     figures = record.tokens, record.prompt_tokens, *(record.logprobs or ()), *(record.published or ())
     if not all(isinstance(one, int | float) for one in figures):
         raise TypeError("tokens and log-probabilities have to be numbers")
@@ -226,6 +224,6 @@ def _record(value: Mapping[str, Any]) -> Record:
 
 
 def _plain(record: Record) -> dict[str, Any]:
-    """Only what says something: a choice has no output, a text no log-probabilities."""
+    """Return the fields that have a value: letters have no output, texts no log-probabilities."""
     values = asdict(record).items()
     return {name: value for name, value in values if name == "subject" or value not in (None, {})}

@@ -1,7 +1,7 @@
-"""Requests in tokens: what a task asks for in text, ready for an engine.
+"""Turn requests into tokens.
 
-A continuation is encoded on its own and put behind the prompt's ids, as Qwen's scripts do: ``" A"`` is the
-token of a space and an A, whatever it would have merged with.
+A continuation is encoded alone and appended to the prompt's ids, as in Qwen's scripts: ``" A"`` is one token
+of a space and an A, whatever it might have merged with.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwenq.models.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ChoiceTokens:
-    """`Choose` in ids: the prompt's, and each continuation's. ``name``: the item, for messages."""
+    """`Choose` as token ids; ``name``: the item, for messages."""
 
     name: str
     prompt: tuple[int, ...]
@@ -26,13 +26,13 @@ class ChoiceTokens:
 
     @property
     def needed(self) -> int:
-        """Positions that the longest of its sequences takes; the last token of each is never an input."""
+        """Return the positions of its longest sequence; the last token of each is never an input."""
         return len(self.prompt) + max(len(choice) for choice in self.choices) - 1
 
 
 @dataclass(frozen=True)
 class WriteTokens:
-    """`Write` in ids. ``name``: the item, for messages."""
+    """`Write` as token ids; ``name``: the item, for messages."""
 
     name: str
     prompt: tuple[int, ...]
@@ -41,7 +41,7 @@ class WriteTokens:
 
     @property
     def needed(self) -> int:
-        """Positions that prompt and answer take."""
+        """Return the positions of prompt and answer."""
         return len(self.prompt) + self.max_new_tokens
 
 
@@ -51,17 +51,17 @@ RequestTokens = ChoiceTokens | WriteTokens
 def encode_requests(
     tokenizer: Tokenizer, items: Sequence[Item], requests: Sequence[Request]
 ) -> list[RequestTokens]:
-    """The ids of each request.
+    """Return the token ids of each request.
 
     Raises:
         DataError: a prompt or a continuation without any token.
-        UsageError: turns for a model without a chat template.
+        UsageError: a chat for a model without a chat template.
     """
     prompts = _encode_prompts(tokenizer, [request.prompt for request in requests])
     found: list[RequestTokens] = []
     for item, request, prompt in zip(items, requests, prompts, strict=True):
         if not prompt:
-            raise DataError("an empty prompt: there is nothing to go on from", where=item.id)
+            raise DataError("an empty prompt cannot be continued", where=item.id)
         if isinstance(request, Write):
             found.append(WriteTokens(item.id, tuple(prompt), request.max_new_tokens, request.until))
             continue
@@ -73,10 +73,10 @@ def encode_requests(
 
 
 def require_context(requests: Sequence[RequestTokens], context: int | None) -> None:
-    """Refuse prompts that the model was not made for: nothing is cut, as that would be another question.
+    """Refuse prompts beyond the model's context: nothing is truncated, as that would be another question.
 
     Raises:
-        DataError: says how many items, and the longest.
+        DataError: a prompt is too long.
     """
     too_long = [request for request in requests if context is not None and request.needed > context]
     if not too_long:
@@ -93,14 +93,14 @@ def require_context(requests: Sequence[RequestTokens], context: int | None) -> N
 
 
 def limited(request: Request, max_new_tokens: int | None) -> Request:
-    """Return the request with this limit on what is written; None leaves the protocol's own."""
+    """Return the request with this limit of new tokens; None keeps the protocol's."""
     if max_new_tokens is None or isinstance(request, Choose):
         return request
     return replace(request, max_new_tokens=max_new_tokens)
 
 
 def request_hash(item: Item, request: Request) -> str:
-    """16 hex digits over what is asked and what is known of the item: another answer key is another item."""
+    """Return 16 hex digits over request and item, right answer included."""
     asked: dict[str, object] = {"prompt": _plain(request.prompt)}
     if isinstance(request, Choose):
         asked["choices"] = request.choices
@@ -111,12 +111,12 @@ def request_hash(item: Item, request: Request) -> str:
 
 
 def questions_hash(asked: Mapping[str, str]) -> str:
-    """16 hex digits over the ids of items and the hashes of what was asked about them."""
+    """Return 16 hex digits over all items' ids and request hashes."""
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt for people: text as it is, turns under their roles."""
+    """Return a prompt as readable text: a chat's messages under their roles."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
@@ -127,7 +127,7 @@ def _plain(prompt: Prompt) -> object:
 
 
 def _encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Texts all at once, which some tokenizers do in parallel; chats one by one."""
+    """Encode texts together, which some tokenizers do in parallel, and chats one by one."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = iter(tokenizer.encode_many(texts))
     return [next(encoded) if isinstance(prompt, str) else _chat(tokenizer, prompt) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""What the check found, for people and for JSON."""
+"""Hold the check's result."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from qwenq.evals.verdict import Verdict
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What quantising cost, measured on held-out text.
+    """Result of the check: the cost of quantising, measured on held-out text.
 
     Attributes:
         kl: mean KL(base ‖ quantised) a token, in nats.
-        kl_median, kl_p99: of the same, over tokens.
-        kl_by_position: of the same, along the sequences.
+        kl_median, kl_p99, kl_p999: median and quantiles (0.99, 0.999) over tokens.
+        kl_by_position: mean KL along the sequences.
         same_top: share of tokens where both models rank the same token first.
         perplexity, base_perplexity: of the next token.
         perplexity_ratio: quantised over base, paired by sequence.
-        sequences, seq_len, tokens: how much text; the first token of a sequence is not predicted.
+        sequences, seq_len, tokens: size of the text; the first token of a sequence is not predicted.
         modules: every quantised linear of the blocks, in file order.
-        module_tokens: how many tokens their errors were measured on.
+        module_tokens: tokens that their errors were measured on.
         bits, group_size: of the quantised model.
-        device, dtype: what computed both models.
+        device, dtype: of both models' computation.
         verdict: a word and a sentence.
     """
 
     kl: Estimate
     kl_median: float
     kl_p99: float
+    kl_p999: float
     kl_by_position: tuple[Stretch, ...]
     same_top: Estimate
     perplexity: float
@@ -50,11 +51,11 @@ class CheckResult:
 
     @property
     def broken(self) -> bool:
-        """Whether this is no usable copy of its base: nothing should be published."""
+        """Return whether this is not a usable copy of its base, and must not be published."""
         return self.verdict.word == "broken"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; None in place of numbers that are not finite."""
+        """Return plain values; None in place of numbers that are not finite."""
         fields = vars(self).items()
         plain = {name: value for name, value in fields if isinstance(value, int | str)}
         estimates = {name: value.to_json() for name, value in fields if isinstance(value, Estimate)}
@@ -75,15 +76,15 @@ class CheckResult:
         }
 
     def worst_modules(self, count: int) -> list[ModuleError]:
-        """The ``count`` modules with the largest error, worst first."""
+        """Return the ``count`` modules with the largest error, worst first."""
         return sorted(self.modules, key=lambda module: module.error, reverse=True)[:count]
 
     def summary(self) -> dict[str, str]:
-        """A label and a line for each figure, for people; the verdict comes last."""
+        """Return a label and a line for each figure; the verdict comes last."""
         kl, same, ratio = self.kl, self.same_top, self.perplexity_ratio
         lines = {
             "KL": f"{kl.value:.4f} nats a token{_interval(kl, '.4f')}; "
-            f"median {self.kl_median:.4f}, 99th percentile {self.kl_p99:.3f}",
+            f"median {self.kl_median:.4f}, 99 % quantile {self.kl_p99:.3f}, 99.9 % {self.kl_p999:.3f}",
             "same token": f"{same.value:.1%} of {self.tokens:,} tokens have the same most likely one"
             f"{_interval(same, '.1%')}",
             "perplexity": f"{self.perplexity:.3f}, base {self.base_perplexity:.3f}: "

@@ -1,4 +1,4 @@
-"""From verdicts to rows of results: scores with their intervals, and each model beside its base."""
+"""Make rows of scores, each compared with the base's."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from qwenq.evals.accuracy import RESAMPLES, SEED, Accuracy, macro_accuracy, micr
 from qwenq.evals.run import Answers, Judged, Plan
 from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import Score
+from qwenq.evals.tasks.averages import MAIN
 from qwenq.paired.base import choose_base
 from qwenq.paired.compare import compare
 from qwenq.results import RESULTS_FILE, Row, Value, read_rows
 
-MAIN = "accuracy"
-
 
 def rows_of(
-    contender: Contestant,
+    eval_model: Contestant,
     plan: Plan,
     answers: Answers,
     base: Row | None,
@@ -28,13 +27,13 @@ def rows_of(
     command: str = "",
     apart: str | None = None,
 ) -> list[Row]:
-    """One row a score, the main one first, which also holds the verdict on every item.
+    """Return a row for each score; the first, main one also holds the verdict on every item.
 
     Args:
-        base: the row of the model that this one was made from, see ``base_row``; None: there is none here.
-        settings: what else decides the value.
-        command: what the user typed.
-        apart: why there is no base here, where that has to be said.
+        base: the row of the base, see ``base_row``; None: not in this run folder.
+        settings: everything else that the value depends on.
+        command: as the user typed it.
+        apart: why rows of the base do not match, if there are any.
     """
     rows = []
     for place, score in enumerate(plan.task.scores(answers.judged)):
@@ -46,7 +45,7 @@ def rows_of(
         details["notes"] = [*plan.notes, *cut_short(plan, answers)] or None
         if place == 0:
             details["items"] = verdicts(answers.judged)
-            details["base"] = None if isinstance(contender, Served) else contender.base
+            details["base"] = None if isinstance(eval_model, Served) else eval_model.base
             details["questions"] = answers.questions or None
             if answers.written:
                 details["cut"] = {"answers": answers.cut, "of": answers.written}
@@ -54,7 +53,7 @@ def rows_of(
         rows.append(
             Row(
                 metric=score.metric,
-                model=contender.model,
+                model=eval_model.model,
                 point=point_of(plan),
                 value=score.value,
                 unit="share",
@@ -71,7 +70,7 @@ def rows_of(
 
 
 def cut_short(plan: Plan, answers: Answers) -> list[str]:
-    """A sentence where answers reached their limit, as those of models do that think first."""
+    """Return a notice where answers reached their limit of tokens."""
     if not answers.cut:
         return []
     cut = f"{answers.cut:,} of {len(answers.judged):,} answers to {plan.task.name}"
@@ -79,7 +78,7 @@ def cut_short(plan: Plan, answers: Answers) -> list[str]:
 
 
 def point_of(plan: Plan) -> dict[str, Value]:
-    """What was measured; equal points of two models were asked the same."""
+    """Return the point: equal for two models that were asked the same."""
     point: dict[str, Value] = {
         "task": plan.task.name,
         "protocol": plan.task.protocol,
@@ -99,12 +98,12 @@ def point_of(plan: Plan) -> dict[str, Value]:
 
 
 def verdicts(judged: Judged) -> dict[str, bool]:
-    """The main verdict by item id."""
+    """Return the main verdict by item id."""
     return {item.id: judgement.correct for item, judgement in judged}
 
 
 def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, Any]:
-    """``paired``: the comparison with the base, whose change is that of the score; ``unpaired``: why none."""
+    """Return ``paired``, the comparison with the base, or ``unpaired``, why there is none."""
     if base.value is None:
         return {}
     questions = base.details.get("questions"), details["questions"]
@@ -114,48 +113,48 @@ def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, An
     return {"paired": {**found.to_json(score - base.value), "base": base.model.precision}}
 
 
-def base_row(run: Path, contender: Contestant, plan: Plan) -> Row | None:
-    """The base on this very point, from rows of this run folder: those of the weights of ``Contender.base``.
+def base_row(run: Path, eval_model: Contestant, plan: Plan) -> Row | None:
+    """Return the base's row at the same point of this run folder, by the fingerprint ``Contender.base``.
 
-    Of several precisions that which `choose_base` chooses, as in reports; of one the last that was measured.
+    Of several precisions `choose_base` takes one, as in reports; of several rows the last counts.
 
     Raises:
         UsageError: a broken row.
     """
-    if isinstance(contender, Served) or contender.base is None or not (run / RESULTS_FILE).exists():
+    if isinstance(eval_model, Served) or eval_model.base is None or not (run / RESULTS_FILE).exists():
         return None
     point = point_of(plan)
     found = {
         row.model.precision: row
         for row in read_rows(run)
         if (row.metric, row.status, row.model.family, row.point)
-        == (MAIN, "ok", contender.model.family, point)
-        and row.model.fingerprint == contender.base
+        == (MAIN, "ok", eval_model.model.family, point)
+        and row.model.fingerprint == eval_model.base
         and isinstance(row.details.get("items"), dict)
     }
-    return choose_base(found, contender.how.dtype)
+    return choose_base(found, eval_model.how.dtype)
 
 
-def asked_apart(run: Path, contender: Contestant, plan: Plan) -> str | None:
-    """Why rows of the base on this task are no match; None where there are none, or one is.
+def asked_apart(run: Path, eval_model: Contestant, plan: Plan) -> str | None:
+    """Return why rows of the base on this task do not match; None without any, or where one does.
 
     Raises:
         UsageError: a broken row.
     """
-    if isinstance(contender, Served) or contender.base is None or not (run / RESULTS_FILE).exists():
+    if isinstance(eval_model, Served) or eval_model.base is None or not (run / RESULTS_FILE).exists():
         return None
     point = point_of(plan)
     found = [
         row.point
         for row in read_rows(run)
         if row.metric == MAIN
-        and row.model.fingerprint == contender.base
+        and row.model.fingerprint == eval_model.base
         and row.point.get("task") == plan.task.name
     ]
     if not found or point in found:
         return None
     other = [key for key in {**found[-1], **point} if found[-1].get(key) != point.get(key)]
-    return f"its base was asked with another {', '.join(other)}: evaluate both alike"
+    return f"its base was evaluated with another {', '.join(other)}: evaluate both alike"
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:
@@ -166,7 +165,7 @@ def _accuracy(score: Score, judged: Judged) -> Accuracy:
 
 
 def _correct(metric: str, judged: Judged) -> Sequence[bool]:
-    """The verdicts that a metric counts: ``accuracy`` the main one, ``accuracy.NAME`` the one called NAME."""
+    """Return a metric's verdicts: of ``accuracy`` the main ones, of ``accuracy.NAME`` those called NAME."""
     if metric == MAIN:
         return [judgement.correct for _, judgement in judged]
     name = metric.removeprefix(f"{MAIN}.")
@@ -177,7 +176,7 @@ def _correct(metric: str, judged: Judged) -> Sequence[bool]:
 
 
 def _interval(score: Score, found: Accuracy) -> dict[str, Any]:
-    """How the interval was found; nothing where there is none."""
+    """Return the interval's method; nothing without an interval."""
     if found.low is None:
         return {}
     if score.macro and found.error:

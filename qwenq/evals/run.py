@@ -1,4 +1,4 @@
-"""One model through one task: ask what is not recorded yet, record each answer, give back all verdicts."""
+"""Run one task on one model: ask what is not recorded yet, record each answer, return all verdicts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError
@@ -38,51 +37,32 @@ from qwenq.evals.task import (
     Judgement,
     MakeProgram,
     Request,
-    Task,
     Written,
+    final_answer,
 )
 from qwenq.evals.tasks.script import Script
-from qwenq.evals.thinking import final_answer
+from qwenq.events import Advance, Finish, Listener, Start, silent
 from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
 
 
-class Listener(Protocol):
-    """Told how far it is."""
-
-    def started(self, contender: Contestant, plan: Plan, recorded: int) -> None:
-        """A model begins with a task; so many items are known from records."""
-
-    def judged(self, correct: bool | None) -> None:
-        """One more item: its verdict, None where the sandbox still has to say it."""
-
-    def running(self, total: int) -> None:
-        """So many programs go through the sandbox."""
-
-    def ran(self, passed: bool) -> None:
-        """One program more has ended."""
-
-    def finished(self) -> None:
-        """The model is done with the task."""
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of a model.
+    """A task's items with the settings that a model is asked with.
 
     Attributes:
         task: a benchmark under a protocol.
         items: in their order; at least one.
-        shots: examples that were asked for; None: the protocol's own number, asked for or not.
-        limit: items of each subject at most; None: all, whether asked for or as there are no more.
+        shots: number of examples; None: the protocol's default, given or not.
+        limit: items of each subject at most; None: all, also where the limit was larger.
         subjects: only these; empty: all.
-        source: where the items came from.
-        notes: what has to be said beside the scores.
+        source: of the items.
+        notes: notices for the user.
         max_new_tokens: the limit of written answers; None: the protocol's own.
-        thinking: whether the model thinks before it answers: what follows its thoughts is judged.
+        thinking: whether the model thinks before it answers; the text behind its thoughts is judged.
     """
 
-    task: Task
+    task: Script
     items: Sequence[Item]
     shots: int | None = None
     limit: int | None = None
@@ -93,7 +73,7 @@ class Plan:
     thinking: bool = False
 
     def request(self, item: Item) -> Request:
-        """Return what is asked about an item, with this plan's limit."""
+        """Return the request for an item, with this plan's limit."""
         return limited(self.task.request(item), self.max_new_tokens)
 
 
@@ -106,13 +86,13 @@ class Answers:
 
     Attributes:
         judged: in the order of the items.
-        implementations: what ran, each once; more than one where a run was gone on with elsewhere.
+        implementations: code that ran, each once; several where a run was continued elsewhere.
         recorded: items that were not asked again.
         tokens: new tokens of all answers.
-        questions: a hash of all that was asked, the same for every model; empty: not known.
-        sandboxes: what ran the programs, each once.
+        questions: a hash of all requests, the same for every model; empty: unknown.
+        sandboxes: that programs ran in, each once.
         cut: written answers that reached their limit of tokens before they ended.
-        written: answers that were written; the others are letters that were scored by their logits.
+        written: generated answers; the others are letters scored by logits.
     """
 
     judged: Judged
@@ -151,12 +131,12 @@ def make_plan(
     if subjects and all(item.subject is None for item in kept):
         notes.append(f"{task.name} has no subjects: all of its questions are asked")
         subjects = ()
-    own = None if shots == task.shots else shots  # said or not, it is the same question
+    own = None if shots == task.shots else shots  # given or not, it is the same question
     return Plan(task, kept, own, limit if cut else None, tuple(subjects), source, tuple(notes))
 
 
 def answer(
-    contender: Contestant,
+    eval_model: Contestant,
     plan: Plan,
     run: Path,
     listener: Listener,
@@ -165,13 +145,14 @@ def answer(
     sandbox: Sandbox | None = None,
     team: Team = ALONE,
 ) -> Answers:
-    """Ask a model what its records do not answer yet.
+    """Ask a model every item that its records do not answer yet.
 
     Args:
-        run: the run folder; hold it (``storage.locked``).
+        run: the run folder, which has to be locked (``storage.locked``).
+        listener: receives progress.
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
-        team: further processes that ask a share, each in ``assist``; this one leads.
+        team: further processes that ask a share, each in ``assist``; this one is rank 0.
 
     Raises:
         DataError: prompts that do not fit the model's context; nothing has been asked then.
@@ -179,46 +160,48 @@ def answer(
     """
     if plan.task.needs_sandbox and sandbox is None:
         raise ValueError(f"{plan.task.name} needs a sandbox")
-    task, title, key = plan.task, _title(contender, plan), records_key(contender, plan)
+    task, title, key = plan.task, _title(eval_model, plan), records_key(eval_model, plan)
     hashes = {item.id: request_hash(item, plan.request(item)) for item in plan.items}
     with Records(run, title, key) as records:
         take_parts(records, run, title, key)
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
-        listener.started(contender, plan, len(plan.items) - len(open_))
+        step = step_name(eval_model, plan)
+        listener(Start(step, len(plan.items), "items", len(plan.items) - len(open_)))
         team.tell([item.id for item in open_])
-        _ask(contender, plan, open_, records, listener, batch, team)
+        _ask(eval_model, plan, open_, records, listener, batch, team)
         team.wait()
         for record in take_parts(records, run, title, key):
-            listener.judged(record.correct)
+            listener(Advance(step, result=record.correct))
         require_all(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
         found_records = _all(records, plan.items, hashes)
         if sandbox is not None and task.program is not None:
-            _run_pending(task.program, plan.items, found_records, records, sandbox, listener)
+            _run_pending(task.program, plan.items, found_records, records, sandbox, listener, step)
             found_records = _all(records, plan.items, hashes)
-    listener.finished()
+    listener(Finish(step))
     answers = _answers_of(plan.items, found_records, len(plan.items) - len(open_))
     return replace(answers, questions=questions_hash(hashes))
 
 
-def assist(contender: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
-    """Ask this rank's share of what the leader asks in ``answer``, and leave the records for it.
+def step_name(eval_model: Contestant, plan: Plan) -> str:
+    """Return the name of a model's way through a task, for progress."""
+    return f"{eval_model.model.name} {eval_model.model.precision}, {plan.task.name}"
 
-    Raises:
-        QwenqError: as ``answer``, or another process has stopped.
-    """
+
+def assist(eval_model: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
+    """Ask this rank's share of the items of ``answer``, and leave the records for rank 0."""
     wanted = set(team.tell())
     open_ = [item for item in plan.items if item.id in wanted]
-    with Records(run, title_of(_title(contender, plan), team), records_key(contender, plan)) as records:
-        _ask(contender, plan, open_, records, None, batch, team)
+    with Records(run, title_of(_title(eval_model, plan), team), records_key(eval_model, plan)) as records:
+        _ask(eval_model, plan, open_, records, silent, batch, team)
     team.wait()
 
 
 def _ask(
-    contender: Contestant,
+    eval_model: Contestant,
     plan: Plan,
     items: Sequence[Item],
     records: Records,
-    listener: Listener | None,
+    listener: Listener,
     batch: int | None,
     team: Team,
 ) -> None:
@@ -228,20 +211,19 @@ def _ask(
     requests = [plan.request(item) for item in mine]
     if not mine:
         return
-    responses = _responses(contender, plan, mine, requests, batch)
+    responses = _responses(eval_model, plan, mine, requests, batch)
     with finishing("the items under way are recorded"):
         for together in responses:
             made = [_judged(plan, mine[one.index], requests[one.index], one) for one in together]
             records.append(*made)
-            if listener is not None:
-                for record in made:
-                    listener.judged(record.correct)
+            for record in made:
+                listener(Advance(step_name(eval_model, plan), result=record.correct))
 
 
 def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Record:
-    """Judge an answer; without a verdict where the sandbox has to give it, or nobody here can.
+    """Judge an answer; without a verdict where the sandbox gives it, or the right answer is not published.
 
-    What a chat model thought first stays in the record, and is not judged.
+    A chat model's thoughts are recorded, but not judged.
     """
     task, found = plan.task, response.answer
     if isinstance(found, Written) and not isinstance(request.prompt, str):
@@ -251,63 +233,60 @@ def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Rec
     return record if judgement.known and not task.needs_sandbox else replace(record, correct=None)
 
 
-def records_key(contender: Contestant, plan: Plan) -> dict[str, object]:
-    """All that decides an answer but the item itself, which has a hash of its own."""
+def records_key(eval_model: Contestant, plan: Plan) -> dict[str, object]:
+    """Return everything that an answer depends on but the item, which has a separate hash."""
     task = plan.task
     return {
-        **contender.key,
+        **eval_model.key,
         "task": task.name,
         "protocol": task.protocol,
         "version": task.version,
         "shots": plan.shots,
-        "sampling": contender.generation(True) if plan.thinking else "greedy",
+        "sampling": eval_model.generation(True) if plan.thinking else "greedy",
         **({"max_new_tokens": plan.max_new_tokens} if plan.max_new_tokens is not None else {}),
         **({"thinking": True} if plan.thinking else {}),
     }
 
 
-def records_name(contender: Contestant, plan: Plan) -> str:
-    """What the file of its records is called, less its ending; other answers have another."""
-    return name_of(_title(contender, plan), records_key(contender, plan))
+def records_name(eval_model: Contestant, plan: Plan) -> str:
+    """Return the name of the records' file without its suffix."""
+    return name_of(_title(eval_model, plan), records_key(eval_model, plan))
 
 
-def _title(contender: Contestant, plan: Plan) -> str:
-    model = contender.model
+def _title(eval_model: Contestant, plan: Plan) -> str:
+    model = eval_model.model
     return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
 
 
 def _responses(
-    contender: Contestant, plan: Plan, items: Sequence[Item], requests: Sequence[Request], batch: int | None
+    eval_model: Contestant, plan: Plan, items: Sequence[Item], requests: Sequence[Request], batch: int | None
 ) -> Iterator[list[Response]]:
-    """What the model here, or whoever serves it, says, in lists of what came together.
-
-    The model is loaded when this returns.
-    """
-    if isinstance(contender, Served):
-        return ([response] for response in contender.respond(items, requests))
-    encoded = encode_requests(contender.tokenizer, items, requests)
-    require_context(encoded, contender.engine.context)
-    implementation = contender.engine.implementation
+    """Return an iterator of answers in batches; the model is loaded when this returns."""
+    if isinstance(eval_model, Served):
+        return ([response] for response in eval_model.respond(items, requests))
+    encoded = encode_requests(eval_model.tokenizer, items, requests)
+    require_context(encoded, eval_model.engine.context)
+    implementation = eval_model.engine.implementation
     return (
         [Response(index, found, len(encoded[index].prompt), implementation) for index, found in together]
-        for together in _answers(contender, encoded, batch, plan.thinking)
+        for together in _answers(eval_model, encoded, batch, plan.thinking)
     )
 
 
 def _answers(
-    contender: Contender, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
+    eval_model: Contender, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
 ) -> Iterator[list[tuple[int, Answer]]]:
-    """Choices first, a batch at a time, then texts, one by one: (index into ``encoded``, answer)."""
+    """Yield (index into ``encoded``, answer): letters first, a batch at a time, then texts, one by one."""
     choices = [(i, one) for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)]
     texts = [(i, one) for i, one in enumerate(encoded) if isinstance(one, WriteTokens)]
-    engine = contender.engine
+    engine = eval_model.engine
     if choices:
         for found in score(engine, [one for _, one in choices], budget_for(engine, batch)):
             yield [(choices[place][0], chosen) for place, chosen in found]
     if texts:
-        tokenizer, requests = contender.tokenizer, [one for _, one in texts]
+        tokenizer, requests = eval_model.tokenizer, [one for _, one in texts]
         budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
-        sampling = contender.sampling[0] if thinking else GREEDY
+        sampling = eval_model.sampling[0] if thinking else GREEDY
         for place, written in write(engine, tokenizer, requests, tokenizer.eos_ids, *budgets, sampling):
             yield [(texts[place][0], written)]
 
@@ -337,8 +316,9 @@ def _run_pending(
     records: Records,
     sandbox: Sandbox,
     listener: Listener,
+    step: str,
 ) -> None:
-    """Run the programs that have no verdict yet, and record it."""
+    """Run the programs that have no verdict yet, and record their verdicts."""
     pending = {
         record.id: (record, program(item, record.extracted or ""))
         for item, record in zip(items, found, strict=True)
@@ -351,9 +331,10 @@ def _run_pending(
         note = outcome.reason + (f": {outcome.detail}" if outcome.detail else "")
         asked, ran = pending[ended.id][0], sandbox.implementation
         records.append(replace(asked, correct=outcome.passed, note=note, sandbox=ran))
-        listener.ran(outcome.passed)
+        listener(Advance(step, result=outcome.passed))
 
-    listener.running(len(pending))
+    step = f"{step}: running programs"
+    listener(Start(step, len(pending), "programs"))
     run_programs([one for _, one in pending.values()], sandbox=sandbox, on_done=done)
 
 

@@ -1,7 +1,8 @@
-"""Log-probabilities of continuations: what prompts share is encoded once, the rest goes in batches by length.
+"""Score continuations by their log-probabilities: letters of multiple-choice questions.
 
-One forward pass per prompt serves all continuations, as each one's first token is judged by the same logits.
-Continuations of several tokens go on from there, each over a copy of its prompt's row.
+Shared prefixes are encoded once, the rest in batches by length. One forward pass per prompt serves all
+continuations, as the same logits give the first token of each. Longer continuations run on a copy of their
+prompt's cache row.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from qwenq.stopping import stop_here
 def score(
     engine: Engine, requests: Sequence[ChoiceTokens], budget: Budget
 ) -> Iterator[list[tuple[int, Chosen]]]:
-    """The answer to each request, a batch at a time: (index, answer), in an order of its own.
+    """Yield (index, answer) for each request, a batch at a time, in any order.
 
     Raises:
-        ModelError: logits that are not finite; the answers given out before are sound.
+        ModelError: logits that are not finite; answers already yielded are sound.
         QwenqError: a single prompt does not fit into the memory.
     """
     for group in shared_groups(engine, [request.prompt for request in requests]):
@@ -37,10 +38,10 @@ def score(
 
 
 def shared_groups(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Group]:
-    """Groups whose shared beginning can be encoded once.
+    """Return groups of prompts whose shared prefix can be encoded once.
 
-    Qwen v1 rotates a long prompt by a base of its own: such prompts share only with their like, and nothing
-    where the beginning alone would be rotated otherwise.
+    Qwen v1 changes the rotary base with a prompt's length: only prompts of one base share a prefix, and only
+    where the prefix alone has the same base.
     """
     by_alpha: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
@@ -55,7 +56,7 @@ def shared_groups(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Grou
 
 
 def encode_prefix(engine: Engine, prefix: Sequence[int]) -> KVCache | None:
-    """A cache of one row that holds the beginning of many prompts; None for an empty one."""
+    """Return a cache of one row that holds a shared prefix; None for an empty one."""
     if not prefix:
         return None
     cache = engine.new_cache(1, len(prefix))
@@ -64,7 +65,7 @@ def encode_prefix(engine: Engine, prefix: Sequence[int]) -> KVCache | None:
 
 
 def begin_rows(engine: Engine, prefix: KVCache | None, rows: int, capacity: int) -> KVCache:
-    """A cache of ``rows`` rows that begin with the prefix."""
+    """Return a cache of ``rows`` rows that begin with the prefix."""
     return engine.new_cache(rows, capacity) if prefix is None else prefix.fork(rows, capacity)
 
 
@@ -85,7 +86,7 @@ def require_finite(values: Tensor, names: Sequence[str]) -> None:
         "the model's logits are not finite, so there is no answer",
         where=f"item {names[sound.tolist().index(False)]}",
         hint="float16 overflows in some models: use --dtype bfloat16 or float32; "
-        "`qwenq check` tells whether the weights are sound",
+        "`qwenq check` shows whether the weights are sound",
     )
 
 
@@ -99,7 +100,7 @@ def _score_group(
     work: KVCache | None = None
     done = 0
     while done < len(order):
-        stop_here()  # what was computed is recorded: whoever takes the answers has taken them
+        stop_here()  # every answer that was yielded is recorded
         longest = len(tails[order[done]])
         rows = min(_rows(budget, longest, shared + longest, work), len(order) - done)
         batch = order[done : done + rows]
@@ -122,13 +123,13 @@ def _score_group(
 
 
 def _rows(budget: Budget, longest: int, capacity: int, work: KVCache | None) -> int:
-    """As many as fit; as many as before while that is at least half of it, as the copies are then reused."""
+    """Return the rows that fit; as many as before if that is at least half, to reuse the cache."""
     fit = budget.rows_that_fit(longest, capacity)
     return work.batch if work is not None and work.batch <= fit < 2 * work.batch else fit
 
 
 def _choose(engine: Engine, requests: Sequence[ChoiceTokens], logits: Tensor, cache: KVCache) -> list[Chosen]:
-    """Answers from float32 logits [rows, vocabulary] behind the prompts, whose keys ``cache`` holds."""
+    """Return answers from the float32 logits [rows, vocabulary] of prompts in ``cache``."""
     require_finite(logits, [request.name for request in requests])
     first = torch.tensor(
         _padded([[choice[0] for choice in r.choices] for r in requests]), device=engine.device
@@ -148,7 +149,7 @@ def _choose(engine: Engine, requests: Sequence[ChoiceTokens], logits: Tensor, ca
 
 
 def _rest(engine: Engine, requests: Sequence[ChoiceTokens], cache: KVCache) -> dict[tuple[int, int], float]:
-    """Log-probability of the second and later tokens, by (row, choice); only where there are any."""
+    """Return the log-probability of second and later tokens by (row, choice), where there are any."""
     wanted = [
         (row, place)
         for row, request in enumerate(requests)
@@ -170,6 +171,6 @@ def _rest(engine: Engine, requests: Sequence[ChoiceTokens], cache: KVCache) -> d
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Rows of one length; what is filled in is never read."""
+    """Pad rows to one length; the padding is never read."""
     longest = max(map(len, rows))
     return [[*row, *[0] * (longest - len(row))] for row in rows]

@@ -1,4 +1,4 @@
-"""A model that somebody else serves, through the same tasks, records and rows as one that is loaded here."""
+"""Evaluate a model that a server runs, with the same tasks, records and rows as a local one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from qwenq.results import Model
 
 @dataclass(frozen=True)
 class Response:
-    """An answer, with what a record says beside it.
+    """An answer with the facts that are recorded.
 
     Attributes:
-        index: which of the items that were asked together.
-        answer: what came back.
-        prompt_tokens: tokens of the prompt; 0: nobody said.
-        implementation: exactly what ran, as far as that is known.
+        index: of the item among those asked together.
+        answer: a text or scores.
+        prompt_tokens: tokens of the prompt; 0: unknown.
+        implementation: the code that ran, as far as it is known.
     """
 
     index: int
@@ -34,17 +34,16 @@ class Response:
 
 @dataclass(frozen=True)
 class Served:
-    """An endpoint in the place of a ``Contender``.
+    """A model behind an endpoint.
 
-    Nobody here has seen its weights: its fingerprint is that of the address and the name, its precision is
-    ``served``. Its family is its name less ``-GPTQ-Int4`` and the like, so that `qwenq compare` pairs a model
-    with its base that is served elsewhere.
+    Its weights are unknown: its fingerprint is that of address and name, its precision ``served``. Its family
+    is its name less ``-GPTQ-Int4`` and the like, so that `qwenq compare` pairs it with its served base.
 
     Attributes:
-        endpoint: where it is.
-        quantised: nobody knows; it is compared with nothing.
-        protocol: chats, unless the user says otherwise.
-        how: nor is it known how it is run.
+        endpoint: its server.
+        quantised: unknown, so it is not compared with a base here.
+        protocol: the default.
+        how: unknown settings.
     """
 
     endpoint: Endpoint
@@ -54,7 +53,7 @@ class Served:
 
     @property
     def model(self) -> Model:
-        """What rows say of it."""
+        """Return its identity in rows of results."""
         named = f"{self.endpoint.url} {self.endpoint.model}"
         digest = hashlib.sha256(named.encode()).hexdigest()[:16]
         name = self.endpoint.model.rsplit("/", 1)[-1]
@@ -62,30 +61,30 @@ class Served:
 
     @property
     def thinking(self) -> bool:
-        """Whether it was asked to think; where nothing was asked, its server decides."""
+        """Return whether it is asked to think; without a request its server decides."""
         return self.endpoint.thinking is True
 
     def generation(self, thinking: bool) -> str:
-        """How it writes, as far as a server heeds what it is asked."""
+        """Return a phrase on how answers are generated, as far as the server follows the request."""
         if thinking:
             return f"sampled by the server's own settings, seed {SEED} where it takes it"
         return "greedy, repetition penalty 1 where the server takes it"
 
     @property
     def key(self) -> dict[str, Any]:
-        """What of it decides an answer, as far as that is known."""
+        """Return everything of it that an answer depends on, as far as it is known."""
         key = {"endpoint": self.endpoint.url, "model": self.endpoint.model, PENALTY: 1}
         asked = self.endpoint.thinking
         return key if asked is None else {**key, "enable_thinking": asked}
 
     def unload(self) -> None:
-        """Nothing is held here."""
+        """Free nothing: no weights are loaded here."""
 
     def respond(self, items: Sequence[Item], requests: Sequence[Request]) -> Iterator[Response]:
-        """Answers as they come.
+        """Yield answers as they arrive.
 
         Raises:
-            UsageError: a request to score continuations, which no server does; nothing has been asked then.
+            UsageError: a request to score continuations; no request has been sent then.
             QwenqError: the server refused, or did not answer.
         """
         writes = [request for request in requests if isinstance(request, Write)]
@@ -94,9 +93,9 @@ class Served:
                 item for item, one in zip(items, requests, strict=True) if not isinstance(one, Write)
             )
             raise UsageError(
-                "this protocol scores given continuations, and a server only writes",
+                "this protocol scores continuations, and a server only generates text",
                 where=unfit.id,
-                hint="use --protocol card, or a task that writes: gsm8k, humaneval",
+                hint="use --protocol card, or a task with generated answers: gsm8k, humaneval",
             )
         what = f"{self.endpoint.model} served at {self.endpoint.url}"
         for index, reply in self.endpoint.ask_all(writes):
@@ -104,4 +103,4 @@ class Served:
 
 
 Contestant = Contender | Served
-"""Whoever is asked."""
+"""A model that is evaluated, here or on a server."""

@@ -1,4 +1,4 @@
-"""One item in full: what was asked, what each model answered, and what was made of it."""
+"""Show one item in full: prompt, answers and verdicts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _REORDERING = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x2
 
 
 def show_item(run: Path, id_: str, source: DataSource) -> str:
-    """The text of ``qwenq eval --show``: nothing in it can steer a terminal.
+    """Return the text of ``qwenq eval --show``, without control characters.
 
     Args:
         run: the run folder.
         id_: of the item.
         source: the benchmark's data: prompts are not recorded but made again, and checked against the record.
-            Where nothing is named and the rows of the run are the sample suite's, that.
+            By default the sample suite, if all rows of the run are of it.
 
     Raises:
         UsageError: no records, or none of that item.
@@ -53,7 +53,7 @@ def show_item(run: Path, id_: str, source: DataSource) -> str:
 
 
 def _is_sample(run: Path) -> bool:
-    """Whether all scores of the run are of the sample suite; a run without any does not tell."""
+    """Return whether the run has scores, all of the sample suite."""
     try:
         points = [row.point for row in read_rows(run) if "task" in row.point]
     except QwenqError:
@@ -62,7 +62,7 @@ def _is_sample(run: Path) -> bool:
 
 
 def visible(text: str) -> str:
-    """The text with control characters and such that change its direction spelled out (``\\x1b``)."""
+    """Escape control characters, and those that change the direction of text (``\\x1b``)."""
     return "".join(_spelled(char) for char in text)
 
 
@@ -89,11 +89,11 @@ def _question(key: dict[str, Any], record: Record, source: DataSource) -> str:
         item = next(one for one in task.items(source, subjects, key.get("shots")) if one.id == record.id)
     except (QwenqError, StopIteration) as error:
         why = error.what if isinstance(error, QwenqError) else "the item is not in this data"
-        return f"{title}\n(prompt not shown: {why}; name the data that was asked: --data DIR or --sample)"
+        return f"{title}\n(prompt not shown: {why}; name the data of this run: --data DIR or --sample)"
     limit = key.get("max_new_tokens")
     request = limited(task.request(item), limit if isinstance(limit, int) else None)
     changed = request_hash(item, request) != record.asked
-    note = "\n(the data or the task has changed since: this is not what was asked)" if changed else ""
+    note = "\n(the data or the task has changed since: the recorded question was another)" if changed else ""
     return f"{title}{note}\n--- prompt\n{prompt_text(request.prompt)}{_wanted(item, request)}"
 
 
@@ -113,7 +113,7 @@ def _answer(path: Path, record: Record) -> str:
         lines.append(f"--- answer ({record.tokens} tokens{end})\n{record.output}")
     if record.logprobs is not None:
         lines.append(f"--- log-probabilities\n{', '.join(f'{value:.4f}' for value in record.logprobs)}")
-    lines.append(f"--- read out of it\n{record.extracted}")
+    lines.append(f"--- extracted answer\n{record.extracted}")
     if record.also:
         lines.append("--- also\n" + ", ".join(f"{k}: {v}" for k, v in sorted(record.also.items())))
     if record.note:

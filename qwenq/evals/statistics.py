@@ -1,12 +1,6 @@
-"""Intervals for figures measured on tokens that come in sequences.
+"""Estimate figures of tokens in sequences.
 
-Tokens of one sequence share its topic and its context, so they are no independent draws: an interval that
-counts them one by one is too narrow. Sequences are independent, and all of one length: they are the unit.
-
-* a mean is the mean of the sequences' means, with Student's t interval over those (n − 1 degrees of freedom).
-  It is exact for normal means at any n and needs no seed; a bootstrap of a few sequences is too narrow.
-* a rate has Wilson's interval (JASA 1927) with the number of tokens divided by the design effect (Kish 1965):
-  how much more the sequences' rates scatter than independent tokens would.
+Tokens of one sequence share its topic, so they are not independent draws; sequences are the unit.
 """
 
 from __future__ import annotations
@@ -14,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
 
 CONFIDENCE = 0.95
 
@@ -31,17 +25,22 @@ class Estimate:
     high: float | None
 
     def to_json(self) -> dict[str, float | None]:
-        """Plain numbers; None where a number is not finite, which JSON cannot hold."""
+        """Return plain numbers; None where a number is not finite, which JSON cannot hold."""
         return {name: json_number(value) for name, value in vars(self).items()}
 
 
 def json_number(value: float | None) -> float | None:
-    """The number, or None for NaN, infinity and None."""
+    """Return the number, or None for NaN, infinity and None."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def mean_of_sequences(values: NDArray[np.float64]) -> Estimate:
-    """Mean of [sequences, tokens] with the t interval over the sequences' means."""
+    """Return the mean of [sequences, tokens] with Student's t interval over the sequences' means.
+
+    The interval is exact for normal means at any n; a bootstrap of a few sequences is too narrow.
+    """
+    from scipy.special import stdtrit  # here, as `qwenq compare` needs no scipy
+
     with np.errstate(invalid="ignore", over="ignore"):
         means = values.mean(axis=1)  # [sequences]
         mean, count = float(means.mean()), len(means)
@@ -54,10 +53,10 @@ def mean_of_sequences(values: NDArray[np.float64]) -> Estimate:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A mean over some positions of every sequence.
+    """Mean over a range of positions of every sequence.
 
     Attributes:
-        first, last: tokens that have been read before the first and the last of the predictions.
+        first, last: numbers of tokens before the first and the last prediction.
         mean: with its interval over sequences.
         n: predictions.
     """
@@ -68,7 +67,7 @@ class Stretch:
     n: int
 
     def to_json(self) -> dict[str, float | None]:
-        """Plain numbers."""
+        """Return plain numbers."""
         return {"first": self.first, "last": self.last, "n": self.n, **self.mean.to_json()}
 
 
@@ -76,10 +75,11 @@ STRETCHES = 16
 
 
 def by_position(values: NDArray[np.float64], count: int = STRETCHES) -> tuple[Stretch, ...]:
-    """Means over stretches of equal length along the tokens, at most so many.
+    """Return means over ranges of equal length along the tokens.
 
     Args:
         values: [sequences, tokens] of a figure that is never below zero; nor are the intervals' bounds.
+        count: ranges, at most.
     """
     sequences, tokens = values.shape
     edges = [round(n * tokens / min(count, tokens)) for n in range(min(count, tokens) + 1)]
@@ -92,14 +92,14 @@ def by_position(values: NDArray[np.float64], count: int = STRETCHES) -> tuple[St
 
 
 def ratio_of_perplexities(nll: NDArray[np.float64], base_nll: NDArray[np.float64]) -> Estimate:
-    """exp(mean(nll − base_nll)), both [sequences, tokens] in nats: paired, the texts' difficulty cancels."""
+    """Return exp(mean(nll − base_nll)) of [sequences, tokens] in nats, paired by token."""
     log_ratio = mean_of_sequences(nll - base_nll)
     bounds = (None if x is None else _exp(x) for x in (log_ratio.low, log_ratio.high))
     return Estimate(_exp(log_ratio.value), *bounds)
 
 
 def perplexity(nll: NDArray[np.float64]) -> float:
-    """exp of the mean of nats."""
+    """Return exp of the mean of nats."""
     return _exp(float(nll.mean()))
 
 
@@ -109,14 +109,17 @@ def _exp(value: float) -> float:
 
 
 def rate_of_sequences(hits: NDArray[np.bool_]) -> Estimate:
-    """Share of hits in [sequences, tokens] with Wilson's interval for the effective number of tokens."""
+    """Return the share of hits in [sequences, tokens] with Wilson's interval.
+
+    The number of tokens is divided by the design effect (Kish 1965).
+    """
     rate = float(hits.mean())
     low, high = wilson(rate, hits.size / design_effect(hits))
     return Estimate(rate, low, high)
 
 
 def design_effect(hits: NDArray[np.bool_]) -> float:
-    """Variance of the sequences' rates over that of independent tokens; at least 1."""
+    """Return the variance of the sequences' rates over that of independent tokens; at least 1."""
     sequences, tokens = hits.shape
     rate = float(hits.mean())
     independent: float = rate * (1 - rate) / tokens
@@ -126,8 +129,8 @@ def design_effect(hits: NDArray[np.bool_]) -> float:
 
 
 def wilson(rate: float, count: float) -> tuple[float, float]:
-    """Wilson's score interval for a share ``rate`` of ``count`` draws."""
-    z2 = float(ndtri((1 + CONFIDENCE) / 2)) ** 2
+    """Return Wilson's score interval of a share ``rate`` of ``count`` draws."""
+    z2 = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2
     centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
     half = math.sqrt(z2 * (rate * (1 - rate) / count + z2 / (4 * count**2))) / (1 + z2 / count)
     # at 0 and 1 the bound is the rate itself, but for rounding

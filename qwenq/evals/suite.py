@@ -1,11 +1,11 @@
-"""Several models through several tasks: bases first, as each quantised model is compared with its own."""
+"""Run several tasks on several models: bases first, as each quantised model is compared with its base."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from qwenq.errors import DataError, QwenqError
 from qwenq.evals.contender import Contender, by_need, settle_families
 from qwenq.evals.recorded import has_check, record_check
 from qwenq.evals.records import FOLDER
-from qwenq.evals.rows import MAIN, asked_apart, base_row, cut_short, rows_of
-from qwenq.evals.run import Answers, Listener, Plan, answer, assist, make_plan, records_name
+from qwenq.evals.rows import asked_apart, base_row, cut_short, rows_of
+from qwenq.evals.run import Answers, Plan, answer, assist, make_plan, records_name
 from qwenq.evals.sandbox.find import Sandbox, find_sandbox
 from qwenq.evals.sandbox.run import run_programs
 from qwenq.evals.served import Contestant, Served
 from qwenq.evals.task import DataSource, ProtocolName
 from qwenq.evals.tasks import ceval
+from qwenq.evals.tasks.averages import MAIN
 from qwenq.evals.tasks.registry import get_task
 from qwenq.evals.thinking import MAX_NEW_TOKENS
+from qwenq.events import Advance, Listener, Notice, Start
 from qwenq.paired.base import PLAIN
 from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
@@ -32,19 +34,19 @@ from qwenq.storage import atomic_write_json, locked
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of every model.
+    """Settings of an evaluation.
 
     Attributes:
         tasks: by name.
-        protocol: None: each model's own, ``card`` for chat models and ``base`` for others.
+        protocol: None: each model's default, ``card`` for chat models and ``base`` for others.
         subjects: only these; empty: all.
-        shots: examples; None: the protocol's own number.
-        limit: of each subject the first so many items, of every task or by its name; None: all.
-        source: where items come from.
-        batch: rows at once; None: what fits.
+        shots: number of examples; None: the protocol's default.
+        limit: items of each subject at most, for every task or by its name; None: all.
+        source: of the items.
+        batch: rows at once; None: as many as fit.
         unsafe_code: run programs without a sandbox.
-        max_new_tokens: the limit of written answers, of every task or by its name; None: the protocol's, or
-            the budget of thoughts (``evals.thinking``) where the model thinks.
+        max_new_tokens: the limit of generated answers, for every task or by its name; None: the protocol's,
+            or that of thinking models (``evals.thinking``).
     """
 
     tasks: tuple[str, ...]
@@ -57,48 +59,43 @@ class Wanted:
     unsafe_code: bool = False
     max_new_tokens: int | Mapping[str, int] | None = None
 
-    def plan_for(self, contender: Contestant, plan: Plan) -> Plan:
-        """Return the plan as this model is asked it: whether it thinks, and how long answers may be."""
+    def plan_for(self, eval_model: Contestant, plan: Plan) -> Plan:
+        """Return the plan for this model: whether it thinks, and the limit of answers."""
         wanted = self.max_new_tokens
         limit = wanted.get(plan.task.name) if isinstance(wanted, Mapping) else wanted
-        thinking = contender.thinking and plan.task.protocol == "card"
+        thinking = eval_model.thinking and plan.task.protocol == "card"
         limit = MAX_NEW_TOKENS if thinking and limit is None else limit
         return replace(plan, thinking=thinking, max_new_tokens=limit)
 
     def limit_of(self, task: str) -> int | None:
-        """How many items of each subject of this task."""
+        """Return the number of items of each subject of this task."""
         return self.limit if self.limit is None or isinstance(self.limit, int) else self.limit.get(task)
 
 
-Say = Callable[[str], None]
-"""Told what the user has to know, a line each."""
-
-
 def evaluate(
-    contenders: Sequence[Contestant],
+    eval_models: Sequence[Contestant],
     wanted: Wanted,
     run: Path,
     listener: Listener,
-    say: Say,
     command: str = "",
     team: Team = ALONE,
 ) -> list[Row]:
-    """Ask every model every task; the rows, also appended to ``run`` as they are made.
+    """Run every task on every model; return the rows, which are appended to ``run`` as they are made.
 
     Data and sandbox are checked before the first model is loaded. The rows of quantised models include those
     of the check that `qwenq quantize` made.
 
     Args:
-        command: what the user typed, for the rows.
-        team: further processes that ask a share, each in ``assist_all``; this one leads.
+        command: as the user typed it, for the rows.
+        team: further processes that ask a share, each in ``assist_all``; this one is rank 0.
 
     Raises:
         DataError: no data, broken data, prompts that no model here can take.
         UsageError: an unknown task, protocol or subject, or another process works in ``run``.
-        UnsupportedError: no sandbox works here, and none was waived.
+        UnsupportedError: no sandbox works here, and ``unsafe_code`` is off.
         QwenqError: a model cannot be loaded, or its logits are not finite.
     """
-    order = by_need(contenders)
+    order = by_need(eval_models)
     plans = _plans(order, wanted)
     coded = [plan for plan in plans.values() if plan.task.needs_sandbox]
     sandbox = find_sandbox(wanted.unsafe_code) if coded else None
@@ -108,70 +105,66 @@ def evaluate(
         write_environment(run, environment())
         notes = [note for plan in plans.values() for note in plan.notes]
         for line in dict.fromkeys([*settle_families(here, _recorded_bases(run)), *notes]):
-            say(line)
+            listener(Notice(line))
         if sandbox is not None:
             for plan in coded:
-                check_solutions(plan, sandbox, run, listener, say)
-        for contender in order:
-            if isinstance(contender, Contender) and contender.quantised:
-                rows += _recorded_check(contender, run, say)
+                check_solutions(plan, sandbox, run, listener)
+        for eval_model in order:
+            if isinstance(eval_model, Contender) and eval_model.quantised:
+                rows += _recorded_check(eval_model, run, listener)
             for name in wanted.tasks:
-                plan = wanted.plan_for(contender, plans[name, wanted.protocol or contender.protocol])
+                plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
                 answers = answer(
-                    contender, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
+                    eval_model, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
                 )
-                if isinstance(contender, Served) and answers.recorded:
-                    say(_served_before(answers.recorded))
+                if isinstance(eval_model, Served) and answers.recorded:
+                    listener(Notice(_served_before(answers.recorded)))
                 for line in cut_short(plan, answers):
-                    say(f"{contender.model.name} {contender.model.precision}: {line}")
-                rows += _append_rows(contender, plan, answers, wanted, run, sandbox, command)
+                    listener(Notice(f"{eval_model.model.name} {eval_model.model.precision}: {line}"))
+                rows += _append_rows(eval_model, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
-                    say(_write_submission(contender, plan, answers, run))
-            contender.unload()
+                    listener(Notice(_write_submission(eval_model, plan, answers, run)))
+            eval_model.unload()
     return rows
 
 
 def _recorded_bases(run: Path) -> list[Model]:
-    """Unquantised models that a run folder has scores of, the last first."""
+    """Return unquantised models that a run folder has scores of, the last first."""
     rows = read_rows(run) if (run / RESULTS_FILE).exists() else []
     return [row.model for row in reversed(rows) if row.metric == MAIN and row.model.precision in PLAIN]
 
 
 def _served_before(count: int) -> str:
-    """A server may have been given other weights under the same name; nobody here can tell."""
+    """Return a notice on recorded answers, as a server may have got other weights under the same name."""
     answers = "1 answer is" if count == 1 else f"{count:,} answers are"
-    return f"{answers} of what this address served before; --out NEW asks again"
+    return f"{answers} recorded from this address already; --out NEW asks again"
 
 
-def _recorded_check(contender: Contender, run: Path, say: Say) -> list[Row]:
-    """KL divergence and same top token as `qwenq quantize` found them; none where it made no check."""
-    folder = contender.checkpoint.folder
+def _recorded_check(eval_model: Contender, run: Path, listener: Listener) -> list[Row]:
+    """Return rows of the check that `qwenq quantize` made; none without a check."""
+    folder = eval_model.checkpoint.folder
     if not has_check(folder):
         return []
     try:
-        return record_check(folder, contender.model, run)
+        return record_check(folder, eval_model.model, run)
     except QwenqError as error:
-        say(f"the check of {contender.model.name} is not shown: {error.what} ({error.where})")
+        listener(Notice(f"the check of {eval_model.model.name} is not shown: {error.what} ({error.where})"))
         return []
 
 
-def assist_all(contenders: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> None:
-    """Ask this rank's share of everything that the leader asks in ``evaluate``.
-
-    Raises:
-        QwenqError: as ``evaluate``, or another process has stopped.
-    """
-    order = by_need(contenders)
+def assist_all(eval_models: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> None:
+    """Ask this rank's share of every task of ``evaluate``."""
+    order = by_need(eval_models)
     plans = _plans(order, wanted)
-    for contender in order:
+    for eval_model in order:
         for name in wanted.tasks:
-            plan = wanted.plan_for(contender, plans[name, wanted.protocol or contender.protocol])
-            assist(contender, plan, run, team, batch=wanted.batch)
-        contender.unload()
+            plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
+            assist(eval_model, plan, run, team, batch=wanted.batch)
+        eval_model.unload()
 
 
 def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, ProtocolName], Plan]:
-    """Every task under every protocol that is needed, with its items."""
+    """Return every task under every protocol that is needed, with its items."""
     return {
         (name, protocol): make_plan(
             get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, wanted.limit_of(name)
@@ -181,11 +174,11 @@ def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, Proto
     }
 
 
-def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener, say: Say) -> None:
-    """The benchmark's own solutions have to pass, or no verdict means anything; once for each run folder.
+def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener) -> None:
+    """Run the benchmark's own solutions, once for each run folder: if they fail, no verdict means anything.
 
     Raises:
-        DataError: more of them fail than the task has to ``spare``; says which, and why.
+        DataError: more of them fail than the task allows (``spare``).
     """
     name, program, reference = plan.task.name, plan.task.program, plan.task.reference
     if program is None or reference is None:
@@ -195,35 +188,34 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener,
     kept = run / FOLDER / f"{name}.solutions.{digest}.json"
     if kept.exists():
         return
-    listener.running(len(plan.items))
+    listener(Start(step := f"{name}: running the benchmark's own solutions", len(plan.items), "programs"))
     began = time.monotonic()
     outcomes = run_programs(
         [program(item, reference(item)) for item in plan.items],
         sandbox=sandbox,
-        on_done=lambda _, outcome: listener.ran(outcome.passed),
+        on_done=lambda _, outcome: listener(Advance(step, result=outcome.passed)),
     )
     failed = [(item, o) for item, o in zip(plan.items, outcomes, strict=True) if not o.passed]
     if failed:
         item, outcome = failed[0]
-        found = f"{len(failed)} of {len(plan.items)} solutions of the benchmark itself do not pass"
+        found = f"{len(failed)} of {len(plan.items)} solutions of the benchmark itself fail"
         why = f"{outcome.reason}: {outcome.detail}"
         if len(failed) > min(plan.task.spare, len(plan.items) // 2):
             raise DataError(
                 f"{found} ({why}): the data or this sandbox ({sandbox.implementation}) is broken",
                 where=item.id,
             )
-        say(f"{name}: {found}, so no answer can: {', '.join(i.id for i, _ in failed)} (the first: {why})")
+        ids = ", ".join(item.id for item, _ in failed)
+        listener(Notice(f"{name}: {found}, so no answer can: {ids} (the first: {why})"))
     passed, seconds = len(outcomes) - len(failed), round(time.monotonic() - began, 1)
     atomic_write_json(kept, {"sandbox": sandbox.implementation, "passed": passed, "seconds": seconds})
     all_ = "all " if not failed else ""
-    say(
-        f"{name}: {all_}{passed} of the benchmark's own solutions pass, in {seconds:.0f} s; "
-        f"{sandbox.implementation}"
-    )
+    found = f"{all_}{passed} of the benchmark's own solutions pass, in {seconds:.0f} s"
+    listener(Notice(f"{name}: {found}; {sandbox.implementation}"))
 
 
 def _append_rows(
-    contender: Contestant,
+    eval_model: Contestant,
     plan: Plan,
     answers: Answers,
     wanted: Wanted,
@@ -231,53 +223,53 @@ def _append_rows(
     sandbox: Sandbox | None,
     command: str,
 ) -> list[Row]:
-    how = contender.how
+    how = eval_model.how
     settings: dict[str, Any] = {
         "dtype": how.dtype,
         "device": how.device,
         "engine": how.engine,
         "attention": how.attention,
         "kernel": how.kernel,
-        "generation": contender.generation(plan.thinking),
+        "generation": eval_model.generation(plan.thinking),
         "asked": "generation" if answers.written else "logits",
         MACHINE: machine(environment()),
     }
-    if (kind := _thinking(contender, plan)) is not None:
+    if (kind := _thinking(eval_model, plan)) is not None:
         settings["thinking"] = kind
-    if not answers.recorded:  # how many were asked together, records do not say
-        served = contender.endpoint.concurrency if isinstance(contender, Served) else None
+    if not answers.recorded:  # records do not hold the batch size
+        served = eval_model.endpoint.concurrency if isinstance(eval_model, Served) else None
         settings["batch"] = served or wanted.batch or "auto"
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = "; ".join(answers.sandboxes) or sandbox.implementation
-    base, apart = base_row(run, contender, plan), asked_apart(run, contender, plan)
-    rows = rows_of(contender, plan, answers, base, settings, command, apart)
+    base, apart = base_row(run, eval_model, plan), asked_apart(run, eval_model, plan)
+    rows = rows_of(eval_model, plan, answers, base, settings, command, apart)
     for row in rows:
         append_row(run, row)
     return rows
 
 
-def _thinking(contender: Contestant, plan: Plan) -> str | None:
-    """``on`` or ``off`` where a chat model has that choice; None elsewhere, and where a server decides."""
+def _thinking(eval_model: Contestant, plan: Plan) -> str | None:
+    """Return ``on`` or ``off`` where a chat model has that choice; None where a server decides."""
     if plan.task.protocol != "card":
         return None
-    if isinstance(contender, Served):
-        asked = contender.endpoint.thinking
+    if isinstance(eval_model, Served):
+        asked = eval_model.endpoint.thinking
         return None if asked is None else "on" if asked else "off"
-    if contender.tokenizer.thinking == "never":
+    if eval_model.tokenizer.thinking == "never":
         return None
     return "on" if plan.thinking else "off"
 
 
-def _write_submission(contender: Contestant, plan: Plan, answers: Answers, run: Path) -> str:
-    """The file that C-Eval's leaderboard takes; its test split has no published answers to score with.
+def _write_submission(eval_model: Contestant, plan: Plan, answers: Answers, run: Path) -> str:
+    """Write the file for C-Eval's leaderboard, as the test split has no published answers; return a notice.
 
-    It is called as its records are, so that no other answers overwrite it, nor does a part the whole.
+    It is named as its records are, so that no other answers overwrite it, nor a part of them the whole.
     """
     asked, all_ = len(answers.judged), ceval.TEST.total or 0
     ending = "part.json" if asked < all_ else "json"
-    path = run / f"ceval-submission.{records_name(contender, plan)}.{ending}"
+    path = run / f"ceval-submission.{records_name(eval_model, plan)}.{ending}"
     atomic_write_json(path, ceval.submission(answers.judged))
     if asked < all_:
         part = f"answers to {asked:,} of the {all_:,} questions of C-Eval's test split"
-        return f"{part}; its leaderboard takes all of them only: {path}"
+        return f"{part}; the leaderboard needs all of them: {path}"
     return f"the answers to C-Eval's test split, for its leaderboard: {path}"

@@ -1,26 +1,26 @@
-"""What a benchmark is: items from its data, a request for each, a judgement on the answer, a score of all.
+"""Define items, requests, answers and scores.
 
-A task knows no model, tokenizer or engine. It says what to ask (``Choose`` one of some continuations, or
-``Write`` text) and reads what came back. Whoever runs it (``evals.run``) turns requests into tokens.
+A task knows no model, tokenizer or engine: it makes a request for each item (``Choose`` one of some
+continuations, or ``Write`` text) and judges the answer. ``evals.run`` turns requests into tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from qwenq.evals.sandbox.programs import Program
 
 ProtocolName = Literal["card", "base", "lm-eval"]
 Message = Mapping[str, str]
-"""A turn of a chat: ``role`` and ``content``."""
+"""A message of a chat: ``role`` and ``content``."""
 Prompt = str | tuple[Message, ...]
-"""Text as it is (no special token is parsed in it), or turns for the model's chat template."""
+"""Plain text (no special token is parsed in it), or messages for the model's chat template."""
 
 SYSTEM = "You are a helpful assistant."
-"""Of Qwen's own chat scripts, said in so many words: a model's template may have another."""
+"""System message of Qwen's chat scripts, given explicitly: a model's template may have another."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Item:
 
     Attributes:
         id: unique in the task: ``abstract_algebra/12``, ``HumanEval/3``.
-        subject: what its score is averaged with first; None where the task has no subjects.
-        data: the row as the data file has it.
+        subject: the group that it is averaged with; None where the task has no subjects.
+        data: the row of the data file.
         shots: rows shown before it, in order.
     """
 
@@ -41,13 +41,13 @@ class Item:
 
 
 def first_turn(text: str) -> tuple[Message, ...]:
-    """A chat that begins with this question, as Qwen's scripts ask chat models."""
+    """Return a chat of the system message and this question, as in Qwen's scripts."""
     return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": text})
 
 
 @dataclass(frozen=True)
 class Choose:
-    """Which of these continuations is likeliest right behind the prompt? No text is generated."""
+    """Request for the likeliest of some continuations of the prompt; no text is generated."""
 
     prompt: Prompt
     choices: tuple[str, ...]
@@ -55,7 +55,7 @@ class Choose:
 
 @dataclass(frozen=True)
 class Write:
-    """Go on greedily; stop at an end-of-text id, before any of ``until``, or at the limit."""
+    """Request for text: stop at an end-of-text id, before any stop string in ``until``, or at the limit."""
 
     prompt: Prompt
     max_new_tokens: int
@@ -89,11 +89,27 @@ class Written:
 
 
 def chat_text(answer: Written) -> str:
-    """The text as Qwen's chat scripts get it from the model: without white space around it.
+    """Return the text without white space around it, as Qwen's chat scripts do.
 
-    Of an answer that is cut at the limit their ``model.chat`` loses the last token, too; here it stays.
+    Their ``model.chat`` also drops the last token of an answer that is cut at the limit; here it stays.
     """
     return answer.text.strip()
+
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def final_answer(written: Written, thinking: bool) -> str:
+    """Return the text behind the thoughts; empty where they did not end.
+
+    Args:
+        written: all that the model wrote, thoughts included.
+        thinking: whether it was asked to think; its thoughts then need not begin with ``<think>``.
+    """
+    _, close, after = written.text.rpartition(CLOSE)
+    if close:
+        return after.lstrip("\n")
+    return "" if thinking or written.text.lstrip().startswith(OPEN) else written.text
 
 
 Answer = Chosen | Written
@@ -101,14 +117,14 @@ Answer = Chosen | Written
 
 @dataclass(frozen=True)
 class Judgement:
-    """What an answer was worth.
+    """Verdict on an answer.
 
     Attributes:
         correct: the task's main metric.
-        extracted: what was read out of the answer, for people; None: nothing was found.
+        extracted: the final answer found in the text; None: nothing was found.
         also: further verdicts by metric name, such as ``published`` or ``flexible``.
-        note: why, where that is worth saying (the sandbox's verdict on a program).
-        known: whether the right answer is known here; else ``correct`` means nothing.
+        note: a reason, such as the sandbox's verdict on a program.
+        known: whether the right answer is published; else ``correct`` means nothing.
     """
 
     correct: bool
@@ -124,7 +140,7 @@ class Score:
 
     Attributes:
         metric: ``accuracy``, or ``accuracy.published``, ``accuracy.flexible`` …
-        value: micro or macro average, as the task's protocol says.
+        value: micro or macro average, as the protocol defines it.
         macro: whether subjects count alike, whatever their size.
         parts: value by subject; empty where the task has none.
         categories: value by category, as the protocol groups subjects and averages them.
@@ -140,7 +156,7 @@ class Score:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where benchmark files come from.
+    """Source of benchmark files.
 
     Attributes:
         folder: holds ``mmlu/``, ``ceval/``, ``gsm8k/`` … in the original layouts; None: the hub.
@@ -152,59 +168,4 @@ class DataSource:
 
 
 MakeProgram = Callable[[Item, str], Program]
-"""What a sandbox runs, from an item and what was extracted from its answer."""
-
-
-class Task(Protocol):
-    """A benchmark under one protocol.
-
-    Attributes:
-        name: ``mmlu``, ``ceval``, ``gsm8k``, ``humaneval`` …
-        protocol: whose prompts, extraction and averages.
-        version: raised whenever prompts, extraction or averages change: records of another version are void.
-        needs_sandbox: answers are code that a sandbox has to run.
-        program: what it runs then, else None.
-        reference: then: the benchmark's own solution of an item, as ``judge`` extracts it.
-        spare: how many of those may fail before the data or the sandbox counts as broken.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102  (as above)
-    @property
-    def protocol(self) -> ProtocolName: ...  # noqa: D102
-    @property
-    def version(self) -> int: ...  # noqa: D102
-    @property
-    def needs_sandbox(self) -> bool: ...  # noqa: D102
-    @property
-    def program(self) -> MakeProgram | None: ...  # noqa: D102
-    @property
-    def reference(self) -> Callable[[Item], str] | None: ...  # noqa: D102
-    @property
-    def spare(self) -> int: ...  # noqa: D102
-
-    def items(self, source: DataSource, subjects: Sequence[str], shots: int | None) -> list[Item]:
-        """All items, validated; of these subjects only, unless none are given.
-
-        ``shots``: how many examples each item shows; None for the protocol's own number.
-
-        Raises:
-            DataError: no data, broken data, or a subject that does not exist.
-        """
-        ...
-
-    def request(self, item: Item) -> Request:
-        """What to ask."""
-        ...
-
-    def judge(self, item: Item, answer: Any) -> Judgement:
-        """What the answer was worth; runs no code: a sandbox runs ``program``."""
-        ...
-
-    def scores(self, judged: Sequence[tuple[Item, Judgement]]) -> list[Score]:
-        """The main score first."""
-        ...
-
-    def notes(self, items: Sequence[Item]) -> list[str]:
-        """What has to be said of these items beside their score: which subjects the set lacks."""
-        ...
+"""Make the program for the sandbox from an item and the code extracted from its answer."""

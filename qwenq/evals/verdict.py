@@ -1,13 +1,13 @@
-"""One word for what quantising cost, from two figures.
+"""Judge the cost of quantising by two figures.
 
 =========  ===============  ===============  ============================================================
-word       KL (nats)        same top token   what reaches it
+word       KL (nats)        same top token   reached by
 =========  ===============  ===============  ============================================================
 excellent  up to 0.01       95 % and more    a sound Int8; 6 bits of an 8B model
 good       up to 0.05       90 % and more    a sound Int4 of a 7B model
 fair       up to 0.25       75 % and more    a sound Int4 below 1B parameters: each weight carries more
-poor       up to 2          30 % and more    usable for little
-broken     above, or NaN    below            not this model any more: a defect, or another model's weights
+poor       up to 2          30 % and more    of little use
+broken     above, or NaN    below            a defect, or another model's weights
 =========  ===============  ===============  ============================================================
 
 Both figures must reach a band. The same bands hold for all bits, because the word says how near the model is
@@ -24,7 +24,7 @@ from typing import Literal
 Word = Literal["excellent", "good", "fair", "poor", "broken"]
 
 BANDS: tuple[tuple[Word, float, float, str], ...] = (
-    ("excellent", 0.01, 0.95, "hardly to be told from its base"),
+    ("excellent", 0.01, 0.95, "hardly distinguishable from its base"),
     ("good", 0.05, 0.90, "what a sound Int4 of a 7B model reaches"),
     ("fair", 0.25, 0.75, "a visible loss; usual for Int4 below 1B parameters, too much for a large model"),
     ("poor", 2.0, 0.30, "a heavy loss; use more bits, smaller groups, or better calibration text"),
@@ -37,7 +37,7 @@ INT8_USUAL = 0.01
 
 @dataclass(frozen=True)
 class Verdict:
-    """A word and the sentence that explains it."""
+    """A word and a sentence that explains it."""
 
     word: Word
     sentence: str
@@ -47,7 +47,7 @@ class Verdict:
 
 
 def judge(kl: float, same_top: float, bits: int) -> Verdict:
-    """The verdict on a mean KL (nats), a share of same top tokens (0 … 1) and the bits of the weights."""
+    """Return the verdict on a mean KL (nats), a share of same top tokens and the bits of the weights."""
     measured = f"KL {kl:.4f} nats, same top token {same_top:.1%}"
     for word, largest, smallest, meaning in BANDS:
         if math.isfinite(kl) and kl <= largest and same_top >= smallest:

@@ -1,30 +1,30 @@
-"""Hessian and drift of an expert, which sees only the tokens that are routed to it.
+"""Measure the Hessian and the deviation of an expert, which sees only the tokens that are routed to it.
 
 An expert with fewer tokens than a quarter of its input width has a Hessian that says little about most
 directions. It is drawn towards the Hessian of all tokens of the block:
 
     H = (n · H_own + κ · H_block) / (n + κ),   κ = width / 16
 
-With no token of its own an expert is thus quantised for the block's tokens, and never rounded to nearest.
-With n ≥ width / 4 it is its own Hessian alone. For ``down_proj`` the block's Hessian is that of the tokens
-of the block as this expert's gate and up would hand them on.
+An expert without any token is thus quantised for the block's tokens, and never rounded to nearest. With
+n ≥ width / 4 it is its own Hessian alone. For ``down_proj`` the block's Hessian is that of the block's tokens
+after this expert's gate and up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qwenq.distributed import Team
-from qwenq.gptq.drift import Drift, InputDrift, OutputDrift, drift
+from qwenq.gptq.drift import Deviation, measure_deviation
 from qwenq.gptq.hessian import hessian
 from qwenq.models.routed_experts import Routed
 
 PULL = 1 / 16  # κ as a share of the input width
-ENOUGH = 1 / 4  # tokens as a share of the input width from which on an expert stands alone
+ENOUGH = 1 / 4  # tokens as a share of the input width from which on an expert's own Hessian is enough
 SAMPLE = (
     2  # tokens of the block, as a multiple of the input width, that stand for all of them in ``down_proj``
 )
@@ -32,12 +32,12 @@ SAMPLE = (
 
 @dataclass(frozen=True)
 class ExpertInput:
-    """What a group of an expert's linears is given.
+    """The input of a group of an expert's linears.
 
     Attributes:
         inputs: this rank's activations by batch, [rows, in] each; some may have no row.
         routed: which tokens they are, by batch.
-        references, reference_routed: the same of the original model; empty where drift is not asked for.
+        references, reference_routed: the same of the original model; empty without asymmetric calibration.
     """
 
     inputs: Sequence[Tensor]
@@ -46,21 +46,21 @@ class ExpertInput:
     reference_routed: Sequence[Routed]
 
 
-def expert_problem(
+def measure_expert(
     given: ExpertInput, weights: Sequence[Tensor], pooled: Callable[[int], Tensor], team: Team
-) -> tuple[Tensor, Drift | None, int]:
-    """Return the Hessian, the drift and the number of tokens of an expert; all ranks get the same.
+) -> tuple[Tensor, Deviation | None, int]:
+    """Return the Hessian, the deviation and the number of tokens of an expert; all ranks get the same.
 
     Args:
         given: the input of the linears.
         weights: float32 [rows, in] of each linear.
         pooled: called with a step in tokens, where an expert has too few of its own: the Hessian over every
             such token of the block.
-        team: whose batches these are.
+        team: the ranks that share the batches.
     """
     width = weights[0].shape[1]
-    both = [_shared_rows(given, batch) for batch in range(len(given.references))]
-    pairs = [(given.inputs[at][mine], given.references[at][other]) for at, (mine, other) in enumerate(both)]
+    shared = [_shared_rows(given, batch) for batch in range(len(given.references))]
+    pairs = [(given.inputs[at][mine], given.references[at][other]) for at, (mine, other) in enumerate(shared)]
     counts = torch.tensor(
         [
             sum(len(x) for x in given.inputs),
@@ -78,7 +78,8 @@ def expert_problem(
     if pull:
         step = max(1, all_tokens // (SAMPLE * width))
         H = H.mul_(own / (own + pull)).add_(pooled(step), alpha=pull / (own + pull))
-    return H, _drift(pairs, weights, paired, own + pull, team), own
+    deviation = _deviation(pairs, weights, paired / (own + pull), team) if paired else None
+    return H, deviation, own
 
 
 def _shared_rows(given: ExpertInput, batch: int) -> tuple[Tensor, Tensor]:
@@ -87,26 +88,15 @@ def _shared_rows(given: ExpertInput, batch: int) -> tuple[Tensor, Tensor]:
     return torch.isin(mine, other), torch.isin(other, mine)
 
 
-def _drift(
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    weights: Sequence[Tensor],
-    paired: int,
-    tokens: float,
-    team: Team,
-) -> Drift | None:
-    """Return the drift over the tokens that both streams route to the expert, scaled to all of H's tokens."""
-    if not paired:
-        return None
+def _deviation(
+    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], share: float, team: Team
+) -> Deviation | None:
+    """Return the deviation over the tokens that both streams route to the expert, times their share."""
     some = [pair for pair in pairs if len(pair[0]) or team.launched]
     inputs, references = [x for x, _ in some], [y for _, y in some]
     H = _hessian(inputs, team) if not team.launched else torch.empty(0)  # several processes need none
-    found = drift(inputs, references, weights, H, team)
-    share = paired / tokens
-    if isinstance(found, InputDrift):
-        return InputDrift(found.C * share)
-    if isinstance(found, OutputDrift):
-        return OutputDrift(found.WC * share)
-    return found
+    found = measure_deviation(inputs, references, weights, H, team)
+    return found and replace(found, products=found.products * share)
 
 
 def _hessian(inputs: Sequence[Tensor], team: Team) -> Tensor:

@@ -1,14 +1,11 @@
-"""The grid a weight is rounded to: value = scale · (integer − zero), one scale and zero per row and group."""
+"""Define the grid that a weight is rounded to: value = scale · (integer − zero), per row and group."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
-
-from qwenq.compute.columns import storable
-
-__all__ = ["Grid", "storable"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Grid:
     2^(bits−1) steps then lies on the positive half, which fits a group whose largest weight is positive.
 
     Attributes:
-        bits: 4 or 8 (2…8 are sound).
+        bits: 2…8; files hold 4 or 8.
         group_size: input columns per scale.
         scales: [rows, groups] float32, each exactly representable in float16, never zero.
         zeros: [rows, groups] float32 holding integers in 0 … 2^bits − 1.
@@ -32,7 +29,7 @@ class Grid:
 
     @property
     def levels(self) -> int:
-        """The largest integer, 2^bits − 1."""
+        """Return the largest integer, 2^bits − 1."""
         return (1 << self.bits) - 1
 
     def integers(self, weight: Tensor) -> Tensor:
@@ -47,3 +44,15 @@ class Grid:
         rows, width = integers.shape
         grouped = integers.reshape(rows, -1, self.group_size).float()  # [rows, groups, group_size]
         return ((grouped - self.zeros[..., None]) * self.scales[..., None]).reshape(rows, width)
+
+
+class Rounded(NamedTuple):
+    """Integers of a weight matrix, and what they cost.
+
+    Attributes:
+        integers: [rows, in] uint8, natural column order.
+        errors: [rows], each row's ``solver.output_error``.
+    """
+
+    integers: Tensor
+    errors: Tensor

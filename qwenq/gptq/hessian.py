@@ -1,8 +1,4 @@
-"""The Hessian of a linear layer's quantisation error, H = 2/n · Σ x xᵀ (GPTQ, arXiv 2210.17323, §3.1).
-
-For one output row w of a layer, replacing w by q costs ‖(w − q) X‖² = ½ n (w − q) H (w − q)ᵀ, so H is shared
-by all rows and by all layers that read the same input (q/k/v; gate/up).
-"""
+"""Accumulate the Hessian of a linear layer's quantisation error."""
 
 from __future__ import annotations
 
@@ -16,11 +12,11 @@ from qwenq.gptq.running import running_hessian
 
 
 def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
-    """H, [width, width] float32, symmetric; computed in float32 whatever dtype the activations have.
+    """Return H, [width, width] float32, symmetric; computed in float32 whatever dtype the activations have.
 
     Args:
         inputs: this rank's activations by batch, [..., width] each; every rank has a batch.
-        team: whose batches these are; every rank gets the same H, whatever their number.
+        team: the ranks that share the batches; each gets the same H, whatever their number.
 
     Raises:
         ValueError: there are no tokens.

@@ -1,14 +1,4 @@
-"""Finished layers on disk, so that a run that dies goes on where it stopped.
-
-    OUT.partial/
-      run.json                     what this run is: anything that changes its result
-      lock                         held while a process works here
-      layers/00007.json            {"file": …, "sha256": …, "modules": …, "seal": …}: the layer is finished
-      layers/00007-3f2a….safetensors
-
-A layer counts only when its JSON names a file whose content has the hash in its name, and the JSON is written
-after that file has reached the disk: whatever moment a kill hits, a layer is whole or it is not there.
-"""
+"""Keep finished layers on disk, so that a run that was stopped can be resumed."""
 
 from __future__ import annotations
 
@@ -27,6 +17,8 @@ from qwenq.models.manifest import RUN, STAGED
 from qwenq.models.safetensors_files import SafetensorsSource
 from qwenq.storage import atomic_write_bytes, atomic_write_json, guard_storage, sha256_file, take_lock
 
+LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""Tensors of a quantised linear."""
 _LAYERS, _LOCK = "layers", "lock"
 _OURS = {RUN, _LOCK, _LAYERS, STAGED}
 
@@ -40,8 +32,8 @@ class LayerStore:
         resume: False starts over.
 
     Raises:
-        UsageError: the folder holds an unfinished run with other settings or files of someone else, or
-            another process works in it.
+        UsageError: the folder holds an unfinished run with other settings, or foreign files, or another
+            process works in it.
         StorageError: the disk refused.
     """
 
@@ -59,7 +51,7 @@ class LayerStore:
             raise
 
     def _begin(self, run: dict[str, Any], *, resume: bool) -> None:
-        """Go on with what is here, or start over."""
+        """Resume what is here, or start over."""
         path = self.folder / RUN
         known = _read_json(path) if resume else None
         if resume and known is None and path.exists():
@@ -82,7 +74,7 @@ class LayerStore:
             self._layers.mkdir(exist_ok=True)
 
     def _refuse_foreign(self) -> None:
-        """The folder is removed at the end, so it must hold nothing but ours."""
+        """Refuse a folder with foreign files: it is removed at the end."""
         foreign = sorted(
             entry.name
             for entry in self.folder.iterdir()
@@ -96,18 +88,14 @@ class LayerStore:
             )
 
     def finished(self) -> int:
-        """How many layers, from the first on without a gap, are whole."""
+        """Return how many layers, from the first on without a gap, are whole."""
         count = 0
         while self._record(count) is not None:
             count += 1
         return count
 
     def save(self, index: int, tensors: dict[str, Tensor], modules: dict[str, Any]) -> None:
-        """Put a layer on the disk: content first, then the record that says it is there.
-
-        Raises:
-            StorageError: the disk refused, or is no longer the one that this run began on.
-        """
+        """Put a layer on the disk: content first, then the record that makes it count."""
         with guard_storage(self.folder):
             (self.folder / _LOCK).stat()  # else its disk was unmounted, and the layer would go below it
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
@@ -119,11 +107,11 @@ class LayerStore:
         atomic_write_json(self._layers / f"{index:05d}.json", record)
 
     def modules(self, index: int) -> dict[str, Any]:
-        """The statistics that were saved with a layer."""
+        """Return the statistics that were saved with a layer."""
         return dict(self._finished(index)["modules"])
 
     def tensors(self, index: int) -> dict[str, Tensor]:
-        """All packed tensors of a finished layer."""
+        """Return all packed tensors of a finished layer."""
         with safe_open(self._file(index), framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
 
@@ -137,7 +125,7 @@ class LayerStore:
         self._lock.close()
 
     def source(self, count: int) -> SafetensorsSource:
-        """The packed tensors of the first ``count`` layers, read one at a time."""
+        """Return the packed tensors of the first ``count`` layers, which are read one at a time."""
         return SafetensorsSource([self._file(index) for index in range(count)])
 
     def _file(self, index: int) -> Path:
@@ -153,7 +141,7 @@ class LayerStore:
         record = _read_json(self._layers / f"{index:05d}.json")
         if record is None or not isinstance(record.get("modules"), dict):
             return None
-        if record.get("seal") != _seal(record):  # the manifest repeats what it says
+        if record.get("seal") != _seal(record):  # its statistics go into the manifest
             return None
         file = self._layers / str(record.get("file"))
         if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
@@ -162,7 +150,7 @@ class LayerStore:
 
 
 def discard_leftover(folder: Path) -> bool:
-    """Remove the work folder of a finished run, once nobody works in it; False: somebody does, or cannot."""
+    """Remove the work folder of a finished run; return False where another process uses it, or it stays."""
     staged = (folder / STAGED).exists()  # another run's: its rename has not happened
     if staged or any(entry.name not in _OURS for entry in folder.iterdir()):
         return False
@@ -176,13 +164,13 @@ def discard_leftover(folder: Path) -> bool:
 
 
 def _seal(record: dict[str, Any]) -> str:
-    """A hash over the rest of a layer's record."""
+    """Return a hash over the rest of a layer's record."""
     rest = {key: value for key, value in record.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two runs' facts, each as "name: before, now after"."""
+    """Return what differs between two runs' facts, each as "name was before, now after"."""
     changes = []
     for key in sorted({*known, *run}):
         before, after = known.get(key), run.get(key)
@@ -194,7 +182,7 @@ def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> li
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is none, or none that is whole."""
+    """Return the JSON object in a file; None where it is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

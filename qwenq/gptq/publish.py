@@ -1,4 +1,4 @@
-"""From finished layers to a checkpoint folder: whole under its own name, or not there at all."""
+"""Make a checkpoint folder of finished layers; it gets its name in one step, once it is whole."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import AlreadyDoneError, StorageError, UsageError
-from qwenq.gptq.layer_store import discard_leftover
-from qwenq.gptq.quantise import LAYER_PARTS
+from qwenq.gptq.layer_store import LAYER_PARTS, discard_leftover
 from qwenq.models.companions import write_companions
 from qwenq.models.manifest import MANIFEST, PARTIAL, STAGED
 from qwenq.models.new_folder import require_renameable, take_name
@@ -42,7 +41,7 @@ def require_free(target: Path) -> None:
         raise UsageError(
             f"the output folder holds {'a finished checkpoint' if finished else 'something else'}",
             where=target,
-            # what is not ours may be the only copy of something: nobody is told to remove it
+            # what is not ours may be the only copy of something: the hint does not say to remove it
             hint=f"name a new folder with --out{', or remove this one' if finished else ''}",
         )
     above = next(folder for folder in target.parents if folder.exists())
@@ -53,15 +52,15 @@ def require_free(target: Path) -> None:
 
 
 def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: str) -> None:
-    """A run that was killed after it gave its folder the name left its work folder: remove that.
+    """Remove the work folder of a run that was killed after its checkpoint got its name.
 
     Args:
         target: the output folder.
-        recipe: of this run, as the manifest holds it.
+        recipe: of this run, in the manifest's form.
         fingerprint: of the base model.
 
     Raises:
-        AlreadyDoneError: the same command had finished; now it has cleaned up, too.
+        AlreadyDoneError: the same command had finished; its work folder is removed now.
     """
     if not target.name:  # the root, which no run has made
         return
@@ -93,10 +92,7 @@ def stage(
         quant: for config.json and quantize_config.json.
 
     Returns:
-        The staging folder, and what the user has to be told.
-
-    Raises:
-        StorageError: the disk refused; finished layers are kept.
+        The staging folder, and notices for the user.
     """
     folder = store.folder / STAGED
     with guard_storage(folder):
@@ -125,10 +121,6 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
         staged: from ``stage``.
         out: missing or an empty folder.
         manifest: what was done; the size and sha256 of every file are added here.
-
-    Raises:
-        UsageError: something has been put there meanwhile.
-        StorageError: the disk refused.
     """
     files = {}
     with guard_storage(staged):

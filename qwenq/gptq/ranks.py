@@ -1,14 +1,14 @@
-"""What the leader of several processes tells the others before they quantise together.
+"""Share a quantisation among the ranks of torchrun.
 
-The leader opens the model, makes the calibration text, owns the work folder, writes and checks the result.
-The others open the same model, once the leader has (what it had to download or convert is then there), run
-their share of the batches and solve their share of the rows, and have no files of their own.
+Rank 0 opens the model, makes the calibration text, owns the work folder, writes and checks the result. The
+others open the same model, once rank 0 has (what it had to download or convert is then there), run their
+share of the batches and solve their share of the rows, and write no files.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch import Tensor
 from qwenq.compute.columns import fallback_reason
 from qwenq.distributed import Team
 from qwenq.errors import ModelError
+from qwenq.gptq.choices import Settings
 from qwenq.gptq.quantise import LAYER_IS_STORED, how_solved, quantise_layers
-from qwenq.gptq.rows import Settings
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.opening import open_model
 from qwenq.models.pad_ffn import widened
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 def lead(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings) -> None:
-    """Tell the others what to compute; ``quantise_layers`` has to follow.
+    """Send the other ranks what they need for ``quantise_layers``, which has to follow.
 
     Args:
-        team: nobody is told anything where there is nobody else.
+        team: the ranks, of which this is rank 0.
         decoder: the model.
         tokens: int64 [samples, seq_len].
         settings: GPTQ's.
@@ -53,77 +53,60 @@ def lead(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settin
 
 
 def follow(recipe: Recipe, team: Team, device: str = "auto") -> None:
-    """Take part in what the leader does in ``quantize``: returns once all layers are done.
+    """Take part in the quantisation of rank 0; return once all layers are done.
 
     Args:
-        recipe: the same as the leader's: it names the model.
-        team: of which this process is not the leader.
+        recipe: the same as rank 0's: it names the model.
+        team: the ranks, of which this is not rank 0.
         device: as ``--device``.
 
     Raises:
-        ModelError: the model is another one here than where the leader runs, or other code would compute its
-            attention, or round and refine.
+        ModelError: the model is another one here than on rank 0, or attention or the solver would run by
+            other code, which rounds in another way.
         QwenqError: as ``quantise_layers``, or another process has stopped.
     """
-    told = team.tell()
+    job = team.tell()
     checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
     if recipe.quantize.pad_ffn != "none":
-        checkpoint = widened(checkpoint, told["ffn"])
-    if checkpoint.fingerprint != told["model"]:
+        checkpoint = widened(checkpoint, job["ffn"])
+    if checkpoint.fingerprint != job["model"]:
         raise ModelError(
             "the model here is not the one that rank 0 has",
             where=checkpoint.folder,
             hint="copy the same folder to every machine, or name one on a shared disk",
         )
-    torch.set_num_threads(told["threads"])  # sums in float32 depend on it
-    decoder = BlockwiseDecoder(checkpoint, resolve_device(device), getattr(torch, told["dtype"]))
-    _require_same_attention(decoder, *told["attention"])
-    settings = Settings(**told["settings"])
-    _require_same_solver(decoder, settings, *told["solver"])
-    tokens = torch.empty(told["tokens"], dtype=torch.int64)
+    torch.set_num_threads(job["threads"])  # sums in float32 depend on it
+    decoder = BlockwiseDecoder(checkpoint, resolve_device(device), getattr(torch, job["dtype"]))
+    settings = Settings(**job["settings"])
+    solver = [how_solved(settings, decoder.device), fallback_reason(decoder.device)]
+    attention = [decoder.attention, decoder.attention_why_not]
+    _require_same("attention", job["attention"], attention, decoder)
+    _require_same("integers and scales", job["solver"], solver, decoder)
+    tokens = torch.empty(job["tokens"], dtype=torch.int64)
     team.copy(tokens)
     with finishing(LAYER_IS_STORED):
         quantise_layers(decoder, tokens, settings, None, lambda _: None, team)
 
 
-def _require_same_attention(decoder: BlockwiseDecoder, leaders: str, leaders_why_not: str | None) -> None:
-    """Batches would round in two ways, and the integers would depend on who ran which.
-
-    Args:
-        decoder: the one here.
-        leaders, leaders_why_not: rank 0's ``attention`` and ``attention_why_not``.
-    """
-    if decoder.attention == leaders:
-        return
-    here = decoder.attention_why_not
-    _refuse(f"attention by {leaders}", decoder.attention, here, leaders_why_not, decoder)
-
-
-def _require_same_solver(
-    decoder: BlockwiseDecoder, settings: Settings, leaders: str, leaders_reason: str | None
+def _require_same(
+    what: str, on_rank_0: list[str | None], here: list[str | None], decoder: BlockwiseDecoder
 ) -> None:
-    """The integers of a tile would depend on who solved it.
+    """Refuse code that rounds in another way than rank 0's: integers would depend on the rank.
 
     Args:
+        what: is computed.
+        on_rank_0, here: the implementation, and why nothing faster runs.
         decoder: the one here.
-        settings: GPTQ's.
-        leaders, leaders_reason: rank 0's ``how_solved``, and what it lacks for C kernels.
     """
-    if (own := how_solved(settings, decoder.device)) != leaders:
-        _refuse(
-            f"integers and scales by {leaders}", own, fallback_reason(decoder.device), leaders_reason, decoder
-        )
-
-
-def _refuse(
-    leaders: str, own: str, here: str | None, there: str | None, decoder: BlockwiseDecoder
-) -> NoReturn:
-    if here is None and there is None:
+    (theirs, their_reason), (ours, our_reason) = on_rank_0, here
+    if ours == theirs:
+        return
+    if our_reason is None and their_reason is None:
         why = f"this process runs on {decoder.device.type}, and rank 0 on something else"
     else:
-        why = f"here {here}" if here is not None else f"there {there}"
+        why = f"here {our_reason}" if our_reason is not None else f"there {their_reason}"
     raise ModelError(
-        f"rank 0 computes {leaders}, here it would be {own}, because {why}",
+        f"rank 0 computes {what} by {theirs}, here it would be {ours}, because {why}",
         where=decoder.checkpoint.folder,
         hint="install the same on every machine (qwenq doctor says what runs), or use CPUs of one kind",
     )

@@ -1,11 +1,11 @@
-"""After GPTQ: lower the same objective further, with its result as the starting point.
+"""Lower GPTQ's objective further by coordinate descent, with its result as the starting point.
 
     minimise over integers Z and scales s:   ½ tr((Q − W) H (Q − W)ᵀ),   Q = s · (Z − z), per row and group
 
-by block coordinate descent, a group of columns after the other, where each step can only lower it: first each
-of the group's integers moves to the best value given all others (QuantEase, arXiv 2309.01885), then its scale
-is fitted to them. What both have changed is pushed onto the gradients of the other groups at once, as GPTQ's
-lazy blocks are: a sweep costs one product with H.
+Each group of columns is optimised in two steps that can only lower the objective: each of its integers moves
+to the best value given all others (QuantEase, arXiv 2309.01885), then its scale is fitted to them. The change
+of both is pushed onto the gradients of the other groups at once, as GPTQ's lazy blocks are: a sweep costs one
+product with H.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from qwenq.compute.columns import Block, fit_scale, move_columns
-from qwenq.gptq.grid import Grid
-from qwenq.gptq.solver import Rounded
+from qwenq.gptq.grid import Grid, Rounded
 
 SWEEPS = 2  # each one gains less than the one before it
-BLOCK = 128  # columns of a wider group that are moved before the rest of the group learns of it
+MOVED = 128  # columns of a wider group that are moved before the rest of the group's gradients are updated
 
 
-def refine(
-    W: Tensor, integers: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS, block: int = BLOCK
+def descend(
+    W: Tensor, integers: Tensor, grid: Grid, H: Tensor, sweeps: int = SWEEPS, block: int = MOVED
 ) -> tuple[Grid, Rounded]:
-    """Better integers and scales; zeros stay.
+    """Return better integers and scales; the zeros stay.
 
     Args:
         W: [rows, in] float32.
@@ -34,23 +33,23 @@ def refine(
         grid: where their scales start.
         H: [in, in].
         sweeps: over all groups.
-        block: see ``BLOCK``.
+        block: see ``MOVED``.
     """
     state = _State.of(W, integers, grid, H)
     for sweep in range(sweeps):
         for group in range(len(state.scales)):
             here = slice(group * grid.group_size, (group + 1) * grid.group_size)
             less = state.improve(group, here, grid.levels, block)
-            # In the last sweep nobody will ask for the gradients of groups that have had their turn.
+            # The last sweep reads no gradients of groups that it has passed.
             rest = slice(here.stop if sweep == sweeps - 1 else 0, None)
             state.G[rest].addmm_(H[rest, here], less, alpha=-1)
-    refined = replace(grid, scales=state.scales.T.contiguous())
-    return refined, Rounded(state.integers.T.contiguous(), state.errors)
+    improved = replace(grid, scales=state.scales.T.contiguous())
+    return improved, Rounded(state.integers.T.contiguous(), state.errors)
 
 
 @dataclass(frozen=True)
 class _State:
-    """Where the descent is; columns lie in rows, as in ``solver``.
+    """The iterate; columns lie in rows, as in ``solver``.
 
     Attributes:
         H: [in, in].
@@ -79,13 +78,13 @@ class _State:
         return cls(H, Q, G, transposed, scales, zeros, D.mul_(G).sum(0) / 2)
 
     def improve(self, group: int, here: slice, levels: int, block: int) -> Tensor:
-        """Move a group's integers, fit its scale; returns its old values less the new ones, [size, rows]."""
+        """Move a group's integers, fit its scale; return its old values less the new ones, [size, rows]."""
         size, Q = here.stop - here.start, self.Q[here]
         whole = Block(
             self.G[here], self.H[here, here], self.scales, self.zeros, [group] * size, levels,
             self.integers[here], torch.empty_like(Q),
         )  # fmt: skip
-        self.errors.add_(_move(whole, Q, block))
+        self.errors.add_(_move_group(whole, Q, block))
         fitted = fit_scale(whole, Q, group)
         self.errors.add_(fitted.change)
         self.scales[group] = fitted.scale
@@ -94,22 +93,22 @@ class _State:
 
 
 def _transposed(x: Tensor) -> Tensor:
-    """A copy, also where the transpose of one row or column would lie right as it is."""
+    """Return a contiguous transpose that shares no memory, also where x has one row or column."""
     return x.T.clone(memory_format=torch.contiguous_format)
 
 
-def _move(whole: Block, values: Tensor, block: int) -> Tensor:
-    """All integers of a group; its gradients stay as they were."""
+def _move_group(whole: Block, values: Tensor, block: int) -> Tensor:
+    """Move all integers of a group and leave its gradients; return the change of ``output_error``, [rows]."""
     size = len(values)
     if size <= block:
         return move_columns(whole, values)
-    gradient, gain = whole.columns.clone(), torch.zeros_like(values[0])
+    gradient, change = whole.columns.clone(), torch.zeros_like(values[0])
     for start in range(0, size, block):
         part, after = slice(start, min(start + block, size)), slice(start + block, None)
         some = Block(
             gradient[part], whole.U[part, part], whole.scales, whole.zeros, whole.groups[part], whole.levels,
             whole.integers[part], whole.errors[part],
         )  # fmt: skip
-        gain += move_columns(some, values[part])
+        change += move_columns(some, values[part])
         gradient[after].addmm_(whole.U[after, part], whole.errors[part], alpha=-1)
-    return gain
+    return change

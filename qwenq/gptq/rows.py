@@ -1,12 +1,11 @@
-"""Rows of a weight matrix through the algorithm: tiles of fixed size, each by itself, on whichever rank.
+"""Solve the rows of a matrix in tiles of fixed size, which ranks share out.
 
 How a matrix is cut depends on its rows and on the kind of device, never on how many processes there are: the
-last bits of a matrix product depend on its shape, and the same integers have to come out of any number.
+last bits of a product depend on its shape, and every number of processes has to find the same integers.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -14,44 +13,14 @@ import torch
 from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
-from qwenq.gptq.damping import Damped, damped
-from qwenq.gptq.drift import Drift, aim
+from qwenq.gptq.choices import Settings
+from qwenq.gptq.drift import Deviation, shift_targets
 from qwenq.gptq.grid import Grid
-from qwenq.gptq.refine import refine
-from qwenq.gptq.scales import ScaleSearch, search_grid
-from qwenq.gptq.solver import act_order, gptq, output_error
-from qwenq.models.packing import CheckpointFormat
+from qwenq.gptq.scales import search_grid
+from qwenq.gptq.solver import DampedHessian, damp_hessian, order_by_diagonal, output_error, solve
 
 TILE_ROWS = {"cpu": 2048}  # a column's update of a tile stays in the cache
 TILE_ROWS_ELSEWHERE = 16384  # on a GPU the column loop costs what its launches cost: fewer, larger tiles
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the algorithm can be told; the recipe holds the same names for users.
-
-    Attributes:
-        module_bits: (pattern, bits) of modules that differ from the rest; 16: they are not quantised.
-    """
-
-    bits: int
-    group_size: int
-    sym: bool
-    act_order: bool
-    scale_search: ScaleSearch
-    damp: float
-    drift: float
-    refine: bool
-    module_bits: tuple[tuple[str, int], ...] = ()
-
-    def bits_of(self, module: str) -> int:
-        """Return the bits of a module by its name in a block: the first pattern's that is found in it."""
-        return next((bits for pattern, bits in self.module_bits if re.search(pattern, module)), self.bits)
-
-    @property
-    def checkpoint_format(self) -> CheckpointFormat:
-        """Return how zero points are stored: free ones as they are, as GPTQModel refuses them minus one."""
-        return "gptq" if self.sym else "gptq_v2"
 
 
 @dataclass(frozen=True)
@@ -61,8 +30,8 @@ class SolvedRows:
     Attributes:
         integers: [rows, in] uint8.
         scales, zeros: [rows, groups] float32.
-        figures: [rows, 4] float32 a row's output error as the solver summed it up; of round-to-nearest on a
-            min/max grid; and, on measured rows, as computed from the integers; the row's output energy.
+        figures: [rows, 4] float32: a row's output error as the solver summed it up; that of round-to-nearest
+            on a min/max grid; and, on measured rows, as computed from the integers; the row's output energy.
         facts: [2] float64: the damping that was used, and the number of dead columns.
     """
 
@@ -72,29 +41,22 @@ class SolvedRows:
     figures: Tensor
     facts: Tensor
 
-    @property
-    def damp(self) -> float:
-        """The share of the mean diagonal that was added to the Hessian."""
-        return float(self.facts[0])
+    @classmethod
+    def empty(cls, W: Tensor, group_size: int) -> SolvedRows:
+        """Return memory for the rows of W."""
+        rows, width = W.shape
+        scales, zeros = (torch.empty(rows, width // group_size, device=W.device) for _ in range(2))
+        integers = torch.empty(rows, width, dtype=torch.uint8, device=W.device)
+        figures = torch.empty(rows, 4, device=W.device)
+        return cls(integers, scales, zeros, figures, torch.empty(2, dtype=torch.float64, device=W.device))
 
-    @property
-    def dead(self) -> int:
-        """Columns whose input was always zero."""
-        return int(self.facts[1])
-
-    def of(self, rows: slice) -> SolvedRows:
-        """Some of the rows: views."""
-        parts = (self.integers[rows], self.scales[rows], self.zeros[rows], self.figures[rows])
-        return SolvedRows(*parts, self.facts)
-
-    def put(self, other: SolvedRows) -> None:
-        """Take the values of as many rows."""
-        for field in fields(self):
-            getattr(self, field.name).copy_(getattr(other, field.name))
+    def view(self, rows: slice) -> list[Tensor]:
+        """Return views of some of the rows, and of the facts."""
+        return [self.integers[rows], self.scales[rows], self.zeros[rows], self.figures[rows], self.facts]
 
 
 def tiles(rows: int, device: torch.device) -> list[slice]:
-    """The rows of a matrix in equal parts (the last ones may be one row shorter)."""
+    """Return the rows of a matrix in equal parts (the last ones may be one row shorter)."""
     count = -(-rows // TILE_ROWS.get(device.type, TILE_ROWS_ELSEWHERE))
     edges = [rows * index // count for index in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
@@ -104,61 +66,53 @@ def solve_rows(
     W: Tensor,
     measured: Tensor,
     H: Tensor,
-    found: Drift | None,
+    deviation: Deviation | None,
     settings: Settings,
     group_size: int,
     team: Team = ALONE,
 ) -> SolvedRows:
     """Quantise a matrix; every rank gets all of it.
 
-    The last ranks take the first tiles: the leader also writes. Whoever has a tile factorises the Hessian for
-    himself, which costs no more time than waiting for it, and no traffic.
+    The last ranks take the first tiles: rank 0 also writes. Each rank that has a tile factorises the Hessian
+    itself, which costs no more time than waiting for it, and no traffic.
 
     Args:
         W: [rows, in] float32; this rank's rows of it are changed in place.
         measured: [rows] bool, see ``SolvedRows.figures``.
         H: [in, in] float32, see ``quantise_group``; changed in place.
-        found: what is known of the drift of their inputs.
+        deviation: of the inputs.
         settings: see ``Settings``.
         group_size: a divisor of ``in``.
         team: the ranks.
-
-    Raises:
-        QuantisationError: the Hessian is unusable.
     """
     parts = tiles(W.shape[0], W.device)
     owners = [team.world - 1 - index % team.world for index in range(len(parts))]
-    result = _empty(W, group_size)
+    result = SolvedRows.empty(W, group_size)
     mine = [part for part, owner in zip(parts, owners, strict=True) if owner == team.rank]
     if mine:
         natural = torch.arange(W.shape[1], device=W.device)
-        hessian = damped(H, settings.damp, act_order(H) if settings.act_order else natural)
-        if found is not None:
-            aim(W, mine, found, hessian, settings.drift)
+        hessian = damp_hessian(H, settings.damp, order_by_diagonal(H) if settings.act_order else natural)
+        if deviation is not None:
+            shift_targets(W, mine, deviation, hessian, settings.asymmetric_calibration)
         for part in mine:
-            result.of(part).put(_solve(W[part], measured[part], hessian, settings, group_size))
+            solved = _solve_tile(W[part], measured[part], hessian, settings, group_size)
+            for field, view in zip(fields(solved), result.view(part), strict=True):
+                view.copy_(getattr(solved, field.name))
     for part, owner in zip(parts, owners, strict=True):
-        for field in fields(result):
-            team.copy(getattr(result.of(part), field.name), owner)
+        for view in result.view(part):
+            team.copy(view, owner)
     return result
 
 
-def _empty(W: Tensor, group_size: int) -> SolvedRows:
-    rows, width = W.shape
-    scales, zeros = (torch.empty(rows, width // group_size, device=W.device) for _ in range(2))
-    integers = torch.empty(rows, width, dtype=torch.uint8, device=W.device)
-    figures = torch.empty(rows, 4, device=W.device)
-    facts = torch.empty(2, dtype=torch.float64, device=W.device)
-    return SolvedRows(integers, scales, zeros, figures, facts)
-
-
-def _solve(W: Tensor, measured: Tensor, hessian: Damped, settings: Settings, group_size: int) -> SolvedRows:
-    """One tile: its grid, its integers, its figures."""
+def _solve_tile(
+    W: Tensor, measured: Tensor, hessian: DampedHessian, settings: Settings, group_size: int
+) -> SolvedRows:
+    """Solve one tile and compute its figures."""
     H, bits, sym = hessian.H, settings.bits, settings.sym
-    grid = search_grid(W, H.diagonal(), bits, group_size, sym=sym, search=settings.scale_search)
-    rounded = gptq(W, hessian.U, grid, hessian.order)
-    if settings.refine:
-        grid, rounded = refine(W, rounded.integers, grid, H)
+    grid, rounded = solve(
+        W, hessian, bits, group_size, sym=sym, scale_search=settings.scale_search,
+        coordinate_descent=settings.coordinate_descent,
+    )  # fmt: skip
     figures = torch.zeros(W.shape[0], 4, device=W.device)
     figures[:, 0] = rounded.errors
     plain = search_grid(W, H.diagonal(), bits, group_size, sym=sym, search="none")

@@ -1,4 +1,4 @@
-"""Hessian and drift as a process that works alone sums them up, batch by batch; ``exact`` is for several."""
+"""For a process that works alone: running means over the batches, in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwenq.compute.products import are_compiled, mirror, products
 
 
 def running_hessian(inputs: Sequence[Tensor]) -> Tensor:
-    """2/n · Σ x xᵀ, [width, width] float32, symmetric.
+    """Return 2/n · Σ x xᵀ, [width, width] float32, symmetric.
 
     Args:
         inputs: [..., width] each, any float dtype; at least one token.
@@ -24,16 +24,16 @@ def running_hessian(inputs: Sequence[Tensor]) -> Tensor:
     return mirror(sums.mean())
 
 
-def running_drift(inputs: Sequence[Tensor], references: Sequence[Tensor], H: Tensor) -> Tensor | None:
-    """2/n · Σ (x̃ − x) xᵀ, [width, width] float32; None: there is no reference.
+def running_deviation(inputs: Sequence[Tensor], references: Sequence[Tensor], H: Tensor) -> Tensor | None:
+    """Return 2/n · Σ (x̃ − x) xᵀ, [width, width] float32; None: there is no reference.
 
-    In float32 whatever the activations' dtype. Compiled products add the tokens in one order: there it is
-    2/n · Σ x̃ xᵀ − H, without a rounded difference, and zero where nothing has drifted. torch's may add in
-    another order for each shape, and H⁻¹ would enlarge what is left: there the difference comes first.
+    Compiled products add the tokens in one order: there it is 2/n · Σ x̃ xᵀ − H, without a rounded difference,
+    and zero where x̃ = x. torch's may add in another order for each shape, and H⁻¹ would enlarge what is left:
+    there the difference comes first.
 
     Args:
         inputs: [..., width] each, as the quantised layers so far produce them.
-        references: of these batches, the same tokens in the original model; or none.
+        references: of these batches, the same tokens in the original model; or empty.
         H: ``running_hessian`` of the inputs.
     """
     if not references:
@@ -45,15 +45,16 @@ def running_drift(inputs: Sequence[Tensor], references: Sequence[Tensor], H: Ten
     return sums.mean().sub_(H) if compiled else sums.mean()
 
 
-def running_output_drift(inputs: Sequence[Tensor], references: Sequence[Tensor], W: Tensor) -> Tensor | None:
-    """2/n · Σ W (x̃ − x) xᵀ, [rows, width] float32; None: there is no reference.
+def running_output_deviation(
+    inputs: Sequence[Tensor], references: Sequence[Tensor], W: Tensor
+) -> Tensor | None:
+    """Return 2/n · Σ W (x̃ − x) xᵀ, [rows, width] float32; None: there is no reference.
 
-    W (x̃ − x) is computed in the activations' dtype and only its product with x in float32: a token's drift
-    that is rounded before it meets its x leaves the sum in the span of the inputs, where H⁻¹ does not enlarge
-    it.
+    W (x̃ − x) is computed in the activations' dtype and only its product with x in float32: rounding a token's
+    deviation before it meets its x leaves the sum in the span of the inputs, where H⁻¹ does not enlarge it.
 
     Args:
-        inputs, references: as for ``running_drift``.
+        inputs, references: as for ``running_deviation``.
         W: [rows, width] float32.
     """
     if not references:

@@ -1,8 +1,4 @@
-"""The grid of a weight matrix before rounding: plain min/max, or a search for the scale that costs least.
-
-The search minimises Σ_j h_j |w_j − q_j|^p over scale candidates, then refines the best in closed form.
-With ``h = diag(H)`` and p = 2 this is the diagonal part of GPTQ's own objective.
-"""
+"""Choose the grid of a weight before rounding."""
 
 from __future__ import annotations
 
@@ -11,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwenq.compute.scales import search_scales
-from qwenq.gptq.grid import Grid, storable
+from qwenq.compute.columns import storable
+from qwenq.compute.scales import Groups, search_scales
+from qwenq.gptq.grid import Grid
 
 ScaleSearch = Literal["hessian", "mse", "none"]
 
@@ -20,28 +17,30 @@ ScaleSearch = Literal["hessian", "mse", "none"]
 def search_grid(
     weight: Tensor, importance: Tensor, bits: int, group_size: int, *, sym: bool, search: ScaleSearch
 ) -> Grid:
-    """Pick scales and zero points for a weight matrix.
+    """Choose scales and zero points for a weight matrix.
 
     Args:
         weight: [rows, in] float32.
         importance: [in] float32, diag(H); only "hessian" reads it.
         bits: 2…8.
         group_size: divides ``in``.
-        sym: zero point fixed in the middle.
+        sym: whether the zero point is fixed in the middle.
         search: "hessian" (weighted squared error), "mse" (unweighted, power 2.4) or "none" (min/max).
     """
     rows, width = weight.shape
     grouped = weight.reshape(-1, group_size)  # [rows · groups, group_size]
-    start = _symmetric_range if sym else _asymmetric_range
-    scales, zeros = start(grouped, bits)
+    scales, zeros = _symmetric_range(grouped, bits) if sym else _asymmetric_range(grouped, bits)
     if search != "none":
-        search_scales(grouped, importance, scales, zeros, bits, sym=sym, weighted=search == "hessian")
+        search_scales(Groups(grouped, importance, scales, zeros, bits, sym, weighted=search == "hessian"))
     shape = (rows, width // group_size)
     return Grid(bits, group_size, storable(scales.reshape(shape)), zeros.reshape(shape))
 
 
 def _symmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The largest weight meets the grid's longer, negative side: its scale is negative if it is positive."""
+    """Return scales and zeros by min/max, [groups] each, with the zero point in the middle.
+
+    The largest weight is put on the grid's longer, negative side: its scale is negative if it is positive.
+    """
     high, low = grouped.amax(1), grouped.amin(1)
     half = 1 << (bits - 1)
     scales = torch.where(high > -low, -high, -low) / half
@@ -50,6 +49,7 @@ def _symmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _asymmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return scales and zeros by min/max, [groups] each, with 0 on the grid."""
     high, low = grouped.amax(1).clamp_(min=0), grouped.amin(1).clamp_(max=0)
     levels = (1 << bits) - 1
     # The zero point is at least 1 (0 has no safe form in the v1 layout): one step is lost to weights above 0.

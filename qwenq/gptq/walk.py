@@ -1,10 +1,10 @@
-"""A block's forward pass as a coroutine that pauses at every linear that is about to be quantised.
+"""Run a block once while its linears are replaced one after the other ("true sequential").
 
 Quantising a block needs, in this order: the inputs of q/k/v over the whole calibration set, their new
-weights, then the inputs of o_proj *as the quantised q/k/v produce them*, and so on ("true sequential").
-Running the block again from its start for each of these steps costs a forward pass per step. Here each batch
-runs in a greenlet that pauses where a linear's input is known and goes on once its weights have been
-replaced, so that every linear is evaluated once per batch, by whatever code transformers has for the block.
+weights, then the inputs of o_proj *as the quantised q/k/v produce them*, and so on. Running the block again
+from its start for each of these steps costs a forward pass per step. Here each batch runs in a greenlet that
+pauses where a linear's input is known and goes on once its weights have been replaced, so that every linear
+is evaluated once per batch, by the block's own code in transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Solve = Callable[[Sequence[str], list[Tensor], list[Tensor], Routing], dict[str,
 def shared_inputs(
     block: nn.Module, forward: Forward, sample: Tensor, kind: Callable[[str], object] = lambda _: None
 ) -> list[list[str]]:
-    """Groups of linears that read the very same tensor and are of one kind, in the order of evaluation.
+    """Return groups of linears that read the same tensor and are of one kind, in the order of evaluation.
 
     Args:
         block: a decoder block.
@@ -55,7 +55,7 @@ def shared_inputs(
     return [names for *_, names in seen]
 
 
-def walk(
+def run_sequential(
     block: nn.Module,
     forward: Forward,
     batches: Sequence[Tensor],
@@ -63,7 +63,7 @@ def walk(
     solve: Solve,
     reference: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Run all batches through the block, handing over the inputs of each group before it is evaluated.
+    """Run all batches through the block; ``solve`` replaces each group before it is evaluated.
 
     Args:
         block: a decoder block.
@@ -72,7 +72,7 @@ def walk(
         groups: from ``shared_inputs``.
         solve: called once per group, in order; the weights it returns take the place of the block's.
         reference: hidden states of the original model for some of the batches, in their order. They pause at
-            the same places and go on with the original weights: one copy of the block serves both.
+            the same linears and go on with the original weights: one copy of the block serves both.
 
     Returns:
         The block's output per batch with the new weights, and per reference batch with the original ones.

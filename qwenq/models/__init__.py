@@ -1,1 +1,1 @@
-"""What a model is: reading and writing checkpoints, layouts, tokenizers, shapes."""
+"""Define what a model is: checkpoints read and written, layouts, tokenizers, shapes."""

@@ -1,4 +1,4 @@
-"""A decoder that is never whole in memory: transformers' own blocks on the meta device, filled one at a time.
+"""Run a decoder block by block: transformers' own blocks on the meta device, filled one at a time.
 
 Quantising and checking both run a model layer by layer over many sequences. This gives them the hidden states
 before the first block, each block in turn with its weights read from the checkpoint, and the head's logits.
@@ -16,14 +16,14 @@ from torch.nn import functional
 
 from qwenq.compute import attention
 from qwenq.compute.block import fallback_notice
-from qwenq.errors import ModelError
-from qwenq.models import fused_block
+from qwenq.models.fused_block import OURS, attention_name, fuse_blocks
 from qwenq.models.hf_config import refused_by_transformers, transformers_config
 from qwenq.models.integrity import check_finite, require_numbers
 from qwenq.models.kept import kept_of, linears_of
 from qwenq.models.long_context import require_plain
 from qwenq.models.process_memory import FreedMemory
 from qwenq.models.routed_experts import unfuse
+from qwenq.models.source import require_shape, require_tensors
 
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
@@ -40,8 +40,8 @@ class BlockwiseDecoder:
         dtype: of weights and hidden states.
 
     Attributes:
-        attention: the name of what computes it (``fused_block``). In layers that slide a window it is torch's
-            for texts that fill that. Where it is ours, norms, rotary positions and activations are, too, if
+        attention: the name of what computes it. In layers that slide a window it is torch's for texts that
+            fill that. Where it is ours, norms, rotary positions and activations are, too, if
             the architecture allows it: the same on all machines.
         attention_why_not: why attention is torch's, in words that follow "because"; None: it is ours.
         passed_over: a sentence for the user on what runs slower, in torch, or None.
@@ -58,7 +58,7 @@ class BlockwiseDecoder:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         config = transformers_config(checkpoint.config, checkpoint.folder)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.attention = fused_block.attention_name(device, dtype, head_dim)
+        self.attention = attention_name(device, dtype, head_dim)
         self.attention_why_not = attention.unsupported_reason(device, dtype, head_dim)
         missed = fallback_notice("attention, norms and activations", device, dtype, {"a head": head_dim})
         self.passed_over = missed or self._windowed(config)
@@ -73,14 +73,14 @@ class BlockwiseDecoder:
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
         self._blocks: nn.ModuleList = self._inner.layers
         self._require_tensors()
-        if self.attention == fused_block.OURS:
+        if self.attention == OURS:
             self._fuse(config)
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self._freed = FreedMemory()
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
 
     def _fuse(self, config: Any) -> None:
-        reason = fused_block.fuse_blocks(self._blocks, config)
+        reason = fuse_blocks(self._blocks, config)
         if reason is not None:
             missed = f"norms and activations run in torch, which takes longer, because {reason}"
             self.passed_over = f"{self.passed_over}; {missed}" if self.passed_over else missed
@@ -98,31 +98,31 @@ class BlockwiseDecoder:
 
     @property
     def template(self) -> nn.Module:
-        """The first block without weights: its modules and their shapes."""
+        """Return the first block without weights: its modules and their shapes."""
         first: nn.Module = self._blocks[0]
         return first
 
     @property
     def kinds(self) -> dict[tuple[str, ...], nn.Module]:
-        """One block without weights of each kind, by the names of its linears."""
+        """Return one block without weights of each kind, by the names of its linears."""
         return {tuple(linears_of(block)): block for block in reversed(self._blocks)}
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """All blocks, without weights."""
+        """Return all blocks, without weights."""
         return self._blocks
 
     def kept(self) -> Iterator[dict[str, str]]:
-        """What is not quantised, block by block: ``kept_of``."""
+        """Yield what is not quantised, block by block: ``kept_of``."""
         yield from map(kept_of, self._blocks)
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding."""
+        """Return rows of the embedding."""
         return self.checkpoint.info("model.embed_tokens.weight").shape[0]
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Hidden states before the first block.
+        """Compute the hidden states before the first block.
 
         Args:
             batches: int64 [batch, tokens] each, all of one length, no padding.
@@ -130,12 +130,6 @@ class BlockwiseDecoder:
         Returns:
             One [batch, tokens, hidden] per batch; what the blocks need besides (positions, rotary tables,
             masks where some layers slide a window) is kept for ``forward``.
-
-        Raises:
-            UsageError: the sequences are longer than these blocks compute as the model does.
-            ModelError: the embedding is not as large as config.json says.
-            CorruptFileError: the embedding, the last norm or the head holds NaN or Inf.
-            UnsupportedError: it holds no floating-point numbers of 16 bits or more.
         """
         for batch in batches:
             require_plain(
@@ -148,7 +142,6 @@ class BlockwiseDecoder:
         table = self.checkpoint.read("model.embed_tokens.weight")
         check_finite("model.embed_tokens.weight", table, self.checkpoint.folder)
         require_numbers("model.embed_tokens.weight", table, self.checkpoint.folder)
-        self._require_vocabulary(table)
         norm, self._inner.norm = self._inner.norm, nn.Identity()
         self._inner.layers = nn.ModuleList(recorders)
         try:
@@ -167,13 +160,7 @@ class BlockwiseDecoder:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block ``index`` with its weights; they are dropped on leaving.
-
-        Raises:
-            ModelError: a tensor is missing or has another shape.
-            CorruptFileError: a tensor holds NaN or Inf.
-            UnsupportedError: a tensor holds no floating-point numbers of 16 bits or more.
-        """
+        """Give block ``index`` its weights; they are dropped on leaving."""
         block: nn.Module = self._blocks[index]
         self._fill(block, self.names[index])
         try:
@@ -188,42 +175,18 @@ class BlockwiseDecoder:
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     def _require_tensors(self) -> None:
-        """All that will be read is there in its shape: known before the first layer, not after the last."""
+        """Check all that will be read: what is wrong is known before the first layer, not after the last."""
         shapes = {f"model.{name}": tensor.shape for name, tensor in self._inner.state_dict().items()}
-        del shapes["model.embed_tokens.weight"]  # see ``embed``
+        config = self.checkpoint.config
+        matrix = (config["vocab_size"], config["hidden_size"])
+        shapes["model.embed_tokens.weight"] = torch.Size(matrix)
         if not self.checkpoint.tied:
-            config = self.checkpoint.config
-            shapes["lm_head.weight"] = torch.Size((config["vocab_size"], config["hidden_size"]))
-        names = set(self.checkpoint.names())
-        for name, shape in shapes.items():
-            # A bias of zeros may be hidden from the names (``DequantisedSource``), and be read all the same.
-            if name not in names and not name.endswith(".bias"):
-                raise ModelError(
-                    f"the tensor {name} is missing",
-                    where=self.checkpoint.folder,
-                    hint="config.json and the weights are not of one model, or a shard is missing: copy the "
-                    "folder again",
-                )
-            self._require_shape(name, self.checkpoint.info(name).shape, shape)
-        for name in sorted(names - shapes.keys()):
-            if name.startswith("model.layers.") and not name.endswith(".rotary_emb.inv_freq"):
-                raise ModelError(
-                    f"{name} has no place in this architecture",
-                    where=self.checkpoint.folder,
-                    hint="config.json and the weights are from different models: copy the folder again",
-                )
-
-    def _require_shape(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
-        if tuple(found) != tuple(wanted):
-            raise ModelError(
-                f"{name} has shape {tuple(found)}, config.json asks for {tuple(wanted)}",
-                where=self.checkpoint.folder,
-                hint="config.json and the weights are from different models: copy the folder again",
-            )
+            shapes["lm_head.weight"] = torch.Size(matrix)
+        require_tensors(self.checkpoint.source, shapes, self.checkpoint.folder)
 
     @contextmanager
     def head(self) -> Iterator[_Head]:
-        """The final norm and the output head, callable on hidden states."""
+        """Load the final norm and the output head, callable on hidden states."""
         self._fill(self._inner.norm, "model.norm")
         name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
         try:
@@ -231,22 +194,13 @@ class BlockwiseDecoder:
         finally:
             self._inner.norm.to("meta")
 
-    def _require_vocabulary(self, table: Tensor) -> None:
-        promised = self.checkpoint.config["vocab_size"], self.checkpoint.config["hidden_size"]
-        if tuple(table.shape) != promised:
-            raise ModelError(
-                f"the embedding has shape {tuple(table.shape)}, config.json asks for {promised}",
-                where=self.checkpoint.folder,
-                hint="config.json and the weights are from different models: copy the folder again",
-            )
-
     def _fill(self, module: nn.Module, prefix: str) -> None:
         state = {}
         for name, parameter in module.state_dict(keep_vars=True).items():  # buffers that are stored, too
             full = f"{prefix}.{name}"
             tensor = check_finite(full, self.checkpoint.read(full), self.checkpoint.folder)
             require_numbers(full, tensor, self.checkpoint.folder)
-            self._require_shape(full, tensor.shape, parameter.shape)
+            require_shape(full, tensor.shape, parameter.shape, self.checkpoint.folder)
             state[name] = tensor.to(self.device, self.dtype)
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
@@ -259,7 +213,7 @@ class _Head:
         self._norm, self._weight, self._device, self._dtype = norm, weight, device, dtype
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """[…, hidden] → […, vocabulary] float32."""
+        """Compute logits: […, hidden] → […, vocabulary] float32."""
         normed = self._norm(hidden)
         logits = torch.empty(*hidden.shape[:-1], len(self._weight), dtype=torch.float32, device=self._device)
         chunks = zip(self._weight.split(VOCABULARY_CHUNK), logits.split(VOCABULARY_CHUNK, -1), strict=True)

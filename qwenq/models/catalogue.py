@@ -1,4 +1,4 @@
-"""Public model shapes under the names people type, so that planning needs no download. Imports no torch.
+"""List public model shapes by name, so that planning needs no download. Imports no torch.
 
 The data lie beside this file, in ``catalogue.toml``; what the cards say is a leaf, ``qwenq.published``.
 """
@@ -45,33 +45,33 @@ class Entry:
 
     @property
     def shape(self) -> ModelShape:
-        """Its sizes."""
+        """Return its sizes."""
         return ModelShape.from_config(self.config)
 
     def dtype_of(self, name: str) -> str:
-        """What the weights are stored in, by how they are named.
+        """Return the dtype in which the weights of this name are stored.
 
         The bundled model was dequantised to float32, its namesake on the hub is bfloat16 as all others.
         """
         return str(self.config["torch_dtype"]) if name.lower() in self.names else "bfloat16"
 
     def hub_of(self, name: str) -> str:
-        """The hub id that belongs to one of its names."""
+        """Return the hub id that belongs to one of its names."""
         return self.hub[min(self.names.index(name.lower()), len(self.hub) - 1)]
 
 
 def names() -> list[str]:
-    """The preferred name of every entry, in the order of the catalogue."""
+    """Return the preferred name of every entry, in the order of the catalogue."""
     return [entry.names[0] for entry in _entries()]
 
 
 def find(name: str) -> Entry | None:
-    """The entry of a name or hub id, in any case; None where the catalogue has no such thing."""
+    """Return the entry of a name or hub id, in any case; None where there is none."""
     return _by_name().get(name.lower())
 
 
 def entry(name: str) -> Entry:
-    """The entry of a name or hub id.
+    """Return the entry of a name or hub id.
 
     Raises:
         UsageError: no such name; the nearest ones are suggested.
@@ -89,7 +89,7 @@ def entry(name: str) -> Entry:
 
 
 def suggestions(name: str, count: int = 2, alike: float = 0.0) -> list[str]:
-    """The catalogue names nearest to a misspelt one, best first; ``alike``: of 100, the least that counts."""
+    """Return the catalogue names nearest to a misspelt one, best first."""
     from rapidfuzz import fuzz, process
 
     known = [known for item in _entries() for known in item.names]
@@ -98,25 +98,17 @@ def suggestions(name: str, count: int = 2, alike: float = 0.0) -> list[str]:
 
 
 def config_for(name: str) -> dict[str, Any]:
-    """A config.json for a catalogue name, in Llama, Qwen2 or Qwen3 layout (Qwen v1 as Qwen2).
-
-    Raises:
-        UsageError: no such name.
-    """
+    """Return a config.json for a catalogue name, in Llama, Qwen2 or Qwen3 layout (Qwen v1 as Qwen2)."""
     return dict(entry(name).config)
 
 
 def shape_for(name: str) -> ModelShape:
-    """The sizes of a catalogue name.
-
-    Raises:
-        UsageError: no such name.
-    """
+    """Return the sizes of a catalogue name."""
     return entry(name).shape
 
 
 def published(name: str) -> list[PublishedRow]:
-    """What the cards say of a model, one row a precision; empty where nothing is recorded."""
+    """Return the published figures of a model, one row a precision; empty where there are none."""
     found = find(name)
     return [row for row in published_rows() if found is not None and row.model in found.names]
 
@@ -147,7 +139,7 @@ def _entry(table: dict[str, Any]) -> Entry:
 
 
 def _config(table: dict[str, Any]) -> dict[str, Any]:
-    """A catalogue table as the config.json that transformers would save for such a model."""
+    """Convert a catalogue table to the config.json that transformers would save for such a model."""
     if table["family"] == "v1":
         return qwen2_config(_v1_config(table))
     kind = table["family"]
@@ -177,7 +169,7 @@ def _config(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _v1_config(table: dict[str, Any]) -> dict[str, Any]:
-    """A catalogue table as the config.json of a Qwen v1 model, which counts both halves of the MLP."""
+    """Convert a catalogue table to the config.json of a Qwen v1 model, which counts both MLP halves."""
     return {
         "hidden_size": table["hidden"],
         "intermediate_size": 2 * table["ffn"],

@@ -1,4 +1,4 @@
-"""ChatML as Qwen v1's ``make_context`` builds it, and how an answer ends.
+"""Build ChatML prompts as Qwen v1's ``make_context`` does, and end answers.
 
 The layout, with every ``\\n`` a token of its own and every role and content encoded on its own (so that
 neither merges with its surroundings, and special tokens inside a content stay plain text)::
@@ -43,18 +43,18 @@ class ChatmlTokenizer(Protocol):
 
     @property
     def im_start_id(self) -> int:
-        """Id of ``<|im_start|>``."""
+        """Return id of ``<|im_start|>``."""
 
     @property
     def im_end_id(self) -> int:
-        """Id of ``<|im_end|>``."""
+        """Return id of ``<|im_end|>``."""
 
     @property
     def eod_id(self) -> int:
-        """Id of ``<|endoftext|>``."""
+        """Return id of ``<|endoftext|>``."""
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of a text; by default special tokens inside it are plain text."""
+        """Return ids of a text; by default special tokens inside it are plain text."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def build_context(
     add_generation_prompt: bool = True,
     max_window: int | None = None,
 ) -> Context:
-    """The prompt for a conversation, the oldest rounds dropped until it fits the window.
+    """Build the prompt of a conversation; drop the oldest rounds until it fits the window.
 
     As in v1, the system prompt and the *earlier* rounds must together stay below ``max_window`` tokens;
     the last round is always kept and not counted.
@@ -106,11 +106,7 @@ def build_context(
 def split_rounds(
     messages: Sequence[Message], *, must_end_with_user: bool = False
 ) -> tuple[str, list[list[Message]]]:
-    """The system prompt, and the conversation cut before each user message.
-
-    Raises:
-        UsageError: as `build_context`.
-    """
+    """Split a conversation into its system prompt and rounds that begin with a user message."""
     for place, message in enumerate(messages):
         _check_message(place, message)
     has_system = bool(messages) and messages[0]["role"] == "system"
@@ -130,24 +126,12 @@ def split_rounds(
 
 
 def stop_ids(tokenizer: ChatmlTokenizer) -> tuple[int, int, int]:
-    """The ids that end an answer: ``<|im_end|>``, ``<|endoftext|>``, ``<|im_start|>``."""
+    """Return the ids that end an answer: ``<|im_end|>``, ``<|endoftext|>``, ``<|im_start|>``."""
     return tokenizer.im_end_id, tokenizer.eod_id, tokenizer.im_start_id
 
 
-def cut_answer(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The generated ids up to the first stop id; all of them when none occurs.
-
-    v1's own decoding lost the last token in that second case (an answer cut by the token limit).
-    """
-    ends = set(stops)
-    for place, token in enumerate(ids):
-        if token in ends:
-            return list(ids[:place])
-    return list(ids)
-
-
 def _first_kept(head: int, rounds: Sequence[int], max_window: int | None) -> int:
-    """Index of the oldest round that is kept, newest first while the total stays below the window."""
+    """Return index of the oldest round that is kept, newest first while the total stays below the window."""
     if max_window is None or not rounds:
         return 0
     total, first = head, len(rounds) - 1

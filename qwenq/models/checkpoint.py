@@ -1,4 +1,4 @@
-"""A checkpoint: a folder, its config, and a lazy source of tensors."""
+"""Open a checkpoint: a folder, its config, and a lazy source of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from qwenq.models.gptq_config import QuantConfig, is_quantised, settings_of
 from qwenq.models.long_context import long_context_of
 from qwenq.models.manifest import missing_manifest
 from qwenq.models.own_files import require_own_files
-from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource
+from qwenq.models.qwen_v1 import qwen2_view
+from qwenq.models.source import TensorInfo, TensorSource
 from qwenq.models.text_config import is_nested, text_config, whole_config
 from qwenq.models.text_view import TextView
 
@@ -32,7 +33,7 @@ class Checkpoint:
             vision-language model it is the language model's part).
         source: the tensors, under the names of that architecture; of a vision-language model, a model with a
             draft head or fused experts it is a ``TextView``, or stands before one.
-        notices: what the user has to be told about how it was read, one line each.
+        notices: for the user, on how it was read, one line each.
         on_disk: False: weights are drawn as they are read, and nothing in ``folder``, should there be such a
             one, belongs to them.
         view: how the language model was found among the files' tensors; None: they are all it has.
@@ -49,40 +50,40 @@ class Checkpoint:
 
     @property
     def companions(self) -> Path | None:
-        """The folder of tokenizer, licence and settings; None where there can be none."""
+        """Return the folder of tokenizer, licence and settings; None where there can be none."""
         return self.folder if self.on_disk else None
 
     @property
     def published_config(self) -> dict[str, Any]:
-        """The config.json of the whole model, whose language model is this one."""
+        """Return the config.json of the whole model, whose language model is this one."""
         return whole_config(self.file_config, self.config) if self.file_config else dict(self.config)
 
     @property
     def published(self) -> TensorSource:
-        """The tensors of the whole model, under the names in its files."""
+        """Return the tensors of the whole model, under the names in its files."""
         return self.view.whole if self.view is not None else self.source
 
     def names(self) -> Iterable[str]:
-        """All tensor names, in file order."""
+        """Return all tensor names, in file order."""
         return self.source.names()
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of a tensor, from the header alone."""
+        """Return shape and dtype of a tensor, from the header alone."""
         return self.source.info(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in its stored dtype."""
+        """Read one tensor, on the CPU, in its stored dtype."""
         return self.source.read(name)
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the output head is the embedding: no ``lm_head.weight`` and the config says so."""
+        """Return whether the output head is the embedding."""
         absent = "lm_head.weight" not in set(self.names())
         return absent and bool(self.config.get("tie_word_embeddings", False))
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over names, shapes, dtypes and bytes of all weights, and the config."""
+        """Return 16 hex digits over names, shapes, dtypes and bytes of all weights, and the config."""
         from qwenq.models.fingerprint import fingerprint
 
         if self.view is not None and self.source is self.view:  # files are hashed as they are
@@ -105,83 +106,77 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         CorruptFileError: a shard is missing, truncated or damaged; a file is a link out of the folder.
         UnsupportedError: an architecture or a weight format that is not supported.
     """
-    from qwenq.models.safetensors_files import unread_files  # with torch
-
     require_own_files(folder)
     config, notices = read_config(folder)
-    source = open_weights(folder)
-    if isinstance(source, StoredInFiles):
-        notices = [*notices, *unread_files(folder, source.files)]
+    source, unread = open_weights(folder)
+    names = list(source.names())
+    notices += unread
     if config["model_type"] == "qwen":
-        from qwenq.models.qwen_v1 import qwen2_view
-
         config, source = qwen2_view(folder, config, source)
-    elif not is_quantised(config) and (quant := settings_of(folder, config, source.names())):
+    elif not is_quantised(config) and (quant := settings_of(folder, config, names)):
         config = {**config, "quantization_config": quant.to_config_json()}
-        notices = [*notices, "config.json says nothing of GPTQ: the settings are quantize_config.json's"]
+        notices.append("config.json has no GPTQ settings: those of quantize_config.json are used")
+    quantised = is_quantised(config)
     long_context_of(config, folder / "config.json")
-    file_config, config = config, text_config(config)
-    view = TextView(source, config.get("hidden_size"), folder)
-    if not view.plain:
-        source = view
+    file_config = config if is_nested(config) else None
+    config = text_config(config)
+    found = TextView(source, config.get("hidden_size"), folder)
+    view = None if found.plain else found
+    source = view or source
     require_layers(config, source.names(), folder)
-    config, untied = _untied(config, source)
-    notices = [*notices, *untied]
-    if is_quantised(config):
-        config, said = _with_true_zeros(config, source)
-        notices = [*notices, *said]
-    if is_quantised(config) and not unfinished:
-        notices = [*notices, *missing_manifest(folder)]
-    return Checkpoint(
-        folder=folder,
-        config=config,
-        source=source,
-        notices=notices,
-        view=None if view.plain else view,
-        file_config=file_config if is_nested(file_config) else None,
-    )
+    config = _untie(config, source, notices)
+    if quantised:
+        config = _correct_format(config, source, notices)
+        if not unfinished:
+            notices += missing_manifest(folder)
+    return Checkpoint(folder, config, source, notices, view=view, file_config=file_config)
 
 
-def _with_true_zeros(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
-    """Return the config with the format in which zero points are stored, and what is to be said about it."""
+def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[str]) -> dict[str, Any]:
+    """Return the config with the format in which zero points are in fact stored, and add a notice."""
     from qwenq.models.gptq_format import stored_format
 
     try:
         quant = QuantConfig.read(config)
         found = stored_format(source, quant)
-    except QwenqError:  # whoever needs the settings or the tensor says what is wrong with it
-        return config, []
+    except QwenqError:  # raised again, with its place, by what needs the settings or the tensor
+        return config
     if found == quant.checkpoint_format:
-        return config, []
+        return config
     settings = {**config["quantization_config"], "checkpoint_format": found}
     if "format" in settings:
         settings["format"] = found
-    said = (
-        f"config.json says {quant.checkpoint_format}, but the zero points are stored as {found} does: "
-        "they are read as what they are"
+    notices.append(
+        f"config.json names {quant.checkpoint_format}, but the zero points are stored as in {found}, and are "
+        "read so"
     )
-    return {**config, "quantization_config": settings}, [said]
+    return {**config, "quantization_config": settings}
 
 
-def _untied(config: dict[str, Any], source: TensorSource) -> tuple[dict[str, Any], list[str]]:
+def _untie(config: dict[str, Any], source: TensorSource, notices: list[str]) -> dict[str, Any]:
     """Return a config that agrees with the weights where it ties a head that is not the embedding."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if not config.get("tie_word_embeddings") or not {head, embedding} <= set(source.names()):
-        return config, []
+        return config
     import torch
 
     if source.info(head) == source.info(embedding) and torch.equal(source.read(head), source.read(embedding)):
-        return config, []
-    notice = (
-        f"config.json says tie_word_embeddings, but {head} is not the embedding: the head in the file is "
-        "used, and what is written here says tie_word_embeddings: false"
+        return config
+    notices.append(
+        f"config.json sets tie_word_embeddings, but {head} is not the embedding: the head in the file is "
+        "used, and what is written here has tie_word_embeddings: false"
     )
-    return {**config, "tie_word_embeddings": False}, [notice]
+    return {**config, "tie_word_embeddings": False}
 
 
-def open_weights(folder: Path) -> TensorSource:
-    """The tensors of a folder under the names in its files: safetensors first, else pickle, read safely."""
+def open_weights(folder: Path) -> tuple[TensorSource, list[str]]:
+    """Open a folder's tensors under the names in its files: safetensors first, else pickle, read safely.
+
+    Returns:
+        The tensors, and notices on weights beside them that are not read.
+    """
     from qwenq.models.pickles import open_pickles
-    from qwenq.models.safetensors_files import open_safetensors
+    from qwenq.models.safetensors_files import open_safetensors, unread_files
 
-    return open_safetensors(folder) or open_pickles(folder)
+    source = open_safetensors(folder)
+    return (open_pickles(folder), []) if source is None else (source, unread_files(folder, source.files))

@@ -1,12 +1,11 @@
-"""The files beside the weights: tokenizer, chat template, generation settings, licence.
+"""Write the files beside the weights: tokenizer, chat template, generation settings, licence.
 
-Whatever writes a model folder calls ``write_companions``, so that the folder loads with plain
-``AutoModelForCausalLM`` and ``AutoTokenizer`` and keeps its licence. Remote code (``*.py``) is never copied.
+With them a folder loads with plain ``AutoModelForCausalLM`` and ``AutoTokenizer`` and keeps its licence.
+Remote code (``*.py``) is never copied.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,10 +14,24 @@ from typing import Any
 
 from qwenq.errors import ModelError
 from qwenq.models.own_files import require_own_files
+from qwenq.models.qwen_tokenizer import RANKS_FILE
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_generation_config
-from qwenq.models.tokenizer import copy_tokenizer_files, has_tokenizer
+from qwenq.models.tokenizer import has_tokenizer, load_qwen_tokenizer, read_json
 from qwenq.storage import atomic_write_json, guard_storage
 
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    RANKS_FILE,
+)
 _LICENCE = re.compile(
     r"[\w .-]*(?:licen[sc]e|notice|copying)(?:[\w -]|\.\d)*(?:\.(?:txt|md|rst|pdf|html))?", re.IGNORECASE
 )
@@ -31,8 +44,8 @@ _PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "pro
 def write_companions(source: Path | None, target: Path, config: Mapping[str, Any]) -> list[str]:
     """Copy what belongs to a model but is neither weights nor config.json.
 
-    Beside Qwen v1's ranks file stands a ``tokenizer.json`` made from it; generation_config.json is said in
-    today's words.
+    Beside Qwen v1's ranks file stands a ``tokenizer.json`` made from it; generation_config.json is
+    written with the keys of today's transformers.
 
     Args:
         source: the folder of the original model; None: its weights are random and lie on no disk.
@@ -40,7 +53,7 @@ def write_companions(source: Path | None, target: Path, config: Mapping[str, Any
         config: config.json as it is (to be) written in ``target``.
 
     Returns:
-        What the user has to be told, one line each.
+        Notices for the user, one line each.
 
     Raises:
         ModelError: a JSON file of the source is damaged.
@@ -80,20 +93,54 @@ def _copy_licences(source: Path, target: Path) -> None:
 
 def _write_generation_config(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     path = source / "generation_config.json"
-    settings = _read_json(path) if path.is_file() else {}
+    settings = read_json(path)
     if V1_KEY in config and settings.get("chat_format"):
         settings = qwen2_generation_config(settings, config)
     if settings:
         atomic_write_json(target / path.name, settings)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{path.name} is not JSON ({error})", where=path, hint="copy the file again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path.name} holds no object", where=path, hint="copy the file again")
-    return content
+def copy_tokenizer_files(src: Path, dst: Path) -> list[str]:
+    """Put the tokenizer of ``src`` beside a model in ``dst``, loadable by AutoTokenizer without remote code.
+
+    A folder with ``qwen.tiktoken`` alone gets a tokenizer.json exported from it, and none of v1's
+    tokenizer_config.json, which asks for remote code.
+
+    Returns:
+        The names of what was written.
+
+    Raises:
+        ModelError: ``src`` holds no tokenizer.
+        StorageError: the disk is full, read-only, or forbids it.
+    """
+    if not has_tokenizer(src):
+        raise ModelError("the folder holds no tokenizer", where=src)
+    exports = (src / RANKS_FILE).is_file() and not (src / "tokenizer.json").is_file()
+    names = [RANKS_FILE] if exports else [name for name in COPIED if (src / name).exists()]
+    with guard_storage(dst):
+        dst.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            _copy(src / name, dst / name)
+    if exports:
+        from qwenq.models.tokenizer_json import WRITTEN, write_tokenizer_json
+
+        length = read_json(src / "config.json").get("seq_length")
+        write_tokenizer_json(
+            load_qwen_tokenizer(src), dst, max_length=length if isinstance(length, int) else None
+        )
+        names += WRITTEN
+    return names
+
+
+def _copy(src: Path, dst: Path) -> None:
+    if src.name == "tokenizer_config.json":
+        settings = read_json(src)
+        settings.pop("auto_map", None)  # names remote code, which is neither copied nor run
+        atomic_write_json(dst, settings)
+    elif src.is_dir():
+        # Templates alone, and not their modes: of a read-only model those would be unwritable files.
+        dst.mkdir(exist_ok=True)
+        for file in sorted(src.glob("*.jinja")):
+            _copy(file, dst / file.name)
+    elif not (dst.exists() and src.samefile(dst)):
+        shutil.copyfile(src, dst)

@@ -1,4 +1,4 @@
-"""config.json: read, distrusted, and checked against the architectures that are known here."""
+"""Read config.json and check it against the architectures that are known here."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _POSITIVE_REALS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_e
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """config.json of a model folder, validated, and what has to be said aloud about it.
+    """Read and check config.json of a model folder; return it with notices for the user.
 
     Raises:
         ModelError: no model folder, or a value that no model can have; names key and value.
@@ -101,7 +101,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """``quantization_config`` of a model that is already quantised, else None."""
+    """Return ``quantization_config`` of a quantised model, else None."""
     found = config.get("quantization_config")
     return found if isinstance(found, dict) else None
 
@@ -129,12 +129,7 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def require_layers(config: dict[str, Any], names: Iterable[str], folder: Path) -> None:
-    """The last layer that config.json promises has tensors: it is known before ten thousand are built.
-
-    Raises:
-        ModelError: it has none.
-        UnsupportedError: they have the names of a model that is no language model.
-    """
+    """Check that the last layer of config.json has tensors, before ten thousand are built."""
     last = f"model.layers.{config['num_hidden_layers'] - 1}."
     names = list(names)
     if any(name.startswith(last.removeprefix("model.")) for name in names):
@@ -183,7 +178,7 @@ def _listing(folder: Path, most: int = 8) -> str:
 
 
 def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(key, dotted path, value) of every object key in a JSON value, at any depth."""
+    """Yield (key, dotted path, value) of every object key in a JSON value, at any depth."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key, f"{prefix}{key}", inner
@@ -194,7 +189,7 @@ def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def _refuse_private_keys(config: dict[str, Any], path: Path) -> None:
-    """Private keys steer the loader itself: ``_attn_implementation_internal`` makes it fetch and run code."""
+    """Refuse private keys: ``_attn_implementation_internal`` makes the loader fetch and run code."""
     for key, dotted, value in _keys(config):
         harmless = _HARMLESS_PRIVATE_KEYS | (_HARMLESS_PRIVATE_FLAGS if isinstance(value, bool) else set())
         if key.startswith("_") and key not in harmless:
@@ -206,7 +201,7 @@ def _refuse_private_keys(config: dict[str, Any], path: Path) -> None:
 
 
 def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
-    """Notices about a known architecture; an unknown one raises ``UnsupportedError``."""
+    """Return notices about a known architecture; an unknown one raises ``UnsupportedError``."""
     model_type = config["model_type"]
     if model_type in KNOWN_ARCHITECTURES:
         _refuse_other_use(config, path)
@@ -238,7 +233,7 @@ def _require_text(config: dict[str, Any], path: Path) -> None:
 
 
 def _refuse_other_use(config: dict[str, Any], path: Path) -> None:
-    """A classifier's or a reward model's blocks are a language model's; what comes of its tokens is not."""
+    """Refuse classifiers and reward models, whose blocks are those of a language model."""
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes:
         return

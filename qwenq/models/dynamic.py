@@ -1,4 +1,4 @@
-"""``dynamic`` and ``modules_in_block_to_quantize``: which modules of a checkpoint are quantised, and how.
+"""Say which modules of a checkpoint are quantised, and how: ``dynamic`` and its like.
 
 ``dynamic`` maps patterns to settings: the first pattern that matches a module's whole name from its start
 counts; ``-:`` says that the module is not quantised, anything else that these settings take the place of the
@@ -59,15 +59,15 @@ def dynamic_rules(
         beside: what lies beside the language model: ``mtp``, ``visual``.
     """
     rules: dict[str, dict[str, Any]] = {f"-:.*{name}.*": {} for name in (*beside, *_ALWAYS)}
-    rules |= {f"-:{pattern}": {} for pattern in _patterns(kept, bits)}
+    rules |= {f"-:{pattern}": {} for pattern in patterns(kept, bits)}
     for width in sorted(set(bits.values()) - {common}):
         own = [name for name, other in bits.items() if other == width]
-        for pattern in _patterns(own, {name: other for name, other in bits.items() if other != width}):
+        for pattern in patterns(own, {name: other for name, other in bits.items() if other != width}):
             rules[f"+:{pattern}"] = {"bits": width, **settings}
     return rules
 
 
-def _patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+def patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
     """Return patterns that match these modules in any block, and none of the others."""
     leaves: dict[str, list[str]] = {}
     experts = set()

@@ -1,4 +1,4 @@
-"""What makes two models the same model: one short hash over weights, or what they follow from, and config."""
+"""Compute a short hash that names a model: over its weights, or what they follow from, and its config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BESIDE_THE_POINT = {
 
 
 def fingerprint(config: dict[str, Any], source: TensorSource) -> str:
-    """16 hex digits of BLAKE2b over sorted (name, shape, dtype, bytes) and the config keys that matter.
+    """Return 16 hex digits of BLAKE2b over all tensors and the config keys that matter.
 
     Reads one tensor at a time. The result is kept in the user's cache under the paths, sizes and
     modification times of the files, where the source is ``StoredInFiles``; a changed file is hashed again.

@@ -1,4 +1,4 @@
-"""Our operations in the blocks of transformers: attention, and modules in the place of theirs.
+"""Put our operations into the blocks of transformers: attention, and modules in place of theirs.
 
 Modules have the same parameters and children under the same names, in the same order, and take and give what
 transformers' modules do; linears stay ``nn.Linear``. Results differ from transformers' by float32's rounding
@@ -124,7 +124,7 @@ class FusedNorm(nn.Module):
         self.eps = float(plain.variance_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, d] → the same."""
+        """Return […, d] → the same."""
         return block.rms_norm(x, self.weight, self.eps)
 
 
@@ -141,7 +141,7 @@ class FusedMLP(nn.Module):
             self.add_module(name, getattr(plain, name))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[…, hidden] → the same."""
+        """Return […, hidden] → the same."""
         gate = self.gate_proj(x)
         output: Tensor = self.down_proj(block.swiglu(gate, self.up_proj(x), out=gate))
         return output
@@ -174,11 +174,7 @@ class FusedAttention(nn.Module):
         past_key_values: Any = None,
         **rest: Any,
     ) -> tuple[Tensor, None]:
-        """[batch, tokens, hidden] → the same, and no weights.
-
-        Raises:
-            ValueError: there are keys of earlier tokens: whole texts pass these blocks.
-        """
+        """Return [batch, tokens, hidden] → the same, and no weights."""
         if past_key_values is not None:
             raise ValueError("these blocks keep no keys and values of earlier tokens")
         shape = hidden_states.shape[:-1]

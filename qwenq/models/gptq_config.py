@@ -1,4 +1,4 @@
-"""The settings of a GPTQ checkpoint as its JSON files hold them, and the bytes that follow from them.
+"""Read and write the settings of a GPTQ checkpoint as its JSON files hold them.
 
 Keys of ``quantization_config`` (config.json) and ``quantize_config.json``, in all published variants:
 AutoGPTQ's nine keys (Qwen v1 and later), transformers' and optimum's (Qwen2.5), GPTQModel's (Qwen3).
@@ -10,15 +10,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.dynamic import rule_for
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from qwenq.models.packing import CheckpointFormat
 
 SUPPORTED_BITS = (2, 4, 8)
 CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
@@ -28,7 +26,7 @@ _WIDEST = 1 << 24  # input columns of the widest linear that config.json may nam
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How a checkpoint was quantised: what a reader has to know, and what the quantiser was told.
+    """Settings of a quantised checkpoint.
 
     Attributes:
         bits: 2, 4 or 8.
@@ -52,17 +50,13 @@ class QuantConfig:
     static_groups: bool = False
     true_sequential: bool = True
     damp_percent: float = 0.01
-    checkpoint_format: CheckpointFormat = "gptq"
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     lm_head: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     modules: tuple[tuple[str, ...], ...] = ()
 
     def of(self, module: str) -> QuantConfig:
-        """Return the settings of one quantised module, in which no rules are left.
-
-        Raises:
-            ModelError: a rule of ``dynamic`` says that the module is not quantised.
-        """
+        """Return the settings of one quantised module, in which no rules are left."""
         if not self.dynamic:
             return self
         found = rule_for(self.dynamic, module)
@@ -85,11 +79,11 @@ class QuantConfig:
         )
 
     def groups(self, in_features: int) -> int:
-        """Number of groups along an input axis of that width."""
+        """Return number of groups along an input axis of that width."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
 
     def to_quantize_config_json(self) -> dict[str, Any]:
-        """The contents of ``quantize_config.json``: AutoGPTQ's nine keys, and those of its 0.7."""
+        """Return the contents of ``quantize_config.json``: AutoGPTQ's nine keys, and those of its 0.7."""
         return {
             "bits": self.bits,
             "group_size": self.group_size,
@@ -108,7 +102,7 @@ class QuantConfig:
         }
 
     def to_config_json(self) -> dict[str, Any]:
-        """``quantization_config`` of config.json, as transformers, optimum, GPTQModel and vLLM read it."""
+        """Return ``quantization_config`` as transformers, optimum, GPTQModel and vLLM read it."""
         found = {**self.to_quantize_config_json(), "lm_head": self.lm_head, "pack_dtype": "int32"}
         if self.modules:
             found["modules_in_block_to_quantize"] = [list(group) for group in self.modules]
@@ -116,7 +110,7 @@ class QuantConfig:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], where: str | Path = "config.json") -> QuantConfig:
-        """From a whole config.json, or from the contents of quantize_config.json.
+        """Read a whole config.json, or the contents of quantize_config.json.
 
         Args:
             config: the contents.
@@ -151,16 +145,12 @@ class QuantConfig:
 
 
 def settings_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> QuantConfig | None:
-    """GPTQ settings of a folder, None: plain weights. AutoGPTQ's own file counts where config.json has none.
+    """Return the GPTQ settings of a folder, from either of its JSON files; None: plain weights.
 
     Args:
         folder: of the model.
         config: its config.json.
         names: of its tensors.
-
-    Raises:
-        ModelError: quantised weights, and neither file says how.
-        UnsupportedError: see ``QuantConfig.read``.
     """
     if config.get("quantization_config"):
         return QuantConfig.read(config, folder / "config.json")
@@ -181,39 +171,8 @@ def settings_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json claims a quantised model, by whatever method."""
+    """Return whether a config.json is that of a quantised model, by whatever method."""
     return bool(config.get("quantization_config"))
-
-
-def linear_bytes(in_features: int, out_features: int, bits: int, group_size: int, *, bias: bool) -> int:
-    """Bytes of one quantised linear: qweight, qzeros, scales (fp16), g_idx (int32), bias (fp16)."""
-    groups = 1 if group_size == -1 else -(-in_features // group_size)
-    qweight = in_features * out_features * bits // 8
-    qzeros = groups * out_features * bits // 8
-    return qweight + qzeros + groups * out_features * 2 + in_features * 4 + (out_features * 2 if bias else 0)
-
-
-def quantised_bytes(
-    linears: Iterable[tuple[int, int, bool]],
-    unquantised_elements: int,
-    bits: int,
-    group_size: int,
-    *,
-    zero_biases: bool = False,
-) -> int:
-    """Bytes of all tensors of a GPTQ checkpoint (the index's ``total_size``), to the byte.
-
-    Args:
-        linears: ``(in_features, out_features, has_bias)`` of each quantised linear.
-        unquantised_elements: elements of everything else (embedding, norms, head), stored in 16 bits.
-        bits: 2, 4 or 8.
-        group_size: input columns a group; -1 for all.
-        zero_biases: count a bias for every quantised linear, as AutoGPTQ wrote it until March 2024.
-    """
-    packed = sum(
-        linear_bytes(n_in, n_out, bits, group_size, bias=bias or zero_biases) for n_in, n_out, bias in linears
-    )
-    return packed + 2 * unquantised_elements
 
 
 def _refuse_foreign_method(keys: Mapping[str, Any]) -> None:
@@ -233,7 +192,7 @@ def _refuse_foreign_method(keys: Mapping[str, Any]) -> None:
 
 
 def _dynamic(value: Any) -> dict[str, dict[str, Any]]:
-    """Rules by pattern, each checked: patterns that compile, settings that make sense."""
+    """Check rules by pattern: patterns that compile, settings that make sense."""
     if not value:
         return {}
     where = "quantization_config.dynamic"
@@ -258,7 +217,7 @@ def _dynamic(value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _modules(value: Any) -> tuple[tuple[str, ...], ...]:
-    """Groups of names; a flat list is one group."""
+    """Return groups of names; a flat list is one group."""
     if not value:
         return ()
     groups = value if isinstance(value, list) else [value]
@@ -273,8 +232,8 @@ def _no_rules(what: str, where: str) -> ModelError:
     return ModelError(what, where=where, hint="restore config.json from where the model came from")
 
 
-def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:
-    """``checkpoint_format`` (AutoGPTQ, GPTQModel) or ``format`` (newer GPTQModel); absent: v1."""
+def _checkpoint_format(keys: Mapping[str, Any]) -> Literal["gptq", "gptq_v2"]:
+    """Read ``checkpoint_format`` (AutoGPTQ, GPTQModel) or ``format`` (newer GPTQModel); absent: v1."""
     value = keys.get("checkpoint_format") or keys.get("format") or "gptq"
     if value not in CHECKPOINT_FORMATS:
         raise UnsupportedError(
@@ -282,7 +241,7 @@ def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:
             where="quantization_config.checkpoint_format",
             hint=f"convert it to one of {', '.join(CHECKPOINT_FORMATS)} with the tool that wrote it",
         )
-    return cast("CheckpointFormat", value)
+    return cast("Literal['gptq', 'gptq_v2']", value)
 
 
 def _bits(value: Any) -> int:
@@ -306,7 +265,7 @@ def _group_size(value: Any) -> int:
 
 
 def _damp_percent(value: Any) -> float:
-    """Only told, never computed with: absent in some files, and null in others."""
+    """Read the damping, which is only shown: absent in some files, and null in others."""
     if value is None:
         return 0.01
     if type(value) in (int, float) and 0 <= value <= 1:

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints: which modules are quantised, are they sound, and a view that reads like a plain one.
+"""Check GPTQ checkpoints, read their modules, and show them as plain checkpoints.
 
 The layout of one module's tensors is in ``packing``, the settings in ``gptq_config`` (shown here as well).
 """
@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError
-from qwenq.models.gptq_config import QuantConfig, is_quantised, linear_bytes, quantised_bytes
+from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.source import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ __all__ = [
     "QuantConfig",
     "check_module_shapes",
     "is_quantised",
-    "linear_bytes",
-    "quantised_bytes",
     "quantised_modules",
     "read_packed",
     "stored_format",
@@ -35,23 +33,20 @@ PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def quantised_modules(source: TensorSource) -> list[str]:
-    """Names of the modules that have a ``.qweight``, in file order."""
+    """Return names of the modules that have a ``.qweight``, in file order."""
     return [name.removesuffix(".qweight") for name in source.names() if name.endswith(".qweight")]
 
 
 def read_packed(
     source: TensorSource, module: str, quant: QuantConfig, names: Container[str] | None = None
 ) -> PackedLinear:
-    """The packed tensors of one module; a missing ``g_idx`` is trivial unless the config says otherwise.
+    """Read the packed tensors of one module; without act-order a missing ``g_idx`` is trivial.
 
     Args:
         source: of the tensors.
         module: whose.
         quant: their settings.
         names: of all tensors, for callers that read many modules; None: they are asked for.
-
-    Raises:
-        ModelError: one of its tensors is missing, or their shapes contradict the config.
     """
     from qwenq.models.packing import PackedLinear, trivial_g_idx
 
@@ -95,7 +90,7 @@ class DequantisedSource:
         self._names: list[str] | None = None
 
     def names(self) -> Iterable[str]:
-        """All names, in file order; a weight stands where the first of its packed tensors stood."""
+        """Return all names, in file order; a weight stands where the first of its packed tensors stood."""
         if self._names is None:
             packed = {f"{m}.{part}": f"{m}.weight" for m in self._modules.values() for part in PACKED_PARTS}
             hidden = surplus_biases(self._source, self._modules.values(), self._config)
@@ -104,7 +99,7 @@ class DequantisedSource:
         return self._names
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype, without dequantising."""
+        """Return shape and dtype, without dequantising."""
         if name not in self._modules:
             return self._source.info(name)
         module = self._modules[name]
@@ -113,7 +108,7 @@ class DequantisedSource:
         return TensorInfo((out_features, words * 32 // self._quant.of(module).bits), dtype)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor; a quantised weight as ``[out, in]`` in the dtype that ``info`` names."""
+        """Read a tensor; a quantised weight as ``[out, in]`` in the dtype that ``info`` names."""
         from qwenq.models.packing import dequantise
 
         if name not in self._modules:
@@ -126,7 +121,7 @@ class DequantisedSource:
 def surplus_biases(
     source: TensorSource, modules: Iterable[str], config: Mapping[str, Any] | None = None
 ) -> set[str]:
-    """All-zero biases of quantised modules that have no bias in a Qwen or Llama block: o, gate, up, down.
+    """Return all-zero biases of quantised modules that have none in a Qwen or Llama block: o, gate, up, down.
 
     Args:
         source: the packed tensors.
@@ -168,7 +163,7 @@ def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
 
 
 def check_module_shapes(source: TensorSource, names: Container[str], module: str, quant: QuantConfig) -> None:
-    """One module's tensors are all there, and their headers agree with bits and group size."""
+    """Check that one module's tensors are all there, in the shapes of its bits and group size."""
     quant = quant.of(module)
     required = PACKED_PARTS if quant.desc_act else PACKED_PARTS[:3]
     missing = [part for part in required if f"{module}.{part}" not in names]
@@ -199,7 +194,7 @@ def check_module_shapes(source: TensorSource, names: Container[str], module: str
 
 
 def _check_types(source: TensorSource, names: Container[str], module: str) -> None:
-    """Words are int32 and scales are real, and the weight is a matrix that is not empty."""
+    """Check that words are int32, scales are real, and the weight is a matrix that is not empty."""
     for part in PACKED_PARTS:
         name = f"{module}.{part}"
         if name not in names:
@@ -217,11 +212,7 @@ def _check_types(source: TensorSource, names: Container[str], module: str) -> No
 
 
 def check_g_idx(g_idx: torch.Tensor, module: str, quant: QuantConfig) -> None:
-    """A module's ``g_idx`` names groups that exist.
-
-    Raises:
-        ModelError: it does not.
-    """
+    """Check that a module's ``g_idx`` names groups that exist."""
     groups = quant.of(module).groups(g_idx.shape[0])
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise ModelError(
@@ -252,11 +243,7 @@ def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
-    """Every zero point of a symmetric model is the middle; one off means the other format.
-
-    Raises:
-        ModelError: they are stored in the other format than the config says, or are no middle at all.
-    """
+    """Check that every zero point of a symmetric model is the middle; one off means the other format."""
     from qwenq.models.packing import unpack_zeros
 
     quant = quant.of(module)

@@ -1,4 +1,4 @@
-"""What a container or a scheduler still grants this process: Linux ends it when it takes more.
+"""Measure the memory that this process may still take, by the machine and its control groups.
 
 Control groups, versions 1 and 2: cgroup-v1/memory.rst and cgroup-v2.rst of Linux' admin guide.
 """
@@ -17,13 +17,13 @@ _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.us
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process can still take: what the machine has, no more than is granted."""
+    """Return the bytes that this process can still take: available memory, within the cgroup limit."""
     available, granted = int(psutil.virtual_memory().available), granted_bytes()
     return available if granted is None else min(available, granted)
 
 
 def granted_bytes(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
-    """Bytes until the nearest limit, pages of files not counted as used; None: there is no limit.
+    """Return the bytes up to the nearest cgroup limit, page cache not counted as used; None: no limit.
 
     Args:
         groups: the groups of this process, as Linux lists them.
@@ -34,7 +34,7 @@ def granted_bytes(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | Non
 
 
 def _folders(groups: Path, mounted: Path) -> Iterator[Path]:
-    """Of the process's group and those around it; in a container the path may be the host's."""
+    """Yield the process's group and those around it; in a container the path may be the host's."""
     lines: list[str] = []
     with suppress(OSError):
         lines = groups.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -56,7 +56,7 @@ def _free(folder: Path) -> int | None:
 
 
 def _pages_of_files(folder: Path) -> int:
-    """What Linux drops before it ends a process."""
+    """Return the bytes of page cache, which Linux drops before it ends a process."""
     lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
     counts = dict(line.split(" ", 1) for line in lines)
     return sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))

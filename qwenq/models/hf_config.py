@@ -1,4 +1,4 @@
-"""config.json as transformers' own object. What transformers refuses is said as we say things."""
+"""Build transformers' config object from config.json; its refusals become our errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OF_OTHER_USES = {
 
 
 def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: str | None = None) -> Any:
-    """transformers' config object of a config.json, without keys that steer the loader or serve other models.
+    """Build transformers' config of a config.json, without keys that steer the loader or serve other models.
 
     Args:
         config: as `qwenq.models.config.read_config` passed it.
@@ -52,12 +52,7 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: st
 
 @contextmanager
 def refused_by_transformers(folder: Path | None) -> Iterator[None]:
-    """Whatever building a model from a config raises, as ``ModelError``: transformers checks few values.
-
-    Raises:
-        OutOfMemoryError: torch was refused memory; that is not the config's fault.
-        KeyboardInterrupt: a stop, also where leaving what it broke into failed.
-    """
+    """Turn whatever building a model raises into ``ModelError``: transformers checks few values."""
     try:
         yield
     except (MemoryError, QwenqError):

@@ -1,4 +1,4 @@
-"""A tokenizer that transformers loads: `tokenizer.json` folders of every newer generation.
+"""Load the tokenizer of any newer generation through transformers.
 
 Chat templates are Jinja programs from the model folder; transformers renders them in Jinja's immutable
 sandbox, in a process with limits (`template_process`). The rendered text is then encoded with special tokens
@@ -46,7 +46,7 @@ class HfTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over the tokenizer's whole definition and its chat template."""
+        """Return 16 hex digits over the tokenizer's whole definition and its chat template."""
         backend = getattr(self._hf, "backend_tokenizer", None)
         definition = backend.to_str() if backend is not None else repr(sorted(self._hf.get_vocab().items()))
         args = [json.dumps(dict(self._template_args), sort_keys=True)] if self._template_args else []
@@ -54,7 +54,7 @@ class HfTokenizer:
 
     @cached_property
     def thinking(self) -> TemplateThinking:
-        """Whether prompts of the chat template let the model think, by the template's own text."""
+        """Return whether prompts of the chat template let the model think, by the template's own text."""
         try:
             template = str(self._hf.get_chat_template())
         except ValueError:  # none, or several and none is the default
@@ -70,11 +70,7 @@ class HfTokenizer:
         return "always" if prompt.rstrip().endswith("<think>") else "never"
 
     def with_thinking(self, enabled: bool) -> HfTokenizer:
-        """Return a tokenizer whose chat template is rendered with ``enable_thinking``.
-
-        Raises:
-            UsageError: the template does not read it.
-        """
+        """Return a tokenizer whose chat template is rendered with ``enable_thinking``."""
         if self.thinking != "switch":
             raise UsageError(
                 "this model's chat template does not read enable_thinking",
@@ -88,19 +84,19 @@ class HfTokenizer:
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Surface forms of tokens marked special; other added tokens are parsed in every text."""
+        """Return surface forms of tokens marked special; other added tokens are parsed in every text."""
         return tuple(token.content for token in self._hf.added_tokens_decoder.values() if token.special)
 
     @property
     def template(self) -> str | None:
-        """Source of the default chat template; None: the folder has no template, or no default among many."""
+        """Return the source of the default chat template; None: there is none."""
         try:
             return str(self._hf.get_chat_template()) if self._hf.chat_template else None
         except ValueError:
             return None
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids, without BOS or EOS.
+        """Return ids, without BOS or EOS.
 
         With ``special=False``, tokens marked special stay plain text; added tokens that are not so marked
         (such as Qwen3's ``<think>``) are always parsed, as everywhere in transformers.
@@ -109,19 +105,19 @@ class HfTokenizer:
         return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel."""
+        """Encode each text, in parallel."""
         rows: list[list[int]] = self._call([without_surrogates(text) for text in texts], False)
         return rows
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens spelled out. ModelError names an unknown id."""
+        """Return the text, special tokens spelled out. ModelError names an unknown id."""
         if self._byte_level:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
         self._check(ids)
         return str(self._hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes. ModelError names an unknown id; UnsupportedError if not byte-level."""
+        """Return the exact bytes. ModelError names an unknown id; UnsupportedError if not byte-level."""
         if not self._byte_level:
             raise UnsupportedError(
                 "this tokenizer is not byte-level: ids have no exact bytes", where=self._path
@@ -131,7 +127,7 @@ class HfTokenizer:
         return b"".join(table[token_id] for token_id in ids)
 
     def stream(self) -> TextStream:
-        """A decoder for one answer as it grows."""
+        """Return a decoder for one answer as it grows."""
         return StreamDecoder(self.decode_bytes) if self._byte_level else _PieceStream(self._hf)
 
     def chat(
@@ -142,7 +138,7 @@ class HfTokenizer:
         max_window: int | None = None,
         tools: Sequence[Any] = (),
     ) -> list[int]:
-        """The prompt that the folder's chat template renders.
+        """Encode the prompt that the folder's chat template renders.
 
         With ``max_window``, the oldest rounds are left out until the prompt is shorter than that, the
         system message and the last round always kept.
@@ -295,7 +291,7 @@ def _complaint_of_config(path: Path) -> str | None:
 
 
 def _refuse_foreign_names(path: Path) -> None:
-    """transformers opens the files that this one names for older versions of it, wherever they lie."""
+    """Refuse paths in fast_tokenizer_files: transformers opens those files wherever they lie."""
     names = read_json(path).get("fast_tokenizer_files") or []
     if not isinstance(names, list) or any(Path(str(name)).name != name for name in names):
         raise ModelError(
@@ -306,7 +302,7 @@ def _refuse_foreign_names(path: Path) -> None:
 
 
 def _without_oldest_round(messages: Sequence[Message]) -> list[Message] | None:
-    """The messages without the first user message and what follows up to the next; None if it is the last."""
+    """Return the messages without the oldest round; None if it is the last."""
     starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
     if len(starts) < 2:
         return None

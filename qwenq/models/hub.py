@@ -1,4 +1,4 @@
-"""Models from the hub, through ``huggingface_hub``, with errors that say what to do.
+"""Fetch models from the hub, through ``huggingface_hub``, with errors that say what to do.
 
 Environment, as that library documents it: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
 A connection that drops is resumed by that library within the run; what was whole is kept for the next run.
@@ -74,7 +74,7 @@ class _UnreachableError(Exception):
 
 
 def _model_info(repo_id: str, revision: str | None) -> ModelInfo:
-    """Commit and file list, from the hub."""
+    """Fetch commit and file list from the hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -92,7 +92,7 @@ def _model_info(repo_id: str, revision: str | None) -> ModelInfo:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What the hub's HTTP library raises below the level of HTTP: no route, refused, cut off, timed out."""
+    """Return what the hub's HTTP library raises below HTTP: no route, refused, cut off, timed out."""
     from huggingface_hub import errors
 
     # The library is httpx or a successor, by version: its transport errors are found by the class they share.
@@ -122,7 +122,7 @@ def _snapshot(repo_id: str, revision: str | None, info: ModelInfo) -> Fetched:
 
 
 def _call_library(repo_id: str, revision: str | None, names: list[str], *, offline: bool) -> Path:
-    """``snapshot_download``, by the branch's name, so that the cache also answers to that name offline."""
+    """Call ``snapshot_download`` by the branch's name, so that the cache answers to it offline, too."""
     from huggingface_hub import snapshot_download
 
     allow, ignore = _patterns(names, repo_id)
@@ -138,7 +138,7 @@ def _call_library(repo_id: str, revision: str | None, names: list[str], *, offli
 
 
 def _patterns(names: list[str], repo_id: str) -> tuple[list[str], list[str]]:
-    """Allowed and ignored patterns for ``snapshot_download``, by the kind of weights that there are."""
+    """Return allowed and ignored patterns for ``snapshot_download``, by the kind of weights there are."""
     top = [name for name in names if "/" not in name]
     if any(name.endswith(".safetensors") for name in top):
         weights, others = _SAFETENSORS, _PICKLE
@@ -153,7 +153,7 @@ def _patterns(names: list[str], repo_id: str) -> tuple[list[str], list[str]]:
 
 
 def _from_cache(repo_id: str, revision: str | None, error: _UnreachableError | None) -> Fetched:
-    """A whole snapshot in the cache, for when the hub is not asked (offline) or does not answer."""
+    """Return a whole snapshot of the cache, for when the hub is not asked or does not answer."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     partly = ""
@@ -198,7 +198,7 @@ _ANSWERS: dict[int, tuple[str, str]] = {
 
 
 def _explain(error: HfHubHTTPError, repo_id: str, revision: str | None) -> HubError:
-    """A ``HubError`` for an HTTP answer of the hub."""
+    """Build the ``HubError`` for an HTTP answer of the hub."""
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
 
     status = error.response.status_code

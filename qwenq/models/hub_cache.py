@@ -1,4 +1,4 @@
-"""Whether a snapshot in the hub's cache is a whole model, or what a download that died has left.
+"""Tell a whole snapshot in the hub's cache from what a download that died has left.
 
 The hub's library puts a file into a snapshot once it is whole, and keeps the list of the repository's files
 (since 2.4): a snapshot that lacks one of them is refused there. One that another program, or an older
@@ -16,7 +16,7 @@ _SHARD = re.compile(r".*-\d+-of-(\d+)\.(?:safetensors|bin)")
 
 
 def what_is_missing(snapshot: Path) -> str | None:
-    """Why a snapshot cannot be used as it is; None: it is whole, as far as its files tell."""
+    """Return why a snapshot cannot be used as it is; None: it is whole, as far as its files tell."""
     names = {path.name for path in snapshot.iterdir() if path.is_file()}  # a link into nowhere is none
     if "config.json" not in names:
         return "config.json is missing"
@@ -40,7 +40,7 @@ def _missing_weights(snapshot: Path, names: set[str]) -> str | None:
 
 
 def _missing_shard(names: set[str]) -> str | None:
-    """A shard that others count and that is not there: the index may not have come either."""
+    """Report shards that others count and that are not there: the index may not have come either."""
     totals = [int(found[1]) for name in names if (found := _SHARD.fullmatch(name))]
     if totals and len(totals) < max(totals):
         return f"only {len(totals)} of {max(totals)} shards are there"

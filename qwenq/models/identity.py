@@ -1,4 +1,4 @@
-"""Which model a measurement is about: its name, fingerprint, precision, and the family it is compared in."""
+"""Name the model of a measurement: name, fingerprint, precision, and the family it is compared in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _QUANTISED_NAME = re.compile(r"[-_.](?:gptq[-_.])?int[48]$|[-_.]gptq(?:[-_.].*)?
 
 
 def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) -> Model:
-    """What rows of results say of a model.
+    """Return what rows of results hold about a model.
 
     The family of a quantised model is the base that its qwenq.json names; without one, its own name less
     ``-GPTQ-Int4`` and the like.
@@ -56,23 +56,23 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
 
 
 def family_name(name: str) -> str:
-    """The name less ``-GPTQ-Int4`` and the like."""
+    """Return the name less ``-GPTQ-Int4`` and the like."""
     return _QUANTISED_NAME.sub("", name)
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """``fp32``, ``bf16`` or ``fp16``."""
+    """Return ``fp32``, ``bf16`` or ``fp16``."""
     name = str(dtype).removeprefix("torch.")
     return _SHORT.get(name, name)
 
 
 def model_name(given: str | None) -> str:
-    """The folder's name, the hub id's last part, or the bundled model's name."""
+    """Return the folder's name, the hub id's last part, or the bundled model's name."""
     return BUNDLED if given is None else folder_name(Path(given).expanduser())
 
 
 def folder_name(folder: Path) -> str:
-    """The name of a model's folder; of a snapshot in the hub's cache its repository's, not its commit."""
+    """Return the name of a model's folder; of a snapshot in the hub's cache that of its repository."""
     folder = folder.absolute().resolve()
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
@@ -81,7 +81,7 @@ def folder_name(folder: Path) -> str:
 
 
 def base_facts(base: Checkpoint, given: str | None, target: Path) -> dict[str, str | None]:
-    """What the manifest of a model says of the one that it was made from.
+    """Return what the manifest of a model records about the one that it was made from.
 
     Args:
         base: as opened.
@@ -100,12 +100,9 @@ def base_facts(base: Checkpoint, given: str | None, target: Path) -> dict[str, s
 
 
 def base_of(folder: Path) -> dict[str, Any]:
-    """``base_facts`` of the model that this one was made from; empty where nothing says.
+    """Read ``base_facts`` of the model that this one was made from; empty where there are none.
 
     Older manifests have ``model`` and ``fingerprint`` alone.
-
-    Raises:
-        CorruptFileError: the manifest is no JSON object, or calls the base something that is no name.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -126,7 +123,7 @@ def base_of(folder: Path) -> dict[str, Any]:
 
 
 def local_base(named: dict[str, Any], quantised: Path) -> Path:
-    """The folder that ``named``, of ``base_of``, was: as it was typed, or from the quantised one.
+    """Find the folder of the base that a manifest names: as it was typed, or from the quantised one.
 
     Whichever is that very model; if neither is, one that is there. Neither is looked for on the hub, whatever
     it is spelt like.
@@ -151,6 +148,6 @@ def local_base(named: dict[str, Any], quantised: Path) -> Path:
 
 
 def tensor_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Bytes of a tensor in the file."""
+    """Return bytes of a tensor in the file."""
     info = checkpoint.info(name)
     return info.numel * info.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Telling sound bytes from damaged ones: checksums where there are some, NaN and Inf where there are none."""
+"""Tell sound bytes from damaged ones: checksums where there are some, NaN and Inf where there are none."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def verify_files(folder: Path) -> list[str]:
 
 
 def _inside(folder: Path, name: str, manifest: Path) -> Path:
-    """A file that the manifest names: of the folder or of one within it, such as that of chat templates."""
+    """Return the path of a file that the manifest names: in the folder or in one within it."""
     for part in name.split("/"):
         folder = shard_path(folder, part, manifest)
     return folder
@@ -100,7 +100,7 @@ def require_numbers(name: str, tensor: torch.Tensor, where: Path | None = None) 
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> torch.Tensor:
-    """The tensor itself, once every element is known to be a number that a weight can be.
+    """Check that every element is a number that a weight can be; return the tensor itself.
 
     Args:
         name: of the tensor, for the message.

@@ -1,4 +1,4 @@
-"""What of a block is quantised, and what stays in the dtype of its file, with the reason."""
+"""Choose what of a block is quantised, and name the reason for what stays as it is."""
 
 from __future__ import annotations
 
@@ -28,12 +28,7 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def kept_of(block: nn.Module) -> dict[str, str]:
-    """Return the parameters of a block with two dimensions or more that stay as they are: name → reason.
-
-    Raises:
-        UnsupportedError: one that is neither a linear layer's weight nor in ``KEPT``: left out in silence, it
-            might be the largest part of the model.
-    """
+    """Return the parameters of a block with two dimensions or more that stay as they are: name → reason."""
     linears = linears_of(block)
     kept = {}
     for name, parameter in block.named_parameters():

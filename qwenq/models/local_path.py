@@ -1,4 +1,4 @@
-"""A word of the user's as a path: what no disk answers for is said in a line."""
+"""Turn what the user typed into a path; a name that no disk takes is an error in a line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwenq.errors import UsageError
 
 
 def local_path(text: str | Path, what: str) -> Path:
-    """The path, ``~`` spelled out; there need be nothing.
+    """Return the path, ``~`` expanded; nothing need be there.
 
     Args:
         text: as typed.
@@ -36,11 +36,7 @@ def local_path(text: str | Path, what: str) -> Path:
 
 
 def require_utf8(path: str | Path, what: str) -> None:
-    """Refuse a name that JSON cannot hold and the safetensors library cannot open.
-
-    Raises:
-        UsageError: its bytes are no UTF-8, as those of an old disk or archive may be.
-    """
+    """Refuse a name that JSON cannot hold and the safetensors library cannot open."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""How far a model goes: Qwen v1's own way beyond its trained length, and who may follow it there.
+"""Limit sequences to what is computed right: Qwen v1 changes its attention beyond ``seq_length``.
 
 Dynamic NTK and logn are in ``qwenq.runtime``'s decoder alone. transformers' Qwen2 blocks, which quantising,
 checking and writing calibration text run, would go on with plain RoPE and say nothing.
@@ -31,15 +31,12 @@ class LongContext:
 
 
 def long_context_of(config: Mapping[str, Any], where: str | Path = "config.json") -> LongContext | None:
-    """Qwen v1's long-context flags, as the Qwen2 view of its config keeps them.
+    """Return Qwen v1's long-context flags, as the Qwen2 view of its config keeps them.
 
     Args:
         config: config.json in Llama's, Qwen2's or Qwen3's words.
         where: the file, for messages. ``open_checkpoint`` names it, so that whatever it has opened has sound
             flags or none.
-
-    Raises:
-        ModelError: the flags are there but incomplete.
     """
     flags = config.get(V1_KEY)
     if flags is None:
@@ -59,7 +56,7 @@ def long_context_of(config: Mapping[str, Any], where: str | Path = "config.json"
 
 
 def longest_plain(config: Mapping[str, Any]) -> int | None:
-    """Most tokens of a sequence that transformers' blocks compute as this model does; None: nothing says.
+    """Return the longest sequence that transformers' blocks compute as this model does; None: no limit.
 
     That is ``max_position_embeddings``; of a Qwen v1 model whose flags are on, at most ``seq_length``.
 
@@ -78,9 +75,6 @@ def require_plain(config: Mapping[str, Any], tokens: int, *, option: str, where:
         tokens: of each sequence.
         option: what made them so long: ``--seq-len``, a file.
         where: the model or the file.
-
-    Raises:
-        UsageError: says the limit, and what sets it.
     """
     longest = longest_plain(config)
     if longest is None or tokens <= longest:
@@ -95,6 +89,6 @@ def require_plain(config: Mapping[str, Any], tokens: int, *, option: str, where:
 
 
 def _stretched_from(config: Mapping[str, Any]) -> int | None:
-    """Tokens beyond which v1 is no plain Qwen2; None: it always is one."""
+    """Return the tokens beyond which v1 is no plain Qwen2; None: it always is one."""
     context = long_context_of(config)
     return context.seq_length if context is not None and (context.dynamic_ntk or context.logn) else None

@@ -1,4 +1,4 @@
-"""qwenq.json, and what a quantised folder without one is: unfinished, or not `qwenq quantize`'s."""
+"""Name qwenq.json and the folders of an unfinished run, and check for them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ which says what the run is."""
 
 
 def missing_manifest(folder: Path) -> list[str]:
-    """What is to be said of quantised weights that no manifest vouches for; empty where there is one.
-
-    Raises:
-        ModelError: they are what an unfinished run has staged: never compared with their base.
-    """
+    """Return a notice on quantised weights without a manifest; empty where there is one."""
     if (folder / MANIFEST).is_file():
         return []
     real = folder.resolve()

@@ -1,4 +1,4 @@
-"""Folders that users take for a model (adapters, caches, a trainer's output), and what to do instead."""
+"""Recognise folders that are taken for a model: adapters, caches, what a trainer wrote."""
 
 from __future__ import annotations
 
@@ -40,9 +40,6 @@ def refuse_prefix(names: Iterable[str], folder: Path) -> None:
     Args:
         names: of the tensors, none of which is ``model.layers.…`` of the last layer.
         folder: of the model.
-
-    Raises:
-        ModelError: says the prefix, and how to save the weights without it.
     """
     names = list(names)
     example = next((name for name in names if "model.layers." in name), None)

@@ -1,4 +1,4 @@
-"""Folders that appear whole, in one step: renamed to the name that the user gave."""
+"""Publish a folder whole, in one step: rename it to the name that the user gave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relatives that are not supported yet: known by model type, by name, or by what their config.json holds."""
+"""Recognise related models that are not supported: by model type, by name, or by their config.json."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
 
 
 def missing_by_name(name: str) -> str | None:
-    """What a model of the Qwen family lacks here, by how its publisher calls it; None where nothing is known.
+    """Return what a Qwen model lacks here, by its published name; None where nothing is known.
 
     Args:
         name: as typed: ``qwen3-30b-a3b``, ``Qwen/Qwen3-Next-80B-A3B-Instruct``.
@@ -50,7 +50,7 @@ def missing_by_name(name: str) -> str | None:
 
 
 def missing_by_config(config: dict[str, Any]) -> str | None:
-    """What a model of a type that nobody here knows needs at least, by the keys of its config.json."""
+    """Return what a model of an unknown type needs at least, by the keys of its config.json."""
     text = config.get("text_config")
     of_text = {**config, **text} if isinstance(text, dict) else config
     kinds = of_text.get("layer_types")
@@ -64,11 +64,7 @@ def missing_by_config(config: dict[str, Any]) -> str | None:
 
 
 def refuse_to_run(name: str) -> None:
-    """Say "not yet" to the name of a model that is known, and neither quantised nor run.
-
-    Raises:
-        UnsupportedError: names what is missing.
-    """
+    """Say "not yet" to the name of a model that is known, and neither quantised nor run."""
     if not _RUNS.match(name.lower().rpartition("/")[2]):
         refuse_by_name(name)
 
@@ -77,9 +73,6 @@ def refuse_by_name(name: str) -> None:
     """Say "not yet" to the name of a model that is known, and whose sizes are not.
 
     A hub id of another owner than Qwen passes: others may call theirs what they like.
-
-    Raises:
-        UnsupportedError: names what is missing.
     """
     owner = name.lower().rpartition("/")[0]
     if owner in ("", "qwen") and (missing := missing_by_name(name)):

@@ -1,4 +1,4 @@
-"""From what the user typed to a checkpoint: weights of a folder, a hub id, the bundle, or drawn at random."""
+"""Open what the user named as a checkpoint: a folder, a hub id, the bundled model, or random weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
 
 
 def refuse_random_weights(weights: str) -> None:
-    """What ``--weights`` says to a command that judges a model: random ones have no accuracy.
+    """Refuse ``--weights random`` in a command that judges a model: random ones have no accuracy.
 
     Raises:
         UsageError: ``weights`` is "random".

@@ -1,4 +1,4 @@
-"""The files of a model folder: its own, and plain ones. A folder from a stranger cannot show us other files.
+"""Refuse links out of a model folder, and what is no plain file.
 
 What is copied beside a quantised model (licences, tokenizers) would otherwise carry a private file along, to
 wherever the result is uploaded: `LICENSE` need only be a link to it.
@@ -17,7 +17,7 @@ _TEMPLATES = "additional_chat_templates"
 _READ_WHOLE = {".json", ".jinja", ".txt", ".tiktoken", ".model", ".py"}
 LARGEST = 100_000_000
 """Bytes of a file that is read whole, by us or by transformers. The largest tokenizers have 35 MB.
-Terabytes in a file with holes cost whoever made it nothing, and whoever reads it all memory."""
+A file with holes can claim terabytes at no cost."""
 
 
 def require_own_files(folder: Path) -> None:
@@ -26,13 +26,9 @@ def require_own_files(folder: Path) -> None:
     Files that are read whole may be no larger than ``LARGEST``.
 
     The hub's cache is made of links, into ``blobs`` beside ``snapshots``: those count as the folder's own.
-
-    Raises:
-        CorruptFileError: names the first such entry.
-        ModelError: the folder cannot be listed.
     """
     if not folder.is_dir():
-        return  # whoever reads it says what is wrong with it
+        return  # reading it raises the error
     try:
         root = folder.resolve(strict=True)
         homes = (root, *_hub_blobs(root))
@@ -49,7 +45,7 @@ def _entries(root: Path) -> Iterator[Path]:
 
 
 def _hub_blobs(root: Path) -> tuple[Path, ...]:
-    """``models--owner--name/blobs`` of ``models--owner--name/snapshots/commit``."""
+    """Return ``models--owner--name/blobs`` of ``models--owner--name/snapshots/commit``."""
     repository = root.parent.parent
     is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
     return (repository / "blobs",) if is_snapshot else ()

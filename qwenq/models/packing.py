@@ -1,4 +1,4 @@
-"""The AutoGPTQ layout of one quantised linear: integers, scales and zero points to packed int32 and back.
+"""Pack and unpack one quantised linear in the AutoGPTQ layout.
 
 Tensors in, tensors out; no files. A weight ``[out, in]`` is stored transposed. Each int32 of ``qweight``
 holds 32/bits consecutive *input* rows of one output column, each int32 of ``qzeros`` 32/bits consecutive
@@ -46,21 +46,21 @@ class PackedLinear:
 
     @property
     def out_features(self) -> int:
-        """Rows of the weight."""
+        """Return rows of the weight."""
         return self.qweight.shape[1]
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight."""
+        """Return columns of the weight."""
         return self.g_idx.shape[0]
 
     @property
     def groups(self) -> int:
-        """Groups along the input axis."""
+        """Return groups along the input axis."""
         return self.scales.shape[0]
 
     def tensors(self, module: str) -> dict[str, Tensor]:
-        """The four tensors under their names in a checkpoint, for the module of that name."""
+        """Return the four tensors under their names in a checkpoint, for the module of that name."""
         return {
             f"{module}.qweight": self.qweight,
             f"{module}.qzeros": self.qzeros,
@@ -70,7 +70,7 @@ class PackedLinear:
 
 
 def trivial_g_idx(in_features: int, group_size: int) -> Tensor:
-    """int32 ``[in]``: column i belongs to group i // group_size (-1: all columns to group 0)."""
+    """Return int32 ``[in]``: column i belongs to group i // group_size (-1: all columns to group 0)."""
     if group_size == -1:
         return torch.zeros(in_features, dtype=torch.int32)
     return torch.arange(in_features, dtype=torch.int32) // group_size
@@ -116,7 +116,7 @@ def pack(
 def unpack(
     packed: PackedLinear, bits: int, checkpoint_format: CheckpointFormat = "gptq"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of ``pack``; columns stay in file order, whatever ``g_idx`` says.
+    """Invert ``pack``; columns stay in file order, whatever ``g_idx`` is.
 
     Returns:
         integers uint8 ``[out, in]``, scales ``[out, groups]`` in their stored dtype, zeros uint8
@@ -132,7 +132,7 @@ def dequantise(
     checkpoint_format: CheckpointFormat = "gptq",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weight ``[out, in]`` that the integers stand for, also where ``g_idx`` is not trivial.
+    """Return the weight ``[out, in]`` that the integers stand for, whatever ``g_idx`` is.
 
     Computed in float32, where a float16 scale times an 8-bit integer is exact, and rounded once to ``dtype``.
     """
@@ -154,11 +154,7 @@ def dequantise(
 
 
 def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "gptq") -> Tensor:
-    """Zero points uint8 ``[out, groups]`` to int32 ``[groups, out * bits / 32]``.
-
-    Raises:
-        QuantisationError: a zero point of 0, which format v1 has no safe form for.
-    """
+    """Pack zero points uint8 ``[out, groups]`` to int32 ``[groups, out * bits / 32]``."""
     if checkpoint_format == "gptq":
         if bool((zeros == 0).any()):
             raise QuantisationError(
@@ -170,7 +166,7 @@ def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "gptq") -> Tensor:
-    """int32 ``[groups, out * bits / 32]`` to zero points uint8 ``[out, groups]``."""
+    """Unpack int32 ``[groups, out * bits / 32]`` to zero points uint8 ``[out, groups]``."""
     zeros = _from_int32(qzeros, bits).t()
     if checkpoint_format == "gptq":
         zeros = (zeros + 1) & (2**bits - 1)  # at 8 bits uint8 wraps by itself
@@ -178,7 +174,7 @@ def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat 
 
 
 def has_trivial_g_idx(g_idx: Tensor, groups: int) -> bool:
-    """Whether the columns lie in their natural order, in ``groups`` equal runs."""
+    """Return whether the columns lie in their natural order, in ``groups`` equal runs."""
     in_features = g_idx.shape[0]
     if in_features % groups:
         return False
@@ -187,14 +183,14 @@ def has_trivial_g_idx(g_idx: Tensor, groups: int) -> bool:
 
 
 def _run_length(packed: PackedLinear) -> int:
-    """The group size where groups are equal runs of columns, else 0."""
+    """Return the group size where groups are equal runs of columns, else 0."""
     if not has_trivial_g_idx(packed.g_idx, packed.groups):
         return 0
     return packed.in_features // packed.groups
 
 
 def _to_int32(values: Tensor, bits: int) -> Tensor:
-    """uint8 ``[rows, n]``, each below ``2**bits``, to int32 ``[rows, n * bits / 32]``, first value lowest.
+    """Pack uint8 ``[rows, n]``, each below ``2**bits``, to int32 ``[rows, n * bits / 32]``, first lowest.
 
     Two neighbours read as one int16 are ``first | second << 8``; shifted onto itself, that leaves both in
     the low byte. Repeat until a byte is full.
@@ -208,7 +204,7 @@ def _to_int32(values: Tensor, bits: int) -> Tensor:
 
 
 def _from_int32(words: Tensor, bits: int) -> Tensor:
-    """int32 ``[rows, n * bits / 32]`` to uint8 ``[rows, n]``: ``_to_int32`` backwards."""
+    """Unpack int32 ``[rows, n * bits / 32]`` to uint8 ``[rows, n]``: ``_to_int32`` backwards."""
     values, width = words.flatten().view(torch.uint8), 4
     while width >= bits:
         mask = (2**width - 1) * 0x0101
@@ -219,7 +215,7 @@ def _from_int32(words: Tensor, bits: int) -> Tensor:
 
 
 def _check_unpacked(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
-    """Shapes, dtypes and ranges that ``pack`` relies on."""
+    """Check shapes, dtypes and ranges that ``pack`` relies on."""
     if bits not in PACKABLE_BITS:
         raise ValueError(f"bits must be one of {PACKABLE_BITS}, got {bits}")
     if integers.dtype != torch.uint8 or zeros.dtype != torch.uint8:

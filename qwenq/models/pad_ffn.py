@@ -1,4 +1,4 @@
-"""Widening an MLP with zero channels, so that its groups can be shared among GPUs. Exact by construction.
+"""Widen an MLP with zero channels, so that its groups can be shared among GPUs. Exact by construction.
 
 A quantised ``down_proj`` of 29568 inputs has 231 groups of 128: no two GPUs can share them evenly. Qwen's
 own fix widens the MLP to 29696 before quantising it, with one zero channel after each of the first 128
@@ -30,7 +30,7 @@ _PADDED_AXIS = {
 
 
 def padded_width(ffn: int, group_size: int, tensor_parallel: Iterable[int] = (8,)) -> int:
-    """The smallest width >= ffn whose groups can be shared among each of these numbers of GPUs.
+    """Return the smallest width >= ffn whose groups can be shared among each of these numbers of GPUs.
 
     The least multiple of ``group_size * lcm(tensor_parallel)``: 29568 becomes 29696, 13696 becomes 14336.
     """
@@ -39,11 +39,7 @@ def padded_width(ffn: int, group_size: int, tensor_parallel: Iterable[int] = (8,
 
 
 def padded_groups(to: int, group_size: int) -> int:
-    """Groups of ``down_proj`` after padding: ``to / group_size``.
-
-    Raises:
-        UsageError: the width is no multiple of the group size.
-    """
+    """Return groups of ``down_proj`` after padding: ``to / group_size``."""
     if to % group_size:
         raise UsageError(
             f"an FFN of {to} channels is no multiple of the group size {group_size}",
@@ -54,11 +50,7 @@ def padded_groups(to: int, group_size: int) -> int:
 
 
 def interleave_zeros(tensor: torch.Tensor, to: int, axis: int) -> torch.Tensor:
-    """A copy that is ``to`` long on ``axis``: one zero slice after each of its first ``to - length`` slices.
-
-    Raises:
-        UsageError: ``to`` is shorter than the axis, or more than twice as long.
-    """
+    """Copy a tensor to length ``to`` on ``axis``: a zero slice after each of its first slices."""
     length = tensor.shape[axis]
     zeros = _zeros(length, to)
     source = tensor.movedim(axis, 0)
@@ -80,7 +72,7 @@ def _zeros(length: int, to: int) -> int:
 
 
 def widened(checkpoint: Checkpoint, to: int | None) -> Checkpoint:
-    """The same unquantised model with MLPs of ``to`` channels; its outputs stay the same.
+    """Return the same unquantised model with MLPs of ``to`` channels; its outputs stay the same.
 
     Nothing is read for that. It is the checkpoint itself where it has that width already, or ``to`` is
     None: a mixture of experts has no MLP of one width.
@@ -106,15 +98,15 @@ class PaddedFFNSource:
 
     @property
     def decided_by(self) -> dict[str, Any]:
-        """All that the values follow from, for ``fingerprint``: it need not read the model a second time."""
+        """Return all that the values follow from: ``fingerprint`` need not read the model a second time."""
         return {"base": self._base.fingerprint, "ffn": self._to}
 
     def names(self) -> Iterable[str]:
-        """All tensor names, in file order."""
+        """Return all tensor names, in file order."""
         return self._source.names()
 
     def info(self, name: str) -> TensorInfo:
-        """Shape (padded) and dtype from the header alone."""
+        """Return shape (padded) and dtype from the header alone."""
         info = self._source.info(name)
         axis = _padded_axis(name)
         if axis is None:
@@ -123,7 +115,7 @@ class PaddedFFNSource:
         return TensorInfo(shape, info.dtype)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, padded where it belongs to an MLP."""
+        """Return the tensor on the CPU, padded where it belongs to an MLP."""
         tensor = self._source.read(name)
         axis = _padded_axis(name)
         return tensor if axis is None else interleave_zeros(tensor, self._to, axis)

@@ -1,4 +1,4 @@
-"""Old pickle weights, read only as far as ``torch.load(weights_only=True)`` reads them."""
+"""Read old pickle weights, only as far as ``torch.load(weights_only=True)`` reads them."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ class PickleSource:
                 )
 
     def names(self) -> Iterable[str]:
-        """All tensor names, in file order."""
+        """Return all tensor names, in file order."""
         return list(self._where)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype."""
+        """Return shape and dtype."""
         return self._find(name)[1]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype; a copy, so that the file's mapping can close."""
+        """Read a tensor as a copy on the CPU, so that the file's mapping can close."""
         return load_pickle(self._find(name)[0])[name].clone()
 
     def _find(self, name: str) -> tuple[Path, TensorInfo]:
@@ -65,7 +65,7 @@ class PickleSource:
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """State dict of a zip-format torch file, memory-mapped; nothing but tensors is accepted."""
+    """Load the state dict of a zip-format torch file, memory-mapped; nothing but tensors is accepted."""
     _require_whole_zip(path)
     try:
         loaded: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -88,7 +88,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _require_whole_zip(path: Path) -> None:
-    """The zip's directory is at its end: a file that starts as a zip and has none was cut off."""
+    """Require the zip's directory at the end: a file that starts as a zip and has none was cut off."""
     try:
         if zipfile.is_zipfile(path):
             return
@@ -102,7 +102,7 @@ def _require_whole_zip(path: Path) -> None:
 
 
 def open_pickles(folder: Path) -> PickleSource:
-    """The pickle source of a folder without safetensors.
+    """Open the pickle weights of a folder without safetensors.
 
     Raises:
         ModelError: there are no weights at all.

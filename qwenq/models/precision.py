@@ -1,4 +1,4 @@
-"""Which dtype to compute in on a device: bfloat16 where the hardware has instructions, and gains by them."""
+"""Choose device and dtype: bfloat16 where the hardware has instructions for it, and gains by them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def product_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype in which "auto" or a name quantises, and a sentence that says why."""
+    """Return the dtype that "auto" or a name stands for in quantising, and the reason in a sentence."""
     import torch
 
     if wanted != "auto":
@@ -60,7 +60,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """The device that "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:1" … stands for.
+    """Return the device that "auto" (a CUDA GPU if there is one), "cpu", "cuda:1" … stands for.
 
     Raises:
         UsageError: no such device here; says what is there.

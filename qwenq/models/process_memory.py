@@ -1,4 +1,4 @@
-"""What a process has freed, given back to the system before it adds up.
+"""Return freed memory to the system before it adds up.
 
 glibc keeps freed pieces of up to 32 MB for itself. Where every layer frees thousands of matrices of a few MB
 in another order, the holes between what is still in use add up: 4 MB a layer in a model of 13 MB layers. A
@@ -27,7 +27,7 @@ _LARGEST_IN_HEAP = 32 << 20  # glibc's own limit; to set the other threshold alo
 
 @cache
 def _glibc(name: str) -> Callable[..., int] | None:
-    """malloc_trim(3) or mallopt(3); None on other systems, and beside another libc."""
+    """Return malloc_trim(3) or mallopt(3); None on other systems, and beside another libc."""
     if sys.platform != "linux":
         return None
     found: Callable[..., int] | None = getattr(ctypes.CDLL(None), name, None)
@@ -51,7 +51,7 @@ def return_freed_memory() -> None:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs; where that is not told apart, all of it."""
+    """Return the resident memory of this process that no file backs, or all of it where that is unknown."""
     import psutil
 
     memory = psutil.Process().memory_info()

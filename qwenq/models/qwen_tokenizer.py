@@ -1,4 +1,4 @@
-"""Qwen v1's tokenizer: byte-level BPE over the ranks file ``qwen.tiktoken``, run by tiktoken.
+"""Tokenize as Qwen v1 does: byte-level BPE over the ranks file ``qwen.tiktoken``, run by tiktoken.
 
 Text is brought to NFC by the ``tokenizers`` library, not by Python's own tables: so the ids depend neither on
 the Python version nor on whether ``qwen.tiktoken`` or the exported ``tokenizer.json`` is read. The two tables
@@ -38,7 +38,7 @@ _NFC = normalizers.NFC()
 
 
 def read_ranks(path: Path, expected: int | None = RANK_COUNT) -> dict[bytes, int]:
-    """The ranks file: one ``base64(token) SP rank`` a line, LF or CRLF.
+    """Read the ranks file: one ``base64(token) SP rank`` a line, LF or CRLF.
 
     Args:
         path: the file.
@@ -46,10 +46,6 @@ def read_ranks(path: Path, expected: int | None = RANK_COUNT) -> dict[bytes, int
 
     Returns:
         Token bytes to rank; the ranks are 0 … n-1 and hold all 256 single bytes.
-
-    Raises:
-        ModelError: there is no such file.
-        CorruptFileError: a line that is no rank, a rank or token that occurs twice, or missing ranks.
     """
     try:
         content = path.read_bytes()
@@ -81,11 +77,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this id; empty inside a character."""
+        """Return the text that became certain with this id; empty inside a character."""
         return self._utf8.decode(self._decode_bytes([token_id]))
 
     def finish(self) -> str:
-        """What was held back: U+FFFD where the sequence ended inside a character, else nothing."""
+        """Return what was held back: U+FFFD where the sequence ended inside a character, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -126,7 +122,7 @@ class QwenTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over all that decides the ids."""
+        """Return 16 hex digits over all that decides the ids."""
         digest = hashlib.sha256(SPLIT_PATTERN.encode())
         for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
             digest.update(b"%d %s\n" % (rank, base64.b64encode(token)))
@@ -134,15 +130,15 @@ class QwenTokenizer:
 
     @property
     def thinking(self) -> Literal["never"]:
-        """Models of this generation answer at once."""
+        """Return "never": models of this generation answer at once."""
         return "never"
 
     def with_thinking(self, enabled: bool) -> QwenTokenizer:
-        """Refuse: this chat format has no such switch."""
+        """Return refuse: this chat format has no such switch."""
         raise UsageError("this model's chat format has no enable_thinking", hint="leave out --thinking")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of a text, without BOS or EOS.
+        """Return ids of a text, without BOS or EOS.
 
         With ``special=False`` the surface form of a special token is ordinary text: safe for user input.
 
@@ -154,7 +150,7 @@ class QwenTokenizer:
         return self._encode_ordinary(text)
 
     def encode_with_special(self, text: str) -> list[int]:
-        """Ids of a text in which the surface forms of special tokens become those tokens.
+        """Encode a text in which the surface forms of special tokens become those tokens.
 
         Special tokens are found before NFC, as in the exported tokenizer.json: what follows one can
         therefore not compose with its last character and undo it.
@@ -165,11 +161,11 @@ class QwenTokenizer:
         return ids
 
     def encode_many(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Encode each text."""
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes, which may begin or end inside a UTF-8 character.
+        """Return the exact bytes, which may begin or end inside a UTF-8 character.
 
         Raises:
             ModelError: an id outside the vocabulary (the model's padded rows are outside).
@@ -180,11 +176,11 @@ class QwenTokenizer:
         return self._bpe.decode_bytes(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; U+FFFD where the bytes are no UTF-8."""
+        """Return the text; U+FFFD where the bytes are no UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self) -> StreamDecoder:
-        """A decoder for one answer as it grows."""
+        """Return a decoder for one answer as it grows."""
         return StreamDecoder(self.decode_bytes)
 
     def chat(
@@ -195,7 +191,7 @@ class QwenTokenizer:
         max_window: int | None = None,
         tools: Sequence[Any] = (),
     ) -> list[int]:
-        """The ChatML prompt of a conversation; arguments and errors as `chatml.build_context`.
+        """Encode the ChatML prompt of a conversation, as `chatml.build_context` does.
 
         Qwen v1 calls no tools: ``tools`` are left out, as `template` tells.
         """
@@ -215,14 +211,14 @@ class QwenTokenizer:
 
 
 def to_nfc(text: str) -> str:
-    """The text in NFC by the tables of ``tokenizers``; lone surrogates become U+FFFD."""
+    """Bring a text to NFC by the tables of ``tokenizers``; lone surrogates become U+FFFD."""
     text = without_surrogates(text)
     # Python's tables are newer, and what is normal by newer tables is normal by older ones.
     return text if unicodedata.is_normalized("NFC", text) else _NFC.normalize_str(text)
 
 
 def without_surrogates(text: str) -> str:
-    """The text with surrogate pairs joined and lone surrogates, which no UTF-8 can hold, as U+FFFD."""
+    """Join surrogate pairs of a text; lone ones, which no UTF-8 can hold, become U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Qwen v1 checkpoints (``QWenLMHeadModel``) seen as Qwen2, tensor by tensor, without their remote code.
+"""Show Qwen v1 checkpoints (``QWenLMHeadModel``) as Qwen2, tensor by tensor, without remote code.
 
 Up to ``seq_length`` tokens v1 *is* a Qwen2 without grouped heads: the fused ``c_attn`` holds q, k and v as
 three blocks of rows, ``w2`` is the gate and ``w1`` the up projection. Beyond, v1's long-context flags matter,
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.gptq_config import QuantConfig, settings_of
 from qwenq.models.qwen_v1_config import V1_KEY, qwen2_config, qwen2_generation_config
-from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource
+from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource, require_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,6 @@ _SPLIT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _BUFFERS = (".attn.rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")  # rebuilt, never learnt
 _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.(\w+)")
 _OUTPUT_AXIS = {"weight": 0, "bias": 0, "qweight": 1, "scales": 1, "qzeros": 1}
-_INCOMPLETE = "a shard is missing, or config.json belongs to another model; copy the model again"
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,14 @@ class _Origin:
 def qwen2_view(
     folder: Path, config: Mapping[str, Any], source: TensorSource
 ) -> tuple[dict[str, Any], QwenV1Source]:
-    """A v1 folder as a Qwen2 config and a lazy source under Qwen2's names, full precision or GPTQ.
+    """Show a v1 folder as a Qwen2 config and a lazy source, full precision or GPTQ.
 
     Args:
         folder: the model folder, for ``quantize_config.json`` where config.json lacks the settings.
         config: config.json as it is on disk.
         source: the tensors as they are on disk.
-
-    Raises:
-        ModelError: keys or tensors contradict each other or are missing; names them.
-        UnsupportedError: a vision tower, or a GPTQ folder in activation order.
     """
-    quant = _quant_config(folder, config, source)
+    quant = settings_of(folder, config, source.names())
     names = set(source.names())
     embedding = "transformer.wte.weight"
     dtype = str(source.info(embedding).dtype).removeprefix("torch.") if embedding in names else None
@@ -86,26 +81,22 @@ class QwenV1Source:
         source: the v1 tensors.
         config: the Qwen2 config that belongs to them (see ``qwen2_config``).
         quant: the GPTQ settings, None for full precision.
-
-    Raises:
-        ModelError: a tensor is missing, unknown, or not of the shape that the config asks for.
-        UnsupportedError: see ``qwen2_view``.
     """
 
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
         self._source = source
         self.files = list(source.files) if isinstance(source, StoredInFiles) else []
-        _check_shapes(source, config, quant)
+        require_tensors(source, dict(_expected(config, quant)), self.files[0].parent if self.files else None)
         if quant is not None:
             _refuse_activation_order(source, quant)
         self._origins = dict(_mapping(source, config["num_hidden_layers"]))
 
     def names(self) -> Iterable[str]:
-        """All names in Qwen2's layout, in file order; q, k and v stand where c_attn stood."""
+        """Return all names in Qwen2's layout, in file order; q, k and v stand where c_attn stood."""
         return list(self._origins)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype from the header alone."""
+        """Return shape and dtype from the header alone."""
         origin = self._origin(name)
         whole = self._source.info(origin.name)
         if origin.part is None:
@@ -115,7 +106,7 @@ class QwenV1Source:
         return TensorInfo(tuple(shape), whole.dtype)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype."""
+        """Return the tensor on the CPU, in its stored dtype."""
         import torch
 
         origin = self._origin(name)
@@ -134,7 +125,7 @@ class QwenV1Source:
 
 
 def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, _Origin]]:
-    """(Qwen2 name, origin) of every tensor, in file order."""
+    """Yield (Qwen2 name, origin) of every tensor, in file order."""
     for name in source.names():
         if name.endswith(_BUFFERS):
             continue
@@ -157,7 +148,7 @@ def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, _Origin]]
 
 
 def _split(name: str, prefix: str, kind: str) -> Iterator[tuple[str, _Origin]]:
-    """q, k and v of one of c_attn's tensors."""
+    """Yield q, k and v of one of c_attn's tensors."""
     if kind not in _OUTPUT_AXIS and kind != "g_idx":
         raise _unknown(name)
     for part, module in enumerate(_SPLIT):
@@ -169,7 +160,7 @@ def _split(name: str, prefix: str, kind: str) -> Iterator[tuple[str, _Origin]]:
 
 
 def _require_zero(source: TensorSource, name: str) -> None:
-    """Qwen2's layout has no place for a bias of o, gate, up or down."""
+    """Refuse a bias that is not zero: Qwen2's layout has none for o, gate, up or down."""
     if bool(source.read(name).any()):
         raise ModelError(
             "a Qwen v1 model has no bias but c_attn's, yet this one is not zero",
@@ -190,25 +181,8 @@ def _unknown(name: str) -> ModelError:
     )
 
 
-def _check_shapes(source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
-    """Every tensor that the config asks for is there, in its shape."""
-    names = set(source.names())
-    for name, shape in _expected(config, quant):
-        if name not in names:
-            raise ModelError("a tensor of the Qwen v1 model is missing", where=name, hint=_INCOMPLETE)
-        found = source.info(name).shape
-        if found != shape:
-            raise ModelError(_shape_message(name, found, shape), where=name, hint=_INCOMPLETE)
-
-
-def _shape_message(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    if f".{_FUSED}." in name:
-        return f"c_attn is {list(found)}, but q, k and v over hidden_size make it {list(shape)}"
-    return f"the tensor is {list(found)}, but config.json makes it {list(shape)}"
-
-
 def _expected(config: Mapping[str, Any], quant: QuantConfig | None) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(v1 name, shape) of the tensors that cannot be missing."""
+    """Yield (v1 name, shape) of the tensors that cannot be missing."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     yield "transformer.wte.weight", (vocab, hidden)
     yield "transformer.ln_f.weight", (hidden,)
@@ -243,7 +217,7 @@ def _linear(
 
 
 def _refuse_activation_order(source: TensorSource, quant: QuantConfig) -> None:
-    """No released v1 model is in activation order, and nothing here was tested on one."""
+    """Refuse activation order: no released v1 model has it, and nothing here was tested on one."""
     from qwenq.models.packing import has_trivial_g_idx
 
     for name in source.names():
@@ -256,7 +230,3 @@ def _refuse_activation_order(source: TensorSource, quant: QuantConfig) -> None:
                 where=name,
                 hint="quantise the full-precision model again; act-order here keeps the natural order",
             )
-
-
-def _quant_config(folder: Path, config: Mapping[str, Any], source: TensorSource) -> QuantConfig | None:
-    return settings_of(folder, config, source.names())

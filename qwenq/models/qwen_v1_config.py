@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of Qwen v1 (``QWenLMHeadModel``), said in Qwen2's words.
+"""Translate config.json and generation_config.json of Qwen v1 to Qwen2's.
 
 Two key sets were published: the first release (August 2023) used GPT-2's names, all later ones the usual
 names. Both are read; where a file has both, they have to agree.
@@ -43,15 +43,12 @@ _SAMPLING_KEYS = ("do_sample", "top_k", "top_p", "temperature", "repetition_pena
 def qwen2_config(
     config: Mapping[str, Any], dtype: str | None = None, where: str | Path = "config.json"
 ) -> dict[str, Any]:
-    """The Qwen2 config of a Qwen v1 config; below ``seq_length`` tokens it describes the very same model.
+    """Translate a Qwen v1 config to Qwen2; below ``seq_length`` tokens it is the very same model.
 
     Args:
         config: config.json of a v1 model, in either key set. It is not changed.
         dtype: of the weights, for ``torch_dtype``; None: what config.json says.
         where: the file, for messages.
-
-    Raises:
-        ModelError: a key is missing, or two contradict each other; names them.
     """
     keys = _Keys(config, where)
     hidden, vocab = keys.count("hidden_size"), keys.vocab()
@@ -87,7 +84,7 @@ def qwen2_config(
 
 
 def qwen2_generation_config(generation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json in the words of today's transformers.
+    """Translate generation_config.json to the keys of today's transformers.
 
     v1's own code stopped a chat by its ChatML ids; here they are among ``eos_token_id``.
 
@@ -107,7 +104,7 @@ def qwen2_generation_config(generation: Mapping[str, Any], config: Mapping[str, 
 
 
 def _token_ids(config: Mapping[str, Any], vocab: int) -> dict[str, Any]:
-    """<|endoftext|> three times, as Qwen2 has it; a small vocabulary without it keeps its own ids."""
+    """Return <|endoftext|> for all three, as Qwen2 has it; a small vocabulary keeps its own ids."""
     if vocab > END_OF_TEXT:
         return {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT}
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -116,18 +113,18 @@ def _token_ids(config: Mapping[str, Any], vocab: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Keys:
-    """What a v1 config.json says, key by key; what is wrong with one is said with the file."""
+    """Values of a v1 config.json, read key by key; errors name the file."""
 
     config: Mapping[str, Any]
     where: str | Path
 
     def get(self, key: str) -> Any:
-        """The value, or QWenConfig's default."""
+        """Return the value, or QWenConfig's default."""
         value = self.config.get(key)
         return _DEFAULTS[key] if value is None else value
 
     def count(self, key: str) -> int:
-        """A size under its usual or its GPT-2 name; both present have to agree."""
+        """Read a size under its usual or its GPT-2 name; both present have to agree."""
         names = [name for name in (key, _KEYS[key]) if self.config.get(name) is not None]
         if not names:
             raise self._wrong(f"config.json of this Qwen v1 model has neither {key} nor {_KEYS[key]}")
@@ -137,7 +134,7 @@ class _Keys:
         return self._whole(names[0], value)
 
     def heads(self, hidden: int) -> int:
-        """Heads are hidden_size / kv_channels; a head count that says otherwise is an error."""
+        """Compute the heads, hidden_size / kv_channels; a head count that differs is an error."""
         channels = self._whole("kv_channels", self.get("kv_channels"))
         if any(self.config.get(name) is not None for name in ("num_attention_heads", "n_head")):
             heads = self.count("num_attention_heads")
@@ -151,28 +148,28 @@ class _Keys:
         return heads
 
     def half(self, key: str) -> int:
-        """v1 counts w1 and w2 together."""
+        """Halve a width: v1 counts w1 and w2 together."""
         both = self.count(key)
         if both % 2:
             raise self._wrong(f"{key} of a Qwen v1 model counts w1 and w2 together, but {both} is odd")
         return both // 2
 
     def vocab(self) -> int:
-        """Rows of the embedding: the padded size where the first release names it."""
+        """Return the rows of the embedding: the padded size where the first release names it."""
         for key in ("padded_vocab_size", "vocab_size"):
             if self.config.get(key) is not None:
                 return self._whole(key, self.config[key])
         raise self._wrong("config.json has neither vocab_size nor padded_vocab_size")
 
     def positions(self) -> int:
-        """The longest sequence; ``seq_length`` where nothing names it."""
+        """Return the longest sequence; ``seq_length`` where nothing names it."""
         names = ("max_position_embeddings", "n_positions")
         if all(self.config.get(name) is None for name in names):
             return int(self.get("seq_length"))
         return self.count("max_position_embeddings")
 
     def flag(self, key: str) -> bool:
-        """True or false."""
+        """Read true or false."""
         value = self.get(key)
         if isinstance(value, bool):
             return value

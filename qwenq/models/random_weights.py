@@ -1,4 +1,4 @@
-"""Models with seeded random weights: for speed and memory, where the real weights cannot be had.
+"""Make models with seeded random weights: for speed and memory, where real weights cannot be had.
 
 Every tensor depends on the seed and its own name alone, so that a checkpoint can be written, or read, one
 tensor at a time in any order. Norms are ones; everything else is normal with the config's
@@ -39,7 +39,7 @@ _BITS_OF = {2: torch.int16, 4: torch.int32}
 
 
 def is_random(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json belongs to a model with random weights."""
+    """Return whether a config.json belongs to a model with random weights."""
     return RANDOM_KEY in config
 
 
@@ -84,15 +84,11 @@ class RandomSource:
         self.decided_by = {"stream": _STREAM, "seed": seed, "std": std, "device": self._device.type}
 
     def names(self) -> Iterable[str]:
-        """All tensor names, in layer order."""
+        """Return all tensor names, in layer order."""
         return self._infos.keys()
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of a tensor, which is not made for that.
-
-        Raises:
-            ModelError: no tensor of that name.
-        """
+        """Return shape and dtype of a tensor, which is not made for that."""
         if name not in self._infos:
             raise ModelError(f"this model has no tensor {name}", where=name)
         return self._infos[name]
@@ -112,7 +108,7 @@ class RandomSource:
 
 
 def _normal_on_cpu(info: TensorInfo, seed: int, std: float) -> torch.Tensor:
-    """Normal values by inverse transform of 16 random bits each: four draws for one 64-bit word.
+    """Draw normal values by inverse transform of 16 random bits each: four for one 64-bit word.
 
     Chunks have streams of their own and are made on all cores, so that a large model is written about as fast
     as the disk takes it; torch's generator is serial. numpy promises that SFC64's streams never change.
@@ -133,14 +129,14 @@ def _normal_on_cpu(info: TensorInfo, seed: int, std: float) -> torch.Tensor:
 
 @cache
 def _quantiles(std: float, dtype: torch.dtype) -> torch.Tensor:
-    """65536 equally likely values of a normal distribution, ascending, as the bits of ``dtype``."""
+    """Return 65536 equally likely values of a normal distribution, ascending, as the bits of ``dtype``."""
     probabilities = (torch.arange(65536, dtype=torch.float64) + 0.5) / 65536
     values: torch.Tensor = torch.special.ndtri(probabilities)
     return values.mul_(std).to(dtype).view(_BITS_OF[dtype.itemsize])
 
 
 def tensor_seed(seed: int, name: str) -> int:
-    """63 bits that depend on the seed and the tensor's name, the same on every machine."""
+    """Return 63 bits that depend on the seed and the tensor's name, the same on every machine."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -148,11 +144,7 @@ def tensor_seed(seed: int, name: str) -> int:
 def random_config(
     name_or_config: str | dict[str, Any], seed: int, dtype: str = "bfloat16", layers: int | None = None
 ) -> dict[str, Any]:
-    """A config.json marked as random, from a catalogue name or a config; ``layers`` overrides the depth.
-
-    Raises:
-        UsageError: no such catalogue name, dtype or depth.
-    """
+    """Build a config.json marked as random, from a catalogue name or a config."""
     config = catalogue.config_for(name_or_config) if isinstance(name_or_config, str) else dict(name_or_config)
     _dtype(dtype)
     if layers is not None and layers < 1:
@@ -171,11 +163,7 @@ def random_checkpoint(
     layers: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Checkpoint:
-    """A checkpoint that lies on no disk: its tensors are made on ``device`` as they are read.
-
-    Raises:
-        UsageError: no such catalogue name, dtype or depth.
-    """
+    """Make a checkpoint that lies on no disk: its tensors are made as they are read."""
     config = random_config(name_or_config, seed, dtype, layers)
     source = RandomSource(
         ModelShape.from_config(config),
@@ -239,7 +227,7 @@ def _clear(folder: Path) -> None:
 
 
 def _says_random(config: Path) -> bool:
-    """Whether a file is config.json of a model with random weights; one that cannot be read is not."""
+    """Return whether a file is the config.json of a model with random weights."""
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""From what the user typed to a model folder: a path, a hub id, or nothing."""
+"""Find the model folder of what the user typed: a path, a hub id, or nothing."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ALIKE_IN_CATALOGUE = 85.0  # nearer: its names differ by a digit
 
 @dataclass(frozen=True)
 class Resolved:
-    """A model folder that exists, and what has to be told about how it was found."""
+    """A model folder that exists, and notices on how it was found."""
 
     folder: Path
     notices: list[str] = field(default_factory=list)
 
 
 def resolve_model(model: str | None) -> Resolved:
-    """The folder of MODEL: an existing folder, a hub id ``owner/name``, or None for the bundled model.
+    """Return the folder of MODEL: an existing folder, a hub id ``owner/name``, or None: the bundled model.
 
     An existing folder wins over a hub id of the same spelling.
 
@@ -86,7 +86,7 @@ def _from_hub(model: str, path: Path) -> Resolved:
 
 
 def _did_you_mean(path: Path) -> str | None:
-    """A sentence that names the sibling folder with the most similar name, if one is near."""
+    """Suggest the sibling folder with the most similar name, if one is near."""
     from rapidfuzz import fuzz, process
 
     parent = path.parent
@@ -98,7 +98,7 @@ def _did_you_mean(path: Path) -> str | None:
 
 
 def _of_catalogue(model: str) -> str | None:
-    """What a name of the catalogue, correct or misspelt, can be used for where weights are needed."""
+    """Return what a name of the catalogue can be used for where weights are needed."""
     from qwenq.models import catalogue
 
     meant = next(iter(catalogue.suggestions(model, 1, _ALIKE_IN_CATALOGUE)), None)

@@ -1,4 +1,4 @@
-"""How config.json says that heads are turned by their positions: two spellings, which have to agree."""
+"""Read how config.json rotates heads: two spellings, which have to agree."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ _COPY_AGAIN = "copy the model's config.json again"
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How a Llama or Qwen model turns its heads, in either spelling of config.json.
-
-    Raises:
-        ModelError: both spellings, and they differ: transformers takes ``rope_scaling`` alone, and loses the
-            base that the other one says. Or parameters that no such model has.
-    """
+    """Return how a Llama or Qwen model rotates its heads, in either spelling of config.json."""
     scaling, parameters = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
     if scaling and parameters and _whole(scaling, config) != _whole(parameters, config):
         raise ModelError(
@@ -43,12 +38,12 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kind_of(rope: Mapping[str, Any]) -> Any:
-    """The scaling's name, under either key; ``default``: there is none."""
+    """Return the scaling's name, under either key; ``default``: there is none."""
     return rope.get("rope_type", rope.get("type", "default"))
 
 
 def _whole(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """With what it leaves out, and its kind under one name."""
+    """Add what the parameters leave out, and put their kind under one name."""
     left_out = {"rope_theta": config.get("rope_theta") or DEFAULT_THETA}
     return {**left_out, **rope, "rope_type": kind_of(rope), "type": None}
 

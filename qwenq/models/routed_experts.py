@@ -1,4 +1,4 @@
-"""Experts as linears of their own, in the place of transformers' parameters of three dimensions.
+"""Take experts apart into linears, in the place of transformers' parameters of three dimensions.
 
 transformers keeps all experts of a block in two tensors and multiplies them by whatever code its
 configuration names. Here an expert is a module with ``gate_proj``, ``up_proj`` and ``down_proj``, under the
@@ -92,7 +92,7 @@ class RoutedExperts(nn.ModuleList):
 def unfuse(blocks: Iterable[nn.Module], *, every: bool) -> bool:
     """Replace fused experts by ``RoutedExperts`` on the meta device; return whether there were any.
 
-    Modules of another make (biases, no gate, interleaved rows, [in, out]) are left alone: whoever goes
+    Modules of another make (biases, no gate, interleaved rows, [in, out]) are left alone: code that goes
     through the parameters of a block then meets theirs, and refuses them by name.
     """
     found = False

@@ -1,4 +1,4 @@
-"""Reading safetensors folders: every header is checked before a byte of a tensor is trusted."""
+"""Read safetensors folders: every header is checked before a byte of a tensor is trusted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _OpenFile:
         self._file: Any = safe_open(path, framework="pt")
 
     def serves(self, path: Path) -> bool:
-        """Whether it is that file, as it is on disk now, with room for another read."""
+        """Return whether it is that file, as it is on disk now, with room for another read."""
         return path == self._path and self._bytes < _THROUGH_ONE and _state(path) == self._state
 
     def read(self, name: str, nbytes: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ class _OpenFile:
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """What differs when a file is replaced, cut or written to: a mapping of one that became shorter kills."""
+    """Return what differs when a file is replaced, cut or written to: reading a cut mapping kills."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -88,15 +88,15 @@ class SafetensorsSource:
                 self._where[name] = (file, info)
 
     def names(self) -> Iterable[str]:
-        """All tensor names, in file order."""
+        """Return all tensor names, in file order."""
         return list(self._where)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype from the header."""
+        """Return shape and dtype from the header."""
         return self._find(name)[1]
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype."""
+        """Return the tensor on the CPU, in its stored dtype."""
         file, info = self._find(name)
         nbytes = info.numel * info.dtype.itemsize
         with self._readable(file, name):
@@ -105,7 +105,7 @@ class SafetensorsSource:
         return tensor
 
     def read_part(self, name: str, index: int) -> torch.Tensor:
-        """One step along the first dimension of a tensor; the rest of it is not read."""
+        """Read one step along the first dimension of a tensor; the rest of it is not read."""
         file, info = self._find(name)
         with self._readable(file, name), safe_open(file, framework="pt") as opened:
             tensor: torch.Tensor = opened.get_slice(name)[index]
@@ -159,7 +159,7 @@ def _folder_of(files: Sequence[Path]) -> Path | None:
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource | None:
-    """The safetensors source of a folder, or None when it holds no safetensors file.
+    """Open the safetensors files of a folder; None when it holds none.
 
     An index decides where there is one; else ``model.safetensors``; else the only file there is.
     """
@@ -185,7 +185,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource | None:
 
 
 def unread_files(folder: Path, read: Sequence[Path]) -> list[str]:
-    """What is to be said of safetensors files that lie beside those that are read; empty: there are none.
+    """Return a notice on safetensors files that lie beside those that are read.
 
     Others may read them: transformers takes ``model.safetensors`` before an index, and an adapter beside it.
 
@@ -201,7 +201,7 @@ def unread_files(folder: Path, read: Sequence[Path]) -> list[str]:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Names that end in .safetensors, but for hidden ones: on some disks macOS leaves a ._ beside each."""
+    """Return names that end in .safetensors, but for hidden ones: macOS leaves a ._ beside each."""
     return [file.name for file in folder.glob("*.safetensors") if not file.name.startswith(".")]
 
 
@@ -217,12 +217,7 @@ def _find_index(folder: Path) -> Path | None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """``weight_map`` of an index file: tensor name → file name, checked to be one.
-
-    Raises:
-        ModelError: the disk does not give it, or it is a folder.
-        CorruptFileError: not JSON, or no map of names to names.
-    """
+    """Read ``weight_map`` of an index file: tensor name → file name."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -236,12 +231,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def shard_path(folder: Path, name: str, index: Path) -> Path:
-    """The path of a file that an index names: a plain file name inside ``folder``, nothing else.
-
-    Raises:
-        CorruptFileError: the name has folders in it, or is absolute. Symbolic links are followed, since the
-            hub's cache is made of them, but only the folder's own: the index cannot point outside.
-    """
+    """Return the path of a file that an index names: a plain file name inside ``folder``."""
     if name in {"", ".", ".."} or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
         raise CorruptFileError(
             f"the index points outside the model folder: {name!r}",
@@ -281,7 +271,7 @@ def _require_all(source: SafetensorsSource, owners: dict[str, str], index: Path)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of a safetensors file, in file order, after checking the whole header.
+    """Check the whole header of a file; return names, shapes and dtypes in file order.
 
     Checked: its length against the file's, that it is JSON, that every dtype is known, that each tensor has
     as many bytes as its shape takes, and that tensors cover the file from end to end without overlap.
@@ -327,7 +317,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _sound(entry: Any) -> bool:
-    """Whether a header entry has a known dtype, a shape and a pair of offsets, all plain counts."""
+    """Return whether a header entry has a known dtype, a shape and a pair of offsets, all plain counts."""
     if not isinstance(entry, dict) or str(entry.get("dtype")) not in DTYPES:
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
@@ -339,7 +329,7 @@ def _sound(entry: Any) -> bool:
 
 
 def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Path) -> None:
-    """Tensors must tile the data part: this is where truncation and shifted offsets show."""
+    """Check that tensors tile the data part: this is where truncation and shifted offsets show."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]

@@ -1,4 +1,4 @@
-"""What a config.json says about sizes: every tensor, every parameter, every byte. Imports no torch.
+"""Compute sizes from a config.json: every tensor, every parameter, every byte. Imports no torch.
 
 A ``ModelShape`` is read from the config of a dense Llama, Qwen2, Qwen3 or Qwen v1 model and always speaks
 the Qwen2 layout (v1's fused ``c_attn`` is seen as q, k and v; its halved ``intermediate_size`` is undone).
@@ -25,7 +25,7 @@ GROUP_SIZES = (128, 64, 32)
 
 
 def fitting_group_sizes(widths: Iterable[int]) -> list[int]:
-    """Those of ``GROUP_SIZES`` that divide every input width; ``--group-size auto`` takes the first."""
+    """Return those of ``GROUP_SIZES`` that divide every input width."""
     every = set(widths)
     return [size for size in GROUP_SIZES if not any(width % size for width in every)]
 
@@ -40,7 +40,7 @@ class TensorShape:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Return number of elements."""
         count = 1
         for size in self.shape:
             count *= size
@@ -48,7 +48,7 @@ class TensorShape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, without any file header."""
+        """Return bytes of the elements, without any file header."""
         return self.numel * ITEMSIZE[self.dtype]
 
 
@@ -132,7 +132,7 @@ class ModelShape:
         )
 
     def linears(self) -> tuple[Linear, ...]:
-        """The seven linear modules of a block, named relative to it."""
+        """Return the seven linear modules of a block, named relative to it."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return (
             Linear("self_attn.q_proj", queries, self.hidden, self.qkv_bias),
@@ -145,7 +145,7 @@ class ModelShape:
         )
 
     def tensors(self, dtype: str = "bfloat16") -> list[TensorShape]:
-        """All tensors of the unquantised checkpoint, in layer order."""
+        """Return all tensors of the unquantised checkpoint, in layer order."""
         blocks = (
             TensorShape(f"model.layers.{layer}.{name}", size, dtype)
             for layer in range(self.layers)
@@ -162,7 +162,7 @@ class ModelShape:
         zero_biases: bool = False,
         fused_qkv: bool = False,
     ) -> list[TensorShape]:
-        """All tensors of a GPTQ checkpoint (AutoGPTQ v1 layout).
+        """Return all tensors of a GPTQ checkpoint (AutoGPTQ v1 layout).
 
         Args:
             bits: 4 or 8.
@@ -189,11 +189,11 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Exact number of parameters; a tied head is counted once."""
+        """Return exact number of parameters; a tied head is counted once."""
         return sum(tensor.numel for tensor in self.tensors())
 
     def bytes(self, dtype: str = "bfloat16") -> int:
-        """Bytes of the unquantised tensors: ``total_size`` of an index, headers excluded."""
+        """Return bytes of the unquantised tensors: ``total_size`` of an index, headers excluded."""
         return self.parameters * ITEMSIZE[dtype]
 
     def quantised_bytes(
@@ -205,32 +205,32 @@ class ModelShape:
         zero_biases: bool = False,
         fused_qkv: bool = False,
     ) -> int:
-        """Bytes of the GPTQ tensors: ``total_size`` of an index, headers excluded."""
+        """Return bytes of the GPTQ tensors: ``total_size`` of an index, headers excluded."""
         tensors = self.quantised_tensors(
             bits, group_size, dtype, zero_biases=zero_biases, fused_qkv=fused_qkv
         )
         return sum(tensor.nbytes for tensor in tensors)
 
     def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
-        """Bytes of keys and values that one token leaves in the cache, all layers."""
+        """Return bytes of keys and values that one token leaves in the cache, all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * ITEMSIZE[dtype]
 
     @property
     def embedding_parameters(self) -> int:
-        """Elements of the embedding (and of the head, where it is stored)."""
+        """Return elements of the embedding (and of the head, where it is stored)."""
         return self.vocab * self.hidden
 
     @property
     def block_parameters(self) -> int:
-        """Elements of one decoder block."""
+        """Return elements of one decoder block."""
         return sum(TensorShape(name, size, "bfloat16").numel for name, size in self._block_tensors())
 
     def with_ffn(self, ffn: int) -> ModelShape:
-        """The same model with an MLP of another width."""
+        """Return the same model with an MLP of another width."""
         return replace(self, ffn=ffn)
 
     def auto_group_size(self) -> int:
-        """The group size ``auto`` takes: the largest of 128, 64, 32 that divides every input width."""
+        """Return the group size ``auto`` takes: the largest of 128, 64, 32 that divides every input width."""
         if fitting := fitting_group_sizes(module.columns for module in self.linears()):
             return fitting[0]
         raise UsageError(
@@ -285,7 +285,7 @@ class ModelShape:
 def _packed(
     module: Linear, bits: int, group_size: int, dtype: str, zero_biases: bool
 ) -> Iterator[TensorShape]:
-    """The tensors of one quantised module; the published layout is [in, out], packed along ``in``."""
+    """Yield the tensors of one quantised module; the published layout is [in, out], packed along ``in``."""
     groups = 1 if group_size == -1 else module.columns // group_size
     yield TensorShape(f"{module.name}.qweight", (module.columns * bits // 32, module.rows), "int32")
     yield TensorShape(f"{module.name}.qzeros", (groups, module.rows * bits // 32), "int32")
@@ -301,7 +301,7 @@ def _fuse_qkv(modules: tuple[Linear, ...]) -> tuple[Linear, ...]:
 
 
 def _head_dim(config: dict[str, Any]) -> int:
-    """As transformers reads it: a Qwen3 that says nothing has heads of 128, whatever its width."""
+    """Read the width of a head as transformers does: Qwen3 has 128 by default, whatever its width."""
     if config["model_type"] == "qwen3" and "head_dim" not in config:
         return 128
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])

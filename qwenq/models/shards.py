@@ -1,4 +1,4 @@
-"""Writing safetensors as a stream: one tensor in memory, however large the checkpoint."""
+"""Write safetensors as a stream: one tensor in memory, however large the checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ALIGNMENT = 8
 
 
 def tensor_bytes(info: TensorInfo) -> int:
-    """Bytes that a tensor takes in a file."""
+    """Return bytes that a tensor takes in a file."""
     return info.numel * info.dtype.itemsize
 
 
@@ -98,7 +98,7 @@ def _file_names(count: int) -> list[str]:
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
-    """The safetensors header: length, JSON of names to dtype, shape and offsets, padded to 8 bytes."""
+    """Build the safetensors header: length, JSON of names to dtype, shape and offsets, padded to 8 bytes."""
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in entries:

@@ -1,4 +1,4 @@
-"""Chat templates are programs from model folders: they are rendered in a process of their own, with limits.
+"""Render chat templates, which are programs from model folders, in a process with limits.
 
 jinja's sandbox keeps a template from files, attributes and code. It keeps none from looping for ever or from
 doubling a string forty times: for that there are a limit of CPU time, whose signal no program in the sandbox
@@ -49,7 +49,7 @@ class TemplateProcess:
     def render(
         self, template: str, messages: Sequence[Mapping[str, Any]], prompt: bool, special: Mapping[str, Any]
     ) -> str:
-        """The text of a conversation.
+        """Render the text of a conversation.
 
         Args:
             template: Jinja.
@@ -125,7 +125,7 @@ PROCESS = TemplateProcess()
 
 
 def serve() -> None:
-    """What runs in that process: a request a line on stdin, an answer a line on stdout."""
+    """Serve requests in that process: a request a line on stdin, an answer a line on stdout."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else prints
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -159,7 +159,7 @@ def _answer(answers: IO[str], make: Any) -> None:
 
 
 def _limit_memory() -> None:
-    """On top of what Python and its libraries have taken; some systems have no such limit."""
+    """Limit memory on top of what Python and its libraries have taken; some systems cannot."""
     import resource
 
     import psutil

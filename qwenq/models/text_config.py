@@ -1,4 +1,4 @@
-"""The language model's own config inside the config.json of a larger model."""
+"""Read the language model's config inside the config.json of a larger model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language model inside a checkpoint: one spelling of names, experts as matrices of their own.
+"""Show the language model inside a checkpoint: one spelling of names, each expert's matrices apart.
 
 Vision-language checkpoints call their blocks ``model.language_model.layers``; some keep the experts of a
 block as one tensor of three dimensions; beside them lie vision towers and draft heads (``mtp``), which
@@ -52,9 +52,6 @@ class TextView:
         whole: the tensors as the files name them.
         hidden: the width of the hidden states, which tells how fused experts are oriented.
         folder: for messages.
-
-    Raises:
-        ModelError: fused experts whose shapes fit neither orientation.
     """
 
     def __init__(self, whole: TensorSource, hidden: Any, folder: Path | None = None) -> None:
@@ -83,11 +80,11 @@ class TextView:
 
     @property
     def files(self) -> Sequence[Path]:
-        """The files of the whole checkpoint; empty where they are not known."""
+        """Return the files of the whole checkpoint; empty where they are not known."""
         return self.whole.files if isinstance(self.whole, StoredInFiles) else ()
 
     def names(self) -> Iterable[str]:
-        """All names of the language model, in file order."""
+        """Return all names of the language model, in file order."""
         return list(self._parts)
 
     def shown(self, stored: str) -> list[str]:
@@ -96,7 +93,7 @@ class TextView:
 
     @property
     def beside(self) -> list[str]:
-        """What lies beside the language model: of ``mtp`` and ``visual`` those that there are."""
+        """Return what lies beside the language model: of ``mtp`` and ``visual`` those that there are."""
         hidden = [name for name in self.whole.names() if not self.shown(name)]
         return [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
 
@@ -111,7 +108,7 @@ class TextView:
         return shown
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype from the header alone."""
+        """Return shape and dtype from the header alone."""
         part = self._part(name)
         info = self.whole.info(part.stored)
         if part.expert is None:
@@ -120,7 +117,7 @@ class TextView:
         return TensorInfo((len(range(rows)[slice(*part.rows)]), columns), info.dtype)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in its stored dtype."""
+        """Return the tensor on the CPU, in its stored dtype."""
         part = self._part(name)
         if part.expert is None:
             return self.whole.read(part.stored)

@@ -1,4 +1,4 @@
-"""One tokenizer for all rooms: Qwen v1's own, or whatever transformers loads from the folder.
+"""Load one tokenizer for all rooms: Qwen v1's own, or what transformers loads from the folder.
 
 What decides who reads: a folder that holds ``qwen.tiktoken`` is read by `QwenTokenizer`, every other by
 transformers' AutoTokenizer, never with remote code.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,21 +16,7 @@ from qwenq.errors import CorruptFileError, ModelError
 from qwenq.models.chatml import DEFAULT_MAX_WINDOW, Message
 from qwenq.models.own_files import require_own_files
 from qwenq.models.qwen_tokenizer import RANK_COUNT, RANKS_FILE, SPECIAL_TOKENS, QwenTokenizer
-from qwenq.storage import atomic_write_json, guard_storage
 
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-    RANKS_FILE,
-)
 _SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
 
 
@@ -43,10 +28,10 @@ class TextStream(Protocol):
     """Text of one answer as it grows."""
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this id; empty inside a character."""
+        """Return the text that became certain with this id; empty inside a character."""
 
     def finish(self) -> str:
-        """What was held back because a character was never completed."""
+        """Return what was held back because a character was never completed."""
 
 
 class Tokenizer(Protocol):
@@ -54,57 +39,57 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids that decode: 0 … vocab_size-1 (a model may have more, padded rows)."""
+        """Return number of ids that decode: 0 … vocab_size-1 (a model may have more, padded rows)."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a generation: the generation config's, and the tokenizer's own."""
+        """Return ids that end a generation: the generation config's, and the tokenizer's own."""
 
     @property
     def bos_id(self) -> int | None:
-        """The id that begins a text, if the model has one; `encode` never adds it."""
+        """Return the id that begins a text, if the model has one; `encode` never adds it."""
 
     @property
     def pad_id(self) -> int | None:
-        """The id to fill batches with, if there is one."""
+        """Return the id to fill batches with, if there is one."""
 
     @property
     def max_window(self) -> int | None:
-        """Tokens of history that v1's generation config allows in a chat prompt; None elsewhere."""
+        """Return tokens of history that v1's generation config allows in a chat prompt; None elsewhere."""
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over all that decides the ids."""
+        """Return 16 hex digits over all that decides the ids."""
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Surface forms of the tokens that ``encode(…, special=True)`` parses besides plain text."""
+        """Return surface forms of the tokens that ``encode(…, special=True)`` parses besides plain text."""
 
     @property
     def template(self) -> str | None:
-        """Source of the chat template, whose names tell which keys of a message it reads."""
+        """Return source of the chat template, whose names tell which keys of a message it reads."""
 
     @property
     def thinking(self) -> TemplateThinking:
-        """Whether prompts of its chat template let the model think before it answers."""
+        """Return whether prompts of its chat template let the model think before it answers."""
 
     def with_thinking(self, enabled: bool) -> Tokenizer:
         """Return a tokenizer whose chat template gets ``enable_thinking``; only for ``switch``."""
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids, without BOS or EOS; the surface forms of special tokens are parsed only if ``special``."""
+        """Encode without BOS or EOS; surface forms of special tokens are parsed only if ``special``."""
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, ``special=False``."""
+        """Encode each text, ``special=False``."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens spelled out, U+FFFD where the bytes are no UTF-8."""
+        """Return the text, special tokens spelled out, U+FFFD where the bytes are no UTF-8."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The exact bytes; UnsupportedError where the tokenizer does not work on bytes."""
+        """Return the exact bytes; UnsupportedError where the tokenizer does not work on bytes."""
 
     def stream(self) -> TextStream:
-        """A decoder for one answer as it grows."""
+        """Return a decoder for one answer as it grows."""
 
     def chat(
         self,
@@ -121,7 +106,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model folder, or of a single ``*.tiktoken`` or ``tokenizer.json`` file.
+    """Load the tokenizer of a model folder, or of one ``*.tiktoken`` or ``tokenizer.json`` file.
 
     Raises:
         ModelError: nothing there that is a tokenizer, or transformers cannot load it without remote code.
@@ -146,7 +131,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_qwen_tokenizer(folder: Path) -> QwenTokenizer:
-    """The tokenizer of a folder that holds ``qwen.tiktoken``; chat format and window as the folder says.
+    """Load the tokenizer of a folder that holds ``qwen.tiktoken``, with its chat format and window.
 
     A config.json with a vocabulary too small for the released ranks file allows a smaller one.
     """
@@ -164,48 +149,12 @@ def load_qwen_tokenizer(folder: Path) -> QwenTokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds files that a tokenizer can be loaded from."""
+    """Return whether a folder holds files that a tokenizer can be loaded from."""
     return any((folder / name).is_file() for name in _SUFFICIENT)
 
 
-def copy_tokenizer_files(src: Path, dst: Path) -> list[str]:
-    """Put the tokenizer of ``src`` beside a model in ``dst``, loadable by AutoTokenizer without remote code.
-
-    A folder with ``qwen.tiktoken`` alone gets a tokenizer.json exported from it, and none of v1's
-    tokenizer_config.json, which asks for remote code.
-
-    Returns:
-        The names of what was written.
-
-    Raises:
-        ModelError: ``src`` holds no tokenizer.
-        StorageError: the disk is full, read-only, or forbids it.
-    """
-    if not has_tokenizer(src):
-        raise ModelError("the folder holds no tokenizer", where=src)
-    exports = (src / RANKS_FILE).is_file() and not (src / "tokenizer.json").is_file()
-    names = [RANKS_FILE] if exports else [name for name in COPIED if (src / name).exists()]
-    with guard_storage(dst):
-        dst.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            _copy(src / name, dst / name)
-    if exports:
-        from qwenq.models.tokenizer_json import WRITTEN, write_tokenizer_json
-
-        length = read_json(src / "config.json").get("seq_length")
-        write_tokenizer_json(
-            load_qwen_tokenizer(src), dst, max_length=length if isinstance(length, int) else None
-        )
-        names += WRITTEN
-    return names
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty when there is no such file.
-
-    Raises:
-        CorruptFileError: the file is no JSON object.
-    """
+    """Read a JSON object from a file; empty when there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -218,14 +167,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def eos_ids_of(generation: dict[str, Any], own: int | None) -> tuple[int, ...]:
-    """The generation config's end ids (one or a list), then the tokenizer's own, each once."""
+    """Return the generation config's end ids (one or a list), then the tokenizer's own, each once."""
     named = generation.get("eos_token_id")
     listed = named if isinstance(named, list) else [named]
     return tuple(dict.fromkeys(token for token in [*listed, own] if type(token) is int and token >= 0))
 
 
 def digest(*parts: str) -> str:
-    """16 hex digits over texts, each set apart from the next; JSON may hold half a surrogate pair."""
+    """Return 16 hex digits over texts, each set apart from the next; JSON may hold half a surrogate pair."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(len(part).to_bytes(8, "little") + part.encode("utf-8", errors="surrogatepass"))
@@ -233,19 +182,5 @@ def digest(*parts: str) -> str:
 
 
 def _is_chat(generation: dict[str, Any], im_start: int) -> bool:
-    """Whether a v1 model answers in ChatML: it says so, or ends at ``<|im_end|>`` (after conversion)."""
+    """Return whether a v1 model answers in ChatML: by its chat_format, or by its end ids after conversion."""
     return generation.get("chat_format") == "chatml" or im_start + 2 in eos_ids_of(generation, None)
-
-
-def _copy(src: Path, dst: Path) -> None:
-    if src.name == "tokenizer_config.json":
-        settings = read_json(src)
-        settings.pop("auto_map", None)  # names remote code, which is neither copied nor run
-        atomic_write_json(dst, settings)
-    elif src.is_dir():
-        # Templates alone, and not their modes: of a read-only model those would be unwritable files.
-        dst.mkdir(exist_ok=True)
-        for file in sorted(src.glob("*.jinja")):
-            _copy(file, dst / file.name)
-    elif not (dst.exists() and src.samefile(dst)):
-        shutil.copyfile(src, dst)

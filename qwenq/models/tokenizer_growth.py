@@ -1,4 +1,4 @@
-"""What a small tokenizer.json may blow up: a text, by its rules, and the tokenizer itself, by its ids.
+"""Refuse tokenizer files that blow up: a text, by their rules, or the tokenizer, by its ids.
 
 Thirty rules "a" → "aa" make a gigabyte of one letter. A vocabulary with one id of two thousand million is
 written out by the library with a list of all ids that are missing: gigabytes, and where there is no memory
@@ -25,9 +25,6 @@ def refuse_holes(loaded: Any, path: Path) -> None:
     Args:
         loaded: transformers' tokenizer.
         path: for the message.
-
-    Raises:
-        ModelError: more than ``HOLES`` ids are left out.
     """
     ids = loaded.get_vocab().values()
     largest = max(ids, default=0)
@@ -45,9 +42,6 @@ def refuse_growth(loaded: Any, path: Path) -> None:
     Args:
         loaded: transformers' tokenizer.
         path: for the message.
-
-    Raises:
-        ModelError: more than ``MOST`` times, or its ids come more than once.
     """
     backend = getattr(loaded, "backend_tokenizer", None)
     for part in ("normalizer", "decoder"):
@@ -68,7 +62,7 @@ def refuse_growth(loaded: Any, path: Path) -> None:
 
 
 def _copies(rule: Any) -> int:
-    """How often the ids of a single text are in what comes out; special tokens, which are left out, aside."""
+    """Count how often the ids of a single text are in what comes out, special tokens aside."""
     if not isinstance(rule, dict):
         return 1
     times = 1
@@ -78,7 +72,7 @@ def _copies(rule: Any) -> int:
 
 
 def _growth(rule: Any) -> float:
-    """How many times as long a long text can become."""
+    """Return how many times as long a long text can become."""
     if not isinstance(rule, dict):
         return 1.0
     times = 1.0

@@ -1,4 +1,4 @@
-"""Qwen v1's tokenizer as a ``tokenizer.json``, which today's clients load without remote code."""
+"""Export Qwen v1's tokenizer as a ``tokenizer.json``, which clients load without remote code."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ def write_tokenizer_json(tokenizer: QwenTokenizer, folder: Path, *, max_length: 
         tokenizer: the ranks, and whether the model chats.
         folder: made if it is missing; files of these names are replaced.
         max_length: the model's context in tokens, if known.
-
-    Raises:
-        UnsupportedError: a token that no sequence of merges builds (none in the released file).
-        StorageError: the disk is full, read-only, or forbids it.
     """
     content = as_tokenizers(tokenizer).to_str()
     chats = tokenizer.im_end_id in tokenizer.eos_ids
@@ -48,7 +44,7 @@ def write_tokenizer_json(tokenizer: QwenTokenizer, folder: Path, *, max_length: 
 
 
 def as_tokenizers(tokenizer: QwenTokenizer) -> Tokenizer:
-    """The same tokenizer for the ``tokenizers`` library."""
+    """Build the same tokenizer for the ``tokenizers`` library."""
     spell = {value: char for char, value in byte_of_char().items()}
 
     def spelled(token: bytes) -> str:
@@ -70,13 +66,10 @@ def as_tokenizers(tokenizer: QwenTokenizer) -> Tokenizer:
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token of two bytes or more is merged from, in rank order.
+    """Return the pair that each token of two bytes or more is merged from, in rank order.
 
     Merging a token's own bytes with the lower ranks alone ends in two parts; no other pair can ever meet in
     any text, because merges of lower rank come first there too.
-
-    Raises:
-        UnsupportedError: more than two parts remain: tiktoken finds such a token only as a whole word.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -94,7 +87,7 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def byte_of_char() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies, to that byte.
+    """Map the printable character that stands for each byte in byte-level vocabularies to that byte.
 
     Printable Latin-1 stands for itself; the other bytes, in order, for U+0100 onwards.
     """
@@ -105,7 +98,7 @@ def byte_of_char() -> dict[str, int]:
 
 
 def _merge_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """The token's bytes after all merges of a rank below ``limit``, lowest rank first, leftmost first."""
+    """Return the token's bytes after all merges of a rank below ``limit``, lowest first, leftmost first."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         lowest, at = limit, -1

@@ -1,4 +1,4 @@
-"""A whole model as transformers builds it, from a config and tensors that are here: nothing is fetched."""
+"""Build a whole model with transformers, from a config and tensors that are here: nothing is fetched."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from qwenq.errors import ModelError, UnsupportedError
+from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.hf_config import refused_by_transformers
 from qwenq.models.routed_experts import unfuse
+from qwenq.models.source import require_shape
 
 
 def build_whole_model(
@@ -23,7 +24,7 @@ def build_whole_model(
     hint: str | None = None,
     **options: Any,
 ) -> Any:
-    """A causal language model for inference, on the CPU unless ``options`` say otherwise.
+    """Build a causal language model for inference, on the CPU unless ``options`` say otherwise.
 
     Args:
         checkpoint: for messages.
@@ -32,10 +33,6 @@ def build_whole_model(
         dtype: of the weights.
         hint: what to do about an architecture that transformers does not know.
         options: further ones of transformers' ``from_pretrained``.
-
-    Raises:
-        UnsupportedError: transformers has no causal language model of this type.
-        ModelError: tensors are missing or have the wrong shape; names the first.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -57,12 +54,10 @@ def build_whole_model(
             output_loading_info=True,
             **options,
         )
-    if wrong := [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]:
-        raise ModelError(
-            f"{len(wrong)} tensors are missing or have the wrong shape, the first is {wrong[0]}",
-            where=checkpoint.folder,
-            hint="copy the model again",
-        )
+    for name in report["missing_keys"]:
+        require_shape(name, None, (), checkpoint.folder)
+    for name, found, expected in report["mismatched_keys"]:
+        require_shape(name, found, expected, checkpoint.folder)
     return model.eval().requires_grad_(False)
 
 
@@ -85,9 +80,6 @@ def assemble_unfused(
         tensors: by name, each expert's apart; tied ones once.
         dtype: of the weights.
         options: further ones of transformers' ``from_config``.
-
-    Raises:
-        ModelError: tensors are missing or have the wrong shape; names the first.
     """
     from transformers import AutoModelForCausalLM
 
@@ -95,22 +87,11 @@ def assemble_unfused(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
         unfuse(model.base_model.layers, every=False)
-    wanted = model.state_dict()
-    tied = set() if not checkpoint.tied else {"lm_head.weight"}
-    wrong = [
-        name
-        for name, place in wanted.items()
-        if name not in tied and (name not in tensors or tensors[name].shape != place.shape)
-    ]
-    if wrong:
-        raise ModelError(
-            f"{len(wrong)} tensors are missing or have the wrong shape, the first is {wrong[0]}",
-            where=checkpoint.folder,
-            hint="copy the model again",
-        )
-    model.load_state_dict(
-        {name: tensors[name].to(dtype) for name in wanted if name not in tied}, strict=False, assign=True
-    )
+    tied = {"lm_head.weight"} if checkpoint.tied else set()
+    wanted = {name: place for name, place in model.state_dict().items() if name not in tied}
+    for name, place in wanted.items():
+        require_shape(name, tensors[name].shape if name in tensors else None, place.shape, checkpoint.folder)
+    model.load_state_dict({name: tensors[name].to(dtype) for name in wanted}, strict=False, assign=True)
     model.tie_weights()
     _fill_computed(model)
     return model.eval().requires_grad_(False)
@@ -125,7 +106,7 @@ def _fill_computed(model: Any) -> None:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """transformers' own is off for a while: the caller shows progress."""
+    """Switch transformers' progress bar off for a while: the caller shows progress."""
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Which unquantised model a quantised one stands beside: one rule, for evaluations and for reports."""
+"""Choose the unquantised model that a quantised one is compared with."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 def choose_base(measured: Mapping[str, T], dtype: object) -> T | None:
-    """Of what was measured at one point, that of the base; None where no unquantised model was measured.
+    """Return what was measured of the base; None where no unquantised model was measured.
 
-    The base is computed in the dtype that the quantised model was, where that was measured: rounding
-    activations costs something of its own, which quantising did not cause. Else it is the first of `PLAIN`.
+    The base in the dtype of the quantised model comes first, as rounding activations has a cost that is not
+    the quantisation's; then the order of `PLAIN`.
 
     Args:
-        measured: anything, by precision; other precisions than those of `PLAIN` are passed over.
-        dtype: what the quantised model was computed in, ``settings["dtype"]`` of its row; None: unknown.
+        measured: values by precision; precisions that are not in `PLAIN` are ignored.
+        dtype: of the quantised model's computation, ``settings["dtype"]`` of its row; None: unknown.
     """
     alike = [precision for precision, name in PLAIN.items() if name == dtype]
     return next((measured[precision] for precision in (*alike, *PLAIN) if precision in measured), None)

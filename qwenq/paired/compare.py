@@ -1,4 +1,4 @@
-"""A model beside its base on the same items: what was lost, what was won, and what this sample could show."""
+"""Compare a model with its base on the same items, and summarise all comparisons in one headline."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from qwenq.paired.detectable import detectable_drop
 from qwenq.paired.equivalence import MARGIN, change_interval, equivalence_p
 from qwenq.paired.mcnemar import ALPHA, mcnemar, said_p
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same items.
+    """Verdicts of two models on the same items.
 
     Attributes:
         n: items.
-        lost: the base got them right, the model wrong.
-        won: the other way round.
+        lost: items that the base answered correctly and the model did not.
+        won: items that the model answered correctly and the base did not.
     """
 
     n: int
@@ -27,14 +28,12 @@ class Paired:
 
     @cached_property
     def p(self) -> float:
-        """Exact two-sided McNemar, not corrected."""
+        """Return the p value of McNemar's exact two-sided test, uncorrected."""
         return mcnemar(self.lost, self.won)
 
     @cached_property
     def detectable(self) -> float | None:
-        """Smallest detectable drop as a share; None: no drop at all would be found."""
-        from qwenq.paired.detectable import detectable_drop  # scipy, which `qwenq compare` needs not wait for
-
+        """Return the smallest detectable drop as a share; None where no drop at all would be found."""
         return detectable_drop(self.n, (self.lost + self.won) / self.n)
 
     @property
@@ -61,8 +60,8 @@ class Paired:
         """Return a change of the score with the interval of what the items show.
 
         Args:
-            change: of the score. Averaged over subjects it is another one than that of the items, which are
-                what is tested; both are then given.
+            change: of the score. An average over subjects may change otherwise than the share of items, which
+                is what the test is about; then both are given.
         """
         low, high = (points(bound, signed=True) for bound in self.interval)
         interval = f"95 % interval {low} to {high}"
@@ -72,7 +71,7 @@ class Paired:
         return f"{score} points; all items alike {items}, {interval}"
 
     def said_of(self, change: float) -> str:
-        """Return what can be said of a change of the score: a loss, no loss beyond a margin, or inconclusive.
+        """Return the verdict on a change of the score: loss, gain, no loss beyond a margin, inconclusive.
 
         Args:
             change: as in `said_change`.
@@ -104,15 +103,15 @@ def points(share: float, *, signed: bool = False) -> str:
 def compare(
     base: Mapping[str, bool], model: Mapping[str, bool], *, questions: tuple[object, object] = (None, None)
 ) -> Paired | str:
-    """Pair two models' verdicts by item id; or why they cannot be paired.
+    """Pair two models' verdicts by item id; return the reason where they cannot be paired.
 
     Args:
         base, model: whether each item was answered correctly.
-        questions: a hash of all that each was asked, where it is known: ids alone are places in a file.
+        questions: a hash of all questions of each, where known: ids alone are positions in a file.
     """
     if base.keys() != model.keys() or not base:
-        apart, all_ = base.keys() ^ model.keys(), base.keys() | model.keys()
-        return f"other items: {len(apart)} of {len(all_)} are in one of the two only"
+        different, total = base.keys() ^ model.keys(), base.keys() | model.keys()
+        return f"other items: {len(different)} of {len(total)} are in one of the two only"
     if None not in questions and questions[0] != questions[1]:
         return "other questions under the same ids: the data has changed"
     lost = sum(base[item] and not model[item] for item in base)

@@ -1,10 +1,4 @@
-"""The smallest drop that a sample could have shown.
-
-It is the drop in accuracy that McNemar's test (p < 0.05) would find with probability 0.8, were the models to
-disagree on as large a share of items as they do here; if that share is smaller than the drop itself, every
-disagreement is a loss. The power is the exact one: a sum over how many of the n items they disagree on, and
-how many of these are losses.
-"""
+"""Compute the power of McNemar's test, and the smallest drop that a sample can show."""
 
 from __future__ import annotations
 
@@ -12,21 +6,26 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, bdtrik, gammaln
 
 from qwenq.paired.mcnemar import ALPHA
 
 POWER = 0.8
 _TAIL = 8.0  # standard deviations of the number of disagreements that are summed over
-_STEPS = 40  # bisection: far below any digit that is shown
+_POWER_STEPS = 40  # bisection: far below any digit that is shown
 
 
 def detectable_drop(n: int, discordant: float) -> float | None:
-    """The smallest detectable drop with n items of which a share ``discordant`` differs; see above."""
+    """Return the smallest drop in accuracy that McNemar's test (p < 0.05) finds with probability 0.8.
+
+    Args:
+        n: items.
+        discordant: share of items on which the models disagree. Where it is smaller than the drop, every
+            disagreement counts as a loss.
+    """
     if power(n, discordant, 1.0) < POWER:
         return None
     low, high = 0.0, 1.0
-    for _ in range(_STEPS):
+    for _ in range(_POWER_STEPS):
         middle = (low + high) / 2
         if power(n, discordant, middle) < POWER:
             low = middle
@@ -36,7 +35,12 @@ def detectable_drop(n: int, discordant: float) -> float | None:
 
 
 def power(n: int, discordant: float, drop: float) -> float:
-    """Probability that the test finds a drop (p < 0.05, more lost than won) when there is one."""
+    """Return the probability that the test finds a drop of this size (p < 0.05, more lost than won).
+
+    It is exact: a sum over the number of disagreements among n items, and of losses among these.
+    """
+    from scipy.special import bdtr  # here, as `qwenq compare` needs no scipy
+
     share = max(discordant, drop)
     if share == 0:
         return 0.0
@@ -49,7 +53,9 @@ def power(n: int, discordant: float, drop: float) -> float:
 
 
 def _most_wins(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of so many disagreements, the most wins with which a loss is still significant; -1: none."""
+    """Return the most wins among so many disagreements with which a loss is significant; -1 without any."""
+    from scipy.special import bdtr, bdtrik
+
     most = np.floor(bdtrik(ALPHA / 2, counts, 0.5))
     most = np.where(np.isfinite(most), most, -1.0) + 1  # one too many at most, whatever was rounded
     for _ in range(3):
@@ -59,7 +65,9 @@ def _most_wins(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _binomial(counts: NDArray[np.int64], n: int, share: float) -> NDArray[np.float64]:
-    """Probability of each count among n."""
+    """Return the probability of each count among n."""
+    from scipy.special import gammaln
+
     if share >= 1:
         return np.asarray(counts == n, dtype=np.float64)
     logs = gammaln(n + 1) - gammaln(counts + 1) - gammaln(n - counts + 1)

@@ -1,4 +1,4 @@
-"""How large a loss the same items still allow, and whether one that matters is excluded.
+"""Bound a change of accuracy, and test for equivalence.
 
 The interval and the tests are Tango's score test for the difference of two paired shares (Statistics in
 Medicine 17, 1998, 891-908): it compares the difference with any value, not with zero alone, and holds where
@@ -16,18 +16,16 @@ from statistics import NormalDist
 
 MARGIN = 0.02
 """Drop of accuracy, as a share of all items, from which a loss matters here."""
-CONFIDENCE = 0.95
 _STEPS = 60  # bisection: far below any digit that is shown
-_NORMAL = NormalDist()
 
 
 def statistic(lost: int, won: int, n: int, change: float) -> float:
-    """Return how many standard errors the measured change is above ``change``, were that the true one.
+    """Return how many standard errors the measured change is above a hypothetical one.
 
     Args:
         lost, won: items that only the base, and only the model, got right.
         n: all items.
-        change: a share between -1 and 1, negative for a drop.
+        change: the hypothesis, a share between -1 and 1, negative for a drop.
     """
     drop = -change
     # The share of items won that is likeliest where the shares lost and won differ by exactly this drop.
@@ -41,9 +39,9 @@ def statistic(lost: int, won: int, n: int, change: float) -> float:
     return above / math.sqrt(variance)
 
 
-def change_interval(lost: int, won: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return the changes that the items do not contradict: Tango's score interval."""
-    z = _NORMAL.inv_cdf((1 + confidence) / 2)
+def change_interval(lost: int, won: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Tango's score interval of the change."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     measured = (won - lost) / n
     low = _crossing(lambda change: statistic(lost, won, n, change) > z, -1.0, measured)
     high = _crossing(lambda change: statistic(lost, won, n, change) >= -z, measured, 1.0)
@@ -54,7 +52,7 @@ def equivalence_p(lost: int, won: int, n: int, margin: float = MARGIN) -> float:
     """Return the p value of TOST: below 0.05, both a drop and a gain of the margin are excluded."""
     above = statistic(lost, won, n, -margin)
     below = statistic(lost, won, n, margin)
-    return max(_NORMAL.cdf(-above), _NORMAL.cdf(below))
+    return max(NormalDist().cdf(-above), NormalDist().cdf(below))
 
 
 def _crossing(holds: Callable[[float], bool], low: float, high: float) -> float:

@@ -1,4 +1,4 @@
-"""What several comparisons say together: the largest drop first, what could be seen, the verdict last."""
+"""Write the headline of several comparisons."""
 
 from __future__ import annotations
 
@@ -39,20 +39,21 @@ class Compared:
 
 
 def headline(found: Sequence[Compared], tests: int, unpaired: int = 0) -> str:
-    """Return one sentence on all comparisons of a model; at least one is needed.
+    """Return one sentence on all comparisons of a model: largest drop, power, verdict.
 
     Args:
-        found: the model's comparisons.
+        found: the model's comparisons, at least one.
         tests: how many p values were corrected together.
         unpaired: tasks that could not be compared item by item.
     """
-    worst = min(found, key=lambda one: (one.change, one.pairing.change))
-    pairing = worst.pairing
+    worst = min(found, key=_change)
     fell = "fell most" if worst.change < 0 else "did least well (no score fell)"
-    corrected = f", {shown_p(worst.p)} after Holm's correction for {tests} tests" if tests > 1 else ""
-    figures = f"{pairing.said_change(worst.change)}; {said_p(pairing.p)}{corrected}"
-    shown = f"{100 * worst.before:.1f} → {100 * worst.after:.1f} %"
-    return f"{worst.name} {fell}: {shown} ({figures}); {_seen(pairing)}; {verdict(found, unpaired)}"
+    parts = [f"{worst.name} {fell}: {_figures(worst, tests)}"]
+    losses = [one for one in found if one.lost]
+    if losses and worst not in losses:  # the largest drop may be chance where a smaller one is not
+        loss = min(losses, key=_change)
+        parts.append(f"{loss.name} is the largest significant loss: {_figures(loss, tests)}")
+    return "; ".join([*parts, _power_text(worst.pairing), verdict(found, unpaired)])
 
 
 def verdict(found: Sequence[Compared], unpaired: int = 0) -> str:
@@ -69,9 +70,20 @@ def verdict(found: Sequence[Compared], unpaired: int = 0) -> str:
     return f"verdict: inconclusive ({excluded}{apart})"
 
 
-def _seen(pairing: Paired) -> str:
-    """Whether these items could have shown a drop that matters."""
+def _power_text(pairing: Paired) -> str:
+    """Return whether these items could have shown a drop that matters."""
     if pairing.detectable is None:
         return f"with {pairing.n:,} items no drop at all could have been shown"
     power = f"its {pairing.n:,} items show a drop of {points(pairing.detectable)} points 4 times in 5"
     return power if pairing.detectable <= MARGIN else f"{power}, but not one of {points(MARGIN)}"
+
+
+def _change(one: Compared) -> tuple[float, float]:
+    return one.change, one.pairing.change
+
+
+def _figures(one: Compared, tests: int) -> str:
+    """Return scores, change, interval and p values of one comparison."""
+    corrected = f", {shown_p(one.p)} after Holm's correction for {tests} tests" if tests > 1 else ""
+    figures = f"{one.pairing.said_change(one.change)}; {said_p(one.pairing.p)}{corrected}"
+    return f"{100 * one.before:.1f} → {100 * one.after:.1f} % ({figures})"

@@ -1,7 +1,7 @@
-"""McNemar's exact test (Psychometrika 1947).
+"""Test paired verdicts: McNemar's exact test (Psychometrika 1947), corrected by Holm.
 
-Two models that answer the same questions agree on most of them, and those say nothing about which is better.
-Of the others, if nothing was lost, each is as likely a loss as a win: the p-value is the binomial's.
+Questions that both models answer alike carry no information about which is better. Under the null hypothesis
+each of the others is as likely a loss as a win, so p is binomial.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ALPHA = 0.05
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p of ``lost`` against ``won`` discordant pairs; 1 where there is none."""
+    """Return the exact two-sided p of ``lost`` against ``won`` discordant pairs; 1 without any."""
     discordant, tail, ways = lost + won, 0, 1
     for k in range(min(lost, won) + 1):
         tail += ways
@@ -22,7 +22,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values in the order given (Holm, Scandinavian Journal of Statistics 1979)."""
+    """Return p values adjusted by Holm (Scandinavian Journal of Statistics 1979), in the order given."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted = [0.0] * len(p_values)
     largest = 0.0
@@ -33,11 +33,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def shown_p(p: float) -> str:
-    """A p value as tables have it: ``0.031``, ``< 0.001``."""
+    """Format a p value for a table: ``0.031``, ``< 0.001``."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def said_p(p: float) -> str:
-    """A p value in a sentence: ``p = 0.031``, ``p < 0.001``."""
+    """Format a p value for a sentence: ``p = 0.031``, ``p < 0.001``."""
     shown = shown_p(p)
     return f"p {shown}" if shown.startswith("<") else f"p = {shown}"

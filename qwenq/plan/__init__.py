@@ -1,1 +1,1 @@
-"""What a model will need, from its config alone: bytes, memory, tensor parallelism, speed."""
+"""Plan what a model will need, from its config alone: bytes, memory, tensor parallelism, speed."""

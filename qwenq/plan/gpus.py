@@ -1,4 +1,4 @@
-"""The GPUs that a plan can be made for (``gpus.toml``)."""
+"""List the GPUs that a plan can be made for (``gpus.toml``)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Gpu:
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of a short name such as ``h200``.
+    """Return the GPU of a short name such as ``h200``.
 
     Raises:
-        UsageError: no such name; the nearest is suggested.
+        UsageError: no such name; suggests the nearest.
     """
     found = _known().get(name.lower())
     if found is None:
@@ -33,7 +33,7 @@ def gpu(name: str) -> Gpu:
 
         nearest = process.extractOne(name.lower(), list(_known()))
         raise UsageError(
-            f"no GPU called {name!r} is known",
+            f"GPU {name!r} is not known",
             where="--gpu",
             hint=f"did you mean {nearest[0]}? Known: {', '.join(_known())}" if nearest else None,
         )
@@ -41,7 +41,7 @@ def gpu(name: str) -> Gpu:
 
 
 def gpu_names() -> list[str]:
-    """All short names."""
+    """Return all short names."""
     return list(_known())
 
 

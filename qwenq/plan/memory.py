@@ -1,10 +1,9 @@
-"""Memory at load, at quantisation and at generation, in bytes. Arithmetic; reports/benchmarks/memory.json has
-a measured peak of quantising, which a test holds it against.
+"""Estimate memory at load, at quantisation and at generation, in bytes.
 
-Two cache models are kept apart. A *single-copy* cache (static, or today's layer-by-layer one) holds the
-keys and values of ``n`` tokens once. The *two-copies* cache of the published cards is 2023's tuple cache: the
-old ``past_key_values`` stays alive while ``torch.cat`` builds the new one, so the peak is weights + 2 KV.
-It reproduces the published peaks within 2 %; nothing that runs today needs that much.
+A test holds the estimate of quantising against the measured peaks of reports/benchmarks/memory.json.
+
+The cache holds the keys and values of each token once. The peaks of the published cards are weights and twice
+the cache: in 2023 the old ``past_key_values`` stayed alive while ``torch.cat`` built the new one.
 """
 
 from __future__ import annotations
@@ -24,15 +23,13 @@ class GenerationMemory:
 
     Attributes:
         weights: the checkpoint's tensors, resident.
-        load: weights and the largest single tensor in flight, as a lazy loader holds them.
+        load: weights and the largest tensor in flight, of a lazy loader.
         kv_cache: keys and values of ``context`` tokens of ``batch`` sequences.
-        prefill_activations: while ``context`` tokens of one sequence are encoded (no score matrix is kept;
+        prefill_activations: while ``context`` tokens of one sequence are encoded (without a score matrix;
             logits of the last position only, with a float32 copy).
-        decode_activations: while one token a sequence is generated.
+        decode_activations: while one token of each sequence is generated.
         peak: single-copy cache, a prompt that fills the context: weights, cache, prefill activations.
         decode_peak: single-copy cache, generated from one token: weights, cache, decode activations.
-        two_copies_peak: the tuple cache of the published cards: weights and twice the cache.
-        two_copies_load: what their loading held beside the weights: one more float16 embedding and head.
     """
 
     weights: int
@@ -42,8 +39,6 @@ class GenerationMemory:
     decode_activations: int
     peak: int
     decode_peak: int
-    two_copies_peak: int
-    two_copies_load: int
 
 
 @dataclass(frozen=True)
@@ -51,17 +46,16 @@ class QuantisationMemory:
     """Peak bytes of quantising block by block, by part; everything else stays on disk.
 
     Attributes:
-        process: Python, torch and transformers, before they hold anything.
+        process: Python, torch and transformers.
         block: the weights of one decoder block, in the compute dtype.
-        hessians: float32, of the widest input: H, the drift (C, or W C where less, ``gptq/drift.py``);
-            beside them, while the factor is made (``gptq/solver.py``), two matrices of the size of H; and a
-            third, which the measured peak asks for and nothing here explains.
-        weights: float32 weights of the linears that read one input: as they were, and as they are aimed at.
+        hessians: float32, of the widest input: H, the matrix of asymmetric calibration (C, or W C if
+            smaller); two matrices of the size of H while the factor is made; and a third, which the measured
+            peak shows and this model does not explain.
+        weights: float32 weights of the linears that read one input, twice: the original and the target.
         activations: hidden states between the blocks, of the original and of the quantised model.
-        block_activations: what the paused passes of both hold inside the block: residual, normed input, and
-            the input of the widest linear.
-        embedding: read for the first block only, kept by nobody afterwards.
-        peak: all of these, the embedding or what a block takes, whichever is more.
+        block_activations: of both, inside the block: residual, normed input, input of the widest linear.
+        embedding: read for the first block only.
+        peak: all of these, with the larger of the embedding and what a block takes.
     """
 
     process: int
@@ -75,10 +69,10 @@ class QuantisationMemory:
 
 
 def activation_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
-    """Bytes alive inside one block for that many tokens: the larger of attention and MLP.
+    """Return the bytes of one block's tensors for that many tokens: the larger of attention and MLP.
 
     Residual and normed input; and either q, k, v, the rotated q and k, and the output, or gate, up and their
-    product. Fused kernels keep less, eager attention keeps a score matrix more.
+    product. Fused kernels need less; eager attention needs a score matrix, too.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = 3 * queries + 3 * keys  # q, rotated q, output; k, rotated k, v
@@ -88,7 +82,7 @@ def activation_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
 def generation_memory(
     shape: ModelShape, weights: int, *, dtype: str, context: int, batch: int = 1
 ) -> GenerationMemory:
-    """Peak bytes of running ``weights`` bytes of a model in ``dtype`` (of activations and cache)."""
+    """Return the peak bytes of running ``weights`` bytes of a model, activations and cache in ``dtype``."""
     itemsize = ITEMSIZE[dtype]
     kv_cache = shape.kv_bytes_per_token(dtype) * context * batch
     logits = batch * shape.vocab * (itemsize + FLOAT32)
@@ -102,15 +96,13 @@ def generation_memory(
         decode_activations=decode,
         peak=weights + kv_cache + max(prefill, decode),
         decode_peak=weights + kv_cache + decode,
-        two_copies_peak=weights + 2 * kv_cache,
-        two_copies_load=weights + 2 * shape.embedding_parameters * ITEMSIZE["float16"],
     )
 
 
 def quantisation_memory(
     shape: ModelShape, *, samples: int, seq_len: int, dtype: str = "bfloat16"
 ) -> QuantisationMemory:
-    """Peak bytes of the block-by-block pipeline, the same at 4 and 8 bits to within the packed block."""
+    """Return the peak bytes of quantising block by block; 4 and 8 bits differ by the packed block only."""
     itemsize, tokens = ITEMSIZE[dtype], samples * seq_len
     queries = shape.heads * shape.head_dim
     groups = (  # rows of the linears that share an input, and its width

@@ -1,4 +1,4 @@
-"""From what the user typed to a config: a folder, a catalogue name, or a hub id (config.json alone)."""
+"""Find the config of a folder, a catalogue name, or a hub id (its config.json alone)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ class PlannedModel:
     """A model as far as a plan needs it.
 
     Attributes:
-        name: what to call it.
         origin: where the sizes come from, for the reader.
-        shape: its sizes.
         dtype: of the unquantised weights.
-        entry: its place in the catalogue, if it has one.
+        entry: in the catalogue, if it is there.
     """
 
     name: str
@@ -35,15 +33,15 @@ class PlannedModel:
 
 
 def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
-    """A catalogue name, a folder (or its config.json), or a hub id; None is the bundled model.
+    """Find a catalogue name, a folder (or its config.json), or a hub id; None is the bundled model.
 
     Args:
         model: as typed.
-        weights: "random": a catalogue name only, and what `--weights random` makes of it elsewhere: bfloat16.
+        weights: "random": a catalogue name only, with the bfloat16 weights of `--weights random`.
 
     Raises:
-        UsageError: no such catalogue name (the nearest are suggested); ``weights`` is something else.
-        UnsupportedError: a model that is not supported yet, by name or config.json; names what is missing.
+        UsageError: no such catalogue name, with suggestions; unknown ``weights``.
+        UnsupportedError: the model is not supported, by name or config.json; names what is missing.
         ModelError: the folder's config.json is missing, damaged or of an unsupported model.
         HubError: the hub does not have it, or cannot be reached.
     """

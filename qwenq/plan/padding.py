@@ -1,10 +1,10 @@
-"""``--pad-ffn``: the checkpoint that is quantised, its MLP widened as a plan advises or as the user says."""
+"""Widen the MLP of a checkpoint before it is quantised (``--pad-ffn``)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from qwenq.events import Listener, Notice
 from qwenq.models.pad_ffn import padded_groups, widened
 from qwenq.models.shapes import ModelShape
 from qwenq.plan.tensor_parallel import TENSOR_PARALLEL, padding, possible_splits
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 
 def padded(
-    base: Checkpoint, wanted: QuantizeRecipe, say: Callable[[str], None]
+    base: Checkpoint, wanted: QuantizeRecipe, listener: Listener
 ) -> tuple[Checkpoint, dict[str, int] | None]:
-    """The checkpoint as it is quantised.
+    """Return the checkpoint with the recipe's padding, and the widths for an automatic group size.
 
-    As in a plan the group size comes first: ``auto`` takes the one that suits the model as it is, and the
-    width then makes its groups shareable. The other way round a wider MLP could ask for larger groups, of
-    which there are fewer.
+    As in a plan the group size comes first: ``auto`` takes the one for the model without padding, and the
+    width then makes its groups shareable. Otherwise a wider MLP could lead to larger groups, of which there
+    are fewer.
 
     Args:
         base: the unquantised model.
-        wanted: ``pad_ffn`` and ``group_size`` count.
-        say: is told what was chosen, and why.
+        wanted: ``pad_ffn`` and ``group_size`` are used.
+        listener: receives what was chosen, and why.
 
     Returns:
-        The checkpoint, ``base`` itself where nothing is padded; and the input widths by module that an
-        automatic group size has to go by, None where those of the checkpoint do.
+        The checkpoint, ``base`` itself where nothing is padded; and the input widths by module for an
+        automatic group size, None where those of the checkpoint are to be used.
 
     Raises:
-        UsageError: a width below the model's, above twice that, or no multiple of the group size; or an
-            automatic group size finds none.
+        UsageError: a width below the model's, above twice that, or no multiple of the group size; or no
+            automatic group size fits.
     """
     if wanted.pad_ffn == "none":
         return base, None
@@ -45,12 +45,12 @@ def padded(
     if group_size != -1:
         padded_groups(to, group_size)
     checkpoint = widened(base, to)
-    say(why)
+    listener(Notice(why))
     return checkpoint, {module.name: module.columns for module in shape.linears()} if automatic else None
 
 
 def _width(wanted: int | str, shape: ModelShape, group_size: int) -> tuple[int, str]:
-    """The width of the MLP, and a sentence that says why."""
+    """Return the width of the MLP, and a sentence with the reason."""
     if wanted != "auto":
         return int(wanted), f"FFN {shape.ffn} → {int(wanted)}: as asked; added channels are zero"
     found = padding(shape, group_size, TENSOR_PARALLEL)

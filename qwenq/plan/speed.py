@@ -1,4 +1,4 @@
-"""The bandwidth bound on generation: a token cannot come faster than its bytes can be read.
+"""Bound the speed of generation by bandwidth: a token cannot come faster than its bytes can be read.
 
 Each step reads every weight once (of an untied embedding only a row a sequence) and the keys and values of
 every earlier token of every sequence. Launch overhead, attention arithmetic and sampling come on top.
@@ -32,14 +32,14 @@ class SpeedBound:
 
 
 def weight_bytes_per_step(shape: ModelShape, weights: int, dtype: str) -> int:
-    """Weight bytes that one decoding step reads: all but the rows of an untied embedding."""
+    """Return the weight bytes that one decoding step reads: all but the rows of an untied embedding."""
     return weights if shape.tied else weights - shape.embedding_parameters * ITEMSIZE[dtype]
 
 
 def speed_bound(
     shape: ModelShape, weights: int, gpu: Gpu, *, dtype: str, context: int, batch: int = 1, gpus: int = 1
 ) -> SpeedBound:
-    """The bound for ``gpus`` GPUs that share weights and cache evenly and talk for free."""
+    """Return the bound for ``gpus`` GPUs that share weights and cache evenly, with communication for free."""
     read = weight_bytes_per_step(shape, weights, dtype)
     bandwidth = gpu.bandwidth_gb_s * 1e9 * gpus
     kv = shape.kv_bytes_per_token(dtype) * batch

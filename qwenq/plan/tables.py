@@ -1,4 +1,4 @@
-"""A plan as rich tables, for people."""
+"""Print a plan: the answer in a sentence for each GPU, then rich tables."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from qwenq.plan.gpus import Gpu
 from qwenq.plan.memory import GIB
-from qwenq.plan.plan import Plan
-from qwenq.plan.published import CONTEXT
+from qwenq.plan.plan import Deployment, Plan, Quantisation
 
 _QUANTISATION_PARTS = {
-    "process": "Python, torch and transformers",
+    "process": "libraries",
     "block": "one block's weights",
-    "hessians": "Hessian, drift and factors, float32",
-    "weights": "weights of one input, float32, twice",
+    "hessians": "Hessian, its factors and asymmetric calibration, float32",
+    "weights": "weights that share an input, float32, twice",
     "activations": "calibration tokens between blocks",
-    "block_activations": "inside the block, two streams",
+    "block_activations": "calibration tokens inside the block",
     "embedding": "embedding (first block only)",
     "peak": "peak",
 }
 
 
 def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[RenderableType]:
-    """The parts of the answer, in reading order."""
+    """Yield the parts of the answer, in reading order."""
     shape = plan.shape
+    yield from (Text(line, style="bold") for line in answer(plan))
+    yield ""
     yield (
         f"[bold]{escape(plan.model)}[/bold] ({escape(plan.origin)}): "
         f"{plan.parameters:,} parameters, {shape.layers} layers, hidden {shape.hidden}, "
@@ -37,12 +39,10 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
         f"FFN {shape.ffn}, vocabulary {shape.vocab}{', tied head' if shape.tied else ''}"
     )
     if shape.context is not None and plan.wishes.context > shape.context:
-        yield f"[yellow]{plan.wishes.context} tokens: the model promises {shape.context} at most[/yellow]"
+        yield f"[yellow]{plan.wishes.context} tokens: the model is made for {shape.context}[/yellow]"
     yield _disk(plan)
     yield _generation(plan)
-    if plan.published_peaks:
-        yield _published(plan)
-    yield _quantisation(plan)
+    yield from (_quantisation(each) for each in plan.quantisation)
     if plan.deployments:
         yield from _deployments(plan)
     yield from _padding(plan, show_padding)
@@ -64,7 +64,6 @@ def _generation(plan: Plan) -> RenderableType:
     table = _Section(
         f"Memory, GiB: {wishes.context} tokens of context, batch {wishes.batch}",
         *("precision", "weights", "load", "KV cache", "prefill", "decode", "peak", "peak from 1 token"),
-        "two-copies peak",
     )
     for label, memory in plan.generation.items():
         parts = (
@@ -75,34 +74,55 @@ def _generation(plan: Plan) -> RenderableType:
             memory.decode_activations,
             memory.peak,
             memory.decode_peak,
-            memory.two_copies_peak,
         )
         table.row(label, *(_gib(part) for part in parts))
-    table.note = (
-        "peak: weights + one copy of the cache + activations (today's caches). "
-        "two-copies peak: weights + 2 × cache, the tuple cache of the 2023 cards"
-    )
+    table.note = "peak: weights, one copy of the cache, activations"
     return table.render()
 
 
-def _published(plan: Plan) -> RenderableType:
-    title = f"Two-copies cache model against the published cards, {CONTEXT} tokens, GiB"
-    table = _Section(title, "precision", "model", "published", "deviation")
-    for row in plan.published_peaks:
-        table.row(
-            row.precision, f"{row.predicted_gib:.2f}", f"{row.published_gib:.2f}", f"{row.deviation:+.1%}"
-        )
-    first = plan.published_peaks[0]
-    table.note = f"{first.source}; {first.hardware}"
-    return table.render()
+def answer(plan: Plan) -> Iterator[str]:
+    """Yield a sentence whether the model can be quantised, and one whether it runs in the fewest bits."""
+    smallest = plan.precisions[-1].label
+    for each in plan.quantisation:
+        peak = f"{each.memory.peak / GIB:.1f}"
+        tokens = f"{each.samples} × {each.seq_len} tokens"
+        if each.gpu is None:
+            yield f"Quantising on a CPU: {peak} GiB of RAM with {tokens}. Name a GPU with --gpu."
+            memory = plan.generation[smallest].peak / GIB
+            yield f"Running {smallest}: {memory:.1f} GiB of memory at {plan.wishes.context} tokens."
+            continue
+        gpu = next(gpu for gpu in plan.wishes.gpus if gpu.name == each.gpu)
+        of_gpu = f"of {gpu.memory_gib:g} GiB of GPU memory with {tokens}"
+        verdict = "fits"
+        if not each.fits:
+            verdict = "does not fit, with any number of samples"
+            if each.fitting:
+                samples, needed = each.fitting
+                verdict = f"does not fit; `--samples {samples}` needs {needed / GIB:.1f} GiB"
+        yield f"Quantising on {gpu.title}: {peak} {of_gpu}: {verdict}."
+        for row in plan.deployments:
+            if (row.speed.gpu, row.precision) == (gpu.name, smallest):
+                yield _running(row, gpu, plan.wishes.context)
 
 
-def _quantisation(plan: Plan) -> RenderableType:
-    wishes = plan.wishes
-    title = f"Memory while quantising, GiB: {wishes.samples} × {wishes.seq_len} calibration tokens"
-    table = _Section(title, "part", "GiB")
-    for part in fields(plan.quantisation):
-        size = getattr(plan.quantisation, part.name)
+def _running(row: Deployment, gpu: Gpu, context: int) -> str:
+    count = row.split.gpus
+    name = f"Running {row.precision}" + (f" on {count} GPUs" if count > 1 else "")
+    if not row.split.possible:
+        return f"{name}: not possible with {', '.join(row.split.obstacles)}."
+    each = " each" if count > 1 else ""
+    size = f"{row.memory / GIB:.1f} of {gpu.memory_gib:g} GiB{each}"
+    if not row.fits:
+        return f"{name}: {size}: does not fit at {context} tokens."
+    return f"{name}: fits, {size}, at most {row.speed.full:,.0f} tokens/s at {context} tokens."
+
+
+def _quantisation(quantisation: Quantisation) -> RenderableType:
+    kind = "RAM" if quantisation.gpu is None else "GPU memory"
+    calibration = f"{quantisation.samples} × {quantisation.seq_len} calibration tokens"
+    table = _Section(f"{kind} while quantising, GiB: {calibration}", "part", "GiB")
+    for part in fields(quantisation.memory):
+        size = getattr(quantisation.memory, part.name)
         table.row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")
     table.note = "block by block; the rest of the model stays on disk"
     return table.render()
@@ -132,7 +152,7 @@ def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
     found = plan.padding
     if found is None:
         if wanted:
-            yield "--pad-ffn would change nothing: the MLP's groups can be shared wherever the rest can."
+            yield "--pad-ffn would change nothing: as many GPUs can share the MLP as the rest of the model."
         return
     summary = (
         f"FFN {found.ffn} → {found.to}: {found.groups_before} → {found.groups_after} groups, "
@@ -154,7 +174,7 @@ def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
 
 
 class _Section:
-    """A table with a title above and a note below, which wrap at the screen's width and not the table's."""
+    """A table with a title above and a note below, which wrap at the width of the screen."""
 
     def __init__(self, title: str, *columns: str) -> None:
         self.title, self.note = title, ""

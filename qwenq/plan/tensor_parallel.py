@@ -1,8 +1,8 @@
-"""Which numbers of GPUs can share a model, and what a wider MLP would change.
+"""Tell which numbers of GPUs can share a model, and what a wider MLP would change.
 
-Row-parallel modules (``o_proj``, ``down_proj``) are split along their inputs, so a GPU has to get whole
-groups of a quantised one; heads and the MLP's channels have to be shared evenly too. Key/value heads are
-shared evenly or, where there are fewer heads than GPUs, repeated evenly.
+Row-parallel modules (``o_proj``, ``down_proj``) are split along their inputs, so a GPU needs whole groups of
+a quantised one; heads and the MLP's channels are split evenly too. Key/value heads are split evenly or, where
+there are fewer heads than GPUs, replicated evenly.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from qwenq.models.pad_ffn import padded_groups, padded_width
 from qwenq.models.shapes import ModelShape
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
-"""Numbers of GPUs that are asked about unless others are named."""
+"""Numbers of GPUs that padding is planned for, unless others are named."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Whether ``gpus`` GPUs can share a model; ``obstacles`` is empty when they can."""
+    """The answer whether ``gpus`` GPUs can share a model; ``obstacles`` is empty if they can."""
 
     gpus: int
     obstacles: tuple[str, ...]
 
     @property
     def possible(self) -> bool:
-        """True when nothing stands in the way."""
+        """Tell whether there are no obstacles."""
         return not self.obstacles
 
 
 @dataclass(frozen=True)
 class Padding:
-    """What padding the MLP would change.
+    """The effect of padding the MLP.
 
     Attributes:
         ffn, to: channels before and after.
@@ -50,7 +50,7 @@ class Padding:
 
 
 def split(shape: ModelShape, gpus: int, group_size: int | None) -> Split:
-    """Whether ``gpus`` GPUs can share a model quantised in groups; ``group_size`` None: unquantised."""
+    """Find what keeps ``gpus`` GPUs from sharing a model; ``group_size`` None: unquantised."""
     obstacles = []
     if shape.heads % gpus:
         obstacles.append(f"{shape.heads} heads")
@@ -69,18 +69,22 @@ def split(shape: ModelShape, gpus: int, group_size: int | None) -> Split:
 
 
 def possible_splits(shape: ModelShape, gpus: tuple[int, ...], group_size: int | None) -> tuple[int, ...]:
-    """Those of the numbers of GPUs that can share the model."""
+    """Return those of the numbers of GPUs that can share the model."""
     return tuple(count for count in gpus if split(shape, count, group_size).possible)
 
 
 def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Padding | None:
-    """What the smallest padding that admits the most of these numbers of GPUs changes.
+    """Return the smallest padding that lets the most of these numbers of GPUs share the model.
 
-    None where no padding helps: the width fits already, or something else than the MLP stands in the way.
+    None where no padding helps: the width fits already, or something else than the MLP is the obstacle.
     """
     if group_size == -1:
         return None
-    within_reach = tuple(count for count in gpus if not _beside_the_ffn(split(shape, count, group_size)))
+    within_reach = tuple(
+        count
+        for count in gpus
+        if all(each.endswith("down_proj") for each in split(shape, count, group_size).obstacles)
+    )
     to = padded_width(shape.ffn, group_size, within_reach or (1,))
     if to == shape.ffn or to > 2 * shape.ffn:
         return None
@@ -97,12 +101,8 @@ def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Paddin
 
 
 def kv_share(shape: ModelShape, gpus: int) -> float:
-    """The part of the cache that each of the GPUs holds; heads fewer than GPUs are repeated."""
+    """Return the part of the cache that each GPU holds; fewer heads than GPUs are replicated."""
     return 1 / min(gpus, shape.kv_heads)
-
-
-def _beside_the_ffn(found: Split) -> tuple[str, ...]:
-    return tuple(obstacle for obstacle in found.obstacles if not obstacle.endswith("down_proj"))
 
 
 def _groups(width: int, group_size: int) -> int:

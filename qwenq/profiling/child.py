@@ -1,18 +1,19 @@
-"""The process that measures a point, seen from outside: started, read, and ended whatever it does."""
+"""Run a point in processes of its own: start them, read the rows of rank 0, end them whatever happens."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import IO, Any, Protocol
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO, Any
 
 from qwenq.errors import QwenqError
 from qwenq.profiling.points import Point
@@ -20,39 +21,24 @@ from qwenq.results import Model, Row, Status
 
 _COMMAND = [sys.executable, "-m", "qwenq.profiling.point"]
 _GRACE = 120.0
-"""Seconds beyond three times its allowance after which a point counts as hung."""
-_LOOK, _ALONE = 1.0, 15.0
-"""Seconds between two looks at the others who measure a point; and how long a child may go on once one of
-them is gone: most notice it by themselves, and say it better."""
+"""Seconds beyond three times its time limit after which a point counts as hung."""
+_POLL, _OTHERS_GRACE = 1.0, 15.0
+"""Seconds between two looks at the other ranks; and how long the rest may go on after one of them ended:
+they mostly notice it by themselves, and their own error says more."""
 
 
-class Others(Protocol):
-    """The parents of those with whom a child measures its point, see ``meeting.Meeting``."""
+class _ChildError(QwenqError):
+    """The processes ended without an answer; ``status`` is that of the rows that are missing."""
 
-    @property
-    def name(self) -> str:
-        """Where the children meet."""
-        ...
-
-    def say(self, status: Status, reason: str) -> None:
-        """This one's child has ended."""
-        ...
-
-    def ended(self) -> tuple[Status, str] | None:
-        """How the first of them ended that has; None: all go on."""
-        ...
-
-
-class EndedError(QwenqError):
-    """A child that ended badly; ``alone``: whatever became of the others is not behind it."""
-
-    alone = True
+    def __init__(self, reason: str, status: Status = "failed") -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 def probe(device: str) -> dict[str, Any]:
-    """What the plan needs to know of the device; asked in a process of its own, which gives its memory back.
+    """Return what the plan needs to know of the device, found by a process whose memory is given back.
 
-    That process reads the libraries of all that come after it, so it tells how long they take to start, too.
+    It reads the same libraries as every process after it, so its start is timed, too.
 
     Raises:
         QwenqError: the process failed.
@@ -62,120 +48,146 @@ def probe(device: str) -> dict[str, Any]:
         if "error" not in content:
             content["start_seconds"] = time.monotonic() - began - content.pop("worked_seconds")
         return content
-    raise QwenqError("the device could not be looked at", where=device, hint="run again with --debug")
+    raise QwenqError(
+        "the process that examines the device failed", where=device, hint="run again with --debug"
+    )
 
 
-def measure_in_child(point: Point, seconds: float | None, others: Others | None = None) -> Iterator[Row]:
-    """Rows of a point as they are measured; however its process ends, every metric has a row.
+def measure_in_child(point: Point, seconds: float | None) -> Iterator[Row]:
+    """Yield a point's rows as they are measured; every metric has one, however the processes end.
 
     Args:
-        seconds: what it may take; None: no limit.
-        others: who measure it together with this child, which leads; None: it is alone.
+        point: ``point.tp`` processes hold its model together; rank 0 measures.
+        seconds: time limit of the point; None: no limit.
     """
-    left = dict.fromkeys(point.metrics)
+    missing = dict.fromkeys(point.metrics)
+    limit = None if seconds is None else 3 * seconds + _GRACE
     try:
-        for content in _ask(_request(point, seconds, others), _limit(seconds), others):
+        for content in _ask({"point": point.to_json(), "seconds": seconds}, limit, point.tp):
             row = _row(content)
-            left.pop(row.metric, None)
+            missing.pop(row.metric, None)
             yield row
-    except EndedError as error:
-        told = None if others is None or error.alone else _heard(others)
-        status, reason = told or ("failed", error.what)
-        yield from point.without(status, reason, list(left), again=status == "failed")
+    except _ChildError as error:
+        again = error.status == "failed"
+        yield from point.without(error.status, error.what, list(missing), again=again)
 
 
-def assist_in_child(point: Point, seconds: float | None, others: Others) -> None:
-    """Take part in what the leader's child measures; if this one ends before that, the others are told."""
-    try:
-        for content in _ask(_request(point, seconds, others), _limit(seconds), others):
-            row = _row(content)  # it has a row only for what it could not do
-            others.say(row.status, row.reason or "")
-    except EndedError as error:
-        others.say("failed", error.what)
-
-
-def _request(point: Point, seconds: float | None, others: Others | None) -> dict[str, Any]:
-    return {"point": point.to_json(), "seconds": seconds, "meeting": others.name if others else None}
-
-
-def _limit(seconds: float | None) -> float | None:
-    return None if seconds is None else 3 * seconds + _GRACE
-
-
-def _heard(others: Others) -> tuple[Status, str] | None:
-    """What the others' parents say, which may take them as long as a process takes to end."""
-    until = time.monotonic() + _ALONE
-    while (told := others.ended()) is None and time.monotonic() < until:
-        time.sleep(_LOOK / 4)
-    return told
-
-
-def _ask(
-    request: dict[str, Any], limit: float | None, others: Others | None = None
-) -> Iterator[dict[str, Any]]:
-    """JSON lines of a child; it is killed when the reader goes away, by Ctrl-C for one.
+def _ask(request: dict[str, Any], limit: float | None, processes: int = 1) -> Iterator[dict[str, Any]]:
+    """Yield the JSON lines of rank 0; all processes are killed when the reader stops, for one by Ctrl-C.
 
     Raises:
-        EndedError: it ended badly; says how, and its last words.
+        _ChildError: a process failed; names the reason.
     """
-    with tempfile.TemporaryFile() as words:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the child.
-        child = subprocess.Popen(
-            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, start_new_session=True
-        )
-        assert child.stdin is not None and child.stdout is not None  # noqa: S101 - both are pipes
+    with ExitStack() as files:
+        errors: list[IO[bytes]] = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
+        children = _start(errors)
         try:
-            with _watched(child, limit, others) as killed:
-                with suppress(BrokenPipeError):
-                    child.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
-                    child.stdin.close()
-                for line in child.stdout:
-                    if line.endswith(b"\n"):
-                        yield json.loads(line)
-                code = child.wait()
+            with _watched(children, errors, limit) as killed:
+                for child in children:
+                    with suppress(BrokenPipeError):
+                        assert child.stdin is not None  # noqa: S101 - it is a pipe
+                        child.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
+                        child.stdin.close()
+                lines = children[0].stdout
+                assert lines is not None  # noqa: S101 - it is a pipe
+                yield from (json.loads(line) for line in lines if line.endswith(b"\n"))
+                code = children[0].wait()
+                if code and not killed:  # another rank may be about to write why
+                    _await_exit(children[1:])
+                    raise _reason(children, errors)
         finally:
-            _end(child)
+            for child in children:
+                _end(child)
         if killed:
             raise killed[0]
-        if code:
-            error = EndedError(_how(code, _last_words(words)))
-            error.alone = code < 0  # else it may have ended because another one did
-            raise error
+
+
+def _start(errors: list[IO[bytes]]) -> list[subprocess.Popen[bytes]]:
+    """Start a process for each of these files, with torchrun's variables where there are several."""
+    world, variables = len(errors), dict(os.environ)
+    if world > 1:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port = listening.getsockname()[1]
+        variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        # In a session of its own: Ctrl-C reaches this process alone, which then ends the child.
+        subprocess.Popen(
+            _COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+            env=variables if world == 1 else {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, stderr in enumerate(errors)
+    ]
 
 
 @contextmanager
 def _watched(
-    child: subprocess.Popen[bytes], limit: float | None, others: Others | None
-) -> Iterator[list[EndedError]]:
-    """Kill a child that is over its limit, or that waits for others of whom one is gone.
+    children: list[subprocess.Popen[bytes]], errors: list[IO[bytes]], limit: float | None
+) -> Iterator[list[_ChildError]]:
+    """Kill the processes at the limit, or when rank 0 goes on waiting for another one that has failed.
 
     Yields:
-        Why it was killed; empty as long as it was not.
+        The reason why they were killed; empty as long as they were not.
     """
-    killed: list[EndedError] = []
+    killed: list[_ChildError] = []
     done, began = threading.Event(), time.monotonic()
+    several = len(children) > 1
 
     def watch() -> None:
         lost: float | None = None
-        while not done.wait(_LOOK if others is not None else limit):
+        while not done.wait(_POLL if several else limit):
             now = time.monotonic()
-            if others is not None and lost is None and others.ended() is not None:
+            if lost is None and any(child.poll() for child in children[1:]):
                 lost = now
             if limit is not None and now - began >= limit:
-                killed.append(EndedError(f"it did not end within {limit:.0f} s"))
-            elif lost is not None and now - lost >= _ALONE:
-                killed.append(EndedError("another process of this point is gone"))
-                killed[0].alone = False
+                killed.append(_ChildError(f"it did not end within {limit:.0f} s"))
+            elif lost is not None and now - lost >= _OTHERS_GRACE:
+                killed.append(_reason(children, errors))
             if killed:
-                _kill(child)
+                for child in children:
+                    _kill(child)
                 return
 
-    if limit is not None or others is not None:
+    if limit is not None or several:
         threading.Thread(target=watch, daemon=True).start()
     try:
         yield killed
     finally:
         done.set()
+
+
+def _await_exit(children: list[subprocess.Popen[bytes]]) -> None:
+    until = time.monotonic() + _OTHERS_GRACE
+    while any(child.poll() is None for child in children) and time.monotonic() < until:
+        time.sleep(_POLL / 10)
+
+
+def _reason(children: list[subprocess.Popen[bytes]], errors: list[IO[bytes]]) -> _ChildError:
+    """Return why there is no answer: a row of another rank, else how the first process failed."""
+    for child in children[1:]:
+        if child.poll() is not None and child.stdout is not None and (line := child.stdout.readline()):
+            row = _row(json.loads(line))  # another rank has a row only for what it could not do
+            return _ChildError(row.reason or "", row.status)
+    ended = [(rank, code) for rank, child in enumerate(children) if (code := child.poll())]
+    rank, code = min(ended, key=lambda each: each[1])  # killed by a signal, before what that entailed
+    words = _last_line(errors[rank])
+    if code == -signal.SIGKILL:
+        how = "its process was killed: most likely by the system, for lack of memory"
+    elif code < 0:
+        how = f"its process died of {signal.Signals(-code).name}{words}"
+    else:
+        how = f"its process ended with exit code {code}{words}"
+    return _ChildError(f"rank {rank}: {how}" if len(children) > 1 else how)
+
+
+def _last_line(file: IO[bytes]) -> str:
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - 2000))
+    lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return f": {lines[-1][:300]}" if lines else ""
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -189,25 +201,9 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
-    """The child's whole group: kernels may be compiling in processes of their own."""
+    """Kill the child's process group: kernels may be compiling in processes below it."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-
-
-def _how(code: int, words: str) -> str:
-    if code == -signal.SIGKILL:
-        return "its process was killed: most likely by the system, for want of memory"
-    said = f": {words}" if words else ""
-    if code < 0:
-        return f"its process died of {signal.Signals(-code).name}{said}"
-    return f"its process ended with exit code {code}{said}"
-
-
-def _last_words(file: IO[bytes]) -> str:
-    file.seek(0, os.SEEK_END)
-    file.seek(max(0, file.tell() - 2000))
-    lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
 
 
 def _row(content: dict[str, Any]) -> Row:

@@ -1,9 +1,7 @@
-"""Decode speed over position, without waiting for a generation to get there.
+"""Time decode steps at positions along a generation, with a cache that is marked as filled up to there.
 
-How long a step takes depends on how much is in the cache, not on what. So the cache is said to be filled up
-to a position, a few steps are timed there, and so on along the whole length; a round visits every position
-once.
-The speed of the whole length follows from the seconds per token between them, by trapezoids.
+How long a step takes depends on how much is in the cache, not on what. A round visits every position once;
+the speed of the whole generation follows from the seconds per token between them, by trapezoids.
 """
 
 from __future__ import annotations
@@ -16,61 +14,48 @@ from typing import TYPE_CHECKING
 import torch
 
 from qwenq.profiling.bandwidth import cache_bytes, synchronise
-from qwenq.profiling.positions import POSITIONS, steps_at_once
+from qwenq.profiling.planning import POSITIONS, steps_at_once
 from qwenq.profiling.statistics import enough, summarise
 
 if TYPE_CHECKING:
     from qwenq.profiling.measure import Bench
     from qwenq.results import Row
 
-_HOW = "greedy; the cache is said to be filled, its keys and values are zeros"
-
 
 @dataclass(frozen=True)
 class Decoding:
-    """Seconds per token at each position, a list a round.
+    """Seconds per token at each position.
 
     Attributes:
         positions: tokens in the cache before each timed run of steps.
         rounds: seconds per token, [rounds][positions].
         steps: timed at each position.
-        cache_bytes: of the whole cache.
     """
 
     positions: tuple[int, ...]
     rounds: tuple[tuple[float, ...], ...]
     steps: int
-    cache_bytes: int
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens per second of the whole length, of each round."""
+        """Return the tokens per second of the whole generation, by each round."""
         return [1 / _mean(self.positions, each) for each in self.rounds]
 
     @property
-    def mean(self) -> float:
-        """Tokens per second of the last round."""
-        return self.speeds[-1]
-
-    @property
     def curve(self) -> list[float]:
-        """Tokens per second at each position, median of the rounds."""
+        """Return the tokens per second at each position, median of the rounds."""
         return [1 / statistics.median(column) for column in zip(*self.rounds, strict=True)]
 
-    @property
-    def first_step(self) -> tuple[int, float]:
-        """The first position, and the median seconds of a step there."""
-        return self.positions[0], 1 / self.curve[0]
-
     def row(self, bench: Bench) -> Row:
-        """``speed.decode``, with its curve."""
+        """Return ``speed.decode``, with its curve."""
+        how = "greedy; the cache is marked as filled, its keys and values are zeros"
         curve = {"positions": list(self.positions), "values": self.curve}
-        settings = {"decode": _HOW, "warm_up": "one round", "steps": self.steps}
+        settings = {"decode": how, "warm_up": "one round", "steps": self.steps}
         return bench.summary("speed.decode", summarise(self.speeds), details=curve, settings=settings)
 
 
 def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decoding:
-    """Time rounds until their interval is narrow, at most so many; 0: the warm-up alone, for estimates."""
+    """Time at most that many rounds, until their interval is narrow; 0: the warm-up alone, for estimates."""
     point, engine = bench.point, bench.engine
     cache = engine.new_cache(1, point.context + point.tokens)
     tokens = torch.tensor(bench.prompt[:1], device=engine.device)
@@ -89,21 +74,20 @@ def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decodin
     steps = steps_at_once(point.tokens, run(point.context, 1))
     positions = spread(point.context, point.context + point.tokens - steps)
     warm = tuple(run(position, steps) for position in positions)
+    bench.cache_bytes = cache_bytes(cache)
     if rounds == 0:
-        bench.cache_bytes = cache_bytes(cache)
-        return Decoding(positions, (warm,), steps, bench.cache_bytes)
+        return Decoding(positions, (warm,), steps)
     made: list[tuple[float, ...]] = []
     began = time.monotonic()
     while True:
         made.append(tuple(run(position, steps) for position in positions))
-        found = Decoding(positions, tuple(made), steps, cache_bytes(cache))
-        taken = time.monotonic() - began
-        if len(made) >= rounds or enough(found.speeds, taken, patience):
+        found = Decoding(positions, tuple(made), steps)
+        if len(made) >= rounds or enough(found.speeds, time.monotonic() - began, patience):
             return found
 
 
 def spread(first: int, last: int, count: int = POSITIONS) -> tuple[int, ...]:
-    """Positions from first to last, evenly; fewer where there are fewer."""
+    """Return positions from first to last, evenly spread; fewer where there are fewer."""
     count = max(1, min(count, last - first + 1))
     if count == 1:
         return (first,)
@@ -111,7 +95,7 @@ def spread(first: int, last: int, count: int = POSITIONS) -> tuple[int, ...]:
 
 
 def _mean(positions: tuple[int, ...], seconds: tuple[float, ...]) -> float:
-    """Mean seconds per token between the first and the last position."""
+    """Return the mean seconds per token between the first and the last position."""
     if len(positions) == 1:
         return seconds[0]
     steps = zip(positions, positions[1:], seconds, seconds[1:], strict=False)

@@ -1,4 +1,4 @@
-"""Energy of a GPU, from the counter that its driver keeps (NVML; Volta and later)."""
+"""Read the energy counter that a GPU's driver keeps (NVML; Volta and later)."""
 
 from __future__ import annotations
 
@@ -9,37 +9,34 @@ from qwenq.errors import UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-HOW = "the GPU's counter over the protocol's generation: the whole GPU, whoever used it, idle power included"
+ENERGY_SOURCE = "the GPU's counter over the protocol's generations: the whole GPU, idle power included"
 
 
 class EnergyCounter:
-    """Reads the counter of one GPU.
+    """The counter of one GPU.
 
     Raises:
-        UnsupportedError: the device has no counter that can be read; says why.
+        UnsupportedError: the device has no counter that can be read; names the reason.
     """
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
-            raise UnsupportedError("no energy counter of a CPU is read here")
+            raise UnsupportedError("energy is measured on NVIDIA GPUs only")
         try:
             import pynvml
         except ImportError as error:
             raise UnsupportedError("the package nvidia-ml-py is not installed") from error
+        import torch
+
         self._nvml: Any = pynvml
         try:
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(device))
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             self.joules()
         except pynvml.NVMLError as error:
             raise UnsupportedError(f"NVML: {error}") from error
 
     def joules(self) -> float:
-        """Since the driver was loaded."""
+        """Return the energy used since the driver was loaded."""
         return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
-
-
-def _uuid(device: torch.device) -> str:
-    import torch
-
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

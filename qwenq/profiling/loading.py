@@ -1,4 +1,4 @@
-"""From a point to the engine that it is measured with, on one process or on several."""
+"""Load the engine that a point names, in one process or in several."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 
 def checkpoint_of(point: Point) -> Checkpoint:
-    """The point's model, before it is rounded.
-
-    Raises:
-        QwenqError: it cannot be found or read.
-    """
+    """Return the point's model, before it is rounded."""
     from qwenq.models.catalogue import BUNDLED
     from qwenq.models.opening import open_model
     from qwenq.models.precision import resolve_device
@@ -30,46 +26,45 @@ def checkpoint_of(point: Point) -> Checkpoint:
 
 
 def engine_for(point: Point, checkpoint: Checkpoint, team: Team) -> Engine:
-    """The engine that the point names; of the leader, where several processes hold the model together.
+    """Return the point's engine; on rank 0 of several processes the one that leads the others.
 
     Raises:
         QwenqError: it cannot run this model here, or another process could not load its part.
     """
-    attention, said = _attention(point)
+    attention, note = _attention(point)
     if point.tp > 1:
         from qwenq.runtime.tensor_parallel import LeadingEngine
 
-        leading = LeadingEngine(checkpoint, team, point.device, point.subject.dtype, attention)
-        team.wait()  # whoever could not load says so here
-        leading.notes = (*leading.notes, *said)
-        return leading
-    from qwenq.runtime.engine import load
+        engine: Engine = LeadingEngine(checkpoint, team, point.device, point.subject.dtype, attention)
+        team.wait()  # raises what another process could not load
+    else:
+        from qwenq.runtime.engine import load
 
-    engine = load(
-        checkpoint,
-        device=point.device,
-        dtype=point.subject.dtype,
-        engine=point.engine,
-        kernel=point.kernel,
-        attention=attention,
-    )
-    engine.notes = (*engine.notes, *said)
+        engine = load(
+            checkpoint,
+            device=point.device,
+            dtype=point.subject.dtype,
+            engine=point.engine,
+            kernel=point.kernel,
+            attention=attention,
+        )
+    engine.notes = (*engine.notes, *note)
     return engine
 
 
 def _attention(point: Point) -> tuple[str, tuple[str, ...]]:
-    """The backend that runs, and what has to be said of it."""
+    """Return the attention backend that runs, and a note where it is another than was asked for."""
     from qwenq.models.precision import resolve_device
     from qwenq.runtime.attention import of_row
     from qwenq.runtime.engine import find_dtype
 
-    place = resolve_device(point.device)
-    name, why = of_row(point.attention, place, find_dtype(point.subject.dtype, place, point.engine))
+    device = resolve_device(point.device)
+    name, why = of_row(point.attention, device, find_dtype(point.subject.dtype, device, point.engine))
     return name, (why,) if why else ()
 
 
 def release(engine: Engine, team: Team) -> None:
-    """Let the other processes go; all part together."""
+    """Let the other processes end; all leave together."""
     from qwenq.runtime.tensor_parallel import LeadingEngine
 
     assert isinstance(engine, LeadingEngine)  # noqa: S101 - engine_for made it
@@ -78,7 +73,7 @@ def release(engine: Engine, team: Team) -> None:
 
 
 def assist(point: Point, team: Team) -> None:
-    """Hold this rank's slice of the model, and compute what the leader's measuring computes.
+    """Hold this rank's slice of the model, and compute with rank 0 until it is done.
 
     Raises:
         QwenqError: it cannot be loaded, or another process has stopped.

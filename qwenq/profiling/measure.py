@@ -1,8 +1,8 @@
-"""Measures one point. Runs in a process of its own, and yields rows as they are known.
+"""Measure one point in this process: protocol, prefill, decode, memory, energy, share of a copy's bandwidth.
 
-Sources: the protocol is ``profile.py`` of QwenLM/Qwen (2023-08-28): the wall clock around one ``generate``
-call with a prompt of one repeated token, exactly so many new tokens, generated tokens alone counted. The
-split numbers follow llama-bench: what is measured is one thing at a time, repeated, with its warm-up outside.
+The protocol is that of ``profile.py`` of QwenLM/Qwen (2023-08-28): the wall clock around one ``generate``
+call with a prompt of one repeated token and a fixed number of new tokens, which alone are counted. The other
+figures follow llama-bench: one thing at a time, repeated, with its warm-up outside the clock.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import torch
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.shapes import ModelShape
 from qwenq.profiling.bandwidth import copy_bandwidth, synchronise, weight_bytes
 from qwenq.profiling.decoding import Decoding, decode_speed
-from qwenq.profiling.energy import HOW as ENERGY
-from qwenq.profiling.energy import EnergyCounter
+from qwenq.profiling.energy import ENERGY_SOURCE, EnergyCounter
 from qwenq.profiling.loading import checkpoint_of, engine_for, release
 from qwenq.profiling.memory import Meter, meter_for
 from qwenq.profiling.points import Point
@@ -36,19 +34,19 @@ if TYPE_CHECKING:
     from qwenq.runtime.engine import Engine
 
 PATIENCE = 20.0
-"""Seconds of repeating one thing where no budget says otherwise; one repetition is always made."""
+"""Seconds of repetitions of one measurement without a budget; one is always made."""
 PROTOCOL_PATIENCE = 60.0
 
 
 @dataclass
 class Allowance:
-    """Seconds that a point may take; None: as long as it needs."""
+    """The time limit of a point in seconds; None: no limit."""
 
     seconds: float | None
     began: float = field(default_factory=time.monotonic)
 
     def left(self, share: float = 1.0) -> float:
-        """Part of what is left; infinite without a budget."""
+        """Return that share of the remaining seconds; infinite without a limit."""
         if self.seconds is None:
             return float("inf")
         return max(0.0, share * (self.seconds - (time.monotonic() - self.began)))
@@ -59,7 +57,6 @@ class Bench:
     """A loaded model on its point.
 
     Attributes:
-        shape: of the model before it was rounded.
         before: bytes that the process held before it loaded the model.
         settings: of every row.
         cache_bytes: of the newest cache, whole, in the form in which the engine keeps it.
@@ -68,7 +65,6 @@ class Bench:
     point: Point
     engine: Engine
     checkpoint: Checkpoint
-    shape: ModelShape
     meter: Meter
     allowance: Allowance
     before: int
@@ -77,41 +73,41 @@ class Bench:
 
     @property
     def prompt(self) -> list[int]:
-        """One token id again and again: what it says decides nothing about speed. 35946 is Qwen's 我."""
+        """Return one token id, repeated: speed does not depend on the text. 35946 is Qwen's 我."""
         real = self.engine.real_vocab
         return [35946 if real > 35946 else real // 2] * self.point.context
 
     def row(self, metric: str, value: float | None, **more: Any) -> Row:
-        """A row with all that rows of this point share."""
+        """Return a row with the settings that all rows of this point share."""
         more["settings"] = {**self.settings, **more.get("settings", {})}
         more.setdefault("implementation", self.engine.implementation)
         return self.point.row(metric, value, date=date.today().isoformat(), **more)
 
     def summary(self, metric: str, of: Summary, **more: Any) -> Row:
-        """A row of repeated measurements."""
+        """Return a row of repeated measurements."""
         details = {**of.details(), **more.pop("details", {})}
         return self.row(metric, of.median, low=of.low, high=of.high, n=of.n, details=details, **more)
 
     def absent(self, metric: str, reason: str, *, again: bool = False) -> Row:
-        """A row without a figure."""
+        """Return a row without a figure."""
         return self.row(
             metric, None, status="unavailable", reason=reason, details={"again": True} if again else {}
         )
 
 
 def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> Iterator[Row]:
-    """All rows of a point, in the order of ``point.metrics``.
+    """Yield all rows of a point, in the order of ``point.metrics``.
 
     Args:
-        seconds: what it may take, loading included; None: until the intervals are narrow.
-        team: processes that hold the model together; this one leads, the others are in ``loading.assist``.
+        seconds: time limit, loading included; None: until the intervals are narrow.
+        team: processes that hold the model together; this is rank 0, the others run ``assist``.
 
     Raises:
         QwenqError: the model cannot be loaded or run like that.
-        MemoryError, torch.OutOfMemoryError: as it says.
     """
     bench = _load(point, Allowance(seconds), team)
-    yield _load_row(bench)
+    details = {"before_bytes": bench.before, **bench.meter.also()}
+    yield bench.row("memory.load", bench.meter.peak(), details=details, settings={"memory": bench.meter.how})
     yield from (_encoding if point.encodes else _generating)(bench)
     if point.tp > 1:
         release(bench.engine, team)
@@ -126,48 +122,33 @@ def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
         torch.zeros(1, device=device)  # the context is there before the clock and the meter start
     before = meter.now()
     checkpoint = checkpoint_of(point)
-    shape = ModelShape.from_config(checkpoint.config)
     if subject.rounded:
         checkpoint = rounded(checkpoint, subject.rounded)
     engine = engine_for(point, checkpoint, team)
-    settings = {
+    settings: dict[str, Any] = {
         "dtype": str(engine.dtype).removeprefix("torch."),
         "prompt": "one token id, repeated",
-        **_weights_settings(point),
-        **_beyond(point, engine.context),
-        **({"processes": f"{point.tp}; memory is that of the first"} if point.tp > 1 else {}),
-        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
-        **({"notes": list(engine.notes)} if engine.notes else {}),
     }
-    return Bench(point, engine, checkpoint, shape, meter, allowance, before, settings)
-
-
-def _beyond(point: Point, context: int | None) -> dict[str, Any]:
-    """Speed does not ask what a model was trained for; whoever reads the row might."""
-    beyond = context is not None and point.context + point.tokens > context
-    return {"beyond_context_of": context} if beyond else {}
-
-
-def _weights_settings(point: Point) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if point.subject.weights == "random":
-        found["weights"] = f"random, seed {point.subject.seed}"
-    if point.subject.rounded:
-        found["rounding"] = (
+    if subject.weights == "random":
+        settings["weights"] = f"random, seed {subject.seed}"
+    if subject.rounded:
+        settings["rounding"] = (
             "to nearest on the fly: speed and memory at work do not depend on the integers; "
             "memory at load includes the rounding"
         )
-    return found
-
-
-def _load_row(bench: Bench) -> Row:
-    details = {"before_bytes": bench.before, **bench.meter.also()}
-    settings = {"memory": bench.meter.how}
-    return bench.row("memory.load", bench.meter.peak(), details=details, settings=settings)
+    if engine.context is not None and point.context + point.tokens > engine.context:
+        settings["beyond_context_of"] = engine.context  # speed does not depend on it, but quality does
+    if point.tp > 1:
+        settings["processes"] = f"{point.tp}; memory is that of the first"
+    if device.type == "cpu":
+        settings["threads"] = torch.get_num_threads()
+    if engine.notes:
+        settings["notes"] = list(engine.notes)
+    return Bench(point, engine, checkpoint, meter, allowance, before, settings)
 
 
 def _generating(bench: Bench) -> Iterator[Row]:
-    """The protocol first, as its memory must not be that of anything else; then one thing at a time."""
+    """Measure the protocol first, as its peak must not be that of anything else; then one thing at a time."""
     point, engine = bench.point, bench.engine
     if why := too_long(bench):
         yield from _without_its_prompt(bench, why)
@@ -176,7 +157,7 @@ def _generating(bench: Bench) -> Iterator[Row]:
     _reset(bench.meter)
     engine.generate([bench.prompt], min(8, point.tokens), exact_tokens=True)  # warm-up
     decoding = decode_speed(bench, rounds=0)
-    estimate = point.tokens / decoding.mean
+    estimate = point.tokens / decoding.speeds[-1]
     held, warm_peak, prompt_peak = bench.meter.now(), bench.meter.peak(), 0
     reset_error = _reset(bench.meter)
     if estimate <= bench.allowance.left(0.9):
@@ -185,17 +166,19 @@ def _generating(bench: Bench) -> Iterator[Row]:
     else:
         decode_speed(bench, rounds=0)  # memory is that of a full cache all the same, and of the prompt
         prompt_peak = warm_peak if point.context > 1 else 0
-        left = bench.allowance.left()
-        leaves = f"its share of the budget leaves {left:.0f} s"
-        reason = f"one generation takes about {estimate:.0f} s, and {leaves}"
+        left = f"its share of the budget leaves {bench.allowance.left():.0f} s"
+        reason = f"one generation takes about {estimate:.0f} s, and {left}"
         yield bench.absent("speed.protocol", reason, again=True)
         energy = bench.absent("energy.token", reason, again=True)
     yield from _memory_rows(bench, max(load_peak, warm_peak), held, reset_error, prompt_peak)
     yield energy
     found = decode_speed(bench, rounds=MOST, patience=min(PATIENCE, bench.allowance.left(0.6)))
+    cache = bench.cache_bytes
     yield found.row(bench)
-    yield _first_token(bench)
-    yield _bandwidth(bench, found)
+    prefill(bench)
+    values = repeat(lambda: prefill(bench), min(PATIENCE / 4, bench.allowance.left(0.5)))
+    yield bench.summary("time.first_token", summarise(values), settings={"warm_up": "one prefill"})
+    yield _bandwidth(bench, found, cache)
 
 
 def _encoding(bench: Bench) -> Iterator[Row]:
@@ -219,20 +202,14 @@ def _encoding(bench: Bench) -> Iterator[Row]:
 
 
 def _without_its_prompt(bench: Bench, why: str) -> Iterator[Row]:
-    """Everything but loading starts with the prompt."""
+    """Yield rows without a figure: everything but loading starts with the prompt."""
     for metric in bench.point.metrics:
         if metric != "memory.load":
             yield bench.absent(metric, why, again=True)
 
 
-def _first_token(bench: Bench) -> Row:
-    prefill(bench)
-    values = repeat(lambda: prefill(bench), min(PATIENCE / 4, bench.allowance.left(0.5)))
-    return bench.summary("time.first_token", summarise(values), settings={"warm_up": "one prefill"})
-
-
 def _protocol(bench: Bench) -> tuple[Row, Row]:
-    """Speed by the cards' protocol, and energy over the same generations."""
+    """Return speed by the cards' protocol, and energy over the same generations."""
     point, engine = bench.point, bench.engine
     (sampling, how), ends = protocol_sampling(bench.checkpoint), end_ids(bench.checkpoint)
     counter: EnergyCounter | None = None
@@ -256,23 +233,21 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
 
     joules = counter.joules() if counter else 0.0
     values = repeat(once, min(PROTOCOL_PATIENCE, bench.allowance.left(0.6)))
-    settings = {"sampling": how, "end_of_text": _ending(ends), "warm_up": "8 tokens"}
+    suppressed = f"suppressed in the logits: {', '.join(map(str, ends))}" if ends else "the model names none"
+    settings = {"sampling": how, "end_of_text": suppressed, "warm_up": "8 tokens"}
     speed = bench.summary("speed.protocol", summarise(values), settings=settings)
     if counter is None:
         return speed, bench.absent("energy.token", why)
     spent = (counter.joules() - joules) / (len(values) * point.tokens)
     if spent <= 0:
         return speed, bench.absent("energy.token", "too short: the GPU's counter did not move")
-    return speed, bench.row("energy.token", spent, n=len(values), settings={**settings, "energy": ENERGY})
-
-
-def _ending(ends: tuple[int, ...]) -> str:
-    if not ends:
-        return "the model names none"
-    return f"suppressed in the logits: {', '.join(map(str, ends))}"
+    return speed, bench.row(
+        "energy.token", spent, n=len(values), settings={**settings, "energy": ENERGY_SOURCE}
+    )
 
 
 def _reset(meter: Meter) -> str | None:
+    """Reset the meter's peak; return why that is not possible here."""
     try:
         meter.reset()
     except UnsupportedError as error:
@@ -283,11 +258,11 @@ def _reset(meter: Meter) -> str | None:
 def _memory_rows(
     bench: Bench, load_peak: int, held: int, reset_error: str | None, prompt_peak: int = 0
 ) -> Iterator[Row]:
-    """Peak since the reset, with its parts; and what a script that never resets would have printed.
+    """Yield the peak since the reset, with its parts; and what a script that never resets would print.
 
     Args:
         load_peak: before the reset.
-        prompt_peak: of the prompt, where it was not encoded again behind the reset.
+        prompt_peak: of the prompt, where it was not encoded again after the reset.
     """
     peak, how = max(bench.meter.peak(), prompt_peak), {"memory": bench.meter.how}
     if reset_error:
@@ -305,12 +280,12 @@ def _memory_rows(
     yield bench.row("memory.unreset", max(peak, load_peak), settings=settings)
 
 
-def _bandwidth(bench: Bench, found: Decoding) -> Row:
-    """Bytes a step has to read, times steps per second, over what a copy moves here and now."""
-    (position, seconds), held_by_cache = found.first_step, found.cache_bytes
+def _bandwidth(bench: Bench, found: Decoding, cache: int) -> Row:
+    """Return the bytes that a step has to read per second, as a share of a copy's bandwidth."""
+    position, seconds = found.positions[0], 1 / found.curve[0]
+    slots = bench.point.context + bench.point.tokens
     try:
-        slots = bench.point.context + bench.point.tokens
-        read = weight_bytes(bench.engine) + held_by_cache * position // slots
+        read = weight_bytes(bench.engine) + cache * position // slots
     except UnsupportedError as error:
         return bench.absent("bandwidth.share", error.what)
     copied, achieved = copy_bandwidth(bench.engine.device), read / seconds
@@ -320,6 +295,5 @@ def _bandwidth(bench: Bench, found: Decoding) -> Row:
         "achieved_bytes_per_s": achieved,
         "copy_bytes_per_s": copied,
     }
-    return bench.row(
-        "bandwidth.share", achieved / copied, details=details, settings={"copy": "read and written"}
-    )
+    settings = {"copy": "read and written"}
+    return bench.row("bandwidth.share", achieved / copied, details=details, settings=settings)

@@ -1,7 +1,7 @@
-"""Peak memory between two moments: the CUDA allocator's, or this process's resident set.
+"""Measure peak memory between two moments: of the CUDA allocator, or the resident set of this process.
 
-A CPU figure is the peak of the whole process (VmHWM), interpreter, libraries and pages of mapped files
-included; what the process held before it loaded the model is told beside it.
+A CPU figure is the peak of the whole process (VmHWM), with interpreter, libraries and pages of mapped files;
+what the process held before it loaded the model is in the row beside it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Meter(Protocol):
-    """Peak memory since the last reset.
-
-    Attributes:
-        how: what the figure is, for the row's settings.
-    """
+    """Peak memory since the last reset; ``how`` describes the figure in the rows' settings."""
 
     how: str
 
     def reset(self) -> None:
-        """Begin anew.
+        """Set the peak to what is held now.
 
         Raises:
             UnsupportedError: this system does not let a process do that.
@@ -35,23 +31,23 @@ class Meter(Protocol):
         ...
 
     def peak(self) -> int:
-        """Bytes at the peak since the last reset, or since the process began."""
+        """Return the bytes at the peak since the last reset, or since the process began."""
         ...
 
     def now(self) -> int:
-        """Bytes held at this moment."""
+        """Return the bytes that are held at this moment."""
         ...
 
     def also(self) -> dict[str, Any]:
-        """Further figures of the moment."""
+        """Return further figures of this moment, for a row's details."""
         ...
 
 
 def meter_for(device: torch.device) -> Meter:
-    """The meter of that device.
+    """Return the meter of that device.
 
     Raises:
-        UnsupportedError: nothing here tells how much memory a process holds.
+        UnsupportedError: the system has no /proc.
     """
     if device.type == "cuda":
         return CudaMeter(device)
@@ -61,64 +57,58 @@ def meter_for(device: torch.device) -> Meter:
 
 
 class ResidentMeter:
-    """Of this process, by Linux."""
+    """The resident set of this process, from Linux."""
 
     how = "peak resident set of the process"
 
     def reset(self) -> None:
-        """Writing 5 sets the peak to what is held now, see proc_pid_clear_refs(5)."""
+        """Set VmHWM to VmRSS by writing 5, see proc_pid_clear_refs(5)."""
         try:
             _RESET.write_text("5")
         except OSError as error:
             raise UnsupportedError(f"the peak cannot be reset here: {error}") from error
 
     def peak(self) -> int:
-        """VmHWM."""
+        """Return VmHWM."""
         return _status("VmHWM")
 
     def now(self) -> int:
-        """VmRSS."""
+        """Return VmRSS."""
         return _status("VmRSS")
 
     def also(self) -> dict[str, Any]:
-        """Pages of mapped files, which the system can take back at any time."""
+        """Return the pages of mapped files, which the system can take back at any time."""
         return {"mapped_files_bytes": _status("RssFile")}
 
 
 class CudaMeter:
-    """Of torch's allocator, in one process; beside it what the device has given to everyone."""
+    """The memory of torch's allocator in this process; beside it that of the whole device."""
 
     how = "peak of torch's CUDA allocator"
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        import torch
+
+        self._device, self._cuda = device, torch.cuda
 
     def reset(self) -> None:
-        """Free what is cached, and begin anew."""
-        import torch
-
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self._device)
+        """Free what the allocator caches, and set its peak to what is held."""
+        self._cuda.synchronize(self._device)
+        self._cuda.empty_cache()
+        self._cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int:
-        """``torch.cuda.max_memory_allocated``, what the cards printed."""
-        import torch
-
-        return torch.cuda.max_memory_allocated(self._device)
+        """Return ``torch.cuda.max_memory_allocated``, which the cards printed."""
+        return self._cuda.max_memory_allocated(self._device)
 
     def now(self) -> int:
-        """``torch.cuda.memory_allocated``."""
-        import torch
-
-        return torch.cuda.memory_allocated(self._device)
+        """Return ``torch.cuda.memory_allocated``."""
+        return self._cuda.memory_allocated(self._device)
 
     def also(self) -> dict[str, Any]:
-        """What the allocator reserved at its peak, and the whole device: used now by all, and its size."""
-        import torch
-
-        free, total = torch.cuda.mem_get_info(self._device)
-        reserved = torch.cuda.max_memory_reserved(self._device)
+        """Return what the allocator reserved at its peak, and the device's size and use by all processes."""
+        free, total = self._cuda.mem_get_info(self._device)
+        reserved = self._cuda.max_memory_reserved(self._device)
         return {"reserved_bytes": reserved, "device_used_bytes": total - free, "device_bytes": total}
 
 

@@ -1,9 +1,8 @@
-"""What a sweep will take, before it begins: seconds and bytes of each point, and its share of a budget.
+"""Estimate the seconds and bytes of each point of a sweep, and share out its time budget.
 
 Seconds are estimates, from a copy, a product and the start of a process timed on the device: good enough to
-share out a budget, and never reported as a measurement. How long points take to load is corrected while the
-sweep goes on, see ``load_times``. Bytes of weights and cache are counted as they are run, and what a prompt
-takes is estimated from its products, so what cannot fit is not tried.
+share out a budget, and never reported as a measurement. Bytes of weights and cache are counted as they are
+run, and those of a prompt estimated from its products, so that what cannot fit is not tried.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Any
 from qwenq.errors import UsageError
 from qwenq.models.shapes import ITEMSIZE, ModelShape
 from qwenq.profiling.points import Point
-from qwenq.profiling.positions import POSITIONS, steps_at_once
 from qwenq.storage import readable_bytes
 
 _LOAD_RATE = 0.4e9
@@ -27,18 +25,21 @@ _STORED_BYTES = 2
 """Of a parameter in the file that a model is rounded from: what nearly all are stored in."""
 _EFFICIENCY = 0.4
 """Share of a copy's bandwidth, and of a large product's rate, that a model reaches; a guess for estimates."""
-_STEP_SECONDS = {("cpu", "fast"): 0.004, ("cuda", "fast"): 0.004}
-_SLOW_STEP_SECONDS = 0.025
-"""What a decoding step costs besides memory: Python, launches; the second for transformers."""
+_STEP_SECONDS, _SLOW_STEP_SECONDS = 0.004, 0.025
+"""Seconds of a decoding step besides memory: Python, launches; the second for transformers."""
 _SPLIT_SECONDS = 15.0
 _STEP_LAYOUT = ("grouped", "best")
 """Attentions that may lay the cache out for decode steps on a CPU, in float32 (``runtime.step_layout``)."""
+_SLOW_STEP = 0.05
+"""Seconds of a decoding step from which few of them are timed at a position."""
+POSITIONS = 9
+"""Of a round of decoding that are timed, at most."""
 _OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
 
 
 @dataclass(frozen=True)
 class Device:
-    """What the probe found.
+    """A device as the probe found it.
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:1``.
@@ -55,7 +56,7 @@ class Device:
 
     @property
     def kind(self) -> str:
-        """``cpu`` or ``cuda``."""
+        """Return ``cpu`` or ``cuda``."""
         return self.device.partition(":")[0]
 
 
@@ -65,9 +66,9 @@ class Planned:
 
     Attributes:
         load: seconds until it can begin: a process, its libraries, the model.
-        work: seconds of measuring, if nothing limits them.
-        least: of them those that it takes whatever its limit; about.
-        nbytes: what it has to hold.
+        work: seconds of measuring without a limit.
+        least: seconds of measuring each thing once.
+        nbytes: memory for weights, cache and prompt.
         too_large: why it cannot run here at all; None: it can.
     """
 
@@ -80,30 +81,26 @@ class Planned:
 
     @property
     def seconds(self) -> float:
-        """What it will take, about."""
+        """Return the seconds without a limit."""
         return self.load + self.work
 
     @property
     def needed(self) -> float:
-        """Seconds without which there is no use in starting it."""
+        """Return the seconds without which starting the point is of no use."""
         return self.load + self.least
 
 
 def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Device) -> list[Planned]:
-    """Estimates for every point.
-
-    Args:
-        shapes: by model name.
-    """
+    """Return the estimates of every point; ``shapes`` by model name."""
     return [_planned(point, shapes[point.subject.model.name], device) for point in points]
 
 
 def allowances(planned: Sequence[Planned], budget: float | None) -> list[float | None]:
-    """Seconds for the first of these points and what would be left for the others.
+    """Share a budget in seconds among points.
 
-    Every point first gets what it needs to load and to measure once, in turn; one for which that is not left
-    gets nothing. What remains is shared in proportion to what the points could use. The sweep asks again
-    before each point, with what is left: seconds that a point did not use go to the rest.
+    In their order points get what they need to load and to measure once; one for which too little is left
+    gets nothing. The remainder is shared in proportion to what the points could use. The sweep asks again
+    before each point, so that seconds that a point did not use go to the rest.
     """
     if budget is None:
         return [None] * len(planned)
@@ -111,34 +108,34 @@ def allowances(planned: Sequence[Planned], budget: float | None) -> list[float |
     for each in planned:
         runs.append(each.too_large is None and each.needed <= left)
         left -= each.needed if runs[-1] else 0.0
-    wishes = [
+    useful = [
         max(0.0, each.work - each.least) if run else 0.0 for each, run in zip(planned, runs, strict=True)
     ]
-    total = sum(wishes) or 1.0
+    total = sum(useful) or 1.0
     return [
-        each.needed + left * wish / total if run else 0.0
-        for each, wish, run in zip(planned, wishes, runs, strict=True)
+        each.needed + left * more / total if run else 0.0
+        for each, more, run in zip(planned, useful, runs, strict=True)
     ]
 
 
 def parse_budget(text: str) -> float:
-    """Seconds of ``90``, ``90s``, ``10m``, ``1h`` or ``1h30m``.
+    """Return the seconds of ``90``, ``90s``, ``10m``, ``1h`` or ``1h30m``.
 
     Raises:
-        UsageError: it is none of these, or no time at all.
+        UsageError: another form, or zero.
     """
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
     if not (total := 3600 * hours + 60 * minutes + seconds):
-        raise UsageError(f"{text!r} is no time", where="--budget", hint="write 90s, 10m or 1h30m")
+        raise UsageError(f"{text!r} is not a duration", where="--budget", hint="write 90s, 10m or 1h30m")
     return total
 
 
 def read_device(content: dict[str, Any]) -> Device:
-    """What the probe wrote.
+    """Return the device that the probe found.
 
     Raises:
-        UsageError: there is no such device; says what is there.
+        UsageError: there is no such device; names those that are there.
     """
     if error := content.get("error"):
         raise UsageError(error["what"], where=error["where"], hint=error["hint"])
@@ -146,11 +143,11 @@ def read_device(content: dict[str, Any]) -> Device:
 
 
 def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
-    dtype = _dtype(point, device)
+    dtype = device.dtype if point.subject.dtype == "auto" else point.subject.dtype
     weights = _weight_bytes(point, shape, dtype) // point.tp
     rearranged = device.kind == "cpu" and point.engine == "fast" and point.attention in _STEP_LAYOUT
-    held_in = "float32" if rearranged else dtype
-    cache = shape.kv_bytes_per_token(held_in) * (point.context + point.tokens) // point.tp
+    cache_dtype = "float32" if rearranged else dtype
+    cache = shape.kv_bytes_per_token(cache_dtype) * (point.context + point.tokens) // point.tp
     flying = shape.embedding_parameters * ITEMSIZE[dtype]  # one large tensor, while loading
     nbytes = weights + cache + max(flying, _prompt_bytes(point, shape, dtype, device.kind) // point.tp)
     needed = nbytes + _OVERHEAD_BYTES[device.kind]
@@ -163,7 +160,7 @@ def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
 
 
 def _load(point: Point, shape: ModelShape, device: Device, weights: int) -> float:
-    """Seconds until the model can be run, before any was loaded: libraries, bytes read, weights made."""
+    """Return the seconds until the model can be run: libraries, bytes read, weights rounded or drawn."""
     subject = point.subject
     made = subject.rounded is not None or subject.weights == "random"
     read = shape.parameters * _STORED_BYTES // point.tp if subject.rounded else weights
@@ -172,21 +169,22 @@ def _load(point: Point, shape: ModelShape, device: Device, weights: int) -> floa
 
 
 def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: int) -> tuple[float, float]:
-    """Seconds of measuring: if nothing limits them, and at least."""
+    """Return the seconds of measuring: without a limit, and at least."""
     prefill = _operations(shape, point.context) / (device.operations_per_s * _EFFICIENCY * point.tp)
     if point.encodes:
         return 8 * prefill + _SPLIT_SECONDS / 3, 3 * prefill
-    fixed = _STEP_SECONDS[device.kind, "fast"] if point.engine == "fast" else _SLOW_STEP_SECONDS
+    fixed = _STEP_SECONDS if point.engine == "fast" else _SLOW_STEP_SECONDS
     step = fixed + (weights + cache / 2) / (device.copy_bytes_per_s * _EFFICIENCY)
     generation = point.tokens * step
     # Short generations are repeated for a minute at most, or until there are enough.
     work = prefill + max(generation, min(12 * generation, 60.0)) + max(_SPLIT_SECONDS, 150 * step)
-    least = 3 * prefill + step * _least_steps(point.tokens, step)
+    steps = steps_at_once(point.tokens, step)  # the warm-up, and three rounds over the positions
+    least = 3 * prefill + step * (12 + 3 * steps * min(POSITIONS, point.tokens - steps + 1))
     return max(work, least), least
 
 
 def _operations(shape: ModelShape, tokens: int) -> int:
-    """Of a prompt: products with the weights, and attention, whose share grows with the prompt.
+    """Return the operations of a prompt: products with the weights, and attention, whose share grows.
 
     Scores and mixed values are 2 operations each for every head's dimension and every pair of tokens, of
     which a causal kernel leaves out half.
@@ -195,14 +193,13 @@ def _operations(shape: ModelShape, tokens: int) -> int:
     return 2 * shape.parameters * tokens + attention
 
 
-def _least_steps(tokens: int, seconds: float) -> int:
-    """Decoding steps of a point whose time is over: the warm-up, and three rounds over the positions."""
-    steps = steps_at_once(tokens, seconds)
-    return 12 + 3 * steps * min(POSITIONS, tokens - steps + 1)
+def steps_at_once(tokens: int, seconds: float) -> int:
+    """Return how many steps of that many seconds are timed together at a position of a generation."""
+    return min(8 if seconds < _SLOW_STEP else 2, tokens)
 
 
 def _weight_bytes(point: Point, shape: ModelShape, dtype: str) -> int:
-    """Bytes in the form that is run."""
+    """Return the bytes of the weights in the form that is run."""
     model = point.subject.model
     if model.precision.startswith("int"):  # a folder may have 2 bits, too
         bits, size = int(model.precision.removeprefix("int")), model.group_size or 128
@@ -216,9 +213,9 @@ def _weight_bytes(point: Point, shape: ModelShape, dtype: str) -> int:
 
 
 def _prompt_bytes(point: Point, shape: ModelShape, dtype: str, kind: str) -> int:
-    """What encoding the prompt takes beside weights and cache: what is alive in a block, and its scores.
+    """Return the bytes that encoding the prompt takes beside weights and cache: a block's tensors and scores.
 
-    A block keeps residual and normed input, and q, k, v and what becomes of them, or gate, up and their
+    A block keeps residual and normed input, and q, k, v and their rotated copies, or gate, up and their
     product. Scores are in memory only where no fused kernel runs (``runtime.attention.plain``): in float32
     before and behind the softmax, and once more in the dtype of the values.
     """
@@ -230,7 +227,3 @@ def _prompt_bytes(point: Point, shape: ModelShape, dtype: str, kind: str) -> int
     )
     cast = 0 if dtype == "float32" else itemsize
     return block + (shape.heads * tokens**2 * (2 * ITEMSIZE["float32"] + cast) if plain else 0)
-
-
-def _dtype(point: Point, device: Device) -> str:
-    return device.dtype if point.subject.dtype == "auto" else point.subject.dtype

@@ -1,7 +1,7 @@
-"""``python -m qwenq.profiling.point``: measures the point on standard input, one JSON row a line.
+"""Measure the point on standard input, in a process of its own: ``python -m qwenq.profiling.point``.
 
-Standard output carries rows and nothing else; what libraries print goes to standard error. With
-``{"probe": device}`` it says what the plan needs to know of the device instead.
+Standard output carries one JSON row a line and nothing else; what libraries print goes to standard error.
+A request ``{"probe": device}`` is answered with what the plan needs to know of the device.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from typing import Any
 
 from qwenq.errors import OutOfMemoryError, QwenqError, UnsupportedError
 from qwenq.profiling.points import Point
-from qwenq.results import Row
+from qwenq.results import Row, Status
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    """Read the request, answer it, and turn what goes wrong into rows."""
-    _die_with_parent()
+    """Read the request and answer it; an error becomes rows."""
+    with suppress(OSError, AttributeError):  # Linux kills this process with its parent, however that ends
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     began = time.monotonic()
     out = os.dup(1)
     os.dup2(2, 1)
     request = json.loads(sys.stdin.read())
-    if request["parent"] != os.getppid():  # it was killed before this one asked to die with it
-        sys.exit("the sweep is gone")
+    if request["parent"] != os.getppid():  # it was killed before prctl
+        sys.exit("the parent process is gone")
     if "probe" in request:
         _write(out, probe(request["probe"]))
         return
     point = Point.from_json(request["point"])
     done: list[str] = []
     try:
-        for row in _rows(point, request.get("seconds"), request.get("meeting"), began):
+        for row in _rows(point, request["seconds"], began):
             _write(out, row.to_json())
             done.append(row.metric)
-    except Exception as error:  # whatever it is, it is this point's end and not the sweep's
+    except Exception as error:  # whatever it is, it ends this point and not the sweep
         if os.environ.get("QWENQ_DEBUG"):
             raise
         status, reason = explain(error)
@@ -50,60 +51,48 @@ def main() -> None:
             _write(out, row.to_json())
 
 
-def _rows(point: Point, seconds: float | None, meeting: str | None, began: float) -> Iterator[Row]:
-    """Measured alone, or by the leader of several processes; the others give none.
+def _rows(point: Point, seconds: float | None, began: float) -> Iterator[Row]:
+    """Yield the point's rows, on rank 0 where it has several processes.
 
     Args:
-        seconds: for all of it; reading the libraries is part of that.
-        began: when the clock of those seconds started.
+        seconds: time limit, reading the libraries included.
+        began: when that time started.
     """
     from qwenq.profiling.measure import measure
 
     if seconds is not None:
         seconds -= time.monotonic() - began
-    if meeting is None:
+    if point.tp == 1:
         yield from measure(point, seconds)
         return
     from qwenq.distributed import assembled
     from qwenq.profiling.loading import assist
 
-    # The leader's parent, or torchrun's own process, holds the store already.
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    with assembled(point.device, meeting=meeting) as team:
+    with assembled(point.device) as team:
         if team.leads:
             yield from measure(point, seconds, team)
         else:
             assist(point, team)
 
 
-def _die_with_parent() -> None:
-    """Have Linux kill this process with the sweep that waits for it, however that ends."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-
-
-def explain(error: Exception) -> tuple[Any, str]:
-    """Status and reason of a row, for what was raised."""
-    if isinstance(error, UnsupportedError):
-        return "unavailable", _sentence(error)
+def explain(error: Exception) -> tuple[Status, str]:
+    """Return status and reason of a row, for what was raised."""
     if isinstance(error, QwenqError):
-        prefix = "out of memory: " if isinstance(error, OutOfMemoryError) else ""
-        return "failed", prefix + _sentence(error)
+        text = f"{error.what}; {error.hint}" if error.hint else error.what
+        if isinstance(error, UnsupportedError):
+            return "unavailable", text
+        return "failed", f"out of memory: {text}" if isinstance(error, OutOfMemoryError) else text
     name, text = type(error).__name__, (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
-        return "failed", f"out of memory: {text}" if text else "out of memory"
+        name = "out of memory"
     return "failed", f"{name}: {text}" if text else name
 
 
-def _sentence(error: QwenqError) -> str:
-    return f"{error.what}; {error.hint}" if error.hint else error.what
-
-
 def probe(device: str) -> dict[str, Any]:
-    """Type of the device, bytes free on it, bytes per second of a copy, and operations per second.
+    """Return type of the device, bytes free on it, bytes per second of a copy, and operations per second.
 
-    What is free is no more than a container grants. ``worked_seconds`` is what it took to find out, libraries
-    read; ``error`` where there is no such device.
+    Free bytes are limited to what a container grants. ``worked_seconds`` is what the probe took, libraries
+    read; ``error`` is there where the device is not.
     """
     from qwenq.models.granted import free_memory
     from qwenq.models.precision import compute_dtype, resolve_device
@@ -111,21 +100,21 @@ def probe(device: str) -> dict[str, Any]:
 
     began = time.monotonic()
     try:
-        place = resolve_device(device)
+        found = resolve_device(device)
     except QwenqError as error:
         return {"error": {"what": error.what, "where": error.where, "hint": error.hint}}
-    if place.type == "cuda":
+    if found.type == "cuda":
         import torch
 
-        free = torch.cuda.mem_get_info(place)[0]
+        free = torch.cuda.mem_get_info(found)[0]
     else:
         free = free_memory()
-    dtype = compute_dtype(place)
+    dtype = compute_dtype(found)
     return {
-        "device": str(place),
+        "device": str(found),
         "free_bytes": free,
-        "copy_bytes_per_s": copy_bandwidth(place, 3),
-        "operations_per_s": matmul_rate(place, dtype),
+        "copy_bytes_per_s": copy_bandwidth(found, 3),
+        "operations_per_s": matmul_rate(found, dtype),
         "dtype": str(dtype).removeprefix("torch."),
         "worked_seconds": time.monotonic() - began,
     }

@@ -1,4 +1,4 @@
-"""What is measured: a point is one model in one precision, with one attention and engine, at one length."""
+"""Define what is measured: a point is one model in one precision, attention, engine and length."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal
 
+from qwenq.errors import UsageError
 from qwenq.results import Model, Row, Status, Value
 
 Weights = Literal["stored", "random"]
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "auto", "int4": "auto"}
 """Precision → dtype to compute in."""
 BITS = {"int8": 8, "int4": 4}
+MOST_TOKENS = 10**9
 
 GENERATING = {
     "memory.load": "bytes",
@@ -42,9 +44,9 @@ class Subject:
         given: what the user typed; None: the bundled model.
         weights: stored, or random in a catalogue model's shape.
         seed: of random weights.
-        rounded: bits to round to on the fly; None: run as it is.
+        rounded: bits to round to on the fly; None: the weights as they are.
         dtype: to compute in, a name of ``runtime.engine.DTYPES`` or ``auto``.
-        model: for the rows.
+        model: as rows name it.
     """
 
     given: str | None
@@ -61,8 +63,8 @@ class Point:
 
     Attributes:
         context: tokens of the prompt.
-        tokens: new tokens; 1: the point is about encoding the prompt.
-        kernel: of quantised weights; ``auto`` is the fastest that can.
+        tokens: new tokens; 1: the point measures encoding the prompt.
+        kernel: of quantised weights; ``auto`` is the fastest that supports them.
         tp: processes that hold the model together, see ``runtime.tensor_parallel``.
     """
 
@@ -77,17 +79,17 @@ class Point:
 
     @property
     def encodes(self) -> bool:
-        """Whether it is about the prompt, not about what follows."""
+        """Tell whether it measures the prompt and not what follows."""
         return self.tokens == 1
 
     @property
     def metrics(self) -> dict[str, str]:
-        """What it yields: metric → unit."""
+        """Return its metrics and their units."""
         return ENCODING if self.encodes else GENERATING
 
     @property
     def place(self) -> dict[str, Value]:
-        """``Row.point``; a kernel and several processes are part of it only where they were asked for."""
+        """Return ``Row.point``; kernel and processes are part of it only where they were asked for."""
         found: dict[str, Value] = {
             "attention": self.attention,
             "engine": self.engine,
@@ -101,7 +103,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """For people, one line."""
+        """Return a description in one line."""
         what = f"encode {self.context}" if self.encodes else f"generate {self.tokens}"
         if not self.encodes and self.context > 1:
             what += f" after {self.context}"
@@ -110,16 +112,16 @@ class Point:
         return f"{model.name} {model.precision}, {self.attention}, {self.engine}{spread}, {what}"
 
     def row(self, metric: str, value: float | None, **more: Any) -> Row:
-        """A row of this point."""
+        """Return a row of this point."""
         return Row(metric, self.subject.model, self.place, value, self.metrics[metric], **more)
 
     def without(
         self, status: Status, reason: str, metrics: Iterable[str] | None = None, *, again: bool = False
     ) -> list[Row]:
-        """Rows that say why there are no figures.
+        """Return rows with the reason why there are no figures.
 
         Args:
-            again: a later run of the same command may have them: more budget, or more luck.
+            again: the same command tries them again, for example with a larger budget.
         """
         details = {"again": True} if again else {}
         return [
@@ -128,12 +130,12 @@ class Point:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """For the child process."""
+        """Return plain data for the child process."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Point:
-        """What ``to_json`` wrote."""
+        """Read what ``to_json`` returned."""
         subject = dict(content["subject"])
         subject["model"] = Model(**subject["model"])
         return cls(**{**content, "subject": Subject(**subject)})
@@ -149,27 +151,93 @@ def sweep(
     kernel: str = "auto",
     tp: int = 1,
 ) -> list[Point]:
-    """Every combination; the quick lengths of all subjects before the slow ones, so that a stop costs least.
+    """Return every combination, the short lengths of all subjects before the long ones.
 
     Args:
-        attentions: backends, or ``auto``: what ``runtime.engine.load`` takes for an engine.
+        attentions: backends, or ``auto``: the default of ``runtime.engine.load`` for an engine.
         lengths: (context, new tokens).
     """
     import torch
 
     from qwenq.runtime.engine import find_attention
 
-    place = torch.device(device)
+    where = torch.device(device)
     ordered = sorted(lengths, key=lambda pair: (pair[1], pair[0]))
     points = (
-        Point(subject, find_attention(name, engine, place), engine, context, tokens, device, kernel, tp)
+        Point(subject, find_attention(name, engine, where), engine, context, tokens, device, kernel, tp)
         for (context, tokens), subject, name, engine in product(ordered, subjects, attentions, engines)
     )
     return list(dict.fromkeys(points))  # a backend that is named may be what auto means
 
 
 def is_done(point: Point, rows: Iterable[Row]) -> bool:
-    """Whether a run folder has every row of a point, and none of them is worth another try."""
-    place, model = point.place, point.subject.model
-    mine = {row.metric: row for row in rows if row.point == place and row.model == model}
+    """Tell whether a run folder has every row of a point, and none is to be tried again."""
+    mine = {row.metric: row for row in rows if (row.point, row.model) == (point.place, point.subject.model)}
     return all(metric in mine and not mine[metric].details.get("again") for metric in point.metrics)
+
+
+def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (prompt, new tokens) of every point: prompts to encode have one new token.
+
+    Args:
+        context: prompts of generations.
+        tokens: new tokens after each of them; empty, or 0 alone: no generation.
+        encode: prompts whose encoding is measured; empty, or 0 alone: none.
+
+    Raises:
+        UsageError: a length is too small or too large, or nothing is to be measured.
+    """
+    news, encoded = ([] if list(found) == [0] else list(found) for found in (tokens, encode))
+    for found, least, option, what in (
+        (context, 1, "--context", "a generation has a prompt of 1 token or more"),
+        (news, 2, "--tokens", "a generation has 2 new tokens or more"),
+        (encoded, 1, "--encode", "a prompt to encode has 1 token or more"),
+    ):
+        if any(number < least for number in found):
+            hint = "use 0 alone to skip these" if found is not context else None
+            raise UsageError(what, where=option, hint=hint)
+        if any(number > MOST_TOKENS for number in found):
+            raise UsageError(f"no cache holds more than {MOST_TOKENS:,} tokens", where=option)
+    if not news and not encoded:
+        raise UsageError("there is nothing to measure", where="--tokens 0 --encode 0")
+    return [*((length, 1) for length in encoded), *((c, t) for t in news for c in context)]
+
+
+def require_known(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
+    """Refuse a misspelt name before the first point.
+
+    Raises:
+        UsageError: names what there is.
+    """
+    from qwenq.runtime.attention import BACKENDS
+    from qwenq.runtime.kernels.table import KERNELS
+
+    for option, given, known in (
+        ("--attention", attentions, ("auto", *BACKENDS)),
+        ("--engine", engines, ("fast", "transformers")),
+        ("--kernel", [kernel], ("auto", *(each.name for each in KERNELS))),
+    ):
+        if wrong := [name for name in given if name not in known]:
+            raise UsageError(f"there is no {wrong[0]!r}", where=option, hint=f"use {', '.join(known)}")
+
+
+def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> None:
+    """Refuse what several processes cannot share, before anything is measured.
+
+    Raises:
+        UsageError: another engine than transformers; a model that is quantised, or would be rounded.
+    """
+    if wrong := [engine for engine in engines if engine != "transformers"]:
+        raise UsageError(
+            f"the engine {wrong[0]} runs on one device",
+            where="--engine",
+            hint="with --tp, use --engine transformers",
+        )
+    for subject in subjects:
+        if subject.model.precision in BITS:
+            raise UsageError(
+                f"{subject.model.name} in {subject.model.precision}: packed weights cannot be split between "
+                "processes",
+                where="--tp",
+                hint="name unquantised models, and precisions among fp32, bf16 and fp16",
+            )

@@ -1,6 +1,6 @@
-"""A prompt on the clock; and how long a long one will take, before it is begun.
+"""Time a prompt; and estimate, before it is begun, how long a long one will take.
 
-Nothing ends a prompt half way. So where a budget limits a point, pieces of a long prompt are timed first,
+A prompt cannot be stopped half way. Where a budget limits a point, pieces of a long prompt are timed first,
 each twice as long as the one before: what a token takes by itself, and what it takes for each token before
 it, follow from the last two.
 """
@@ -18,17 +18,13 @@ if TYPE_CHECKING:
 LONG = 4096
 """Tokens from which a prompt is estimated first, where there is a limit."""
 _FIRST, _LARGEST_SHARE = 256, 16
-"""Tokens of the first piece; each further one has twice as many, the last at most one of so many parts."""
+"""Tokens of the first piece; the last piece is at most one sixteenth of the prompt."""
 _TRIAL = 0.02
-"""Share of the time that is left after which a piece is the last but one: it takes twice to four times it."""
+"""Share of the remaining time after which only one more piece is timed: it takes 2 to 4 times as long."""
 
 
 def prefill(bench: Bench, tokens: int | None = None) -> float:
-    """Seconds from the prompt to its first new token.
-
-    Args:
-        tokens: of the prompt's beginning; None: all of them.
-    """
+    """Return the seconds from the prompt, or its first ``tokens``, to its first new token."""
     prompt = bench.prompt[:tokens]
     cache = bench.engine.new_cache(1, len(prompt) + 1)
     synchronise(bench.engine.device)
@@ -40,7 +36,7 @@ def prefill(bench: Bench, tokens: int | None = None) -> float:
 
 
 def too_long(bench: Bench) -> str:
-    """Why the point's prompt is not begun; empty where it fits into what the point may take."""
+    """Return why the point's prompt is not begun; empty where it fits the time limit."""
     tokens = bench.point.context
     if bench.allowance.seconds is None or tokens < LONG:
         return ""
@@ -58,12 +54,7 @@ def too_long(bench: Bench) -> str:
 
 
 def estimated(tokens: int, short: tuple[int, float], longer: tuple[int, float]) -> float:
-    """Seconds of a prompt by those of two shorter ones, as a · n + b · n²; neither share is below zero.
-
-    Args:
-        tokens: n.
-        short, longer: (tokens, seconds), the second of more tokens.
-    """
+    """Return the seconds of n tokens as a · n + b · n² by (tokens, seconds) of two shorter prompts; b ≥ 0."""
     (n, s), (m, t) = short, longer
     squared = max(0.0, (t / m - s / n) / (m - n))  # t / m = a + b · m
     return (t / m + squared * (tokens - m)) * tokens

@@ -1,8 +1,7 @@
-"""A model rounded to 4 or 8 bits on the fly, for speed and memory only.
+"""Round a model to 4 or 8 bits as it is read, to measure speed and memory without quantising it first.
 
-How fast integers are multiplied does not depend on which integers they are. So a model that nobody has
-quantised yet is rounded to nearest, one module at a time as it is read; rows say so in their settings. Its
-answers are worse than those of a GPTQ model, and nothing here looks at them.
+How fast integers are multiplied does not depend on which integers they are, so each module is rounded to
+nearest. Its answers are worse than those of a GPTQ model.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def group_size_for(shape: ModelShape) -> int:
-    """What ``--group-size auto`` would take; whole rows where no size divides them."""
+    """Return the group size of ``auto``; -1, whole rows, where no size divides them."""
     try:
         return shape.auto_group_size()
     except UsageError:
@@ -34,10 +33,10 @@ def group_size_for(shape: ModelShape) -> int:
 
 
 def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
-    """The checkpoint with every linear of its blocks rounded when read: symmetric, AutoGPTQ's layout.
+    """Return the checkpoint with every linear of its blocks rounded when read: symmetric, AutoGPTQ's layout.
 
     Raises:
-        ModelError, UnsupportedError: its sizes cannot be packed.
+        UnsupportedError: its sizes cannot be packed.
     """
     shape = ModelShape.from_config(checkpoint.config)
     group_size = group_size_for(shape)
@@ -49,14 +48,14 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
 
 
 class RoundedSource:
-    """Reads like a GPTQ folder; what is under it is plain."""
+    """A plain source that reads like a GPTQ folder."""
 
     def __init__(self, source: TensorSource, modules: list[str], quant: QuantConfig) -> None:
         self._source, self._quant, self._modules = source, quant, frozenset(modules)
         self._held: tuple[str, PackedLinear] | None = None  # the module that is being read
 
     def names(self) -> Iterable[str]:
-        """All tensor names; four in place of each rounded weight."""
+        """Yield all tensor names; four in place of each rounded weight."""
         for name in self._source.names():
             module = name.removesuffix(".weight")
             if module in self._modules:
@@ -65,7 +64,7 @@ class RoundedSource:
                 yield name
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype, without rounding anything."""
+        """Return shape and dtype, without rounding anything."""
         import torch
 
         module, _, part = name.rpartition(".")
@@ -81,8 +80,10 @@ class RoundedSource:
         }[part]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        from qwenq.models.packing import trivial_g_idx
+        """Return one tensor, on the CPU."""
+        import torch
+
+        from qwenq.models.packing import pack_zeros, trivial_g_idx
 
         module, _, part = name.rpartition(".")
         if module not in self._modules or part not in _PARTS:
@@ -90,17 +91,19 @@ class RoundedSource:
         if part == "g_idx":
             return trivial_g_idx(self.info(name).shape[0], self._quant.group_size)
         if part == "qzeros":  # of a symmetric model: known without a look at the weights
-            return self._zeros(module)
+            rows, columns = self._source.info(f"{module}.weight").shape
+            groups, middle = self._quant.groups(columns), 1 << (self._quant.bits - 1)
+            return pack_zeros(torch.full((rows, groups), middle, dtype=torch.uint8), self._quant.bits)
         if self._held is None or self._held[0] != module:
             self._held = (module, self._pack(self._source.read(f"{module}.weight")))
         found: Tensor = getattr(self._held[1], part)
         return found
 
     def _pack(self, weight: Tensor) -> PackedLinear:
-        """Float [out, in] → packed: scale = largest of a group / (2^(bits-1) - 1)."""
+        """Pack floats [out, in] with scale = largest of a group / (2^(bits-1) - 1)."""
         import torch
 
-        from qwenq.models.packing import PackedLinear, pack
+        from qwenq.models.packing import pack
 
         bits, middle = self._quant.bits, 1 << (self._quant.bits - 1)
         out, width = weight.shape
@@ -110,14 +113,4 @@ class RoundedSource:
         integers = (grouped / scales[..., None]).round_().add_(middle).clamp_(0, 2 * middle - 1)
         integers = integers.reshape(out, width).to(torch.uint8)  # [out, in]
         zeros = torch.full_like(scales, middle, dtype=torch.uint8)
-        packed = pack(integers.cpu(), scales.cpu(), zeros.cpu(), bits)
-        return PackedLinear(packed.qweight, packed.qzeros, packed.scales, packed.g_idx)
-
-    def _zeros(self, module: str) -> Tensor:
-        import torch
-
-        from qwenq.models.packing import pack_zeros
-
-        rows, columns = self._source.info(f"{module}.weight").shape
-        middle, groups = 1 << (self._quant.bits - 1), self._quant.groups(columns)
-        return pack_zeros(torch.full((rows, groups), middle, dtype=torch.uint8), self._quant.bits)
+        return pack(integers.cpu(), scales.cpu(), zeros.cpu(), bits)

@@ -1,9 +1,8 @@
-"""A median of repeated measurements, its 95 % interval, and which of them stand out.
+"""Estimate the median of repeated measurements.
 
-The interval: from six values on it lies between two order statistics (distribution-free: the binomial with
-p = 1/2 says how many values lie below the median; Conover, Practical Nonparametric Statistics, 3.2). Five
-values or fewer cannot give 95 % that way; then it is Student's t interval of the logarithms, which is wide,
-as it should be. One value has none.
+From six values on its interval lies between two order statistics (distribution-free, by the binomial with
+p = 1/2; Conover, Practical Nonparametric Statistics, 3.2). Fewer values cannot give 95 % that way: then it is
+Student's t interval of the logarithms, which is wide, as it should be. A single value has no interval.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ NARROW = 0.01
 LEAST, MOST = 6, 30
 """Repetitions: from LEAST on the interval needs no assumption; none after MOST."""
 _FENCE = 3.0
-"""Scaled median absolute deviations from the median beyond which a value is named an outlier."""
+"""Scaled median absolute deviations from the median beyond which a value is an outlier."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of repeated measurements.
+    """A median of repeated measurements.
 
     Attributes:
-        low, high: 95 % interval of the median; None of a single value.
+        low, high: 95 % interval of the median; None for a single value.
         method: how the interval was made.
-        outliers: (index, value), in the order measured. They are named, not removed.
+        outliers: (index, value), in the order measured; named, not removed.
     """
 
     median: float
@@ -45,13 +44,13 @@ class Summary:
 
     @property
     def spread(self) -> float:
-        """Half the interval, relative to the median; infinite where there is no interval."""
+        """Return half the interval, relative to the median; infinite where there is no interval."""
         if self.low is None or self.high is None:
             return math.inf
         return (self.high - self.low) / 2 / abs(self.median)
 
     def details(self) -> dict[str, Any]:
-        """For ``Row.details``: the method, and the outliers where there are any."""
+        """Return the method and the outliers, for ``Row.details``."""
         found: dict[str, Any] = {"interval": self.method} if self.method else {}
         if self.outliers:
             found["outliers"] = [{"repetition": i, "value": value} for i, value in self.outliers]
@@ -59,13 +58,13 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Median of positive values with its interval.
+    """Return the median of positive values with its interval.
 
     Raises:
         ValueError: no value, or one that is not positive.
     """
     if not values or min(values) <= 0:
-        raise ValueError("there is no median of nothing, and no speed that is not positive")
+        raise ValueError("a median needs at least one value, and all of them positive")
     middle, n = statistics.median(values), len(values)
     low, high, method = _interval(sorted(values), middle)
     return Summary(middle, low, high, n, method, _outliers(values, middle))
@@ -85,7 +84,7 @@ def _interval(ordered: list[float], middle: float) -> tuple[float | None, float 
 
 
 def rank(n: int) -> int:
-    """The largest r with P(r-th smallest ≤ median ≤ r-th largest) ≥ 0.95 of n ≥ 6 values, counted from 1."""
+    """Return the largest r with P(r-th smallest ≤ median ≤ r-th largest) ≥ 0.95 of n ≥ 6 values, from 1."""
     tail, r = 0.0, 0
     while True:
         tail += math.comb(n, r) * 0.5**n  # P(at most r values lie below the median)
@@ -95,7 +94,7 @@ def rank(n: int) -> int:
 
 
 def _outliers(values: Sequence[float], middle: float) -> tuple[tuple[int, float], ...]:
-    """Beyond three deviations, 1.4826 times the median absolute one (a normal's standard deviation)."""
+    """Return values beyond three deviations (1.4826 times the median absolute one, as for a normal)."""
     deviation = 1.4826 * statistics.median(abs(value - middle) for value in values)
     if deviation == 0:
         return ()
@@ -103,11 +102,7 @@ def _outliers(values: Sequence[float], middle: float) -> tuple[tuple[int, float]
 
 
 def repeat(once: Callable[[], float], patience: float) -> list[float]:
-    """Values of ``once`` until there are enough; at least one.
-
-    Args:
-        patience: seconds after which no more are begun.
-    """
+    """Call ``once`` until its interval is narrow or ``patience`` seconds are over; at least once."""
     values: list[float] = []
     began = time.monotonic()
     while True:
@@ -117,7 +112,7 @@ def repeat(once: Callable[[], float], patience: float) -> list[float]:
 
 
 def enough(values: Sequence[float], taken: float, patience: float) -> bool:
-    """Whether the interval is narrow, or another one would not be done within the seconds there are."""
+    """Tell whether the interval is narrow, or another repetition would exceed ``patience`` seconds."""
     if taken + taken / len(values) > patience:
         return True
     return len(values) >= LEAST and summarise(values).spread <= NARROW

@@ -1,4 +1,4 @@
-"""Models in the precisions that are measured: a quantised one in its own, others in each asked for."""
+"""List the models of a sweep: a quantised one in its own precision, others in each that was asked for."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qwenq.profiling.points import BITS, PRECISIONS, Subject, Weights
 from qwenq.results import Model
 
 BUNDLED_WORD = "bundled"
-"""What stands for the bundled model among others, where no folder has that name."""
+"""Name of the bundled model on the command line, where no folder has that name."""
 
 
 @dataclass
 class Subjects:
-    """What a sweep is about.
+    """The models of a sweep.
 
     Attributes:
         shapes: by model name.
-        notices: what the user has to be told, one line each.
+        notices: for the user, one line each.
         plain: names of unquantised models by fingerprint.
         bases: fingerprints that manifests of quantised models name, by model name.
     """
@@ -39,7 +39,7 @@ class Subjects:
 def subjects_of(
     models: Sequence[str | None], precisions: Sequence[str], weights: Weights = "stored", seed: int = 0
 ) -> Subjects:
-    """Open the models and list what is to be measured of each.
+    """Open the models and list the precisions to measure of each.
 
     Raises:
         UsageError: no such precision or model, or one is named twice.
@@ -52,7 +52,7 @@ def subjects_of(
     for given in models:
         bundled = given == BUNDLED_WORD and not Path(given).exists()
         _add(found, None if bundled else given, precisions, weights, seed)
-        if bundled:  # it was named, so there is no need to say which model is taken where none is
+        if bundled:  # it was named, so no notice is needed
             found.notices = [notice for notice in found.notices if notice != BUNDLED_NOTICE]
     found.subjects = [_settled(each, found) for each in found.subjects]
     return found
@@ -82,16 +82,16 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
 
 
 def _settled(subject: Subject, found: Subjects) -> Subject:
-    """In the family of the base that its manifest names by fingerprint, as evaluations have it.
+    """Return it in the family of the base that its manifest names by fingerprint, as evaluations do.
 
-    The base's folder may have another name by now than the manifest knows.
+    The base's folder may have been renamed since.
     """
     family = found.plain.get(found.bases.get(subject.model.name, ""))
     return subject if family is None else replace(subject, model=replace(subject.model, family=family))
 
 
 def _quantised(checkpoint: Checkpoint, given: str | None, weights: Weights, seed: int) -> list[Subject]:
-    """A quantised folder: in its own precision, whatever others were asked for."""
+    """Return a quantised folder in its own precision, whatever others were asked for; else nothing."""
     import torch
 
     from qwenq.models.identity import result_model

@@ -1,4 +1,4 @@
-"""Runs a sweep: one process a point, rows into the run folder as they come, what is done here not again."""
+"""Run a sweep: each point in processes of its own, its rows written as they come, finished points skipped."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import median
+from typing import Any
 
 from qwenq.environment import MACHINE, decisive, difference, machine, measured_on
+from qwenq.events import Advance, Listener, Notice, Start, silent
 from qwenq.profiling.child import measure_in_child
-from qwenq.profiling.load_times import LoadTimes
 from qwenq.profiling.planning import Planned, allowances
 from qwenq.profiling.points import Point, is_done
 from qwenq.results import (
@@ -23,28 +24,12 @@ from qwenq.results import (
 )
 
 Measure = Callable[[Point, float | None], Iterator[Row]]
-"""How a point becomes rows; every metric of it has one."""
-
-
-class Listener(Protocol):
-    """Is told how a sweep goes."""
-
-    def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None:
-        """A point begins, or is passed over; ``seconds`` is its share of the budget, 0 if it gets none."""
-        ...
-
-    def row(self, row: Row) -> None:
-        """A figure is there, or is known not to come."""
-        ...
-
-    def note(self, line: str) -> None:
-        """Something that the user has to know before the first point."""
-        ...
+"""Turn a point into rows, one for every metric."""
 
 
 @dataclass
 class Progress:
-    """What a sweep did.
+    """The result of a sweep.
 
     Attributes:
         measured: points of this run.
@@ -58,20 +43,20 @@ class Progress:
 def run_sweep(
     planned: Sequence[Planned],
     out: Path,
-    listener: Listener,
+    listener: Listener = silent,
     *,
     environment: Mapping[str, Any] | None = None,
     budget: float | None = None,
     command: str = "",
     measure: Measure = measure_in_child,
 ) -> Progress:
-    """Measure what the folder does not have yet, or has from another machine only.
+    """Measure the points that the folder does not have yet, or has from another machine only.
 
     Args:
-        environment: of this machine; each row says it, and the folder. None: machines are not told apart.
-        budget: seconds for all points; each gets its share of what is left when its turn comes. A point for
-            which too little is left has rows that say so. The first one is tried whatever is left: how long
-            it takes to load is what the rest is judged by.
+        environment: of this machine, recorded in each row and in the folder; None: machines are not compared.
+        budget: seconds for all points; each gets its share of the rest when it begins. A point for which too
+            little is left has rows with that reason. The first one is always measured: its loading time
+            corrects the estimates of the others.
         command: what the user typed, for the rows.
         measure: replaced in tests.
 
@@ -90,16 +75,17 @@ def run_sweep(
     runner = _Runner(measure)
     for number, each in enumerate(todo):
         left = None if budget is None else max(0.0, budget - (time.monotonic() - began))
-        rest = [runner.times.corrected(one) for one in todo[number:]]
+        rest = [runner.corrected(one) for one in todo[number:]]
         seconds = runner.allowance(rest, left)
-        listener.point(number + 1, len(todo), rest[0], seconds)
+        label = rest[0].point.label
+        listener(Start(label, len(todo), "points", number, rest[0].seconds, seconds))
         for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
             if row.value is None and (row.identity, row.model) in figures:
-                continue  # that there is none today takes away none that is here
+                continue  # an earlier run has the figure, which is kept
             details = {**row.details, **({"command": command} if command else {})}
-            told = replace(row, settings={**row.settings, **mine}, details=details)
-            append_row(out, told)
-            listener.row(told)
+            complete = replace(row, settings={**row.settings, **mine}, details=details)
+            append_row(out, complete)
+            listener(Advance(label, result=complete))
         progress.measured += 1
     return progress
 
@@ -111,7 +97,7 @@ def _held_here(
     environment: Mapping[str, Any],
     listener: Listener,
 ) -> list[Row]:
-    """Rows of this machine; that others are measured again is said. Older rows know their folder's alone."""
+    """Return the rows of this machine, and report points to measure again; old rows take the folder's."""
     folder = read_environment(out)
     apart = [_apart(row, folder, environment) for row in held]
     here = [row for row, why in zip(held, apart, strict=True) if not why]
@@ -120,49 +106,53 @@ def _held_here(
         places = [(point.place, point.subject.model) for point in again]
         why = next(w for row, w in zip(held, apart, strict=True) if w and (row.point, row.model) in places)
         count = f"{len(again)} of {len(planned)} points {'was' if len(again) == 1 else 'were'}"
-        listener.note(f"{count} measured on another machine ({why}), and again here; --out NEW keeps both")
+        listener(Notice(f"{count} measured on another machine ({why}), and again here; --out NEW keeps both"))
     return here
 
 
 def _apart(row: Row, folder: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What this machine has instead of the row's; empty where nothing that decides a speed differs."""
+    """Return how this machine differs from the row's, where that decides a speed; else nothing."""
     device = row.point.get("device")
     theirs = decisive(measured_on(folder, row.settings), device, row.settings.get("threads"))
     return difference(theirs, decisive(here, device))
 
 
 class _Runner:
-    """Measures points, and learns from each what is of use for those after it."""
+    """Measures points, and learns from each: how long loading takes, and what cannot run."""
 
     def __init__(self, measure: Measure) -> None:
-        self.times = LoadTimes()
         self._measure = measure
-        self._impossible: dict[Point, str] = {}
+        self._slowdowns: list[float] = []  # seconds of loading over those of the plan
+        self._unavailable: dict[Point, str] = {}
         self._tried = False
 
-    def allowance(self, rest: Sequence[Planned], left: float | None) -> float | None:
-        """Seconds for the first of the rest.
+    def corrected(self, planned: Planned) -> Planned:
+        """Return the plan of a point as the loads of this sweep suggest it."""
+        return replace(planned, load=planned.load * median(self._slowdowns)) if self._slowdowns else planned
 
-        Before any load was timed, it is but a guess that not all of them can run: then the first gets an even
-        share. The rest is judged by how long its load took, and what it took too much nobody can give back.
+    def allowance(self, rest: Sequence[Planned], left: float | None) -> float | None:
+        """Return the seconds of the first of the rest.
+
+        Before any load was timed, it is only a guess that not all of them fit: then the first gets an even
+        share.
         """
         seconds = allowances(rest, left)[0]
-        if left is None or self.times.known or rest[0].too_large is not None:
+        if left is None or self._slowdowns or rest[0].too_large is not None:
             return seconds
         possible = [each for each in rest if each.too_large is None]
         return seconds if sum(each.needed for each in possible) <= left else left / len(possible)
 
     def refused(self, expected: Planned, seconds: float | None, left: float | None) -> list[Row]:
-        """Rows that say why a point is passed over; none if it is to be measured."""
+        """Return rows with the reason why a point is skipped; none if it is to be measured."""
         point = expected.point
         if expected.too_large is not None:
             return point.without("unavailable", expected.too_large, again=True)
-        # What cannot be run at one length cannot be run at another: a process less for each.
-        if (kind := _kind(point)) in self._impossible:
-            return point.without("unavailable", self._impossible[kind])
+        # What cannot run at one length cannot run at another, which saves a process for each.
+        if (kind := _kind(point)) in self._unavailable:
+            return point.without("unavailable", self._unavailable[kind])
         if left is None or seconds or not self._tried:
             return []
-        why = "the budget was over before its turn"
+        why = "the budget was used up before"
         if left > 0:
             why = (
                 f"it takes about {expected.load:.0f} s to load and {expected.least:.0f} s to measure once, "
@@ -171,17 +161,17 @@ class _Runner:
         return point.without("unavailable", why, again=True)
 
     def rows(self, each: Planned, seconds: float | None) -> Iterator[Row]:
-        """Measured. A point's first figure is that of its loading, so it tells when that was over."""
+        """Yield the measured rows; the first one comes when the model is loaded."""
         self._tried, began = True, time.monotonic()
         rows: list[Row] = []
         for row in self._measure(each.point, seconds):
-            if not rows and row.status == "ok":
-                self.times.learn(each, time.monotonic() - began)
+            if not rows and row.status == "ok" and each.load > 0:
+                self._slowdowns.append((time.monotonic() - began) / each.load)
             rows.append(row)
             yield row
         reasons = {row.reason for row in rows if row.status == "unavailable"}
         if len(reasons) == 1 and all(row.status == "unavailable" for row in rows) and not rows[0].details:
-            self._impossible[_kind(each.point)] = reasons.pop() or ""
+            self._unavailable[_kind(each.point)] = reasons.pop() or ""
 
 
 def _kind(point: Point) -> Point:

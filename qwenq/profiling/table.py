@@ -1,8 +1,8 @@
-"""Rows of a sweep as a table: a line a point, a column a figure; what does not vary is said once, above."""
+"""Lay out the rows of a sweep as a table: a line for a point, a column for a figure, constants above."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
@@ -16,9 +16,9 @@ _FIGURES = {
     "time.first_token": ("first token ms", 1e3, ".1f"),
     "memory.load": ("load GiB", 1 / 2**30, ".2f"),
     "memory.generate": ("running GiB", 1 / 2**30, ".2f"),
-    "memory.unreset": ("both GiB", 1 / 2**30, ".2f"),
+    "memory.unreset": ("peak GiB", 1 / 2**30, ".2f"),
     "energy.token": ("J/token", 1.0, ".3f"),
-    "bandwidth.share": ("of a copy", 100.0, ".0f"),
+    "bandwidth.share": ("of copy bandwidth", 100.0, ".0f"),
 }
 """Metric → heading, factor, format."""
 _PERCENT = {"bandwidth.share"}
@@ -26,14 +26,14 @@ _PERCENT = {"bandwidth.share"}
 
 @dataclass(frozen=True)
 class PrintedTable:
-    """Strings only.
+    """A table of strings.
 
     Attributes:
-        constant: what is the same in every line, (name, value).
-        headings: of the columns that remain.
-        lines: one a point.
-        labels: how many columns on the left say which point it is.
-        notes: why figures are missing, each reason once.
+        constant: (name, value) of what is the same in every line.
+        headings: of the other columns.
+        lines: one for each point.
+        labels: number of columns on the left that identify the point.
+        notes: reasons of missing figures, each once.
     """
 
     constant: tuple[tuple[str, str], ...]
@@ -44,12 +44,12 @@ class PrintedTable:
 
     @property
     def folded(self) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-        """Headings and lines with units and intervals below: half as wide."""
+        """Return headings and lines with units and intervals below: half as wide."""
         headings = tuple(heading.replace(" ", "\n") for heading in self.headings)
         return headings, tuple(tuple(cell.replace(" (", "\n(") for cell in line) for line in self.lines)
 
     def paragraphs(self, width: int) -> list[str]:
-        """Lines of text for a terminal too narrow for columns: a point, and its figures indented below it."""
+        """Return lines for a terminal too narrow for columns: a point, and its figures indented below it."""
         found = []
         for line in self.lines:
             cells = list(zip(self.headings, line, strict=True))
@@ -65,7 +65,7 @@ class PrintedTable:
 
 
 def table(rows: Sequence[Row]) -> PrintedTable:
-    """Pivot rows by point; columns without any figure are left out, constant ones named once."""
+    """Pivot rows by point, without columns that have no figure or are constant."""
     points: dict[tuple[tuple[str, str], ...], dict[str, Row]] = {}
     for row in rows:
         points.setdefault(_labels(row), {})[row.metric] = row
@@ -82,7 +82,7 @@ def table(rows: Sequence[Row]) -> PrintedTable:
         for labels, found in points.items()
     )
     for found in points.values():
-        if _passed_over(found):
+        if len({row.reason for row in found.values()}) == 1 and all(r.value is None for r in found.values()):
             notes.mark(next(iter(found.values())))  # once, not for every figure
             continue
         for metric in _FIGURES:
@@ -93,22 +93,14 @@ def table(rows: Sequence[Row]) -> PrintedTable:
     )
 
 
-def _passed_over(found: Mapping[str, Row]) -> bool:
-    """Whether one reason is behind every figure that a point does not have."""
-    return (
-        all(row.value is None for row in found.values()) and len({row.reason for row in found.values()}) == 1
-    )
-
-
 class _Notes:
-    """Reasons, each with a number that stands in its cells."""
+    """Reasons of missing figures, numbered."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, int] = {}
 
     def mark(self, row: Row, what: str = "") -> str:
-        text = f"{what}: {row.reason}" if what else str(row.reason)
-        text = visible(text)
+        text = visible(f"{what}: {row.reason}" if what else str(row.reason))
         return f"[{self._reasons.setdefault(text, len(self._reasons) + 1)}]"
 
     @property
@@ -119,11 +111,11 @@ class _Notes:
 def _labels(row: Row) -> tuple[tuple[str, str], ...]:
     point: dict[str, Value] = dict(row.point)
     context, tokens = point.pop("context", None), point.pop("tokens", None)
-    does = f"encode {context}" if tokens == 1 else f"generate {tokens}"
+    workload = f"encode {context}" if tokens == 1 else f"generate {tokens}"
     if tokens != 1 and context != 1:
-        does += f" after {context}"
+        workload += f" after {context}"
     model = (("model", row.model.name), ("precision", row.model.precision))
-    return (*model, *((name, str(value)) for name, value in point.items()), ("does", does))
+    return (*model, *((name, str(value)) for name, value in point.items()), ("workload", workload))
 
 
 def _cell(row: Row | None, notes: _Notes) -> str:

@@ -1,4 +1,4 @@
-"""The model card's three tables, with its own headings, and what the card itself says beside them."""
+"""Make the model card's three tables with its headings, and the published figures beside ours."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _RESET = "peak of generating alone: the counter is reset after loading, unlike t
 
 
 def card_tables(collection: Collection, family: str) -> list[Table]:
-    """Those of the three tables that something was measured for."""
+    """Make those of the three tables that have measurements."""
     return [
         table for make in (accuracy_table, speed_table, memory_table) if (table := make(collection, family))
     ]
 
 
 def accuracy_table(collection: Collection, family: str) -> Table | None:
-    """Quantization | MMLU | CEval (val) | GSM8K | Humaneval; percent of items."""
+    """Make Quantization | MMLU | CEval (val) | GSM8K | Humaneval; percent of items."""
     rows = collection.of(family, "accuracy")
     if not rows:
         return None
@@ -50,7 +50,7 @@ def accuracy_table(collection: Collection, family: str) -> Table | None:
 
 
 def _how_asked(rows: list[Measured]) -> str:
-    """``letters by logits: MMLU; written answers: GSM8K``."""
+    """Return ``letters by logits: MMLU; written answers: GSM8K``."""
     by: dict[str, dict[str, None]] = {"logits": {}, "generation": {}}
     for item in sorted(rows, key=lambda item: task_order(item.row)):
         by[asked_by(item.row)][_task(item)[1]] = None
@@ -59,7 +59,7 @@ def _how_asked(rows: list[Measured]) -> str:
 
 
 def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
-    """A column for each task with written answers: the share that reached the limit of tokens."""
+    """Add the share of answers cut at the limit of tokens, for each task with written answers."""
     for item in sorted(rows, key=lambda item: task_order(item.row)):
         if (found := cut_of(item.row)) is None:
             continue
@@ -93,25 +93,23 @@ def speed_table(collection: Collection, family: str) -> Table | None:
             "Speed (encoding {context} tokens)",
             "Speed ({context} + {tokens} tokens)",
         ),
-        labels={"attention": "FlashAttn"},
+        labels={"attention": "Attention"},
         used=frozenset({"context", "tokens"}),
         names={"attention": attention},
     )
     made = pivot(rows, layout, collection)
-    made.caption.insert(
-        0, "tokens per second by the cards' protocol: the wall clock around one generate call"
-    )
+    made.caption.insert(0, "tokens/s by the cards' protocol: the wall clock around one generate call")
     for row in published_of(family):
         for kind, pair in row.speed.items():
             if ATTENTION[kind] not in {label for line in made.lines for label in line.labels}:
                 continue
             figures = {f"Speed ({n} tokens)": v for n, v in zip((2048, 8192), pair, strict=False)}
-            _add_published(made, row, {"FlashAttn": ATTENTION[kind]}, figures, digits=2)
+            _add_published(made, row, {"Attention": ATTENTION[kind]}, figures, digits=2)
     return made.table("speed", "Speed")
 
 
 def memory_table(collection: Collection, family: str) -> Table | None:
-    """Quantization Level | Peak Usage for Encoding 2048 Tokens | … for Generating 8192 Tokens; GiB."""
+    """Make Quantization Level | Peak Usage for Encoding 2048 Tokens | … for Generating 8192 Tokens; GiB."""
     rows = collection.of(family, "memory.unreset")
     how = _UNRESET
     if not any(item.row.status == "ok" for item in rows):
@@ -138,12 +136,12 @@ def memory_table(collection: Collection, family: str) -> Table | None:
 
 
 def attention(value: Value) -> str:
-    """A backend's name in the card's words."""
+    """Return a backend's name in the card's words."""
     return ATTENTION.get(str(value), clean(value))
 
 
 def task_order(row: Row) -> tuple[int, str]:
-    """Place of a row's task: the card's first, in its order."""
+    """Return the place of a row's task: the card's first, in its order."""
     task = str(row.point.get("task"))
     known = list(TASKS)
     return (known.index(task) if task in known else len(known)), task
@@ -155,7 +153,7 @@ def _task(item: Measured) -> tuple[Any, str]:
 
 
 def _length(generating: str, encoding: str, both: str) -> Any:
-    """A column for each pair of context and new tokens, encoding first."""
+    """Make a column for each pair of context and new tokens, encoding first."""
 
     def column(item: Measured) -> tuple[Any, str]:
         point = item.row.point
@@ -173,7 +171,7 @@ def _count(value: Value) -> int:
 def _add_published(
     made: Pivot, row: PublishedRow, labels: dict[str, str], figures: dict[str, float], digits: int
 ) -> None:
-    """A line of the card below ours of that precision, its figures only where we have the column."""
+    """Insert a line of the card below ours of that precision, with the figures that have a column."""
     shown = {heading: value for heading, value in figures.items() if heading in made.columns}
     if not shown:
         return
@@ -186,5 +184,5 @@ def _add_published(
 
 
 def _rank(label: str) -> int:
-    """Place of a line by its label, ``Int4, groups of 64`` or ``Int4, published``."""
+    """Return the place of a line by its label, ``Int4, groups of 64`` or ``Int4, published``."""
     return rank(label.partition(",")[0].lower())

@@ -1,4 +1,4 @@
-"""Run folders read into one collection: rows with their run and hardware, models with names of their own."""
+"""Read run folders into one collection of rows, each with its run, hardware and a label for its model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Measured:
 
     @property
     def hardware(self) -> str:
-        """What computed it: as the row says itself, else as its folder does."""
+        """Return what computed it, by the row itself, else by its folder."""
         row = self.row  # of an accuracy the device is no part of the point: it decides nothing
         device = row.point.get("device", row.settings.get("device"))
         return hardware(measured_on(self.run.environment, row.settings), device)
@@ -53,11 +53,11 @@ class Collection:
 
     @property
     def families(self) -> list[str]:
-        """Unquantised models, in order of appearance."""
+        """Return the unquantised models in order of appearance."""
         return list(dict.fromkeys(item.row.model.family for item in self.measured))
 
     def of(self, family: str, *metrics: str) -> list[Measured]:
-        """Rows of a family; of these metrics only, if any are named. Precisions in the cards' order."""
+        """Return rows of a family, of the given metrics if any, precisions in the cards' order."""
         found = [
             item
             for item in self.measured
@@ -66,7 +66,7 @@ class Collection:
         return sorted(found, key=lambda item: rank(item.row.model.precision))
 
     def label(self, model: Model) -> str:
-        """``Int4``; with the group size or the name where the family has several of that precision."""
+        """Return ``Int4``, with group size or name if the family has several models of that precision."""
         siblings = {
             item.row.model
             for item in self.measured
@@ -86,7 +86,7 @@ def collect(folders: list[Path]) -> Collection:
     """Read run folders.
 
     Raises:
-        UsageError: none is named, or one twice, one has no results, or together they have no row.
+        UsageError: no folder is named, or one twice, one has no results, or together they have no row.
     """
     if not folders:
         raise UsageError("no run folder is named", where="RUNS", hint="name folders of qwenq eval or profile")
@@ -108,14 +108,14 @@ def collect(folders: list[Path]) -> Collection:
 
 
 DEEPEST = 100
-"""Levels of lists within lists; what is written here has five, and Python's own limit is not far above."""
+"""Levels of nested lists; our rows have five, and Python's own limit is not far above."""
 
 
 def _refuse_depths(values: list[Any], folder: Path) -> None:
-    """Refuse what can be read, but neither copied nor written again.
+    """Refuse values that can be read, but neither copied nor written again.
 
     Raises:
-        UsageError: a value holds lists within lists without end.
+        UsageError: a value is nested too deeply.
     """
     for _ in range(DEEPEST):
         inner = (each.values() if isinstance(each, dict) else each for each in values)
@@ -123,21 +123,21 @@ def _refuse_depths(values: list[Any], folder: Path) -> None:
         if not values:
             return
     raise UsageError(
-        f"rows or environment hold more than {DEEPEST} levels of lists",
+        f"rows or environment have more than {DEEPEST} levels of lists",
         where=folder,
-        hint="that is no run folder of qwenq's",
+        hint="this is not a run folder of qwenq",
     )
 
 
 def _name(folder: Path, taken: list[str]) -> str:
-    """The folder's own; of several of one name each has a number, or one would stand for the others."""
+    """Return the folder's name, numbered if another run has it."""
     name = clean(folder.resolve().name) or "run"
     numbered = (name, *(f"{name} ({number})" for number in range(2, len(taken) + 2)))
     return next(each for each in numbered if each not in taken)
 
 
 def rank(precision: str) -> int:
-    """Place of a precision in the cards' order; unknown ones come last."""
+    """Return the place of a precision in the cards' order; unknown ones are last."""
     known = list(PRECISIONS)
     return known.index(precision) if precision in known else len(known)
 
@@ -146,12 +146,11 @@ UNKNOWN = "unknown hardware"
 
 
 def hardware(environment: dict[str, Any], device: object = None) -> str:
-    """One line on what computed: the GPUs, or the processor with its cores; says so where it is unknown.
+    """Return one line on the hardware: the GPUs, or the processor with its cores.
 
     Args:
         environment: of the run.
-        device: where the row says so, ``cpu`` or ``cuda``; ``unknown`` of what a server computed; None: a
-            GPU, where there is one.
+        device: of the row, ``cpu`` or ``cuda``; ``unknown`` for a server; None: a GPU if there is one.
     """
     if device == "unknown":
         return UNKNOWN

@@ -1,4 +1,4 @@
-"""Two runs row by row: which rows can be compared, how they differ, and whether the difference is real."""
+"""Compare two runs row by row: which rows are comparable, how they differ, whether the difference is real."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Literal
 
 from qwenq.paired.base import PLAIN
 from qwenq.paired.compare import Paired
-from qwenq.paired.mcnemar import ALPHA
+from qwenq.paired.mcnemar import ALPHA, holm
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured
 from qwenq.reporting.machine import another_machine
 from qwenq.reporting.matching import Match, matched
-from qwenq.reporting.significance import holm, other_items, paired
+from qwenq.reporting.significance import other_items, paired
 from qwenq.reporting.text import clean
 from qwenq.results import Row
 
@@ -24,10 +24,10 @@ class Metric:
 
     Attributes:
         relation: ``ratio``: new / baseline; ``difference``: new − baseline.
-        better: ``up`` or ``down``.
-        paired: item by item.
-        noisy: two runs of the same code differ; only intervals that do not overlap are a difference.
-        machine: means something on one machine only.
+        better: direction of an improvement.
+        paired: tested item by item.
+        noisy: differs between runs of the same code; a difference is real if the intervals do not overlap.
+        machine: comparable on one machine only.
     """
 
     relation: Literal["ratio", "difference"]
@@ -54,16 +54,16 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of the baseline and its match.
+    """A row of the baseline and its match in the new run.
 
     Attributes:
-        before, after: one of both may be missing.
-        change: ratio or difference, as the metric has it; None where there is none.
-        real: whether the difference is more than noise; None: nobody can tell.
-        why: why the rows cannot be compared, or why nobody can tell; empty otherwise.
-        comparable: the two figures are of the same thing.
+        before, after: the two rows; one of them may be missing.
+        change: ratio or difference, as the metric defines it.
+        real: whether the difference is more than noise; None if that is unknown.
+        why: why the rows are not comparable, or why `real` is unknown; otherwise empty.
+        comparable: both figures are of the same measurement.
         pairing, p: of accuracies; p is corrected, see `corrected`.
-        kindest: of ratios with intervals, the one best for the new run that the intervals allow.
+        kindest: the most favourable ratio that both intervals allow.
     """
 
     before: Row | None
@@ -78,26 +78,26 @@ class Comparison:
 
     @property
     def row(self) -> Row:
-        """The baseline's row, or the new one where the baseline has none."""
+        """Return the baseline's row, or the new one if the baseline has no such row."""
         row = self.before or self.after
         assert row is not None  # noqa: S101 - the constructor's callers give one of both
         return row
 
     @property
     def metric(self) -> Metric | None:
-        """How it is compared."""
+        """Return how the rows are compared."""
         return METRICS.get(self.row.metric.partition(".")[0])
 
     @property
     def worse(self) -> bool:
-        """Whether the change goes the wrong way, real or not; of accuracies by item, as they are tested."""
+        """Return whether the change is for the worse, real or not; accuracies by item, as they are tested."""
         if self.pairing is not None:
             return self.pairing.lost > self.pairing.won
         return self.score_is_worse
 
     @property
     def score_is_worse(self) -> bool:
-        """Whether the value went the wrong way; averaged over subjects, it may where the items did not."""
+        """Return whether the value got worse; an average over subjects may, though more items were won."""
         if self.change is None or self.metric is None:
             return False
         neutral = 1.0 if self.metric.relation == "ratio" else 0.0
@@ -105,7 +105,7 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """``Int4 accuracy: task mmlu, protocol card``."""
+        """Return ``Int4 accuracy: task mmlu, protocol card``."""
         model = self.row.model
         precision = PRECISIONS.get(model.precision, model.precision)
         point = ", ".join(f"{key} {value}" for key, value in self.row.point.items() if value is not None)
@@ -113,14 +113,16 @@ class Comparison:
 
 
 def compare(baseline: Collection, new: Collection) -> list[Comparison]:
-    """Every row of the baseline with its match in the new run, then what the baseline does not have."""
+    """Compare every row of the baseline with its match, and list the rows that only the new run has."""
     olds, news = list(_with_sizes(baseline.measured)), list(_with_sizes(new.measured))
-    strangers = _other_bases(olds, news)
+    changed = _changed_families(olds, news)
     made, used = [], set()
     for old, match in zip(olds, matched(olds, news), strict=True):
         used |= {id(item) for item in match.found}
-        stranger = bool(match.found) and old.row.model.family in strangers
-        made.append(_apart_as(OTHER_WEIGHTS, old, match) if stranger else _compared(old, match, news))
+        if match.found and old.row.model.family in changed:
+            made.append(Comparison(old.row, match.found[0].row, why=OTHER_WEIGHTS))
+        else:
+            made.append(_compared(old, match, news))
     made += [Comparison(None, item.row) for item in news if id(item) not in used]
     return corrected(made, lambda item: True)
 
@@ -128,17 +130,14 @@ def compare(baseline: Collection, new: Collection) -> list[Comparison]:
 OTHER_WEIGHTS = "another model: other weights under the same name"
 
 
-def _other_bases(olds: list[Measured], news: list[Measured]) -> set[str]:
-    """Families whose unquantised weights are others in the new run: what was made of them is, too."""
+def _changed_families(olds: list[Measured], news: list[Measured]) -> set[str]:
+    """Return families whose unquantised weights differ, so that their quantised models do, too."""
     before, after = _bases(olds), _bases(news)
     return {family for family in before.keys() & after.keys() if before[family].isdisjoint(after[family])}
 
 
 def _bases(items: list[Measured]) -> dict[str, set[str]]:
-    """Fingerprints of each family's unquantised weights: of what a file stores, whatever it is run in.
-
-    Of those that were measured, and of those that quantised ones were made of, where rows know them.
-    """
+    """Return fingerprints of each family's unquantised weights, measured or named by quantised models."""
     found: dict[str, set[str]] = defaultdict(set)
     for item in items:
         if (base := _base_of(item.row)) is not None:
@@ -147,19 +146,15 @@ def _bases(items: list[Measured]) -> dict[str, set[str]]:
 
 
 def _base_of(row: Row) -> str | None:
-    """The unquantised weights that a row is of, or of which its model was made; None: it does not say."""
+    """Return the fingerprint of the unquantised weights that a row's model is or was made of, if recorded."""
     if row.model.precision in PLAIN:
         return row.model.fingerprint
     named = row.details.get("base")
     return named if isinstance(named, str) else None
 
 
-def _apart_as(why: str, old: Measured, match: Match) -> Comparison:
-    return Comparison(old.row, match.found[0].row, why=why)
-
-
 def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
-    """The rows, and a row of its bytes for each model that has none."""
+    """Yield the rows, and a row of its size for each model that has none."""
     items = list(measured)
     yield from items
     known = {item.row.model for item in items if item.row.metric == "size"}
@@ -180,13 +175,13 @@ def _compared(old: Measured, match: Match, news: list[Measured]) -> Comparison:
     new = match.found[0]
     if old.row.status != "ok":
         return Comparison(None, new.row)
-    if why := _apart(old, new):
+    if why := _not_comparable(old, new):
         return Comparison(old.row, new.row, why=why)
     return _difference(old.row, new.row)
 
 
-def _apart(old: Measured, new: Measured) -> str:
-    """Why two rows of one identity are still not to be compared."""
+def _not_comparable(old: Measured, new: Measured) -> str:
+    """Return why two rows of one identity are not comparable; empty if they are."""
     metric = METRICS.get(old.row.metric.partition(".")[0])
     if new.row.status != "ok":
         return f"{new.row.status} in the new run: {clean(new.row.reason)}"
@@ -195,7 +190,8 @@ def _apart(old: Measured, new: Measured) -> str:
     if old.row.unit != new.row.unit:
         return f"another unit: {clean(new.row.unit)} instead of {clean(old.row.unit)}"
     items = other_items(old.row, new.row) if metric.paired else ""
-    if why := _other_model(old.row, new.row) or _without_ratio(old.row, new.row, metric) or items:
+    ratio = _no_ratio(old.row, new.row) if metric.relation == "ratio" else ""
+    if why := _other_model(old.row, new.row) or ratio or items:
         return why
     before, after = (item.row.settings.get("dtype") for item in (old, new))
     if before != after and old.row.metric != "size":
@@ -203,26 +199,23 @@ def _apart(old: Measured, new: Measured) -> str:
     return another_machine(old, new) if metric.machine else ""
 
 
-def _without_ratio(old: Row, new: Row, metric: Metric) -> str:
-    """No speed, time or size is zero or less: such a figure is a mistake, and nothing is better than it."""
-    if metric.relation != "ratio":
-        return ""
-    for row, which in ((old, "the baseline's"), (new, "the new run's")):
+def _no_ratio(old: Row, new: Row) -> str:
+    """Return which figure is zero or less, a mistake for a speed, time or size; empty for none."""
+    for row, side in ((old, "the baseline's"), (new, "the new run's")):
         if row.value is not None and row.value <= 0:
-            return f"{which} figure is {row.value:g}: there is no ratio to it"
+            return f"{side} figure is {row.value:g}: there is no ratio to it"
     return ""
 
 
 LOADING = ("size", "memory.load", "memory.unreset")
-"""Metrics that a model rounded on the fly and one read from a folder do not have in common."""
+"""Metrics that differ between a model rounded on the fly and one that is read from a folder."""
 
 
 def _other_model(old: Row, new: Row) -> str:
-    """Why two models of one name and precision are not to be compared; empty where they may be.
+    """Return why two models of one name and precision are not comparable; empty if they are.
 
-    Unquantised ones are the same weights. Of one that was rounded on the fly the speed is a folder's, as that
-    depends on no integer. Its bytes are those of no file, and while it is loaded the model that it is made
-    from is in memory, too.
+    Unquantised weights must be the same. A model rounded on the fly has the speed of a quantised folder,
+    as that depends on no weight's value; but it has no files, and while it is loaded its base is in memory.
     """
     if old.model.precision in PLAIN:
         return "" if old.model.fingerprint == new.model.fingerprint else OTHER_WEIGHTS
@@ -242,11 +235,11 @@ def _other_model(old: Row, new: Row) -> str:
 
 
 NAMING = ("task", "context", "tokens")
-"""Keys of a point without which another row is another measurement, not this one measured otherwise."""
+"""Keys of a point that two rows must share for one to be named as the nearest to the other."""
 
 
 def _nearest(row: Row, news: list[Measured]) -> str:
-    """What the new run has in the place of a row that it does not have."""
+    """Return why a row has no match, by the most similar row of the new run."""
     alike = [
         item.row
         for item in news
@@ -278,10 +271,12 @@ def _difference(before: Row, after: Row) -> Comparison:
         pairing = paired(before, after)
         if isinstance(pairing, str):
             return replace(made, real=None, why=pairing)
-        return replace(made, pairing=pairing)  # whether it is real, `corrected` says
+        return replace(made, pairing=pairing)  # `corrected` decides whether it is real
     if metric.noisy:
         kindest = _kindest(before, after, metric)
-        return replace(made, real=_disjoint(before, after), why=_no_interval(before, after), kindest=kindest)
+        real = _disjoint(before, after)
+        why = "" if real is not None else "measured once: without an interval, noise is unknown"
+        return replace(made, real=real, why=why, kindest=kindest)
     return made
 
 
@@ -292,22 +287,17 @@ def _disjoint(before: Row, after: Row) -> bool | None:
 
 
 def _kindest(before: Row, after: Row, metric: Metric) -> float | None:
-    """None without intervals, and where the baseline's reaches zero: a ratio to that says nothing."""
+    """Return the most favourable ratio; None without intervals, or if the divisor may be zero."""
     divisor, dividend = (before.low, after.high) if metric.better == "up" else (before.high, after.low)
     return dividend / divisor if dividend is not None and divisor is not None and divisor > 0 else None
 
 
-def _no_interval(before: Row, after: Row) -> str:
-    return "measured once: no interval says how much is noise" if _disjoint(before, after) is None else ""
+def corrected(made: Sequence[Comparison], selected: Callable[[Comparison], bool]) -> list[Comparison]:
+    """Apply Holm's correction over the selected paired tests: of many, one looks worse by chance.
 
-
-def corrected(made: Sequence[Comparison], asked: Callable[[Comparison], bool]) -> list[Comparison]:
-    """Holm's correction over the paired tests that are asked for: of many, one looks worse by chance.
-
-    The others keep the p that they have: a test that nobody asked for must not hide a loss that somebody
-    asked about.
+    The others keep their p, as a test that no condition selects must not hide a loss that one does.
     """
-    tested = {index: item.pairing for index, item in enumerate(made) if item.pairing and asked(item)}
+    tested = {index: item.pairing for index, item in enumerate(made) if item.pairing and selected(item)}
     p_values = dict(zip(tested, holm([pairing.p for pairing in tested.values()]), strict=True))
     return [
         replace(item, p=p, real=p < ALPHA) if (p := p_values.get(index)) is not None else item

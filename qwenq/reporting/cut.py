@@ -1,4 +1,4 @@
-"""Answers that were cut at their limit of tokens: most count as wrong, whatever they would have become."""
+"""Count answers that were cut at their limit of tokens, most of which are judged wrong."""
 
 from __future__ import annotations
 

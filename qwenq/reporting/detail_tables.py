@@ -1,4 +1,4 @@
-"""The tables that a card does not have: closeness to the unquantised model; speed and memory taken apart."""
+"""Make the tables that a card does not have: closeness to the base; speed and memory in parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SPLIT = {
 
 
 def closeness_table(collection: Collection, family: str) -> Table | None:
-    """How near each model is to the unquantised one, and its bytes."""
+    """Tabulate how close each model is to the unquantised one, and its bytes."""
     rows = collection.of(family, *CLOSENESS)
     if not rows:
         return None
@@ -46,7 +46,7 @@ def closeness_table(collection: Collection, family: str) -> Table | None:
 
 
 def split_table(collection: Collection, family: str) -> Table | None:
-    """Speed and memory taken apart: prefill from decoding, loading from generating."""
+    """Tabulate speed and memory in parts: prefill and decoding, loading and generating."""
     rows = collection.of(family, *SPLIT)
     if not rows:
         return None
@@ -55,8 +55,11 @@ def split_table(collection: Collection, family: str) -> Table | None:
 
 
 def other_accuracies(collection: Collection, family: str) -> Table | None:
-    """Accuracies by another rule than the protocol's main one, such as ``accuracy.published``."""
-    rows = [item for item in collection.of(family) if item.row.metric.startswith("accuracy.")]
+    """Tabulate accuracies by another rule, such as ``accuracy.published``, where any figure differs."""
+    found = [item for item in collection.of(family) if item.row.metric.startswith("accuracy.")]
+    main = {_answers(item): item.row.value for item in collection.of(family, "accuracy")}
+    other = {_task_and_rule(item) for item in found if item.row.value != main.get(_answers(item))}
+    rows = [item for item in found if _task_and_rule(item) in other]
     if not rows:
         return None
     layout = Layout("Quantization", _task_and_rule, count="items", used=frozenset({"task"}))
@@ -66,7 +69,7 @@ def other_accuracies(collection: Collection, family: str) -> Table | None:
 
 
 def model_bytes(collection: Collection, family: str) -> dict[Model, int]:
-    """Bytes of each model's weights, where a row says them."""
+    """Return the bytes of each model's weights, as far as rows record them."""
     return {
         item.row.model: item.row.model.nbytes
         for item in collection.of(family)
@@ -77,6 +80,15 @@ def model_bytes(collection: Collection, family: str) -> dict[Model, int]:
 def _by_metric(titles: dict[str, str]) -> Callable[[Measured], tuple[Any, str]]:
     places = {metric: place for place, metric in enumerate(titles)}
     return lambda item: (places[item.row.metric], titles[item.row.metric])
+
+
+def _answers(item: Measured) -> tuple[object, ...]:
+    """Return what an accuracy shares with those of the same answers by other rules."""
+    return (
+        item.row.model,
+        item.run.name,
+        *sorted((key, str(value)) for key, value in item.row.point.items()),
+    )
 
 
 def _task_and_rule(item: Measured) -> tuple[Any, str]:

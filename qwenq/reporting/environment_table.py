@@ -1,4 +1,4 @@
-"""What runs were measured on, in lines; what all runs share is said once."""
+"""List what runs were measured on; what all runs share is listed once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from qwenq.reporting.units import GIB
 
 
 def environment_lines(collection: Collection) -> list[tuple[str, str]]:
-    """(what, value); values that differ between runs name theirs.
+    """Return pairs of fact and value; facts that differ between runs name the run.
 
-    A run whose rows were measured on several machines has the values of each, with ``and`` between them.
+    A run with rows of several machines has their values joined by ``and``.
     """
     facts = {run.name: _facts_of_run(run, collection) for run in collection.runs}
     lines = []
@@ -28,7 +28,7 @@ def environment_lines(collection: Collection) -> list[tuple[str, str]]:
 
 
 def _facts_of_run(run: Run, collection: Collection) -> dict[str, str]:
-    """Of its machines as its rows say them; the folder itself knows that of the last command."""
+    """Collect the facts of a run's machines from its rows; the folder only knows the last command's."""
     mine = [item.row for item in collection.measured if item.run is run]
     found: dict[str, dict[str, None]] = {}
     for environment in [measured_on(run.environment, row.settings) for row in mine] or [run.environment]:
@@ -61,7 +61,7 @@ def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _gib(nbytes: Any) -> str:
-    """Empty where it is no number of bytes."""
+    """Return a size in GiB; empty if it is not a number of bytes."""
     return f"{nbytes / GIB:.1f} GiB" if isinstance(nbytes, int) and 0 < nbytes < 2**63 else ""
 
 

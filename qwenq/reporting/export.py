@@ -1,4 +1,4 @@
-"""The report for programs: ``results.json`` with every row and table, ``results.csv`` with a line a row."""
+"""Write a report for programs: ``results.json`` and, with a line per row, ``results.csv``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 from typing import Any
 
-from qwenq.errors import UsageError
 from qwenq.reporting.collect import Measured
 from qwenq.reporting.report import Report
 from qwenq.reporting.text import clean, spreadsheet
@@ -15,7 +14,7 @@ FORMAT = 1
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain values. Rows leave out the record of single items, which stays in the run folder."""
+    """Return plain values. Rows leave out the record of single items, which stays in the run folder."""
     return {
         "format": FORMAT,
         "title": report.title,
@@ -35,7 +34,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def json_text(report: Report) -> str:
-    """``to_json`` with two spaces and a final newline."""
+    """Return `to_json` indented by two spaces, with a final newline."""
     return json.dumps(to_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -46,15 +45,9 @@ def _row(item: Measured) -> dict[str, Any]:
 
 
 def csv_text(report: Report) -> str:
-    """One line a row; the keys of points have columns of their own.
+    """Return one line a row; each key of a point has a column."""
+    import pandas as pd
 
-    Raises:
-        UsageError: pandas is not installed.
-    """
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise UsageError("results.csv needs pandas", hint="pip install 'qwenq[report]'") from error
     frame = pd.DataFrame([_record(item) for item in report.collection.measured], dtype=object)
     text = io.StringIO()
     frame.to_csv(text, index=False, lineterminator="\n")

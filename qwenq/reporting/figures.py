@@ -1,6 +1,6 @@
-"""Figures as data: what is drawn, before it is drawn for the page (``svg``) or for files (``plots``).
+"""Turn rows into figures as data, which ``plots`` draws.
 
-A figure exists only where rows hold its data. None of its numbers is made up, smoothed or filled in.
+A figure exists only if rows hold its data; no number is smoothed or filled in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.detail_tables import model_bytes
 from qwenq.reporting.frontier import frontier
 from qwenq.reporting.losses import bases_of, losses, told_apart
-from qwenq.reporting.selection import at_one_point, decode_rows, said
+from qwenq.reporting.selection import FASTEST_OF, at_one_point, decode_rows, point_text
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import GIB
 
@@ -55,7 +55,7 @@ class Series:
 
     @property
     def joined(self) -> tuple[Point, ...]:
-        """Marks that a line joins: those that no other beats."""
+        """Return the marks that a line joins: those on the frontier."""
         return tuple(point for point in self.points if not point.beaten)
 
 
@@ -83,7 +83,7 @@ class Figure:
 
 
 def figures_of(collection: Collection, family: str) -> Iterator[Figure]:
-    """Those figures that this family's rows have data for."""
+    """Yield the figures that a family's rows have data for."""
     for make in (_by_size, _by_speed, _balance, _decode, _memory, _kl, _layers):
         if (figure := make(collection, family)) is not None:
             yield figure
@@ -109,7 +109,8 @@ def _by_speed(collection: Collection, family: str) -> Figure | None:
         return None
     return Figure(
         "accuracy_speed", "points", "Accuracy against speed", "tokens/s", "accuracy, %", series,
-        f"Up and to the right is better. {_FRONTIER} Speed: {said(rows[0])}.",
+        f"Up and to the right is better. {_FRONTIER} Speed with each model's fastest attention: "
+        f"{point_text(rows[0], without=FASTEST_OF)}.",
     )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ _FRONTIER = (
 def _accuracies(
     collection: Collection, family: str, places: Mapping[tuple[str, str], float | None], *, less: bool
 ) -> tuple[Series, ...]:
-    """One series a task, one point a model; only tasks with two points, as one shows no trade.
+    """Make one series per task, one point per model; tasks with one point show no trade-off.
 
     Args:
         collection, family: whose accuracies.
@@ -180,7 +181,7 @@ def _decode(collection: Collection, family: str) -> Figure | None:
         return None
     return Figure(
         "decode", "lines", "Speed of decoding over position", "tokens in the cache", "tokens/s", series,
-        f"At {said(rows[0])}.",
+        f"At {point_text(rows[0])}.",
     )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def _line(collection: Collection, item: Measured) -> Series:
 
 
 def _with_intervals(line: Series, item: Measured) -> Series:
-    """The line, with ``lows`` and ``highs`` of the row's details where there is a pair for every mark."""
+    """Add ``lows`` and ``highs`` of the row's details if every mark has a pair."""
     lows, highs = item.row.details.get("lows"), item.row.details.get("highs")
     if (
         not isinstance(lows, list)
@@ -220,7 +221,7 @@ def _with_intervals(line: Series, item: Measured) -> Series:
 
 
 def _curve(item: Measured) -> list[tuple[float, float]]:
-    """``positions`` and ``values`` of a row's details; empty where they are not two lists of numbers."""
+    """Return ``positions`` and ``values`` of a row's details; empty if these are not two lists of numbers."""
     xs, ys = item.row.details.get("positions"), item.row.details.get("values")
     if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
         return []
@@ -246,7 +247,8 @@ def _memory(collection: Collection, family: str) -> Figure | None:
             series.append(Series(name, tuple(points), f"c{place}"))
     categories = tuple(collection.label(item.row.model) for item in rows)
     return Figure(
-        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {said(rows[0])}.", categories
+        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {point_text(rows[0])}.",
+        categories,
     )  # fmt: skip
 
 
@@ -261,7 +263,7 @@ _LAYER = re.compile(r"(?:layers|h)\.(\d{1,6})\.", re.ASCII)
 
 
 def _layers(collection: Collection, family: str) -> Figure | None:
-    """Mean relative error of a layer's modules, and what rounding to nearest would have given."""
+    """Plot the mean relative error of each layer's modules beside that of rounding to nearest."""
     rows = at_one_point(
         [item for item in collection.of(family, "kl") if _by_layer(item, "error")], anywhere=True
     )

@@ -1,4 +1,4 @@
-"""The trade-off frontier: of several models, those that no other beats on both axes.
+"""Mark the trade-off frontier: the models that no other one beats on both axes.
 
 One model beats another if it is at least as good on both axes and better on one of them (Pareto dominance).
 Two at the very same place do not beat each other.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
-    """The points in order of x, each marked with whether another one beats it.
+    """Return the points in order of x, each marked with whether another one beats it.
 
     Args:
         points: more y is better.

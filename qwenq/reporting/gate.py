@@ -1,18 +1,18 @@
-"""The gate: which differences fail, and what the verdict is. A row that cannot be compared never passes.
+"""Decide which differences fail and give the verdict; a row that is not comparable never passes.
 
-A condition is ``metric:rule``; several stand behind each other with commas:
+A condition is ``metric:rule``; several are separated by commas:
 
-* ``accuracy:significant``: items lost are more than items won, and McNemar's test calls it no accident, once
-  corrected by Holm for the accuracies that such conditions are on.
-  For speed, time and energy: the intervals do not overlap. For exact figures: any change to the worse.
-* ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline. Of
-  speeds and times the kindest ratio that both intervals allow counts: what fails is no noise. One that was
-  measured fewer than three times on either side, all turns together, is not judged: so few tell nothing of a
-  machine's noise. One without an interval is judged, by its ratio alone, only where a condition names it.
-* ``kl:>0.05``, ``accuracy:<-0.02``, ``same_top:<-0.01``: new − baseline, in nats a token or as a share.
+* ``accuracy:significant`` fails if more items were lost than won and McNemar's test is significant after
+  Holm's correction for the accuracies under such conditions. Speed, time and energy fail if the intervals do
+  not overlap, exact figures at any change for the worse.
+* ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline. For
+  speeds and times the most favourable ratio that both intervals allow counts, so that noise does not fail.
+  With fewer than three measurements on either side, all repeats together, noise is unknown and the row is not
+  judged. Without an interval it is judged, by its ratio alone, only if a condition names it.
+* ``kl:>0.05``, ``accuracy:<-0.02``, ``same_top:<-0.01``: new − baseline, in nats per token or as a share.
 
-``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` mean all their rows, ``speed.decode`` one kind;
-``accuracy@int8`` means those of one precision.
+``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` cover all their rows, ``speed.decode`` one kind;
+``accuracy@int8`` covers those of one precision.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from qwenq.reporting.text import count
 from qwenq.results import Row
 
 PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
-"""Exit codes. 2 is a command that has to change."""
+"""Exit codes. 2 is a usage error."""
 GROUPS = {"perplexity", "speed", "memory", "time", "energy", "bandwidth"}
-"""Metrics of several kinds: a condition on one without a dot is on all of them."""
+"""Metrics of several kinds: a condition without a dot covers them all."""
 LEAST = 3
-"""Measurements of a speed, time or energy, over all turns, from which the gate judges it."""
+"""Fewest measurements of a speed, time or energy, over all repeats, that the gate judges."""
 _DUST = 1e-12
-"""Of a difference: what subtracting leaves of two floats, as in 0.46 - 0.48 < -0.02."""
+"""Rounding error of a difference of two floats, as in 0.46 - 0.48 < -0.02."""
 Outcome = Literal["regression", "not comparable", "passed", "not judged"]
 
 
@@ -57,13 +57,13 @@ class Condition:
         return f"{name}:{'significant' if self.limit is None else f'{self.sign}{self.limit:g}'}"
 
     def covers(self, row: Row) -> bool:
-        """Whether this row is meant."""
+        """Return whether the condition applies to a row."""
         metric = row.metric
         named = metric == self.metric or (self.metric in GROUPS and metric.startswith(f"{self.metric}."))
         return named and self.precision in (None, row.model.precision)
 
     def violated(self, item: Comparison) -> bool | None:
-        """Whether a comparison fails; None where nobody can tell."""
+        """Return whether a comparison fails; None if that is unknown."""
         if self.limit is None:
             return None if item.real is None else item.real and item.worse
         if item.change is None:
@@ -76,11 +76,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class Judged:
-    """A comparison and what the gate says of it.
+    """A comparison and the gate's judgement.
 
     Attributes:
-        condition: which decided it; of those that were asked the first, where none did; None: none was asked.
-        answered: all conditions that this row was an answer to.
+        condition: the one that decided, else the first that applies; None if no condition applies.
+        answered: all conditions that could be judged by this row.
     """
 
     comparison: Comparison
@@ -92,13 +92,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of a whole run.
+    """The gate's judgement of a whole run.
 
     Attributes:
         judged: every row.
         idle: conditions that judged no row.
-        blind: those of them whose rows the baseline has measured: nothing but noise could be said of them.
-        strict: whether an idle condition is a failure: it was asked for by name.
+        blind: idle conditions whose rows the baseline did measure: they were too few or too noisy.
+        strict: whether an idle condition is a failure, because the user named it.
     """
 
     judged: tuple[Judged, ...]
@@ -108,23 +108,23 @@ class Verdict:
     strict: bool
 
     def of(self, outcome: Outcome) -> list[Judged]:
-        """Rows with that outcome."""
+        """Return the rows with an outcome."""
         return [item for item in self.judged if item.outcome == outcome]
 
     @property
     def passed_over(self) -> list[Judged]:
-        """Rows of both runs that a condition asked about, and that are too few or too noisy to answer."""
+        """Return rows of both runs under a condition that are too few or too noisy to judge."""
         asked = [item for item in self.of("not judged") if item.condition is not None]
         return [item for item in asked if item.comparison.comparable]
 
     @property
     def unjudged(self) -> tuple[Condition, ...]:
-        """Conditions that could not do what was asked of them."""
+        """Return the conditions whose failure to judge a row is an error."""
         return self.idle if self.strict else self.blind
 
     @property
     def exit_code(self) -> int:
-        """0 passed, 1 a regression, 3 not comparable; a regression outweighs."""
+        """Return 0 for passed, 1 for a regression, else 3 for not comparable."""
         if self.of("regression"):
             return REGRESSION
         nothing = bool(self.conditions) and not self.of("passed")
@@ -132,23 +132,24 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """One sentence."""
+        """Return the verdict in one sentence."""
         asked = len(self.judged) - len(self.of("not judged"))
         if not self.conditions:
-            return f"Compared {count(len(self.judged), 'rows')}; nothing was asked to fail"
+            return f"Compared {count(len(self.judged), 'rows')}; no condition was given"
         if self.exit_code == REGRESSION:
             return (
                 f"Regression: {len(self.of('regression'))} of {count(asked, 'rows')} got worse than allowed"
             )
         if apart := self.of("not comparable"):
-            return f"Not comparable: {len(apart)} of {count(asked, 'rows')}; that is no pass"
+            return f"Not comparable: {len(apart)} of {count(asked, 'rows')}, which is not a pass"
         if self.exit_code == NOT_COMPARABLE:
-            return "Not comparable: there was nothing to judge; that is no pass"
-        return self._pass(asked)
+            return "Not comparable: there was nothing to judge, which is not a pass"
+        unsure = f"; {len(self.passed_over)} could not be judged" if self.passed_over else ""
+        return f"Passed: no condition failed in {count(asked, 'rows')}{unsure}"
 
     @property
     def accuracies(self) -> str:
-        """One sentence on all accuracies that were paired, passed or not; empty where none was."""
+        """Return one sentence on all paired accuracies, passed or not; empty if there are none."""
         tested = []
         for item in (judged.comparison for judged in self.judged):
             if item.pairing is not None and item.before is not None and item.after is not None:
@@ -157,10 +158,6 @@ class Verdict:
                 tested.append(Compared(item.name, *scores, item.pairing, p))
         return headline(tested, len(tested)) if tested else ""
 
-    def _pass(self, asked: int) -> str:
-        unsure = f"; {len(self.passed_over)} could not be judged" if self.passed_over else ""
-        return f"Passed: no condition failed in {count(asked, 'rows')}{unsure}"
-
 
 def judge(
     comparisons: Sequence[Comparison], conditions: Sequence[Condition], *, strict: bool = True
@@ -168,9 +165,9 @@ def judge(
     """Apply conditions to comparisons.
 
     Args:
-        comparisons: their p is corrected anew, for those that a condition asks to test.
-        conditions: of several on one row every one is asked, and one that is violated is enough.
-        strict: whether a condition that judges nothing is a failure: it was asked for by name.
+        comparisons: their p is corrected again, for the accuracies that a condition tests.
+        conditions: a row fails if it violates one of those that cover it.
+        strict: whether a condition that judges no row is a failure, because the user named it.
     """
     tests = [condition for condition in conditions if condition.limit is None]
     items = corrected(comparisons, lambda item: any(test.covers(item.row) for test in tests))
@@ -194,10 +191,10 @@ def _judge(item: Comparison, conditions: Sequence[Condition]) -> Judged:
 
 
 def _apply(item: Comparison, asked: list[Condition]) -> Judged:
-    """The first condition that is violated, else the first that cannot be judged, else a pass of all."""
+    """Judge by the first condition that is violated, else the first of unknown result, else pass."""
     noisy = item.metric is not None and item.metric.noisy
     if noisy and (few := _fewest(item)) < LEAST:
-        why = f"too few measurements to judge: {few}, where {LEAST} are the least"
+        why = f"too few measurements to judge: {few}, at least {LEAST} are needed"
         return Judged(item, "not judged", asked[0], why)
     named = [condition for condition in asked if condition.metric == item.row.metric]
     if noisy and item.real is None:
@@ -216,7 +213,7 @@ def _apply(item: Comparison, asked: list[Condition]) -> Judged:
 
 
 def _fewest(item: Comparison) -> int:
-    """Measurements behind the side that has fewer; a row that does not count them was measured once."""
+    """Return the number of measurements of the side with fewer; a row without a count was measured once."""
     return min(1 if row is None or row.n is None else row.n for row in (item.before, item.after))
 
 
@@ -227,28 +224,28 @@ _WHERE = "--fail-on"
 
 
 def parse(text: str) -> list[Condition]:
-    """Conditions out of ``accuracy:significant, kl:>0.05``; an empty text has none.
+    """Parse conditions such as ``accuracy:significant, kl:>0.05``.
 
     Raises:
-        UsageError: a condition that is none, an unknown metric (the nearest is suggested), a sign that
-            would fail what got better, or a limit that nothing could reach.
+        UsageError: a malformed condition, an unknown metric, a sign that would fail improvements, or a limit
+            that no measurement could reach.
     """
     parts = [part for part in text.split(",") if part.strip()]
     return [_condition(part) for part in parts]
 
 
 def asked_by(fail_on: str | None) -> list[Condition]:
-    """The conditions of ``--fail-on`` or of a recipe's gate: None is the default, ``none`` asks for nothing.
+    """Return the conditions of ``--fail-on`` or of a recipe's gate; None: the default, ``none``: empty.
 
     Raises:
-        UsageError: as `parse`; or there is no condition, as in ``--fail-on "$UNSET"``, which must not pass.
+        UsageError: as `parse`; or the text is empty, as in ``--fail-on "$UNSET"``, which must not pass.
     """
     if fail_on == "none":
         return []
     found = parse(FAIL_ON if fail_on is None else fail_on)
     if not found:
         raise UsageError(
-            "no condition is named", where=_WHERE, hint="write none to compare only, or leave it out"
+            "no condition is named", where=_WHERE, hint="write none to only compare, or leave the option out"
         )
     return found
 
@@ -264,16 +261,16 @@ def _condition(part: str) -> Condition:
     sign: Literal["<", ">"] = "<" if rule.better == "up" else ">"
     example = f"write {metric}:significant or {metric}:{sign}{_EXAMPLES[rule.relation][rule.better]}"
     if found is None:
-        raise UsageError(f"{part.strip()!r} is no condition", where=_WHERE, hint=example)
+        raise UsageError(f"{part.strip()!r} is not a condition", where=_WHERE, hint=example)
     if found[2] not in (None, *PRECISIONS):
-        hint = f"precisions are {', '.join(PRECISIONS)}"
-        raise UsageError(f"{part.strip()!r} names no precision", where=_WHERE, hint=hint)
+        hint = f"known precisions: {', '.join(PRECISIONS)}"
+        raise UsageError(f"{part.strip()!r} does not name a precision", where=_WHERE, hint=hint)
     if found[3]:
         return Condition(metric, sign, None, found[2])
     if found[4] != sign:
         better = "more" if rule.better == "up" else "less"
         raise UsageError(
-            f"{part.strip()!r} would fail what got better: {better} {metric} is better",
+            f"{part.strip()!r} would fail an improvement: {better} {metric} is better",
             where=_WHERE,
             hint=example,
         )
@@ -284,13 +281,13 @@ def _condition(part: str) -> Condition:
 
 
 def _beyond(limit: float, metric: str) -> str:
-    """Why no measurement could be on one of both sides of a limit, which somebody took for per cent."""
+    """Return why no measurement could be beyond a limit, usually one given in per cent; else empty."""
     relation = METRICS[metric.partition(".")[0]].relation
     if relation == "ratio" and not 0 < limit <= _MOST_RATIO:
-        return "the limit is a ratio of new to baseline, not per cent"
+        return "the limit is a ratio of new to baseline, not a percentage"
     if metric.partition(".")[0] in _SHARES and abs(limit) >= 1:
-        return "the limit is a share above -1, not per cent"
-    return "" if isfinite(limit) else "the limit is no number that could be reached"
+        return "the limit is a share above -1, not a percentage"
+    return "" if isfinite(limit) else "the limit is not a finite number"
 
 
 _MOST_RATIO = 10.0

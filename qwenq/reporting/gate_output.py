@@ -1,9 +1,10 @@
-"""What the gate said: for a terminal, a pull request, a test report, and GitHub's own view of a change."""
+"""Write the verdict for a terminal, a pull request, a test report, and GitHub's annotations."""
 
 from __future__ import annotations
 
 import secrets
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from qwenq.paired.compare import points
@@ -16,13 +17,13 @@ from qwenq.reporting.text import clean, count, markdown
 from qwenq.reporting.units import format_of, signed
 
 UNCHANGED = {"the same", "within noise", "inconclusive", f"no loss beyond {points(MARGIN)} points"}
-"""Effects of rows that passed and are only counted."""
+"""Effects of passed rows that are only counted."""
 MOST_ROWS = 60
 """Rows of a table in a comment, which GitHub cuts at 65,536 characters."""
 
 
 def change_text(item: Comparison) -> str:
-    """``48.0 → 43.6 %, −4.4; 22 lost, 0 won, p < 0.001``; ``54.10 → 48.20 tokens/s, × 0.891``."""
+    """Return ``48.0 → 43.6 %, −4.4; 22 lost, 0 won, p < 0.001`` or ``54.10 → 48.20 tokens/s, × 0.891``."""
     before, after, metric = item.before, item.after, item.metric
     if before is None or after is None or before.value is None or after.value is None or metric is None:
         return ""
@@ -31,7 +32,7 @@ def change_text(item: Comparison) -> str:
     if item.change is None:
         return shown
     if write(before.value) == write(after.value) and before.unit == "bytes" and item.change != 1:
-        # A size is held to the byte: two figures that look alike would not say why it fails.
+        # A size may not grow by a byte: two rounded figures would not show why it fails.
         return f"{before.value:,.0f} → {after.value:,.0f} bytes, × {item.change:.10g}"
     if metric.relation == "ratio":
         return f"{shown}, × {item.change:.3f}"
@@ -50,7 +51,7 @@ def change_text(item: Comparison) -> str:
 
 
 def effect(judged: Judged) -> str:
-    """A word or two: what a difference is."""
+    """Return a word or two for a difference."""
     item = judged.comparison
     if item.before is None or item.after is None or not item.comparable:
         return "new" if item.before is None else ""
@@ -60,8 +61,7 @@ def effect(judged: Judged) -> str:
     if same:
         return "the same"
     if item.real is False and item.pairing is not None:
-        none = f"no loss beyond {points(MARGIN)} points"
-        return none if item.pairing.equivalent else "inconclusive"
+        return f"no loss beyond {points(MARGIN)} points" if item.pairing.equivalent else "inconclusive"
     if item.real is False:
         return "within noise"
     word = "worse" if item.worse else "better"
@@ -69,7 +69,7 @@ def effect(judged: Judged) -> str:
 
 
 def text_lines(verdict: Verdict) -> Iterator[str]:
-    """For a terminal: what failed first, then what changed without failing, then the verdict."""
+    """Yield lines for a terminal: failures, changes that did not fail, the verdict."""
     passed = verdict.of("passed")
     changed = [item for item in passed if effect(item) not in UNCHANGED]
     for judged in [*verdict.of("regression"), *verdict.of("not comparable"), *changed]:
@@ -77,22 +77,41 @@ def text_lines(verdict: Verdict) -> Iterator[str]:
         parts = (change_text(judged.comparison), effect(judged), _reason(judged))
         yield f"{'':<15}{'; '.join(part for part in parts if part)}"
     if same := len(passed) - len(changed):
-        yield f"{count(same, 'rows')} passed; none shows a difference"
+        yield f"{count(same, 'rows')} passed without a difference"
     for judged in verdict.passed_over:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
         yield f"{'':<15}{change_text(judged.comparison)}; {_reason(judged)}"
-    if rest := len(verdict.of("not judged")) - len(verdict.passed_over):
+    if rest := _not_judged(verdict):
         yield _rest(rest)
     for condition in verdict.idle:
         yield f"{condition} {_idle(verdict, condition)}"
-    if said := verdict.accuracies:
-        yield f"accuracy: {said}"
+    if accuracies := verdict.accuracies:
+        yield f"accuracy: {accuracies}"
     yield f"{verdict.headline}."
 
 
-def _rest(number: int) -> str:
-    was, is_ = ("was", "is") if number == 1 else ("were", "are")
-    return f"{count(number, 'rows')} {was} not asked about, or {is_} new"
+def _not_judged(verdict: Verdict) -> list[Judged]:
+    """Return rows that no condition covers or that only one run has."""
+    return [judged for judged in verdict.of("not judged") if judged not in verdict.passed_over]
+
+
+def _rest(rows: list[Judged]) -> str:
+    """Return ``3 rows only in the new run: 2 kl, size``."""
+    new = [row for row in rows if row.comparison.before is None]
+    old = [row for row in rows if row.comparison.before is not None]
+    groups = [
+        (old, "not covered by a condition, or not measured in the baseline"),
+        (new, "only in the new run"),
+    ]
+    return "; ".join(
+        f"{count(len(group), 'rows')} {what}: {_metrics(group)}" for group, what in groups if group
+    )
+
+
+def _metrics(rows: list[Judged]) -> str:
+    """Return ``kl, 2 size``."""
+    counts = Counter(clean(row.comparison.row.metric) for row in rows)
+    return ", ".join(metric if number == 1 else f"{number} {metric}" for metric, number in counts.items())
 
 
 def _idle(verdict: Verdict, condition: Condition) -> str:
@@ -107,11 +126,11 @@ def _reason(judged: Judged) -> str:
 
 
 def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
-    """A comment for a pull request: the verdict, what failed, and the rest folded."""
+    """Return a comment for a pull request: the verdict, what failed, and the rest folded."""
     failed = [*verdict.of("regression"), *verdict.of("not comparable")]
     parts = [f"### {markdown(verdict.headline)}", f"{markdown(baseline)} → {markdown(new)}"]
-    if said := verdict.accuracies:
-        parts.append(f"Accuracy: {markdown(said)}.")
+    if accuracies := verdict.accuracies:
+        parts.append(f"Accuracy: {markdown(accuracies)}.")
     if failed:
         parts.append(_table(failed))
     if few := verdict.passed_over:
@@ -119,12 +138,10 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
         parts.append(_table(few))
     if verdict.idle:
         parts.append("\n".join(f"- {markdown(c)} {_idle(verdict, c)}" for c in verdict.idle))
-    passed, over = verdict.of("passed"), verdict.passed_over
-    rest = [judged for judged in verdict.of("not judged") if judged not in over]
-    if passed:
+    if passed := verdict.of("passed"):
         parts.append(_folded(f"{count(len(passed), 'rows')} passed", passed))
-    if rest:
-        parts.append(_folded(_rest(len(rest)), rest))
+    if rest := _not_judged(verdict):
+        parts.append(_folded(markdown(_rest(rest)), rest))
     if verdict.conditions:
         rules = ", ".join(markdown(condition) for condition in verdict.conditions)
         parts.append(f"Fails on {rules}. Accuracies are paired item by item; p is corrected by Holm.")
@@ -136,8 +153,8 @@ def _table(rows: list[Judged]) -> str:
     for judged in rows[:MOST_ROWS]:
         item = judged.comparison
         cells = (judged.outcome if judged.outcome != "not judged" else "", item.name, change_text(item))
-        told = "; ".join(part for part in (effect(judged), _reason(judged)) if part)
-        lines.append(f"| {' | '.join(markdown(cell) for cell in (*cells, told))} |")
+        result = "; ".join(part for part in (effect(judged), _reason(judged)) if part)
+        lines.append(f"| {' | '.join(markdown(cell) for cell in (*cells, result))} |")
     more = [f"\n… and {len(rows) - MOST_ROWS} more."] if len(rows) > MOST_ROWS else []
     return "\n".join([*lines, *more])
 
@@ -147,7 +164,7 @@ def _folded(title: str, rows: list[Judged]) -> str:
 
 
 def junit_text(verdict: Verdict) -> str:
-    """JUnit XML: a failure is a regression, an error is a row that cannot be compared."""
+    """Return JUnit XML: a failure is a regression, an error a row that is not comparable."""
     empty = _judged_nothing(verdict)
     counts = {
         "tests": len(verdict.judged) + len(verdict.idle) + empty,
@@ -175,12 +192,12 @@ def junit_text(verdict: Verdict) -> str:
 
 
 def github_annotations(verdict: Verdict) -> Iterator[str]:
-    """Workflow commands that GitHub shows at a change."""
+    """Yield workflow commands that GitHub shows at a change."""
     if _judged_nothing(verdict):
         yield f"::error title=qwenq compare::{_data(verdict.headline)}"
     for judged in (*verdict.of("regression"), *verdict.of("not comparable")):
-        told = "; ".join(part for part in (change_text(judged.comparison), _reason(judged)) if part)
-        yield f"::error title={_property(judged.comparison.name)}::{_data(f'{judged.outcome}: {told}')}"
+        result = "; ".join(part for part in (change_text(judged.comparison), _reason(judged)) if part)
+        yield f"::error title={_property(judged.comparison.name)}::{_data(f'{judged.outcome}: {result}')}"
     for condition in verdict.idle:
         level = "error" if condition in verdict.unjudged else "notice"
         yield f"::{level} title={_property(str(condition))}::{_idle(verdict, condition)}"
@@ -195,10 +212,10 @@ def _property(text: str) -> str:
 
 
 def unheard(lines: Iterable[str]) -> Iterator[str]:
-    """Lines in which GitHub's runner looks for no commands; names in a run may be a stranger's.
+    """Wrap lines so that GitHub's runner takes no workflow commands from them: names in a run are untrusted.
 
-    It takes ``::`` at the start of a line for one, and ``##[`` anywhere in it (ActionCommand.cs of
-    actions/runner). How to stop that: GitHub's documentation, "Stopping and starting workflow commands".
+    The runner takes ``::`` at the start of a line for a command, and ``##[`` anywhere (ActionCommand.cs of
+    actions/runner). The cure is in GitHub's documentation, "Stopping and starting workflow commands".
     """
     token = secrets.token_hex(16)
     yield f"::stop-commands::{token}"
@@ -207,6 +224,6 @@ def unheard(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _judged_nothing(verdict: Verdict) -> bool:
-    """Whether that is all there is to say: no row and no condition has failed, and it is no pass."""
+    """Return whether the gate failed only because it had nothing to judge."""
     failed = verdict.of("regression") or verdict.of("not comparable") or verdict.unjudged
     return verdict.exit_code == NOT_COMPARABLE and not failed

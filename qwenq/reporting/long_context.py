@@ -1,4 +1,4 @@
-"""Perplexity by context length, as the cards of Qwen's base models have it."""
+"""Tabulate perplexity by context length, as the cards of Qwen's base models do."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from qwenq.reporting.tables import Layout, Table, pivot
 
 
 def long_context_table(collection: Collection, family: str) -> Table | None:
-    """Quantization | Dynamic NTK | LogN | 1024 | 2048 …; the last two labels are dashes for newer models."""
+    """Make Quantization | Dynamic NTK | LogN | 1024 | 2048 …; newer models have neither NTK nor LogN."""
     rows = collection.of(family, "perplexity.context")
     if not rows:
         return None
     layout = Layout(
         "Quantization",
-        _length,
+        _context_length,
         labels={"ntk": "Dynamic NTK", "logn": "LogN"},
         used=frozenset({"seq_len"}),
         count="tokens",
@@ -25,6 +25,6 @@ def long_context_table(collection: Collection, family: str) -> Table | None:
     return made.table("long-context", "Long context")
 
 
-def _length(item: Measured) -> tuple[Any, str]:
+def _context_length(item: Measured) -> tuple[Any, str]:
     length = item.row.point.get("seq_len")
     return (length if isinstance(length, int) else 0), str(length)

@@ -1,4 +1,4 @@
-"""What quantising cost in accuracy: items lost and won against the unquantised model; and is it real?"""
+"""Test what quantising cost in accuracy, by items lost and won against the unquantised model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from qwenq.paired.base import PLAIN, choose_base
 from qwenq.paired.compare import Paired
-from qwenq.paired.mcnemar import ALPHA, shown_p
+from qwenq.paired.mcnemar import ALPHA, holm, shown_p
 from qwenq.reporting.card import TASKS, task_order
 from qwenq.reporting.collect import Collection, Measured
-from qwenq.reporting.significance import holm, paired
+from qwenq.reporting.significance import paired
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import clean
 from qwenq.reporting.units import PERCENT, fixed, signed
@@ -37,21 +37,21 @@ class Loss:
 
     @property
     def change(self) -> float:
-        """Of the score, as a share."""
+        """Return the change of the score, as a share."""
         return (self.after.value or 0.0) - (self.before.value or 0.0)
 
     @property
     def significant(self) -> bool:
-        """More items lost than won, and that is no accident."""
+        """Return whether more items were lost than won, significantly."""
         if not isinstance(self.pairing, Paired) or self.p is None:
             return False
         return self.p < ALPHA and self.pairing.lost > self.pairing.won
 
 
 def losses(collection: Collection, family: str) -> list[Loss]:
-    """Every measured accuracy of a quantised model whose unquantised one was measured at the same point.
+    """Return a loss for each accuracy of a quantised model whose base was measured at the same point.
 
-    What BF16 lost against FP32 is no cost of quantising, and no test of it is counted.
+    BF16 against FP32 is not a cost of quantising and is not tested.
     """
     found = list(_pairs(collection.of(family, "accuracy")))
     tests = {index: loss.pairing.p for index, loss in enumerate(found) if isinstance(loss.pairing, Paired)}
@@ -61,9 +61,9 @@ def losses(collection: Collection, family: str) -> list[Loss]:
 
 
 def _pairs(items: Iterable[Measured]) -> Iterator[Loss]:
-    """Each quantised model beside the base that was measured where it was; of one precision the last.
+    """Yield each quantised model with the base that was measured at the same point, the last per precision.
 
-    Where a row names its base, only that: one of the same name whose weights have changed since is another.
+    A row that names its base is paired with those weights only, whatever has the same name.
     """
     measured = [item for item in items if item.row.status == "ok"]
     plain: dict[_Point, list[Row]] = defaultdict(list)
@@ -83,23 +83,25 @@ _Point = tuple[tuple[str, str], ...]
 
 
 def _point(point: dict[str, Value]) -> _Point:
-    """Where two precisions are the same measurement: everything but what the precision decides."""
+    """Return what two precisions of one measurement share: all but engine and dtype."""
     return tuple(sorted((key, str(value)) for key, value in point.items() if key not in {"engine", "dtype"}))
 
 
 LABELS = ("Task", "Quantization")
 AGAINST = "Against"
-"""Heading of the base, where the lines of a table have several."""
+"""Heading of the base, if a table has several."""
 WHERE = "Where"
-"""Heading of what tells lines of one task and model apart, where something has to."""
+"""Heading of what distinguishes lines of one task and model."""
 FIGURES = (
-    *("Unquantised", "Quantised", "Difference", "Items lost", "Items won"),
-    *("p", "p (Holm)", "Detectable drop", "In words"),
+    *("Unquantised (%)", "Quantised (%)", "Difference (points)", "Items lost", "Items won"),
+    *("p", "p (Holm)", "Detectable drop (points)"),
 )
+WORDS = "In words"
+"""Heading of the plain description of a loss, which stands beside its labels."""
 
 
 def loss_table(collection: Collection, family: str) -> Table | None:
-    """One line a loss or gain; None where nothing can be compared."""
+    """Make one line per loss or gain; None without a comparison."""
     found = losses(collection, family)
     if not found:
         return None
@@ -107,7 +109,6 @@ def loss_table(collection: Collection, family: str) -> Table | None:
     bases = bases_of(found, collection)
     caption = [
         f"against {bases[0] if len(bases) == 1 else 'the unquantised model named'}, item by item",
-        "difference in percentage points",
         "p: McNemar's exact test on the items that exactly one of both got right, two-sided",
         "p (Holm): corrected for all tests of this table",
         "detectable drop: the smallest that so many items would have shown 4 times in 5, by one such test",
@@ -119,15 +120,16 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         named = [TASKS.get(task, clean(task)), collection.label(loss.after.model)]
         named += [collection.label(loss.before.model)] if len(bases) > 1 else []
         named += [place or MISSING] if any(places) else []
-        labels = (Cell(label, label) for label in named)
-        made.append(Line((*labels, *_cells(loss, notes, tests))))
-    headers = (*LABELS, *([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else []), *FIGURES)
+        labels = (Cell(label, label) for label in [*named, _in_words(loss, tests)])
+        made.append(Line((*labels, *_cells(loss, notes))))
+    optional = [*([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else [])]
+    headers = (*LABELS, *optional, WORDS, *FIGURES)
     count, notes_ = len(headers) - len(FIGURES), tuple(notes.sentences)
     return Table("losses", "What it cost", headers, count, tuple(made), tuple(caption), notes_)
 
 
 def told_apart(found: Sequence[Loss], collection: Collection) -> list[str]:
-    """For each, what tells it from others of its task and model: keys of its point, its run; else nothing."""
+    """Return what distinguishes each loss from others of its task and model: keys of its point, its run."""
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, loss in enumerate(found):
         labels = (collection.label(loss.after.model), collection.label(loss.before.model))
@@ -146,11 +148,11 @@ def told_apart(found: Sequence[Loss], collection: Collection) -> list[str]:
 
 
 def bases_of(found: Iterable[Loss], collection: Collection) -> list[str]:
-    """What losses are counted against, each once: usually one model."""
+    """Return the labels of all bases, usually one."""
     return list(dict.fromkeys(collection.label(loss.before.model) for loss in found))
 
 
-def _cells(loss: Loss, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
+def _cells(loss: Loss, notes: Footnotes) -> tuple[Cell, ...]:
     before, after = loss.before.value or 0.0, loss.after.value or 0.0
     mark = "significant" if loss.significant else ""
     shown = (
@@ -161,9 +163,9 @@ def _cells(loss: Loss, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
     missing = Cell(MISSING)
     if isinstance(loss.pairing, str):
         untested = Cell("n/a", note=notes.number(loss.pairing))
-        return (*shown, missing, missing, untested, missing, missing, missing)
+        return (*shown, missing, missing, untested, missing, missing)
     pairing, p = loss.pairing, 1.0 if loss.p is None else loss.p
-    drop, words = pairing.detectable, _in_words(pairing, loss.change, p, tests)
+    drop = pairing.detectable
     return (
         *shown,
         Cell(f"{pairing.lost:,}", pairing.lost),
@@ -171,11 +173,13 @@ def _cells(loss: Loss, notes: Footnotes, tests: int) -> tuple[Cell, ...]:
         Cell(shown_p(pairing.p), pairing.p),
         Cell(shown_p(p), p, mark=mark),
         Cell("none" if drop is None else fixed(1)(drop * 100), drop),
-        Cell(words, words),
     )
 
 
-def _in_words(found: Paired, change: float, p: float, tests: int) -> str:
-    """What can be said of a change alone; and where it may be an accident among so many tests, that."""
-    told = found.said_of(change)
-    return f"{told}, which one of {tests} tests may show by chance" if found.p < ALPHA <= p else told
+def _in_words(loss: Loss, tests: int) -> str:
+    """Describe a change in words, with a note if it may be chance among so many tests."""
+    if isinstance(loss.pairing, str):
+        return "not tested"
+    words = loss.pairing.said_of(loss.change)
+    by_chance = loss.p is not None and loss.pairing.p < ALPHA <= loss.p
+    return f"{words}, which one of {tests} tests may show by chance" if by_chance else words

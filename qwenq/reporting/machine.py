@@ -1,7 +1,7 @@
-"""Whether two figures come from machines of one kind: of whatever decides a speed or a peak of memory.
+"""Decide whether two figures come from the same kind of machine.
 
-Two machines may share the label ``AMD EPYC, 2 cores``, and one multiply twice as fast. So the facts of
-``qwenq.environment`` are compared one by one. What only one side says counts as another: doubt is no pass.
+Two machines may share the label ``AMD EPYC, 2 cores`` though one multiplies twice as fast. So the facts of
+``qwenq.environment`` that decide speed and memory are compared one by one; one that a side lacks differs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from qwenq.environment import decisive, difference, measured_on
 from qwenq.reporting.collect import UNKNOWN, Measured
 from qwenq.reporting.text import LONGEST_COMMAND, clean
 
-NOT_SAID = "a run does not say its hardware"
+NOT_SAID = "a run does not record its hardware"
 
 
 def machine_of(item: Measured) -> dict[str, str]:
-    """What decides a row's speed and memory, as text; a fact that nobody recorded is ``unknown``.
+    """Return the facts that decide a row's speed and memory; an unrecorded one is ``unknown``.
 
-    A row knows its machine, and with how many threads it was computed; its folder, those of the last command.
+    A row records its machine and threads; its folder, those of the last command.
     """
     row = item.row
     found = measured_on(item.run.environment, row.settings)
@@ -28,10 +28,10 @@ def machine_of(item: Measured) -> dict[str, str]:
 
 
 def another_machine(old: Measured, new: Measured) -> str:
-    """What is another machine's, in words; empty where all facts are the same.
+    """Return how two machines differ; empty if all facts are the same.
 
     Returns:
-        ``another machine: instruction sets avx2 instead of avx2 avx512f``, or that a run says no hardware.
+        Such as ``another machine: instruction sets avx2 instead of avx2 avx512f``.
     """
     if UNKNOWN in (old.hardware, new.hardware):
         return NOT_SAID
@@ -40,24 +40,23 @@ def another_machine(old: Measured, new: Measured) -> str:
 
 
 def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
-    """How to name a row's hardware: by its label, and by what differs where several machines share that.
+    """Return a function that names a row's hardware, with what differs if several machines share a label.
 
-    Only figures that a machine decides tell machines apart, those whose point has a ``device``: an accuracy
-    is the same with one thread and with two.
+    Only rows whose point has a ``device`` distinguish machines: an accuracy is the same with any threads.
     """
-    said: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    facts_of: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for item in measured:
         if item.row.status == "ok" and "device" in item.row.point:
             for key, value in machine_of(item).items():
-                said[item.hardware][key].add(value)
+                facts_of[item.hardware][key].add(value)
     differing = {
-        label: {key for key, values in facts.items() if len(values) > 1} for label, facts in said.items()
+        label: {key for key, values in facts.items() if len(values) > 1} for label, facts in facts_of.items()
     }
 
     def name(item: Measured) -> str:
         label = item.hardware
         keys = differing.get(label, set()) if "device" in item.row.point else set()
-        told = ", ".join(f"{key} {value}" for key, value in machine_of(item).items() if key in keys)
-        return f"{label} ({told})" if told else label
+        shown = ", ".join(f"{key} {value}" for key, value in machine_of(item).items() if key in keys)
+        return f"{label} ({shown})" if shown else label
 
     return name

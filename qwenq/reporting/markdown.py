@@ -1,4 +1,4 @@
-"""A report as Markdown: the card's tables first, then what stands behind them."""
+"""Write a report as Markdown."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PLOTS = "plots"
 """Folder of the plots, beside the Markdown."""
 
 
-def render(report: Report) -> str:
-    """The whole document."""
+def report_markdown(report: Report) -> str:
+    """Return the whole document."""
     parts = [f"# {markdown(report.title)}", *_head(report)]
     several = len(report.sections) > 1
     for section in report.sections:
@@ -51,7 +51,7 @@ def _section(section: Section, heading: str) -> Iterator[str]:
 
 
 def render_table(table: Table) -> str:
-    """Pipes; labels to the left, figures to the right."""
+    """Return a table with pipes, labels aligned left, figures right."""
     align = ["---"] * table.labels + ["---:"] * (len(table.headers) - table.labels)
     lines = [map(markdown, table.headers), align, *(_cells(line) for line in table.lines)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -62,7 +62,7 @@ def _cells(line: Line) -> Iterable[str]:
 
 
 def render_cell(cell: Cell, *, italic: bool = False) -> str:
-    """A figure with its interval, mark and footnote: ``42.9 (42.1–43.7)\\*¹``."""
+    """Return a figure with its interval, mark and footnote: ``42.9 (42.1–43.7)\\*¹``."""
     interval = f" ({markdown(cell.low)}–{markdown(cell.high)})" if cell.low is not None else ""
     mark = SIGNIFICANT if cell.mark == "significant" else ""
     note = str(cell.note).translate(SUPERSCRIPT) if cell.note else ""

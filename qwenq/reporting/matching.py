@@ -1,8 +1,9 @@
-"""Which row of a new run a row of the baseline is compared with: one, and nobody else's; or nobody can tell.
+"""Match the rows of two runs: each row of the baseline with at most one row of the new run.
 
-A folder may hold rows of several models of one precision: with other groups or names, which tell them apart,
-or of a model that was quantised anew since, which nothing does. The earlier rows of a run that went on in its
-folder may be the baseline's very own. To take them would be to pass whatever has come after.
+A folder may hold rows of several models of one precision: of other group sizes or names, which distinguish
+them, or of a model that was quantised again later, which only the weights' fingerprint distinguishes. The
+earlier rows of a run that was continued in its folder may even be the baseline's own. A gate that took those
+would pass whatever came after.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from qwenq.reporting.collect import Measured
 from qwenq.results import Model
 
-_EMPTY = "begin it in an empty folder"
+_EMPTY_FOLDER = "start each run in an empty folder"
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Match:
     """What a row of the baseline is compared with.
 
     Attributes:
-        found: rows of the new run that may be meant.
-        why: why it is compared with none of them; empty where there is one, or none to be had.
+        found: candidate rows of the new run.
+        why: why it cannot be compared with any of them; empty for exactly one, or for no candidate at all.
     """
 
     found: tuple[Measured, ...] = ()
@@ -31,75 +32,78 @@ class Match:
 
 
 def matched(olds: Sequence[Measured], news: Sequence[Measured]) -> list[Match]:
-    """For each row of the baseline, in its order."""
-    theirs: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    """Return the match of each row of the baseline, in its order."""
+    candidates: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
     for item in news:
-        theirs[item.row.identity].append(item)
-    mine: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for place, item in enumerate(olds):
-        mine[item.row.identity].append(place)
+        candidates[item.row.identity].append(item)
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, item in enumerate(olds):
+        groups[item.row.identity].append(index)
     made: dict[int, Match] = {}
-    for identity, places in mine.items():
-        matches = _of_one_identity([olds[place] for place in places], theirs[identity])
-        made.update(zip(places, matches, strict=True))
-    return [made[place] for place in range(len(olds))]
+    for identity, indices in groups.items():
+        matches = _match_identity([olds[index] for index in indices], candidates[identity])
+        made.update(zip(indices, matches, strict=True))
+    return [made[index] for index in range(len(olds))]
 
 
-def _of_one_identity(olds: list[Measured], news: list[Measured]) -> list[Match]:
-    """The matches of rows that only their models tell apart."""
+def _match_identity(olds: list[Measured], news: list[Measured]) -> list[Match]:
+    """Match rows that only their models distinguish."""
     known = {old.row.model.fingerprint for old in olds}
-    meant = [_meant(old, news, known) for old in olds]
+    found = [_candidates(old, news, known) for old in olds]
     claims: dict[int, list[Measured]] = defaultdict(list)
-    for old, found in zip(olds, meant, strict=True):
-        if old.row.status == "ok" and len(found) == 1:
-            claims[id(found[0])].append(old)
-    return [_match(old, found, claims) for old, found in zip(olds, meant, strict=True)]
+    for old, candidates in zip(olds, found, strict=True):
+        if old.row.status == "ok" and len(candidates) == 1:
+            claims[id(candidates[0])].append(old)
+    return [_match(old, candidates, claims) for old, candidates in zip(olds, found, strict=True)]
 
 
-def _match(old: Measured, meant: list[Measured], claims: dict[int, list[Measured]]) -> Match:
-    """One row of the new run is a match of one row of the baseline only: that of the model nearest to it."""
-    if len(meant) > 1:
-        return Match(tuple(meant), f"{len(meant)} models of the new run could be meant: {_EMPTY}")
-    if not meant or old.row.status != "ok" or len(rivals := claims[id(meant[0])]) == 1:
-        return Match(tuple(meant))
-    near = [_nearness(rival, meant[0]) for rival in rivals]
-    if _nearness(old, meant[0]) < max(near):
-        return Match(why=f"missing in the new run: of {len(rivals)} such models it has but one")
-    if near.count(max(near)) > 1:
-        return Match(tuple(meant), f"{len(rivals)} models of the baseline could be meant: {_EMPTY}")
-    return Match(tuple(meant))
+def _match(old: Measured, found: list[Measured], claims: dict[int, list[Measured]]) -> Match:
+    """Match one row; of several rows that claim the same one, that of the most similar model gets it."""
+    if len(found) > 1:
+        why = f"{len(found)} models of the new run could be the same model: {_EMPTY_FOLDER}"
+        return Match(tuple(found), why)
+    if not found or old.row.status != "ok" or len(rivals := claims[id(found[0])]) == 1:
+        return Match(tuple(found))
+    similar = [_similarity(rival, found[0]) for rival in rivals]
+    if _similarity(old, found[0]) < max(similar):
+        return Match(why=f"missing in the new run, which has one of {len(rivals)} such models")
+    if similar.count(max(similar)) > 1:
+        why = f"{len(rivals)} models of the baseline could be the same model: {_EMPTY_FOLDER}"
+        return Match(tuple(found), why)
+    return Match(tuple(found))
 
 
-def _meant(old: Measured, news: list[Measured], known: set[str]) -> list[Measured]:
-    """The rows that may be meant: those of the same weights, unless others cannot be told from them.
+def _candidates(old: Measured, news: list[Measured], known: set[str]) -> list[Measured]:
+    """Return the rows of the same weights, and similar ones of weights that the baseline does not have.
 
     Args:
         old: of the baseline.
         news: of the new run.
-        known: fingerprints of all rows of the baseline that could be meant by these.
+        known: fingerprints of the baseline's rows of this identity.
     """
-    alike = _most_alike(old, news)
+    similar = _most_similar(old, news)
     same = [item for item in news if item.row.model.fingerprint == old.row.model.fingerprint]
     if not same:
-        return alike
-    return [*_most_alike(old, same), *(item for item in alike if item.row.model.fingerprint not in known)]
+        return similar
+    new = (item for item in similar if item.row.model.fingerprint not in known)
+    return [*_most_similar(old, same), *new]
 
 
-def _most_alike(old: Measured, news: list[Measured]) -> list[Measured]:
-    """Of several, those of the same making, group size or name, one after the other."""
-    for place, fact in enumerate(_told_apart_by(old.row.model)):
+def _most_similar(old: Measured, news: list[Measured]) -> list[Measured]:
+    """Narrow several rows down by method, group size and name, in this order."""
+    for index, trait in enumerate(_traits(old.row.model)):
         if len(news) > 1:
-            news = [item for item in news if _told_apart_by(item.row.model)[place] == fact] or news
+            news = [item for item in news if _traits(item.row.model)[index] == trait] or news
     return news
 
 
-def _told_apart_by(model: Model) -> tuple[bool, int | None, str]:
-    """What tells models of one precision apart: whether it was made on the fly, group size, name."""
+def _traits(model: Model) -> tuple[bool, int | None, str]:
+    """Return what distinguishes models of one precision: rounded on the fly or not, group size, name."""
     return (model.rounded_from is not None, model.group_size, model.name)
 
 
-def _nearness(old: Measured, new: Measured) -> tuple[bool, ...]:
-    """What both models have in common, what tells most first."""
+def _similarity(old: Measured, new: Measured) -> tuple[bool, ...]:
+    """Return which traits two models share, the most telling first."""
     one, other = old.row.model, new.row.model
-    alike = (a == b for a, b in zip(_told_apart_by(one), _told_apart_by(other), strict=True))
-    return (one.fingerprint == other.fingerprint, *alike)
+    shared = (a == b for a, b in zip(_traits(one), _traits(other), strict=True))
+    return (one.fingerprint == other.fingerprint, *shared)

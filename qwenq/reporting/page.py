@@ -1,7 +1,7 @@
-"""The page: one file that asks the network for nothing, and runs no script but its own.
+"""Write a report as one HTML file that needs no network and runs only its own script.
 
 A content security policy names the page's one script and one style by their hashes, so that even text that
-slipped through the escaping could not run.
+escaped the escaping could not run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from markupsafe import Markup
 
 from qwenq.reporting.environment_table import environment_lines
 from qwenq.reporting.machine import hardware_names
+from qwenq.reporting.plots import inline_svg, tone_of
 from qwenq.reporting.report import Report
-from qwenq.reporting.svg import TONES, draw
 from qwenq.reporting.tables import Table
 
 
-def render(report: Report) -> str:
-    """The whole page."""
+def report_page(report: Report) -> str:
+    """Return the whole page."""
     style, script = _asset("page.css"), _asset("page.js")
     environment = Environment(
         autoescape=True,
@@ -39,8 +39,8 @@ def render(report: Report) -> str:
         script=Markup(script),  # noqa: S704
         style_hash=_hash(style),
         script_hash=_hash(script),
-        draw=draw,
-        tone=lambda tone: tone if tone in TONES else "other",
+        draw=inline_svg,
+        tone=tone_of,
         sentence=_sentence,
         marked=_marked,
     )

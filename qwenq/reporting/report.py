@@ -1,4 +1,4 @@
-"""A report: tables, figures, summary and provenance of run folders, before it takes any form."""
+"""Make a report of run folders as data: tables, figures, summary and provenance."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Report:
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """The run folders."""
+        """Return the run folders."""
         return self.collection.runs
 
 
 def make_report(collection: Collection, title: str) -> Report:
-    """Put together what the rows say; nothing is measured and nothing is made up."""
+    """Make a report of what the rows hold; nothing is measured."""
     dates = sorted({clean(item.row.date) for item in collection.measured if item.row.date})
     return Report(
         title=clean(title),
@@ -74,7 +74,7 @@ _LONGEST_SLUG = 80
 
 
 def _slugs(families: list[str]) -> list[str]:
-    """File names of families: whatever one is called, it names no other folder, and two are told apart."""
+    """Return a safe and unique file name for each family."""
     found: list[str] = []
     for family in families:
         plain = re.sub(r"[^A-Za-z0-9-]+", "-", family.rsplit("/", 1)[-1]).strip("-").lower()
@@ -100,7 +100,7 @@ def _section(collection: Collection, family: str, slug: str) -> Section:
 
 
 def _commands(collection: Collection) -> tuple[str, ...]:
-    """Of the runs and of their rows, each once."""
+    """Return the commands of runs and rows, each once."""
     found: dict[str, None] = {}
     for run in collection.runs:
         found |= dict.fromkeys(_listed(run.environment.get("command")))

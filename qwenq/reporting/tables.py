@@ -1,4 +1,4 @@
-"""Tables as data: rows of a run turned so that models are lines and points are columns.
+"""Pivot rows into tables as data: models as lines, points as columns.
 
 Markdown, the page and ``results.json`` are all written from these, so no form has figures of its own.
 """
@@ -27,7 +27,7 @@ class Cell:
         value: what it is sorted by: the figure as measured, or the label; None where there is none.
         low, high: bounds as shown; both or neither.
         note: number of the footnote, where there is one.
-        mark: ``significant`` for a loss that is no accident; else empty.
+        mark: ``significant`` for a significant loss; else empty.
     """
 
     text: str
@@ -55,7 +55,7 @@ class Table:
         title: its heading.
         headers: of all columns.
         labels: how many columns on the left are labels.
-        caption: what holds for all figures in it: what does not vary is said here, once.
+        caption: what holds for all its figures.
         notes: footnotes; number 1 is the first.
     """
 
@@ -116,7 +116,7 @@ class Footnotes:
         self.sentences: list[str] = []
 
     def number(self, sentence: str) -> int:
-        """The number of a sentence, from 1."""
+        """Return the number of a sentence, from 1."""
         if sentence not in self.sentences:
             self.sentences.append(sentence)
         return self.sentences.index(sentence) + 1
@@ -149,7 +149,7 @@ class Pivot:
     notes: Footnotes
 
     def table(self, key: str, title: str) -> Table:
-        """The table: a cell that nothing was measured for is a dash."""
+        """Return the table; a cell without a measurement is a dash."""
         return Table(
             key,
             title,
@@ -168,7 +168,7 @@ class Pivot:
 
 
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
-    """Lines by model and by whatever varies inside a column; what does not vary goes to the caption."""
+    """Make lines by model and by what varies within a column; the rest goes to the caption."""
     hardware = hardware_names(names.measured)
     dtypes = _dtypes(rows, names)
     several = any(len(found) > 1 for found in dtypes.values())  # of one model: its lines have to say which
@@ -201,44 +201,25 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
 
 
 def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> Cell:
-    """A row's figure with its interval, or a footnote on why there is none."""
+    """Return a row's figure with its interval, or with a footnote on why it is missing."""
     row = item.row
     if row.value is None:
         return Cell("failed" if row.status == "failed" else "n/a", note=notes.number(clean(row.reason)))
     write = written or format_of(row.metric, row.unit)
-    note = notes.number(sentence) if (sentence := _outliers(item, write)) else None
+    listed = row.details.get("outliers")
+    outliers = listed if isinstance(listed, list) else []
+    known = any(isinstance(one, dict) and isinstance(one.get("repetition"), int) for one in outliers)
+    note = notes.number(OUTLIERS) if known else None
     if row.low is None or row.high is None:
         return Cell(write(row.value), row.value, note=note)
     return Cell(write(row.value), row.value, write(row.low), write(row.high), note)
 
 
-NAMED = 3
-"""Outliers that a footnote names; the row has all of them."""
-
-
-def _outliers(item: Measured, write: Format) -> str:
-    """Which repetitions stood out; empty where none did."""
-    listed = item.row.details.get("outliers")
-    found = [one for one in listed if _is_outlier(one)] if isinstance(listed, list) else []
-    if not found:
-        return ""
-    named = [
-        f"{write(one['value'])} {write.unit} (repetition {one['repetition'] + 1})" for one in found[:NAMED]
-    ]
-    more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
-    stand = "stands out and stays" if len(found) == 1 else "stand out and stay"
-    return clean(f"{len(found)} of {item.row.n} repetitions {stand} in the median: {', '.join(named + more)}")
-
-
-def _is_outlier(found: object) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("repetition"), int):
-        return False
-    value = found.get("value")
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+OUTLIERS = "a median that includes outlying repetitions, which results.json lists"
 
 
 def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:
-    """What decides a figure besides model and column, as text."""
+    """Return what decides a figure besides model and column, as text."""
     point = {key: value for key, value in item.row.point.items() if key not in layout.used}
     shown = {key: layout.names.get(key, _plain)(value) for key, value in point.items()}
     if item.row.status == "ok" and item.row.n is not None:
@@ -247,7 +228,7 @@ def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:
 
 
 def _split(facts: list[dict[str, str]], headings: list[str], layout: Layout) -> tuple[list[str], list[str]]:
-    """Keys that need a column of their own, and captions of those that do not.
+    """Return the keys that need a column, and captions for the others.
 
     ``n`` never makes a column: where it differs between lines of a column, it is left to ``results.json``.
     """
@@ -272,13 +253,13 @@ COMPUTED_IN = "computed_in"
 
 
 def _dtype(item: Measured) -> str:
-    """What a quantised model was run in: the precision of others says it; of served ones nobody knows."""
+    """Return the dtype that a quantised model was run in; empty for others, whose precision is that."""
     dtype = item.row.settings.get("dtype")
     return clean(dtype) if isinstance(dtype, str) and item.row.model.precision.startswith("int") else ""
 
 
 def _dtypes(rows: Sequence[Measured], names: Collection) -> dict[str, dict[str, None]]:
-    """By label, what its figures were computed in."""
+    """Return the dtypes of each label's figures."""
     found: dict[str, dict[str, None]] = {}
     for item in rows:
         if dtype := _dtype(item):

@@ -1,6 +1,6 @@
-"""Text out of rows, made safe to show: names, reasons and settings may hold anything that anybody wrote.
+"""Make text of rows safe to show: names, reasons and settings are untrusted.
 
-HTML is escaped by the template engine; what is stripped here must not reach any reader at all: escape
+HTML is escaped by the template engine; what is stripped here must reach no reader: escape
 sequences that drive terminals, control characters, and marks that turn the direction of what follows.
 """
 
@@ -27,7 +27,7 @@ _SPACE = re.compile(r"\s+")
 
 
 def clean(text: object, longest: int = LONGEST) -> str:
-    """One line of visible text, at most ``longest`` characters."""
+    """Return one line of visible text, at most ``longest`` characters."""
     shown = _TERMINAL.sub("", str(text))
     shown = _SPACE.sub(" ", _HALF.sub("\ufffd", _UNSEEN.sub("", shown))).strip()
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
@@ -38,25 +38,25 @@ _LINK = re.compile(r"://|(?<=www)\.", re.IGNORECASE)
 
 
 def count(number: object, things: str) -> str:
-    """``2 threads``, ``1 thread``."""
+    """Return ``2 threads`` or ``1 thread``."""
     return f"{number} {things.removesuffix('s') if number == 1 else things}"
 
 
 def markdown(text: object) -> str:
-    """``clean`` text that GitHub's Markdown shows as it is: no markup, HTML, table cell, link or mention."""
+    """Return ``clean`` text that GitHub's Markdown shows as is, without markup, HTML, links or mentions."""
     shown = _MARKUP.sub(r"\\\g<0>", clean(text))
     shown = _LINK.sub(lambda found: ":\\/\\/" if found[0] == "://" else "\\.", shown)
-    shown = shown.replace("@", "@&#8203;")  # a zero-width space: nobody is mentioned, no mail address made
+    shown = shown.replace("@", "@&#8203;")  # a zero-width space: no mention, no mail address
     return re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", lambda found: _at_start(found[0]), shown)
 
 
 def _at_start(found: str) -> str:
-    """What would begin a list or underline a heading at the start of a line."""
+    """Escape what would begin a list or underline a heading."""
     return f"\\{found}" if found in "-+=" else f"{found}&#8203;"
 
 
 def code(text: object) -> str:
-    """``clean`` text as a code span, whose fence is longer than any run of backticks in it."""
+    """Return ``clean`` text as a code span, whose fence is longer than any run of backticks in it."""
     shown = clean(text, LONGEST_COMMAND)
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", shown)), default=0))
     pad = " " if shown.startswith("`") or shown.endswith("`") else ""
@@ -64,6 +64,6 @@ def code(text: object) -> str:
 
 
 def spreadsheet(text: object) -> str:
-    """``clean`` text that a spreadsheet does not take for a formula; some take wide signs for one, too."""
+    """Return ``clean`` text that no spreadsheet takes for a formula; some take wide signs for one, too."""
     shown = clean(text)
     return f"'{shown}" if shown[:1] in tuple("=+-@＝＋－＠") else shown

@@ -1,4 +1,4 @@
-"""How figures are written: one place, so that every form of a report shows the same digits."""
+"""Format figures, in one place, so that every form of a report shows the same digits."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Format:
     write: Callable[[float], str]
 
     def __call__(self, value: float) -> str:
-        """The value as it is shown."""
+        """Return the value as it is shown."""
         return self.write(value * self.scale)
 
 
 def fixed(digits: int) -> Callable[[float], str]:
-    """Numbers with so many digits after the point; a zero has no sign."""
+    """Return a function that writes numbers with a number of decimals; zero has no sign."""
 
     def write(value: float) -> str:
         text = f"{value:.{digits}f}"
@@ -59,13 +59,13 @@ _BY_METRIC = {
 
 
 def format_of(metric: str, unit: str) -> Format:
-    """How values of a metric are shown; an unknown unit is shown as it is, with four digits."""
+    """Return how values of a metric are shown; an unknown unit is shown as it is, with four digits."""
     if (special := _BY_METRIC.get(metric)) is not None:
         return special
     return _BY_UNIT.get(unit) or Format(clean(unit), 1, lambda value: f"{value:.4g}")
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """A difference with its sign, a true minus; a zero has none."""
+    """Return a difference with its sign, a true minus; zero has none."""
     text = fixed(digits)(abs(value))
     return text if not text.strip("0.") else f"{'+' if value > 0 else '−'}{text}"

@@ -1,4 +1,4 @@
-"""A report in all its forms, in one folder."""
+"""Write a report in all its forms into one folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwenq.errors import UsageError
-from qwenq.reporting import export, markdown, page
 from qwenq.reporting.collect import collect
-from qwenq.reporting.plots import require_matplotlib, write_plot
+from qwenq.reporting.export import csv_text, json_text
+from qwenq.reporting.markdown import PLOTS, report_markdown
+from qwenq.reporting.page import report_page
+from qwenq.reporting.plots import write_plot
 from qwenq.reporting.report import make_report
 from qwenq.storage import atomic_write_bytes, held
 
@@ -27,21 +29,19 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
         The page.
 
     Raises:
-        UsageError: a run cannot be read, ``out`` holds something other than a report, somebody else is
-            writing one there, or a package for a part of it is not installed.
+        UsageError: a run cannot be read, ``out`` holds other files than a report, or another qwenq is
+            writing one there.
         StorageError: the disk refused.
     """
     _refuse_foreign(runs, out)
     collection = collect(runs)
     report = make_report(collection, title or ", ".join(collection.families))
     texts = {
-        "results.json": export.json_text(report),
-        "results.csv": export.csv_text(report),
-        "README.md": markdown.render(report),
-        "index.html": page.render(report),
+        "results.json": json_text(report),
+        "results.csv": csv_text(report),
+        "README.md": report_markdown(report),
+        "index.html": report_page(report),
     }
-    if any(section.figures for section in report.sections):
-        require_matplotlib()
     with held(out):
         for rest in _rests(out):
             rest.unlink(missing_ok=True)
@@ -51,14 +51,14 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
             path
             for section in report.sections
             for figure in section.figures
-            for path in write_plot(figure, out / markdown.PLOTS / f"{section.slug}-{figure.key}")
+            for path in write_plot(figure, out / PLOTS / f"{section.slug}-{figure.key}")
         ]
-        _forget_others(out / markdown.PLOTS, plots)
+        _forget_others(out / PLOTS, plots)
     return out / "index.html"
 
 
 def _refuse_foreign(runs: list[Path], out: Path) -> None:
-    """A report has names that other folders use, too: somebody's README.md must not be overwritten."""
+    """Refuse a folder with other files: a report's README.md must not replace another one."""
     if out.resolve() in {run.resolve() for run in runs}:
         raise UsageError(
             "the report would be mixed with its run", where=out, hint="give --out another folder"
@@ -73,14 +73,14 @@ _REST = re.compile(r"\.(results\.json|results\.csv|README\.md|index\.html|.+\.pn
 
 
 def _rests(out: Path) -> Iterator[Path]:
-    """What a report that was killed has left of the file that it was writing (``storage``)."""
-    for folder in (out, out / markdown.PLOTS):
+    """Yield temporary files that a killed report has left (``storage``)."""
+    for folder in (out, out / PLOTS):
         if folder.is_dir():
             yield from (path for path in folder.iterdir() if _REST.fullmatch(path.name))
 
 
 def _is_report(file: Path) -> bool:
-    """Whether a report has written it: the name is a common one."""
+    """Return whether a report has written the file, whose name is a common one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -89,7 +89,7 @@ def _is_report(file: Path) -> bool:
 
 
 def _forget_others(folder: Path, plots: list[Path]) -> None:
-    """Plots that an earlier report wrote here, and this one has no data for."""
+    """Remove plots of an earlier report that this one has no data for."""
     if folder.is_dir():
         for old in folder.iterdir():
             if old.suffix in {".png", ".svg"} and old not in plots:

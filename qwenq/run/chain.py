@@ -1,4 +1,4 @@
-"""The steps of a recipe: commands of qwenq, in order, and what decides whether one is necessary again."""
+"""Turn a recipe into steps: commands of qwenq in order, and what decides whether each is necessary again."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
-from qwenq import __version__
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
-from qwenq.run.senseless import refuse_senseless
+from qwenq.run.senseless import require_packages, validate_recipe
+from qwenq.versions import __version__
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BITS = {"int8": 8, "int4": 4}
@@ -21,17 +22,19 @@ BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """One command, or the rows of a check.
 
     Attributes:
         name: for people and the journal.
-        arguments: behind ``qwenq``, or behind ``module``.
+        arguments: of ``python -m module``; with ``records`` the arguments of ``execute.append_check``.
+        makes: the file or folder that exists when it is done.
         reads: files and folders whose change makes it necessary again.
-        makes: what is there when it is done.
-        always: a verdict: never skipped.
-        whole: what it makes appears whole or not at all, under a name that holds what decides it; no journal
-            is asked.
-        alias: a link that leads to what it makes, so that people need not know that name.
+        always: run it every time: it is a verdict.
+        whole: ``makes`` appears complete or not at all, under a name that holds all that decides it: the
+            journal is not needed.
+        alias: a link to ``makes`` under a name without that hash.
+        module: ``qwenq``; another one in tests.
+        records: append the check that `qwenq quantize` made to the run's rows, without a command.
     """
 
     name: str
@@ -42,16 +45,17 @@ class Step:
     whole: bool = False
     alias: Path | None = None
     module: str = "qwenq"
+    records: bool = False
 
     def fingerprint(self) -> str:
-        """Of the command, qwenq's version, and the sizes and times of the files it reads."""
+        """Return a hash of the command, of qwenq's version, and of sizes and times of the files it reads."""
         facts = [__version__, self.name, *self.arguments, *(state(path) for path in self.reads)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A recipe's steps and where they leave what they make.
+    """Steps of a recipe, and where they write.
 
     Attributes:
         work: run folder: rows, journal, quantised models.
@@ -64,15 +68,25 @@ class Chain:
     page: Path | None
 
 
+def find_recipe(name: Path) -> Path:
+    """Return the file of a recipe: a path, or the name of one that ships with qwenq, such as ``demo``."""
+    if name.exists() or name.suffix or len(name.parts) != 1:
+        return name
+    package = Path(str(files("qwenq")))
+    shipped = (folder / "recipes" / f"{name}.toml" for folder in (package, package.parent))  # wheel, checkout
+    return next((file for file in shipped if file.is_file()), name)
+
+
 def chain_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
-    """The steps of a recipe, in order.
+    """Return the steps of a recipe, in order.
 
     Args:
-        file: the recipe, which `qwenq quantize` reads itself.
+        recipe: as it was read.
+        file: its file, which `qwenq quantize` reads itself.
         work: run folder; None: ``runs/NAME``.
 
     Raises:
-        UsageError: the recipe asks for what has no meaning.
+        UsageError: the recipe contradicts itself, or a package that a step needs is missing.
     """
     name = recipe.report.name or file.stem
     folder = work or Path("runs") / name
@@ -83,7 +97,8 @@ def chain_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     steps = list(made.values())
     if (recipe.eval or recipe.profile) and recipe.weights == "stored":
         steps += [_record(precision, step, folder) for precision, step in made.items()]
-    refuse_senseless(recipe)
+    validate_recipe(recipe)
+    require_packages(recipe)
     if recipe.eval is not None:
         steps += [*_evaluate(recipe, folder, plain, quantised)]
     if recipe.profile is not None:
@@ -98,7 +113,7 @@ def chain_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
 
 
 def precisions(recipe: Recipe) -> tuple[str, ...]:
-    """Those that are named, each once; else the unquantised model in bf16 and ``quantize.bits``."""
+    """Return the precisions of a recipe; by default the unquantised model in bf16, and ``quantize.bits``."""
     return tuple(dict.fromkeys(recipe.precisions)) or ("bf16", f"int{recipe.quantize.bits}")
 
 
@@ -111,7 +126,7 @@ def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
 
 
 def _model_folder(recipe: Recipe, precision: str) -> Path:
-    """``3f2a91c0/NAME-GPTQ-Int4``: another recipe or model gets another folder, and none is overwritten."""
+    """Return ``3f2a91c0/NAME-GPTQ-Int4``: another recipe or model gets another folder."""
     content = recipe.to_json()
     parts = {key: content[key] for key in ("model", "weights", "calibration", "quantize")}
     parts["quantize"]["bits"] = BITS[precision]
@@ -124,11 +139,11 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
 def _record(precision: str, quantise: Step, folder: Path) -> Step:
     arguments = (str(quantise.makes), str(folder), shlex.join(["qwenq", *quantise.arguments]))
     name, rows = f"record the check of {precision}", folder / RESULTS_FILE
-    return Step(name, arguments, rows, (quantise.makes,), module="qwenq.run.recorded")
+    return Step(name, arguments, rows, (quantise.makes,), records=True)
 
 
 def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
-    """The unquantised model first: the others are paired with its answers."""
+    """Yield the evaluations, the unquantised model first: the others are paired with its answers."""
     options = [*_eval_options(recipe), "--out", str(folder)]
     base = [] if recipe.model is None else [recipe.model]
     rows = folder / RESULTS_FILE
@@ -172,7 +187,7 @@ def _by_task(number: int | dict[str, int] | None) -> str | None:
 
 
 def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Step:
-    """One command for all models; it keeps what it has measured, and goes on there."""
+    """Return one command for all models; it keeps what it has measured, and continues there."""
     wanted = recipe.profile
     assert wanted is not None  # noqa: S101 - the caller has looked
     random = recipe.weights == "random"
@@ -203,19 +218,19 @@ def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
 
 
 def _gate(baseline: str, folder: Path, fail_on: str | None) -> Step:
-    """Conditions are named only where the recipe does: named ones that judge nothing are a failure."""
+    """Return the comparison; it names conditions only if the recipe does: those named must judge a row."""
     conditions = () if fail_on is None else ("--fail-on", fail_on)
     return Step("gate", ("compare", baseline, str(folder), *conditions), folder / RESULTS_FILE, always=True)
 
 
 def _local(*names: str | None) -> tuple[Path, ...]:
-    """Those that are files or folders here; hub ids and the bundled model are not."""
+    """Return the names that are files or folders here; hub ids and the bundled model are not."""
     paths = (Path(name).expanduser() for name in names if name is not None)
     return tuple(path for path in paths if path.exists())
 
 
 def state(path: Path) -> str:
-    """Names, sizes and times of a file, or of the files of a folder."""
+    """Return names, sizes and times of a file, or of the files of a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     return json.dumps(found)

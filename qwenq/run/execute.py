@@ -1,8 +1,7 @@
-"""Doing the steps of a chain, each in a process of its own, none of them twice.
+"""Run the steps of a recipe, each in a child process, and none of them twice.
 
-What a step costs in memory, and whether it crashes, is its own affair; what it has made counts by what is on
-the disk. A journal beside the results says which steps came to their end, under a fingerprint of everything
-that decides them: the command, the version, the files it reads.
+A step's memory and crashes stay in its process; what counts is what it wrote. A journal beside the results
+lists the steps that ended, under a fingerprint of all that decides them: command, version, files read.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 
+from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.manifest import PARTIAL
 from qwenq.results import RESULTS_FILE
 from qwenq.run.chain import Chain, Step
@@ -32,7 +33,7 @@ STEP_OF = "QWENQ_STEP_OF"
 
 
 def is_done(chain: Chain, step: Step) -> bool:
-    """Whether what the step makes is there, and the journal says that it is of this very step."""
+    """Return whether what the step makes exists, and by the journal was made by this very step."""
     if step.always or not step.makes.exists():
         return False
     if step.whole:
@@ -41,8 +42,8 @@ def is_done(chain: Chain, step: Step) -> bool:
     return end is not None and end.fingerprint == step.fingerprint() and end.rows <= _rows(chain.work)
 
 
-def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
-    """Do what is not done; the first step that fails ends it.
+def run_chain(chain: Chain, listener: Listener = silent) -> int:
+    """Run the steps that are not done; stop at the first that fails.
 
     Returns:
         The exit code of the last step: 0, or that of the one that failed.
@@ -52,34 +53,60 @@ def run_chain(chain: Chain, say: Callable[[str], None]) -> int:
         StorageError: the disk refused.
     """
     with locked(chain.work, LOCK):
-        return _run_steps(chain, say)
+        return _run_steps(chain, listener)
 
 
-def _run_steps(chain: Chain, say: Callable[[str], None]) -> int:
+def _run_steps(chain: Chain, listener: Listener) -> int:
     fresh = len(chain.steps) == 1
     for number, step in enumerate(chain.steps, 1):
         if is_done(chain, step):
-            _tidy(step)
-            _lead_to(step)
+            _discard_leftover(step)
+            _link(step)
             continue
-        say(f"step {number} of {len(chain.steps)}: {step.name}")
+        listener(Start(step.name, len(chain.steps), "steps", number - 1))
         if step.always and not fresh:
-            say("note: what it judges was made before; after a change of the code, begin in an empty folder")
+            listener(Notice("it judges earlier results; after a change of the code, use an empty folder"))
         fresh = True
         started = time.monotonic()
-        code, stopped = _execute(step)
+        if step.records:
+            model, run, command = step.arguments
+            with ProcessPoolExecutor(1, get_context("spawn")) as child:  # it loads torch
+                child.submit(append_check, Path(model), Path(run), command).result()
+            code, stopped = 0, False
+        else:
+            code, stopped = _execute(step)
         if code != 0:
-            say(f"{step.name} ended with exit code {code}; the same command goes on from here")
+            listener(Notice(f"{step.name} ended with exit code {code}; the same command continues here"))
             return code
-        _lead_to(step)
-        _note(chain.work, step, time.monotonic() - started)
-        if stopped:  # it came when the step had done its work, and is still meant
+        _link(step)
+        _append_to_journal(chain.work, step, time.monotonic() - started)
+        if stopped:  # it came when the step had done its work, and still applies
             signal.raise_signal(signal.SIGTERM)
     return 0
 
 
-def _lead_to(step: Step) -> None:
-    """Point the step's alias at what it has made, in one move; what is no link is somebody's, and stays."""
+def append_check(model: Path, run: Path, command: str) -> None:
+    """Append the check that `qwenq quantize` made of a model to the rows of a run, unless they are there.
+
+    Args:
+        model: the quantised folder.
+        run: the run folder.
+        command: that quantised it, for the rows.
+
+    Raises:
+        CorruptFileError: the folder has no manifest with a check, or its bytes are others.
+    """
+    import torch
+
+    from qwenq.evals.recorded import record_check
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.identity import result_model
+
+    record_check(model, result_model(open_checkpoint(model), torch.float32, str(model)), run, command)
+
+
+def _link(step: Step) -> None:
+    """Point the step's alias at what it made, in one move; a file or folder of that name stays."""
     if step.alias is None or not step.makes.exists():
         return
     alias, target = step.alias, os.path.relpath(step.makes, step.alias.parent)
@@ -94,8 +121,8 @@ def _lead_to(step: Step) -> None:
         fresh.replace(alias)
 
 
-def _tidy(step: Step) -> None:
-    """A kill may have come between a model's name and the end of its work folder, and nobody looks again."""
+def _discard_leftover(step: Step) -> None:
+    """Remove the work folder of a model that was killed just after the model got its name."""
     leftover = step.makes.with_name(f"{step.makes.name}{PARTIAL}")
     if step.whole and leftover.is_dir():
         from qwenq.gptq.layer_store import discard_leftover
@@ -104,52 +131,52 @@ def _tidy(step: Step) -> None:
 
 
 def _execute(step: Step) -> tuple[int, bool]:
-    """Run a step; Ctrl-C and SIGTERM reach it, and it may save what it has. It dies with this process.
+    """Run a step's command; Ctrl-C and SIGTERM reach it, and it may save its work; it dies with this one.
 
     Returns:
         Its exit code, and whether SIGTERM came.
     """
     command = [sys.executable, "-m", step.module, *step.arguments]
     running: list[subprocess.Popen[bytes]] = []
-    told: list[int] = []
+    received: list[int] = []
 
-    def tell(number: int, _: FrameType | None) -> None:
-        told.append(number)
+    def pass_on(number: int, _: FrameType | None) -> None:
+        received.append(number)
         for child in running:
             child.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, tell)  # first, or one that comes now would reach nobody
+    before = signal.signal(signal.SIGTERM, pass_on)  # first, or one that comes now would reach nobody
     try:
         with subprocess.Popen(command, env={**os.environ, STEP_OF: str(os.getpid())}) as child:
             running.append(child)
-            if told:
+            if received:
                 child.send_signal(signal.SIGTERM)
             try:
                 code = child.wait()
             except KeyboardInterrupt:
-                child.wait()  # a terminal has told it, too
+                child.wait()  # a terminal sends the signal to both
                 raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    return code if code >= 0 else 128 - code, bool(told)
+    return code if code >= 0 else 128 - code, bool(received)
 
 
 @dataclass(frozen=True)
 class _End:
-    """Of a step: under which fingerprint, and how large the file of rows was then, which only grows."""
+    """Entry of the journal: fingerprint of the step, and size of the file of rows then, which only grows."""
 
     fingerprint: str
     rows: int
 
 
 def _rows(work: Path) -> int:
-    """Bytes of the run's rows: fewer than a step has left there are another file's, begun anew since."""
+    """Return the bytes of the run's rows; fewer than a step left there: the file was begun anew since."""
     path = work / RESULTS_FILE
     return path.stat().st_size if path.exists() else 0
 
 
 def _journal(work: Path) -> dict[str, _End]:
-    """Step → its last good end; a line that a kill tore is no end."""
+    """Return the last entry of each step; a line that a kill cut off is skipped."""
     try:
         lines = (work / JOURNAL).read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
@@ -164,8 +191,8 @@ def _journal(work: Path) -> dict[str, _End]:
     return ends
 
 
-def _note(work: Path, step: Step, seconds: float) -> None:
-    """A finished step, flushed to the disk."""
+def _append_to_journal(work: Path, step: Step, seconds: float) -> None:
+    """Append a finished step, flushed to the disk."""
     entry = {
         "step": step.name,
         "fingerprint": step.fingerprint(),

@@ -1,32 +1,55 @@
-"""What a recipe can say, and a later step would refuse after hours: it is refused at once."""
+"""Refuse at once what a later step of a recipe would refuse after hours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from qwenq.errors import UsageError
 from qwenq.recipe import Recipe
 
 ATTENTIONS = ("auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best")
 ENGINES = ("fast", "transformers")
-"""Names that `qwenq profile` knows. To look them up where they are defined would load torch, and the steps of
-a run would inherit its memory as a peak of their own."""
+"""Names that `qwenq profile` knows. Where they are defined torch is loaded, and the steps of a run would
+inherit its memory as a peak of their own."""
 
 
-def refuse_senseless(recipe: Recipe) -> None:
-    """Raise for the first thing that has no meaning.
+PACKAGES = {"pandas": "results.csv", "matplotlib": "plots", "jinja2": "the page"}
+"""What a report needs, and for what."""
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Require the packages that the last step needs before the first one begins.
+
+    Raises:
+        UsageError: names the one that is missing.
+    """
+    needed = PACKAGES if recipe.eval is not None or recipe.profile is not None else {}
+    if recipe.eval is not None and recipe.eval.data is None and not recipe.eval.sample:
+        needed = {**needed, "datasets": "benchmarks of the hub"}
+    for package, use in needed.items():
+        if find_spec(package) is None:
+            raise UsageError(
+                f"the package {package} is missing, which {use} need{'s' * (use[-1] != 's')}",
+                where="the recipe",
+                hint=f"pip install {package}",
+            )
+
+
+def validate_recipe(recipe: Recipe) -> None:
+    """Refuse what contradicts itself.
 
     Raises:
         UsageError: says which key, and what it may be.
     """
-    for what, hint in _senseless(recipe):
+    for what, hint in _contradictions(recipe):
         raise UsageError(what, where="the recipe", hint=hint)
 
 
-def _senseless(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, name in (("model", recipe.model), ("gate.baseline", recipe.gate.baseline)):
         if name is not None and name.startswith("-"):  # a step would take it for an option of its own
-            yield f"{key} = {name!r} is an option, no name", f"write ./{name}, if that is its folder"
+            yield f"{key} = {name!r} is an option, not a name", f"write ./{name}, if that is its folder"
     if recipe.eval is not None and recipe.weights == "random":
         yield "[eval] of random weights would measure chance", "leave [eval] out"
     if recipe.eval is not None and not recipe.eval.tasks:
@@ -35,10 +58,10 @@ def _senseless(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for task in [name for name in recipe.eval.limit if name not in recipe.eval.tasks]:
             yield f"eval.limit: {task!r} is not asked for", f"eval.tasks are {', '.join(recipe.eval.tasks)}"
     if recipe.profile is not None:
-        yield from _senseless_points(recipe)
+        yield from _contradictory_points(recipe)
 
 
-def _senseless_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
     from qwenq.profiling.planning import parse_budget
 
     wanted = recipe.profile

@@ -1,1 +1,1 @@
-"""Running a checkpoint."""
+"""Run a checkpoint."""

@@ -1,8 +1,4 @@
-"""Keys and values of a batch of sequences, each row with a length of its own.
-
-Row r's token p lies in slot p, whatever the other rows hold: no row is padded on the left, a token's slot is
-its position, and "may see" is one comparison (slot ≤ position). What lies behind a row's length is free.
-"""
+"""Keep keys and values of a batch of sequences, each row with its own length."""
 
 from __future__ import annotations
 
@@ -47,7 +43,7 @@ class KVCache:
         states: of each linear-attention layer, in order; a row without tokens has zeros.
 
     Raises:
-        UsageError: fewer than no rows or slots.
+        UsageError: a negative size.
         OutOfMemoryError: more bytes than are free.
 
     Attributes:
@@ -83,8 +79,9 @@ class KVCache:
             LOWER,
         )
         # Zeros, because a masked NaN would still poison the sum over values.
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.keys, self.values = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)] for _ in range(2)
+        )
         self._state_shapes = tuple(states)
         self.states = [
             (
@@ -133,11 +130,7 @@ class KVCache:
         self.lengths = wanted
 
     def reserve(self, capacity: int) -> None:
-        """Make room for at least ``capacity`` tokens in each row; what is there stays.
-
-        Raises:
-            OutOfMemoryError: more bytes than are free.
-        """
+        """Make room for at least ``capacity`` tokens in each row; what is there stays."""
         if self.capacity >= capacity:
             return
         first, layers = self.keys[0], len(self.keys)
@@ -156,18 +149,14 @@ class KVCache:
                 tensors[layer] = grown
 
     def clear(self, rows: Sequence[int]) -> None:
-        """Empty these rows, as if nothing had ever been in them; the others stay.
-
-        Raises:
-            UsageError: there is no such row.
-        """
+        """Empty these rows, as if nothing had ever been in them; the others stay."""
         self.check_rows(rows)
         for row in rows:
             self.lengths[row], self.alphas[row] = 0, 1
         self._forget_states(rows)
 
     def take(self, rows: Sequence[int], capacity: int | None = None) -> KVCache:
-        """A new cache whose row i is a copy of this cache's row ``rows[i]``; a row may be named many times.
+        """Return a new cache whose row i is a copy of row ``rows[i]``; a row may be named many times.
 
         A prefix that many sequences share is encoded once and taken many times; the rows of a batch that are
         not finished yet are taken together, so that the rest costs nothing more.
@@ -175,9 +164,6 @@ class KVCache:
         Args:
             rows: of this cache.
             capacity: slots of each row of the copy; None: as many as here.
-
-        Raises:
-            UsageError: there is no such row, or what it holds does not fit.
         """
         self.check_rows(rows)
         capacity = self.capacity if capacity is None else capacity
@@ -197,9 +183,6 @@ class KVCache:
         """Replace row ``rows[i]`` by row i of another cache of the same model; the others stay.
 
         A finished row of a batch makes room for the next prompt: prefill that alone, then put it there.
-
-        Raises:
-            UsageError: there is no such row, one is named twice, or what the other cache holds does not fit.
         """
         self.check_rows(rows)
         if len(rows) != source.batch or len(set(rows)) != len(rows):
@@ -212,13 +195,10 @@ class KVCache:
             self.lengths[row], self.alphas[row] = length, alpha
 
     def keep(self, rows: Collection[int]) -> list[int]:
-        """Drop all other rows where they lie: little is copied, and no memory is given back.
+        """Drop all other rows in place: little is copied, and no memory is freed.
 
         Returns:
             For each row that is left, which one it was: itself where it can be, else it fills a gap.
-
-        Raises:
-            UsageError: there is no such row, or none would be left.
         """
         kept = sorted(set(rows))
         self.check_rows(kept)
@@ -226,13 +206,11 @@ class KVCache:
             raise UsageError("a cache keeps at least one of its rows")
         behind = [row for row in kept if row >= len(kept)]
         order = [row if row in kept else behind.pop() for row in range(len(kept))]
-        for tensor in (*self.keys, *self.values):
-            for row, was in enumerate(order):
-                if row != was:
-                    tensor[row, :, : self.lengths[was]] = tensor[was, :, : self.lengths[was]]
-        for tensor in (tensor for state in self.states for tensor in state):
-            for row, was in enumerate(order):
-                if row != was:
+        for row, was in ((row, was) for row, was in enumerate(order) if row != was):
+            for tensor in (*self.keys, *self.values):
+                tensor[row, :, : self.lengths[was]] = tensor[was, :, : self.lengths[was]]
+            for state in self.states:
+                for tensor in state:
                     tensor[row] = tensor[was]
         self.keys, self.values = ([layer[: len(order)] for layer in own] for own in (self.keys, self.values))
         self.states = [(conv[: len(order)], recurrent[: len(order)]) for conv, recurrent in self.states]
@@ -242,11 +220,7 @@ class KVCache:
         return order
 
     def fork(self, batch: int, capacity: int) -> KVCache:
-        """A new cache of ``batch`` rows that all begin with the one row of this cache.
-
-        Raises:
-            UsageError: this cache has more than one row, or the prefix does not fit.
-        """
+        """Return a new cache of ``batch`` rows that all begin with the one row of this cache."""
         if self.batch != 1 or self.lengths[0] > capacity:
             raise UsageError(
                 f"only one row that fits can be forked; this cache has {self.batch} rows of {self.lengths}"
@@ -254,11 +228,7 @@ class KVCache:
         return self.take([0] * batch, capacity)
 
     def check_rows(self, rows: Sequence[int]) -> None:
-        """Whether the cache has these rows.
-
-        Raises:
-            UsageError: there is no such row.
-        """
+        """Refuse rows that the cache does not have."""
         if wrong := [row for row in rows if not 0 <= row < self.batch]:
             raise UsageError(f"a cache of {self.batch} rows has no row {wrong[0]}")
 
@@ -270,7 +240,7 @@ class KVCache:
             )
 
     def _arrange_plainly(self) -> None:
-        """Back to one [batch, heads, capacity, d] per layer, in the dtype of the activations."""
+        """Go back to one [batch, heads, capacity, d] per layer, in the dtype of the activations."""
         if self._arranged is not None:
             shape = self.keys[0].shape
             self._move_to(
@@ -287,14 +257,13 @@ class KVCache:
         self.keys, self.values = keys, values
 
     def _copy_rows(self, rows: Sequence[int], source: KVCache, theirs: Sequence[int], held: int) -> None:
-        """Slots 0 … held-1 of the other cache's rows into these rows, in all layers; and their states."""
-        for mine, other in ((self.keys, source.keys), (self.values, source.values)):
-            for target, origin in zip(mine, other, strict=True):
-                for row, their in zip(rows, theirs, strict=True):
+        """Copy slots 0 … held-1 and states of the other cache's rows into these rows."""
+        for row, their in zip(rows, theirs, strict=True):
+            for mine, other in ((self.keys, source.keys), (self.values, source.values)):
+                for target, origin in zip(mine, other, strict=True):
                     target[row, :, :held] = origin[their, :, :held]
-        for mine_states, their_states in zip(self.states, source.states, strict=True):
-            for target, origin in zip(mine_states, their_states, strict=True):
-                for row, their in zip(rows, theirs, strict=True):
+            for own, others in zip(self.states, source.states, strict=True):
+                for target, origin in zip(own, others, strict=True):
                     target[row] = origin[their]
 
     def _forget_states(self, rows: Sequence[int]) -> None:
@@ -303,17 +272,13 @@ class KVCache:
                 tensor[row] = 0
 
     def span(self, counts: Sequence[int]) -> Span:
-        """Plan a forward pass over ``counts[r]`` new tokens of each row r, padded on the right to the most.
-
-        Raises:
-            UsageError: a row would become longer than the capacity.
-        """
+        """Plan a forward pass over ``counts[r]`` new tokens of each row r, padded on the right."""
         self._arrange_plainly()
         self._refuse_more_than(max(old + new for old, new in zip(self.lengths, counts, strict=True)))
         return plan(self.lengths, counts, self.keys[0].device)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Put [batch, heads, tokens, d] into a layer's slots; returns that layer's slots 0 … end-1."""
+        """Put [batch, heads, tokens, d] into a layer's slots; return that layer's slots 0 … end-1."""
         stored_keys, stored_values = self.keys[layer], self.values[layer]
         if span.start is not None:
             stored_keys[:, :, span.start : span.end] = keys
@@ -330,9 +295,6 @@ class KVCache:
         Args:
             capacity: slots that each row gets at least; a cache that is made small and arranged with its real
                 capacity while it is empty never holds both forms.
-
-        Raises:
-            OutOfMemoryError: more bytes than are free.
         """
         if self._arranged is None or capacity > self.capacity:
             _, heads, slots, d = self.keys[0].shape
@@ -342,30 +304,23 @@ class KVCache:
         return self._arranged
 
     def step(self) -> Step:
-        """Plan a decode step on the CPU: one new token in every row.
-
-        Raises:
-            UsageError: a row is full.
-        """
+        """Plan a decode step on the CPU: one new token in every row."""
         end = max(self.lengths) + 1
         self._refuse_more_than(end)
         return self.arrange_for_steps().step(self.next_positions(), end)
 
     def next_positions(self) -> Tensor:
-        """Int64 [batch or 1, 1], of one more token in every row; 1 when all rows are alike."""
+        """Return the positions of one more token, int64 [batch or 1, 1]; 1 when all rows are alike."""
         if min(self.lengths) == max(self.lengths):
             return torch.tensor([self.lengths[:1]])
         return torch.tensor(self.lengths).unsqueeze(1)
 
     def laid_out_for_step(self) -> tuple[Tensor, Tensor]:
-        """All layers as `step` lays them out, for code that finds its way by itself.
+        """Return all layers as `step` lays them out, for compiled code.
 
         Returns:
             Float32 keys [layers, batch, heads, d, slots] and values [layers, batch, heads, slots, d]. Rows
             that were dropped leave gaps between layers; there are no others.
-
-        Raises:
-            UsageError: a row is full.
         """
         self._refuse_more_than(max(self.lengths) + 1)
         layout = self.arrange_for_steps()

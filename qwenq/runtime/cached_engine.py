@@ -1,9 +1,9 @@
-"""What the engines share: prompts and steps over a cache, checked before they run."""
+"""Run prompts and steps over a cache, checked first, and generate text with them: what all engines share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,13 +12,24 @@ from torch import Tensor
 from qwenq.errors import UsageError
 from qwenq.runtime.cache import LOWER, KVCache
 from qwenq.runtime.finite import checked
-from qwenq.runtime.generation import Generated, OnToken, generate, padded
+from qwenq.runtime.generation import Answer, Generated, OnToken, Timing, stopwatch
 from qwenq.runtime.memory import explained
-from qwenq.runtime.sampling import GREEDY, Sampling
+from qwenq.runtime.sampling import GREEDY, Sampler, Sampling
 
 
-class CachedEngine(ABC):
-    """Each engine has to say how tokens become hidden states, and those become logits."""
+class Engine(ABC):
+    """Runs a model over a cache. Every method works on a batch whose rows may differ in length.
+
+    Attributes:
+        name: ``fast`` or ``transformers``.
+        implementation: what exactly runs, for the row of a table: kernel, attention, package versions.
+        notes: one line for each choice at load that a user should know, such as a faster kernel that is not
+            used, with the reason.
+        device, dtype: where and in what.
+        vocab_size: columns of the logits.
+        real_vocab: ids from here on are padding and are never sampled.
+        context: tokens that the model was made for; None where the config has no limit.
+    """
 
     name: str
     implementation: str
@@ -32,18 +43,21 @@ class CachedEngine(ABC):
 
     @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache."""
+        """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens."""
 
     @abstractmethod
     def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Int64 [batch, tokens] → [batch, tokens, hidden]; adds ``counts[r]`` tokens to each row r."""
+        """Run int64 [batch, tokens] to [batch, tokens, hidden]; add ``counts[r]`` tokens to each row r."""
 
     @abstractmethod
     def _head(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] → float32 [..., vocabulary]."""
+        """Return float32 [..., vocabulary] for [..., hidden]."""
 
     def prompt_alpha(self, tokens: int) -> int:
-        """1: only the fast engine has Qwen v1's dynamic NTK."""
+        """Return Qwen v1's NTK factor for a prompt of that length (see ``rope``); 1 everywhere else.
+
+        A cache whose ``alphas`` differ from it cannot stand for the beginning of such a prompt.
+        """
         del tokens
         return 1
 
@@ -51,9 +65,21 @@ class CachedEngine(ABC):
     def prefill(
         self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int] | None = None
     ) -> Tensor:
-        """Float32 [len(prompts), vocabulary] after each prompt's last token."""
+        """Add prompts to rows of a cache; the head is computed at the last token of each alone.
+
+        Args:
+            prompts: ``prompts[i]`` is added to row ``rows[i]``.
+            cache: what came before.
+            rows: these rows of the cache and no others; None: all of them, in order.
+
+        Returns:
+            Float32 [len(prompts), vocabulary] after each prompt's last token.
+
+        Raises:
+            UsageError: a prompt is empty, holds an id that is not in the vocabulary, or does not fit.
+        """
         if rows is not None:
-            # A small cache of their own: the other rows cost nothing, and what is copied is little.
+            # A small cache for them: the other rows cost nothing, and what is copied is little.
             cache.check_rows(rows)
             added = max(map(len, prompts), default=0)
             part = cache.take(rows, max((cache.lengths[row] for row in rows), default=0) + added)
@@ -69,7 +95,7 @@ class CachedEngine(ABC):
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Float32 [batch, vocabulary] after one more token in each row."""
+        """Add one token to each row, int64 [batch], and return float32 [batch, vocabulary] after it."""
         self._check_step(tokens, cache)
         with self._step_memory(cache):
             hidden = self._hidden(tokens.unsqueeze(1), [1] * len(tokens), cache)
@@ -77,7 +103,7 @@ class CachedEngine(ABC):
 
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> list[Tensor]:
-        """Float32 [len(prompts[r]), vocabulary] after every token of each row."""
+        """Return float32 [len(prompts[r]), vocabulary] after every token of each row; fill the cache."""
         cache = cache or self.new_cache(len(prompts), max(map(len, prompts), default=1))
         self._check(prompts, cache)
         with self._memory(prompts):
@@ -96,11 +122,97 @@ class CachedEngine(ABC):
         cache: KVCache | None = None,
         on_token: OnToken | None = None,
     ) -> Generated:
-        """Answer each prompt; see `Engine.generate`."""
-        return generate(self, prompts, max_new_tokens, sampling, stop_ids, exact_tokens, cache, on_token)
+        """Answer each prompt.
+
+        Args:
+            prompts: ids of each row; with a cache, what follows there.
+            max_new_tokens: at most so many per row.
+            sampling: how tokens are chosen.
+            stop_ids: each ends its row, and is not part of the answer.
+            exact_tokens: give every row exactly ``max_new_tokens``: stop ids are suppressed, their logits
+                −∞, as ``min_new_tokens`` does in transformers.
+            cache: goes on from there; None: an empty one, of the size that is needed.
+            on_token: called with (row, id) as tokens come.
+
+        Raises:
+            UsageError: as `prefill`, no token was asked for, or every id is suppressed.
+        """
+        _require_some(max_new_tokens)
+        if not prompts:
+            return Generated([])
+        if cache is None:
+            cache = self.new_cache(len(prompts), max(map(len, prompts)) + max_new_tokens)
+        stops = frozenset(stop_ids)
+        never = stops if exact_tokens else frozenset[int]()
+        ids: list[list[int]] = [[] for _ in prompts]
+        ends: list[int | None] = [None] * len(prompts)
+        timing = Timing()
+        for drawn in self._steps(prompts, max_new_tokens, sampling, cache, timing, never):
+            for row, token in enumerate(drawn):
+                if ends[row] is not None:
+                    continue
+                if token in stops:
+                    ends[row] = token
+                    continue
+                ids[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+            if None not in ends:
+                break
+        return Generated([Answer(row, end) for row, end in zip(ids, ends, strict=True)], timing)
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        cache: KVCache,
+        timing: Timing,
+    ) -> Iterator[int]:
+        """Yield the tokens of one answer as they come, up to a stop id (left out) or the limit."""
+        stops = frozenset(stop_ids)
+        for (token,) in self._steps([prompt], max_new_tokens, sampling, cache, timing):
+            if token in stops:
+                return
+            yield token
+
+    def _steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        cache: KVCache,
+        timing: Timing,
+        suppressed: Collection[int] = (),
+    ) -> Iterator[list[int]]:
+        """Yield the next token of every row, at most ``max_new_tokens`` times; none of ``suppressed``.
+
+        Between two steps the cache holds all tokens but the newest: a caller that stops early can go on.
+        """
+        _require_some(max_new_tokens)
+        sampler = Sampler(sampling, len(prompts), self.real_vocab, suppressed)
+        longest = max(old + len(new) for old, new in zip(cache.lengths, prompts, strict=True))
+        if longest + max_new_tokens - 1 > cache.capacity:
+            raise UsageError(
+                f"a prompt of {longest} and {max_new_tokens} new tokens do not fit into a cache of "
+                f"{cache.capacity}",
+                hint="shorten the prompt or ask for fewer new tokens",
+            )
+        with stopwatch(self.device) as watch:
+            tokens = sampler(self.prefill(prompts, cache))
+            drawn = tokens.tolist()
+        timing.add(Timing(prefill_tokens=sum(map(len, prompts)), prefill_seconds=watch.seconds))
+        yield drawn
+        for _ in range(max_new_tokens - 1):
+            with stopwatch(self.device) as watch:
+                tokens = sampler(self.decode(tokens, cache))
+                drawn = tokens.tolist()
+            timing.add(Timing(decode_tokens=len(drawn), decode_seconds=watch.seconds))
+            yield drawn
 
     def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        return self._hidden(padded(prompts, self.device), [len(prompt) for prompt in prompts], cache)
+        return self._hidden(_padded(prompts, self.device), [len(prompt) for prompt in prompts], cache)
 
     def _memory(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
         what = f"{len(prompts)} prompts of up to {max(map(len, prompts), default=0)} tokens"
@@ -147,3 +259,14 @@ class CachedEngine(ABC):
                 f"this one has {self._form}",
                 hint="make it with new_cache of the same engine",
             )
+
+
+def _require_some(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UsageError(f"{max_new_tokens} new tokens are none", where="--max-new-tokens")
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return int64 [rows, longest], shorter rows filled with 0 on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)

@@ -1,4 +1,4 @@
-"""A conversation: its history, the prompt that fits the context, and answers that are safe to show."""
+"""Hold a conversation: its history, the prompt that fits the context, answers that are safe to show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LEAST_ROOM = 16  # tokens that an answer has at least, else the question does n
 
 
 class Conversation:
-    """User and assistant in turn, over one session.
+    """Questions and answers over one session.
 
     Args:
         session: runs the model.
@@ -33,7 +33,7 @@ class Conversation:
         cut: whether the latest answer reached its limit of tokens.
 
     Raises:
-        UsageError: a base model, which was never taught to answer.
+        UsageError: a base model, which was not trained to answer.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Conversation:
         self.cut = False
 
     def ask(self, question: str) -> Generator[str]:
-        """The answer, piece by piece, as text without control characters.
+        """Yield the answer, piece by piece, as text without control characters.
 
         An answer that is cut short (the caller stops reading, or is interrupted) stays in the history as far
         as it came; a question that got no answer at all is forgotten.
@@ -69,7 +69,7 @@ class Conversation:
             prompt, room = self._prompt()
             text = self._tokenizer.stream()
             stops = self._tokenizer.eos_ids
-            # Every answer draws numbers of its own: the same ones again would favour the same words.
+            # Every answer draws other numbers: the same ones again would favour the same words.
             sampling = replace(self._sampling, seed=self._sampling.seed + len(self._rounds) - 1)
             for token in self._session.answer(prompt, room, sampling=sampling, stop_ids=stops):
                 ids.append(token)
@@ -80,13 +80,13 @@ class Conversation:
             self._remember(ids)
 
     def _remember(self, ids: list[int]) -> None:
-        if not ids:
+        if ids:
+            self._rounds[-1].append({"role": "assistant", "content": self._tokenizer.decode(ids)})
+        else:
             self._rounds.pop()
-            return
-        self._rounds[-1].append({"role": "assistant", "content": self._tokenizer.decode(ids)})
 
     def _prompt(self) -> tuple[list[int], int]:
-        """The prompt's ids, the oldest rounds dropped until it fits, and how many new tokens fit after it."""
+        """Return the prompt's ids, without the oldest rounds if it must, and how many new tokens fit."""
         context = self._session.engine.context
         # Room for a whole answer where possible; a model with a short context keeps half of it for history.
         wanted = self._max_new_tokens if context is None else min(self._max_new_tokens, context // 2)
@@ -106,7 +106,7 @@ class Conversation:
         return ids, min(room, self._max_new_tokens)
 
     def _encode(self, rounds: list[list[Message]]) -> tuple[list[int], int]:
-        """Ids, and how many of these rounds v1's own window left out."""
+        """Return ids, and how many of these rounds Qwen v1's window left out."""
         messages = [*self._system, *(message for turns in rounds for message in turns)]
         if isinstance(self._tokenizer, QwenTokenizer):
             context = build_context(self._tokenizer, messages, max_window=self._tokenizer.max_window)
@@ -115,7 +115,7 @@ class Conversation:
 
 
 def require_chat(tokenizer: Tokenizer) -> None:
-    """Refuse a model that was never taught to answer.
+    """Refuse a base model, which was not trained to answer.
 
     Raises:
         UsageError: a base model.
@@ -127,13 +127,13 @@ def require_chat(tokenizer: Tokenizer) -> None:
             "this is a base model: it continues text and does not answer",
             hint="name its -Chat sibling, e.g. Qwen-1.8B-Chat",
         )
-    tokenizer.chat([{"role": "user", "content": "?"}])  # says itself what is missing
+    tokenizer.chat([{"role": "user", "content": "?"}])  # raises with what is missing
 
 
 def thinking_in_chat(tokenizer: Tokenizer, wish: str) -> tuple[Tokenizer, bool]:
     """Return the tokenizer with ``enable_thinking`` as asked for, and whether the model thinks then.
 
-    ``auto`` says nothing to the chat template, which then does what its authors want.
+    ``auto`` leaves it to the chat template.
 
     Raises:
         UsageError: the template cannot do what was asked for.
@@ -150,5 +150,5 @@ def thinking_in_chat(tokenizer: Tokenizer, wish: str) -> tuple[Tokenizer, bool]:
 
 
 def printable(text: str) -> str:
-    """The text without control characters but line ends and tabs: no answer can steer the terminal."""
+    """Return text without control characters but line ends and tabs: no answer can steer the terminal."""
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")

@@ -1,73 +1,65 @@
-"""One decode step on a CPU: all blocks of the decoder in one call of C.
-
-`DecodeStep` computes the same with a few hundred calls of torch, which in a small model take longer than the
-products. With many rows the calls weigh less, and `DecodeStep` has them.
-"""
+"""Run a decode step on a CPU as one call of C, where torch would take a few hundred."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from qwenq.compute import step as compute
 from qwenq.runtime.cache import KVCache
+from qwenq.runtime.decode_step import Block
 from qwenq.runtime.kernels.cpu_native import CpuNative
-
-if TYPE_CHECKING:
-    from qwenq.runtime.decode_step import DecodeStep
-    from qwenq.runtime.decoder import Block, Decoder
+from qwenq.runtime.rope import Rope
+from qwenq.runtime.spec import DecoderSpec
 
 
 class CompiledStep:
-    """A decoder's blocks in one call.
+    """A decoder's blocks in one call, for fewer rows than ``most_rows``: with many, torch's calls weigh less.
 
     Args:
-        decoder: with every linear layer a `CpuNative`, see `unsupported_reason`.
-        step: the same in torch: plans the rotation, and runs larger batches.
+        spec: sizes and constants.
+        blocks: with every linear layer a `CpuNative`, see `unsupported_reason`.
+        norm: weight of the final norm.
+        dtype: of the activations.
     """
 
-    def __init__(self, decoder: Decoder, step: DecodeStep) -> None:
-        self._decoder, self._step = decoder, step
-        blocks = [_step_block(block) for block in decoder.blocks]
-        self._run = compute.DecodeStep(_shape(decoder), blocks, decoder.norm.float(), decoder.dtype)
+    most_rows = CpuNative.many_rows
+
+    def __init__(self, spec: DecoderSpec, blocks: Sequence[Block], norm: Tensor, dtype: torch.dtype) -> None:
+        self._run = compute.DecodeStep(
+            _shape(spec), [_step_block(each) for each in blocks], norm.float(), dtype
+        )
 
     @staticmethod
-    def unsupported_reason(decoder: Decoder) -> str | None:
-        """Return why not, in words that follow "because"; None: it can."""
-        linears = [linear for block in decoder.blocks for linear in _linears(block)]
+    def unsupported_reason(spec: DecoderSpec, blocks: Sequence[Block]) -> str | None:
+        """Return why C cannot run these blocks, in words that follow "because"; None: it can."""
+        linears = [linear for block in blocks for linear in _linears(block)]
         if not all(isinstance(linear, CpuNative) and linear.order is None for linear in linears):
             return f"not every linear layer is a {CpuNative.name} with its columns as they come"
         if any(linear.offsets is not None for linear in linears):
             return "the weights have zero points off the middle"
-        if any(linear.bias is not None for block in decoder.blocks for linear in _linears(block)[1:]):
+        if any(linear.bias is not None for block in blocks for linear in _linears(block)[1:]):
             return "there are biases behind attention or in the MLP"
-        return compute.unsupported_reason(_shape(decoder))
+        return compute.unsupported_reason(_shape(spec))
 
-    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Int64 [batch] → [batch, hidden] after the final norm; each row of the cache becomes one longer.
+    def __call__(self, x: Tensor, cache: KVCache, rope: Rope) -> Tensor:
+        """Run one embedded token of each row, [batch, hidden]; the cache's lengths stay as they are.
 
         Raises:
             UsageError: a row is full.
         """
-        if len(ids) >= CpuNative.many_rows:
-            return self._step(ids, cache)
         keys, values = cache.laid_out_for_step()  # float32 [layers, batch, heads, d, slots], [..., slots, d]
-        cos, sin = self._step.rotation(cache)
-        y = self._run(
-            embedding(ids, self._decoder.embedding), cos.contiguous(), sin.contiguous(), keys, values,
-            cache.lengths,
-        )  # fmt: skip
-        cache.advance([1] * cache.batch)
-        return y
+        cos, sin = rope.at_step(cache.next_positions(), cache.alphas, max(cache.lengths) + 1)
+        return self._run(x, cos.contiguous(), sin.contiguous(), keys, values, cache.lengths)
 
 
-def _shape(decoder: Decoder) -> compute.StepShape:
-    shape = decoder.spec.shape
-    return compute.StepShape(
-        shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim, decoder.spec.eps
-    )
+def _shape(spec: DecoderSpec) -> compute.StepShape:
+    shape = spec.shape
+    sizes = shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim
+    return compute.StepShape(*sizes, spec.eps)
 
 
 def _linears(block: Block) -> list[Any]:

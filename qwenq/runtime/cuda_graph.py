@@ -1,4 +1,4 @@
-"""A whole decode step of the fast engine captured in a CUDA graph: one launch instead of hundreds.
+"""Capture whole decode steps of the fast engine in CUDA graphs: one launch instead of hundreds.
 
 A graph replays the same kernels on the same addresses. So a step is written here with shapes that do not
 depend on how far the rows are: tokens and positions lie in tensors of their own, the cache is read up to a
@@ -11,19 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from threading import Lock
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from qwenq.compute import gpu
 from qwenq.runtime.cache import KVCache
-from qwenq.runtime.fused_step import run_fused, why_not_fused
+from qwenq.runtime.decode_step import PlainOperations
+from qwenq.runtime.decoder import Decoder
+from qwenq.runtime.fused_step import TritonOperations
 from qwenq.runtime.rope import logn_scales
 from qwenq.runtime.span import Span
-
-if TYPE_CHECKING:
-    from qwenq.runtime.decoder import Decoder
 
 SHORTEST = 256
 """Slots that the first graph reads."""
@@ -35,7 +34,7 @@ _CAPTURABLE = ("off", "sdpa", "split", "v1")
 
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
-"""Runs a step once or more and gives back what runs it again, on the same tensors."""
+"""Runs a step once or more and returns what runs it again, on the same tensors."""
 
 
 class StaticStep:
@@ -59,30 +58,30 @@ class StaticStep:
         self._rows = torch.arange(batch, device=device)
         self._first = torch.zeros_like(self._rows)
         self._slots = torch.arange(cache.capacity, device=device)
-        # Tables of its own: the decoder makes longer ones when it needs them, and drops these.
+        # Tables that stay: the decoder replaces those that it has by longer ones.
         cos, sin = decoder.rope.at(self._slots.unsqueeze(0), cache.alphas, cache.capacity)
         self._cos, self._sin = (table.expand(batch, -1, -1, -1) for table in (cos, sin))
         self._scales = self._logn()
-        self._fused = why_not_fused(decoder) is None
+        self._fused = gpu.unsupported_reason(decoder.device) is None
 
     def __call__(self, end: int) -> Tensor:
-        """Float32 [batch, vocabulary] after ``tokens``, written at ``positions``, which are below ``end``."""
+        """Return the logits after ``tokens``, which are written at ``positions``, all below ``end``."""
         places = self.positions.unsqueeze(1)  # [batch, 1]
         mask = (self._slots[:end] <= places).view(-1, 1, 1, end)
         span = Span(places, None, end, causal=False, mask=mask, rows=self._rows, steps=self._first)
         cos, sin = (table[self._rows, self.positions] for table in (self._cos, self._sin))  # [batch, 1, d]
         scales = None if self._scales is None else self._scales[self.positions]
-        decoder, cache = self._decoder, self._cache
+        decoder, attend, spec = self._decoder, self._decoder.attend, self._decoder.spec
         if self._fused:
-            hidden = run_fused(decoder, self.tokens, cache, span, (cos[:, 0], sin[:, 0]), scales)
-        else:
-            rotation = cos.unsqueeze(1), sin.unsqueeze(1)
-            factors = None if scales is None else scales.view(-1, 1, 1, 1)
-            hidden = decoder.run(self.tokens.unsqueeze(1), cache, span, rotation, factors)[:, 0]
-        return decoder.logits(hidden)
+            fused = TritonOperations(attend, self._cache, span, (cos[:, 0], sin[:, 0]), scales, spec)
+            return decoder.logits(decoder.run(self.tokens, fused))
+        rotation = cos.unsqueeze(1), sin.unsqueeze(1)
+        factors = None if scales is None else scales.view(-1, 1, 1, 1)
+        plain = PlainOperations(attend, self._cache, span, rotation, factors, spec)
+        return decoder.logits(decoder.run(self.tokens.unsqueeze(1), plain)[:, 0])
 
     def _logn(self) -> Tensor | None:
-        """Qwen v1's factors of the queries, [capacity]; None where no position has one."""
+        """Return Qwen v1's factors of the queries, [capacity]; None where no position has one."""
         context = self._decoder.spec.long_context
         if context is None or not context.logn or len(self._slots) <= context.seq_length:
             return None
@@ -93,7 +92,7 @@ class Graphs:
     """Decode steps of one decoder by graphs, kept for as long as the cache that they were made for.
 
     Args:
-        decoder: on a CUDA GPU, or anywhere with a ``capture`` of one's own.
+        decoder: on a CUDA GPU, or anywhere with another ``capture``.
         capture: how a step becomes a graph.
 
     Attributes:
@@ -108,14 +107,14 @@ class Graphs:
         self.captured = 0
 
     def wants(self, cache: KVCache) -> bool:
-        """Whether the next step over this cache gets a graph: not the first few, nor those of many rows."""
+        """Return whether the next step over this cache gets a graph: not the first few, nor many rows."""
         done = self._steps.get(cache, 0)
         self._steps[cache] = done + 1
         return done >= PATIENCE and cache.batch <= MOST_ROWS
 
     @staticmethod
-    def why_not(decoder: Decoder) -> str | None:
-        """Why steps of this decoder cannot be captured; None: they can."""
+    def unsupported_reason(decoder: Decoder) -> str | None:
+        """Return why steps of this decoder cannot be captured; None: they can."""
         if decoder.device.type != "cuda":
             return f"CUDA graphs need a CUDA GPU, and this is a {decoder.device.type}"
         if decoder.attend.name not in _CAPTURABLE and not getattr(decoder.attend, "capturable", False):
@@ -126,7 +125,7 @@ class Graphs:
         return None
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Float32 [batch, vocabulary] after one more token, int64 [batch], in each row of the cache.
+        """Return the logits after one more token, int64 [batch], in each row of the cache.
 
         Raises:
             UsageError: a row is full.
@@ -161,10 +160,11 @@ class _OfCache:
         self._capacity = cache.capacity
 
     def fits(self, cache: KVCache) -> bool:
-        """Whether the cache's tensors lie where they lay, and its rows are rotated as they were."""
+        """Return whether the cache's tensors lie where they lay, and its rows are rotated as they were."""
         return _fingerprint(cache) == self._made_for
 
     def replay(self, tokens: Tensor, lengths: list[int], make: Capture) -> Tensor:
+        """Run a step by the graph of its bound, which is made first where there is none."""
         self._step.tokens.copy_(tokens)
         bound = bound_for(max(lengths) + 1, self._capacity)
         if bound not in self._by_bound:
@@ -188,7 +188,7 @@ def _fingerprint(cache: KVCache) -> tuple[int, ...]:
 
 
 def bound_for(needed: int, capacity: int) -> int:
-    """Slots that a graph reads: the least power of two that is enough, from `SHORTEST` to the capacity."""
+    """Return the slots that a graph reads: the least power of two that is enough, from `SHORTEST` up."""
     bound = SHORTEST
     while bound < needed:
         bound *= 2
@@ -196,7 +196,7 @@ def bound_for(needed: int, capacity: int) -> int:
 
 
 def capture_on_gpu(step: Step) -> Step:
-    """A CUDA graph of a step, run twice before: kernels are built then, and libraries take their space."""
+    """Capture a step after two runs, in which kernels are built and libraries allocate."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,103 +1,171 @@
-"""One decode step on the CPU: the decoder's forward pass for a single new token per row.
-
-A small model spends as long between two products as in them, so a step has few calls: its views of the cache
-are made at once for all layers, nothing is masked that need not be, and each RMSNorm is one call. It computes
-what ``Decoder.forward`` computes, with attention in float32.
-"""
+"""Run a decoder's blocks: the forward pass of a block, written once, over interchangeable operations."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-import torch
 from torch import Tensor
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import silu
 
-from qwenq.runtime.attention.grouped_decode import mix
+from qwenq.compute import block as ops
+from qwenq.runtime.attention.grouped_decode import grouped_attention
+from qwenq.runtime.attention.plain import Attention
 from qwenq.runtime.cache import KVCache
-from qwenq.runtime.rope import logn_scales
-from qwenq.runtime.step_layout import Step
+from qwenq.runtime.kernels.base import Linear
+from qwenq.runtime.rope import Rope
+from qwenq.runtime.span import Span
+from qwenq.runtime.spec import DecoderSpec
 
-if TYPE_CHECKING:
-    from qwenq.runtime.decoder import Block, Decoder
 
+@dataclass(frozen=True)
+class Block:
+    """Weights of one decoder block.
 
-class RMSNorm:
-    """RMSNorm as one call of LayerNorm, torch's fused kernel: over (x, -x) the mean is zero.
-
-    Args:
-        weight: [hidden].
-        eps: added to the mean square.
+    Attributes:
+        qkv: hidden → (heads + 2 · key/value heads) · d.
+        qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
+        gate_up: hidden → 2 · ffn.
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = torch.cat([weight, torch.zeros_like(weight)])
-        self._shape, self._hidden, self._eps = (2 * len(weight),), len(weight), eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[batch, hidden] → [batch, hidden], contiguous."""
-        doubled = torch.cat((x, torch.neg(x)), 1)
-        normed = torch.native_layer_norm(doubled, self._shape, self._weight, None, self._eps)[0]
-        return normed.narrow(1, 0, self._hidden).contiguous()
+    attention_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
 
 
-class DecodeStep:
-    """A decoder's blocks, ready for one new token per row.
+class Operations(Protocol):
+    """What lies between the products of a block, for one pass of new tokens over a cache."""
 
-    Args:
-        decoder: on the CPU.
-    """
+    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
+        """Add to ``x`` in place, unless it is None, and return the RMSNorm of the sum."""
+        ...
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder, shape, eps = decoder, decoder.spec.shape, decoder.spec.eps
-        self._heads, self._shared, self._d = shape.heads, shape.kv_heads, shape.head_dim
-        self._norms = [
-            (RMSNorm(block.attention_norm, eps), RMSNorm(block.mlp_norm, eps)) for block in decoder.blocks
-        ]
-        self._final_norm = RMSNorm(decoder.norm, eps)
-        scales = torch.ones(shape.heads + shape.kv_heads, 1)
-        scales[: shape.heads] = shape.head_dim**-0.5
-        self._scales = scales  # of attention's scores, folded into the rotation of the queries
+    def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
+        """Rotate queries and keys, write keys and values to the cache, return the heads' mixed values.
 
-    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Int64 [batch] → [batch, hidden] after the final norm; each row of the cache becomes one longer.
+        Args:
+            qkv: [..., (heads + 2 · key/value heads) · d].
+            qk_norm: see `Block`.
+            layer: of the cache.
 
-        Raises:
-            UsageError: a row is full.
+        Returns:
+            [..., heads · d].
         """
-        step = cache.step()
-        cos, sin = self.rotation(cache)
-        x = embedding(ids, self._decoder.embedding)
-        for layer, (block, norms) in enumerate(zip(self._decoder.blocks, self._norms, strict=True)):
-            x = x + self._attention(norms[0](x), block, layer, cache, step, cos, sin)
-            gate, up = block.gate_up(norms[1](x)).chunk(2, dim=1)
-            x = x + block.down(silu(gate).mul_(up))
-        cache.advance([1] * cache.batch)
-        return self._final_norm(x)
+        ...
 
-    def _attention(
-        self, x: Tensor, block: Block, layer: int, cache: KVCache, step: Step, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        batch, heads, shared, d = x.shape[0], self._heads, self._shared, self._d
-        qkv = block.qkv(x).float().view(batch, heads + 2 * shared, d)
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """Return ``silu(gate) · up``, [..., 2 · ffn] → [..., ffn]."""
+        ...
+
+
+def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Operations) -> Tensor:
+    """Run embedded tokens, [..., hidden], through all blocks and the final norm; ``x`` is overwritten."""
+    added = None
+    for layer, block in enumerate(blocks):
+        normed = operations.add_norm(x, added, block.attention_norm)
+        mixed = operations.attention(block.qkv(normed), block.qk_norm, layer)
+        normed = operations.add_norm(x, block.out(mixed), block.mlp_norm)
+        added = block.down(operations.gated(block.gate_up(normed)))
+    return operations.add_norm(x, added, norm)
+
+
+@dataclass
+class PlainOperations:
+    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture them.
+
+    Attributes:
+        attend: what mixes the cache's values.
+        cache: written where ``span`` says; its lengths stay as they are.
+        span: where the tokens go, and what they may see.
+        rotation: cosines and sines, see ``Rope.at``.
+        query_scales: Qwen v1's factors [batch or 1, tokens, 1, 1], or None.
+        spec: sizes and constants.
+    """
+
+    attend: Attention
+    cache: KVCache
+    span: Span
+    rotation: tuple[Tensor, Tensor]
+    query_scales: Tensor | None
+    spec: DecoderSpec
+
+    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
+        """See `Operations`."""
+        return _add_norm(x, added, weight, self.spec.eps)
+
+    def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
+        """See `Operations`."""
+        batch, tokens, _ = qkv.shape
+        heads, shared = self.spec.shape.heads, self.spec.shape.kv_heads
+        qkv = qkv.view(batch, tokens, heads + 2 * shared, self.spec.shape.head_dim)
+        qk, values = qkv[:, :, : heads + shared], qkv[:, :, heads + shared :]
+        if qk_norm is not None:
+            qk = ops.rms_norm(qk, qk_norm, self.spec.eps)
+        rotated = ops.rotate(qk, *self.rotation)
+        queries, keys = rotated[:, :, :heads], rotated[:, :, heads:]
+        if self.query_scales is not None:
+            queries = queries * self.query_scales
+        keys, values = self.cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), self.span)
+        mixed = self.attend(queries.transpose(1, 2), keys, values, self.span)  # [batch, heads, tokens, d]
+        return mixed.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """See `Operations`."""
+        return ops.swiglu(*gate_up.chunk(2, dim=-1))
+
+
+class StepOperations:
+    """Operations of a decode step on a CPU, over [batch, ...], with attention in float32.
+
+    A small model spends as long between two products as in them, so there are few calls: the views of the
+    cache are made for all layers together, and only rows of unequal length are masked.
+
+    Args:
+        cache: gets one more token in each row; its lengths stay as they are.
+        rope: rotates it.
+        spec: sizes and constants.
+
+    Raises:
+        UsageError: a row is full.
+    """
+
+    def __init__(self, cache: KVCache, rope: Rope, spec: DecoderSpec) -> None:
+        self._cache, self._shape, self._eps = cache, spec.shape, spec.eps
+        self._step = cache.step()
+        self._cos, self._sin = rope.at_step(self._step.positions, cache.alphas, self._step.end)
+
+    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
+        """See `Operations`."""
+        return _add_norm(x, added, weight, self._eps)
+
+    def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
+        """See `Operations`."""
+        batch, heads, shared, d = len(qkv), self._shape.heads, self._shape.kv_heads, self._shape.head_dim
+        dtype, step = qkv.dtype, self._step
+        qkv = qkv.float().view(batch, heads + 2 * shared, d)
         qk = qkv[:, : heads + shared]
-        if block.qk_norm is not None:
-            variance = qk.square().mean(-1, keepdim=True).add_(self._decoder.spec.eps)
-            qk = qk * variance.rsqrt_() * block.qk_norm
+        if qk_norm is not None:
+            variance = qk.square().mean(-1, keepdim=True).add_(self._eps)
+            qk = qk * variance.rsqrt_() * qk_norm
         swapped = qk.view(batch, heads + shared, 2, d // 2).flip(2).view(batch, heads + shared, d)
-        rotated = (qk * cos).addcmul_(swapped, sin)
-        cache.write_step(layer, rotated[:, heads:], qkv[:, heads + shared :], step)
+        rotated = (qk * self._cos).addcmul_(swapped, self._sin)
+        self._cache.write_step(layer, rotated[:, heads:], qkv[:, heads + shared :], step)
         queries = rotated[:, :heads].reshape(batch * shared, heads // shared, d)
-        mixed = mix(queries, step.keys[layer], step.values[layer], step.mask)
-        return block.out(mixed.view(batch, heads * d).to(x.dtype))
+        mixed = grouped_attention(queries, step.keys[layer], step.values[layer], step.mask)
+        return mixed.view(batch, heads * d).to(dtype)
 
-    def rotation(self, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines, float32 [batch or 1, heads + key/value heads, d], queries scaled."""
-        positions, end = cache.next_positions(), max(cache.lengths) + 1
-        cos, sin = self._decoder.rope.at(positions, cache.alphas, end)  # [batch or 1, 1, 1, d]
-        scales, context = self._scales, self._decoder.spec.long_context
-        if context is not None and context.logn and end > context.seq_length:
-            longer = logn_scales(positions, context.seq_length)[..., None]  # [batch or 1, 1, 1]
-            scales = scales.repeat(len(longer), 1, 1)
-            scales[:, : self._heads] *= longer
-        return cos[:, 0].float() * scales, sin[:, 0].float() * scales
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """See `Operations`."""
+        gate, up = gate_up.chunk(2, dim=1)
+        return silu(gate).mul_(up)
+
+
+def _add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    if added is not None:
+        x += added
+    return ops.rms_norm(x, weight, eps)

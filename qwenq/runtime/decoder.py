@@ -1,15 +1,11 @@
-"""A lean decoder for dense Llama, Qwen2 (Qwen v1 read as Qwen2) and Qwen3.
-
-Every block is two residual steps: attention over the cache, and the gated MLP. q, k and v are one product,
-gate and up are one, q and k are normalised and rotated together.
-"""
+"""Decode dense Llama, Qwen2 (Qwen v1 read as Qwen2) and Qwen3 models: load the weights, run new tokens."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,12 +15,12 @@ from qwenq.compute import block as ops
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
-from qwenq.runtime.attention.best import Best
+from qwenq.runtime.attention.best import Autotuned
 from qwenq.runtime.attention.grouped_decode import GroupedDecode
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.compiled_step import CompiledStep
-from qwenq.runtime.decode_step import DecodeStep
-from qwenq.runtime.kernels.base import Kernel
+from qwenq.runtime.decode_step import Block, Operations, PlainOperations, StepOperations, run_blocks
+from qwenq.runtime.kernels.base import Linear
 from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.linear import Dense, float32_logits
@@ -35,25 +31,6 @@ from qwenq.runtime.weights import Weights
 
 _MEASURED, _STEPS = 256, 5
 """Slots of a cache whose last steps are measured, and how many."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Weights of one decoder block.
-
-    Attributes:
-        qkv: hidden → (heads + 2 · key/value heads) · d.
-        qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
-        gate_up: hidden → 2 · ffn.
-    """
-
-    attention_norm: Tensor
-    qkv: Kernel
-    qk_norm: Tensor | None
-    out: Kernel
-    mlp_norm: Tensor
-    gate_up: Kernel
-    down: Kernel
 
 
 class Decoder:
@@ -69,6 +46,8 @@ class Decoder:
 
     Attributes:
         notes: what a user should know about the choices that were made, one line each.
+        compiled: what runs decode steps in one call of C; None: nothing.
+        has_step_layout: whether decode steps read the cache in their layout, see ``step_layout``.
 
     Raises:
         UnsupportedError: something of the architecture that this decoder does not have, or a kernel that
@@ -99,18 +78,18 @@ class Decoder:
         self.embedding = weights.tensor("model.embed_tokens.weight")
         self.blocks = [_load_block(weights, self.spec, layer) for layer in range(self.spec.shape.layers)]
         self.norm = weights.tensor("model.norm.weight")
-        self.head: Kernel = (
+        self.head: Linear = (
             Dense(self.embedding, shared=True) if checkpoint.tied else weights.linear("lm_head")
         )
         if head == "int8":
             self.head = Int8Head.of(self.head)
-        self._step = _decode_step(self)
-        if self.kernel == CpuNative.name and isinstance(self._step, DecodeStep):
-            why = CompiledStep.unsupported_reason(self)
-            self.notes = (*self.notes, f"the faster compiled decode step was passed over: {why}")
+        self._choose_steps()
+        if self.kernel == CpuNative.name and self.has_step_layout and self.compiled is None:
+            reason = CompiledStep.unsupported_reason(self.spec, self.blocks)
+            self.notes = (*self.notes, f"the faster compiled decode step is not used because {reason}")
 
     def switched(self, *, dynamic_ntk: bool, logn: bool) -> Decoder:
-        """The same weights, shared, with Qwen v1's two ways beyond its trained length on or off.
+        """Return a decoder over the same weights with Qwen v1's two ways beyond its trained length on or off.
 
         Raises:
             UsageError: the model has no such switches.
@@ -121,21 +100,11 @@ class Decoder:
         other = copy(self)
         other.spec = replace(self.spec, long_context=replace(context, dynamic_ntk=dynamic_ntk, logn=logn))
         other.rope = Rope(other.spec, self.device, self.dtype)
-        other._step = _decode_step(other)
+        other._choose_steps()
         return other
 
-    @property
-    def has_step_layout(self) -> bool:
-        """Whether decode steps read the cache in a layout of their own, see ``step_layout``."""
-        return self._step is not None
-
-    @property
-    def compiled_step(self) -> bool:
-        """Whether decode steps are one call of compiled code."""
-        return isinstance(self._step, CompiledStep)
-
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for ``batch`` rows of at most ``capacity`` tokens."""
+        """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens."""
         shape = self.spec.shape
         return KVCache(shape.layers, batch, shape.kv_heads, capacity, shape.head_dim, self.device, self.dtype)
 
@@ -154,104 +123,65 @@ class Decoder:
             UsageError: the tokens do not fit into the cache.
         """
         self._fix_alphas(counts, cache)
-        if self._step is not None and ids.shape[1] == 1:
-            return self._step(ids[:, 0], cache).unsqueeze(1)
-        span = cache.span(counts)
-        rotation = self.rope.at(span.positions, cache.alphas, span.end)
-        hidden = self.run(ids, cache, span, rotation, self._query_scales(span))
+        if self.has_step_layout and ids.shape[1] == 1:
+            hidden = self._decode(ids[:, 0], cache).unsqueeze(1)
+        else:
+            span = cache.span(counts)
+            rotation = self.rope.at(span.positions, cache.alphas, span.end)
+            scales = self._query_scales(span)
+            plain = PlainOperations(self.attend, cache, span, rotation, scales, self.spec)
+            hidden = self.run(ids, plain)
         cache.advance(counts)
         return hidden
 
-    def run(
-        self,
-        ids: Tensor,
-        cache: KVCache,
-        span: Span,
-        rotation: tuple[Tensor, Tensor],
-        query_scales: Tensor | None,
-    ) -> Tensor:
-        """All blocks over a planned pass. Tensors alone decide what happens, so a graph can capture it.
-
-        Args:
-            ids: int64 [batch, tokens].
-            cache: written where ``span`` says; its lengths stay as they are.
-            rotation: cosines and sines, see ``Rope.at``.
-            query_scales: [batch or 1, tokens, 1, 1] or None.
-
-        Returns:
-            [batch, tokens, hidden] after the final norm.
-        """
-        x = embedding(ids, self.embedding)
-        eps = self.spec.eps
-        for layer, block in enumerate(self.blocks):
-            normed = ops.rms_norm(x, block.attention_norm, eps)
-            x = x + self._attention(normed, block, layer, cache, span, rotation, query_scales)
-            gate, up = block.gate_up(ops.rms_norm(x, block.mlp_norm, eps)).chunk(2, dim=-1)
-            x = x + block.down(ops.swiglu(gate, up))
-        return ops.rms_norm(x, self.norm, eps)
+    def run(self, ids: Tensor, operations: Operations) -> Tensor:
+        """Return [..., hidden] after the final norm for tokens [...], by the given operations."""
+        return run_blocks(embedding(ids, self.embedding), self.blocks, self.norm, operations)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] → float32 [..., vocabulary]."""
+        """Return the logits of [..., hidden], float32 [..., vocabulary]."""
         return float32_logits(self.head, hidden)
 
-    def _attention(
-        self,
-        x: Tensor,
-        block: Block,
-        layer: int,
-        cache: KVCache,
-        span: Span,
-        rotation: tuple[Tensor, Tensor],
-        query_scales: Tensor | None,
-    ) -> Tensor:
-        batch, tokens, _ = x.shape
-        shape = self.spec.shape
-        heads, shared = shape.heads, shape.kv_heads
-        qkv = block.qkv(x).view(batch, tokens, heads + 2 * shared, shape.head_dim)
-        qk, values = qkv[:, :, : heads + shared], qkv[:, :, heads + shared :]
-        if block.qk_norm is not None:
-            qk = ops.rms_norm(qk, block.qk_norm, self.spec.eps)
-        rotated = ops.rotate(qk, *rotation)
-        queries, keys = rotated[:, :, :heads], rotated[:, :, heads:]
-        if query_scales is not None:
-            queries = queries * query_scales
-        keys, values = cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), span)
-        mixed = self.attend(queries.transpose(1, 2), keys, values, span)  # [batch, heads, tokens, d]
-        return block.out(mixed.transpose(1, 2).reshape(batch, tokens, heads * shape.head_dim))
+    def _decode(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Run one token of each row on a CPU, [batch] → [batch, hidden]."""
+        if self.compiled is not None and len(ids) < CompiledStep.most_rows:
+            return self.compiled(embedding(ids, self.embedding), cache, self.rope)
+        return self.run(ids, StepOperations(cache, self.rope, self.spec))
+
+    def _choose_steps(self) -> None:
+        """Choose how decode steps run: compiled, over a cache in their layout, or as prompts do."""
+        attend = self.attend
+        self.compiled: CompiledStep | None = None
+        autotuned = attend if isinstance(attend, Autotuned) and attend.has_grouped else None
+        self.has_step_layout = isinstance(attend, GroupedDecode) or autotuned is not None
+        if self.has_step_layout and CompiledStep.unsupported_reason(self.spec, self.blocks) is None:
+            self.compiled = CompiledStep(self.spec, self.blocks, self.norm, self.dtype)
+        if autotuned is not None:
+            with_layout = _milliseconds(self)
+            self.has_step_layout = False
+            without = _milliseconds(self)
+            if with_layout <= without:
+                self.has_step_layout = True
+                autotuned.take_whole_steps(with_layout, without)
+            else:
+                self.compiled = None
 
     def _fix_alphas(self, counts: Sequence[int], cache: KVCache) -> None:
-        """v1 chooses a row's NTK factor by its prompt, and keeps it for all that follows."""
+        """Choose the NTK factor of rows that begin: Qwen v1 has it of the prompt, and keeps it."""
         fresh = zip(cache.lengths, counts, cache.alphas, strict=True)
         cache.alphas = [alpha if length else self.rope.alpha(count) for length, count, alpha in fresh]
 
     def _query_scales(self, span: Span) -> Tensor | None:
-        """v1's logn factors [batch or 1, tokens, 1, 1], None where all are 1."""
+        """Return Qwen v1's logn factors [batch or 1, tokens, 1, 1]; None where all are 1."""
         context = self.spec.long_context
         if context is None or not context.logn or span.end <= context.seq_length:
             return None
         return logn_scales(span.positions, context.seq_length).to(self.dtype)[..., None, None]
 
 
-def _decode_step(decoder: Decoder) -> DecodeStep | CompiledStep | None:
-    """The fastest way to decode one token that this decoder has; None: there is none but the plain one."""
-    attend = decoder.attend
-    if not isinstance(attend, GroupedDecode) and not (isinstance(attend, Best) and attend.has_grouped):
-        return None
-    plain = DecodeStep(decoder)
-    step = plain if CompiledStep.unsupported_reason(decoder) else CompiledStep(decoder, plain)
-    if not isinstance(attend, Best):
-        return step
-    whole, otherwise = _milliseconds(decoder, step), _milliseconds(decoder, None)
-    if whole > otherwise:
-        return None
-    attend.take_whole_steps(whole, otherwise)
-    return step
-
-
 @torch.inference_mode()
-def _milliseconds(decoder: Decoder, step: DecodeStep | CompiledStep | None) -> float:
-    """Of one decode step, the shortest of a few after a first that compiles what is compiled."""
-    decoder._step = step
+def _milliseconds(decoder: Decoder) -> float:
+    """Measure a decode step: the shortest of a few after a first that compiles what is compiled."""
     cache, ids, found = decoder.new_cache(1, _MEASURED), torch.zeros(1, 1, dtype=torch.int64), []
     cache.lengths = [_MEASURED - _STEPS]
     for _ in range(_STEPS):

@@ -1,4 +1,4 @@
-"""What can run here: engines, kernels and attention backends; what each would run, or why it cannot."""
+"""Examine what can run here: what each engine, kernel and attention backend would run, or why it cannot."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from importlib import metadata
 
 import torch
 
-from qwenq.compute.gpu import unsupported_reason
+from qwenq.compute import gpu
 from qwenq.runtime.attention import available
-from qwenq.runtime.kernels.base import Need
+from qwenq.runtime.engine import find_attention
+from qwenq.runtime.kernels.base import Requirements
 from qwenq.runtime.kernels.cpu_native import CpuNative
-from qwenq.runtime.kernels.table import KERNELS
+from qwenq.runtime.kernels.table import KERNELS, choose
 from qwenq.runtime.kernels.triton_support import triton_label
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that runs models, or would.
+    """A part that runs models, or would.
 
     Attributes:
         kind: ``engine``, ``kernel``, ``decode step`` or ``attention``.
@@ -33,12 +34,26 @@ class Part:
 
 
 def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """Every engine, kernel, kind of decode step and attention backend on this device in this dtype.
+    """Return every engine, kernel, kind of decode step and attention backend on this device in this dtype.
 
     Kernels are asked for a model in groups of 128 without a layer of unusual size; a model may have one, and
     then loading it says so.
     """
     return [*_engines(), *_kernels(device, dtype), *_steps(device, dtype), *_attention(device, dtype)]
+
+
+def fastest(device: torch.device, dtype: torch.dtype) -> str:
+    """Return a sentence: what runs an Int4 model fastest here, and what would make it faster."""
+    kernel, notices = choose("auto", Requirements(4, 128, "gptq", device, dtype))
+    steps = _steps(device, dtype)
+    used = [f"engine fast, kernel {kernel.name}, attention {find_attention('auto', 'fast', device)}"]
+    used += [f"{part.name} decode steps" for part in steps if part.runs]
+    wanted = ("graph", "fused") if device.type == "cuda" else ()
+    reasons = [part.why_not for part in steps if part.name in wanted and part.why_not]
+    more = [*notices, *(f"decode steps could be faster, but {reason}" for reason in dict.fromkeys(reasons))]
+    if not more:
+        more = ["nothing for this GPU"] if device.type == "cuda" else ["an NVIDIA GPU"]
+    return f"fastest here: {', '.join(used)}; to get more: {'; '.join(more)}"
 
 
 def _engines() -> list[Part]:
@@ -52,18 +67,17 @@ def _engines() -> list[Part]:
 def _kernels(device: torch.device, dtype: torch.dtype) -> list[Part]:
     parts = []
     for kernel in KERNELS:
-        widths: tuple[int, ...] = getattr(kernel, "widths", (2, 4, 8))
-        reason = kernel.why_not(Need(widths[-1], 128, "gptq", device, dtype))
-        bits = ", ".join(map(str, widths))
+        reason = kernel.unsupported_reason(Requirements(kernel.widths[-1], 128, "gptq", device, dtype))
+        bits = ", ".join(map(str, kernel.widths))
         parts.append(Part("kernel", kernel.name, None if reason else f"{bits} bits", reason))
     return parts
 
 
 def _steps(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """What makes whole decode steps of the fast engine faster; elsewhere torch runs them piece by piece."""
-    whole = CpuNative.why_not(Need(4, 128, "gptq", device, dtype))
+    """Return what makes decode steps of the fast engine faster; elsewhere torch runs them piece by piece."""
+    whole = CpuNative.unsupported_reason(Requirements(4, 128, "gptq", device, dtype))
     graphs = None if device.type == "cuda" else f"CUDA graphs need a CUDA GPU, and this is a {device.type}"
-    between = unsupported_reason(device)
+    between = gpu.unsupported_reason(device)
     return [
         Part("decode step", "compiled", None if whole else "one call, with kernel cpu-native", whole),
         Part("decode step", "graph", None if graphs else "one launch", graphs),

@@ -1,4 +1,4 @@
-"""Overflow is never silent: logits that are no numbers end the run and say what would help."""
+"""Keep sums in float32, and end a run whose logits overflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwenq.errors import ModelError
 
 
 def sum_in_float32(device: torch.device, dtype: torch.dtype) -> None:
-    """On a GPU, sum products of float16 in float32 to the end: by default parts may be joined in float16.
+    """Sum products of float16 on a GPU in float32 to the end: by default parts may be joined in float16.
 
     A switch of the whole process.
     """
@@ -20,7 +20,7 @@ def sum_in_float32(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
-    """The logits, once they are sure to be finite.
+    """Return the logits, once they are sure to be finite.
 
     float16 ends at 65504, so there the logits of every prompt are looked at; with ``--debug`` those
     of every step in every dtype.

@@ -15,7 +15,7 @@ SEED = 1024
 
 
 def protocol_sampling(checkpoint: Checkpoint) -> tuple[Sampling, str]:
-    """Sampling by generation_config.json, and a phrase that says so; greedy where it says nothing.
+    """Return the sampling of generation_config.json, else greedy, and a phrase for tables.
 
     The repetition penalty is left out: it costs a few microseconds, and the engines have none.
     """
@@ -42,9 +42,9 @@ def protocol_sampling(checkpoint: Checkpoint) -> tuple[Sampling, str]:
 
 
 def end_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Ids that end a text, which the cards' ``min_length`` keeps out of their generations; perhaps none.
+    """Return the ids that end a text, which the cards' ``min_length`` keeps out of their generations.
 
-    As transformers has it: ``eos_token_id`` of generation_config.json, else of config.json; one id or a list.
+    As in transformers: ``eos_token_id`` of generation_config.json, else of config.json; one id or a list.
     """
     for settings in (_generation_settings(checkpoint) or {}, checkpoint.config):
         named = settings.get("eos_token_id")
@@ -56,7 +56,7 @@ def end_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _generation_settings(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """generation_config.json; None where there is none that can be read."""
+    """Read generation_config.json; None where there is none that can be read."""
     if checkpoint.companions is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Linear layers over plain weights, and what joins layers; those over packed integers are in ``kernels``."""
+"""Multiply plain weights, and join layers over the same input."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import dense
-from qwenq.runtime.kernels.base import Kernel
+from qwenq.runtime.kernels.base import Linear
 
-_BLOCK, _FEWEST, _FEW_ROWS = 256, 64, 32
+_BLOCK, _LEAST_BLOCK, _FEW_ROWS = 256, 64, 32
 """Outputs of a block, at most and at least, and the most rows for which blocks are faster."""
 
 
 class Dense:
     """A matrix in the dtype of the activations.
 
-    Where that is faster it lies in oneDNN's blocks from the start (``dense.packable``).
+    It lies in oneDNN's blocks from the start where that is faster (``dense.packable``).
 
     Args:
         weight: [out, in].
@@ -42,7 +42,7 @@ class Dense:
         return self._weight.to_dense() if self._packed else self._weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
+        """Return [..., out] for [..., in]."""
         if self._packed:
             return dense.multiply_packed(x, self._weight, self.bias)
         if self._blocks is not None and x.shape[:-1].numel() <= _FEW_ROWS:
@@ -53,11 +53,11 @@ class Dense:
 class SideBySide:
     """Layers over the same input that cannot be one, as their columns are ordered differently."""
 
-    def __init__(self, parts: Sequence[Kernel]) -> None:
+    def __init__(self, parts: Sequence[Linear]) -> None:
         self.parts, self.name = parts, " + ".join(dict.fromkeys(part.name for part in parts))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out], the outputs one after the other."""
+        """Return the outputs of all parts, one after the other."""
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
     @property
@@ -66,21 +66,21 @@ class SideBySide:
         return sum(part.nbytes for part in self.parts)
 
 
-def float32_logits(head: Kernel, hidden: Tensor) -> Tensor:
-    """The output head's product, as float32 for softmax and sampling."""
+def float32_logits(head: Linear, hidden: Tensor) -> Tensor:
+    """Return the output head's product in float32, for softmax and sampling."""
     return head(hidden).to(torch.float32)
 
 
 def _blocks(weight: Tensor) -> Tensor | None:
-    """The same matrix seen as [blocks, outputs of a block, in]; None where that is no faster."""
+    """View the matrix as [blocks, outputs of a block, in]; None where that is no faster."""
     outputs = math.gcd(len(weight), _BLOCK)
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or outputs < _FEWEST:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or outputs < _LEAST_BLOCK:
         return None
     return weight.view(-1, outputs, weight.shape[1])
 
 
 def _linear_by_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """[..., in] → [..., out]: matrices of a block each stay in the processor's cache while they are used."""
+    """Multiply by the matrix of each block: it stays in the processor's cache while it is used."""
     count, outputs, width = blocks.shape
     rows = x.reshape(-1, width)  # [rows, in]
     if len(rows) == 1:

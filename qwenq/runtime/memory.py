@@ -1,4 +1,4 @@
-"""Memory that is not there: said before it is asked for where it can be known, else explained after."""
+"""Refuse what memory cannot hold, and explain where torch could not allocate."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ _CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) b
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated there.
-
-    On a CPU no more than a container or scheduler grants; on a GPU, what torch holds unused is free.
-    """
+    """Return what can still be allocated: within a container's limit, with what torch holds unused."""
     if device.type != "cuda":
         return free_memory()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -47,7 +44,7 @@ def require(needed: int, device: torch.device, what: str, hint: str) -> None:
 
 @contextmanager
 def explained(device: torch.device, what: str, hint: str) -> Iterator[None]:
-    """Turn torch's refusals to allocate into an error that says what was running and what would lower it.
+    """Turn torch's refusals to allocate into an error with what was running and what would lower it.
 
     Raises:
         OutOfMemoryError: torch was refused memory inside the block.
@@ -65,7 +62,7 @@ def explained(device: torch.device, what: str, hint: str) -> Iterator[None]:
 
 
 def gib(count: int) -> str:
-    """Bytes for people."""
+    """Format bytes in GiB or MiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
 
 

@@ -1,7 +1,7 @@
-"""Rotary position embedding: tables of cosines and sines, and the rotation.
+"""Compute rotary position embeddings: tables of cosines and sines.
 
-Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Scaled variants take their frequencies
-from transformers; Qwen v1's dynamic NTK, which transformers does not know, is here.
+Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Scaled variants take their
+frequencies from transformers; Qwen v1's dynamic NTK, which transformers does not know, is here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from qwenq.runtime.spec import DecoderSpec
 
 
 def ntk_alpha(tokens: int, seq_length: int) -> int:
-    """Qwen v1's factor for a prompt of ``tokens``: 1 up to ``seq_length``, 3 up to twice that, then 7, 15, …
+    """Return Qwen v1's NTK factor for a prompt of that many tokens.
+
+    It is 1 up to ``seq_length`` tokens, 3 up to twice that, then 7, 15, …
 
     v1's ``get_ntk_alpha``: ``max(2 ** ceil(log2(L / s) + 1) - 1, 1)``. It counts once, at prefill, and holds
     for every token that is generated after it.
@@ -29,12 +31,12 @@ def ntk_alpha(tokens: int, seq_length: int) -> int:
 
 
 def logn_scales(positions: Tensor, seq_length: int) -> Tensor:
-    """Qwen v1's factor for the query at each position: ``log_s(p + 1)`` where p + 1 > s, else 1. Float32."""
+    """Return Qwen v1's factors for queries, float32: ``log_s(p + 1)`` where p + 1 > s, else 1."""
     return (torch.log(positions.float() + 1) / math.log(seq_length)).clamp_min(1.0)
 
 
 def inverse_frequencies(spec: DecoderSpec, alpha: int = 1) -> tuple[Tensor, float]:
-    """Float32 [d / 2] on the CPU, and the factor for cosines and sines (1 except for YaRN)."""
+    """Return the frequencies, float32 [d / 2] on the CPU, and a factor for the tables (1 except for YaRN)."""
     if spec.rope_scaling is not None:
         return _scaled_frequencies(spec)
     d = spec.shape.head_dim
@@ -67,14 +69,17 @@ class Rope:
         self._spec, self._device = spec, device
         self._dtype = torch.float32 if spec.keeps_rope_in_float32 else dtype
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        heads, d = spec.shape.heads, spec.shape.head_dim
+        self._scales = torch.ones(heads + spec.shape.kv_heads, 1)  # of attention's scores, for `at_step`
+        self._scales[:heads] = d**-0.5
 
     def alpha(self, tokens: int) -> int:
-        """The NTK factor of a prompt of that many tokens; 1 for all but long prompts of Qwen v1."""
+        """Return the NTK factor of a prompt of that many tokens; 1 for all but long prompts of Qwen v1."""
         context = self._spec.long_context
         return ntk_alpha(tokens, context.seq_length) if context is not None and context.dynamic_ntk else 1
 
     def at(self, positions: Tensor, alphas: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines for `rotate`.
+        """Return cosines and signed sines for ``compute.block.rotate``.
 
         Args:
             positions: int64 [batch or 1, tokens], all below ``end``.
@@ -93,8 +98,27 @@ class Rope:
             sin = torch.stack([pair[1][row] for pair, row in zip(pairs, rows, strict=True)])
         return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
+    def at_step(self, positions: Tensor, alphas: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines of a decode step on a CPU, with attention's scale in the queries'.
+
+        Args:
+            positions: int64 [batch or 1, 1], all below ``end``.
+            alphas: NTK factor of each row.
+            end: number of positions that the tables have to hold.
+
+        Returns:
+            Two of float32 [batch or 1, heads + key/value heads, d].
+        """
+        cos, sin = self.at(positions, alphas, end)  # [batch or 1, 1, 1, d]
+        scales, context = self._scales, self._spec.long_context
+        if context is not None and context.logn and end > context.seq_length:
+            longer = logn_scales(positions, context.seq_length)[..., None]  # [batch or 1, 1, 1]
+            scales = scales.repeat(len(longer), 1, 1)
+            scales[:, : self._spec.shape.heads] *= longer
+        return cos[:, 0].float() * scales, sin[:, 0].float() * scales
+
     def _table(self, alpha: int, end: int) -> tuple[Tensor, Tensor]:
-        """[positions, d] each, with at least ``end`` positions; made longer by doubling."""
+        """Return tables [positions, d] with at least ``end`` positions; make them longer by doubling."""
         self._refuse_beyond_dynamic(end)
         found = self._tables.get(alpha)
         if found is not None and found[0].shape[0] >= end:
@@ -109,7 +133,7 @@ class Rope:
         return self._tables[alpha]
 
     def _refuse_beyond_dynamic(self, end: int) -> None:
-        """Beyond the trained length, transformers' dynamic scaling changes with every token: not here."""
+        """Refuse dynamic scaling beyond the trained length, where it changes with every token."""
         scaling, limit = self._spec.rope_scaling, self._spec.shape.context
         kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
         if kind == "dynamic" and limit is not None and end > limit:
@@ -118,9 +142,3 @@ class Rope:
                 "beyond them is not supported by this engine",
                 hint="shorten the prompt, or use --engine transformers",
             )
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [batch, tokens, heads, d] by its positions; the arithmetic is in the wider of both dtypes."""
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (a, b) → (b, a); the table holds (-sin, sin)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

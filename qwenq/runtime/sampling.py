@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy, or temperature, top-k and top-p with a seed."""
+"""Choose the next token: greedy, or temperature, top-k and top-p with a seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sampling:
         temperature: 0 takes the most likely token; otherwise logits are divided by it.
         top_p: keep the fewest likeliest tokens whose probabilities sum to at least this.
         top_k: keep that many likeliest tokens; 0 keeps all.
-        seed: of the random numbers; row r of a batch draws from a stream of its own.
+        seed: of the random numbers; each row of a batch has a stream derived from it.
 
     Raises:
         UsageError: a value out of range.
@@ -37,7 +37,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(
-                f"the temperature {self.temperature} is no number from 0 up", where="--temperature"
+                f"the temperature {self.temperature} is not a number from 0 up", where="--temperature"
             )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p} is not above 0 and at most 1", where="--top-p")
@@ -46,7 +46,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is drawn."""
+        """Whether the likeliest token is taken and no random number is drawn."""
         return self.temperature == 0
 
 
@@ -78,7 +78,7 @@ class Sampler:
         self._streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Float32 [rows, vocabulary] → int64 [rows], on the same device."""
+        """Choose int64 [rows] by float32 logits [rows, vocabulary], on the same device."""
         logits = logits[:, : self._real_vocab]
         if self._never is not None:
             self._never = self._never.to(logits.device)  # once: afterwards it is there
@@ -97,7 +97,7 @@ class Sampler:
         return ids.gather(-1, torch.minimum(place, kept - 1)).squeeze(-1)
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and ids, likeliest first."""
+        """Return logits and ids, likeliest first."""
         if 0 < self._sampling.top_k < logits.shape[-1]:
             return logits.topk(self._sampling.top_k)
         return logits.sort(descending=True, stable=True)

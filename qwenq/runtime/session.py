@@ -1,12 +1,12 @@
-"""One sequence after another over one cache: what the next prompt shares with it is not computed again."""
+"""Answer one prompt after another over one cache: what they share is computed once."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
 from qwenq.errors import UsageError
-from qwenq.runtime.engine import Engine
-from qwenq.runtime.generation import Timing, stream
+from qwenq.runtime.cached_engine import Engine
+from qwenq.runtime.generation import Timing
 from qwenq.runtime.sampling import GREEDY, Sampling
 
 _ROOM = 256  # tokens: a cache grows in such steps, so that a short answer does not copy it
@@ -41,7 +41,7 @@ class Session:
         sampling: Sampling = GREEDY,
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        """The tokens of one answer as they come; whoever stops reading early may go on with another prompt.
+        """Yield the tokens of one answer; a caller that stops early may go on with another prompt.
 
         Raises:
             UsageError: an empty prompt, no token was asked for, or ids that the model does not know.
@@ -53,14 +53,12 @@ class Session:
         self._cache.reserve(-(-needed // _ROOM) * _ROOM)
         self._ids = list(prompt)
         fresh = prompt[kept:]
-        for token in stream(
-            self._engine, fresh, max_new_tokens, sampling, stop_ids, self._cache, self.timing
-        ):
+        for token in self._engine.stream(fresh, max_new_tokens, sampling, stop_ids, self._cache, self.timing):
             self._ids.append(token)
             yield token
 
     def _rewind_to(self, prompt: Sequence[int]) -> int:
-        """Keep what the cache and the prompt share; how many tokens that is. The last is always computed."""
+        """Keep what cache and prompt share; return how many tokens that is. The last is always computed."""
         held = self._ids[: self._cache.lengths[0]]
         pairs = enumerate(zip(held, prompt[:-1], strict=False))
         shared = next((place for place, (old, new) in pairs if old != new), min(len(held), len(prompt) - 1))

@@ -1,4 +1,4 @@
-"""Where one forward pass writes into a cache, and what its queries may see there."""
+"""Plan where one forward pass writes into a cache, and what its queries may see there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Span:
 
 
 def plan(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> Span:
-    """A pass over ``counts[r]`` new tokens behind the ``lengths[r]`` of each row, padded on the right."""
+    """Plan a pass over ``counts[r]`` new tokens behind the ``lengths[r]`` of each row."""
     tokens, first = max(counts), lengths[0]
     ends = [old + new for old, new in zip(lengths, counts, strict=True)]
     from_zero = not any(lengths)

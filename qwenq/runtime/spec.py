@@ -1,4 +1,4 @@
-"""What the lean decoder has to know of a config.json, and what it refuses."""
+"""Read what the lean decoder needs of a config.json, and refuse what it does not have."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class DecoderSpec:
 
     @property
     def keeps_rope_in_float32(self) -> bool:
-        """v1 rotates in float32, newer models in the dtype of the activations."""
+        """Whether it rotates in float32, as Qwen v1 does; newer models in the dtype of the activations."""
         return V1_KEY in self.config
 
 
 def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """The spec of a config.json in Llama's, Qwen2's or Qwen3's words.
+    """Return the spec of a config.json of Llama, Qwen2 or Qwen3.
 
     Raises:
         UnsupportedError: an activation, a rope scaling or a sliding window that the decoder does not have.
@@ -74,7 +74,7 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
 
 
 def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
-    """Qwen2 and Qwen3 configs name a window that almost none of them uses."""
+    """Refuse a window that is used: configs of Qwen2 and Qwen3 name one that almost none of them uses."""
     explicit = config.get("layer_types")
     if explicit is not None:
         if len(explicit) != layers:
@@ -91,13 +91,13 @@ def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Base, and transformers' rope parameters where they scale."""
+    """Return the base, and transformers' rope parameters where they scale."""
     parameters = rope_parameters(config)
     theta = float(parameters.get("rope_theta") or config.get("rope_theta") or DEFAULT_THETA)
     kind = kind_of(parameters)
     if kind == "default":
         return theta, None
     if kind not in ("linear", "dynamic", "yarn", "llama3"):
-        hint = _USE_TRANSFORMERS if kind == "longrope" else "nothing here knows it; copy config.json again"
+        hint = _USE_TRANSFORMERS if kind == "longrope" else "it is of no known kind; copy config.json again"
         raise UnsupportedError(f"rope scaling {kind!r} is not supported here", hint=hint)
     return theta, parameters

@@ -1,8 +1,7 @@
-"""Keys and values as decode steps on a CPU read them fastest.
+"""Arrange keys and values as decode steps on a CPU read them fastest.
 
-Such a step reads everything and multiplies little: keys lie transposed, as their product with a query runs
-over slots; all is float32, as products of so few rows are slower in bfloat16 on a CPU, and scores keep their
-precision.
+Keys lie transposed, as their product with a query runs over slots. All is float32: products of so few
+rows are slower in bfloat16 on a CPU, and scores keep their precision.
 """
 
 from __future__ import annotations
@@ -41,13 +40,6 @@ class Step:
 class StepLayout:
     """All layers' keys and values in two tensors.
 
-    Args:
-        layers, batch, heads, capacity, head_dim: sizes, as a cache's.
-        hint: what the user can do where there is too little memory.
-
-    Raises:
-        OutOfMemoryError: more bytes than are free.
-
     Attributes:
         keys: float32 [layers, batch, heads, d, slots]; there are a few more slots than the capacity.
         values: float32 [layers, batch, heads, slots, d].
@@ -63,39 +55,25 @@ class StepLayout:
         self.values = torch.zeros(layers, batch, heads, slots, head_dim)
 
     def views(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values, one [batch, heads, capacity, d] per layer each."""
+        """Return keys and values, one [batch, heads, capacity, d] per layer each."""
         keys = [layer.transpose(-1, -2)[:, :, : self._capacity] for layer in self.keys.unbind(0)]
         return keys, [layer[:, :, : self._capacity] for layer in self.values.unbind(0)]
 
     def narrow(self, batch: int) -> None:
-        """Go on with the first rows alone; where they lie, as their memory is not given back."""
+        """Keep the first rows alone, where they lie: no memory is freed."""
         self.keys, self.values = self.keys[:, :batch], self.values[:, :batch]
 
     def step(self, positions: Tensor, end: int) -> Step:
-        """The views of one step.
-
-        Args:
-            positions: int64 [batch or 1, 1], where the new token of each row goes.
-            end: behind the last of them.
-        """
+        """Return the views of a step whose tokens go to ``positions`` [batch or 1, 1], below ``end``."""
         heads = self.keys.shape[2]
         key_slots = value_slots = mask = None
         if len(positions) == 1:
-            key_slots, value_slots = (
-                self.keys[..., end - 1].unbind(0),
-                self.values[..., end - 1, :].unbind(0),
-            )
+            key_slots = self.keys[..., end - 1].unbind(0)
+            value_slots = self.values[..., end - 1, :].unbind(0)
         else:
             behind = torch.arange(end) > positions  # [batch, end]
             mask = torch.zeros(behind.shape).masked_fill_(behind, float("-inf"))
             mask = mask.repeat_interleave(heads, dim=0).unsqueeze(1)
-        keys, values = self.keys.flatten(1, 2), self.values.flatten(1, 2)  # [layers, batch · heads, …], views
-        return Step(
-            positions,
-            end,
-            keys[..., :end].unbind(0),
-            values[:, :, :end].unbind(0),
-            key_slots,
-            value_slots,
-            mask,
-        )
+        keys = self.keys.flatten(1, 2)[..., :end].unbind(0)  # views [batch · heads, d, end] of each layer
+        values = self.values.flatten(1, 2)[:, :, :end].unbind(0)
+        return Step(positions, end, keys, values, key_slots, value_slots, mask)

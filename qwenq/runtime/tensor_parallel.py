@@ -1,10 +1,9 @@
-"""One model on several processes, each with a slice of every matrix: transformers' own tensor-parallel plan.
+"""Run one model on several processes, each with a slice of every matrix, by transformers' plan.
 
-The plan is the model's (``base_model_tp_plan``): heads and columns of the FFN are dealt out, one all-reduce
+The plan is the model's (``base_model_tp_plan``): heads and columns of the FFN are sharded, one all-reduce
 follows attention and one the FFN, the embedding and the head are split over the vocabulary. Rank 0 has an
-engine like any other. Whenever that computes, it tells the others what to compute with it, so they need not
-know what a benchmark is, nor agree with it on when to stop: a message on the CPU before each step, which is
-part of the time that a step takes.
+engine like any other. Before each step it broadcasts what to compute, on the CPU, within the time that the
+step takes: the others need to know neither the benchmark nor when it ends.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from qwenq.models.hf_config import transformers_config
 from qwenq.models.precision import resolve_device
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
-from qwenq.runtime.engine import find_dtype
+from qwenq.runtime.engine import find_attention, find_dtype
 from qwenq.runtime.transformers_engine import TransformersEngine
 
 END, CACHE, FORGET, HIDDEN, HEAD = range(5)
-"""What is said: nothing more; a new cache; a cache that is needed no more; a forward pass; the head."""
+"""Messages: the last one; a new cache; a cache that is needed no more; a forward pass; the head."""
 _FIRST = 32
 """Numbers in the first part of a message: a decode step of a few rows needs no second."""
 
 
 def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:
-    """What transformers' plan cannot deal out to so many processes.
+    """Refuse what transformers' plan cannot shard among so many processes.
 
     Raises:
         UnsupportedError: accelerate is missing; packed weights, an architecture without a plan, or heads
@@ -42,7 +41,7 @@ def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:
     """
     if find_spec("accelerate") is None:
         raise UnsupportedError(
-            "transformers deals a model out only where accelerate is installed",
+            "transformers shards a model only where accelerate is installed",
             where="--tp",
             hint="pip install 'qwenq[tp]'",
         )
@@ -63,7 +62,7 @@ def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:
     for heads in ("num_attention_heads", "num_key_value_heads"):
         if getattr(config, heads) % processes:
             raise UnsupportedError(
-                f"{getattr(config, heads)} {heads} cannot be dealt out to {processes} processes evenly",
+                f"{getattr(config, heads)} {heads} cannot be divided evenly among {processes} processes",
                 where=checkpoint.folder,
                 hint="choose --tp so that it divides both numbers of heads",
             )
@@ -76,22 +75,23 @@ class SplitEngine(TransformersEngine):
         self, checkpoint: Checkpoint, team: Team, device: str, dtype: str | torch.dtype, attention: str
     ) -> None:
         refuse_unsplittable(checkpoint, team.world)
-        place = resolve_device(device)
-        if place.type == "cpu" and torch.cuda.is_available():
+        torch_device = resolve_device(device)
+        if torch_device.type == "cpu" and torch.cuda.is_available():
             raise UsageError(
-                "with --tp transformers takes the GPUs wherever there are any",
+                "with --tp transformers uses the GPUs wherever there are any",
                 where="--device cpu",
                 hint="hide them: CUDA_VISIBLE_DEVICES= torchrun …",
             )
-        number = find_dtype(dtype, place, "transformers")
-        backend = attention_backend("sdpa" if attention == "auto" else attention, place, number)
-        super().__init__(checkpoint, place, number, backend, processes=team.world)
+        torch_dtype = find_dtype(dtype, torch_device, "transformers")
+        name = find_attention(attention, "transformers", torch_device)
+        backend = attention_backend(name, torch_device, torch_dtype)
+        super().__init__(checkpoint, torch_device, torch_dtype, backend, processes=team.world)
         self._team = team
         self.implementation += f"; its tensor-parallel plan, {team.world} processes"
 
 
 class LeadingEngine(SplitEngine):
-    """Rank 0's: an engine for all to see. ``close`` lets the others go."""
+    """Rank 0's engine, which the others follow until ``close``."""
 
     def __init__(
         self, checkpoint: Checkpoint, team: Team, device: str, dtype: str | torch.dtype, attention: str
@@ -102,36 +102,36 @@ class LeadingEngine(SplitEngine):
         self._gone: list[int] = []
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache, of this rank's heads; the others make theirs."""
+        """Return an empty cache of this rank's heads; the others make theirs."""
         self._forget()
         self._made += 1
-        _say(self._team, [CACHE, self._made, batch, capacity])
+        _broadcast(self._team, [CACHE, self._made, batch, capacity])
         cache = super().new_cache(batch, capacity)
         self._numbers[cache] = self._made
         weakref.finalize(cache, self._gone.append, self._made)
         return cache
 
     def close(self) -> None:
-        """The last word."""
-        _say(self._team, [END])
+        """End the other ranks' `follow`."""
+        _broadcast(self._team, [END])
 
     def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         if (number := self._numbers.get(cache)) is None:
             raise UnsupportedError("rows of a cache cannot be taken out of it with tensor parallelism")
         self._forget()
         rows, tokens = ids.shape
-        said = [HIDDEN, number, cache.capacity, rows, tokens, *cache.lengths, *counts]
-        _say(self._team, [*said, *ids.flatten().tolist()])
+        message = [HIDDEN, number, cache.capacity, rows, tokens, *cache.lengths, *counts]
+        _broadcast(self._team, [*message, *ids.flatten().tolist()])
         return super()._hidden(ids, counts, cache)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        _say(self._team, [HEAD, *hidden.shape])
-        _share(self._team, hidden)
+        _broadcast(self._team, [HEAD, *hidden.shape])
+        _broadcast_tensor(self._team, hidden)
         return super()._head(hidden)
 
     def _forget(self) -> None:
         while self._gone:
-            _say(self._team, [FORGET, self._gone.pop()])
+            _broadcast(self._team, [FORGET, self._gone.pop()])
 
 
 @torch.inference_mode()
@@ -139,33 +139,33 @@ def follow(engine: SplitEngine, team: Team) -> None:
     """Compute what the leader computes, until it closes its engine.
 
     Raises:
-        LostError: it is gone.
+        LostError: the leader is gone.
     """
     caches: dict[int, KVCache] = {}
     while True:
-        kind, *said = _hear(team)
+        kind, *numbers = _receive(team)
         if kind == END:
             return
         if kind == CACHE:
-            number, batch, capacity = said
+            number, batch, capacity = numbers
             caches[number] = engine.new_cache(batch, capacity)
         elif kind == FORGET:
-            del caches[said[0]]
+            del caches[numbers[0]]
         elif kind == HIDDEN:
-            number, capacity, rows, tokens, *rest = said
+            number, capacity, rows, tokens, *rest = numbers
             cache = caches[number]
             cache.reserve(capacity)
             cache.lengths, counts = rest[:rows], rest[rows : 2 * rows]
             ids = torch.tensor(rest[2 * rows :], device=engine.device).view(rows, tokens)
             engine._hidden(ids, counts, cache)
         else:
-            hidden = torch.empty(said, dtype=engine.dtype, device=engine.device)
-            _share(team, hidden)
+            hidden = torch.empty(numbers, dtype=engine.dtype, device=engine.device)
+            _broadcast_tensor(team, hidden)
             engine._head(hidden)
 
 
-def _say(team: Team, numbers: Sequence[int]) -> None:
-    """A message of any length: [its length, numbers …], padded to a first part that all expect."""
+def _broadcast(team: Team, numbers: Sequence[int]) -> None:
+    """Broadcast numbers: [their count, numbers …], padded to a first part of fixed length."""
     message = torch.tensor([len(numbers), *numbers])
     first = torch.zeros(_FIRST, dtype=torch.int64)
     first[: len(message)] = message[:_FIRST]
@@ -174,7 +174,7 @@ def _say(team: Team, numbers: Sequence[int]) -> None:
         team.copy(message[_FIRST:].contiguous())
 
 
-def _hear(team: Team) -> list[int]:
+def _receive(team: Team) -> list[int]:
     first = torch.empty(_FIRST, dtype=torch.int64)
     team.copy(first)
     length, *numbers = first.tolist()
@@ -185,6 +185,6 @@ def _hear(team: Team) -> list[int]:
     return [int(number) for number in numbers[:length]]
 
 
-def _share(team: Team, tensor: Tensor) -> None:
-    """The leader's values into everybody's tensor, byte by byte."""
+def _broadcast_tensor(team: Team, tensor: Tensor) -> None:
+    """Broadcast the leader's values into everybody's tensor, byte by byte."""
     team.copy(tensor.contiguous().view(torch.uint8) if team.leads else tensor.view(torch.uint8))

@@ -1,4 +1,4 @@
-"""The transformers engine: its own modelling code, over the same cache as the lean decoder.
+"""Run the modelling code of transformers over the same cache as the lean decoder.
 
 Keys and values go into our cache, row by row at their own positions, so that ragged batches, rewinding and
 shared prefixes work the same in both engines. Quantised linears are swapped for kernels of the same table,
@@ -27,8 +27,8 @@ from qwenq.models.rope_parameters import rope_parameters
 from qwenq.models.whole_model import assemble_unfused, build_whole_model
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.cache import KVCache, StateShape
-from qwenq.runtime.cached_engine import CachedEngine
-from qwenq.runtime.kernels.base import Kernel
+from qwenq.runtime.cached_engine import Engine
+from qwenq.runtime.kernels.base import Linear
 from qwenq.runtime.span import Span
 from qwenq.runtime.weights import Weights
 
@@ -40,7 +40,7 @@ _OF_TWO_MODELS = "config.json and the weights are not of one model: copy the fol
 _DENSE = "run a dense Qwen or Llama model"
 
 
-class TransformersEngine(CachedEngine):
+class TransformersEngine(Engine):
     """A causal language model of transformers.
 
     Args:
@@ -49,7 +49,7 @@ class TransformersEngine(CachedEngine):
         attention: what mixes the cache's values.
         kernel: of the quantised linears, see ``kernels.table``.
         real_vocab: never sample ids from here on; None: as the config says.
-        processes: torch.distributed's, which hold the model together, see ``tensor_parallel``.
+        processes: among which the model is sharded, see ``tensor_parallel``.
 
     Raises:
         UnsupportedError: transformers does not know the architecture, or a kernel cannot run this model here.
@@ -75,8 +75,8 @@ class TransformersEngine(CachedEngine):
         if processes == 1:  # else each tensor was put where it belongs as it came
             self._model.to(device)
         self._config = self._model.config
-        every = ["full_attention"] * self._config.num_hidden_layers
-        self._kinds: list[str] = getattr(self._config, "layer_types", None) or every
+        kinds = getattr(self._config, "layer_types", None)
+        self._kinds: list[str] = kinds or ["full_attention"] * self._config.num_hidden_layers
         self._states = _state_shapes(self._model)
         self.notes = weights.notes
         self.implementation = (
@@ -90,7 +90,7 @@ class TransformersEngine(CachedEngine):
         self._long_context = long_context_of(checkpoint.config)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache."""
+        """Return an empty cache."""
         config = self._config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -139,7 +139,7 @@ class TransformersEngine(CachedEngine):
 
 
 class _Slots(DynamicLayer):  # type: ignore[misc]
-    """One layer of our cache during one forward pass, as transformers wants to see it."""
+    """One layer of our cache during one forward pass, with transformers' interface."""
 
     def __init__(self, cache: KVCache, layer: int, span: Span) -> None:
         super().__init__()
@@ -147,21 +147,21 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new tokens, give back all slots."""
+        """Write the new tokens, return all slots."""
         return self._cache.write(self._layer, key_states, value_states, self._span)
 
     def get_seq_length(self) -> int:
-        """Tokens before this pass; only asked where all rows are alike."""
+        """Return the tokens before this pass; only asked where all rows are alike."""
         return self._span.start or 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Slots that are read, and the first of them."""
+        """Return how many slots are read, and the first of them."""
         del query_length
         return self._span.end, 0
 
 
 class _States(LinearAttentionLayer):  # type: ignore[misc]
-    """The states of one layer of our cache, as transformers wants to see them: it changes them in place."""
+    """The states of one layer of our cache, with transformers' interface: it changes them in place."""
 
     def __init__(self, conv: Tensor, recurrent: Tensor) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def _state_shapes(model: Any) -> list[StateShape]:
 
 
 def _forget_longest(model: Any) -> None:
-    """Dynamic rope scaling: by itself, the longest input so far decides how shorter ones are rotated."""
+    """Reset dynamic rope scaling, by which the longest input so far decides how shorter ones are rotated."""
     rope: Any = getattr(model, "rotary_emb", None)
     if getattr(rope, "rope_type", None) == "dynamic":
         rope.max_seq_len_cached = rope.original_max_seq_len
@@ -213,7 +213,7 @@ def _refuse_long_v1(context: LongContext | None, end: int) -> None:
 class _Linear(torch.nn.Module):
     """A kernel as a module, in the place of a linear layer."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Linear) -> None:
         super().__init__()
         self._kernel = kernel
 
@@ -233,10 +233,10 @@ def _attend(
     qwenq_span: Span | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """One of our backends as transformers calls attention; gives back [batch, tokens, heads, d]."""
+    """Call one of our backends as transformers calls attention; return [batch, tokens, heads, d]."""
     if qwenq_attention is None or qwenq_span is None:
         raise UnsupportedError(
-            f"transformers' {type(module).__name__} does not pass on what attention has to know here",
+            f"transformers' {type(module).__name__} does not pass the arguments of our attention on",
             hint=_DENSE,
         )
     del attention_mask  # the span says the same, and more
@@ -248,16 +248,16 @@ def _attend(
 
 
 def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, processes: int) -> Any:
-    """The model with its weights, on the CPU, all but the kernels; or this process's slice, in its place."""
+    """Build the model on the CPU, all but the kernels; or this process's slice, in place."""
     config = transformers_config(checkpoint.config, checkpoint.folder)
     if config.model_type in PLAIN_ROPE:
-        rope_parameters(checkpoint.config)  # refuses what transformers takes in a way of its own
+        rope_parameters(checkpoint.config)  # refuses what transformers reads otherwise
     _refuse_what_attention_lacks(config, checkpoint)
     AttentionInterface.register(_ATTENTION, _attend)
     if any(".experts." in name and name.endswith(".gate_proj.weight") for name in weights.names):
         if processes > 1:
             raise UnsupportedError(
-                "a mixture of experts is not dealt out among processes here", where=checkpoint.folder
+                "a mixture of experts is not sharded among processes here", where=checkpoint.folder
             )
         model = assemble_unfused(checkpoint, config, weights.plain(), dtype, attn_implementation=_ATTENTION)
     else:
@@ -283,7 +283,7 @@ def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, process
 
 
 def _refuse_surplus(model: Any, weights: Weights) -> None:
-    """Blocks that the model has no place for are another model's: without them it would be a wrong one."""
+    """Refuse tensors of blocks that the model has no place for: they are another model's."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     blocks = f"{model.base_model_prefix}.layers."
     surplus = (name for name in sorted(weights.names - model.state_dict().keys()) if name.startswith(blocks))
@@ -293,7 +293,7 @@ def _refuse_surplus(model: Any, weights: Weights) -> None:
 
 
 def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:
-    """Our backends know softmax over all earlier tokens, the head a product: others want something else."""
+    """Refuse attention other than softmax over all earlier tokens, and heads other than a product."""
     layers = getattr(config, "layer_types", None)
     kinds = set(layers or ["full_attention"])
     soft_cap, window = (getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window"))

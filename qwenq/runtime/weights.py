@@ -1,4 +1,4 @@
-"""Weights for the engines, out of a checkpoint: checked, fused, in the chosen kernel, on the device."""
+"""Read a checkpoint's weights for the engines: checked, fused, in the chosen kernel, on the device."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from qwenq.models.gptq_format import (
 from qwenq.models.integrity import check_finite
 from qwenq.models.packing import PackedLinear
 from qwenq.models.shapes import ModelShape
-from qwenq.models.source import TensorSource
-from qwenq.runtime.kernels.base import Kernel, Layer, Need, stacked
+from qwenq.models.source import TensorSource, require_tensors
+from qwenq.runtime.kernels.base import Linear, LinearShape, Requirements, stacked
 from qwenq.runtime.kernels.table import choose
 from qwenq.runtime.linear import Dense, SideBySide
 from qwenq.runtime.memory import require
@@ -35,32 +35,8 @@ from qwenq.runtime.memory import require
 _HINT = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
 
 
-def _check_tensors(source: TensorSource, shape: ModelShape, tied: bool) -> None:
-    names = set(source.names())
-    expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
-    if not tied:
-        expected["lm_head.weight"] = (shape.vocab, shape.hidden)
-    else:
-        expected.pop("lm_head.weight", None)
-    for name, wanted in expected.items():
-        if name not in names:
-            raise ModelError(f"the tensor {name} is missing", where=name, hint=_HINT)
-        if (found := source.info(name).shape) != wanted:
-            raise ModelError(
-                f"{name} is {list(found)}, but config.json makes it {list(wanted)}", where=name, hint=_HINT
-            )
-    for name in sorted(names - expected.keys()):
-        if name.startswith("model.layers.") and not name.endswith(".rotary_emb.inv_freq"):
-            raise ModelError(f"{name} has no place in this architecture", where=name, hint=_HINT)
-
-
-def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, ...]:
-    """Sizes of every quantised module, in file order; their headers agree with the settings.
-
-    Raises:
-        ModelError: there is none, one lacks a tensor or has a plain weight, too, or a shape contradicts bits
-            or group size.
-    """
+def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[LinearShape, ...]:
+    """Return the sizes of every quantised module, in file order; check headers against the settings."""
     modules, names = quantised_modules(source), set(source.names())
     if not modules:
         raise ModelError(
@@ -68,7 +44,9 @@ def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, 
             hint="the folder mixes the config and the weights of two models, or a shard is missing",
         )
     layers = []
-    for module in _every_module(modules, names):
+    # Modules that have a ``qweight``, then those that have only some of the other tensors.
+    rest = (name.removesuffix(".qzeros") for name in sorted(names) if name.endswith(".qzeros"))
+    for module in dict.fromkeys([*modules, *rest]):
         check_module_shapes(source, names, module, quant)
         own = quant.of(module)
         if f"{module}.weight" in names:
@@ -83,45 +61,39 @@ def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[Layer, 
             check_g_idx(g_idx, module, quant)
             counts = torch.bincount(g_idx, minlength=own.groups(in_features))
             even = bool((counts == counts[0]).all())
-        layers.append(Layer(module, in_features, out_features, even))
+        layers.append(LinearShape(module, in_features, out_features, even))
     return tuple(layers)
 
 
-def _needs(
-    layers: Sequence[Layer], quant: QuantConfig, device: torch.device, dtype: torch.dtype
-) -> dict[str, Need]:
-    """Return what each module needs of a kernel: one ``Need`` for all with the same bits and group size."""
-    settings = {layer.name: quant.of(layer.name) for layer in layers}
-    alike: dict[tuple[int, int], list[Layer]] = {}
+def _requirements(
+    layers: Sequence[LinearShape], quant: QuantConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Requirements]:
+    """Return what each module requires: one object for all with the same bits and group size."""
+    alike: dict[tuple[int, int], list[LinearShape]] = {}
     for layer in layers:
-        own = settings[layer.name]
+        own = quant.of(layer.name)
         alike.setdefault((own.bits, own.group_size), []).append(layer)
-    needs = {
-        (bits, size): Need(bits, size, quant.checkpoint_format, device, dtype, tuple(some))
+    return {
+        layer.name: need
         for (bits, size), some in alike.items()
+        for need in [Requirements(bits, size, quant.checkpoint_format, device, dtype, tuple(some))]
+        for layer in some
     }
-    return {name: needs[own.bits, own.group_size] for name, own in settings.items()}
-
-
-def _every_module(modules: Sequence[str], names: set[str]) -> list[str]:
-    """Those that have a ``qweight``, and those that only the rest of their tensors tell of."""
-    rest = (name.removesuffix(".qzeros") for name in sorted(names) if name.endswith(".qzeros"))
-    return list(dict.fromkeys([*modules, *rest]))
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is not read yet, as transformers' loader knows it from safetensors."""
+    """A tensor that is not read yet, with the interface of safetensors' slices that transformers reads."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
     def get_shape(self) -> list[int]:
-        """Before anything is read."""
+        """Return the shape, before anything is read."""
         return list(self.shape)
 
     def __getitem__(self, part: Any) -> Tensor:
-        return self.read()[part].clone()  # the rest of it is let go
+        return self.read()[part].clone()  # the rest of it is freed
 
 
 class Weights:
@@ -131,11 +103,11 @@ class Weights:
         checkpoint: plain or GPTQ weights.
         device, dtype: of what is read.
         kernel: ``auto`` or a name of the kernel table.
-        processes: among which the weights are dealt out.
+        processes: among which the weights are sharded.
 
     Attributes:
         kernel: name of what runs the linear layers.
-        notes: faster kernels that were passed over, and why.
+        notes: faster kernels that are not used, and why.
 
     Raises:
         ModelError: a quantised module is incomplete or contradicts its settings.
@@ -159,7 +131,12 @@ class Weights:
         self.kernel, self.notes = "dense", tuple[str, ...]()
         self.quantised: frozenset[str] = frozenset()
         if quantization_of(checkpoint.config) is None:
-            _refuse_kernel(kernel)
+            if kernel != "auto":
+                raise UnsupportedError(
+                    f"the kernel {kernel} multiplies packed integers, and this model is not quantised",
+                    where="--kernel",
+                    hint="leave --kernel out, or quantise the model first",
+                )
             self._names = set(self._source.names())
             self._require_memory()
             return
@@ -168,54 +145,53 @@ class Weights:
         layers = _quantised_layers(checkpoint.source, quant)
         self._source = DequantisedSource(checkpoint.source, quant, dtype, checkpoint.config)
         self._names = set(self._source.names())
-        self._needs = _needs(layers, quant, device, dtype)
+        self._needs = _requirements(layers, quant, device, dtype)
         choices = {need: choose(kernel, need) for need in dict.fromkeys(self._needs.values())}
-        self._kernels = {need: choice.kernel for need, choice in choices.items()}
-        self.kernel = " + ".join(dict.fromkeys(choice.kernel.name for choice in choices.values()))
-        self.notes = tuple(dict.fromkeys(note for choice in choices.values() for note in choice.passed_over))
+        self._kernels = {need: chosen for need, (chosen, _) in choices.items()}
+        self.kernel = " + ".join(dict.fromkeys(chosen.name for chosen in self._kernels.values()))
+        self.notes = tuple(dict.fromkeys(note for _, notices in choices.values() for note in notices))
         self.quantised = frozenset(layer.name for layer in layers)
         self._require_memory()
 
     def _require_memory(self) -> None:
         """Refuse a model whose weights alone are more than what is free."""
         dense = self.kernel == "dequantise" or not self.quantised
-        widths = set() if dense else {need.bits for need in self._needs.values()}
         needed = 0
         for name in self._names:
             module = name.removesuffix(".weight")
             packed = module in self.quantised
             size = self._dtype.itemsize if dense or not packed else self._needs[module].bits / 8
             needed += int(math.prod(self._source.info(name).shape) * size)
-        form = (
-            f"in {str(self._dtype).removeprefix('torch.')}"
-            if dense
-            else f"in {' and '.join(map(str, sorted(widths)))} bits"
-        )
+        form = str(self._dtype).removeprefix("torch.")
+        if not dense:
+            widths = sorted({need.bits for need in self._needs.values()})
+            form = f"{' and '.join(map(str, widths))} bits"
         hint = "use --dtype bfloat16, a quantised model, a smaller one, or another --device"
-        require(needed // self._processes, self._device, f"the model's weights {form}", hint)
+        require(needed // self._processes, self._device, f"the model's weights in {form}", hint)
 
     @property
     def names(self) -> frozenset[str]:
-        """Of all tensors; a quantised weight has that of the weight it stands for."""
+        """Names of all tensors; a quantised weight has that of the weight it stands for."""
         return frozenset(self._names)
 
     def check(self, shape: ModelShape, tied: bool) -> None:
-        """Every tensor that the config asks for is there in its shape, and the blocks hold no other.
+        """Check that every tensor of the config is there in its shape, and that the blocks hold no other.
 
         Raises:
             ModelError: names the first tensor that is missing, surplus, or of another shape.
         """
-        _check_tensors(self._source, shape, tied)
+        expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
+        expected.pop("lm_head.weight", None)
+        if not tied:
+            expected["lm_head.weight"] = (shape.vocab, shape.hidden)
+        require_tensors(self._source, expected, self._folder)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor."""
+        """Read one tensor onto the device."""
         return self._read(name).to(self._device, self._dtype)
 
     def plain(self) -> dict[str, Tensor]:
-        """All tensors that are not packed, under their names; a weight that is has a placeholder's storage.
-
-        The placeholder is one number seen as a whole matrix: it costs nothing, and has the right shape.
-        """
+        """Return all tensors by name; in the place of a packed weight, one number expanded to its shape."""
         packed = {f"{module}.weight" for module in self.quantised}
         placeholder = torch.zeros((), dtype=self._dtype)
         return {
@@ -224,16 +200,13 @@ class Weights:
         }
 
     def lazy(self) -> dict[str, LazyTensor]:
-        """All tensors under their names, each read when it is asked for: nobody holds the whole model.
-
-        For plain weights alone.
-        """
+        """Return all plain tensors by name, each read when it is used: the whole model is never in memory."""
         return {
             name: LazyTensor(self._source.info(name).shape, partial(self._read, name)) for name in self._names
         }
 
-    def linear(self, *modules: str) -> Kernel:
-        """The modules as one linear layer, their outputs one after the other."""
+    def linear(self, *modules: str) -> Linear:
+        """Return the modules as one linear layer, their outputs one after the other."""
         packed = [module for module in modules if module in self.quantised]
         if not packed:
             weight = self._stacked([f"{module}.weight" for module in modules])
@@ -248,7 +221,7 @@ class Weights:
 
     def _packed(self, module: str) -> PackedLinear:
         packed = read_packed(self._packed_source, module, self._quant, self._stored)
-        # What only values can tell is checked here, where they are read anyway.
+        # Values are checked here, where they are read anyway.
         check_finite(f"{module}.scales", packed.scales, self._folder)
         if not bool(packed.scales.any()):
             raise CorruptFileError(
@@ -275,12 +248,3 @@ class Weights:
         if not tensor.is_floating_point():
             raise ModelError(f"{name} is {tensor.dtype}, and a weight is a float", where=name, hint=_HINT)
         return check_finite(name, tensor, self._folder)
-
-
-def _refuse_kernel(name: str) -> None:
-    if name != "auto":
-        raise UnsupportedError(
-            f"the kernel {name} multiplies packed integers, and this model is not quantised",
-            where="--kernel",
-            hint="leave --kernel out, or quantise the model first",
-        )

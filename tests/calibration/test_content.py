@@ -35,7 +35,9 @@ def read(folder: Path, name: str, raw: str | bytes) -> list[Any]:
     ("suffix", "compress"),
     [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstd), ("", zstd)],
 )
-def test_compressed_files(tmp_path: Path, suffix: str, compress: Any) -> None:
+def test_compressed_files_are_read_and_truncated_ones_refused(
+    tmp_path: Path, suffix: str, compress: Any
+) -> None:
     assert read(tmp_path, f"a.jsonl{suffix}", compress(LINES.encode())) == TEXTS
     assert read(tmp_path, f"c4-train.00001.json{suffix}", compress(LINES.encode())) == TEXTS
     assert read(tmp_path, f"a.txt{suffix}", compress(b"some words\n")) == ["some words\n"]
@@ -73,7 +75,7 @@ def test_parquet_by_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
-def test_tables(tmp_path: Path, name: str, delimiter: str) -> None:
+def test_csv_and_tsv_files_are_read_by_rows(tmp_path: Path, name: str, delimiter: str) -> None:
     with (tmp_path / name).open("w", newline="") as file:
         rows = csv.writer(file, delimiter=delimiter)
         rows.writerows([["id", "text"], ["1", "one,\ntwo"], ["2", ""], ["3", "three"]])
@@ -81,12 +83,12 @@ def test_tables(tmp_path: Path, name: str, delimiter: str) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"\0" * 5000, b"words\nwo\0rds\n", b"\x01\0\0\0\x02\xff\0\0"])
-def test_binary_data_is_no_text(tmp_path: Path, raw: bytes) -> None:
+def test_binary_data_is_refused(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(CalibrationError, match=r"zero \(NUL\) bytes"):
         read(tmp_path, "a.txt", raw)
 
 
-def test_white_space_is_no_text(tmp_path: Path) -> None:
+def test_a_file_of_white_space_holds_no_documents(tmp_path: Path) -> None:
     assert read(tmp_path, "a.txt", " \n" * 20_000) == []
 
 

@@ -28,7 +28,7 @@ def made() -> CalibrationSet:
     return CalibrationSet(tokens, held_out, manifest)
 
 
-def test_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_set_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     path = tmp_path / "new" / "calib.safetensors"
     made().save(path)
     loaded = CalibrationSet.load(path)
@@ -74,7 +74,7 @@ def test_another_safetensors_file_is_no_calibration_set(tmp_path: Path) -> None:
         CalibrationSet.load(path)
 
 
-def test_a_manifest_of_another_version_is_told(tmp_path: Path) -> None:
+def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "calib.safetensors"
     text = made().manifest.model_dump_json().replace("qwenq-calibration-1", "qwenq-calibration-9")
     tensors = {"tokens": made().tokens, "held_out": made().held_out}
@@ -83,7 +83,7 @@ def test_a_manifest_of_another_version_is_told(tmp_path: Path) -> None:
         CalibrationSet.load(path)
 
 
-def test_other_names_and_places_are_refused(tmp_path: Path) -> None:
+def test_a_name_without_safetensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"calib\.bin\.safetensors"):
         made().save(tmp_path / "calib.bin")
     assert list(tmp_path.iterdir()) == []

@@ -28,7 +28,7 @@ def test_tool_calls_stay_and_their_arguments_are_objects(arguments: Any) -> None
     assert found[2] == answer
 
 
-def test_reasoning_stays_and_keys_that_hold_nothing_go() -> None:
+def test_reasoning_is_kept_and_empty_keys_are_dropped() -> None:
     turn = {
         "role": "assistant",
         "content": "12",
@@ -41,7 +41,7 @@ def test_reasoning_stays_and_keys_that_hold_nothing_go() -> None:
 
 
 @pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
-def test_what_stands_beside_a_conversation_belongs_to_it(tools: Any) -> None:
+def test_system_and_tools_of_a_record_join_the_conversation(tools: Any) -> None:
     turns = [{"from": "human", "value": "Ahoy?"}, {"from": "gpt", "value": "Ahoy."}]
     document = from_record({"system": "A pirate.", "tools": tools, "conversations": turns}, "here", None)
     assert document.content == [
@@ -59,7 +59,7 @@ def test_a_system_message_of_its_own_wins_over_the_records() -> None:
     assert [message["content"] for message in found] == ["Inner.", ASK["content"]]
 
 
-def test_other_tools_names_of_roles() -> None:
+def test_role_names_of_other_tools_are_translated() -> None:
     turns = [
         {"from": "developer", "value": "Be brief."},
         {"from": "human", "value": "How warm is it?"},

@@ -80,7 +80,7 @@ def test_records_in_every_form(record: Any, column: str | None, expected: Any) -
         ({"messages": [CHAT[1]]}, None, "without a user's turn"),
     ],
 )
-def test_records_that_are_none(record: Any, column: str | None, message: str) -> None:
+def test_records_without_a_text_are_refused(record: Any, column: str | None, message: str) -> None:
     with pytest.raises(CalibrationError, match=message) as caught:
         from_record(record, "chats.jsonl, line 3", column)
     assert caught.value.where == "chats.jsonl, line 3" and caught.value.hint
@@ -178,16 +178,14 @@ def test_a_text_is_cut_into_passages_and_nothing_is_lost(
         ("问题".encode("gb18030"), "`iconv -f GB18030 -t UTF-8 a.txt`"),
     ],
 )
-def test_what_would_make_utf8_of_it_is_told_by_how_it_begins(
-    tmp_path: Path, content: bytes, how: str
-) -> None:
+def test_the_hint_names_the_encoding_to_convert_from(tmp_path: Path, content: bytes, how: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(CalibrationError) as caught:
         list(read_file(tmp_path / "a.txt"))
     assert how in str(caught.value.hint)
 
 
-def test_what_is_no_source(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"(?s)a folder is no text.*\.jsonl"):
         read_file(tmp_path)
     with pytest.raises(UsageError, match=r"(?s)cannot read a \.docx file.*accepted: \.txt"):
@@ -211,7 +209,7 @@ def test_real_files(shared_data: Path) -> None:
     assert "".join(passages).rstrip() == whole.rstrip()
 
 
-def test_a_text_that_a_table_holds_once_is_not_held_for_each_of_its_rows(tmp_path: Path) -> None:
+def test_a_dictionary_encoded_text_is_held_once(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     rows = 60
     parquet.write_table(pyarrow.table({"text": ["x" * 10_000_000] * rows}), path)  # 600 MB as they are told

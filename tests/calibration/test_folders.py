@@ -65,7 +65,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         contents(tmp_path / "one")
 
 
-def test_folders_that_hold_no_text(tmp_path: Path) -> None:
+def test_folders_without_a_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no text file") as caught:
         contents(tmp_path)
     assert "it holds nothing" in str(caught.value.hint)

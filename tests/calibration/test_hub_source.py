@@ -62,7 +62,7 @@ def test_a_wrong_split_or_column_lists_those_there_are() -> None:
     ],
 )
 @pytest.mark.usefixtures("dataset")
-def test_what_the_library_cannot_read_is_said_with_its_place(name: str, damaged: bytes, says: str) -> None:
+def test_a_dataset_that_cannot_be_read_is_reported_with_its_row(name: str, damaged: bytes, says: str) -> None:
     folder = Path("owner", "name")
     for file in folder.iterdir():
         file.unlink()
@@ -72,13 +72,13 @@ def test_what_the_library_cannot_read_is_said_with_its_place(name: str, damaged:
     assert str(caught.value.where).startswith("owner/name")
 
 
-def test_without_the_package_the_ways_out_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_datasets_the_hint_names_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"(?s)needs the package datasets.*qwenq\[data\].*or self"):
         next(iter(read_hub("owner/name")))
 
 
-def test_without_the_network_the_ways_out_are_told(tmp_path: Path) -> None:
+def test_without_a_network_the_hint_names_alternatives(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", RUN]
     result = subprocess.run(
@@ -88,6 +88,6 @@ def test_without_the_network_the_ways_out_are_told(tmp_path: Path) -> None:
     assert all(part in result.stdout for part in expected), result.stdout
 
 
-def test_spelling_of_ids() -> None:
+def test_hub_ids_are_recognised() -> None:
     assert is_hub_id("allenai/c4") and is_hub_id("Salesforce/wikitext:wikitext-2-raw-v1")
     assert not any(map(is_hub_id, ("c4", "/allenai/c4", "a/b/c", "self", "a/b:", "./a/b")))

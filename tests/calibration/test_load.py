@@ -36,7 +36,7 @@ def test_a_text_file(tiny: Tiny, notes: Path) -> None:
     assert facts.documents_read == 30 and facts.source_read_to_end and facts.model is None
 
 
-def test_the_seed_decides(tiny: Tiny, notes: Path) -> None:
+def test_the_seed_chooses_documents(tiny: Tiny, notes: Path) -> None:
     prints = [tiny.load(notes, seed=seed).fingerprint for seed in (0, 0, 1)]
     assert prints[0] == prints[1] != prints[2]
 
@@ -238,7 +238,7 @@ def test_more_tokens_than_memory_holds_are_refused(tiny: Tiny, notes: Path, samp
         assert caught.value.hint == "lower --samples or --seq-len"
 
 
-def test_a_saved_set_is_found_at_home(tiny: Tiny, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_with_a_tilde_is_expanded(tiny: Tiny, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No shell spells out what stands in a recipe."""
     made = tiny.load(notes)
     made.save(notes.parent / "set.safetensors")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from listening import notices_to
 from tiny_model import write_tiny_model
 
 from qwenq.calibration.choose import calibration_for
@@ -39,7 +40,7 @@ def chosen(
     recipe = Recipe(calibration=CalibrationRecipe(source=str(source), **sizes))
     checkpoint = random_checkpoint("qwen2.5-0.5b-instruct", 0, device=torch.device("cpu"))
     told = said if said is not None else []
-    return calibration_for(recipe, checkpoint, vocabulary, torch.device("cpu"), told.append, lambda _: print)
+    return calibration_for(recipe, checkpoint, vocabulary, torch.device("cpu"), notices_to(told))
 
 
 def test_a_saved_set_for_random_weights_is_taken_as_it_is_or_refused(tmp_path: Path) -> None:
@@ -59,13 +60,13 @@ def test_a_saved_set_for_random_weights_is_taken_as_it_is_or_refused(tmp_path: P
         chosen(path)
 
 
-def test_random_weights_say_how_many_random_tokens_they_took() -> None:
+def test_random_tokens_are_reported_in_a_notice() -> None:
     said: list[str] = []
     assert chosen("self", said=said, samples=2, seq_len=16).tokens.shape == (2, 16)
     assert said == ["random weights write no text: 2 × 16 random tokens calibrate them"]
 
 
-def test_a_folder_of_the_same_name_lends_no_tokenizer(
+def test_a_folder_named_like_the_catalogue_model_lends_no_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of random weights lies on no disk: ``random-weights`` here is somebody else's."""
@@ -76,7 +77,7 @@ def test_a_folder_of_the_same_name_lends_no_tokenizer(
         chosen("text.txt")
 
 
-def test_a_seed_that_no_generator_takes_is_refused() -> None:
+def test_a_seed_of_64_bits_is_refused() -> None:
     wanted = Wanted(samples=1, held_out=1, seq_len=4)
     assert random_tokens(300, wanted, 2**63 - 1).tokens.shape == (1, 4)
     with pytest.raises(UsageError, match="the seed 9223372036854775808 is too large"):

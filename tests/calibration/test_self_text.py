@@ -63,7 +63,9 @@ def test_every_token_is_the_one_its_draw_selects(model_folder: Path, monkeypatch
     assert restarts > 0
 
 
-def test_rows_do_not_depend_on_their_company(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rows_text_does_not_depend_on_the_other_rows(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     together = write(model_folder)
     assert torch.equal(write(model_folder, [5, 1])[0], together[3])
     monkeypatch.setattr(self_text, "_MOST_ROWS", 2)
@@ -105,7 +107,7 @@ def test_without_bos_texts_begin_with_the_separator(tmp_path: Path) -> None:
     assert (after != END_OF_TEXT).any()  # the separator itself begins the next text
 
 
-def test_vocabulary(model_folder: Path, tmp_path: Path) -> None:
+def test_the_vocabulary_has_bos_ends_and_real_size(model_folder: Path, tmp_path: Path) -> None:
     checkpoint, tokenizer = open_checkpoint(model_folder), load_tokenizer(model_folder)
     words = vocabulary_of(checkpoint, tokenizer)
     assert (words.start, words.ends, words.size) == (IM_START, {END_OF_TEXT, IM_END}, tokenizer.vocab_size)
@@ -152,7 +154,7 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path, monkeypatch: py
         write(folder)
 
 
-def test_a_beginning_that_the_model_does_not_know_is_refused(model_folder: Path) -> None:
+def test_a_bos_id_outside_the_embedding_is_refused(model_folder: Path) -> None:
     checkpoint = open_checkpoint(model_folder)
     few = replace(checkpoint, config={**checkpoint.config, "vocab_size": IM_START})
     with pytest.raises(CalibrationError, match=f"begin with token {IM_START} .* knows 0 … {IM_START - 1}"):

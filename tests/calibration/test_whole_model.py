@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return write_tiny_model(tmp_path)
 
 
-def test_it_is_the_model_that_transformers_loads(folder: Path) -> None:
+def test_the_whole_model_gives_transformers_logits(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     ids = torch.arange(20).view(2, 10)
@@ -45,7 +45,7 @@ def test_missing_tensors_are_named(folder: Path) -> None:
         load_whole_model(open_checkpoint(folder), torch.float32, "cpu")
 
 
-def test_an_unknown_architecture_is_told(folder: Path) -> None:
+def test_an_unknown_architecture_is_refused(folder: Path) -> None:
     known = open_checkpoint(folder)
     strange = Checkpoint(folder, known.config | {"model_type": "mambo"}, known.source)
     with pytest.raises(UnsupportedError, match=r"(?s)no causal language model of type 'mambo'.*FILE"):
@@ -73,14 +73,14 @@ class Huge:
         raise AssertionError("nothing may be read before the memory is known to suffice")
 
 
-def test_too_large_for_the_memory_is_told_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_model_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"(?s)would need 48\.0 TB of memory.*are free.*--calibration FILE.*--source.*--text"
     ):
         require_memory(Checkpoint(tmp_path, {}, Huge()), torch.float32, 0)
 
 
-def test_the_tiny_one_fits(folder: Path) -> None:
+def test_a_model_that_fits_is_not_refused(folder: Path) -> None:
     require_memory(open_checkpoint(folder), torch.float32, 1_000_000)
 
 

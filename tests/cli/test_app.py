@@ -24,7 +24,7 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 def main_fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *before: str) -> int:
     """The exit code of main() when the command `plan` raises ``error``."""
-    monkeypatch.setattr("qwenq.plan.gpus.gpu", lambda name: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("qwenq.plan.model.find_model", lambda *_: (_ for _ in ()).throw(error))
     monkeypatch.setattr(sys, "argv", ["qwenq", *before, "plan", "qwen-7b-chat"])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -103,11 +103,11 @@ def test_a_defect_of_ours_is_never_dressed_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 UNFORESEEN = (
-    "import sys, qwenq.plan.gpus; from qwenq.cli import main\n"
-    "def gpu(name):\n"
+    "import sys, qwenq.plan.model; from qwenq.cli import main\n"
+    "def gpu(*_):\n"
     "    error = OSError(5, 'Input/output error', '/mnt/model\\x1b[2J')\n"
     "    error.add_note('on rank 3'); raise error\n"
-    "qwenq.plan.gpus.gpu = gpu; main()"
+    "qwenq.plan.model.find_model = gpu; main()"
 )
 
 

@@ -48,7 +48,7 @@ def test_a_gpu_that_is_not_there_is_the_reason(found: dict) -> None:
 
 def test_another_dtype_has_other_reasons() -> None:
     reasons = {part["name"]: part["why_not"] for part in examination("cpu", "float32")["parts"]}
-    assert reasons["cpu-int4"] == "it computes in bfloat16, not in float32"
+    assert reasons["cpu-native"] == "it computes in bfloat16, not in float32"
 
 
 def test_operations_that_run_in_torch_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,6 @@ def test_operations_name_the_variant_that_runs() -> None:
 def test_what_is_missed_without_triton_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     device, lacking = torch.device("cuda"), "triton is not installed"
     monkeypatch.setattr(gpu, "unsupported_reason", lambda device: lacking)
-    monkeypatch.setattr(runtime_doctor, "unsupported_reason", lambda device: lacking)
     rounding = {part.name: part for part in doctor._operations(device, torch.bfloat16)}
     steps = {part.name: part.why_not for part in runtime_doctor._steps(device, torch.bfloat16)}
     assert rounding["rounding and coordinate descent"].why_not == steps["fused"] == lacking
@@ -118,6 +117,9 @@ def test_how_to_get_bubblewrap_where_namespaces_do(found: dict, monkeypatch: pyt
 def test_the_same_for_people_and_as_json() -> None:
     shown = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
     assert shown.exit_code == 0, shown.output
+    last = shown.output.splitlines()[-1]
+    assert last.startswith("fastest here: engine fast, kernel ") and "; to get more: " in last
+    assert "; None" not in shown.output
     for expected in ("engine:", "kernel:", "attention:", "sandbox", "dequantise    yes", "torch "):
         assert expected in shown.output
     told = json.loads(CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"]).output)

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from command_shell import Ran, Shell
 from evals.benchmark_data import write_ceval_test, write_mmlu
+from qwenq.run.recorded import record
 from tiny_model import write_tiny_model
 
 from qwenq.reporting.collect import collect
-from qwenq.reporting.markdown import render
+from qwenq.reporting.markdown import report_markdown
 from qwenq.reporting.report import make_report
 from qwenq.results import read_environment, read_rows
-from qwenq.run.recorded import record
 from qwenq.storage import sha256_file
 
 SUBJECTS = "abstract_algebra,astronomy"
@@ -104,7 +104,9 @@ def test_quantised_models_are_compared_with_their_base(
 def test_a_base_asked_otherwise_is_said(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:
     int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
     evaluate(base, *options(data, 6), "--out", "run")
-    assert "its base was asked with another limit" in evaluate(int8, *options(data, 3), "--out", "run").out
+    assert (
+        "its base was evaluated with another limit" in evaluate(int8, *options(data, 3), "--out", "run").out
+    )
     again = evaluate(int8, *options(data, 6), "--out", "run", "--shots", "5")  # the protocol's own number
     assert "lost / won" in again.out
 
@@ -170,7 +172,7 @@ def test_what_quantising_cost_by_its_check_is_shown_and_recorded_once(
     assert [json.loads(line)["metric"] for line in lines].count("kl") == 1
     (kl,) = (row for row in read_rows(Path("run")) if row.metric == "kl")
     assert (kl.value, kl.model.precision, kl.model.family) == (0.0712, "int8", "Tiny")
-    report = render(make_report(collect([Path("run")]), "Tiny"))
+    report = report_markdown(make_report(collect([Path("run")]), "Tiny"))
     assert "| Int8 | 0.0712 (0.0600–0.0800) | 90.0 (85.0–95.0) |" in report
 
     record(int8, Path("run"), "qwenq quantize Tiny")  # as a step of `qwenq run`
@@ -237,9 +239,7 @@ def test_one_item_in_full(evaluate: Shell, base: Path, data: Path) -> None:
     ):
         assert text in shown.out
     elsewhere = evaluate(base, "--data", ".", "--show", "astronomy/2")
-    assert (
-        "(prompt not shown: no mmlu data there; name the data that was asked: --data DIR or" in elsewhere.out
-    )
+    assert "(prompt not shown: no mmlu data there; name the data of this run: --data DIR or" in elsewhere.out
     missing = evaluate(base, "--data", data, "--show", "astronomy/700")
     assert missing.code == 2
     assert "no record" in missing.err

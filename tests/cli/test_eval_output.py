@@ -6,7 +6,6 @@ import io
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from qwenq.cli import eval_output, progress
 from qwenq.cli.progress import EvalProgress
+from qwenq.events import Advance, Start
 from qwenq.paired.compare import Paired
 from qwenq.results import Model, Row
 
@@ -33,9 +33,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def begin(shown: EvalProgress, items: int, recorded: int = 0) -> None:
-    contender: Any = SimpleNamespace(model=SimpleNamespace(name="Tiny", precision="int4"))
-    plan: Any = SimpleNamespace(task=SimpleNamespace(name="mmlu"), items=range(items))
-    shown.started(contender, plan, recorded)
+    shown(Start("Tiny int4, mmlu", items, "items", recorded))
+
+
+def judged(shown: EvalProgress, correct: bool | None) -> None:
+    shown(Advance("Tiny int4, mmlu", result=correct))
 
 
 def test_a_log_has_a_line_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +45,7 @@ def test_a_log_has_a_line_every_ten_seconds(clock: Clock, capsys: pytest.Capture
         begin(shown, 40)
         for number in range(40):
             clock.now += 1
-            shown.judged(number % 4 != 0)
+            judged(shown, number % 4 != 0)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "Tiny int4, mmlu: 40 items",
@@ -59,7 +61,7 @@ def test_what_was_known_from_records_took_no_time(clock: Clock, capsys: pytest.C
         begin(shown, 100, recorded=80)
         for _ in range(5):
             clock.now += 3
-            shown.judged(True)
+            judged(shown, True)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Tiny int4, mmlu: 100 items, 80 answered earlier"
     assert lines[1] == "Tiny int4, mmlu: 84 of 100, 100.0% correct of the new answers, 48 s left"
@@ -70,12 +72,12 @@ def test_answers_whose_programs_have_not_run_count_in_no_accuracy(
 ) -> None:
     with EvalProgress() as shown:
         begin(shown, 2)
-        shown.judged(None)
-        shown.judged(None)
-        shown.running(2)
+        judged(shown, None)
+        judged(shown, None)
+        shown(Start("Tiny int4, mmlu: running programs", 2, "programs"))
         clock.now += 4
-        shown.ran(True)
-        shown.ran(False)
+        judged(shown, True)
+        judged(shown, False)
     lines = capsys.readouterr().err.splitlines()
     assert lines[1:] == [
         "Tiny int4, mmlu: 2 of 2, 0 s",
@@ -91,7 +93,7 @@ def test_a_terminal_shows_the_accuracy_and_the_time_left(
         begin(shown, 40)
         for number in range(20):
             clock.now += 2
-            shown.judged(number % 4 != 0)
+            judged(shown, number % 4 != 0)
         line = line_of(bar)
     assert "Tiny int4, mmlu" in line
     assert "20/40 75.0% correct 0:00:40 left" in line
@@ -106,9 +108,9 @@ def test_the_time_left_goes_on_while_an_answer_is_long(clock: Clock, monkeypatch
         for seconds in (3600, 600, 300, 17100, 1000):
             clock.now += seconds
             if seconds == 3600:
-                shown.judged(True)
+                judged(shown, True)
             seen.append(line_of(bar))
-        shown.judged(True)
+        judged(shown, True)
         seen.append(line_of(bar))
     times = [line.partition(" left")[0].rpartition(" ")[2] for line in seen]
     assert times == ["-:--:--", "4:00:00", "3:50:00", "3:45:00", "0:00:00", "0:00:00", "9:25:00"]
@@ -182,10 +184,8 @@ def test_a_name_is_shown_as_it_is(
     assert f"{NAME} fp32" in line and line.rstrip().endswith(NAME)
     assert folder.endswith(NAME)
     bar = bar_of(clock, monkeypatch)
-    contender: Any = SimpleNamespace(model=SimpleNamespace(name=NAME, precision="int4"))
-    plan: Any = SimpleNamespace(task=SimpleNamespace(name="mmlu"), items=range(2))
     with EvalProgress() as shown:
-        shown.started(contender, plan, 0)
+        shown(Start(f"{NAME} int4, mmlu", 2, "items"))
         assert f"{NAME} int4, mmlu" in line_of(bar)
 
 

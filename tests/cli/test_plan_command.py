@@ -16,13 +16,12 @@ def qwenq(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_json_holds_the_published_figures() -> None:
-    result = qwenq("plan", "qwen-7b-chat", "--json")
+    result = qwenq("plan", "qwen-7b-chat", "--gpu", "a100-80g", "--json")
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["parameters"] == 7_721_324_544
     assert plan["precisions"][0]["bytes"] == 15_442_649_088
     assert [item["published_bytes"] for item in plan["precisions"]][1:] == [9_123_864_576, 5_860_564_992]
-    assert all(abs(row["deviation"]) < 0.02 for row in plan["published_peaks"])
     assert plan["padding"]["to"] == 11264
     assert {row["speed"]["gpu"] for row in plan["deployments"]} == {"a100-80g"}
 
@@ -32,8 +31,7 @@ def test_tables_for_people() -> None:
     assert result.returncode == 0, result.stderr
     for expected in (
         "1,836,828,672 parameters",
-        "two-copies peak",
-        "Two-copies cache model against the published cards",
+        "peak from 1 token",
         "H200",
         "RTX 4090",
         "no: 43 groups of down_proj",
@@ -64,7 +62,7 @@ def test_it_answers_at_once() -> None:
     assert time.perf_counter() - wall < 30
 
 
-def test_not_yet_is_said_with_what_is_missing() -> None:
+def test_an_unsupported_model_is_refused_with_what_is_missing() -> None:
     result = qwenq("plan", "qwen3-30b-a3b")
     assert result.returncode == 1
     assert "not supported yet: the experts' routing would have to be added" in result.stderr

@@ -11,6 +11,7 @@ import pytest
 from terminal import SIZE, Terminal
 
 from qwenq.cli.quantize_output import TextListener, quantize_listener
+from qwenq.events import Advance, Start
 from qwenq.gptq.module import ModuleStats
 from qwenq.gptq.quantise import LayerDone
 
@@ -50,11 +51,12 @@ def test_the_time_left_is_shown_of_layers_that_take_minutes_each(
     stats = {"q_proj": ModuleStats(0.01, 0.02, 0.01, 0)}
     with quantize_listener(as_json=False) as listener:
         assert isinstance(listener, TextListener)
-        listener.layers(5)
+        listener(Start("quantising", 5, "layers"))
         assert listener._bar is not None
         seen = [listener._bar.tasks[0].fields["left"]]
         for index, seconds in enumerate((1.0, 150.0, 170.0, 160.0)):
-            listener.layer(LayerDone(index, 5, seconds, stats, resumed=index == 0))
+            done = LayerDone(index, 5, seconds, stats, resumed=index == 0)
+            listener(Advance("quantising", index + 1, 5, done))
             seen.append(listener._bar.tasks[0].fields["left"])
     assert seen == ["-:--", "-:--", "7:30", "5:20", "2:40"]
     assert "layer   4 of 5: error 1.00%" in capsys.readouterr().out

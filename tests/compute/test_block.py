@@ -221,7 +221,7 @@ def test_torch_computes_the_same_where_no_kernel_runs(dtype: torch.dtype, varian
         torch.testing.assert_close(ours, torchs, rtol=4 * LAST[dtype], atol=2 * LAST[dtype])
 
 
-def test_other_dtypes_and_widths_are_torchs_and_what_is_missed_is_said() -> None:
+def test_other_dtypes_and_widths_run_in_torch_with_a_notice() -> None:
     place = torch.device("cpu")
     assert unsupported_reason(place, torch.float32, {"a head": 64}) is None
     assert fallback_notice("norms", place, torch.bfloat16, {"a head": 64}) is None

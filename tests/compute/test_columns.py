@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from qwenq.compute import columns, cpu
 from qwenq.compute.columns import Block, round_by_c, round_by_torch, round_columns, unsupported_reason
+from qwenq.gptq.grid import Rounded
 from qwenq.gptq.scales import search_grid
-from qwenq.gptq.solver import Rounded, act_order, gptq, inverse_factor
+from qwenq.gptq.solver import gptq, inverse_factor, order_by_diagonal
 
 pytestmark = pytest.mark.usefixtures("each_variant")
 
@@ -21,7 +22,7 @@ def block(seed: int, rows: int, count: int, *, bits: int = 4, group_size: int = 
     draw = torch.Generator().manual_seed(seed)
     given = problem(seed, rows=rows, width=count, tokens=4 * count)
     H = given.H + 0.01 * given.H.diagonal().mean() * torch.eye(count)
-    U, _ = inverse_factor(H)
+    U = inverse_factor(H)
     assert U is not None
     width = -(-count // group_size) * group_size
     W = torch.nn.functional.pad(given.W, (0, width - count))
@@ -75,7 +76,7 @@ def test_threads_share_out_the_rows(threads: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_what_is_no_number_stays_in_its_row(bad: float) -> None:
+def test_nan_and_infinity_stay_in_their_row(bad: float) -> None:
     one = block(2, 40, 24)
     one.columns[5, 33] = bad
     fast, slow = rounded_by_both(one)
@@ -93,8 +94,8 @@ def solved(seed: int, rows: int, *, reorder: bool, sym: bool, dead: int) -> tupl
     H.diagonal()[:dead] = H.diagonal().mean()
     H += 0.01 * H.diagonal().mean() * torch.eye(192)
     grid = search_grid(given.W, H.diagonal(), 4, 32, sym=sym, search="hessian")
-    order = act_order(H) if reorder else None
-    U, _ = inverse_factor(H, order)
+    order = order_by_diagonal(H) if reorder else None
+    U = inverse_factor(H, order)
     assert U is not None
     fast = gptq(given.W, U, grid, order)
     with pytest.MonkeyPatch.context() as patch:
@@ -130,7 +131,7 @@ def test_a_whole_matrix_comes_out_the_same(seed: int, rows: int, reorder: bool, 
         ({"scales": torch.ones(3, 31), "zeros": torch.ones(3, 31)}, "32 rows, and scales for 31"),
     ],
 )
-def test_memory_that_is_not_what_it_should_be_is_not_touched(changes: dict[str, object], said: str) -> None:
+def test_wrong_shapes_dtypes_and_strides_are_refused(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         round_by_c(block(0, 32, 24)._replace(**changes))
 

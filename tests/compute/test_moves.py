@@ -60,7 +60,7 @@ def test_any_block_comes_out_the_same_bit_for_bit(
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_it_says_by_how_much_the_error_fell() -> None:
+def test_moves_return_the_change_of_the_error() -> None:
     block, values, W, grid = started(3, 40, 64)
     gain = move_columns(copied(block), values)
     moved = copied(block)
@@ -72,7 +72,7 @@ def test_it_says_by_how_much_the_error_fell() -> None:
     torch.testing.assert_close(values - moved.errors, grid.values(moved.integers.T).T)
 
 
-def test_memory_that_is_not_what_it_should_be_is_not_touched() -> None:
+def test_wrong_shapes_dtypes_and_strides_are_refused() -> None:
     block, values, _, _ = started(0, 32, 24)
     with pytest.raises(ValueError, match=r"values: torch.float32 \[24, 31\]"):
         move_by_c(block, values[:, 1:].contiguous())

@@ -70,7 +70,7 @@ def test_the_lower_triangle_of_a_symmetric_mean_is_that_of_the_whole(dtype: torc
 
 
 @in_both
-def test_batches_that_are_no_block_of_memory(dtype: torch.dtype) -> None:
+def test_strided_batches_are_multiplied(dtype: torch.dtype) -> None:
     x = drawn(0, 64, 96, dtype)
     compiled = native(48, 96, dtype)
     compiled.add(x[:, ::2], x.T.contiguous().T)
@@ -79,7 +79,7 @@ def test_batches_that_are_no_block_of_memory(dtype: torch.dtype) -> None:
 
 @in_both
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_its_own_column_alone(dtype: torch.dtype, bad: float) -> None:
+def test_nan_and_infinity_stay_in_their_column(dtype: torch.dtype, bad: float) -> None:
     x = drawn(0, 65, 33, dtype)
     x[64, 32] = bad
     compiled = native(33, 33, dtype)
@@ -99,7 +99,7 @@ def test_what_is_not_finite_shows_in_its_own_column_alone(dtype: torch.dtype, ba
         (torch.ones(8, 32), torch.ones(6, 48), "8 and 6 tokens"),
     ],
 )
-def test_memory_that_is_not_what_it_should_be_is_not_read(
+def test_wrong_widths_dtypes_and_tokens_are_refused(
     dtype: torch.dtype, X: Tensor, Y: Tensor, said: str
 ) -> None:
     X = X if X.dtype is torch.float16 else X.to(dtype)
@@ -113,7 +113,7 @@ def test_other_dtypes_and_devices_are_left_to_torch() -> None:
     assert "cuda" in str(unsupported_reason(torch.bfloat16, torch.device("cuda")))
 
 
-def test_what_torch_runs_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fallback_to_torch_has_a_notice_and_another_run_fact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fallback_notice(torch.bfloat16, CPU) is None
     assert how_summed(torch.bfloat16, CPU, ALONE) == "compiled"
     assert how_summed(torch.float16, CPU, ALONE) == "torch"
@@ -130,7 +130,7 @@ def test_what_torch_runs_is_said_and_is_a_run_of_its_own(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu_the_kernel_for_columns_is_what_can_be_missed(
+def test_on_a_gpu_the_notice_names_the_missing_kernel_for_columns(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason: str | None = "triton is not installed"

@@ -55,7 +55,7 @@ def test_compiled_code_fits_what_float64_fits(seed: int, rows: int, size: int, l
     ("gradient", "scale"),
     [(1e30, -65504.0), (-1e30, 65504.0), (float("nan"), 0.75), (float("inf"), 0.75), (0.0, 0.75)],
 )
-def test_scales_stay_within_what_is_stored(gradient: float, scale: float, compiled: bool) -> None:
+def test_fitted_scales_stay_in_the_range_of_float16(gradient: float, scale: float, compiled: bool) -> None:
     block, values = group(2, 16, 4)
     block.columns.fill_(gradient)
     block.errors.zero_()
@@ -66,7 +66,7 @@ def test_scales_stay_within_what_is_stored(gradient: float, scale: float, compil
     assert (fitted.scale == scale).all()
 
 
-def test_what_it_says_is_what_is_gained() -> None:
+def test_fit_returns_the_change_of_the_error() -> None:
     block, values = group(1, 40, 32)
     fitted = fit_scale(block, values, 1)
     assert (fitted.change <= 0).all()
@@ -80,7 +80,7 @@ def test_what_it_says_is_what_is_gained() -> None:
     )
 
 
-def test_memory_that_is_not_what_it_should_be_is_not_touched() -> None:
+def test_wrong_shapes_dtypes_and_strides_are_refused() -> None:
     block, values = group(0, 32, 8)
     with pytest.raises(ValueError, match=r"errors: torch\.float64"):
         fit_by_c(block._replace(errors=torch.zeros(8, 32).double()), values, 1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.compute import cpu
-from qwenq.compute.scales import search_by_c, search_by_torch, unsupported_reason
+from qwenq.compute.scales import Groups, search_by_c, search_by_torch, unsupported_reason
 from qwenq.gptq.grid import Grid
 from qwenq.gptq.scales import search_grid
 
@@ -30,8 +30,8 @@ def found_by_both(W: torch.Tensor, h: torch.Tensor, bits: int, *, sym: bool) -> 
     start = search_grid(W, torch.ones(W.shape[1]), bits, W.shape[1], sym=sym, search="none")
     scales, zeros = start.scales.flatten(), start.zeros.flatten()
     fast, slow = (scales.clone(), zeros.clone()), (scales.clone(), zeros.clone())
-    search_by_c(W, h, *fast, bits, sym=sym)
-    search_by_torch(W, h, *slow, bits, sym=sym, weighted=True)
+    search_by_c(Groups(W, h, *fast, bits, sym))
+    search_by_torch(Groups(W, h, *slow, bits, sym))
     return fast, slow, (scales, zeros)
 
 
@@ -45,7 +45,7 @@ def cost(W: torch.Tensor, h: torch.Tensor, found: Found, bits: int) -> torch.Ten
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("size", [16, 64, 128, 576])
-def test_of_thousands_of_groups_each_finds_the_same(bits: int, sym: bool, size: int) -> None:
+def test_c_and_torch_choose_the_same_scale_for_thousands_of_groups(bits: int, sym: bool, size: int) -> None:
     """Ties among them: added up in another order, one in a thousand finds another scale."""
     W, h = groups(bits, 4000, size)
     fast, slow, start = found_by_both(W, h, bits, sym=sym)
@@ -64,7 +64,7 @@ def test_of_thousands_of_groups_each_finds_the_same(bits: int, sym: bool, size: 
     sym=st.booleans(),
     dead=st.booleans(),
 )
-def test_any_shape_finds_what_torch_finds(
+def test_c_and_torch_choose_the_same_scales_for_any_shape(
     seed: int, count: int, per_row: int, size: int, bits: int, sym: bool, dead: bool
 ) -> None:
     W, h = groups(seed, count * per_row, size, per_row)
@@ -78,7 +78,7 @@ def test_any_shape_finds_what_torch_finds(
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38, 1e-42, 0.0])
-def test_groups_at_the_ends_of_the_numbers(bad: float, sym: bool) -> None:
+def test_c_and_torch_agree_on_nan_infinite_and_tiny_weights(bad: float, sym: bool) -> None:
     W, h = groups(0, 8, 32)
     W[2, 5] = bad
     W[3] = bad
@@ -87,7 +87,7 @@ def test_groups_at_the_ends_of_the_numbers(bad: float, sym: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_matrix_takes_the_compiled_search() -> None:
+def test_search_grid_runs_the_compiled_search() -> None:
     W, h = groups(5, 12, 32)
     grid = search_grid(W.view(3, 128), h, 4, 32, sym=False, search="hessian")
     fast, *_ = found_by_both(W, h, 4, sym=False)
@@ -96,24 +96,22 @@ def test_a_matrix_takes_the_compiled_search() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"grouped": torch.zeros(32, 8).T}, "not contiguous"),
-        ({"grouped": torch.zeros(8, 32, dtype=torch.float64)}, "float64"),
-        ({"grouped": torch.zeros(8, 24), "importance": torch.zeros(96)}, "8 groups of 24"),
+        ({"weights": torch.zeros(32, 8).T}, "not contiguous"),
+        ({"weights": torch.zeros(8, 32, dtype=torch.float64)}, "float64"),
+        ({"weights": torch.zeros(8, 24), "importance": torch.zeros(96)}, "8 groups of 24"),
         ({"importance": torch.zeros(96)}, "8 groups of 32 weights, and importance of 96"),
         ({"importance": torch.zeros(100)}, "importance of 100"),
         ({"scales": torch.zeros(7)}, "not contiguous float32 .8."),
         ({"zeros": torch.zeros(8, dtype=torch.uint8)}, "uint8"),
     ],
 )
-def test_memory_that_is_not_what_it_should_be_is_not_touched(
-    changes: dict[str, torch.Tensor], said: str
-) -> None:
+def test_wrong_shapes_dtypes_and_strides_are_refused(changes: dict[str, torch.Tensor], message: str) -> None:
     W, h = groups(0, 8, 32)
-    told = {"grouped": W, "importance": h, "scales": torch.ones(8), "zeros": torch.ones(8)} | changes
-    with pytest.raises(ValueError, match=said):
-        search_by_c(**told, bits=4, sym=True)
+    groups_of_8 = Groups(W, h, torch.ones(8), torch.ones(8), bits=4, sym=True)
+    with pytest.raises(ValueError, match=message):
+        search_by_c(groups_of_8._replace(**changes))
 
 
 def test_other_searches_and_sizes_run_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:

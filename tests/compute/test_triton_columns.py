@@ -20,9 +20,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import torch
-from qwenq.compute.columns import Block, move_by_torch, round_by_torch
-from qwenq.compute.triton_columns import round_by_triton
-from qwenq.compute.triton_moves import move_by_triton
+from qwenq.compute.columns import Block, move_by_torch, move_by_triton, round_by_torch, round_by_triton
 
 random = torch.Generator().manual_seed(0)
 for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 15), (17, 32, 17, 15)):
@@ -67,22 +65,17 @@ def test_the_interpreted_kernel_finds_the_integers_that_torch_finds() -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted, not built")
 @pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize("which", ["round", "move"])
-def test_it_builds_and_keeps_everything_in_registers(which: str, capability: int) -> None:
+@pytest.mark.parametrize("moves", [False, True])
+def test_the_kernel_builds_and_keeps_everything_in_registers(moves: bool, capability: int) -> None:
     from runtime.triton_builds import Build, resources
 
-    from qwenq.compute.triton_columns import _round
-    from qwenq.compute.triton_moves import _move
+    from qwenq.compute.triton_columns import _columns
 
-    kernel, names = {
-        "round": (_round, ("columns", "U", "scales", "zeros", "errors", "cost")),
-        "move": (_move, ("gradient", "values", "H", "scales", "zeros", "errors", "change")),
-    }[which]
-    pointers = dict.fromkeys(names, "*fp32")
+    pointers = dict.fromkeys(("columns", "values", "U", "scales", "zeros", "errors", "cost"), "*fp32")
     build = Build(
-        kernel,
+        _columns,
         pointers | {"groups": "*i32", "integers": "*u8"},
-        {"COUNT": 64, "ROWS": 32, "AHEAD": 16},
+        {"MOVES": moves, "COUNT": 64, "ROWS": 32, "AHEAD": 16},
         odd=("levels",),
         warps=1,
     )
@@ -90,7 +83,7 @@ def test_it_builds_and_keeps_everything_in_registers(which: str, capability: int
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
 
 
-def test_what_is_not_for_it() -> None:
+def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
     assert triton_unsupported_reason(torch.zeros(4, 4)) == "that is for NVIDIA GPUs, not for cpu"
     assert (
         triton_unsupported_reason(torch.zeros(4, 4, device="meta")) == "that is for NVIDIA GPUs, not for meta"

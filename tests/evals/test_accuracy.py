@@ -18,7 +18,7 @@ def test_micro_is_scipys_wilson() -> None:
     assert found.error == pytest.approx(math.sqrt(43 / 164 * 121 / 164 / 164))
 
 
-def test_the_noise_of_humaneval_shows() -> None:
+def test_the_standard_error_of_humaneval() -> None:
     """A standard error of 3.4 points on 164 items."""
     assert 100 * (micro_accuracy([True] * 43 + [False] * 121).error or 0) == pytest.approx(3.4, abs=0.05)
 
@@ -52,11 +52,11 @@ def test_macro_errors_are_unbiased_and_intervals_cover(monkeypatch: pytest.Monke
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.2)
 
 
-def test_where_nothing_is_known_of_the_spread_there_is_no_interval() -> None:
+def test_a_subject_of_one_item_has_no_interval() -> None:
     assert macro_accuracy([True, False, True], ["a", "a", "b"]).low is None
 
 
-def test_no_mistake_is_not_certainty() -> None:
+def test_all_correct_still_has_an_interval() -> None:
     found = macro_accuracy([True] * 20, ["a", "b"] * 10)
     assert found.high == 1
     assert found.low is not None

@@ -130,6 +130,7 @@ def test_divergence_is_that_of_whole_models_in_float64(case: Case) -> None:
     assert result.kl.value > 1e-5  # there is something to measure
     assert result.kl.value == pytest.approx(float(kl.mean()), rel=1e-3, abs=2e-6)
     assert result.kl_median == pytest.approx(float(kl.quantile(0.5)), rel=1e-3, abs=2e-6)
+    assert result.kl_p999 == pytest.approx(float(kl.quantile(0.999)), rel=1e-3, abs=2e-6)
     assert result.kl_p99 == pytest.approx(float(kl.quantile(0.99)), rel=1e-3, abs=2e-6)
     for part in result.kl_by_position:  # after the first token: one read, none left out
         expected = float(kl[:, part.first - 1 : part.last].mean())
@@ -176,7 +177,7 @@ def test_module_errors_are_those_of_the_base_models_inputs(case: Case) -> None:
     assert case.result.module_tokens == case.tokens.numel()
 
 
-def test_batches_and_slabs_do_not_show(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_batches_and_slabs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwenq.evals.check.TOKENS_PER_BATCH", 80)
     monkeypatch.setattr("qwenq.evals.divergence.SLAB_TOKENS", 7)
     steps: list[tuple[int, int]] = []
@@ -188,7 +189,7 @@ def test_batches_and_slabs_do_not_show(case: Case, monkeypatch: pytest.MonkeyPat
     assert steps == [(done, 2 + 3) for done in range(1, 6)]  # 2 blocks, 3 batches
 
 
-def test_a_model_beside_itself_differs_by_nothing(case: Case) -> None:
+def test_a_model_compared_with_itself_has_zero_divergence(case: Case) -> None:
     """The dequantised weights as base: only the integers' own figures remain, and they are perfect."""
     source = DequantisedSource(case.quantised.source, case.quant, torch.float32)
     config = {k: v for k, v in case.quantised.config.items() if k != "quantization_config"}
@@ -211,7 +212,7 @@ def test_json_is_strict_and_whole(case: Case) -> None:
     assert set(plain) == set(vars(case.result)) | {"broken"}
 
 
-def test_noise_beyond_recognition_is_broken(tmp_path: Path) -> None:
+def test_noisy_weights_are_broken(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "llama", tied=False)
     quantised = write_quantised(tmp_path / "q", base, QuantConfig(bits=4, group_size=32), noise=2.0)
     tokens = torch.arange(60).reshape(2, 30)
@@ -285,7 +286,7 @@ def test_what_is_not_gptq_is_refused(case: Case) -> None:
         (torch.full((1, 4), -1), "id -1"),
     ],
 )
-def test_tokens_that_measure_nothing_are_refused(case: Case, tokens: Tensor, message: str) -> None:
+def test_tokens_that_cannot_be_scored_are_refused(case: Case, tokens: Tensor, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check(case.quantised, case.base, tokens, device="cpu", dtype=torch.float32)
 

@@ -16,7 +16,7 @@ CPU = How(device="cpu", dtype="float32")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("contender") / "Tiny")
+    return write_tiny_model(tmp_path_factory.mktemp("eval_model") / "Tiny")
 
 
 def copy(tiny: Path, folder: Path, **config: object) -> Path:
@@ -37,7 +37,7 @@ def test_a_model_that_ends_its_turns_is_a_chat_model(tiny: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("change", [{"eos_token": "<|endoftext|>"}, {"chat_template": None}])
-def test_a_base_model_is_none_even_with_a_template(
+def test_a_base_model_with_a_template_is_not_a_chat_model(
     change: dict[str, object], tiny: Path, tmp_path: Path
 ) -> None:
     """Qwen2.5's base models have the template of the chat models, but end at ``<|endoftext|>``."""
@@ -47,7 +47,7 @@ def test_a_base_model_is_none_even_with_a_template(
     assert open_contender(str(folder), CPU).protocol == "base"
 
 
-def test_the_key_changes_with_whatever_changes_an_answer(tiny: Path, tmp_path: Path) -> None:
+def test_the_key_changes_with_every_setting_that_changes_answers(tiny: Path, tmp_path: Path) -> None:
     first = open_contender(str(tiny), CPU)
     assert open_contender(str(copy(tiny, tmp_path / "the-same")), CPU).key == first.key
     for how in (
@@ -69,7 +69,7 @@ def test_auto_is_resolved(tiny: Path) -> None:
     assert open_contender(str(tiny), replace(CPU, attention="off")).how.attention == "off"
 
 
-def test_what_is_asked_for_by_name_and_what_auto_means_share_answers(tiny: Path) -> None:
+def test_auto_and_the_named_setting_share_records(tiny: Path) -> None:
     named, auto = (open_contender(str(tiny), replace(CPU, attention=name)) for name in ("grouped", "auto"))
     assert named.key == auto.key
     assert auto.engine.implementation == named.engine.implementation
@@ -104,7 +104,7 @@ def test_the_base_is_the_one_with_the_fingerprint(tiny: Path, tmp_path: Path) ->
     ("Tiny", "was made from other weights than Tiny has: the base has changed since, and it is not compared"),
     ("Else", "no base of q is among the models: it is not compared"),
 ])  # fmt: skip
-def test_no_other_weights_than_those_that_are_named(
+def test_weights_with_another_fingerprint_are_not_the_base(
     tiny: Path, tmp_path: Path, named: str, says: str
 ) -> None:
     """Neither those under the base's name, which has changed since, nor the only ones of its shape."""
@@ -127,7 +127,7 @@ def test_a_base_that_was_recorded_need_not_be_named_again(tiny: Path, tmp_path: 
         assert (int4.model.family, int4.base) == ("Tiny", recorded.fingerprint)
 
 
-def test_of_several_with_its_name_none_is_guessed_unless_one_is_given(tiny: Path, tmp_path: Path) -> None:
+def test_several_models_of_one_name_leave_the_base_open(tiny: Path, tmp_path: Path) -> None:
     base = open_contender(str(tiny), CPU)
     before = replace(base.model, fingerprint="as it was before")
     int4 = quantised(tiny, tmp_path / "Tiny-GPTQ-Int4", None)
@@ -138,13 +138,13 @@ def test_of_several_with_its_name_none_is_guessed_unless_one_is_given(tiny: Path
     assert int4.base == base.model.fingerprint
 
 
-def test_else_the_one_with_its_name(tiny: Path, tmp_path: Path) -> None:
+def test_without_a_manifest_the_base_is_found_by_name(tiny: Path, tmp_path: Path) -> None:
     base, int4 = open_contender(str(tiny), CPU), quantised(tiny, tmp_path / "Tiny-GPTQ-Int4", None)
     assert settle_families([base, int4]) == []
     assert (int4.model.family, int4.base) == ("Tiny", base.model.fingerprint)
 
 
-def test_else_the_only_one_of_its_shape_and_that_is_said(tiny: Path, tmp_path: Path) -> None:
+def test_the_only_model_of_the_same_shape_is_the_base_with_a_notice(tiny: Path, tmp_path: Path) -> None:
     base, int4 = open_contender(str(tiny), CPU), quantised(tiny, tmp_path / "x", None)
     (said,) = settle_families([base, int4])
     assert "compared with Tiny" in said

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from evals.endpoint_server import Server, at, chat
+from listening import notices_to
 
 from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
@@ -15,7 +16,7 @@ from qwenq.evals.patience import ATTEMPTS, Trouble
 from qwenq.evals.task import Write, Written
 
 
-def test_a_chat_goes_out_and_its_text_comes_back(server: Server) -> None:
+def test_a_chat_is_sent_and_its_text_returned(server: Server) -> None:
     reply = at(server, key="secret").ask(chat("so?"))
     assert reply.written.text == "SO?"
     assert (reply.written.tokens, reply.prompt_tokens, reply.written.stopped) == (3, 7, True)
@@ -28,7 +29,7 @@ def test_a_chat_goes_out_and_its_text_comes_back(server: Server) -> None:
     assert "secret" not in repr(at(server, key="secret"))
 
 
-def test_plain_text_is_completed_and_cut_where_the_task_says(server: Server) -> None:
+def test_plain_text_is_completed_and_cut_at_stop_strings(server: Server) -> None:
     ends = ("\nQ", "A", "B", "C", "X THAT")
     reply = at(server).ask(Write("keep x that goes", 8, ends[:1] + ends[4:]))
     assert server.paths == ["/v1/completions"]
@@ -40,7 +41,7 @@ def test_plain_text_is_completed_and_cut_where_the_task_says(server: Server) -> 
 def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) -> None:
     said: list[str] = []
     server.refuses = ("repetition_penalty",)
-    endpoint = at(server, trouble=Trouble(said.append))
+    endpoint = at(server, trouble=Trouble(notices_to(said)))
     assert [endpoint.ask(chat(text)).written.text for text in ("one", "two")] == ["ONE", "TWO"]
     assert ["repetition_penalty" in one for one in server.seen] == [True, False, False]
     assert said == [f"{server.url}: this server refuses the option repetition_penalty, so it is left out"]
@@ -50,14 +51,14 @@ def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) ->
 
 
 @pytest.mark.parametrize("trouble", ["429", "500", "503", "silent", "hang up", "half", "no json"])
-def test_what_passes_is_asked_again_and_counts_once(server: Server, trouble: str) -> None:
+def test_temporary_errors_are_retried_and_count_once(server: Server, trouble: str) -> None:
     server.trouble = [trouble, trouble]
     replies = list(at(server, concurrency=1).ask_all([chat("one"), chat("two")]))
     assert [(index, reply.written.text) for index, reply in replies] == [(0, "ONE"), (1, "TWO")]
     assert len(server.seen) == 4
 
 
-def test_after_many_attempts_it_is_an_error_that_says_why(server: Server) -> None:
+def test_after_the_last_attempt_the_error_has_the_reason(server: Server) -> None:
     server.trouble = ["503"] * 100
     with pytest.raises(QwenqError, match=rf"{ATTEMPTS} attempts failed, the last: status 503.*trouble 503"):
         at(server).ask(chat("one"))
@@ -65,9 +66,9 @@ def test_after_many_attempts_it_is_an_error_that_says_why(server: Server) -> Non
 
 
 @pytest.mark.parametrize(("status", "hint"), [
-    ("401", "OPENAI_API_KEY"), ("404", "ends in /v1"), ("400", "see what the server says"),
+    ("401", "OPENAI_API_KEY"), ("404", "ends in /v1"), ("400", "see the server's message"),
 ])  # fmt: skip
-def test_a_refusal_is_not_asked_again(server: Server, status: str, hint: str) -> None:
+def test_a_refusal_is_not_retried(server: Server, status: str, hint: str) -> None:
     server.trouble = [status]
     with pytest.raises(QwenqError, match=f"status {status}.*trouble {status}") as caught:
         at(server).ask(chat("one"))
@@ -83,14 +84,14 @@ def test_neither_redirects_nor_other_interfaces_are_followed(server: Server, tro
     assert len(server.seen) == 1
 
 
-def test_only_so_many_at_a_time(server: Server) -> None:
+def test_requests_are_limited_to_the_concurrency(server: Server) -> None:
     server.pause = 0.03
     replies = dict(at(server, concurrency=3).ask_all([chat(f"q{n}") for n in range(12)]))
     assert {index: reply.written.text for index, reply in replies.items()} == {n: f"Q{n}" for n in range(12)}
     assert server.most_busy == 3
 
 
-def test_an_error_stops_what_was_not_begun(server: Server) -> None:
+def test_an_error_stops_requests_that_were_not_sent(server: Server) -> None:
     server.pause = 0.02
     server.trouble = ["", "400"]
     with pytest.raises(QwenqError, match="status 400"):
@@ -105,7 +106,7 @@ def test_the_model_is_looked_for_before_anything_is_asked(server: Server) -> Non
     with pytest.raises(UsageError, match="small is not served there") as caught:
         endpoint_at(server.url, "small", None)
     assert "big/model" in str(caught.value)
-    with pytest.raises(UsageError, match="no address"):
+    with pytest.raises(UsageError, match="not an address"):
         endpoint_at("localhost:8000", None, None)
     assert server.seen == []
 
@@ -128,16 +129,16 @@ def test_the_model_is_looked_for_before_anything_is_asked(server: Server) -> Non
         "",
     ],
 )
-def test_what_is_no_address_is_refused_before_it_is_tried(url: str) -> None:
-    with pytest.raises(UsageError, match="is no address"):
+def test_an_invalid_address_is_refused_before_any_request(url: str) -> None:
+    with pytest.raises(UsageError, match="is not an address"):
         endpoint_at(url, None, None)
 
 
-def test_a_key_loses_its_line_end_and_has_no_other(server: Server) -> None:
+def test_a_key_is_stripped_and_checked(server: Server) -> None:
     endpoint_at(server.url, None, "secret\n").ask(chat("one"))
     assert server.keys == ["Bearer secret"]
     for key in ("a\nb", "schlüssel", "a\x00"):
-        with pytest.raises(UsageError, match="no key has") as caught:
+        with pytest.raises(UsageError, match="a key cannot have") as caught:
             endpoint_at(server.url, None, key)
         assert caught.value.where == "OPENAI_API_KEY"
 
@@ -176,8 +177,8 @@ def test_odd_values_of_a_server_are_no_tracebacks(monkeypatch: pytest.MonkeyPatc
             odd.ask(Write("p", 1))
 
 
-def test_https_where_http_is_spoken_is_not_tried_for_a_minute(server: Server, waits: list[float]) -> None:
-    with pytest.raises(QwenqError, match=r"nothing answers there: .*wrong version number") as caught:
+def test_https_to_an_http_server_is_an_error_at_once(server: Server, waits: list[float]) -> None:
+    with pytest.raises(QwenqError, match=r"no server answers: .*wrong version number") as caught:
         endpoint_at(server.url.replace("http:", "https:"), "big/model", None)
     assert "http or https" in str(caught.value.hint)
     assert waits == []
@@ -186,7 +187,7 @@ def test_https_where_http_is_spoken_is_not_tried_for_a_minute(server: Server, wa
 @pytest.mark.parametrize(
     ("reason", "stopped"), [("stop", True), ("eos_token", True), (None, True), ("length", False)]
 )
-def test_only_an_answer_that_the_server_calls_too_long_was_cut(
+def test_only_finish_reason_length_counts_as_cut(
     monkeypatch: pytest.MonkeyPatch, reason: str | None, stopped: bool
 ) -> None:
     """What else ends one, servers say in words of their own. A model that only thought said nothing: null."""

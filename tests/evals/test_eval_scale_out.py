@@ -57,7 +57,7 @@ def require_same(found: dict[str, dict[str, Any]], wanted: dict[str, dict[str, A
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_any_number_of_processes_finds_the_same(
+def test_any_number_of_ranks_gives_the_same_rows(
     launch: Launcher, alone: dict[str, dict[str, Any]], tmp_path: Path, world: int
 ) -> None:
     ended = evaluate(launch, world, tmp_path)
@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_others(
     require_same(records(tmp_path), alone)
 
 
-def test_texts_are_dealt_out_as_well(launch: Launcher, tmp_path: Path) -> None:
+def test_generated_answers_are_shared_among_ranks(launch: Launcher, tmp_path: Path) -> None:
     options = ["--tasks", "gsm8k", "--limit", "4", "--shots", "0"]
     for world in (1, 2):
         ended = evaluate(launch, world, tmp_path / str(world), *options)

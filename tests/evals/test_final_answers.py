@@ -22,7 +22,7 @@ from qwenq.evals.tasks.final_answers import boxed, normal, number, same_answer, 
         ("", None),
     ],
 )
-def test_the_last_box(text: str, answer: str | None) -> None:
+def test_boxed_returns_the_last_box(text: str, answer: str | None) -> None:
     assert boxed(text) == answer
 
 
@@ -36,7 +36,7 @@ def test_the_last_box(text: str, answer: str | None) -> None:
         ("The answer is 5", None),
     ],
 )
-def test_what_is_stated(text: str, answer: str | None) -> None:
+def test_stated_returns_the_final_answer(text: str, answer: str | None) -> None:
     assert stated(text) == answer
 
 

@@ -112,7 +112,7 @@ def test_idle_rows_are_dropped_at_the_end(engine: Any, tokenizer: Tokenizer) -> 
     assert rows == [8] * 3 + [1] * 36
 
 
-def test_what_does_not_fit_is_begun_again_with_fewer_rows(engine: Any, tokenizer: Tokenizer) -> None:
+def test_out_of_memory_restarts_with_fewer_rows(engine: Any, tokenizer: Tokenizer) -> None:
     asked, decode = prompts(), engine.decode
     expected = answers(engine, tokenizer, asked, None, ())
 
@@ -193,7 +193,7 @@ class _Bytes:
         ("empty strings end nothing", ("",), "empty strings end nothing"),
     ],
 )
-def test_text_is_cut_before_what_ends_it(text: str, until: tuple[str, ...], expected: str) -> None:
+def test_text_is_cut_before_a_stop_string(text: str, until: tuple[str, ...], expected: str) -> None:
     answer = AnswerText(_Bytes(), until)
     ended = False
     for byte in text.encode():

@@ -69,7 +69,7 @@ def test_gsm8k_and_humaneval_as_on_the_hub(tmp_path: Path) -> None:
     assert items(copy, "humaneval", "base") == items(original, "humaneval", "base")
 
 
-def test_copies_that_are_not_whole(tmp_path: Path) -> None:
+def test_incomplete_copies_of_hub_data_are_refused(tmp_path: Path) -> None:
     put(
         tmp_path / "gsm8k" / "main" / "train-00000-of-00001.parquet", [{"question": "1?", "answer": "#### 1"}]
     )

@@ -28,7 +28,7 @@ def test_rounding_is_what_the_quantiser_compares_itself_with(
     assert torch.equal(round_to_nearest(W, quant), grid.values(grid.integers(W)))
 
 
-def test_a_short_last_group_is_a_group() -> None:
+def test_a_short_last_group_is_rounded_like_others() -> None:
     W = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
     whole = round_to_nearest(W, QuantConfig(bits=4, group_size=32))
     assert torch.equal(whole[:, :32], round_to_nearest(W[:, :32], QuantConfig(bits=4, group_size=32)))

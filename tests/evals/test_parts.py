@@ -25,7 +25,7 @@ def test_every_item_goes_to_one_rank_and_none_gets_much_more(costs: list[int], r
     assert max(loads) - min(loads) <= max(costs, default=0)
 
 
-def test_writing_costs_more_than_reading() -> None:
+def test_generation_costs_more_than_scoring() -> None:
     assert cost(Write("x" * 400, 100)) > cost(Choose("x" * 400, ("A", "B", "C", "D"))) > 100
     assert cost(Choose(({"role": "user", "content": "x" * 400},), ("A",))) > 100
 
@@ -49,8 +49,8 @@ def test_records_of_other_ranks_are_taken_over_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "records").iterdir())) == 2, "the parts are gone, the other model's is not"
 
 
-def test_a_folder_that_is_not_shared_is_said(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="3 answers of other processes are not here"):
+def test_a_run_folder_that_ranks_do_not_share_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="3 answers of other processes are missing"):
         require_all(3, Team(0, 2), tmp_path)
     require_all(0, Team(0, 2), tmp_path)
     require_all(3, ALONE, tmp_path)

@@ -45,7 +45,7 @@ def tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def contender(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+def eval_model(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
     plain, source = qwen2_view(Path("in-memory"), config, MemorySource(tensors))
     return contender_of(Checkpoint(Path("in-memory"), plain, source))
 
@@ -65,9 +65,9 @@ def text() -> Text:
     return Text("random.txt", torch.randint(0, 256, (2, 256), generator=generator))
 
 
-def measured(contender: Any, text: Text, lengths: list[int], **options: Any) -> dict[tuple[Any, ...], Row]:
-    switches = combinations(contender.checkpoint.config, None, None)
-    rows = list(perplexities(contender, text, lengths, switches, **options))
+def measured(eval_model: Any, text: Text, lengths: list[int], **options: Any) -> dict[tuple[Any, ...], Row]:
+    switches = combinations(eval_model.checkpoint.config, None, None)
+    rows = list(perplexities(eval_model, text, lengths, switches, **options))
     assert {row.metric for row in rows} == {METRIC}
     return {(r.point["seq_len"], r.point.get("ntk"), r.point.get("logn")): r for r in rows}
 
@@ -88,9 +88,9 @@ def word(on: bool) -> str:
 
 @pytest.mark.parametrize("switch", ALL, ids=str)
 def test_every_combination_is_that_of_the_plain_model(
-    contender: Any, config: dict[str, Any], tensors: dict[str, torch.Tensor], text: Text, switch: Switches
+    eval_model: Any, config: dict[str, Any], tensors: dict[str, torch.Tensor], text: Text, switch: Switches
 ) -> None:
-    rows = measured(contender, text, [32, 128, 256])
+    rows = measured(eval_model, text, [32, 128, 256])
     for length in (32, 128, 256):
         row = rows[length, word(switch.ntk), word(switch.logn)]
         plain = {**config, "use_dynamic_ntk": switch.ntk, "use_logn_attn": switch.logn}
@@ -100,28 +100,28 @@ def test_every_combination_is_that_of_the_plain_model(
         assert row.low is not None and row.high is not None and row.low < row.value < row.high
 
 
-def test_switches_matter_beyond_the_trained_length_alone(contender: Any, text: Text) -> None:
-    rows = measured(contender, text, [32, S, 128])
+def test_switches_matter_beyond_the_trained_length_alone(eval_model: Any, text: Text) -> None:
+    rows = measured(eval_model, text, [32, S, 128])
     for length in (32, S):
         assert len({row.value for (found, *_), row in rows.items() if found == length}) == 1
     assert len({row.value for (found, *_), row in rows.items() if found == 128}) == 4
 
 
-def test_the_model_itself_is_left_as_it_is(contender: Any) -> None:
-    decoder: Decoder = contender.engine.decoder
+def test_the_model_itself_is_left_as_it_is(eval_model: Any) -> None:
+    decoder: Decoder = eval_model.engine.decoder
     switched = decoder.switched(dynamic_ntk=False, logn=False)
     assert switched.embedding is decoder.embedding and switched.blocks is decoder.blocks
     assert (decoder.rope.alpha(2 * S), switched.rope.alpha(2 * S)) == (3, 1)
 
 
 def test_windows_are_alike_whichever_run_together(
-    contender: Any, text: Text, monkeypatch: pytest.MonkeyPatch
+    eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = window_nats(contender.engine.decoder, text.tokens.view(-1, 32))
+    together = window_nats(eval_model.engine.decoder, text.tokens.view(-1, 32))
     assert together.shape == (16, 31)
     monkeypatch.setattr("qwenq.evals.perplexity.TOKENS_PER_PASS", 32)
     monkeypatch.setattr("qwenq.evals.perplexity.SLAB_TOKENS", 7)
-    alone = window_nats(contender.engine.decoder, text.tokens.view(-1, 32))
+    alone = window_nats(eval_model.engine.decoder, text.tokens.view(-1, 32))
     assert together == pytest.approx(alone, abs=1e-5)
 
 
@@ -143,15 +143,15 @@ def test_other_models_run_as_they_are() -> None:
         contender_of(checkpoint).engine.decoder.switched(dynamic_ntk=True, logn=True)
 
 
-def test_combinations_can_be_ruled_out(contender: Any) -> None:
-    config = contender.checkpoint.config
+def test_combinations_can_be_ruled_out(eval_model: Any) -> None:
+    config = eval_model.checkpoint.config
     assert combinations(config, None, None) == ALL
     assert combinations(config, True, None) == ALL[2:]
     assert combinations(config, True, False) == [Switches(True, False)]
 
 
-def test_what_does_not_fit_is_a_row_that_says_so(
-    contender: Any, text: Text, monkeypatch: pytest.MonkeyPatch
+def test_a_length_that_does_not_fit_is_an_unavailable_row(
+    eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(decoder: Decoder, windows: torch.Tensor) -> Any:
         if windows.shape[1] == 256:
@@ -159,19 +159,19 @@ def test_what_does_not_fit_is_a_row_that_says_so(
         return window_nats(decoder, windows)
 
     monkeypatch.setattr("qwenq.evals.perplexity.window_nats", refuse)
-    rows = measured(contender, text, [128, 256])
+    rows = measured(eval_model, text, [128, 256])
     assert rows[128, "on", "on"].status == "ok"
     lost = rows[256, "on", "on"]
     assert (lost.status, lost.reason, lost.n) == ("unavailable", "not enough memory", None)
 
 
-def test_logits_that_are_no_numbers(contender: Any, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_make_a_failed_row(eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
     nan = lambda decoder, windows: window_nats(decoder, windows) * float("nan")  # noqa: E731
     monkeypatch.setattr("qwenq.evals.perplexity.window_nats", nan)
-    assert {row.status for row in measured(contender, text, [32]).values()} == {"failed"}
+    assert {row.status for row in measured(eval_model, text, [32]).values()} == {"failed"}
 
 
 @pytest.mark.parametrize("length", [1, 48, 512])
-def test_lengths_that_would_score_another_text(text: Text, length: int) -> None:
+def test_lengths_have_to_divide_the_longest(text: Text, length: int) -> None:
     with pytest.raises(UsageError, match=f"a window of {length} tokens"):
         require_lengths([32, length], text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwenq.evals.recorded import rows_of
+from qwenq.evals.recorded import _check_rows
 from qwenq.results import Model
 
 
@@ -20,7 +20,7 @@ def test_rows_of_a_check_are_those_of_the_manifest() -> None:
     }  # fmt: skip
     calibration = {"source": "self", "tokens": "abc"}
     manifest = {"check": check, "calibration": calibration, "made_by": "qwenq 1", "recipe": {}}
-    kl, same, ratio = rows_of(manifest, Model("m", "f", "int4", "m"), "qwenq quantize m")
+    kl, same, ratio = _check_rows(manifest, Model("m", "f", "int4", "m"), "qwenq quantize m")
     assert (kl.metric, kl.value, kl.low, kl.high, kl.n) == ("kl", 0.1, 0.08, 0.12, 504)
     assert same.details == {"command": "qwenq quantize m"}
     assert kl.details == {

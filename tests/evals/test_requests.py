@@ -31,7 +31,7 @@ def test_texts_are_texts_and_turns_are_chats(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("request_", [Write("", 5), Choose("x", ("A", "")), Choose("x", ())])
-def test_what_has_no_token_is_refused(request_: Write | Choose, tokenizer: Tokenizer) -> None:
+def test_a_prompt_without_tokens_is_refused(request_: Write | Choose, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError) as caught:
         encode_requests(tokenizer, [ITEM], [request_])
     assert caught.value.where == "s/1"
@@ -73,7 +73,7 @@ def test_the_context_has_to_hold_prompt_and_answer() -> None:
         require_context([choose], 10)
 
 
-def test_the_hash_is_of_all_that_is_asked_and_known() -> None:
+def test_the_request_hash_covers_request_and_item() -> None:
     asked = {
         request_hash(item, request)
         for item in (ITEM, Item("s/1", "s", {"question": "?", "answer": "B"}))

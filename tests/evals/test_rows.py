@@ -35,22 +35,22 @@ class Named:
         ("mmlu", "1", "", "Wilson"),
     ],
 )
-def test_the_interval_is_called_what_it_is(task: str, law: str, logic: str, interval: str | None) -> None:
+def test_rows_name_the_interval_method(task: str, law: str, logic: str, interval: str | None) -> None:
     """Where the items of every subject agree, a bootstrap sees no spread and Wilson's is taken."""
     judged = [
         (Item(f"{subject}/{n}", subject, {}), Judgement(verdict == "1", ""))
         for subject, verdicts in (("law", law), ("logic", logic))
         for n, verdict in enumerate(verdicts)
     ]
-    contender: Any = Named()
+    eval_model: Any = Named()
     plan = Plan(get_task(task, "card"), [item for item, _ in judged])
-    (row,) = rows_of(contender, plan, Answers(judged, ("here",), 0, 1), None, {})
+    (row,) = rows_of(eval_model, plan, Answers(judged, ("here",), 0, 1), None, {})
     assert row.settings.get("interval") == interval
     assert (row.low is None) == (interval is None)
     assert ("seed" in row.settings) == (interval == BOOTSTRAP)
 
 
-def test_a_limit_that_leaves_nothing_out_is_none(tmp_path: Path) -> None:
+def test_a_limit_above_the_items_is_none(tmp_path: Path) -> None:
     """The same items as without it, so the same point: rows of both are compared."""
     source, task = DataSource(write_gsm8k(tmp_path)), get_task("gsm8k", "card")
     limits = [point_of(make_plan(task, source, (), None, limit))["limit"] for limit in (1318, 1319, 2000)]

@@ -24,29 +24,29 @@ from qwenq.evals.run import Answers, Plan, answer, make_plan
 from qwenq.evals.sandbox.find import find_sandbox
 from qwenq.evals.task import DataSource, Judgement
 from qwenq.evals.tasks.registry import get_task
+from qwenq.events import Advance, Event, Notice, Start
 from qwenq.results import append_row
 
 FLOAT32 = How(device="cpu", dtype="float32")
 
 
 class Silent:
-    """Counts what it is told."""
+    """Counts the items and programs that it is told of, and keeps notices."""
 
-    def __init__(self) -> None:
+    def __init__(self, said: list[str] | None = None) -> None:
         self.recorded = self.asked = self.programs = 0
+        self.said = [] if said is None else said
 
-    def started(self, contender: Contender, plan: Plan, recorded: int) -> None:
-        self.recorded += recorded
-
-    def judged(self, correct: bool | None) -> None:
-        self.asked += 1
-
-    def running(self, total: int) -> None: ...
-
-    def ran(self, passed: bool) -> None:
-        self.programs += 1
-
-    def finished(self) -> None: ...
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Start(done=done):
+                self.recorded += done
+            case Advance(step) if "running" in step:
+                self.programs += 1
+            case Advance():
+                self.asked += 1
+            case Notice(text):
+                self.said.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def contender(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Contender:
+def eval_model(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Contender:
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
     return open_contender(str(tiny), FLOAT32)
 
@@ -75,9 +75,9 @@ def mmlu(data: Path, limit: int = 8) -> Plan:
     return plan_of(data, "mmlu", "base", limit, ("abstract_algebra", "astronomy"))
 
 
-def ask(contender: Contender, plan: Plan, run: Path, **options: Any) -> tuple[Answers, Silent]:
+def ask(eval_model: Contender, plan: Plan, run: Path, **options: Any) -> tuple[Answers, Silent]:
     listener = Silent()
-    return answer(contender, plan, run, listener, **options), listener
+    return answer(eval_model, plan, run, listener, **options), listener
 
 
 def short(plan: Plan, tokens: int = 12) -> Plan:
@@ -90,29 +90,29 @@ def short(plan: Plan, tokens: int = 12) -> Plan:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_scores_do_not_depend_on_the_batch(
-    batch: int, contender: Contender, data: Path, tmp_path: Path
+    batch: int, eval_model: Contender, data: Path, tmp_path: Path
 ) -> None:
     for plan in (mmlu(data), short(plan_of(data, "gsm8k", "card", 9))):
-        one, _ = ask(contender, plan, tmp_path / "fixed", batch=batch)
-        auto, _ = ask(contender, plan, tmp_path / "auto")
+        one, _ = ask(eval_model, plan, tmp_path / "fixed", batch=batch)
+        auto, _ = ask(eval_model, plan, tmp_path / "auto")
         assert one.judged == auto.judged
 
 
-def test_nothing_is_asked_twice_and_the_model_not_even_loaded(
-    contender: Contender, data: Path, tmp_path: Path
+def test_a_complete_run_does_not_load_the_model_again(
+    eval_model: Contender, data: Path, tmp_path: Path
 ) -> None:
-    first, listener = ask(contender, mmlu(data), tmp_path)
+    first, listener = ask(eval_model, mmlu(data), tmp_path)
     assert (listener.recorded, listener.asked) == (0, 16)
-    contender.unload()
-    again, listener = ask(contender, mmlu(data), tmp_path)
+    eval_model.unload()
+    again, listener = ask(eval_model, mmlu(data), tmp_path)
     assert (listener.recorded, listener.asked) == (16, 0)
     assert again.judged == first.judged
     assert again.implementations == first.implementations
-    assert "engine" not in vars(contender)
+    assert "engine" not in vars(eval_model)
 
 
 def test_sigterm_finishes_and_records_the_batch_in_progress(
-    contender: Contender, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eval_model: Contender, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, choose, batches = mmlu(data), scoring._choose, []
 
@@ -124,58 +124,58 @@ def test_sigterm_finishes_and_records_the_batch_in_progress(
 
     monkeypatch.setattr(scoring, "_choose", told)
     with pytest.raises(stopping.Terminated):
-        ask(contender, plan, tmp_path, batch=4)
+        ask(eval_model, plan, tmp_path, batch=4)
     assert len(batches) == 3 < len(plan.items) / 4
-    _, listener = ask(contender, plan, tmp_path, batch=4)
+    _, listener = ask(eval_model, plan, tmp_path, batch=4)
     assert (listener.recorded, listener.asked) == (sum(batches[:3]), len(plan.items) - sum(batches[:3]))
 
 
-def test_more_items_are_added_to_those_there_are(contender: Contender, data: Path, tmp_path: Path) -> None:
-    ask(contender, mmlu(data, 3), tmp_path)
-    more, listener = ask(contender, mmlu(data, 5), tmp_path)
+def test_more_items_are_added_to_those_there_are(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+    ask(eval_model, mmlu(data, 3), tmp_path)
+    more, listener = ask(eval_model, mmlu(data, 5), tmp_path)
     assert (listener.recorded, listener.asked) == (6, 4)
-    fresh, _ = ask(contender, mmlu(data, 5), tmp_path / "fresh")
+    fresh, _ = ask(eval_model, mmlu(data, 5), tmp_path / "fresh")
     assert more.judged == fresh.judged
 
 
-def test_other_data_in_between_voids_nothing(contender: Contender, data: Path, tmp_path: Path) -> None:
+def test_records_survive_a_run_on_other_data(eval_model: Contender, data: Path, tmp_path: Path) -> None:
     plan = mmlu(data, 2)
     first = plan.items[0]
     other = replace(plan, items=[replace(first, data={**first.data, "A": "9"})])
     for asked, count in ((plan, 4), (other, 1), (plan, 0), (other, 0)):
-        assert ask(contender, asked, tmp_path)[1].asked == count
+        assert ask(eval_model, asked, tmp_path)[1].asked == count
 
 
-def test_another_answer_key_is_another_question(contender: Contender, data: Path, tmp_path: Path) -> None:
+def test_another_answer_key_is_another_question(eval_model: Contender, data: Path, tmp_path: Path) -> None:
     plan = mmlu(data, 3)
-    ask(contender, plan, tmp_path)
+    ask(eval_model, plan, tmp_path)
     first = plan.items[0]
     corrected = replace(first, data={**first.data, "answer": "B" if first.data["answer"] == "A" else "A"})
-    _, listener = ask(contender, replace(plan, items=[corrected, *plan.items[1:]]), tmp_path)
+    _, listener = ask(eval_model, replace(plan, items=[corrected, *plan.items[1:]]), tmp_path)
     assert (listener.recorded, listener.asked) == (5, 1)
 
 
-def test_other_ways_to_run_are_recorded_apart(contender: Contender, data: Path, tmp_path: Path) -> None:
-    ask(contender, mmlu(data, 2), tmp_path)
-    other = open_contender(str(contender.checkpoint.folder), How(device="cpu", dtype="bfloat16"))
+def test_other_ways_to_run_are_recorded_apart(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+    ask(eval_model, mmlu(data, 2), tmp_path)
+    other = open_contender(str(eval_model.checkpoint.folder), How(device="cpu", dtype="bfloat16"))
     _, listener = ask(other, mmlu(data, 2), tmp_path)
     assert listener.asked == 4
 
 
 def test_prompts_too_long_for_the_model_are_refused_before_any_is_asked(
-    contender: Contender, data: Path, tmp_path: Path
+    eval_model: Contender, data: Path, tmp_path: Path
 ) -> None:
-    contender.engine.context = 150
+    eval_model.engine.context = 150
     with pytest.raises(DataError, match=r"16 of 16 prompts are too long .* takes 150 tokens") as caught:
-        ask(contender, mmlu(data), tmp_path)
+        ask(eval_model, mmlu(data), tmp_path)
     assert caught.value.hint and "--shots" in caught.value.hint
-    contender.unload()
-    _, listener = ask(contender, mmlu(data), tmp_path)
+    eval_model.unload()
+    _, listener = ask(eval_model, mmlu(data), tmp_path)
     assert listener.recorded == 0
 
 
-def test_after_nan_only_sound_answers_are_recorded(contender: Contender, data: Path, tmp_path: Path) -> None:
-    engine: Any = contender.engine
+def test_after_nan_only_sound_answers_are_recorded(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+    engine: Any = eval_model.engine
     prefill, calls = engine.prefill, 0
 
     def failing(*arguments: Any) -> torch.Tensor:
@@ -186,11 +186,11 @@ def test_after_nan_only_sound_answers_are_recorded(contender: Contender, data: P
 
     engine.prefill = failing
     with pytest.raises(ModelError, match="not finite"):
-        ask(contender, mmlu(data), tmp_path, batch=4)
-    contender.unload()
-    found, listener = ask(contender, mmlu(data), tmp_path)
+        ask(eval_model, mmlu(data), tmp_path, batch=4)
+    eval_model.unload()
+    found, listener = ask(eval_model, mmlu(data), tmp_path)
     assert listener.recorded in (4, 8)
-    fresh, _ = ask(contender, mmlu(data), tmp_path / "fresh")
+    fresh, _ = ask(eval_model, mmlu(data), tmp_path / "fresh")
     assert found.judged == fresh.judged
 
 
@@ -205,7 +205,7 @@ def test_no_items_and_doubled_ids_are_refused(data: Path) -> None:
 
 
 def test_programs_are_run_once_and_the_verdict_is_the_sandboxs(
-    contender: Contender, data: Path, tmp_path: Path
+    eval_model: Contender, data: Path, tmp_path: Path
 ) -> None:
     try:
         sandbox = find_sandbox()
@@ -220,19 +220,19 @@ def test_programs_are_run_once_and_the_verdict_is_the_sandboxs(
         return Judgement(False, item.data["canonical_solution"] if right else "    return None\n")
 
     plan = replace(plan, task=replace(script, read=solved))
-    found, listener = ask(contender, plan, tmp_path, sandbox=sandbox)
+    found, listener = ask(eval_model, plan, tmp_path, sandbox=sandbox)
     assert [judgement.correct for _, judgement in found.judged] == [False, True, False]
     assert listener.programs == 3
-    again, listener = ask(contender, plan, tmp_path, sandbox=sandbox)
+    again, listener = ask(eval_model, plan, tmp_path, sandbox=sandbox)
     assert (listener.programs, again.judged) == (0, found.judged)
 
 
 def test_rows_hold_the_interval_the_items_and_the_comparison(
-    contender: Contender, data: Path, tmp_path: Path
+    eval_model: Contender, data: Path, tmp_path: Path
 ) -> None:
     plan = mmlu(data)
-    answers, _ = ask(contender, plan, tmp_path)
-    main, published = rows_of(contender, plan, answers, None, {"dtype": "float32"})
+    answers, _ = ask(eval_model, plan, tmp_path)
+    main, published = rows_of(eval_model, plan, answers, None, {"dtype": "float32"})
     assert (main.metric, published.metric) == ("accuracy", "accuracy.published")
     assert main.value is not None and main.low is not None and main.high is not None
     assert main.low <= main.value <= main.high
@@ -244,9 +244,9 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
     append_row(tmp_path, main)
 
     quantised = replace(
-        contender,
-        model=replace(contender.model, precision="int4", fingerprint="other"),
-        base=contender.model.fingerprint,
+        eval_model,
+        model=replace(eval_model.model, precision="int4", fingerprint="other"),
+        base=eval_model.model.fingerprint,
     )
     in_bfloat16 = replace(quantised, how=replace(quantised.how, dtype="bfloat16"))
     quantised.checkpoint.config["quantization_config"] = {"bits": 4}
@@ -269,23 +269,23 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
     assert row.details["paired"]["lost"] == sum(verdicts(answers.judged).values())
     assert row.details["paired"]["won"] == 0
     assert row.details["paired"]["base"] == "fp32"
-    assert row.details["base"] == contender.model.fingerprint, "reports take no other"
+    assert row.details["base"] == eval_model.model.fingerprint, "reports take no other"
     assert row.details["paired"]["change"] == pytest.approx(0.0 - 0.9), "of the scores, as reports have it"
     assert "paired" not in other.details
     assert other.details["unpaired"] == "other items: 17 of 17 are in one of the two only"
 
 
 def test_every_task_has_rows_that_reports_and_comparisons_find(
-    contender: Contender, data: Path, tmp_path: Path
+    eval_model: Contender, data: Path, tmp_path: Path
 ) -> None:
     plan = short(plan_of(data, "humaneval", "base", 2), 4)
     judged = [(item, Judgement(place == 0, "")) for place, item in enumerate(plan.items)]
-    (row,) = rows_of(contender, plan, Answers(judged, ("here",), 0, 8), None, {})
+    (row,) = rows_of(eval_model, plan, Answers(judged, ("here",), 0, 8), None, {})
     assert (row.metric, row.value, row.n) == ("accuracy", 0.5, 2)
 
 
 def test_the_base_cards_other_tasks_run_through_the_same_machinery(
-    contender: Contender, tmp_path: Path
+    eval_model: Contender, tmp_path: Path
 ) -> None:
     for write, name, subjects in (
         (write_cmmlu, "cmmlu", ("agronomy",)),
@@ -294,52 +294,54 @@ def test_the_base_cards_other_tasks_run_through_the_same_machinery(
     ):
         plan = plan_of(write(tmp_path).folder or tmp_path, name, "base", 2, subjects)
         plan = plan if name == "cmmlu" else short(plan, 4)
-        found, listener = ask(contender, plan, tmp_path / "run")
-        row = rows_of(contender, plan, found, None, {})[0]
+        found, listener = ask(eval_model, plan, tmp_path / "run")
+        row = rows_of(eval_model, plan, found, None, {})[0]
         assert (row.metric, row.n, listener.asked) == ("accuracy", 2, 2)
-        assert ask(contender, plan, tmp_path / "run")[1].asked == 0
+        assert ask(eval_model, plan, tmp_path / "run")[1].asked == 0
     try:
         sandbox = find_sandbox()
     except UnsupportedError as error:
         pytest.skip(error.what)
     plan = short(plan_of(write_mbpp(tmp_path).folder or tmp_path, "mbpp", "base", 2), 4)
-    found, listener = ask(contender, plan, tmp_path / "run", sandbox=sandbox)
+    found, listener = ask(eval_model, plan, tmp_path / "run", sandbox=sandbox)
     assert (listener.programs, len(found.judged)) == (2, 2)
 
 
-def test_no_base_that_was_asked_something_else(contender: Contender, data: Path, tmp_path: Path) -> None:
+def test_a_base_with_other_settings_is_not_compared(
+    eval_model: Contender, data: Path, tmp_path: Path
+) -> None:
     """Under the same ids, because the data has changed; or at another point, which is said."""
     plan = mmlu(data, 3)
-    answers, _ = ask(contender, plan, tmp_path)
-    base = rows_of(contender, plan, answers, None, {})[0]
+    answers, _ = ask(eval_model, plan, tmp_path)
+    base = rows_of(eval_model, plan, answers, None, {})[0]
     append_row(tmp_path, base)
-    int4 = replace(contender, base=contender.model.fingerprint)
+    int4 = replace(eval_model, base=eval_model.model.fingerprint)
     assert "paired" in rows_of(int4, plan, answers, base_row(tmp_path, int4, plan), {})[0].details
     first = plan.items[0]
     changed = replace(plan, items=[replace(first, data={**first.data, "A": "9"}), *plan.items[1:]])
-    other, _ = ask(contender, changed, tmp_path)
+    other, _ = ask(eval_model, changed, tmp_path)
     row = rows_of(int4, changed, other, base_row(tmp_path, int4, changed), {})[0]
     assert row.details["unpaired"] == "other questions under the same ids: the data has changed"
     assert "paired" not in row.details
 
     assert asked_apart(tmp_path, int4, plan) is None
-    assert asked_apart(tmp_path, contender, mmlu(data, 5)) is None
+    assert asked_apart(tmp_path, eval_model, mmlu(data, 5)) is None
     assert asked_apart(tmp_path, int4, plan_of(data, "gsm8k", "card", 3)) is None
     why = asked_apart(tmp_path, int4, mmlu(data, 5))
-    assert why == "its base was asked with another limit: evaluate both alike"
+    assert why == "its base was evaluated with another limit: evaluate both alike"
     assert rows_of(int4, plan, answers, None, {}, apart=why)[0].details["unpaired"] == why
 
 
-def test_verdicts_keep_the_sandbox_that_they_are_of(contender: Contender, data: Path, tmp_path: Path) -> None:
+def test_verdicts_name_the_sandbox_that_ran_them(eval_model: Contender, data: Path, tmp_path: Path) -> None:
     plan, unsafe = short(plan_of(data, "humaneval", "base", 1), 2), find_sandbox(unsafe=True)
     script: Any = plan.task
     solved = replace(script, read=lambda item, _: Judgement(False, item.data["canonical_solution"]))
     plan = replace(plan, task=solved)
     for sandbox in (unsafe, replace(unsafe, implementation="a real one")):
-        assert ask(contender, plan, tmp_path, sandbox=sandbox)[0].sandboxes == (unsafe.implementation,)
+        assert ask(eval_model, plan, tmp_path, sandbox=sandbox)[0].sandboxes == (unsafe.implementation,)
 
 
-def test_what_is_said_or_left_out_is_the_same_question(data: Path) -> None:
+def test_default_shots_given_or_not_are_the_same_question(data: Path) -> None:
     """The protocol's own number of examples; subjects where a task has none, which is said."""
     assert plan_of(data, "mmlu", "base", 1, ("astronomy",), 5).shots is None
     assert plan_of(data, "mmlu", "base", 1, ("astronomy",), 4).shots == 4

@@ -53,7 +53,7 @@ def outcome(sandbox: Sandbox, source: str, tests: str = TESTS, timeout: float = 
     return found
 
 
-def test_right_passes_and_wrong_fails(sandbox: Sandbox) -> None:
+def test_a_right_solution_passes_and_a_wrong_one_fails(sandbox: Sandbox) -> None:
     assert outcome(sandbox, GOOD) == Outcome(True, "passed")
     wrong = outcome(sandbox, "def double(x):\n    return 3 * x\n")
     assert (wrong.passed, wrong.reason) == (False, "failed")
@@ -296,7 +296,7 @@ def test_unsafe_is_only_by_wish_and_named() -> None:
 
 def test_a_leaky_sandbox_is_not_used() -> None:
     leaky = Sandbox("leaky", True, find_sandbox(unsafe=True).wrap, str(Path(__file__).parents[2]))
-    with pytest.raises(UnsupportedError, match="it does not hold"):
+    with pytest.raises(UnsupportedError, match="it does not confine"):
         find._try(leaky)
 
 

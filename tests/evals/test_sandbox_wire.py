@@ -40,7 +40,7 @@ def test_of_a_subclass_the_plain_part_arrives() -> None:
 
 
 @pytest.mark.parametrize("value", [object(), iter([1]), lambda: 1, [object()], {"a": math}])
-def test_objects_do_not(value: object) -> None:
+def test_objects_are_not_encoded(value: object) -> None:
     with pytest.raises(TypeError, match="not a plain value"):
         wire.encode(value)
 
@@ -56,13 +56,13 @@ NO_MESSAGES = [
 
 
 @pytest.mark.parametrize("content", NONSENSE)
-def test_nonsense_is_refused(content: object) -> None:
+def test_invalid_values_are_refused(content: object) -> None:
     with pytest.raises(wire.Broken):
         wire.decode(content)
 
 
 @pytest.mark.parametrize("data", NO_MESSAGES, ids=range(len(NO_MESSAGES)))
-def test_what_is_no_message_is_refused(data: bytes, pair: tuple[int, int]) -> None:
+def test_an_invalid_message_is_refused(data: bytes, pair: tuple[int, int]) -> None:
     os.write(pair[0], data)
     os.close(os.dup(pair[0]))
     socket.socket(fileno=os.dup(pair[0])).shutdown(socket.SHUT_WR)

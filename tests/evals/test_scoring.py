@@ -126,7 +126,7 @@ def narrow(rows: int) -> Any:
     return runner
 
 
-def test_what_does_not_fit_is_tried_in_halves() -> None:
+def test_out_of_memory_halves_the_batch() -> None:
     asked = questions()
     found = answers(narrow(2), asked, 6)
     assert [answer.logprobs for answer in found] == [

@@ -17,8 +17,9 @@ from qwenq.evals.endpoint import CONCURRENCY
 from qwenq.evals.records import read_records
 from qwenq.evals.rows import rows_of
 from qwenq.evals.run import Plan, answer
-from qwenq.evals.served import Contestant, Served
+from qwenq.evals.served import Served
 from qwenq.evals.task import Choose, DataSource, Item, Judgement, Score, Write
+from qwenq.events import Advance, Event, Start
 from qwenq.results import append_row, read_rows
 
 
@@ -47,25 +48,17 @@ class Shout:
 
 
 class Quiet:
-    """A listener who counts."""
+    """A listener that counts."""
 
     def __init__(self) -> None:
         self.recorded, self.verdicts = -1, 0
 
-    def started(self, _: Contestant, __: Plan, recorded: int) -> None:
-        self.recorded = recorded
-
-    def judged(self, _: bool | None) -> None:
-        self.verdicts += 1
-
-    def finished(self) -> None:
-        pass
-
-    def running(self, _: int) -> None:
-        raise AssertionError
-
-    def ran(self, _: bool) -> None:
-        raise AssertionError
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Start):
+            assert event.unit == "items"
+            self.recorded = event.done
+        elif isinstance(event, Advance):
+            self.verdicts += 1
 
 
 def ask(server: Server, run: Path, task: Shout) -> tuple[Any, Quiet]:
@@ -93,9 +86,9 @@ def test_a_run_that_broke_goes_on_and_asks_nothing_twice(server: Server, tmp_pat
 
 def test_after_sigterm_what_was_asked_is_recorded_and_no_more_asked(server: Server, tmp_path: Path) -> None:
     class Told(Quiet):
-        def judged(self, _: bool | None) -> None:
-            super().judged(_)
-            if self.verdicts == 2:
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            if isinstance(event, Advance) and self.verdicts == 2:
                 assert stopping.note() is not None
 
     task, listener = Shout(), Told()
@@ -112,7 +105,7 @@ def test_after_sigterm_what_was_asked_is_recorded_and_no_more_asked(server: Serv
     assert (again.recorded, again.verdicts) == (3, 3)
 
 
-def test_answers_of_what_was_served_before_are_said(
+def test_recorded_answers_of_a_server_are_reported(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody can tell whether the address still serves the same weights; whoever started it can."""
@@ -123,14 +116,14 @@ def test_answers_of_what_was_served_before_are_said(
     assert first.code == 0, first.err
     assert "served before" not in first.err
     again = command(*options, "--limit", 3)
-    assert "note: 1 answer is of what this address served before; --out NEW asks again" in again.err
+    assert "note: 1 answer is recorded from this address already; --out NEW asks again" in again.err
     assert len(server.seen) == 3
     assert [row.settings.get("batch") for row in read_rows(tmp_path / "run")] == [CONCURRENCY, None]
     third = command(*options, "--limit", 3)
-    assert "note: 3 answers are of what this address served before" in third.err
+    assert "note: 3 answers are recorded from this address already" in third.err
 
 
-def test_answers_that_the_server_cut_are_said(
+def test_answers_cut_by_the_server_are_reported(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
@@ -143,12 +136,12 @@ def test_answers_that_the_server_cut_are_said(
 
 
 def test_scoring_protocols_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a server only writes"):
+    with pytest.raises(UsageError, match="a server only generates text"):
         ask(server, tmp_path, Shout(choose=True))
     assert server.seen == []
 
 
-def test_rows_say_that_nobody_here_saw_the_weights(server: Server) -> None:
+def test_rows_of_a_served_model_have_no_weights_fingerprint(server: Server) -> None:
     served = Served(at(server))
     assert (served.model.name, served.model.precision) == ("model", "served")
     assert served.model.fingerprint.startswith("endpoint:")

@@ -98,7 +98,7 @@ def test_stretches_cover_every_position_once(tokens: int, stretches: int) -> Non
         assert part.mean.value == pytest.approx(values[:, part.first - 1 : part.last].mean())
 
 
-def test_what_is_not_finite_stays_so_and_is_null_in_json() -> None:
+def test_values_that_are_not_finite_are_null_in_json() -> None:
     values = np.ones((3, 4))
     values[1, 2] = np.nan
     found = mean_of_sequences(values)

@@ -36,8 +36,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 def check(plan: Plan, run: Path) -> tuple[list[str], int]:
     """What was said, and how many programs ran."""
     said: list[str] = []
-    listener = Silent()
-    check_solutions(plan, SANDBOX, run, listener, said.append)
+    listener = Silent(said)
+    check_solutions(plan, SANDBOX, run, listener)
     return said, listener.programs
 
 
@@ -61,7 +61,7 @@ def test_solutions_that_pass_are_run_once_and_it_is_said_how_long_it_took(plan: 
 
 def test_a_solution_that_fails_is_an_error_which_names_it(plan: Plan, tmp_path: Path) -> None:
     broken = changed(plan, 2, canonical_solution="    return x\n")
-    with pytest.raises(DataError, match="1 of 4 solutions of the benchmark itself do not pass") as caught:
+    with pytest.raises(DataError, match="1 of 4 solutions of the benchmark itself fail") as caught:
         check(broken, tmp_path)
     assert caught.value.where == "HumanEval/2"
     assert not list((tmp_path / "records").glob("*.json")), "and it is tried again"
@@ -84,7 +84,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(tiny: Path, folder: Path, wanted: Wanted) -> list[Row]:
-    return evaluate([open_contender(str(tiny), FLOAT32)], wanted, folder, Silent(), lambda _: None)
+    return evaluate([open_contender(str(tiny), FLOAT32)], wanted, folder, Silent())
 
 
 def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
@@ -118,7 +118,7 @@ def test_rows_name_a_batch_where_all_was_asked_in_it(tiny: Path, tmp_path: Path)
     assert row.settings["batch"] == "auto"
 
 
-def test_answers_that_are_cut_at_the_limit_are_said(tiny: Path, tmp_path: Path) -> None:
+def test_answers_cut_at_the_limit_are_reported(tiny: Path, tmp_path: Path) -> None:
     """What a model that thinks first would have come to, its score does not show."""
     wanted = Wanted(("gsm8k",), "card", (), None, 3, DataSource(write_gsm8k(tmp_path / "data")))
     run(tiny, tmp_path / "run", wanted)
@@ -127,8 +127,8 @@ def test_answers_that_are_cut_at_the_limit_are_said(tiny: Path, tmp_path: Path) 
     for cut in (0, 2):
         file.write_text(lines.replace('"stopped": true', '"stopped": false', cut), encoding="utf-8")
         said = list[str]()
-        contender = open_contender(str(tiny), FLOAT32)
-        (row,) = evaluate([contender], wanted, tmp_path / "run", Silent(), said.append)
+        eval_model = open_contender(str(tiny), FLOAT32)
+        (row,) = evaluate([eval_model], wanted, tmp_path / "run", Silent(said))
         line = "2 of 3 answers to gsm8k were cut at their limit of tokens, before they ended"
         assert said == ([f"Tiny fp32: {line}"] if cut else [])
         assert row.details.get("notes") == ([line] if cut else None)

@@ -114,7 +114,7 @@ def test_the_letter_of_an_english_answer(text: str, letter: str) -> None:
     assert read(text) == letter
 
 
-def test_an_answer_that_never_comes() -> None:
+def test_an_answer_without_a_letter() -> None:
     """The published script always takes an option, the first when nothing is alike; the note says so."""
     for text in ("", "。", "zzz", "\n"):
         judgement = CARD.judge(ITEM, said(text))

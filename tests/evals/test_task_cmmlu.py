@@ -82,7 +82,7 @@ def test_the_hubs_archive_gives_the_same_items(tmp_path: Path, monkeypatch: pyte
 
 
 def test_offline_without_the_archive_both_ways_out_are_named() -> None:
-    with pytest.raises(DataError, match="the hub did not give the benchmark") as caught:
+    with pytest.raises(DataError, match="the benchmark could not be loaded from the hub") as caught:
         BASE.items(DataSource(), ["agronomy"])
     assert "either connect to the hub" in str(caught.value) and "--data DIR" in str(caught.value)
 

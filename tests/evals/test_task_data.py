@@ -73,7 +73,7 @@ def test_other_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"question": "x"', "not whole JSON"),
+        ('{"question": "x"', "not valid JSON"),
         ('{"question": "x"}', "no column answer"),
         ('{"question": "x", "answer": 3}', "column answer is not text"),
         ('["x", "y"]', "not list"),
@@ -209,7 +209,7 @@ def test_no_network_and_no_data_names_both_ways_out(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", Hub(error))
-    with pytest.raises(DataError, match="the hub did not give the benchmark") as caught:
+    with pytest.raises(DataError, match="the benchmark could not be loaded from the hub") as caught:
         get_task("gsm8k", "card").items(DataSource())
     assert "--data DIR" in str(caught.value) and "qwenq[data]" in str(caught.value)
 
@@ -307,5 +307,5 @@ def test_the_real_files_are_sound(shared_data: Path, name: str, protocol: str, c
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "gsm8k").mkdir()
     os.mkfifo(tmp_path / "gsm8k" / "test.jsonl")
-    with pytest.raises(DataError, match="it is no file"):
+    with pytest.raises(DataError, match="it is not a file"):
         get_task("gsm8k", "card").items(DataSource(folder=tmp_path))

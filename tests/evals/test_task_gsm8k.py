@@ -107,7 +107,10 @@ def test_which_numbers_are_right(gold: str, text: str, card: bool, base: bool) -
 def test_why_an_answer_counts_as_wrong() -> None:
     assert CARD.judge(item("7"), said("no idea")).note == "no number in the answer"
     judgement = CARD.judge(item("7"), said("agent 007"))
-    assert (judgement.extracted, judgement.note) == ("007", "not a number to Python, so wrong as published")
+    assert (judgement.extracted, judgement.note) == (
+        "007",
+        "not a number in Python, hence wrong in the published score",
+    )
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_a_set_that_is_gone_and_one_that_became_a_script(tmp_path: Path) -> None
     assert "doesn't exist on the Hub" in gone["text"] and "--data DIR" in gone["text"]
 
 
-def test_an_archive_that_is_none(tmp_path: Path) -> None:
+def test_a_damaged_archive_is_an_error(tmp_path: Path) -> None:
     with serve({"lmlmcat/cmmlu": {**cmmlu(), "cmmlu_v1_0_1.zip": b"PK no more"}}) as address:
         (found,), _ = ask(address, tmp_path, ["cmmlu:base:agronomy"])
     assert found["error"] == "DataError" and "not a whole zip archive" in json.dumps(found)
@@ -152,7 +152,9 @@ def test_damaged_bytes_and_a_card_that_is_of_other_data(tmp_path: Path) -> None:
     with serve({"openai/gsm8k": damaged, "openai/openai_humaneval": other}) as address:
         found, _ = ask(address, tmp_path, ["gsm8k:card:", "humaneval:card:"])
     for one in found:
-        assert one["error"] == "DataError" and "the hub did not give the benchmark: " in one["text"]
+        assert (
+            one["error"] == "DataError" and "the benchmark could not be loaded from the hub: " in one["text"]
+        )
         assert "--data DIR" in one["text"]
     assert "An error occurred" not in found[0]["text"], "but which one"
     assert "num_examples=7" in found[1]["text"]
@@ -177,6 +179,7 @@ def test_a_connection_that_breaks_in_a_file_is_no_traceback(
         found, _ = ask(address, tmp_path, ["gsm8k:card:", "cmmlu:base:agronomy"])
     for one in found:
         assert (
-            one["error"] == "DataError" and "the hub did not give the benchmark: peer closed" in one["text"]
+            one["error"] == "DataError"
+            and "the benchmark could not be loaded from the hub: peer closed" in one["text"]
         )
         assert "--data DIR" in one["text"]

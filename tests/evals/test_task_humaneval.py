@@ -104,7 +104,7 @@ def test_an_answer_without_a_function_is_said() -> None:
     assert CARD.judge(ITEM, Written("no", 1, stopped=True)).note == "not run; no function in the answer"
 
 
-def test_what_is_run() -> None:
+def test_the_program_is_prompt_completion_and_tests() -> None:
     made = program(ITEM, canonical(ITEM))
     assert made.solution == PROMPT + "    return a + b\n"
     assert (made.id, made.entry_points, made.prelude) == ("HumanEval/7", ("add",), PROMPT)
@@ -124,7 +124,7 @@ def test_the_score_is_the_share_that_passes() -> None:
     ("change", "says"),
     [
         ({"entry_point": "sub"}, "no function sub with a docstring"),
-        ({"entry_point": "add("}, "no function name"),
+        ({"entry_point": "add("}, "not a function name"),
         ({"prompt": "def add(a, b):\n    pass\n"}, "no function add with a docstring"),
         ({"test": "assert True"}, "no function check"),
         ({"task_id": "HumanEval/0"}, "HumanEval/0 occurs twice"),

@@ -107,7 +107,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         TASK.items(source, ["counting_and_probability"])
     assert caught.value.where == str(path)
     path.write_text("{")
-    with pytest.raises(DataError, match="not whole JSON"):
+    with pytest.raises(DataError, match="not valid JSON"):
         TASK.items(source, ["counting_and_probability"])
 
 

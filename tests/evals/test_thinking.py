@@ -16,9 +16,9 @@ from qwenq.evals.contender import How, open_contender
 from qwenq.evals.records import read_records
 from qwenq.evals.run import answer, make_plan, records_key
 from qwenq.evals.suite import Wanted, evaluate
-from qwenq.evals.task import DataSource, Written
+from qwenq.evals.task import DataSource, Written, final_answer
 from qwenq.evals.tasks.registry import get_task
-from qwenq.evals.thinking import MAX_NEW_TOKENS, choose_thinking, final_answer
+from qwenq.evals.thinking import MAX_NEW_TOKENS, choose_thinking
 from qwenq.models.tokenizer import load_tokenizer
 from qwenq.reporting.cut import cut_of
 from qwenq.results import Row
@@ -84,7 +84,7 @@ def test_a_template_that_always_thinks_cannot_be_asked_not_to(always: Path) -> N
 
 def test_a_template_without_thoughts_cannot_be_asked_for_them(tmp_path: Path) -> None:
     made = set_template(write_tiny_model(tmp_path / "Tiny"), "{{ messages[0].content }}")
-    with pytest.raises(UsageError, match="has no thoughts"):
+    with pytest.raises(UsageError, match="does not support thinking"):
         choose_thinking(load_tokenizer(made), "on")
     assert not choose_thinking(load_tokenizer(made), "off").on
 
@@ -122,13 +122,13 @@ def test_limits_and_thoughts_are_part_of_plan_and_records(folder: Path, data: Pa
 def test_sampled_answers_depend_on_the_item_and_not_on_the_batch(
     folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    contender = open_contender(str(folder), How("cpu", "float32", thinking="on"))
+    eval_model = open_contender(str(folder), How("cpu", "float32", thinking="on"))
     plan = make_plan(get_task("gsm8k", "card"), DataSource(data), (), None, 4)
-    plan = Wanted(("gsm8k",), max_new_tokens=12).plan_for(contender, plan)
+    plan = Wanted(("gsm8k",), max_new_tokens=12).plan_for(eval_model, plan)
     outputs = []
     for batch in (1, 4):
         run = tmp_path / str(batch)
-        answer(contender, plan, run, Silent(), batch=batch)
+        answer(eval_model, plan, run, Silent(), batch=batch)
         records = read_records(next((run / "records").glob("*.jsonl")))
         outputs.append({record.id: record.output for record in records})
     assert outputs[0] == outputs[1]
@@ -139,9 +139,9 @@ def test_rows_say_what_was_cut_and_how_it_was_asked(folder: Path, data: Path, tm
     said: list[str] = []
     rows: list[Row] = []
     for wish in ("on", "off"):
-        contender = open_contender(str(folder), How("cpu", "float32", thinking=wish))
+        eval_model = open_contender(str(folder), How("cpu", "float32", thinking=wish))
         wanted = Wanted(("gsm8k",), "card", limit=3, source=DataSource(data), max_new_tokens=5)
-        rows += evaluate([contender], wanted, tmp_path / "run", Silent(), said.append)
+        rows += evaluate([eval_model], wanted, tmp_path / "run", Silent(said))
     for row, wish in zip(rows, ("on", "off"), strict=True):
         assert (row.settings["thinking"], row.settings["asked"]) == (wish, "generation")
         found = cut_of(row)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwenq.gptq.rows import Settings
+from qwenq.gptq.choices import Settings
 from qwenq.recipe import QuantizeRecipe
 
 
@@ -36,9 +36,4 @@ def problem(
 
 def usual(**changes: Any) -> Settings:
     """The recipe's defaults, Int4, groups of 32; ``changes`` go over them."""
-    recipe = QuantizeRecipe()
-    names = {"drift": "asymmetric_calibration"}
-    values = {f.name: getattr(recipe, names.get(f.name, f.name)) for f in fields(Settings)}
-    return Settings(
-        **(values | {"module_bits": (), "bits": 4, "group_size": 32, "act_order": True} | changes)
-    )
+    return replace(Settings.from_recipe(QuantizeRecipe(bits=4), group_size=32), **changes)

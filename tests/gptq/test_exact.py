@@ -30,7 +30,7 @@ def batches(seed: int, count: int = 7, spread: float = 4.0) -> list[torch.Tensor
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 1000), order=st.permutations(range(7)))
-def test_any_order_of_the_batches_gives_the_same_bits(seed: int, order: list[int]) -> None:
+def test_exact_sums_have_the_same_bits_in_any_order_of_batches(seed: int, order: list[int]) -> None:
     given = batches(seed)
     assert torch.equal(hessian(given), hessian([given[index] for index in order]))
 
@@ -43,7 +43,7 @@ def test_a_plain_running_sum_does_depend_on_the_order() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 4.0, 10.0])
-def test_it_is_as_exact_as_float32_for_columns_of_any_size(spread: float) -> None:
+def test_exact_sums_are_as_precise_as_float32_for_columns_of_any_size(spread: float) -> None:
     given = batches(1, spread=spread)
     x = torch.cat(given).double()
     exact = 2 / x.shape[0] * x.T @ x
@@ -54,7 +54,7 @@ def test_it_is_as_exact_as_float32_for_columns_of_any_size(spread: float) -> Non
     assert error.max() <= 1e-7 + ((plain.double() - exact).abs() / scaled).max()
 
 
-def test_a_dead_column_and_one_of_tiny_numbers() -> None:
+def test_exact_sums_keep_zero_and_tiny_columns() -> None:
     x = torch.randn(64, 4)
     x[:, 1] = 0
     x[:, 2] *= 1e-18
@@ -66,7 +66,7 @@ def test_a_dead_column_and_one_of_tiny_numbers() -> None:
     )
 
 
-def test_left_and_right_may_differ_in_width() -> None:
+def test_mean_products_of_different_widths() -> None:
     draw = torch.Generator().manual_seed(0)
     left, right = (torch.randn(30, width, generator=draw) for width in (PANEL + 8, 12))
     got = mean_products(lambda _, some: left[:, some], lambda _, some: right[:, some], [30], (PANEL + 8, 12))
@@ -74,5 +74,5 @@ def test_left_and_right_may_differ_in_width() -> None:
     torch.testing.assert_close(got, 2 / 30 * left.T @ right, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_no_sum() -> None:
+def test_mean_products_of_no_tokens_are_none() -> None:
     assert mean_products(lambda *_: torch.empty(0), lambda *_: torch.empty(0), [], (4, 4)) is None

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenq.gptq.grid import Grid, storable
+from qwenq.compute.columns import storable
+from qwenq.gptq.grid import Grid
 
 
 def grid(bits: int = 4, scale: float = 0.1, zero: float = 8.0, groups: int = 2, rows: int = 3) -> Grid:

@@ -26,7 +26,7 @@ def measured(*parts: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("width", [1, 48, PANEL, PANEL + 40])
-def test_it_is_twice_the_mean_outer_product(width: int) -> None:
+def test_the_hessian_is_twice_the_mean_outer_product(width: int) -> None:
     x = torch.randn(300, width, generator=torch.Generator().manual_seed(width))
     got = measured(x)
     assert got.dtype is torch.float32
@@ -42,7 +42,7 @@ def test_the_running_mean_does_not_depend_on_how_tokens_are_split(seed: int, cut
     torch.testing.assert_close(measured(*parts).double(), exact(x), rtol=1e-5, atol=1e-5)
 
 
-def test_leading_dimensions_are_tokens() -> None:
+def test_leading_dimensions_of_activations_are_flattened_to_tokens() -> None:
     x = torch.randn(3, 5, 7, 16)
     assert torch.equal(measured(x), measured(x.reshape(-1, 16)))
 
@@ -56,14 +56,14 @@ def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype) -> None
     assert got.dtype is torch.float32
 
 
-def test_float16_inputs_whose_square_would_overflow_do_not() -> None:
+def test_float16_inputs_do_not_overflow_in_the_hessian() -> None:
     x = torch.full((16, 8), 6e4, dtype=torch.float16)
     assert measured(x).isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_one_bad_activation_shows_on_the_diagonal(bad: float) -> None:
-    """``damped`` looks at the diagonal alone."""
+def test_a_nan_or_infinite_activation_reaches_the_diagonal(bad: float) -> None:
+    """``damp_hessian`` looks at the diagonal alone."""
     x = torch.randn(32, 600)
     x[7, 550] = bad
     good = torch.randn(32, 600)
@@ -72,6 +72,6 @@ def test_one_bad_activation_shows_on_the_diagonal(bad: float) -> None:
 
 @pytest.mark.parametrize("team", [ALONE, LAUNCHED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_tokens_have_no_hessian(team: Team, dtype: torch.dtype) -> None:
+def test_a_hessian_of_no_tokens_is_an_error(team: Team, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="no tokens"):
         hessian([torch.empty(0, 16, dtype=dtype)], team)

@@ -40,7 +40,7 @@ def weight_file(folder: Path, index: int) -> Path:
     return found
 
 
-def test_what_was_saved_is_there_for_the_next_process(filled: Path) -> None:
+def test_saved_layers_are_found_by_the_next_process(filled: Path) -> None:
     store = open_store(filled)
     assert store.finished() == 3
     assert store.modules(2) == {"q": {"error": 0.2}}
@@ -50,7 +50,7 @@ def test_what_was_saved_is_there_for_the_next_process(filled: Path) -> None:
     assert list(source.names()) == [f"model.layers.{index}.q.qweight" for index in range(3)]
 
 
-def test_names_are_addresses_of_the_content(filled: Path) -> None:
+def test_layer_files_are_named_by_their_hash(filled: Path) -> None:
     from qwenq.storage import sha256_file
 
     file = weight_file(filled, 1)
@@ -110,7 +110,7 @@ def test_a_damaged_run_record_is_an_error_and_no_resume_helps(filled: Path) -> N
     assert open_store(filled, resume=False).finished() == 0
 
 
-def test_a_kill_before_the_run_record_leaves_an_empty_start(tmp_path: Path) -> None:
+def test_a_kill_before_the_run_record_starts_over(tmp_path: Path) -> None:
     folder = tmp_path / "out.partial"
     folder.mkdir()
     (folder / "lock").touch()
@@ -118,7 +118,7 @@ def test_a_kill_before_the_run_record_leaves_an_empty_start(tmp_path: Path) -> N
     assert open_store(folder).finished() == 0
 
 
-def test_a_folder_of_someone_else_is_refused_since_it_would_be_removed(tmp_path: Path) -> None:
+def test_a_work_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "out.partial"
     folder.mkdir()
     (folder / "thesis.tex").write_text("the only copy")
@@ -129,13 +129,13 @@ def test_a_folder_of_someone_else_is_refused_since_it_would_be_removed(tmp_path:
     assert [entry.name for entry in folder.iterdir()] == ["thesis.tex"]
 
 
-def test_a_file_in_its_place_is_an_error(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_work_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out.partial").write_text("")
     with pytest.raises(QwenqError, match="file"):
         open_store(tmp_path / "out.partial")
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(filled: Path) -> None:
+def test_the_lock_refuses_a_second_process_until_the_first_ends_or_is_killed(filled: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from qwenq.gptq.layer_store import LayerStore\n"
         f"store = LayerStore(Path(sys.argv[1]), {RUN!r}, resume=True)\n"
@@ -155,18 +155,18 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(fil
     assert open_store(filled).finished() == 3
 
 
-def test_discarding_removes_everything(filled: Path) -> None:
+def test_discard_removes_the_work_folder(filled: Path) -> None:
     open_store(filled).discard()
     assert not filled.exists()
 
 
-def test_records_say_what_they_stand_for(filled: Path) -> None:
+def test_layer_records_name_their_file_and_hash(filled: Path) -> None:
     record = json.loads((filled / "layers/00002.json").read_text())
     assert record["file"] == weight_file(filled, 2).name
     assert record["modules"] == {"q": {"error": 0.2}}
 
 
-def test_a_record_that_says_something_else_counts_as_not_done(filled: Path) -> None:
+def test_an_edited_layer_record_counts_as_not_done(filled: Path) -> None:
     """What it says of modules ends in the manifest, where nobody could tell."""
     path = filled / "layers" / "00001.json"
     path.write_text(path.read_text().replace("0.1", "0.7"))

@@ -7,9 +7,9 @@ import torch
 from problems import problem, usual
 
 from qwenq.errors import QuantisationError
-from qwenq.gptq import rows
+from qwenq.gptq import rows, solver
+from qwenq.gptq.grid import Rounded
 from qwenq.gptq.module import quantise_group
-from qwenq.gptq.solver import Rounded
 
 USUAL = usual()
 
@@ -27,8 +27,8 @@ def energy(W: torch.Tensor, X: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"bits": 8}, {"sym": False}, {"act_order": False}, {"refine": False}, {"group_size": -1},
-    {"scale_search": "none"}, {"scale_search": "mse", "refine": False},
+    {}, {"bits": 8}, {"sym": False}, {"act_order": False}, {"coordinate_descent": False}, {"group_size": -1},
+    {"scale_search": "none"}, {"scale_search": "mse", "coordinate_descent": False},
 ])  # fmt: skip
 def test_every_module_is_better_than_rounding_to_nearest(changes: dict[str, object]) -> None:
     weights, H, X = layer()
@@ -42,7 +42,7 @@ def test_every_module_is_better_than_rounding_to_nearest(changes: dict[str, obje
         assert result.stats.error == pytest.approx(energy(W - Q, X) / energy(W, X), rel=1e-3)
 
 
-def test_a_group_gives_each_what_it_would_get_alone() -> None:
+def test_linears_of_a_group_get_what_they_get_alone() -> None:
     weights, H, _ = layer()
     together = quantise_group(weights, H.clone(), None, USUAL)
     for name, weight in weights.items():
@@ -55,31 +55,33 @@ def test_dead_columns_are_rounded_to_nearest_and_counted() -> None:
     weights, _, X = layer()
     X[:, 7] = 0
     H = 2 / X.shape[0] * X.T @ X
-    for result in quantise_group(weights, H, None, replace(USUAL, refine=False)).values():
+    for result in quantise_group(weights, H, None, replace(USUAL, coordinate_descent=False)).values():
         assert result.stats.dead == 1
-    results = quantise_group(weights, 2 / X.shape[0] * X.T @ X, None, replace(USUAL, refine=False))
+    results = quantise_group(
+        weights, 2 / X.shape[0] * X.T @ X, None, replace(USUAL, coordinate_descent=False)
+    )
     q = results["q"]
     assert torch.equal(q.integers[:, 7].float(), q.grid.integers(weights["q"])[:, 7])
 
 
-def test_the_assertion_fires_when_a_module_is_worse_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_worse_than_rounding_to_nearest_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the solver to return rubbish for one linear of a group, that one is named."""
-    solve = rows.gptq
+    solve = solver.gptq
 
     def rubbish(W: torch.Tensor, *rest: object) -> Rounded:
         rounded = solve(W, *rest)  # type: ignore[arg-type]
         rounded.integers[32:] = 15 - rounded.integers[32:]
         return rounded
 
-    monkeypatch.setattr(rows, "gptq", rubbish)
+    monkeypatch.setattr(solver, "gptq", rubbish)
     weights, H, _ = layer()
     with pytest.raises(QuantisationError, match="above round-to-nearest's") as caught:
-        quantise_group(weights, H, None, replace(USUAL, refine=False))
+        quantise_group(weights, H, None, replace(USUAL, coordinate_descent=False))
     assert caught.value.where == "k"
     assert caught.value.hint
 
 
-def test_the_assertion_fires_on_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_error_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(W: torch.Tensor, *_: object) -> torch.Tensor:
         return torch.full((W.shape[0],), torch.nan)
 
@@ -89,14 +91,14 @@ def test_the_assertion_fires_on_nan(monkeypatch: pytest.MonkeyPatch) -> None:
         quantise_group(weights, H, None, USUAL)
 
 
-def test_rows_of_zeros_pass() -> None:
+def test_a_weight_of_zeros_has_no_error() -> None:
     _, H, _ = layer()
     result = quantise_group({"zero": torch.zeros(8, 64)}, H, None, USUAL)["zero"]
     assert result.stats.error == 0
     assert (result.grid.values(result.integers) == 0).all()
 
 
-def test_one_scale_a_row() -> None:
+def test_group_size_minus_one_gives_one_scale_a_row() -> None:
     weights, H, _ = layer()
     result = quantise_group(weights, H, None, replace(USUAL, group_size=-1))["q"]
     assert result.grid.scales.shape == (32, 1)

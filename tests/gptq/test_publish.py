@@ -42,7 +42,7 @@ def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize("kind", ["a file", "a folder with a file"])
-def test_what_was_put_there_meanwhile_is_kept_and_said(tmp_path: Path, kind: str) -> None:
+def test_files_put_into_the_output_folder_meanwhile_are_kept(tmp_path: Path, kind: str) -> None:
     staged, out = tmp_path / "staged", tmp_path / "out"
     staged.mkdir()
     theirs = out if kind == "a file" else out / "thesis.txt"
@@ -54,7 +54,7 @@ def test_what_was_put_there_meanwhile_is_kept_and_said(tmp_path: Path, kind: str
     assert (staged / "qwenq.json").is_file()
 
 
-def test_the_root_is_no_name_for_a_new_folder() -> None:
+def test_the_root_is_refused_as_output_folder() -> None:
     clean_up_after_kill(Path("/"), {}, "")
     with pytest.raises(UsageError, match="a disk is mounted here"):
         require_free(Path("/"))

@@ -13,19 +13,10 @@ from tiny_families import random_tokens, write_family
 
 from qwenq.errors import CalibrationError, CorruptFileError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq import quantise
-from qwenq.gptq.layer_store import LayerStore
+from qwenq.gptq.choices import Settings, check_packable, choose_group_size
+from qwenq.gptq.layer_store import LAYER_PARTS, LayerStore
 from qwenq.gptq.module import ModuleStats
-from qwenq.gptq.quantise import (
-    LAYER_PARTS,
-    LayerDone,
-    check_packable,
-    check_tokens,
-    choose_group_size,
-    module_errors,
-    quantise_layers,
-    run_facts,
-)
-from qwenq.gptq.rows import Settings
+from qwenq.gptq.quantise import LayerDone, check_tokens, module_errors, quantise_layers, run_facts
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.shapes import fitting_group_sizes
@@ -75,7 +66,7 @@ def test_every_linear_of_every_block_is_packed_and_reported(tmp_path: Path) -> N
         assert d.error < d.rtn_error
 
 
-def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     decoder = open_decoder(write_family(tmp_path / "m"), torch.bfloat16)
     whole, _ = run(decoder, tmp_path / "whole")
     whole_files = sorted(f.name for f in (tmp_path / "whole/layers").iterdir())
@@ -143,7 +134,7 @@ def test_raised_damping_is_reported(tmp_path: Path) -> None:
     assert "self_attn.q_proj" in next(iter(raised.values()))
 
 
-def test_nothing_raised_is_nothing_reported() -> None:
+def test_damping_that_was_not_raised_is_not_reported() -> None:
     stats = ModuleStats(0.01, 0.02, 0.01, 0)
     assert LayerDone(0, 1, 0.0, {"q": stats}, False).raised_damping(0.01) == {}
 
@@ -167,7 +158,7 @@ def test_a_group_size_that_does_not_divide_names_the_module(wanted: int | str, w
     assert caught.value.where == "--group-size"
 
 
-def test_minus_one_always_fits() -> None:
+def test_group_size_minus_one_fits_any_width() -> None:
     assert choose_group_size(-1, {"q": 40})[0] == -1
 
 
@@ -177,7 +168,7 @@ def test_tokens_out_of_the_vocabulary_are_refused(bad: int) -> None:
         check_tokens(torch.tensor([[1, 2, bad]]), 100)
 
 
-def test_widths_that_no_word_holds_are_refused(tmp_path: Path) -> None:
+def test_widths_that_are_no_multiple_of_a_word_are_refused(tmp_path: Path) -> None:
     decoder = open_decoder(write_family(tmp_path / "m", intermediate_size=100))
     with pytest.raises(UnsupportedError, match=r"mlp.gate_proj is 100 × 64.*multiples of 8") as caught:
         check_packable(decoder, usual(bits=4))
@@ -199,10 +190,12 @@ def test_the_facts_of_a_run_tell_runs_apart(tmp_path: Path) -> None:
     assert usual != run_facts(other.checkpoint, "cal", USUAL, other)
 
 
-def test_so_does_whose_code_refines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_facts_of_a_run_name_the_code_that_fits_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where C kernels are compiled between two runs: the second would go on with other last bits."""
     decoder = open_decoder(write_family(tmp_path / "m"))
-    plain = replace(USUAL, refine=False)
+    plain = replace(USUAL, coordinate_descent=False)
     found = []
     for why in (None, "the library is not compiled"):
         monkeypatch.setattr("qwenq.gptq.quantise.fallback_reason", lambda _, why=why: why)

@@ -47,7 +47,7 @@ def told_by_a_leader(model: Path, dtype: torch.dtype) -> dict[str, Any]:
     return team.words
 
 
-def test_a_follower_with_other_attention_says_what_it_lacks(
+def test_a_rank_with_slower_attention_than_rank_0_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the C library is compiled on the first machine alone."""
@@ -64,7 +64,7 @@ def test_a_follower_with_other_attention_says_what_it_lacks(
     assert "qwenq doctor" in str(caught.value.hint)
 
 
-def test_a_follower_that_could_do_better_says_what_the_leader_lacks(
+def test_a_rank_with_faster_attention_than_rank_0_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_family(tmp_path / "m")
@@ -77,7 +77,7 @@ def test_a_follower_that_could_do_better_says_what_the_leader_lacks(
 
 
 @pytest.mark.parametrize("here", [True, False])
-def test_a_follower_that_would_refine_by_other_code_refuses(
+def test_a_rank_that_would_fit_scales_by_other_code_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
 ) -> None:
     """In float16 attention is torch's on both; scales are fitted by sums in another order."""

@@ -6,18 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import problem
 
-from qwenq.gptq.damping import Damped, damped
-from qwenq.gptq.grid import Grid
-from qwenq.gptq.refine import refine
+from qwenq.gptq.grid import Grid, Rounded
+from qwenq.gptq.refine import descend
 from qwenq.gptq.scales import search_grid
-from qwenq.gptq.solver import Rounded, act_order, gptq, output_error
+from qwenq.gptq.solver import DampedHessian, damp_hessian, gptq, order_by_diagonal, output_error
 
 
 def start(
     seed: int, bits: int, size: int, sym: bool, *, tokens: int = 256, nearest: bool = False
-) -> tuple[torch.Tensor, Damped, Grid, torch.Tensor]:
+) -> tuple[torch.Tensor, DampedHessian, Grid, torch.Tensor]:
     given = problem(seed, tokens=tokens)
-    hessian = damped(given.H, 0.01, act_order(given.H))
+    hessian = damp_hessian(given.H, 0.01, order_by_diagonal(given.H))
     search = "none" if nearest else "hessian"
     grid = search_grid(given.W, hessian.H.diagonal(), bits, size, sym=sym, search=search)
     integers = (
@@ -36,12 +35,12 @@ def start(
     nearest=st.booleans(),
     block=st.sampled_from([5, 128]),
 )
-def test_no_row_is_worse_than_before(
+def test_coordinate_descent_makes_no_row_worse(
     seed: int, bits: int, size: int, sym: bool, tokens: int, nearest: bool, block: int
 ) -> None:
     W, hessian, grid, integers = start(seed, bits, size, sym, tokens=tokens, nearest=nearest)
     before = output_error(W, grid.values(integers), hessian.H)
-    refined, rounded = refine(W, integers, grid, hessian.H, block=block)
+    refined, rounded = descend(W, integers, grid, hessian.H, block=block)
     after = output_error(W, refined.values(rounded.integers), hessian.H)
     floor = 1e-6 * output_error(W, torch.zeros_like(W), hessian.H)  # sums are float32
     assert (after <= before + floor).all()
@@ -53,22 +52,22 @@ def test_no_row_is_worse_than_before(
     assert (refined.scales != 0).all()
 
 
-def test_it_gains_on_gptq_and_a_second_sweep_on_the_first() -> None:
+def test_each_sweep_lowers_the_error_further_than_gptq() -> None:
     W, hessian, grid, integers = start(1, 4, 32, True)
     before = float(output_error(W, grid.values(integers), hessian.H).sum())
     once, twice = (
-        float(refine(W, integers, grid, hessian.H, sweeps)[1].errors.sum()) / before for sweeps in (1, 2)
+        float(descend(W, integers, grid, hessian.H, sweeps)[1].errors.sum()) / before for sweeps in (1, 2)
     )
     assert twice < once < 0.95
     assert twice < 0.92
 
 
-def test_the_first_group_has_the_scale_that_a_search_over_all_finds() -> None:
+def test_the_fitted_scale_is_the_best_of_ten_thousand() -> None:
     """One row, one group: the closed form against ten thousand scales."""
     W, hessian, grid, integers = start(7, 4, 64, True)
     W, integers = W[:1], integers[:1]
     grid = Grid(4, 64, grid.scales[:1] * 1.02, grid.zeros[:1])
-    refined, rounded = refine(W, integers, grid, hessian.H, sweeps=1)
+    refined, rounded = descend(W, integers, grid, hessian.H, sweeps=1)
     many = torch.linspace(0.5, 1.5, 10_001)[:, None] * grid.scales
     costs = output_error(
         W.expand(10_001, -1),
@@ -78,9 +77,9 @@ def test_the_first_group_has_the_scale_that_a_search_over_all_finds() -> None:
     torch.testing.assert_close(refined.scales[0, 0], many[costs.argmin(), 0], rtol=1e-3, atol=0)
 
 
-def test_it_ends_where_no_integer_and_no_scale_can_move() -> None:
+def test_coordinate_descent_ends_in_a_local_minimum() -> None:
     W, hessian, grid, integers = start(5, 4, 32, True, nearest=True)
-    refined, rounded = refine(W, integers, grid, hessian.H, sweeps=60)
+    refined, rounded = descend(W, integers, grid, hessian.H, sweeps=60)
     best = output_error(W, refined.values(rounded.integers), hessian.H)
     for column in range(0, 64, 7):
         for step in (-1, 1):
@@ -100,15 +99,15 @@ def test_a_group_that_stays_all_zero_keeps_its_scale() -> None:
     W[3, 32:], integers[3, 32:] = 0, 8
     H = hessian.H.clone()
     H[32:, :32] = H[:32, 32:] = 0  # nothing of the other group can be made good here
-    refined, rounded = refine(W, integers, grid, H)
+    refined, rounded = descend(W, integers, grid, H)
     assert (rounded.integers[3, 32:] == 8).all()
     assert refined.scales[3, 1] == grid.scales[3, 1]
 
 
-def test_in_float64_too() -> None:
+def test_coordinate_descent_in_float64() -> None:
     W, hessian, grid, integers = start(4, 4, 32, False)
-    single, _ = refine(W, integers, grid, hessian.H)
-    double, rounded = refine(W.double(), integers, grid, hessian.H.double())
+    single, _ = descend(W, integers, grid, hessian.H)
+    double, rounded = descend(W.double(), integers, grid, hessian.H.double())
     assert rounded.errors.dtype is torch.float64
     assert (single.scales != double.scales).float().mean() < 0.1
 
@@ -119,17 +118,17 @@ def agree(one: Rounded, other: Rounded) -> None:
     torch.testing.assert_close(one.errors.sum(), other.errors.sum(), rtol=5e-3, atol=0)
 
 
-def test_the_block_does_not_show() -> None:
+def test_coordinate_descent_is_the_same_in_blocks_of_any_size() -> None:
     W, hessian, grid, integers = start(4, 4, 64, False)
-    usual, small = (refine(W, integers, grid, hessian.H, block=block)[1] for block in (128, 5))
+    usual, small = (descend(W, integers, grid, hessian.H, block=block)[1] for block in (128, 5))
     agree(usual, small)
 
 
 @pytest.mark.parametrize("size", [16, 64])
 def test_compiled_code_finds_what_torch_finds(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     W, hessian, grid, integers = start(9, 4, size, False)
-    fast, by_fast = refine(W, integers, grid, hessian.H)
+    fast, by_fast = descend(W, integers, grid, hessian.H)
     monkeypatch.setenv("QWENQ_CPU", "torch")
-    slow, by_slow = refine(W, integers, grid, hessian.H)
+    slow, by_slow = descend(W, integers, grid, hessian.H)
     assert (fast.scales != slow.scales).float().mean() < 0.05
     agree(by_fast, by_slow)

@@ -43,7 +43,7 @@ def test_a_search_is_never_worse_than_none_by_its_own_objective(
     assert (found <= plain * SUMMATION + 1e-15).all()
 
 
-def test_searching_pays_and_weighting_pays_where_inputs_are_uneven() -> None:
+def test_search_and_weighting_lower_the_error_on_uneven_inputs() -> None:
     W, importance = weights(0, rows=64)
     costs = {
         search: float(
@@ -62,7 +62,7 @@ def test_searching_pays_and_weighting_pays_where_inputs_are_uneven() -> None:
     search=st.sampled_from(["hessian", "mse", "none"]),
     shift=st.floats(-0.2, 0.2),
 )
-def test_what_comes_out_can_be_stored(
+def test_searched_scales_and_zeros_can_be_stored(
     seed: int, bits: int, sym: bool, search: ScaleSearch, shift: float
 ) -> None:
     W, importance = weights(seed)
@@ -118,7 +118,9 @@ def test_an_asymmetric_grid_spans_weights_of_one_sign(sign: int) -> None:
 
 
 @pytest.mark.parametrize("search", ["hessian", "mse"])
-def test_chunks_do_not_show(search: ScaleSearch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_is_the_same_in_chunks_of_any_size(
+    search: ScaleSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Groups of 8, which no compiled code takes.
     W, importance = weights(4, rows=33)
     whole = search_grid(W, importance, 4, 8, sym=True, search=search)

@@ -10,7 +10,7 @@ from tiny_families import random_tokens, write_family
 from torch import Tensor, nn
 
 from qwenq.errors import QuantisationError
-from qwenq.gptq.walk import shared_inputs, walk
+from qwenq.gptq.walk import run_sequential, shared_inputs
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.kept import linears_of
@@ -53,11 +53,11 @@ def test_linears_that_read_the_same_tensor_are_found_in_order(bench: Bench) -> N
     assert found == GROUPS
 
 
-def test_when_nothing_is_replaced_the_outputs_are_those_of_a_plain_forward(bench: Bench) -> None:
+def test_without_new_weights_the_outputs_are_those_of_a_plain_forward(bench: Bench) -> None:
     asked: list[list[str]] = []
     with bench.decoder.block(0) as block:
         plain = [bench.forward(block, states) for states in bench.batches]
-        walked, _ = walk(
+        walked, _ = run_sequential(
             block,
             lambda h: bench.forward(block, h),
             bench.batches,
@@ -75,7 +75,7 @@ def test_each_linear_is_evaluated_once_a_batch(bench: Bench) -> None:
             linear.register_forward_hook(lambda *_, name=name: calls.update([name]))
             for name, linear in linears_of(block).items()
         ]
-        walk(block, lambda h: bench.forward(block, h), bench.batches, GROUPS, lambda *_: {})
+        run_sequential(block, lambda h: bench.forward(block, h), bench.batches, GROUPS, lambda *_: {})
         for handle in handles:
             handle.remove()
     assert calls == {name: len(bench.batches) for names in GROUPS for name in names}
@@ -90,7 +90,7 @@ def test_later_linears_are_given_what_the_replaced_ones_before_them_make(bench: 
             seen.update(dict.fromkeys(names, inputs))
             return {name: coarse(block, name) for name in names}
 
-        walked, _ = walk(block, lambda h: bench.forward(block, h), bench.batches, GROUPS, replace)
+        walked, _ = run_sequential(block, lambda h: bench.forward(block, h), bench.batches, GROUPS, replace)
         again: dict[str, list[Tensor]] = {name: [] for name in seen}
         handles = [
             linear.register_forward_pre_hook(lambda _, args, name=name: again[name].append(args[0]))
@@ -125,7 +125,7 @@ def test_reference_batches_pass_through_the_original_block(bench: Bench) -> None
             given[names[0]] = reference
             return {name: coarse(block, name) for name in names}
 
-        walked, original = walk(
+        walked, original = run_sequential(
             block, lambda h: bench.forward(block, h), bench.batches, GROUPS, replace, bench.batches[:2]
         )
     assert all(torch.equal(a, b) for a, b in zip(plain, original, strict=True))
@@ -143,7 +143,7 @@ def test_an_error_in_between_leaves_no_hook_behind(bench: Bench) -> None:
     with bench.decoder.block(0) as block:
         plain = bench.forward(block, bench.batches[0])
         with pytest.raises(QuantisationError, match="no"):
-            walk(block, lambda h: bench.forward(block, h), bench.batches, GROUPS, fail)
+            run_sequential(block, lambda h: bench.forward(block, h), bench.batches, GROUPS, fail)
         assert not any(linear._forward_pre_hooks for linear in linears_of(block).values())
         assert torch.equal(bench.forward(block, bench.batches[0]), plain)
 
@@ -156,5 +156,5 @@ def test_ctrl_c_inside_a_forward_reaches_the_caller(bench: Bench) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            walk(block, interrupted, bench.batches, GROUPS, lambda *_: {})
+            run_sequential(block, interrupted, bench.batches, GROUPS, lambda *_: {})
         assert not any(linear._forward_pre_hooks for linear in linears_of(block).values())

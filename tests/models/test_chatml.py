@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import UsageError
-from qwenq.models.chatml import DEFAULT_SYSTEM, build_context, cut_answer, split_rounds, stop_ids
+from qwenq.models.chatml import DEFAULT_SYSTEM, build_context, split_rounds, stop_ids
 from qwenq.models.qwen_tokenizer import QwenTokenizer
 
 GOLDEN = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198, 108386]
@@ -127,27 +126,3 @@ def test_the_place_of_a_bad_message_counts_the_system_message() -> None:
     with pytest.raises(UsageError) as caught:
         split_rounds([{"role": "system", "content": "S"}, user("q"), user("q")])
     assert caught.value.where == "message 2"
-
-
-@given(st.lists(st.integers(0, 12)))
-def test_an_answer_ends_before_the_first_stop_id(ids: list[int]) -> None:
-    stops = (10, 11, 12)
-    answer = cut_answer(ids, stops)
-    assert answer == ids[: len(answer)]
-    assert not set(answer) & set(stops)
-    assert len(answer) == len(ids) or ids[len(answer)] in stops
-
-
-def test_an_answer_without_a_stop_id_keeps_its_last_token(plain: QwenTokenizer) -> None:
-    assert cut_answer([1, 2, 3], stop_ids(plain)) == [1, 2, 3]
-    assert cut_answer([1, plain.im_end_id, 2, plain.eod_id], stop_ids(plain)) == [1]
-    assert cut_answer([], stop_ids(plain)) == []
-
-
-def test_a_reply_continues_the_prompt_that_asked_for_it(plain: QwenTokenizer) -> None:
-    """What a key-value cache relies on: prompt, answer and end are the start of the next prompt."""
-    asked = [user("q1"), assistant("a1"), user("q2"), assistant("a2"), user("q3")]
-    prompts = [plain.chat(asked[:count]) for count in (1, 3, 5)]
-    for (shorter, longer), answer in zip(pairwise(prompts), ("a1", "a2"), strict=True):
-        grown = [*shorter, *plain.encode(answer), plain.im_end_id]
-        assert longer[: len(grown)] == grown

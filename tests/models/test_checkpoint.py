@@ -70,7 +70,7 @@ def test_safetensors_win_over_pickle(folder: Path) -> None:
     assert torch.equal(open_checkpoint(folder).read("model.norm.weight"), torch.ones(8))
 
 
-def test_weights_beside_those_that_are_read_are_said(folder: Path) -> None:
+def test_unread_weights_are_a_notice(folder: Path) -> None:
     """An adapter; and, beside an index, the file that transformers would take first."""
     save_file({"lora_A": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
     (folder / "._model.safetensors").write_bytes(b"of macOS")
@@ -108,7 +108,7 @@ def test_a_folder_of_something_else_is_no_model(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_a_config_without_weights_says_so(folder: Path) -> None:
+def test_a_config_without_weights_is_an_error(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights"):
         open_checkpoint(folder)
@@ -188,9 +188,7 @@ def test_fingerprint_is_cached_and_a_damaged_note_is_not_believed(folder: Path, 
         (V1 | {"quantization_config": {"quant_method": "gptq"}}, "names no GPTQ settings"),
     ],
 )
-def test_what_is_wrong_in_config_json_is_said_with_its_folder(
-    folder: Path, config: dict[str, object], says: str
-) -> None:
+def test_errors_in_config_json_name_the_folder(folder: Path, config: dict[str, object], says: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=says) as raised:
         open_checkpoint(folder)

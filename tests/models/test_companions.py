@@ -67,7 +67,7 @@ def test_a_tokenizer_config_is_freed_of_remote_code(folders: tuple[Path, Path]) 
     assert written == {"tokenizer_class": "X", "chat_template": "{{ 你 }}"}
 
 
-def test_a_folder_without_tokenizer_is_said_aloud(folders: tuple[Path, Path]) -> None:
+def test_a_missing_tokenizer_is_a_notice(folders: tuple[Path, Path]) -> None:
     assert "no tokenizer" in write_companions(*folders, {})[0]
 
 

@@ -43,7 +43,7 @@ def test_what_is_no_config_makes_no_model_folder(tmp_path: Path, text: str) -> N
     assert "holiday.jpg" in str(caught.value.hint)
 
 
-def test_a_folder_without_config_says_what_it_holds(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_config_lists_the_folder(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"{number:02}.txt").touch()
     with pytest.raises(ModelError, match=r"config.json is missing") as caught:
@@ -51,7 +51,7 @@ def test_a_folder_without_config_says_what_it_holds(tmp_path: Path) -> None:
     assert "00.txt" in str(caught.value.hint) and "and 4 more" in str(caught.value.hint)
 
 
-def test_a_file_and_a_missing_folder_are_told_apart(tmp_path: Path) -> None:
+def test_a_file_and_a_missing_folder_have_different_errors(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
     with pytest.raises(ModelError, match="not a model folder") as caught:
         read_config(tmp_path / "model.gguf")
@@ -142,7 +142,9 @@ def test_relatives_say_what_is_missing(tmp_path: Path, model_type: str) -> None:
         ),
     ],
 )
-def test_a_newer_relative_is_told_by_its_keys(tmp_path: Path, changes: dict[str, Any], missing: str) -> None:
+def test_a_newer_family_is_recognised_by_its_keys(
+    tmp_path: Path, changes: dict[str, Any], missing: str
+) -> None:
     with pytest.raises(UnsupportedError, match="qwen9 is not supported yet") as caught:
         read_config(write(tmp_path, model_type="qwen9", **changes))
     assert f"{missing}, at least, would have to be added" in caught.value.what

@@ -11,7 +11,7 @@ from tiny_families import write_family
 from torch import Tensor, nn
 
 from qwenq.compute import cpu
-from qwenq.gptq.walk import shared_inputs, walk
+from qwenq.gptq.walk import run_sequential, shared_inputs
 from qwenq.models import fused_block
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
@@ -38,7 +38,7 @@ def two_decoders(
     """One that is fused, one of transformers' modules, both with compiled attention."""
     fused = BlockwiseDecoder(open_checkpoint(folder), CPU, dtype)
     with monkeypatch.context() as patch:
-        patch.setattr(fused_block, "fuse_blocks", lambda *_: None)
+        patch.setattr("qwenq.models.blocks.fuse_blocks", lambda *_: None)
         plain = BlockwiseDecoder(open_checkpoint(folder), CPU, dtype)
     return fused, plain
 
@@ -113,7 +113,7 @@ def test_a_walk_pauses_where_it_did(
                     return output
 
                 groups = shared_inputs(block, forward, hidden[0][:1])
-                outputs, _ = walk(block, forward, hidden, groups, solve)
+                outputs, _ = run_sequential(block, forward, hidden, groups, solve)
                 whole = [forward(x) for x in hidden]
         assert all(torch.equal(*pair) for pair in zip(outputs, whole, strict=True))
         seen.append((groups, inputs, outputs))
@@ -139,7 +139,7 @@ def test_keys_of_earlier_tokens_are_refused(tmp_path: Path) -> None:
         ({"intermediate_size": 100}, "the MLP, 100, is no multiple of 16"),
     ],
 )
-def test_other_structures_stay_transformers_and_that_is_said(
+def test_other_architectures_keep_transformers_modules_with_a_notice(
     tmp_path: Path, changes: dict[str, Any], because: str
 ) -> None:
     folder = write_family(tmp_path / "m", **changes)
@@ -201,7 +201,7 @@ def test_a_decoder_knows_why_its_attention_is_torchs(tmp_path: Path) -> None:
     assert BlockwiseDecoder(model, CPU, torch.float16).passed_over is None
 
 
-def test_layers_that_slide_a_window_are_said(tmp_path: Path) -> None:
+def test_sliding_window_layers_are_a_notice(tmp_path: Path) -> None:
     plain, sliding = (
         BlockwiseDecoder(
             open_checkpoint(write_family(tmp_path / name, "qwen2", **changes)), CPU, torch.bfloat16

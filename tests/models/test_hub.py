@@ -35,7 +35,7 @@ def test_second_time_offline_comes_from_the_cache(hub: Hub, tmp_path: Path) -> N
     assert "HF_HUB_OFFLINE" in str(second["notices"])
 
 
-def test_offline_without_a_copy_says_what_to_unset(hub: Hub, tmp_path: Path) -> None:
+def test_offline_without_a_copy_the_error_names_the_variable(hub: Hub, tmp_path: Path) -> None:
     answer = client(hub, tmp_path, HF_HUB_OFFLINE="1")
     assert answer["error"] == "HubError"
     assert "unset HF_HUB_OFFLINE" in str(answer["text"])

@@ -61,7 +61,7 @@ def test_names() -> None:
     assert model_name(".") == Path.cwd().name
 
 
-def test_what_a_manifest_says_of_the_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_records_the_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder's own name and place, whatever was typed where; of a hub id and the bundle no place."""
     checkpoint = open_checkpoint(folder)
     monkeypatch.chdir(folder)

@@ -70,7 +70,7 @@ def test_so_is_a_folder_that_may_not_be_searched(monkeypatch: pytest.MonkeyPatch
         lambda name: write_random_checkpoint("qwen3-0.6b", Path(name)),
     ],
 )
-def test_whoever_takes_a_name_says_so(look: Callable[[str], object]) -> None:
+def test_a_name_that_no_disk_takes_is_an_error(look: Callable[[str], object]) -> None:
     with pytest.raises(UsageError, match="cannot be looked for: File name too long"):
         look(TOO_LONG)
 

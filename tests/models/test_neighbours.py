@@ -75,7 +75,7 @@ def test_an_adapter_with_the_config_of_its_base(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_a_head_that_is_another_than_the_embedding_is_used_and_said(tmp_path: Path) -> None:
+def test_a_head_unlike_the_embedding_is_used_with_a_notice(tmp_path: Path) -> None:
     file = write_tiny_model(tmp_path) / "model.safetensors"
     tensors = load_file(file)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -162,7 +162,7 @@ def test_what_no_layout_holds_is_refused(
         pack(integers, torch.ones(out_features, groups), zeros, bits)
 
 
-def test_trivial_g_idx_is_told_from_others() -> None:
+def test_a_trivial_g_idx_is_recognised() -> None:
     assert trivial_g_idx(6, 2).tolist() == [0, 0, 1, 1, 2, 2]
     assert trivial_g_idx(3, -1).tolist() == [0, 0, 0]
     assert has_trivial_g_idx(trivial_g_idx(64, 16), 4)

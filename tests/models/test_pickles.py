@@ -88,6 +88,6 @@ def test_damage_inside_the_zip_is_no_traceback(tmp_path: Path) -> None:
             assert source.read(name).numel() == source.info(name).numel
 
 
-def test_no_weights_at_all_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no weights"):
         open_pickles(tmp_path)

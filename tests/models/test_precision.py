@@ -14,7 +14,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 @pytest.mark.skipif(not CPUINFO.exists(), reason="reads the kernel's list of CPU features")
-def test_bfloat16_only_where_the_kernel_says_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_only_where_the_cpu_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cpu.VARIABLE, raising=False)
     words = set(CPUINFO.read_text().split())
     native = bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -79,9 +79,7 @@ print((full - freed) >> 20, (full - anonymous_bytes()) >> 20)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 @pytest.mark.parametrize(("how", "at_once"), [("keep", range(0, 20)), ("not", range(180, 220))])
-def test_a_run_over_layers_keeps_what_it_frees_until_it_is_told_to_return_it(
-    how: str, at_once: range
-) -> None:
+def test_freed_memory_is_kept_until_it_is_returned(how: str, at_once: range) -> None:
     told = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True)
     freed_at_once, in_the_end = map(int, told.stdout.split())
     assert freed_at_once in at_once

@@ -251,9 +251,24 @@ def _without(name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("tensor", "shape", "error", "says"),
     [
-        ("transformer.h.1.attn.c_attn.weight", (128, 64), ModelError, r"c_attn is \[128, 64\].*\[192, 64\]"),
-        ("transformer.h.1.attn.c_attn.bias", (64,), ModelError, r"c_attn is \[64\].*\[192\]"),
-        ("transformer.h.0.mlp.w1.weight", (192, 64), ModelError, r"\[192, 64\].*\[96, 64\]"),
+        (
+            "transformer.h.1.attn.c_attn.weight",
+            (128, 64),
+            ModelError,
+            r"shape \(128, 64\), config.json asks for \(192, 64\)",
+        ),
+        (
+            "transformer.h.1.attn.c_attn.bias",
+            (64,),
+            ModelError,
+            r"shape \(64,\), config.json asks for \(192,\)",
+        ),
+        (
+            "transformer.h.0.mlp.w1.weight",
+            (192, 64),
+            ModelError,
+            r"shape \(192, 64\), config.json asks for \(96, 64\)",
+        ),
         ("transformer.h.1.ln_2.weight", None, ModelError, "missing"),
         ("transformer.h.2.ln_1.weight", (64,), ModelError, "does not have"),
         ("transformer.visual.proj", (64, 64), UnsupportedError, "multimodal"),
@@ -268,7 +283,7 @@ def test_tensors_that_do_not_fit_are_named(
         tensors[tensor] = torch.ones(shape)
     with pytest.raises(error, match=says) as raised:
         view(small_config(), tensors)
-    assert raised.value.where == tensor
+    assert tensor in str(raised.value)
 
 
 def test_activation_order_is_refused() -> None:

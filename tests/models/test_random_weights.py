@@ -218,7 +218,7 @@ for layers in (4, 24):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "7", "\udcff"])
-def test_a_folder_with_a_config_that_is_none_is_left_alone(tmp_path: Path, content: str) -> None:
+def test_a_folder_with_a_broken_config_is_left_alone(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content, errors="surrogateescape")
     with pytest.raises(UsageError, match="holds something else"):
         write_random_checkpoint(SMALL, tmp_path)

@@ -44,7 +44,7 @@ def test_a_misspelt_path_suggests_its_neighbour(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model", ["/no/such", "./Qwen/x/y", "just-a-name", "", " ", "a/b/c", "owner/", "../x/y"]
 )
-def test_what_is_neither_path_nor_hub_id_says_what_would_be(
+def test_the_error_for_neither_path_nor_hub_id_shows_both_forms(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ def test_a_hub_shaped_typo_of_a_folder_mentions_it(tmp_path: Path, monkeypatch: 
         ("smolm2-135m-instruct", "did you mean smollm2-135m-instruct? smollm2-135m-instruct is the bundled"),
     ],
 )
-def test_a_name_of_the_catalogue_says_what_it_is_good_for(
+def test_the_error_for_a_catalogue_name_suggests_hub_id_and_random_weights(
     typed: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

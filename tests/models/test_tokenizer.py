@@ -14,8 +14,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
+from qwenq.models.companions import copy_tokenizer_files
 from qwenq.models.qwen_tokenizer import QwenTokenizer
-from qwenq.models.tokenizer import Tokenizer, copy_tokenizer_files, load_tokenizer
+from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 
 WORDS = "the cat sat on the mat 你好"
 CHAT_GENERATION = {"chat_format": "chatml", "eos_token_id": 151643, "max_window_size": 500}

@@ -88,9 +88,20 @@ def test_the_headline_begins_with_the_largest_drop_and_is_inconclusive() -> None
     assert "MMLU" not in said
 
 
-def test_the_verdicts() -> None:
+def test_verdicts_of_the_headline() -> None:
     same = Compared("A", 0.5, 0.5, Paired(5000, 20, 20), 1.0)
     lost = Compared("B", 0.6, 0.4, Paired(100, 22, 2), 0.001)
     assert "verdict: no loss beyond 2 points in 1 task (TOST, p < 0.001)" in headline([same], 1)
     assert "verdict: a loss in 1 of 2 tasks (B)" in headline([same, lost], 2)
     assert "inconclusive" in headline([same], 1, unpaired=1)
+
+
+def test_the_headline_also_names_a_significant_loss_in_another_task() -> None:
+    """The largest drop may be chance, of few items, where a smaller one of many items is not."""
+    fell = Compared("HumanEval", 0.50, 0.40, Paired(40, 6, 2), 0.29)
+    lost = Compared("MMLU", 0.60, 0.55, Paired(2000, 140, 40), 0.001)
+    text = headline([fell, lost], 2)
+    assert text.startswith("HumanEval fell most: 50.0 → 40.0 % (−10.0 points")
+    assert "MMLU is the largest significant loss: 60.0 → 55.0 % (−5.0 points, 95 % interval −" in text
+    assert text.endswith("verdict: a loss in 1 of 2 tasks (MMLU)")
+    assert "significant loss" not in headline([lost], 1)

@@ -17,7 +17,7 @@ def test_mcnemar_is_scipys_binomial_test(lost: int, won: int) -> None:
     assert mcnemar(lost, won) == pytest.approx(expected, rel=1e-9)
 
 
-def test_as_many_items_as_mmlu_has() -> None:
+def test_mcnemar_of_fourteen_thousand_items() -> None:
     assert 0 < mcnemar(7300, 6742) < 0.001
 
 
@@ -82,7 +82,7 @@ def test_items_are_paired_by_id() -> None:
     assert told["sentence"] == found.said_of(-0.02)
 
 
-def test_other_items_are_no_pair() -> None:
+def test_other_items_are_not_paired() -> None:
     """Not on those that both have, either: the scores are of all."""
     base, model = verdicts(lost=3, won=2, both=95)
     base["only here"] = True
@@ -91,7 +91,7 @@ def test_other_items_are_no_pair() -> None:
     assert isinstance(compare({}, {}), str)
 
 
-def test_ids_alone_are_places_in_a_file() -> None:
+def test_equal_ids_of_other_questions_are_not_paired() -> None:
     base, model = verdicts(lost=3, won=2, both=95)
     changed = compare(base, model, questions=("then", "now"))
     assert changed == "other questions under the same ids: the data has changed"
@@ -129,7 +129,7 @@ def test_a_p_value_is_written_one_way() -> None:
         ),
     ],
 )
-def test_it_is_said_in_words(lost: int, won: int, both: int, sentence: str) -> None:
+def test_a_comparison_is_described_in_one_sentence(lost: int, won: int, both: int, sentence: str) -> None:
     import re
 
     found = compare(*verdicts(lost=lost, won=won, both=both))

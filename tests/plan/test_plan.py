@@ -12,8 +12,11 @@ from qwenq.models import catalogue
 from qwenq.models.hub import network_errors
 from qwenq.models.not_yet import missing_by_name
 from qwenq.plan.gpus import gpu
+from qwenq.plan.memory import GIB
 from qwenq.plan.model import find_model
 from qwenq.plan.plan import Wishes, make_plan
+from qwenq.plan.tables import answer
+from qwenq.plan.tensor_parallel import TENSOR_PARALLEL
 
 
 def test_bytes_of_qwen_7b_chat() -> None:
@@ -26,7 +29,7 @@ def test_bytes_of_qwen_7b_chat() -> None:
     assert found["Int4"][0] == catalogue.shape_for("qwen-7b").quantised_bytes(4, 128)
 
 
-def test_a_tied_head_stored_twice_is_told() -> None:
+def test_a_tied_head_stored_twice_has_a_note() -> None:
     bf16 = make_plan(find_model("qwen3-0.6b"), Wishes()).precisions[0]
     assert (bf16.bytes, bf16.published_bytes) == (596_049_920 * 2, 751_632_384 * 2)
     assert "tied head" in str(bf16.published_note)
@@ -71,13 +74,13 @@ def test_random_weights_are_planned_by_their_shape_as_they_are_drawn() -> None:
     ],
 )
 @pytest.mark.parametrize("weights", ["stored", "random"])
-def test_mixtures_and_hybrids_are_not_yet_planned(name: str, missing: str, weights: str) -> None:
+def test_unsupported_models_are_refused_with_what_is_missing(name: str, missing: str, weights: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         find_model(name, weights)
     assert caught.value.what == f"{name} is not supported yet: {missing} would have to be added"
 
 
-def test_no_name_of_the_catalogue_is_not_yet() -> None:
+def test_every_name_of_the_catalogue_is_supported() -> None:
     for name in catalogue.names():
         for key in (*catalogue.entry(name).names, *catalogue.entry(name).hub):
             assert missing_by_name(key) is None
@@ -85,7 +88,10 @@ def test_no_name_of_the_catalogue_is_not_yet() -> None:
 
 
 def test_deployments_share_weights_and_cache() -> None:
-    plan = make_plan(find_model("qwen2.5-72b-instruct"), Wishes(gpus=(gpu("h200"), gpu("rtx-4090"))))
+    plan = make_plan(
+        find_model("qwen2.5-72b-instruct"),
+        Wishes(gpus=(gpu("h200"), gpu("rtx-4090")), tensor_parallel=TENSOR_PARALLEL),
+    )
     found = {(row.speed.gpu, row.precision, row.split.gpus): row for row in plan.deployments}
     assert len(found) == 2 * 3 * 4
     assert found["h200", "BF16", 1].fits
@@ -149,7 +155,7 @@ def test_a_hub_that_stops_answering_is_an_error_that_says_so(monkeypatch: pytest
         find_model("someone/tiny")
 
 
-def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+def test_an_unknown_name_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         find_model("qwen3-8bb")
     assert "qwen3-8b" in str(error.value.hint)
@@ -167,6 +173,41 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         Wishes(group_size=96),
     ],
 )
-def test_wishes_without_sense(wishes: Wishes) -> None:
+def test_options_out_of_bounds_are_refused(wishes: Wishes) -> None:
     with pytest.raises(UsageError):
         make_plan(find_model("qwen3-8b"), wishes)
+
+
+def test_quantising_is_planned_as_quantize_does_it_there() -> None:
+    """128 × 2048 tokens on a GPU, 48 × 256 on a CPU; where that does not fit, the most samples that do."""
+    model = find_model("qwen2.5-7b-instruct")
+    (cpu,) = make_plan(model, Wishes()).quantisation
+    small, large = make_plan(model, Wishes(gpus=(gpu("rtx-4090"), gpu("h200")))).quantisation
+    assert (cpu.gpu, cpu.samples, cpu.seq_len, cpu.fits) == (None, 48, 256, None)
+    assert (small.samples, small.seq_len, small.fits) == (128, 2048, False)
+    assert small.memory.peak / GIB == pytest.approx(32.55, abs=0.01)
+    assert small.fitting is not None
+    samples, peak = small.fitting
+    more = make_plan(model, Wishes(gpus=(gpu("rtx-4090"),), samples=2 * samples)).quantisation[0]
+    assert peak <= 24 * GIB < more.memory.peak
+    assert (large.fits, large.fitting) == (True, None)
+    (given,) = make_plan(model, Wishes(gpus=(gpu("rtx-4090"),), samples=samples)).quantisation
+    assert (given.fits, given.memory.peak) == (True, peak)
+
+
+def test_the_answer_comes_first() -> None:
+    plan = make_plan(find_model("qwen2.5-7b-instruct"), Wishes(gpus=(gpu("rtx-4090"),)))
+    samples, peak = plan.quantisation[0].fitting or (0, 0)
+    first, second = answer(plan)
+    assert first == (
+        "Quantising on NVIDIA GeForce RTX 4090 24 GB: 32.6 of 24 GiB of GPU memory with 128 × 2048 tokens: "
+        f"does not fit; `--samples {samples}` needs {peak / GIB:.1f} GiB."
+    )
+    assert second == "Running Int4: fits, 6.6 of 24 GiB, at most 203 tokens/s at 8192 tokens."
+    first, second = answer(make_plan(find_model("qwen2.5-7b-instruct"), Wishes()))
+    assert "8.2 GiB of RAM with 48 × 256 tokens" in first
+    assert second.startswith("Running Int4: ")
+    shared = make_plan(
+        find_model("qwen2.5-72b-instruct"), Wishes(gpus=(gpu("h200"),), tensor_parallel=(1, 2))
+    )
+    assert list(answer(shared))[-1] == "Running Int4 on 2 GPUs: not possible with 231 groups of down_proj."

@@ -1,4 +1,4 @@
-"""A point measured in this process, for what its rows say; and in a child, for how that can end."""
+"""A point measured in this process: its rows; and in a child: how that can end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qwenq.profiling.measure import Bench, measure
 from qwenq.profiling.point import explain
 from qwenq.profiling.points import Point
 from qwenq.profiling.prompts import prefill
-from qwenq.runtime.cached_engine import CachedEngine
+from qwenq.runtime.cached_engine import Engine
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
@@ -45,7 +45,7 @@ def test_every_metric_has_its_row_in_order(
         assert len(decode["positions"]) == len(decode["values"]) > 0
         assert decode["positions"][0] == 1
         assert set(found["memory.generate"].details["parts"]) == {"weights", "cache", "activations"}
-        assert found["energy.token"].reason == "no energy counter of a CPU is read here"
+        assert found["energy.token"].reason == "energy is measured on NVIDIA GPUs only"
         share = found["bandwidth.share"]
         assert share.value == pytest.approx(
             share.details["achieved_bytes_per_s"] / share.details["copy_bytes_per_s"]
@@ -62,7 +62,7 @@ def test_weights_are_counted_as_they_are_run(points: list[Point], monkeypatch: p
     assert parts["weights"] <= found["bandwidth.share"].details["bytes_per_step"]
 
 
-def test_a_generation_beyond_its_allowance_is_left_out_and_said(
+def test_a_generation_that_exceeds_the_budget_is_skipped_with_its_estimate(
     points: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile_briefly(monkeypatch)
@@ -97,7 +97,7 @@ class Counter:
 
 
 @pytest.mark.parametrize("seconds", [0.0, None])
-def test_the_peak_of_encoding_is_that_of_a_prompt_though_there_is_time_for_one_alone(
+def test_the_peak_of_encoding_includes_a_prompt_even_without_time_for_repetitions(
     points: list[Point], monkeypatch: pytest.MonkeyPatch, seconds: float | None
 ) -> None:
     """The only prompt lies behind the reset, or its memory would be that of nothing."""
@@ -116,18 +116,18 @@ def test_the_peak_of_encoding_is_that_of_a_prompt_though_there_is_time_for_one_a
     assert rows["speed.prefill"].n >= 1
 
 
-def test_the_peak_of_generating_is_that_of_its_prompt_too_though_no_generation_fits(
+def test_the_peak_of_generating_includes_its_prompt_even_if_no_generation_fits(
     points: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     profile_briefly(monkeypatch)
-    meter, whole = Counter(), CachedEngine.prefill
+    meter, whole = Counter(), Engine.prefill
 
-    def encode(engine: CachedEngine, prompts: list[list[int]], *arguments: object) -> object:
+    def encode(engine: Engine, prompts: list[list[int]], *arguments: object) -> object:
         meter.made += len(prompts[0]) > 1
         return whole(engine, prompts, *arguments)
 
     monkeypatch.setattr("qwenq.profiling.measure.meter_for", lambda device: meter)
-    monkeypatch.setattr(CachedEngine, "prefill", encode)
+    monkeypatch.setattr(Engine, "prefill", encode)
     rows = {row.metric: row for row in measure(replace(points[2], context=12), seconds=0.0)}
     assert rows["speed.protocol"].status == "unavailable"
     assert rows["memory.generate"].value == rows["memory.unreset"].value == 1001
@@ -147,7 +147,7 @@ def test_a_child_measures_like_this_process(points: list[Point]) -> None:
     assert all(row.status == "ok" for row in rows)
 
 
-def test_what_cannot_run_says_why(points: list[Point]) -> None:
+def test_an_attention_without_support_is_unavailable_with_its_reason(points: list[Point]) -> None:
     rows = list(child.measure_in_child(replace(points[0], attention="v2"), None))
     assert {row.metric for row in rows} == set(points[0].metrics)
     assert {row.status for row in rows} == {"unavailable"}
@@ -155,14 +155,16 @@ def test_what_cannot_run_says_why(points: list[Point]) -> None:
 
 
 ENDS = {
-    "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)": "for want of memory",
+    "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)": "for lack of memory",
     "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)": "SIGSEGV",
     "raise SystemExit('the last words')": "exit code 1: the last words",
 }
 
 
 @pytest.mark.parametrize("source", ENDS)
-def test_a_crash_is_a_row(source: str, points: list[Point], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_gives_failed_rows_with_its_reason(
+    source: str, points: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(child, "_COMMAND", [sys.executable, "-c", source])
     rows = list(child.measure_in_child(points[0], None))
     assert [row.metric for row in rows] == list(points[0].metrics)
@@ -197,14 +199,14 @@ def test_a_child_ends_with_its_reader(
 
 
 def test_a_child_whose_parent_was_killed_before_it_began_measures_nothing(points: list[Point]) -> None:
-    """Linux tells of a death only whoever has asked before it."""
-    request = {"point": points[0].to_json(), "seconds": None, "meeting": None, "parent": os.getppid()}
+    """The signal at the parent's death is sent only to a child that asked for it before."""
+    request = {"point": points[0].to_json(), "seconds": None, "parent": os.getppid()}
     command = [sys.executable, "-m", "qwenq.profiling.point"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "the sweep is gone\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "the parent process is gone\n")
 
 
-def test_out_of_memory_is_called_that() -> None:
+def test_every_form_of_out_of_memory_is_recognised() -> None:
     import torch
 
     assert explain(MemoryError())[1] == "out of memory"

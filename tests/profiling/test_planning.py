@@ -1,4 +1,4 @@
-"""The plan: what fits, how a budget is shared, what a budget is."""
+"""Estimates: what fits, how a budget is shared, how it is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from qwenq.errors import UsageError
-from qwenq.profiling.load_times import LoadTimes
 from qwenq.profiling.planning import Device, Planned, allowances, parse_budget, plan, read_device
 from qwenq.profiling.point import probe
 from qwenq.profiling.points import Point, sweep
@@ -54,7 +53,7 @@ def test_quantised_weights_are_counted_by_their_bits_and_groups(
     assert plan(points, found.shapes, CPU)[0].nbytes == pytest.approx(expected, rel=0.002)
 
 
-def test_what_does_not_fit_is_said_before_it_is_tried() -> None:
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded() -> None:
     planned = of_7b(CPU)
     assert "it needs about" in planned["fp32"].too_large
     assert planned["bf16"].too_large is None
@@ -95,12 +94,12 @@ def test_a_cache_that_is_laid_out_for_decode_steps_is_float32() -> None:
     assert sizes["grouped"] - sizes["sdpa"] == 2 * 2 * 32 * 4096 * 2049
 
 
-def test_what_a_container_grants_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_limited_to_what_a_container_grants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwenq.models.granted.granted_bytes", lambda: 1000)
     assert probe("cpu")["free_bytes"] == 1000
 
 
-def test_estimates_go_the_right_way() -> None:
+def test_fewer_bytes_and_more_bandwidth_take_less_time() -> None:
     slow, fast = of_7b(CPU), of_7b(replace(CPU, copy_bytes_per_s=2e12))
     assert slow["int4"].seconds < slow["bf16"].seconds
     assert fast["bf16"].seconds < slow["bf16"].seconds
@@ -147,38 +146,20 @@ def test_what_cannot_even_load_gets_nothing_and_the_others_do(points: list[Point
     assert shares[0] == shares[2] == shares[3] == pytest.approx(15)
 
 
-def test_loads_are_learnt_from_those_before(points: list[Point]) -> None:
-    """Of the same model: the median; of another: as much slower than planned as all were."""
-    fp32, int4, fp32_again, int4_again = points_that_take(points, 4.0, 10.0)
-    assert fp32.point.subject == fp32_again.point.subject != int4.point.subject
-    times = LoadTimes()
-    assert (times.known, times.corrected(fp32)) == (False, fp32)
-    times.learn(fp32, 12.0)
-    assert times.known
-    assert times.corrected(fp32_again).load == 12.0
-    assert times.corrected(int4).load == pytest.approx(12.0)  # three times the plan's 4 s
-    assert times.corrected(replace(int4, load=5.0)).load == pytest.approx(15.0)
-    times.learn(fp32_again, 5.0)
-    times.learn(fp32_again, 6.0)
-    assert times.corrected(fp32).load == 6.0
-    times.learn(int4, 20.0)
-    assert times.corrected(int4_again).load == 20.0
-
-
 @pytest.mark.parametrize(
     ("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1h", 3600), ("1h30m", 5400), ("1.5m", 90)]
 )
-def test_budgets(text: str, seconds: float) -> None:
+def test_budget_formats(text: str, seconds: float) -> None:
     assert parse_budget(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5m", "ten", "5 minutes", "0m", "5m3h"])
-def test_no_budgets(text: str) -> None:
-    with pytest.raises(UsageError, match="is no time"):
+def test_what_is_not_a_duration_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a duration"):
         parse_budget(text)
 
 
-def test_a_device_that_is_not_there() -> None:
+def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UsageError, match="no device"):
         read_device({"error": {"what": "'tpu' is no device", "where": "--device", "hint": "use cpu"}})
 

@@ -20,7 +20,7 @@ from qwenq.profiling.points import Point, is_done, sweep
 from qwenq.profiling.subjects import Subjects, subjects_of
 
 
-def test_a_sweep_is_every_combination_the_quick_lengths_first(subjects: Subjects) -> None:
+def test_a_sweep_is_every_combination_with_short_lengths_first(subjects: Subjects) -> None:
     lengths = [(1, 8192), (1, 2048), (2048, 1)]
     made = sweep(subjects.subjects, attentions=["v2", "off"], engines=["fast"], lengths=lengths, device="cpu")
     assert len(made) == len(set(made)) == 2 * 2 * 3
@@ -61,7 +61,7 @@ def test_a_point_is_done_when_every_metric_has_its_row(points: list[Point]) -> N
     assert not is_done(replace(point, subject=replace(point.subject, model=other)), rows)
 
 
-def test_what_is_worth_another_try_is_not_done(points: list[Point]) -> None:
+def test_a_row_marked_again_leaves_its_point_unfinished(points: list[Point]) -> None:
     point = points[0]
     rows = [point.row(metric, 1.0) for metric in point.metrics]
     assert is_done(
@@ -126,14 +126,14 @@ def test_random_weights_of_a_catalogue_shape_are_not_made_to_list_them() -> None
     assert all("random:3:qwen-7b-chat" in each.model.fingerprint for each in found.subjects)
 
 
-def test_misuse_is_refused(tiny: Path) -> None:
+def test_an_unknown_precision_or_a_model_named_twice_is_refused(tiny: Path) -> None:
     with pytest.raises(UsageError, match="no precision 'int3'"):
         subjects_of([str(tiny)], ["int3"])
     with pytest.raises(UsageError, match="two models are called tiny"):
         subjects_of([str(tiny), str(tiny)], ["fp32"])
 
 
-def test_bundled_is_a_word_unless_it_is_a_folder(
+def test_bundled_names_the_bundled_model_unless_it_is_a_folder(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwenq.models.opening.resolve_model", lambda given: Resolved(tiny, [str(given)]))

@@ -59,7 +59,7 @@ def test_outliers_are_named_and_kept() -> None:
     assert summarise([5.0] * 8).outliers == ()
 
 
-def test_nothing_has_no_median() -> None:
+def test_no_values_or_none_positive_are_refused() -> None:
     for values in ([], [1.0, 0.0]):
         with pytest.raises(ValueError, match="median"):
             summarise(values)

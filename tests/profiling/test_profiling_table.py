@@ -1,4 +1,4 @@
-"""The printed table: what varies is a column, what does not is said once, what is missing says why."""
+"""The printed table: columns vary, constants come once, missing figures have a reason."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def rows_of(point: Point) -> list[Row]:
     return [point.row(metric, 2.0, low=1.5, high=2.5, n=6) for metric in point.metrics]
 
 
-def test_what_does_not_vary_is_no_column(points: list[Point]) -> None:
+def test_constants_are_listed_above_and_not_in_columns(points: list[Point]) -> None:
     printed = table([row for point in points[2:] for row in rows_of(point)])
     assert printed.headings[0] == "precision"
-    assert dict(printed.constant)["does"] == "generate 8"
+    assert dict(printed.constant)["workload"] == "generate 8"
     assert dict(printed.constant)["attention"] == "sdpa"
     assert [line[0] for line in printed.lines] == ["fp32", "int4"]
     assert "2.00 (1.50–2.50)" in printed.lines[0]
@@ -30,7 +30,7 @@ def test_an_interval_has_its_two_ends_as_it_need_not_be_symmetric(points: list[P
 
 def test_encoding_and_generating_share_a_table(points: list[Point]) -> None:
     printed = table([row for point in points for row in rows_of(point)])
-    assert printed.headings[:2] == ("precision", "does")
+    assert printed.headings[:2] == ("precision", "workload")
     prefill = printed.headings.index("prefill tok/s")
     assert [line[prefill] != "" for line in printed.lines] == [True, True, False, False]
 

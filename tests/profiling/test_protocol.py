@@ -52,7 +52,7 @@ def test_sampling_is_the_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("settings", "says"), [
-    ({"temperature": -1}, "greedy: generation_config.json: the temperature -1.0 is no number from 0 up"),
+    ({"temperature": -1}, "greedy: generation_config.json: the temperature -1.0 is not a number from 0 up"),
     ({"top_p": 2}, "greedy: generation_config.json: top-p 2.0 is not above 0 and at most 1"),
     ({"top_k": 1e999}, "greedy: generation_config.json holds no numbers"),
 ])  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import write_family
 
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, validate_quantised
@@ -14,8 +15,13 @@ from qwenq.profiling.rounded import rounded
 from qwenq.runtime.engine import load
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("rounded") / "tiny")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
-def test_it_is_a_sound_model_with_what_its_headers_say(tiny: Path, bits: int) -> None:
+def test_a_rounded_model_is_a_valid_gptq_model_as_its_headers_say(tiny: Path, bits: int) -> None:
     plain = open_checkpoint(tiny)
     made = rounded(plain, bits)
     quant = QuantConfig.read(made.config)
@@ -42,7 +48,7 @@ def test_no_weight_is_further_off_than_half_a_step(tiny: Path, bits: int) -> Non
     assert bool((off <= step * 0.505).all())  # scales are float16
 
 
-def test_it_runs(tiny: Path) -> None:
+def test_logits_of_8_bits_are_close_to_those_of_the_plain_model(tiny: Path) -> None:
     plain = open_checkpoint(tiny)
     logits = [
         load(checkpoint, device="cpu", dtype="float32").logits([[1, 2, 3, 4]])[0]

@@ -1,4 +1,4 @@
-"""A sweep: rows into the folder as they come, nothing measured twice, nothing that stops it."""
+"""A sweep: rows are written as they come, nothing is measured twice, no point stops it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwenq.events import Event, Notice
 from qwenq.profiling.planning import Planned
 from qwenq.profiling.points import Point
 from qwenq.profiling.sweep import run_sweep
@@ -45,12 +46,9 @@ class Silent:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def point(self, number: int, total: int, planned: Planned, seconds: float | None) -> None: ...
-
-    def row(self, row: Row) -> None: ...
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            self.notes.append(event.text)
 
 
 def planned(points: list[Point], **changes: str) -> list[Planned]:
@@ -137,7 +135,7 @@ def test_a_budget_goes_to_the_points_in_turn(
 def test_loads_that_take_longer_than_planned_are_counted_for_the_rest(
     points: list[Point], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planned 2 s, found 10 s: three loads of 10 s are set aside of the 90 s that are left after it."""
+    """Planned 2 s, found 10 s: 10 s for each of three loads are reserved of the 90 s that remain."""
     fake = Fake(loads=[10.0] * 4)
     those = [Planned(point, 2.0, 10.0, 1.0, 100) for point in points]
     found = sweep_with(fake, those, tmp_path, 100.0, monkeypatch)
@@ -192,7 +190,7 @@ def test_one_point_is_measured_even_if_the_budget_is_over(
     fake = Fake(loads=[10.0] * 4)
     found = sweep_with(fake, planned(points), tmp_path, 3.0, monkeypatch)
     assert [point for point, _ in fake.asked] == points[:1]
-    assert found[points[3]] == {("unavailable", "the budget was over before its turn")}
+    assert found[points[3]] == {("unavailable", "the budget was used up before")}
 
 
 def test_what_a_later_run_cannot_do_takes_no_figure_away(

@@ -19,11 +19,11 @@ from safetensors.torch import save
 from tiny_families import write_family
 
 from qwenq.evals.recorded import has_check, record_check
+from qwenq.models import gptq_config
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.identity import base_of, model_name
 from qwenq.models.integrity import verify_files
-from qwenq.models.qwen_v1 import _quant_config
 from qwenq.models.safetensors_files import open_safetensors
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorSource
@@ -130,7 +130,7 @@ def test_quantize_config_json(tmp_path_factory: pytest.TempPathFactory, tally: T
 
 def settings_of(folder: Path, source: TensorSource) -> None:
     """As the folder is opened, without what its weights lack."""
-    found = _quant_config(folder, V1, source)
+    found = gptq_config.settings_of(folder, V1, source.names())
     assert found is not None
     assert found.bits in (2, 4, 8)
     assert found.group_size == -1 or 0 < found.group_size <= 2**31

@@ -20,8 +20,8 @@ from qwenq.reporting import gate, gate_output
 from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import compare
 from qwenq.reporting.export import csv_text, json_text
-from qwenq.reporting.markdown import render as as_markdown
-from qwenq.reporting.page import render as as_page
+from qwenq.reporting.markdown import report_markdown as as_markdown
+from qwenq.reporting.page import report_page as as_page
 from qwenq.reporting.report import make_report
 from qwenq.results import Model, Row
 

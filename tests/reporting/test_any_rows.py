@@ -17,8 +17,8 @@ from qwenq.reporting.export import csv_text, json_text
 from qwenq.reporting.figures import figures_of
 from qwenq.reporting.gate import judge, parse
 from qwenq.reporting.gate_output import github_annotations, junit_text, markdown_text, text_lines
-from qwenq.reporting.markdown import render as render_markdown
-from qwenq.reporting.page import render as render_page
+from qwenq.reporting.markdown import report_markdown as render_markdown
+from qwenq.reporting.page import report_page as render_page
 from qwenq.reporting.report import make_report
 from qwenq.results import Row, append_row, write_environment
 

@@ -133,7 +133,7 @@ def test_rows_of_an_earlier_model_in_the_same_folder_are_said_to_be_in_the_way(c
                enumerate([decode(), decode()])]  # fmt: skip
     found = kept(compared([decode()], earlier), "speed.decode")
     assert not found.comparable
-    assert found.why == "2 models of the new run could be meant: begin it in an empty folder"
+    assert found.why == "2 models of the new run could be the same model: start each run in an empty folder"
 
 
 def at(**changes: Any) -> Callable[[Row], Row]:
@@ -286,7 +286,7 @@ def test_what_was_made_of_other_weights_is_another_model_too(compared: Compare) 
 def test_speed_of_an_unknown_machine_is_not_comparable(compared: Compare) -> None:
     assert (
         kept(compared([decode()], [decode()], cpu=None), "speed.decode").why
-        == "a run does not say its hardware"
+        == "a run does not record its hardware"
     )
 
 

@@ -13,6 +13,7 @@ from test_write_report import markdown_of, matches_golden
 from qwenq.reporting.collect import collect
 from qwenq.reporting.export import json_text
 from qwenq.reporting.report import make_report
+from qwenq.reporting.tables import OUTLIERS
 from qwenq.results import Row
 
 DTYPES = {"bf16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}
@@ -60,25 +61,16 @@ def test_the_markdown_of_detail_tables_is_golden(tmp_path: Path) -> None:
     matches_golden(markdown_of(run, "In detail"), "details.md")
 
 
-def test_outliers_are_named_below_the_table(tmp_path: Path) -> None:
-    """In the speed table as in the one that takes speed apart; and results.json has the same notes."""
+def test_all_outliers_of_a_table_share_one_footnote(tmp_path: Path) -> None:
     report = make_report(collect([write_run(tmp_path / "run", details())]), "t")
     tables = {table["key"]: table for table in json.loads(json_text(report))["sections"][0]["tables"]}
-    assert tables["speed"]["notes"] == [
-        "1 of 9 repetitions stands out and stays in the median: 41.25 tokens/s (repetition 1)"
-    ]
+    assert tables["speed"]["notes"] == [OUTLIERS]
     (cell,) = (cell for line in tables["speed"]["lines"] for cell in line["cells"] if cell.get("note"))
     assert cell["text"] == "52.50"
-    (many,) = (note for note in tables["split"]["notes"] if "repetitions" in note)
-    assert many.startswith(
-        "4 of 9 repetitions stand out and stay in the median: 60.00 tokens/s (repetition 1), "
-    )
-    assert many.endswith(", 1 more")
+    assert tables["split"]["notes"].count(OUTLIERS) == 1
 
 
-@pytest.mark.parametrize(
-    "outliers", [7, [], [3], [{}], [{"repetition": 1, "value": "x"}], [{"repetition": None}]]
-)
+@pytest.mark.parametrize("outliers", [7, [], [3], [{}], [{"repetition": None}]])
 def test_what_is_no_list_of_outliers_is_no_footnote(tmp_path: Path, outliers: object) -> None:
     row = next(row for row in speed("int4", 128) if row.metric == "speed.protocol")
     made = replace(row, details={"outliers": outliers})

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from qwenq.reporting.collect import collect
 from qwenq.reporting.figures import Figure, Point, Series, figures_of
 from qwenq.reporting.frontier import frontier
-from qwenq.reporting.plots import write_plot
-from qwenq.reporting.svg import draw
+from qwenq.reporting.plots import inline_svg, write_plot
 
 
 def names(points: tuple[Point, ...]) -> str:
@@ -68,13 +67,13 @@ def test_the_page_joins_the_frontier_and_marks_the_rest(by_size: Figure) -> None
     assert [(point.label, point.beaten) for point in series.points] == [
         ("Int4", False), ("Int8", False), ("BF16", True), ("FP32", False),
     ]  # fmt: skip
-    svg = str(draw(by_size))
-    (path,) = re.findall(r'<path class="thin [^"]*" d="([^"]*)"', svg)
-    corners = {tuple(corner.split(",")) for corner in path.removeprefix("M").split("L")}
-    dots = re.findall(r'<circle class="dot( beaten)? [^"]*" cx="([^"]*)" cy="([^"]*)"', svg)
-    assert [bool(beaten) for beaten, *_ in dots] == [False, False, True, False]
-    assert corners == {(x, y) for beaten, x, y in dots if not beaten}
-    assert svg.count("another one beats it") == 1
+    svg = str(inline_svg(by_size))
+    (path,) = re.findall(r'<path fill="none" stroke="var\(--c0\)" stroke-linecap="square" d="([^"]*)"', svg)
+    corners = set(re.findall(r"[ML] (\S+) (\S+)", path))
+    circles = re.findall(r'<circle fill="([^"]*)"[^>]* cx="([^"]*)" cy="([^"]*)"', svg)
+    assert sorted(fill for fill, *_ in circles) == ["var(--c0)"] * 3 + ["var(--paper)"]
+    assert corners == {(x, y) for fill, x, y in circles if fill != "var(--paper)"}
+    assert svg.count("another one is better on both axes") == 1
     assert "no other beats" in by_size.caption
 
 

@@ -132,7 +132,7 @@ def test_a_condition_that_judges_nothing_is_no_pass(gate: Gate) -> None:
 def test_nothing_asked_nothing_failed(gate: Gate) -> None:
     verdict = gate([accuracy("int4")], [accuracy("int4", flips=100)], "")
     assert verdict.exit_code == 0
-    assert "nothing was asked" in verdict.headline
+    assert "no condition was given" in verdict.headline
 
 
 def test_accuracies_without_items_are_not_comparable(gate: Gate) -> None:
@@ -166,7 +166,7 @@ def test_a_speed_of_too_few_measurements_fails_nothing_and_says_so(
     assert verdict.exit_code == 3
     few = min(count or 1 for count in counts)
     (judged,) = verdict.of("not judged")[:1]
-    assert judged.reason == f"too few measurements to judge: {few}, where 3 are the least"
+    assert judged.reason == f"too few measurements to judge: {few}, at least 3 are needed"
     assert any("too few measurements" in line for line in text_lines(verdict))
     # Beside a row that was judged it is said, and the verdict is that row's.
     decode = [row for row in speed("int4", 2048) if row.metric == "speed.decode"]
@@ -206,21 +206,21 @@ def test_another_group_size_of_the_same_model_is_compared(gate: Gate) -> None:
 @pytest.mark.parametrize(("text", "says", "hint"), [
     ("acuracy:significant", "unknown metric 'acuracy'", "did you mean 'accuracy'?"),
     ("zzz:>1", "unknown metric 'zzz'", "known metrics: accuracy,"),
-    ("speed", "'speed' is no condition", "write speed:significant or speed:<0.95"),
-    ("speed:<fast", "'speed:<fast' is no condition", "write speed:significant or speed:<0.95"),
-    ("speed:>1.05", "'speed:>1.05' would fail what got better: more speed is better", "speed:<0.95"),
-    ("kl:<0.05", "'kl:<0.05' would fail what got better: less kl is better", "kl:>0.05"),
+    ("speed", "'speed' is not a condition", "write speed:significant or speed:<0.95"),
+    ("speed:<fast", "'speed:<fast' is not a condition", "write speed:significant or speed:<0.95"),
+    ("speed:>1.05", "'speed:>1.05' would fail an improvement: more speed is better", "speed:<0.95"),
+    ("kl:<0.05", "'kl:<0.05' would fail an improvement: less kl is better", "kl:>0.05"),
     ("memory:>-1", "'memory:>-1': the limit is a ratio", "memory:>1.05"),
-    ("speed:<95", "'speed:<95': the limit is a ratio of new to baseline, not per cent", "speed:<0.95"),
-    ("size:>105", "'size:>105': the limit is a ratio of new to baseline, not per cent", "size:>1.05"),
+    ("speed:<95", "'speed:<95': the limit is a ratio of new to baseline, not a percentage", "speed:<0.95"),
+    ("size:>105", "'size:>105': the limit is a ratio of new to baseline, not a percentage", "size:>1.05"),
     ("speed:<0", "'speed:<0': the limit is a ratio", "speed:<0.95"),
-    ("accuracy:<-2", "'accuracy:<-2': the limit is a share above -1, not per cent", "accuracy:<-0.02"),
-    ("accuracy:<-1", "'accuracy:<-1': the limit is a share above -1, not per cent", "accuracy:<-0.02"),
-    ("speed:<101%", "'speed:<101%' is no condition", "speed:<0.95"),
-    ("kl:>1e999", "'kl:>1e999': the limit is no number that could be reached", "kl:>0.05"),
-    ("accuracy@int3:significant", "'accuracy@int3:significant' names no precision", "int8, int4"),
+    ("accuracy:<-2", "'accuracy:<-2': the limit is a share above -1, not a percentage", "accuracy:<-0.02"),
+    ("accuracy:<-1", "'accuracy:<-1': the limit is a share above -1, not a percentage", "accuracy:<-0.02"),
+    ("speed:<101%", "'speed:<101%' is not a condition", "speed:<0.95"),
+    ("kl:>1e999", "'kl:>1e999': the limit is not a finite number", "kl:>0.05"),
+    ("accuracy@int3:significant", "'accuracy@int3:significant' does not name a precision", "int8, int4"),
     ("acuracy@int8:significant", "unknown metric 'acuracy'", "did you mean 'accuracy'?"),
-    ("speed:<0.95;kl:>0.1", "'speed:<0.95;kl:>0.1' is no condition", "speed:<0.95"),
+    ("speed:<0.95;kl:>0.1", "'speed:<0.95;kl:>0.1' is not a condition", "speed:<0.95"),
 ])  # fmt: skip
 def test_a_wrong_condition_is_explained(text: str, says: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -38,7 +38,7 @@ def test_where_nothing_was_judged_every_form_says_that_it_is_no_pass(tmp_path: P
     assert len(suite.findall("testcase/error")) == 1
     assert len(suite.findall("testcase")) == int(suite.attrib["tests"])
     assert [line for line in github_annotations(verdict) if line.startswith("::error")] == [
-        "::error title=qwenq compare::Not comparable: there was nothing to judge; that is no pass"
+        "::error title=qwenq compare::Not comparable: there was nothing to judge, which is not a pass"
     ]
 
 

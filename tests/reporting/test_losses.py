@@ -46,7 +46,7 @@ def test_every_loss_says_what_the_sample_could_have_shown(tmp_path: Path) -> Non
         drop = detectable_drop(500, lost / 500)
         assert drop is not None
         assert found["MMLU", precision]["Items lost"] == str(lost)
-        assert found["MMLU", precision]["Detectable drop"] == f"{100 * drop:.1f}"
+        assert found["MMLU", precision]["Detectable drop (points)"] == f"{100 * drop:.1f}"
         assert found["MMLU", precision]["In words"].startswith("no loss beyond 2 points: −0.")
 
 
@@ -66,7 +66,7 @@ def test_a_loss_beyond_doubt_and_a_sample_that_can_show_nothing(tmp_path: Path) 
     rows += [accuracy(precision, "gsm8k", n=5) for precision in ("fp32", "int4")]
     found = lines(tmp_path, rows)
     assert found["MMLU", "Int4"]["In words"].startswith("loss: −4.4 points, 95 % interval −")
-    assert found["GSM8K", "Int4"]["Detectable drop"] == "none"
+    assert found["GSM8K", "Int4"]["Detectable drop (points)"] == "none"
     assert found["GSM8K", "Int4"]["In words"].endswith("; with 5 items no loss at all could be shown")
 
 
@@ -75,14 +75,14 @@ def test_the_points_are_those_of_the_score_where_subjects_count_alike(tmp_path: 
     assert after.value is not None
     macro = replace(after, value=after.value + 0.01, high=None, low=None)
     loss = lines(tmp_path, [before, macro])["MMLU", "Int4"]
-    assert loss["Difference"] == "−3.4"
+    assert loss["Difference (points)"] == "−3.4"
     assert loss["In words"].startswith("loss: −3.4 points; all items alike −4.4, 95 % interval −")
 
 
 def test_without_single_items_nothing_is_claimed(tmp_path: Path) -> None:
     loss = lines(tmp_path, [accuracy("fp32"), replace(accuracy("int4", flips=3), details={})])["MMLU", "Int4"]
-    figures = [loss[name] for name in ("Items lost", "p", "p (Holm)", "Detectable drop", "In words")]
-    assert figures == ["–", "n/a", "–", "–", "–"]
+    figures = [loss[name] for name in ("Items lost", "p", "p (Holm)", "Detectable drop (points)", "In words")]
+    assert figures == ["–", "n/a", "–", "–", "not tested"]
 
 
 def test_what_rounding_to_bfloat16_cost_is_no_cost_of_quantising(tmp_path: Path) -> None:
@@ -117,13 +117,13 @@ def test_each_task_has_the_base_that_was_measured_there_alike(tmp_path: Path) ->
         ("GSM8K", "Int8"): "BF16",
         ("GSM8K", "Int4"): "BF16",
     }
-    assert (table.labels, table.caption[0]) == (3, "against the unquantised model named, item by item")
+    assert (table.labels, table.caption[0]) == (4, "against the unquantised model named, item by item")
     collection = collect([tmp_path / "run"])
     (figure,) = (figure for figure in figures_of(collection, FAMILY) if figure.key == "items")
     assert figure.categories[0] == "MMLU, Int8 against FP32"
     int8, int4 = summary_of(collection, FAMILY)
-    assert int8.startswith("Int8: 34% of the FP32 bytes; against FP32 and BF16, MMLU fell most: ")
-    assert int4.startswith("Int4: 51% of the BF16 bytes; against BF16, MMLU fell most: ")
+    assert int8.startswith("Int8: 2490.0 MB, 34 % of FP32; against FP32 and BF16, MMLU fell most: ")
+    assert int4.startswith("Int4: 1879.0 MB, 51 % of BF16; against BF16, MMLU fell most: ")
     for said in (int8, int4):
         assert said.endswith("verdict: a loss in 2 of 2 tasks (MMLU, GSM8K).")
 
@@ -147,7 +147,7 @@ def test_one_base_is_named_once(tmp_path: Path) -> None:
     assert table.caption[0] == "against BF16, item by item"
     (said,) = summary_of(collect([tmp_path / "run"]), FAMILY)
     assert said.startswith(
-        "Int4: 51% of the BF16 bytes; against BF16, MMLU fell most: 48.0 → 47.4 % (−0.6 points, "
+        "Int4: 1879.0 MB, 51 % of BF16; against BF16, MMLU fell most: 48.0 → 47.4 % (−0.6 points, "
     )
     assert "verdict: no loss beyond 2 points in 1 task (TOST, p = " in said
 
@@ -180,7 +180,7 @@ def test_a_decoding_speed_is_beside_the_base_that_was_computed_alike(tmp_path: P
     rows = [row for precision in ("fp32", "bf16") for row in speed(precision, 128)]
     rows += [computed("bfloat16", row) for row in speed("int4", 128)]
     (said,) = summary_of(collect([write_run(tmp_path / "run", rows)]), FAMILY)
-    assert said == "Int4: 51% of the BF16 bytes; decodes 2.69 × as fast as BF16."
+    assert said == "Int4: 1879.0 MB, 51 % of BF16; decodes 2.69 × as fast as BF16."
 
 
 def test_a_score_that_rose_though_items_were_lost_counts_items(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_score_that_rose_though_items_were_lost_counts_items(tmp_path: Path) -
     macro = replace(after, value=before.value + 0.003, high=None, low=None)
     table = table_of(tmp_path, [before, macro])
     loss = lines_of(table)["MMLU", "Int4"]
-    assert loss["Difference"] == "+0.3"
+    assert loss["Difference (points)"] == "+0.3"
     assert loss["In words"].startswith("loss: +0.3 points; all items alike −4.4, 95 % interval −")
     marked = [heading for heading, cell in zip(table.headers, table.lines[0].cells, strict=True) if cell.mark]
     assert marked == ["p (Holm)"]

@@ -15,7 +15,7 @@ from qwenq.environment import MACHINE, machine
 from qwenq.reporting.collect import Collection, collect
 from qwenq.reporting.environment_table import environment_lines
 from qwenq.reporting.machine import another_machine, hardware_names
-from qwenq.reporting.page import render
+from qwenq.reporting.page import report_page
 from qwenq.reporting.report import make_report
 from qwenq.reporting.selection import at_one_point
 from qwenq.reporting.tables import Table
@@ -60,13 +60,13 @@ def table(collection: Collection, key: str) -> Table:
 def test_two_machines_of_one_label_are_two_lines_that_say_what_differs(runs: Runs) -> None:
     found = runs((rows_of("int4"), {}), (rows_of("int4", factor=0.5), PLAIN))
     made = table(found, "speed")
-    assert made.headers[:3] == ("Quantization", "FlashAttn", "Hardware")
+    assert made.headers[:3] == ("Quantization", "Attention", "Hardware")
     shown = {line.cells[2].text: line.cells[3].value for line in made.lines if not line.published}
     assert shown == {
         "Imaginary CPU, 2 cores (instruction sets avx2 avx512f)": 52.5,
         "Imaginary CPU, 2 cores (instruction sets avx2)": 26.25,
     }
-    page = render(make_report(found, "t"))
+    page = report_page(make_report(found, "t"))
     assert all(name in page for name in shown)
 
 
@@ -141,4 +141,4 @@ def test_eight_gpus_of_one_kind_are_named_once(runs: Runs) -> None:
 @pytest.mark.parametrize("said", [7, [], {}, {"cpu": 7}, {"gpus": "x"}, {"cpu": {"features": [[]]}}])
 def test_a_machine_that_is_none_is_no_traceback(runs: Runs, said: object) -> None:
     found = runs((rows_of("int4", **{MACHINE: said}), {}), (rows_of("int4"), {}))
-    assert render(make_report(found, "t"))
+    assert report_page(make_report(found, "t"))

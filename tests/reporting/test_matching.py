@@ -37,7 +37,9 @@ def test_a_model_quantised_anew_is_not_passed_by_the_rows_of_the_one_before(comp
     """The run went on in its folder: the baseline's own rows are there still, and equal to themselves."""
     found = compared([decode("a")], [decode("a"), decode("b", 0.5)])
     assert [item.comparable for item in found] == [False]
-    assert found[0].why == "2 models of the new run could be meant: begin it in an empty folder"
+    assert (
+        found[0].why == "2 models of the new run could be the same model: start each run in an empty folder"
+    )
     assert judge(found, parse("speed:<0.95")).exit_code == 3
 
 
@@ -58,12 +60,12 @@ def test_one_model_is_no_match_of_two(compared: Compare, left: str) -> None:
     old = [decode("a", group_size=128), decode("b", group_size=64)]
     found = compared(old, [decode(left, group_size=128)])
     assert [item.comparable for item in found] == [True, False]
-    assert found[1].why == "missing in the new run: of 2 such models it has but one"
+    assert found[1].why == "missing in the new run, which has one of 2 such models"
     assert judge(found, parse("speed:<0.95")).exit_code == 3
 
 
 def test_of_two_that_nothing_tells_apart_none_is_taken(compared: Compare) -> None:
     found = compared([decode("a"), decode("b")], [decode("c")])
     assert [item.why for item in found] == [
-        "2 models of the baseline could be meant: begin it in an empty folder"
+        "2 models of the baseline could be the same model: start each run in an empty folder"
     ] * 2

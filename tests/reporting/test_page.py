@@ -12,7 +12,7 @@ from browser import Browser
 from example_runs import accuracy, closeness, model, speed, write_run
 
 from qwenq.reporting.collect import Collection, collect
-from qwenq.reporting.page import render
+from qwenq.reporting.page import report_page
 from qwenq.reporting.report import make_report
 from qwenq.results import Row
 
@@ -32,7 +32,7 @@ ATTACKS = (
 @pytest.fixture(scope="module")
 def page(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "index.html"
-    path.write_text(render(make_report(collection, "Qwen-1.8B-Chat, quantised")), encoding="utf-8")
+    path.write_text(report_page(make_report(collection, "Qwen-1.8B-Chat, quantised")), encoding="utf-8")
     return path
 
 
@@ -66,7 +66,7 @@ def test_hostile_text_makes_no_element(attack: str, tmp_path: Path) -> None:
         tmp_path / "run", hostile(attack), os=attack, cpu={"model": attack}, versions={attack: attack}
     )
     tags = Tags()
-    tags.feed(render(make_report(collect([run]), attack)))
+    tags.feed(report_page(make_report(collect([run]), attack)))
     assert sum(tag == "script" for tag, _ in tags.found) == 1
     assert not any(tag in {"img", "iframe", "object"} for tag, _ in tags.found)
     names = {name for _, attributes in tags.found for name in attributes}
@@ -79,7 +79,7 @@ def test_hostile_text_runs_nothing(browser: Browser, tmp_path: Path) -> None:
     for number, attack in enumerate(ATTACKS):
         run = write_run(tmp_path / f"run{number}", hostile(attack), os=attack, cpu={"model": attack})
         path = tmp_path / f"{number}.html"
-        path.write_text(render(make_report(collect([run]), attack)), encoding="utf-8")
+        path.write_text(report_page(make_report(collect([run]), attack)), encoding="utf-8")
         browser.open(path)
         assert browser.run("document.title") != "owned"
         assert browser.run("document.scripts.length") == 1

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenq.paired.compare import Paired
-from qwenq.reporting.significance import holm, other_items, paired
+from qwenq.paired.mcnemar import holm
+from qwenq.reporting.significance import other_items, paired
 
 
 def test_holm_by_hand() -> None:

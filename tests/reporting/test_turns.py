@@ -1,4 +1,4 @@
-"""Runs of the same code measured in turns: one figure, as uncertain as they were apart."""
+"""Repeated runs of the same code make one figure, as uncertain as they were apart."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def outcome(before: Collection, after: Collection, conditions: str = "speed.deco
 def test_the_figure_is_the_median_and_its_interval_holds_all(side: Side) -> None:
     (item,) = side(decode(40.0), decode(20.0, 2.0), decode(30.0)).measured
     assert (item.row.value, item.row.low, item.row.high, item.row.n) == (30.0, 18.0, 40.5, 18)
-    assert item.row.details["turns"] == [40.0, 20.0, 30.0]
+    assert item.row.details["repeats"] == [40.0, 20.0, 30.0]
 
 
 def test_a_machine_that_was_busy_for_one_turn_fails_nothing(side: Side) -> None:

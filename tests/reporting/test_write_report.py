@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from report_cells import plain, shown
 from qwenq.errors import UsageError
 from qwenq.reporting.collect import Collection, collect
 from qwenq.reporting.figures import figures_of
-from qwenq.reporting.markdown import render
+from qwenq.reporting.markdown import report_markdown
+from qwenq.reporting.plots import inline_svg
 from qwenq.reporting.report import make_report
-from qwenq.reporting.svg import draw
 from qwenq.reporting.write import write_report
 from qwenq.results import Row
 from qwenq.storage import held
@@ -29,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def markdown_of(run: Path, title: str = "Qwen-1.8B-Chat, quantised") -> str:
-    return render(make_report(collect([run]), title))
+    return report_markdown(make_report(collect([run]), title))
 
 
 def matches_golden(text: str, name: str) -> None:
@@ -208,7 +207,7 @@ def test_kl_by_position_is_drawn_with_its_intervals_where_rows_have_them(collect
         assert [point.x for point in series.points] == list(range(0, 256, 32))
         assert (series.points[0].low, series.points[0].high) == (kl * 0.8, kl * 2.1)
         assert series.points[-1].high is None
-    assert str(draw(figure)).count('class="bar') == 2 * 7
+    assert str(inline_svg(figure)).count('opacity="0.5"') == 2 * 7
 
 
 def test_a_family_of_any_length_has_plots(tmp_path: Path) -> None:
@@ -300,15 +299,3 @@ def test_characters_that_the_font_lacks_are_no_python_warnings(
     write_report([write_run(tmp_path / "run", rows)], tmp_path / "out")
     assert list((tmp_path / "out" / "plots").iterdir())
     assert [str(each.message) for each in recwarn] == []
-
-
-def test_without_matplotlib_no_report_is_begun(
-    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A README.md would show plots that never come."""
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match="plots need matplotlib"):
-        write_report([example], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    write_report([write_run(tmp_path / "run", [accuracy("int4")])], tmp_path / "out")  # it has no plots

@@ -135,7 +135,7 @@ def test_every_step_is_a_command_with_options_that_exist(tmp_path: Path, text: s
     register()
     commands: Any = typer.main.get_command(app)
     for step in chain(tmp_path, text).steps:
-        if step.module == "qwenq":
+        if not step.records:
             name, *arguments = step.arguments
             commands.commands[name].make_context(name, arguments)
 

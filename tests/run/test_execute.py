@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from listening import notices_to
 
 from qwenq.recipe import Recipe, read_recipe
 from qwenq.run.chain import Chain, Step, chain_of
@@ -65,10 +66,10 @@ def test_a_name_without_a_hash_leads_to_the_newest_model(steps: Path) -> None:
         made = steps / "models" / name / "m-Int4"
         made.parent.mkdir(parents=True)
         step = replace(marker(str(made.relative_to(steps)), steps), makes=made, whole=True, alias=alias)
-        assert run_chain(made_of(steps, step), lambda line: None) == 0
+        assert run_chain(made_of(steps, step)) == 0
         assert alias.resolve() == made
     again = replace(step, makes=steps / "models" / "old" / "m-Int4")
-    assert run_chain(made_of(steps, again), lambda line: None) == 0  # done already, and asked for again
+    assert run_chain(made_of(steps, again)) == 0  # done already, and asked for again
     assert alias.resolve() == again.makes
     assert sorted(path.name for path in alias.parent.iterdir()) == ["m-Int4", "new", "old"]
 
@@ -77,7 +78,7 @@ def test_somebodys_folder_under_that_name_stays(steps: Path) -> None:
     alias = steps / "models" / "m-Int4"
     (alias / "precious").mkdir(parents=True)
     step = replace(marker("made", steps), whole=True, alias=alias)
-    assert run_chain(made_of(steps, step), lambda line: None) == 0
+    assert run_chain(made_of(steps, step)) == 0
     assert (alias / "precious").is_dir()
 
 
@@ -87,25 +88,24 @@ def test_a_work_folder_that_a_kill_left_beside_a_whole_model_is_removed(tmp_path
     made.steps[0].makes.mkdir(parents=True)
     (leftover / "layers").mkdir(parents=True)
     (leftover / "layers" / "0.safetensors").write_bytes(b"of no use any more")
-    assert run_chain(made, lambda line: None) == 0
+    assert run_chain(made) == 0
     assert not leftover.exists()
 
 
 def test_a_step_that_is_done_is_not_done_again(steps: Path) -> None:
     both = made_of(steps, marker("one", steps), marker("two", steps))
-    assert run_chain(both, lambda line: None) == 0
-    assert run_chain(both, lambda line: None) == 0
+    assert run_chain(both) == 0
+    assert run_chain(both) == 0
     assert log(steps) == ["one", "two"]
 
 
 def test_what_failed_ends_the_chain_and_is_tried_again(steps: Path) -> None:
     said: list[str] = []
     broken = made_of(steps, marker("one", steps), marker("two", steps, code=5), marker("three", steps))
-    assert run_chain(broken, said.append) == 5
+    assert run_chain(broken, notices_to(said)) == 5
     assert "exit code 5" in said[-1]
-    assert (
-        run_chain(made_of(steps, *broken.steps[:1], marker("two", steps), broken.steps[2]), said.append) == 0
-    )
+    mended = made_of(steps, *broken.steps[:1], marker("two", steps), broken.steps[2])
+    assert run_chain(mended, notices_to(said)) == 0
     assert log(steps) == ["one", "two", "two", "three"]
 
 
@@ -113,11 +113,11 @@ def test_what_a_step_reads_or_has_made_decides(steps: Path) -> None:
     source = steps / "source"
     source.write_text("a")
     one = made_of(steps, marker("one", steps, reads=(source,)))
-    run_chain(one, lambda line: None)
+    run_chain(one)
     assert is_done(one, one.steps[0])
     source.write_text("longer")
     assert not is_done(one, one.steps[0])
-    run_chain(one, lambda line: None)
+    run_chain(one)
     (steps / "one").unlink()
     assert not is_done(one, one.steps[0])
 
@@ -137,19 +137,19 @@ def test_rows_that_are_gone_are_made_again(steps: Path) -> None:
         steps, *(replace(script, name=n, arguments=(str(steps), n, "0"), makes=rows) for n in names)
     )
     for _ in range(2):
-        assert run_chain(chain, lambda line: None) == 0
+        assert run_chain(chain) == 0
     assert log(steps) == [*names]
     rows.unlink()
     for _ in range(2):
-        assert run_chain(chain, lambda line: None) == 0
+        assert run_chain(chain) == 0
     assert log(steps) == [*names, *names]
     assert rows.read_text().split() == [*names]
 
 
 def test_a_verdict_is_always_asked_for(steps: Path) -> None:
     gate = made_of(steps, replace(marker("gate", steps), always=True))
-    run_chain(gate, lambda line: None)
-    run_chain(gate, lambda line: None)
+    run_chain(gate)
+    run_chain(gate)
     assert log(steps) == ["gate", "gate"]
 
 
@@ -158,18 +158,18 @@ def test_a_verdict_on_what_was_there_already_says_so(steps: Path) -> None:
     whole = made_of(steps, marker("one", steps), replace(marker("gate", steps), always=True))
     for expected in (0, 1):
         said: list[str] = []
-        run_chain(whole, said.append)
-        assert sum("was made before" in line for line in said) == expected
+        run_chain(whole, notices_to(said))
+        assert sum("earlier results" in line for line in said) == expected
     assert log(steps) == ["one", "gate", "gate"]
 
 
 def test_a_torn_line_of_the_journal_is_no_end(steps: Path) -> None:
     one = made_of(steps, marker("one", steps))
-    run_chain(one, lambda line: None)
+    run_chain(one)
     journal = steps / "work" / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
     assert not is_done(one, one.steps[0])
-    run_chain(one, lambda line: None)
+    run_chain(one)
     assert is_done(one, one.steps[0])
     assert log(steps) == ["one", "one"]
 
@@ -177,14 +177,14 @@ def test_a_torn_line_of_the_journal_is_no_end(steps: Path) -> None:
 def test_a_name_with_a_line_separator_of_unicode_is_one_line_of_the_journal(steps: Path) -> None:
     """A model's folder may have it, and a step whose end is not found would be done again and again."""
     one = made_of(steps, marker("a\u2028b\x85c", steps))
-    run_chain(one, lambda line: None)
+    run_chain(one)
     assert is_done(one, one.steps[0])
 
 
 def test_a_folder_of_any_bytes_is_no_traceback_after_the_step(steps: Path) -> None:
     one = marker("one", steps)
     named = made_of(steps, replace(one, arguments=(*one.arguments, "\udcff")))
-    assert run_chain(named, lambda line: None) == 0
+    assert run_chain(named) == 0
     assert is_done(named, named.steps[0])
 
 
@@ -244,7 +244,7 @@ def test_sigterm_stops_the_chain_though_the_step_was_as_good_as_done(steps: Path
 
 
 def test_json_lines_of_the_journal_say_what_was_done(steps: Path) -> None:
-    run_chain(made_of(steps, marker("one", steps)), lambda line: None)
+    run_chain(made_of(steps, marker("one", steps)))
     (entry,) = map(json.loads, (steps / "work" / "journal.jsonl").read_text().splitlines())
     assert entry["step"] == "one"
     assert entry["command"][0] == "step"

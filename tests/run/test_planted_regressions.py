@@ -17,6 +17,7 @@ import torch
 from brief_profiles import profile_briefly
 from safetensors.torch import load_file, save_file
 
+from qwenq.errors import CorruptFileError
 from qwenq.profiling.measure import measure
 from qwenq.profiling.points import Point
 from qwenq.profiling.subjects import subjects_of
@@ -25,8 +26,8 @@ from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import compare
 from qwenq.reporting.turns import with_turns
 from qwenq.results import append_row, read_rows, write_environment
+from qwenq.run.execute import append_check
 from qwenq.runtime.compiled_step import CompiledStep
-from qwenq.runtime.kernels.cpu_int4 import CpuInt4
 from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.storage import sha256_file
 
@@ -71,7 +72,7 @@ def evaluate(model: Path, run: Path) -> Path:
 
 
 def record(model: Path, run: Path) -> Path:
-    python("qwenq.run.recorded", model, run, "qwenq quantize")
+    append_check(model, run, "qwenq quantize")
     return run
 
 
@@ -133,10 +134,9 @@ def damaged(model: Path, folder: Path, *, told: bool) -> Path:
 def test_a_damaged_tensor_is_named_before_anything_is_compared(model: Path, tmp_path: Path) -> None:
     """The check in the manifest is not that of these bytes."""
     folder = damaged(model, tmp_path / "m", told=False)
-    said = python("qwenq.run.recorded", folder, tmp_path / "r", "qwenq quantize", code=1)
-    assert "the bytes are not those that were written" in said
-    assert "model.safetensors" in said
-    assert "Traceback" not in said
+    with pytest.raises(CorruptFileError, match="the bytes are not those that were written") as refused:
+        append_check(folder, tmp_path / "r", "qwenq quantize")
+    assert "model.safetensors" in str(refused.value)
     assert not (tmp_path / "r").exists()
 
 
@@ -187,7 +187,7 @@ def test_a_slowed_kernel_fails_for_its_speed(
         return slow
 
     monkeypatch.setattr("qwenq.profiling.measure.PROTOCOL_PATIENCE", 20.0)  # for the three that are judged
-    for kernel, delay in ((CpuInt4, step / LINEARS), (CpuNative, step / LINEARS), (CompiledStep, step)):
+    for kernel, delay in ((CpuNative, step / LINEARS), (CompiledStep, step)):
         monkeypatch.setattr(kernel, "__call__", slowed(kernel.__call__, delay))  # whichever runs here
     after = profiled(model, tmp_path / "after")
     assert regressions(before, after, "speed.protocol:<0.5, size:>1.0") == {"speed.protocol"}

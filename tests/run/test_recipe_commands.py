@@ -11,6 +11,7 @@ import pytest
 from run.test_chain import WHOLE, chain
 from test_docs import ROOT
 
+from qwenq.errors import UsageError
 from qwenq.models.bundled import NAME
 from qwenq.run.senseless import ATTENTIONS, ENGINES
 
@@ -76,11 +77,11 @@ def test_the_users_own_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: p
 
 def test_names_of_attentions_and_engines_are_those_of_profile() -> None:
     """They are written down twice, as a run must not load torch."""
-    from qwenq.cli.profile import _check_names
+    from qwenq.profiling.points import require_known
     from qwenq.runtime.attention import BACKENDS
 
     assert set(ATTENTIONS) == {"auto", *BACKENDS}
-    _check_names(ATTENTIONS, ENGINES, "auto")
+    require_known(ATTENTIONS, ENGINES, "auto")
     script = "import sys; from qwenq.cli.recipe import checked; from pathlib import Path\n"
     script += (
         "from qwenq.run.chain import chain_of; chain_of(checked(Path(sys.argv[1])), Path(sys.argv[1]))\n"
@@ -111,11 +112,11 @@ def test_no_generation_is_asked_for_where_the_recipe_has_none(tmp_path: Path) ->
     ("[profile]\ntokens = []\nencode = []", "profile.tokens and profile.encode are empty"),
     ("[profile]\nattention = ['v9']", "profile.attention: there is no 'v9'"),
     ("[profile]\nengine = ['slow']", "profile.engine: there is no 'slow'"),
-    ("[profile]\nbudget = '5m3h'", "profile.budget: '5m3h' is no time"),
-    ("[profile]\nbudget = '0s'", "profile.budget: '0s' is no time"),
+    ("[profile]\nbudget = '5m3h'", "profile.budget: '5m3h' is not a duration"),
+    ("[profile]\nbudget = '0s'", "profile.budget: '0s' is not a duration"),
     ("precisions = ['int3']", "precisions"),
     ("model = '--unsafe-code'\nprecisions = ['bf16']\n[eval]", "model = '--unsafe-code' is an option"),
-    ("[gate]\nbaseline = '--fail-on=none'", "gate.baseline = '--fail-on=none' is an option, no name"),
+    ("[gate]\nbaseline = '--fail-on=none'", "gate.baseline = '--fail-on=none' is an option, not a name"),
 ])  # fmt: skip
 def test_an_unsound_recipe_is_refused_before_anything_runs(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "r.toml").write_text(text)
@@ -123,3 +124,22 @@ def test_an_unsound_recipe_is_refused_before_anything_runs(tmp_path: Path, text:
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_of_qwenqs_own_is_found_by_name_from_any_folder(tmp_path: Path) -> None:
+    done = qwenq("run", "demo", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"--recipe {ROOT / 'recipes' / 'demo.toml'}" in done.stderr
+    (tmp_path / "demo").mkdir()  # a file or folder here comes first
+    assert qwenq("run", "demo", "--dry-run", cwd=tmp_path).returncode == 2
+    assert qwenq("recipe", "check", "qwen3-8b", cwd=tmp_path).returncode == 0
+    assert "no such recipe" in qwenq("run", "nothing", cwd=tmp_path).stderr
+
+
+def test_a_package_that_the_report_needs_is_missed_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwenq.run.senseless.find_spec", lambda name: None if name == "pandas" else name)
+    with pytest.raises(UsageError, match=r"the package pandas is missing, which results.csv needs"):
+        chain(tmp_path, "[eval]\nsample = true\n")
+    assert chain(tmp_path, "[quantize]\nbits = 8\n").page is None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.attention import BACKENDS, attention_backend, available, flash, of_row
-from qwenq.runtime.attention.best import Best
+from qwenq.runtime.attention.best import Autotuned
 from qwenq.runtime.attention.flash import Flash
 from qwenq.runtime.span import Span
 
@@ -22,9 +22,7 @@ HEADS = [(4, 4, 16), (6, 2, 24)]
 @pytest.mark.parametrize("name", ["off", "sdpa", "grouped"])
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize(("heads", "shared", "d"), HEADS)
-def test_what_runs_on_a_cpu_agrees_with_float64(
-    name: str, span: str, heads: int, shared: int, d: int
-) -> None:
+def test_cpu_backends_agree_with_float64(name: str, span: str, heads: int, shared: int, d: int) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         backend = attention_backend(name, CPU, dtype)
         assert backend.name == name
@@ -46,7 +44,7 @@ def last_query_at_last_key(queries: Tensor, keys: Tensor, values: Tensor, causal
 
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize(("heads", "shared", "d"), HEADS)
-def test_a_flash_kernel_is_asked_only_what_it_can_answer(span: str, heads: int, shared: int, d: int) -> None:
+def test_flash_kernels_get_only_masks_that_they_have(span: str, heads: int, shared: int, d: int) -> None:
     backend = Flash("v2", "reference", last_query_at_last_key)
     assert error(backend, torch.float32, (heads, shared), d, *SPANS[span]) < 1e-5
 
@@ -133,7 +131,7 @@ def test_v1_takes_the_package_where_it_is_installed(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("hopper")
-def test_without_the_package_v2_is_torchs_own_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_v2_is_torchs_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "package_version", lambda name: None)
     backend = attention_backend("v2", CUDA, torch.bfloat16)
     assert backend.implementation == f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)"
@@ -169,7 +167,7 @@ def test_a_package_that_cannot_be_imported_is_not_replaced(monkeypatch: pytest.M
         ("split", CUDA, torch.float16, (7, 0), "compute capability 8.0, this GPU has 7.0"),
     ],
 )
-def test_what_cannot_run_says_why(
+def test_unsupported_backends_raise_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     device: torch.device,
@@ -216,7 +214,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     assert {"v2", "v1", "off", "sdpa", "split", "best"} <= set(BACKENDS)
 
 
-def test_available_lists_every_backend_with_what_runs_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_lists_every_backend_with_implementation_or_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     listed = available(CPU, torch.bfloat16)
     assert tuple(each.name for each in listed) == BACKENDS
@@ -239,9 +237,9 @@ class Slow:
         return queries
 
 
-def test_best_takes_the_faster_one_for_prompts_and_for_steps_and_says_which() -> None:
+def test_best_takes_the_faster_backend_for_prompts_and_for_steps() -> None:
     one, other = Slow("one", 0.0, 0.02), Slow("other", 0.02, 0.0)
-    best = Best([one, other], CPU, torch.float32)
+    best = Autotuned([one, other], CPU, torch.float32)
     assert best.implementation.startswith(
         "fastest measured at load among one, other: prefill one (one 1.0), "
     )

@@ -48,7 +48,7 @@ def test_a_decoder_with_kernels_is_as_near_to_float32_as_in_torch(
 
 
 @needs_kernels
-def test_where_no_kernel_runs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_that_run_in_torch_get_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     _, checkpoint = small_model("llama")
     notice = "norms, rotary positions, activations and attention of prompts run in torch"
     engine = fast_engine(checkpoint, "bfloat16")
@@ -63,9 +63,7 @@ def test_where_no_kernel_runs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("faster", [False, True])
-def test_a_row_of_results_says_which_unit_multiplied_prompts(
-    faster: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_implementation_names_float32_units(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door.cpu, "float32_is_faster", lambda: faster)
     _, checkpoint = small_model("llama")
     said = {

@@ -71,19 +71,19 @@ def test_rewinding_only_goes_back(wanted: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("batch", "capacity"), [(-1, 8), (1, -8)])
-def test_fewer_than_no_rows_or_slots_are_no_cache(batch: int, capacity: int) -> None:
+def test_negative_sizes_are_refused(batch: int, capacity: int) -> None:
     with pytest.raises(UsageError, match=f"cannot have {batch} rows of {capacity} tokens"):
         small_cache(batch, capacity)
 
 
-def test_room_that_is_not_there_is_refused_before_anything_grows() -> None:
+def test_growth_beyond_free_memory_is_refused() -> None:
     cache = small_cache(2, capacity=8)
     with pytest.raises(OutOfMemoryError, match=r"2 rows of 10000000000000 tokens instead of 8 needs .* GiB"):
         cache.reserve(10**13)
     assert cache.capacity == 8
 
 
-def test_a_stop_while_it_grows_leaves_a_cache_that_can_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_growing_leaves_a_usable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C ends an answer of `qwenq chat`, and the next one has the same cache."""
     cache = KVCache(3, 1, heads=2, capacity=4, head_dim=4, device=CPU, dtype=torch.float32)
     for layer, tensor in enumerate((*cache.keys, *cache.values)):
@@ -210,7 +210,7 @@ def test_rows_are_dropped_and_the_last_ones_fill_the_gaps(
         cache.keep([5])
 
 
-def test_code_that_finds_its_way_by_itself_meets_gaps_between_layers_alone() -> None:
+def test_compiled_code_gets_gaps_between_layers_only() -> None:
     cache = KVCache(3, 5, heads=2, capacity=8, head_dim=4, device=CPU, dtype=torch.float32)
     for layer, tensor in enumerate(cache.keys):
         tensor[:, :, :2] = torch.arange(5.0).view(5, 1, 1, 1) + 10 * layer

@@ -18,7 +18,7 @@ def runner(request: pytest.FixtureRequest) -> Engine:
     return load(small_model("qwen2-tied")[1], device="cpu", dtype="float32", engine=request.param)
 
 
-def test_no_prompt_is_nothing_to_run(runner: Engine) -> None:
+def test_an_empty_list_of_prompts_is_refused(runner: Engine) -> None:
     assert runner.generate([], 5).answers == []
     for run in (runner.prefill, runner.logits):
         with pytest.raises(UsageError, match="no prompt to run"):
@@ -95,7 +95,7 @@ def test_a_session_needs_a_prompt_and_a_token_to_answer(runner: Engine) -> None:
         list(session.answer(random_ids(4), 0))
 
 
-def test_memory_that_runs_out_in_a_step_is_explained(runner: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_a_step_is_explained(runner: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
 

@@ -51,7 +51,7 @@ def conversation(
     return Conversation(session, tokenizer, **settings), session
 
 
-def test_prompts_are_v1s_own(runner: Engine, tokenizer: QwenTokenizer) -> None:
+def test_prompts_of_qwen_v1_follow_its_template(runner: Engine, tokenizer: QwenTokenizer) -> None:
     chat, session = conversation(runner, tokenizer, system="Be brief.")
     list(chat.ask("One?"))
     list(chat.ask("Two?"))

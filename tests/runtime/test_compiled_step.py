@@ -11,7 +11,6 @@ from runtime.small_models import random_ids
 
 from qwenq.errors import UsageError
 from qwenq.models.gptq_config import QuantConfig
-from qwenq.runtime.compiled_step import CompiledStep
 from qwenq.runtime.engine import FastEngine, load
 from qwenq.runtime.kernels.cpu_native import CpuNative
 
@@ -42,17 +41,16 @@ def steps(engine: FastEngine, prompts: list[list[int]], count: int, seed: int = 
 
 @pytest.mark.parametrize("quant", [INT4, INT8], ids=["int4", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_nearer_to_the_exact_model_than_bfloat16_calls_are(family: str, quant: QuantConfig) -> None:
+def test_compiled_steps_are_nearer_to_float32_than_steps_in_torch(family: str, quant: QuantConfig) -> None:
     prompts = [random_ids(length, length) for length in (3, 1, 21)]
     engine = engine_of(family, quant)
     assert engine.implementation.endswith("decode steps compiled for this CPU")
-    assert not [note for note in engine.notes if "passed over" in note]
+    assert not [note for note in engine.notes if "not used" in note]
     exact = steps(engine_of(family, quant, dtype="float32"), prompts, 5)
     found = steps(engine, prompts, 5)
     in_torch = engine_of(family, quant)
-    step = in_torch.decoder._step
-    assert isinstance(step, CompiledStep)
-    in_torch.decoder._step = step._step
+    assert in_torch.decoder.compiled is not None
+    in_torch.decoder.compiled = None
     called = steps(in_torch, prompts, 5)
     error, rounding = ((logits - exact).norm() / exact.norm() for logits in (found, called))
     assert error < NEAR
@@ -60,7 +58,7 @@ def test_it_is_nearer_to_the_exact_model_than_bfloat16_calls_are(family: str, qu
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, CpuNative.many_rows - 1, CpuNative.many_rows])
-def test_any_number_of_rows_each_as_if_alone(rows: int) -> None:
+def test_rows_of_a_batch_equal_rows_alone(rows: int) -> None:
     engine = engine_of("qwen3")
     prompts = [random_ids(1 + row % 7, row) for row in range(rows)]
     together = steps(engine, prompts, 3)
@@ -91,13 +89,13 @@ def test_rows_that_reach_into_different_stretches_of_slots() -> None:
     lengths = (3, 254, 255, 256, 530)
     prompts = [random_ids(length, length) for length in lengths]
     engine = engine_of("qwen2-tied")
-    compiled = engine.decoder._step
-    assert isinstance(compiled, CompiledStep)
+    compiled = engine.decoder.compiled
+    assert compiled is not None
     first = engine.new_cache(len(prompts), 540)
     engine.prefill(prompts, first)
     second, logits = first.take(range(len(prompts))), []
-    for cache, step in ((first, compiled), (second, compiled._step)):
-        engine.decoder._step = step
+    for cache, used in ((first, compiled), (second, None)):
+        engine.decoder.compiled = used
         logits.append(torch.stack([engine.decode(torch.arange(5) + step, cache) for step in range(3)]))
     errors = (logits[1] - logits[0]).norm(dim=(0, 2)) / logits[0].norm(dim=(0, 2))  # of each row
     assert (errors < NEAR).all()
@@ -163,13 +161,13 @@ def test_another_thread_of_python_gets_the_same_text() -> None:
         ("qwen3", INT4, {"head_dim": 16}, "sizes are no multiples of 32"),
     ],
 )
-def test_where_it_cannot_run_one_line_says_why(
+def test_unsupported_models_get_a_note_with_the_reason(
     family: str, quant: QuantConfig, changes: dict[str, int], reason: str
 ) -> None:
     engine = engine_of(family, quant, **changes)
     assert "decode steps compiled" not in engine.implementation
     (note,) = engine.notes
-    assert note.startswith("the faster compiled decode step was passed over: ")
+    assert note.startswith("the faster compiled decode step is not used because ")
     assert reason in note
     assert torch.isfinite(steps(engine, [[1, 2]], 2)).all()
 

@@ -48,7 +48,7 @@ def static(engine: FastEngine, cache: KVCache, tokens: Tensor, end: int) -> Tens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_fixed_shape_is_the_step(family: str) -> None:
+def test_a_step_of_fixed_shape_equals_a_plain_step(family: str) -> None:
     engine = fast(family)
     for lengths in ([9], [3, 17, 8]):
         plain, fixed = prefilled(engine, lengths), prefilled(engine, lengths)
@@ -91,7 +91,7 @@ class Recorder:
         return replay
 
 
-def test_replays_follow_the_cache_wherever_it_goes() -> None:
+def test_replays_follow_a_cache_that_grows_and_is_rewound() -> None:
     engine = fast("qwen2-tied")
     recorder = Recorder()
     graphs = Graphs(engine.decoder, recorder)
@@ -162,20 +162,19 @@ def test_bounds_are_powers_of_two_up_to_the_capacity(needed: int, capacity: int,
     assert bound_for(needed, capacity) == bound
 
 
-def test_on_a_cpu_there_are_no_graphs_and_the_engine_does_not_claim_any() -> None:
+def test_on_a_cpu_there_are_no_graphs() -> None:
     engine = fast("llama")
-    assert Graphs.why_not(engine.decoder) == "CUDA graphs need a CUDA GPU, and this is a cpu"
+    assert Graphs.unsupported_reason(engine.decoder) == "CUDA graphs need a CUDA GPU, and this is a cpu"
     assert "graph" not in engine.implementation
 
 
 def test_whether_a_step_is_fused_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, asked = fast("llama"), []
-    monkeypatch.setattr(cuda_graph, "why_not_fused", asked.append)  # None: it can be
+    monkeypatch.setattr(cuda_graph.gpu, "unsupported_reason", asked.append)  # None: it can be
     ran: list[object] = []
-    monkeypatch.setattr(
-        cuda_graph, "run_fused", lambda decoder, *_: ran.append(decoder) or torch.zeros(1, 64)
-    )
+    monkeypatch.setattr(cuda_graph, "TritonOperations", lambda *arguments: ran.append(arguments))
     cache = prefilled(engine, [5])
+    monkeypatch.setattr(engine.decoder, "run", lambda ids, operations: torch.zeros(len(ids), 64))
     step = StaticStep(engine.decoder, cache)
     for _ in range(3):
         step(32)
@@ -183,14 +182,12 @@ def test_whether_a_step_is_fused_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("reason", [None, "triton is not installed; pip install triton"])
-def test_on_a_gpu_kernels_that_are_missed_are_said_in_one_line(
-    reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(door, "why_not_fused", lambda decoder: reason)
+def test_unused_gpu_kernels_get_one_note(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door.gpu, "unsupported_reason", lambda device: reason)
     on_gpu = copy(fast("llama").decoder)
     on_gpu.device, on_gpu.notes = torch.device("cuda"), ()
     engine = FastEngine(on_gpu)
-    missed = "the faster kernels for norms, rotation and activation of decode steps were passed over"
-    assert engine.notes == (() if reason is None else (f"{missed}: {reason}",))
+    unused = "the faster kernels for norms, rotation and activation of decode steps are not used because"
+    assert engine.notes == (() if reason is None else (f"{unused} {reason}",))
     assert "decode steps in CUDA graphs" in engine.implementation
     assert ("between products Triton" in engine.implementation) == (reason is None)

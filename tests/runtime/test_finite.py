@@ -34,7 +34,7 @@ def test_float16_overflow_ends_the_run(loud: Checkpoint) -> None:
     assert torch.isfinite(wide.prefill([random_ids(9)], wide.new_cache(1, 9))).all()
 
 
-def test_every_step_is_looked_at_when_debugging(loud: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_checks_the_logits_of_every_step(loud: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(loud, device="cpu", dtype="float16")
     cache = engine.new_cache(1, 9)
     engine.decode(torch.tensor([3]), cache)
@@ -44,15 +44,13 @@ def test_every_step_is_looked_at_when_debugging(loud: Checkpoint, monkeypatch: p
 
 
 @pytest.mark.parametrize("engine", ["fast", "transformers"])
-def test_logits_of_whole_prompts_are_looked_at_too(loud: Checkpoint, engine: str) -> None:
+def test_logits_of_whole_prompts_are_checked(loud: Checkpoint, engine: str) -> None:
     """Perplexity and multiple choice read these."""
     with pytest.raises(ModelError, match="overflow float16"):
         load(loud, device="cpu", dtype="float16", engine=engine).logits([random_ids(9)])
 
 
-def test_steps_of_a_graph_are_looked_at_when_debugging(
-    loud: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_debug_checks_the_logits_of_graphs(loud: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(loud, device="cpu", dtype="float16", attention="off")
     assert isinstance(engine, FastEngine)
     engine._graphs = Graphs(engine.decoder, capture=lambda step: step)

@@ -12,13 +12,12 @@ from models.plain_qwen_v1 import MemorySource
 from runtime.quantised_models import packed_linear, quantised_model
 from runtime.small_models import random_ids, small_model
 
+from qwenq.compute import cpu
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.gptq_format import DequantisedSource
 from qwenq.runtime.engine import Engine, load
-from qwenq.runtime.kernels.cpu_int4 import block
-from qwenq.runtime.kernels.cpu_native import CpuNative
 
 ENGINES = ("fast", "transformers")
 INT4 = QuantConfig(bits=4, group_size=32)
@@ -31,7 +30,7 @@ CASES = {
     "int4-v2": QuantConfig(bits=4, group_size=32, checkpoint_format="gptq_v2"),
     "int2": QuantConfig(bits=2, group_size=32),
 }
-needs_int4 = pytest.mark.skipif(block() == 0, reason="this CPU has neither AVX-512 nor AVX2")
+needs_c = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=f"{cpu.unsupported_reason()}")
 
 
 def plain(checkpoint: Checkpoint) -> Checkpoint:
@@ -65,48 +64,42 @@ def test_float32_logits_are_those_of_the_weights_that_the_integers_stand_for(
     assert "kernel dequantise" in found.implementation
 
 
-@needs_int4
+@needs_c
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_int4_product_is_as_near_as_bfloat16_is(case: str, engine: str) -> None:
+def test_the_integer_product_is_as_near_as_bfloat16_is(case: str, engine: str) -> None:
     checkpoint = quantised_model("qwen3", CASES[case])
-    kernel = "cpu-int8" if CASES[case].bits == 8 else "cpu-int4"
-    found = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine, kernel=kernel)
-    assert f"kernel {kernel}" in found.implementation
-    assert not [note for note in found.notes if "passed over" in note]
-    chosen = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine)
-    assert f"kernel {'cpu-native' if CpuNative.unable() is None else kernel}" in chosen.implementation
+    found = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine)
+    assert "kernel cpu-native" in found.implementation
+    assert not [note for note in found.notes if note.startswith("the faster kernel")]
     exact = logits(load(checkpoint, device="cpu", dtype="float32", engine=engine))
     reference = load(checkpoint, device="cpu", dtype="bfloat16", engine=engine, kernel="dequantise")
-    errors = [(logits(one) - exact).norm() / exact.norm() for one in (found, chosen)]
-    rounding = (logits(reference) - exact).norm() / exact.norm()
-    assert max(errors) < 2 * rounding
+    error, rounding = ((logits(one) - exact).norm() / exact.norm() for one in (found, reference))
+    assert error < 2 * rounding
 
 
-def test_what_ran_is_said_with_what_was_passed_over() -> None:
+def test_the_implementation_and_the_notes_name_what_runs_and_what_does_not() -> None:
     engine = load(quantised_model("qwen3", INT4), device="cpu", dtype="float32")
     for part in ("fast", "kernel dequantise", "attention grouped", f"torch {torch.__version__}"):
         assert part in engine.implementation
-    if block():
-        kernels = [note for note in engine.notes if note.startswith("the faster kernel ")]
-        assert kernels == [
-            f"the faster kernel {name} was passed over: it computes in bfloat16, not in float32"
-            for name in ("cpu-native", "cpu-int4")
-        ]
+    kernels = [note for note in engine.notes if note.startswith("the faster kernel ")]
+    assert kernels == [
+        "the faster kernel cpu-native is not used because it computes in bfloat16, not in float32"
+    ]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_kernel_that_cannot_is_refused_and_not_replaced(engine: str) -> None:
     checkpoint = quantised_model("qwen3", INT4)
-    with pytest.raises(UnsupportedError, match="cpu-int4 cannot run this model here: it computes in bf"):
-        load(checkpoint, device="cpu", dtype="float32", engine=engine, kernel="cpu-int4")
+    with pytest.raises(UnsupportedError, match="cpu-native cannot run this model here: it computes in bf"):
+        load(checkpoint, device="cpu", dtype="float32", engine=engine, kernel="cpu-native")
     with pytest.raises(UnsupportedError, match="this model is not quantised"):
-        load(small_model("qwen3")[1], device="cpu", dtype="bfloat16", engine=engine, kernel="cpu-int4")
+        load(small_model("qwen3")[1], device="cpu", dtype="bfloat16", engine=engine, kernel="cpu-native")
     with pytest.raises(UsageError, match="no kernel 'exllama'"):
         load(checkpoint, device="cpu", engine=engine, kernel="exllama")
 
 
-@needs_int4
+@needs_c
 def test_the_int8_head_is_an_option_of_the_fast_engine() -> None:
     checkpoint = quantised_model("qwen3", INT4)
     exact = load(checkpoint, device="cpu", dtype="bfloat16")
@@ -208,7 +201,7 @@ def test_weights_that_are_no_floats_are_refused(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_groups_that_g_idx_makes_uneven_run_where_they_can_and_the_rest_is_passed_over(engine: str) -> None:
+def test_uneven_groups_run_dequantised_with_a_note(engine: str) -> None:
     checkpoint, module = quantised_model("qwen3", INT4), "model.layers.1.mlp.down_proj"
     uneven = checkpoint.read(f"{module}.g_idx").clone()
     uneven[:3] = 1
@@ -216,10 +209,10 @@ def test_groups_that_g_idx_makes_uneven_run_where_they_can_and_the_rest_is_passe
     found = load(changed, device="cpu", dtype="bfloat16", engine=engine)
     assert "kernel dequantise" in found.implementation
     reason = f"the groups of {module} differ in size"
-    if block():
-        assert f"the faster kernel cpu-int4 was passed over: {reason}" in found.notes
-        with pytest.raises(UnsupportedError, match=f"cpu-int4 cannot run this model here: {reason}"):
-            load(changed, device="cpu", dtype="bfloat16", engine=engine, kernel="cpu-int4")
+    if cpu.unsupported_reason() is None:
+        assert f"the faster kernel cpu-native is not used because {reason}" in found.notes
+        with pytest.raises(UnsupportedError, match=f"cpu-native cannot run this model here: {reason}"):
+            load(changed, device="cpu", dtype="bfloat16", engine=engine, kernel="cpu-native")
     exact = load(changed, device="cpu", dtype="float32", engine=engine)
     expected = load(plain(changed), device="cpu", dtype="float32", engine="transformers")
     torch.testing.assert_close(logits(exact), logits(expected), atol=1e-3, rtol=0)

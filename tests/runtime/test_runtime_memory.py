@@ -33,7 +33,7 @@ def test_weights_that_cannot_fit_are_refused(engine: str, monkeypatch: pytest.Mo
         load(checkpoint, device="cpu", dtype="float32", engine=engine)
 
 
-def test_torchs_own_refusal_is_explained() -> None:
+def test_torchs_allocation_error_is_explained() -> None:
     with (
         pytest.raises(OutOfMemoryError, match=r"a test: out of memory; .* GiB more were asked for"),
         explained(CPU, "a test", "ask for less"),
@@ -55,7 +55,7 @@ def test_torchs_own_refusal_is_explained() -> None:
         ("out of memory", "more was asked for"),
     ],
 )
-def test_a_gpus_refusal_says_how_much_was_asked_for(said: str, asked: str) -> None:
+def test_out_of_memory_on_a_gpu_names_the_bytes_asked_for(said: str, asked: str) -> None:
     with (
         pytest.raises(OutOfMemoryError, match=f"a test: out of memory; {asked}, .* are free"),
         explained(CPU, "a test", "ask for less"),
@@ -69,11 +69,11 @@ def test_other_errors_stay_what_they_are() -> None:
     require(1, CPU, "a byte", "ask for less")
 
 
-def test_it_is_a_memory_error_for_those_who_try_again_with_less() -> None:
+def test_out_of_memory_is_a_memory_error() -> None:
     assert issubclass(OutOfMemoryError, MemoryError)
 
 
-def test_more_than_is_granted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_the_memory_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(granted, "granted_bytes", lambda: 1000)
     assert free_bytes(torch.device("cpu")) == 1000
     with pytest.raises(OutOfMemoryError, match=r"a thing needs 0.0 MiB, and 0.0 MiB are free on cpu"):

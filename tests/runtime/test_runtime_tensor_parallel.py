@@ -95,12 +95,12 @@ def test_two_processes_answer_as_one(tmp_path: Path, family: str, changes: dict[
     assert (tmp_path / "rows.txt").read_text() == "48", "half of the 96 rows: nobody holds the whole matrix"
 
 
-def test_what_cannot_be_dealt_out_is_refused(tmp_path: Path) -> None:
+def test_models_that_cannot_be_sharded_are_refused(tmp_path: Path) -> None:
     plain = open_checkpoint(write_family(tmp_path / "tiny"))
     refuse_unsplittable(plain, 2)
-    with pytest.raises(UnsupportedError, match="num_attention_heads cannot be dealt out to 3"):
+    with pytest.raises(UnsupportedError, match="num_attention_heads cannot be divided evenly among 3"):
         refuse_unsplittable(plain, 3)
-    with pytest.raises(UnsupportedError, match="2 num_key_value_heads cannot be dealt out to 4"):
+    with pytest.raises(UnsupportedError, match="2 num_key_value_heads cannot be divided evenly among 4"):
         refuse_unsplittable(plain, 4)
     with pytest.raises(UnsupportedError, match="packed GPTQ weights cannot be split"):
         refuse_unsplittable(quantised_model("llama", QuantConfig(bits=4, group_size=32)), 2)

@@ -30,16 +30,14 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ({"rope_parameters": {**YARN, "attention_factor": [1.0]}}, r"attention_factor \[1.0\]; it has to be"),
     ],
 )
-def test_positions_that_engines_would_take_differently_are_refused(
-    told: dict, says: str, engine: str
-) -> None:
+def test_contradicting_rope_settings_are_refused(told: dict, says: str, engine: str) -> None:
     """As of a folder that transformers 5 has saved, whose card says to add rope_scaling."""
     _, checkpoint = small_model("qwen2-tied")
     with pytest.raises(ModelError, match=says):
         load(changed(checkpoint, told), device="cpu", dtype="float32", engine=engine)
 
 
-def test_positions_that_are_told_twice_alike_are_no_contradiction() -> None:
+def test_rope_settings_given_twice_alike_are_accepted() -> None:
     _, checkpoint = small_model("qwen2.5-yarn")
     scaling = {"type": "yarn", **checkpoint.config["rope_parameters"]}
     twice = load(changed(checkpoint, {"rope_scaling": scaling}), device="cpu", dtype="float32")
@@ -47,7 +45,7 @@ def test_positions_that_are_told_twice_alike_are_no_contradiction() -> None:
     torch.testing.assert_close(twice.logits([[1, 2, 3]])[0], once.logits([[1, 2, 3]])[0], atol=1e-4, rtol=0)
 
 
-def test_kinds_of_layers_that_are_not_one_for_each_are_refused() -> None:
+def test_layer_types_of_another_length_are_refused() -> None:
     short = changed(small_model("qwen2-tied")[1], {"layer_types": ["full_attention"]})
     with pytest.raises(ModelError, match="num_hidden_layers = 2, but its layer_types name 1 layers"):
         load(short, device="cpu")

@@ -70,14 +70,16 @@ def test_other_architectures_give_what_transformers_gives(kind: str, changes: di
         ),
     ],
 )
-def test_what_would_be_computed_otherwise_is_refused(kind: str, changes: dict[str, Any], says: str) -> None:
+def test_unsupported_architectures_are_refused(kind: str, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UnsupportedError, match=says):
         load(model_of(kind, **changes)[1], device="cpu", dtype="float32", engine="transformers")
 
 
-def test_code_of_transformers_that_passes_nothing_on_to_attention_is_refused() -> None:
+def test_modelling_code_that_drops_attention_arguments_is_refused() -> None:
     engine = load(model_of("stablelm")[1], device="cpu", dtype="float32", engine="transformers")
-    with pytest.raises(UnsupportedError, match="StableLmAttention does not pass on"):
+    with pytest.raises(
+        UnsupportedError, match="StableLmAttention does not pass the arguments of our attention on"
+    ):
         engine.logits([random_ids(3)])
 
 

@@ -103,7 +103,7 @@ BUILDS = {
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("name", BUILDS)
-def test_it_builds_fits_and_keeps_everything_in_registers(name: str, capability: int) -> None:
+def test_kernels_build_fit_and_spill_no_registers(name: str, capability: int) -> None:
     built = BUILDS[name].on(capability)
     used = resources(built)
     assert built.metadata.shared <= SHARED_BYTES[capability]

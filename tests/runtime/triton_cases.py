@@ -21,12 +21,14 @@ from runtime.small_models import FAMILIES, random_ids
 from runtime.test_cuda_graph import S, fast, prefilled, static, test_qwen_v1_beyond_its_trained_length
 from torch import Tensor
 
+from qwenq.compute.gpu import unsupported_reason
 from qwenq.models.packing import PackedLinear, dequantise, pack
 from qwenq.runtime.attention import attention_backend
-from qwenq.runtime.fused_step import why_not_fused
-from qwenq.runtime.kernels import triton_gptq_dot, triton_gptq_gemv, triton_gptq_unpack
-from qwenq.runtime.kernels.base import Need
+from qwenq.runtime.kernels.base import Requirements
 from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
+from qwenq.runtime.kernels.triton_gptq_dot import multiply_rows
+from qwenq.runtime.kernels.triton_gptq_gemv import multiply_row, plan_row
+from qwenq.runtime.kernels.triton_gptq_unpack import unpack_weight
 
 # Steps between neighbouring numbers below 2. The interpreter cuts off where a GPU rounds, hence a whole step.
 STEP = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -57,7 +59,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 def linear(bits: int, group_size: int, symmetric: bool, shape: tuple[int, int], rows: int) -> None:
     """The three kernels by themselves, in float32, so that nothing but the sums is rounded."""
     layer = random_layer(bits, group_size, *shape, symmetric, seed=rows)
-    need = Need(bits, group_size, "gptq", CPU, torch.bfloat16)
+    need = Requirements(bits, group_size, "gptq", CPU, torch.bfloat16)
     kernel = (TritonInt4 if bits == 4 else TritonInt8)(layer, need, None)
     weight = dequantise(layer, bits, "gptq", torch.float64)
     parts = (kernel._words, kernel._scales, kernel._zeros, bits)
@@ -66,18 +68,18 @@ def linear(bits: int, group_size: int, symmetric: bool, shape: tuple[int, int], 
     x[:, ::7] *= 30  # outliers, as activations have them
     wanted = x.double() @ weight.t()
     if rows == 1:
-        close(triton_gptq_gemv.multiply(x, *parts), wanted, STEP[torch.float32])
-    close(triton_gptq_dot.multiply(x, *parts), wanted, STEP[torch.float32])
-    assert torch.equal(triton_gptq_unpack.unpack(*parts, torch.float32).t(), weight.float())
+        close(multiply_row(x, *parts), wanted, STEP[torch.float32])
+    close(multiply_rows(x, *parts), wanted, STEP[torch.float32])
+    assert torch.equal(unpack_weight(*parts, torch.float32).t(), weight.float())
 
 
 def layer_class(bits: int, dtype: torch.dtype, rows: int, symmetric: bool) -> None:
     """The class: dtypes, batches of sequences, a bias, each number of rows by its own kernel."""
     layer = random_layer(bits, 64, 256, 72, symmetric, seed=3)
-    need = Need(bits, 64, "gptq", CPU, dtype)
+    need = Requirements(bits, 64, "gptq", CPU, dtype)
     bias = torch.randn(72, generator=torch.Generator().manual_seed(2)).to(dtype)
     cls = TritonInt4 if bits == 4 else TritonInt8
-    assert cls.why_not(need) is None
+    assert cls.unsupported_reason(need) is None
     x = torch.randn(1, rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     wanted = x.double() @ dequantise(layer, bits, "gptq", torch.float64).t() + bias.double()
     found = cls(layer, need, bias)(x)
@@ -91,7 +93,7 @@ def activation_order() -> None:
     layer = random_layer(4, 32, 128, 48, symmetric=False, seed=5)
     order = torch.randperm(128, generator=torch.Generator().manual_seed(6))
     scattered = PackedLinear(layer.qweight, layer.qzeros, layer.scales, layer.g_idx[order])
-    need = Need(4, 32, "gptq", CPU, torch.float16)
+    need = Requirements(4, 32, "gptq", CPU, torch.float16)
     weight = dequantise(scattered, 4, "gptq", torch.float64)
     for rows in (1, 3, 20):
         x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(7)).half()
@@ -101,8 +103,8 @@ def activation_order() -> None:
 def same_bits() -> None:
     """Split over several programs, the sum still has one order."""
     layer = random_layer(4, 32, 2048, 32, symmetric=True, seed=8)
-    kernel = TritonInt4(layer, Need(4, 32, "gptq", CPU, torch.bfloat16), None)
-    assert triton_gptq_gemv.plan(256, 32, 132)[-1] > 1
+    kernel = TritonInt4(layer, Requirements(4, 32, "gptq", CPU, torch.bfloat16), None)
+    assert plan_row(256, 32, 132)[-1] > 1
     x = torch.randn(1, 2048, generator=torch.Generator().manual_seed(9)).bfloat16()
     assert torch.equal(kernel(x), kernel(x))
 
@@ -111,7 +113,7 @@ def fused_step(family: str, lengths: list[int]) -> None:
     """What lies between products in kernels of our own, beside torch's: logits and what is in the cache."""
     engine = fast(family)
     plain, fused = prefilled(engine, lengths), prefilled(engine, lengths)
-    assert why_not_fused(engine.decoder) is None
+    assert unsupported_reason(engine.decoder.device) is None
     for seed in range(2):
         tokens = torch.tensor(random_ids(len(lengths), seed))
         torch.testing.assert_close(

@@ -1,22 +1,20 @@
-"""Runs code that a model wrote, and says whether it is right. Code can be hostile; so can a verdict be.
+"""Run code that a model wrote, and judge it by the benchmark's tests, although it may be hostile.
 
-    programs    what is run, and what came of it
-    find        which sandbox this machine allows: bubblewrap, Linux namespaces, or by explicit wish none
-    run         many programs at once, each in sandboxes of its own
-    inside/     what runs in there; standard library only
-    namespaces  the second way in; a script of its own
+    run         finds a sandbox (bubblewrap, Linux namespaces, or with --unsafe-code none), runs programs
+    namespaces  a script that enters Linux namespaces
+    inside/     the code that runs in the sandbox; standard library only
 
 **Two processes a program.** One holds the model's code and answers calls; the other holds the benchmark's
 tests and makes the calls. Each is in a sandbox of its own, and between them go plain values only (numbers,
 text, lists, tuples, dicts, sets). The verdict is written by the process that never runs a line of the
 model's code. So nothing that the model's code prints, exits with, patches, reads or finds in memory can be
-a verdict: all it can do is answer calls, rightly or wrongly. openai/human-eval, whose verdicts these
-otherwise are, runs both parts in one process, where code can reach whatever will record the verdict.
+a verdict: all it can do is answer calls, rightly or wrongly. openai/human-eval, with otherwise the same
+verdicts, runs both parts in one process, where the code can reach the verdict's record.
 
-**What holds it:** namespaces without network, without other processes, without the home folder; the
+**How it is confined:** namespaces without network, without other processes, without the home folder; the
 system's libraries and Python's standard library read-only; an empty /tmp of 16 MiB; no capability; a
-seccomp filter that refuses new processes and programs, signals, sockets, mounts, tracing and what else no
-solution needs; limits on memory (1 GiB of address space), processor time, open files and the size of a
+seccomp filter that refuses new processes and programs, signals, sockets, mounts, tracing and other calls that
+no solution needs; limits on memory (1 GiB of address space), processor time, open files and the size of a
 file; output goes to /dev/null; both processes are killed together, from outside.
 
 **What it does not cover:**

@@ -1,4 +1,4 @@
-"""Which sandbox this machine allows. Nothing is believed: each is tried on a program before it is used."""
+"""Find a sandbox that works here: each is tried on a program before it is used."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Sandbox:
     """A way to start a confined process.
 
     Attributes:
-        implementation: exactly what it is, for the records.
+        implementation: its name and version, for the records.
         isolated: False for ``--unsafe-code``.
         wrap: a Python command line → the command that runs it confined.
-        package_root: where the process finds ``qwenq/evals/sandbox/inside``.
+        package_root: the process's path to ``qwenq/evals/sandbox/inside``.
     """
 
     implementation: str
@@ -45,24 +45,24 @@ class Sandbox:
     package_root: str
 
     def command(self, role: str, limits: str, scratch: Limits, *more: str) -> list[str]:
-        """Command of the process in this role (``inside.__main__``)."""
+        """Return the command of the process in this role (``inside.__main__``)."""
         module = _INSIDE.replace("/", ".")
         return self.wrap([_python(), "-s", "-S", "-B", "-P", "-m", module, role, limits, *more], scratch)
 
     @property
     def environment(self) -> dict[str, str]:
-        """All of the process's environment. A fixed hash seed: the same program, the same verdict."""
+        """Return the process's whole environment, with a fixed hash seed for the same verdict each time."""
         return {"PYTHONPATH": self.package_root, "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
 
 
 def find_sandbox(unsafe: bool = False) -> Sandbox:
-    """The best sandbox that works here: bubblewrap, else Linux namespaces.
+    """Return the best sandbox that works here: bubblewrap, else Linux namespaces.
 
     Args:
-        unsafe: the user asked for none (``--unsafe-code``): limits and the system-call filter only.
+        unsafe: no sandbox (``--unsafe-code``), but limits and the system-call filter.
 
     Raises:
-        UnsupportedError: neither works; says why not, and what to install.
+        UnsupportedError: neither works.
     """
     if unsafe:
         kept = "limits and system-call filter" if filterable() else "limits"
@@ -76,12 +76,12 @@ def find_sandbox(unsafe: bool = False) -> Sandbox:
             reasons.append(f"{name}: {error.what}")
         else:
             return sandbox
-    what = "nothing here can confine the code that a model wrote"
+    what = "no sandbox works here for the code that a model wrote"
     raise UnsupportedError(what, where="; ".join(reasons), hint=_HINT)
 
 
 def _bubblewrap() -> Sandbox:
-    """Containers' bubblewrap, https://github.com/containers/bubblewrap, from 0.7 (``--size``)."""
+    """Return bubblewrap as a sandbox, https://github.com/containers/bubblewrap, from 0.7 (``--size``)."""
     _check_filter()
     program = shutil.which("bwrap")
     if program is None:
@@ -122,12 +122,12 @@ def _check_filter() -> None:
 
 
 def _python() -> str:
-    """The interpreter itself: a virtual environment's is a link to it, and its packages are not wanted."""
+    """Return the interpreter itself, not a virtual environment's link to it, whose packages stay outside."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def _visible() -> list[tuple[str, str]]:
-    """Folders and files shown read-only, as (here, there): libraries, Python, and ``inside``."""
+    """Return read-only mounts as (here, there): system libraries, Python, ``inside``."""
     folders = [
         f for f in ("/usr", "/lib", "/lib64", "/lib32") if Path(f).is_dir() and not Path(f).is_symlink()
     ]
@@ -144,16 +144,16 @@ def _visible() -> list[tuple[str, str]]:
 
 
 def _links() -> list[tuple[str, str]]:
-    """Links at the root, as (target, link), on systems whose /lib is one."""
+    """Return links at the root, as (target, link), on systems whose /lib is one."""
     roots = (Path(f) for f in ("/lib", "/lib64", "/lib32"))
     return [(str(root.readlink()), str(root)) for root in roots if root.is_symlink()]
 
 
 def _try(sandbox: Sandbox) -> None:
-    """Run a program that looks around.
+    """Run a program that looks for files and processes outside.
 
     Raises:
-        QwenqError: it did not start, or sees what it should not.
+        QwenqError: it did not start, or found some.
     """
     from qwenq.evals.sandbox.run import run_programs
 
@@ -175,11 +175,11 @@ def _try(sandbox: Sandbox) -> None:
     program = Program("probe", source, ("look",), tests)
     (outcome,) = run_programs([program], sandbox=sandbox, jobs=1)
     if not outcome.passed:
-        raise UnsupportedError(f"tried, and it does not hold: {outcome.detail}")
+        raise UnsupportedError(f"it does not confine: {outcome.detail}")
 
 
 def _home() -> str:
-    """The user's home folder; empty where it is none of its own, as for a bare number in a container."""
+    """Return the user's home folder; empty where there is none, as for a bare user number in a container."""
     try:
         home = Path.home()
     except RuntimeError:  # neither HOME nor an entry among the users
@@ -190,7 +190,7 @@ def _home() -> str:
 
 
 def _parts_of_python(home: str) -> set[str]:
-    """Names in the home folder that lead to an interpreter installed there."""
+    """Return names in the home folder that lead to an interpreter installed there."""
     shown = [Path(path) for path, _ in _visible() if home]
     return {
         path.relative_to(home).parts[0] for path in shown if path.is_relative_to(home) and str(path) != home

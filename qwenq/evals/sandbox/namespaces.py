@@ -1,4 +1,4 @@
-"""A sandbox of Linux namespaces, for machines without bubblewrap: ``python namespaces.py PLAN COMMAND…``.
+"""Run a command in Linux namespaces, without bubblewrap: ``python namespaces.py PLAN COMMAND…``.
 
 Done by hand, as Python 3.11 has no ``os.unshare``: new user, mount, process, network, IPC, host-name and
 cgroup namespaces; a root of an empty file system with the plan's folders bound into it read-only; then the
@@ -30,7 +30,7 @@ _STAGE = "/proc"
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command will see.
+    """File system that the command sees.
 
     Attributes:
         visible: read-only, as (here, there).
@@ -45,7 +45,7 @@ class Plan:
     scratch: int
 
     def to_json(self) -> str:
-        """For the command line."""
+        """Return JSON for the command line."""
         return json.dumps(asdict(self))
 
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _enter(plan: Plan) -> None:
-    """Build the new root, move into it, and give up every capability. Killed with the process outside."""
+    """Build the new root, move into it, and drop every capability. Killed with the process outside."""
     _check(_libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
     _mount(None, "/", None, _REC | _PRIVATE)
     _mount("tmpfs", _STAGE, "tmpfs", _NO_SUID | _NO_DEV, "mode=755,size=1m")
@@ -111,7 +111,7 @@ def _enter(plan: Plan) -> None:
 
 
 def _make(path: str, like: str) -> None:
-    """An empty folder or file to mount on."""
+    """Make an empty folder or file to mount on."""
     folder = path if os.path.isdir(like) else os.path.dirname(path)  # noqa: PTH112, PTH120
     os.makedirs(folder, exist_ok=True)  # noqa: PTH103
     if folder != path:
@@ -119,7 +119,7 @@ def _make(path: str, like: str) -> None:
 
 
 def _seal(target: str) -> None:
-    """Read-only, with all that is mounted below."""
+    """Make it read-only, with all mounts below it."""
     attributes = _Attributes(set=_READ_ONLY | _NO_SUID)
     pointer, size = ctypes.byref(attributes), ctypes.sizeof(attributes)
     _check(_libc.syscall(_MOUNT_SETATTR, _CWD, target.encode(), _RECURSIVE, pointer, size), "mount_setattr")

@@ -1,4 +1,4 @@
-"""What the sandbox is given and what it gives back."""
+"""Define a sandbox's programs, limits and outcomes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Reason = Literal["passed", "failed", "raised", "timeout", "memory", "died"]
 
 @dataclass(frozen=True)
 class Program:
-    """A solution and the tests that it has to pass.
+    """A solution and its tests.
 
     For HumanEval: ``solution`` = prompt + completion, ``entry_points`` = (entry_point,), ``prelude`` = prompt
     (its helpers are used by some tests; its last function has only a docstring as yet), ``tests`` = test +
@@ -33,11 +33,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one process in the sandbox may use.
+    """Limits of one process in the sandbox.
 
     Attributes:
-        seconds: of processor time, rounded up to whole ones. So a loaded machine changes no verdict. By the
-            clock a program may take ``WALL`` times that, for those that sleep.
+        seconds: of processor time, rounded up, so that load on the machine changes no verdict. By the clock a
+            program may take ``WALL`` times as long, for those that sleep.
         memory: bytes of address space.
         scratch: bytes of its /tmp, and of any file.
         open_files: descriptors.
@@ -52,24 +52,24 @@ class Limits:
 
     @property
     def wall(self) -> float:
-        """Seconds by the clock, from the moment both processes are ready."""
+        """Return the seconds by the clock, from the moment both processes are ready."""
         return self.seconds * self.WALL
 
     def to_json(self) -> dict[str, float | int]:
-        """For the process inside."""
+        """Return the limits for the process inside."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a program.
+    """Outcome of a program.
 
     Attributes:
         passed: the tests ran to their end.
         reason: ``passed``; ``failed``: an assertion of the tests; ``raised``: another exception, in the
             solution or because of what it returned; ``timeout``; ``memory``; ``died``: its process
-            ended on its own.
-        detail: one line for people; written under the influence of the solution, so never parsed.
+            ended.
+        detail: one line to read; the solution influences it, so it is never parsed.
     """
 
     passed: bool

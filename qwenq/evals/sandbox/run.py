@@ -1,4 +1,4 @@
-"""Runs programs in sandboxes, several at a time."""
+"""Run programs, several at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_programs(
     timeout: float = 3.0,
     on_done: Callable[[Program, Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Run each program in sandboxes of its own.
+    """Run each program in two sandboxes: the solution's and the tests'.
 
     Args:
         jobs: programs at a time; None: one a core.
@@ -45,7 +45,7 @@ def run_programs(
         Outcomes, in the order of the programs.
 
     Raises:
-        QwenqError: the sandbox itself did not start. That is no verdict on a program.
+        QwenqError: the sandbox itself did not start.
     """
     limits, stop = replace(Limits(), seconds=timeout), threading.Event()
     outcomes: dict[int, Outcome] = {}
@@ -65,13 +65,13 @@ def run_programs(
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     usable = getattr(os, "sched_getaffinity", None)
     return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Event) -> Outcome:
-    """One program: start both sides, wait for the verdict, end both."""
+    """Run one program: start both sides, wait for the verdict, end both."""
     with ExitStack() as stack:
         solution, tests, complaints = _start(program, sandbox, limits, stack)
         lines = _Lines(cast(IO[bytes], tests.stdout), stop)
@@ -92,7 +92,7 @@ def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Eve
 def _start(
     program: Program, sandbox: Sandbox, limits: Limits, stack: ExitStack
 ) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], IO[bytes]]:
-    """Both processes, which end with the stack, and the file with the complaints of their sandboxes."""
+    """Start both processes, which end with the stack; return them and the file of their sandboxes' errors."""
     ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
     complaints = stack.enter_context(_file())
     job = stack.enter_context(_file())
@@ -144,7 +144,7 @@ class _Lines:
         self._poll.register(self._number, select.POLLIN)
 
     def next(self, seconds: float) -> dict[str, Any] | None:
-        """The next line; None: the end, the deadline, or too much."""
+        """Return the next line; None at the end, the deadline, or the bound."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self._read:
             left = deadline - time.monotonic()
@@ -160,7 +160,7 @@ class _Lines:
 
 
 def _outcome(verdict: dict[str, Any]) -> Outcome:
-    """Of a verdict that the tests' process wrote."""
+    """Return the outcome that the tests' process wrote."""
     passed, reason = verdict["passed"] is True, verdict["reason"]
     known = cast(Reason, reason if reason in get_args(Reason) else "failed")
     return Outcome(passed, known, " ".join(str(verdict["detail"]).split())[:500])
@@ -173,14 +173,14 @@ def _without_verdict(
     elapsed: float,
     limits: Limits,
 ) -> Outcome:
-    """Why a side ended, or did not: out of time, or on its own."""
+    """Return the outcome without a verdict: out of time, or a process ended early."""
     if verdict is None and elapsed >= limits.wall:
         return Outcome(False, "timeout", f"{limits.wall:g} s by the clock")
     code = _code(solution if verdict else tests)
     if code in (128 + signal.SIGKILL, -signal.SIGKILL) and elapsed >= limits.seconds * 0.9:
         return Outcome(False, "timeout", f"{limits.seconds:g} s of processor time")
     side = "the solution's process" if verdict else "the tests' process"
-    return Outcome(False, "died", f"{side} ended on its own, exit code {code}")
+    return Outcome(False, "died", f"{side} ended early, exit code {code}")
 
 
 def _code(process: subprocess.Popen[bytes]) -> int | None:

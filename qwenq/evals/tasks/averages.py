@@ -1,4 +1,4 @@
-"""Averages as the protocols take them: over items (micro) or over subjects (macro)."""
+"""Average verdicts over items (micro) or over subjects (macro)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from qwenq.evals.task import Item, Judgement, Score
 
 MAIN = "accuracy"
-Verdict = tuple[str | None, bool]
-"""Subject of an item, and whether it was answered correctly."""
+_Verdict = tuple[str | None, bool]  # subject of an item, and whether it was answered correctly
 
 
 def score_all(
@@ -17,7 +16,7 @@ def score_all(
     macro: bool = False,
     categories: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Score]:
-    """The main score, then one for each further verdict that all items have (``accuracy.published``).
+    """Return the main score, then one for each further verdict of all items (``accuracy.published``).
 
     Args:
         judged: at least one item.
@@ -34,7 +33,7 @@ def score_all(
 
 
 def _score(
-    metric: str, verdicts: Sequence[Verdict], macro: bool, categories: Mapping[str, Sequence[str]]
+    metric: str, verdicts: Sequence[_Verdict], macro: bool, categories: Mapping[str, Sequence[str]]
 ) -> Score:
     by_category = {
         name: _average([verdict for verdict in verdicts if verdict[0] in subjects], macro)
@@ -51,13 +50,13 @@ def _score(
     )
 
 
-def _average(verdicts: Sequence[Verdict], macro: bool) -> float:
+def _average(verdicts: Sequence[_Verdict], macro: bool) -> float:
     if macro:
         return _mean(_by_subject(verdicts).values())
     return _mean(float(correct) for _, correct in verdicts)
 
 
-def _by_subject(verdicts: Sequence[Verdict]) -> dict[str, float]:
+def _by_subject(verdicts: Sequence[_Verdict]) -> dict[str, float]:
     subjects = dict.fromkeys(subject for subject, _ in verdicts if subject is not None)
     return {
         subject: _mean(float(correct) for name, correct in verdicts if name == subject)

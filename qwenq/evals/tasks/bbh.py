@@ -1,11 +1,10 @@
-"""BIG-Bench Hard: 27 tasks, 6,511 questions, each after 3 worked examples (Suzgun et al. 2022).
+"""Ask BIG-Bench Hard: 27 tasks, 6,511 questions, each after 3 worked examples (Suzgun et al. 2022).
 
 Examples and questions come from the authors' repository, suzgunmirac/BIG-Bench-Hard: ``bbh/{task}.json`` and
-``cot-prompts/{task}.txt``, whose text every prompt begins with. Copies on the hub have no examples, so the
-files have to be there. Read is what follows "the answer is", less its full stop; right is what equals the
-target to the letter. The score is the mean of the 27, as OpenCompass has it; the authors count the three
-sizes of two tasks as one each. Which script Qwen's cards used (3 examples) is not published; there is no
-protocol for chat models.
+``cot-prompts/{task}.txt``, whose text every prompt begins with. Copies on the hub have no examples, so these
+files are needed. The text behind "the answer is", less its full stop, has to equal the target exactly. The
+score is the mean of the 27, as OpenCompass has it; the authors count three sizes of two tasks as one each.
+Qwen's own script (3 examples) is not published; there is no protocol for chat models.
 """
 
 from __future__ import annotations
@@ -49,12 +48,7 @@ COUNTS = {task: SMALLER.get(task, 250) for task in TASKS}
 
 
 def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-    """All questions, task by task; a subject is one of the 27.
-
-    Raises:
-        DataError: no files, or broken ones.
-        UsageError: a task that does not exist.
-    """
+    """Return all questions, task by task; a subject is one of the 27."""
     for subject in subjects:
         if subject not in COUNTS:
             close = difflib.get_close_matches(subject, TASKS, n=3) or TASKS[:3]
@@ -75,12 +69,12 @@ def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
 
 
 def ask(item: Item) -> Request:
-    """Examples and question as plain text."""
+    """Return examples and question as plain text."""
     return Write(QUESTION.format(examples=item.shots[0]["examples"], **item.data), MAX_NEW_TOKENS, STOPS)
 
 
 def read(item: Item, answer: Written) -> Judgement:
-    """What the first "the answer is" is followed by, to the end of its line."""
+    """Judge the text behind the first "the answer is", to the end of its line."""
     match = ANSWER.search(answer.text)
     if match is None:
         return Judgement(False, None, note='no "the answer is"')
@@ -100,7 +94,7 @@ def _items(root: Path, prompts: Path, task: str) -> list[Item]:
 
 
 def _examples(path: Path) -> str:
-    """The worked examples of a task with the sentence before them."""
+    """Return the worked examples of a task with the sentence before them."""
     text = read_text(path).replace("\r\n", "\n")  # as it is checked out on Windows
     if rule := RULE.search(text):
         text = text[rule.end() :]

@@ -1,10 +1,10 @@
-"""C-Eval: 52 Chinese subjects, four options; 1,346 questions with answers, 12,342 without (Huang et al.).
+"""Ask C-Eval: 52 Chinese subjects, four options; 1,346 questions with answers, 12,342 without (Huang et al.).
 
 Sources of the protocols: ``evaluate_chat_ceval.py`` and ``evaluate_ceval.py`` of QwenLM/Qwen. ``ceval``
 scores the val split, as the cards do. ``ceval-test`` answers the test split, whose answers are not published:
 it has no score, but a file for the leaderboard (`submission`).
 
-Where ours differ from the scripts: options are text, and an option without any is in no answer, as in MMLU's.
+Difference from the scripts, as in MMLU: options are text, and an empty option is not searched for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import DataError
-from qwenq.evals.task import Choose, Item, Judgement, Request, Score, Write, Written, chat_text, first_turn
+from qwenq.evals.task import Choose, Item, Judgement, Request, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.choices import (
     CARD,
@@ -58,7 +58,7 @@ PATTERNS = tuple(
         ),
     )
 )
-LONG = 4  # a part of the question longer than this is taken out of the answer
+LONG = 4  # a part of the question longer than this is removed from the answer
 
 # fmt: off
 STEM = {
@@ -102,12 +102,12 @@ CATEGORIES: Mapping[str, Sequence[str]] = {
 
 
 def ask_chat(item: Item) -> Request:
-    """The bare question, without examples, as the first turn of a chat."""
+    """Return the bare question as the first message of a chat."""
     return Write(first_turn(CHAT_PROMPT.format_map(item.data)), MAX_NEW_TOKENS)
 
 
 def read_chat(item: Item, answer: Written) -> Judgement:
-    """The letter that was meant, whether it was named, or the question's last sentence was completed."""
+    """Judge the letter that was named, or whose option completed the question's last sentence."""
     text = chat_text(answer)
     parts = item.data["question"].rstrip("。").split("。")[-1].split("_")
     if len(parts[0].strip()) > LONG:
@@ -121,28 +121,23 @@ def read_chat(item: Item, answer: Written) -> Judgement:
 
 
 def ask_base(item: Item) -> Request:
-    """Examples and question as plain text; which of ``A`` … ``D`` comes next, without a space?"""
+    """Return examples and question as plain text, continued by ``A`` … ``D`` without a space."""
     shown = "".join(SHOT.format_map(row) for row in item.shots)
     return Choose(shown + QUESTION.format_map(item.data), LETTERS)
 
 
 def submission(judged: Judged) -> dict[str, dict[str, str]]:
-    """Answers to the test split in the leaderboard's layout: ``{subject: {id: letter}}``.
+    """Return answers to the test split in the leaderboard's layout: ``{subject: {id: letter}}``.
 
     Raises:
-        DataError: an item has no answer; the leaderboard takes no gaps.
+        DataError: an item has no answer; the leaderboard needs all of them.
     """
     answers: dict[str, dict[str, str]] = {}
     for item, judgement in judged:
         if judgement.extracted is None or item.subject is None:
-            raise DataError("an item has no answer, and the leaderboard takes no gaps", where=item.id)
+            raise DataError("an item has no answer, and the leaderboard needs all of them", where=item.id)
         answers.setdefault(item.subject, {})[item.data["id"]] = judgement.extracted
     return answers
-
-
-def no_scores(judged: Judged) -> list[Score]:
-    """None: the answers are not published."""
-    return []
 
 
 def _from_hub(split: str, subjects: Sequence[str], copy: Path | None = None) -> dict[str, list[Row]]:
@@ -156,7 +151,7 @@ def _from_hub(split: str, subjects: Sequence[str], copy: Path | None = None) -> 
 
 
 def _row(record: Mapping[str, Any], columns: Sequence[str], where: str) -> Row:
-    """A row of the hub, whose ids are numbers."""
+    """Return a row of the hub, whose ids are numbers, as text."""
     named = {**record, "id": str(record["id"])} if "id" in record else dict(record)
     return Row(text_columns(named, columns, where), where)
 
@@ -178,7 +173,7 @@ _test = partial(
     name="ceval-test",
     version=VERSION,
     load=partial(load_choices, TEST),
-    average=no_scores,
+    average=lambda judged: [],  # the answers are not published
     comment=partial(missing_subjects, "ceval", VAL_COUNTS),
 )
 PROTOCOLS: tuple[Script, ...] = (

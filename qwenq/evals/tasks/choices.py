@@ -1,4 +1,4 @@
-"""What MMLU, C-Eval and CMMLU share: questions with four options, and how a choice is judged."""
+"""Load and judge questions with four options, for MMLU, C-Eval and CMMLU."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from qwenq.evals.tasks.hub import copy_in
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")
 CARD: dict[str, Any] = {"protocol": "card", "version": 2, "shots": 0, "allowed_shots": (0,)}
-"""What the chat protocol is in all of these tasks; its version counts by itself."""
+"""Settings of the chat protocol in all of these tasks; its version is counted separately."""
 _NOT_ASCII_LATIN = dict.fromkeys(range(128, 256))
 
 
 @dataclass(frozen=True)
 class ChoiceSet:
-    """Where the questions of a benchmark come from.
+    """Source of a benchmark's questions.
 
     Attributes:
         name: of its folder.
         counts: published number of scored rows, by subject; None where only the total is known.
-        total: of all subjects; None where it is not known for sure.
-        split: which split is scored.
+        total: of all subjects; None where sources differ.
+        split: the scored split.
         columns: of its files; the rows of items have them in lower case, but for the letters.
         header: whether the files begin with a line that names the columns.
         hub: the rows of (split, subjects, copy) by subject: from the hub, or from a copy of its files.
         answered: whether the scored split has its answers.
         file: names of the files.
-        copy: the folder, if it holds what the hub has, in the hub's layout.
-        least: rows that every subject has; fewer are a file that is not whole.
+        copy: returns the folder if it holds the hub's files.
+        least: rows that every subject has; a file with fewer is truncated.
     """
 
     name: str
@@ -52,12 +52,12 @@ class ChoiceSet:
     copy: Callable[[Path | None], Path | None] = copy_in
 
     def path(self, folder: AnyPath, split: str, subject: str) -> AnyPath:
-        """Where the rows of a subject are."""
+        """Return the path of a subject's rows."""
         return folder / self.file.format(split=split, subject=subject)
 
 
 def load_choices(origin: ChoiceSet, source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-    """All items, subject by subject, in file order.
+    """Return all items, subject by subject, in file order.
 
     Raises:
         DataError: no data, broken data, or a subject that the source does not have.
@@ -88,9 +88,9 @@ def load_choices(origin: ChoiceSet, source: DataSource, subjects: Sequence[str],
 
 
 def judge_choice(item: Item, answer: Chosen) -> Judgement:
-    """The likeliest letter by float32 log probabilities; ``published`` by the base scripts' double softmax.
+    """Judge the likeliest letter by float32 log probabilities; ``published`` by the scripts' double softmax.
 
-    Of equals the first wins, as in ``numpy.argmax``, which both originals use.
+    Of equal ones the first counts, as in ``numpy.argmax``, which both originals use.
     """
     letter, published = (LETTERS[_first_of_the_greatest(s)] for s in (answer.logprobs, answer.published))
     gold = item.data.get("answer")  # a split without answers has none
@@ -99,13 +99,13 @@ def judge_choice(item: Item, answer: Chosen) -> Judgement:
 
 
 def judge_loglikelihood(item: Item, answer: Chosen) -> Judgement:
-    """The likeliest letter by float32 log probabilities, and nothing else."""
+    """Judge the likeliest letter by float32 log probabilities alone."""
     letter = LETTERS[_first_of_the_greatest(answer.logprobs)]
     return Judgement(letter == item.data["answer"], letter)
 
 
 def judge_letter(item: Item, text: str, patterns: Iterable[re.Pattern[str]]) -> Judgement:
-    """The letter that the first matching pattern finds in the text, else that of the option most like it.
+    """Judge the letter that the first matching pattern finds, else that of the option most like the text.
 
     Args:
         text: the answer, with the options' texts already replaced by their letters.
@@ -124,11 +124,11 @@ def judge_letter(item: Item, text: str, patterns: Iterable[re.Pattern[str]]) -> 
 
 
 def closest_option(text: str, options: Sequence[str]) -> int | None:
-    """Index of the option that ``thefuzz.process.extractOne(text, options)`` gives; None where it has none.
+    """Return the index of the option that ``thefuzz.process.extractOne(text, options)`` gives, or None.
 
-    thefuzz scores with rapidfuzz's WRatio after its own clean-up, which rapidfuzz alone leaves out: what is
-    no letter or digit becomes a space, ends are trimmed, case is dropped, and the code points 128 to 255
-    (é, ü, ×, but no Chinese) are removed; from the query after a first clean-up. Of equals the first wins.
+    thefuzz scores with rapidfuzz's WRatio after its own clean-up, which rapidfuzz alone leaves out: a
+    character that is neither letter nor digit becomes a space, ends are trimmed, case is dropped, and code
+    points 128 to 255 (é, ü, ×, but no Chinese) are removed; from the query after a first clean-up.
     """
     from rapidfuzz import fuzz, process
     from rapidfuzz.utils import default_process
@@ -141,16 +141,12 @@ def closest_option(text: str, options: Sequence[str]) -> int | None:
 
 
 def options_by_length(item: Item) -> list[tuple[str, str]]:
-    """Letters and texts of the options, longest text first, so that no option is replaced inside another."""
+    """Return letters and texts of the options, longest first, so that none is replaced inside another."""
     return sorted(((letter, item.data[letter]) for letter in LETTERS), key=lambda pair: -len(pair[1]))
 
 
 def check_letter(row: Row) -> None:
-    """Refuse a row whose answer is none of the options.
-
-    Raises:
-        DataError: it is not A, B, C or D.
-    """
+    """Refuse a row whose answer is not A, B, C or D."""
     if row.data["answer"] not in LETTERS:
         raise DataError(
             f"the answer is {row.data['answer']!r}", where=row.where, hint="it has to be A, B, C or D"
@@ -177,7 +173,7 @@ def _check_known(name: str, subjects: Sequence[str], known: Sequence[str]) -> No
 
 
 def _present(origin: ChoiceSet, folder: Path, wanted: Sequence[str], *, asked: bool) -> list[str]:
-    """The subjects that have a file; all of them have to when they were asked for by name."""
+    """Return the subjects that have a file; those asked for by name need one."""
     there = [s for s in wanted if asked or origin.path(folder, origin.split, s).exists()]
     if not there:
         some = next(iter(origin.counts))
@@ -190,11 +186,7 @@ def _present(origin: ChoiceSet, folder: Path, wanted: Sequence[str], *, asked: b
 
 
 def read_subject(origin: ChoiceSet, folder: AnyPath, split: str, subject: str) -> list[Row]:
-    """The rows of one subject's file, whose folder may be inside a zip archive.
-
-    Raises:
-        DataError: no such file, or a broken one.
-    """
+    """Return the rows of one subject's file, whose folder may be inside a zip archive."""
     columns = list(origin.columns)
     optional = ["explanation", ""]  # the second is what pandas calls the column of row numbers
     if split == origin.split and not origin.answered:
@@ -205,7 +197,7 @@ def read_subject(origin: ChoiceSet, folder: AnyPath, split: str, subject: str) -
 
 
 def spelled(data: Mapping[str, str]) -> dict[str, str]:
-    """A row with the names of COLUMNS, whatever their case in the file; row numbers are left out."""
+    """Return a row with the names of COLUMNS, in any case in the file, without row numbers."""
     return {name if name in LETTERS else name.lower(): text for name, text in data.items() if name}
 
 

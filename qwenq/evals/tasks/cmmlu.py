@@ -1,10 +1,10 @@
-"""CMMLU: 67 Chinese subjects, four options, over 11,000 questions (Li et al. 2023).
+"""Ask CMMLU: 67 Chinese subjects, four options, over 11,000 questions (Li et al. 2023).
 
 Source of the base protocol: ``evaluate_cmmlu.py`` of QwenLM/Qwen, whose prompt and letters are C-Eval's.
-There is no published script for chat models: ``card`` asks and reads as C-Eval's does, which is ours.
+There is no published script for chat models: ``card`` is C-Eval's, our choice.
 
-The paper and the files in circulation differ in how many questions a subject has, so a file is only known to
-be whole if it has the 100 rows that every subject has.
+The paper and the published files differ in the number of questions of a subject, so a file counts as whole
+from the 100 rows on that every subject has.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VERSION = 1
 FILE_COLUMNS = ("Question", *LETTERS, "Answer")
 HUB = "lmlmcat/cmmlu"
 ARCHIVE = "cmmlu_v1_0_1.zip"
-"""What the set on the hub is, besides a script that no newer ``datasets`` runs: the original files."""
+"""The original files on the hub, beside a script that newer ``datasets`` do not run."""
 
 # fmt: off
 STEM = (
@@ -76,7 +76,7 @@ CATEGORIES: Mapping[str, Sequence[str]] = {
     "other": OTHER,
     "china specific": CHINA_SPECIFIC,
 }
-"""The first four share out the subjects; the last is across them."""
+"""The first four partition the subjects; the last overlaps them."""
 
 
 def _copy_in(folder: Path | None) -> Path | None:

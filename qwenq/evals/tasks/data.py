@@ -1,4 +1,4 @@
-"""Benchmark files, read whole and checked line by line: what is wrong is said with its file and line."""
+"""Read benchmark files, and name the file and line of each error."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qwenq.errors import DataError
 from qwenq.evals.task import DataSource
 
 SAMPLE = Path(__file__).parents[1] / "sample"
-"""The suite that ships with qwenq: our own items in the benchmarks' layouts."""
-_LARGEST = 64_000_000  # bytes
+"""The suite that ships with qwenq: items written for it, in the benchmarks' layouts."""
+LARGEST = 64_000_000  # bytes
 T = TypeVar("T")
 AnyPath = TypeVar("AnyPath", Path, zipfile.Path)
-"""Of a file, or of a member of a zip archive."""
+"""The path of a file, or of a member of a zip archive."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Row:
     """A row of a benchmark file.
 
     Attributes:
-        data: text by column, exactly as it stands in the file: ``None`` and ``007`` are text too.
-        where: the file, and the line it starts on; or the hub's data set.
+        data: text by column, exactly as in the file: ``None`` and ``007`` are text too.
+        where: the file and its first line; or the hub's data set.
     """
 
     data: dict[str, str]
@@ -39,7 +39,7 @@ class Row:
 
 
 def local_folder(source: DataSource, name: str) -> Path | None:
-    """The folder of one benchmark; None when the source is the hub.
+    """Return the folder of one benchmark; None when the source is the hub.
 
     Raises:
         DataError: a folder was named that does not hold this benchmark, or the sample suite does not.
@@ -67,13 +67,13 @@ def local_folder(source: DataSource, name: str) -> Path | None:
 def read_csv(
     path: Path | zipfile.Path, columns: Sequence[str], *, header: bool, optional: Sequence[str] = ()
 ) -> list[Row]:
-    """Rows of a CSV file; every value is text, whatever it looks like.
+    """Return the rows of a CSV file; every value is text.
 
     Args:
         path: UTF-8, with or without a byte-order mark.
         columns: their names, in order where the file has no header.
-        header: whether the first line has to name the columns; if not, it may: copies were saved with one.
-        optional: columns that the file may have besides.
+        header: whether the first line has to name the columns; if not, it may, as some copies have one.
+        optional: further columns that the file may have.
 
     Raises:
         DataError: not there, empty, not UTF-8, not CSV, or of other columns.
@@ -111,40 +111,24 @@ def read_csv(
 
 
 def read_json_lines(path: Path, columns: Sequence[str]) -> list[Row]:
-    """Rows of a .jsonl or .jsonl.gz file whose named columns are all text; others are left out.
-
-    Raises:
-        DataError: not there, empty, not UTF-8, not JSON lines, or without one of the columns.
-    """
+    """Return the rows of a .jsonl or .jsonl.gz file with these columns of text."""
     return [Row(text_columns(record, columns, where), where) for record, where in read_json_records(path)]
 
 
 def read_json_records(path: Path) -> list[tuple[Any, str]]:
-    """Every line of a .jsonl or .jsonl.gz file, whatever it holds, and where it stands.
-
-    Raises:
-        DataError: not there, empty, not UTF-8, or not JSON lines.
-    """
+    """Return every value of a .jsonl or .jsonl.gz file with its place."""
     lines = enumerate(read_text(path).split("\n"), 1)
     found = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
     return _some([(_parsed(line, where, "this line"), where) for where, line in found], path)
 
 
 def read_json(path: Path) -> Any:
-    """What a .json file holds.
-
-    Raises:
-        DataError: not there, not UTF-8, or not JSON.
-    """
+    """Return the value of a .json file."""
     return _parsed(read_text(path), str(path), "the file")
 
 
 def numbered(records: object, where: str) -> list[tuple[Any, str]]:
-    """Each of a list of records, with its place in the list.
-
-    Raises:
-        DataError: it is no list, or empty.
-    """
+    """Return each of a list of records with its place."""
     if not isinstance(records, list) or not records:
         raise DataError("there should be a list of rows", where=where, hint="get the file again")
     return [(record, f"{where}, row {number}") for number, record in enumerate(records, 1)]
@@ -154,15 +138,11 @@ def _parsed(text: str, where: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} is not whole JSON: {error}", where=where) from error
+        raise DataError(f"{what} is not valid JSON: {error}", where=where) from error
 
 
 def text_columns(record: object, columns: Sequence[str], where: str) -> dict[str, str]:
-    """These columns of a record.
-
-    Raises:
-        DataError: the record is no table row, or one of them is missing or no text.
-    """
+    """Return these columns of a record; all have to be text."""
     if not isinstance(record, dict):
         raise DataError(
             f"a row has to be an object with named columns, not {type(record).__name__}", where=where
@@ -179,11 +159,7 @@ def text_columns(record: object, columns: Sequence[str], where: str) -> dict[str
 
 
 def check_count(found: int, expected: int, where: object) -> None:
-    """Refuse a set that is not whole: its score would be of another benchmark.
-
-    Raises:
-        DataError: more or fewer rows than published.
-    """
+    """Refuse a set with more or fewer rows than published: its score would be another benchmark's."""
     if found != expected:
         raise DataError(
             f"{found} rows where the published set has {expected}",
@@ -203,7 +179,7 @@ def _names_columns(values: Sequence[str], columns: Sequence[str]) -> bool:
 
 
 def _in_our_spelling(header: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Return the names of a header's columns, those that are wanted as they are called here."""
+    """Return the names of a header's columns, known ones in our spelling."""
     known = {name.casefold(): name for name in columns} | {str(n): name for n, name in enumerate(columns)}
     return [known.get(name.strip().casefold(), name.strip()) for name in header]
 
@@ -222,9 +198,9 @@ def _check_header(
 
 
 def read_text(path: Path | zipfile.Path) -> str:
-    """The whole file; it is read in one piece as the largest of these has 5 MB."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for without end
-        raise DataError("it is no file", where=str(path), hint="put the original file in its place")
+    """Return the text of a file; the largest benchmark file has 5 MB."""
+    if path.exists() and not path.is_file():  # reading a pipe might never end
+        raise DataError("it is not a file", where=str(path), hint="put the original file in its place")
     try:
         raw = _bounded(path)
     except FileNotFoundError:
@@ -255,13 +231,13 @@ def read_text(path: Path | zipfile.Path) -> str:
 
 
 def _bounded(path: Path | zipfile.Path) -> bytes:
-    """Inflated, where it is compressed: it may be a thousand times as large as it looks."""
+    """Return the bytes, inflated up to a bound: a compressed file may be a thousand times as large."""
     packed = path.suffix == ".gz"
     with path.open("rb") as stored, gzip.open(stored) if packed else nullcontext(stored) as file:
-        raw: bytes = file.read(_LARGEST + 1)
-    if len(raw) > _LARGEST:
+        raw: bytes = file.read(LARGEST + 1)
+    if len(raw) > LARGEST:
         raise DataError(
-            f"over {_LARGEST // 1_000_000} MB when inflated: no benchmark file is that large",
+            f"over {LARGEST // 1_000_000} MB when inflated: no benchmark file is that large",
             where=str(path),
             hint="get the file again",
         )

@@ -1,7 +1,7 @@
-"""Final answers of mathematics: found in a solution, and compared as they are written.
+"""Find and compare final answers of mathematics.
 
-Two answers are the same if their normal forms are equal as text, or both are numbers of one value, or both
-are lists of one shape whose parts are. There is no algebra: ``x + 1`` and ``1 + x`` differ, as in the score
+Two answers are the same if their normal forms are equal as text, or both are numbers of one value, or lists
+of one shape with equal parts. There is no algebra: ``x + 1`` and ``1 + x`` differ, as in the score
 of Hendrycks et al., so a score is a lower bound of one that simplifies with a computer algebra system.
 """
 
@@ -12,7 +12,7 @@ from fractions import Fraction
 
 BOXES = re.compile(r"\\f?boxed\s*|\\fbox\s*")
 STATED = re.compile(r"[Ff]inal [Aa]nswer is:?\s*(.+?)\s*\.?\s*(?:I hope it is correct|$)", re.MULTILINE)
-"""As the examples of the Minerva prompt end."""
+"""The end of the Minerva prompt's examples."""
 
 _SPACES = re.compile(r"\\[,;:! ]|~|\\quad|\\qquad|\s+")
 _SIZES = re.compile(r"\\(?:left|right|big|Big|bigg|Bigg)(?![A-Za-z])")
@@ -34,7 +34,7 @@ _LONGEST = 200  # characters of an answer that is still read as a number
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{…}`` or ``\fbox{…}`` holds, braces matched; None without one that is closed."""
+    r"""Return the content of the last ``\boxed{…}`` or ``\fbox{…}``; None without a closed one."""
     found = list(BOXES.finditer(text))
     if not found:
         return None
@@ -50,18 +50,18 @@ def boxed(text: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """What follows the first "final answer is", to the end of its sentence."""
+    """Return the text behind the first "final answer is", to the end of its sentence."""
     match = STATED.search(text)
     return match.group(1) if match else None
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are the same, see the head of this file."""
+    """Return whether two answers are the same, without algebra."""
     return _same(normal(one), normal(other))
 
 
 def normal(text: str) -> str:
-    r"""One way of writing what is written in many: ``$x=\dfrac12\text{ cm}$.`` is ``\frac{1}{2}``."""
+    r"""Return the normal form of an answer: that of ``$x=\dfrac12\text{ cm}$.`` is ``\frac{1}{2}``."""
     text = text.strip().rstrip(".").strip()
     if (box := boxed(text)) is not None:
         text = box
@@ -79,7 +79,7 @@ def normal(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    r"""The value of a normal form: a decimal, ``\frac{a}{b}``, ``a\frac{b}{c}``, ``a/b``; else None."""
+    r"""Return the value of a normal form (decimal, ``\frac{a}{b}``, ``a\frac{b}{c}``, ``a/b``), or None."""
     if len(text) > _LONGEST:
         return None
     if _DECIMAL.match(text):
@@ -105,7 +105,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    """What commas outside of inner brackets divide, with the outer brackets first and last."""
+    """Split at commas outside of inner brackets; the outer brackets come first and last."""
     around = text[:1] in _OPEN and text[-1:] in _CLOSE and len(text) > 1
     inner = text[1:-1] if around else text
     parts, depth = [""], 0

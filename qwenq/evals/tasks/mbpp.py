@@ -1,14 +1,14 @@
-"""MBPP: 500 short Python tasks (numbers 11 to 510), each with three tests (Austin et al. 2021).
+"""Ask MBPP: 500 short Python tasks (numbers 11 to 510), each with three tests (Austin et al. 2021).
 
 The base prompt is the paper's: tasks 2, 3 and 4 as examples, ``[BEGIN]`` and ``[DONE]`` around the code.
-Which prompt Qwen's cards used (3 examples) is not published. Nor is one for chat models: ``card`` asks for
-the same in one turn without examples and takes the first fenced block, which is ours.
+Qwen's own prompt (3 examples) is not published, nor one for chat models: ``card`` asks the same in one
+message without examples and takes the first fenced block, our choice.
 
-``mbpp.jsonl`` is the benchmark. Where only ``sanitized-mbpp.json`` is there, its 257 tasks of those are
-asked, and that is said.
+``mbpp.jsonl`` is the benchmark. Of ``sanitized-mbpp.json`` alone, its 257 tasks among those are asked, with a
+notice.
 
-Nothing here runs code. What calls the solution is put behind it, as functions without arguments; the tests
-compare what these return, in a process of their own (see ``evals.sandbox``).
+Nothing here runs code. The tests' calls of the solution are appended to it as functions without arguments;
+the tests compare their values in another process (see ``evals.sandbox``).
 """
 
 from __future__ import annotations
@@ -60,11 +60,7 @@ HUB = "google-research-datasets/mbpp"
 
 
 def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-    """The test split; subjects mean nothing here.
-
-    Raises:
-        DataError: no data, broken data, or a set without its examples.
-    """
+    """Return the test split; there are no subjects."""
     name, rows = _rows(source)
     by_number: dict[str, Row] = {}
     for row in rows:
@@ -88,18 +84,18 @@ def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
 
 
 def ask_chat(item: Item) -> Request:
-    """The task and its tests as the first turn of a chat."""
+    """Return the task and its tests as the first message of a chat."""
     return Write(first_turn(TASK.format_map(item.data)), MAX_NEW_TOKENS)
 
 
 def ask_base(item: Item) -> Request:
-    """Examples and task as plain text."""
+    """Return examples and task as plain text."""
     shown = "".join(SHOT.format_map(row) for row in item.shots)
     return Write(shown + QUESTION.format_map(item.data), MAX_NEW_TOKENS, STOPS)
 
 
 def read_chat(item: Item, answer: Written) -> Judgement:
-    """The first fenced block, closed or not, else what stands between the marks, else all; not yet run."""
+    """Extract the first fenced block, closed or not, else the text between the marks, else all."""
     for pattern in (FENCED, MARKED):
         if match := pattern.search(answer.text):
             return Judgement(False, match.group(1), note="not run")
@@ -107,19 +103,19 @@ def read_chat(item: Item, answer: Written) -> Judgement:
 
 
 def read_base(item: Item, answer: Written) -> Judgement:
-    """The answer as it is, not yet run."""
+    """Take the whole answer as the code."""
     return Judgement(False, answer.text, note="not run")
 
 
 class _Calls(ast.NodeTransformer):
-    """Takes calls of the solution out of the tests: ``f(2) == 4`` becomes ``_call_0() == 4``."""
+    """Replacement of the tests' calls of the solution: ``f(2) == 4`` becomes ``_call_0() == 4``."""
 
     def __init__(self, names: set[str]) -> None:
         self._names = names
         self.taken: list[str] = []
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """The outermost call of something that the solution defines."""
+        """Replace the outermost call of a name that the solution defines."""
         if any(isinstance(part, ast.Name) and part.id in self._names for part in ast.walk(node.func)):
             self.taken.append(ast.unparse(node))
             name = ast.Name(f"_call_{len(self.taken) - 1}", ast.Load())
@@ -128,7 +124,7 @@ class _Calls(ast.NodeTransformer):
 
 
 def program(item: Item, solution: str) -> Program:
-    """What the sandbox runs: the solution, the calls that the tests make of it, and the tests."""
+    """Return the sandbox's program: the solution, the tests' calls of it, and the tests."""
     tests, calls = _split(item.data)
     names = tuple(f"_call_{place}" for place in range(len(calls)))
     wrapped = "".join(
@@ -146,26 +142,26 @@ def program(item: Item, solution: str) -> Program:
 
 
 def reference(item: Item) -> str:
-    """The solution that the benchmark itself gives."""
+    """Return the benchmark's own solution."""
     return item.data["code"]
 
 
-def say_which(items: Sequence[Item]) -> list[str]:
-    """A sentence where these are not the tasks that published scores are of."""
+def set_notice(items: Sequence[Item]) -> list[str]:
+    """Return a notice where these are not the tasks of published scores."""
     if items and items[0].data["file"] == SANITIZED:
         return [f"{SANITIZED}: its tasks only, not comparable with a score over {COUNTS[FULL]}"]
     return []
 
 
 def _split(data: Any) -> tuple[str, list[str]]:
-    """The tests without the calls of the solution, and those calls."""
+    """Return the tests with calls of the solution replaced, and those calls."""
     taker = _Calls(_defined(data["code"]))
     tree = ast.fix_missing_locations(taker.visit(ast.parse(data["tests"])))
     return ast.unparse(tree), taker.taken
 
 
 def _defined(code: str) -> set[str]:
-    """What a solution defines at its top: functions, classes, names of values."""
+    """Return the names that a solution defines at its top level."""
     names: set[str] = set()
     for node in ast.parse(code).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -201,11 +197,7 @@ def _from_hub(split: str, copy: Path | None) -> list[tuple[Any, str]]:
 
 
 def _row(record: object, where: str, name: str) -> Row:
-    """One task of either file, as text under one set of names.
-
-    Raises:
-        DataError: something is missing or is no text.
-    """
+    """Return one task of either file as text under the same names."""
     task, setup = ("text", "test_setup_code") if name == FULL else ("prompt", "test_imports")
     texts = text_columns(record, (task, "code"), where)
     rest: dict[str, Any] = record if isinstance(record, dict) else {}
@@ -234,7 +226,7 @@ def _check(row: Row) -> None:
         _, calls = _split(row.data)
         ast.parse(row.data["setup"])
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
-        raise DataError(f"code or tests are no Python: {error}", where=row.where) from error
+        raise DataError(f"code or tests are not valid Python: {error}", where=row.where) from error
     if not calls:
         raise DataError("the tests call nothing that the solution defines", where=row.where)
 
@@ -245,7 +237,7 @@ _script = partial(
     version=VERSION,
     load=load,
     average=score_all,
-    comment=say_which,
+    comment=set_notice,
     program=program,
     reference=reference,
     spare=SPARE,

@@ -1,16 +1,16 @@
-"""MMLU: 57 subjects, four options, 14,042 questions (Hendrycks et al. 2021).
+"""Ask MMLU: 57 subjects, four options, 14,042 questions (Hendrycks et al. 2021).
 
 Sources of the protocols: ``evaluate_chat_mmlu.py`` and ``evaluate_mmlu.py`` of QwenLM/Qwen (card, base),
-``tasks/mmlu/default`` of lm-evaluation-harness 0.4.13 (lm-eval). Where ours differ from them:
+``tasks/mmlu/default`` of lm-evaluation-harness 0.4.13 (lm-eval). Differences from them:
 
 - Options are text. The scripts read them with pandas, which turns an option such as ``None`` or ``N/A`` into
   ``nan`` in the prompt; here it stays what the file says.
-- card: an option without text, or of full stops alone, is in no answer; the script puts its letter between
-  any two characters.
+- card: an option without text, or of full stops alone, is not searched for; the script inserts its letter
+  between any two characters.
 - base: a prompt that is too long for the model is an error of the run; the script drops its beginning.
-- lm-eval: shows 5 examples, as ``--num_fewshot 5``; the harness itself shows none unless it is told to.
-- lm-eval: no token is put before a prompt, as Qwen's tokenizers put none there; the harness keeps what others
-  put, such as the one that begins a text of Llama's.
+- lm-eval: shows 5 examples, as ``--num_fewshot 5``; the harness shows none by default.
+- lm-eval: no special token comes before a prompt, as with Qwen's tokenizers; the harness keeps those of
+  others, such as Llama's.
 """
 
 from __future__ import annotations
@@ -119,12 +119,12 @@ CATEGORIES: Mapping[str, Sequence[str]] = {
 
 
 def ask_chat(item: Item) -> Request:
-    """The bare question, without examples, as the first turn of a chat."""
+    """Return the bare question as the first message of a chat."""
     return Write(first_turn(CHAT_PROMPT.format_map(item.data)), MAX_NEW_TOKENS)
 
 
 def read_chat(item: Item, answer: Written) -> Judgement:
-    """The letter that was meant: options' texts are replaced by their letters before one is looked for."""
+    """Judge the letter that was named, once options' texts are replaced by their letters."""
     text = chat_text(answer)
     for letter, option in options_by_length(item):
         if option.rstrip("."):
@@ -133,12 +133,12 @@ def read_chat(item: Item, answer: Written) -> Judgement:
 
 
 def ask_base(item: Item) -> Request:
-    """Examples and question as plain text; which of `` A`` … `` D`` comes next?"""
+    """Return examples and question as plain text, continued by `` A`` … `` D``."""
     return Choose(_few_shot(item, QUESTION), CONTINUATIONS)
 
 
 def ask_lm_eval(item: Item) -> Request:
-    """The harness's prompt: no ``Question:``, and questions without white space around them."""
+    """Return the harness's prompt: no ``Question:``, and questions without white space around them."""
     return Choose(_few_shot(item, LM_EVAL_QUESTION, strip=True), CONTINUATIONS)
 
 

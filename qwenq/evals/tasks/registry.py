@@ -1,4 +1,4 @@
-"""The benchmarks by name."""
+"""List the benchmarks by name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _SCRIPTS: dict[tuple[str, str], Script] = {
 
 
 def task_names() -> list[str]:
-    """The benchmarks there are."""
+    """Return the names of all benchmarks."""
     return list(dict.fromkeys(name for name, _ in _SCRIPTS))
 
 
 def protocol_names(task: str) -> list[str]:
-    """The protocols that a benchmark has."""
+    """Return the protocols of a benchmark."""
     return [protocol for name, protocol in _SCRIPTS if name == task]
 
 
 def get_task(name: str, protocol: str) -> Script:
-    """A benchmark under a protocol.
+    """Return a benchmark under a protocol.
 
     Raises:
         UsageError: no such benchmark, or it has no such protocol.

@@ -1,5 +1,4 @@
-"""A benchmark under one protocol, put together from functions: where its items come from, what to ask, how to
-read the answer, how to average. The protocols of a benchmark differ in the functions they name."""
+"""Compose a benchmark under one protocol from functions; protocols differ in the functions they name."""
 
 from __future__ import annotations
 
@@ -22,13 +21,8 @@ from qwenq.evals.task import (
 Judged = Sequence[tuple[Item, Judgement]]
 
 
-def no_notes(items: Sequence[Item]) -> list[str]:
-    """Nothing to say."""
-    return []
-
-
 def missing_subjects(name: str, subjects: Collection[str], items: Sequence[Item]) -> list[str]:
-    """A sentence when the items cover some of the benchmark's subjects only."""
+    """Return a notice where the items cover only some of the benchmark's subjects."""
     covered = {item.subject for item in items} & set(subjects)
     if not covered or len(covered) == len(subjects):
         return []
@@ -40,19 +34,22 @@ def missing_subjects(name: str, subjects: Collection[str], items: Sequence[Item]
 
 @dataclass(frozen=True)
 class Script:
-    """A benchmark under one protocol (implements ``evals.task.Task``).
+    """A benchmark under one protocol: copy ``tasks/gsm8k.py`` for a new one.
 
     Attributes:
-        shots: the protocol's own number of examples.
-        allowed_shots: which other numbers it can be asked for.
-        load: the items of a source, of these subjects (none: all), each with this many examples.
-        ask: what to ask about an item.
-        read: what an answer is worth.
+        name: ``mmlu``, ``gsm8k`` …
+        protocol: whose prompts, extraction and averages it uses.
+        version: raised whenever prompts, extraction or averages change: older records are not used then.
+        shots: default number of examples.
+        allowed_shots: numbers of examples that the protocol has a prompt for.
+        load: items of a source, of these subjects (none: all), each with this many examples.
+        ask: the request for an item.
+        read: the judgement on an answer; it runs no code.
         average: scores, the main one first.
-        comment: what has to be said of a set of items.
-        program: what a sandbox runs for an item and what ``read`` extracted; None: nothing has to be run.
-        reference: where there are programs: the benchmark's own solution of an item, as ``read`` extracts it.
-        spare: how many of those may fail before the data or the sandbox counts as broken.
+        comment: notices on a set of items.
+        program: the sandbox's program for an item and the extracted code; None: nothing has to be run.
+        reference: the benchmark's own solution of an item, where there are programs.
+        spare: references that may fail before the data or the sandbox counts as broken.
     """
 
     name: str
@@ -64,18 +61,18 @@ class Script:
     ask: Callable[[Item], Request]
     read: Callable[[Item, Any], Judgement]
     average: Callable[[Judged], list[Score]]
-    comment: Callable[[Sequence[Item]], list[str]] = no_notes
+    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []
     program: MakeProgram | None = None
     reference: Callable[[Item], str] | None = None
     spare: int = 0
 
     @property
     def needs_sandbox(self) -> bool:
-        """Whether the answers are code that has to be run."""
+        """Return whether the answers are code that has to be run."""
         return self.program is not None
 
     def items(self, source: DataSource, subjects: Sequence[str] = (), shots: int | None = None) -> list[Item]:
-        """All items, validated.
+        """Return all items, validated.
 
         Raises:
             DataError: no data, broken data, or a subject that does not exist.
@@ -91,19 +88,19 @@ class Script:
         return self.load(source, tuple(subjects), wanted)
 
     def request(self, item: Item) -> Request:
-        """What to ask."""
+        """Return the request for an item."""
         return self.ask(item)
 
     def judge(self, item: Item, answer: Answer) -> Judgement:
-        """What the answer was worth."""
+        """Return the judgement on an answer."""
         return self.read(item, answer)
 
     def scores(self, judged: Judged) -> list[Score]:
-        """The main score first; none for no items."""
+        """Return the scores, the main one first; none without items."""
         return self.average(judged) if judged else []
 
     def notes(self, items: Sequence[Item]) -> list[str]:
-        """What has to be said of these items beside their score."""
+        """Return notices on these items."""
         return self.comment(items)
 
 

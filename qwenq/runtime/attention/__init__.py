@@ -1,4 +1,4 @@
-"""Attention over the cache: the backends of the cards (``v2``, ``v1``, ``off``), and what is best today."""
+"""Compute attention over the cache, by the backends of the cards (``v2``, ``v1``, ``off``) or others."""
 
 from qwenq.runtime.attention.backends import BACKENDS, Availability, attention_backend, available, of_row
 from qwenq.runtime.attention.plain import Attention, Off, Sdpa, attend

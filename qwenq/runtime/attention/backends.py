@@ -1,4 +1,4 @@
-"""The attention backends by name: which exist, which can run here, and why not."""
+"""List the attention backends by name: which exist, which can run here, and why not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.attention.best import Best
+from qwenq.runtime.attention.best import Autotuned
 from qwenq.runtime.attention.flash import flash_v1_package, flash_v2
 from qwenq.runtime.attention.grouped_decode import grouped
 from qwenq.runtime.attention.ours import flash_v1_ours, split
@@ -30,7 +30,7 @@ class Availability(NamedTuple):
 
 
 def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The backend of that name; one that cannot run here is refused, never replaced.
+    """Return the backend of that name; one that cannot run here is refused, never replaced.
 
     Args:
         name: ``v2`` (FlashAttention-2), ``v1`` (FlashAttention), ``off`` (no fused kernel), ``sdpa``
@@ -40,20 +40,21 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
         device, dtype: of queries, keys and values.
 
     Raises:
-        UsageError: no such name.
-        UnsupportedError: it cannot run on this device or in this dtype; says why and what would help.
+        UsageError: there is no such backend.
+        UnsupportedError: it cannot run on this device or in this dtype; names the reason and what would help.
     """
     if name not in BACKENDS:
         raise UsageError(
             f"there is no attention {name!r}", where="--attention", hint=f"use {', '.join(BACKENDS)}"
         )
-    if name == "best":
-        return Best(_all(device, dtype), device, dtype)
-    return _BUILDERS[name](device, dtype)
+    if name != "best":
+        return _BUILDERS[name](device, dtype)
+    able = [each.name for each in available(device, dtype) if each.implementation and each.name != "best"]
+    return Autotuned([_BUILDERS[each](device, dtype) for each in able], device, dtype)
 
 
 def of_row(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
-    """What a row of a table runs that asks for a backend, and the sentence where that is another one.
+    """Return the backend of a table's row that asks for one, and a notice where that is another one.
 
     Only the cards' columns ``v2`` and ``v1`` of FP32 on a GPU are: no flash kernel takes float32, and theirs,
     too, were measured with plain attention.
@@ -64,7 +65,7 @@ def of_row(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
 
 
 def available(device: torch.device, dtype: torch.dtype) -> list[Availability]:
-    """Every backend: what it would run on this device in this dtype, or why it cannot."""
+    """Return every backend with what it would run on this device in this dtype, or why it cannot."""
     found = []
     for name, build in _BUILDERS.items():
         try:
@@ -76,33 +77,17 @@ def available(device: torch.device, dtype: torch.dtype) -> list[Availability]:
     return [*found, Availability("best", f"the fastest of {names}, measured at load", None)]
 
 
-def _all(device: torch.device, dtype: torch.dtype) -> list[Attention]:
-    """Every backend that can run here."""
-    can = [each.name for each in available(device, dtype) if each.implementation and each.name != "best"]
-    return [_BUILDERS[name](device, dtype) for name in can]
-
-
 def _v1(device: torch.device, dtype: torch.dtype) -> Attention:
-    """The package of version 1 where it is installed, else our kernel."""
+    """Return the package of version 1 where it is installed, else our kernel."""
     package = flash_v1_package() if device.type == "cuda" else None
     return package or flash_v1_ours(device, dtype)
-
-
-def _off(device: torch.device, dtype: torch.dtype) -> Attention:
-    del device, dtype
-    return Off()
-
-
-def _sdpa(device: torch.device, dtype: torch.dtype) -> Attention:
-    del device, dtype
-    return Sdpa()
 
 
 _BUILDERS: dict[str, Callable[[torch.device, torch.dtype], Attention]] = {
     "v2": flash_v2,
     "v1": _v1,
-    "off": _off,
-    "sdpa": _sdpa,
+    "off": lambda *_: Off(),
+    "sdpa": lambda *_: Sdpa(),
     "split": split,
     "grouped": grouped,
 }

@@ -1,4 +1,4 @@
-"""The fastest backend here, measured at load: one for prompts, one for decode steps."""
+"""Measure at load which backend is fastest here: one for prompts, one for decode steps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PROMPT, CONTEXT = 512, 2048
 _REPEATS = 3
 
 
-class Best:
-    """Whichever was fastest for prompts and for decode steps.
+class Autotuned:
+    """The backends that were fastest for prompts and for decode steps.
 
     Args:
         candidates: backends that can run here.
@@ -29,31 +29,29 @@ class Best:
     Attributes:
         seconds: of each candidate, by name: one prompt, one decode step.
         implementation: what was chosen, from what.
-        has_grouped: whether ``grouped`` is a candidate: a decoder that has whole steps made for it measures
-            those, too, as they are what counts, and then says so with `take_whole_steps`.
+        has_grouped: whether ``grouped`` is a candidate: a decoder measures its whole steps with and without
+            that, too, as they are what counts, and may call `take_whole_steps`.
     """
 
     name = "best"
 
     def __init__(self, candidates: Sequence[Attention], device: torch.device, dtype: torch.dtype) -> None:
+        sizes = (PROMPT, PROMPT), (1, CONTEXT)
         self.seconds = {
-            each.name: (
-                _measure(each, PROMPT, PROMPT, device, dtype),
-                _measure(each, 1, CONTEXT, device, dtype),
-            )
-            for each in candidates
+            each.name: tuple(_measure(each, *size, device, dtype) for size in sizes) for each in candidates
         }
         self.has_grouped = GroupedDecode.name in self.seconds
-        self._prefill = min(candidates, key=lambda each: self.seconds[each.name][0])
-        self._decode = min(candidates, key=lambda each: self.seconds[each.name][1])
-        self.implementation = self._said(f"{self._decode.name} ({self._decode.implementation})")
+        self._prefill, self._decode = (
+            min(candidates, key=lambda each: self.seconds[each.name][which]) for which in range(2)
+        )
+        self.implementation = self._describe(f"{self._decode.name} ({self._decode.implementation})")
 
     def take_whole_steps(self, milliseconds: float, otherwise: float) -> None:
-        """Decode steps are whole ones around ``grouped``: a step took so long, and else it would have."""
+        """Note that decode steps are whole ones around ``grouped``, with the times of both ways."""
         measured = f"{milliseconds:.1f} ms; with {self._decode.name} {otherwise:.1f} ms"
-        self.implementation = self._said(f"{GroupedDecode.name} (whole steps: {measured})")
+        self.implementation = self._describe(f"{GroupedDecode.name} (whole steps: {measured})")
 
-    def _said(self, decode: str) -> str:
+    def _describe(self, decode: str) -> str:
         chosen = f"prefill {self._prefill.name} ({self._prefill.implementation}), decode {decode}"
         return f"fastest measured at load among {', '.join(self.seconds)}: {chosen}"
 
@@ -64,7 +62,7 @@ class Best:
 
 
 def _measure(attention: Attention, tokens: int, end: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of one call, the shortest of a few after a first that builds what is built."""
+    """Return the seconds of one call, the shortest of a few after a first that builds what is built."""
     queries = torch.zeros(1, HEADS, tokens, HEAD_DIM, device=device, dtype=dtype)
     keys = torch.zeros(1, HEADS, end, HEAD_DIM, device=device, dtype=dtype)
     positions = torch.arange(end - tokens, end, device=device).unsqueeze(0)

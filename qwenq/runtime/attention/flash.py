@@ -1,9 +1,7 @@
-"""FlashAttention kernels of other people behind `Attention`: ``v2``, and the ``flash-attn`` 1 package.
+"""Run FlashAttention of packages and of torch behind `Attention`: ``v2``, and ``flash-attn`` 1.
 
-Such a kernel knows one mask: none, or causal with the last query at the last key. What the cache asks for is
-put to it in calls of that kind.
-
-FlashAttention-2: Dao, arXiv 2307.08691. FlashAttention: Dao et al., arXiv 2205.14135.
+Such a kernel has one mask: none, or causal with the last query at the last key; other passes are
+several calls. FlashAttention-2: Dao, arXiv 2307.08691. FlashAttention: Dao et al., arXiv 2205.14135.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ class Flash:
         step_kernel: what computes one token of a row whose length only the device knows; None: there is none.
 
     Attributes:
-        capturable: decode steps ask the device nothing, so that a CUDA graph can hold them.
+        capturable: whether a CUDA graph can hold decode steps: they read nothing back from the device.
     """
 
     def __init__(
@@ -71,9 +69,7 @@ class Flash:
 
     def _step(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span, kernel: StepKernel) -> Tensor:
         batch, heads, _, d = queries.shape
-        grouped = queries.reshape(
-            batch, keys.shape[1], -1, d
-        )  # the heads of a group are one product's queries
+        grouped = queries.reshape(batch, keys.shape[1], -1, d)  # a group's heads are one product's queries
         lengths = (span.positions[:, 0] + 1).to(torch.int32).expand(batch)
         rows = zip(grouped, keys, values, lengths.split(1), strict=True)
         return torch.stack([kernel(*row) for row in rows]).reshape(batch, heads, 1, d)
@@ -91,7 +87,7 @@ class Flash:
         return mixed
 
     def _first_slots(self, span: Span) -> list[int]:
-        """Where each row's new tokens begin; asked of the device once per pass, not once per layer."""
+        """Return where each row's new tokens begin, read from the device once per pass, not per layer."""
         known = self._starts  # of another thread's pass, perhaps
         if known is None or known[0] is not span:
             known = self._starts = span, span.positions[:, 0].tolist()
@@ -99,11 +95,7 @@ class Flash:
 
 
 def flash_v2(device: torch.device, dtype: torch.dtype) -> Flash:
-    """FlashAttention-2: the ``flash-attn`` 2 package where it is installed, else torch's own build of it.
-
-    Raises:
-        UnsupportedError: no NVIDIA GPU of compute capability 8.0, or a dtype that the kernels do not take.
-    """
+    """Return FlashAttention-2: the ``flash-attn`` 2 package where it is installed, else torch's build."""
     check_flash("v2", device, dtype)
     version = package_version("flash-attn")
     if version is not None and version.startswith("2."):
@@ -115,15 +107,14 @@ def flash_v2(device: torch.device, dtype: torch.dtype) -> Flash:
             where="--attention v2",
             hint="install flash-attn 2 or a torch with CUDA, or use --attention off",
         )
-    return Flash(
-        "v2", f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)", _torch_flash, _torch_step
-    )
+    label = f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)"
+    return Flash("v2", label, _torch_flash, _torch_step)
 
 
 def flash_v1_package() -> Flash | None:
-    """The ``flash-attn`` 1 package, or None where it is not installed.
+    """Return the ``flash-attn`` 1 package, or None where it is not installed.
 
-    Its causal mask counts from the first key, and its heads do not share keys; both are made up for here.
+    Its causal mask counts from the first key, and its heads do not share keys; both are provided here.
     """
     version = package_version("flash-attn")
     if version is None or not version.startswith(("0.", "1.")):
@@ -148,11 +139,7 @@ def flash_v1_package() -> Flash | None:
 
 
 def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Whether the hardware and the dtype can run flash kernels at all.
-
-    Raises:
-        UnsupportedError: says what is missing.
-    """
+    """Refuse hardware and dtypes that cannot run flash kernels."""
     where = f"--attention {name}"
     if device.type != "cuda":
         raise UnsupportedError(
@@ -164,18 +151,14 @@ def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise UnsupportedError(
-            f"attention {name}: it takes compute capability 8.0, this GPU has {major}.{minor}",
+            f"attention {name}: it needs compute capability 8.0, this GPU has {major}.{minor}",
             where=where,
             hint="use --attention sdpa or off",
         )
 
 
 def check_half(name: str, dtype: torch.dtype) -> None:
-    """Whether flash kernels take a dtype.
-
-    Raises:
-        UnsupportedError: it is not 16 bits wide.
-    """
+    """Refuse dtypes that flash kernels do not take."""
     if dtype not in (torch.float16, torch.bfloat16):
         raise UnsupportedError(
             f"attention {name}: its kernels compute in float16 and bfloat16, not in "
@@ -186,7 +169,7 @@ def check_half(name: str, dtype: torch.dtype) -> None:
 
 
 def package_version(name: str) -> str | None:
-    """The installed version of a package, None where there is none."""
+    """Return the installed version of a package; None where there is none."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -213,7 +196,7 @@ def _torch_flash(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) ->
 
 
 def _torch_step(queries: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> Tensor:
-    # The same kernel for sequences of any length: it has none of several, and reads this one's on the device.
+    # The kernel for a varying length, which it reads on the device.
     tokens, slots = queries.shape[1], keys.shape[1]
     ends = [torch.arange(2, dtype=torch.int32, device=queries.device) * n for n in (tokens, slots)]
     moved = (x.transpose(0, 1) for x in (queries, keys, values))  # [t or n, heads, d]

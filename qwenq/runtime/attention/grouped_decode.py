@@ -1,8 +1,8 @@
-"""Attention on a CPU: decode steps by one batched product per group of heads, prompts by compiled code.
+"""Compute attention on a CPU: decode steps by one batched product per group of heads, prompts by C.
 
-In a decode step query heads that share a key/value head are rows of one product over keys kept transposed, so
-no key is read twice. `DecodeStep` has a cache arranged for it (see ``KVCache.step``); over any other cache it
-has to be brought to that form first. Prompts are ``compute.attention``'s.
+In a decode step query heads that share a key/value head are rows of one product over keys kept
+transposed, so no key is read twice. `StepOperations` has a cache arranged for it (see
+``KVCache.step``); any other cache is brought to that form first. Prompts are ``compute.attention``'s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwenq.runtime.span import Span
 
 
 class GroupedDecode:
-    """The best that there is for prompts; for the one query of a decode step, products in float32.
+    """``compute.attention`` for prompts; for the one query of a decode step, products in float32.
 
     Args:
         dtype: of queries, keys and values.
@@ -44,7 +44,7 @@ class GroupedDecode:
             hidden = ~span.mask.expand(batch, shared, 1, end).reshape(batch * shared, 1, end)
             mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         grouped = (queries.float() * d**-0.5).reshape(batch * shared, heads // shared, d)
-        mixed = mix(
+        mixed = grouped_attention(
             grouped,
             keys.float().reshape(batch * shared, end, d).transpose(1, 2),
             values.float().reshape(batch * shared, end, d),
@@ -53,8 +53,8 @@ class GroupedDecode:
         return mixed.view(batch, heads, 1, d).to(queries.dtype)
 
 
-def mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of one step, all float32.
+def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return softmax attention of one step, all float32.
 
     Args:
         queries: [batch · key/value heads, heads of a group, d], scaled.
@@ -70,11 +70,7 @@ def mix(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> T
 
 
 def grouped(device: torch.device, dtype: torch.dtype) -> GroupedDecode:
-    """The backend, on a CPU.
-
-    Raises:
-        UnsupportedError: on a GPU.
-    """
+    """Return the backend, on a CPU."""
     if device.type != "cpu":
         raise UnsupportedError(
             f"attention grouped: it is laid out for a CPU, and this is a {device.type}",

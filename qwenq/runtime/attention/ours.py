@@ -1,11 +1,11 @@
-"""Our own Triton kernels behind `Attention`: FlashAttention as first published, and split-KV decoding."""
+"""Run our Triton kernels behind `Attention`: FlashAttention as first published, and split-KV decoding."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qwenq.compute.gpu import interpreting, unsupported_reason
+from qwenq.compute import gpu
 from qwenq.errors import UnsupportedError
 from qwenq.runtime.attention.flash import check_flash, check_half
 from qwenq.runtime.attention.plain import attend
@@ -49,32 +49,24 @@ class Split:
 
 
 def flash_v1_ours(device: torch.device, dtype: torch.dtype) -> FlashV1:
-    """Our kernel of version 1.
-
-    Raises:
-        UnsupportedError: no GPU with Triton, or a dtype that is not 16 bits wide.
-    """
+    """Return our kernel of version 1, if it can run here."""
     _check("v1", device, dtype)
     return FlashV1()
 
 
 def split(device: torch.device, dtype: torch.dtype) -> Split:
-    """Split-KV decoding.
-
-    Raises:
-        UnsupportedError: no GPU with Triton, or a dtype that is not 16 bits wide.
-    """
+    """Return split-KV decoding, if it can run here."""
     _check("split", device, dtype)
     return Split()
 
 
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    # The interpreter is no GPU but runs the kernels all the same: the label says so.
-    if interpreting():
+    # The interpreter is no GPU but runs the kernels all the same; the label names it.
+    if gpu.interpreting():
         check_half(name, dtype)
     else:
         check_flash(name, device, dtype)
-    if reason := unsupported_reason(device):
+    if reason := gpu.unsupported_reason(device):
         raise UnsupportedError(
             f"attention {name}: {reason}", where=f"--attention {name}", hint="use --attention sdpa or off"
         )

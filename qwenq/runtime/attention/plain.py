@@ -1,7 +1,4 @@
-"""Attention that runs everywhere: written out (``off``), and whatever torch picks (``sdpa``).
-
-Query heads h share key/value head h // group. All scores are scaled by 1 / sqrt(d).
-"""
+"""Compute attention anywhere: written out (``off``), and by whatever torch picks (``sdpa``)."""
 
 from __future__ import annotations
 
@@ -15,22 +12,12 @@ from qwenq.runtime.span import Span
 
 
 class Attention(Protocol):
-    """Softmax attention over the cache's slots.
+    """Softmax attention over the cache's slots."""
 
-    Attributes:
-        name: as it was asked for: ``v2``, ``v1``, ``off``, ``sdpa``, ``split`` or ``best``.
-        implementation: exactly what runs, with package and version, for the row of a table.
-    """
-
-    @property
-    def name(self) -> str:
-        """As it was asked for."""
-        ...
-
-    @property
-    def implementation(self) -> str:
-        """Exactly what runs."""
-        ...
+    name: str
+    """Name of the backend: ``v2``, ``v1``, ``off``, ``sdpa``, ``split``, ``grouped`` or ``best``."""
+    implementation: str
+    """Exactly what runs, with package and version, for the row of a table."""
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """Mix the values that each query may see.
@@ -41,7 +28,7 @@ class Attention(Protocol):
             span: which slots each query may see: those up to its own position.
 
         Returns:
-            [batch, heads, tokens, d]. What belongs to the padding of a shorter row means nothing.
+            [batch, heads, tokens, d]; meaningless in the padding of a shorter row.
         """
         ...
 
@@ -62,7 +49,7 @@ class Sdpa:
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
-    """``sdpa`` as a plain function; arguments and result are those of `Attention`."""
+    """Compute ``sdpa``; arguments and result are those of `Attention`."""
     batch, heads, tokens, d = queries.shape
     shared = keys.shape[1]
     if span.causal and tokens == span.end:
@@ -89,9 +76,7 @@ class Off:
         """See `Attention`."""
         batch, heads, tokens, d = queries.shape
         shared, end = keys.shape[1:3]
-        rows = queries.reshape(
-            batch, shared, heads // shared * tokens, d
-        )  # a group's heads, one after another
+        rows = queries.reshape(batch, shared, heads // shared * tokens, d)  # a group's heads in a row
         scores = (rows @ keys.transpose(-1, -2)).float() * d**-0.5  # [batch, shared, group · tokens, end]
         scores = scores.view(batch, shared, heads // shared, tokens, end)
         mask = visible(span, tokens)
@@ -103,7 +88,7 @@ class Off:
 
 
 def visible(span: Span, tokens: int) -> Tensor | None:
-    """Bool [batch or 1, 1, tokens, end], true where a query may look; None: everywhere."""
+    """Return where queries may look, bool [batch or 1, 1, tokens, end]; None: everywhere."""
     if span.mask is not None or not span.causal or tokens == 1:
         return span.mask
     slots = torch.arange(span.end, device=span.positions.device)

@@ -1,1 +1,1 @@
-"""Kernels: linear layers over packed integers. ``table`` lists them, ``base`` says what each has to be."""
+"""Hold the quantised linears and the Triton kernels."""

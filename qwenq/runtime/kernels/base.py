@@ -1,7 +1,8 @@
-"""What a kernel is, and what it is told before it says whether it can.
+"""Define what a linear layer is to the engines, and what one over packed integers has to tell of itself.
 
-A kernel is a class: ``why_not(need)`` answers for a whole model, its constructor takes one linear layer as it
-lies in the file and keeps it in the layout that it reads fastest. New ones are listed in ``table``.
+A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor
+takes one layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are
+listed in ``table``.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from qwenq.errors import UnsupportedError
 from qwenq.models.packing import CheckpointFormat, PackedLinear, has_trivial_g_idx, unpack
 
 
-class Kernel(Protocol):
+class Linear(Protocol):
     """A linear layer that is ready to run."""
 
     name: str
-    """What it is called in tables."""
+    """Its name in tables."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out], in the dtype of ``x``."""
+        """Return [..., out] for [..., in], in the dtype of ``x``."""
         ...
 
     @property
@@ -33,8 +34,8 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Sizes of one quantised linear, as headers and ``g_idx`` tell them.
+class LinearShape:
+    """Sizes of one quantised linear, by headers and ``g_idx``.
 
     Attributes:
         name: of the module.
@@ -49,8 +50,8 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Need:
-    """Everything that decides whether a kernel can run a model.
+class Requirements:
+    """What a model requires of a `QuantLinear`.
 
     Attributes:
         bits: 2, 4 or 8.
@@ -65,29 +66,31 @@ class Need:
     checkpoint_format: CheckpointFormat
     device: torch.device
     dtype: torch.dtype
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[LinearShape, ...] = ()
 
 
-class QuantisedKernel(Kernel, Protocol):
-    """A kernel over packed integers.
+class QuantLinear(Linear, Protocol):
+    """A linear layer over packed integers.
 
     Attributes:
-        device_type: ``cpu``, ``cuda``, or ``any``: a kernel of another device is not called passed over.
+        device_type: ``cpu``, ``cuda``, or ``any``: where it may be a faster choice than others.
+        widths: bits that it holds.
     """
 
     device_type: ClassVar[str]
+    widths: ClassVar[tuple[int, ...]]
 
-    def __init__(self, packed: PackedLinear, need: Need, bias: Tensor | None) -> None:
+    def __init__(self, packed: PackedLinear, need: Requirements, bias: Tensor | None) -> None:
         """Take one linear layer; ``packed`` and ``bias`` lie on the CPU, what is kept on ``need.device``."""
 
     @staticmethod
-    def why_not(need: Need) -> str | None:
-        """Why this kernel cannot run such a model here, in words that follow "because"; None: it can."""
+    def unsupported_reason(need: Requirements) -> str | None:
+        """Return why it cannot run such a model here, in words that follow "because"; None: it can."""
         ...
 
 
 @dataclass(frozen=True)
-class Grouped:
+class UnpackedLinear:
     """One quantised linear as plain integers, the columns of each group side by side.
 
     Attributes:
@@ -108,7 +111,7 @@ class Grouped:
         return self.integers.shape[1] // self.scales.shape[1]
 
     def offsets(self, middle: int) -> Tensor | None:
-        """Float32 [out, groups], ``scale · (middle - zero)``: what a kernel around ``middle`` leaves out.
+        """Return what a product around ``middle`` leaves out, ``scale · (middle - zero)``, [out, groups].
 
         None where every zero point is the middle, as in a symmetric model.
         """
@@ -116,7 +119,7 @@ class Grouped:
         return self.scales * shift if bool(shift.any()) else None
 
 
-def grouped(packed: PackedLinear, need: Need) -> Grouped:
+def unpack_by_group(packed: PackedLinear, need: Requirements) -> UnpackedLinear:
     """Unpack a layer; columns in activation order are sorted by group.
 
     Raises:
@@ -133,17 +136,16 @@ def grouped(packed: PackedLinear, need: Need) -> Grouped:
             )
         order = torch.sort(packed.g_idx.long(), stable=True).indices
         integers = integers[:, order]
-    return Grouped(integers, scales.to(torch.float32), zeros, order)
+    return UnpackedLinear(integers, scales.to(torch.float32), zeros, order)
 
 
 def stacked(layers: list[PackedLinear]) -> PackedLinear | None:
-    """Layers that read the same input as one, outputs one after the other; None: their orders differ."""
+    """Join layers that read the same input, outputs one after the other; None: their orders differ."""
     first = layers[0]
     if not all(torch.equal(layer.g_idx, first.g_idx) for layer in layers):
         return None
-    return PackedLinear(
-        torch.cat([layer.qweight for layer in layers], dim=1),
-        torch.cat([layer.qzeros for layer in layers], dim=1),
-        torch.cat([layer.scales for layer in layers], dim=1),
-        first.g_idx,
+    qweight, qzeros, scales = (
+        torch.cat([getattr(layer, name) for layer in layers], dim=1)
+        for name in ("qweight", "qzeros", "scales")
     )
+    return PackedLinear(qweight, qzeros, scales, first.g_idx)

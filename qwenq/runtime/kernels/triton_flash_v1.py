@@ -1,12 +1,12 @@
-"""FlashAttention as first published: Dao et al., arXiv 2205.14135, Algorithm 1, the forward pass.
+"""Run FlashAttention as first published: Dao et al., arXiv 2205.14135, Algorithm 1, the forward pass.
 
-Work is split over batch × heads only: one program computes a whole head, however long the sequence. Keys and
-values are the outer loop, queries the inner one, and the unfinished output and its softmax statistics go
-through device memory each time. This is what version 2 mended (arXiv 2307.08691, §3), and the reason to keep
-it is the column "FlashAttention v1" of the cards.
+Work is split over batch × heads only: one program computes a whole head, however long the sequence.
+Keys and values are the outer loop, queries the inner one, and the unfinished output and its softmax
+statistics go through device memory each time. This is what version 2 mended (arXiv 2307.08691, §3), and
+the reason to keep it is the column "FlashAttention v1" of the cards.
 
-Beyond the paper: a query sees the slots up to its own position, blocks that no query sees are skipped, and
-query heads may share keys.
+Beyond the paper: a query sees the slots up to its own position, blocks that no query sees are skipped,
+and query heads may share keys.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.runtime.kernels.triton_math import product
+from qwenq.runtime.kernels.triton_math import LOG2E, product
 from qwenq.runtime.kernels.triton_support import bound, power_of_2
-
-_LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -33,7 +31,7 @@ def _flash_v1(
     position_batch: tl.tensor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program: one head of one row. Names as in the paper: B_r, B_c, l (row_sum), m (row_max)."""
+    """Compute one head of one row. Names as in the paper: B_r, B_c, l (row_sum), m (row_max)."""
     batch = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     q += batch.to(tl.int64) * q_batch + head * q_head
@@ -78,7 +76,7 @@ def _flash_v1(
 
 
 def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """FlashAttention (1) over the cache.
+    """Run FlashAttention (1) over the cache.
 
     Args:
         queries: [batch, heads, tokens, d], float16 or bfloat16.
@@ -98,30 +96,13 @@ def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -
     row_max = torch.full_like(row_sum, float("-inf"))
     with torch.cuda.device_of(queries):
         _flash_v1[(batch * heads,)](
-            queries,
-            keys,
-            values,
-            mixed,
-            row_sum,
-            row_max,
-            positions,
-            d**-0.5 * _LOG2E,
-            heads,
-            heads // shared,
-            tokens,
-            end,
-            bound(triton.cdiv(end, columns)),
-            bound(triton.cdiv(tokens, rows)),
-            *queries.stride()[:3],
-            *keys.stride()[:3],
-            *values.stride()[:3],
+            queries, keys, values, mixed, row_sum, row_max, positions, d**-0.5 * LOG2E,
+            heads, heads // shared, tokens, end,
+            bound(triton.cdiv(end, columns)), bound(triton.cdiv(tokens, rows)),
+            *queries.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
             positions.stride(0) if positions.shape[0] > 1 else 0,
-            D=d,
-            BLOCK_D=block_d,
-            BR=rows,
-            BC=columns,
-            num_warps=4,
+            D=d, BLOCK_D=block_d, BR=rows, BC=columns, num_warps=4,
             # One stage: what a program writes to `mixed` it reads again; a load moved ahead would miss it.
             num_stages=1,
-        )
+        )  # fmt: skip
     return mixed.to(queries.dtype)

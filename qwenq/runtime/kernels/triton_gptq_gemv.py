@@ -1,12 +1,13 @@
-"""One row times packed integers, the product of a decode step: bound by memory, so few instructions a weight.
+"""Multiply one row by packed integers, as a decode step does: few instructions a weight, at memory's speed.
 
-A field of b bits at bit s of a word becomes a float32 by one operation: masked and put below the exponent
-of 2^23 it reads 2^23 + q · 2^s, exactly. One subtraction leaves (q - zero) · 2^s, one multiply-add does the
-rest, with 2^-s taken into the activation once for all outputs. Sums are float32; a scale is applied once
-per word.
+A field of b bits at bit s of a word becomes a float32 by one operation: masked and put below the
+exponent of 2^23 it reads 2^23 + q · 2^s, exactly. One subtraction leaves (q - zero) · 2^s, one
+multiply-add does the rest, with 2^-s taken into the activation once for all outputs. Sums are float32;
+a scale is applied once per word.
 
 Tests count instructions in the machine code for sm_90 (three a weight, and no shared memory but the
-pipeline's); block sizes are the fastest of those tried on an H200 with the layers of Qwen-1.8B and Qwen-7B.
+pipeline's); block sizes are the fastest of those tried on an H200 with the layers of Qwen-1.8B and
+Qwen-7B.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _gemv(
     BIAS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr, BLOCK_OUT: tl.constexpr, STEPS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BLOCK_OUT outputs over the words of one split; writes [split, output]."""
+    """Compute BLOCK_OUT outputs over the words of one split; writes [split, output]."""
     split = tl.program_id(1)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     PER_WORD: tl.constexpr = 32 // BITS
@@ -70,10 +71,10 @@ def _gemv(
     tl.store(y + split * outputs + out, total.to(y.dtype.element_ty), out < outputs)
 
 
-def multiply(
+def multiply_row(
     row: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, bias: Tensor | None = None
 ) -> Tensor:
-    """``row @ weight + bias`` over packed words.
+    """Return ``row @ weight + bias`` over packed words.
 
     Args:
         row: [1, in], float16, bfloat16 or float32.
@@ -88,35 +89,23 @@ def multiply(
     """
     outputs = words.shape[1]
     row = row if row.stride(-1) == 1 else row.contiguous()
-    block, width, warps, steps, splits = plan(words.shape[0], outputs, multiprocessors(row.device))
+    block, width, warps, steps, splits = plan_row(words.shape[0], outputs, multiprocessors(row.device))
     dtype = row.dtype if splits == 1 else torch.float32
     y = torch.empty((splits, outputs), dtype=dtype, device=row.device)
     with torch.cuda.device_of(row):
         _gemv[(triton.cdiv(outputs, width), splits)](
-            row,
-            words,
-            scales,
-            words if zeros is None else zeros,
-            words if bias is None else bias,
-            y,
-            outputs,
-            EXPONENT,
-            WORDS=words.shape[0],
-            GROUP_WORDS=words.shape[0] // scales.shape[0],
-            BITS=bits,
-            SYMMETRIC=zeros is None,
-            BIAS=bias is not None,
-            BLOCK_WORDS=block,
-            BLOCK_OUT=width,
-            STEPS=steps,
-            num_warps=warps,
-        )
-    # The parts are added in their order by a pass of its own: no atomics, the same bits each time.
+            row, words, scales, words if zeros is None else zeros, words if bias is None else bias, y,
+            outputs, EXPONENT,
+            WORDS=words.shape[0], GROUP_WORDS=words.shape[0] // scales.shape[0], BITS=bits,
+            SYMMETRIC=zeros is None, BIAS=bias is not None,
+            BLOCK_WORDS=block, BLOCK_OUT=width, STEPS=steps, num_warps=warps,
+        )  # fmt: skip
+    # The parts are added in their order in a second pass: no atomics, the same bits each time.
     return y if splits == 1 else y.sum(0, keepdim=True).to(row.dtype)
 
 
-def plan(words: int, outputs: int, processors: int) -> tuple[int, int, int, int, int]:
-    """Words, outputs and warps of a block, steps of the loop, splits of the inputs: nothing is to be idle."""
+def plan_row(words: int, outputs: int, processors: int) -> tuple[int, int, int, int, int]:
+    """Return words, outputs and warps of a block, steps, splits of the inputs: no processor is to be idle."""
     most, width, warps = _WIDE if outputs >= 2 * _WIDE[1] * processors else _NARROW
     block = min(most, power_of_2(words))
     blocks = -(-words // block)

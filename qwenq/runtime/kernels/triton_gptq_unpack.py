@@ -1,4 +1,4 @@
-"""Packed integers to plain weights on the GPU, for products of many rows: cuBLAS does the rest."""
+"""Unpack integers to plain weights on the GPU, for products of many rows by cuBLAS."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_OUTPUTS = 128
-_WORDS = 8
+_UNPACK_OUTPUTS = 128
+_UNPACK_WORDS = 8
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _unpack(
     WORDS: tl.constexpr, GROUP_WORDS: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK_WORDS: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BLOCK_WORDS · BLOCK_OUT words to weights [in, out]; computed in float32, rounded once."""
+    """Unpack BLOCK_WORDS · BLOCK_OUT words to weights [in, out]; computed in float32, rounded once."""
     word = tl.program_id(1) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     PER_WORD: tl.constexpr = 32 // BITS
@@ -38,23 +38,16 @@ def _unpack(
         tl.store(weight + column * outputs + out[None, :], value.to(weight.dtype.element_ty), read)
 
 
-def unpack(words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    """The weight [in, out] in ``dtype``; arguments as of ``triton_gptq_gemv.multiply``."""
+def unpack_weight(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the weight [in, out] in ``dtype``; arguments as of ``multiply_row``."""
     count, outputs = words.shape
     weight = torch.empty((count * 32 // bits, outputs), dtype=dtype, device=words.device)
     with torch.cuda.device_of(words):
-        _unpack[(triton.cdiv(outputs, _OUTPUTS), triton.cdiv(count, _WORDS))](
-            words,
-            scales,
-            words if zeros is None else zeros,
-            weight,
-            outputs,
-            WORDS=count,
-            GROUP_WORDS=count // scales.shape[0],
-            BITS=bits,
-            SYMMETRIC=zeros is None,
-            BLOCK_WORDS=_WORDS,
-            BLOCK_OUT=_OUTPUTS,
-            num_warps=4,
-        )
+        _unpack[(triton.cdiv(outputs, _UNPACK_OUTPUTS), triton.cdiv(count, _UNPACK_WORDS))](
+            words, scales, words if zeros is None else zeros, weight, outputs,
+            WORDS=count, GROUP_WORDS=count // scales.shape[0], BITS=bits, SYMMETRIC=zeros is None,
+            BLOCK_WORDS=_UNPACK_WORDS, BLOCK_OUT=_UNPACK_OUTPUTS, num_warps=4,
+        )  # fmt: skip
     return weight

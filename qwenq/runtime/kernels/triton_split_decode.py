@@ -1,11 +1,12 @@
-"""One new token against a long cache: the slots are split over programs, and a second pass joins the parts.
+"""Attend from one new token to a long cache: programs take parts of the slots, a second pass joins them.
 
-A decode step has batch × key/value heads to do, far fewer than a GPU has multiprocessors. Flash-decoding
-(Dao, Haziza, Massa, Sizov, 2023) cuts the keys of each head into runs; each yields an output and the
-logarithm of its softmax's denominator, and those are joined exactly. Every order is fixed: the same input
-gives the same bits.
+A decode step has batch × key/value heads to do, far fewer than a GPU has multiprocessors. Flash-
+decoding (Dao, Haziza, Massa, Sizov, 2023) cuts the keys of each head into runs; each yields an output
+and the logarithm of its softmax's denominator, and those are joined exactly. Every order is fixed: the
+same input gives the same bits.
 
-Lengths are read from the device, so that a launch can be captured in a CUDA graph and replayed as rows grow.
+Lengths are read from the device, so that a launch can be captured in a CUDA graph and replayed as rows
+grow.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.runtime.kernels.triton_math import product
+from qwenq.runtime.kernels.triton_math import LOG2E, product
 from qwenq.runtime.kernels.triton_support import multiprocessors, power_of_2
 
-_LOG2E = 1.4426950408889634
 _BLOCK = 64  # slots of one step of the loop
 
 
@@ -31,7 +31,7 @@ def _attend_run(
     GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One run of BLOCK · BLOCKS slots for the GROUP heads that share a key/value head."""
+    """Compute BLOCK · BLOCKS slots for the GROUP heads that share a key/value head."""
     run = tl.program_id(0)
     batch = tl.program_id(1) // shared
     head = tl.program_id(1) % shared
@@ -74,7 +74,7 @@ def _join_runs(
     heads: tl.tensor, runs: tl.tensor, end: tl.tensor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, RUNS: tl.constexpr, SLOTS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program joins the runs of one head; what was not written is not read."""
+    """Join the runs of one head; what was not written is not read."""
     head = tl.program_id(0)
     length = tl.minimum(tl.load(positions + head // heads) + 1, end)
     number = tl.arange(0, RUNS)
@@ -91,7 +91,7 @@ def _join_runs(
 
 
 def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Attention of one query per head over the cache.
+    """Compute attention of one query per head over the cache.
 
     Args:
         queries: [batch, heads, 1, d], float16 or bfloat16.
@@ -113,50 +113,26 @@ def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
     mixed = queries.new_empty((batch, heads, 1, d))
     with torch.cuda.device_of(queries):
         _attend_run[(runs, batch * shared)](
-            queries,
-            keys,
-            values,
-            parts,
-            logs,
-            positions,
-            d**-0.5 * _LOG2E,
-            shared,
-            runs,
-            end,
+            queries, keys, values, parts, logs, positions, d**-0.5 * LOG2E, shared, runs, end,
             *(*queries.stride()[:2], *keys.stride()[:3], *values.stride()[:3]),
-            GROUP=group,
-            ROWS=max(16, power_of_2(group)),  # the fewest that tensor cores take
-            D=d,
-            BLOCK_D=block_d,
-            BLOCK=_BLOCK,
-            BLOCKS=slots // _BLOCK,
-            num_warps=4,
-            STAGES=stages(block_d),
-        )
+            GROUP=group, ROWS=max(16, power_of_2(group)),  # the fewest that tensor cores take
+            D=d, BLOCK_D=block_d, BLOCK=_BLOCK, BLOCKS=slots // _BLOCK,
+            num_warps=4, STAGES=stages(block_d),
+        )  # fmt: skip
         _join_runs[(batch * heads,)](
-            parts,
-            logs,
-            mixed,
-            positions,
-            heads,
-            runs,
-            end,
-            D=d,
-            BLOCK_D=block_d,
-            RUNS=power_of_2(runs),
-            SLOTS=slots,
-            num_warps=4,
-        )
+            parts, logs, mixed, positions, heads, runs, end,
+            D=d, BLOCK_D=block_d, RUNS=power_of_2(runs), SLOTS=slots, num_warps=4,
+        )  # fmt: skip
     return mixed
 
 
 def stages(block_d: int) -> int:
-    """Blocks of keys and values on their way at once: what fits the shared memory of sm_89, 99 KB."""
+    """Return how many blocks of keys and values are loaded at once: what fits the 99 KB of sm_89."""
     return 2 if block_d <= 128 else 1
 
 
 def run_length(end: int, groups: int, processors: int) -> int:
-    """Slots of one run: a power of two from 64 to 1024, such that there are about two programs a processor.
+    """Return the slots of one run, 64 to 1024, such that there are about two programs a processor.
 
     A power of two, because a kernel is built for each.
     """

@@ -1,4 +1,4 @@
-"""What lies between the products of a decode step, in three kernels: torch's own would be fifteen launches.
+"""Run what lies between the products of a decode step in three kernels: torch's would be fifteen.
 
 A decode step of a small model on a GPU is hundreds of kernels of two microseconds each, and half of these do
 next to nothing. Here a residual is added and normalised by one, heads are rotated and put into the cache by
@@ -15,7 +15,7 @@ from torch import Tensor
 from qwenq.runtime.kernels.triton_support import power_of_2
 
 _FFN_BLOCK = 1024
-"""Of the gated activation, for one program."""
+"""Features of the gated activation for one program."""
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _add_norm(
     x: tl.tensor, y: tl.tensor, weight: tl.tensor, normed: tl.tensor, eps: tl.tensor,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One row."""
+    """Compute one row."""
     features = tl.arange(0, BLOCK)
     inside = features < HIDDEN
     place = tl.program_id(0) * HIDDEN + features
@@ -47,7 +47,7 @@ def _rotate_and_store(
     HEADS: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     NORM: tl.constexpr, SCALED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One head of one row: a query goes to ``q``, a key or a value to its slot of the cache."""
+    """Rotate one head of one row: a query goes to ``q``, a key or a value to its slot of the cache."""
     batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     features = tl.arange(0, BLOCK)
     inside = features < D
@@ -77,7 +77,7 @@ def _rotate_and_store(
 
 @triton.jit
 def _gated(gate_up: tl.tensor, product: tl.tensor, ffn: tl.tensor, BLOCK: tl.constexpr) -> None:
-    """One block of one row."""
+    """Compute one block of one row."""
     features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = features < ffn
     row = tl.program_id(0).to(tl.int64)
@@ -88,7 +88,7 @@ def _gated(gate_up: tl.tensor, product: tl.tensor, ffn: tl.tensor, BLOCK: tl.con
 
 
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """``x += y`` in place, and the RMSNorm of what x then is.
+    """Add y to x in place, and return the RMSNorm of the sum.
 
     Args:
         x: [rows, hidden], contiguous.
@@ -147,7 +147,7 @@ def rotate_and_store(
 
 
 def gated(gate_up: Tensor) -> Tensor:
-    """``silu(gate) · up``: [rows, 2 · ffn], contiguous → [rows, ffn]."""
+    """Return ``silu(gate) · up``, [rows, ffn], for contiguous [rows, 2 · ffn]."""
     rows, ffn = gate_up.shape[0], gate_up.shape[1] // 2
     product = torch.empty(rows, ffn, dtype=gate_up.dtype, device=gate_up.device)
     with torch.cuda.device_of(gate_up):

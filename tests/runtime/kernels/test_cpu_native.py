@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runtime.kernels.packed_layers import random_case
+from runtime.packed_layers import random_case
 
 from qwenq.runtime.kernels.cpu_native import CpuNative
 
@@ -18,7 +18,7 @@ BFLOAT16 = 2.0**-8  # the most that rounding to bfloat16 changes, of a number
 
 def layer_of(bits: int, group_size: int, in_features: int, out_features: int, **how: object) -> tuple:
     case = random_case(bits, group_size, in_features, out_features, **how)  # type: ignore[arg-type]
-    assert CpuNative.why_not(case.need) is None
+    assert CpuNative.unsupported_reason(case.need) is None
     return CpuNative(case.packed, case.need, None), case.weight
 
 
@@ -91,11 +91,13 @@ def test_many_rows_are_multiplied_with_the_very_weights() -> None:
 
 
 def test_scales_that_float16_cannot_hold_stay_float32() -> None:
-    from qwenq.runtime.kernels.base import Grouped
+    from qwenq.runtime.kernels.base import UnpackedLinear
 
     scales = torch.full((32, 1), 1.0 + 2.0**-15)
     integers = torch.full((32, 64), 9, dtype=torch.uint8)
-    layer = CpuNative.of(Grouped(integers, scales, torch.full((32, 1), 8, dtype=torch.uint8), None), bits=4)
+    layer = CpuNative.of(
+        UnpackedLinear(integers, scales, torch.full((32, 1), 8, dtype=torch.uint8), None), bits=4
+    )
     assert layer.layer.scales.dtype is torch.float32
     assert layer(torch.full((1, 64), 1.0).bfloat16())[0, 0] == 64
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runtime.kernels.packed_layers import random_case
+from runtime.packed_layers import random_case
 
+from qwenq.compute import cpu
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.kernels.base import Layer, Need, stacked
-from qwenq.runtime.kernels.cpu_int4 import CpuInt4, CpuInt8, block
+from qwenq.runtime.kernels.base import LinearShape, Requirements, stacked
 from qwenq.runtime.kernels.cpu_native import CpuNative
 from qwenq.runtime.kernels.dequantise import Dequantise
 from qwenq.runtime.kernels.int8_head import Int8Head
@@ -20,7 +20,7 @@ from qwenq.runtime.linear import Dense
 CPU = torch.device("cpu")
 # What rounding makes of a product, relative to its norm: scales, weights or result once each.
 PRECISION = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-needs_int4 = pytest.mark.skipif(block() == 0, reason="this CPU has neither AVX-512 nor AVX2")
+needs_c = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=f"{cpu.unsupported_reason()}")
 
 
 def assert_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -52,7 +52,7 @@ def check(kernel: type, case, rows: int, seed: int) -> None:
     shuffled=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_every_kernel_that_says_it_can_is_right(
+def test_every_supported_kernel_agrees_with_float64(
     bits: int,
     group_size: int,
     widths: tuple[int, int],
@@ -66,78 +66,50 @@ def test_every_kernel_that_says_it_can_is_right(
     case = random_case(
         bits, group_size, in_features, out_features, seed=seed, sym=sym, shuffled=shuffled, dtype=dtype
     )
-    able = [kernel for kernel in KERNELS if kernel.why_not(case.need) is None]
+    able = [kernel for kernel in KERNELS if kernel.unsupported_reason(case.need) is None]
     assert Dequantise in able
     for kernel in able:
         check(kernel, case, rows, seed)
 
 
-@needs_int4
-@pytest.mark.parametrize(("kernel", "bits"), [(CpuInt4, 2), (CpuInt4, 4), (CpuInt8, 8)])
-@pytest.mark.parametrize("group_size", [32, 64, 96, 128, 192, 512, -1])
-def test_group_sizes_of_the_int4_product(kernel: type, bits: int, group_size: int) -> None:
-    case = random_case(bits, group_size, 3 * 512, 192, sym=False)
-    assert kernel.why_not(case.need) is None
-    for rows in (1, 64):
-        check(kernel, case, rows, seed=rows)
-
-
-@needs_int4
-def test_integers_are_read_back_as_they_were_packed() -> None:
-    case = random_case(4, 64, 128, 128)
-    layer = CpuInt4(case.packed, case.need, None)
-    eye = torch.eye(128, dtype=torch.bfloat16)
-    few = torch.cat([layer(eye[start : start + 8]) for start in range(0, 128, 8)])
-    assert torch.equal(few, layer(eye))  # the same numbers by both paths, to the bit
-
-
-def need(**changes: object) -> Need:
+def need(**changes: object) -> Requirements:
     values = {
         "bits": 4,
         "group_size": 128,
         "checkpoint_format": "gptq",
         "device": CPU,
         "dtype": torch.bfloat16,
-        "layers": (Layer("q", 256, 128),),
+        "layers": (LinearShape("q", 256, 128),),
     }
-    return Need(**{**values, **changes})  # type: ignore[arg-type]
+    return Requirements(**{**values, **changes})  # type: ignore[arg-type]
 
 
-@needs_int4
+@needs_c
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"dtype": torch.float32}, "it computes in bfloat16, not in float32"),
-        ({"bits": 8}, "it holds 2 or 4 bits, not 8"),
+        ({"bits": 3}, "it holds 2 or 4 or 8 bits, not 3"),
         ({"device": torch.device("cuda")}, "it runs on the CPU, not on cuda"),
         ({"group_size": 16}, "a group of q has 16 columns"),
-        ({"layers": (Layer("k", 256, 40),)}, "k has 40 outputs"),
-        ({"layers": (Layer("k", 256, 128, even=False),)}, "the groups of k differ in size"),
+        ({"layers": (LinearShape("k", 256, 40),)}, "k has 40 outputs"),
+        ({"layers": (LinearShape("k", 256, 128, even=False),)}, "the groups of k differ in size"),
     ],
 )
-def test_what_is_asked_for_is_refused_with_its_reason_and_never_replaced(changes: dict, reason: str) -> None:
+def test_a_named_kernel_is_refused_and_never_replaced(changes: dict, reason: str) -> None:
     with pytest.raises(UnsupportedError, match=reason):
-        choose("cpu-int4", need(**changes))
+        choose("cpu-native", need(**changes))
 
 
-@needs_int4
-def test_auto_takes_the_fastest_and_says_what_it_passed_over() -> None:
-    first, eighth = (CpuNative, CpuNative) if CpuNative.unable() is None else (CpuInt4, CpuInt8)
-    assert choose("auto", need()).kernel is first
-    assert choose("auto", need(bits=8)).kernel is eighth
-    reason = CpuNative.unable()
-    passed_over = () if reason is None else (f"the faster kernel cpu-native was passed over: {reason}",)
-    assert choose("auto", need()).passed_over == passed_over
-    plain = choose("auto", need(dtype=torch.float32))
-    assert plain.kernel is Dequantise
-    assert plain.passed_over == tuple(
-        f"the faster kernel {name} was passed over: it computes in bfloat16, not in float32"
-        for name in ("cpu-native", "cpu-int4")
-    )
-    assert choose("dequantise", need()).kernel is Dequantise
+@needs_c
+def test_auto_chooses_the_fastest_and_notes_what_it_does_not_use() -> None:
+    assert choose("auto", need()) == (CpuNative, [])
+    notice = "the faster kernel cpu-native is not used because it computes in bfloat16, not in float32"
+    assert choose("auto", need(dtype=torch.float32)) == (Dequantise, [notice])
+    assert choose("dequantise", need()) == (Dequantise, [])
 
 
-def test_a_kernel_that_is_not_there() -> None:
+def test_an_unknown_kernel_is_refused() -> None:
     with pytest.raises(UsageError, match="no kernel 'marlin'"):
         choose("marlin", need())
 
@@ -154,6 +126,7 @@ def test_layers_are_stacked_unless_their_columns_are_ordered_differently() -> No
     assert stacked([first.packed, shuffled.packed]) is None
 
 
+@needs_c
 def test_the_int8_head_is_near_the_head_and_its_error_is_that_of_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5000, 96, generator=generator).bfloat16()

@@ -1,1 +1,1 @@
-"""What runs inside the sandbox. Standard library only, and nothing else of qwenq: nothing else is there."""
+"""Run inside the sandbox: standard library only, and nothing else of qwenq, as nothing else is visible."""

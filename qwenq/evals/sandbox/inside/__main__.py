@@ -1,4 +1,4 @@
-"""``python -m … solution LIMITS``, socket on standard input; or ``… tests LIMITS SOCKET``, job on it."""
+"""Run as ``python -m … solution LIMITS`` (socket on stdin) or ``… tests LIMITS SOCKET`` (job on stdin)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwenq.evals.sandbox.inside.wire import Broken, receive
 
 
 def main() -> None:
-    """Go quiet, put the limits on, then do what the role asks."""
+    """Close the standard streams, set the limits, then run the role."""
     role, limits = sys.argv[1], json.loads(sys.argv[2])
     if role == "solution":
         channel = os.dup(0)

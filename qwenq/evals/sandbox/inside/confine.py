@@ -1,6 +1,6 @@
-"""Limits and the system-call filter that a process puts on itself before it runs anything of others.
+"""Set limits and the system-call filter of this process before it runs untrusted code.
 
-Neither can be taken off again. Numbers of the calls: the kernel's ``asm/unistd_64.h`` and
+Neither can be removed again. Numbers of the calls: the kernel's ``asm/unistd_64.h`` and
 ``asm-generic/unistd.h``.
 """
 
@@ -48,7 +48,7 @@ _SET_SECCOMP, _FILTER, _NO_NEW_PRIVS = 22, 2, 38
 
 
 def filterable() -> bool:
-    """Whether the filter knows this machine's system calls: it is Linux, of an architecture in its table."""
+    """Return whether the filter knows this machine's system calls: Linux, of a listed architecture."""
     return platform.system() == "Linux" and platform.machine() in _ARCHITECTURES
 
 

@@ -1,4 +1,4 @@
-"""The process that runs the model's code. It answers calls; it has no say in the verdict."""
+"""Run the model's code and answer calls; the verdict is the other process's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def serve(channel: int) -> None:
 
 
 def _answer(module: types.ModuleType, call: dict[str, Any]) -> dict[str, Any]:
-    """Value of a call, and its arguments as the function left them; or what it raised."""
+    """Return a call's value and its arguments afterwards, or the exception."""
     try:
         function = module.__dict__[call["name"]]
     except KeyError:

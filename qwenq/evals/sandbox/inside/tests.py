@@ -1,4 +1,4 @@
-"""The process that runs the benchmark's tests and writes the verdict. No code of a model's runs here."""
+"""Run the benchmark's tests and write the verdict; no code of a model runs in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SolutionEnded(BaseException):
 
 @dataclass
 class Caller:
-    """Makes calls of the solution.
+    """Proxy for calls of the solution.
 
     Attributes:
         channel: socket to the solution's process.
@@ -92,7 +92,7 @@ def _change(before: Any, now: Any) -> None:
 
 
 def examine(job: dict[str, Any], channel: int) -> dict[str, Any]:
-    """The verdict: ``passed``, ``reason`` and ``detail`` as in ``Outcome``."""
+    """Return the verdict: ``passed``, ``reason`` and ``detail`` as in ``Outcome``."""
     caller = Caller(channel)
     try:
         caller.start(job["solution"])
@@ -119,9 +119,9 @@ def _function(caller: Caller, name: str) -> Any:
 def _failure(caller: Caller, error: BaseException) -> dict[str, Any]:
     if caller.lost and not caller.raised:
         return {"passed": False, "reason": "died", "detail": caller.lost}
-    told = caller.raised or described(error)
-    detail = f"{told['type']}: {told['text']}" if told["text"] else told["type"]
-    if told["type"] == "MemoryError":
+    raised = caller.raised or described(error)
+    detail = f"{raised['type']}: {raised['text']}" if raised["text"] else raised["type"]
+    if raised["type"] == "MemoryError":
         return {"passed": False, "reason": "memory", "detail": detail}
     failed = isinstance(error, AssertionError) and not caller.raised
     if failed and error.__traceback__:
@@ -130,7 +130,7 @@ def _failure(caller: Caller, error: BaseException) -> dict[str, Any]:
 
 
 def _line(error: BaseException) -> int:
-    """Where in the tests' source an exception came up, deepest."""
+    """Return the deepest line of the tests' source in an exception's traceback."""
     line, step = 0, error.__traceback__
     while step:
         if step.tb_frame.f_code.co_filename == "tests":

@@ -1,4 +1,4 @@
-"""Plain values over a socket: what the tests' process and the solution's process say to each other.
+"""Send plain values over a socket between the tests' process and the solution's.
 
 Each message is four bytes of length and JSON. Whatever is read is data, never code and never an object with
 methods of its own: ``==`` on a decoded value is Python's, not the solution's.
@@ -19,7 +19,7 @@ _JSON_INT = 1 << 64
 
 
 class Broken(Exception):  # noqa: N818 - a state, not an error of anyone's making
-    """The other side is gone, or does not speak the language."""
+    """The other side is gone, or has sent something that is not a message."""
 
 
 def send(channel: int, message: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ def _read(channel: int, length: int) -> bytes:
 
 
 def encode(value: Any) -> Any:
-    """A plain value as JSON; of a subclass its plain part.
+    """Encode a plain value as JSON; of a subclass its plain part.
 
     Raises:
         TypeError: not a plain value.
@@ -106,7 +106,7 @@ _ENCODERS: tuple[tuple[Any, Any], ...] = (  # bool before int, of which it is a 
 
 
 def decode(content: Any) -> Any:
-    """What ``encode`` was given.
+    """Decode a value that ``encode`` made.
 
     Raises:
         Broken: no encoded value.
@@ -137,7 +137,7 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
 
 
 def described(error: BaseException) -> dict[str, str]:
-    """An exception's type and text, short."""
+    """Return an exception's type and text, shortened."""
     try:
         text = str(error)
     except BaseException:  # a __str__ of the solution's

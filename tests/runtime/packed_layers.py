@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwenq.models.packing import PackedLinear, pack
-from qwenq.runtime.kernels.base import Layer, Need
+from qwenq.runtime.kernels.base import LinearShape, Requirements
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Case:
 
     packed: PackedLinear
     weight: Tensor
-    need: Need
+    need: Requirements
 
 
 def random_case(
@@ -51,5 +51,5 @@ def random_case(
         packed = PackedLinear(packed.qweight, packed.qzeros, packed.scales, packed.g_idx[order])
     columns = packed.g_idx.long()
     weight = (integers.double() - zeros.double()[:, columns]) * scales.double()[:, columns]
-    layers = (Layer("layer", in_features, out_features),)
-    return Case(packed, weight, Need(bits, group_size, "gptq", torch.device(device), dtype, layers))
+    layers = (LinearShape("layer", in_features, out_features),)
+    return Case(packed, weight, Requirements(bits, group_size, "gptq", torch.device(device), dtype, layers))

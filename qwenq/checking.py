@@ -1,0 +1,271 @@
+"""Compare a quantised model with its base: open both, choose the text, measure.
+
+``qwenq check`` and ``qwenq.check`` are thin layers over ``check_folders``.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenq.errors import QwenqError, UsageError
+from qwenq.events import Event, Listener, Notice, counted, silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.evals.result import CheckResult
+    from qwenq.models.checkpoint import Checkpoint
+    from qwenq.models.tokenizer import Tokenizer
+
+SAMPLES, SEQ_LEN = 8, 512
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A quantised model beside its base, and what was measured.
+
+    Attributes:
+        quantised, base: the folders.
+        result: the figures and the verdict.
+        notices: how the base was found, and what limits the comparison.
+    """
+
+    quantised: Path
+    base: Path
+    result: CheckResult
+    notices: list[str]
+
+
+def check_folders(
+    quantised: str,
+    against: str | None = None,
+    *,
+    text: str = "self",
+    samples: int | None = None,
+    seq_len: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    listener: Listener = silent,
+) -> Checked:
+    """Measure what quantising cost a model: KL divergence, same top token, perplexity, error by module.
+
+    Args:
+        quantised: a GPTQ model: folder or hub id.
+        against: the model that it was made from; None: the one that its qwenq.json names.
+        text: "self" (the base writes it), a file, a hub dataset, or a set by `qwenq calibrate`.
+        samples: sequences; None: SAMPLES.
+        seq_len: tokens of each; None: SEQ_LEN, or fewer where the model takes fewer.
+        device: as ``--device``.
+        dtype: "auto" is float32: in 16 bits the roundings of both models would be counted as damage, too.
+        seed: chooses the text.
+        listener: receives notices and the progress.
+
+    Raises:
+        UsageError: not a quantised model, no base, or not this base; a text that is too short.
+        QwenqError: one of the models cannot be read.
+    """
+    import torch
+
+    from qwenq.evals.check import check
+    from qwenq.models.precision import resolve_device
+
+    def keep(event: Event) -> None:
+        if isinstance(event, Notice):
+            pair.notices.append(event.text)
+        listener(event)
+
+    place = resolve_device(device)
+    pair = _open_pair(quantised, against)
+    held_out = _held_out(text, pair, samples, seq_len, seed, str(place), listener)
+    for notice in pair.notices:
+        listener(Notice(notice))
+    number: torch.dtype = getattr(torch, "float32" if dtype == "auto" else dtype)
+    result = check(pair.quantised, pair.base, held_out, device=place, dtype=number, listener=keep)
+    return Checked(pair.quantised.folder, pair.base.folder, result, pair.notices)
+
+
+@dataclass
+class _Pair:
+    quantised: Checkpoint
+    base: Checkpoint
+    manifest: dict[str, Any] | None
+    notices: list[str] = field(default_factory=list)
+
+
+def _open_pair(quantised: str, against: str | None) -> _Pair:
+    """Open both models, and require that they are sound and of one shape."""
+    from qwenq.evals.check import require_comparable
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.gptq_format import is_quantised, validate_quantised
+    from qwenq.models.random_weights import refuse_random
+    from qwenq.models.resolve import resolve_model
+
+    resolved = resolve_model(quantised)
+    packed = open_checkpoint(resolved.folder)
+    if not is_quantised(packed.config):
+        raise UsageError(
+            "this model is not quantised, so there is nothing to check",
+            where=resolved.folder,
+            hint="the quantised model comes first: `qwenq check QUANTISED --against BASE`",
+        )
+    refuse_random(packed.config, "accuracy")  # before its base is looked for: that one lies on no disk
+    manifest = _verified_manifest(resolved.folder)
+    folder, notices = _find_base(against, resolved.folder)
+    pair = _Pair(packed, open_checkpoint(folder), manifest)
+    pair.notices = [*resolved.notices, *packed.notices, *notices, *pair.base.notices]
+    quant = require_comparable(packed, pair.base)
+    validate_quantised(packed.source, quant)
+    _compare_fingerprint(pair, explicit=against is not None)
+    return pair
+
+
+def _verified_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return qwenq.json once every file that it lists has the recorded hash; None where it is missing."""
+    import json
+
+    from qwenq.models.integrity import verify_files
+    from qwenq.models.manifest import MANIFEST
+
+    if not (folder / MANIFEST).is_file():
+        return None
+    verify_files(folder)
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
+    """Return the folder of the base, and notices on how it was found."""
+    from qwenq.models.identity import base_of, local_base
+    from qwenq.models.resolve import resolve_model
+
+    if against is not None:
+        resolved = resolve_model(against)
+        return resolved.folder, resolved.notices
+    named = base_of(quantised)
+    if "model" not in named:
+        raise UsageError(
+            "which model was this made from? It has no qwenq.json that names it",
+            where=quantised,
+            hint="name it: --against BASE",
+        )
+    if named.get("folder"):
+        return local_base(named, quantised), []
+    try:
+        resolved = resolve_model(named["model"])
+    except QwenqError as error:
+        error.what = f"the base that qwenq.json names cannot be opened: {error.what}"
+        error.hint = f"name it: --against BASE{f'; or {error.hint}' if error.hint else ''}"
+        raise
+    bundled = named["model"] is None
+    return resolved.folder, ["the base is the bundled model"] if bundled else resolved.notices
+
+
+def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:
+    """Require that the base is the one that was quantised, unless the user chose it."""
+    from qwenq.models.identity import base_of
+
+    wanted = base_of(pair.quantised.folder).get("fingerprint")
+    if wanted is None or wanted == pair.base.fingerprint:
+        return
+    if not explicit:
+        raise UsageError(
+            f"the base has changed since it was quantised: its fingerprint is {pair.base.fingerprint}, "
+            f"qwenq.json says {wanted}",
+            where=pair.base.folder,
+            hint="name that model with --against BASE, or quantise again",
+        )
+    pair.notices.append(
+        f"this is not the base that was quantised: its fingerprint is {pair.base.fingerprint}, "
+        f"qwenq.json says {wanted}"
+    )
+
+
+def _held_out(
+    text: str,
+    pair: _Pair,
+    samples: int | None,
+    seq_len: int | None,
+    seed: int,
+    device: str,
+    listener: Listener,
+) -> torch.Tensor:
+    """Return sequences that calibration does not use: int64 [samples, seq_len]."""
+    from qwenq.calibration import load_calibration
+    from qwenq.models.long_context import longest_plain
+    from qwenq.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(pair.base.folder)
+    if text.endswith(".safetensors"):
+        made = load_calibration(text, checkpoint=pair.base, tokenizer=tokenizer, seq_len=seq_len)
+        held_out = made.held_out
+        if len(held_out) < (samples or 1):
+            raise UsageError(
+                f"{samples or 1} held-out sequences are needed, this set has {len(held_out)}",
+                where=text,
+                hint="lower --samples, or make a set with more: `qwenq calibrate … --held-out`",
+            )
+        return held_out[:samples]
+    longest = longest_plain(pair.base.config) or SEQ_LEN
+    rows, length = samples or SAMPLES, seq_len or min(SEQ_LEN, longest)
+    _note_overlap(text, pair, {"held_out": rows, "seq_len": length, "seed": seed})
+    label = "writing text" if text == "self" else "reading text"
+    with counted(listener, label, "tokens") as progress:
+        made = load_calibration(
+            text,
+            checkpoint=pair.base,
+            tokenizer=tokenizer,
+            samples=_unused_samples(text, pair, tokenizer, rows, length, seed, device),
+            held_out=rows,
+            seq_len=length,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    return made.held_out
+
+
+def _unused_samples(
+    text: str, pair: _Pair, tokenizer: Tokenizer, rows: int, length: int, seed: int, device: str
+) -> int:
+    """Return how many calibration sequences to ask for: as many as the model had, if they are cached.
+
+    Its held-out rows are then there already. Otherwise one, the least there can be.
+    """
+    from qwenq.calibration.load import self_text_path
+    from qwenq.calibration.sequences import Wanted
+
+    used = (pair.manifest or {}).get("calibration")
+    made_with = used.get("samples") if isinstance(used, dict) else None
+    if text != "self" or not isinstance(made_with, int):
+        return 1
+    wanted = Wanted(samples=made_with, held_out=rows, seq_len=length)
+    return made_with if self_text_path(pair.base, tokenizer, wanted, seed, device).is_file() else 1
+
+
+def _note_overlap(text: str, pair: _Pair, wanted: dict[str, int]) -> None:
+    """Add a notice where a text that calibrated the model is cut in another way: parts may come up again.
+
+    The model's own text cannot: held-out rows have random streams of their own.
+    """
+    used = (pair.manifest or {}).get("calibration")
+    if not isinstance(used, dict) or text == "self" or not _same_text(text, used.get("source")):
+        return
+    if any(used.get(key) != value for key, value in wanted.items()):
+        pair.notices.append(
+            "this text calibrated the model and is cut differently here, so parts of it may be seen again; "
+            f"it was made with seed {used.get('seed')}, {used.get('held_out')} held-out sequences "
+            f"of {used.get('seq_len')}"
+        )
+
+
+def _same_text(text: str, source: object) -> bool:
+    """Return whether two names stand for one text: they are spelt alike, or are one file."""
+    if not isinstance(source, str) or text == source:
+        return text == source
+    with suppress(OSError, ValueError):
+        return Path(text).samefile(source)
+    return False

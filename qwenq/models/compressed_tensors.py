@@ -1,0 +1,156 @@
+"""Show a GPTQ checkpoint in the layout of compressed-tensors: the same integers under other names.
+
+``pack-quantized`` keeps a row's integers one after the other, offset by 2^(bits−1): that is GPTQ's
+``qweight`` transposed, where zero points are in the middle. Scales are transposed, too; ``qzeros`` and
+``g_idx`` are implied.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qwenq.errors import UnsupportedError
+from qwenq.models.dynamic import patterns
+from qwenq.models.source import TensorInfo, TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.models.gptq_config import QuantConfig
+
+_NAMES = {"qweight": "weight_packed", "scales": "weight_scale", "g_idx": "weight_shape"}
+_BESIDE = re.compile(r"(^|\.)(visual|vision_tower|mtp)\.")
+_NOT_LINEAR = re.compile(r"(embed_tokens|norm\w*|conv1d)$")
+
+
+class CompressedTensorsView:
+    """The tensors of a symmetric GPTQ checkpoint under the names of ``pack-quantized``.
+
+    Args:
+        source: the packed tensors, under their names in the files.
+        quant: their settings.
+
+    Raises:
+        UnsupportedError: free zero points, or columns in activation order.
+    """
+
+    def __init__(self, source: TensorSource, quant: QuantConfig) -> None:
+        self._source = source
+        self._modules = [n.removesuffix(".qweight") for n in source.names() if n.endswith(".qweight")]
+        self._settings = {module: quant.of(module) for module in self._modules}
+        for module, own in self._settings.items():
+            if not own.sym or own.desc_act:
+                raise UnsupportedError(
+                    "free zero points" if not own.sym else "columns in activation order (desc_act)",
+                    where=module,
+                    hint="only symmetric weights in the order of the file have this form",
+                )
+        dropped = {f"{module}.qzeros" for module in self._modules}
+        renamed = {
+            f"{module}.{old}": f"{module}.{new}" for module in self._modules for old, new in _NAMES.items()
+        }
+        self._stored = {renamed.get(n, n): n for n in source.names() if n not in dropped}
+
+    def names(self) -> Iterable[str]:
+        """Return all names, in file order."""
+        return self._stored
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype from the headers."""
+        import torch
+
+        stored = self._source.info(self._stored[name])
+        if name.endswith(".weight_shape"):
+            return TensorInfo((2,), torch.int64)
+        if name.endswith((".weight_packed", ".weight_scale")):
+            return TensorInfo((stored.shape[1], stored.shape[0]), stored.dtype)
+        return stored
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor in the form of ``pack-quantized``.
+
+        Raises:
+            QuantisationError: a zero point is not in the middle, against what config.json says.
+        """
+        import torch
+
+        from qwenq.models.gptq_format import check_symmetric_zeros
+
+        module, _, part = name.rpartition(".")
+        if module not in self._settings or part not in _NAMES.values():
+            return self._source.read(self._stored[name])
+        own = self._settings[module]
+        if part == "weight_shape":
+            words, rows = self._source.info(f"{module}.qweight").shape
+            return torch.tensor([rows, words * 32 // own.bits])
+        if part == "weight_packed":
+            check_symmetric_zeros(self._source.read(f"{module}.qzeros"), module, own)
+        return self._source.read(self._stored[name]).t().contiguous()
+
+    def settings(self) -> dict[str, Any]:
+        """Return ``quantization_config``: a group of settings for each width and group size."""
+        kinds: dict[tuple[int, int], list[str]] = {}
+        for module, own in self._settings.items():
+            kinds.setdefault((own.bits, own.group_size), []).append(_in_block(module))
+        groups = {}
+        for number, ((bits, group_size), modules) in enumerate(
+            sorted(kinds.items(), key=lambda k: len(k[1]))
+        ):
+            others = [m for other in kinds.values() if other is not modules for m in other]
+            last = number == len(kinds) - 1
+            targets = ["Linear"] if last else [f"re:{p}" for p in patterns(dict.fromkeys(modules), others)]
+            groups[f"group_{number}"] = {
+                "targets": targets,
+                "weights": _weights(bits, group_size),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": self._ignored(),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def _ignored(self) -> list[str]:
+        """Return patterns of linear layers that are not quantised."""
+        plain = [
+            name.removesuffix(".weight")
+            for name in self._source.names()
+            if name.endswith(".weight") and len(self._source.info(name).shape) == 2
+        ]
+        beside = sorted({found[2] for name in plain if (found := _BESIDE.search(name))})
+        inner = [
+            _in_block(name)
+            for name in plain
+            if not _BESIDE.search(name) and not _NOT_LINEAR.search(name) and name != "lm_head"
+        ]
+        quantised = [_in_block(module) for module in self._modules]
+        rules = [f"re:{pattern}" for pattern in patterns(dict.fromkeys(inner), quantised)]
+        return ["lm_head", *(f"re:.*{name}.*" for name in beside), *rules]
+
+
+def _weights(bits: int, group_size: int) -> Mapping[str, Any]:
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if group_size == -1 else "group",
+        "group_size": None if group_size == -1 else group_size,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _in_block(module: str) -> str:
+    """Return a module's name within its block."""
+    return re.sub(r"^.*?\.layers\.\d+\.", "", module)

@@ -1,0 +1,164 @@
+"""A server on this machine that speaks the part of the hub's protocol by which folders are uploaded."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class UploadHub:
+    """Repositories by name and branch, how the server misbehaves, and what reached it."""
+
+    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
+    stored: dict[str, bytes] = field(default_factory=dict)  # LFS objects by sha256
+    uploads: list[str] = field(default_factory=list)  # sha256 of each object as it came
+    commits: list[str] = field(default_factory=list)
+    may_write: bool = True
+    cut_commits: int = 0  # that many commits are answered with 500
+    port: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: UploadHub
+
+    def log_message(self, *_: object) -> None: ...
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def reply(self, status: int, content: Any = None) -> None:
+        data = json.dumps(content).encode() if content is not None else b""
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(refs|tree|revision)(?:/([^/]+))?.*)?", path)
+        repo = found[1] if found else ""
+        if repo not in self.hub.repos:
+            return self.reply(404, {"error": "no such repository"})
+        branches = self.hub.repos[repo]
+        kind, branch = found[2], found[3] or "main"  # type: ignore[index]
+        if kind == "refs":
+            refs = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": "0" * 40} for n in branches]
+            return self.reply(200, {"branches": refs, "tags": [], "converts": []})
+        if kind == "tree":
+            files = branches[branch]
+            listed = [
+                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                for name, data in files.items()
+            ]
+            return self.reply(200, listed)
+        files = branches[branch]
+        siblings = [{"rfilename": name} for name in files]
+        return self.reply(200, {"id": repo, "sha": "0" * 40, "siblings": siblings})
+
+    def do_POST(self) -> None:
+        path, body = unquote(urlsplit(self.path).path), self.body()
+        if not self.hub.may_write:
+            return self.reply(403, {"error": "this token may not write"})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.hub.repos[name] = {"main": {".gitattributes": b""}}
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.hub.private.add(name)
+            return self.reply(200, {"url": f"{self.hub.url}/{name}"})
+        if path == "/api/validate-yaml":
+            return self.reply(200, {"errors": [], "warnings": []})
+        if found := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
+            branches = self.hub.repos[found[1]]
+            branches[found[2]] = {".gitattributes": b""}
+            return self.reply(200, {})
+        if re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
+            files = json.loads(body)["files"]
+            modes = [
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for f in files
+            ]
+            return self.reply(200, {"files": modes})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = []
+            for one in json.loads(body)["objects"]:
+                entry: dict[str, Any] = {"oid": one["oid"], "size": one["size"]}
+                if one["oid"] not in self.hub.stored:
+                    entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}
+                objects.append(entry)
+            return self.reply(200, {"transfer": "basic", "objects": objects})
+        if found := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
+            return self.commit(found[1], found[2], body)
+        return self.reply(404, {"error": path})
+
+    def commit(self, repo: str, branch: str, body: bytes) -> None:
+        if self.hub.cut_commits:
+            self.hub.cut_commits -= 1
+            return self.reply(500, {"error": "later"})
+        files = self.hub.repos[repo][branch]
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "header":
+                self.hub.commits.append(value["summary"])
+            elif entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+        return self.reply(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/1", "commitOid": "1" * 40})
+
+    def do_PUT(self) -> None:
+        data = self.body()
+        digest = sha256(data).hexdigest()
+        assert self.path.endswith(digest)
+        self.hub.stored[digest] = data
+        self.hub.uploads.append(digest)
+        self.reply(200)
+
+
+@contextmanager
+def serve_uploads() -> Iterator[UploadHub]:
+    """Yield the state of a server that runs until the block ends."""
+    hub = UploadHub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
