@@ -187,9 +187,8 @@ def quantize_command(manifest: Mapping[str, Any], folder: Path) -> str:
     if calibration.get("source", "self") != "self":
         parts.append(f"--calibration {Path(str(calibration['source'])).name}")
     for section, keys in (("calibration", ("samples", "seq_len")), ("quantize", tuple(plain["quantize"]))):
-        made_with = {
-            RENAMED.get((section, key), key): value for key, value in recipe.get(section, {}).items()
-        }
+        table = recipe.get(section, {})
+        table = {RENAMED.get((section, key), key): value for key, value in table.items()}
         for key in keys:
             value = table.get(key)
             if value is None or value == plain[section][key]:
