@@ -31,7 +31,9 @@ from _common import (
 )
 
 SAMPLES, SEQ_LEN = 4, 256
-PLAIN = '[quantize]\nact_order = "none"\nscale_search = "none"\ndrift = 0.0\nrefine = false\n'
+PLAIN = (
+    '[quantize]\nact_order = "none"\nscale_search = "none"\nasymmetric_calibration = 0.0\nrefine = false\n'
+)
 RECIPES = {"default": "", "plain GPTQ": PLAIN}
 
 

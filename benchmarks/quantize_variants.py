@@ -42,7 +42,12 @@ from quantize_vs_peers import only_file, quality
 HERE = Path(__file__).resolve().parent
 SEQ_LEN, HELD_OUT = 512, 16
 REFINED: dict[str, Any] = {"damp": 0.01}
-PLAIN = REFINED | {"act_order": "none", "scale_search": "none", "drift": 0.0, "refine": False}
+PLAIN = REFINED | {
+    "act_order": "none",
+    "scale_search": "none",
+    "asymmetric_calibration": 0.0,
+    "refine": False,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPTQ as published": PLAIN,
     "+ important columns first": PLAIN | {"act_order": "static"},
@@ -50,8 +55,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "+ half of the drift": REFINED | {"refine": False},
     "+ refined": REFINED,
     "+ damping 0.1 instead of 0.01 (the default)": {},
-    "refined, no drift": REFINED | {"drift": 0.0},
-    "refined, all of the drift": REFINED | {"drift": 1.0},
+    "refined, no drift": REFINED | {"asymmetric_calibration": 0.0},
+    "refined, all of the drift": REFINED | {"asymmetric_calibration": 1.0},
     "refined, columns in file order": REFINED | {"act_order": "none"},
     "refined, unweighted scale search": REFINED | {"scale_search": "mse"},
     "refined, free zero points": REFINED | {"sym": False},

@@ -176,9 +176,9 @@ def _about(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 def quantize_command(manifest: Mapping[str, Any], folder: Path) -> str:
     """Return the command that makes the folder again: options that are not the defaults."""
-    from qwenq.recipe import Recipe
+    from qwenq.recipe import RENAMED, Recipe
 
-    recipe, plain = manifest["recipe"], Recipe().model_dump(mode="json")
+    recipe, plain = manifest["recipe"], Recipe().to_json()
     parts = ["qwenq quantize"]
     if recipe.get("model"):
         given = str(recipe["model"])
@@ -187,8 +187,10 @@ def quantize_command(manifest: Mapping[str, Any], folder: Path) -> str:
     if calibration.get("source", "self") != "self":
         parts.append(f"--calibration {Path(str(calibration['source'])).name}")
     for section, keys in (("calibration", ("samples", "seq_len")), ("quantize", tuple(plain["quantize"]))):
+        table = recipe.get(section, {})
+        table = {RENAMED.get((section, key), key): value for key, value in table.items()}
         for key in keys:
-            value = recipe.get(section, {}).get(key)
+            value = table.get(key)
             if value is None or value == plain[section][key]:
                 continue
             option = f"--{key.replace('_', '-')}"

@@ -109,7 +109,7 @@ def quantize(
     Raises:
         QwenqError: see qwenq/errors.py; finished layers are kept, and the message says how to continue.
     """
-    job = _prepare(recipe, out, listener, device, team)
+    job = _prepare(recipe.validated(), out, listener, device, team)
     calibration = _timed(job, "calibration", lambda: _calibration(job))
     store = _open_store(job, calibration, resume=resume)
     try:
@@ -212,7 +212,7 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 
     name = model_name(recipe.model) if recipe.model or checkpoint.on_disk else checkpoint.folder.name
     target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
-    clean_up_after_kill(target, recipe.model_dump(mode="json"), checkpoint.fingerprint)
+    clean_up_after_kill(target, recipe.to_json(), checkpoint.fingerprint)
     require_free(target)
     return target
 
@@ -308,7 +308,7 @@ def _publish(
         "format": "qwenq-1",
         "made_by": f"qwenq {__version__}",
         "base": base_facts(job.base, job.recipe.model, job.out),
-        "recipe": job.recipe.model_dump(mode="json"),
+        "recipe": job.recipe.to_json(),
         "quantization": job.quant.to_config_json(),
         "calibration": calibration.manifest.model_dump(mode="json"),
         "computed_in": computed_in(job.decoder, job.settings, job.team),

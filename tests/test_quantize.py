@@ -262,7 +262,7 @@ def test_without_a_model_the_name_is_the_bundled_ones(
     model = write_family(tmp_path / "SmolLM2-135M-Instruct-1")
     monkeypatch.setattr("qwenq.models.bundled.bundled_model", lambda: model)
     monkeypatch.chdir(tmp_path)
-    recipe = recipe_for(model).model_copy(update={"model": None})
+    recipe = replace(recipe_for(model), model=None)
     made = quantize(recipe, None, Ear(), device="cpu").folder
     assert made == tmp_path / "SmolLM2-135M-Instruct-GPTQ-Int4"
     assert manifest_of(made)["base"].keys() == {"model", "name", "fingerprint"}

@@ -33,7 +33,7 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
     ):
         assert part in said
     ear = Ear()
-    settings = {"sym": False, "act_order": "none", "scale_search": "mse", "drift": 0.0}
+    settings = {"sym": False, "act_order": "none", "scale_search": "mse", "asymmetric_calibration": 0.0}
     run(write_family(tmp_path / "n"), tmp_path / "other", ear, **settings)
     said = "\n".join(ear.lines)
     assert (

@@ -1,4 +1,4 @@
-"""The root command: global options, the list of commands, and how errors reach the user."""
+"""Define the root command: global options, exit codes, and how errors and signals reach the user."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from qwenq import __version__, stopping
 from qwenq.errors import QwenqError, UsageError
 
 SHARED = ("quantize", "eval")
-"""Commands that torchrun may start several times."""
+"""Commands that torchrun may start as several processes."""
 PACKAGE = Path(__file__).parents[1]
 
 app = typer.Typer(
     name="qwenq",
-    help="Quantise Qwen models with GPTQ, and prove what it cost.",
+    help="Quantise Qwen models with GPTQ, and measure accuracy, speed and memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
     rich_markup_mode=None,  # plain help: rich would double the time to the first line
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -48,43 +49,44 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Quantise Qwen models with GPTQ, and prove what it cost."""
+    """Quantise Qwen models with GPTQ, and measure accuracy, speed and memory."""
     if debug:
         os.environ["QWENQ_DEBUG"] = "1"  # read by main(), also in child processes
     several = "RANK" in os.environ and (os.environ.get("WORLD_SIZE") or "1") != "1"
     if several and context.invoked_subcommand not in SHARED:
         raise UsageError(
-            f"qwenq {context.invoked_subcommand} does not share its work: every process would do all of it",
+            f"qwenq {context.invoked_subcommand} runs as one process: each of several would do all the work",
             where="torchrun",
             hint="start it without torchrun; quantize and eval take several processes",
         )
 
 
 def _share_the_cores() -> None:
-    """Let idle threads sleep soon; said before torch is loaded, as GNU OpenMP reads it once.
+    """Let idle threads sleep soon; set before torch is loaded, as GNU OpenMP reads it once.
 
     By default they spin for milliseconds at the end of each small operation. The solver has a hundred
     thousand of these: on a machine that does something else as well, spinning made it ten times slower.
-    But they must not sleep between two calls from Python: at 1000 turns decoding lost a third of its speed.
+    But they must not sleep between two calls from Python: at a spin count of 1000 decoding lost a third of
+    its speed.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
 def _collect_less() -> None:
-    """Look for garbage in cycles less often, and not at all at the end.
+    """Collect cyclic garbage less often, and not at exit.
 
-    torch and transformers are hundreds of thousands of objects that live as long as the process: by Python's
-    own settings a sixth of their import and most of a second at exit go into finding none to be garbage.
+    torch and transformers are hundreds of thousands of objects that live as long as the process: with
+    Python's defaults, a sixth of their import time and most of a second at exit are spent on scanning them.
     """
     gc.set_threshold(10_000, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)
 
 
 def _die_with_the_run() -> None:
-    """A step of `qwenq run` is killed with it, or it would go on beside the one that follows.
+    """Let a step of `qwenq run` be killed with it, or it would go on beside the step that follows.
 
-    Linux only; elsewhere the lock of the folder refuses the second until the first is done.
+    Linux only; elsewhere the folder's lock refuses the second until the first is done.
     """
     run = os.environ.pop("QWENQ_STEP_OF", None)
     if run is None or sys.platform != "linux":
@@ -92,17 +94,17 @@ def _die_with_the_run() -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if str(os.getppid()) != run:  # it died before this was said
+    if str(os.getppid()) != run:  # it died before prctl
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
-    """Entry point: run a command; turn a QwenqError into its message and exit code.
+    """Run a command: the entry point. A QwenqError becomes its message and exit code.
 
-    An error that nobody foresaw goes through to who called. Where that is the interpreter, it is one line, or
-    with ``--debug`` a traceback.
+    An unexpected error reaches the caller; where that is the interpreter, it is shown in one line, or with
+    ``--debug`` as a traceback.
     """
-    from qwenq.cli import commands
+    from qwenq.cli.commands import register
     from qwenq.cli.printing import explained_output
 
     _share_the_cores()
@@ -110,59 +112,59 @@ def main() -> None:
     _die_with_the_run()
     with _sigterm_as_ctrl_c() as received:
         try:
-            commands.register()
+            register()
             with explained_output():
                 app()
         except QwenqError as error:
             if os.environ.get("QWENQ_DEBUG"):
                 raise
-            _say(error)
+            _show_error(error)
             sys.exit(error.exit_code)
         except (KeyboardInterrupt, SystemExit) as end:
             stopped = isinstance(end, KeyboardInterrupt) or end.code == 128 + signal.SIGINT
             if not stopped:
                 raise
             sys.exit(_stopped_by(received))
-        except Exception as error:  # a defect, or a machine that fails where nobody thought it would
+        except Exception as error:  # a defect of qwenq, or an unforeseen failure of the machine
             if stopping.behind(error) is not None:
                 sys.exit(_stopped_by(received))
             if not os.environ.get("QWENQ_DEBUG"):
-                sys.excepthook = _in_a_line  # who calls main() from Python has the error itself
+                sys.excepthook = _show_unexpected  # a caller of main() in Python has the error itself
             raise
 
 
 def _stopped_by(received: list[int]) -> int:
-    """Exit code of a command that a signal ended: SIGTERM, or else Ctrl-C."""
+    """Return the exit code of a command that a signal ended: SIGTERM, or else Ctrl-C."""
     return 128 + (signal.SIGTERM if received else signal.SIGINT)
 
 
-def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What the interpreter says, as it ends with exit code 1, of an error that nobody foresaw."""
+def _show_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an unexpected error as a message; the interpreter then ends with exit code 1."""
     ours = [frame for frame in extract_tb(trace) if Path(frame.filename).is_relative_to(PACKAGE)]
     place = f"{Path(ours[-1].filename).relative_to(PACKAGE.parent)}, line {ours[-1].lineno}" if ours else None
-    said = " ".join(f"{kind.__name__}: {error}".split())[:300].rstrip(": ")
-    said = ", ".join([said, *getattr(error, "__notes__", ())])
-    _say(
+    text = " ".join(f"{kind.__name__}: {error}".split())[:300].rstrip(": ")
+    text = ", ".join([text, *getattr(error, "__notes__", ())])
+    _show_error(
         QwenqError(
-            f"an error that was not foreseen: {said}",
+            f"unexpected error: {text}",
             where=place,
-            hint="`qwenq --debug …` shows how it came about; if the machine is sound, please report it",
+            hint="`qwenq --debug …` shows the traceback; if the machine is sound, please report it",
         )
     )
 
 
-def _say(error: QwenqError) -> None:
-    """On standard error; on a terminal in red, unless nothing went wrong or the user wants no colours."""
+def _show_error(error: QwenqError) -> None:
+    """Print an error on standard error; on a terminal in red, unless its exit code is 0 or NO_COLOR set."""
     red = error.exit_code != 0 and not os.environ.get("NO_COLOR")
     typer.secho(f"qwenq: {error}", fg="red" if red else None, err=True)
 
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
-    """SIGTERM, as job schedulers send it before they take a machine away, stops a command as Ctrl-C does.
+    """Let SIGTERM, as job schedulers send it, stop a command as Ctrl-C does.
 
-    But a layer or an item in progress is finished first, see ``qwenq.stopping``. What is yielded holds the
-    signal once it came, for the exit code.
+    But a layer or an item in progress is finished first, see ``qwenq.stopping``. The yielded list holds the
+    signal once it was received, for the exit code.
     """
     received: list[int] = []
 
@@ -174,12 +176,12 @@ def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
         if until is None:
             raise KeyboardInterrupt
         if len(received) == 1:
-            said = f"\nSIGTERM: stopping once {until}; what is done is kept; a second one stops at once\n"
+            text = f"\nSIGTERM: stopping once {until}; what is done is kept; a second one stops at once\n"
             with suppress(OSError):  # straight to the system: a stream may be in the middle of a line
-                os.write(2, said.encode())
+                os.write(2, text.encode())
 
     if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread can be told
+        yield received  # only the main thread can set a handler
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:

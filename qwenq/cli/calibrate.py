@@ -3,64 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.options import ThinkingWish
+from qwenq.cli.options import DeviceName, Given, Quiet, recipe_options
+from qwenq.cli.printing import next_commands, notes
+from qwenq.cli.progress import show_progress
 from qwenq.errors import CalibrationError, CorruptFileError, UsageError
 from qwenq.models.local_path import local_path
+from qwenq.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qwenq.calibration import CalibrationSet
     from qwenq.models.tokenizer import Tokenizer
 
 _PREVIEW = 80
+_SIZES = ("samples", "seq_len", "held_out")
 _TEMPLATES = {
     "plain": "",
-    "chat": " (chat template applied)",
-    "mixed": " (chat template applied to its conversations)",
+    "chat": " (with the chat template)",
+    "mixed": " (with the chat template for its conversations)",
     "self": " (text that the model wrote)",
-    "random": " (drawn evenly from the vocabulary)",
+    "random": " (tokens drawn evenly from the vocabulary)",
 }
 
 
 @app.command()
+@recipe_options(
+    "weights",
+    "calibration.*",
+    "quantize.seed",
+    defaults={"calibration.samples": "32", "calibration.seq_len": "512"},
+)
 def calibrate(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or hub id. Nothing: the bundled model.")
+        str | None, typer.Argument(help="Model folder or hub id. [default: the bundled model]")
     ] = None,
-    weights: Annotated[
-        Literal["stored", "random"],
-        typer.Option(help="random: MODEL is a catalogue name; writes random tokens of its vocabulary."),
-    ] = "stored",
-    source: Annotated[
-        str,
-        typer.Option(
-            help="self (the model writes its own text), a file (text, JSON, CSV, parquet; also compressed), "
-            "a folder of such files or of save_to_disk, or a hub dataset owner/name[:config]."
-        ),
-    ] = "self",
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences. Default: 32.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence. Default: 512.")] = None,
-    held_out: Annotated[
-        int | None, typer.Option(help="Sequences kept apart for the check afterwards. Default: 8.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the documents, or the text.")] = 0,
-    split: Annotated[
-        str | None, typer.Option(help="Split of a hub dataset or a folder. Default: train.")
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(help="Key to read. Default: the first of text, messages, conversations."),
-    ] = None,
-    device: Annotated[
-        str, typer.Option(help="Where `self` runs the model: auto, cpu, cuda, cuda:1, …")
-    ] = "auto",
-    thinking: ThinkingWish = "auto",
+    *,
+    given: Given,
+    device: DeviceName = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a different file.")] = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Write calibration tokens once, to share between quantisations.
@@ -68,46 +56,53 @@ def calibrate(
     One safetensors file that holds the tokens and their manifest.
     """
     _require_writable_name(out)
-    options: dict[str, Any] = {"samples": samples, "seq_len": seq_len, "held_out": held_out, "seed": seed}
-    options |= {"split": split, "column": column}
-    if weights == "random":
+    Recipe().override(given[""], calibration=given["calibration"], quantize=given["quantize"])  # in range
+    wanted = {"source": "self", **given["calibration"]}
+    source, thinking = wanted.pop("source"), wanted.pop("thinking", "auto")
+    sizes = {name: None if wanted.get(name) == "auto" else wanted.get(name) for name in _SIZES}
+    options = {**wanted, **sizes, "seed": given["quantize"].get("seed", 0)}
+    if given[""].get("weights") == "random":
         made, tokenizer = _random(model, source, **options), None
     else:
-        made, tokenizer = _make(model, source, device, thinking, **options)
+        with show_progress("writing text" if source == "self" else "reading text", quiet=quiet) as progress:
+            made, tokenizer = _make(model, source, device, thinking, progress, **options)
     kept = None if force else _there_already(made, out)
     if kept is None:
         made.save(out)
-    for notice in made.manifest.notices:
-        typer.echo(notice, err=True)
-    shown = kept or made  # the same tokens, whatever they were read from then
+    notes(made.manifest.notices)
+    shown = kept or made  # the same tokens, from whatever source
     if as_json:
         typer.echo(shown.manifest.model_dump_json(indent=2))
         return
     first = made.tokens[0, : 2 * _PREVIEW].tolist()
     preview = tokenizer.decode(first)[:_PREVIEW] if tokenizer else " ".join(map(str, first))[:_PREVIEW]
-    typer.echo(_describe(shown, out, preview, kept is not None))
+    typer.echo(_describe(shown, out, preview, unchanged=kept is not None))
+    weights = ("--weights", "random") if tokenizer is None else ()
+    next_commands(("quantize", model, *weights, "--calibration", out))
 
 
 def _make(
-    model: str | None, source: str, device: str, thinking: str, **options: Any
+    model: str | None,
+    source: str,
+    device: str,
+    thinking: str,
+    progress: Callable[[int, int], None],
+    **options: Any,
 ) -> tuple[CalibrationSet, Tokenizer]:
     from qwenq.calibration import load_calibration
     from qwenq.calibration.choose import calibration_tokenizer
-    from qwenq.cli.progress import show_progress
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.precision import resolve_device
     from qwenq.models.resolve import resolve_model
 
-    place = str(resolve_device(device))
+    device = str(resolve_device(device))
     resolved = resolve_model(model)
     checkpoint = open_checkpoint(resolved.folder)
     tokenizer = calibration_tokenizer(resolved.folder, thinking)
-    for notice in (*resolved.notices, *checkpoint.notices):
-        typer.echo(notice, err=True)
-    with show_progress("writing text" if source == "self" else "reading text") as progress:
-        made = load_calibration(
-            source, checkpoint=checkpoint, tokenizer=tokenizer, device=place, progress=progress, **options
-        )
+    notes([*resolved.notices, *checkpoint.notices])
+    made = load_calibration(
+        source, checkpoint=checkpoint, tokenizer=tokenizer, device=device, progress=progress, **options
+    )
     return made, tokenizer
 
 
@@ -116,11 +111,11 @@ def _random(
     source: str,
     *,
     seed: int,
-    split: str | None,
-    column: str | None,
+    split: str | None = None,
+    column: str | None = None,
     **sizes: int | None,
 ) -> CalibrationSet:
-    """Tokens for a model with random weights, which can write no text and has no tokenizer to read one."""
+    """Draw tokens for a model with random weights, which has no tokenizer to read or write text."""
     from qwenq.calibration.load import wanted_sizes
     from qwenq.calibration.random_tokens import random_tokens
     from qwenq.models.opening import open_model
@@ -130,11 +125,10 @@ def _random(
             raise UsageError(
                 "a model with random weights has no tokenizer to read a text",
                 where=option,
-                hint=f"leave {option} out: the tokens are random, too",
+                hint=f"leave {option} out: the tokens are random too",
             )
     checkpoint = open_model(model, "random", seed)
-    for notice in checkpoint.notices:
-        typer.echo(notice, err=True)
+    notes(checkpoint.notices)
     wanted = wanted_sizes(checkpoint, **sizes)
     return random_tokens(int(checkpoint.config["vocab_size"]), wanted, seed)
 
@@ -148,7 +142,7 @@ def _require_writable_name(out: Path) -> None:
 
 
 def _there_already(made: CalibrationSet, out: Path) -> CalibrationSet | None:
-    """What ``out`` holds, if it is these very tokens; a file that holds anything else is not overwritten."""
+    """Return what ``out`` holds if it is these very tokens; raise UsageError if it is something else."""
     if not out.exists():
         return None
     try:
@@ -157,14 +151,14 @@ def _there_already(made: CalibrationSet, out: Path) -> CalibrationSet | None:
         there = None
     if there is None or there.fingerprint != made.fingerprint:
         raise UsageError(
-            "the output file is there and holds something else",
+            "the output file exists and holds something else",
             where=out,
             hint="name another --out, or overwrite it with --force",
         )
     return there
 
 
-def _describe(made: CalibrationSet, out: Path, preview: str, kept: bool) -> str:
+def _describe(made: CalibrationSet, out: Path, preview: str, *, unchanged: bool) -> str:
     facts = made.manifest
     lines = {
         "source": f"{facts.source}{_TEMPLATES[facts.template]}",
@@ -176,10 +170,10 @@ def _describe(made: CalibrationSet, out: Path, preview: str, kept: bool) -> str:
         "seed": str(facts.seed),
         "fingerprint": facts.tokens,
         "begins": repr(preview),
-        "file": f"{out}{' (was there already, unchanged)' if kept else ''}",
+        "file": f"{out}{' (existed, unchanged)' if unchanged else ''}",
     }
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items() if value is not None)
 
 
 def _where_it_stopped(made: CalibrationSet) -> str:
-    return "" if made.manifest.source_read_to_end else ", the rest of the source was left unread"
+    return "" if made.manifest.source_read_to_end else ", the rest of the source was not read"

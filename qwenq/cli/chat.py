@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +12,16 @@ import typer
 
 from qwenq import stopping
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName, DtypeName, EngineName, KernelName, ThinkingWish
+from qwenq.cli.options import (
+    AttentionName,
+    DeviceName,
+    DtypeName,
+    EngineName,
+    KernelName,
+    RealWeights,
+    ThinkingChoice,
+)
+from qwenq.cli.printing import note, notes
 from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -23,39 +32,42 @@ if TYPE_CHECKING:
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or hub id; the bundled model without it.")
+        str | None, typer.Argument(help="Model folder or hub id. [default: the bundled model]")
     ] = None,
-    weights: Annotated[Literal["stored", "random"], typer.Option(help="random is refused here.")] = "stored",
+    weights: RealWeights = "stored",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    thinking: ThinkingWish = "auto",
+    thinking: ThinkingChoice = "auto",
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 always takes the likeliest token. [default: 0.7; 0.6 where the model thinks]"),
+        typer.Option(help="0: always the likeliest token. [default: 0.7; 0.6 where the model thinks]"),
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Draw from the likeliest tokens that sum to this. [default: 0.8; 0.95 where it thinks]"
+            help="Nucleus sampling: probability that the likeliest tokens sum to. [default: 0.8; 0.95 where "
+            "the model thinks]"
         ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Most tokens of an answer. [default: 512; 32768 where the model thinks]"),
+        typer.Option(min=1, help="Limit of new tokens. [default: 512; 32768 where the model thinks]"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     engine: EngineName = "fast",
     kernel: KernelName = "auto",
-    attention: Annotated[str, typer.Option(help="auto, or one that `doctor` lists.")] = "auto",
+    attention: AttentionName = "auto",
     head: Annotated[
-        Literal["as-is", "int8"], typer.Option(help="int8: round the output head to 8 bits (CPU; faster).")
+        Literal["as-is", "int8"],
+        typer.Option(help="int8: quantise the output head to 8 bits (CPU only)."),
     ] = "as-is",
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
 ) -> None:
-    """Chat with a model. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, leaves.
+    """Chat with a model.
 
-    When the input is not a terminal, every line of it is one question.
+    Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, ends the chat. When the input is not a
+    terminal, every line of it is one question.
     """
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.precision import resolve_device
@@ -69,24 +81,24 @@ def chat(
 
     if weights == "random":
         raise UsageError(
-            "a model with random weights has nothing to say, and no tokenizer to say it with",
+            "a model with random weights has no tokenizer and writes no text",
             where="--weights",
             hint="qwenq profile measures its speed and memory",
         )
     Sampling(temperature=temperature or 0.0, top_p=1.0 if top_p is None else top_p)  # before a download
     resolve_device(device)  # before a download
     resolved = resolve_model(model)
-    _note(resolved.notices)
+    notes(resolved.notices)
     tokenizer = load_tokenizer(resolved.folder)
     require_chat(tokenizer)
     tokenizer, thinks = thinking_in_chat(tokenizer, thinking)
     sampling = Sampling(
-        temperature=0.0 if greedy else _given(temperature, 0.6 if thinks else 0.7),
-        top_p=_given(top_p, 0.95 if thinks else 0.8),
+        temperature=0.0 if greedy else (0.6 if thinks else 0.7) if temperature is None else temperature,
+        top_p=(0.95 if thinks else 0.8) if top_p is None else top_p,
         seed=seed,
     )
     checkpoint = open_checkpoint(resolved.folder)
-    _note(checkpoint.notices)
+    notes(checkpoint.notices)
     runner = load(
         checkpoint,
         device=device,
@@ -97,10 +109,10 @@ def chat(
         head=head,
         real_vocab=tokenizer.vocab_size,
     )
-    _note(runner.notes)
+    notes(runner.notes)
     session = Session(runner)
     if system is not None:
-        system = without_surrogates(system)  # as Python passes on bytes of a command line that are no text
+        system = without_surrogates(system)  # as Python passes on bytes of a command line that are not text
         _note_lost_text(system)
     conversation = Conversation(
         session,
@@ -114,22 +126,13 @@ def chat(
     typer.echo(summary(session.timing), err=True)
 
 
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
-def _note(lines: Iterable[str]) -> None:
-    for line in lines:
-        typer.echo(f"note: {line}", err=True)
-
-
 def _note_lost_text(text: str) -> None:
     if "\ufffd" in text:
-        _note(("what was no text in the terminal's or the pipe's encoding was read as \ufffd",))
+        note("bytes that are not text in the input's encoding were read as \ufffd")
 
 
 def summary(timing: Timing) -> str:
-    """How fast it was: prefill and decode apart."""
+    """Return the speed of prefill and decode."""
     parts = []
     for name, tokens, seconds in (
         ("prefill", timing.prefill_tokens, timing.prefill_seconds),
@@ -164,22 +167,22 @@ def _talk(conversation: Conversation) -> None:
             typer.echo(f"qwenq: {error}", err=True, nl=False)
         typer.echo()
         if conversation.cut:
-            _note(("the answer was cut at its limit of tokens; --max-new-tokens sets it",))
+            note("the answer was cut at its limit of tokens; --max-new-tokens sets it")
         if conversation.dropped_rounds > reported:
             reported = conversation.dropped_rounds
             rounds = "round" if reported == 1 else f"{reported} rounds"
-            typer.echo(f"note: the oldest {rounds} of the chat no longer fit the context", err=True)
+            note(f"the oldest {rounds} of the chat no longer fit the context")
 
 
 def _piped() -> Iterator[str]:
-    """One question a line; empty lines are none, nor is what was closed before the command began."""
+    """Yield one question a line; empty lines are skipped, and a closed input has no question."""
     for line in sys.stdin or ():
         if question := line.strip():
             yield question
 
 
 def _typed() -> Iterator[str]:
-    """What the user types, with line editing; ends at Ctrl-D, or at the second Ctrl-C in a row."""
+    """Yield what the user types, with line editing; end at Ctrl-D, or at the second Ctrl-C in a row."""
     with suppress(ImportError):  # not there on every platform
         import readline  # noqa: F401 - gives input() its line editing
     warned = False
@@ -197,7 +200,7 @@ def _typed() -> Iterator[str]:
             if warned:
                 return
             warned = True
-            typer.echo("(Ctrl-C again, or Ctrl-D, leaves)", err=True)
+            typer.echo("(Ctrl-C again, or Ctrl-D, ends the chat)", err=True)
             continue
         warned = False
         if question:

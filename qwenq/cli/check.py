@@ -1,4 +1,4 @@
-"""``qwenq check``: what quantising cost a model, measured beside its base."""
+"""``qwenq check``: compare a quantised model with its base."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qwenq.checking import SAMPLES, SEQ_LEN
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName, RealWeights
+from qwenq.cli.options import DeviceName, Quiet, RealWeights
+from qwenq.cli.printing import next_commands, note, print_json, table_console
 from qwenq.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -19,32 +21,36 @@ def check(
     quantised: Annotated[str, typer.Argument(help="GPTQ model: folder or hub id.")],
     against: Annotated[
         str | None,
-        typer.Option(help="The model it was made from. Default: the one that its qwenq.json names."),
+        typer.Option(help="The model it was made from. [default: the one that its qwenq.json names]"),
     ] = None,
     weights: RealWeights = "stored",
     text: Annotated[
         str,
         typer.Option(
-            help="Text to measure on: self (the base model writes it), a .txt, .jsonl, .json or .parquet "
-            "file, a hub dataset owner/name[:config], or the held-out part of a set by `qwenq calibrate`."
+            help="Text to measure on: self (the base model writes it); a file of text, JSON, CSV or parquet; "
+            "a hub dataset owner/name[:config]; or the held-out part of a set made by `qwenq calibrate`."
         ),
     ] = "self",
-    samples: Annotated[int | None, typer.Option(min=1, help="Sequences. Default: 8.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help=f"Sequences. [default: {SAMPLES}]")] = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of each. Default: 512, or what the model takes.")
+        int | None,
+        typer.Option(min=2, help=f"Tokens of each. [default: {SEQ_LEN}, at most the context]"),
     ] = None,
     device: DeviceName = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto: float32, so that no rounding but the weights' is counted."),
+        typer.Option(help="auto: float32, so that only the rounding of weights is measured."),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Chooses the text.")] = 0,
-    modules: Annotated[int, typer.Option(min=0, help="How many of the worst modules to list.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, all modules.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the text.")] = 0,
+    modules: Annotated[int, typer.Option(min=0, help="Number of the worst modules to list.")] = 8,
+    quiet: Quiet = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result with all modules as JSON.")
+    ] = False,
 ) -> None:
     """Compare a quantised model with its base.
 
-    Prints KL divergence, same top token, perplexity and the error by module.
+    Prints KL divergence, share of same top tokens, perplexity and the error of each module.
 
     The verdict, by mean KL in nats and share of same top tokens; both must reach it:
 
@@ -60,7 +66,7 @@ def check(
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
-    with show_events(lambda line: typer.echo(f"note: {line}", err=True)) as listener:
+    with show_events(note, quiet=quiet) as listener:
         found = check_folders(
             quantised,
             against,
@@ -83,11 +89,11 @@ def check(
             where=found.quantised,
             hint="is it compared with the model it was made from? If so, quantise it again, with --bits 8",
         )
+    if not as_json:
+        next_commands(("eval", against or found.base, quantised), ("chat", quantised))
 
 
 def _print_json(found: Checked, text: str, seed: int) -> None:
-    import json
-
     about = {
         "quantised": str(found.quantised),
         "base": str(found.base),
@@ -95,18 +101,15 @@ def _print_json(found: Checked, text: str, seed: int) -> None:
         "seed": seed,
         "notices": found.notices,
     }
-    typer.echo(json.dumps({**about, **found.result.to_json()}, indent=2, ensure_ascii=False, allow_nan=False))
+    print_json({**about, **found.result.to_json()})
 
 
 def _print_text(found: Checked, text: str, count: int) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     result = found.result
-    console = Console(highlight=False, markup=False, emoji=False)  # a name is a name
-    if not console.is_terminal:  # a pipe has no width of its own
-        console.width = 200
+    console = table_console(200)
     groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"
     lines = {
         "quantised": f"{found.quantised} (Int{result.bits}, {groups})",

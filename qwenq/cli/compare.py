@@ -1,4 +1,4 @@
-"""``qwenq compare``: two runs row by row, and a gate that fails on what got worse."""
+"""``qwenq compare``: compare two runs row by row, and fail on regressions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.printing import to_standard_output
+from qwenq.cli.options import Given, recipe_options
+from qwenq.cli.printing import note, to_standard_output
 from qwenq.errors import UsageError
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
 
@@ -19,33 +20,30 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@recipe_options("gate.fail_on")
 def compare(
     baseline: Annotated[Path, typer.Argument(help="Run folder to compare with.")],
     new: Annotated[Path, typer.Argument(help="Run folder to judge.")],
-    fail_on: Annotated[
-        str | None,
-        typer.Option(
-            help="Conditions, comma-separated: accuracy:significant, speed:<0.95 (new / baseline), kl:>0.05 "
-            "(new − baseline) … ; none: compare only. [default: accuracy:significant, kl:>0.05, speed:<0.95, "
-            "memory:>1.05, size:>1.0, those that the baseline has rows for]"
-        ),
-    ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write a summary fit for a pull request.")] = None,
+    *,
+    given: Given,
+    markdown: Annotated[Path | None, typer.Option(help="Write a summary for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
     more_baseline: Annotated[
-        list[Path] | None, typer.Option(help="Another turn of BASELINE: speed and memory are of all turns.")
+        list[Path] | None,
+        typer.Option(help="Another repeat of BASELINE: speed and memory are taken over all repeats."),
     ] = None,
-    more_new: Annotated[list[Path] | None, typer.Option(help="Another turn of NEW.")] = None,
+    more_new: Annotated[list[Path] | None, typer.Option(help="Another repeat of NEW.")] = None,
 ) -> None:
-    """Say which differences between two runs are real.
+    """Compare two runs, and fail on regressions.
 
-    Exit code 1: a regression. 3: something that was asked about is missing or cannot be compared (another
-    protocol, task version, model, dtype or machine); that is no pass. 0: passed.
+    Exit code 0: passed. 1: a regression. 3: a row of a condition is missing or cannot be compared (another
+    protocol, task version, model, dtype or machine), which does not count as passed.
     """
     from qwenq.reporting import gate, gate_output
     from qwenq.reporting.compare import compare as compare_rows
     from qwenq.storage import atomic_write_bytes
 
+    fail_on = given["gate"].get("fail_on")
     conditions = gate.asked_by(fail_on)
     sides = [[baseline, *(more_baseline or [])], [new, *(more_new or [])]]
     _check_folders([*sides[0], *sides[1]], {"--markdown": markdown, "--junit": junit})
@@ -68,21 +66,21 @@ def compare(
 
 
 def _side(first: Path, more: list[Path], *, judged: bool) -> Collection:
-    """A run with its further turns; of those that are none, a word."""
+    """Return a run with its further repeats, with a note on repeats that add nothing."""
     from qwenq.reporting.collect import collect
     from qwenq.reporting.turns import idle_turns, with_turns
 
     run, turns = collect([first]), collect(more) if more else None
     for name in idle_turns(run, turns):
-        typer.echo(f"note: {name} adds no turn to {first}: {_NO_TURN}", err=True)
+        note(f"{name} adds no repeat to {first}: {_NO_REPEAT}")
     return with_turns(run, turns, judged=judged)
 
 
-_NO_TURN = "it has no speed, time, memory or energy of the same weights at the same point on that machine"
+_NO_REPEAT = "it has no speed, time, memory or energy of the same weights at the same point on that machine"
 
 
 def _check_folders(runs: list[Path], files: dict[str, Path | None]) -> None:
-    """A run compared with itself would always pass, and one counted twice would look less noisy."""
+    """Raise UsageError for a run that is named twice, which would look less noisy, or a file in its way."""
     places = [run.resolve() for run in runs]
     if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
         raise UsageError("this run is named twice", where=twice[-1], hint="name each run folder once")
@@ -95,7 +93,7 @@ def _check_folders(runs: list[Path], files: dict[str, Path | None]) -> None:
 
 
 def _print(lines: list[str]) -> None:
-    """Print what is known already; a reader who has seen enough, such as ``head``, changes no exit code.
+    """Print lines; a reader that closes the pipe early, such as ``head``, does not change the exit code.
 
     Raises:
         StorageError: standard output is a file, and the disk refused.

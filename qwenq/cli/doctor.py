@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, DtypeName
+from qwenq.cli.printing import print_json
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +32,17 @@ def doctor(
     dtype: DtypeName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what this machine can run, and how to get the rest."""
+    """Show what this machine can run, and how to get the rest."""
     found = examination(device, dtype)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(found)
         return
     for line in _lines(found):
         typer.echo(line)
 
 
 def examination(device: str, dtype: str) -> dict[str, Any]:
-    """Everything that is shown, as plain JSON values."""
+    """Return everything that is shown as plain JSON values."""
     from dataclasses import asdict
     from importlib.metadata import PackageNotFoundError, version
 
@@ -51,9 +51,9 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
     from qwenq.runtime.doctor import examine, fastest
     from qwenq.runtime.engine import find_dtype
 
-    place = resolve_device(device)
-    number = find_dtype(dtype, place)
-    parts: list[Part] = examine(place, number)
+    where = resolve_device(device)
+    chosen = find_dtype(dtype, where)
+    parts: list[Part] = examine(where, chosen)
     optional = []
     for name, purpose, how in _OPTIONAL:
         try:
@@ -62,12 +62,12 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
             optional.append({"name": name, "for": purpose, "version": None, "get": how})
     return {
         "environment": environment(),
-        "device": str(place),
-        "dtype": str(number).removeprefix("torch."),
-        "parts": [asdict(part) for part in [*parts, *_operations(place, number)]],
+        "device": str(where),
+        "dtype": str(chosen).removeprefix("torch."),
+        "parts": [asdict(part) for part in [*parts, *_operations(where, chosen)]],
         "sandbox": _sandbox(),
         "optional": optional,
-        "summary": fastest(place, number),
+        "summary": fastest(where, chosen),
     }
 
 
@@ -80,13 +80,13 @@ def _operations(device: torch.device, dtype: torch.dtype) -> list[Part]:
 
 
 def _sandbox() -> dict[str, str | None]:
-    """Whether code that a model wrote can be run here (HumanEval); how to get bubblewrap, which is best."""
+    """Return whether generated programs (HumanEval) can be run here, and how to get bubblewrap."""
     import shutil
 
     from qwenq.errors import QwenqError
     from qwenq.evals.sandbox.find import find_sandbox
 
-    better = None if shutil.which("bwrap") else "apt-get install bubblewrap, which is taken where it works"
+    better = None if shutil.which("bwrap") else "apt-get install bubblewrap, which is used where it works"
     try:
         return {"runs": find_sandbox().implementation, "why_not": None, "get": better}
     except QwenqError as error:
@@ -96,13 +96,13 @@ def _sandbox() -> dict[str, str | None]:
 def _lines(found: dict[str, Any]) -> list[str]:
     facts = found["environment"]
     cpu, versions = facts["cpu"], facts["versions"]
-    features = ", ".join(cpu["features"]) or "no instructions that help"
+    features = ", ".join(cpu["features"]) or "no instruction set that qwenq uses"
     lines = [
         ", ".join(f"{name} {number}" for name, number in versions.items()) + f", Python {facts['python']}",
         f"CPU     {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads: {features}",
         f"memory  {facts['memory_bytes'] / 2**30:.1f} GiB",
         *_gpu_lines(facts["gpus"]),
-        f"asked   for {found['device']} in {found['dtype']}",
+        f"device  {found['device']}, {found['dtype']}",
     ]
     kind = None
     for part in found["parts"]:

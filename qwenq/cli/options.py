@@ -1,62 +1,188 @@
-"""Options that several commands have: one type and one line of help each."""
+"""Options of the command line: those that several commands share, and those that are settings of a recipe."""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand, TyperOption
+
+from qwenq.errors import UsageError
+from qwenq.recipe import Setting, settings
 
 DeviceName = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-DtypeName = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="To compute in.")]
+DtypeName = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="dtype of the computation; auto: what the device multiplies natively."),
+]
 EngineName = Annotated[
-    Literal["fast", "transformers"], typer.Option(help="The lean decoder, or transformers.")
+    Literal["fast", "transformers"], typer.Option(help="fast: qwenq's own decoder; or transformers.")
 ]
 AttentionName = Annotated[
-    str, typer.Option(help="One that `doctor` lists; auto: grouped on a CPU, else sdpa.")
+    str,
+    typer.Option(help="Attention backend that `qwenq doctor` lists; auto: grouped on a CPU, else sdpa."),
 ]
-KernelName = Annotated[str, typer.Option(help="Of quantised weights: auto, or one that `doctor` lists.")]
-ThinkingWish = Annotated[
-    Literal["auto", "on", "off"],
-    typer.Option(help="Whether the model thinks before it answers (enable_thinking of its chat template)."),
+KernelName = Annotated[
+    str, typer.Option(help="Kernel of quantised layers: auto, or one that `qwenq doctor` lists.")
 ]
 RunFolder = Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL]")]
 RowsAsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
-RealWeights = Annotated[
-    Literal["stored", "random"], typer.Option("--weights", help="random is refused: it has no accuracy.")
+ThinkingChoice = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(help="Let the model think before it answers (enable_thinking of its chat template)."),
 ]
-SeedOfWeights = Annotated[int, typer.Option(min=0, help="Of random weights.")]
+RealWeights = Annotated[
+    Literal["stored", "random"],
+    typer.Option("--weights", help="random is refused here: random weights have no accuracy."),
+]
+RandomSeed = Annotated[int, typer.Option(min=0, help="Seed of random weights.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+ModelArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL...",
+        help="Model folders or hub ids; bundled: the bundled model. [default: bundled]",
+    ),
+]
+
+Given = dict[str, dict[str, Any]]
+"""Settings that were given on the command line: values by section ("": outside any) and name."""
 
 
-class RecipeCommand(TyperCommand):
-    """A command whose options override a recipe, whose defaults its help shows."""
+def recipe_options(
+    *keys: str, defaults: dict[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each of these settings of a recipe, in place of its parameter ``given``.
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help, each option with the default of the recipe's key of that name."""
-        defaults = recipe_defaults()
-        for param in self.params:
-            if isinstance(param, TyperOption) and param.name in defaults:
-                shown = _shown(defaults[param.name], param)
-                param.help = f"{(param.help or '').partition(' [default: ')[0]} [default: {shown}]"
-        super().format_help(ctx, formatter)
+    Type, default, bounds and help are the recipe's; the command gets the values that were typed.
+
+    Args:
+        keys: such as ``quantize.bits``; ``quantize.*`` for a whole section; ``--text=calibration.source`` for
+            an option with another name.
+        defaults: by key: what the command takes where the option is not given, if not the recipe's default.
+    """
+    chosen: dict[str, Setting] = {}
+    for text in keys:
+        option, _, key = text.rpartition("=")
+        section, _, name = key.rpartition(".")
+        for each in settings(section).values() if name == "*" else [settings(section)[name]]:
+            chosen[option.removeprefix("--") or each.name] = each
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**arguments: Any) -> None:
+            given: Given = {"": {}, **{each.section: {} for each in chosen.values()}}
+            for name, each in chosen.items():
+                value = arguments.pop(name)
+                if value is not None and value != []:
+                    given[each.section][each.name] = _value(each, value, f"--{name.replace('_', '-')}")
+            function(**arguments, given=given)
+
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            if parameter.name != "given":
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+                continue
+            for name, each in chosen.items():
+                hint = _option(each, (defaults or {}).get(each.key))
+                kind = inspect.Parameter.KEYWORD_ONLY
+                parameters.append(inspect.Parameter(name, kind, default=None, annotation=hint))
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
+        return command
+
+    return decorate
 
 
-def recipe_defaults() -> dict[str, Any]:
-    """Return the defaults of a recipe by the names of `qwenq quantize`'s options."""
-    from qwenq.recipe import CalibrationRecipe, QuantizeRecipe, Recipe
-
-    sizes = CalibrationRecipe().model_dump(include={"samples", "seq_len"})
-    return {
-        "weights": Recipe().weights,
-        "calibration": CalibrationRecipe().source,
-        **sizes,
-        **QuantizeRecipe().model_dump(),
-    }
+def given_models(models: list[str] | None) -> list[str | None]:
+    """Return the models that were named, each once; None is the bundled model."""
+    named = dict.fromkeys(models or ["bundled"])
+    return [None if name == "bundled" and not Path(name).exists() else name for name in named]
 
 
-def _shown(value: Any, option: TyperOption) -> str:
-    """Return a default as it would be typed: of a flag, which of its two names."""
-    if isinstance(value, bool):
-        return (option.opts if value else option.secondary_opts)[0].removeprefix("--")
-    return str(value)
+def default_shown(setting: Setting, default: str | None = None) -> str:
+    """Return a setting's default as the help shows it: as it would be typed."""
+    if default is not None or setting.shown:
+        return default or setting.shown
+    if isinstance(setting.default, bool):
+        return setting.flags.split("/")[not setting.default].removeprefix("--")
+    if isinstance(setting.default, tuple):
+        return ",".join(map(str, setting.default))
+    return str(setting.default)
+
+
+def _option(setting: Setting, default: str | None) -> Any:
+    """Return the annotation that typer makes an option of; None where it is not given."""
+    if setting.flags:
+        off = "/" not in setting.flags  # a switch that is off by default has no default to show
+        help = setting.help if off else f"{setting.help} [default: {default_shown(setting)}]"
+        return Annotated[bool | None, typer.Option(setting.flags, help=help, show_default=False)]
+    limits = f"; {setting.limits}" if setting.limits else ""
+    help = f"{setting.help} [default: {default_shown(setting, default)}{limits}]"
+    if setting.name == "module_bits":
+        return Annotated[list[str] | None, typer.Option(metavar="PATTERN=BITS", help=help)]
+    names = {int: "int", float: "float", str: "str", tuple: "a,b,…", dict: "task=int,…"}
+    parts = [names.get(kind, str(kind)) for kind in setting.kinds if kind is not type(None)]
+    return Annotated[str | None, typer.Option(metavar=f"<{'|'.join(parts)}>", help=help)]
+
+
+def _value(setting: Setting, text: str | bool | list[str], option: str) -> Any:
+    """Return what was typed as a recipe would hold it; whether it is in range, the recipe checks."""
+    if isinstance(text, bool):
+        return text
+    if isinstance(text, list):
+        return by_name(text, option, "linear_attn=8")
+    text = text.strip()
+    if tuple in setting.kinds:
+        listed = listed_names(text, option)
+        return () if listed == ["0"] else [_number(part) for part in listed]
+    if dict in setting.kinds and "=" in text:
+        return by_name(listed_names(text, option), option, "mmlu=20,gsm8k=150")
+    if str in setting.kinds or text in setting.kinds:
+        return text
+    return _number(text)
+
+
+def by_name(entries: list[str], option: str, example: str) -> dict[str, Any]:
+    """Read ``NAME=NUMBER`` entries."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        name, _, number = (part.strip() for part in entry.rpartition("="))
+        if not name:
+            raise UsageError(f"{entry!r} is not NAME=NUMBER", where=option, hint=f"such as {example}")
+        if name in found:
+            raise UsageError(f"{name} is given twice", where=option, hint="give each name one number")
+        found[name] = _number(number)
+    return found
+
+
+def listed_names(text: str, option: str) -> list[str]:
+    """Return comma-separated names, each once, in their order."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UsageError("no name given", where=option)
+    return names
+
+
+def listed_numbers(text: str, option: str, example: str = "1,2,4") -> list[int]:
+    """Return comma-separated whole numbers, each once, in their order."""
+    found = [_number(name) for name in listed_names(text, option)]
+    numbers = [number for number in found if isinstance(number, int)]
+    if len(numbers) < len(found):
+        raise UsageError(f"{text!r} is not a list of whole numbers", where=option, hint=f"such as {example}")
+    return numbers
+
+
+def _number(text: str) -> int | float | str:
+    """Return a number where the text is one, whole if it can be; else the text, which the recipe refuses."""
+    if re.fullmatch(r"-?[0-9]{1,4000}", text):
+        return int(text)
+    try:
+        return float(text) if text.isascii() and "_" not in text else text
+    except ValueError:
+        return text

@@ -1,8 +1,7 @@
-"""``qwenq perplexity``: how well a model predicts a text, by how much of it it may look back on."""
+"""``qwenq perplexity``: perplexity of a text by context length."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,11 +14,15 @@ from qwenq.cli.options import (
     DeviceName,
     DtypeName,
     KernelName,
+    ModelArguments,
+    Quiet,
     RealWeights,
     RowsAsJson,
     RunFolder,
+    given_models,
+    listed_numbers,
 )
-from qwenq.cli.printing import typed_command
+from qwenq.cli.printing import next_commands, notes, print_rows, stop_notice, table_console, typed_command
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,24 +30,21 @@ if TYPE_CHECKING:
     from qwenq.evals.perplexity import Switches, Text
     from qwenq.results import Row
 
-_RUNS = Path("runs")
-
 
 @app.command()
 def perplexity(
     text: Annotated[
-        Path, typer.Option(help="Long text to measure on: a .txt, .jsonl, .json or .parquet file.")
+        Path, typer.Option(help="Long text to measure on: a file of text, JSON, CSV or parquet.")
     ],
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="MODEL...", help="Folders or hub ids. Nothing: the bundled one."),
-    ] = None,
+    models: ModelArguments = None,
     weights: RealWeights = "stored",
     lengths: Annotated[
-        str, typer.Option(help="Tokens of context, with commas between; each divides the longest.")
+        str,
+        typer.Option(help="Context lengths in tokens, comma-separated; each divides the longest."),
     ] = "1024,2048,4096,8192",
     samples: Annotated[
-        int, typer.Option(min=1, help="Windows of the longest length; shorter ones are cut from these.")
+        int,
+        typer.Option(min=1, help="Windows of the longest length; shorter windows are cut from these."),
     ] = 4,
     ntk: Annotated[
         Literal["on", "off"] | None, typer.Option(help="Qwen v1's dynamic NTK. [default: both]")
@@ -57,11 +57,12 @@ def perplexity(
     attention: AttentionName = "auto",
     kernel: KernelName = "auto",
     out: RunFolder = None,
+    quiet: Quiet = False,
     as_json: RowsAsJson = False,
 ) -> None:
     """Measure perplexity by context length.
 
-    Qwen v1 models are measured with dynamic NTK and logn attention on and off; others as they are.
+    Qwen v1 models are measured with dynamic NTK and logn attention on and off; other models have neither.
     """
     from qwenq.evals.contender import How, open_contender
     from qwenq.evals.perplexity import combinations, require_lengths
@@ -71,27 +72,27 @@ def perplexity(
 
     refuse_random_weights(weights)
     text = local_path(text, "--text")
-    wanted = _lengths(lengths)
-    given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
-    run = local_path(out if out is not None else _RUNS / model_name(given[0]), "--out")
-    contenders = [open_contender(one, How(device, dtype, "fast", attention, kernel)) for one in given]
+    wanted = sorted(listed_numbers(lengths, "--lengths", "1024,2048,4096"))
+    names = given_models(models)
+    run = local_path(out if out is not None else Path("runs") / model_name(names[0]), "--out")
+    contenders = [open_contender(one, How(device, dtype, "fast", attention, kernel)) for one in names]
     switches = [
         combinations(one.checkpoint.config, _flag(ntk), _flag(logn), one.model.name) for one in contenders
     ]
     texts = [_text(text, one, samples, max(wanted)) for one in contenders]
     for made in texts:
         require_lengths(wanted, made)
-    for notice in dict.fromkeys(notice for one in contenders for notice in one.notices):
-        typer.echo(f"note: {notice}", err=True)
+    notes(notice for one in contenders for notice in one.notices)
     rows = []
-    for contender, found, tokens in zip(contenders, switches, texts, strict=True):
-        rows += _measured(contender, tokens, wanted, found, run)
-        contender.unload()
+    with stop_notice("lengths that were measured are kept"):
+        for contender, found, tokens in zip(contenders, switches, texts, strict=True):
+            rows += _measured(contender, tokens, wanted, found, run, quiet=quiet)
+            contender.unload()
     if as_json:
-        content = {"run": str(run), "rows": [row.to_json() for row in rows]}
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+        print_rows(run, rows)
     else:
         _print_table(run, rows)
+        next_commands(("report", run))
 
 
 def _measured(
@@ -100,8 +101,10 @@ def _measured(
     lengths: Sequence[int],
     switches: Sequence[Switches | None],
     run: Path,
+    *,
+    quiet: bool,
 ) -> list[Row]:
-    """Every row: those that the run folder has, and the others, appended to it as they are made."""
+    """Return every row: those that the run folder has, and new ones, appended to it as they are made."""
     from dataclasses import replace
 
     from qwenq.cli.progress import show_progress
@@ -110,31 +113,24 @@ def _measured(
     from qwenq.results import append_row, read_rows, write_environment
     from qwenq.storage import locked
 
-    command = typed_command()
     rows = []
-    try:
-        with locked(run), show_progress(contender.model.name) as progress:
-            known = read_rows(run) if (run / "results.jsonl").exists() else []
-            found = environment()
-            write_environment(run, found)
-            for row in perplexities(
-                contender, text, lengths, switches, command=command, progress=progress, known=known
-            ):
-                if any(row is one for one in known):
-                    rows.append(row)
-                    continue
-                rows.append(replace(row, settings={**row.settings, MACHINE: machine(found)}))
-                append_row(run, rows[-1])
-    except KeyboardInterrupt:  # SIGTERM too
-        typer.echo(
-            f"\nstopped; lengths that were measured are kept: the same command goes on: {command}", err=True
-        )
-        raise
+    with locked(run), show_progress(contender.model.name, quiet=quiet) as progress:
+        known = read_rows(run) if (run / "results.jsonl").exists() else []
+        found = environment()
+        write_environment(run, found)
+        for row in perplexities(
+            contender, text, lengths, switches, command=typed_command(), progress=progress, known=known
+        ):
+            if any(row is one for one in known):
+                rows.append(row)
+                continue
+            rows.append(replace(row, settings={**row.settings, MACHINE: machine(found)}))
+            append_row(run, rows[-1])
     return rows
 
 
 def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
-    """The first ``windows * longest`` tokens of a file, in its order."""
+    """Return the first ``windows * longest`` tokens of a file."""
     import torch
 
     from qwenq.calibration.files import read_file
@@ -152,7 +148,7 @@ def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
     if len(ids) < windows * longest:
         fit = len(ids) // longest
         raise UsageError(
-            f"{windows} windows of {longest:,} tokens are wanted, and the text has {len(ids):,} tokens",
+            f"{windows} windows of {longest:,} tokens are needed, but the text has {len(ids):,} tokens",
             where=path,
             hint=f"lower --samples to {fit}" if fit else "give a longer text, or shorter --lengths",
         )
@@ -161,21 +157,12 @@ def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
     return Text(path.name, tokens)
 
 
-def _lengths(text: str) -> list[int]:
-    """The numbers of ``--lengths``, each once, in order."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise UsageError(f"{text!r} are no lengths", where="--lengths", hint="such as 1024,2048,4096")
-    return sorted({int(part) for part in parts})
-
-
 def _flag(word: str | None) -> bool | None:
     return None if word is None else word == "on"
 
 
 def _print_table(run: Path, rows: Sequence[Row]) -> None:
-    """Models and switches by length, as Qwen's cards have it."""
-    from rich.console import Console
+    """Print perplexities of models and switches by length, in the form of Qwen's cards."""
     from rich.table import Table
 
     lengths = sorted({length for row in rows if isinstance(length := row.point["seq_len"], int)})
@@ -190,9 +177,7 @@ def _print_table(run: Path, rows: Sequence[Row]) -> None:
         lines.setdefault(where, {})[row.point["seq_len"]] = shown
     for where, cells in lines.items():
         table.add_row(*where, *(cells.get(length, "") for length in lengths))
-    console = Console(highlight=False, markup=False, emoji=False)  # a name is a name, whatever it looks like
-    if not console.is_terminal:  # a pipe has no width of its own
-        console.width = 200
+    console = table_console(200)
     console.print(table)
     for reason in dict.fromkeys(f"n/a: {row.reason}" for row in rows if row.value is None):
         console.print(reason, soft_wrap=True)

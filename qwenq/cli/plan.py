@@ -1,4 +1,4 @@
-"""``qwenq plan``: what a model needs, before anything is downloaded."""
+"""``qwenq plan``: memory, disk and speed of a model, before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import listed_names, listed_numbers
+from qwenq.cli.printing import print_json
 from qwenq.errors import UsageError
 
 
@@ -14,26 +16,39 @@ from qwenq.errors import UsageError
 def plan(
     model: Annotated[
         str | None,
-        typer.Argument(help="Catalogue name, model folder or hub id. Nothing: the bundled model."),
+        typer.Argument(help="Catalogue name, model folder or hub id. [default: the bundled model]"),
     ] = None,
     weights: Annotated[
         Literal["stored", "random"],
-        typer.Option(help="random: MODEL is a catalogue name; the shape alone counts here."),
+        typer.Option(help="random: MODEL is a catalogue name; only its shape matters here."),
     ] = "stored",
-    bits: Annotated[str, typer.Option(help="Bits to plan for, comma-separated: 4, 8.")] = "4,8",
-    context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 8192,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    bits: Annotated[str, typer.Option(help="Bits of the quantised model, comma-separated: 4, 8.")] = "4,8",
+    context: Annotated[int, typer.Option(help="Context length in tokens.")] = 8192,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     gpu: Annotated[
-        str, typer.Option(help="GPUs, comma-separated: h200, a100-80g, rtx-4090, …; none: a CPU.")
+        str,
+        typer.Option(
+            help="GPUs, comma-separated: h200, a100-80g, rtx-4090, … (a wrong name lists all). "
+            "[default: a CPU]",
+        ),
     ] = "",
-    tp: Annotated[str, typer.Option(help="Numbers of GPUs that share the model: 1,2,4,8.")] = "1",
-    group_size: Annotated[str, typer.Option(help="auto, 128, 64, 32, or -1 for whole rows.")] = "auto",
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences; 48, on a GPU 128.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of each; 256, on a GPU 2048.")] = None,
-    pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show what padding the MLP changes.")] = False,
+    tp: Annotated[
+        str, typer.Option(help="Numbers of GPUs for tensor parallelism, comma-separated: 1,2,4,8.")
+    ] = "1",
+    group_size: Annotated[
+        str,
+        typer.Option(help="Group size: auto, 128, 64, 32, or -1 (the whole row)."),
+    ] = "auto",
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration sequences. [default: 48; on a GPU 128]")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a calibration sequence. [default: 256; on a GPU 2048]")
+    ] = None,
+    pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show the effect of padding the MLP.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
 ) -> None:
-    """Plan what a model needs, before anything is downloaded.
+    """Show what a model needs, before anything is downloaded.
 
     Bytes on disk, memory, tensor parallelism, the bound on its speed.
     """
@@ -42,27 +57,25 @@ def plan(
     from qwenq.plan.plan import Wishes, make_plan
 
     wishes = Wishes(
-        bits=_numbers(bits, "--bits"),
+        bits=tuple(listed_numbers(bits, "--bits", "4,8")),
         context=context,
         batch=batch,
-        gpus=tuple(find_gpu(name.strip()) for name in gpu.split(",") if name.strip()),
-        tensor_parallel=_numbers(tp, "--tp"),
+        gpus=tuple(map(find_gpu, listed_names(gpu, "--gpu"))) if gpu else (),
+        tensor_parallel=tuple(listed_numbers(tp, "--tp")),
         group_size=None if group_size == "auto" else _group_size(group_size),
         samples=samples,
         seq_len=seq_len,
     )
     result = make_plan(find_model(model, weights), wishes)
     if as_json:
-        import json
-
-        typer.echo(json.dumps(result.as_dict(), indent=2))
+        print_json(result.as_dict())
         return
     from rich.console import Console
 
     from qwenq.plan.tables import plan_tables
 
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:  # a pipe has no width of its own
+    console = Console(highlight=False, emoji=False)  # tables of a plan have markup
+    if not console.is_terminal:  # a pipe has no width
         console.width = 120
     for part in plan_tables(result, show_padding=pad_ffn):
         console.print(part)
@@ -73,15 +86,4 @@ def _group_size(text: str) -> int:
         return int(text)
     except ValueError as error:
         hint = "use auto, 128, 64, 32 or -1"
-        raise UsageError(f"{text!r} is no group size", where="--group-size", hint=hint) from error
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers, each once, in the order given."""
-    try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError as error:
-        raise UsageError(f"{text!r} is no list of whole numbers", where=option, hint="write 1,2,4") from error
-    if not numbers:
-        raise UsageError("no number is given", where=option, hint="write 1,2,4")
-    return numbers
+        raise UsageError(f"{text!r} is not a group size", where="--group-size", hint=hint) from error

@@ -1,24 +1,74 @@
-"""What commands print: output that ends early is a message and no traceback; commands as they were typed."""
+"""Print: notes, tables, JSON and commands to copy; a failing standard output becomes a message."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qwenq.errors import StorageError
+import typer
+
+from qwenq.errors import StorageError, visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qwenq.results import Row
+
+
+def note(line: str) -> None:
+    """Print something that the user has to know, on standard error."""
+    typer.echo(f"note: {line}", err=True)
+
+
+def notes(lines: Iterable[str]) -> None:
+    """Print notes, each of them once."""
+    for line in dict.fromkeys(lines):
+        note(line)
+
+
+def next_commands(*commands: Sequence[str | Path | None]) -> None:
+    """Print commands that go on from here, ready to copy; words that are None are left out.
+
+    On standard error, so that what is piped on holds results alone.
+    """
+    for label, command in zip(("next:", *[""] * len(commands)), commands, strict=False):
+        words = [str(word) for word in command if word is not None]
+        typer.echo(f"{label:<6}{visible(as_typed(['qwenq', *words]))}", err=True)
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print one JSON object."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_rows(run: Path, rows: Sequence[Row]) -> None:
+    """Print the run folder and its rows as one JSON object."""
+    print_json({"run": str(run), "rows": [row.to_json() for row in rows]})
+
+
+def table_console(width: int) -> Console:
+    """Return a console for tables: as wide as the terminal, or ``width`` in a pipe; a name stays a name."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:  # a pipe has no width
+        console.width = width
+    return console
 
 
 def as_typed(words: Iterable[str]) -> str:
-    """A command for a shell, for rows to keep: what is not UTF-8, as a folder may be, in quotes of bash."""
+    """Return a command for a shell; text that is not UTF-8, as a folder's name may be, in bash's quotes."""
     return " ".join(map(_quoted, words))
 
 
 def typed_command(processes: int = 1) -> str:
-    """This process's own command as it was typed; of several processes that of torchrun, their launcher."""
+    """Return this process's command as it was typed; for several processes that of torchrun."""
     if processes == 1:
         return as_typed(["qwenq", *sys.argv[1:]])
     here = os.environ.get("LOCAL_WORLD_SIZE", str(processes))
@@ -37,12 +87,28 @@ def _quoted(word: str) -> str:
 
 
 @contextmanager
+def stop_notice(kept: str, processes: int = 1) -> Iterator[None]:
+    """Print how to go on, where Ctrl-C or SIGTERM ends what is within.
+
+    Args:
+        kept: such as "answers are kept".
+        processes: number of them under torchrun.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = typed_command(processes)
+        typer.echo(f"\nstopped; {kept}: the same command goes on where it stopped: {command}", err=True)
+        raise
+
+
+@contextmanager
 def to_standard_output() -> Iterator[None]:
-    """For what prints and must be seen whole.
+    """Flush standard output at the end of what is printed within.
 
     Raises:
         StorageError: it is a file, and the disk refused.
-        BrokenPipeError: its reader has seen enough.
+        BrokenPipeError: its reader has closed the pipe.
     """
     try:
         yield
@@ -56,10 +122,9 @@ def to_standard_output() -> Iterator[None]:
 
 @contextmanager
 def explained_output() -> Iterator[None]:
-    """Around a whole command: whoever in it prints, what standard output refuses is explained.
+    """Raise StorageError within a command where the disk behind standard output refuses to write.
 
-    Within it ``write`` and ``flush`` of standard output raise StorageError where the disk behind it refused.
-    A reader that has seen enough stays a BrokenPipeError, which ends a command without a word.
+    A reader that has closed the pipe stays a BrokenPipeError, which ends a command silently.
     """
     stream, names = sys.stdout, ("write", "flush")
     if stream is None:  # it was closed before the command began
@@ -96,5 +161,5 @@ def _refused(error: OSError) -> StorageError:
 
 
 def _give_up() -> None:
-    """Python flushes once more at its end, and would complain then."""
+    """Send the rest nowhere: Python flushes once more at its end, and would complain then."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,21 +1,29 @@
-"""``qwenq profile``: how fast a model runs, and what it needs."""
+"""``qwenq profile``: speed and memory of models."""
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName, KernelName, SeedOfWeights
-from qwenq.cli.printing import as_typed, to_standard_output, typed_command
-from qwenq.errors import UsageError, visible
-from qwenq.events import Advance, Event, Notice, Start
-from qwenq.results import Row
+from qwenq.cli.options import (
+    DeviceName,
+    Given,
+    KernelName,
+    ModelArguments,
+    Quiet,
+    RandomSeed,
+    listed_names,
+    listed_numbers,
+    recipe_options,
+)
+from qwenq.cli.printing import next_commands, notes, stop_notice, table_console, typed_command
+from qwenq.cli.progress import ProfileProgress, rough_time
+from qwenq.errors import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,68 +35,66 @@ if TYPE_CHECKING:
     from qwenq.profiling.subjects import Subjects
     from qwenq.profiling.table import PrintedTable
 
-MOST_TOKENS = 10**9
-RESUME_HINT = "what is measured is kept: the same command goes on where it stopped"
-
 
 @app.command()
+@recipe_options("profile.*", "weights")
 def profile(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(help="Model folders or hub ids; `bundled`, or none, is the bundled model."),
-    ] = None,
-    tokens: Annotated[
-        str, typer.Option(help="New tokens after a prompt of --context, comma-separated; 0 for none.")
-    ] = "2048",
-    context: Annotated[str, typer.Option(help="Prompt tokens before them; the cards take 1.")] = "1",
-    encode: Annotated[str, typer.Option(help="Prompts to encode, in tokens; 0 for none.")] = "2048",
+    models: ModelArguments = None,
+    *,
+    given: Given,
+    context: Annotated[
+        str, typer.Option(help="Prompt tokens before generated ones, comma-separated; Qwen's cards have 1.")
+    ] = "1",
     precision: Annotated[
-        str, typer.Option(help="Of models that are not quantised: fp32, bf16, fp16, int8, int4.")
+        str, typer.Option(help="Precisions of models that are not quantised: fp32, bf16, fp16, int8, int4.")
     ] = "fp32,bf16,int8,int4",
-    attention: Annotated[
-        str,
-        typer.Option(help="v2, v1, off, sdpa, …, comma-separated; auto: grouped on a CPU, else sdpa."),
-    ] = "auto",
-    engine: Annotated[str, typer.Option(help="fast, transformers.")] = "fast",
     kernel: KernelName = "auto",
     device: DeviceName = "auto",
-    weights: Annotated[
-        Literal["stored", "random"], typer.Option(help="random: MODEL is a catalogue name, see qwenq plan.")
-    ] = "stored",
-    seed: SeedOfWeights = 0,
-    budget: Annotated[str | None, typer.Option(help="Time for the whole sweep: 90s, 10m, 1h30m.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/profile-… without it.")] = None,
+    seed: RandomSeed = 0,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/profile-MODEL]")] = None,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Processes that share a model, one a GPU.")] = 1,
 ) -> None:
-    """Measure speed and memory, each point in a process of its own.
+    """Measure speed and memory, each point in a separate process.
 
-    Points: models in each precision × attention × engine × length. One that cannot run says why, and the
-    sweep goes on. Ctrl-C keeps what is done; the same command goes on.
+    Points: models in each precision × attention × engine × length. A point that cannot run is reported with
+    the reason, and the sweep goes on. Ctrl-C keeps what is measured; the same command goes on.
     """
     from qwenq.profiling.planning import parse_budget
-    from qwenq.profiling.points import refuse_unsplittable, require_known
+    from qwenq.profiling.points import lengths_of, refuse_unsplittable, require_known
     from qwenq.profiling.subjects import subjects_of
+    from qwenq.recipe import ProfileRecipe, Recipe
 
-    seconds = parse_budget(budget) if budget else None
-    lengths = _lengths(context, tokens, encode)
-    attentions, engines = _names(attention, "--attention"), _names(engine, "--engine")
-    require_known(attentions, engines, kernel)
-    given: list[str | None] = list(dict.fromkeys(models)) if models else [None]
-    found = subjects_of(given, _names(precision, "--precision"), weights, seed)
+    chosen = Recipe().override(given[""], profile=given["profile"])
+    points = chosen.profile or ProfileRecipe()
+    budget = parse_budget(points.budget) if points.budget else None
+    lengths = lengths_of(listed_numbers(context, "--context", "1,1024"), points.tokens, points.encode)
+    require_known(points.attention, points.engine, kernel)
+    named: list[str | None] = [*dict.fromkeys(models)] if models else [None]
+    found = subjects_of(named, listed_names(precision, "--precision"), chosen.weights, seed)
     if tp > 1:
-        refuse_unsplittable(found.subjects, engines)
-    for notice in found.notices:
-        typer.echo(f"note: {notice}", err=True)
-    points = partial(
-        sweep_points, found, attentions=attentions, engines=engines, lengths=lengths, kernel=kernel, tp=tp
+        refuse_unsplittable(found.subjects, points.engine)
+    notes(found.notices)
+    sweep = partial(
+        sweep_points,
+        found,
+        attentions=points.attention,
+        engines=points.engine,
+        lengths=lengths,
+        kernel=kernel,
+        tp=tp,
     )
     folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
-    _measure(found, points, folder, device, seconds, as_json)
+    progress = ProfileProgress(as_json=as_json, quiet=quiet)
+    with stop_notice("what is measured is kept"):
+        planned, kept = _measure(found, sweep, folder, device, budget, progress)
+        if not as_json:
+            _show(folder, planned, kept)
 
 
 def sweep_points(found: Subjects, device: str, **choices: Any) -> list[Point]:
-    """Every combination, once the device is known."""
+    """Return every combination, once the device is known."""
     from qwenq.profiling.points import sweep
 
     return sweep(found.subjects, device=device, **choices)
@@ -99,45 +105,39 @@ def _measure(
     points: Callable[..., list[Point]],
     folder: Path,
     device: str,
-    seconds: float | None,
-    as_json: bool,
-) -> None:
-    """Plan the points, measure those that the folder lacks, show all."""
+    budget: float | None,
+    progress: ProfileProgress,
+) -> tuple[list[Planned], int]:
+    """Plan the points and measure those that the folder lacks; return all, and how many it had."""
     from qwenq.environment import environment
     from qwenq.profiling.child import probe
     from qwenq.profiling.planning import plan, read_device
     from qwenq.profiling.sweep import run_sweep
     from qwenq.storage import locked
 
-    command = typed_command()
     began = time.monotonic()
-    try:
-        with locked(folder):  # before anything is timed: two commands would measure each other
-            place = read_device(probe(device))
-            planned = plan(points(device=place.device), found.shapes, place)
-            if not as_json:
-                show_plan(planned, place, seconds, folder)
-            options: dict[str, Any] = {"environment": environment(), "command": command}
-            listener = _Listener(as_json)
-            left = None if seconds is None else seconds - (time.monotonic() - began)  # the probe counts, too
-            progress = run_sweep(planned, folder, listener, budget=left, **options)
-        if not as_json:
-            _show(folder, planned, progress.kept)
-    except KeyboardInterrupt:
-        typer.echo(f"\nstopped; {RESUME_HINT}: {command}", err=True)
-        raise
+    with locked(folder):  # before anything is timed: two commands would measure each other
+        chosen = read_device(probe(device))
+        planned = plan(points(device=chosen.device), found.shapes, chosen)
+        if not progress.quiet:
+            show_plan(planned, chosen, budget, folder)
+        left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
+        facts, command = environment(), typed_command()
+        done = run_sweep(planned, folder, progress, environment=facts, budget=left, command=command)
+    return list(planned), done.kept
 
 
-def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, folder: Path) -> None:
+def show_plan(planned: Sequence[Planned], device: Device, budget: float | None, folder: Path) -> None:
     """Print what will be measured, in which order, and about how long it takes."""
     from qwenq.storage import readable_bytes
 
     total, load = sum(each.seconds for each in planned), sum(each.load for each in planned)
     count = f"{len(planned)} point{'' if len(planned) == 1 else 's'}"
-    limit = f", budget {_clock(budget)}" if budget is not None else ""
-    loading = f" ({_clock(load)} of it to start and load)"
+    limit = f", budget {rough_time(budget)}" if budget is not None else ""
+    loading = f" ({rough_time(load)} of it to start and load)"
     typer.echo(
-        f"plan: {count} on {place.device}, about {_clock(total)}{loading}{limit}; into {visible(str(folder))}"
+        f"plan: {count} on {device.device}, about {rough_time(total)}{loading}{limit}; "
+        f"into {visible(str(folder))}"
     )
     if budget is not None and sum(each.needed for each in planned) > budget:
         typer.echo(
@@ -146,42 +146,20 @@ def show_plan(planned: Sequence[Planned], place: Device, budget: float | None, f
     elif budget is not None and total > budget:
         typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are skipped")
     for each in planned:
-        seconds = f"about {_clock(each.seconds)} ({_clock(each.load)} to load)"
+        seconds = f"about {rough_time(each.seconds)} ({rough_time(each.load)} to load)"
         estimate = each.too_large or f"{seconds}, {readable_bytes(each.nbytes)}"
         typer.echo(f"  {each.point.label}: {estimate}")
 
 
-class _Listener:
-    """One line for each point on stderr, or rows as JSON on stdout."""
-
-    def __init__(self, as_json: bool) -> None:
-        self._json, self._began = as_json, time.monotonic()
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Start) and not self._json:
-            share = f", {_clock(event.limit)} of the budget" if event.limit is not None else ""
-            about = f"about {_clock(event.seconds or 0)}{share}"
-            typer.echo(f"{event.done + 1} of {event.total}: {event.step}, {about}", err=True)
-        elif isinstance(event, Advance) and isinstance(event.result, Row) and self._json:
-            with to_standard_output():
-                typer.echo(json.dumps(event.result.to_json(), ensure_ascii=False))
-        elif isinstance(event, Notice):
-            typer.echo(f"note: {event.text}", err=True)
-
-
 def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     """Print the table of this sweep's points, those measured earlier included."""
-    from rich.console import Console
-
     from qwenq.profiling.table import table
     from qwenq.results import read_rows
 
     wanted = [(each.point.place, each.point.subject.model) for each in planned]
     rows = [row for row in read_rows(folder) if (row.point, row.model) in wanted]
     printed = table(rows)
-    console = Console(highlight=False, markup=False, emoji=False)  # a name is a name
-    if not console.is_terminal:  # a pipe has no width
-        console.width = 160
+    console = table_console(160)
     console.print(", ".join(f"{name} {value}" for name, value in printed.constant))
     _print_table(console, printed)
     if any("–" in cell for line in printed.lines for cell in line):
@@ -189,13 +167,13 @@ def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     for note in printed.notes:
         console.print(note)
     if kept:
-        console.print(f"{kept} of {len(planned)} points were measured before")
-    again = as_typed(["qwenq", "report", str(folder)])
-    console.print(f"rows: {visible(str(folder))}; next: {again}")
+        console.print(f"{kept} of {len(planned)} points were measured earlier")
+    console.print(f"run folder: {visible(str(folder))}", soft_wrap=True)
+    next_commands(("report", folder))
 
 
 def _print_table(console: Console, printed: PrintedTable) -> None:
-    """Print the widest layout that fits the terminal with every figure in one piece."""
+    """Print the widest form that fits the terminal, so that no figure is cut off or broken."""
     from rich.measure import Measurement
     from rich.table import Table
 
@@ -205,43 +183,9 @@ def _print_table(console: Console, printed: PrintedTable) -> None:
             grid.add_column(heading, overflow="fold")
         for line in lines:
             grid.add_row(*line)
-        unbound = console.options.update(max_width=10_000)  # else the measurement is cut to the console
+        unbound = console.options.update(max_width=10_000)  # else the measure is at most the terminal's width
         if Measurement.get(console, unbound, grid).maximum <= console.width:
             console.print(grid)
             return
     for text in printed.paragraphs(console.width):
         console.print(text)
-
-
-def _lengths(context: str, tokens: str, encode: str) -> list[tuple[int, int]]:
-    """Return (prompt, new tokens) of every point; one new token where only the prompt is measured."""
-    from qwenq.profiling.points import lengths_of
-
-    news, prompts, encoded = (
-        _numbers(text, option)
-        for text, option in ((tokens, "--tokens"), (context, "--context"), (encode, "--encode"))
-    )
-    return lengths_of(prompts, news, encoded)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in _names(text, option)]
-        if max(numbers) > MOST_TOKENS:
-            raise UsageError(f"no cache holds more than {MOST_TOKENS:,} tokens", where=option)
-        return numbers
-    except ValueError as error:
-        raise UsageError(
-            f"{text!r} is no list of whole numbers", where=option, hint="write 2048,8192"
-        ) from error
-
-
-def _names(text: str, option: str) -> list[str]:
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not names:
-        raise UsageError("nothing is named", where=option)
-    return names
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

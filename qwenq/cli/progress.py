@@ -1,25 +1,46 @@
-"""Progress of a long step: a live bar on a terminal, a few plain lines elsewhere. Always on stderr."""
+"""Show how far a long step is: a live bar on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from qwenq.cli.printing import note, to_standard_output
 from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update
+from qwenq.results import Row
+from qwenq.storage import readable_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _PLAIN_STEPS = 10
 _PLAIN_SECONDS = 2.0  # quick steps are not worth a line
-_REMEMBERED = 3600.0  # seconds: rich's half a minute knows no time left where one step takes longer
+_EVAL_SECONDS = 10.0  # between two plain lines of an evaluation
+_ESTIMATE_SECONDS = 3600.0  # rich's default of half a minute knows no time left where one step takes longer
 
 
 @contextmanager
-def show_progress(label: str, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, total); nothing is shown before its first call."""
-    if sys.stderr.isatty():
+def show_progress(
+    label: str, unit: str = "tokens", *, quiet: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function to call with (done, total); nothing is shown before its first call.
+
+    Args:
+        label: the step, such as "writing text".
+        unit: what is counted; bytes are shown as MB and GB.
+        quiet: show nothing.
+    """
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
         with _live(label, unit) as update:
             yield update
     else:
@@ -27,8 +48,8 @@ def show_progress(label: str, unit: str = "tokens") -> Iterator[Callable[[int, i
 
 
 @contextmanager
-def show_events(say: Callable[[str], None]) -> Iterator[Listener]:
-    """Yield a listener that shows each step as ``show_progress`` does; ``say`` receives the notices."""
+def show_events(on_notice: Callable[[str], None], *, quiet: bool = False) -> Iterator[Listener]:
+    """Yield a listener that shows each step as ``show_progress`` does; ``on_notice`` receives the notices."""
     with ExitStack() as stack:
         update: Update = lambda done, total: None  # noqa: E731
 
@@ -36,10 +57,10 @@ def show_events(say: Callable[[str], None]) -> Iterator[Listener]:
             nonlocal update
             match event:
                 case Notice(text):
-                    say(text)
+                    on_notice(text)
                 case Start(step, unit=unit):
                     stack.close()
-                    update = stack.enter_context(show_progress(step, unit))
+                    update = stack.enter_context(show_progress(step, unit, quiet=quiet))
                 case Advance(done=int() as done, total=int() as total):
                     update(done, total)
                 case Finish():
@@ -50,18 +71,23 @@ def show_events(say: Callable[[str], None]) -> Iterator[Listener]:
 
 @contextmanager
 def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    counts: tuple[rich_progress.ProgressColumn, ...]
+    if unit == "bytes":
+        counts = (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
+    else:
+        counts = (rich_progress.MofNCompleteColumn(), rich_progress.TextColumn(unit))
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        *counts,
+        rich_progress.TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, speed_estimate_period=_REMEMBERED) as bar:
+    with rich_progress.Progress(
+        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=_ESTIMATE_SECONDS
+    ) as bar:
         task = bar.add_task(label, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
@@ -76,6 +102,136 @@ def _plain(label: str, unit: str) -> Callable[[int, int], None]:
         seconds = time.monotonic() - started
         if step > shown and seconds > _PLAIN_SECONDS:
             shown = step
-            typer.echo(f"{label}: {done:,} of {total:,} {unit}, {seconds:.0f} s", err=True)
+            if unit == "bytes":
+                counts = f"{readable_bytes(done)} of {readable_bytes(total)}"
+            else:
+                counts = f"{done:,} of {total:,} {unit}"
+            typer.echo(f"{label}: {counts}, {seconds:.0f} s", err=True)
 
     return update
+
+
+class EvalProgress:
+    """A listener that shows an evaluation on stderr: items, share of correct answers, time left."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._stack = ExitStack()
+        self._bar: Bar | None = None
+        self._task: Any = None
+        self._left = _TimeLeft()
+        self._begin("", 0, 0)
+
+    def __enter__(self) -> EvalProgress:
+        if sys.stderr.isatty() and not self._quiet:
+            self._bar = self._stack.enter_context(_eval_bar())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event: a task or its programs start, an item is judged, a notice."""
+        match event:
+            case Start(step, total, unit, done):
+                self._clear()
+                self._begin(step, total or 0, done)
+                if self._bar is None and unit == "items" and not self._quiet:
+                    known = f", {done:,} answered earlier" if done else ""
+                    items = "1 item" if total == 1 else f"{total:,} items"
+                    typer.echo(f"{step}: {items}{known}", err=True)
+            case Advance(result=None | bool() as correct):
+                self._step(correct)
+            case Notice(text):
+                note(text)
+            case Finish():
+                self._clear()
+
+    def _clear(self) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+    def _begin(self, label: str, total: int, done: int) -> None:
+        self._name, self._total, self._done, self._known = label, total, done, done
+        self._correct = self._verdicts = 0
+        self._since = self._shown = time.monotonic()
+        if self._bar is not None:
+            self._left = _TimeLeft()
+            self._task = self._bar.add_task(label, total=total, completed=done, accuracy="", left=self._left)
+
+    def _step(self, correct: bool | None) -> None:
+        self._done += 1
+        self._verdicts += correct is not None
+        self._correct += bool(correct)
+        newly = " of the new answers" if self._known else ""
+        share = f"{self._correct / self._verdicts:.1%} correct{newly}" if self._verdicts else ""
+        now = time.monotonic()
+        left = (now - self._since) / (self._done - self._known) * (self._total - self._done)
+        if self._bar is not None and self._task is not None:
+            self._left.end = now + left
+            self._bar.update(self._task, completed=self._done, accuracy=share)
+        elif not self._quiet and (now - self._shown >= _EVAL_SECONDS or self._done == self._total):
+            self._shown = now
+            pace = f"{left:.0f} s left" if self._done < self._total else f"{now - self._since:.0f} s"
+            parts = [f"{self._done:,} of {self._total:,}", share, pace]
+            typer.echo(f"{self._name}: {', '.join(part for part in parts if part)}", err=True)
+
+
+@dataclass
+class _TimeLeft:
+    """Time left, formatted anew whenever the bar is drawn, so that it counts down between two answers.
+
+    Attributes:
+        end: estimated end by the pace so far; None before the first answer.
+    """
+
+    end: float | None = None
+
+    def __str__(self) -> str:
+        if self.end is None:
+            return "-:--:--"
+        minutes, seconds = divmod(max(0, round(self.end - time.monotonic())), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _eval_bar() -> Bar:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[accuracy]}"),
+        TextColumn("{task.fields[left]} left", style="progress.remaining"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+class ProfileProgress:
+    """A listener that shows a sweep: a line for each point on stderr, or rows as JSON on stdout."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self._json, self.quiet = as_json, quiet or as_json
+
+    def __call__(self, event: Event) -> None:
+        """Show an event: a point starts, a row is measured, a notice."""
+        match event:
+            case Start(step) if not self.quiet:
+                share = f", {rough_time(event.limit)} of the budget" if event.limit is not None else ""
+                about = f"about {rough_time(event.seconds or 0)}{share}"
+                typer.echo(f"{event.done + 1} of {event.total}: {step}, {about}", err=True)
+            case Advance(result=Row() as row) if self._json:
+                with to_standard_output():
+                    typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
+            case Notice(text):
+                note(text)
+
+
+def rough_time(seconds: float) -> str:
+    """Return ``85 s`` or ``12 min``."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,4 +1,4 @@
-"""How a quantisation shows: live on a terminal, plain lines in a log, JSON lines for machines."""
+"""Show a quantisation: live on a terminal, plain lines in a log, JSON lines for machines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -15,7 +15,7 @@ from qwenq.events import Advance, Event, Notice, Start, Update
 from qwenq.storage import readable_bytes
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as Bar
 
     from qwenq.gptq.quantise import LayerDone
     from qwenq.quantize import Quantised
@@ -25,18 +25,18 @@ RESUME_HINT = "finished layers are kept: the same command goes on where it stopp
 
 
 @contextmanager
-def listener_for(kind: Literal["text", "json"]) -> Iterator[TextListener | JsonListener]:
-    """The listener for this output; what it shows live is cleared when it ends."""
+def quantize_listener(*, as_json: bool, quiet: bool = False) -> Iterator[TextListener | JsonListener]:
+    """Yield the listener for this output; what it shows live is cleared when it ends."""
     with ExitStack() as stack:
-        yield JsonListener() if kind == "json" else TextListener(stack)
+        yield JsonListener() if as_json else TextListener(stack, quiet=quiet)
 
 
 class TextListener:
-    """For people: a bar on a terminal, one line per layer elsewhere."""
+    """A listener for people: a bar on a terminal, one line per layer elsewhere."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._bar: Progress | None = None
+    def __init__(self, stack: ExitStack, *, quiet: bool = False) -> None:
+        self._stack, self._quiet = stack, quiet
+        self._bar: Bar | None = None
         self._task: Any = None
         self._update: Update = lambda done, total: None
         self._fresh: list[float] = []  # seconds of the layers that were not resumed
@@ -48,15 +48,16 @@ class TextListener:
                 typer.echo(f"· {text}")
             case Start(step, total, "layers"):
                 self._stack.close()
-                if sys.stdout.isatty():
+                if sys.stdout.isatty() and not self._quiet:
                     self._bar = self._stack.enter_context(_layer_bar())
                     self._task = self._bar.add_task(step, total=total, left=_UNKNOWN)
             case Start(step, unit=unit):
                 self._stack.close()
-                self._bar, self._update = None, self._stack.enter_context(show_progress(step, unit))
+                self._bar = None
+                self._update = self._stack.enter_context(show_progress(step, unit, quiet=self._quiet))
             case Advance(done=int() as done, total=int() as total, result=None):
                 self._update(done, total)
-            case Advance(result=layer) if layer is not None:
+            case Advance(result=layer) if layer is not None and not self._quiet:
                 self._layer(cast("LayerDone", layer))
 
     def _layer(self, done: LayerDone) -> None:
@@ -71,24 +72,23 @@ class TextListener:
         typer.echo(f"  layer {done.index + 1} of {done.total}: {error}; {how}")
 
     def interrupted(self) -> None:
-        """Ctrl-C or SIGTERM."""
+        """Show how to go on after Ctrl-C or SIGTERM."""
         self._stack.close()
         typer.echo(f"stopped; {RESUME_HINT}", err=True)
 
     def finished(self, result: Quantised) -> None:
-        """The summary."""
+        """Show the summary."""
         self._stack.close()
         seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
         if result.resumed_layers:
             seconds += f" (this run alone: {result.resumed_layers} layers were done before)"
         share = result.weight_bytes / result.base_bytes
-        check = result.check
         base = readable_bytes(result.base_bytes)
         lines = {
             "checkpoint": str(result.folder),
             "size": f"{readable_bytes(result.weight_bytes)} ({share:.0%} of {base})",
             "time": seconds,
-            **(check.summary() if check else {"check": "none: random weights"}),
+            **(result.check.summary() if result.check else {"check": "not possible with random weights"}),
         }
         typer.echo()
         for name, value in lines.items():
@@ -102,7 +102,7 @@ class TextListener:
 
 
 class JsonListener:
-    """For machines: one JSON object per line on stdout, the result last."""
+    """A listener for machines: one JSON object per line on stdout, the result last."""
 
     def __call__(self, event: Event) -> None:
         """Print an event; of the progress within a step, only layers."""
@@ -126,11 +126,11 @@ class JsonListener:
                 )
 
     def interrupted(self) -> None:
-        """Ctrl-C or SIGTERM."""
+        """Report Ctrl-C or SIGTERM."""
         _emit("interrupted", text=RESUME_HINT)
 
     def finished(self, result: Quantised) -> None:
-        """The result."""
+        """Report the result."""
         _emit("result", **result.to_json())
 
 
@@ -138,14 +138,8 @@ def _emit(event: str, **facts: Any) -> None:
     typer.echo(json.dumps({"event": event, **facts}, ensure_ascii=False))
 
 
-def _layer_bar() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+def _layer_bar() -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     return Progress(
         TextColumn("{task.description}"),
@@ -154,7 +148,7 @@ def _layer_bar() -> Progress:
         TextColumn("layers ·"),
         TimeElapsedColumn(),
         TextColumn("gone,"),
-        TextColumn("{task.fields[left]}"),  # rich's own forgets what took longer than half a minute
+        TextColumn("{task.fields[left]}"),  # rich's estimate forgets what took longer than half a minute
         TextColumn("left"),
         transient=True,
     )

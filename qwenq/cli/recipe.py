@@ -1,4 +1,4 @@
-"""``qwenq recipe``: recipes as files."""
+"""``qwenq recipe``: check recipe files, and list their settings."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from qwenq.errors import UsageError
 if TYPE_CHECKING:
     from qwenq.recipe import Recipe
 
-recipe_app = typer.Typer(help="Recipes as files.", no_args_is_help=True, rich_markup_mode=None)
+recipe_app = typer.Typer(
+    help="Check recipes, and list their settings.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(recipe_app, name="recipe")
 
 
 @recipe_app.callback()
 def recipe() -> None:
-    """Recipes as files."""
+    """Check recipes, and list their settings."""
 
 
 @recipe_app.command()
-def check(files: Annotated[list[Path], typer.Argument(help="TOML files.", metavar="FILE...")]) -> None:
-    """Say whether recipes are sound, and the steps they ask for.
-
-    Nothing is run.
-    """
+def check(
+    files: Annotated[list[Path], typer.Argument(help="Recipes: TOML files.", metavar="FILE...")],
+) -> None:
+    """Check recipes and show their steps, without running them."""
     from qwenq.run.chain import chain_of, find_recipe
 
     for file in map(find_recipe, files):
@@ -35,8 +36,16 @@ def check(files: Annotated[list[Path], typer.Argument(help="TOML files.", metava
         typer.echo(f"{file}: {', '.join(step.name for step in chain.steps)}")
 
 
+@recipe_app.command()
+def settings() -> None:
+    """List all settings with their defaults, as Markdown."""
+    from qwenq.recipe import markdown_table
+
+    typer.echo(markdown_table())
+
+
 def checked(file: Path) -> Recipe:
-    """The recipe, with its conditions parsed and the files that it names found.
+    """Return the recipe, with its conditions parsed and the files that it names found.
 
     Raises:
         UsageError: a key, a value, a condition or a task that is wrong, or a file that is not there.
@@ -61,13 +70,14 @@ def checked(file: Path) -> Recipe:
                 hint="paths in a recipe are taken from the folder that qwenq is started in",
             )
     if found.eval is not None:
-        from qwenq.evals.tasks.registry import get_task
+        from qwenq.evals.tasks.registry import get_task, protocol_names
 
         for task in found.eval.tasks:
-            get_task(task, found.eval.protocol)
+            protocol = found.eval.protocol
+            get_task(task, protocol_names(task)[0] if protocol == "auto" else protocol)
     return found
 
 
 def _is_path(name: str) -> bool:
-    """Unless it is a word such as ``self``, or the ``owner/name`` of a hub dataset."""
+    """Return whether it is a path, not a word such as ``self`` or the ``owner/name`` of a hub dataset."""
     return name.startswith((".", "/", "~")) or Path(name).suffix != "" or name.count("/") > 1

@@ -8,19 +8,25 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.options import Given, recipe_options
 
 
 @app.command()
+@recipe_options("report.title")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders of qwenq eval, profile or run.")],
-    out: Annotated[Path, typer.Option(help="Folder to write, e.g. reports/NAME.")],
-    title: Annotated[str | None, typer.Option(help="Heading. [default: the models' names]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write. [default: reports/NAME of the first run folder]")
+    ] = None,
+    *,
+    given: Given,
 ) -> None:
-    """Write the model card's tables, one page and plots.
+    """Write model card tables, an HTML page with plots, and data.
 
-    Reads run folders only: nothing is measured, no model is loaded.
+    Reads run folders only: nothing is measured, and no model is loaded.
     """
     from qwenq.errors import visible
     from qwenq.reporting.write import write_report
 
-    typer.echo(visible(str(write_report(runs, out, title))))
+    folder = out or Path("reports") / runs[0].resolve().name
+    typer.echo(visible(str(write_report(runs, folder, given["report"].get("title")))))

@@ -1,4 +1,4 @@
-"""``qwenq run``: a recipe from beginning to end."""
+"""``qwenq run``: all steps of a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.printing import typed_command
+from qwenq.cli.printing import note, stop_notice
 from qwenq.errors import visible
 from qwenq.events import Event, Notice, Start
 
@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="TOML file, or a recipe of qwenq's own such as demo.")],
-    model: Annotated[str | None, typer.Option(help="Instead of the recipe's: folder or hub id.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME]")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps, do nothing.")] = False,
+    recipe: Annotated[
+        Path, typer.Argument(help="Recipe: a TOML file, or the name of one that ships with qwenq: demo.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub id, instead of the recipe's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME of the recipe]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps and exit.")] = False,
 ) -> None:
-    """Quantise, evaluate, profile, report, gate, as a recipe says.
+    """Quantise, evaluate, profile, report and gate as a recipe says.
 
-    Stopped or failed? The same command goes on where it was: steps that are done are not done again, and a
-    step that was interrupted goes on itself. Exit codes of the gate as in `qwenq compare`.
+    The same command goes on where it was stopped or failed: finished steps are not repeated, and an
+    interrupted step is resumed. Exit codes of the gate as in `qwenq compare`.
     """
     from qwenq.cli.recipe import checked
     from qwenq.run.chain import chain_of, find_recipe
@@ -43,12 +47,8 @@ def run(
     _show(chain)
     if dry_run:
         return
-    try:
+    with stop_notice("finished steps are kept"):
         code = run_chain(chain, _show_event)
-    except KeyboardInterrupt:
-        command = typed_command()
-        typer.echo(f"\nstopped; the same command goes on where it stopped: {command}", err=True)
-        raise
     if code:
         raise typer.Exit(code)
     if chain.page is not None:
@@ -63,7 +63,7 @@ def _show_event(event: Event) -> None:
 
 
 def _report_name(model: str) -> str:
-    """The model's own; where a recipe could not have it, what it could, with a hash: two models are two."""
+    """Return the model's name; where a recipe cannot have it, its valid characters and a hash."""
     from qwenq.models.identity import folder_name
     from qwenq.results import plain_name
 
@@ -75,7 +75,7 @@ def _report_name(model: str) -> str:
 
 
 def _show(chain: Chain) -> None:
-    """What is done, and what will be, with the commands."""
+    """Print the steps with their commands, and which are done."""
     from qwenq.run.execute import is_done
 
     count = len(chain.steps)
@@ -87,6 +87,4 @@ def _show(chain: Chain) -> None:
             typer.echo(f"           qwenq {visible(shlex.join(step.arguments))}", err=True)
     baseline = chain.recipe.gate.baseline
     if baseline is not None and not Path(baseline).is_dir():
-        typer.echo(
-            f"note: there is no baseline {visible(baseline)} yet, so the last step will fail", err=True
-        )
+        note(f"there is no baseline {visible(baseline)} yet, so the last step will fail")

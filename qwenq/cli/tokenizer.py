@@ -1,29 +1,27 @@
-"""``qwenq tokenizer``: what a tokenizer makes of text."""
+"""``qwenq tokenizer``: statistics of a tokenizer on text files."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.printing import note, notes, print_json, table_console
 from qwenq.errors import UsageError
 from qwenq.models.local_path import local_path
 
 if TYPE_CHECKING:
     from qwenq.models.tokenizer import Tokenizer
 
-tokenizer_app = typer.Typer(
-    help="What a tokenizer makes of text.", no_args_is_help=True, rich_markup_mode=None
-)
+tokenizer_app = typer.Typer(help="Measure a tokenizer.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
 @tokenizer_app.callback()
 def tokenizer() -> None:
-    """What a tokenizer makes of text."""
+    """Measure a tokenizer."""
 
 
 @tokenizer_app.command()
@@ -32,37 +30,36 @@ def stats(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="A model folder or hub id, or a .tiktoken or tokenizer.json file.", metavar="MODEL"
+            help="Model folder or hub id, or a .tiktoken or tokenizer.json file. [default: bundled]",
+            metavar="MODEL",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Bytes per token of each file: the higher, the better it compresses."""
+    """Show the bytes per token of text files."""
     texts = [(file, *read_text(file)) for file in files]
     reader, source = _open(tokenizer)
     rows = [_row(str(file), size, text, reader) for file, size, text in texts]
     total = _total(rows)
     if as_json:
         about = {"source": source, "fingerprint": reader.fingerprint, "vocab_size": reader.vocab_size}
-        typer.echo(
-            json.dumps({"tokenizer": about, "files": rows, "total": total}, ensure_ascii=False, indent=2)
-        )
+        print_json({"tokenizer": about, "files": rows, "total": total})
     else:
         _print(rows if len(rows) == 1 else [*rows, total])
 
 
 def read_text(file: Path) -> tuple[int, str]:
-    """Size in bytes, and the text of a UTF-8 file, line ends as they are.
+    """Return the size in bytes and the text of a UTF-8 file, with its line ends unchanged.
 
     Raises:
-        UsageError: no such file, a folder, an empty file, or bytes that are no UTF-8 (with the offset).
+        UsageError: no such file, a folder, an empty file, or bytes that are not UTF-8 (with the offset).
     """
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"the file cannot be read: {error.strerror}", where=file) from error
     if not content:
-        raise UsageError("the file is empty: it has no bytes per token", where=file)
+        raise UsageError("the file is empty", where=file, hint="give a file with text")
     try:
         return len(content), content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -74,7 +71,7 @@ def read_text(file: Path) -> tuple[int, str]:
 
 
 def _open(tokenizer: str | None) -> tuple[Tokenizer, str]:
-    """The tokenizer, and its path; None means the bundled model's."""
+    """Return the tokenizer and its path; None means the bundled model's."""
     from qwenq.models.resolve import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
 
@@ -82,17 +79,16 @@ def _open(tokenizer: str | None) -> tuple[Tokenizer, str]:
         return load_tokenizer(file), tokenizer
     resolved = resolve_model(tokenizer)
     if tokenizer is not None:
-        for notice in resolved.notices:
-            typer.echo(notice, err=True)
+        notes(resolved.notices)
     else:
-        typer.echo("no --tokenizer given: using the bundled model's", err=True)
+        note("no --tokenizer given: using the bundled model's")
     return load_tokenizer(resolved.folder), str(resolved.folder)
 
 
 def _row(name: str, size: int, text: str, tokenizer: Tokenizer) -> dict[str, Any]:
     tokens = len(tokenizer.encode(text))
     if not tokens:
-        raise UsageError("this tokenizer makes no token of the text", where=name, hint="give another text")
+        raise UsageError("this tokenizer gives no tokens for the text", where=name, hint="give another text")
     return _with_ratio(name, size, len(text), tokens)
 
 
@@ -112,7 +108,6 @@ def _with_ratio(name: str, size: int, characters: int, tokens: int) -> dict[str,
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -122,4 +117,4 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         counts = [f"{row[key]:,}" for key in ("bytes", "characters", "tokens")]
         table.add_row(row["file"], *counts, f"{row['bytes_per_token']:.2f}")
-    Console(markup=False, emoji=False).print(table)  # a name is a name, whatever it looks like
+    table_console(120).print(table)

@@ -59,7 +59,7 @@ class Settings:
             act_order=recipe.act_order == "static",
             scale_search=recipe.scale_search,
             damp=recipe.damp,
-            asymmetric_calibration=recipe.drift,
+            asymmetric_calibration=recipe.asymmetric_calibration,
             coordinate_descent=recipe.refine,
             module_bits=module_bits,
         )

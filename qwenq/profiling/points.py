@@ -14,6 +14,7 @@ Weights = Literal["stored", "random"]
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "auto", "int4": "auto"}
 """Precision → dtype to compute in."""
 BITS = {"int8": 8, "int4": 4}
+MOST_TOKENS = 10**9
 
 GENERATING = {
     "memory.load": "bytes",
@@ -184,7 +185,7 @@ def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[i
         encode: prompts whose encoding is measured; empty, or 0 alone: none.
 
     Raises:
-        UsageError: a length is too small, or nothing is to be measured.
+        UsageError: a length is too small or too large, or nothing is to be measured.
     """
     news, encoded = ([] if list(found) == [0] else list(found) for found in (tokens, encode))
     for found, least, option, what in (
@@ -195,6 +196,8 @@ def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[i
         if any(number < least for number in found):
             hint = "use 0 alone to skip these" if found is not context else None
             raise UsageError(what, where=option, hint=hint)
+        if any(number > MOST_TOKENS for number in found):
+            raise UsageError(f"no cache holds more than {MOST_TOKENS:,} tokens", where=option)
     if not news and not encoded:
         raise UsageError("there is nothing to measure", where="--tokens 0 --encode 0")
     return [*((length, 1) for length in encoded), *((c, t) for t in news for c in context)]

@@ -127,7 +127,8 @@ def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
 
 def _model_folder(recipe: Recipe, precision: str) -> Path:
     """Return ``3f2a91c0/NAME-GPTQ-Int4``: another recipe or model gets another folder."""
-    parts = recipe.model_dump(mode="json", include={"model", "weights", "calibration", "quantize"})
+    content = recipe.to_json()
+    parts = {key: content[key] for key in ("model", "weights", "calibration", "quantize")}
     parts["quantize"]["bits"] = BITS[precision]
     states = [state(path) for path in _local(recipe.model, recipe.calibration.source)]
     facts = json.dumps([__version__, parts, states], sort_keys=True)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from qwenq.errors import UsageError
 from qwenq.recipe import Recipe
 
-ATTENTIONS = ("v2", "v1", "off", "sdpa", "split", "grouped", "best")
+ATTENTIONS = ("auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best")
 ENGINES = ("fast", "transformers")
 """Names that `qwenq profile` knows. Where they are defined torch is loaded, and the steps of a run would
 inherit its memory as a peak of their own."""

@@ -33,7 +33,8 @@ def main_fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *befo
 
 
 @pytest.mark.parametrize(
-    ("group", "commands"), [((), COMMANDS), (("recipe",), ("check",)), (("tokenizer",), ("stats",))]
+    ("group", "commands"),
+    [((), COMMANDS), (("recipe",), ("check", "settings")), (("tokenizer",), ("stats",))],
 )
 def test_help_names_every_command_in_a_whole_sentence(
     group: tuple[str, ...], commands: tuple[str, ...]
@@ -46,17 +47,11 @@ def test_help_names_every_command_in_a_whole_sentence(
 
 
 def test_every_command_module_is_listed() -> None:
-    helpers = {"__init__", "app", "commands", "progress", "quantize_output"}
-    files = {file.stem for file in Path(cli.__file__).parent.glob("*.py")}
-    with_a_command = {
-        name for name in files if "@app.command(" in _source(name) or "app.add_typer" in _source(name)
+    files = {file.stem: file.read_text("utf-8") for file in Path(cli.__file__).parent.glob("*.py")}
+    defining = {
+        name for name, text in files.items() if re.search(r"^@?app\.(command|add_typer)\(", text, re.M)
     }
-    assert with_a_command == set(COMMANDS)
-    assert helpers <= files
-
-
-def _source(name: str) -> str:
-    return (Path(cli.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    assert {f"qwenq.cli.{name}" for name in defining} == set(COMMANDS.values())
 
 
 def test_version() -> None:
@@ -126,10 +121,10 @@ def test_what_nobody_foresaw_is_one_message_that_says_how_to_see_more() -> None:
     done = unforeseen()
     assert done.returncode == 1
     what, where, hint = done.stderr.splitlines()
-    assert what.startswith("qwenq: an error that was not foreseen: OSError: [Errno 5] Input/output error: ")
+    assert what.startswith("qwenq: unexpected error: OSError: [Errno 5] Input/output error: ")
     assert "/mnt/model" in what and "\x1b" not in what and what.endswith(", on rank 3")
     assert re.fullmatch(r"  where: qwenq/\w+/\w+\.py, line \d+", where)  # ours that was nearest to it
-    assert hint.startswith("  try:   `qwenq --debug …` shows how it came about")
+    assert hint.startswith("  try:   `qwenq --debug …` shows the traceback")
 
 
 def test_what_nobody_foresaw_has_its_traceback_with_debug() -> None:

@@ -46,7 +46,7 @@ def test_a_file_once_written_is_kept(model: Path, calibrate: Shell) -> None:
     assert load_file("calib.safetensors")["tokens"].shape == (3, 32)
 
     same = calibrate(*asked)
-    assert same.code == 0 and "was there already, unchanged" in same.out
+    assert same.code == 0 and "existed, unchanged" in same.out
     Path("copy.txt").write_text(TEXT * 50)
     of_copy = calibrate(*asked[:2], "copy.txt", *asked[3:], "--json")  # the file says what it was made of
     assert json.loads(of_copy.out) == json.loads(Path("calib.safetensors.json").read_text())

@@ -111,7 +111,7 @@ def test_how_to_get_bubblewrap_where_namespaces_do(found: dict, monkeypatch: pyt
     lines = doctor._lines({**found, "sandbox": doctor._sandbox()})
     (place,) = (n for n, line in enumerate(lines) if line.startswith("  HumanEval "))
     assert lines[place] == "  HumanEval     yes  Linux namespaces (6.1)"
-    assert lines[place + 1].strip() == "try: apt-get install bubblewrap, which is taken where it works"
+    assert lines[place + 1].strip() == "try: apt-get install bubblewrap, which is used where it works"
 
 
 def test_the_same_for_people_and_as_json() -> None:

@@ -34,15 +34,15 @@ def test_each_task_can_have_a_limit_of_its_own(evaluate: Shell, base: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--limit", "0"], "'0' items"),
-        (["--limit", "-1"], "'-1' items"),
-        (["--limit", "9" * 5000], "--limit"),
-        (["--limit", "2,3"], "one for each task"),
-        (["--limit", "mmlu=2,3"], "one for each task"),
-        (["--limit", "mmlu="], "one for each task"),
-        (["--limit", "=2"], "'' is not asked for"),
-        (["--limit", "mmlu=2,mmlu=3"], "mmlu is named twice"),
-        (["--tasks", "mmlu,ceval", "--limit", "gsm8k=2"], "'gsm8k' is not asked for"),
+        (["--limit", "0"], "eval.limit = 0: Input should be greater than or equal to 1"),
+        (["--limit", "-1"], "eval.limit = -1: Input should be greater"),
+        (["--limit", "9" * 5000], "eval.limit = "),
+        (["--limit", "2,3"], "eval.limit = '2,3'"),
+        (["--limit", "mmlu=2,3"], "'3' is not NAME=NUMBER"),
+        (["--limit", "mmlu="], "eval.limit.mmlu = ''"),
+        (["--limit", "=2"], "'=2' is not NAME=NUMBER"),
+        (["--limit", "mmlu=2,mmlu=3"], "mmlu is given twice"),
+        (["--tasks", "mmlu,ceval", "--limit", "gsm8k=2"], "'gsm8k' is not among the tasks"),
     ],
 )
 def test_what_is_no_limit_is_explained(arguments: list[str], said: str, evaluate: Shell, base: Path) -> None:

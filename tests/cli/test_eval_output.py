@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qwenq.cli import eval_output
-from qwenq.cli.eval_output import Progress
+from qwenq.cli import eval_output, progress
+from qwenq.cli.progress import EvalProgress
 from qwenq.events import Advance, Start
 from qwenq.paired.compare import Paired
 from qwenq.results import Model, Row
@@ -28,24 +28,24 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(eval_output, "time", found)
+    monkeypatch.setattr(progress, "time", found)
     return found
 
 
-def begin(progress: Progress, items: int, recorded: int = 0) -> None:
-    progress(Start("Tiny int4, mmlu", items, "items", recorded))
+def begin(shown: EvalProgress, items: int, recorded: int = 0) -> None:
+    shown(Start("Tiny int4, mmlu", items, "items", recorded))
 
 
-def judged(progress: Progress, correct: bool | None) -> None:
-    progress(Advance("Tiny int4, mmlu", result=correct))
+def judged(shown: EvalProgress, correct: bool | None) -> None:
+    shown(Advance("Tiny int4, mmlu", result=correct))
 
 
 def test_a_log_has_a_line_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress() as progress:
-        begin(progress, 40)
+    with EvalProgress() as shown:
+        begin(shown, 40)
         for number in range(40):
             clock.now += 1
-            judged(progress, number % 4 != 0)
+            judged(shown, number % 4 != 0)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "Tiny int4, mmlu: 40 items",
@@ -57,27 +57,27 @@ def test_a_log_has_a_line_every_ten_seconds(clock: Clock, capsys: pytest.Capture
 
 
 def test_what_was_known_from_records_took_no_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress() as progress:
-        begin(progress, 100, recorded=80)
+    with EvalProgress() as shown:
+        begin(shown, 100, recorded=80)
         for _ in range(5):
             clock.now += 3
-            judged(progress, True)
+            judged(shown, True)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "Tiny int4, mmlu: 100 items, 80 known from records"
-    assert lines[1] == "Tiny int4, mmlu: 84 of 100, 100.0% correct of those asked now, 48 s left"
+    assert lines[0] == "Tiny int4, mmlu: 100 items, 80 answered earlier"
+    assert lines[1] == "Tiny int4, mmlu: 84 of 100, 100.0% correct of the new answers, 48 s left"
 
 
 def test_answers_whose_programs_have_not_run_count_in_no_accuracy(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Progress() as progress:
-        begin(progress, 2)
-        judged(progress, None)
-        judged(progress, None)
-        progress(Start("Tiny int4, mmlu: running programs", 2, "programs"))
+    with EvalProgress() as shown:
+        begin(shown, 2)
+        judged(shown, None)
+        judged(shown, None)
+        shown(Start("Tiny int4, mmlu: running programs", 2, "programs"))
         clock.now += 4
-        judged(progress, True)
-        judged(progress, False)
+        judged(shown, True)
+        judged(shown, False)
     lines = capsys.readouterr().err.splitlines()
     assert lines[1:] == [
         "Tiny int4, mmlu: 2 of 2, 0 s",
@@ -89,11 +89,11 @@ def test_a_terminal_shows_the_accuracy_and_the_time_left(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bar = bar_of(clock, monkeypatch)
-    with Progress() as progress:
-        begin(progress, 40)
+    with EvalProgress() as shown:
+        begin(shown, 40)
         for number in range(20):
             clock.now += 2
-            judged(progress, number % 4 != 0)
+            judged(shown, number % 4 != 0)
         line = line_of(bar)
     assert "Tiny int4, mmlu" in line
     assert "20/40 75.0% correct 0:00:40 left" in line
@@ -102,26 +102,26 @@ def test_a_terminal_shows_the_accuracy_and_the_time_left(
 def test_the_time_left_goes_on_while_an_answer_is_long(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rich's own column it stands still until the next item, for minutes."""
     bar = bar_of(clock, monkeypatch)
-    with Progress() as progress:
-        begin(progress, 10, recorded=5)
-        shown = [line_of(bar)]
+    with EvalProgress() as shown:
+        begin(shown, 10, recorded=5)
+        seen = [line_of(bar)]
         for seconds in (3600, 600, 300, 17100, 1000):
             clock.now += seconds
             if seconds == 3600:
-                judged(progress, True)
-            shown.append(line_of(bar))
-        judged(progress, True)
-        shown.append(line_of(bar))
-    times = [line.partition(" left")[0].rpartition(" ")[2] for line in shown]
+                judged(shown, True)
+            seen.append(line_of(bar))
+        judged(shown, True)
+        seen.append(line_of(bar))
+    times = [line.partition(" left")[0].rpartition(" ")[2] for line in seen]
     assert times == ["-:--:--", "4:00:00", "3:50:00", "3:45:00", "0:00:00", "0:00:00", "9:25:00"]
 
 
 def bar_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The bar that a terminal gets, by this clock."""
-    bar = eval_output._bar()
+    bar = progress._eval_bar()
     bar.live.console = Console(file=io.StringIO(), force_terminal=True, width=120)
     bar.get_time = clock.monotonic
-    monkeypatch.setattr(eval_output, "_bar", lambda: bar)
+    monkeypatch.setattr(progress, "_eval_bar", lambda: bar)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     return bar
 
@@ -184,15 +184,15 @@ def test_a_name_is_shown_as_it_is(
     assert f"{NAME} fp32" in line and line.rstrip().endswith(NAME)
     assert folder.endswith(NAME)
     bar = bar_of(clock, monkeypatch)
-    with Progress() as progress:
-        progress(Start(f"{NAME} int4, mmlu", 2, "items"))
+    with EvalProgress() as shown:
+        shown(Start(f"{NAME} int4, mmlu", 2, "items"))
         assert f"{NAME} int4, mmlu" in line_of(bar)
 
 
 def test_one_item_and_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A split without answers has no table; a single item is no items."""
-    with Progress() as progress:
-        begin(progress, 1)
+    with EvalProgress() as shown:
+        begin(shown, 1)
     assert capsys.readouterr().err.splitlines() == ["Tiny int4, mmlu: 1 item"]
     eval_output.print_table(tmp_path, [])
     assert capsys.readouterr().out == f"run folder: {tmp_path}\n"

@@ -1,74 +1,145 @@
-"""Help, recipe and docs/recipes.md give one default for each option."""
+"""Help, recipe and docs/recipes.md hold the same settings, for every option of every command."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.core import TyperGroup
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from qwenq.calibration.load import DEFAULT_HELD_OUT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 from qwenq.cli import commands
 from qwenq.cli.app import app
-from qwenq.cli.options import recipe_defaults
-from qwenq.recipe import EvalRecipe
+from qwenq.cli.options import Given, recipe_options
+from qwenq.errors import UsageError
+from qwenq.recipe import SECTIONS, Recipe, settings
 
-RECIPES = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-FLAGS = {"sym": "sym", "refine": "refine"}  # what a true one is called on the command line
+ALL = [each for section in ("", *SECTIONS) for each in settings(section).values()]
+FROM_RECIPE = {
+    "quantize": {each.name for each in settings("quantize").values()} | {"weights", "samples", "seq_len"},
+    "eval": {each.name for each in settings("eval").values()},
+    "profile": {each.name for each in settings("profile").values()} | {"weights"},
+    "calibrate": {each.name for each in settings("calibration").values()} | {"weights", "seed"},
+    "compare": {"fail_on"},
+    "report": {"title"},
+}
+SECTION_OF = {"quantize": "quantize", "eval": "eval", "profile": "profile", "calibrate": "calibration"}
 
 
-def help_of(command: str) -> str:
-    """The whole help, without the line breaks that its width makes."""
+def parameters() -> Iterator[tuple[str, Any]]:
+    """Yield (command, option) for every option of every command."""
     commands.register()
-    ran = CliRunner().invoke(app, [command, "--help"])
-    assert ran.exit_code == 0
-    return " ".join(ran.output.split())
+    group: Any = get_command(app)
+    for name, command in group.commands.items():
+        for inner in getattr(command, "commands", {"": command}).values():
+            yield from ((name, param) for param in inner.params if param.param_type_name == "option")
 
 
-def parameters(command: str) -> dict[str | None, Any]:
-    commands.register()
-    group = get_command(app)
-    assert isinstance(group, TyperGroup)
-    return {param.name: param for param in group.commands[command].params}
+def options(command: str) -> dict[str, Any]:
+    return {param.name: param for name, param in parameters() if name == command}
 
 
-def test_quantize_shows_the_recipes_defaults() -> None:
-    shown = help_of("quantize")
-    options = parameters("quantize")
-    assert set(recipe_defaults()) - set(options) == {"drift"}  # of the recipe alone
-    for name in set(recipe_defaults()) & set(options):
-        value = recipe_defaults()[name]
-        text = FLAGS[name] if value is True else str(value)
-        told = " ".join(options[name].help.split())
-        assert f"{told} [default: {text}]" in shown
-        assert options[name].default is None  # or it would win over a recipe file
+@pytest.mark.parametrize("command", FROM_RECIPE)
+def test_an_option_has_the_help_and_default_of_its_setting(command: str) -> None:
+    found = options(command)
+    for name in FROM_RECIPE[command]:
+        candidates = [each for each in ALL if each.name == name and found[name].help.startswith(each.help)]
+        assert candidates, name
+        assert found[name].default is None  # or it would win over a recipe file
 
 
-@pytest.mark.parametrize("name", sorted(set(recipe_defaults()) - {"calibration"}))
-def test_docs_give_the_same(name: str) -> None:
-    shown = json.dumps(recipe_defaults()[name])
-    assert re.search(rf"^\| `{name}` \| `{re.escape(shown)}` \|", RECIPES, re.MULTILINE)
+@pytest.mark.parametrize("each", ALL, ids=lambda each: each.key)
+def test_the_default_in_the_help_is_the_recipes(each: Any) -> None:
+    """As typed on the command line, it gives the recipe's default."""
+    app = typer.Typer()
+    seen: list[Given] = []
+
+    @app.command()
+    @recipe_options(each.key)
+    def command(*, given: Given) -> None:
+        seen.append(given)
+
+    (param,) = [one for one in get_command(app).params if one.name == each.name]
+    shown = re.search(r" \[default: (.*?)(; [^;]*x.*)?\]$", str(param.help))  # type: ignore[attr-defined]
+    if shown is None:
+        assert each.default is False
+        return
+    if each.shown:
+        assert shown[1] == each.shown
+        assert each.default in (None, ())
+        return
+    text = [f"--{shown[1]}"] if each.flags else [f"--{each.name.replace('_', '-')}", shown[1]]
+    if each.name == "module_bits":
+        assert shown[1] == each.default
+        return
+    ran = CliRunner().invoke(app, text)
+    assert ran.exit_code == 0, ran.output
+    given = {key: dict(values) for key, values in seen[0].items()}
+    recipe = Recipe().override(given.pop(""), **given)
+    owner = getattr(recipe, each.section) if each.section else recipe
+    assert getattr(owner, each.name) == each.default
 
 
-def test_calibrate_shows_its_own_sizes() -> None:
-    options = parameters("calibrate")
+def test_no_option_gives_its_default_twice_or_in_words_that_nothing_holds() -> None:
+    for command, param in parameters():
+        text = param.help or ""
+        assert "Default:" not in text, (command, param.name)
+        if "[default:" in text:
+            assert param.default is None, (command, param.name)
+        assert text.endswith((".", "]")) or param.name == "device", (command, param.name, text)
+
+
+def test_calibrate_shows_the_sizes_of_a_set() -> None:
+    found = options("calibrate")
     for name, value in (
         ("samples", DEFAULT_SAMPLES),
         ("seq_len", DEFAULT_SEQ_LEN),
         ("held_out", DEFAULT_HELD_OUT),
     ):
-        assert options[name].help.endswith(f"Default: {value}.")
-    assert f"{DEFAULT_SAMPLES} × {DEFAULT_SEQ_LEN} tokens by default" in RECIPES
+        assert f"[default: {value};" in found[name].help
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert f"{DEFAULT_SAMPLES} × {DEFAULT_SEQ_LEN} tokens by default" in text
 
 
-def test_an_option_of_eval_with_a_default_of_its_own_has_the_recipes() -> None:
-    options, keys = parameters("eval"), EvalRecipe().model_dump()
-    own = {name: options[name].default for name in keys if name in options}
-    own = {name: default for name, default in own.items() if default not in (None, (), [])}
-    assert own
-    assert own == {name: ",".join(k) if isinstance(k := keys[name], tuple) else k for name in own}
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        (["--limit", "20"], 20),
+        (["--limit", "mmlu=20, gsm8k=150"], {"mmlu": 20, "gsm8k": 150}),
+    ],
+)
+def test_numbers_by_name(typed: list[str], value: object) -> None:
+    app, seen = typer.Typer(), []
+
+    @app.command()
+    @recipe_options("eval.*")
+    def command(*, given: Given) -> None:
+        seen.append(Recipe().override(eval=given["eval"]).eval)
+
+    assert CliRunner().invoke(app, typed).exit_code == 0
+    assert seen[0].limit == value
+    for wrong in ("mmlu=20,mmlu=3", "=20"):
+        assert isinstance(CliRunner().invoke(app, ["--limit", wrong]).exception, UsageError)
+
+
+def test_the_older_name_of_a_key_still_loads(tmp_path: Path) -> None:
+    from qwenq.recipe import read_recipe
+
+    path = tmp_path / "old.toml"
+    path.write_text("[quantize]\ndrift = 0.25\n")
+    assert read_recipe(path).quantize.asymmetric_calibration == 0.25
+    path.write_text("[quantize]\ndrift = 0.25\nasymmetric_calibration = 0.5\n")
+    with pytest.raises(UsageError, match=r"older name of quantize\.asymmetric_calibration"):
+        read_recipe(path)
+
+
+def test_a_recipe_made_in_python_is_checked() -> None:
+    from qwenq.recipe import QuantizeRecipe
+
+    with pytest.raises(UsageError, match=r"quantize\.bits = 3"):
+        Recipe(quantize=QuantizeRecipe(bits=3)).validated()  # type: ignore[arg-type]

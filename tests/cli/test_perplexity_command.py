@@ -13,7 +13,7 @@ import torch
 from command_shell import Shell
 from tiny_model import TEXT, write_tiny_model
 
-from qwenq.cli.perplexity import _lengths
+from qwenq.cli.options import listed_numbers
 from qwenq.cli.perplexity import perplexity as command
 from qwenq.evals import perplexity as measuring
 from qwenq.evals.perplexity import Text, require_lengths
@@ -66,7 +66,7 @@ def test_what_was_measured_before_ctrl_c_is_kept_and_not_measured_again(
     monkeypatch.setattr(measuring, "window_nats", pressed)
     stopped = perplexity(models[1], *options(text))
     assert stopped.code == 130
-    assert "the same command goes on: qwenq perplexity" in stopped.err
+    assert "the same command goes on where it stopped: qwenq perplexity" in stopped.err
     (kept,) = read_rows(Path("runs/Plain"))
     assert kept.point["seq_len"] == 16
     assert kept.settings["machine"]["cpu"]["model"]
@@ -126,7 +126,14 @@ def test_one_combination_as_json(perplexity: Shell, models: tuple[Path, Path], t
 
 def test_lengths_up_to_the_cards_longest() -> None:
     """Each once, shortest first; what is measured unless they are named is in the documents."""
-    assert _lengths("32768, 1024,2048,4096,8192,16384,1024") == [1024, 2048, 4096, 8192, 16384, 32768]
+    assert sorted(listed_numbers("32768, 1024,2048,4096,8192,16384,1024", "--lengths")) == [
+        1024,
+        2048,
+        4096,
+        8192,
+        16384,
+        32768,
+    ]
     windows = Text("long.txt", torch.zeros(1, 32768, dtype=torch.int64))
     require_lengths([1024, 16384, 32768], windows)
     default = inspect.signature(command).parameters["lengths"].default
@@ -138,7 +145,7 @@ def test_what_is_refused(perplexity: Shell, models: tuple[Path, Path], text: Pat
     short.write_text("a few words", encoding="utf-8")
     for arguments, said in (
         ([*options(text), "--ntk", "on"], "Plain has no such switch: only Qwen v1"),
-        ([*options(text), "--lengths", "16,many"], "no lengths"),
+        ([*options(text), "--lengths", "16,many"], "not a list of whole numbers"),
         ([*options(text), "--lengths", "24,64"], "a window of 24 tokens"),
         ([*options(text), "--samples", "100000"], "lower --samples to"),
         (options(short), "give a longer text"),

@@ -68,7 +68,7 @@ def test_the_plan_comes_first_then_the_table(shell: Shell) -> None:
     assert "s of it to start and load)" in lines[0]
     assert sum("generate 8" in line and "about" in line and "s to load)" in line for line in lines) == 4
     assert "protocol tok/s" in out
-    assert "next: qwenq report runs/one" in out
+    assert "run folder: runs/one" in out
     rows = read_rows(Path("runs/one"))
     assert len(rows) == 4 * 5 + 8 * 8
     assert rows[0].details["command"].startswith("qwenq profile ")
@@ -116,7 +116,7 @@ def test_the_same_command_goes_on(shell: Shell) -> None:
     assert len(read_rows(Path("runs/one"))) == 8
     code, out, _ = shell(*arguments)
     assert code == 0
-    assert "1 of 2 points were measured before" in out
+    assert "1 of 2 points were measured earlier" in out
 
 
 def test_on_another_machine_the_same_command_begins_again(
@@ -202,16 +202,16 @@ def test_a_real_point(shell: Shell) -> None:
         (("--engine", "slow"), "there is no 'slow'"),
         (("--kernel", "magic"), "there is no 'magic'"),
         (("--precision", "int3"), "there is no precision 'int3'"),
-        (("--tokens", "many"), "is no list of whole numbers"),
+        (("--tokens", "many"), "Input should be a valid integer"),
         (("--tokens", "1"), "2 new tokens or more"),
         (("--tokens", f"1{'0' * 400}"), "no cache holds more than 1,000,000,000 tokens"),
-        (("--tokens", "0,16"), "2 new tokens or more"),
+        (("--tokens", "0,16"), "profile.tokens = 0"),
         (("--tokens", "0", "--encode", "0"), "there is nothing to measure"),
-        (("--encode", "-1"), "a prompt to encode has 1 token or more\n  where: --encode"),
-        (("--encode", "0,8"), "a prompt to encode has 1 token or more"),
-        (("--tokens", ""), "nothing is named"),
+        (("--encode", "-1"), "profile.encode = -1: Input should be greater"),
+        (("--encode", "0,8"), "profile.encode = 0"),
+        (("--tokens", ""), "no name given"),
         (("--context", "0"), "a prompt of 1 token or more\n  where: --context"),
-        (("--budget", "soon"), "is not a duration"),
+        (("--budget", "soon"), "String should match pattern"),
     ],
 )
 def test_misuse_is_refused_before_anything_runs(shell: Shell, arguments: tuple[str, ...], said: str) -> None:

@@ -22,7 +22,7 @@ from qwenq.models.checkpoint import open_checkpoint
     (["--bits", 3], "bits = 3"),
     (["--group-size", 48], "group_size = 48"),
     (["--group-size", 64], "does not divide the 96 input columns of mlp.down_proj"),
-    (["--group-size", "big"], "group size 'big'"),
+    (["--group-size", "big"], "group_size = 'big'"),
     (["--damp", 2], "damp = 2"),
     (["--dtype", "int7"], "dtype = 'int7'"),
     (["--act-order", "yes"], "act_order = 'yes'"),

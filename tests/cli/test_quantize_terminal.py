@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from terminal import SIZE, Terminal
 
-from qwenq.cli.quantize_output import TextListener, listener_for
+from qwenq.cli.quantize_output import TextListener, quantize_listener
 from qwenq.events import Advance, Start
 from qwenq.gptq.module import ModuleStats
 from qwenq.gptq.quantise import LayerDone
@@ -49,7 +49,7 @@ def test_the_time_left_is_shown_of_layers_that_take_minutes_each(
     """By the layers of this run: those that were resumed took next to none."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     stats = {"q_proj": ModuleStats(0.01, 0.02, 0.01, 0)}
-    with listener_for("text") as listener:
+    with quantize_listener(as_json=False) as listener:
         assert isinstance(listener, TextListener)
         listener(Start("quantising", 5, "layers"))
         assert listener._bar is not None

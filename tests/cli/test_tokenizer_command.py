@@ -110,7 +110,7 @@ def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "blank.txt").write_text(" \n")
     said = run(tmp_path / "blank.txt", "--tokenizer", tmp_path / "tokenizer.json", error=UsageError)
-    assert "no token of the text" in said and "blank.txt" in said
+    assert "no tokens for the text" in said and "blank.txt" in said
 
 
 def test_a_name_is_shown_as_it_is_whatever_it_looks_like(

@@ -21,7 +21,7 @@ REFUSING = {
     "eval": ([MODEL], "accuracy would mean nothing"),
     "perplexity": ([MODEL, "--text", "any.txt"], "accuracy would mean nothing"),
     "check": ([MODEL], "accuracy would mean nothing"),
-    "chat": ([MODEL], "nothing to say"),
+    "chat": ([MODEL], "no tokenizer"),
 }
 ACCEPTING = {
     "quantize": [MODEL],
@@ -65,7 +65,7 @@ def test_every_command_that_takes_a_model_is_tested_here(commands: dict[str, Any
 
 
 @pytest.mark.parametrize("name", [*REFUSING, *ACCEPTING])
-def test_it_has_the_option_and_refuses_other_words(name: str, commands: dict[str, Any]) -> None:
+def test_weights_is_stored_or_random_for_every_model_argument(name: str, commands: dict[str, Any]) -> None:
     arguments = REFUSING[name][0] if name in REFUSING else ACCEPTING[name]
     assert "--weights" in {option for p in commands[name].params for option in p.opts}
     done = CliRunner().invoke(app, [name, *arguments, "--weights", "pretty"])
@@ -73,7 +73,7 @@ def test_it_has_the_option_and_refuses_other_words(name: str, commands: dict[str
 
 
 @pytest.mark.parametrize("name", REFUSING)
-def test_where_random_weights_mean_nothing_that_is_said(name: str, commands: dict[str, Any]) -> None:
+def test_commands_that_measure_accuracy_refuse_random_weights(name: str, commands: dict[str, Any]) -> None:
     arguments, said = REFUSING[name]
     done = CliRunner().invoke(app, [name, *arguments, "--weights", "random"])
     assert isinstance(done.exception, UsageError), (done.output, done.exception)
@@ -87,7 +87,7 @@ class ReachedError(Exception):
 
 
 @pytest.mark.parametrize("name", ACCEPTING)
-def test_where_they_serve_they_are_taken(
+def test_commands_that_take_random_weights_get_them(
     name: str, commands: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to where the weights, of half a billion parameters, would be drawn."""

@@ -80,7 +80,7 @@ def test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_others(
     assert any(".rank1." in name for name in parts)
     ended = evaluate(launch, 3, tmp_path)
     assert ended.statuses == [0, 0, 0], ended.shown
-    known = re.search(r"14 items, (\d+) known from records", ended.shown[0])
+    known = re.search(r"14 items, (\d+) answered earlier", ended.shown[0])
     assert known is not None, ended.shown
     assert len(parts) <= int(known[1]) <= 14
     require_same(records(tmp_path), alone)

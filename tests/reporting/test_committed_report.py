@@ -37,7 +37,7 @@ def test_the_recipe_that_the_readme_names_made_it(results: Any) -> None:
     assert all_of("speed.protocol", "tokens") == set(recipe.profile.tokens)
     made_of = [row["settings"]["recipe"] for row in results["rows"] if row["metric"] == "kl"]
     assert [CalibrationRecipe(**made["calibration"]) for made in made_of] == [recipe.calibration] * 2
-    assert [made["quantize"]["drift"] for made in made_of] == [recipe.quantize.drift] * 2
+    assert [made["quantize"]["drift"] for made in made_of] == [recipe.quantize.asymmetric_calibration] * 2
 
 
 def markdown_tables(text: str) -> dict[str, list[list[str]]]:

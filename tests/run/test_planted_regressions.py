@@ -39,8 +39,9 @@ LINEARS = 30 * 7
 QUALITY = "accuracy:significant, kl:>0.05, size:>1.0"
 """The conditions of recipes/ci.toml, with answers held to Int4, too: those of one and the same model."""
 SETTINGS = 'bits = 4\ngroup_size = 64\ndtype = "float32"'
-INT8 = 'bits = 8\ngroup_size = 64\ndtype = "float32"\nscale_search = "none"\nact_order = "none"\ndrift = 0.0'
-WORSE = 'bits = 4\ngroup_size = -1\ndtype = "float32"\nscale_search = "none"\nact_order = "none"\ndrift = 0.0'
+PLAIN = 'dtype = "float32"\nscale_search = "none"\nact_order = "none"\nasymmetric_calibration = 0.0'
+INT8 = f"bits = 8\ngroup_size = 64\n{PLAIN}"
+WORSE = f"bits = 4\ngroup_size = -1\n{PLAIN}"
 
 
 def python(*arguments: object, code: int = 0) -> str:

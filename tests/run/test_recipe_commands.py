@@ -80,7 +80,7 @@ def test_names_of_attentions_and_engines_are_those_of_profile() -> None:
     from qwenq.profiling.points import require_known
     from qwenq.runtime.attention import BACKENDS
 
-    assert set(ATTENTIONS) == set(BACKENDS)
+    assert set(ATTENTIONS) == {"auto", *BACKENDS}
     require_known(ATTENTIONS, ENGINES, "auto")
     script = "import sys; from qwenq.cli.recipe import checked; from pathlib import Path\n"
     script += (
