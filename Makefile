@@ -11,21 +11,21 @@ export PYTHONDONTWRITEBYTECODE :=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 # What shows that faults are survived and hostile files refused; docs/reliability.md has the table. Long ones first.
-RELIABILITY := tests/run/test_execute.py tests/test_crash.py tests/reliability tests/test_storage.py \
-    tests/test_stopping.py tests/models/test_hub.py tests/models/test_hub_cache.py tests/models/test_integrity.py \
-    tests/models/test_manifest.py tests/models/test_safetensors_files.py tests/gptq/test_layer_store.py \
+RELIABILITY := tests/test_workflow_execute.py tests/test_crash.py tests/reliability tests/test_storage.py \
+    tests/test_stopping.py tests/models/test_hub.py tests/models/test_hub_hub_cache.py tests/models/test_integrity.py \
+    tests/models/test_folders_manifest.py tests/models/test_safetensors_files.py tests/models/test_quantized_folder.py \
     tests/cli/test_quantize_full_disk.py tests/cli/test_printing.py tests/reporting/test_write_report.py \
     tests/test_results.py tests/cli/test_chat_command.py::test_sigterm_ends_the_chat_wherever_it_is \
     tests/test_distributed.py::test_a_rank_that_alone_gets_sigterm_stops_all_with_143_and_the_leader_says_how_to_go_on \
     tests/cli/test_quantize_bad_input.py tests/profiling/test_sweep.py tests/profiling/test_measure.py \
-    tests/profiling/test_sweep_machines.py tests/evals/test_patience.py \
-    tests/reporting/test_page.py tests/evals/test_endpoint.py tests/evals/test_served.py \
+    tests/profiling/test_sweep_machines.py tests/evals/test_endpoint_retry.py \
+    tests/reporting/test_write.py tests/evals/test_endpoint.py tests/evals/test_model_served.py \
     tests/test_scale_out.py::test_a_run_goes_on_with_another_number_of_processes \
     tests/test_scale_out.py::test_a_model_that_is_another_one_elsewhere_is_refused \
     tests/test_scale_out.py::test_all_stop_behind_the_same_layer_whoever_got_sigterm \
     tests/evals/test_eval_scale_out.py::test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_others \
     tests/evals/test_run.py::test_sigterm_finishes_and_records_the_batch_in_progress \
-    tests/evals/test_generating.py::test_after_sigterm_rows_under_way_are_finished_and_none_is_begun \
+    tests/evals/test_generation.py::test_after_sigterm_rows_under_way_are_finished_and_none_is_begun \
     tests/cli/test_perplexity_command.py::test_what_was_measured_before_ctrl_c_is_kept_and_not_measured_again \
     tests/cli/test_eval_command.py::test_answers_cannot_steer_the_terminal \
     tests/runtime/test_chat.py::test_nothing_that_is_shown_steers_the_terminal \

@@ -27,7 +27,7 @@ def hide_avx512() -> None:
     torch.cpu.get_capabilities = lambda: here  # type: ignore[assignment]
     if importlib.util.find_spec("qwenq.native"):
         support: Any = importlib.import_module("qwenq.native.support")
-        support.why_not = lambda *features: "AVX-512 is hidden" if features else None
+        support.reason = lambda *features: "AVX-512 is hidden" if features else None
 
 
 def decode(folder: str, dtype: str, head: str, counts: str) -> dict[str, Any]:
@@ -62,8 +62,7 @@ def command(*arguments: str, out: str) -> dict[str, Any]:
     """Measure a command of the command line; its folder or file is removed first."""
     from typer.testing import CliRunner
 
-    from qwenq.cli.app import app
-    from qwenq.cli.commands import register
+    from qwenq.cli.app import app, register
 
     register()
     path = Path(out)

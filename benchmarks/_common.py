@@ -160,7 +160,7 @@ def _cpu_model() -> str:
 
 def resolve_bundled() -> Path:
     """The bundled model's folder; converts it on the first call."""
-    code = "from qwenq.models.resolve import resolve_model; print(resolve_model(None).folder)"
+    code = "from qwenq.models.opening import resolve_model; print(resolve_model(None).folder)"
     return Path(run_child([sys.executable, "-c", code], threads=1).output.strip())
 
 

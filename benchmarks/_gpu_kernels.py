@@ -15,15 +15,15 @@ from _gpu_solver import solver_checks
 from torch import Tensor
 
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.packing import PackedLinear, dequantise, pack_zeros, trivial_g_idx
+from qwenq.models.gptq_format import PackedLinear, dequantise, pack_zeros, trivial_g_idx
 from qwenq.models.random_weights import random_checkpoint, tensor_seed
-from qwenq.profiling.rounded import RoundedSource, rounded
+from qwenq.models.rounded import RoundedSource, rounded
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
 from qwenq.runtime.engine import FastEngine, load
-from qwenq.runtime.kernels.base import Linear, Requirements
-from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
+from qwenq.runtime.linear import Linear, Requirements
+from qwenq.runtime.quantised_linear import TritonInt4, TritonInt8
 
 KERNELS = {4: TritonInt4, 8: TritonInt8}
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}

@@ -12,12 +12,11 @@ import torch
 from _gpu_kernels import drawn, wait
 
 from qwenq.errors import QwenqError
-from qwenq.profiling.bandwidth import cache_bytes, weight_bytes
-from qwenq.profiling.memory import meter_for
-from qwenq.profiling.statistics import Summary, summarise
+from qwenq.profiling.meters import cache_bytes, meter_for, weight_bytes
 from qwenq.results import Model, Row, Value
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.engine import FastEngine, load
+from qwenq.statistics import Summary, summarise
 
 if TYPE_CHECKING:
     from gpu import Plan, Run

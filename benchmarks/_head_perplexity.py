@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from qwenq.models.tokenizer import load_tokenizer
 from qwenq.runtime.engine import FastEngine, load
-from qwenq.runtime.kernels.int8_head import Int8Head
 from qwenq.runtime.linear import float32_logits
+from qwenq.runtime.quantised_linear import Int8Head
 
 SAMPLES, SEQ_LEN = 24, 512
 

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from qwenq.models.bundled import hf_name
 from qwenq.models.qwen_tokenizer import SPLIT_PATTERN
-from qwenq.models.shards import write_shards
+from qwenq.models.safetensors_files import write_shards
 from qwenq.models.source import TensorInfo
 
 KNOWN = {

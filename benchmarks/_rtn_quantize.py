@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.gptq_format import QuantConfig
-from qwenq.models.packing import PackedLinear, pack
+from qwenq.models.gptq_format import PackedLinear, QuantConfig, pack
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> PackedLinear:

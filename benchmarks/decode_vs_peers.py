@@ -72,7 +72,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Contender:
+class LocalModel:
     """A tool, in the environment and on the model that it runs; the decodes that it does."""
 
     tool: str
@@ -95,21 +95,21 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def contenders(options: argparse.Namespace) -> list[Contender]:
+def contenders(options: argparse.Namespace) -> list[LocalModel]:
     """In the order of a turn."""
     code = "from qwenq.models.bundled import find_gguf; print(find_gguf())"
     gguf = Path(run_child([sys.executable, "-c", code], threads=1).output.strip().splitlines()[-1])
     base = resolve_bundled()
     return [
-        Contender("qwenq-int8-head", sys.executable, options.model.resolve(), LONG),
-        Contender("llama.cpp", options.llama_python, gguf, LONG),
-        Contender("qwenq", sys.executable, options.model.resolve(), SHORT),
-        Contender("gptqmodel", options.interop_python, options.model.resolve(), SHORT),
-        Contender("transformers", sys.executable, base, SHORT),
+        LocalModel("qwenq-int8-head", sys.executable, options.model.resolve(), LONG),
+        LocalModel("llama.cpp", options.llama_python, gguf, LONG),
+        LocalModel("qwenq", sys.executable, options.model.resolve(), SHORT),
+        LocalModel("gptqmodel", options.interop_python, options.model.resolve(), SHORT),
+        LocalModel("transformers", sys.executable, base, SHORT),
     ]
 
 
-def take_turn(contender: Contender, turn: int, ids: Path, threads: int) -> dict[str, Any]:
+def take_turn(contender: LocalModel, turn: int, ids: Path, threads: int) -> dict[str, Any]:
     """One process of one contender."""
     command: Command = [
         contender.python,

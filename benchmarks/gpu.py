@@ -165,7 +165,7 @@ class Run:
         import torch
         from _gpu_protocol import run_stage, stages
 
-        from qwenq.profiling.bandwidth import copy_bandwidth
+        from qwenq.profiling.meters import copy_bandwidth
 
         device = torch.device(self.plan.device)
         self.out.mkdir(parents=True, exist_ok=True)

@@ -100,34 +100,34 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
     import torch
 
     from qwenq.calibration import CalibrationSet
-    from qwenq.gptq import quantise, solver
-    from qwenq.gptq import rows as gptq_rows
-    from qwenq.gptq.choices import Settings
+    from qwenq.gptq import linears as gptq_rows
+    from qwenq.gptq import pipeline, solver
+    from qwenq.gptq.settings import Settings
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.precision import product_dtype
+    from qwenq.models.machine import product_dtype
 
     seconds: defaultdict[str, float] = defaultdict(float)
     for step, owner, name in (
-        ("hessian", quantise, "hessian"), ("drift", quantise, "measure_deviation"),
+        ("hessian", pipeline, "hessian"), ("drift", pipeline, "measure_deviation"),
         ("factor", gptq_rows, "damp_hessian"), ("target", gptq_rows, "shift_targets"),
         ("scales", solver, "search_grid"), ("columns", solver, "gptq"),
         ("refining", solver, "descend"), ("statistics", gptq_rows, "output_error"),
     ):  # fmt: skip
         clocked(seconds, step, owner, name)
-    clocked(seconds, "solve", quantise._Layer, "solve", around=True)
+    clocked(seconds, "solve", pipeline._Layer, "solve", around=True)
     tokens = CalibrationSet.load(calibration).tokens
     decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), product_dtype("cpu"))
     settings = Settings(4, 64, True, True, "hessian", 0.01, 0.5, True)
     store: Any = Forgetful()
     begun = time.perf_counter()
 
-    def stop(done: quantise.LayerDone) -> None:
+    def stop(done: pipeline.LayerDone) -> None:
         if done.index + 1 == layers:
             raise EnoughError
 
     try:
-        quantise.quantise_layers(decoder, tokens, settings, store, stop)
+        pipeline.quantise_layers(decoder, tokens, settings, store, stop)
     except EnoughError:
         seconds["layer"] = time.perf_counter() - begun
     seconds["forward"] = seconds["layer"] - seconds.pop("solve")
@@ -232,7 +232,7 @@ def main() -> None:
 
     import torch
 
-    from qwenq.models.precision import product_dtype
+    from qwenq.models.machine import product_dtype
 
     torch.set_num_threads(options.threads)
     seconds, shape = measure(model, options.calibration, options.layers)

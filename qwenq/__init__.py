@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from qwenq.versions import __version__
+from qwenq.environment import __version__
 
 if TYPE_CHECKING:
     from qwenq import errors, events, gptq

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenq.calibration import CalibrationSet
-    from qwenq.convert import Converted
-    from qwenq.evals.result import CheckResult
+    from qwenq.conversion import Converted
+    from qwenq.evals.check import CheckResult
     from qwenq.models.chatml import Message
     from qwenq.models.tokenizer import Tokenizer
-    from qwenq.plan.plan import Plan
-    from qwenq.quantize import Quantised
+    from qwenq.planner.plan import Plan
+    from qwenq.quantization import Quantised
     from qwenq.recipe import Recipe
     from qwenq.reporting.gate import Verdict
     from qwenq.results import Row
@@ -88,9 +88,9 @@ def quantize(
     Raises:
         QwenqError: see ``qwenq.errors``; finished layers are kept, the same call continues.
     """
-    from qwenq.quantize import quantize as run
+    from qwenq.quantization import quantize as run
     from qwenq.recipe import Recipe, read_recipe
-    from qwenq.run.chain import find_recipe
+    from qwenq.workflow import find_recipe
 
     if recipe is None:
         base = Recipe()
@@ -160,9 +160,8 @@ class LoadedModel:
         Raises:
             UsageError: a base model.
         """
-        from qwenq.runtime.chat import Conversation
+        from qwenq.runtime.chat import Conversation, Session
         from qwenq.runtime.sampling import Sampling
-        from qwenq.runtime.session import Session
 
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         session = Session(self.engine)
@@ -189,8 +188,8 @@ def load(
         QwenqError: no such model, device, kernel, …, or not enough memory.
     """
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.precision import resolve_device
-    from qwenq.models.resolve import resolve_model
+    from qwenq.models.machine import resolve_device
+    from qwenq.models.opening import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
     from qwenq.runtime import engine as engines
     from qwenq.runtime.chat import thinking_in_chat
@@ -314,8 +313,8 @@ def evaluate(
         QwenqError: an unknown task, missing data, no sandbox, a model that cannot be read.
     """
     from qwenq.errors import UsageError
-    from qwenq.evals.contender import How, open_contender
-    from qwenq.evals.suite import Wanted
+    from qwenq.evals.model import LoadOptions, open_eval_model
+    from qwenq.evals.suite import EvalRequest
     from qwenq.evals.suite import evaluate as run
     from qwenq.evals.task import DataSource
     from qwenq.models.identity import model_name
@@ -323,7 +322,7 @@ def evaluate(
     if data is not None and sample:
         raise UsageError("data and sample exclude each other", hint="give one of them")
     given = _names(models)
-    wanted = Wanted(
+    wanted = EvalRequest(
         tasks=(tasks,) if isinstance(tasks, str) else tuple(tasks),
         protocol=protocol,
         subjects=tuple(subjects),
@@ -335,9 +334,9 @@ def evaluate(
         unsafe_code=unsafe_code,
     )
     folder = Path("runs") / model_name(given[0]) if out is None else Path(out)
-    how = How(device, dtype, engine, attention, kernel, thinking)
+    how = LoadOptions(device, dtype, engine, attention, kernel, thinking)
     with _shown(progress) as listener:
-        opened = [open_contender(name, how) for name in given]
+        opened = [open_eval_model(name, how) for name in given]
         for notice in dict.fromkeys(notice for one in opened for notice in one.notices):
             listener(Notice(notice))
         return Results(run(opened, wanted, folder, listener, "qwenq.evaluate"), folder)
@@ -369,8 +368,7 @@ def profile(
     from qwenq.profiling.child import probe
     from qwenq.profiling.planning import parse_budget, read_device
     from qwenq.profiling.planning import plan as order
-    from qwenq.profiling.points import lengths_of, require_known, sweep
-    from qwenq.profiling.subjects import subjects_of
+    from qwenq.profiling.spec import lengths_of, require_known, subjects_of, sweep
     from qwenq.profiling.sweep import run_sweep
     from qwenq.results import read_rows
     from qwenq.storage import locked
@@ -456,11 +454,10 @@ def plan(
     Raises:
         QwenqError: no such model or GPU; the nearest names are suggested.
     """
-    from qwenq.plan.gpus import gpu
-    from qwenq.plan.model import find_model
-    from qwenq.plan.plan import Wishes, make_plan
+    from qwenq.planner.estimates import gpu
+    from qwenq.planner.plan import PlanOptions, find_model, make_plan
 
-    wishes = Wishes(
+    options = PlanOptions(
         bits=tuple(bits),
         context=context,
         batch=batch,
@@ -470,7 +467,7 @@ def plan(
         samples=samples,
         seq_len=seq_len,
     )
-    return make_plan(find_model(None if model is None else str(model)), wishes)
+    return make_plan(find_model(None if model is None else str(model)), options)
 
 
 def convert(
@@ -486,8 +483,8 @@ def convert(
     Raises:
         QwenqError: the source is damaged, or the target holds something.
     """
-    from qwenq.convert import convert as run
-    from qwenq.models.resolve import resolve_model
+    from qwenq.conversion import convert as run
+    from qwenq.models.opening import resolve_model
 
     resolved = resolve_model(str(source))
     with _shown(progress) as listener:
@@ -519,9 +516,9 @@ def calibrate(
         QwenqError: no such text, or too little of it.
     """
     from qwenq.calibration import load_calibration
-    from qwenq.calibration.choose import calibration_tokenizer
+    from qwenq.calibration.load import calibration_tokenizer
+    from qwenq.models.machine import resolve_device
     from qwenq.models.opening import open_model
-    from qwenq.models.precision import resolve_device
 
     place = str(resolve_device(device))
     checkpoint = open_model(None if model is None else str(model))

@@ -16,7 +16,7 @@ from qwenq.events import Event, Listener, Notice, counted, silent
 if TYPE_CHECKING:
     import torch
 
-    from qwenq.evals.result import CheckResult
+    from qwenq.evals.check import CheckResult
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ def check_folders(
     import torch
 
     from qwenq.evals.check import check
-    from qwenq.models.precision import resolve_device
+    from qwenq.models.machine import resolve_device
 
     def keep(event: Event) -> None:
         if isinstance(event, Notice):
@@ -101,8 +101,8 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
     from qwenq.evals.check import require_comparable
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.gptq_format import is_quantised, validate_quantised
+    from qwenq.models.opening import resolve_model
     from qwenq.models.random_weights import refuse_random
-    from qwenq.models.resolve import resolve_model
 
     resolved = resolve_model(quantised)
     packed = open_checkpoint(resolved.folder)
@@ -127,8 +127,8 @@ def _verified_manifest(folder: Path) -> dict[str, Any] | None:
     """Return qwenq.json once every file that it lists has the recorded hash; None where it is missing."""
     import json
 
+    from qwenq.models.folders import MANIFEST
     from qwenq.models.integrity import verify_files
-    from qwenq.models.manifest import MANIFEST
 
     if not (folder / MANIFEST).is_file():
         return None
@@ -140,7 +140,7 @@ def _verified_manifest(folder: Path) -> dict[str, Any] | None:
 def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
     """Return the folder of the base, and notices on how it was found."""
     from qwenq.models.identity import base_of, local_base
-    from qwenq.models.resolve import resolve_model
+    from qwenq.models.opening import resolve_model
 
     if against is not None:
         resolved = resolve_model(against)
@@ -195,7 +195,7 @@ def _held_out(
 ) -> torch.Tensor:
     """Return sequences that calibration does not use: int64 [samples, seq_len]."""
     from qwenq.calibration import load_calibration
-    from qwenq.models.long_context import longest_plain
+    from qwenq.models.qwen_v1 import longest_plain
     from qwenq.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(pair.base.folder)
@@ -236,13 +236,13 @@ def _unused_samples(
     Its held-out rows are then there already. Otherwise one, the least there can be.
     """
     from qwenq.calibration.load import self_text_path
-    from qwenq.calibration.sequences import Wanted
+    from qwenq.calibration.sequences import Sizes
 
     used = (pair.manifest or {}).get("calibration")
     made_with = used.get("samples") if isinstance(used, dict) else None
     if text != "self" or not isinstance(made_with, int):
         return 1
-    wanted = Wanted(samples=made_with, held_out=rows, seq_len=length)
+    wanted = Sizes(samples=made_with, held_out=rows, seq_len=length)
     return made_with if self_text_path(pair.base, tokenizer, wanted, seed, device).is_file() else 1
 
 

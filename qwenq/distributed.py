@@ -31,7 +31,7 @@ TIMEOUT = timedelta(hours=1)
 _FIRST_LOOK, _LOOK = 0.005, 0.2  # seconds between two looks into the store, while the wait grows
 _LAST_PORT, _DIGITS = 65_535, 9
 STOPPED = "stopped"
-TOLD = 128 + signal.SIGTERM
+STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
 """Exit code of a process that was asked to stop: torchrun sends SIGTERM, whatever stopped it."""
 RESUME = "look above, and in torchrun's summary, for which one; the same command continues where it stopped"
 
@@ -43,7 +43,7 @@ class LostError(QwenqError):
 class StoppedError(QwenqError):
     """Another process was asked to stop; this one ends with the same exit code."""
 
-    exit_code = TOLD
+    exit_code = STOPPED_BY_SIGTERM
 
 
 @dataclass
@@ -66,27 +66,27 @@ class Team:
     _waited: int = field(default=0, repr=False)
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Return whether this process writes files and talks to the user."""
         return self.rank == 0
 
-    def share(self, count: int) -> range:
+    def shard(self, count: int) -> range:
         """Return this rank's indices of ``count`` items: every ``world``-th."""
         return range(self.rank, count, self.world)
 
-    def add(self, tensor: Tensor) -> None:
+    def all_reduce_sum(self, tensor: Tensor) -> None:
         """Put the sum over all ranks into ``tensor``; the order of summation is the library's."""
         self._exchange(lambda group: group.all_reduce(tensor, op=group.ReduceOp.SUM))
 
-    def largest(self, tensor: Tensor) -> None:
+    def all_reduce_max(self, tensor: Tensor) -> None:
         """Put the element-wise maximum over all ranks into ``tensor``."""
         self._exchange(lambda group: group.all_reduce(tensor, op=group.ReduceOp.MAX))
 
-    def copy(self, tensor: Tensor, source: int = 0) -> None:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
         """Copy ``tensor`` of rank ``source`` into that of all others; same shape and dtype everywhere."""
         self._exchange(lambda group: group.broadcast(tensor, src=source))
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all ranks have come here, however long that takes."""
         if self.world == 1:
             return
@@ -96,7 +96,7 @@ class Team:
             self._ask(lambda store: store.set(all_here, ""))
         self._await(all_here)
 
-    def tell(self, value: Any = None) -> Any:
+    def broadcast_object(self, value: Any = None) -> Any:
         """Return rank 0's object on all ranks; wait as long as that takes.
 
         Args:
@@ -106,7 +106,7 @@ class Team:
             return value
         self._told += 1
         name = f"told/{self._told}"
-        if self.leads:
+        if self.is_rank0:
             self._ask(lambda store: store.set(name, json.dumps(value)))
             return value
         self._await(name)
@@ -154,7 +154,7 @@ class Team:
         """
         mine = json.dumps([self.rank, code])
         first = self._ask(lambda store: store.compare_set(STOPPED, "", mine)).decode()
-        if self.leads:  # wakes ranks that wait for its next object
+        if self.is_rank0:  # wakes ranks that wait for its next object
             self._ask(lambda store: store.set(f"told/{self._told + 1}", "null"))
         return None if first == mine else int(json.loads(first)[1])
 
@@ -162,7 +162,7 @@ class Team:
 ALONE = Team()
 
 
-def described(environment: Mapping[str, str] = os.environ) -> Team:
+def team_from_env(environment: Mapping[str, str] = os.environ) -> Team:
     """Return the team that torchrun's variables describe; ``ALONE`` where there are none.
 
     Raises:
@@ -197,7 +197,7 @@ def _no_torchrun(what: str) -> UsageError:
 
 
 @contextmanager
-def assembled(device: str = "auto", *, tensors: bool = True, meeting: str = "") -> Iterator[Team]:
+def process_group(device: str = "auto", *, tensors: bool = True, meeting: str = "") -> Iterator[Team]:
     """Join the other processes of this command; on an error, end all of them, and let one explain it.
 
     Args:
@@ -206,11 +206,11 @@ def assembled(device: str = "auto", *, tensors: bool = True, meeting: str = "") 
         meeting: a name that keeps several groups of the same ranks apart, such as those of their children.
 
     Raises:
-        UsageError: see ``described``; one GPU for all, or fewer GPUs than processes on this machine.
+        UsageError: see ``team_from_env``; one GPU for all, or fewer GPUs than processes on this machine.
         QwenqError: the others could not be reached, or one is gone.
         SystemExit: another process stops the run, and explains it.
     """
-    team = described()
+    team = team_from_env()
     if team.world == 1:
         yield team
         return
@@ -233,7 +233,7 @@ def _gpu_of(team: Team, device: str) -> torch.device | None:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return None
     if device not in ("auto", "cuda"):
-        if not team.leads:
+        if not team.is_rank0:
             raise SystemExit(UsageError.exit_code)  # rank 0 explains it
         raise UsageError(
             f"--device {device} with {team.world} processes: each needs one of its own",
@@ -289,7 +289,7 @@ def _stop(team: Team, error: BaseException) -> NoReturn:
     except LostError:
         known = None
     if known is not None and not isinstance(error, KeyboardInterrupt):
-        if team.leads and known == TOLD:
+        if team.is_rank0 and known == STOPPED_BY_SIGTERM:
             raise StoppedError("another process was asked to stop", hint=RESUME) from error
         raise SystemExit(known) from error
     if isinstance(error, LostError):
@@ -307,5 +307,5 @@ def _stop(team: Team, error: BaseException) -> NoReturn:
 
 def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        return TOLD
+        return STOPPED_BY_SIGTERM
     return error.exit_code if isinstance(error, QwenqError) else 1

@@ -13,10 +13,35 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qwenq.versions import versions
+# Find the versions of the packages that decide a result, for manifests.
+
+
+__version__ = "0.1.0"
+
+_PACKAGES = ("qwenq", "torch", "transformers", "triton", "safetensors", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return package name → version, Python included; packages that are absent are left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# Describe the machine of a measurement: versions, processor, memory, GPUs; nothing that names its owner.
+#
+# Nothing heavy is loaded for it: torch is used only where the process has it already, else NVIDIA's library
+# if
+# it is installed. Unknown facts are left out, never guessed.
+
 
 # Flags of /proc/cpuinfo that decide how fast a CPU multiplies.
 FEATURES = (

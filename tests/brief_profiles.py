@@ -13,7 +13,7 @@ def changes(patience: float) -> dict[str, object]:
     return {
         "qwenq.profiling.measure.PATIENCE": patience,
         "qwenq.profiling.measure.PROTOCOL_PATIENCE": patience,
-        "qwenq.profiling.bandwidth._BYTES": {"cpu": 1 << 20},
+        "qwenq.profiling.meters._BYTES": {"cpu": 1 << 20},
     }
 
 

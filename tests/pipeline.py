@@ -9,12 +9,12 @@ from typing import Any
 from tiny_families import write_calibration
 
 from qwenq.events import Advance, Event, Notice, Start
-from qwenq.gptq.quantise import LayerDone
-from qwenq.quantize import LAYERS, Quantised, quantize
+from qwenq.gptq.pipeline import LayerDone
+from qwenq.quantization import LAYERS, Quantised, quantize
 from qwenq.recipe import Recipe
 
 
-class Ear:
+class Recorder:
     """A listener that remembers."""
 
     def __init__(self) -> None:
@@ -39,8 +39,8 @@ def recipe_for(model: Path, calibration: Path | None = None, **changes: Any) -> 
     return recipe.override(quantize={"dtype": "float32", **changes})
 
 
-def run(model: Path, out: Path, ear: Ear | None = None, **changes: Any) -> Quantised:
-    return quantize(recipe_for(model, **changes), out, ear or Ear(), device="cpu")
+def run(model: Path, out: Path, ear: Recorder | None = None, **changes: Any) -> Quantised:
+    return quantize(recipe_for(model, **changes), out, ear or Recorder(), device="cpu")
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_a_recipe_is_a_file_or_an_object_and_arguments_replace_its_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Recipe] = []
-    monkeypatch.setattr("qwenq.quantize.quantize", lambda recipe, *rest, **options: seen.append(recipe))
+    monkeypatch.setattr("qwenq.quantization.quantize", lambda recipe, *rest, **options: seen.append(recipe))
     file = tmp_path / "r.toml"
     file.write_text("[quantize]\nbits = 8\ndamp = 0.2\n")
     for recipe in (file, str(file), Recipe().override(quantize={"bits": 8, "damp": 0.2})):

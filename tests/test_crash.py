@@ -240,7 +240,7 @@ def test_sigterm_waits_until_the_layer_in_progress_is_stored(
     machine: Machine, expected: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "q"
-    within = {"signal": signal.SIGTERM, "call": "qwenq.gptq.quantise:_Layer.solve"}
+    within = {"signal": signal.SIGTERM, "call": "qwenq.gptq.pipeline:_Layer.solve"}
     ended = machine(out, at=within | {"number": 2 * SOLVES + 2})  # in the third layer
     assert ended.status == 143, ended.shown
     assert "SIGTERM: stopping once this layer is on the disk" in ended.shown
@@ -255,7 +255,7 @@ def test_sigterm_waits_until_the_layer_in_progress_is_stored(
 
 
 def test_ctrl_c_waits_for_nothing(machine: Machine, tmp_path: Path) -> None:
-    at = {"signal": signal.SIGINT, "call": "qwenq.gptq.quantise:_Layer.solve", "number": SOLVES + 1}
+    at = {"signal": signal.SIGINT, "call": "qwenq.gptq.pipeline:_Layer.solve", "number": SOLVES + 1}
     ended = machine(tmp_path / "q", at=at)
     assert ended.status == 130
     assert machine(tmp_path / "q").resumed == 1

@@ -9,7 +9,7 @@ import sys
 import pytest
 from teams import TESTS, free_port
 
-from qwenq.distributed import ALONE, Team, _stop, described
+from qwenq.distributed import ALONE, Team, _stop, team_from_env
 from qwenq.errors import UsageError
 
 TORCHRUN = {
@@ -18,25 +18,25 @@ TORCHRUN = {
 
 LEAVES = """
 import os, sys
-from qwenq.distributed import assembled
+from qwenq.distributed import process_group
 def gloo():
     names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
     return sum("gloo" in name for name in names)
-with assembled("cpu") as team:
+with process_group("cpu") as team:
     import torch
     import transformers.modeling_utils
     ones = torch.ones(4)
-    team.add(ones)
+    team.all_reduce_sum(ones)
     during = gloo()
 print(during, gloo(), ones.tolist())
 """
 
 
 def test_what_torchrun_says_is_a_team() -> None:
-    assert described(TORCHRUN) == Team(rank=2, world=3, local_rank=0, launched=True)
-    assert described({"WORLD_SIZE": "1"}) == Team(launched=True)
+    assert team_from_env(TORCHRUN) == Team(rank=2, world=3, local_rank=0, launched=True)
+    assert team_from_env({"WORLD_SIZE": "1"}) == Team(launched=True)
     for nobody in ({}, {"WORLD_SIZE": ""}, {"RANK": "7"}):
-        assert described(nobody) is ALONE
+        assert team_from_env(nobody) is ALONE
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_what_torchrun_says_is_a_team() -> None:
 def test_what_torchrun_would_not_say_is_refused_by_name(name: str, value: str | None, says: str) -> None:
     environment = {key: text for key, text in {**TORCHRUN, name: value}.items() if text is not None}
     with pytest.raises(UsageError, match=f"WORLD_SIZE asks for several processes, but {says}") as refused:
-        described(environment)
+        team_from_env(environment)
     assert "torchrun --nproc-per-node N" in str(refused.value.hint)
 
 
@@ -103,15 +103,15 @@ def test_no_thread_of_gloo_outlives_the_team() -> None:
 TOLD = """
 import signal, sys
 from qwenq.cli.app import _sigterm_as_ctrl_c
-from qwenq.distributed import assembled
+from qwenq.distributed import process_group
 from qwenq.errors import QwenqError
 with _sigterm_as_ctrl_c():
     try:
-        with assembled("cpu", tensors=False) as team:
-            team.wait()
+        with process_group("cpu", tensors=False) as team:
+            team.barrier()
             if team.rank == 1:
                 signal.raise_signal(signal.SIGTERM)
-            team.wait()
+            team.barrier()
     except QwenqError as error:
         print(error)
         sys.exit(error.exit_code)

@@ -20,8 +20,7 @@ import pytest
 import typer
 from test_house import MAY_IMPORT
 
-from qwenq.cli.app import app
-from qwenq.cli.commands import COMMANDS, register
+from qwenq.cli.app import COMMANDS, app, register
 from qwenq.recipe import QuantizeRecipe, markdown_table, read_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline import Ear, manifest_of, recipe_for, run
+from pipeline import Recorder, manifest_of, recipe_for, run
 from safetensors.torch import load_file
 from teams import launcher
 from tiny_families import write_calibration
@@ -18,7 +18,7 @@ from tiny_published import fused, rewrite, write_published
 
 from qwenq.errors import ModelError, StorageError
 from qwenq.events import Advance, Event
-from qwenq.quantize import quantize
+from qwenq.quantization import quantize
 from qwenq.runtime.engine import load
 
 
@@ -64,7 +64,7 @@ def test_experts_that_saw_no_token_are_quantised_for_those_of_the_block(tmp_path
 
 
 def test_coverage_and_what_is_left_alone_are_in_the_manifest(tmp_path: Path) -> None:
-    model, ear = write_published(tmp_path / "m", "qwen3_moe"), Ear()
+    model, ear = write_published(tmp_path / "m", "qwen3_moe"), Recorder()
     run(model, tmp_path / "out", ear)
     manifest = manifest_of(tmp_path / "out")
     assert {key: len(value) for key, value in manifest["expert_tokens"].items()} == {
@@ -80,16 +80,16 @@ def test_coverage_and_what_is_left_alone_are_in_the_manifest(tmp_path: Path) -> 
 def test_a_run_that_resumes_ends_as_a_whole_one(tmp_path: Path) -> None:
     model = write_published(tmp_path / "m", "qwen3_moe")
     recipe = recipe_for(model)
-    quantize(recipe, tmp_path / "whole", Ear(), device="cpu")
+    quantize(recipe, tmp_path / "whole", Recorder(), device="cpu")
 
-    class Stopped(Ear):
+    class Stopped(Recorder):
         def __call__(self, event: Event) -> None:
             if isinstance(event, Advance) and event.result is not None:
                 raise StorageError("stopped after a layer")
 
     with pytest.raises(StorageError):
         quantize(recipe, tmp_path / "out", Stopped(), device="cpu")
-    assert quantize(recipe, tmp_path / "out", Ear(), device="cpu").resumed_layers == 1
+    assert quantize(recipe, tmp_path / "out", Recorder(), device="cpu").resumed_layers == 1
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 

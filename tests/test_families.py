@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline import Ear, run
+from pipeline import Recorder, run
 from safetensors.torch import load_file
 from tiny_families import save_calibration
 from tiny_published import (
@@ -23,8 +23,7 @@ from tiny_published import (
 )
 from typer.testing import CliRunner
 
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.runtime.engine import load
 
 register()
@@ -92,7 +91,7 @@ def test_config_json_stays_whole(tmp_path: Path) -> None:
 def test_a_vision_model_without_its_processor_is_remarked_on(tmp_path: Path) -> None:
     model = write_published(tmp_path / "model", "qwen3_vl")
     calibration, _ = tokens_for(model)
-    ear = Ear()
+    ear = Recorder()
     run(model, tmp_path / "out", ear, calibration=calibration)
     assert any("holds no preprocessor_config.json" in line for line in ear.lines)
 

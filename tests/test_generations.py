@@ -12,8 +12,7 @@ from dequantised import logits_of, transformers_model
 from tiny_families import random_tokens, write_calibration, write_family
 from typer.testing import CliRunner
 
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import quantised_modules

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline import Ear, manifest_of, run
+from pipeline import Recorder, manifest_of, run
 from safetensors.torch import load_file
 from tiny_families import write_calibration
 from tiny_published import fused, rewrite, with_draft_head, write_published
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.quantize import quantize
+from qwenq.quantization import quantize
 from qwenq.recipe import Recipe
+from qwenq.runtime.chat import Session
 from qwenq.runtime.engine import Engine, load
-from qwenq.runtime.session import Session
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [40, 41, 42, 43], [77]]
 
@@ -96,7 +96,7 @@ def test_a_session_answers_as_from_the_start(engine: Engine) -> None:
 
 
 def test_linear_attention_has_eight_bits_and_the_rest_four(tmp_path: Path) -> None:
-    model, ear = write_published(tmp_path / "m", "qwen3_5_moe"), Ear()
+    model, ear = write_published(tmp_path / "m", "qwen3_5_moe"), Recorder()
     run(model, tmp_path / "out", ear)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     prefix = "model.language_model.layers"
@@ -170,7 +170,7 @@ def test_a_hybrid_writes_its_own_calibration_text(tmp_path: Path) -> None:
         calibration={"samples": 2, "seq_len": 16, "held_out": 2},
         quantize={"dtype": "float32"},
     )
-    assert quantize(recipe, tmp_path / "out", Ear(), device="cpu").check is not None
+    assert quantize(recipe, tmp_path / "out", Recorder(), device="cpu").check is not None
 
 
 @pytest.mark.parametrize(

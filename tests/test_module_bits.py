@@ -15,8 +15,7 @@ from tiny_published import transformers_of, write_dequantised, write_published
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import QuantConfig, validate_quantised
-from qwenq.models.packing import pack_zeros
+from qwenq.models.gptq_format import QuantConfig, pack_zeros, validate_quantised
 from qwenq.recipe import Recipe
 from qwenq.runtime.engine import load
 

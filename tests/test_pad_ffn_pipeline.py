@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_shell import Shell
-from pipeline import Ear, manifest_of, run
+from pipeline import Recorder, manifest_of, run
 from quantize_shell import QuantizeShell
 from tiny_families import write_calibration, write_family
 
@@ -95,7 +95,7 @@ def test_an_unquantised_model_computes_the_same_when_it_is_wider(tmp_path: Path)
 
 def test_the_group_size_is_that_of_the_plan(tmp_path: Path) -> None:
     """By the model as it is: its wider MLP could take groups of 64, of which there would be two."""
-    ear = Ear()
+    ear = Recorder()
     made = run(
         write_family(tmp_path / "m", hidden_size=128, head_dim=32), tmp_path / "out", ear, pad_ffn="auto"
     )
@@ -107,7 +107,7 @@ def test_the_group_size_is_that_of_the_plan(tmp_path: Path) -> None:
 
 
 def test_auto_says_so_where_there_is_nothing_to_gain(tmp_path: Path) -> None:
-    ear = Ear()
+    ear = Recorder()
     made = run(write_family(tmp_path / "m", intermediate_size=128), tmp_path / "out", ear, pad_ffn="auto")
     assert json.loads((made.folder / "config.json").read_text())["intermediate_size"] == 128
     assert "FFN 128 stays: no padding lets more GPUs share it than 1" in "\n".join(ear.lines)
@@ -155,7 +155,7 @@ def test_an_unfinished_run_of_another_width_is_not_mixed_in(
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwenq.quantize._stage", stopped)
+    monkeypatch.setattr("qwenq.quantization._stage", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "out", pad_ffn=TO)
     with pytest.raises(UsageError, match="other settings"):

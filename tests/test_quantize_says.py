@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline import Ear, manifest_of, recipe_for, run
+from pipeline import Recorder, manifest_of, recipe_for, run
 from tiny_families import save_calibration, write_family
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import VerificationError
-from qwenq.quantize import quantize
+from qwenq.quantization import quantize
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
-    ear = Ear()
+    ear = Recorder()
     run(write_family(tmp_path / "m"), tmp_path / "out", ear)
     said = "\n".join(ear.lines)
     for part in (
@@ -32,7 +32,7 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
         "4 × 32 tokens (the sizes of that set)",
     ):
         assert part in said
-    ear = Ear()
+    ear = Recorder()
     settings = {"sym": False, "act_order": "none", "scale_search": "mse", "asymmetric_calibration": 0.0}
     run(write_family(tmp_path / "n"), tmp_path / "other", ear, **settings)
     said = "\n".join(ear.lines)
@@ -52,7 +52,7 @@ def test_what_runs_in_torch_for_want_of_a_kernel_is_said(
     Attention and Hessians are compiled for bfloat16 and float32.
     """
     monkeypatch.setenv("QWENQ_CPU", "torch")
-    model, ear = write_family(tmp_path / "m"), Ear()
+    model, ear = write_family(tmp_path / "m"), Recorder()
     made = quantize(recipe_for(model, dtype=dtype), tmp_path / "out", ear, device="cpu", team=team)
     said = [line for line in ear.lines if "run in torch" in line]
     compiled = dtype != "float16"
@@ -70,7 +70,7 @@ def test_raised_damping_is_said_with_its_modules(tmp_path: Path) -> None:
     model = write_family(tmp_path / "m")
     tokens = torch.full((4, 16), 9)
     path = save_calibration(model, tmp_path / "c.safetensors", tokens, tokens[:2].clone())
-    ear = Ear()
+    ear = Recorder()
     recipe = recipe_for(model, path, damp=1e-9, bits=8)
     with suppress(VerificationError):  # one token is no calibration; the damping is what is looked at
         quantize(recipe, tmp_path / "out", ear, device="cpu")

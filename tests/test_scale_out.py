@@ -91,7 +91,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_all_stop_behind_the_same_layer_whoever_got_sigterm(
     launch: Launcher, alone: dict[str, str], tmp_path: Path, rank: int
 ) -> None:
-    at = {"signal": signal.SIGTERM, "call": "qwenq.gptq.quantise:_Layer.solve", "number": 6}  # in layer 2
+    at = {"signal": signal.SIGTERM, "call": "qwenq.gptq.pipeline:_Layer.solve", "number": 6}  # in layer 2
     argv = ["quantize", "tiny", "--calibration", "cal.safetensors", "--out", tmp_path / "out"]
     ended = launch(2, *argv, at={rank: at})
     assert ended.statuses == [143, 143], ended.shown

@@ -14,8 +14,7 @@ import typer
 import yaml
 from test_docs import ROOT, parse
 
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.recipe import read_recipe
 from qwenq.reporting.gate import parse as conditions
 

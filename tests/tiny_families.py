@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import PADDING_ROWS, write_tiny_model
 
-from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
+from qwenq.calibration.calibration_set import CalibrationManifest, CalibrationSet, fingerprint_tokens
 from qwenq.models.tokenizer import load_tokenizer
 
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -97,7 +97,7 @@ def serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  what all commands load, loaded once
 
     import qwenq.evals.check
-    import qwenq.gptq.quantise  # noqa: F401
+    import qwenq.gptq.pipeline  # noqa: F401
 
     for name in sys.argv[1:]:
         import_module(name)

@@ -1,4 +1,4 @@
-"""Make or load the calibration set that the user names."""
+"""Make or load the calibration set that a recipe or the user names."""
 
 from __future__ import annotations
 
@@ -7,34 +7,172 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from qwenq.calibration.content import bare_suffix
-from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
+from qwenq.calibration.calibration_set import (
+    CalibrationManifest,
+    CalibrationSet,
+    fingerprint_tokens,
+    load_saved,
+    random_tokens,
+)
+from qwenq.calibration.datasets import is_hub_id, read_folder, read_hub
 from qwenq.calibration.documents import Document
-from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, read_file
-from qwenq.calibration.folders import read_folder
-from qwenq.calibration.hub_source import is_hub_id, read_hub
-from qwenq.calibration.noticing import notices_of
-from qwenq.calibration.saved import load_saved
+from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, bare_suffix, read_file
 from qwenq.calibration.sequences import (
     Progress,
-    Wanted,
+    Sizes,
     check_vocabulary,
     ids_of,
+    notices_of,
     pack,
     read_pool,
     shuffled,
 )
 from qwenq.errors import CalibrationError, CorruptFileError, StorageError, UsageError
+from qwenq.events import Listener, Notice, counted
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.granted import free_memory
-from qwenq.models.local_path import local_path
-from qwenq.models.long_context import longest_plain, require_plain
-from qwenq.models.tokenizer import Tokenizer
+from qwenq.models.folders import local_path
+from qwenq.models.machine import free_memory
+from qwenq.models.qwen_v1 import longest_plain, require_plain
+from qwenq.models.random_weights import is_random
+from qwenq.models.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from qwenq.storage import cache_folder, readable_bytes
+
+if TYPE_CHECKING:
+    from qwenq.recipe import Recipe
+
+# Choose sizes that suit the device, where a recipe leaves them open.
+
+
+def calibration_for(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    vocabulary: int,
+    device: torch.device,
+    listener: Listener,
+) -> CalibrationSet:
+    """Load the set or make it.
+
+    Args:
+        recipe: says which, and how large.
+        checkpoint: whose tokenizer it is for, and who writes it where the source is "self".
+        vocabulary: rows of the model's embedding.
+        device: where the model writes; a GPU is given more text.
+        listener: receives what was chosen, and the progress in tokens.
+
+    Raises:
+        CalibrationError: no sound set comes of it, or it has no held-out sequences.
+    """
+    made = _loaded_or_made(recipe, checkpoint, vocabulary, device, listener)
+    facts = made.manifest
+    for notice in facts.notices:
+        listener(Notice(f"calibration: {notice}"))
+    if not facts.held_out:
+        raise CalibrationError(
+            "this calibration set has no held-out sequences, and the check needs some",
+            where=recipe.calibration.source,
+            hint="make it again with `qwenq calibrate --held-out 8`",
+        )
+    if facts.source == "random":
+        drawn = f"{facts.samples} × {facts.seq_len} random tokens calibrate them"
+        listener(Notice(f"random weights write no text: {drawn}"))
+        return made
+    own = " (the model's own text: as good as C4 here, and it needs no network)"
+    source = f"{facts.source}{own if facts.source == 'self' else ''}"
+    made_of = f"{facts.samples} × {facts.seq_len} tokens ({_why_so_many(recipe, device)}) from {source}"
+    listener(Notice(f"calibration: {made_of}, {facts.held_out} more held out for the check"))
+    return made
+
+
+def _why_so_many(recipe: Recipe, device: torch.device) -> str:
+    wanted = recipe.calibration
+    if Path(wanted.source).suffix == ".safetensors":
+        return "the sizes of that set"
+    if wanted.samples != "auto" or wanted.seq_len != "auto":
+        return "as asked" if "auto" not in (wanted.samples, wanted.seq_len) else "in part as asked"
+    if device.type == "cuda":
+        return "as many as in GPTQ's paper, where the model takes them: a GPU has the time"
+    return "few enough for a CPU; a GPU is given 128 × 2048"
+
+
+def _loaded_or_made(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    vocabulary: int,
+    device: torch.device,
+    listener: Listener,
+) -> CalibrationSet:
+    wanted = recipe.calibration
+    on_gpu = device.type == "cuda"
+    saved = Path(wanted.source).suffix == ".safetensors"  # has its own sizes
+    samples = (128 if on_gpu else 48) if wanted.samples == "auto" else wanted.samples
+    usual = 2048 if on_gpu else 256
+    longest = longest_plain(checkpoint.config) or usual
+    seq_len = min(usual, longest) if wanted.seq_len == "auto" else wanted.seq_len
+    asked = (
+        None if saved and wanted.samples == "auto" else samples,
+        None if saved and wanted.seq_len == "auto" else seq_len,
+        None if saved else wanted.held_out,
+    )
+    if is_random(checkpoint.config) and (saved or wanted.source == "self"):
+        sizes = Sizes(samples=samples, held_out=wanted.held_out, seq_len=seq_len)
+        return _without_text(recipe, checkpoint, vocabulary, asked, sizes)
+    if is_random(checkpoint.config) and not _has_tokenizer(checkpoint):
+        raise UsageError(
+            "a model with random weights has no tokenizer to read a text",
+            where=wanted.source,
+            hint="leave --calibration out: the tokens are random, too",
+        )
+    label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
+    with counted(listener, label, "tokens") as progress:
+        return load_calibration(
+            wanted.source,
+            checkpoint=checkpoint,
+            tokenizer=calibration_tokenizer(checkpoint.folder, wanted.thinking),
+            samples=asked[0],
+            seq_len=asked[1],
+            held_out=asked[2],
+            seed=recipe.quantize.seed,
+            split=wanted.split,
+            column=wanted.column,
+            device=str(device),
+            progress=progress,
+        )
+
+
+def calibration_tokenizer(folder: Path, thinking: str) -> Tokenizer:
+    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``."""
+    tokenizer = load_tokenizer(folder)
+    return tokenizer if thinking == "auto" else tokenizer.with_thinking(thinking == "on")
+
+
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Return whether a model with random weights has a tokenizer in the folder it was written to."""
+    return checkpoint.companions is not None and has_tokenizer(checkpoint.companions)
+
+
+def _without_text(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    vocabulary: int,
+    asked: tuple[int | None, int | None, int | None],
+    sizes: Sizes,
+) -> CalibrationSet:
+    """Return tokens for a model with random weights: a saved set, of whatever text, or random ones."""
+    source = recipe.calibration.source
+    if source == "self":
+        require_sizes(sizes, checkpoint)
+        return random_tokens(vocabulary, sizes, recipe.quantize.seed)
+    loaded = load_saved(Path(source), vocabulary, asked)
+    require_plain(checkpoint.config, loaded.manifest.seq_len, option=LENGTH, where=source)
+    return loaded
+
+
+# Make or load the calibration set that the user names.
+
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_HELD_OUT = 32, 512, 8
 POOL_CHARACTERS, CHARACTERS_PER_TOKEN = 32_000_000, 16
@@ -102,10 +240,10 @@ def load_calibration(
 
 def wanted_sizes(
     checkpoint: Checkpoint, samples: int | None, seq_len: int | None, held_out: int | None
-) -> Wanted:
+) -> Sizes:
     """Return how much to make; None: the defaults, and no longer sequences than the model takes."""
     usual = min(DEFAULT_SEQ_LEN, longest_plain(checkpoint.config) or DEFAULT_SEQ_LEN)
-    wanted = Wanted(
+    wanted = Sizes(
         samples=DEFAULT_SAMPLES if samples is None else samples,
         held_out=DEFAULT_HELD_OUT if held_out is None else held_out,
         seq_len=usual if seq_len is None else seq_len,
@@ -137,7 +275,7 @@ def _from_documents(
     documents: Iterator[Document],
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    wanted: Wanted,
+    wanted: Sizes,
     seed: int,
     progress: Progress | None,
 ) -> CalibrationSet:
@@ -176,13 +314,12 @@ def _template(documents: list[Document]) -> Literal["plain", "chat", "mixed"]:
 def _self_written(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    wanted: Wanted,
+    wanted: Sizes,
     seed: int,
     device: str,
     progress: Progress | None,
 ) -> CalibrationSet:
-    from qwenq.calibration.self_text import HELD_OUT_ROWS, write_self_text
-    from qwenq.calibration.whole_model import require_base_model
+    from qwenq.calibration.self_text import HELD_OUT_ROWS, require_base_model, write_self_text
 
     require_base_model(checkpoint)
     path = self_text_path(checkpoint, tokenizer, wanted, seed, device)
@@ -212,10 +349,10 @@ def _self_written(
 
 
 def self_text_path(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, wanted: Wanted, seed: int, device: str
+    checkpoint: Checkpoint, tokenizer: Tokenizer, wanted: Sizes, seed: int, device: str
 ) -> Path:
     """Return where the model's own text is cached: the name is a hash of all that decides the text."""
-    from qwenq.models.precision import product_dtype
+    from qwenq.models.machine import product_dtype
 
     decides: list[Any] = [
         _SELF_TEXT_RULE,
@@ -261,7 +398,7 @@ def _load_saved_for(
     return loaded
 
 
-def require_sizes(wanted: Wanted, checkpoint: Checkpoint) -> None:
+def require_sizes(wanted: Sizes, checkpoint: Checkpoint) -> None:
     """Refuse what no set can have, what memory does not hold, and sequences too long for the model's blocks.
 
     Raises:

@@ -1,9 +1,11 @@
-"""Shuffle, render, tokenise, join and cut documents into sequences."""
+"""Turn documents into full sequences: shuffle, render, tokenise, join, cut. There is no padding."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,12 +15,15 @@ from qwenq.calibration.documents import Document
 from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.tokenizer import Tokenizer
 
+# Shuffle, render, tokenise, join and cut documents into sequences.
+
+
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Sizes:
     """Sizes of a calibration set."""
 
     samples: int
@@ -110,7 +115,7 @@ def shuffled(documents: list[Document], seed: int) -> list[Document]:
 
 def pack(
     documents: Iterable[list[int]],
-    wanted: Wanted,
+    wanted: Sizes,
     separator: list[int],
     *,
     where: str,
@@ -174,7 +179,7 @@ def _cut(tokens: list[int], rows: int, seq_len: int) -> torch.Tensor:
     return flat.view(rows, seq_len)  # [rows, seq_len]
 
 
-def _require(have: int, wanted: Wanted, where: str) -> None:
+def _require(have: int, wanted: Sizes, where: str) -> None:
     if have >= wanted.tokens:
         return
     fit = have // wanted.seq_len - wanted.held_out
@@ -204,3 +209,54 @@ def check_vocabulary(tokens: torch.Tensor, vocab_size: int, where: str) -> None:
         where=where,
         hint="tokenizer and model do not belong together: use the tokenizer of this very model",
     )
+
+
+# Report what tokens do not show: keys that a chat template does not read, special tokens in plain text.
+
+
+_PLAIN = {"role", "content"}
+
+
+def notices_of(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return a sentence for each thing that the tokens do not hold, or hold in another form than the text."""
+    return tuple(
+        notice for notice in (_unread(documents, tokenizer), _specials(documents, tokenizer)) if notice
+    )
+
+
+def _unread(documents: Iterable[Document], tokenizer: Tokenizer) -> str | None:
+    """Return which keys the chat template has no name for: it cannot render what it does not ask for."""
+    template = tokenizer.template
+    if template is None:
+        return None
+    counts: Counter[str] = Counter()
+    for document in documents:
+        if isinstance(document.content, list):
+            keys = [key for message in document.content for key, value in message.items() if _texts(value)]
+            counts.update(key for key in keys if key not in _PLAIN)
+            counts.update(["tools"] if document.tools else [])
+    names = [key for key in counts if not re.search(rf"\b{re.escape(key)}\b", template)]
+    if not names:
+        return None
+    listed = ", ".join(f"{key} ({counts[key]:,} times)" for key in sorted(names))
+    return f"the model's chat template does not read {listed}: left out of the calibration tokens"
+
+
+def _texts(value: object) -> bool:
+    """Return whether a value can hold text; numbers and flags beside a message never do."""
+    return isinstance(value, str | list | dict)
+
+
+def _specials(documents: Iterable[Document], tokenizer: Tokenizer) -> str | None:
+    names = tokenizer.special_tokens
+    if not names:
+        return None
+    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    found: Counter[str] = Counter()
+    for document in documents:
+        if isinstance(document.content, str):
+            found.update(pattern.findall(document.content))
+    if not found:
+        return None
+    most = found.most_common(1)[0][0]
+    return f"plain texts hold {found.total():,} special tokens, such as {most}: they are read as tokens"

@@ -1,4 +1,4 @@
-"""Define the root command: global options, exit codes, and how errors and signals reach the user."""
+"""Define the root command and the list of commands: exit codes, and how errors and signals reach the user."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
 from types import FrameType, TracebackType
@@ -17,8 +18,12 @@ from typing import Annotated
 
 import typer
 
-from qwenq import __version__, stopping
+from qwenq import stopping
+from qwenq.environment import __version__
 from qwenq.errors import QwenqError, UsageError
+
+# Define the root command: global options, exit codes, and how errors and signals reach the user.
+
 
 SHARED = ("quantize", "eval")
 """Commands that torchrun may start as several processes."""
@@ -104,7 +109,6 @@ def main() -> None:
     An unexpected error reaches the caller; where that is the interpreter, it is shown in one line, or with
     ``--debug`` as a traceback.
     """
-    from qwenq.cli.commands import register
     from qwenq.cli.printing import explained_output
 
     _share_the_cores()
@@ -188,3 +192,39 @@ def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
         yield received
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# List the commands in the order in which a user meets them; a new command is a module, named here.
+
+
+COMMANDS = {
+    "quantize": "qwenq.cli.quantize",
+    "check": "qwenq.cli.check",
+    "eval": "qwenq.cli.eval",
+    "perplexity": "qwenq.cli.perplexity",
+    "chat": "qwenq.cli.chat",
+    "calibrate": "qwenq.cli.quantize",
+    "plan": "qwenq.cli.plan",
+    "profile": "qwenq.cli.profile",
+    "report": "qwenq.cli.report",
+    "compare": "qwenq.cli.report",
+    "run": "qwenq.cli.run",
+    "convert": "qwenq.cli.convert",
+    "doctor": "qwenq.cli.plan",
+    "recipe": "qwenq.cli.run",
+    "tokenizer": "qwenq.cli.convert",
+}
+"""Module of each command."""
+
+
+def register() -> None:
+    """Import the command modules; each adds its commands to ``app`` (they import no torch)."""
+    for module in COMMANDS.values():
+        import_module(module)
+    order = list(COMMANDS)
+    names = {
+        id(one): order.index(one.name or one.callback.__name__)
+        for one in app.registered_commands
+        if one.callback is not None
+    }
+    app.registered_commands.sort(key=lambda one: names[id(one)])

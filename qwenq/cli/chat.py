@@ -70,14 +70,13 @@ def chat(
     terminal, every line of it is one question.
     """
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.precision import resolve_device
+    from qwenq.models.machine import resolve_device
+    from qwenq.models.opening import resolve_model
     from qwenq.models.qwen_tokenizer import without_surrogates
-    from qwenq.models.resolve import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
-    from qwenq.runtime.chat import ANSWER, THOUGHTS, Conversation, require_chat, thinking_in_chat
+    from qwenq.runtime.chat import ANSWER, THOUGHTS, Conversation, Session, require_chat, thinking_in_chat
     from qwenq.runtime.engine import load
     from qwenq.runtime.sampling import Sampling
-    from qwenq.runtime.session import Session
 
     if weights == "random":
         raise UsageError(

@@ -1,4 +1,4 @@
-"""``qwenq eval``: benchmarks, item by item, and whether the difference between two models is significant."""
+"""Evaluate models item by item (``qwenq eval``), and print scores beside the base's."""
 
 from __future__ import annotations
 
@@ -25,16 +25,30 @@ from qwenq.cli.options import (
     given_models,
     recipe_options,
 )
-from qwenq.cli.printing import next_commands, note, notes, print_rows, stop_notice, typed_command
+from qwenq.cli.printing import (
+    next_commands,
+    note,
+    notes,
+    print_rows,
+    stop_notice,
+    table_console,
+    typed_command,
+)
 from qwenq.errors import UsageError
 from qwenq.events import Event, Notice
+from qwenq.reporting.card import cut_of
 
 if TYPE_CHECKING:
-    from qwenq.evals.contender import How
-    from qwenq.evals.served import Contestant
-    from qwenq.evals.suite import Wanted
+    from rich.table import Table
+
+    from qwenq.evals.model import EvalModel, LoadOptions
+    from qwenq.evals.suite import EvalRequest
     from qwenq.evals.task import DataSource
     from qwenq.recipe import EvalRecipe
+    from qwenq.results import Row
+
+# ``qwenq eval``: benchmarks, item by item, and whether the difference between two models is significant.
+
 
 _LOCAL = ("dtype", "device", "engine", "attention", "kernel")
 """Options that decide how a model runs on this machine."""
@@ -81,12 +95,12 @@ def evaluate(
     evaluated twice. Quantised models are compared with their base on the same items. Under torchrun its
     processes share the items.
     """
-    from qwenq.distributed import assembled
-    from qwenq.evals.contender import How
-    from qwenq.evals.suite import assist_all
+    from qwenq.distributed import process_group
+    from qwenq.evals.model import LoadOptions
     from qwenq.evals.suite import evaluate as run_all
+    from qwenq.evals.suite import evaluate_share
+    from qwenq.models.folders import local_path
     from qwenq.models.identity import model_name
-    from qwenq.models.local_path import local_path
     from qwenq.models.opening import refuse_random_weights
     from qwenq.recipe import EvalRecipe, Recipe
 
@@ -98,22 +112,21 @@ def evaluate(
     run = local_path(out if out is not None else Path("runs") / named, "--out")
     source = _source(chosen)
     if show is not None:
-        from qwenq.evals.show import show_item
+        from qwenq.evals.answer_log import show_item
 
         typer.echo(show_item(run, show, source))
         return
     size = _batch(batch)
-    how = How(device, chosen.dtype, engine, attention, kernel, chosen.thinking)
+    how = LoadOptions(device, chosen.dtype, engine, attention, kernel, chosen.thinking)
     wanted = _wanted(chosen, source, size, unsafe_code=unsafe_code)
-    with assembled(device) as team:
+    with process_group(device) as team:
         if endpoint is not None:
             contenders = [_served(endpoint, model, how, size)]
         else:
-            contenders = _opened(names, how, quiet=not team.leads)
-        if not team.leads:
-            assist_all(contenders, wanted, run, team)
+            contenders = _opened(names, how, quiet=not team.is_rank0)
+        if not team.is_rank0:
+            evaluate_share(contenders, wanted, run, team)
             return
-        from qwenq.cli.eval_output import print_table
         from qwenq.cli.progress import EvalProgress
 
         with stop_notice("answers are kept", team.world), EvalProgress(quiet=quiet) as progress:
@@ -125,20 +138,20 @@ def evaluate(
         next_commands(("report", run))
 
 
-def _wanted(chosen: EvalRecipe, source: DataSource, batch: int | None, *, unsafe_code: bool) -> Wanted:
+def _wanted(chosen: EvalRecipe, source: DataSource, batch: int | None, *, unsafe_code: bool) -> EvalRequest:
     """Return the request for the evaluation.
 
     Raises:
         UsageError: a number by task names one that is not evaluated.
     """
-    from qwenq.evals.suite import Wanted
+    from qwenq.evals.suite import EvalRequest
 
     for option, numbers in (("--limit", chosen.limit), ("--max-new-tokens", chosen.max_new_tokens)):
         for task in numbers if isinstance(numbers, dict) else ():
             if task not in chosen.tasks:
                 hint = f"--tasks are {', '.join(chosen.tasks)}"
                 raise UsageError(f"{task!r} is not among the tasks", where=option, hint=hint)
-    return Wanted(
+    return EvalRequest(
         tasks=chosen.tasks,
         protocol=None if chosen.protocol == "auto" else chosen.protocol,
         subjects=chosen.subjects,
@@ -180,27 +193,27 @@ def _check_endpoint(
         )
 
 
-def _opened(names: list[str | None], how: How, *, quiet: bool) -> list[Contestant]:
+def _opened(names: list[str | None], how: LoadOptions, *, quiet: bool) -> list[EvalModel]:
     """Return the models, opened."""
-    from qwenq.evals.contender import open_contender
+    from qwenq.evals.model import open_eval_model
 
-    contenders = [open_contender(name, how) for name in names]
+    contenders = [open_eval_model(name, how) for name in names]
     if not quiet:
         notes(notice for contender in contenders for notice in contender.notices)
     return [*contenders]
 
 
-def _served(endpoint: str, model: str | None, how: How, size: int | None) -> Contestant:
+def _served(endpoint: str, model: str | None, how: LoadOptions, size: int | None) -> EvalModel:
     """Return the model behind an endpoint."""
     from qwenq.evals.endpoint import CONCURRENCY, endpoint_at
-    from qwenq.evals.served import Served
+    from qwenq.evals.model import RemoteModel
 
     key = os.environ.get("OPENAI_API_KEY")
     found = endpoint_at(endpoint, model, key, size or CONCURRENCY, _show_notice)
     if how.thinking == "auto":
         note("whether this model thinks, its server decides; --thinking on or off asks for one of them")
-        return Served(replace(found, thinking=None))
-    return Served(replace(found, thinking=how.thinking == "on"))
+        return RemoteModel(replace(found, thinking=None))
+    return RemoteModel(replace(found, thinking=how.thinking == "on"))
 
 
 def _show_notice(event: Event) -> None:
@@ -211,7 +224,7 @@ def _show_notice(event: Event) -> None:
 def _source(chosen: EvalRecipe) -> DataSource:
     """Return where the benchmarks' files come from."""
     from qwenq.evals.task import DataSource
-    from qwenq.models.local_path import local_path
+    from qwenq.models.folders import local_path
 
     if chosen.data is None:
         return DataSource(None, chosen.sample)
@@ -231,3 +244,128 @@ def _batch(text: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
         raise UsageError(f"{text!r} prompts at once", where="--batch", hint="use auto, or a number from 1 on")
     return int(text)
+
+
+# Print the result of an evaluation: a table of scores, and each model compared with its base.
+
+
+_WIDE = 130
+"""Columns of a terminal that has room for a score and its comparison in one line."""
+
+
+def print_table(run: Path, rows: Sequence[Row]) -> None:
+    """Print scores with their intervals, each model compared with its base, and the check's figures."""
+    console = table_console(250)
+    checks = [row for row in rows if "task" not in row.point]
+    rows = [row for row in rows if "task" in row.point]
+    order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
+    rows = sorted(rows, key=lambda row: order[row.point["task"]])
+    compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
+    aside = bool(compared) and console.width < _WIDE
+    if rows:  # a split without answers has no score
+        console.print(_table(rows, beside=bool(compared) and not aside))
+    lines = [_in_a_line(row) for row in compared] if aside else []
+    for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows)]:
+        console.print(line, soft_wrap=True)
+    console.print(f"run folder: {run}", soft_wrap=True)
+
+
+def _table(rows: Sequence[Row], *, beside: bool) -> Table:
+    """Return one line per score; ``beside``: with the comparison in further columns."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("task", "protocol", "model"):
+        table.add_column(title, overflow="fold")
+    figures = ("score", "± SE", "95 % interval", "items", "scored by", "cut")
+    for title in (*figures, *(("change", "lost / won", "p") if beside else ())):
+        table.add_column(title, justify="right", no_wrap=True)
+    if beside:
+        table.add_column("beside its base", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row), *(_comparison(row) if beside else ()))
+    return table
+
+
+def _in_a_line(row: Row) -> str:
+    """Return as a line what the wide table has in its last columns."""
+    change, counts, p, beside = _comparison(row)
+    figures = f"change {change} points, lost / won {counts}, p {p}; " if change else ""
+    task, _, model, *_ = _cells(row)
+    return f"{task}, {model}: {figures}{beside}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    metric = row.metric.removeprefix("accuracy").lstrip(".")
+    task = f"{row.point['task']}{f' ({metric})' if metric else ''}"
+    interval = f"{row.low:.1%} – {row.high:.1%}" if row.low is not None and row.high is not None else "-"
+    model = f"{row.model.name} {row.model.precision}"
+    value = f"{row.value:.1%}" if row.value is not None else "-"
+    found = row.details.get("standard_error")
+    error = f"± {100 * found:.1f}" if isinstance(found, float) else "-"
+    asked = str(row.settings.get("asked", "-"))
+    cut = "-" if (found := cut_of(row)) is None else f"{found.share:.1%}"
+    return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}", asked, cut
+
+
+def _comparison(row: Row) -> tuple[str, ...]:
+    from qwenq.statistics import format_p
+
+    found = row.details.get("paired")
+    if found is None:
+        return "", "", "", row.details.get("unpaired", "")
+    counts = f"{found['lost']} / {found['won']}"
+    beside = f"{found['base']}: {found['sentence']}"
+    return f"{100 * found['change']:+.1f}", counts, format_p(found["p"]), beside
+
+
+_CHECKS: dict[str, tuple[str, str, str]] = {
+    "kl": ("KL divergence", ".4f", " nats a token"),
+    "same_top": ("same top token", ".1%", ""),
+    "perplexity.ratio": ("perplexity ×", ".3f", ""),
+}
+
+
+def _check_lines(rows: Sequence[Row]) -> list[str]:
+    """Return a line per model: ``Tiny-GPTQ-Int4 int4 beside its base, by the check: KL divergence …``."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        name, form, unit = _CHECKS.get(row.metric, (row.metric, "g", ""))
+        said = f"{name} {row.value:{form}}{unit}" if row.value is not None else f"{name}: {row.reason}"
+        if row.low is not None and row.high is not None:
+            said += f" ({row.low:{form}} – {row.high:{form}})"
+        lines.setdefault(f"{row.model.name} {row.model.precision}", []).append(said)
+    return [f"{model} beside its base, by the check: {'; '.join(said)}" for model, said in lines.items()]
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """Return warnings about cut answers, the sample suite and limited items."""
+    lines = [
+        f"warning: {row.point['task']}, {row.model.name} {row.model.precision}: {found.warning}"
+        for row in rows
+        if (found := cut_of(row)) is not None and found.many
+    ]
+    if any(row.point.get("data") == "sample suite" for row in rows):
+        lines.append("the sample suite is not the benchmark: its scores compare with nothing published")
+    limits = {row.point["task"]: row.point["limit"] for row in rows if row.point.get("limit") is not None}
+    if limits:
+        all_ = limits.keys() == {row.point["task"] for row in rows}
+        which, limit = "" if all_ else f"{', '.join(map(str, limits))}: ", next(iter(limits.values()))
+        lines.append(f"{which}limited to the first {limit} items of each subject or task")
+    return lines
+
+
+def _headlines(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each model that was compared: its largest drop, and the verdict."""
+    from qwenq.comparison import Paired, TaskComparison, headline
+    from qwenq.statistics import holm
+
+    compared = [row for row in rows if "paired" in row.details]
+    pairings = [Paired(*(row.details["paired"][key] for key in ("n", "lost", "won"))) for row in compared]
+    by_model: dict[str, list[TaskComparison]] = {}
+    for row, pairing, p in zip(compared, pairings, holm([one.p for one in pairings]), strict=True):
+        value, change = row.value or 0.0, row.details["paired"]["change"]
+        name = f"{row.model.name} {row.model.precision} beside its base"
+        tested = TaskComparison(str(row.point["task"]), value - change, value, pairing, p)
+        by_model.setdefault(name, []).append(tested)
+    return [f"{name}: {headline(found, len(compared))}" for name, found in by_model.items()]

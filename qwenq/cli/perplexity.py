@@ -26,8 +26,8 @@ from qwenq.cli.printing import next_commands, notes, print_rows, stop_notice, ta
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
-    from qwenq.evals.contender import Contender
-    from qwenq.evals.perplexity import Switches, Text
+    from qwenq.evals.model import LocalModel
+    from qwenq.evals.perplexity import ScoredText, Switches
     from qwenq.results import Row
 
 
@@ -64,10 +64,10 @@ def perplexity(
 
     Qwen v1 models are measured with dynamic NTK and logn attention on and off; other models have neither.
     """
-    from qwenq.evals.contender import How, open_contender
+    from qwenq.evals.model import LoadOptions, open_eval_model
     from qwenq.evals.perplexity import combinations, require_lengths
+    from qwenq.models.folders import local_path
     from qwenq.models.identity import model_name
-    from qwenq.models.local_path import local_path
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
@@ -75,7 +75,9 @@ def perplexity(
     wanted = sorted(listed_numbers(lengths, "--lengths", "1024,2048,4096"))
     names = given_models(models)
     run = local_path(out if out is not None else Path("runs") / model_name(names[0]), "--out")
-    contenders = [open_contender(one, How(device, dtype, "fast", attention, kernel)) for one in names]
+    contenders = [
+        open_eval_model(one, LoadOptions(device, dtype, "fast", attention, kernel)) for one in names
+    ]
     switches = [
         combinations(one.checkpoint.config, _flag(ntk), _flag(logn), one.model.name) for one in contenders
     ]
@@ -96,8 +98,8 @@ def perplexity(
 
 
 def _measured(
-    contender: Contender,
-    text: Text,
+    contender: LocalModel,
+    text: ScoredText,
     lengths: Sequence[int],
     switches: Sequence[Switches | None],
     run: Path,
@@ -129,14 +131,14 @@ def _measured(
     return rows
 
 
-def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
+def _text(path: Path, contender: LocalModel, windows: int, longest: int) -> ScoredText:
     """Return the first ``windows * longest`` tokens of a file."""
     import torch
 
     from qwenq.calibration.files import read_file
     from qwenq.calibration.self_text import separator_of
     from qwenq.calibration.sequences import check_vocabulary, ids_of
-    from qwenq.evals.perplexity import Text
+    from qwenq.evals.perplexity import ScoredText
 
     tokenizer = contender.tokenizer
     end = separator_of(tokenizer) if path.suffix.lower() != ".txt" else None  # passages of one text have none
@@ -154,7 +156,7 @@ def _text(path: Path, contender: Contender, windows: int, longest: int) -> Text:
         )
     tokens = torch.tensor(ids[: windows * longest], dtype=torch.int64).view(windows, longest)
     check_vocabulary(tokens, int(contender.checkpoint.config["vocab_size"]), str(path))
-    return Text(path.name, tokens)
+    return ScoredText(path.name, tokens)
 
 
 def _flag(word: str | None) -> bool | None:

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qwenq.profiling.planning import Device, Planned
-    from qwenq.profiling.points import Point
-    from qwenq.profiling.subjects import Subjects
+    from qwenq.profiling.spec import Point, Subjects
     from qwenq.profiling.table import PrintedTable
 
 
@@ -62,8 +61,7 @@ def profile(
     the reason, and the sweep goes on. Ctrl-C keeps what is measured; the same command goes on.
     """
     from qwenq.profiling.planning import parse_budget
-    from qwenq.profiling.points import lengths_of, refuse_unsplittable, require_known
-    from qwenq.profiling.subjects import subjects_of
+    from qwenq.profiling.spec import lengths_of, refuse_unsplittable, require_known, subjects_of
     from qwenq.recipe import ProfileRecipe, Recipe
 
     chosen = Recipe().override(given[""], profile=given["profile"])
@@ -95,7 +93,7 @@ def profile(
 
 def sweep_points(found: Subjects, device: str, **choices: Any) -> list[Point]:
     """Return every combination, once the device is known."""
-    from qwenq.profiling.points import sweep
+    from qwenq.profiling.spec import sweep
 
     return sweep(found.subjects, device=device, **choices)
 

@@ -1,14 +1,24 @@
-"""``qwenq report``: run folders in; a model card, a page, and data out."""
+"""Write a report of run folders (``qwenq report``), and compare two runs (``qwenq compare``)."""
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import Given, recipe_options
+from qwenq.cli.printing import note, to_standard_output
+from qwenq.errors import UsageError
+from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
+
+if TYPE_CHECKING:
+    from qwenq.reporting.collect import Collection
+
+# ``qwenq report``: run folders in; a model card, a page, and data out.
 
 
 @app.command()
@@ -30,3 +40,90 @@ def report(
 
     folder = out or Path("reports") / runs[0].resolve().name
     typer.echo(visible(str(write_report(runs, folder, given["report"].get("title")))))
+
+
+# ``qwenq compare``: compare two runs row by row, and fail on regressions.
+
+
+@app.command()
+@recipe_options("gate.fail_on")
+def compare(
+    baseline: Annotated[Path, typer.Argument(help="Run folder to compare with.")],
+    new: Annotated[Path, typer.Argument(help="Run folder to judge.")],
+    *,
+    given: Given,
+    markdown: Annotated[Path | None, typer.Option(help="Write a summary for a pull request.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
+    more_baseline: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another repeat of BASELINE: speed and memory are taken over all repeats."),
+    ] = None,
+    more_new: Annotated[list[Path] | None, typer.Option(help="Another repeat of NEW.")] = None,
+) -> None:
+    """Compare two runs, and fail on regressions.
+
+    Exit code 0: passed. 1: a regression. 3: a row of a condition is missing or cannot be compared (another
+    protocol, task version, model, dtype or machine), which does not count as passed.
+    """
+    from qwenq.reporting import gate
+    from qwenq.reporting.compare import compare as compare_rows
+    from qwenq.storage import atomic_write_bytes
+
+    fail_on = given["gate"].get("fail_on")
+    conditions = gate.asked_by(fail_on)
+    sides = [[baseline, *(more_baseline or [])], [new, *(more_new or [])]]
+    _check_folders([*sides[0], *sides[1]], {"--markdown": markdown, "--junit": junit})
+    before, after = (_side(first, more, judged=number == 1) for number, (first, *more) in enumerate(sides))
+    comparisons = compare_rows(before, after)
+    verdict = gate.judge(comparisons, conditions, strict=fail_on is not None)
+    lines = list(gate.text_lines(verdict))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        lines = [*gate.without_commands(lines), *gate.github_annotations(verdict)]
+    try:
+        if markdown is not None:
+            text = gate.markdown_text(verdict, str(baseline), str(new))
+            atomic_write_bytes(markdown, text.encode())
+        if junit is not None:
+            atomic_write_bytes(junit, gate.junit_text(verdict).encode())
+    finally:  # the verdict is worth more than a file of it
+        _print(lines)
+    if verdict.exit_code:
+        raise typer.Exit(verdict.exit_code)
+
+
+def _side(first: Path, more: list[Path], *, judged: bool) -> Collection:
+    """Return a run with its further repeats, with a note on repeats that add nothing."""
+    from qwenq.reporting.collect import collect
+    from qwenq.reporting.compare import idle_repeats, with_repeats
+
+    run, turns = collect([first]), collect(more) if more else None
+    for name in idle_repeats(run, turns):
+        note(f"{name} adds no repeat to {first}: {_NO_REPEAT}")
+    return with_repeats(run, turns, judged=judged)
+
+
+_NO_REPEAT = "it has no speed, time, memory or energy of the same weights at the same point on that machine"
+
+
+def _check_folders(runs: list[Path], files: dict[str, Path | None]) -> None:
+    """Raise UsageError for a run that is named twice, which would look less noisy, or a file in its way."""
+    places = [run.resolve() for run in runs]
+    if twice := [run for run, place in zip(runs, places, strict=True) if places.count(place) > 1]:
+        raise UsageError("this run is named twice", where=twice[-1], hint="name each run folder once")
+    for option, file in files.items():
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option} is a folder", where=file, hint="name a file in it")
+        measured = {place / name for place in places for name in (RESULTS_FILE, ENVIRONMENT_FILE)}
+        if file is not None and file.resolve() in measured:
+            raise UsageError(f"{option} would replace what was measured", where=file, hint="name a new file")
+
+
+def _print(lines: list[str]) -> None:
+    """Print lines; a reader that closes the pipe early, such as ``head``, does not change the exit code.
+
+    Raises:
+        StorageError: standard output is a file, and the disk refused.
+    """
+    with suppress(BrokenPipeError), to_standard_output():
+        for line in lines:
+            typer.echo(line)

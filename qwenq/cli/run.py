@@ -1,4 +1,4 @@
-"""``qwenq run``: all steps of a recipe."""
+"""Run all steps of a recipe (``qwenq run``), check recipes and list their settings (``qwenq recipe``)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.printing import note, stop_notice
-from qwenq.errors import visible
+from qwenq.errors import UsageError, visible
 from qwenq.events import Event, Notice, Start
 
 if TYPE_CHECKING:
-    from qwenq.run.chain import Chain
+    from qwenq.recipe import Recipe
+    from qwenq.workflow import Chain
+
+# ``qwenq run``: all steps of a recipe.
 
 
 @app.command()
@@ -35,20 +38,18 @@ def run(
     The same command goes on where it was stopped or failed: finished steps are not repeated, and an
     interrupted step is resumed. Exit codes of the gate as in `qwenq compare`.
     """
-    from qwenq.cli.recipe import checked
-    from qwenq.run.chain import chain_of, find_recipe
-    from qwenq.run.execute import run_chain
+    from qwenq.workflow import find_recipe, run_steps, steps_of
 
     recipe = find_recipe(recipe)
     chosen = checked(recipe)
     if model is not None:
         chosen = chosen.override({"model": model}, report={"name": _report_name(model)})
-    chain = chain_of(chosen, recipe, out)
+    chain = steps_of(chosen, recipe, out)
     _show(chain)
     if dry_run:
         return
     with stop_notice("finished steps are kept"):
-        code = run_chain(chain, _show_event)
+        code = run_steps(chain, _show_event)
     if code:
         raise typer.Exit(code)
     if chain.page is not None:
@@ -76,7 +77,7 @@ def _report_name(model: str) -> str:
 
 def _show(chain: Chain) -> None:
     """Print the steps with their commands, and which are done."""
-    from qwenq.run.execute import is_done
+    from qwenq.workflow import is_done
 
     count = len(chain.steps)
     typer.echo(f"{count} step{'' if count == 1 else 's'}; run folder {visible(str(chain.work))}", err=True)
@@ -88,3 +89,76 @@ def _show(chain: Chain) -> None:
     baseline = chain.recipe.gate.baseline
     if baseline is not None and not Path(baseline).is_dir():
         note(f"there is no baseline {visible(baseline)} yet, so the last step will fail")
+
+
+# ``qwenq recipe``: check recipe files, and list their settings.
+
+
+recipe_app = typer.Typer(
+    help="Check recipes, and list their settings.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(recipe_app, name="recipe")
+
+
+@recipe_app.callback()
+def recipe() -> None:
+    """Check recipes, and list their settings."""
+
+
+@recipe_app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(help="Recipes: TOML files.", metavar="FILE...")],
+) -> None:
+    """Check recipes and show their steps, without running them."""
+    from qwenq.workflow import find_recipe, steps_of
+
+    for file in map(find_recipe, files):
+        chain = steps_of(checked(file), file)
+        typer.echo(f"{file}: {', '.join(step.name for step in chain.steps)}")
+
+
+@recipe_app.command()
+def settings() -> None:
+    """List all settings with their defaults, as Markdown."""
+    from qwenq.recipe import markdown_table
+
+    typer.echo(markdown_table())
+
+
+def checked(file: Path) -> Recipe:
+    """Return the recipe, with its conditions parsed and the files that it names found.
+
+    Raises:
+        UsageError: a key, a value, a condition or a task that is wrong, or a file that is not there.
+    """
+    from qwenq.recipe import read_recipe
+    from qwenq.reporting.gate import asked_by
+
+    found = read_recipe(file)
+    try:
+        asked_by(found.gate.fail_on)
+    except UsageError as error:
+        error.where = f"{file}, gate.fail_on"
+        raise
+    for key, name in (
+        ("calibration.source", found.calibration.source),
+        ("eval.data", found.eval.data if found.eval else None),
+    ):
+        if name is not None and _is_path(name) and not Path(name).expanduser().exists():
+            raise UsageError(
+                f"{key} = {name!r}: no such file or folder",
+                where=file,
+                hint="paths in a recipe are taken from the folder that qwenq is started in",
+            )
+    if found.eval is not None:
+        from qwenq.evals.tasks.registry import get_task, protocol_names
+
+        for task in found.eval.tasks:
+            protocol = found.eval.protocol
+            get_task(task, protocol_names(task)[0] if protocol == "auto" else protocol)
+    return found
+
+
+def _is_path(name: str) -> bool:
+    """Return whether it is a path, not a word such as ``self`` or the ``owner/name`` of a hub dataset."""
+    return name.startswith((".", "/", "~")) or Path(name).suffix != "" or name.count("/") > 1

@@ -216,7 +216,7 @@ def storable(scales: Tensor) -> Tensor:
 
 
 def _run_triton(block: Block, columns: Tensor, values: Tensor, *, moves: bool) -> Tensor:
-    from qwenq.compute.triton_columns import run_columns
+    from qwenq.compute.triton.columns import run_columns
 
     return run_columns(columns, values, *block[1:], moves=moves)
 

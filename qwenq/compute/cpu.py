@@ -192,7 +192,7 @@ def call(name: str, *arguments: Tensor | int | float, threads: int | None = None
     kernel(name)((ctypes.c_int64 * len(values))(*values))
 
 
-def number(name: str, *arguments: int) -> int:
+def library_constant(name: str, *arguments: int) -> int:
     """Return a constant of the library, such as the width of a panel."""
     found = library()
     if isinstance(found, str):

@@ -66,8 +66,8 @@ class CProducts:
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, *, symmetric: bool = False) -> None:
         self._shape, self._dtype, self._symmetric = (rows, columns), dtype, symmetric
-        self._panel = cpu.number("qwenq_panel")
-        self._per_word = cpu.number("qwenq_tokens_per_word", _DTYPES[dtype])
+        self._panel = cpu.library_constant("qwenq_panel")
+        self._per_word = cpu.library_constant("qwenq_tokens_per_word", _DTYPES[dtype])
         self._panels = tuple(-(-width // self._panel) for width in self._shape)
         self._mean = torch.zeros(self._panels[0] * self._panel, self._panels[1] * self._panel)
         self._packed = [torch.empty(0, dtype=torch.int32)] * 2

@@ -1,35 +1,20 @@
-"""Stream both models block by block.
-
-A 15 GB model is checked in the memory of one of its blocks, the hidden states, and two heads.
-"""
+"""Check a quantised model against its base on held-out text, streamed block by block."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
 
+from qwenq.comparison import Verdict, judge_check
 from qwenq.errors import ModelError, UsageError
-from qwenq.evals.divergence import TokenScores, score_tokens
-from qwenq.evals.module_error import (
-    EXPERT_TOKENS,
-    MODULE_TOKENS,
-    ModuleError,
-    captured_inputs,
-    chosen_sequences,
-    module_error,
-)
-from qwenq.evals.result import CheckResult
-from qwenq.evals.statistics import (
-    by_position,
-    mean_of_sequences,
-    perplexity,
-    rate_of_sequences,
-    ratio_of_perplexities,
-)
-from qwenq.evals.verdict import judge
 from qwenq.events import Listener, Notice, Update, counted, silent
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
@@ -37,6 +22,302 @@ from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.gptq_format import DequantisedSource, is_quantised, quantised_modules
 from qwenq.models.pad_ffn import widened
 from qwenq.models.random_weights import refuse_random
+from qwenq.statistics import (
+    Estimate,
+    PositionMean,
+    json_number,
+    mean_of_sequences,
+    means_by_position,
+    perplexity,
+    rate_of_sequences,
+    ratio_of_perplexities,
+)
+
+# Measure the error of each linear's output, and that of rounding to nearest.
+
+
+MODULE_TOKENS = 512  # enough for two digits of a share of energy, at an eighth of the forward passes' cost
+EXPERT_TOKENS = 64  # of each batch, for an expert: a block has hundreds, whose inputs are all kept at once
+
+
+@dataclass(frozen=True)
+class ModuleError:
+    """Errors of one linear as shares of its output's energy: ‖(W − Q) x‖² / ‖W x‖² over tokens x.
+
+    Attributes:
+        name: "model.layers.0.self_attn.q_proj".
+        error: of the quantised weight.
+        rtn_error: of plain rounding to nearest at the same bits and group size.
+    """
+
+    name: str
+    error: float
+    rtn_error: float
+
+
+def chosen_sequences(sequences: int, tokens: int) -> list[int]:
+    """Return the sequences whose inputs are used: evenly spread, at most MODULE_TOKENS tokens, at least one.
+
+    They are whole, because the first token of a sequence has extraordinary activations, and must not be
+    counted more often than it occurs.
+    """
+    count = min(sequences, max(1, MODULE_TOKENS // tokens))
+    return [index * sequences // count for index in range(count)]
+
+
+@contextmanager
+def captured_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the inputs of the linears ``names`` of a block: name → one [batch, tokens, in] per forward."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Any:
+        return lambda _, args: seen[name].append(args[0])
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def module_error(name: str, weight: Tensor, quantised: Tensor, x: Tensor, quant: QuantConfig) -> ModuleError:
+    """Compare a quantised weight and its rounded one on the same inputs.
+
+    Products of bfloat16 inputs are bfloat16's, added up in float32: what is rounded there, each weight's and
+    each output's last bits, is a hundred-thousandth of an energy. Others are float32's.
+
+    Args:
+        name: of the module.
+        weight: float32 [out, in], the base model's.
+        quantised: float32 [out, in], what the integers stand for.
+        x: [tokens, in], in the dtype that the block ran in.
+        quant: bits, group size and symmetry.
+    """
+    x = x if x.dtype == torch.bfloat16 else x.float()
+    energy = _energy(x, weight)
+    others = quantised, round_to_nearest(weight, quant)
+    return ModuleError(name, *(_energy(x, weight - other) / energy if energy else 0.0 for other in others))
+
+
+def _energy(x: Tensor, weight: Tensor) -> float:
+    return float((x @ weight.to(x.dtype).T).float().square_().sum(dtype=torch.float64))
+
+
+def round_to_nearest(weight: Tensor, quant: QuantConfig) -> Tensor:
+    """Round each weight to the nearest point of the grid that its group's range gives.
+
+    Symmetric: the group's largest magnitude meets the grid's longer side (−2^(bits−1)), so the scale is
+    absmax / 2^(bits−1), negative where that weight is positive. Asymmetric: minimum to maximum, with zero.
+
+    Args:
+        weight: float32 [out, in].
+        quant: bits, group size and symmetry.
+
+    Returns:
+        float32 [out, in], dequantised; scales rounded to float16 as a file holds them.
+    """
+    rows, width = weight.shape
+    size = width if quant.group_size == -1 else quant.group_size
+    padded = functional.pad(weight, (0, -width % size))  # a last group may be short
+    grouped = padded.reshape(rows, -1, size)  # [rows, groups, group_size]
+    high, low = grouped.amax(-1, keepdim=True).clamp(min=0), grouped.amin(-1, keepdim=True).clamp(max=0)
+    levels, half = 2**quant.bits - 1, 2 ** (quant.bits - 1)
+    scale = torch.where(high > -low, -high, -low) / half if quant.sym else (high - low) / levels
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = torch.full_like(scale, half) if quant.sym else (-low / scale).round().clamp(1, levels)
+    smallest = torch.finfo(torch.float16).smallest_normal
+    stored = torch.where(scale.abs() < smallest, smallest * scale.sign(), scale).half().float()
+    integers = (grouped / stored + zero).round().clamp(0, levels)
+    return ((integers - zero) * stored).reshape(rows, -1)[:, :width]
+
+
+# Compare two models' predictions token by token.
+
+
+SLAB_TOKENS = 256
+ROWS = 32  # of logits that are compared at a time: what is read ten times should stay in a processor's cache
+SLAB_ELEMENTS = 1 << 25  # logits of one model at a time: 128 MB in float32 (220 tokens of a 152k vocabulary)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Both models' predictions of every token but the first of each sequence; arrays [sequences, tokens − 1].
+
+    Attributes:
+        kl: KL(base ‖ quantised) of the predicted distributions, in nats.
+        same_top: whether both give the same token the highest probability.
+        nll: −log of the probability that the quantised model gave to the token that came, in nats.
+        base_nll: the same for the base model.
+    """
+
+    kl: NDArray[np.float64]
+    same_top: NDArray[np.bool_]
+    nll: NDArray[np.float64]
+    base_nll: NDArray[np.float64]
+
+
+def score_tokens(
+    base: BlockwiseDecoder,
+    quantised: BlockwiseDecoder,
+    hidden: tuple[Sequence[Tensor], Sequence[Tensor]],
+    batches: Sequence[Tensor],
+    step: Callable[[], None],
+) -> TokenScores:
+    """Run both heads and compare, a slab of tokens at a time.
+
+    Args:
+        base, quantised: whose heads to use.
+        hidden: the last block's output of base and quantised, [batch, tokens, hidden] per batch.
+        batches: int64 [batch, tokens], what the hidden states were made from.
+        step: called after each batch.
+    """
+    slab = max(1, min(SLAB_TOKENS, SLAB_ELEMENTS // base.vocabulary))
+    rows = []
+    with base.head() as base_head, quantised.head() as head:
+        for base_states, states, batch in zip(*hidden, batches, strict=True):
+            parts = zip(
+                torch.split(base_states[:, :-1].flatten(0, 1), slab),  # [batch · (tokens − 1), hidden]
+                torch.split(states[:, :-1].flatten(0, 1), slab),
+                torch.split(batch[:, 1:].flatten(), slab),
+                strict=True,
+            )
+            scored = [compare_slab(base_head(b), head(q), t.to(base.device)) for b, q, t in parts]
+            rows.append(torch.cat(scored, dim=1).cpu().reshape(4, len(batch), -1))  # [4, batch, tokens − 1]
+            step()
+    kl, same, nll, base_nll = torch.cat(rows, dim=1).numpy()
+    return TokenScores(kl, same.astype(bool), nll, base_nll)
+
+
+def compare_slab(*logits_and_targets: Tensor) -> Tensor:
+    """Return ``compare_logits`` of any number of tokens, computed ``ROWS`` at a time."""
+    parts = zip(*(torch.split(x, ROWS) for x in logits_and_targets), strict=True)
+    return torch.cat([compare_logits(*part) for part in parts], dim=1)
+
+
+def compare_logits(base: Tensor, quantised: Tensor, targets: Tensor) -> Tensor:
+    """Return KL, same top token (0 or 1), the quantised model's nats and the base's: float64 [4, tokens].
+
+    With a, b the logits less their maximum, Z = Σ exp: KL = Σ exp(a) (a − b) / Zₐ + log Z_b − log Zₐ. Nothing
+    overflows, nothing is a logarithm of zero. Summed in float32 it is right to about 1e-6 nats, a tenth of
+    what running the models in another float dtype changes.
+
+    Args:
+        base, quantised: float32 [tokens, vocabulary]; changed in place.
+        targets: int64 [tokens], the token that came.
+    """
+    (top_a, first_a), (top_b, first_b) = (x.max(-1, keepdim=True) for x in (base, quantised))
+    same = (first_a == first_b)[:, 0]
+    a, b = base.sub_(top_a), quantised.sub_(top_b)
+    picked_a, picked_b = (x.gather(-1, targets[:, None])[:, 0].double() for x in (a, b))
+    weights = a.exp()
+    z_a = weights.sum(-1).double()
+    expected = weights.mul_(a.sub_(b)).sum(-1).double() / z_a
+    z_b = b.exp_().sum(-1).double()
+    kl = (expected + z_b.log() - z_a.log()).clamp_(min=0)  # below zero is rounding; NaN stays NaN
+    return torch.stack([kl, same.double(), z_b.log() - picked_b, z_a.log() - picked_a])
+
+
+# Hold the check's result.
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Result of the check: the cost of quantising, measured on held-out text.
+
+    Attributes:
+        kl: mean KL(base ‖ quantised) a token, in nats.
+        kl_median, kl_p99, kl_p999: median and quantiles (0.99, 0.999) over tokens.
+        kl_by_position: mean KL along the sequences.
+        same_top: share of tokens where both models rank the same token first.
+        perplexity, base_perplexity: of the next token.
+        perplexity_ratio: quantised over base, paired by sequence.
+        sequences, seq_len, tokens: size of the text; the first token of a sequence is not predicted.
+        modules: every quantised linear of the blocks, in file order.
+        module_tokens: tokens that their errors were measured on.
+        bits, group_size: of the quantised model.
+        device, dtype: of both models' computation.
+        verdict: a word and a sentence.
+    """
+
+    kl: Estimate
+    kl_median: float
+    kl_p99: float
+    kl_p999: float
+    kl_by_position: tuple[PositionMean, ...]
+    same_top: Estimate
+    perplexity: float
+    base_perplexity: float
+    perplexity_ratio: Estimate
+    sequences: int
+    seq_len: int
+    tokens: int
+    modules: tuple[ModuleError, ...]
+    module_tokens: int
+    bits: int
+    group_size: int
+    device: str
+    dtype: str
+    verdict: Verdict
+
+    @property
+    def broken(self) -> bool:
+        """Return whether this is not a usable copy of its base, and must not be published."""
+        return self.verdict.word == "broken"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; None in place of numbers that are not finite."""
+        fields = vars(self).items()
+        plain = {name: value for name, value in fields if isinstance(value, int | str)}
+        estimates = {name: value.to_json() for name, value in fields if isinstance(value, Estimate)}
+        numbers = {name: json_number(value) for name, value in fields if isinstance(value, float)}
+        modules = [
+            {"name": m.name, "error": json_number(m.error), "rtn_error": json_number(m.rtn_error)}
+            for m in self.modules
+        ]
+        verdict = asdict(self.verdict)
+        return {
+            "verdict": verdict,
+            "broken": self.broken,
+            **estimates,
+            **numbers,
+            **plain,
+            "kl_by_position": [stretch.to_json() for stretch in self.kl_by_position],
+            "modules": modules,
+        }
+
+    def worst_modules(self, count: int) -> list[ModuleError]:
+        """Return the ``count`` modules with the largest error, worst first."""
+        return sorted(self.modules, key=lambda module: module.error, reverse=True)[:count]
+
+    def summary(self) -> dict[str, str]:
+        """Return a label and a line for each figure; the verdict comes last."""
+        kl, same, ratio = self.kl, self.same_top, self.perplexity_ratio
+        lines = {
+            "KL": f"{kl.value:.4f} nats a token{_interval(kl, '.4f')}; "
+            f"median {self.kl_median:.4f}, 99 % quantile {self.kl_p99:.3f}, 99.9 % {self.kl_p999:.3f}",
+            "same token": f"{same.value:.1%} of {self.tokens:,} tokens have the same most likely one"
+            f"{_interval(same, '.1%')}",
+            "perplexity": f"{self.perplexity:.3f}, base {self.base_perplexity:.3f}: "
+            f"× {ratio.value:.4f}{_interval(ratio, '.4f')}",
+        }
+        if self.modules:
+            error = sum(module.error for module in self.modules) / len(self.modules)
+            rtn = sum(module.rtn_error for module in self.modules) / len(self.modules)
+            lines["modules"] = f"mean error {error:.3%} of the output, round-to-nearest {rtn:.3%}"
+        return lines | {"verdict": str(self.verdict)}
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    if estimate.low is None or estimate.high is None:
+        return " (one sequence: no interval)"
+    return f" (95 % interval {estimate.low:{form}} to {estimate.high:{form}})"
+
+
+# Stream both models block by block.
+#
+# A 15 GB model is checked in the memory of one of its blocks, the hidden states, and two heads.
+
 
 __all__ = ["CheckResult", "check", "require_comparable"]
 
@@ -82,8 +363,8 @@ def check(
     base = widened(base, quantised.config.get("intermediate_size"))  # Qwen's 72B is wider than its base
     plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
     pair = _Pair(plain, base, quant, torch.device(device), dtype)
-    if pair.passed_over:
-        listener(Notice(pair.passed_over))
+    if pair.fallback_notice:
+        listener(Notice(pair.fallback_notice))
     with counted(listener, "checking") as progress, torch.inference_mode():
         scores, modules = pair.run(held_out, quantised_modules(quantised.source), progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
@@ -162,7 +443,7 @@ class _Pair:
         self._checkpoints = base, quantised
         self._base = BlockwiseDecoder(base, device, dtype)
         self._quantised = BlockwiseDecoder(quantised, device, dtype)
-        self.passed_over = self._base.passed_over  # both have the same heads
+        self.fallback_notice = self._base.fallback_notice  # both have the same heads
 
     def run(
         self, tokens: Tensor, modules: list[str], progress: Update
@@ -246,7 +527,7 @@ def _summarise(
         kl_median=median,
         kl_p99=p99,
         kl_p999=p999,
-        kl_by_position=by_position(scores.kl),
+        kl_by_position=means_by_position(scores.kl),
         same_top=same_top,
         perplexity=perplexity(scores.nll),
         base_perplexity=perplexity(scores.base_nll),
@@ -260,5 +541,5 @@ def _summarise(
         group_size=quant.group_size,
         device=device,
         dtype=str(dtype).removeprefix("torch."),
-        verdict=judge(kl.value, same_top.value, quant.bits),
+        verdict=judge_check(kl.value, same_top.value, quant.bits),
     )

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from qwenq.environment import MACHINE
 from qwenq.errors import OutOfMemoryError, QwenqError, UsageError
-from qwenq.evals.contender import Contender
-from qwenq.evals.divergence import SLAB_ELEMENTS, SLAB_TOKENS
-from qwenq.evals.statistics import mean_of_sequences
-from qwenq.models.long_context import LongContext, long_context_of
+from qwenq.evals.check import SLAB_ELEMENTS, SLAB_TOKENS
+from qwenq.evals.model import LocalModel
+from qwenq.models.qwen_v1 import LongContext, long_context_of
 from qwenq.results import Row, Value
 from qwenq.runtime.decoder import Decoder
 from qwenq.runtime.engine import FastEngine
 from qwenq.runtime.memory import explained
+from qwenq.statistics import mean_of_sequences
 
 METRIC = "perplexity.context"
 TOKENS_PER_PASS = 4096
@@ -52,7 +52,7 @@ class Switches:
 
 
 @dataclass(frozen=True)
-class Text:
+class ScoredText:
     """A text that is scored.
 
     Attributes:
@@ -94,7 +94,7 @@ def combinations(
     return [Switches(first, second) for first in choices[0] for second in choices[1]]
 
 
-def require_lengths(lengths: Sequence[int], text: Text) -> None:
+def require_lengths(lengths: Sequence[int], text: ScoredText) -> None:
     """Refuse lengths that cannot be cut from the text so that all score the same tokens.
 
     Raises:
@@ -111,8 +111,8 @@ def require_lengths(lengths: Sequence[int], text: Text) -> None:
 
 
 def perplexities(
-    eval_model: Contender,
-    text: Text,
+    eval_model: LocalModel,
+    text: ScoredText,
     lengths: Sequence[int],
     switches: Sequence[Switches | None],
     *,
@@ -190,7 +190,7 @@ def _measure(decoder: Decoder, windows: Tensor) -> NDArray[np.float64] | QwenqEr
 
 
 def _facts(
-    eval_model: Contender, engine: FastEngine, text: Text, length: int, switch: Switches | None
+    eval_model: LocalModel, engine: FastEngine, text: ScoredText, length: int, switch: Switches | None
 ) -> dict[str, Any]:
     """Return every field of a row that its value depends on."""
     context = engine.decoder.spec.long_context
@@ -226,7 +226,9 @@ def _row(
     return Row(**facts, details=dict(details), date=date.today().isoformat(), **values)
 
 
-def _point(eval_model: Contender, text: Text, length: int, switch: Switches | None) -> dict[str, Value]:
+def _point(
+    eval_model: LocalModel, text: ScoredText, length: int, switch: Switches | None
+) -> dict[str, Value]:
     """Return the point: equal for two models that were measured alike."""
     point: dict[str, Value] = {
         "seq_len": length,

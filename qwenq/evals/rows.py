@@ -1,26 +1,30 @@
-"""Make rows of scores, each compared with the base's."""
+"""Make rows of results: scores with their intervals, comparisons with the base, figures of the check."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import UsageError
-from qwenq.evals.accuracy import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
-from qwenq.evals.run import Answers, Judged, Plan
-from qwenq.evals.served import Contestant, Served
-from qwenq.evals.task import Score
-from qwenq.evals.tasks.averages import MAIN
-from qwenq.paired.base import choose_base
-from qwenq.paired.compare import compare
-from qwenq.results import RESULTS_FILE, Row, Value, read_rows
+from qwenq.comparison import choose_base, pair_verdicts
+from qwenq.errors import CorruptFileError, UsageError
+from qwenq.evals.model import EvalModel, RemoteModel
+from qwenq.evals.run import Answers, Judged, TaskPlan
+from qwenq.evals.task import MAIN, Score
+from qwenq.models.folders import MANIFEST
+from qwenq.models.integrity import verify_files
+from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows, require_readable
+from qwenq.statistics import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
+
+# Make rows of scores, each compared with the base's.
 
 
 def rows_of(
-    eval_model: Contestant,
-    plan: Plan,
+    eval_model: EvalModel,
+    plan: TaskPlan,
     answers: Answers,
     base: Row | None,
     settings: Mapping[str, Any],
@@ -42,10 +46,10 @@ def rows_of(
         details["average"] = "macro" if score.macro else "micro"
         details["standard_error"] = found.error
         details["command"] = command or None
-        details["notes"] = [*plan.notes, *cut_short(plan, answers)] or None
+        details["notes"] = [*plan.notes, *cut_notice(plan, answers)] or None
         if place == 0:
             details["items"] = verdicts(answers.judged)
-            details["base"] = None if isinstance(eval_model, Served) else eval_model.base
+            details["base"] = None if isinstance(eval_model, RemoteModel) else eval_model.base
             details["questions"] = answers.questions or None
             if answers.written:
                 details["cut"] = {"answers": answers.cut, "of": answers.written}
@@ -69,7 +73,7 @@ def rows_of(
     return rows
 
 
-def cut_short(plan: Plan, answers: Answers) -> list[str]:
+def cut_notice(plan: TaskPlan, answers: Answers) -> list[str]:
     """Return a notice where answers reached their limit of tokens."""
     if not answers.cut:
         return []
@@ -77,7 +81,7 @@ def cut_short(plan: Plan, answers: Answers) -> list[str]:
     return [f"{cut} were cut at their limit of tokens, before they ended"]
 
 
-def point_of(plan: Plan) -> dict[str, Value]:
+def point_of(plan: TaskPlan) -> dict[str, Value]:
     """Return the point: equal for two models that were asked the same."""
     point: dict[str, Value] = {
         "task": plan.task.name,
@@ -107,21 +111,21 @@ def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, An
     if base.value is None:
         return {}
     questions = base.details.get("questions"), details["questions"]
-    found = compare(base.details["items"], details["items"], questions=questions)
+    found = pair_verdicts(base.details["items"], details["items"], questions=questions)
     if isinstance(found, str):
         return {"unpaired": found}
     return {"paired": {**found.to_json(score - base.value), "base": base.model.precision}}
 
 
-def base_row(run: Path, eval_model: Contestant, plan: Plan) -> Row | None:
-    """Return the base's row at the same point of this run folder, by the fingerprint ``Contender.base``.
+def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | None:
+    """Return the base's row at the same point of this run folder, by the fingerprint ``LocalModel.base``.
 
     Of several precisions `choose_base` takes one, as in reports; of several rows the last counts.
 
     Raises:
         UsageError: a broken row.
     """
-    if isinstance(eval_model, Served) or eval_model.base is None or not (run / RESULTS_FILE).exists():
+    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
         return None
     point = point_of(plan)
     found = {
@@ -135,13 +139,13 @@ def base_row(run: Path, eval_model: Contestant, plan: Plan) -> Row | None:
     return choose_base(found, eval_model.how.dtype)
 
 
-def asked_apart(run: Path, eval_model: Contestant, plan: Plan) -> str | None:
+def unpaired_reason(run: Path, eval_model: EvalModel, plan: TaskPlan) -> str | None:
     """Return why rows of the base on this task do not match; None without any, or where one does.
 
     Raises:
         UsageError: a broken row.
     """
-    if isinstance(eval_model, Served) or eval_model.base is None or not (run / RESULTS_FILE).exists():
+    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
         return None
     point = point_of(plan)
     found = [
@@ -182,3 +186,114 @@ def _interval(score: Score, found: Accuracy) -> dict[str, Any]:
     if score.macro and found.error:
         return {"interval": f"bootstrap within subjects, {RESAMPLES} resamples", "seed": SEED}
     return {"interval": "Wilson"}
+
+
+# Turn the check in a model's manifest into rows; nothing is measured again.
+
+
+UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
+"""Metrics of the check that have an interval."""
+
+
+def has_check(folder: Path) -> bool:
+    """Return whether the folder has a manifest with a check; one of random weights has none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and isinstance(manifest.get("check"), dict)
+
+
+def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") -> list[Row]:
+    """Return the rows of a quantised model's check, and append those that the run folder does not have.
+
+    Args:
+        folder: of the model.
+        model: its identity in rows.
+        run: the run folder, which has to be locked (``storage.locked``).
+        command: that quantised it; empty: unknown.
+
+    Raises:
+        CorruptFileError: no manifest, no sound check in it, or files that differ from its hashes.
+        UsageError: a broken row in the run folder.
+    """
+    rows = _sound_rows(folder / MANIFEST, model, command)
+    known = read_rows(run) if (run / RESULTS_FILE).exists() else []
+    missing = [row for row in rows if not any(_same_row(other, row) for other in known)]
+    if missing:
+        verify_files(folder)
+    for row in missing:
+        append_row(run, row)
+    return rows
+
+
+def _check_rows(manifest: dict[str, Any], model: Model, command: str) -> Iterator[Row]:
+    """Yield KL with the errors of the modules, same top token, and perplexity as a ratio to the base's."""
+    check, calibration = manifest["check"], manifest["calibration"]
+    point: dict[str, Value] = {
+        "text": f"held out of {calibration['source']}",
+        "text_fingerprint": calibration["tokens"],
+        "sequences": check["sequences"],
+        "seq_len": check["seq_len"],
+        "dtype": check["dtype"],
+    }
+    common: dict[str, Any] = {
+        "n": check["tokens"],
+        "implementation": manifest["made_by"],
+        "settings": {"recipe": manifest["recipe"], "device": check["device"]},
+        "date": date.today().isoformat(),
+    }
+    for metric, unit in UNITS.items():
+        found = check[metric.replace(".", "_")]
+        if found["value"] is None:
+            reason = "not finite"
+            yield Row(metric, model, point, None, unit, status="failed", reason=reason, **common)
+            continue
+        details = {"command": command} if command else {}
+        details |= _details_of_kl(check) if metric == "kl" else {}
+        bounds = (found["low"], found["high"])
+        yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
+
+
+def _sound_rows(path: Path, model: Model, command: str) -> list[Row]:
+    """Return the rows, once they are known to be readable: others would make the run folder unreadable."""
+    manifest = _read(path)
+    try:
+        rows = list(_check_rows(manifest, model, command))
+        for row in rows:
+            require_readable(row)
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CorruptFileError(
+            f"its check is incomplete, or not as `qwenq quantize` writes it: {error!r}", where=path
+        ) from error
+    return rows
+
+
+def _same_row(known: Row, row: Row) -> bool:
+    """Return whether a recorded row equals this one but for its date, and the command where it has one."""
+    details = {**row.details, "command": known.details.get("command")}
+    same = replace(row, date=known.date, details=details if details["command"] else row.details)
+    return json.dumps(same.to_json(), sort_keys=True) == json.dumps(known.to_json(), sort_keys=True)
+
+
+def _details_of_kl(check: dict[str, Any]) -> dict[str, Any]:
+    """Return the modules' errors, and the curve over position, which older manifests do not have."""
+    measured = [part for part in check.get("kl_by_position", []) if part["value"] is not None]
+    curve = {
+        "positions": [(part["first"] + part["last"]) / 2 for part in measured],
+        "values": [part["value"] for part in measured],
+        "counts": [part["n"] for part in measured],
+        "lows": [part["low"] for part in measured],
+        "highs": [part["high"] for part in measured],
+    }
+    return {"modules": check["modules"], **(curve if measured else {})}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(manifest["check"], dict) and isinstance(manifest["calibration"], dict):
+            return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFileError(f"no manifest of a quantised model: {error!r}", where=path) from error
+    raise CorruptFileError("the manifest holds no check", where=path)

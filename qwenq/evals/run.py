@@ -9,26 +9,31 @@ from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError
-from qwenq.evals.contender import Contender
-from qwenq.evals.generating import write
-from qwenq.evals.memory import budget_for
-from qwenq.evals.parts import cost, deal, require_all, take_parts, title_of
-from qwenq.evals.records import Record, Records, name_of
-from qwenq.evals.requests import (
+from qwenq.evals.answer_log import (
+    AnswerLog,
+    AnswerRecord,
+    cost,
+    merge_rank_logs,
+    name_of,
+    rank_title,
+    require_none_missing,
+    split_by_cost,
+)
+from qwenq.evals.batching import (
     ChoiceTokens,
     RequestTokens,
     WriteTokens,
+    budget_for,
     encode_requests,
     limited,
     questions_hash,
     request_hash,
     require_context,
 )
-from qwenq.evals.sandbox.find import Sandbox
-from qwenq.evals.sandbox.programs import Outcome, Program
-from qwenq.evals.sandbox.run import run_programs
-from qwenq.evals.scoring import score
-from qwenq.evals.served import Contestant, Response, Served
+from qwenq.evals.generation import generate_answers
+from qwenq.evals.model import EvalModel, LocalModel, RemoteModel, Response
+from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
+from qwenq.evals.scoring import score_choices
 from qwenq.evals.task import (
     Answer,
     Chosen,
@@ -37,17 +42,17 @@ from qwenq.evals.task import (
     Judgement,
     MakeProgram,
     Request,
+    Task,
     Written,
     final_answer,
 )
-from qwenq.evals.tasks.script import Script
 from qwenq.events import Advance, Finish, Listener, Start, silent
 from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """A task's items with the settings that a model is asked with.
 
     Attributes:
@@ -62,7 +67,7 @@ class Plan:
         thinking: whether the model thinks before it answers; the text behind its thoughts is judged.
     """
 
-    task: Script
+    task: Task
     items: Sequence[Item]
     shots: int | None = None
     limit: int | None = None
@@ -106,8 +111,8 @@ class Answers:
 
 
 def make_plan(
-    task: Script, source: DataSource, subjects: Sequence[str], shots: int | None, limit: int | None
-) -> Plan:
+    task: Task, source: DataSource, subjects: Sequence[str], shots: int | None, limit: int | None
+) -> TaskPlan:
     """Load and validate the items: of each subject the first ``limit``.
 
     Raises:
@@ -132,12 +137,12 @@ def make_plan(
         notes.append(f"{task.name} has no subjects: all of its questions are asked")
         subjects = ()
     own = None if shots == task.shots else shots  # given or not, it is the same question
-    return Plan(task, kept, own, limit if cut else None, tuple(subjects), source, tuple(notes))
+    return TaskPlan(task, kept, own, limit if cut else None, tuple(subjects), source, tuple(notes))
 
 
 def answer(
-    eval_model: Contestant,
-    plan: Plan,
+    eval_model: EvalModel,
+    plan: TaskPlan,
     run: Path,
     listener: Listener,
     *,
@@ -152,7 +157,7 @@ def answer(
         listener: receives progress.
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
-        team: further processes that ask a share, each in ``assist``; this one is rank 0.
+        team: further processes that ask a share, each in ``answer_share``; this one is rank 0.
 
     Raises:
         DataError: prompts that do not fit the model's context; nothing has been asked then.
@@ -160,19 +165,19 @@ def answer(
     """
     if plan.task.needs_sandbox and sandbox is None:
         raise ValueError(f"{plan.task.name} needs a sandbox")
-    task, title, key = plan.task, _title(eval_model, plan), records_key(eval_model, plan)
+    task, title, key = plan.task, _title(eval_model, plan), answer_log_key(eval_model, plan)
     hashes = {item.id: request_hash(item, plan.request(item)) for item in plan.items}
-    with Records(run, title, key) as records:
-        take_parts(records, run, title, key)
+    with AnswerLog(run, title, key) as records:
+        merge_rank_logs(records, run, title, key)
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
         step = step_name(eval_model, plan)
         listener(Start(step, len(plan.items), "items", len(plan.items) - len(open_)))
-        team.tell([item.id for item in open_])
+        team.broadcast_object([item.id for item in open_])
         _ask(eval_model, plan, open_, records, listener, batch, team)
-        team.wait()
-        for record in take_parts(records, run, title, key):
+        team.barrier()
+        for record in merge_rank_logs(records, run, title, key):
             listener(Advance(step, result=record.correct))
-        require_all(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
+        require_none_missing(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
         found_records = _all(records, plan.items, hashes)
         if sandbox is not None and task.program is not None:
             _run_pending(task.program, plan.items, found_records, records, sandbox, listener, step)
@@ -182,31 +187,35 @@ def answer(
     return replace(answers, questions=questions_hash(hashes))
 
 
-def step_name(eval_model: Contestant, plan: Plan) -> str:
+def step_name(eval_model: EvalModel, plan: TaskPlan) -> str:
     """Return the name of a model's way through a task, for progress."""
     return f"{eval_model.model.name} {eval_model.model.precision}, {plan.task.name}"
 
 
-def assist(eval_model: Contestant, plan: Plan, run: Path, team: Team, *, batch: int | None = None) -> None:
+def answer_share(
+    eval_model: EvalModel, plan: TaskPlan, run: Path, team: Team, *, batch: int | None = None
+) -> None:
     """Ask this rank's share of the items of ``answer``, and leave the records for rank 0."""
-    wanted = set(team.tell())
+    wanted = set(team.broadcast_object())
     open_ = [item for item in plan.items if item.id in wanted]
-    with Records(run, title_of(_title(eval_model, plan), team), records_key(eval_model, plan)) as records:
+    with AnswerLog(
+        run, rank_title(_title(eval_model, plan), team), answer_log_key(eval_model, plan)
+    ) as records:
         _ask(eval_model, plan, open_, records, silent, batch, team)
-    team.wait()
+    team.barrier()
 
 
 def _ask(
-    eval_model: Contestant,
-    plan: Plan,
+    eval_model: EvalModel,
+    plan: TaskPlan,
     items: Sequence[Item],
-    records: Records,
+    records: AnswerLog,
     listener: Listener,
     batch: int | None,
     team: Team,
 ) -> None:
     """Ask this rank's share of these items, and record each answer."""
-    shares = deal([cost(plan.request(item)) for item in items], team.world)
+    shares = split_by_cost([cost(plan.request(item)) for item in items], team.world)
     mine = [items[index] for index in shares[team.rank]]
     requests = [plan.request(item) for item in mine]
     if not mine:
@@ -220,7 +229,7 @@ def _ask(
                 listener(Advance(step_name(eval_model, plan), result=record.correct))
 
 
-def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Record:
+def _judged(plan: TaskPlan, item: Item, request: Request, response: Response) -> AnswerRecord:
     """Judge an answer; without a verdict where the sandbox gives it, or the right answer is not published.
 
     A chat model's thoughts are recorded, but not judged.
@@ -233,7 +242,7 @@ def _judged(plan: Plan, item: Item, request: Request, response: Response) -> Rec
     return record if judgement.known and not task.needs_sandbox else replace(record, correct=None)
 
 
-def records_key(eval_model: Contestant, plan: Plan) -> dict[str, object]:
+def answer_log_key(eval_model: EvalModel, plan: TaskPlan) -> dict[str, object]:
     """Return everything that an answer depends on but the item, which has a separate hash."""
     task = plan.task
     return {
@@ -248,21 +257,25 @@ def records_key(eval_model: Contestant, plan: Plan) -> dict[str, object]:
     }
 
 
-def records_name(eval_model: Contestant, plan: Plan) -> str:
+def answer_log_name(eval_model: EvalModel, plan: TaskPlan) -> str:
     """Return the name of the records' file without its suffix."""
-    return name_of(_title(eval_model, plan), records_key(eval_model, plan))
+    return name_of(_title(eval_model, plan), answer_log_key(eval_model, plan))
 
 
-def _title(eval_model: Contestant, plan: Plan) -> str:
+def _title(eval_model: EvalModel, plan: TaskPlan) -> str:
     model = eval_model.model
     return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
 
 
 def _responses(
-    eval_model: Contestant, plan: Plan, items: Sequence[Item], requests: Sequence[Request], batch: int | None
+    eval_model: EvalModel,
+    plan: TaskPlan,
+    items: Sequence[Item],
+    requests: Sequence[Request],
+    batch: int | None,
 ) -> Iterator[list[Response]]:
     """Return an iterator of answers in batches; the model is loaded when this returns."""
-    if isinstance(eval_model, Served):
+    if isinstance(eval_model, RemoteModel):
         return ([response] for response in eval_model.respond(items, requests))
     encoded = encode_requests(eval_model.tokenizer, items, requests)
     require_context(encoded, eval_model.engine.context)
@@ -274,26 +287,28 @@ def _responses(
 
 
 def _answers(
-    eval_model: Contender, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
+    eval_model: LocalModel, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
 ) -> Iterator[list[tuple[int, Answer]]]:
     """Yield (index into ``encoded``, answer): letters first, a batch at a time, then texts, one by one."""
     choices = [(i, one) for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)]
     texts = [(i, one) for i, one in enumerate(encoded) if isinstance(one, WriteTokens)]
     engine = eval_model.engine
     if choices:
-        for found in score(engine, [one for _, one in choices], budget_for(engine, batch)):
+        for found in score_choices(engine, [one for _, one in choices], budget_for(engine, batch)):
             yield [(choices[place][0], chosen) for place, chosen in found]
     if texts:
         tokenizer, requests = eval_model.tokenizer, [one for _, one in texts]
         budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
         sampling = eval_model.sampling[0] if thinking else GREEDY
-        for place, written in write(engine, tokenizer, requests, tokenizer.eos_ids, *budgets, sampling):
+        for place, written in generate_answers(
+            engine, tokenizer, requests, tokenizer.eos_ids, *budgets, sampling
+        ):
             yield [(texts[place][0], written)]
 
 
-def _record(item: Item, asked: str, response: Response, judgement: Judgement) -> Record:
+def _record(item: Item, asked: str, response: Response, judgement: Judgement) -> AnswerRecord:
     found = response.answer
-    base = Record(
+    base = AnswerRecord(
         id=item.id,
         subject=item.subject,
         asked=asked,
@@ -312,8 +327,8 @@ def _record(item: Item, asked: str, response: Response, judgement: Judgement) ->
 def _run_pending(
     program: MakeProgram,
     items: Sequence[Item],
-    found: Sequence[Record],
-    records: Records,
+    found: Sequence[AnswerRecord],
+    records: AnswerLog,
     sandbox: Sandbox,
     listener: Listener,
     step: str,
@@ -338,7 +353,7 @@ def _run_pending(
     run_programs([one for _, one in pending.values()], sandbox=sandbox, on_done=done)
 
 
-def _all(records: Records, items: Sequence[Item], hashes: dict[str, str]) -> list[Record]:
+def _all(records: AnswerLog, items: Sequence[Item], hashes: dict[str, str]) -> list[AnswerRecord]:
     found = [records.find(item.id, hashes[item.id]) for item in items]
     missing = [item.id for item, record in zip(items, found, strict=True) if record is None]
     if missing:
@@ -346,7 +361,7 @@ def _all(records: Records, items: Sequence[Item], hashes: dict[str, str]) -> lis
     return [record for record in found if record is not None]
 
 
-def _answers_of(items: Sequence[Item], found: Sequence[Record], recorded: int) -> Answers:
+def _answers_of(items: Sequence[Item], found: Sequence[AnswerRecord], recorded: int) -> Answers:
     judged = [
         (item, Judgement(bool(record.correct), record.extracted, record.also, record.note))
         for item, record in zip(items, found, strict=True)

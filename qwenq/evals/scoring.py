@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import ModelError
-from qwenq.evals.memory import Budget, is_out_of_memory, longest_first
-from qwenq.evals.prefix import Group, group_by_prefix
-from qwenq.evals.requests import ChoiceTokens
+from qwenq.evals.batching import (
+    Budget,
+    ChoiceTokens,
+    PrefixGroup,
+    group_by_prefix,
+    is_out_of_memory,
+    longest_first,
+)
 from qwenq.evals.task import Chosen
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine
@@ -24,7 +29,7 @@ from qwenq.stopping import stop_here
 
 
 @torch.inference_mode()
-def score(
+def score_choices(
     engine: Engine, requests: Sequence[ChoiceTokens], budget: Budget
 ) -> Iterator[list[tuple[int, Chosen]]]:
     """Yield (index, answer) for each request, a batch at a time, in any order.
@@ -37,7 +42,7 @@ def score(
         yield from _score_group(engine, requests, group, budget)
 
 
-def shared_groups(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Group]:
+def shared_groups(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[PrefixGroup]:
     """Return groups of prompts whose shared prefix can be encoded once.
 
     Qwen v1 changes the rotary base with a prompt's length: only prompts of one base share a prefix, and only
@@ -51,7 +56,7 @@ def shared_groups(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Grou
         for found in group_by_prefix([prompts[index] for index in members]):
             own = tuple(members[place] for place in found.members)
             usable = engine.prompt_alpha(found.length) == alpha
-            groups.append(Group(found.length if usable else 0, own))
+            groups.append(PrefixGroup(found.length if usable else 0, own))
     return groups
 
 
@@ -91,7 +96,7 @@ def require_finite(values: Tensor, names: Sequence[str]) -> None:
 
 
 def _score_group(
-    engine: Engine, requests: Sequence[ChoiceTokens], group: Group, budget: Budget
+    engine: Engine, requests: Sequence[ChoiceTokens], group: PrefixGroup, budget: Budget
 ) -> Iterator[list[tuple[int, Chosen]]]:
     shared = group.length
     prefix = encode_prefix(engine, requests[group.members[0]].prompt[:shared])

@@ -10,30 +10,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qwenq.comparison import PLAIN
 from qwenq.distributed import ALONE, Team
 from qwenq.environment import MACHINE, environment, machine
 from qwenq.errors import DataError, QwenqError
-from qwenq.evals.contender import Contender, by_need, settle_families
-from qwenq.evals.recorded import has_check, record_check
-from qwenq.evals.records import FOLDER
-from qwenq.evals.rows import asked_apart, base_row, cut_short, rows_of
-from qwenq.evals.run import Answers, Plan, answer, assist, make_plan, records_name
-from qwenq.evals.sandbox.find import Sandbox, find_sandbox
-from qwenq.evals.sandbox.run import run_programs
-from qwenq.evals.served import Contestant, Served
-from qwenq.evals.task import DataSource, ProtocolName
+from qwenq.evals.answer_log import FOLDER
+from qwenq.evals.model import MAX_NEW_TOKENS, EvalModel, LocalModel, RemoteModel, assign_bases, bases_first
+from qwenq.evals.rows import append_check_rows, base_row, cut_notice, has_check, rows_of, unpaired_reason
+from qwenq.evals.run import Answers, TaskPlan, answer, answer_log_name, answer_share, make_plan
+from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
+from qwenq.evals.task import MAIN, DataSource, ProtocolName
 from qwenq.evals.tasks import ceval
-from qwenq.evals.tasks.averages import MAIN
 from qwenq.evals.tasks.registry import get_task
-from qwenq.evals.thinking import MAX_NEW_TOKENS
 from qwenq.events import Advance, Listener, Notice, Start
-from qwenq.paired.base import PLAIN
 from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvalRequest:
     """Settings of an evaluation.
 
     Attributes:
@@ -59,7 +54,7 @@ class Wanted:
     unsafe_code: bool = False
     max_new_tokens: int | Mapping[str, int] | None = None
 
-    def plan_for(self, eval_model: Contestant, plan: Plan) -> Plan:
+    def plan_for(self, eval_model: EvalModel, plan: TaskPlan) -> TaskPlan:
         """Return the plan for this model: whether it thinks, and the limit of answers."""
         wanted = self.max_new_tokens
         limit = wanted.get(plan.task.name) if isinstance(wanted, Mapping) else wanted
@@ -73,8 +68,8 @@ class Wanted:
 
 
 def evaluate(
-    eval_models: Sequence[Contestant],
-    wanted: Wanted,
+    eval_models: Sequence[EvalModel],
+    wanted: EvalRequest,
     run: Path,
     listener: Listener,
     command: str = "",
@@ -87,7 +82,7 @@ def evaluate(
 
     Args:
         command: as the user typed it, for the rows.
-        team: further processes that ask a share, each in ``assist_all``; this one is rank 0.
+        team: further processes that ask a share, each in ``evaluate_share``; this one is rank 0.
 
     Raises:
         DataError: no data, broken data, prompts that no model here can take.
@@ -95,31 +90,31 @@ def evaluate(
         UnsupportedError: no sandbox works here, and ``unsafe_code`` is off.
         QwenqError: a model cannot be loaded, or its logits are not finite.
     """
-    order = by_need(eval_models)
+    order = bases_first(eval_models)
     plans = _plans(order, wanted)
     coded = [plan for plan in plans.values() if plan.task.needs_sandbox]
     sandbox = find_sandbox(wanted.unsafe_code) if coded else None
     rows: list[Row] = []
-    here = [one for one in order if isinstance(one, Contender)]
+    here = [one for one in order if isinstance(one, LocalModel)]
     with locked(run):
         write_environment(run, environment())
         notes = [note for plan in plans.values() for note in plan.notes]
-        for line in dict.fromkeys([*settle_families(here, _recorded_bases(run)), *notes]):
+        for line in dict.fromkeys([*assign_bases(here, _recorded_bases(run)), *notes]):
             listener(Notice(line))
         if sandbox is not None:
             for plan in coded:
                 check_solutions(plan, sandbox, run, listener)
         for eval_model in order:
-            if isinstance(eval_model, Contender) and eval_model.quantised:
+            if isinstance(eval_model, LocalModel) and eval_model.quantised:
                 rows += _recorded_check(eval_model, run, listener)
             for name in wanted.tasks:
                 plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
                 answers = answer(
                     eval_model, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
                 )
-                if isinstance(eval_model, Served) and answers.recorded:
+                if isinstance(eval_model, RemoteModel) and answers.recorded:
                     listener(Notice(_served_before(answers.recorded)))
-                for line in cut_short(plan, answers):
+                for line in cut_notice(plan, answers):
                     listener(Notice(f"{eval_model.model.name} {eval_model.model.precision}: {line}"))
                 rows += _append_rows(eval_model, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
@@ -140,30 +135,30 @@ def _served_before(count: int) -> str:
     return f"{answers} recorded from this address already; --out NEW asks again"
 
 
-def _recorded_check(eval_model: Contender, run: Path, listener: Listener) -> list[Row]:
+def _recorded_check(eval_model: LocalModel, run: Path, listener: Listener) -> list[Row]:
     """Return rows of the check that `qwenq quantize` made; none without a check."""
     folder = eval_model.checkpoint.folder
     if not has_check(folder):
         return []
     try:
-        return record_check(folder, eval_model.model, run)
+        return append_check_rows(folder, eval_model.model, run)
     except QwenqError as error:
         listener(Notice(f"the check of {eval_model.model.name} is not shown: {error.what} ({error.where})"))
         return []
 
 
-def assist_all(eval_models: Sequence[Contestant], wanted: Wanted, run: Path, team: Team) -> None:
+def evaluate_share(eval_models: Sequence[EvalModel], wanted: EvalRequest, run: Path, team: Team) -> None:
     """Ask this rank's share of every task of ``evaluate``."""
-    order = by_need(eval_models)
+    order = bases_first(eval_models)
     plans = _plans(order, wanted)
     for eval_model in order:
         for name in wanted.tasks:
             plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
-            assist(eval_model, plan, run, team, batch=wanted.batch)
+            answer_share(eval_model, plan, run, team, batch=wanted.batch)
         eval_model.unload()
 
 
-def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, ProtocolName], Plan]:
+def _plans(order: Sequence[EvalModel], wanted: EvalRequest) -> dict[tuple[str, ProtocolName], TaskPlan]:
     """Return every task under every protocol that is needed, with its items."""
     return {
         (name, protocol): make_plan(
@@ -174,7 +169,7 @@ def _plans(order: Sequence[Contestant], wanted: Wanted) -> dict[tuple[str, Proto
     }
 
 
-def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener) -> None:
+def check_solutions(plan: TaskPlan, sandbox: Sandbox, run: Path, listener: Listener) -> None:
     """Run the benchmark's own solutions, once for each run folder: if they fail, no verdict means anything.
 
     Raises:
@@ -215,10 +210,10 @@ def check_solutions(plan: Plan, sandbox: Sandbox, run: Path, listener: Listener)
 
 
 def _append_rows(
-    eval_model: Contestant,
-    plan: Plan,
+    eval_model: EvalModel,
+    plan: TaskPlan,
     answers: Answers,
-    wanted: Wanted,
+    wanted: EvalRequest,
     run: Path,
     sandbox: Sandbox | None,
     command: str,
@@ -237,22 +232,22 @@ def _append_rows(
     if (kind := _thinking(eval_model, plan)) is not None:
         settings["thinking"] = kind
     if not answers.recorded:  # records do not hold the batch size
-        served = eval_model.endpoint.concurrency if isinstance(eval_model, Served) else None
+        served = eval_model.endpoint.concurrency if isinstance(eval_model, RemoteModel) else None
         settings["batch"] = served or wanted.batch or "auto"
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = "; ".join(answers.sandboxes) or sandbox.implementation
-    base, apart = base_row(run, eval_model, plan), asked_apart(run, eval_model, plan)
+    base, apart = base_row(run, eval_model, plan), unpaired_reason(run, eval_model, plan)
     rows = rows_of(eval_model, plan, answers, base, settings, command, apart)
     for row in rows:
         append_row(run, row)
     return rows
 
 
-def _thinking(eval_model: Contestant, plan: Plan) -> str | None:
+def _thinking(eval_model: EvalModel, plan: TaskPlan) -> str | None:
     """Return ``on`` or ``off`` where a chat model has that choice; None where a server decides."""
     if plan.task.protocol != "card":
         return None
-    if isinstance(eval_model, Served):
+    if isinstance(eval_model, RemoteModel):
         asked = eval_model.endpoint.thinking
         return None if asked is None else "on" if asked else "off"
     if eval_model.tokenizer.thinking == "never":
@@ -260,14 +255,14 @@ def _thinking(eval_model: Contestant, plan: Plan) -> str | None:
     return "on" if plan.thinking else "off"
 
 
-def _write_submission(eval_model: Contestant, plan: Plan, answers: Answers, run: Path) -> str:
+def _write_submission(eval_model: EvalModel, plan: TaskPlan, answers: Answers, run: Path) -> str:
     """Write the file for C-Eval's leaderboard, as the test split has no published answers; return a notice.
 
     It is named as its records are, so that no other answers overwrite it, nor a part of them the whole.
     """
     asked, all_ = len(answers.judged), ceval.TEST.total or 0
     ending = "part.json" if asked < all_ else "json"
-    path = run / f"ceval-submission.{records_name(eval_model, plan)}.{ending}"
+    path = run / f"ceval-submission.{answer_log_name(eval_model, plan)}.{ending}"
     atomic_write_json(path, ceval.submission(answers.judged))
     if asked < all_:
         part = f"answers to {asked:,} of the {all_:,} questions of C-Eval's test split"

@@ -1,17 +1,20 @@
-"""Define items, requests, answers and scores.
-
-A task knows no model, tokenizer or engine: it makes a request for each item (``Choose`` one of some
-continuations, or ``Write`` text) and judges the answer. ``evals.run`` turns requests into tokens.
-"""
+"""Define what a benchmark is: items, a request for each, a judgement on each answer, scores of all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from qwenq.evals.sandbox.programs import Program
+from qwenq.errors import UsageError
+from qwenq.evals.sandbox.run import Program
+
+# Define items, requests, answers and scores.
+#
+# A task knows no model, tokenizer or engine: it makes a request for each item (``Choose`` one of some
+# continuations, or ``Write`` text) and judges the answer. ``evals.run`` turns requests into tokens.
+
 
 ProtocolName = Literal["card", "base", "lm-eval"]
 Message = Mapping[str, str]
@@ -169,3 +172,164 @@ class DataSource:
 
 MakeProgram = Callable[[Item, str], Program]
 """Make the program for the sandbox from an item and the code extracted from its answer."""
+
+
+# Compose a benchmark under one protocol from functions; protocols differ in the functions they name.
+
+
+Judged = Sequence[tuple[Item, Judgement]]
+
+
+def missing_subjects(name: str, subjects: Collection[str], items: Sequence[Item]) -> list[str]:
+    """Return a notice where the items cover only some of the benchmark's subjects."""
+    covered = {item.subject for item in items} & set(subjects)
+    if not covered or len(covered) == len(subjects):
+        return []
+    return [
+        f"{len(covered)} of the {len(subjects)} subjects of {name}: "
+        "not comparable with a score over all of them"
+    ]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark under one protocol: copy ``tasks/gsm8k.py`` for a new one.
+
+    Attributes:
+        name: ``mmlu``, ``gsm8k`` …
+        protocol: whose prompts, extraction and averages it uses.
+        version: raised whenever prompts, extraction or averages change: older records are not used then.
+        shots: default number of examples.
+        allowed_shots: numbers of examples that the protocol has a prompt for.
+        load: items of a source, of these subjects (none: all), each with this many examples.
+        ask: the request for an item.
+        read: the judgement on an answer; it runs no code.
+        average: scores, the main one first.
+        comment: notices on a set of items.
+        program: the sandbox's program for an item and the extracted code; None: nothing has to be run.
+        reference: the benchmark's own solution of an item, where there are programs.
+        spare: references that may fail before the data or the sandbox counts as broken.
+    """
+
+    name: str
+    protocol: ProtocolName
+    version: int
+    shots: int
+    allowed_shots: Sequence[int]
+    load: Callable[[DataSource, Sequence[str], int], list[Item]]
+    ask: Callable[[Item], Request]
+    read: Callable[[Item, Any], Judgement]
+    average: Callable[[Judged], list[Score]]
+    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []
+    program: MakeProgram | None = None
+    reference: Callable[[Item], str] | None = None
+    spare: int = 0
+
+    @property
+    def needs_sandbox(self) -> bool:
+        """Return whether the answers are code that has to be run."""
+        return self.program is not None
+
+    def items(self, source: DataSource, subjects: Sequence[str] = (), shots: int | None = None) -> list[Item]:
+        """Return all items, validated.
+
+        Raises:
+            DataError: no data, broken data, or a subject that does not exist.
+            UsageError: a number of examples that this protocol has no prompt for.
+        """
+        wanted = self.shots if shots is None else shots
+        if wanted not in self.allowed_shots:
+            raise UsageError(
+                f"{self.name} under the {self.protocol} protocol cannot show {wanted} examples",
+                where="--shots",
+                hint=f"it takes {_spoken(self.allowed_shots)}; leave the option out for {self.shots}",
+            )
+        return self.load(source, tuple(subjects), wanted)
+
+    def request(self, item: Item) -> Request:
+        """Return the request for an item."""
+        return self.ask(item)
+
+    def judge(self, item: Item, answer: Answer) -> Judgement:
+        """Return the judgement on an answer."""
+        return self.read(item, answer)
+
+    def scores(self, judged: Judged) -> list[Score]:
+        """Return the scores, the main one first; none without items."""
+        return self.average(judged) if judged else []
+
+    def notes(self, items: Sequence[Item]) -> list[str]:
+        """Return notices on these items."""
+        return self.comment(items)
+
+
+def _spoken(numbers: Sequence[int]) -> str:
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return " or ".join(map(str, numbers))
+
+
+# Average verdicts over items (micro) or over subjects (macro).
+
+
+MAIN = "accuracy"
+_Verdict = tuple[str | None, bool]  # subject of an item, and whether it was answered correctly
+
+
+def score_all(
+    judged: Sequence[tuple[Item, Judgement]],
+    *,
+    macro: bool = False,
+    categories: Mapping[str, Sequence[str]] | None = None,
+) -> list[Score]:
+    """Return the main score, then one for each further verdict of all items (``accuracy.published``).
+
+    Args:
+        judged: at least one item.
+        macro: subjects count alike; else items do. Categories are averaged the same way inside.
+        categories: subjects by category; a subject may be in several. Those without items are left out.
+    """
+    further = [name for name in judged[0][1].also if all(name in verdict.also for _, verdict in judged)]
+    main = [(item.subject, verdict.correct) for item, verdict in judged]
+    scores = [_score(MAIN, main, macro, categories or {})]
+    for name in further:
+        verdicts = [(item.subject, verdict.also[name]) for item, verdict in judged]
+        scores.append(_score(f"{MAIN}.{name}", verdicts, macro, categories or {}))
+    return scores
+
+
+def _score(
+    metric: str, verdicts: Sequence[_Verdict], macro: bool, categories: Mapping[str, Sequence[str]]
+) -> Score:
+    by_category = {
+        name: _average([verdict for verdict in verdicts if verdict[0] in subjects], macro)
+        for name, subjects in categories.items()
+        if any(subject in subjects for subject, _ in verdicts)
+    }
+    return Score(
+        metric=metric,
+        value=_average(verdicts, macro),
+        macro=macro,
+        n=len(verdicts),
+        parts=_by_subject(verdicts),
+        categories=by_category,
+    )
+
+
+def _average(verdicts: Sequence[_Verdict], macro: bool) -> float:
+    if macro:
+        return _mean(_by_subject(verdicts).values())
+    return _mean(float(correct) for _, correct in verdicts)
+
+
+def _by_subject(verdicts: Sequence[_Verdict]) -> dict[str, float]:
+    subjects = dict.fromkeys(subject for subject, _ in verdicts if subject is not None)
+    return {
+        subject: _mean(float(correct) for name, correct in verdicts if name == subject)
+        for subject in subjects
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

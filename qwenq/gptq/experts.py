@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from qwenq.distributed import Team
-from qwenq.gptq.drift import Deviation, measure_deviation
+from qwenq.gptq.asymmetric import Deviation, measure_deviation
 from qwenq.gptq.hessian import hessian
-from qwenq.models.routed_experts import Routed
+from qwenq.models.transformers_model import Routed
 
 PULL = 1 / 16  # κ as a share of the input width
 ENOUGH = 1 / 4  # tokens as a share of the input width from which on an expert's own Hessian is enough
@@ -69,7 +69,7 @@ def measure_expert(
         ],
         device=weights[0].device,
     )
-    team.add(counts)
+    team.all_reduce_sum(counts)
     own, paired, all_tokens = counts.tolist()
     pull = width * PULL if own < width * ENOUGH else 0.0
     H = torch.zeros(width, width, device=weights[0].device)

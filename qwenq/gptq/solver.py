@@ -26,9 +26,8 @@ from torch import Tensor
 
 from qwenq.compute.columns import Block, round_columns
 from qwenq.errors import QuantisationError, UsageError
-from qwenq.gptq.grid import Grid, Rounded
-from qwenq.gptq.refine import descend
-from qwenq.gptq.scales import ScaleSearch, search_grid
+from qwenq.gptq.coordinate_descent import descend
+from qwenq.gptq.grid import Grid, Rounded, ScaleSearch, search_grid
 
 PANEL = 192  # columns of a triangular or symmetric matrix that are solved for or multiplied by at a time
 BLOCK = 64  # columns per lazy update. The paper has 128; on a CPU shorter rank-1 updates win

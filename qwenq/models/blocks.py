@@ -16,14 +16,18 @@ from torch.nn import functional
 
 from qwenq.compute import attention
 from qwenq.compute.block import fallback_notice
-from qwenq.models.fused_block import OURS, attention_name, fuse_blocks
-from qwenq.models.hf_config import refused_by_transformers, transformers_config
+from qwenq.compute.transformers_blocks import OURS, attention_name, fuse_blocks
 from qwenq.models.integrity import check_finite, require_numbers
-from qwenq.models.kept import kept_of, linears_of
-from qwenq.models.long_context import require_plain
-from qwenq.models.process_memory import FreedMemory
-from qwenq.models.routed_experts import unfuse
+from qwenq.models.machine import FreedMemory
+from qwenq.models.qwen_v1 import require_plain
 from qwenq.models.source import require_shape, require_tensors
+from qwenq.models.transformers_model import (
+    kept_of,
+    linears_of,
+    refused_by_transformers,
+    transformers_config,
+    unfuse,
+)
 
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
@@ -43,8 +47,8 @@ class BlockwiseDecoder:
         attention: the name of what computes it. In layers that slide a window it is torch's for texts that
             fill that. Where it is ours, norms, rotary positions and activations are, too, if
             the architecture allows it: the same on all machines.
-        attention_why_not: why attention is torch's, in words that follow "because"; None: it is ours.
-        passed_over: a sentence for the user on what runs slower, in torch, or None.
+        attention_reason: why attention is torch's, in words that follow "because"; None: it is ours.
+        fallback_notice: a sentence for the user on what runs slower, in torch, or None.
         names: "model.layers.0", …, the blocks' names in the checkpoint.
 
     Raises:
@@ -59,9 +63,9 @@ class BlockwiseDecoder:
         config = transformers_config(checkpoint.config, checkpoint.folder)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = attention_name(device, dtype, head_dim)
-        self.attention_why_not = attention.unsupported_reason(device, dtype, head_dim)
+        self.attention_reason = attention.unsupported_reason(device, dtype, head_dim)
         missed = fallback_notice("attention, norms and activations", device, dtype, {"a head": head_dim})
-        self.passed_over = missed or self._windowed(config)
+        self.fallback_notice = missed or self._windowed(config)
         with refused_by_transformers(checkpoint.folder):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -83,13 +87,13 @@ class BlockwiseDecoder:
         reason = fuse_blocks(self._blocks, config)
         if reason is not None:
             missed = f"norms and activations run in torch, which takes longer, because {reason}"
-            self.passed_over = f"{self.passed_over}; {missed}" if self.passed_over else missed
+            self.fallback_notice = f"{self.fallback_notice}; {missed}" if self.fallback_notice else missed
 
     def _windowed(self, config: Any) -> str | None:
         """Return the sentence for layers whose attention may be torch's."""
         kinds = getattr(config, "layer_types", None) or []
         windowed = sum(kind == "sliding_attention" for kind in kinds)
-        if not windowed or self.attention_why_not is not None:
+        if not windowed or self.attention_reason is not None:
             return None
         return (
             f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} "

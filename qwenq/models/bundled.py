@@ -169,7 +169,7 @@ def _write_weights(reader: gguf.GGUFReader, config: dict[str, Any], folder: Path
     import torch
     from gguf import dequantize
 
-    from qwenq.models.shards import write_shards
+    from qwenq.models.safetensors_files import write_shards
     from qwenq.models.source import TensorInfo
 
     stored = {hf_name(tensor.name): tensor for tensor in reader.tensors}

@@ -12,9 +12,9 @@ from importlib.resources import files
 from typing import Any
 
 from qwenq.errors import UsageError
-from qwenq.models.not_yet import refuse_by_name
-from qwenq.models.qwen_v1_config import END_OF_TEXT, IM_END, qwen2_config
+from qwenq.models.qwen_v1 import END_OF_TEXT, IM_END, qwen2_config
 from qwenq.models.shapes import ModelShape
+from qwenq.models.unsupported import refuse_by_name
 from qwenq.published import PublishedRow, published_rows
 
 BUNDLED = "smollm2-135m-instruct"

@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import QwenqError
-from qwenq.models.config import read_config, require_layers
+from qwenq.models.config import is_nested, read_config, require_layers, text_config, whole_config
+from qwenq.models.folders import missing_manifest, refuse_foreign_links
 from qwenq.models.gptq_config import QuantConfig, is_quantised, settings_of
-from qwenq.models.long_context import long_context_of
-from qwenq.models.manifest import missing_manifest
-from qwenq.models.own_files import require_own_files
-from qwenq.models.qwen_v1 import qwen2_view
-from qwenq.models.source import TensorInfo, TensorSource
-from qwenq.models.text_config import is_nested, text_config, whole_config
-from qwenq.models.text_view import TextView
+from qwenq.models.qwen_v1 import long_context_of, qwen2_view
+from qwenq.models.source import TensorInfo, TensorSource, TextView
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +80,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Return 16 hex digits over names, shapes, dtypes and bytes of all weights, and the config."""
-        from qwenq.models.fingerprint import fingerprint
+        from qwenq.models.integrity import fingerprint
 
         if self.view is not None and self.source is self.view:  # files are hashed as they are
             return fingerprint(self.published_config, self.view.whole)
@@ -106,7 +102,7 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         CorruptFileError: a shard is missing, truncated or damaged; a file is a link out of the folder.
         UnsupportedError: an architecture or a weight format that is not supported.
     """
-    require_own_files(folder)
+    refuse_foreign_links(folder)
     config, notices = read_config(folder)
     source, unread = open_weights(folder)
     names = list(source.names())

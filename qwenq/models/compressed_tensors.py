@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import UnsupportedError
-from qwenq.models.dynamic import patterns
+from qwenq.models.gptq_config import patterns
 from qwenq.models.source import TensorInfo, TensorSource
 
 if TYPE_CHECKING:

@@ -1,18 +1,125 @@
-"""Read config.json and check it against the architectures that are known here."""
+"""Read config.json and check it: known architectures, believable numbers, one way to rotate heads."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.not_yet import NOT_YET, missing_by_config
-from qwenq.models.rope_parameters import rope_parameters
-from qwenq.models.text_config import is_nested, text_config
+from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_by_config
+
+# Read the language model's config inside the config.json of a larger model.
+
+
+SAME_DECODER = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}
+"""Types whose blocks are another type's: the three rows of positions are equal for text, so mrope is rope."""
+
+_OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")
+"""Keys that vision-language models have at the top of config.json, and that the language model needs."""
+
+
+def is_nested(config: Mapping[str, Any]) -> bool:
+    """Return whether config.json describes more than a language model: a vision-language model, say."""
+    return isinstance(config.get("text_config"), dict)
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the language model: config.json itself, or what lies under ``text_config``."""
+    nested = config.get("text_config")
+    if not isinstance(nested, dict):
+        return dict(config)
+    kind = nested.get("model_type", f"{config['model_type']}_text")
+    shared = {key: config[key] for key in _OF_THE_WHOLE if key in config}
+    found = {**nested, **shared, "model_type": SAME_DECODER.get(kind, kind)}
+    if found["model_type"] != kind:
+        for key in ("rope_parameters", "rope_scaling"):
+            if isinstance(rope := found.get(key), dict):
+                found[key] = {name: value for name, value in rope.items() if not name.startswith("mrope")}
+    return found
+
+
+def whole_config(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json for a language model whose own config is now ``text``.
+
+    Args:
+        config: of the whole model, as published.
+        text: of its language model, from ``text_config``, with values that may have changed since.
+    """
+    if not is_nested(config):
+        return dict(text)
+    before = text_config(config)
+    changed = {key: value for key, value in text.items() if before.get(key) != value}
+    top = {key: changed.pop(key) for key in _OF_THE_WHOLE if key in changed}
+    return {**config, **top, "text_config": {**config["text_config"], **changed}}
+
+
+# Read how config.json rotates heads: two spellings, which have to agree.
+
+
+DEFAULT_THETA = 10_000.0
+"""The rotary base where config.json says none."""
+_POSITIVE = {
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "attention_factor",
+}  # fmt: skip
+_LARGEST = 2**31
+"""Of a rope scaling."""
+_COPY_AGAIN = "copy the model's config.json again"
+
+
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a Llama or Qwen model rotates its heads, in either spelling of config.json."""
+    scaling, parameters = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    if scaling and parameters and _whole(scaling, config) != _whole(parameters, config):
+        raise ModelError(
+            "rope_scaling and rope_parameters of config.json say different things",
+            hint="keep one of them, with rope_theta in it; transformers 5 writes rope_parameters",
+        )
+    found = {**scaling, **parameters}
+    if nested := sorted(name for name, value in found.items() if isinstance(value, dict)):
+        raise ModelError(
+            f"the rope parameters of config.json are those of kinds of layers ({', '.join(nested)}); a Llama "
+            "or Qwen model has the same in all layers",
+            hint=_COPY_AGAIN,
+        )
+    if kind_of(found) != "default":
+        _check_scaling({"partial_rotary_factor": config.get("partial_rotary_factor"), **found})
+    return found
+
+
+def kind_of(rope: Mapping[str, Any]) -> Any:
+    """Return the scaling's name, under either key; ``default``: there is none."""
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _whole(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what the parameters leave out, and put their kind under one name."""
+    left_out = {"rope_theta": config.get("rope_theta") or DEFAULT_THETA}
+    return {**left_out, **rope, "rope_type": kind_of(rope), "type": None}
+
+
+def _check_scaling(rope: Mapping[str, Any]) -> None:
+    if rope["partial_rotary_factor"] not in (None, 1):
+        raise ModelError(
+            f"partial_rotary_factor {rope['partial_rotary_factor']!r} of config.json: heads of a Llama or "
+            "Qwen model are rotated whole",
+            hint=_COPY_AGAIN,
+        )
+    for name in _POSITIVE & {name for name, value in rope.items() if value is not None}:
+        value = rope[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+            raise ModelError(
+                f"the rope scaling of config.json has {name} {value!r}; it has to be a positive number up to "
+                f"{_LARGEST}",
+                hint=_COPY_AGAIN,
+            )
+
+
+# Read config.json and check it against the architectures that are known here.
+
 
 KNOWN_ARCHITECTURES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -140,7 +247,7 @@ def require_layers(config: dict[str, Any], names: Iterable[str], folder: Path) -
             hint="name a causal language model",
         )
     if not any(name.startswith(last) for name in names):
-        from qwenq.models.neighbours import refuse_prefix
+        from qwenq.models.unsupported import refuse_prefix
 
         refuse_prefix(names, folder)
         raise ModelError(
@@ -155,7 +262,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _no_model(why: str, folder: Path) -> ModelError:
-    from qwenq.models.neighbours import recognise
+    from qwenq.models.unsupported import recognise
 
     holds = _listing(folder)
     if known := recognise(folder):
@@ -211,8 +318,8 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
         return []
     supported = ", ".join(KNOWN_ARCHITECTURES)
     hint = f"supported model types: {supported}"
-    if model_type in NOT_YET:
-        what = f"{model_type} is not supported yet: {NOT_YET[model_type]} would have to be added"
+    if model_type in NOT_SUPPORTED_YET:
+        what = f"{model_type} is not supported yet: {NOT_SUPPORTED_YET[model_type]} would have to be added"
     elif "auto_map" in config:
         what = f"{model_type} can only be loaded by its own remote code, which is never run here"
     elif missing := missing_by_config(config):

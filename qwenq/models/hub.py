@@ -1,4 +1,4 @@
-"""Fetch models from the hub, through ``huggingface_hub``, with errors that say what to do.
+"""Fetch models from the hub or its cache through ``huggingface_hub``, with errors that say what to do.
 
 Environment, as that library documents it: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
 A connection that drops is resumed by that library within the run; what was whole is kept for the next run.
@@ -12,13 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenq.errors import HubError
-from qwenq.models.hub_cache import what_is_missing
+from qwenq.errors import HubError, QwenqError
 from qwenq.storage import guard_storage
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import ModelInfo
+
+# Fetch models from the hub, through ``huggingface_hub``, with errors that say what to do.
+#
+# Environment, as that library documents it: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+# A connection that drops is resumed by that library within the run; what was whole is kept for the next
+# run.
+# No ``*.py`` is ever fetched.
+
 
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _PICKLE = ["pytorch_model*.bin", "*.bin.index.json"]
@@ -231,3 +238,46 @@ def _broke_off(repo_id: str, error: Exception) -> HubError:
         f"the download of {repo_id} broke off: {first_line}",
         hint=f"run the same command again: files that came whole are kept; {_OR_LOCAL}",
     )
+
+
+# Tell a whole snapshot in the hub's cache from what a download that died has left.
+#
+# The hub's library puts a file into a snapshot once it is whole, and keeps the list of the repository's
+# files
+# (since 2.4): a snapshot that lacks one of them is refused there. One that another program, or an older
+# version, has made may have no such list: then its own files have to agree with each other.
+
+
+_SHARD = re.compile(r".*-\d+-of-(\d+)\.(?:safetensors|bin)")
+
+
+def what_is_missing(snapshot: Path) -> str | None:
+    """Return why a snapshot cannot be used as it is; None: it is whole, as far as its files tell."""
+    names = {path.name for path in snapshot.iterdir() if path.is_file()}  # a link into nowhere is none
+    if "config.json" not in names:
+        return "config.json is missing"
+    try:
+        return _missing_weights(snapshot, names)
+    except QwenqError as error:
+        return error.what
+
+
+def _missing_weights(snapshot: Path, names: set[str]) -> str | None:
+    from qwenq.models.safetensors_files import open_safetensors, read_index
+
+    source = open_safetensors(snapshot)  # the index's files, and every header against its file's length
+    if source is not None:
+        return _missing_shard({file.name for file in source.files})
+    for index in snapshot.glob("*.bin.index.json"):
+        absent = set(read_index(index).values()) - names
+        if absent:
+            return f"the shard {min(absent)} is missing"
+    return _missing_shard({name for name in names if name.endswith(".bin")})
+
+
+def _missing_shard(names: set[str]) -> str | None:
+    """Report shards that others count and that are not there: the index may not have come either."""
+    totals = [int(found[1]) for name in names if (found := _SHARD.fullmatch(name))]
+    if totals and len(totals) < max(totals):
+        return f"only {len(totals)} of {max(totals)} shards are there"
+    return None

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from qwenq.errors import CorruptFileError, QwenqError, UsageError
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.folders import MANIFEST, local_path
 from qwenq.models.gptq_config import QuantConfig, is_quantised
-from qwenq.models.local_path import local_path
-from qwenq.models.manifest import MANIFEST
 from qwenq.models.random_weights import RANDOM_KEY, is_random
 from qwenq.results import Model
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from qwenq.errors import UsageError
+from qwenq.errors import HubError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.resolve import resolve_model
+from qwenq.models.folders import local_path
+from qwenq.models.unsupported import refuse_to_run
+
+# Open what the user named as a checkpoint: a folder, a hub id, the bundled model, or random weights.
+
 
 Weights = Literal["stored", "random"]
 WEIGHTS_HELP = "stored, or random: a catalogue model such as qwen-7b-chat with seeded random weights."
@@ -51,3 +58,109 @@ def refuse_random_weights(weights: str) -> None:
             where="--weights",
             hint="name a model with real weights; `qwenq profile` and `qwenq plan` take random ones",
         )
+
+
+# Find the model folder of what the user typed: a path, a hub id, or nothing.
+
+
+BUNDLED_NOTICE = (
+    "no MODEL given: using the bundled SmolLM2-135M-Instruct; "
+    "name a Qwen with e.g. `qwenq quantize Qwen/Qwen2.5-0.5B-Instruct`"
+)
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"{_PART}/{_PART}")
+_NAME_ONE = "name a folder with config.json, or a hub id like Qwen/Qwen2.5-0.5B"
+_ALIKE = 60.0  # of 100: how near a sibling's name has to be to be suggested
+_ALIKE_IN_CATALOGUE = 85.0  # nearer: its names differ by a digit
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model folder that exists, and notices on how it was found."""
+
+    folder: Path
+    notices: list[str] = field(default_factory=list)
+
+
+def resolve_model(model: str | None) -> Resolved:
+    """Return the folder of MODEL: an existing folder, a hub id ``owner/name``, or None: the bundled model.
+
+    An existing folder wins over a hub id of the same spelling.
+
+    Raises:
+        UsageError: a path that does not exist (suggests the nearest), or a file instead of a folder.
+        HubError: the hub could not be reached or refused.
+        UnsupportedError: by its name, a model of Qwen's that is not supported yet: nothing is downloaded.
+    """
+    if model is None:
+        from qwenq.models.bundled import bundled_model
+
+        return Resolved(bundled_model(), [BUNDLED_NOTICE])
+    if not model.strip():  # `--model "$UNSET"` must not mean the current folder
+        raise UsageError("MODEL is empty", hint=f"leave it out, or {_NAME_ONE}")
+    if "\0" in model:  # a recipe can spell it; no disk has such a name
+        raise UsageError("MODEL holds a zero byte", where=model, hint=_NAME_ONE)
+    path = local_path(model, "MODEL")
+    if path.is_dir():
+        return Resolved(path)
+    if path.suffix == ".gguf" and path.is_file():
+        raise UsageError(
+            "MODEL is a GGUF file, which is quantised already and is not read here",
+            where=path,
+            hint="name the folder of the model it was made from: config.json and *.safetensors",
+        )
+    if path.exists():
+        raise UsageError(
+            "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
+        )
+    if _HUB_ID.fullmatch(model):
+        refuse_to_run(model)
+        return _from_hub(model, path)
+    near = _did_you_mean(path)
+    if near is None:
+        refuse_to_run(model)
+    hints = [hint for hint in (near, _of_catalogue(model)) if hint]
+    raise UsageError(
+        f"no such model folder: {model}", where=path.absolute(), hint=" ".join(hints) or _NAME_ONE
+    )
+
+
+def _from_hub(model: str, path: Path) -> Resolved:
+    from qwenq.models.hub import fetch
+
+    try:
+        fetched = fetch(model)
+    except HubError as error:
+        if near := _did_you_mean(path):  # `models/qwem` is shaped like a hub id, and was a typo for a folder
+            error.hint = f"{near} {error.hint or ''}".strip()
+        raise
+    return Resolved(fetched.folder, [fetched.notice])
+
+
+def _did_you_mean(path: Path) -> str | None:
+    """Suggest the sibling folder with the most similar name, if one is near."""
+    from rapidfuzz import fuzz, process
+
+    parent = path.parent
+    with suppress(OSError):
+        names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+        if found := process.extractOne(path.name, names, scorer=fuzz.ratio, score_cutoff=_ALIKE):
+            return f"did you mean the folder {parent / found[0]}?"
+    return None
+
+
+def _of_catalogue(model: str) -> str | None:
+    """Return what a name of the catalogue can be used for where weights are needed."""
+    from qwenq.models import catalogue
+
+    meant = next(iter(catalogue.suggestions(model, 1, _ALIKE_IN_CATALOGUE)), None)
+    if meant is None:
+        return None
+    asked = "" if meant == model.lower() else f"did you mean {meant}? "
+    if meant == catalogue.BUNDLED:
+        return f"{asked}{meant} is the bundled model: leave MODEL out"
+    return (
+        f"{asked}{meant} is a name of the catalogue, which holds no weights: "
+        f"name {catalogue.entry(meant).hub_of(meant)} to download them, "
+        "or add --weights random for speed and memory"
+    )

@@ -22,9 +22,9 @@ import torch
 from qwenq.errors import ModelError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.local_path import local_path
+from qwenq.models.folders import local_path
+from qwenq.models.safetensors_files import write_shards
 from qwenq.models.shapes import ModelShape
-from qwenq.models.shards import write_shards
 from qwenq.models.source import TensorInfo
 from qwenq.storage import atomic_write_json, guard_storage
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.models.config import check_architecture, check_numbers
-from qwenq.models.qwen_v1_config import V1_KEY, qwen2_config
+from qwenq.models.qwen_v1 import V1_KEY, qwen2_config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 """Bytes per element of the dtypes that are written."""

@@ -1,17 +1,24 @@
-"""Define where tensors come from, and check them against those that a config asks for."""
+"""Define where tensors come from, check them against a config, and show the language model among them.
+
+A checkpoint is a config and a source. Sources nest: a safetensors folder, the Qwen2 view of a Qwen v1 folder
+and the dequantised view of a GPTQ folder are read in the same way.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qwenq.errors import ModelError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
+
+# Define where tensors come from, and check them against those that a config asks for.
+
 
 OTHER_MODEL = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
 """What to do where tensors and config.json disagree."""
@@ -117,3 +124,160 @@ def require_shape(
             where=where,
             hint=OTHER_MODEL,
         )
+
+
+# Show the language model inside a checkpoint: one spelling of names, each expert's matrices apart.
+#
+# Vision-language checkpoints call their blocks ``model.language_model.layers``; some keep the experts of a
+# block as one tensor of three dimensions; beside them lie vision towers and draft heads (``mtp``), which
+# nothing here runs. ``TextView`` shows what runs under the names that transformers' causal language model
+# has,
+# with each expert's matrices apart: ``model.layers.3.mlp.experts.7.gate_proj.weight``. ``whole`` keeps the
+# files as they
+# are: what is published is written from it.
+
+
+_NESTED = "model.language_model."
+_NOT_RUN = re.compile(r"(mtp|visual|model\.visual)\.")
+"""Draft heads and vision towers: published as they are, and no part of the language model."""
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of the view lies: in which tensor of the files, and of fused experts in which part.
+
+    Attributes:
+        stored: name in the files.
+        expert: index along the first dimension; None: the tensor is shown as it is stored.
+        rows: of the expert's matrix, once that is [out, in]: from the first up to the second.
+        transposed: the expert's matrix is stored as [in, out].
+    """
+
+    stored: str
+    expert: int | None = None
+    rows: tuple[int, int | None] = (0, None)
+    transposed: bool = False
+
+
+class TextView:
+    """A source that shows a checkpoint's language model alone.
+
+    Args:
+        whole: the tensors as the files name them.
+        hidden: the width of the hidden states, which tells how fused experts are oriented.
+        folder: for messages.
+    """
+
+    def __init__(self, whole: TensorSource, hidden: Any, folder: Path | None = None) -> None:
+        self.whole = whole
+        self._parts: dict[str, Part] = {}
+        names = list(whole.names())
+        self.nested = any(name.startswith(_NESTED) for name in names)
+        for name in names:
+            if name.startswith("lm_head.") or (not self.nested and not _NOT_RUN.match(name)):
+                shown = name
+            elif self.nested and name.startswith(_NESTED):
+                shown = "model." + name.removeprefix(_NESTED)
+            else:
+                continue
+            if (fused := _FUSED.fullmatch(shown)) is None:
+                self._parts[shown] = Part(name)
+            else:
+                transposed = _is_transposed(whole, name.rpartition(".")[0], hidden, folder)
+                self._parts.update(_experts(fused[1], fused[2], name, whole.info(name), transposed))
+        self._shown: dict[str, list[str]] = {}
+        for shown, part in self._parts.items():
+            self._shown.setdefault(part.stored, []).append(shown)
+        self.plain = len(self._parts) == len(names) and all(
+            shown == part.stored for shown, part in self._parts.items()
+        )
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Return the files of the whole checkpoint; empty where they are not known."""
+        return self.whole.files if isinstance(self.whole, StoredInFiles) else ()
+
+    def names(self) -> Iterable[str]:
+        """Return all names of the language model, in file order."""
+        return list(self._parts)
+
+    def shown(self, stored: str) -> list[str]:
+        """Return the names under which a tensor of the files is shown: none, one, or its experts'."""
+        return self._shown.get(stored, [])
+
+    @property
+    def beside(self) -> list[str]:
+        """Return what lies beside the language model: of ``mtp`` and ``visual`` those that there are."""
+        hidden = [name for name in self.whole.names() if not self.shown(name)]
+        return [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
+
+    def is_whole(self, shown: str) -> bool:
+        """Return whether the tensor is shown as it is stored, not as a part of a larger one."""
+        return self._parts[shown].expert is None
+
+    def published(self, shown: str) -> str:
+        """Return the name that a tensor of the language model has in files of this checkpoint's layout."""
+        if self.nested and shown.startswith("model."):
+            return _NESTED + shown.removeprefix("model.")
+        return shown
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype from the header alone."""
+        part = self._part(name)
+        info = self.whole.info(part.stored)
+        if part.expert is None:
+            return info
+        rows, columns = info.shape[:0:-1] if part.transposed else info.shape[1:]
+        return TensorInfo((len(range(rows)[slice(*part.rows)]), columns), info.dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor on the CPU, in its stored dtype."""
+        part = self._part(name)
+        if part.expert is None:
+            return self.whole.read(part.stored)
+        if isinstance(self.whole, ReadsParts):
+            matrix = self.whole.read_part(part.stored, part.expert)
+        else:
+            matrix = self.whole.read(part.stored)[part.expert]
+        return (matrix.T if part.transposed else matrix)[slice(*part.rows)].contiguous()
+
+    def _part(self, name: str) -> Part:
+        try:
+            return self._parts[name]
+        except KeyError:
+            files = self.files
+            where = files[0].parent if files else None
+            raise ModelError(f"there is no tensor named {name}", where=where) from None
+
+
+def _is_transposed(whole: TensorSource, prefix: str, hidden: Any, folder: Path | None) -> bool:
+    """Return whether fused experts are stored as [expert, in, out]; both of their tensors have to agree."""
+    shapes = [whole.info(f"{prefix}.{kind}").shape for kind in ("gate_up_proj", "down_proj")]
+    gate_up, down = shapes
+    if len(gate_up) == len(down) == 3 and gate_up[0] == down[0]:
+        if gate_up[1:] == (2 * down[2], hidden) and down[1] == hidden:
+            return False
+        if gate_up[1:] == (hidden, 2 * down[1]) and down[2] == hidden:
+            return True
+    raise ModelError(
+        f"the experts' gate_up_proj {list(gate_up)} and down_proj {list(down)} do not fit each other at a "
+        f"hidden size of {hidden}",
+        where=f"{prefix} in {folder}" if folder else prefix,
+        hint="config.json and the weights are from different models: copy the folder again",
+    )
+
+
+def _experts(prefix: str, kind: str, stored: str, info: TensorInfo, transposed: bool) -> dict[str, Part]:
+    """Return the parts of one fused tensor: a matrix [out, in] for each expert, or two for gate and up."""
+    experts, rows = info.shape[0], info.shape[2 if transposed else 1]
+    if kind == "down_proj":
+        return {
+            f"{prefix}.{e}.down_proj.weight": Part(stored, e, transposed=transposed) for e in range(experts)
+        }
+    halves = {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}  # gate's rows come first
+    return {
+        f"{prefix}.{e}.{name}.weight": Part(stored, e, half, transposed)
+        for e in range(experts)
+        for name, half in halves.items()
+    }

@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
 
 from qwenq.errors import QwenqError
-from qwenq.profiling.points import Point
+from qwenq.profiling.spec import Point
 from qwenq.results import Model, Row, Status
 
-_COMMAND = [sys.executable, "-m", "qwenq.profiling.point"]
+_COMMAND = [sys.executable, "-m", "qwenq.profiling.worker"]
 _GRACE = 120.0
 """Seconds beyond three times its time limit after which a point counts as hung."""
 _POLL, _OTHERS_GRACE = 1.0, 15.0

@@ -7,6 +7,7 @@ figures follow llama-bench: one thing at a time, repeated, with its warm-up outs
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,20 +19,110 @@ import torch
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.profiling.bandwidth import copy_bandwidth, synchronise, weight_bytes
-from qwenq.profiling.decoding import Decoding, decode_speed
-from qwenq.profiling.energy import ENERGY_SOURCE, EnergyCounter
-from qwenq.profiling.loading import checkpoint_of, engine_for, release
-from qwenq.profiling.memory import Meter, meter_for
-from qwenq.profiling.points import Point
-from qwenq.profiling.prompts import prefill, too_long
-from qwenq.profiling.rounded import rounded
-from qwenq.profiling.statistics import MOST, Summary, repeat, summarise
+from qwenq.models.rounded import rounded
+from qwenq.profiling.meters import (
+    ENERGY_SOURCE,
+    EnergyCounter,
+    Meter,
+    cache_bytes,
+    copy_bandwidth,
+    meter_for,
+    synchronise,
+    weight_bytes,
+)
+from qwenq.profiling.planning import POSITIONS, steps_at_once
+from qwenq.profiling.spec import Point
 from qwenq.results import Row
-from qwenq.runtime.generation_config import end_ids, protocol_sampling
+from qwenq.runtime.sampling import end_ids, protocol_sampling
+from qwenq.statistics import MOST, Summary, enough, repeat, summarise
 
 if TYPE_CHECKING:
     from qwenq.runtime.engine import Engine
+
+# Load the engine that a point names, in one process or in several.
+
+
+def checkpoint_of(point: Point) -> Checkpoint:
+    """Return the point's model, before it is rounded."""
+    from qwenq.models.catalogue import BUNDLED
+    from qwenq.models.machine import resolve_device
+    from qwenq.models.opening import open_model
+    from qwenq.models.random_weights import random_checkpoint
+
+    subject = point.subject
+    if subject.weights == "random":  # drawn where they are used
+        return random_checkpoint(subject.given or BUNDLED, subject.seed, device=resolve_device(point.device))
+    return open_model(subject.given)
+
+
+def engine_for(point: Point, checkpoint: Checkpoint, team: Team) -> Engine:
+    """Return the point's engine; on rank 0 of several processes the one that leads the others.
+
+    Raises:
+        QwenqError: it cannot run this model here, or another process could not load its part.
+    """
+    attention, note = _attention(point)
+    if point.tp > 1:
+        from qwenq.runtime.tensor_parallel import LeadingEngine
+
+        engine: Engine = LeadingEngine(checkpoint, team, point.device, point.subject.dtype, attention)
+        team.barrier()  # raises what another process could not load
+    else:
+        from qwenq.runtime.engine import load
+
+        engine = load(
+            checkpoint,
+            device=point.device,
+            dtype=point.subject.dtype,
+            engine=point.engine,
+            kernel=point.kernel,
+            attention=attention,
+        )
+    engine.notes = (*engine.notes, *note)
+    return engine
+
+
+def _attention(point: Point) -> tuple[str, tuple[str, ...]]:
+    """Return the attention backend that runs, and a note where it is another than was asked for."""
+    from qwenq.models.machine import resolve_device
+    from qwenq.runtime.attention import of_row
+    from qwenq.runtime.engine import find_dtype
+
+    device = resolve_device(point.device)
+    name, why = of_row(point.attention, device, find_dtype(point.subject.dtype, device, point.engine))
+    return name, (why,) if why else ()
+
+
+def release(engine: Engine, team: Team) -> None:
+    """Let the other processes end; all leave together."""
+    from qwenq.runtime.tensor_parallel import LeadingEngine
+
+    assert isinstance(engine, LeadingEngine)  # noqa: S101 - engine_for made it
+    engine.close()
+    team.barrier()
+
+
+def assist(point: Point, team: Team) -> None:
+    """Hold this rank's slice of the model, and compute with rank 0 until it is done.
+
+    Raises:
+        QwenqError: it cannot be loaded, or another process has stopped.
+    """
+    from qwenq.runtime.tensor_parallel import SplitEngine, follow
+
+    engine = SplitEngine(checkpoint_of(point), team, point.device, point.subject.dtype, _attention(point)[0])
+    team.barrier()
+    follow(engine, team)
+    team.barrier()
+
+
+# Measure one point in this process: protocol, prefill, decode, memory, energy, share of a copy's bandwidth.
+#
+# The protocol is that of ``profile.py`` of QwenLM/Qwen (2023-08-28): the wall clock around one ``generate``
+# call with a prompt of one repeated token and a fixed number of new tokens, which alone are counted. The
+# other
+# figures follow llama-bench: one thing at a time, repeated, with its warm-up outside the clock.
+
 
 PATIENCE = 20.0
 """Seconds of repetitions of one measurement without a budget; one is always made."""
@@ -114,7 +205,7 @@ def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> I
 
 
 def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
-    from qwenq.models.precision import resolve_device
+    from qwenq.models.machine import resolve_device
 
     subject, device = point.subject, resolve_device(point.device)
     meter = meter_for(device)
@@ -297,3 +388,145 @@ def _bandwidth(bench: Bench, found: Decoding, cache: int) -> Row:
     }
     settings = {"copy": "read and written"}
     return bench.row("bandwidth.share", achieved / copied, details=details, settings=settings)
+
+
+# Time a prompt; and estimate, before it is begun, how long a long one will take.
+#
+# A prompt cannot be stopped half way. Where a budget limits a point, pieces of a long prompt are timed
+# first,
+# each twice as long as the one before: what a token takes by itself, and what it takes for each token
+# before
+# it, follow from the last two.
+
+
+LONG = 4096
+"""Tokens from which a prompt is estimated first, where there is a limit."""
+_FIRST, _LARGEST_SHARE = 256, 16
+"""Tokens of the first piece; the last piece is at most one sixteenth of the prompt."""
+_TRIAL = 0.02
+"""Share of the remaining time after which only one more piece is timed: it takes 2 to 4 times as long."""
+
+
+def prefill(bench: Bench, tokens: int | None = None) -> float:
+    """Return the seconds from the prompt, or its first ``tokens``, to its first new token."""
+    prompt = bench.prompt[:tokens]
+    cache = bench.engine.new_cache(1, len(prompt) + 1)
+    synchronise(bench.engine.device)
+    start = time.perf_counter()
+    bench.engine.prefill([prompt], cache).argmax(-1).tolist()
+    seconds = time.perf_counter() - start
+    bench.cache_bytes = cache_bytes(cache)
+    return seconds
+
+
+def too_long(bench: Bench) -> str:
+    """Return why the point's prompt is not begun; empty where it fits the time limit."""
+    tokens = bench.point.context
+    if bench.allowance.seconds is None or tokens < LONG:
+        return ""
+    prefill(bench, _FIRST)  # warm-up
+    made = [(_FIRST, prefill(bench, _FIRST))]
+    while len(made) < 2 or (
+        made[-1][0] * _LARGEST_SHARE <= tokens and made[-1][1] < bench.allowance.left(_TRIAL)
+    ):
+        longer = 2 * made[-1][0]
+        made.append((longer, prefill(bench, longer)))
+    seconds, left = estimated(tokens, *made[-2:]), bench.allowance.left()
+    if seconds <= left:
+        return ""
+    return f"one prompt takes about {seconds:.0f} s, and its share of the budget leaves {left:.0f} s"
+
+
+def estimated(tokens: int, short: tuple[int, float], longer: tuple[int, float]) -> float:
+    """Return the seconds of n tokens as a · n + b · n² by (tokens, seconds) of two shorter prompts; b ≥ 0."""
+    (n, s), (m, t) = short, longer
+    squared = max(0.0, (t / m - s / n) / (m - n))  # t / m = a + b · m
+    return (t / m + squared * (tokens - m)) * tokens
+
+
+# Time decode steps at positions along a generation, with a cache that is marked as filled up to there.
+#
+# How long a step takes depends on how much is in the cache, not on what. A round visits every position
+# once;
+# the speed of the whole generation follows from the seconds per token between them, by trapezoids.
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Seconds per token at each position.
+
+    Attributes:
+        positions: tokens in the cache before each timed run of steps.
+        rounds: seconds per token, [rounds][positions].
+        steps: timed at each position.
+    """
+
+    positions: tuple[int, ...]
+    rounds: tuple[tuple[float, ...], ...]
+    steps: int
+
+    @property
+    def speeds(self) -> list[float]:
+        """Return the tokens per second of the whole generation, by each round."""
+        return [1 / _mean(self.positions, each) for each in self.rounds]
+
+    @property
+    def curve(self) -> list[float]:
+        """Return the tokens per second at each position, median of the rounds."""
+        return [1 / statistics.median(column) for column in zip(*self.rounds, strict=True)]
+
+    def row(self, bench: Bench) -> Row:
+        """Return ``speed.decode``, with its curve."""
+        how = "greedy; the cache is marked as filled, its keys and values are zeros"
+        curve = {"positions": list(self.positions), "values": self.curve}
+        settings = {"decode": how, "warm_up": "one round", "steps": self.steps}
+        return bench.summary("speed.decode", summarise(self.speeds), details=curve, settings=settings)
+
+
+def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decoding:
+    """Time at most that many rounds, until their interval is narrow; 0: the warm-up alone, for estimates."""
+    point, engine = bench.point, bench.engine
+    cache = engine.new_cache(1, point.context + point.tokens)
+    tokens = torch.tensor(bench.prompt[:1], device=engine.device)
+
+    def run(position: int, steps: int) -> float:
+        nonlocal tokens
+        cache.lengths = [position]
+        synchronise(engine.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            tokens = engine.decode(tokens, cache).argmax(-1)
+        synchronise(engine.device)
+        return (time.perf_counter() - start) / steps
+
+    run(point.context, 1)  # compiles, where anything has to be
+    steps = steps_at_once(point.tokens, run(point.context, 1))
+    positions = spread(point.context, point.context + point.tokens - steps)
+    warm = tuple(run(position, steps) for position in positions)
+    bench.cache_bytes = cache_bytes(cache)
+    if rounds == 0:
+        return Decoding(positions, (warm,), steps)
+    made: list[tuple[float, ...]] = []
+    began = time.monotonic()
+    while True:
+        made.append(tuple(run(position, steps) for position in positions))
+        found = Decoding(positions, tuple(made), steps)
+        if len(made) >= rounds or enough(found.speeds, time.monotonic() - began, patience):
+            return found
+
+
+def spread(first: int, last: int, count: int = POSITIONS) -> tuple[int, ...]:
+    """Return positions from first to last, evenly spread; fewer where there are fewer."""
+    count = max(1, min(count, last - first + 1))
+    if count == 1:
+        return (first,)
+    return tuple(first + round(n * (last - first) / (count - 1)) for n in range(count))
+
+
+def _mean(positions: tuple[int, ...], seconds: tuple[float, ...]) -> float:
+    """Return the mean seconds per token between the first and the last position."""
+    if len(positions) == 1:
+        return seconds[0]
+    steps = zip(positions, positions[1:], seconds, seconds[1:], strict=False)
+    area = sum((right - left) * (a + b) / 2 for left, right, a, b in steps)
+    return area / (positions[-1] - positions[0])

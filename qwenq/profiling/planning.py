@@ -14,7 +14,7 @@ from typing import Any
 
 from qwenq.errors import UsageError
 from qwenq.models.shapes import ITEMSIZE, ModelShape
-from qwenq.profiling.points import Point
+from qwenq.profiling.spec import Point
 from qwenq.storage import readable_bytes
 
 _LOAD_RATE = 0.4e9

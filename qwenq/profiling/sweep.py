@@ -13,15 +13,8 @@ from qwenq.environment import MACHINE, decisive, difference, machine, measured_o
 from qwenq.events import Advance, Listener, Notice, Start, silent
 from qwenq.profiling.child import measure_in_child
 from qwenq.profiling.planning import Planned, allowances
-from qwenq.profiling.points import Point, is_done
-from qwenq.results import (
-    RESULTS_FILE,
-    Row,
-    append_row,
-    read_environment,
-    read_rows,
-    write_environment,
-)
+from qwenq.profiling.spec import Point, is_done
+from qwenq.results import RESULTS_FILE, Row, append_row, read_environment, read_rows, write_environment
 
 Measure = Callable[[Point, float | None], Iterator[Row]]
 """Turn a point into rows, one for every metric."""

@@ -1,16 +1,78 @@
-"""Make the model card's three tables with its headings, and the published figures beside ours."""
+"""Make the model card's tables with published figures beside ours, and the tables beyond it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from qwenq.published import PublishedRow, published_of
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured, rank
-from qwenq.reporting.cut import asked_by, cut_of
 from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, pivot
-from qwenq.reporting.text import clean
-from qwenq.reporting.units import fixed
-from qwenq.results import Row, Value
+from qwenq.reporting.text import clean, fixed, format_of
+from qwenq.results import Model, Row, Value
+
+# Count answers that were cut at their limit of tokens, most of which are judged wrong.
+
+
+MANY = 0.02
+"""Share of cut answers above which a score is not to be read without a warning."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many of the written answers of one row reached their limit."""
+
+    answers: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        """Return the share of all written answers."""
+        return self.answers / self.of
+
+    @property
+    def many(self) -> bool:
+        """Return whether the score needs a warning."""
+        return self.share > MANY
+
+    @property
+    def warning(self) -> str:
+        """Return what a reader must know; of few as of many."""
+        return (
+            f"{self.answers:,} of {self.of:,} answers ({self.share:.1%}) were cut at their limit of tokens "
+            "and are judged as far as they go: raise --max-new-tokens"
+        )
+
+
+def cut_of(row: Row) -> Cut | None:
+    """Return the cut answers of a row of accuracy; None where none were written, or nobody counted."""
+    found = row.details.get("cut")
+    if not isinstance(found, dict):
+        return None
+    answers, of = found.get("answers"), found.get("of")
+    if type(answers) is not int or type(of) is not int or not 0 <= answers <= of or of == 0:
+        return None
+    return Cut(answers, of)
+
+
+LETTERS = ("mmlu", "ceval", "ceval-test", "cmmlu")
+
+
+def asked_by(row: Row) -> str:
+    """Return how answers were got: ``logits`` or ``generation``.
+
+    Rows of before this was recorded: the base protocols score letters, all else is written.
+    """
+    asked = row.settings.get("asked")
+    if asked in ("logits", "generation"):
+        return str(asked)
+    letters = row.point.get("task") in LETTERS and row.point.get("protocol") != "card"
+    return "logits" if letters else "generation"
+
+
+# Make the model card's three tables with its headings, and the published figures beside ours.
+
 
 TASKS = {
     **{"mmlu": "MMLU", "ceval": "CEval (val)", "gsm8k": "GSM8K", "humaneval": "Humaneval"},
@@ -186,3 +248,115 @@ def _add_published(
 def _rank(label: str) -> int:
     """Return the place of a line by its label, ``Int4, groups of 64`` or ``Int4, published``."""
     return rank(label.partition(",")[0].lower())
+
+
+# Make the tables that a card does not have: closeness to the base; speed and memory in parts.
+
+
+CLOSENESS = {
+    "kl": "KL divergence (nats/token)",
+    "same_top": "Same top token (%)",
+    "perplexity": "Perplexity",
+    "perplexity.ratio": "Perplexity, × unquantised",
+}
+SPLIT = {
+    "time.first_token": "First token (ms)",
+    "speed.prefill": "Prefill (tokens/s)",
+    "speed.decode": "Decode (tokens/s)",
+    "bandwidth.share": "Of the copy bandwidth (%)",
+    "energy.token": "Energy (J/token)",
+    "memory.load": "Peak at load (GiB)",
+    "memory.generate": "Peak at generation (GiB)",
+}
+
+
+def closeness_table(collection: Collection, family: str) -> Table | None:
+    """Tabulate how close each model is to the unquantised one, and its bytes."""
+    rows = collection.of(family, *CLOSENESS)
+    if not rows:
+        return None
+    made = pivot(rows, Layout("Quantization", _by_metric(CLOSENESS), count="tokens"), collection)
+    sizes = {collection.label(model): nbytes for model, nbytes in model_bytes(collection, family).items()}
+    heading = "Weights (MB)"
+    write = format_of("size", "bytes")
+    for line in made.lines:
+        if (nbytes := sizes.get(line.labels[0])) is not None:
+            line.cells[heading] = Cell(write(nbytes), nbytes)
+    made.columns += [heading] if any(heading in line.cells for line in made.lines) else []
+    return made.table("closeness", "How near the unquantised model")
+
+
+def split_table(collection: Collection, family: str) -> Table | None:
+    """Tabulate speed and memory in parts: prefill and decoding, loading and generating."""
+    rows = collection.of(family, *SPLIT)
+    if not rows:
+        return None
+    layout = Layout("Quantization", _by_metric(SPLIT), names={"attention": attention})
+    return pivot(rows, layout, collection).table("split", "Speed and memory, taken apart")
+
+
+def other_accuracies(collection: Collection, family: str) -> Table | None:
+    """Tabulate accuracies by another rule, such as ``accuracy.published``, where any figure differs."""
+    found = [item for item in collection.of(family) if item.row.metric.startswith("accuracy.")]
+    main = {_answers(item): item.row.value for item in collection.of(family, "accuracy")}
+    other = {_task_and_rule(item) for item in found if item.row.value != main.get(_answers(item))}
+    rows = [item for item in found if _task_and_rule(item) in other]
+    if not rows:
+        return None
+    layout = Layout("Quantization", _task_and_rule, count="items", used=frozenset({"task"}))
+    made = pivot(rows, layout, collection)
+    made.caption.insert(0, "percent of the same answers, read by another rule")
+    return made.table("accuracies", "The same answers by other rules")
+
+
+def model_bytes(collection: Collection, family: str) -> dict[Model, int]:
+    """Return the bytes of each model's weights, as far as rows record them."""
+    return {
+        item.row.model: item.row.model.nbytes
+        for item in collection.of(family)
+        if item.row.model.nbytes is not None
+    }
+
+
+def _by_metric(titles: dict[str, str]) -> Callable[[Measured], tuple[Any, str]]:
+    places = {metric: place for place, metric in enumerate(titles)}
+    return lambda item: (places[item.row.metric], titles[item.row.metric])
+
+
+def _answers(item: Measured) -> tuple[object, ...]:
+    """Return what an accuracy shares with those of the same answers by other rules."""
+    return (
+        item.row.model,
+        item.run.name,
+        *sorted((key, str(value)) for key, value in item.row.point.items()),
+    )
+
+
+def _task_and_rule(item: Measured) -> tuple[Any, str]:
+    task, rule = clean(item.row.point.get("task")), clean(item.row.metric.partition(".")[2])
+    return (task, rule), f"{task}, {rule}"
+
+
+# Tabulate perplexity by context length, as the cards of Qwen's base models do.
+
+
+def long_context_table(collection: Collection, family: str) -> Table | None:
+    """Make Quantization | Dynamic NTK | LogN | 1024 | 2048 …; newer models have neither NTK nor LogN."""
+    rows = collection.of(family, "perplexity.context")
+    if not rows:
+        return None
+    layout = Layout(
+        "Quantization",
+        _context_length,
+        labels={"ntk": "Dynamic NTK", "logn": "LogN"},
+        used=frozenset({"seq_len"}),
+        count="tokens",
+    )
+    made = pivot(rows, layout, collection)
+    made.caption.insert(0, "perplexity by tokens of context; all lengths score the same text")
+    return made.table("long-context", "Long context")
+
+
+def _context_length(item: Measured) -> tuple[Any, str]:
+    length = item.row.point.get("seq_len")
+    return (length if isinstance(length, int) else 0), str(length)

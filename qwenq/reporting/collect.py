@@ -1,16 +1,20 @@
-"""Read run folders into one collection of rows, each with its run, hardware and a label for its model."""
+"""Read run folders into one collection of rows, know their machines, and select rows of one point."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.environment import measured_on
+from qwenq.environment import decisive, difference, measured_on
 from qwenq.errors import UsageError
-from qwenq.reporting.text import clean, count
+from qwenq.reporting.text import LONGEST_COMMAND, clean, count
 from qwenq.results import Model, Row, each_run
+
+# Read run folders into one collection of rows, each with its run, hardware and a label for its model.
+
 
 PRECISIONS = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "Int8", "int4": "Int4"}
 """Names of precisions as the cards write them, in the cards' order."""
@@ -167,3 +171,121 @@ def hardware(environment: dict[str, Any], device: object = None) -> str:
     cores, threads = cpu.get("cores"), cpu.get("threads")
     parts = [str(cpu["model"]), *([count(cores, "cores")] if cores else [])]
     return clean(", ".join([*parts, count(threads, "threads")] if threads and threads != cores else parts))
+
+
+# Decide whether two figures come from the same kind of machine.
+#
+# Two machines may share the label ``AMD EPYC, 2 cores`` though one multiplies twice as fast. So the facts
+# of
+# ``qwenq.environment`` that decide speed and memory are compared one by one; one that a side lacks differs.
+
+
+NOT_RECORDED = "a run does not record its hardware"
+
+
+def machine_of(item: Measured) -> dict[str, str]:
+    """Return the facts that decide a row's speed and memory; an unrecorded one is ``unknown``.
+
+    A row records its machine and threads; its folder, those of the last command.
+    """
+    row = item.row
+    found = measured_on(item.run.environment, row.settings)
+    facts = decisive(found, row.point.get("device"), row.settings.get("threads"))
+    return {key: clean(value, LONGEST_COMMAND) for key, value in facts.items()}
+
+
+def machine_difference(old: Measured, new: Measured) -> str:
+    """Return how two machines differ; empty if all facts are the same.
+
+    Returns:
+        Such as ``another machine: instruction sets avx2 instead of avx2 avx512f``.
+    """
+    if UNKNOWN in (old.hardware, new.hardware):
+        return NOT_RECORDED
+    shown = difference(machine_of(old), machine_of(new))
+    return f"another machine: {shown}" if shown else ""
+
+
+def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
+    """Return a function that names a row's hardware, with what differs if several machines share a label.
+
+    Only rows whose point has a ``device`` distinguish machines: an accuracy is the same with any threads.
+    """
+    facts_of: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for item in measured:
+        if item.row.status == "ok" and "device" in item.row.point:
+            for key, value in machine_of(item).items():
+                facts_of[item.hardware][key].add(value)
+    differing = {
+        label: {key for key, values in facts.items() if len(values) > 1} for label, facts in facts_of.items()
+    }
+
+    def name(item: Measured) -> str:
+        label = item.hardware
+        keys = differing.get(label, set()) if "device" in item.row.point else set()
+        shown = ", ".join(f"{key} {value}" for key, value in machine_of(item).items() if key in keys)
+        return f"{label} ({shown})" if shown else label
+
+    return name
+
+
+# Select the rows of one point, which may stand beside each other in a plot.
+
+
+def at_one_point(
+    rows: list[Measured], *, anywhere: bool = False, fastest_of: tuple[str, ...] = ()
+) -> list[Measured]:
+    """Return the measured rows of the point that most models have; each model once.
+
+    Of points with equally many models, the one with most tokens counts, then the one with the largest sum.
+
+    Args:
+        rows: of one metric.
+        anywhere: on any machine: accuracy and divergence do not depend on it.
+        fastest_of: keys of the point that may differ; of a model's rows the largest counts.
+    """
+    groups: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    for item in rows:
+        if item.row.status == "ok":
+            point = (
+                f"{key}={value}" for key, value in sorted(item.row.point.items()) if key not in fastest_of
+            )
+            where = () if anywhere else (item.hardware, *machine_of(item).values())
+            groups[*where, *point].append(item)
+    if not groups:
+        return []
+    best = max(groups.values(), key=_worth)
+    if fastest_of:
+        best = sorted(
+            best, key=lambda item: item.row.value or 0.0
+        )  # stable: the last of each model is its fastest
+    chosen = {item.row.model: item for item in best}
+    return [chosen[model] for model in dict.fromkeys(item.row.model for item in rows) if model in chosen]
+
+
+def _worth(group: list[Measured]) -> tuple[int, int, float]:
+    tokens = group[0].row.point.get("tokens")
+    models = len({item.row.model for item in group})
+    return models, tokens if isinstance(tokens, int) else 0, sum(item.row.value or 0 for item in group)
+
+
+def point_text(item: Measured, *, without: tuple[str, ...] = ()) -> str:
+    """Describe the point and hardware of a row for a caption."""
+    point = item.row.point.items()
+    parts = [f"{key} {value}" for key, value in point if key not in without and value is not None]
+    return clean(", ".join([*parts, item.hardware]))
+
+
+def decode_rows(collection: Collection, family: str) -> list[Measured]:
+    """Return each model's speed of decoding at one length, with its fastest attention and engine.
+
+    By the cards' protocol if decoding alone was not measured.
+    """
+    for metric in ("speed.decode", "speed.protocol"):
+        if chosen := at_one_point(collection.of(family, metric), fastest_of=FASTEST_OF):
+            return chosen
+    return []
+
+
+FASTEST_OF = ("attention", "engine")
+"""Choices that change only how fast a model answers: each model is shown with its best."""

@@ -1,21 +1,124 @@
-"""Compare two runs row by row: which rows are comparable, how they differ, whether the difference is real."""
+"""Compare two runs row by row: match rows, pool repeats, and tell real differences from noise."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Literal
 
-from qwenq.paired.base import PLAIN
-from qwenq.paired.compare import Paired
-from qwenq.paired.mcnemar import ALPHA, holm
-from qwenq.reporting.collect import PRECISIONS, Collection, Measured
-from qwenq.reporting.machine import another_machine
-from qwenq.reporting.matching import Match, matched
-from qwenq.reporting.significance import other_items, paired
+from qwenq.comparison import PLAIN, Paired, other_items, paired
+from qwenq.reporting.collect import PRECISIONS, Collection, Measured, machine_difference
 from qwenq.reporting.text import clean
-from qwenq.results import Row
+from qwenq.results import Model, Row
+from qwenq.statistics import ALPHA, holm
+
+# Match the rows of two runs: each row of the baseline with at most one row of the new run.
+#
+# A folder may hold rows of several models of one precision: of other group sizes or names, which
+# distinguish
+# them, or of a model that was quantised again later, which only the weights' fingerprint distinguishes. The
+# earlier rows of a run that was continued in its folder may even be the baseline's own. A gate that took
+# those
+# would pass whatever came after.
+
+
+_EMPTY_FOLDER = "start each run in an empty folder"
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a row of the baseline is compared with.
+
+    Attributes:
+        found: candidate rows of the new run.
+        why: why it cannot be compared with any of them; empty for exactly one, or for no candidate at all.
+    """
+
+    found: tuple[Measured, ...] = ()
+    why: str = ""
+
+
+def matched(olds: Sequence[Measured], news: Sequence[Measured]) -> list[Match]:
+    """Return the match of each row of the baseline, in its order."""
+    candidates: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    for item in news:
+        candidates[item.row.identity].append(item)
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, item in enumerate(olds):
+        groups[item.row.identity].append(index)
+    made: dict[int, Match] = {}
+    for identity, indices in groups.items():
+        matches = _match_identity([olds[index] for index in indices], candidates[identity])
+        made.update(zip(indices, matches, strict=True))
+    return [made[index] for index in range(len(olds))]
+
+
+def _match_identity(olds: list[Measured], news: list[Measured]) -> list[Match]:
+    """Match rows that only their models distinguish."""
+    known = {old.row.model.fingerprint for old in olds}
+    found = [_candidates(old, news, known) for old in olds]
+    claims: dict[int, list[Measured]] = defaultdict(list)
+    for old, candidates in zip(olds, found, strict=True):
+        if old.row.status == "ok" and len(candidates) == 1:
+            claims[id(candidates[0])].append(old)
+    return [_match(old, candidates, claims) for old, candidates in zip(olds, found, strict=True)]
+
+
+def _match(old: Measured, found: list[Measured], claims: dict[int, list[Measured]]) -> Match:
+    """Match one row; of several rows that claim the same one, that of the most similar model gets it."""
+    if len(found) > 1:
+        why = f"{len(found)} models of the new run could be the same model: {_EMPTY_FOLDER}"
+        return Match(tuple(found), why)
+    if not found or old.row.status != "ok" or len(rivals := claims[id(found[0])]) == 1:
+        return Match(tuple(found))
+    similar = [_similarity(rival, found[0]) for rival in rivals]
+    if _similarity(old, found[0]) < max(similar):
+        return Match(why=f"missing in the new run, which has one of {len(rivals)} such models")
+    if similar.count(max(similar)) > 1:
+        why = f"{len(rivals)} models of the baseline could be the same model: {_EMPTY_FOLDER}"
+        return Match(tuple(found), why)
+    return Match(tuple(found))
+
+
+def _candidates(old: Measured, news: list[Measured], known: set[str]) -> list[Measured]:
+    """Return the rows of the same weights, and similar ones of weights that the baseline does not have.
+
+    Args:
+        old: of the baseline.
+        news: of the new run.
+        known: fingerprints of the baseline's rows of this identity.
+    """
+    similar = _most_similar(old, news)
+    same = [item for item in news if item.row.model.fingerprint == old.row.model.fingerprint]
+    if not same:
+        return similar
+    new = (item for item in similar if item.row.model.fingerprint not in known)
+    return [*_most_similar(old, same), *new]
+
+
+def _most_similar(old: Measured, news: list[Measured]) -> list[Measured]:
+    """Narrow several rows down by method, group size and name, in this order."""
+    for index, trait in enumerate(_traits(old.row.model)):
+        if len(news) > 1:
+            news = [item for item in news if _traits(item.row.model)[index] == trait] or news
+    return news
+
+
+def _traits(model: Model) -> tuple[bool, int | None, str]:
+    """Return what distinguishes models of one precision: rounded on the fly or not, group size, name."""
+    return (model.rounded_from is not None, model.group_size, model.name)
+
+
+def _similarity(old: Measured, new: Measured) -> tuple[bool, ...]:
+    """Return which traits two models share, the most telling first."""
+    one, other = old.row.model, new.row.model
+    shared = (a == b for a, b in zip(_traits(one), _traits(other), strict=True))
+    return (one.fingerprint == other.fingerprint, *shared)
+
+
+# Compare two runs row by row: which rows are comparable, how they differ, whether the difference is real.
 
 
 @dataclass(frozen=True)
@@ -196,7 +299,7 @@ def _not_comparable(old: Measured, new: Measured) -> str:
     before, after = (item.row.settings.get("dtype") for item in (old, new))
     if before != after and old.row.metric != "size":
         return clean(f"another dtype: {after or 'unknown'} instead of {before or 'unknown'}")
-    return another_machine(old, new) if metric.machine else ""
+    return machine_difference(old, new) if metric.machine else ""
 
 
 def _no_ratio(old: Row, new: Row) -> str:
@@ -303,3 +406,80 @@ def corrected(made: Sequence[Comparison], selected: Callable[[Comparison], bool]
         replace(item, p=p, real=p < ALPHA) if (p := p_values.get(index)) is not None else item
         for index, item in enumerate(made)
     ]
+
+
+# Combine repeated runs of one version on one machine into one run.
+#
+# The interval of a figure covers variation within its process. Another process would have found another
+# figure:
+# the machine has other work, its clock rates change, memory lies elsewhere. Where that matters, two
+# versions
+# are measured alternately (before, after, before, after, …); each side's figure is the median of its
+# repeats,
+# with an interval that covers them all. A difference between such intervals was there in every repeat.
+#
+# Two sides that differ by chance alone lie apart in one direction once in C(2n, n) times with n repeats on
+# each: once in 20 with three, once in 252 with five.
+
+
+def with_repeats(first: Collection, more: Collection | None, *, judged: bool = False) -> Collection:
+    """Return the first run with speeds, times, memory and energy of all repeats.
+
+    Args:
+        more: the other repeats. Only figures of the same weights at the same point on the same machine are
+            used; everything else is the first run's, as repeating it adds nothing.
+        judged: this is the new side: what failed in one repeat has failed. A baseline uses the other repeats.
+    """
+    if more is None:
+        return first
+    made = [_pooled(item, _repeats(item, more), judged=judged) for item in first.measured]
+    return Collection((*first.runs, *more.runs), tuple(made))
+
+
+def idle_repeats(first: Collection, more: Collection | None) -> list[str]:
+    """Return the names of runs that repeat no figure of the first one."""
+    if more is None:
+        return []
+    used = {id(other.run) for item in first.measured for other in _repeats(item, more)}
+    return [run.name for run in more.runs if id(run) not in used]
+
+
+def _repeats(item: Measured, more: Collection) -> list[Measured]:
+    """Return the same figure of other runs; none for a metric that is the same in every run."""
+    row, metric = item.row, METRICS.get(item.row.metric.partition(".")[0])
+    if metric is None or not metric.machine:
+        return []
+    return [
+        other
+        for other in more.measured
+        if other.row.identity == row.identity
+        and other.row.model.fingerprint == row.model.fingerprint
+        and other.row.settings.get("dtype") == row.settings.get("dtype")
+        and not machine_difference(item, other)
+    ]
+
+
+def _pooled(item: Measured, others: Sequence[Measured], *, judged: bool) -> Measured:
+    if not others:
+        return item
+    repeats = [each.row for each in (item, *others)]
+    if judged and (failed := next((row for row in repeats if row.status == "failed"), None)):
+        return replace(item, row=failed)
+    rows = [row for row in repeats if row.status == "ok"]
+    if len(rows) < 2:
+        return replace(item, row=rows[0]) if rows else item
+    return replace(item, row=_median_row(rows))
+
+
+def _median_row(rows: Sequence[Row]) -> Row:
+    values = [row.value for row in rows if row.value is not None]
+    lows = [row.low for row in rows if row.low is not None]
+    highs = [row.high for row in rows if row.high is not None]
+    return replace(
+        rows[0],
+        value=median(values),
+        low=min([*values, *lows]),
+        high=max([*values, *highs]),
+        n=sum(row.n or 1 for row in rows),
+        details={**rows[0].details, "interval": f"all of {len(rows)} repeats", "repeats": values},
+    )

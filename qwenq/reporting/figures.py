@@ -1,25 +1,52 @@
-"""Turn rows into figures as data, which ``plots`` draws.
-
-A figure exists only if rows hold its data; no number is smoothed or filled in.
-"""
+"""Turn rows into figures as data, which plots.py draws."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from qwenq.paired.compare import Paired
-from qwenq.reporting.card import TASKS
-from qwenq.reporting.collect import Collection, Measured
-from qwenq.reporting.detail_tables import model_bytes
-from qwenq.reporting.frontier import frontier
-from qwenq.reporting.losses import bases_of, losses, told_apart
-from qwenq.reporting.selection import FASTEST_OF, at_one_point, decode_rows, point_text
-from qwenq.reporting.text import clean
-from qwenq.reporting.units import GIB
+from qwenq.comparison import Paired
+from qwenq.reporting.card import TASKS, model_bytes
+from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows, point_text
+from qwenq.reporting.losses import bases_of, distinguish, losses
+from qwenq.reporting.text import GIB, clean
+
+if TYPE_CHECKING:
+    pass
+
+# Mark the trade-off frontier: the models that no other one beats on both axes.
+#
+# One model beats another if it is at least as good on both axes and better on one of them (Pareto
+# dominance).
+# Two at the very same place do not beat each other.
+
+
+def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
+    """Return the points in order of x, each marked with whether another one beats it.
+
+    Args:
+        points: more y is better.
+        less: whether less x is better, too: bytes; otherwise more: speed.
+    """
+    places = [(-point.x if less else point.x, point.y) for point in points]
+    marked = (
+        replace(point, beaten=any(_beats(other, place) for other in places))
+        for point, place in zip(points, places, strict=True)
+    )
+    return tuple(sorted(marked, key=lambda point: point.x))
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] >= other[0] and one[1] >= other[1]
+
+
+# Turn rows into figures as data, which ``plots`` draws.
+#
+# A figure exists only if rows hold its data; no number is smoothed or filled in.
+
 
 Kind = Literal["points", "lines", "stack", "balance"]
 
@@ -158,7 +185,7 @@ def _balance(collection: Collection, family: str) -> Figure | None:
         return None
     names, lost, won = [], [], []
     bases = bases_of(found, collection)
-    for index, (loss, place) in enumerate(zip(found, told_apart(found, collection), strict=True)):
+    for index, (loss, place) in enumerate(zip(found, distinguish(found, collection), strict=True)):
         task = str(loss.after.point.get("task"))
         against = f" against {collection.label(loss.before.model)}" if len(bases) > 1 else ""
         where = f", {place}" if place else ""

@@ -1,8 +1,4 @@
-"""Draw figures with matplotlib: PNG and SVG files for documents, inline SVG for the page.
-
-The page's SVG takes its colours from the page's style, so that it follows light and dark; it holds
-no ``style`` attribute, which the page's content security policy would block, and no ``id``.
-"""
+"""Draw figures with matplotlib: PNG and SVG files for documents, inline SVG for the page."""
 
 from __future__ import annotations
 

@@ -6,13 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.reporting.card import card_tables
+from qwenq.reporting.card import (
+    card_tables,
+    closeness_table,
+    long_context_table,
+    other_accuracies,
+    split_table,
+)
 from qwenq.reporting.collect import Collection, Run
-from qwenq.reporting.detail_tables import closeness_table, other_accuracies, split_table
 from qwenq.reporting.figures import Figure, figures_of
-from qwenq.reporting.long_context import long_context_table
-from qwenq.reporting.losses import loss_table
-from qwenq.reporting.summary import summary_of
+from qwenq.reporting.losses import loss_table, summary_of
 from qwenq.reporting.tables import Table
 from qwenq.reporting.text import LONGEST_COMMAND, clean
 

@@ -1,7 +1,4 @@
-"""Pivot rows into tables as data: models as lines, points as columns.
-
-Markdown, the page and ``results.json`` are all written from these, so no form has figures of its own.
-"""
+"""Pivot rows into tables as data: models as lines, points as columns."""
 
 from __future__ import annotations
 
@@ -9,10 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenq.reporting.collect import Collection, Measured
-from qwenq.reporting.machine import hardware_names
-from qwenq.reporting.text import clean
-from qwenq.reporting.units import Format, format_of
+from qwenq.reporting.collect import Collection, Measured, hardware_names
+from qwenq.reporting.text import Format, clean, format_of
 from qwenq.results import Value
 
 MISSING = "–"

@@ -1,20 +1,319 @@
-"""Write a report in all its forms into one folder."""
+"""Write a report in all its forms into one folder: Markdown, HTML page, JSON, CSV, plots."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from qwenq.environment import measured_on
 from qwenq.errors import UsageError
-from qwenq.reporting.collect import collect
-from qwenq.reporting.export import csv_text, json_text
-from qwenq.reporting.markdown import PLOTS, report_markdown
-from qwenq.reporting.page import report_page
-from qwenq.reporting.plots import write_plot
-from qwenq.reporting.report import make_report
+from qwenq.reporting.collect import Collection, Measured, Run, collect, hardware_names
+from qwenq.reporting.plots import inline_svg, tone_of, write_plot
+from qwenq.reporting.report import Report, Section, make_report
+from qwenq.reporting.tables import Cell, Line, Table
+from qwenq.reporting.text import GIB, clean, count, markdown, spreadsheet
 from qwenq.storage import atomic_write_bytes, held
+
+# List what runs were measured on; what all runs share is listed once.
+
+
+def environment_lines(collection: Collection) -> list[tuple[str, str]]:
+    """Return pairs of fact and value; facts that differ between runs name the run.
+
+    A run with rows of several machines has their values joined by ``and``.
+    """
+    facts = {run.name: _facts_of_run(run, collection) for run in collection.runs}
+    lines = []
+    for key in dict.fromkeys(key for found in facts.values() for key in found):
+        values = {name: found.get(key, "unknown") for name, found in facts.items()}
+        if len(set(values.values())) == 1:
+            lines.append((key, next(iter(values.values()))))
+        else:
+            lines += [(f"{key} of {name}", value) for name, value in values.items()]
+    return lines
+
+
+def _facts_of_run(run: Run, collection: Collection) -> dict[str, str]:
+    """Collect the facts of a run's machines from its rows; the folder only knows the last command's."""
+    mine = [item.row for item in collection.measured if item.run is run]
+    found: dict[str, dict[str, None]] = {}
+    for environment in [measured_on(run.environment, row.settings) for row in mine] or [run.environment]:
+        for key, value in _facts(environment):
+            found.setdefault(key, {})[value] = None
+    return {key: " and ".join(values) for key, values in found.items()}
+
+
+def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    cpu = environment.get("cpu")
+    if isinstance(cpu, str):
+        yield "processor", clean(cpu)
+    elif isinstance(cpu, dict):
+        counts = ", ".join(count(cpu[key], key) for key in ("cores", "threads") if cpu.get(key))
+        yield "processor", clean(", ".join(part for part in (str(cpu.get("model")), counts) if part))
+        if isinstance(cpu.get("features"), list) and cpu["features"]:
+            yield "instruction sets", clean(" ".join(map(str, cpu["features"])))
+    if size := _gib(environment.get("memory_bytes")):
+        yield "memory", size
+    gpus = environment.get("gpus")
+    if isinstance(gpus, list):
+        yield "GPUs", "; ".join(_gpu(gpu) for gpu in gpus if isinstance(gpu, dict)) or "none"
+    for key, name in (("os", "system"), ("python", "Python")):
+        if environment.get(key):
+            yield name, clean(environment[key])
+    versions = environment.get("versions")
+    if isinstance(versions, dict):
+        shown = (f"{name} {version}" for name, version in versions.items() if name != "python")
+        yield "versions", clean(", ".join(shown))
+
+
+def _gib(nbytes: Any) -> str:
+    """Return a size in GiB; empty if it is not a number of bytes."""
+    return f"{nbytes / GIB:.1f} GiB" if isinstance(nbytes, int) and 0 < nbytes < 2**63 else ""
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    memory = _gib(gpu.get("memory_bytes"))
+    size = f", {memory}" if memory else ""
+    driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
+    return clean(f"{gpu.get('name')}{size}{driver}")
+
+
+# Write a report for programs: ``results.json`` and, with a line per row, ``results.csv``.
+
+
+FORMAT = 1
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """Return plain values. Rows leave out the record of single items, which stays in the run folder."""
+    return {
+        "format": FORMAT,
+        "title": report.title,
+        "runs": [{"name": run.name, "environment": run.environment} for run in report.runs],
+        "commands": list(report.commands),
+        "sections": [
+            {
+                "family": section.family,
+                "summary": list(section.summary),
+                "tables": [table.to_json() for table in section.tables],
+                "figures": [figure.key for figure in section.figures],
+            }
+            for section in report.sections
+        ],
+        "rows": [_row(item) for item in report.collection.measured],
+    }
+
+
+def json_text(report: Report) -> str:
+    """Return `to_json` indented by two spaces, with a final newline."""
+    return json.dumps(to_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _row(item: Measured) -> dict[str, Any]:
+    row = item.row.to_json()
+    row["details"] = {key: value for key, value in item.row.details.items() if key != "items"}
+    return {"run": item.run.name, **row}
+
+
+def csv_text(report: Report) -> str:
+    """Return one line a row; each key of a point has a column."""
+    import pandas as pd
+
+    frame = pd.DataFrame([_record(item) for item in report.collection.measured], dtype=object)
+    text = io.StringIO()
+    frame.to_csv(text, index=False, lineterminator="\n")
+    return text.getvalue()
+
+
+def _record(item: Measured) -> dict[str, Any]:
+    row, model = item.row, item.row.model
+    record: dict[str, Any] = {
+        "run": item.run.name,
+        "hardware": item.hardware,
+        "family": model.family,
+        "model": model.name,
+        "precision": model.precision,
+        "group_size": model.group_size,
+        "weights_bytes": model.nbytes,
+        "metric": row.metric,
+        **{f"point.{clean(key)}": value for key, value in row.point.items()},
+        "value": row.value,
+        "unit": row.unit,
+        "low": row.low,
+        "high": row.high,
+        "n": row.n,
+        "status": row.status,
+        "reason": row.reason,
+        "implementation": row.implementation,
+        "fingerprint": model.fingerprint,
+        "date": row.date,
+    }
+    return {key: spreadsheet(value) if isinstance(value, str) else value for key, value in record.items()}
+
+
+# Write a report as Markdown.
+
+
+SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+SIGNIFICANT = "\\*"
+PLOTS = "plots"
+"""Folder of the plots, beside the Markdown."""
+
+
+def report_markdown(report: Report) -> str:
+    """Return the whole document."""
+    parts = [f"# {markdown(report.title)}", *_head(report)]
+    several = len(report.sections) > 1
+    for section in report.sections:
+        if several:
+            parts.append(f"## {markdown(section.family)}")
+        parts += _section(section, "###" if several else "##")
+    parts += _environment(report)
+    parts += _commands(report)
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(report: Report) -> Iterator[str]:
+    date = " to ".join(dict.fromkeys(report.dates))
+    if date:
+        yield f"Measured {markdown(date)} with qwenq. [The same as a page](index.html) whose tables sort."
+
+
+def _section(section: Section, heading: str) -> Iterator[str]:
+    if section.summary:
+        yield "\n".join(f"- {markdown(line)}" for line in section.summary)
+    for table in section.tables:
+        yield f"{heading} {markdown(table.title)}"
+        yield render_table(table)
+        yield from _below(table)
+    if section.figures:
+        yield f"{heading} Plots"
+        yield "\n".join(
+            f"![{markdown(figure.title)}]({PLOTS}/{section.slug}-{figure.key}.png)"
+            for figure in section.figures
+        )
+
+
+def render_table(table: Table) -> str:
+    """Return a table with pipes, labels aligned left, figures right."""
+    align = ["---"] * table.labels + ["---:"] * (len(table.headers) - table.labels)
+    lines = [map(markdown, table.headers), align, *(_cells(line) for line in table.lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cells(line: Line) -> Iterable[str]:
+    return (render_cell(cell, italic=line.published) for cell in line.cells)
+
+
+def render_cell(cell: Cell, *, italic: bool = False) -> str:
+    """Return a figure with its interval, mark and footnote: ``42.9 (42.1–43.7)\\*¹``."""
+    interval = f" ({markdown(cell.low)}–{markdown(cell.high)})" if cell.low is not None else ""
+    mark = SIGNIFICANT if cell.mark == "significant" else ""
+    note = str(cell.note).translate(SUPERSCRIPT) if cell.note else ""
+    text = markdown(cell.text)
+    return f"{f'*{text}*' if italic and text else text}{interval}{mark}{note}"
+
+
+def _below(table: Table) -> Iterator[str]:
+    if table.caption:
+        caption = "; ".join(table.caption)
+        yield f"{markdown(caption[:1].upper() + caption[1:])}."
+    if any(cell.mark == "significant" for line in table.lines for cell in line.cells):
+        yield f"{SIGNIFICANT} a significant loss."
+    if table.notes:
+        yield "\n".join(
+            f"{str(number).translate(SUPERSCRIPT)} {markdown(note)}  "
+            for number, note in enumerate(table.notes, 1)
+        ).rstrip()
+
+
+def _environment(report: Report) -> Iterator[str]:
+    lines = environment_lines(report.collection)
+    if lines:
+        yield "## Measured on"
+        yield "\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in lines)
+
+
+def _commands(report: Report) -> Iterator[str]:
+    yield "## How to reproduce it"
+    if not report.commands:
+        yield "The runs do not record the commands that made them."
+        return
+    longest = max((len(run) for text in report.commands for run in re.findall(r"`+", text)), default=2)
+    fence = "`" * max(3, longest + 1)
+    yield "\n".join([f"{fence}sh", *report.commands, fence])
+
+
+# Write a report as one HTML file that needs no network and runs only its own script.
+#
+# A content security policy names the page's one script and one style by their hashes, so that even text
+# that
+# escaped the escaping could not run.
+
+
+def report_page(report: Report) -> str:
+    """Return the whole page."""
+    style, script = _asset("page.css"), _asset("page.js")
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.from_string(_asset("page.html")).render(
+        report=report,
+        subtitle=_subtitle(report),
+        environment=environment_lines(report.collection),
+        style=Markup(style),  # noqa: S704 - our own files
+        script=Markup(script),  # noqa: S704
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        draw=inline_svg,
+        tone=tone_of,
+        sentence=_sentence,
+        marked=_marked,
+    )
+
+
+def _subtitle(report: Report) -> str:
+    measured = report.collection.measured
+    hardware = dict.fromkeys(map(hardware_names(measured), measured))
+    date = " to ".join(dict.fromkeys(report.dates))
+    return " · ".join(part for part in (*hardware, date) if part)
+
+
+def _sentence(parts: tuple[str, ...]) -> str:
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _marked(table: Table) -> bool:
+    return any(cell.mark == "significant" for line in table.lines for cell in line.cells)
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+@cache
+def _asset(name: str) -> str:
+    return files("qwenq.reporting").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+# Write a report in all its forms into one folder.
 
 
 def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:

@@ -1,4 +1,8 @@
-"""Keep keys and values of a batch of sequences, each row with its own length."""
+"""Keep keys and values of a batch of sequences, each row with its own length.
+
+Row r's token p lies in slot p, whatever the other rows hold: no row is padded on the left, a token's slot is
+its position, and "may see" is one comparison (slot ≤ position). What lies behind a row's length is free.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,128 @@ from torch import Tensor
 
 from qwenq.errors import UsageError
 from qwenq.runtime.memory import require
-from qwenq.runtime.span import Span, plan
-from qwenq.runtime.step_layout import Step, StepLayout
+
+# Plan where one forward pass writes into a cache, and what its queries may see there.
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one forward pass writes, and what its queries may see.
+
+    Attributes:
+        positions: int64 [batch or 1, tokens]; 1 when all rows are alike. The padding of shorter rows is
+            clamped below ``end``.
+        start: the first slot, where it is the same in all rows and no row is padded; else None.
+        end: slots 0 … end-1 are read.
+        causal: every row starts at slot 0: query t sees keys 0 … t and no mask is needed.
+        mask: bool [batch or 1, 1, tokens, end], true where a query may look; None: causal, or one query that
+            sees everything.
+        rows, steps: int64 [written] row and step of each real token, None unless rows differ.
+    """
+
+    positions: Tensor
+    start: int | None
+    end: int
+    causal: bool
+    mask: Tensor | None
+    rows: Tensor | None = None
+    steps: Tensor | None = None
+
+
+def plan(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> Span:
+    """Plan a pass over ``counts[r]`` new tokens behind the ``lengths[r]`` of each row."""
+    tokens, first = max(counts), lengths[0]
+    ends = [old + new for old, new in zip(lengths, counts, strict=True)]
+    from_zero = not any(lengths)
+    if len(set(lengths)) == 1 and len(set(counts)) == 1:
+        positions = torch.arange(first, first + tokens, device=device).unsqueeze(0)
+        mask = None if from_zero or tokens == 1 else _visible(positions, ends[0])
+        return Span(positions, first, ends[0], from_zero, mask)
+    starts = torch.tensor(lengths, device=device).unsqueeze(1)
+    steps = torch.arange(tokens, device=device).unsqueeze(0)
+    rows, kept = (steps < torch.tensor(counts, device=device).unsqueeze(1)).nonzero(as_tuple=True)
+    positions = (starts + steps).clamp_max(max(ends) - 1)  # [batch, tokens]
+    mask = None if from_zero else _visible(positions, max(ends))
+    return Span(positions, None, max(ends), from_zero, mask, rows, kept)
+
+
+def _visible(positions: Tensor, end: int) -> Tensor:
+    slots = torch.arange(end, device=positions.device)
+    return (slots <= positions.unsqueeze(-1)).unsqueeze(1)  # [batch or 1, 1, tokens, end]
+
+
+# Arrange keys and values as decode steps on a CPU read them fastest.
+#
+# Keys lie transposed, as their product with a query runs over slots. All is float32: products of so few
+# rows are slower in bfloat16 on a CPU, and scores keep their precision.
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step: the newest token of every row, over a cache that is arranged for it.
+
+    Attributes:
+        positions: int64 [batch or 1, 1]; 1 when all rows are alike.
+        end: slots 0 … end-1 are read.
+        keys: per layer float32 [batch · heads, d, end], the slots side by side.
+        values: per layer float32 [batch · heads, end, d].
+        key_slots, value_slots: per layer [batch, heads, d], where the new token goes; None: rows differ.
+        mask: float32 [batch · heads, 1, end], -inf behind a row's length; None: no row is shorter.
+    """
+
+    positions: Tensor
+    end: int
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    key_slots: Sequence[Tensor] | None
+    value_slots: Sequence[Tensor] | None
+    mask: Tensor | None
+
+
+class StepLayout:
+    """All layers' keys and values in two tensors.
+
+    Attributes:
+        keys: float32 [layers, batch, heads, d, slots]; there are a few more slots than the capacity.
+        values: float32 [layers, batch, heads, slots, d].
+    """
+
+    def __init__(self, layers: int, batch: int, heads: int, capacity: int, head_dim: int, hint: str) -> None:
+        # Rows of keys that lie a power of two apart would share few lines of the processor's cache.
+        slots = -(-capacity // 16) * 16 + 16
+        needed = 8 * layers * batch * heads * slots * head_dim
+        require(needed, torch.device("cpu"), f"decoding {batch} rows of {capacity} tokens", hint)
+        self._capacity = capacity
+        self.keys = torch.zeros(layers, batch, heads, head_dim, slots)
+        self.values = torch.zeros(layers, batch, heads, slots, head_dim)
+
+    def views(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return keys and values, one [batch, heads, capacity, d] per layer each."""
+        keys = [layer.transpose(-1, -2)[:, :, : self._capacity] for layer in self.keys.unbind(0)]
+        return keys, [layer[:, :, : self._capacity] for layer in self.values.unbind(0)]
+
+    def narrow(self, batch: int) -> None:
+        """Keep the first rows alone, where they lie: no memory is freed."""
+        self.keys, self.values = self.keys[:, :batch], self.values[:, :batch]
+
+    def step(self, positions: Tensor, end: int) -> Step:
+        """Return the views of a step whose tokens go to ``positions`` [batch or 1, 1], below ``end``."""
+        heads = self.keys.shape[2]
+        key_slots = value_slots = mask = None
+        if len(positions) == 1:
+            key_slots = self.keys[..., end - 1].unbind(0)
+            value_slots = self.values[..., end - 1, :].unbind(0)
+        else:
+            behind = torch.arange(end) > positions  # [batch, end]
+            mask = torch.zeros(behind.shape).masked_fill_(behind, float("-inf"))
+            mask = mask.repeat_interleave(heads, dim=0).unsqueeze(1)
+        keys = self.keys.flatten(1, 2)[..., :end].unbind(0)  # views [batch · heads, d, end] of each layer
+        values = self.values.flatten(1, 2)[:, :, :end].unbind(0)
+        return Step(positions, end, keys, values, key_slots, value_slots, mask)
+
+
+# Keep keys and values of a batch of sequences, each row with its own length.
+
 
 LOWER = (
     "ask for fewer new tokens (--max-new-tokens; in profile --tokens), a shorter prompt (there --context) "

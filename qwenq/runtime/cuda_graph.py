@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import gpu
-from qwenq.runtime.cache import KVCache
-from qwenq.runtime.decode_step import PlainOperations
+from qwenq.runtime.block import PlainOperations, TritonOperations
+from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.decoder import Decoder
-from qwenq.runtime.fused_step import TritonOperations
-from qwenq.runtime.rope import logn_scales
-from qwenq.runtime.span import Span
+from qwenq.runtime.spec import logn_scales
 
 SHORTEST = 256
 """Slots that the first graph reads."""

@@ -15,18 +15,13 @@ from qwenq.compute import block as ops
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
-from qwenq.runtime.attention.best import Autotuned
-from qwenq.runtime.attention.grouped_decode import GroupedDecode
-from qwenq.runtime.cache import KVCache
-from qwenq.runtime.compiled_step import CompiledStep
-from qwenq.runtime.decode_step import Block, Operations, PlainOperations, StepOperations, run_blocks
-from qwenq.runtime.kernels.base import Linear
-from qwenq.runtime.kernels.cpu_native import CpuNative
-from qwenq.runtime.kernels.int8_head import Int8Head
-from qwenq.runtime.linear import Dense, float32_logits
-from qwenq.runtime.rope import Rope, logn_scales
-from qwenq.runtime.span import Span
-from qwenq.runtime.spec import DecoderSpec, read_spec
+from qwenq.runtime.attention.backends import Autotuned
+from qwenq.runtime.attention.plain import GroupedDecode
+from qwenq.runtime.block import Block, CompiledStep, Operations, PlainOperations, StepOperations, run_blocks
+from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.linear import Dense, Linear, float32_logits
+from qwenq.runtime.quantised_linear import CpuNative, Int8Head
+from qwenq.runtime.spec import DecoderSpec, Rope, logn_scales, read_spec
 from qwenq.runtime.weights import Weights
 
 _MEASURED, _STEPS = 256, 5

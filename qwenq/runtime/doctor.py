@@ -8,12 +8,11 @@ from importlib import metadata
 import torch
 
 from qwenq.compute import gpu
+from qwenq.compute.gpu import triton_label
 from qwenq.runtime.attention import available
 from qwenq.runtime.engine import find_attention
-from qwenq.runtime.kernels.base import Requirements
-from qwenq.runtime.kernels.cpu_native import CpuNative
-from qwenq.runtime.kernels.table import KERNELS, choose
-from qwenq.runtime.kernels.triton_support import triton_label
+from qwenq.runtime.linear import Requirements
+from qwenq.runtime.quantised_linear import KERNELS, CpuNative, choose
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,13 @@ class Part:
         kind: ``engine``, ``kernel``, ``decode step`` or ``attention``.
         name: as an option takes it; steps have none, they are taken where they can be.
         runs: what it is, where it can run here; else None.
-        why_not: why it cannot; None where it can.
+        reason: why it cannot; None where it can.
     """
 
     kind: str
     name: str
     runs: str | None
-    why_not: str | None
+    reason: str | None
 
 
 def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:
@@ -49,7 +48,7 @@ def fastest(device: torch.device, dtype: torch.dtype) -> str:
     used = [f"engine fast, kernel {kernel.name}, attention {find_attention('auto', 'fast', device)}"]
     used += [f"{part.name} decode steps" for part in steps if part.runs]
     wanted = ("graph", "fused") if device.type == "cuda" else ()
-    reasons = [part.why_not for part in steps if part.name in wanted and part.why_not]
+    reasons = [part.reason for part in steps if part.name in wanted and part.reason]
     more = [*notices, *(f"decode steps could be faster, but {reason}" for reason in dict.fromkeys(reasons))]
     if not more:
         more = ["nothing for this GPU"] if device.type == "cuda" else ["an NVIDIA GPU"]

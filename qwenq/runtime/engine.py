@@ -9,18 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwenq import __version__
 from qwenq.compute import cpu, gpu
+from qwenq.compute.gpu import triton_label
+from qwenq.environment import __version__
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.precision import compute_dtype, resolve_device
+from qwenq.models.machine import compute_dtype, resolve_device
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
-from qwenq.runtime.cached_engine import Engine
 from qwenq.runtime.cuda_graph import Graphs
 from qwenq.runtime.decoder import Decoder
-from qwenq.runtime.finite import checked, sum_in_float32
-from qwenq.runtime.kernels.triton_support import triton_label
+from qwenq.runtime.generation import Engine, checked, sum_in_float32
 
 __all__ = ["DTYPES", "HEADS", "Engine", "EngineName", "FastEngine", "find_attention", "find_dtype", "load"]
 

@@ -1,15 +1,162 @@
-"""Multiply plain weights, and join layers over the same input."""
+"""Define linear layers for the engines, and multiply those that are not quantised."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from qwenq.compute import dense
-from qwenq.runtime.kernels.base import Linear
+from qwenq.errors import UnsupportedError
+from qwenq.models.gptq_format import CheckpointFormat, PackedLinear, has_trivial_g_idx, unpack
+
+# Define what a linear layer is to the engines, and what one over packed integers has to tell of itself.
+#
+# A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor
+# takes one layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are
+# listed in ``table``.
+
+
+class Linear(Protocol):
+    """A linear layer that is ready to run."""
+
+    name: str
+    """Its name in tables."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [..., out] for [..., in], in the dtype of ``x``."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product has to read: weights, scales, bias."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Sizes of one quantised linear, by headers and ``g_idx``.
+
+    Attributes:
+        name: of the module.
+        in_features, out_features: of the weight.
+        even: whether the group size divides the columns.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    even: bool = True
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a model requires of a `QuantLinear`.
+
+    Attributes:
+        bits: 2, 4 or 8.
+        group_size: input columns that share a scale; -1 for all of them.
+        checkpoint_format: how zero points are stored.
+        device, dtype: where, and of the activations.
+        layers: every quantised linear of the model.
+    """
+
+    bits: int
+    group_size: int
+    checkpoint_format: CheckpointFormat
+    device: torch.device
+    dtype: torch.dtype
+    layers: tuple[LinearShape, ...] = ()
+
+
+class QuantLinear(Linear, Protocol):
+    """A linear layer over packed integers.
+
+    Attributes:
+        device_type: ``cpu``, ``cuda``, or ``any``: where it may be a faster choice than others.
+        widths: bits that it holds.
+    """
+
+    device_type: ClassVar[str]
+    widths: ClassVar[tuple[int, ...]]
+
+    def __init__(self, packed: PackedLinear, need: Requirements, bias: Tensor | None) -> None:
+        """Take one linear layer; ``packed`` and ``bias`` lie on the CPU, what is kept on ``need.device``."""
+
+    @staticmethod
+    def unsupported_reason(need: Requirements) -> str | None:
+        """Return why it cannot run such a model here, in words that follow "because"; None: it can."""
+        ...
+
+
+@dataclass(frozen=True)
+class UnpackedLinear:
+    """One quantised linear as plain integers, the columns of each group side by side.
+
+    Attributes:
+        integers: uint8 [out, in].
+        scales: float32 [out, groups], of either sign.
+        zeros: uint8 [out, groups].
+        order: int64 [in], the input column of each stored one; None: as they come.
+    """
+
+    integers: Tensor
+    scales: Tensor
+    zeros: Tensor
+    order: Tensor | None
+
+    @property
+    def group_size(self) -> int:
+        """Columns of each group."""
+        return self.integers.shape[1] // self.scales.shape[1]
+
+    def offsets(self, middle: int) -> Tensor | None:
+        """Return what a product around ``middle`` leaves out, ``scale · (middle - zero)``, [out, groups].
+
+        None where every zero point is the middle, as in a symmetric model.
+        """
+        shift = middle - self.zeros.to(torch.float32)
+        return self.scales * shift if bool(shift.any()) else None
+
+
+def unpack_by_group(packed: PackedLinear, need: Requirements) -> UnpackedLinear:
+    """Unpack a layer; columns in activation order are sorted by group.
+
+    Raises:
+        UnsupportedError: groups of unequal size.
+    """
+    integers, scales, zeros = unpack(packed, need.bits, need.checkpoint_format)
+    order = None
+    if not has_trivial_g_idx(packed.g_idx, packed.groups):
+        counts = torch.bincount(packed.g_idx, minlength=packed.groups)
+        if not bool((counts == counts[0]).all()):
+            raise UnsupportedError(
+                "groups that g_idx makes differ in size, which this kernel has no layout for",
+                hint="use --kernel dequantise",
+            )
+        order = torch.sort(packed.g_idx.long(), stable=True).indices
+        integers = integers[:, order]
+    return UnpackedLinear(integers, scales.to(torch.float32), zeros, order)
+
+
+def stacked(layers: list[PackedLinear]) -> PackedLinear | None:
+    """Join layers that read the same input, outputs one after the other; None: their orders differ."""
+    first = layers[0]
+    if not all(torch.equal(layer.g_idx, first.g_idx) for layer in layers):
+        return None
+    qweight, qzeros, scales = (
+        torch.cat([getattr(layer, name) for layer in layers], dim=1)
+        for name in ("qweight", "qzeros", "scales")
+    )
+    return PackedLinear(qweight, qzeros, scales, first.g_idx)
+
+
+# Multiply plain weights, and join layers over the same input.
+
 
 _BLOCK, _LEAST_BLOCK, _FEW_ROWS = 256, 64, 32
 """Outputs of a block, at most and at least, and the most rows for which blocks are faster."""

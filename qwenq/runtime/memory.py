@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from qwenq.errors import OutOfMemoryError
-from qwenq.models.granted import free_memory
+from qwenq.models.machine import free_memory
 
 _GPU_REFUSAL = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B)")
 _CPU_REFUSAL = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")

@@ -1,16 +1,23 @@
-"""Read what the lean decoder needs of a config.json, and refuse what it does not have."""
+"""Read what the decoder needs of a config.json, and compute its rotary tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.long_context import LongContext, long_context_of
-from qwenq.models.qwen_v1 import V1_KEY
-from qwenq.models.rope_parameters import DEFAULT_THETA, kind_of, rope_parameters
+import torch
+from torch import Tensor
+
+from qwenq.errors import ModelError, UnsupportedError, UsageError
+from qwenq.models.config import DEFAULT_THETA, kind_of, rope_parameters
+from qwenq.models.qwen_v1 import V1_KEY, LongContext, long_context_of
 from qwenq.models.shapes import ModelShape
+from qwenq.models.transformers_model import refused_by_transformers, transformers_config
+
+# Read what the lean decoder needs of a config.json, and refuse what it does not have.
+
 
 _USE_TRANSFORMERS = "use --engine transformers"
 _COPY_AGAIN = "copy the model's config.json again"
@@ -101,3 +108,136 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         hint = _USE_TRANSFORMERS if kind == "longrope" else "it is of no known kind; copy config.json again"
         raise UnsupportedError(f"rope scaling {kind!r} is not supported here", hint=hint)
     return theta, parameters
+
+
+# Compute rotary position embeddings: tables of cosines and sines.
+#
+# Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Scaled variants take their
+# frequencies from transformers; Qwen v1's dynamic NTK, which transformers does not know, is here.
+
+
+def ntk_alpha(tokens: int, seq_length: int) -> int:
+    """Return Qwen v1's NTK factor for a prompt of that many tokens.
+
+    It is 1 up to ``seq_length`` tokens, 3 up to twice that, then 7, 15, …
+
+    v1's ``get_ntk_alpha``: ``max(2 ** ceil(log2(L / s) + 1) - 1, 1)``. It counts once, at prefill, and holds
+    for every token that is generated after it.
+    """
+    if tokens <= seq_length:
+        return 1
+    return int(max(2 ** math.ceil(math.log2(tokens / seq_length) + 1) - 1, 1))
+
+
+def logn_scales(positions: Tensor, seq_length: int) -> Tensor:
+    """Return Qwen v1's factors for queries, float32: ``log_s(p + 1)`` where p + 1 > s, else 1."""
+    return (torch.log(positions.float() + 1) / math.log(seq_length)).clamp_min(1.0)
+
+
+def inverse_frequencies(spec: DecoderSpec, alpha: int = 1) -> tuple[Tensor, float]:
+    """Return the frequencies, float32 [d / 2] on the CPU, and a factor for the tables (1 except for YaRN)."""
+    if spec.rope_scaling is not None:
+        return _scaled_frequencies(spec)
+    d = spec.shape.head_dim
+    base = spec.rope_theta * alpha ** (d / (d - 2)) if alpha > 1 else spec.rope_theta
+    return 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.float32) / d), 1.0
+
+
+def _scaled_frequencies(spec: DecoderSpec) -> tuple[Tensor, float]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = transformers_config(spec.config, None)
+    # `dynamic` at its trained length is the plain rotation; `Rope` refuses what lies beyond.
+    with refused_by_transformers(None):
+        frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](
+            config, torch.device("cpu")
+        )
+        return frequencies.float(), float(factor)
+
+
+class Rope:
+    """Cosines and sines of every position, in one table per NTK factor (one table in all but Qwen v1).
+
+    Args:
+        spec: the model.
+        device: where the tables lie.
+        dtype: of the activations; the tables have it too, except Qwen v1's, which stay float32.
+    """
+
+    def __init__(self, spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self._spec, self._device = spec, device
+        self._dtype = torch.float32 if spec.keeps_rope_in_float32 else dtype
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        heads, d = spec.shape.heads, spec.shape.head_dim
+        self._scales = torch.ones(heads + spec.shape.kv_heads, 1)  # of attention's scores, for `at_step`
+        self._scales[:heads] = d**-0.5
+
+    def alpha(self, tokens: int) -> int:
+        """Return the NTK factor of a prompt of that many tokens; 1 for all but long prompts of Qwen v1."""
+        context = self._spec.long_context
+        return ntk_alpha(tokens, context.seq_length) if context is not None and context.dynamic_ntk else 1
+
+    def at(self, positions: Tensor, alphas: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines for ``compute.block.rotate``.
+
+        Args:
+            positions: int64 [batch or 1, tokens], all below ``end``.
+            alphas: NTK factor of each row.
+            end: number of positions that the tables have to hold.
+
+        Returns:
+            Two of [batch or 1, tokens, 1, d]: the 1 stands for the heads.
+        """
+        if len(set(alphas)) == 1:
+            cos, sin = (table[positions] for table in self._table(alphas[0], end))
+        else:
+            pairs = [self._table(alpha, end) for alpha in alphas]
+            rows = positions.expand(len(alphas), -1)
+            cos = torch.stack([pair[0][row] for pair, row in zip(pairs, rows, strict=True)])
+            sin = torch.stack([pair[1][row] for pair, row in zip(pairs, rows, strict=True)])
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+    def at_step(self, positions: Tensor, alphas: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines of a decode step on a CPU, with attention's scale in the queries'.
+
+        Args:
+            positions: int64 [batch or 1, 1], all below ``end``.
+            alphas: NTK factor of each row.
+            end: number of positions that the tables have to hold.
+
+        Returns:
+            Two of float32 [batch or 1, heads + key/value heads, d].
+        """
+        cos, sin = self.at(positions, alphas, end)  # [batch or 1, 1, 1, d]
+        scales, context = self._scales, self._spec.long_context
+        if context is not None and context.logn and end > context.seq_length:
+            longer = logn_scales(positions, context.seq_length)[..., None]  # [batch or 1, 1, 1]
+            scales = scales.repeat(len(longer), 1, 1)
+            scales[:, : self._spec.shape.heads] *= longer
+        return cos[:, 0].float() * scales, sin[:, 0].float() * scales
+
+    def _table(self, alpha: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return tables [positions, d] with at least ``end`` positions; make them longer by doubling."""
+        self._refuse_beyond_dynamic(end)
+        found = self._tables.get(alpha)
+        if found is not None and found[0].shape[0] >= end:
+            return found
+        length = max(end, 2 * found[0].shape[0] if found is not None else 1024)
+        frequencies, factor = inverse_frequencies(self._spec, alpha)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # [positions, d / 2]
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        # The sign of the rotation's off-diagonal lies in the table, so that `rotate` needs no negation.
+        halves = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        self._tables[alpha] = tuple(half.to(self._device, self._dtype) for half in halves)  # type: ignore[assignment]
+        return self._tables[alpha]
+
+    def _refuse_beyond_dynamic(self, end: int) -> None:
+        """Refuse dynamic scaling beyond the trained length, where it changes with every token."""
+        scaling, limit = self._spec.rope_scaling, self._spec.shape.context
+        kind = (scaling or {}).get("rope_type", (scaling or {}).get("type"))
+        if kind == "dynamic" and limit is not None and end > limit:
+            raise UsageError(
+                f"{end} tokens are more than the {limit} of this model; its dynamic rope scaling "
+                "beyond them is not supported by this engine",
+                hint="shorten the prompt, or use --engine transformers",
+            )

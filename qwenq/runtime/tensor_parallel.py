@@ -19,8 +19,8 @@ from qwenq.distributed import Team
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.config import quantization_of
-from qwenq.models.hf_config import transformers_config
-from qwenq.models.precision import resolve_device
+from qwenq.models.machine import resolve_device
+from qwenq.models.transformers_model import transformers_config
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import find_attention, find_dtype
@@ -169,22 +169,22 @@ def _broadcast(team: Team, numbers: Sequence[int]) -> None:
     message = torch.tensor([len(numbers), *numbers])
     first = torch.zeros(_FIRST, dtype=torch.int64)
     first[: len(message)] = message[:_FIRST]
-    team.copy(first)
+    team.broadcast(first)
     if len(message) > _FIRST:
-        team.copy(message[_FIRST:].contiguous())
+        team.broadcast(message[_FIRST:].contiguous())
 
 
 def _receive(team: Team) -> list[int]:
     first = torch.empty(_FIRST, dtype=torch.int64)
-    team.copy(first)
+    team.broadcast(first)
     length, *numbers = first.tolist()
     if (more := length + 1 - _FIRST) > 0:
         rest = torch.empty(more, dtype=torch.int64)
-        team.copy(rest)
+        team.broadcast(rest)
         numbers += rest.tolist()
     return [int(number) for number in numbers[:length]]
 
 
 def _broadcast_tensor(team: Team, tensor: Tensor) -> None:
     """Broadcast the leader's values into everybody's tensor, byte by byte."""
-    team.copy(tensor.contiguous().view(torch.uint8) if team.leads else tensor.view(torch.uint8))
+    team.broadcast(tensor.contiguous().view(torch.uint8) if team.is_rank0 else tensor.view(torch.uint8))

@@ -20,16 +20,13 @@ from transformers.distributed import DistributedConfig
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.config import PLAIN_ROPE
-from qwenq.models.hf_config import transformers_config
-from qwenq.models.long_context import LongContext, long_context_of
-from qwenq.models.rope_parameters import rope_parameters
-from qwenq.models.whole_model import assemble_unfused, build_whole_model
+from qwenq.models.config import PLAIN_ROPE, rope_parameters
+from qwenq.models.qwen_v1 import LongContext, long_context_of
+from qwenq.models.transformers_model import assemble_unfused, build_whole_model, transformers_config
 from qwenq.runtime.attention import Attention
-from qwenq.runtime.cache import KVCache, StateShape
-from qwenq.runtime.cached_engine import Engine
-from qwenq.runtime.kernels.base import Linear
-from qwenq.runtime.span import Span
+from qwenq.runtime.cache import KVCache, Span, StateShape
+from qwenq.runtime.generation import Engine
+from qwenq.runtime.linear import Linear
 from qwenq.runtime.weights import Weights
 
 _ATTENTION = "qwenq"

@@ -16,6 +16,7 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.config import quantization_of
 from qwenq.models.gptq_format import (
     DequantisedSource,
+    PackedLinear,
     QuantConfig,
     check_g_idx,
     check_module_shapes,
@@ -24,13 +25,11 @@ from qwenq.models.gptq_format import (
     read_packed,
 )
 from qwenq.models.integrity import check_finite
-from qwenq.models.packing import PackedLinear
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorSource, require_tensors
-from qwenq.runtime.kernels.base import Linear, LinearShape, Requirements, stacked
-from qwenq.runtime.kernels.table import choose
-from qwenq.runtime.linear import Dense, SideBySide
+from qwenq.runtime.linear import Dense, Linear, LinearShape, Requirements, SideBySide, stacked
 from qwenq.runtime.memory import require
+from qwenq.runtime.quantised_linear import choose
 
 _HINT = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
 

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from qwenq.calibration.content import lines_of
 from qwenq.calibration.documents import Document, from_record
-from qwenq.calibration.files import LONGEST_PASSAGE, PASSAGE, read_file
+from qwenq.calibration.files import LONGEST_PASSAGE, PASSAGE, lines_of, read_file
 from qwenq.errors import CalibrationError, UsageError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenq.calibration.documents import Document
-from qwenq.calibration.sequences import Wanted, check_vocabulary, pack, read_pool, shuffled
+from qwenq.calibration.sequences import Sizes, check_vocabulary, pack, read_pool, shuffled
 from qwenq.errors import CalibrationError
 
 SEPARATOR = 0
@@ -14,11 +14,11 @@ SEPARATOR = 0
 DOCUMENTS = st.lists(st.integers(0, 40), min_size=1, max_size=12).map(
     lambda sizes: [[1000 * (i + 1) + j for j in range(size)] for i, size in enumerate(sizes)]
 )
-SIZES = st.builds(Wanted, samples=st.integers(1, 4), held_out=st.integers(0, 3), seq_len=st.integers(2, 9))
+SIZES = st.builds(Sizes, samples=st.integers(1, 4), held_out=st.integers(0, 3), seq_len=st.integers(2, 9))
 
 
 @given(DOCUMENTS, SIZES)
-def test_sequences_are_runs_of_the_joined_documents(documents: list[list[int]], wanted: Wanted) -> None:
+def test_sequences_are_runs_of_the_joined_documents(documents: list[list[int]], wanted: Sizes) -> None:
     joined = [token for document in documents for token in [*document, SEPARATOR]]
     if len(joined) < wanted.tokens:
         with pytest.raises(CalibrationError, match=f"{len(joined):,} tokens, but {wanted.tokens:,}"):
@@ -48,19 +48,19 @@ def _next_document(documents: list[list[int]], tokens: int) -> int:
 
 
 def test_held_out_shares_documents_only_where_it_must() -> None:
-    wanted = Wanted(samples=2, held_out=1, seq_len=4)
+    wanted = Sizes(samples=2, held_out=1, seq_len=4)
     one = [list(range(1, 30))]
     assert pack(one, wanted, [], where="here").held_out_from == "the same documents"
     assert pack([*one, *one], wanted, [], where="here").held_out_from == "other documents"
-    assert pack(one, Wanted(2, 0, 4), [], where="here").held_out_from == "none"
+    assert pack(one, Sizes(2, 0, 4), [], where="here").held_out_from == "none"
 
 
 def test_too_little_text_says_what_would_fit() -> None:
     with pytest.raises(CalibrationError) as caught:
-        pack([list(range(50))], Wanted(samples=100, held_out=2, seq_len=8), [], where="notes.txt")
+        pack([list(range(50))], Sizes(samples=100, held_out=2, seq_len=8), [], where="notes.txt")
     assert "50 tokens, but 816 are needed for 100 + 2 sequences of 8" in str(caught.value)
     assert "notes.txt" in str(caught.value) and "lower --samples to 4" in str(caught.value)
-    assert pack([list(range(50))], Wanted(4, 2, 8), [], where="notes.txt").tokens.shape == (4, 8)
+    assert pack([list(range(50))], Sizes(4, 2, 8), [], where="notes.txt").tokens.shape == (4, 8)
 
 
 def test_only_as_many_documents_are_tokenised_as_needed() -> None:
@@ -71,14 +71,14 @@ def test_only_as_many_documents_are_tokenised_as_needed() -> None:
             asked.append(number)
             yield [number] * 10
 
-    packed = pack(documents(), Wanted(samples=3, held_out=1, seq_len=16), [], where="here")
+    packed = pack(documents(), Sizes(samples=3, held_out=1, seq_len=16), [], where="here")
     assert packed.documents == len(asked) == 2 + 5
 
 
 def test_progress_ends_at_the_total() -> None:
     seen: list[tuple[int, int]] = []
     documents = [list(range(30))] * 4
-    pack(documents, Wanted(2, 1, 16), [0], where="here", progress=lambda *now: seen.append(now))
+    pack(documents, Sizes(2, 1, 16), [0], where="here", progress=lambda *now: seen.append(now))
     assert seen[-1] == (48, 48) and sorted(seen) == seen
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from terminal import Terminal
 
-from qwenq import __version__, cli
-from qwenq.cli.app import app
-from qwenq.cli.commands import COMMANDS
+from qwenq import cli
+from qwenq.cli.app import COMMANDS, app
+from qwenq.environment import __version__
 from qwenq.errors import ModelError, QwenqError, UsageError
 
 
@@ -24,7 +24,7 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 def main_fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *before: str) -> int:
     """The exit code of main() when the command `plan` raises ``error``."""
-    monkeypatch.setattr("qwenq.plan.model.find_model", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("qwenq.planner.plan.find_model", lambda *_: (_ for _ in ()).throw(error))
     monkeypatch.setattr(sys, "argv", ["qwenq", *before, "plan", "qwen-7b-chat"])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -103,11 +103,11 @@ def test_a_defect_of_ours_is_never_dressed_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 UNFORESEEN = (
-    "import sys, qwenq.plan.model; from qwenq.cli import main\n"
+    "import sys, qwenq.planner.plan; from qwenq.cli import main\n"
     "def gpu(*_):\n"
     "    error = OSError(5, 'Input/output error', '/mnt/model\\x1b[2J')\n"
     "    error.add_note('on rank 3'); raise error\n"
-    "qwenq.plan.model.find_model = gpu; main()"
+    "qwenq.planner.plan.find_model = gpu; main()"
 )
 
 
@@ -145,7 +145,7 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_while_the_commands_are_read_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwenq.cli.commands.register", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("qwenq.cli.app.register", lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 130

@@ -15,8 +15,7 @@ from runtime.small_chat import write_chat_folder
 from terminal import Terminal
 from typer.testing import CliRunner
 
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.errors import UsageError
 
 register()

@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_families import write_calibration, write_family
 from typer.testing import CliRunner
 
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.models.qwen_tokenizer import RANKS_FILE
 from qwenq.models.tokenizer import load_tokenizer
-from qwenq.runtime.session import Session
+from qwenq.runtime.chat import Session
 
 register()
 runner = CliRunner()

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_model import TEXT, write_tiny_model
 
 from qwenq.errors import UsageError
-from qwenq.gptq.scales import search_grid
+from qwenq.gptq.grid import search_grid
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import QuantConfig
+from qwenq.models.gptq_format import QuantConfig, pack
 from qwenq.models.identity import base_facts
-from qwenq.models.packing import pack
 
 BITS, GROUP = 8, 16
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qwenq.cli import doctor
+from qwenq.cli import plan
 from qwenq.cli.app import app
-from qwenq.cli.doctor import examination
+from qwenq.cli.plan import examination
 from qwenq.compute import cpu, gpu
 from qwenq.compute.ops import operations
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.evals.sandbox import find
-from qwenq.evals.sandbox.find import Sandbox
+from qwenq.evals.sandbox import run
+from qwenq.evals.sandbox.run import Sandbox
 from qwenq.runtime import doctor as runtime_doctor
 from qwenq.runtime.attention import BACKENDS
-from qwenq.runtime.kernels.table import KERNELS
+from qwenq.runtime.quantised_linear import KERNELS
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +36,18 @@ def test_every_kernel_and_backend_runs_or_says_why_not(found: dict) -> None:
         each.name for each in operations(torch.device("cpu"), torch.bfloat16)
     }
     others = [part for part in found["parts"] if part["kind"] != "operation"]
-    assert all((part["runs"] is None) != (part["why_not"] is None) for part in others)
+    assert all((part["runs"] is None) != (part["reason"] is None) for part in others)
 
 
 def test_a_gpu_that_is_not_there_is_the_reason(found: dict) -> None:
-    reasons = {part["name"]: part["why_not"] for part in found["parts"]}
+    reasons = {part["name"]: part["reason"] for part in found["parts"]}
     assert "GPU" in reasons["v2"]
     assert reasons["dequantise"] is None
     assert reasons["off"] is None
 
 
 def test_another_dtype_has_other_reasons() -> None:
-    reasons = {part["name"]: part["why_not"] for part in examination("cpu", "float32")["parts"]}
+    reasons = {part["name"]: part["reason"] for part in examination("cpu", "float32")["parts"]}
     assert reasons["cpu-native"] == "it computes in bfloat16, not in float32"
 
 
@@ -56,8 +56,8 @@ def test_operations_that_run_in_torch_say_why(monkeypatch: pytest.MonkeyPatch) -
     found = examination("cpu", "bfloat16")
     parts = {part["name"]: part for part in found["parts"] if part["kind"] == "operation"}
     for part in parts.values():
-        assert (part["runs"], part["why_not"]) == ("torch", "QWENQ_CPU=torch turns it off")
-    lines = [line for line in doctor._lines(found) if " slow torch: QWENQ_CPU=torch turns it off" in line]
+        assert (part["runs"], part["reason"]) == ("torch", "QWENQ_CPU=torch turns it off")
+    lines = [line for line in plan._lines(found) if " slow torch: QWENQ_CPU=torch turns it off" in line]
     assert len(lines) == len(parts)
 
 
@@ -71,9 +71,9 @@ def test_operations_name_the_variant_that_runs() -> None:
 def test_what_is_missed_without_triton_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     device, lacking = torch.device("cuda"), "triton is not installed"
     monkeypatch.setattr(gpu, "unsupported_reason", lambda device: lacking)
-    rounding = {part.name: part for part in doctor._operations(device, torch.bfloat16)}
-    steps = {part.name: part.why_not for part in runtime_doctor._steps(device, torch.bfloat16)}
-    assert rounding["rounding and coordinate descent"].why_not == steps["fused"] == lacking
+    rounding = {part.name: part for part in plan._operations(device, torch.bfloat16)}
+    steps = {part.name: part.reason for part in runtime_doctor._steps(device, torch.bfloat16)}
+    assert rounding["rounding and coordinate descent"].reason == steps["fused"] == lacking
     assert steps["graph"] is None
 
 
@@ -91,15 +91,15 @@ def without_bubblewrap(monkeypatch: pytest.MonkeyPatch, *, namespaces: bool) -> 
         raise UnsupportedError("unshare is refused")
 
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr(find, "_namespaces", make)
-    monkeypatch.setattr(find, "_try", lambda sandbox: None)
+    monkeypatch.setattr(run, "_namespaces", make)
+    monkeypatch.setattr(run, "_try", lambda sandbox: None)
 
 
 def test_how_to_get_bubblewrap_where_nothing_confines(found: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     without_bubblewrap(monkeypatch, namespaces=False)
-    sandbox = doctor._sandbox()
+    sandbox = plan._sandbox()
     assert sandbox["runs"] is None
-    lines = doctor._lines({**found, "sandbox": sandbox})
+    lines = plan._lines({**found, "sandbox": sandbox})
     (place,) = (n for n, line in enumerate(lines) if line.startswith("  HumanEval "))
     assert " no   nothing here can confine the code" in lines[place]
     assert "bubblewrap: not installed" in lines[place] and "unshare is refused" in lines[place]
@@ -108,7 +108,7 @@ def test_how_to_get_bubblewrap_where_nothing_confines(found: dict, monkeypatch: 
 
 def test_how_to_get_bubblewrap_where_namespaces_do(found: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     without_bubblewrap(monkeypatch, namespaces=True)
-    lines = doctor._lines({**found, "sandbox": doctor._sandbox()})
+    lines = plan._lines({**found, "sandbox": plan._sandbox()})
     (place,) = (n for n, line in enumerate(lines) if line.startswith("  HumanEval "))
     assert lines[place] == "  HumanEval     yes  Linux namespaces (6.1)"
     assert lines[place + 1].strip() == "try: apt-get install bubblewrap, which is used where it works"

@@ -18,8 +18,8 @@ from qwenq.run.recorded import record
 from tiny_model import write_tiny_model
 
 from qwenq.reporting.collect import collect
-from qwenq.reporting.markdown import report_markdown
 from qwenq.reporting.report import make_report
+from qwenq.reporting.write import report_markdown
 from qwenq.results import read_environment, read_rows
 from qwenq.storage import sha256_file
 

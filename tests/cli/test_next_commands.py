@@ -11,8 +11,7 @@ import pytest
 import typer
 
 from qwenq import cli
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.cli.printing import next_commands
 
 

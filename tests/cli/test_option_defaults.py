@@ -13,7 +13,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from qwenq.calibration.load import DEFAULT_HELD_OUT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
-from qwenq.cli import commands
+from qwenq.cli import app as app_module
 from qwenq.cli.app import app
 from qwenq.cli.options import Given, recipe_options
 from qwenq.errors import UsageError
@@ -33,7 +33,7 @@ SECTION_OF = {"quantize": "quantize", "eval": "eval", "profile": "profile", "cal
 
 def parameters() -> Iterator[tuple[str, Any]]:
     """Yield (command, option) for every option of every command."""
-    commands.register()
+    app_module.register()
     group: Any = get_command(app)
     for name, command in group.commands.items():
         for inner in getattr(command, "commands", {"": command}).values():

@@ -16,10 +16,10 @@ from tiny_model import TEXT, write_tiny_model
 from qwenq.cli.options import listed_numbers
 from qwenq.cli.perplexity import perplexity as command
 from qwenq.evals import perplexity as measuring
-from qwenq.evals.perplexity import Text, require_lengths
+from qwenq.evals.perplexity import ScoredText, require_lengths
 from qwenq.models.qwen_v1 import V1_KEY
+from qwenq.reporting.card import long_context_table
 from qwenq.reporting.collect import collect
-from qwenq.reporting.long_context import long_context_table
 from qwenq.results import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,7 @@ def test_lengths_up_to_the_cards_longest() -> None:
         16384,
         32768,
     ]
-    windows = Text("long.txt", torch.zeros(1, 32768, dtype=torch.int64))
+    windows = ScoredText("long.txt", torch.zeros(1, 32768, dtype=torch.int64))
     require_lengths([1024, 16384, 32768], windows)
     default = inspect.signature(command).parameters["lengths"].default
     assert f"`--lengths {default}`" in (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qwenq.cli import main
 from qwenq.environment import environment
-from qwenq.profiling.points import Point
+from qwenq.profiling.spec import Point
 from qwenq.results import Row, read_environment, read_rows
 
 Shell = Callable[..., tuple[int, str, str]]

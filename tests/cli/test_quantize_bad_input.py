@@ -116,7 +116,7 @@ def test_neither_a_folder_nor_a_hub_id(quantize: QuantizeShell) -> None:
 def test_a_second_process_on_one_output_is_refused(
     quantize: QuantizeShell, calibration: Path, tmp_path: Path
 ) -> None:
-    from qwenq.gptq.layer_store import LayerStore
+    from qwenq.models.quantized_folder import LayerStore
 
     first = LayerStore(tmp_path / "q.partial", {}, resume=True)
     for option in ("--resume", "--no-resume"):

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from terminal import SIZE, Terminal
 
-from qwenq.cli.quantize_output import TextListener, quantize_listener
+from qwenq.cli.progress import TextListener, quantize_listener
 from qwenq.events import Advance, Start
-from qwenq.gptq.module import ModuleStats
-from qwenq.gptq.quantise import LayerDone
+from qwenq.gptq.linears import ModuleStats
+from qwenq.gptq.pipeline import LayerDone
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

@@ -14,8 +14,7 @@ from runtime.small_chat import REAL_VOCAB, write_chat_folder
 from tiny_families import write_calibration
 from typer.testing import CliRunner
 
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import quantised_modules

@@ -11,8 +11,7 @@ from brief_profiles import profile_briefly
 from typer.testing import CliRunner
 
 from qwenq.calibration import CalibrationSet
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.errors import UsageError
 from qwenq.models import catalogue
 from qwenq.models.checkpoint import open_checkpoint

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-import qwenq.cli.tokenizer  # noqa: F401  (adds the command)
+import qwenq.cli.convert  # noqa: F401  (adds the command)
 from qwenq.cli.app import app
 from qwenq.errors import ModelError, QwenqError, UsageError
 

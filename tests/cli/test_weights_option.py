@@ -9,11 +9,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from qwenq.cli.app import app
-from qwenq.cli.commands import register
+from qwenq.cli.app import app, register
 from qwenq.errors import UsageError
-from qwenq.profiling import subjects
-from qwenq.quantize import quantize
+from qwenq.profiling import spec
+from qwenq.quantization import quantize
 
 MODEL = "qwen2.5-0.5b-instruct"
 TAKES_ONE = {"model", "models", "src", "quantised"}  # arguments that name a model
@@ -98,7 +97,7 @@ def test_commands_that_take_random_weights_get_them(
 
     seen: list[Any] = []
     monkeypatch.setattr(f"{quantize.__module__}.quantize", reached)
-    monkeypatch.setattr(subjects, "subjects_of", reached)
+    monkeypatch.setattr(spec, "subjects_of", reached)
     monkeypatch.setattr("qwenq.models.random_weights.write_shards", reached)
     done = CliRunner().invoke(app, [name, *ACCEPTING[name], "--weights", "random"])
     if name in ("calibrate", "plan"):

@@ -12,7 +12,7 @@ from qwenq.compute import columns, cpu
 from qwenq.compute.ops import fallback_notice
 from qwenq.compute.products import CProducts, Float32Products, Products, mirror, products, unsupported_reason
 from qwenq.distributed import ALONE, Team
-from qwenq.gptq.quantise import how_summed
+from qwenq.gptq.pipeline import how_summed
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("each_variant")

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from qwenq.compute import cpu
 from qwenq.compute.scales import Groups, search_by_c, search_by_torch, unsupported_reason
-from qwenq.gptq.grid import Grid
-from qwenq.gptq.scales import search_grid
+from qwenq.gptq.grid import Grid, search_grid
 
 Found = tuple[torch.Tensor, torch.Tensor]
 

@@ -69,7 +69,7 @@ def test_the_interpreted_kernel_finds_the_integers_that_torch_finds() -> None:
 def test_the_kernel_builds_and_keeps_everything_in_registers(moves: bool, capability: int) -> None:
     from runtime.triton_builds import Build, resources
 
-    from qwenq.compute.triton_columns import _columns
+    from qwenq.compute.triton.columns import _columns
 
     pointers = dict.fromkeys(("columns", "values", "U", "scales", "zeros", "errors", "cost"), "*fp32")
     build = Build(

@@ -28,5 +28,5 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been waited; nothing waits, and no pause is drawn at random."""
     found: list[float] = []
     monkeypatch.setattr("qwenq.evals.endpoint.wait", found.append)
-    monkeypatch.setattr("qwenq.evals.patience.random.uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr("qwenq.evals.endpoint.random.uniform", lambda low, high: (low + high) / 2)
     return found

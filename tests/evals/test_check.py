@@ -15,12 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwenq.errors import CorruptFileError, UnsupportedError, UsageError
-from qwenq.evals.check import CheckResult, check, require_comparable
-from qwenq.evals.module_error import MODULE_TOKENS, chosen_sequences, round_to_nearest
+from qwenq.evals.check import (
+    MODULE_TOKENS,
+    CheckResult,
+    check,
+    chosen_sequences,
+    require_comparable,
+    round_to_nearest,
+)
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig
-from qwenq.models.packing import pack
+from qwenq.models.gptq_format import DequantisedSource, QuantConfig, pack
 
 SIZES = {
     "hidden_size": 32,
@@ -179,7 +184,7 @@ def test_module_errors_are_those_of_the_base_models_inputs(case: Case) -> None:
 
 def test_results_do_not_depend_on_batches_and_slabs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwenq.evals.check.TOKENS_PER_BATCH", 80)
-    monkeypatch.setattr("qwenq.evals.divergence.SLAB_TOKENS", 7)
+    monkeypatch.setattr("qwenq.evals.check.SLAB_TOKENS", 7)
     steps: list[tuple[int, int]] = []
     other = case.check(progress=lambda done, total: steps.append((done, total)))
     assert other.kl.value == pytest.approx(case.result.kl.value, rel=1e-3, abs=1e-6)

@@ -11,8 +11,7 @@ from listening import notices_to
 
 from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import Endpoint, endpoint_at
-from qwenq.evals.patience import ATTEMPTS, Trouble
+from qwenq.evals.endpoint import ATTEMPTS, Endpoint, ServerState, endpoint_at
 from qwenq.evals.task import Write, Written
 
 
@@ -41,7 +40,7 @@ def test_plain_text_is_completed_and_cut_at_stop_strings(server: Server) -> None
 def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) -> None:
     said: list[str] = []
     server.refuses = ("repetition_penalty",)
-    endpoint = at(server, trouble=Trouble(notices_to(said)))
+    endpoint = at(server, trouble=ServerState(notices_to(said)))
     assert [endpoint.ask(chat(text)).written.text for text in ("one", "two")] == ["ONE", "TWO"]
     assert ["repetition_penalty" in one for one in server.seen] == [True, False, False]
     assert said == [f"{server.url}: this server refuses the option repetition_penalty, so it is left out"]

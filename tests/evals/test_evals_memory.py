@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_model import write_tiny_model
 
-from qwenq.evals.memory import budget_for, cache_for_writing
+from qwenq.evals.batching import budget_for, new_decode_cache
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine, load
 
@@ -29,7 +29,7 @@ def storages(cache: KVCache) -> dict[int, int]:
 
 def most_bytes(engine: Engine, capacity: int) -> int:
     """Of a cache that rows are put into and decoded in: all that it ever held."""
-    cache = cache_for_writing(engine, ROWS, capacity)
+    cache = new_decode_cache(engine, ROWS, capacity)
     found, held = storages(cache), [*cache.keys, *cache.values]  # held: no address is used again
     fresh = engine.new_cache(ROWS, 3)
     engine.prefill([[5, 6, 7]] * ROWS, fresh)
@@ -60,5 +60,5 @@ def test_prompts_of_one_token_are_decode_steps(tiny: Path) -> None:
 
 def test_what_a_container_grants_bounds_the_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(tiny, device="cpu", dtype="float32")
-    monkeypatch.setattr("qwenq.models.granted.granted_bytes", lambda: 10_000_000)
+    monkeypatch.setattr("qwenq.models.machine.cgroup_memory_left", lambda: 10_000_000)
     assert budget_for(engine).memory <= 5_000_000

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenq.evals.tasks.final_answers import boxed, normal, number, same_answer, stated
+from qwenq.evals.tasks.math import boxed, normal, number, same_answer, stated
 
 
 @pytest.mark.parametrize(

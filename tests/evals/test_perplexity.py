@@ -13,11 +13,11 @@ from models.plain_qwen_v1 import MemorySource, forward, random_tensors, small_co
 from runtime.small_models import small_model
 
 from qwenq.errors import OutOfMemoryError, UsageError
-from qwenq.evals.contender import How
+from qwenq.evals.model import LoadOptions
 from qwenq.evals.perplexity import (
     METRIC,
+    ScoredText,
     Switches,
-    Text,
     combinations,
     perplexities,
     require_lengths,
@@ -54,25 +54,27 @@ def contender_of(checkpoint: Checkpoint) -> Any:
     return SimpleNamespace(
         checkpoint=checkpoint,
         model=Model("Tiny", "sha256:tiny", "fp32", "Tiny"),
-        how=How("cpu", "float32", attention="sdpa"),
+        how=LoadOptions("cpu", "float32", attention="sdpa"),
         engine=load(checkpoint, device="cpu", dtype="float32", attention="sdpa"),
     )
 
 
 @pytest.fixture(scope="module")
-def text() -> Text:
+def text() -> ScoredText:
     generator = torch.Generator().manual_seed(1)
-    return Text("random.txt", torch.randint(0, 256, (2, 256), generator=generator))
+    return ScoredText("random.txt", torch.randint(0, 256, (2, 256), generator=generator))
 
 
-def measured(eval_model: Any, text: Text, lengths: list[int], **options: Any) -> dict[tuple[Any, ...], Row]:
+def measured(
+    eval_model: Any, text: ScoredText, lengths: list[int], **options: Any
+) -> dict[tuple[Any, ...], Row]:
     switches = combinations(eval_model.checkpoint.config, None, None)
     rows = list(perplexities(eval_model, text, lengths, switches, **options))
     assert {row.metric for row in rows} == {METRIC}
     return {(r.point["seq_len"], r.point.get("ntk"), r.point.get("logn")): r for r in rows}
 
 
-def oracle(config: dict[str, Any], tensors: dict[str, torch.Tensor], text: Text, length: int) -> float:
+def oracle(config: dict[str, Any], tensors: dict[str, torch.Tensor], text: ScoredText, length: int) -> float:
     """exp of the mean of all windows' nats, window by window, in float64."""
     exact = {name: value.double() for name, value in tensors.items()}
     nats = [
@@ -88,7 +90,11 @@ def word(on: bool) -> str:
 
 @pytest.mark.parametrize("switch", ALL, ids=str)
 def test_every_combination_is_that_of_the_plain_model(
-    eval_model: Any, config: dict[str, Any], tensors: dict[str, torch.Tensor], text: Text, switch: Switches
+    eval_model: Any,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    text: ScoredText,
+    switch: Switches,
 ) -> None:
     rows = measured(eval_model, text, [32, 128, 256])
     for length in (32, 128, 256):
@@ -100,7 +106,7 @@ def test_every_combination_is_that_of_the_plain_model(
         assert row.low is not None and row.high is not None and row.low < row.value < row.high
 
 
-def test_switches_matter_beyond_the_trained_length_alone(eval_model: Any, text: Text) -> None:
+def test_switches_matter_beyond_the_trained_length_alone(eval_model: Any, text: ScoredText) -> None:
     rows = measured(eval_model, text, [32, S, 128])
     for length in (32, S):
         assert len({row.value for (found, *_), row in rows.items() if found == length}) == 1
@@ -115,7 +121,7 @@ def test_the_model_itself_is_left_as_it_is(eval_model: Any) -> None:
 
 
 def test_windows_are_alike_whichever_run_together(
-    eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch
+    eval_model: Any, text: ScoredText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = window_nats(eval_model.engine.decoder, text.tokens.view(-1, 32))
     assert together.shape == (16, 31)
@@ -128,7 +134,7 @@ def test_windows_are_alike_whichever_run_together(
 def test_other_models_run_as_they_are() -> None:
     _, checkpoint = small_model("qwen2-tied")
     generator = torch.Generator().manual_seed(2)
-    text = Text("random.txt", torch.randint(0, 300, (1, 64), generator=generator))
+    text = ScoredText("random.txt", torch.randint(0, 300, (1, 64), generator=generator))
     told = []
     rows = measured(
         contender_of(checkpoint), text, [16, 64], progress=lambda done, total: told.append((done, total))
@@ -151,7 +157,7 @@ def test_combinations_can_be_ruled_out(eval_model: Any) -> None:
 
 
 def test_a_length_that_does_not_fit_is_an_unavailable_row(
-    eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch
+    eval_model: Any, text: ScoredText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(decoder: Decoder, windows: torch.Tensor) -> Any:
         if windows.shape[1] == 256:
@@ -165,13 +171,15 @@ def test_a_length_that_does_not_fit_is_an_unavailable_row(
     assert (lost.status, lost.reason, lost.n) == ("unavailable", "not enough memory", None)
 
 
-def test_nan_logits_make_a_failed_row(eval_model: Any, text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_make_a_failed_row(
+    eval_model: Any, text: ScoredText, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nan = lambda decoder, windows: window_nats(decoder, windows) * float("nan")  # noqa: E731
     monkeypatch.setattr("qwenq.evals.perplexity.window_nats", nan)
     assert {row.status for row in measured(eval_model, text, [32]).values()} == {"failed"}
 
 
 @pytest.mark.parametrize("length", [1, 48, 512])
-def test_lengths_have_to_divide_the_longest(text: Text, length: int) -> None:
+def test_lengths_have_to_divide_the_longest(text: ScoredText, length: int) -> None:
     with pytest.raises(UsageError, match=f"a window of {length} tokens"):
         require_lengths([32, length], text)

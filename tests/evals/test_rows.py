@@ -9,7 +9,7 @@ import pytest
 from evals.benchmark_data import write_gsm8k
 
 from qwenq.evals.rows import point_of, rows_of
-from qwenq.evals.run import Answers, Plan, make_plan
+from qwenq.evals.run import Answers, TaskPlan, make_plan
 from qwenq.evals.task import DataSource, Item, Judgement
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import Model
@@ -43,7 +43,7 @@ def test_rows_name_the_interval_method(task: str, law: str, logic: str, interval
         for n, verdict in enumerate(verdicts)
     ]
     eval_model: Any = Named()
-    plan = Plan(get_task(task, "card"), [item for item, _ in judged])
+    plan = TaskPlan(get_task(task, "card"), [item for item, _ in judged])
     (row,) = rows_of(eval_model, plan, Answers(judged, ("here",), 0, 1), None, {})
     assert row.settings.get("interval") == interval
     assert (row.low is None) == (interval is None)

@@ -18,16 +18,16 @@ from tiny_model import write_tiny_model
 from qwenq import stopping
 from qwenq.errors import DataError, ModelError, UnsupportedError
 from qwenq.evals import scoring
-from qwenq.evals.contender import Contender, How, open_contender
-from qwenq.evals.rows import asked_apart, base_row, rows_of, verdicts
-from qwenq.evals.run import Answers, Plan, answer, make_plan
-from qwenq.evals.sandbox.find import find_sandbox
+from qwenq.evals.model import LoadOptions, LocalModel, open_eval_model
+from qwenq.evals.rows import base_row, rows_of, unpaired_reason, verdicts
+from qwenq.evals.run import Answers, TaskPlan, answer, make_plan
+from qwenq.evals.sandbox.run import find_sandbox
 from qwenq.evals.task import DataSource, Judgement
 from qwenq.evals.tasks.registry import get_task
 from qwenq.events import Advance, Event, Notice, Start
 from qwenq.results import append_row
 
-FLOAT32 = How(device="cpu", dtype="float32")
+FLOAT32 = LoadOptions(device="cpu", dtype="float32")
 
 
 class Silent:
@@ -60,27 +60,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def eval_model(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Contender:
+def eval_model(tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalModel:
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
-    return open_contender(str(tiny), FLOAT32)
+    return open_eval_model(str(tiny), FLOAT32)
 
 
 def plan_of(
     data: Path, name: str, protocol: str, limit: int, subjects: tuple[str, ...] = (), shots: int | None = None
-) -> Plan:
+) -> TaskPlan:
     return make_plan(get_task(name, protocol), DataSource(data), subjects, shots, limit)
 
 
-def mmlu(data: Path, limit: int = 8) -> Plan:
+def mmlu(data: Path, limit: int = 8) -> TaskPlan:
     return plan_of(data, "mmlu", "base", limit, ("abstract_algebra", "astronomy"))
 
 
-def ask(eval_model: Contender, plan: Plan, run: Path, **options: Any) -> tuple[Answers, Silent]:
+def ask(eval_model: LocalModel, plan: TaskPlan, run: Path, **options: Any) -> tuple[Answers, Silent]:
     listener = Silent()
     return answer(eval_model, plan, run, listener, **options), listener
 
 
-def short(plan: Plan, tokens: int = 12) -> Plan:
+def short(plan: TaskPlan, tokens: int = 12) -> TaskPlan:
     """The same task with answers of so many tokens at most."""
     script: Any = plan.task
     return replace(
@@ -90,7 +90,7 @@ def short(plan: Plan, tokens: int = 12) -> Plan:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_scores_do_not_depend_on_the_batch(
-    batch: int, eval_model: Contender, data: Path, tmp_path: Path
+    batch: int, eval_model: LocalModel, data: Path, tmp_path: Path
 ) -> None:
     for plan in (mmlu(data), short(plan_of(data, "gsm8k", "card", 9))):
         one, _ = ask(eval_model, plan, tmp_path / "fixed", batch=batch)
@@ -99,7 +99,7 @@ def test_scores_do_not_depend_on_the_batch(
 
 
 def test_a_complete_run_does_not_load_the_model_again(
-    eval_model: Contender, data: Path, tmp_path: Path
+    eval_model: LocalModel, data: Path, tmp_path: Path
 ) -> None:
     first, listener = ask(eval_model, mmlu(data), tmp_path)
     assert (listener.recorded, listener.asked) == (0, 16)
@@ -112,7 +112,7 @@ def test_a_complete_run_does_not_load_the_model_again(
 
 
 def test_sigterm_finishes_and_records_the_batch_in_progress(
-    eval_model: Contender, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eval_model: LocalModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, choose, batches = mmlu(data), scoring._choose, []
 
@@ -130,7 +130,7 @@ def test_sigterm_finishes_and_records_the_batch_in_progress(
     assert (listener.recorded, listener.asked) == (sum(batches[:3]), len(plan.items) - sum(batches[:3]))
 
 
-def test_more_items_are_added_to_those_there_are(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+def test_more_items_are_added_to_those_there_are(eval_model: LocalModel, data: Path, tmp_path: Path) -> None:
     ask(eval_model, mmlu(data, 3), tmp_path)
     more, listener = ask(eval_model, mmlu(data, 5), tmp_path)
     assert (listener.recorded, listener.asked) == (6, 4)
@@ -138,7 +138,7 @@ def test_more_items_are_added_to_those_there_are(eval_model: Contender, data: Pa
     assert more.judged == fresh.judged
 
 
-def test_records_survive_a_run_on_other_data(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+def test_records_survive_a_run_on_other_data(eval_model: LocalModel, data: Path, tmp_path: Path) -> None:
     plan = mmlu(data, 2)
     first = plan.items[0]
     other = replace(plan, items=[replace(first, data={**first.data, "A": "9"})])
@@ -146,7 +146,7 @@ def test_records_survive_a_run_on_other_data(eval_model: Contender, data: Path, 
         assert ask(eval_model, asked, tmp_path)[1].asked == count
 
 
-def test_another_answer_key_is_another_question(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+def test_another_answer_key_is_another_question(eval_model: LocalModel, data: Path, tmp_path: Path) -> None:
     plan = mmlu(data, 3)
     ask(eval_model, plan, tmp_path)
     first = plan.items[0]
@@ -155,15 +155,15 @@ def test_another_answer_key_is_another_question(eval_model: Contender, data: Pat
     assert (listener.recorded, listener.asked) == (5, 1)
 
 
-def test_other_ways_to_run_are_recorded_apart(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+def test_other_ways_to_run_are_recorded_apart(eval_model: LocalModel, data: Path, tmp_path: Path) -> None:
     ask(eval_model, mmlu(data, 2), tmp_path)
-    other = open_contender(str(eval_model.checkpoint.folder), How(device="cpu", dtype="bfloat16"))
+    other = open_eval_model(str(eval_model.checkpoint.folder), LoadOptions(device="cpu", dtype="bfloat16"))
     _, listener = ask(other, mmlu(data, 2), tmp_path)
     assert listener.asked == 4
 
 
 def test_prompts_too_long_for_the_model_are_refused_before_any_is_asked(
-    eval_model: Contender, data: Path, tmp_path: Path
+    eval_model: LocalModel, data: Path, tmp_path: Path
 ) -> None:
     eval_model.engine.context = 150
     with pytest.raises(DataError, match=r"16 of 16 prompts are too long .* takes 150 tokens") as caught:
@@ -174,7 +174,9 @@ def test_prompts_too_long_for_the_model_are_refused_before_any_is_asked(
     assert listener.recorded == 0
 
 
-def test_after_nan_only_sound_answers_are_recorded(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+def test_after_nan_only_sound_answers_are_recorded(
+    eval_model: LocalModel, data: Path, tmp_path: Path
+) -> None:
     engine: Any = eval_model.engine
     prefill, calls = engine.prefill, 0
 
@@ -205,7 +207,7 @@ def test_no_items_and_doubled_ids_are_refused(data: Path) -> None:
 
 
 def test_programs_are_run_once_and_the_verdict_is_the_sandboxs(
-    eval_model: Contender, data: Path, tmp_path: Path
+    eval_model: LocalModel, data: Path, tmp_path: Path
 ) -> None:
     try:
         sandbox = find_sandbox()
@@ -228,7 +230,7 @@ def test_programs_are_run_once_and_the_verdict_is_the_sandboxs(
 
 
 def test_rows_hold_the_interval_the_items_and_the_comparison(
-    eval_model: Contender, data: Path, tmp_path: Path
+    eval_model: LocalModel, data: Path, tmp_path: Path
 ) -> None:
     plan = mmlu(data)
     answers, _ = ask(eval_model, plan, tmp_path)
@@ -276,7 +278,7 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
 
 
 def test_every_task_has_rows_that_reports_and_comparisons_find(
-    eval_model: Contender, data: Path, tmp_path: Path
+    eval_model: LocalModel, data: Path, tmp_path: Path
 ) -> None:
     plan = short(plan_of(data, "humaneval", "base", 2), 4)
     judged = [(item, Judgement(place == 0, "")) for place, item in enumerate(plan.items)]
@@ -285,7 +287,7 @@ def test_every_task_has_rows_that_reports_and_comparisons_find(
 
 
 def test_the_base_cards_other_tasks_run_through_the_same_machinery(
-    eval_model: Contender, tmp_path: Path
+    eval_model: LocalModel, tmp_path: Path
 ) -> None:
     for write, name, subjects in (
         (write_cmmlu, "cmmlu", ("agronomy",)),
@@ -308,7 +310,7 @@ def test_the_base_cards_other_tasks_run_through_the_same_machinery(
 
 
 def test_a_base_with_other_settings_is_not_compared(
-    eval_model: Contender, data: Path, tmp_path: Path
+    eval_model: LocalModel, data: Path, tmp_path: Path
 ) -> None:
     """Under the same ids, because the data has changed; or at another point, which is said."""
     plan = mmlu(data, 3)
@@ -324,15 +326,15 @@ def test_a_base_with_other_settings_is_not_compared(
     assert row.details["unpaired"] == "other questions under the same ids: the data has changed"
     assert "paired" not in row.details
 
-    assert asked_apart(tmp_path, int4, plan) is None
-    assert asked_apart(tmp_path, eval_model, mmlu(data, 5)) is None
-    assert asked_apart(tmp_path, int4, plan_of(data, "gsm8k", "card", 3)) is None
-    why = asked_apart(tmp_path, int4, mmlu(data, 5))
+    assert unpaired_reason(tmp_path, int4, plan) is None
+    assert unpaired_reason(tmp_path, eval_model, mmlu(data, 5)) is None
+    assert unpaired_reason(tmp_path, int4, plan_of(data, "gsm8k", "card", 3)) is None
+    why = unpaired_reason(tmp_path, int4, mmlu(data, 5))
     assert why == "its base was evaluated with another limit: evaluate both alike"
     assert rows_of(int4, plan, answers, None, {}, apart=why)[0].details["unpaired"] == why
 
 
-def test_verdicts_name_the_sandbox_that_ran_them(eval_model: Contender, data: Path, tmp_path: Path) -> None:
+def test_verdicts_name_the_sandbox_that_ran_them(eval_model: LocalModel, data: Path, tmp_path: Path) -> None:
     plan, unsafe = short(plan_of(data, "humaneval", "base", 1), 2), find_sandbox(unsafe=True)
     script: Any = plan.task
     solved = replace(script, read=lambda item, _: Judgement(False, item.data["canonical_solution"]))

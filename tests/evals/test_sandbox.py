@@ -14,23 +14,21 @@ from pathlib import Path
 import pytest
 
 from qwenq.errors import QwenqError, UnsupportedError
-from qwenq.evals.sandbox import find
-from qwenq.evals.sandbox.find import Sandbox, find_sandbox
+from qwenq.evals.sandbox import run
 from qwenq.evals.sandbox.inside.confine import filterable
-from qwenq.evals.sandbox.programs import Outcome, Program
-from qwenq.evals.sandbox.run import run_programs
+from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, find_sandbox, run_programs
 
 GOOD = "def double(x):\n    return 2 * x\n"
 TESTS = "assert double(3) == 6\nassert double('ab') == 'abab'\n"
 
-WAYS: dict[str, Callable[[], Sandbox]] = {"bubblewrap": find._bubblewrap, "namespaces": find._namespaces}
+WAYS: dict[str, Callable[[], Sandbox]] = {"bubblewrap": run._bubblewrap, "namespaces": run._namespaces}
 
 
 @pytest.fixture(scope="module", params=sorted(WAYS))
 def sandbox(request: pytest.FixtureRequest) -> Sandbox:
     try:
         made = WAYS[request.param]()
-        find._try(made)
+        run._try(made)
     except QwenqError as error:
         pytest.skip(f"{request.param}: {error.what}")
     return made
@@ -127,7 +125,7 @@ def test_it_reads_no_file_of_the_user_and_writes_none(sandbox: Sandbox, tmp_path
         "        except OSError: pass\n"
         "    return sorted(seen)\n"
     )
-    home = find._parts_of_python(str(Path.home()))
+    home = run._parts_of_python(str(Path.home()))
     shown = sorted([*(str(Path.home() / name) for name in home), "/etc/ld.so.cache"])
     tests = f"seen = double(3)\nassert seen == {shown!r}, seen\n"
     assert outcome(sandbox, source, tests) == Outcome(True, "passed")
@@ -275,8 +273,8 @@ def test_without_any_sandbox_it_refuses_and_says_the_ways_out(monkeypatch: pytes
     def missing() -> Sandbox:
         raise UnsupportedError("user namespaces are forbidden")
 
-    monkeypatch.setattr(find.shutil, "which", lambda name: None)
-    monkeypatch.setattr(find, "_namespaces", missing)
+    monkeypatch.setattr(run.shutil, "which", lambda name: None)
+    monkeypatch.setattr(run, "_namespaces", missing)
     with pytest.raises(UnsupportedError) as caught:
         find_sandbox()
     text = str(caught.value)
@@ -297,7 +295,7 @@ def test_unsafe_is_only_by_wish_and_named() -> None:
 def test_a_leaky_sandbox_is_not_used() -> None:
     leaky = Sandbox("leaky", True, find_sandbox(unsafe=True).wrap, str(Path(__file__).parents[2]))
     with pytest.raises(UnsupportedError, match="it does not confine"):
-        find._try(leaky)
+        run._try(leaky)
 
 
 @pytest.mark.parametrize("home", ["/", "/usr", "/usr/sbin", "", None])
@@ -306,10 +304,10 @@ def test_a_user_without_a_home_of_its_own_has_a_sandbox(
 ) -> None:
     """As in a container that runs under a bare number: its home is /, or nobody knows one."""
     if home is None:
-        monkeypatch.setattr(find.Path, "home", _homeless)
+        monkeypatch.setattr(run.Path, "home", _homeless)
     else:
         monkeypatch.setenv("HOME", home)
-    find._try(sandbox)
+    run._try(sandbox)
 
 
 def _homeless() -> Path:

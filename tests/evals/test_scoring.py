@@ -10,9 +10,8 @@ import torch
 from runtime.small_models import VOCAB, random_ids, small_model
 
 from qwenq.errors import ModelError, QwenqError
-from qwenq.evals.memory import Budget, budget_for
-from qwenq.evals.requests import ChoiceTokens
-from qwenq.evals.scoring import score
+from qwenq.evals.batching import Budget, ChoiceTokens, budget_for
+from qwenq.evals.scoring import score_choices
 from qwenq.evals.task import Chosen
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine, load
@@ -46,7 +45,7 @@ def whole(runner: Engine, question: ChoiceTokens) -> list[float]:
 
 
 def answers(runner: Engine, asked: Sequence[ChoiceTokens], batch: int | None) -> list[Chosen]:
-    found = dict(one for batch_ in score(runner, asked, budget_for(runner, batch)) for one in batch_)
+    found = dict(one for batch_ in score_choices(runner, asked, budget_for(runner, batch)) for one in batch_)
     assert sorted(found) == list(range(len(asked)))
     return [found[index] for index in range(len(asked))]
 

@@ -15,10 +15,10 @@ from evals.test_run import FLOAT32, Silent
 from tiny_model import write_tiny_model
 
 from qwenq.errors import DataError
-from qwenq.evals.contender import open_contender
-from qwenq.evals.run import Plan, make_plan
-from qwenq.evals.sandbox.find import find_sandbox
-from qwenq.evals.suite import Wanted, check_solutions, evaluate
+from qwenq.evals.model import open_eval_model
+from qwenq.evals.run import TaskPlan, make_plan
+from qwenq.evals.sandbox.run import find_sandbox
+from qwenq.evals.suite import EvalRequest, check_solutions, evaluate
 from qwenq.evals.task import DataSource, Item
 from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
@@ -28,12 +28,12 @@ SANDBOX = find_sandbox(unsafe=True)  # the solutions are ours
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> TaskPlan:
     data = write_humaneval(tmp_path_factory.mktemp("data"))
     return make_plan(get_task("humaneval", "card"), DataSource(data), (), None, 4)
 
 
-def check(plan: Plan, run: Path) -> tuple[list[str], int]:
+def check(plan: TaskPlan, run: Path) -> tuple[list[str], int]:
     """What was said, and how many programs ran."""
     said: list[str] = []
     listener = Silent(said)
@@ -41,7 +41,7 @@ def check(plan: Plan, run: Path) -> tuple[list[str], int]:
     return said, listener.programs
 
 
-def changed(plan: Plan, number: int, **data: str) -> Plan:
+def changed(plan: TaskPlan, number: int, **data: str) -> TaskPlan:
     items = list(plan.items)
     item = items[number]
     found: Mapping[str, Any] = {**item.data, **data}
@@ -49,7 +49,9 @@ def changed(plan: Plan, number: int, **data: str) -> Plan:
     return replace(plan, items=items)
 
 
-def test_solutions_that_pass_are_run_once_and_it_is_said_how_long_it_took(plan: Plan, tmp_path: Path) -> None:
+def test_solutions_that_pass_are_run_once_and_it_is_said_how_long_it_took(
+    plan: TaskPlan, tmp_path: Path
+) -> None:
     (said,), programs = check(plan, tmp_path)
     assert said.startswith("humaneval: all 4 of the benchmark's own solutions pass, in ")
     assert said.endswith(f" s; {SANDBOX.implementation}")
@@ -59,7 +61,7 @@ def test_solutions_that_pass_are_run_once_and_it_is_said_how_long_it_took(plan: 
     assert check(changed(plan, 1, canonical_solution="    return 1 + x\n"), tmp_path)[1] == 4, "other data"
 
 
-def test_a_solution_that_fails_is_an_error_which_names_it(plan: Plan, tmp_path: Path) -> None:
+def test_a_solution_that_fails_is_an_error_which_names_it(plan: TaskPlan, tmp_path: Path) -> None:
     broken = changed(plan, 2, canonical_solution="    return x\n")
     with pytest.raises(DataError, match="1 of 4 solutions of the benchmark itself fail") as caught:
         check(broken, tmp_path)
@@ -67,7 +69,7 @@ def test_a_solution_that_fails_is_an_error_which_names_it(plan: Plan, tmp_path: 
     assert not list((tmp_path / "records").glob("*.json")), "and it is tried again"
 
 
-def test_a_benchmark_with_known_bad_solutions_says_which(plan: Plan, tmp_path: Path) -> None:
+def test_a_benchmark_with_known_bad_solutions_says_which(plan: TaskPlan, tmp_path: Path) -> None:
     spared = replace(plan, task=replace(plan.task, spare=1))  # type: ignore[type-var]
     broken = changed(spared, 2, test="def check(candidate):\n    assert candidate(1) == 0\n")
     (which, passed), _ = check(broken, tmp_path)
@@ -83,8 +85,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_tiny_model(tmp_path / "Tiny", max_position_embeddings=2048)
 
 
-def run(tiny: Path, folder: Path, wanted: Wanted) -> list[Row]:
-    return evaluate([open_contender(str(tiny), FLOAT32)], wanted, folder, Silent())
+def run(tiny: Path, folder: Path, wanted: EvalRequest) -> list[Row]:
+    return evaluate([open_eval_model(str(tiny), FLOAT32)], wanted, folder, Silent())
 
 
 def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
@@ -92,7 +94,7 @@ def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
 ) -> None:
     source = DataSource(write_ceval_test(tmp_path / "data"))
     monkeypatch.setattr(ceval, "TEST", replace(ceval.TEST, total=5))
-    both = Wanted(("ceval-test",), "card", ("law", "logic"), 0, None, source)
+    both = EvalRequest(("ceval-test",), "card", ("law", "logic"), 0, None, source)
     for wanted in (both, replace(both, protocol="base"), replace(both, protocol="base", limit=1)):
         run(tiny, tmp_path / "run", wanted)
     files = sorted(path.name for path in (tmp_path / "run").glob("ceval-submission.*"))
@@ -108,7 +110,7 @@ def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
 def test_rows_name_a_batch_where_all_was_asked_in_it(tiny: Path, tmp_path: Path) -> None:
     """Records do not say how many were asked together."""
     source = DataSource(write_mmlu(tmp_path / "data"))
-    wanted = Wanted(("mmlu",), "base", ("astronomy",), 0, 2, source, batch=2)
+    wanted = EvalRequest(("mmlu",), "base", ("astronomy",), 0, 2, source, batch=2)
     batches = []
     for changed in (wanted, replace(wanted, batch=1), replace(wanted, batch=1, limit=3)):
         row, *_ = run(tiny, tmp_path / "run", changed)
@@ -120,14 +122,14 @@ def test_rows_name_a_batch_where_all_was_asked_in_it(tiny: Path, tmp_path: Path)
 
 def test_answers_cut_at_the_limit_are_reported(tiny: Path, tmp_path: Path) -> None:
     """What a model that thinks first would have come to, its score does not show."""
-    wanted = Wanted(("gsm8k",), "card", (), None, 3, DataSource(write_gsm8k(tmp_path / "data")))
+    wanted = EvalRequest(("gsm8k",), "card", (), None, 3, DataSource(write_gsm8k(tmp_path / "data")))
     run(tiny, tmp_path / "run", wanted)
     (file,) = (tmp_path / "run" / "records").glob("*.jsonl")
     lines = re.sub('"stopped": (true|false)', '"stopped": true', file.read_text(encoding="utf-8"))
     for cut in (0, 2):
         file.write_text(lines.replace('"stopped": true', '"stopped": false', cut), encoding="utf-8")
         said = list[str]()
-        eval_model = open_contender(str(tiny), FLOAT32)
+        eval_model = open_eval_model(str(tiny), FLOAT32)
         (row,) = evaluate([eval_model], wanted, tmp_path / "run", Silent(said))
         line = "2 of 3 answers to gsm8k were cut at their limit of tokens, before they ended"
         assert said == ([f"Tiny fp32: {line}"] if cut else [])

@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-from qwenq.evals.task import Choose, Chosen, Item, Judgement, Write, Written
+from qwenq.evals.task import Choose, Chosen, Item, Judgement, Write, Written, score_all
 from qwenq.evals.tasks import ceval
-from qwenq.evals.tasks.averages import score_all
 from qwenq.evals.tasks.choices import closest_option
 from qwenq.evals.tasks.registry import get_task
 

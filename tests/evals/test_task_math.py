@@ -11,8 +11,7 @@ import pytest
 
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import DataSource, Item, Write, Written
-from qwenq.evals.tasks.final_answers import boxed, same_answer
-from qwenq.evals.tasks.math import COUNTS, EXAMPLES, SHOT
+from qwenq.evals.tasks.math import COUNTS, EXAMPLES, SHOT, boxed, same_answer
 from qwenq.evals.tasks.registry import get_task, protocol_names
 
 TASK = get_task("math", "base")

@@ -12,8 +12,7 @@ import pytest
 
 from qwenq.errors import DataError, UnsupportedError
 from qwenq.evals.run import make_plan
-from qwenq.evals.sandbox.find import Sandbox, find_sandbox
-from qwenq.evals.sandbox.run import run_programs
+from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
 from qwenq.evals.suite import check_solutions
 from qwenq.evals.task import DataSource, Item, Write, Written
 from qwenq.evals.tasks.mbpp import program, reference

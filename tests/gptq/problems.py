@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenq.gptq.choices import Settings
+from qwenq.gptq.settings import Settings
 from qwenq.recipe import QuantizeRecipe
 
 

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.distributed import ALONE, Team
-from qwenq.gptq.exact import PANEL
-from qwenq.gptq.hessian import hessian
+from qwenq.gptq.hessian import PANEL, hessian
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,7 @@ from oracle import algorithm_1
 from problems import Problem, problem
 
 from qwenq.errors import UsageError
-from qwenq.gptq.grid import Grid
-from qwenq.gptq.scales import search_grid
+from qwenq.gptq.grid import Grid, search_grid
 from qwenq.gptq.solver import gptq, inverse_factor, order_by_diagonal, output_error, quantize_weight
 
 

@@ -19,7 +19,7 @@ def test_a_converted_v1_model_means_the_same_to_gptqmodel(tmp_path: Path, bits: 
     pytest.importorskip("gptqmodel", reason="needs the environment of `make interop`")
     from transformers import AutoModelForCausalLM, GPTQConfig
 
-    from qwenq.convert import convert
+    from qwenq.conversion import convert
     from qwenq.models.gptq_format import DequantisedSource, QuantConfig
 
     plain = small_config(hidden_size=128, num_attention_heads=2, kv_channels=64, intermediate_size=512)

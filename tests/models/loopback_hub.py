@@ -147,7 +147,7 @@ def serve() -> Iterator[Hub]:
 CLIENT = """
 import json, sys
 from qwenq.errors import QwenqError
-from qwenq.models.resolve import resolve_model
+from qwenq.models.opening import resolve_model
 for repo in sys.argv[1:]:
     try:
         found = resolve_model(repo)

@@ -213,7 +213,7 @@ def quantise_v1(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], bits: int, group_size: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Round-to-nearest GPTQ folder as AutoGPTQ wrote it: fused c_attn, a (zero) bias beside every linear."""
-    from qwenq.models.packing import pack
+    from qwenq.models.gptq_format import pack
 
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -16,7 +16,7 @@ import torch
 from qwenq.errors import UsageError
 from qwenq.models import bundled
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.resolve import BUNDLED_NOTICE, resolve_model
+from qwenq.models.opening import BUNDLED_NOTICE, resolve_model
 
 gguf = pytest.importorskip("gguf")
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from qwenq.errors import UsageError
 from qwenq.models import catalogue
-from qwenq.models.qwen_v1_config import V1_KEY
+from qwenq.models.qwen_v1 import V1_KEY
 
 ALL = catalogue.names()
 

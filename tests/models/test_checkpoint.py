@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.fingerprint import fingerprint
-from qwenq.models.shards import write_shards
+from qwenq.models.integrity import fingerprint
+from qwenq.models.safetensors_files import write_shards
 
 CONFIG = {
     "model_type": "qwen2",

@@ -8,7 +8,7 @@ import pytest
 
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.config import KNOWN_ARCHITECTURES, quantization_of, read_config
-from qwenq.models.not_yet import NOT_YET
+from qwenq.models.unsupported import NOT_SUPPORTED_YET
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -119,11 +119,11 @@ def test_unknown_architectures_list_the_known(tmp_path: Path) -> None:
     assert all(name in str(caught.value.hint) for name in KNOWN_ARCHITECTURES)
 
 
-@pytest.mark.parametrize("model_type", list(NOT_YET))
+@pytest.mark.parametrize("model_type", list(NOT_SUPPORTED_YET))
 def test_relatives_say_what_is_missing(tmp_path: Path, model_type: str) -> None:
     with pytest.raises(UnsupportedError, match="not supported yet") as caught:
         read_config(write(tmp_path, model_type=model_type))
-    assert NOT_YET[model_type] in caught.value.what
+    assert NOT_SUPPORTED_YET[model_type] in caught.value.what
     assert "qwen3" in str(caught.value.hint)
 
 

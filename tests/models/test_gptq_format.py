@@ -11,13 +11,15 @@ from torch import Tensor
 
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.gptq_format import (
+    CheckpointFormat,
     DequantisedSource,
     QuantConfig,
+    dequantise,
+    pack,
     quantised_modules,
     read_packed,
     validate_quantised,
 )
-from qwenq.models.packing import CheckpointFormat, dequantise, pack
 
 V1 = {
     "bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "static_groups": False,

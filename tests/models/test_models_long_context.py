@@ -12,8 +12,7 @@ from models.plain_qwen_v1 import MemorySource, forward, random_tensors, small_co
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.long_context import long_context_of, longest_plain, require_plain
-from qwenq.models.qwen_v1 import qwen2_config, qwen2_view
+from qwenq.models.qwen_v1 import long_context_of, longest_plain, qwen2_config, qwen2_view, require_plain
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
-from qwenq.models.qwen_tokenizer import SPECIAL_TOKENS, QwenTokenizer, StreamDecoder, read_ranks, to_nfc
-from qwenq.models.tokenizer_json import as_tokenizers, byte_of_char, recover_merges
+from qwenq.models.qwen_tokenizer import (
+    SPECIAL_TOKENS,
+    QwenTokenizer,
+    StreamDecoder,
+    as_tokenizers,
+    byte_of_char,
+    read_ranks,
+    recover_merges,
+    to_nfc,
+)
 
 SAMPLE = "the theme: 'they're there', says the other 你好，你们好！ \n\n  naïve café 12 😀 the end of the age"
 

@@ -97,7 +97,7 @@ def test_any_shape_gives_the_same_logits(heads: int, channels: int, ffn: int, la
 def test_real_weights_in_v1_layout_write_the_same_text() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qwenq.models.resolve import resolve_model
+    from qwenq.models.opening import resolve_model
 
     try:
         folder = resolve_model(None).folder

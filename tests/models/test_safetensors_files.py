@@ -224,7 +224,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from qwenq.models.safetensors_files import open_safetensors
-from qwenq.models.shards import write_shards
+from qwenq.models.safetensors_files import write_shards
 from qwenq.models.source import TensorInfo
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

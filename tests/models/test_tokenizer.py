@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
-from qwenq.models.companions import copy_tokenizer_files
+from qwenq.models.aux_files import copy_tokenizer_files
 from qwenq.models.qwen_tokenizer import QwenTokenizer
 from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 

@@ -11,8 +11,7 @@ from transformers.utils import logging
 
 from qwenq.errors import ModelError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.hf_config import transformers_config
-from qwenq.models.whole_model import build_whole_model
+from qwenq.models.transformers_model import build_whole_model, transformers_config
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_families import write_family
 
-from qwenq.profiling.points import Point, sweep
-from qwenq.profiling.subjects import Subjects, subjects_of
+from qwenq.profiling.spec import Point, Subjects, subjects_of, sweep
 
 
 @pytest.fixture(scope="session")

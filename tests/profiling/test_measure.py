@@ -14,12 +14,10 @@ import pytest
 from brief_profiles import profile_briefly
 
 from qwenq.profiling import child
-from qwenq.profiling.decoding import spread
-from qwenq.profiling.measure import Bench, measure
-from qwenq.profiling.point import explain
-from qwenq.profiling.points import Point
-from qwenq.profiling.prompts import prefill
-from qwenq.runtime.cached_engine import Engine
+from qwenq.profiling.measure import Bench, measure, prefill, spread
+from qwenq.profiling.spec import Point
+from qwenq.profiling.worker import explain
+from qwenq.runtime.generation import Engine
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
@@ -201,7 +199,7 @@ def test_a_child_ends_with_its_reader(
 def test_a_child_whose_parent_was_killed_before_it_began_measures_nothing(points: list[Point]) -> None:
     """The signal at the parent's death is sent only to a child that asked for it before."""
     request = {"point": points[0].to_json(), "seconds": None, "parent": os.getppid()}
-    command = [sys.executable, "-m", "qwenq.profiling.point"]
+    command = [sys.executable, "-m", "qwenq.profiling.worker"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "the parent process is gone\n")
 

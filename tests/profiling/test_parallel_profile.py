@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwenq.profiling import child
-from qwenq.profiling.points import Point
+from qwenq.profiling.spec import Point
 from qwenq.results import read_rows
 
 ENGINE = ("--engine", "transformers", "--device", "cpu")

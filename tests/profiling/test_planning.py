@@ -8,9 +8,8 @@ import pytest
 
 from qwenq.errors import UsageError
 from qwenq.profiling.planning import Device, Planned, allowances, parse_budget, plan, read_device
-from qwenq.profiling.point import probe
-from qwenq.profiling.points import Point, sweep
-from qwenq.profiling.subjects import Subjects, subjects_of
+from qwenq.profiling.spec import Point, Subjects, subjects_of, sweep
+from qwenq.profiling.worker import probe
 
 CPU = Device("cpu", 24 << 30, 20e9, 1e11, "bfloat16", start_seconds=3.0)
 
@@ -95,7 +94,7 @@ def test_a_cache_that_is_laid_out_for_decode_steps_is_float32() -> None:
 
 
 def test_free_memory_is_limited_to_what_a_container_grants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwenq.models.granted.granted_bytes", lambda: 1000)
+    monkeypatch.setattr("qwenq.models.machine.cgroup_memory_left", lambda: 1000)
     assert probe("cpu")["free_bytes"] == 1000
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 from scipy.stats import binom, t
 
-from qwenq.profiling.statistics import ORDER, STUDENT, enough, rank, repeat, summarise
+from qwenq.statistics import ORDER, STUDENT, enough, rank, repeat, summarise
 
 
 @pytest.mark.parametrize("n", range(6, 60))

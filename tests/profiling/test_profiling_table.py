@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qwenq.profiling.points import Point
+from qwenq.profiling.spec import Point
 from qwenq.profiling.table import table
 from qwenq.results import Row
 

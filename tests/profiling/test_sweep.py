@@ -9,7 +9,7 @@ import pytest
 
 from qwenq.events import Event, Notice
 from qwenq.profiling.planning import Planned
-from qwenq.profiling.points import Point
+from qwenq.profiling.spec import Point
 from qwenq.profiling.sweep import run_sweep
 from qwenq.results import Row, append_row, read_rows
 

@@ -9,7 +9,7 @@ import pytest
 from profiling.test_sweep import Fake, Silent, planned
 
 from qwenq.environment import MACHINE
-from qwenq.profiling.points import Point
+from qwenq.profiling.spec import Point
 from qwenq.profiling.sweep import run_sweep
 from qwenq.results import append_row, read_environment, read_rows, write_environment
 

@@ -121,8 +121,8 @@ def become(
 def install() -> None:
     """Let points and steps be forked from now on."""
     import qwenq.profiling.child
-    import qwenq.run.execute
+    import qwenq.workflow
 
     stand_in = SimpleNamespace(Popen=ForkedPopen, PIPE=PIPE)
     qwenq.profiling.child.subprocess = stand_in  # type: ignore[attr-defined]
-    qwenq.run.execute.subprocess = stand_in  # type: ignore[attr-defined]
+    qwenq.workflow.subprocess = stand_in  # type: ignore[attr-defined]

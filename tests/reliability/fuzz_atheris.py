@@ -32,9 +32,9 @@ Read = Callable[[bytes], object]
 MODULES = [
     "qwenq.recipe", "qwenq.results", "qwenq.models.checkpoint", "qwenq.models.config", "qwenq.models.shapes",
     "qwenq.models.safetensors_files", "qwenq.models.gptq_config", "qwenq.models.qwen_v1",
-    "qwenq.models.qwen_v1_config", "qwenq.models.tokenizer", "qwenq.models.hf_tokenizer",
-    "qwenq.models.qwen_tokenizer", "qwenq.models.tokenizer_json", "qwenq.models.tokenizer_growth",
-    "qwenq.models.own_files",
+    "qwenq.models.qwen_v1", "qwenq.models.tokenizer", "qwenq.models.tokenizer",
+    "qwenq.models.qwen_tokenizer", "qwenq.models.qwen_tokenizer", "qwenq.models.tokenizer",
+    "qwenq.models.folders",
 ]  # fmt: skip
 MEMORY_MB = 3072  # torch and transformers take most of one
 LONGEST_S = 30  # of computing, for one input

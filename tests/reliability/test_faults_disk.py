@@ -16,9 +16,9 @@ from quantize_shell import QuantizeShell
 from tiny_families import write_calibration, write_family
 
 from qwenq.errors import StorageError
-from qwenq.evals.records import Record, Records
-from qwenq.gptq.layer_store import LayerStore
+from qwenq.evals.answer_log import AnswerLog, AnswerRecord
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.quantized_folder import LayerStore
 from qwenq.results import Model, Row, append_row, read_rows
 from qwenq.storage import atomic_write_bytes, locked
 
@@ -143,10 +143,10 @@ def test_records_and_rows_on_a_full_disk(tmp_path: Path) -> None:
         kept = fill(place)
         assert 0 < kept < 1000
         subprocess.run(["mount", "-o", "remount,size=4m", str(place)], check=True)
-        with Records(place, "t", {"k": 1}) as again:
+        with AnswerLog(place, "t", {"k": 1}) as again:
             known = sum(again.find(str(number), "a") is not None for number in range(1000))
             assert known >= kept
-            again.append(Record("last", None, "a", 1))
+            again.append(AnswerRecord("last", None, "a", 1))
         row = Row("kl", Model("M", "f", "int4", "F"), {}, 1.0, "nats/token")
         append_row(place, row)
         assert read_rows(place) == [row]
@@ -157,9 +157,9 @@ def test_records_and_rows_on_a_full_disk(tmp_path: Path) -> None:
 def fill(place: Path) -> int:
     """Records until the disk is full; how many were accepted."""
     number = 0
-    with pytest.raises(StorageError, match="disk is full"), Records(place, "t", {"k": 1}) as records:
+    with pytest.raises(StorageError, match="disk is full"), AnswerLog(place, "t", {"k": 1}) as records:
         for number in range(1000):
-            records.append(Record(str(number), None, "a", 1, output="x" * 200))
+            records.append(AnswerRecord(str(number), None, "a", 1, output="x" * 200))
     row = Row("kl", Model("M", "f", "int4", "F"), {}, 1.0, "nats/token", settings={"long": "x" * 9000})
     with pytest.raises(StorageError, match="disk is full"):
         append_row(place, row)

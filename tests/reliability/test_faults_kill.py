@@ -20,7 +20,7 @@ from qwenq.results import read_rows
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
-    modules = ("qwenq.evals.suite", "qwenq.evals.check", "qwenq.gptq.quantise", "qwenq.runtime.engine")
+    modules = ("qwenq.evals.suite", "qwenq.evals.check", "qwenq.gptq.pipeline", "qwenq.runtime.engine")
     starter = Starter(tmp_path_factory.mktemp("kill"), *modules, "transformers.models.llama.modeling_llama")
     yield starter
     starter.close()

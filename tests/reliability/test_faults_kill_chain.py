@@ -14,7 +14,7 @@ from answers import answers, assert_same
 from starter import KILLS, Record, Starter
 from tiny_chain import write_chain
 
-from qwenq.profiling.points import ENCODING, GENERATING
+from qwenq.profiling.spec import ENCODING, GENERATING
 from qwenq.results import RESULTS_FILE, Row, read_rows
 
 PATIENCE = 0.05
@@ -24,8 +24,8 @@ POINTS = 4
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
     modules = (
-        "qwenq.evals.suite", "qwenq.evals.check", "qwenq.gptq.quantise", "qwenq.runtime.engine",
-        "qwenq.profiling.measure", "qwenq.profiling.child", "qwenq.run.execute", "qwenq.reporting.write",
+        "qwenq.evals.suite", "qwenq.evals.check", "qwenq.gptq.pipeline", "qwenq.runtime.engine",
+        "qwenq.profiling.measure", "qwenq.profiling.child", "qwenq.workflow", "qwenq.reporting.write",
     )  # fmt: skip
     starter = Starter(tmp_path_factory.mktemp("chain"), *modules, "transformers.models.llama.modeling_llama")
     write_chain(starter.folder, limit=20)

@@ -14,7 +14,7 @@ from hostile_bytes import damaged_bytes, damaged_json
 from hypothesis import given
 from safetensors.torch import save
 
-from qwenq.calibration.dataset import CalibrationManifest, CalibrationSet, fingerprint_tokens
+from qwenq.calibration.calibration_set import CalibrationManifest, CalibrationSet, fingerprint_tokens
 from qwenq.calibration.files import read_file
 from qwenq.errors import QwenqError, UsageError
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny_families import write_family
 
-from qwenq.evals.recorded import has_check, record_check
+from qwenq.evals.rows import append_check_rows, has_check
 from qwenq.models import gptq_config
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
@@ -185,7 +185,7 @@ def test_manifests(tmp_path_factory: pytest.TempPathFactory, tally: Tally, raw: 
     attempt(tally, len(raw), lambda: verify_files(folder))
     attempt(tally, len(raw), lambda: model_name(base_of(folder).get("model")))
     has_check(folder)
-    if attempt(tally, len(raw), lambda: record_check(folder, MODEL, outside / "run")):
+    if attempt(tally, len(raw), lambda: append_check_rows(folder, MODEL, outside / "run")):
         assert len(read_rows(outside / "run")) == 3, "what is recorded can be read again"
     else:
         assert not (outside / "run").exists()

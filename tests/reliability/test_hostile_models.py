@@ -19,8 +19,8 @@ from tiny_families import write_family
 from qwenq.errors import QwenqError
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.hf_config import transformers_config
 from qwenq.models.tokenizer import load_tokenizer
+from qwenq.models.transformers_model import transformers_config
 
 Change = Callable[[Path], object]
 

@@ -13,9 +13,9 @@ from quantize_shell import QuantizeShell
 from tiny_families import write_calibration, write_family
 
 from qwenq.errors import CorruptFileError
+from qwenq.models.aux_files import write_aux_files
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.companions import write_companions
-from qwenq.models.own_files import require_own_files
+from qwenq.models.folders import refuse_foreign_links
 from qwenq.models.tokenizer import load_tokenizer
 
 
@@ -44,7 +44,7 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, name: str) -> None:
     readers: list[Callable[[], object]] = [
         lambda: open_checkpoint(folder),
         lambda: load_tokenizer(folder),
-        lambda: write_companions(folder, folder.parent, {}),
+        lambda: write_aux_files(folder, folder.parent, {}),
     ]
     for read in readers:
         with pytest.raises(CorruptFileError, match=f"{name} is a link that leads out"):
@@ -104,16 +104,16 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(folder: Path, name: str
 def test_links_in_a_circle_and_to_devices(folder: Path) -> None:
     (folder / "notes.json").symlink_to("notes.json")
     with pytest.raises(Exception, match=r"link|read"):
-        require_own_files(folder)
+        refuse_foreign_links(folder)
     (folder / "notes.json").unlink()
     (folder / "vocab.json").symlink_to("/dev/zero")
     with pytest.raises(CorruptFileError, match="leads out"):
-        require_own_files(folder)
+        refuse_foreign_links(folder)
 
 
 def test_keys_that_steer_the_loader_are_not_passed_on(folder: Path) -> None:
     """`attn_implementation` may name a kernel on the hub, which would be fetched and run."""
-    from qwenq.models.hf_config import transformers_config
+    from qwenq.models.transformers_model import transformers_config
 
     config = json.loads((folder / "config.json").read_text())
     hostile = config | {"attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "x.Y"}}

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from qwenq.errors import QwenqError, visible
 from qwenq.recipe import read_recipe
-from qwenq.reporting import gate, gate_output
+from qwenq.reporting import gate
 from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import compare
-from qwenq.reporting.export import csv_text, json_text
-from qwenq.reporting.markdown import report_markdown as as_markdown
-from qwenq.reporting.page import report_page as as_page
 from qwenq.reporting.report import make_report
+from qwenq.reporting.write import csv_text, json_text
+from qwenq.reporting.write import report_markdown as as_markdown
+from qwenq.reporting.write import report_page as as_page
 from qwenq.results import Model, Row
 
 MODEL = Model("M-int4", "sha256:int4", "int4", "Family/M", 1000, 128)
@@ -84,10 +84,10 @@ def report_and_compare(run: Path, other: Path) -> dict[str, str]:
     for one, two in ((run, other), (other, run)):
         compared = compare(collect([one]), collect([two]))
         verdict = gate.judge(compared, gate.parse(gate.FAIL_ON), strict=False)
-        shown = [*gate_output.text_lines(verdict), *gate_output.github_annotations(verdict)]
+        shown = [*gate.text_lines(verdict), *gate.github_annotations(verdict)]
         made[f"terminal {one.name}"] = "\n".join(shown)
-        made[f"markdown {one.name}"] = gate_output.markdown_text(verdict, "a", "b")
-        made[f"junit {one.name}"] = gate_output.junit_text(verdict)
+        made[f"markdown {one.name}"] = gate.markdown_text(verdict, "a", "b")
+        made[f"junit {one.name}"] = gate.junit_text(verdict)
     return made
 
 

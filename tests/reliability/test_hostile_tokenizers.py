@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_model import write_tiny_model
 
 from qwenq.errors import ModelError, UsageError
-from qwenq.models import template_process
+from qwenq.models import chatml
 from qwenq.models.qwen_tokenizer import QwenTokenizer
 from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 
@@ -137,8 +137,8 @@ ESCAPES = {
 def test_templates_that_would_take_everything(
     folder: Path, tmp_path: Path, tally: Tally, monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
-    process = template_process.TemplateProcess(seconds=1.0)
-    monkeypatch.setattr("qwenq.models.hf_tokenizer.PROCESS", process)
+    process = chatml.TemplateProcess(seconds=1.0)
+    monkeypatch.setattr("qwenq.models.tokenizer.PROCESS", process)
     tokenizer = with_template(folder, tmp_path / "bomb", BOMBS[bomb])
     assert not attempt(tally, 1000, lambda: tokenizer.chat(ASK))
     good = with_template(folder, tmp_path / "good", "{{ messages[0].content }}")
@@ -167,7 +167,7 @@ PIECES = st.sampled_from([
 @budget(3)
 @given(template=st.lists(PIECES, min_size=1, max_size=12).map(" ".join))
 def test_templates_made_of_pieces(tally: Tally, template: str) -> None:
-    render = template_process.PROCESS.render
+    render = chatml.PROCESS.render
     attempt(tally, 1000, lambda: render(template, ASK, True, {"bos_token": "<s>"}))
 
 
@@ -214,6 +214,6 @@ def test_a_template_sees_what_transformers_shows_it(folder: Path, tmp_path: Path
     hf: Any = tokenizer._hf  # type: ignore[attr-defined]
     expected = hf.apply_chat_template(ASK, add_generation_prompt=True, tokenize=False)
     special = hf.special_tokens_map
-    assert template_process.PROCESS.render(hf.get_chat_template(), ASK, True, special) == expected
+    assert chatml.PROCESS.render(hf.get_chat_template(), ASK, True, special) == expected
     with pytest.raises(UsageError, match="no"):
         with_template(folder, tmp_path / "own", "{{ raise_exception('no') }}").chat(ASK)

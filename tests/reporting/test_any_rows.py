@@ -13,13 +13,12 @@ from test_results import json_values, rows
 
 from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import METRICS, compare
-from qwenq.reporting.export import csv_text, json_text
 from qwenq.reporting.figures import figures_of
-from qwenq.reporting.gate import judge, parse
-from qwenq.reporting.gate_output import github_annotations, junit_text, markdown_text, text_lines
-from qwenq.reporting.markdown import report_markdown as render_markdown
-from qwenq.reporting.page import report_page as render_page
+from qwenq.reporting.gate import github_annotations, judge, junit_text, markdown_text, parse, text_lines
 from qwenq.reporting.report import make_report
+from qwenq.reporting.write import csv_text, json_text
+from qwenq.reporting.write import report_markdown as render_markdown
+from qwenq.reporting.write import report_page as render_page
 from qwenq.results import Row, append_row, write_environment
 
 METRIC_NAMES = [

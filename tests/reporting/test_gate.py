@@ -15,12 +15,15 @@ from qwenq.errors import UsageError
 from qwenq.recipe import FAIL_ON
 from qwenq.reporting.collect import collect
 from qwenq.reporting.compare import compare
-from qwenq.reporting.gate import Verdict, asked_by, judge, parse
-from qwenq.reporting.gate_output import (
+from qwenq.reporting.gate import (
+    Verdict,
+    asked_by,
     effect,
     github_annotations,
+    judge,
     junit_text,
     markdown_text,
+    parse,
     text_lines,
 )
 from qwenq.results import Row

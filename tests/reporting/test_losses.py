@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 from example_runs import FAMILY, accuracy, speed, write_run
 
-from qwenq.paired.detectable import detectable_drop
-from qwenq.paired.mcnemar import mcnemar
 from qwenq.reporting.collect import collect
 from qwenq.reporting.figures import figures_of
-from qwenq.reporting.losses import loss_table
-from qwenq.reporting.summary import summary_of
+from qwenq.reporting.losses import loss_table, summary_of
 from qwenq.reporting.tables import Table
 from qwenq.results import Row
+from qwenq.statistics import detectable_drop, mcnemar
 
 
 def table_of(tmp_path: Path, rows: list[Row]) -> Table:

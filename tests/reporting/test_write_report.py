@@ -17,10 +17,9 @@ from report_cells import plain, shown
 from qwenq.errors import UsageError
 from qwenq.reporting.collect import Collection, collect
 from qwenq.reporting.figures import figures_of
-from qwenq.reporting.markdown import report_markdown
 from qwenq.reporting.plots import inline_svg
 from qwenq.reporting.report import make_report
-from qwenq.reporting.write import write_report
+from qwenq.reporting.write import report_markdown, write_report
 from qwenq.results import Row
 from qwenq.storage import held
 

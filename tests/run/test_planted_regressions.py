@@ -19,17 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from qwenq.errors import CorruptFileError
 from qwenq.profiling.measure import measure
-from qwenq.profiling.points import Point
-from qwenq.profiling.subjects import subjects_of
+from qwenq.profiling.spec import Point, subjects_of
 from qwenq.reporting import gate
 from qwenq.reporting.collect import collect
-from qwenq.reporting.compare import compare
-from qwenq.reporting.turns import with_turns
+from qwenq.reporting.compare import compare, with_repeats
 from qwenq.results import append_row, read_rows, write_environment
-from qwenq.run.execute import append_check
-from qwenq.runtime.compiled_step import CompiledStep
-from qwenq.runtime.kernels.cpu_native import CpuNative
+from qwenq.runtime.block import CompiledStep
+from qwenq.runtime.quantised_linear import CpuNative
 from qwenq.storage import sha256_file
+from qwenq.workflow import append_check
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("planted")]  # one process: quantised once
 
@@ -80,7 +78,7 @@ def regressions(before: Path, after: Path, conditions: str, *turns: tuple[Path, 
     """Metrics that failed; nothing may be beyond comparison."""
     befores, afters = zip((before, after), *turns, strict=True)
     sides = (
-        with_turns(collect([first]), collect(more) if more else None) for first, *more in (befores, afters)
+        with_repeats(collect([first]), collect(more) if more else None) for first, *more in (befores, afters)
     )
     verdict = gate.judge(compare(*sides), gate.parse(conditions))
     assert not verdict.of("not comparable"), [item.reason for item in verdict.of("not comparable")]

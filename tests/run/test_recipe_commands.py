@@ -13,7 +13,7 @@ from test_docs import ROOT
 
 from qwenq.errors import UsageError
 from qwenq.models.bundled import NAME
-from qwenq.run.senseless import ATTENTIONS, ENGINES
+from qwenq.workflow import ATTENTIONS, ENGINES
 
 
 def qwenq(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -77,15 +77,13 @@ def test_the_users_own_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: p
 
 def test_names_of_attentions_and_engines_are_those_of_profile() -> None:
     """They are written down twice, as a run must not load torch."""
-    from qwenq.profiling.points import require_known
+    from qwenq.profiling.spec import require_known
     from qwenq.runtime.attention import BACKENDS
 
     assert set(ATTENTIONS) == {"auto", *BACKENDS}
     require_known(ATTENTIONS, ENGINES, "auto")
-    script = "import sys; from qwenq.cli.recipe import checked; from pathlib import Path\n"
-    script += (
-        "from qwenq.run.chain import chain_of; chain_of(checked(Path(sys.argv[1])), Path(sys.argv[1]))\n"
-    )
+    script = "import sys; from qwenq.cli.run import checked; from pathlib import Path\n"
+    script += "from qwenq.workflow import steps_of; steps_of(checked(Path(sys.argv[1])), Path(sys.argv[1]))\n"
     script += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script, str(ROOT / "recipes" / "demo.toml")], cwd=ROOT, check=True)
 
@@ -139,7 +137,7 @@ def test_a_recipe_of_qwenqs_own_is_found_by_name_from_any_folder(tmp_path: Path)
 def test_a_package_that_the_report_needs_is_missed_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwenq.run.senseless.find_spec", lambda name: None if name == "pandas" else name)
+    monkeypatch.setattr("qwenq.workflow.find_spec", lambda name: None if name == "pandas" else name)
     with pytest.raises(UsageError, match=r"the package pandas is missing, which results.csv needs"):
         chain(tmp_path, "[eval]\nsample = true\n")
     assert chain(tmp_path, "[quantize]\nbits = 8\n").page is None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenq.models.packing import PackedLinear, pack
-from qwenq.runtime.kernels.base import LinearShape, Requirements
+from qwenq.models.gptq_format import PackedLinear, pack
+from qwenq.runtime.linear import LinearShape, Requirements
 
 
 @dataclass(frozen=True)

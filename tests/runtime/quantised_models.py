@@ -11,7 +11,7 @@ from runtime.small_models import small_model
 
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_config import QuantConfig
-from qwenq.models.packing import PackedLinear, pack
+from qwenq.models.gptq_format import PackedLinear, pack
 
 
 def quantised_model(family: str, quant: QuantConfig, *, seed: int = 0, **changes: Any) -> Checkpoint:

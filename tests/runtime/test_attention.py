@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.attention import BACKENDS, attention_backend, available, flash, of_row
-from qwenq.runtime.attention.best import Autotuned
+from qwenq.runtime.attention.backends import Autotuned
 from qwenq.runtime.attention.flash import Flash
-from qwenq.runtime.span import Span
+from qwenq.runtime.cache import Span
 
 CUDA = torch.device("cuda")
 HEADS = [(4, 4, 16), (6, 2, 24)]

@@ -14,10 +14,9 @@ from qwenq.errors import UsageError
 from qwenq.models.chatml import build_context
 from qwenq.models.qwen_tokenizer import QwenTokenizer
 from qwenq.models.tokenizer import load_tokenizer
-from qwenq.runtime.chat import Conversation, printable
+from qwenq.runtime.chat import Conversation, Session, printable
 from qwenq.runtime.engine import Engine, load
 from qwenq.runtime.sampling import GREEDY, Sampling
-from qwenq.runtime.session import Session
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from runtime.small_models import random_ids, small_model
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig
-from qwenq.models.precision import resolve_device
+from qwenq.models.machine import resolve_device
 from qwenq.runtime import engine as door
 from qwenq.runtime.engine import Engine, find_attention, find_dtype, load
 from qwenq.runtime.generation import Timing

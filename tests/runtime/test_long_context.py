@@ -16,8 +16,7 @@ from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.qwen_v1 import qwen2_view
 from qwenq.runtime.engine import Engine, load
-from qwenq.runtime.rope import Rope, inverse_frequencies, logn_scales, ntk_alpha
-from qwenq.runtime.spec import read_spec
+from qwenq.runtime.spec import Rope, inverse_frequencies, logn_scales, ntk_alpha, read_spec
 
 S = 64  # seq_length of the small models
 

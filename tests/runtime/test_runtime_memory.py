@@ -7,7 +7,7 @@ import torch
 from runtime.small_models import random_ids, small_model
 
 from qwenq.errors import OutOfMemoryError
-from qwenq.models import granted
+from qwenq.models import machine
 from qwenq.runtime import memory
 from qwenq.runtime.engine import load
 from qwenq.runtime.memory import explained, free_bytes, require
@@ -74,7 +74,7 @@ def test_out_of_memory_is_a_memory_error() -> None:
 
 
 def test_more_than_the_memory_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(granted, "granted_bytes", lambda: 1000)
+    monkeypatch.setattr(machine, "cgroup_memory_left", lambda: 1000)
     assert free_bytes(torch.device("cpu")) == 1000
     with pytest.raises(OutOfMemoryError, match=r"a thing needs 0.0 MiB, and 0.0 MiB are free on cpu"):
         require(1001, torch.device("cpu"), "a thing", "ask for less")

@@ -14,7 +14,7 @@ from runtime.quantised_models import quantised_model
 from teams import free_port
 from tiny_families import write_family
 
-from qwenq.distributed import Team, assembled
+from qwenq.distributed import Team, process_group
 from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_config import QuantConfig
@@ -38,9 +38,9 @@ def on_ranks(world: int, work: Callable[[Team], None]) -> list[int]:
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                 }  # fmt: skip
                 torch.set_num_threads(1)
-                with assembled("cpu") as team:
+                with process_group("cpu") as team:
                     work(team)
-                    team.wait()
+                    team.barrier()
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -73,7 +73,7 @@ def test_two_processes_answer_as_one(tmp_path: Path, family: str, changes: dict[
 
     def work(team: Team) -> None:
         checkpoint = open_checkpoint(model)
-        if team.leads:
+        if team.is_rank0:
             engine = LeadingEngine(checkpoint, team, "cpu", "float32", "sdpa")
             (tmp_path / "answers.json").write_text(json.dumps(answers(engine)))
             (tmp_path / "name.txt").write_text(engine.implementation)

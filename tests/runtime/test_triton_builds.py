@@ -13,12 +13,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from runtime.triton_builds import Build, instructions, resources
 
-from qwenq.runtime.kernels.triton_flash_v1 import _flash_v1
-from qwenq.runtime.kernels.triton_gptq_dot import _dot
-from qwenq.runtime.kernels.triton_gptq_gemv import _gemv
-from qwenq.runtime.kernels.triton_gptq_unpack import _unpack
-from qwenq.runtime.kernels.triton_split_decode import _attend_run, _join_runs, stages
-from qwenq.runtime.kernels.triton_step import _add_norm, _gated, _rotate_and_store
+from qwenq.compute.triton.attention import _attend_run, _flash_v1, _join_runs, stages
+from qwenq.compute.triton.block import _add_norm, _gated, _rotate_and_store
+from qwenq.compute.triton.linear import _dot, _gemv, _unpack
 
 SHARED_BYTES = {
     80: 163 << 10,

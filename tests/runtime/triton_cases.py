@@ -22,13 +22,11 @@ from runtime.test_cuda_graph import S, fast, prefilled, static, test_qwen_v1_bey
 from torch import Tensor
 
 from qwenq.compute.gpu import unsupported_reason
-from qwenq.models.packing import PackedLinear, dequantise, pack
+from qwenq.compute.triton.linear import multiply_row, multiply_rows, plan_row, unpack_weight
+from qwenq.models.gptq_format import PackedLinear, dequantise, pack
 from qwenq.runtime.attention import attention_backend
-from qwenq.runtime.kernels.base import Requirements
-from qwenq.runtime.kernels.triton_gptq import TritonInt4, TritonInt8
-from qwenq.runtime.kernels.triton_gptq_dot import multiply_rows
-from qwenq.runtime.kernels.triton_gptq_gemv import multiply_row, plan_row
-from qwenq.runtime.kernels.triton_gptq_unpack import unpack_weight
+from qwenq.runtime.linear import Requirements
+from qwenq.runtime.quantised_linear import TritonInt4, TritonInt8
 
 # Steps between neighbouring numbers below 2. The interpreter cuts off where a GPU rounds, hence a whole step.
 STEP = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}

@@ -16,10 +16,18 @@ from functools import partial
 from pathlib import Path
 
 from qwenq.errors import DataError, UsageError
-from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written
-from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.task import (
+    DataSource,
+    Item,
+    Judgement,
+    Request,
+    Task,
+    Write,
+    Written,
+    missing_subjects,
+    score_all,
+)
 from qwenq.evals.tasks.data import check_count, local_folder, numbered, read_json, read_text, text_columns
-from qwenq.evals.tasks.script import Script, missing_subjects
 
 VERSION = 1
 
@@ -105,8 +113,8 @@ def _examples(path: Path) -> str:
     return text.strip()
 
 
-PROTOCOLS: tuple[Script, ...] = (
-    Script(
+PROTOCOLS: tuple[Task, ...] = (
+    Task(
         name="bbh",
         protocol="base",
         version=VERSION,

@@ -16,8 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import DataError
-from qwenq.evals.task import Choose, Item, Judgement, Request, Write, Written, chat_text, first_turn
-from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.task import (
+    Choose,
+    Item,
+    Judged,
+    Judgement,
+    Request,
+    Task,
+    Write,
+    Written,
+    chat_text,
+    first_turn,
+    missing_subjects,
+    score_all,
+)
 from qwenq.evals.tasks.choices import (
     CARD,
     COLUMNS,
@@ -28,9 +40,7 @@ from qwenq.evals.tasks.choices import (
     load_choices,
     options_by_length,
 )
-from qwenq.evals.tasks.data import Row, text_columns
-from qwenq.evals.tasks.hub import place_of, read_hub
-from qwenq.evals.tasks.script import Judged, Script, missing_subjects
+from qwenq.evals.tasks.data import Row, place_of, read_hub, text_columns
 
 VERSION = 1
 
@@ -161,7 +171,7 @@ TEST = ChoiceSet(
     "ceval", dict.fromkeys(VAL_COUNTS), 12342, "test", ("id", *COLUMNS), True, hub=_from_hub, answered=False
 )
 _val = partial(
-    Script,
+    Task,
     name="ceval",
     version=VERSION,
     load=partial(load_choices, VAL),
@@ -169,14 +179,14 @@ _val = partial(
     comment=partial(missing_subjects, "ceval", VAL_COUNTS),
 )
 _test = partial(
-    Script,
+    Task,
     name="ceval-test",
     version=VERSION,
     load=partial(load_choices, TEST),
     average=lambda judged: [],  # the answers are not published
     comment=partial(missing_subjects, "ceval", VAL_COUNTS),
 )
-PROTOCOLS: tuple[Script, ...] = (
+PROTOCOLS: tuple[Task, ...] = (
     _val(**CARD, ask=ask_chat, read=read_chat),
     _val(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
     _test(**CARD, ask=ask_chat, read=read_chat),

@@ -11,8 +11,7 @@ from typing import Any
 
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import Chosen, DataSource, Item, Judgement
-from qwenq.evals.tasks.data import AnyPath, Row, check_count, local_folder, read_csv
-from qwenq.evals.tasks.hub import copy_in
+from qwenq.evals.tasks.data import AnyPath, Row, check_count, copy_in, local_folder, read_csv
 
 LETTERS = ("A", "B", "C", "D")
 COLUMNS = ("question", *LETTERS, "answer")

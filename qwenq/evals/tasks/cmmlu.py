@@ -15,19 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from qwenq.errors import DataError
-from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.task import Task, missing_subjects, score_all
 from qwenq.evals.tasks.ceval import ask_base, ask_chat, read_chat
-from qwenq.evals.tasks.choices import (
-    CARD,
-    LETTERS,
-    ChoiceSet,
-    judge_choice,
-    load_choices,
-    read_subject,
-)
-from qwenq.evals.tasks.data import Row
-from qwenq.evals.tasks.hub import fetch_hub_file
-from qwenq.evals.tasks.script import Script, missing_subjects
+from qwenq.evals.tasks.choices import CARD, LETTERS, ChoiceSet, judge_choice, load_choices, read_subject
+from qwenq.evals.tasks.data import Row, fetch_hub_file
 
 VERSION = 1
 
@@ -108,14 +99,14 @@ ORIGIN = ChoiceSet(
     copy=_copy_in,
 )
 _script = partial(
-    Script,
+    Task,
     name="cmmlu",
     version=VERSION,
     load=partial(load_choices, ORIGIN),
     average=partial(score_all, macro=True, categories=CATEGORIES),
     comment=partial(missing_subjects, "cmmlu", SUBJECTS),
 )
-PROTOCOLS: tuple[Script, ...] = (
+PROTOCOLS: tuple[Task, ...] = (
     _script(**CARD, ask=ask_chat, read=read_chat),
     _script(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
 )

@@ -18,11 +18,8 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 
 from qwenq.errors import DataError
-from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
-from qwenq.evals.tasks.averages import score_all
-from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines
-from qwenq.evals.tasks.hub import copy_in, hub_rows
-from qwenq.evals.tasks.script import Script
+from qwenq.evals.task import DataSource, Item, Judgement, Request, Task, Write, Written, first_turn, score_all
+from qwenq.evals.tasks.data import Row, check_count, copy_in, hub_rows, local_folder, read_json_lines
 
 VERSION = 1
 
@@ -227,8 +224,8 @@ def _read(source: DataSource, split: str) -> list[Row]:
     return rows
 
 
-_script = partial(Script, name="gsm8k", version=VERSION, average=score_all)
-PROTOCOLS: tuple[Script, ...] = (
+_script = partial(Task, name="gsm8k", version=VERSION, average=score_all)
+PROTOCOLS: tuple[Task, ...] = (
     _script(
         protocol="card",
         shots=0,

@@ -18,12 +18,20 @@ from functools import partial
 from pathlib import Path
 
 from qwenq.errors import DataError
-from qwenq.evals.sandbox.programs import Program
-from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, chat_text, first_turn
-from qwenq.evals.tasks.averages import score_all
-from qwenq.evals.tasks.data import Row, check_count, local_folder, read_json_lines
-from qwenq.evals.tasks.hub import copy_in, hub_rows
-from qwenq.evals.tasks.script import Script
+from qwenq.evals.sandbox.run import Program
+from qwenq.evals.task import (
+    DataSource,
+    Item,
+    Judgement,
+    Request,
+    Task,
+    Write,
+    Written,
+    chat_text,
+    first_turn,
+    score_all,
+)
+from qwenq.evals.tasks.data import Row, check_count, copy_in, hub_rows, local_folder, read_json_lines
 
 VERSION = 1
 CARD_VERSION = 2
@@ -150,7 +158,7 @@ def _check(row: Row) -> None:
 
 
 _script = partial(
-    Script,
+    Task,
     name="humaneval",
     version=VERSION,
     shots=0,
@@ -160,7 +168,7 @@ _script = partial(
     program=program,
     reference=canonical,
 )
-PROTOCOLS: tuple[Script, ...] = (
+PROTOCOLS: tuple[Task, ...] = (
     _script(protocol="card", version=CARD_VERSION, ask=ask_chat, read=read_chat),
     _script(protocol="base", ask=ask_base, read=read_base),
 )

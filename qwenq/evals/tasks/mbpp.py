@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import DataError
-from qwenq.evals.sandbox.programs import Program
-from qwenq.evals.task import DataSource, Item, Judgement, Request, Write, Written, first_turn
-from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.sandbox.run import Program
+from qwenq.evals.task import DataSource, Item, Judgement, Request, Task, Write, Written, first_turn, score_all
 from qwenq.evals.tasks.data import (
     Row,
     check_count,
+    copy_in,
     local_folder,
     numbered,
+    place_of,
+    read_hub,
     read_json,
     read_json_records,
     text_columns,
 )
-from qwenq.evals.tasks.hub import copy_in, place_of, read_hub
-from qwenq.evals.tasks.script import Script
 
 VERSION = 1
 CARD_VERSION = 2
@@ -232,7 +232,7 @@ def _check(row: Row) -> None:
 
 
 _script = partial(
-    Script,
+    Task,
     name="mbpp",
     version=VERSION,
     load=load,
@@ -242,7 +242,7 @@ _script = partial(
     reference=reference,
     spare=SPARE,
 )
-PROTOCOLS: tuple[Script, ...] = (
+PROTOCOLS: tuple[Task, ...] = (
     _script(protocol="card", version=CARD_VERSION, shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
     _script(protocol="base", shots=3, allowed_shots=range(4), ask=ask_base, read=read_base),
 )

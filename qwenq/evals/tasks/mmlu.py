@@ -21,8 +21,19 @@ from functools import partial
 from pathlib import Path
 
 from qwenq.errors import DataError
-from qwenq.evals.task import Choose, Item, Judgement, Request, Write, Written, chat_text, first_turn
-from qwenq.evals.tasks.averages import score_all
+from qwenq.evals.task import (
+    Choose,
+    Item,
+    Judgement,
+    Request,
+    Task,
+    Write,
+    Written,
+    chat_text,
+    first_turn,
+    missing_subjects,
+    score_all,
+)
 from qwenq.evals.tasks.choices import (
     CARD,
     COLUMNS,
@@ -34,9 +45,7 @@ from qwenq.evals.tasks.choices import (
     load_choices,
     options_by_length,
 )
-from qwenq.evals.tasks.data import Row
-from qwenq.evals.tasks.hub import place_of, read_hub
-from qwenq.evals.tasks.script import Script, missing_subjects
+from qwenq.evals.tasks.data import Row, place_of, read_hub
 
 VERSION = 1
 
@@ -173,14 +182,14 @@ def _from_hub(split: str, subjects: Sequence[str], copy: Path | None = None) -> 
 
 ORIGIN = ChoiceSet("mmlu", COUNTS, 14042, "test", COLUMNS, header=False, hub=_from_hub)
 _script = partial(
-    Script,
+    Task,
     name="mmlu",
     version=VERSION,
     load=partial(load_choices, ORIGIN),
     average=partial(score_all, categories=CATEGORIES),
     comment=partial(missing_subjects, "mmlu", COUNTS),
 )
-PROTOCOLS: tuple[Script, ...] = (
+PROTOCOLS: tuple[Task, ...] = (
     _script(**CARD, ask=ask_chat, read=read_chat),
     _script(protocol="base", shots=5, allowed_shots=range(6), ask=ask_base, read=judge_choice),
     _script(protocol="lm-eval", shots=5, allowed_shots=range(6), ask=ask_lm_eval, read=judge_loglikelihood),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 
 from qwenq.errors import UsageError
+from qwenq.evals.task import Task
 from qwenq.evals.tasks import bbh, ceval, cmmlu, gsm8k, humaneval, math, mbpp, mmlu
-from qwenq.evals.tasks.script import Script
 
-_SCRIPTS: dict[tuple[str, str], Script] = {
+_SCRIPTS: dict[tuple[str, str], Task] = {
     (script.name, script.protocol): script
     for task in (mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh)
     for script in task.PROTOCOLS
@@ -25,7 +25,7 @@ def protocol_names(task: str) -> list[str]:
     return [protocol for name, protocol in _SCRIPTS if name == task]
 
 
-def get_task(name: str, protocol: str) -> Script:
+def get_task(name: str, protocol: str) -> Task:
     """Return a benchmark under a protocol.
 
     Raises:

@@ -1,8 +1,4 @@
-"""Run FlashAttention of packages and of torch behind `Attention`: ``v2``, and ``flash-attn`` 1.
-
-Such a kernel has one mask: none, or causal with the last query at the last key; other passes are
-several calls. FlashAttention-2: Dao, arXiv 2307.08691. FlashAttention: Dao et al., arXiv 2205.14135.
-"""
+"""Compute attention by flash kernels on GPUs: ``v2`` and ``v1`` of packages, our own ``v1`` and ``split``."""
 
 from __future__ import annotations
 
@@ -13,8 +9,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from qwenq.compute import gpu
+from qwenq.compute.gpu import triton_label
 from qwenq.errors import UnsupportedError
-from qwenq.runtime.span import Span
+from qwenq.runtime.attention.plain import attend
+from qwenq.runtime.cache import Span
+
+# Run FlashAttention of packages and of torch behind `Attention`: ``v2``, and ``flash-attn`` 1.
+#
+# Such a kernel has one mask: none, or causal with the last query at the last key; other passes are
+# several calls. FlashAttention-2: Dao, arXiv 2307.08691. FlashAttention: Dao et al., arXiv 2205.14135.
+
 
 FlashKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 """(queries [b, heads, t, d], keys, values [b, key/value heads, n, d], causal) → [b, heads, t, d].
@@ -221,3 +226,65 @@ def _repeated(x: Tensor, times: int) -> Tensor:
 
 def _packed(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).contiguous()  # [b · tokens, heads, d]
+
+
+# Run our Triton kernels behind `Attention`: FlashAttention as first published, and split-KV decoding.
+
+
+class FlashV1:
+    """FlashAttention (arXiv 2205.14135, Algorithm 1), work split over batch × heads only."""
+
+    name = "v1"
+
+    def __init__(self) -> None:
+        self.implementation = f"qwenq FlashAttention-1 forward kernel ({triton_label()})"
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """See `Attention`."""
+        from qwenq.compute.triton.attention import flash_v1
+
+        return flash_v1(queries, keys, values, span.positions)
+
+
+class Split:
+    """Decode steps: the cache split over programs (flash-decoding). Longer inputs: torch's SDPA."""
+
+    name = "split"
+
+    def __init__(self) -> None:
+        self.implementation = (
+            f"decode: qwenq split-KV kernel ({triton_label()}); prefill: torch {torch.__version__} SDPA"
+        )
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """See `Attention`."""
+        from qwenq.compute.triton.attention import split_decode
+
+        if queries.shape[2] > 1:
+            return attend(queries, keys, values, span)
+        positions = span.positions[:, 0].expand(len(queries)).contiguous()  # [batch]
+        return split_decode(queries, keys, values, positions)
+
+
+def flash_v1_ours(device: torch.device, dtype: torch.dtype) -> FlashV1:
+    """Return our kernel of version 1, if it can run here."""
+    _check("v1", device, dtype)
+    return FlashV1()
+
+
+def split(device: torch.device, dtype: torch.dtype) -> Split:
+    """Return split-KV decoding, if it can run here."""
+    _check("split", device, dtype)
+    return Split()
+
+
+def _check(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    # The interpreter is no GPU but runs the kernels all the same; the label names it.
+    if gpu.interpreting():
+        check_half(name, dtype)
+    else:
+        check_flash(name, device, dtype)
+    if reason := gpu.unsupported_reason(device):
+        raise UnsupportedError(
+            f"attention {name}: {reason}", where=f"--attention {name}", hint="use --attention sdpa or off"
+        )

@@ -1,4 +1,7 @@
-"""Compute attention anywhere: written out (``off``), and by whatever torch picks (``sdpa``)."""
+"""Compute attention without packages or GPUs: ``off``, torch's ``sdpa``, a CPU's ``grouped``.
+
+Query heads h share key/value head h // group. All scores are scaled by 1 / sqrt(d).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qwenq.runtime.span import Span
+from qwenq.compute import cpu
+from qwenq.compute.attention import causal_attention, unsupported_reason
+from qwenq.compute.block import STEP
+from qwenq.errors import UnsupportedError
+from qwenq.runtime.cache import Span
+
+# Compute attention anywhere: written out (``off``), and by whatever torch picks (``sdpa``).
 
 
 class Attention(Protocol):
@@ -94,3 +103,73 @@ def visible(span: Span, tokens: int) -> Tensor | None:
     slots = torch.arange(span.end, device=span.positions.device)
     steps = torch.arange(tokens, device=span.positions.device)
     return (slots <= steps.unsqueeze(1)).view(1, 1, tokens, span.end)
+
+
+# Compute attention on a CPU: decode steps by one batched product per group of heads, prompts by C.
+#
+# In a decode step query heads that share a key/value head are rows of one product over keys kept
+# transposed, so no key is read twice. `StepOperations` has a cache arranged for it (see
+# ``KVCache.step``); any other cache is brought to that form first. Prompts are ``compute.attention``'s.
+
+
+class GroupedDecode:
+    """``compute.attention`` for prompts; for the one query of a decode step, products in float32.
+
+    Args:
+        dtype: of queries, keys and values.
+    """
+
+    name = "grouped"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        prompts = f"torch {torch.__version__} scaled_dot_product_attention"
+        if unsupported_reason(torch.device("cpu"), dtype, STEP) is None:
+            prompts = f"C for {cpu.variant_name()} (heads of no multiple of {STEP}: {prompts})"
+        self.implementation = f"decode: batched products by key/value head in float32; prompts: {prompts}"
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+        """See `Attention`."""
+        batch, heads, tokens, d = queries.shape
+        if tokens > 1:
+            starts = None if span.causal and tokens == span.end else span.positions[:, 0].expand(batch)
+            return causal_attention(queries, keys, values, d**-0.5, starts).transpose(1, 2)
+        shared, end = keys.shape[1:3]
+        mask = None
+        if span.mask is not None:
+            hidden = ~span.mask.expand(batch, shared, 1, end).reshape(batch * shared, 1, end)
+            mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        grouped = (queries.float() * d**-0.5).reshape(batch * shared, heads // shared, d)
+        mixed = grouped_attention(
+            grouped,
+            keys.float().reshape(batch * shared, end, d).transpose(1, 2),
+            values.float().reshape(batch * shared, end, d),
+            mask,
+        )
+        return mixed.view(batch, heads, 1, d).to(queries.dtype)
+
+
+def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return softmax attention of one step, all float32.
+
+    Args:
+        queries: [batch · key/value heads, heads of a group, d], scaled.
+        keys: [batch · key/value heads, d, end].
+        values: [batch · key/value heads, end, d].
+        mask: [batch · key/value heads, 1, end], added to the scores; None: everything is seen.
+
+    Returns:
+        [batch · key/value heads, heads of a group, d].
+    """
+    scores = torch.bmm(queries, keys) if mask is None else torch.baddbmm(mask, queries, keys)
+    return torch.bmm(torch.softmax(scores, dim=-1), values)
+
+
+def grouped(device: torch.device, dtype: torch.dtype) -> GroupedDecode:
+    """Return the backend, on a CPU."""
+    if device.type != "cpu":
+        raise UnsupportedError(
+            f"attention grouped: it is laid out for a CPU, and this is a {device.type}",
+            where="--attention grouped",
+            hint="use --attention split, v2 or sdpa",
+        )
+    return GroupedDecode(dtype)

@@ -1,0 +1,247 @@
+"""Rewrite a model folder in a layout that clients load without remote code.
+
+Qwen v1 becomes Qwen2 (full precision or GPTQ), GPTQ zero points change between v1 and v2, and the sizes of
+shards. One tensor is in memory at a time; the target gets its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+
+from qwenq.errors import QuantisationError, UsageError
+from qwenq.events import Listener, Notice, counted, silent
+from qwenq.models.aux_files import write_aux_files
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.folders import require_renameable, take_name
+from qwenq.models.gptq_format import (
+    DequantisedSource,
+    QuantConfig,
+    is_quantised,
+    surplus_biases,
+    validate_quantised,
+)
+from qwenq.models.integrity import check_finite
+from qwenq.models.qwen_v1 import QwenV1Source
+from qwenq.models.safetensors_files import tensor_bytes, write_shards
+from qwenq.models.shapes import DENSE, ModelShape
+from qwenq.models.source import TensorInfo, require_tensors
+from qwenq.models.tokenizer import read_json
+from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.models.gptq_format import CheckpointFormat
+
+ZeroPoints = Literal["v1", "v2"]
+FORMATS: dict[str, CheckpointFormat] = {"v1": "gptq", "v2": "gptq_v2"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The folder that ``convert`` wrote.
+
+    Attributes:
+        folder: the new model folder.
+        files: its weight files.
+        tensors: number of tensors.
+        total_bytes: of all tensors.
+        changes: differences from the source, one line each; empty where only the shards differ.
+    """
+
+    folder: Path
+    files: list[Path]
+    tensors: int
+    total_bytes: int
+    changes: list[str]
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    zeros: ZeroPoints | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    listener: Listener = silent,
+) -> Converted:
+    """Write ``source`` to ``target`` in Qwen2's (or its own) layout, as safetensors.
+
+    Args:
+        source: a model folder: full precision or GPTQ; Qwen v1 or any architecture that is known.
+        target: missing or empty.
+        zeros: the format of zero points; None: as they are.
+        max_shard_bytes: most bytes of tensors in one file.
+        listener: receives the number of tensors written, and notices.
+
+    Raises:
+        UsageError: the target is the source or holds something; ``zeros`` for a model that is not quantised.
+        ModelError: the source is damaged or contradicts itself: names the tensor that is missing, of another
+            shape than config.json says, or not finite.
+        QuantisationError: a zero point that format v1 cannot hold.
+        StorageError: the disk refused.
+    """
+    _refuse_target(source, target)
+    checkpoint = open_checkpoint(source)
+    quant = _settings(checkpoint, zeros)
+    _require_whole(checkpoint, quant)
+    config, changes = _target_config(checkpoint, quant, zeros)
+    entries = _entries(checkpoint, quant)
+    total = sum(tensor_bytes(info) for _, info in entries)
+    read = _reader(checkpoint, quant, zeros)
+    with _new_folder(target) as folder, counted(listener, "writing", "tensors") as update:
+        numbers = {name: number for number, (name, _) in enumerate(entries)}
+
+        def read_counted(name: str) -> torch.Tensor:
+            update(numbers[name], len(entries))
+            return read(name)
+
+        files = write_shards(folder, entries, read_counted, max_shard_bytes)
+        atomic_write_json(folder / "config.json", config)
+        if quant is not None:
+            written = QuantConfig.read(config)
+            atomic_write_json(folder / "quantize_config.json", written.to_quantize_config_json())
+        notices = write_aux_files(source, folder, config)
+    for notice in (*checkpoint.notices, *notices):
+        listener(Notice(notice))
+    return Converted(
+        folder=target,
+        files=[target / file.name for file in files],
+        tensors=len(entries),
+        total_bytes=total,
+        changes=changes,
+    )
+
+
+def _refuse_target(source: Path, target: Path) -> None:
+    require_renameable(target, "DST")
+    if source.resolve() == target.resolve():
+        raise UsageError("DST is SRC: nothing is converted in place", where=target, hint="name a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError("DST holds something already", where=target, hint="name a new or empty folder")
+    if target.exists() and not target.is_dir():
+        raise UsageError("DST is a file", where=target, hint="name a new or empty folder")
+
+
+def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:
+    """Return the GPTQ settings of the source, its tensors checked against them; None: full precision."""
+    if is_quantised(checkpoint.config):
+        quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
+        validate_quantised(checkpoint.source, quant)
+        return quant
+    if zeros is not None:
+        raise UsageError(
+            "--zeros is about a quantised model, and this one is not",
+            where=checkpoint.folder,
+            hint="leave --zeros out, or quantise the model first",
+        )
+    return None
+
+
+def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
+    """Require every tensor of config.json, in its shape: no incomplete folder is written."""
+    plain = checkpoint.source
+    if quant is not None:
+        plain = DequantisedSource(plain, quant, config=checkpoint.config)
+    if checkpoint.config["model_type"] not in DENSE:
+        import torch
+
+        from qwenq.models.blocks import BlockwiseDecoder
+
+        BlockwiseDecoder(replace(checkpoint, source=plain), torch.device("cpu"), torch.float32)  # checks all
+        return
+    expected = {tensor.name: tensor.shape for tensor in ModelShape.from_config(checkpoint.config).tensors()}
+    require_tensors(plain, expected, checkpoint.folder)
+
+
+def _target_config(
+    checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Return config.json of the target, and the changes in words."""
+    config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
+    changes = []
+    if isinstance(checkpoint.source, QwenV1Source):
+        changes.append("Qwen v1 layout → Qwen2 layout")
+    elif quant is not None and not is_quantised(read_json(checkpoint.folder / "config.json")):
+        changes.append("GPTQ settings of quantize_config.json → config.json, too")
+    if quant is not None and zeros is not None and FORMATS[zeros] != quant.checkpoint_format:
+        settings = {**config["quantization_config"], "checkpoint_format": FORMATS[zeros]}
+        if "format" in settings:  # the newer name of the same key
+            settings["format"] = FORMATS[zeros]
+        config["quantization_config"] = settings
+        changes.append(f"zero points {quant.checkpoint_format} → {FORMATS[zeros]}")
+    return config, changes
+
+
+def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[str, TensorInfo]]:
+    """Return names and headers to write, without zero biases that the architecture does not have."""
+    hidden: set[str] = set()
+    if quant is not None and checkpoint.config.get("model_type") == "qwen2":
+        modules = (name.removesuffix(".qweight") for name in checkpoint.names() if name.endswith(".qweight"))
+        hidden = surplus_biases(checkpoint.source, modules)
+    source = checkpoint.published
+    return [(name, source.info(name)) for name in source.names() if name not in hidden]
+
+
+def _reader(
+    checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
+) -> Callable[[str], torch.Tensor]:
+    """Return a function that reads a tensor as it is to be written, and requires finite numbers."""
+    wanted = None if zeros is None else FORMATS[zeros]
+
+    def read(name: str) -> torch.Tensor:
+        tensor = check_finite(name, checkpoint.published.read(name), checkpoint.folder)
+        if quant is None or wanted is None or wanted == quant.checkpoint_format:
+            return tensor
+        return restored_zeros(tensor, quant, wanted, name) if name.endswith(".qzeros") else tensor
+
+    return read
+
+
+def restored_zeros(
+    qzeros: torch.Tensor, quant: QuantConfig, wanted: CheckpointFormat, name: str
+) -> torch.Tensor:
+    """Return packed zero points of the format in ``quant``, stored as ``wanted`` stores them."""
+    from qwenq.models.gptq_format import pack_zeros, unpack_zeros
+
+    try:
+        own = quant.of(name.removesuffix(".qzeros"))
+        return pack_zeros(unpack_zeros(qzeros, own.bits, own.checkpoint_format), own.bits, wanted)
+    except QuantisationError as error:
+        error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
+        raise
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """Yield a sibling folder that gets the target's name at the end; remove it on an error."""
+    place = target.absolute()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    with guard_storage(target):
+        _remove_left_behind(place)
+        temporary.mkdir(parents=True)
+        try:
+            with held(temporary):
+                yield temporary
+                take_name(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_folder(place.parent)
+
+
+def _remove_left_behind(place: Path) -> None:
+    """Remove folders of killed conversions to the same name: their process is gone, their lock free."""
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
+        process = left.suffixes[-2].removeprefix(".")
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            with suppress(UsageError), held(left):  # held: by a process of another machine
+                shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,413 @@
+"""Record each answer and verdict on the disk, so that no run asks twice; show a recorded item."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from qwenq.distributed import Team
+from qwenq.errors import QwenqError, StorageError, UsageError
+from qwenq.evals.batching import limited, prompt_text, request_hash
+from qwenq.evals.task import Choose, DataSource, Item, Request
+from qwenq.evals.tasks.registry import get_task
+from qwenq.results import read_rows
+from qwenq.storage import fsync_folder, guard_storage
+
+# Log answers item by item, so that no run asks twice.
+#
+#     RUN/lock                      held while a process works here
+#     RUN/records/NAME.jsonl        one file per model and task; NAME ends in a hash of the key
+#         {"format": 1, "key": {…}}     first line: all that decides an answer but the item itself
+#         {"id": …, "asked": …, …}      a record; of those with one id and one question the last counts
+#
+# A record answers for an item only where ``asked``, a hash of the prompt, the limits and the item's data,
+# is
+# the same; records of other data under the same ids are kept. A generated answer is appended and flushed to
+# the
+# disk (fsync) when it is complete, a program's verdict when it has run, letters when their batch is done:
+# no
+# kill and no power cut loses a record. The next run removes a torn last line.
+
+
+FORMAT = 1
+FOLDER = "records"
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """One item, asked and judged.
+
+    Attributes:
+        id, subject: the item's.
+        asked: `requests.request_hash`.
+        prompt_tokens: tokens of the prompt.
+        implementation: the code that ran, see ``Engine.implementation``.
+        tokens: new tokens; 0 where continuations were scored.
+        output: the text, or None for a choice.
+        logprobs, published: of the continuations (see ``task.Chosen``), or None.
+        extracted: the answer that was read from it.
+        correct: the verdict; None where a program has not run yet, or the right answer is not published.
+        also: further verdicts.
+        note: why.
+        stopped: whether the text ended before its limit.
+        sandbox: in which the extracted program ran; None: it has not run, or an old version recorded it.
+    """
+
+    id: str
+    subject: str | None
+    asked: str
+    prompt_tokens: int
+    implementation: str = ""
+    tokens: int = 0
+    output: str | None = None
+    logprobs: tuple[float, ...] | None = None
+    published: tuple[float, ...] | None = None
+    extracted: str | None = None
+    correct: bool | None = None
+    also: Mapping[str, bool] = field(default_factory=dict)
+    note: str | None = None
+    stopped: bool | None = None
+    sandbox: str | None = None
+
+
+class AnswerLog:
+    """The records of one model and task, open for reading and appending.
+
+    Args:
+        run: the run folder.
+        title: of the file; converted to a valid file name.
+        key: everything that an answer depends on but the item: JSON values.
+
+    Raises:
+        StorageError: the disk refused, or a line other than the last is broken.
+    """
+
+    def __init__(self, run: Path, title: str, key: Mapping[str, Any]) -> None:
+        text = json.dumps(key, ensure_ascii=False, sort_keys=True)
+        self.path = run / FOLDER / f"{name_of(title, key)}.jsonl"
+        self._key = json.loads(text)
+        with guard_storage(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = self.path.open("ab+")
+        try:
+            self._known = self._read()
+        except BaseException:
+            with suppress(OSError):  # closing tries once more to write what a full disk refused
+                self._file.close()
+            raise
+
+    @staticmethod
+    def parts(run: Path, title: str, key: Mapping[str, Any]) -> list[Path]:
+        """Return the logs with this key whose titles are this one and a number."""
+        digest = _digest(json.dumps(key, ensure_ascii=False, sort_keys=True))
+        ending = re.compile(re.escape(_name(title)) + rf"\d+\.{digest}\.jsonl")
+        return sorted(path for path in (run / FOLDER).glob("*.jsonl") if ending.fullmatch(path.name))
+
+    def find(self, id_: str, asked: str) -> AnswerRecord | None:
+        """Return the record of an item, if the same question was asked."""
+        return self._known.get((id_, asked))
+
+    def append(self, *records: AnswerRecord) -> None:
+        """Write records; they are on the disk when this returns.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        for record in records:
+            self._known[record.id, record.asked] = record
+            self._write(_plain(record))
+        self._sync()
+
+    def _sync(self) -> None:
+        with guard_storage(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> AnswerLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._sync()
+        finally:
+            with guard_storage(self.path):  # closing tries once more to write what a full disk refused
+                self._file.close()
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        line = (json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
+        with guard_storage(self.path, len(line)):
+            self._file.write(line)
+            self._file.flush()
+
+    def _read(self) -> dict[tuple[str, str], AnswerRecord]:
+        """Read all records; begin a new file, and remove a torn last line."""
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        with guard_storage(self.path):
+            if len(whole) < len(content):
+                self._file.truncate(len(whole))
+            if not whole:
+                self._write({"format": FORMAT, "key": self._key})
+                self._sync()
+                fsync_folder(self.path.parent)
+                return {}
+        return _last(_records(self.path, whole))
+
+
+def name_of(title: str, key: Mapping[str, Any]) -> str:
+    """Return the name of a key's file without its suffix: no two keys share one."""
+    return f"{_name(title)}.{_digest(json.dumps(key, ensure_ascii=False, sort_keys=True))}"
+
+
+def _name(title: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", title)[:120].lstrip(".")
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def read_answer_log(path: Path) -> list[AnswerRecord]:
+    """Return the last record of every question in a file.
+
+    Raises:
+        StorageError: the file cannot be read, or a line is broken.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"it cannot be read: {error.strerror}", where=path) from error
+    return list(_last(_records(path, content[: content.rfind(b"\n") + 1])).values())
+
+
+def _last(records: Iterable[AnswerRecord]) -> dict[tuple[str, str], AnswerRecord]:
+    """Return the last record by id and question: data may change under an id, and back."""
+    return {(record.id, record.asked): record for record in records}
+
+
+def _records(path: Path, content: bytes) -> Iterator[AnswerRecord]:
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            value = json.loads(line)
+            if number == 1:
+                if value["format"] != FORMAT:
+                    raise ValueError(f"records of another format than {FORMAT}")
+                continue
+            record = _record(value)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise StorageError(
+                f"not a record: {error}",
+                where=f"{path}, line {number}",
+                hint="delete that line; its item is then asked again"
+                if number > 1
+                else "move this file away; its items are then asked again",
+            ) from error
+        yield record
+
+
+def _record(value: Mapping[str, Any]) -> AnswerRecord:
+    lists = {name: tuple(value[name]) for name in ("logprobs", "published") if name in value}
+    record = AnswerRecord(**{**value, **lists})
+    if not isinstance(record.id, str) or not isinstance(record.asked, str):
+        raise TypeError("id and asked have to be texts")
+    further = record.also.values() if isinstance(record.also, dict) else [None]
+    if not isinstance(record.correct, bool | None) or not all(isinstance(one, bool) for one in further):
+        raise TypeError("the verdicts have to be true or false")
+    texts = record.subject, record.output, record.extracted, record.note, record.sandbox
+    if not isinstance(record.implementation, str) or not all(isinstance(one, str | None) for one in texts):
+        raise TypeError("answers and implementations have to be texts")
+    figures = record.tokens, record.prompt_tokens, *(record.logprobs or ()), *(record.published or ())
+    if not all(isinstance(one, int | float) for one in figures):
+        raise TypeError("tokens and log-probabilities have to be numbers")
+    return record
+
+
+def _plain(record: AnswerRecord) -> dict[str, Any]:
+    """Return the fields that have a value: letters have no output, texts no log-probabilities."""
+    values = asdict(record).items()
+    return {name: value for name, value in values if name == "subject" or value not in (None, {})}
+
+
+# Share a task among ranks, and merge their logs.
+#
+# Each rank writes a log beside that of rank 0, which merges them at the end, or at the beginning of the
+# next
+# run, whatever its number of ranks. The run folder has to be on a disk that all ranks share.
+
+
+CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact
+TITLE = 100  # characters, so that a long file name keeps its rank
+DECODE_COST = 8  # a new token, in tokens of a prompt: these go through the model together
+
+
+def cost(request: Request) -> int:
+    """Return the rough cost of a request, in tokens of a prompt."""
+    prompt = len(prompt_text(request.prompt)) // CHARACTERS_A_TOKEN
+    return prompt + (
+        len(request.choices) if isinstance(request, Choose) else DECODE_COST * request.max_new_tokens
+    )
+
+
+def split_by_cost(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Return indexes for each rank: the costliest first, each to the rank with the least so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        rank = loads.index(min(loads))
+        shares[rank].append(index)
+        loads[rank] += costs[index]
+    return [sorted(share) for share in shares]
+
+
+def rank_title(title: str, team: Team) -> str:
+    """Return the title of this rank's log."""
+    return title if team.is_rank0 else f"{title[:TITLE]}.rank{team.rank}"
+
+
+def merge_rank_logs(records: AnswerLog, run: Path, title: str, key: Mapping[str, Any]) -> list[AnswerRecord]:
+    """Merge the logs of other ranks, of this run or an earlier one, into rank 0's; return the new records."""
+    found: list[AnswerRecord] = []
+    for path in AnswerLog.parts(run, f"{title[:TITLE]}.rank", key):
+        new = [one for one in read_answer_log(path) if records.find(one.id, one.asked) is None]
+        records.append(*new)
+        found += new
+        with guard_storage(path):
+            path.unlink()
+    return found
+
+
+def require_none_missing(missing: int, team: Team, run: Path) -> None:
+    """Refuse a run folder that the ranks do not share.
+
+    Raises:
+        StorageError: records of other ranks are missing.
+    """
+    if missing and team.world > 1:
+        raise StorageError(
+            f"{missing} answers of other processes are missing",
+            where=run,
+            hint="name a run folder with --out on a disk that all machines share",
+        )
+
+
+# Show one item in full: prompt, answers and verdicts.
+
+
+_REORDERING = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F)}
+"""Characters that make a terminal show text in another order than it is written in."""
+
+
+def show_item(run: Path, id_: str, source: DataSource) -> str:
+    """Return the text of ``qwenq eval --show``, without control characters.
+
+    Args:
+        run: the run folder.
+        id_: of the item.
+        source: the benchmark's data: prompts are not recorded but made again, and checked against the record.
+            By default the sample suite, if all rows of the run are of it.
+
+    Raises:
+        UsageError: no records, or none of that item.
+    """
+    folder = run / FOLDER
+    files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+    if not files:
+        raise UsageError("no records there", where=folder, hint="name the run folder: --out runs/NAME")
+    found = [(path, record) for path in files for record in read_answer_log(path) if record.id == id_]
+    if not found:
+        raise UsageError(
+            f"no record of {id_!r}", where=folder, hint="ids look like abstract_algebra/12 or HumanEval/3"
+        )
+    if source == DataSource() and _is_sample(run):
+        source = DataSource(sample=True)
+    sections, shown = [], ""
+    for path, record in found:
+        key = _key(path)
+        question = _question(key, record, source)
+        if question != shown:
+            sections.append(question)
+            shown = question
+        sections.append(_answer(path, record))
+    return visible("\n\n".join(sections))
+
+
+def _is_sample(run: Path) -> bool:
+    """Return whether the run has scores, all of the sample suite."""
+    try:
+        points = [row.point for row in read_rows(run) if "task" in row.point]
+    except QwenqError:
+        return False
+    return bool(points) and all("data" in point for point in points)
+
+
+def visible(text: str) -> str:
+    """Escape control characters, and those that change the direction of text (``\\x1b``)."""
+    return "".join(_spelled(char) for char in text)
+
+
+def _spelled(char: str) -> str:
+    if char in "\n\t" or (unicodedata.category(char) not in {"Cc", "Cs"} and char not in _REORDERING):
+        return char
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def _key(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            key = json.loads(file.readline())["key"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"the records have no key: {error}", where=path) from error
+    return key if isinstance(key, dict) else {}
+
+
+def _question(key: dict[str, Any], record: AnswerRecord, source: DataSource) -> str:
+    title = f"=== {record.id} · {key.get('task')} · {key.get('protocol')} protocol"
+    try:
+        task = get_task(str(key.get("task")), str(key.get("protocol")))
+        subjects = [record.subject] if record.subject is not None else []
+        item = next(one for one in task.items(source, subjects, key.get("shots")) if one.id == record.id)
+    except (QwenqError, StopIteration) as error:
+        why = error.what if isinstance(error, QwenqError) else "the item is not in this data"
+        return f"{title}\n(prompt not shown: {why}; name the data of this run: --data DIR or --sample)"
+    limit = key.get("max_new_tokens")
+    request = limited(task.request(item), limit if isinstance(limit, int) else None)
+    changed = request_hash(item, request) != record.asked
+    note = "\n(the data or the task has changed since: the recorded question was another)" if changed else ""
+    return f"{title}{note}\n--- prompt\n{prompt_text(request.prompt)}{_wanted(item, request)}"
+
+
+def _wanted(item: Item, request: Request) -> str:
+    asked = f"\n--- continuations\n{list(request.choices)}" if isinstance(request, Choose) else ""
+    gold = item.data.get("answer")
+    return asked + (f"\n--- right answer\n{gold}" if gold is not None else "")
+
+
+def _answer(path: Path, record: AnswerRecord) -> str:
+    verdict = {True: "correct", False: "wrong", None: "no verdict"}[record.correct]
+    if record.correct is None and (record.note or "").startswith("not run"):
+        verdict = "not run yet"
+    lines = [f"=== {path.name.rsplit('.', 2)[0]}: {verdict}"]
+    if record.output is not None:
+        end = "" if record.stopped else ", cut at the limit"
+        lines.append(f"--- answer ({record.tokens} tokens{end})\n{record.output}")
+    if record.logprobs is not None:
+        lines.append(f"--- log-probabilities\n{', '.join(f'{value:.4f}' for value in record.logprobs)}")
+    lines.append(f"--- extracted answer\n{record.extracted}")
+    if record.also:
+        lines.append("--- also\n" + ", ".join(f"{k}: {v}" for k, v in sorted(record.also.items())))
+    if record.note:
+        lines.append(f"--- note\n{record.note}")
+    lines.append(f"--- ran\n{record.implementation}; prompt of {record.prompt_tokens} tokens")
+    return "\n".join(lines)

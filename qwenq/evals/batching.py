@@ -1,0 +1,375 @@
+"""Turn requests into tokens, find shared prefixes, and choose how many rows run at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qwenq.errors import DataError, QwenqError, UsageError
+from qwenq.evals.task import Choose, Item, Message, Prompt, Request, Write
+from qwenq.models.tokenizer import Tokenizer
+from qwenq.runtime.cache import KVCache
+from qwenq.runtime.engine import Engine, FastEngine
+from qwenq.runtime.memory import free_bytes
+
+# Turn requests into tokens.
+#
+# A continuation is encoded alone and appended to the prompt's ids, as in Qwen's scripts: ``" A"`` is one
+# token
+# of a space and an A, whatever it might have merged with.
+
+
+@dataclass(frozen=True)
+class ChoiceTokens:
+    """`Choose` as token ids; ``name``: the item, for messages."""
+
+    name: str
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+    @property
+    def needed(self) -> int:
+        """Return the positions of its longest sequence; the last token of each is never an input."""
+        return len(self.prompt) + max(len(choice) for choice in self.choices) - 1
+
+
+@dataclass(frozen=True)
+class WriteTokens:
+    """`Write` as token ids; ``name``: the item, for messages."""
+
+    name: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    until: tuple[str, ...]
+
+    @property
+    def needed(self) -> int:
+        """Return the positions of prompt and answer."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+RequestTokens = ChoiceTokens | WriteTokens
+
+
+def encode_requests(
+    tokenizer: Tokenizer, items: Sequence[Item], requests: Sequence[Request]
+) -> list[RequestTokens]:
+    """Return the token ids of each request.
+
+    Raises:
+        DataError: a prompt or a continuation without any token.
+        UsageError: a chat for a model without a chat template.
+    """
+    prompts = _encode_prompts(tokenizer, [request.prompt for request in requests])
+    found: list[RequestTokens] = []
+    for item, request, prompt in zip(items, requests, prompts, strict=True):
+        if not prompt:
+            raise DataError("an empty prompt cannot be continued", where=item.id)
+        if isinstance(request, Write):
+            found.append(WriteTokens(item.id, tuple(prompt), request.max_new_tokens, request.until))
+            continue
+        choices = tuple(tuple(tokenizer.encode(choice)) for choice in request.choices)
+        if not choices or not all(choices):
+            raise DataError("a continuation without any token cannot be scored", where=item.id)
+        found.append(ChoiceTokens(item.id, tuple(prompt), choices))
+    return found
+
+
+def require_context(requests: Sequence[RequestTokens], context: int | None) -> None:
+    """Refuse prompts beyond the model's context: nothing is truncated, as that would be another question.
+
+    Raises:
+        DataError: a prompt is too long.
+    """
+    too_long = [request for request in requests if context is not None and request.needed > context]
+    if not too_long:
+        return
+    longest = max(too_long, key=lambda request: request.needed)
+    answer = f" and up to {longest.max_new_tokens} new ones" if isinstance(longest, WriteTokens) else ""
+    raise DataError(
+        f"{len(too_long)} of {len(requests)} prompts are too long for this model, which takes {context} "
+        f"tokens; the longest has {len(longest.prompt):,}{answer}",
+        where=longest.name,
+        hint="show fewer examples with --shots, allow fewer new tokens with --max-new-tokens, name the "
+        "subjects that fit with --subjects, or leave the task out of --tasks",
+    )
+
+
+def limited(request: Request, max_new_tokens: int | None) -> Request:
+    """Return the request with this limit of new tokens; None keeps the protocol's."""
+    if max_new_tokens is None or isinstance(request, Choose):
+        return request
+    return replace(request, max_new_tokens=max_new_tokens)
+
+
+def request_hash(item: Item, request: Request) -> str:
+    """Return 16 hex digits over request and item, right answer included."""
+    asked: dict[str, object] = {"prompt": _plain(request.prompt)}
+    if isinstance(request, Choose):
+        asked["choices"] = request.choices
+    else:
+        asked |= {"max_new_tokens": request.max_new_tokens, "until": request.until}
+    text = json.dumps([asked, dict(item.data)], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def questions_hash(asked: Mapping[str, str]) -> str:
+    """Return 16 hex digits over all items' ids and request hashes."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """Return a prompt as readable text: a chat's messages under their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
+
+
+def _plain(prompt: Prompt) -> object:
+    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Encode texts together, which some tokenizers do in parallel, and chats one by one."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(tokenizer.encode_many(texts))
+    return [next(encoded) if isinstance(prompt, str) else _chat(tokenizer, prompt) for prompt in prompts]
+
+
+def _chat(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
+    try:
+        return tokenizer.chat(list(turns))
+    except UsageError as error:
+        hint = error.hint or "a chat begins with a system message here; --protocol base asks in plain text"
+        raise UsageError(error.what, where=error.where, hint=hint) from error
+
+
+# Group prompts by shared prefixes, each of which is encoded once.
+#
+# In sorted order every set of prompts with a common prefix is a run of neighbours: the LCP-interval tree of
+# a
+# suffix array (Abouelhoda, Kurtz and Ohlebusch 2004), here over whole prompts. From the leaves up, each
+# node
+# chooses between one group and those of its children by the tokens saved, less a fixed cost for every
+# group, as
+# groups are not batched with each other.
+
+
+GROUP_COST = 96
+"""Cost of a group in tokens, estimated: a forward pass for its prefix, and smaller batches."""
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """Prompts with a common prefix.
+
+    Attributes:
+        length: of the prefix in tokens; less than any of the prompts, as the last token of each has to be
+            computed. 0: they share nothing.
+        members: indexes of the prompts.
+    """
+
+    length: int
+    members: tuple[int, ...]
+
+
+@dataclass
+class _Node:
+    """A run of sorted prompts that share ``depth`` tokens, and its best division into groups."""
+
+    depth: int
+    left: int
+    children: list[_Node] = field(default_factory=list)
+    right: int = 0
+    saved: int = 0
+    groups: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return self.right - self.left + 1
+
+    def close(self, right: int) -> _Node:
+        """Choose the division, once all children have theirs."""
+        self.right = right
+        apart = [child for child in self.children if child.saved > child.size * self.depth]
+        inside = {place for child in apart for place in range(child.left, child.right + 1)}
+        rest = [place for place in range(self.left, right + 1) if place not in inside]
+        self.saved = sum(child.saved for child in apart)
+        self.groups = [group for child in apart for group in child.groups]
+        if rest:
+            self.saved += (len(rest) - 1) * self.depth - GROUP_COST
+            self.groups.append((self.depth, rest))
+        all_apart = sum(child.saved for child in self.children)
+        if sum(child.size for child in self.children) == self.size and all_apart > self.saved:
+            self.saved, self.groups = all_apart, [g for child in self.children for g in child.groups]
+        return self
+
+
+def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[PrefixGroup]:
+    """Return groups in the order of their first members; every prompt, of one id or more, is in one."""
+    if not prompts:
+        return []
+    rows = [np.asarray(prompt, dtype=">u4") for prompt in prompts]  # big endian: bytes sort as numbers do
+    order = sorted(range(len(rows)), key=lambda index: rows[index].tobytes())
+    shared = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
+    root = _tree(shared)
+    groups = [PrefixGroup(depth, tuple(sorted(order[place] for place in run))) for depth, run in root.groups]
+    return sorted(groups, key=lambda group: group.members)
+
+
+def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
+    """Return the length of the common prefix, one less than the shorter prompt at most."""
+    limit = min(len(a), len(b)) - 1
+    differs = np.flatnonzero(a[:limit] != b[:limit])
+    return int(differs[0]) if len(differs) else limit
+
+
+def _tree(shared: Sequence[int]) -> _Node:
+    """Build the tree bottom-up from the lengths that neighbours share; return its root."""
+    stack = [_Node(0, 0)]
+    for place, depth in enumerate(shared):
+        left, done = place, None
+        while depth < stack[-1].depth:
+            done = stack.pop().close(place)
+            left = done.left
+            if depth <= stack[-1].depth:
+                stack[-1].children.append(done)
+                done = None
+        if depth > stack[-1].depth:
+            stack.append(_Node(depth, left, [done] if done is not None else []))
+    last = len(shared)
+    while len(stack) > 1:
+        done = stack.pop().close(last)
+        stack[-1].children.append(done)
+    return stack[0].close(last)
+
+
+# Choose how many rows run at once: as many as fit into memory and still gain speed.
+#
+# The estimate is coarse, on the safe side, and corrected: a batch that does not fit is halved.
+
+
+CPU_TOKENS, GPU_TOKENS = 512, 16384
+"""New tokens in one forward pass from which on more gain nothing."""
+CPU_ROWS, GPU_ROWS = 32, 256
+"""Rows of a decode step from which on more gain little."""
+_SHARE = 0.5  # of the free memory: other work needs some, too
+_ACTIVATIONS = 128  # times one layer's keys and values of a token: what a block holds while it runs
+_LOGITS = 4  # copies of a row of float32 logits: themselves, log softmax, published softmax, temporary
+_PADDING = 31  # slots by which the layout of decode steps may be longer than the capacity of a cache
+
+
+@dataclass
+class Budget:
+    """Limits of one forward pass.
+
+    Attributes:
+        memory: bytes.
+        tokens: new tokens, padding included.
+        rows: sequences in a pass.
+        cached: bytes of keys and values of one token in all layers.
+        computed: bytes that a new token needs while it is computed.
+        logits: bytes that the logits of one row need.
+        arranged: as ``cached``, in the layout of decode steps, which is filled from the other; 0: none.
+    """
+
+    memory: int
+    tokens: int
+    rows: int
+    cached: int
+    computed: int
+    logits: int
+    arranged: int = 0
+
+    def rows_that_fit(self, longest: int, capacity: int) -> int:
+        """Return how many rows of ``longest`` new tokens fit, in a cache of ``capacity``; at least one."""
+        cache = self._cache(capacity, steps=longest <= 1)  # a pass over one token each is a decode step
+        each = cache + longest * (self.computed + capacity * 4) + self.logits
+        return max(1, min(self.rows, self.tokens // max(longest, 1), self.memory // each))
+
+    def rows_to_decode(self, capacity: int) -> int:
+        """Return how many rows fit that decode a token each; at least one."""
+        cache = (capacity + _PADDING) * self.arranged if self.arranged else capacity * self.cached
+        each = cache + self.computed + self.logits
+        return max(1, min(self.rows, self.memory // each))
+
+    def _cache(self, capacity: int, steps: bool) -> int:
+        """Return the largest size of a cache row in bytes, twice while it is rearranged for decode steps."""
+        arranged = (capacity + _PADDING) * self.arranged if steps else 0
+        return capacity * self.cached + arranged
+
+    def halve(self, rows: int, error: BaseException) -> None:
+        """Halve the number of rows from now on.
+
+        Raises:
+            QwenqError: a single row did not fit.
+        """
+        if rows <= 1:
+            raise QwenqError(
+                "not enough memory for a single prompt", hint="use a smaller model, dtype or prompt"
+            ) from error
+        self.rows = rows // 2
+
+
+def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -> Budget:
+    """Return the limits by the memory that is free now.
+
+    Args:
+        engine: loaded already.
+        batch: rows that the user allows; None: as many as gain speed.
+        decode: for decode steps, of one token a row.
+    """
+    gpu = engine.device.type == "cuda"
+    probe = engine.new_cache(1, 1)
+    layer = probe.keys[0].nbytes + probe.values[0].nbytes
+    arranged = 0
+    if _has_step_layout(engine):
+        step = probe.step()
+        arranged = sum(slot.nbytes for slot in (*step.keys, *step.values))
+    usual = (GPU_ROWS if gpu else CPU_ROWS) if decode else (GPU_TOKENS if gpu else CPU_TOKENS)
+    return Budget(
+        memory=int(free_bytes(engine.device) * _SHARE),
+        # A number of rows that the user gave is limited by memory alone, not by their length.
+        tokens=(GPU_TOKENS if gpu else CPU_TOKENS) if batch is None else 1 << 40,
+        rows=usual if batch is None else batch,
+        cached=layer * len(probe.keys),
+        computed=layer * _ACTIVATIONS,
+        logits=engine.vocab_size * 4 * _LOGITS,
+        arranged=arranged,
+    )
+
+
+def new_decode_cache(engine: Engine, rows: int, capacity: int) -> KVCache:
+    """Return an empty cache in the layout of decode steps alone, for rows that are prefilled elsewhere.
+
+    Raises:
+        OutOfMemoryError: more bytes than are free.
+    """
+    if not _has_step_layout(engine):
+        return engine.new_cache(rows, capacity)
+    cache = engine.new_cache(rows, 1)
+    cache.arrange_for_steps(capacity)
+    return cache
+
+
+def _has_step_layout(engine: Engine) -> bool:
+    return isinstance(engine, FastEngine) and engine.decoder.has_step_layout
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the device or the process had no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Return indexes by falling length: memory runs out early or never, and rows of a batch are alike."""
+    return sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))

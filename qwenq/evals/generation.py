@@ -1,0 +1,264 @@
+"""Generate answers to many prompts in one batch whose finished rows are replaced at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from qwenq.evals.batching import Budget, WriteTokens, is_out_of_memory, longest_first, new_decode_cache
+from qwenq.evals.scoring import begin_rows, encode_prefix, require_finite, shared_groups
+from qwenq.evals.task import Written
+from qwenq.models.tokenizer import TextStream, Tokenizer
+from qwenq.runtime.cache import KVCache
+from qwenq.runtime.engine import Engine
+from qwenq.runtime.sampling import GREEDY, Sampler, Sampling
+from qwenq.stopping import asked, stop_here
+
+_COMPACT = {"cpu": 1.0, "cuda": 0.75}
+"""Share of busy rows up to which idle ones are dropped. On a CPU each row costs its part of every step; on a
+GPU almost nothing, but a graph for another number of rows has to be captured."""
+
+
+class AnswerText:
+    """The growing text of an answer, and whether a stop string has ended it.
+
+    Only the newest text is searched for stop strings, with as much before it as one of them may overlap.
+    """
+
+    def __init__(self, stream: TextStream, until: Sequence[str]) -> None:
+        self._stream, self._until = stream, [text for text in until if text]
+        self._reach = max(map(len, self._until), default=1) - 1
+        self._pieces: list[str] = []
+        self._tail = ""  # the end of the text, too short to hold any stop string
+        self._cut: str | None = None
+
+    def push(self, token: int) -> bool:
+        """Append one token; return whether a stop string has appeared."""
+        return self._take(self._stream.push(token))
+
+    def finish(self) -> str:
+        """Return the text before the first stop string."""
+        if self._cut is None:
+            self._take(self._stream.finish())
+        return "".join(self._pieces) if self._cut is None else self._cut
+
+    def _take(self, piece: str) -> bool:
+        if piece:
+            searched = self._tail + piece
+            self._pieces.append(piece)
+            places = [place for text in self._until if (place := searched.find(text)) >= 0]
+            if places:
+                text = "".join(self._pieces)
+                self._cut = text[: len(text) - len(searched) + min(places)]
+            self._tail = searched[-self._reach :] if self._reach else ""
+        return self._cut is not None
+
+
+@dataclass
+class _Row:
+    """A prompt that is being answered."""
+
+    index: int
+    room: int
+    text: AnswerText
+    sampler: Sampler | None = None
+    tokens: int = 0
+    stopped: bool = False
+
+    def push(self, token: int, stops: Collection[int]) -> bool:
+        """Append the next token; return whether the answer is complete."""
+        if token in stops:
+            self.stopped = True
+            return True
+        self.tokens += 1
+        self.stopped = self.text.push(token)
+        return self.stopped or self.tokens >= self.room
+
+    def written(self) -> Written:
+        return Written(self.text.finish(), self.tokens, self.stopped)
+
+
+@dataclass
+class _Batch:
+    """Rows that are decoded together; ``None``: an idle row."""
+
+    cache: KVCache
+    rows: list[_Row | None]
+    newest: list[int] = field(default_factory=list)  # the last token of each row, not yet in the cache
+
+    @property
+    def busy(self) -> list[int]:
+        return [place for place, row in enumerate(self.rows) if row is not None]
+
+    @property
+    def idle(self) -> list[int]:
+        return [place for place, row in enumerate(self.rows) if row is None]
+
+    def drop_idle(self) -> None:
+        """Drop idle rows once there are enough of them."""
+        busy, idle = self.busy, self.idle
+        if idle and len(busy) <= _COMPACT[self.cache.keys[0].device.type] * len(self.rows):
+            order = self.cache.keep(busy)
+            self.rows = [self.rows[place] for place in order]
+            self.newest = [self.newest[place] for place in order]
+        else:
+            self.cache.clear(idle)  # or their positions would grow out of the cache
+
+
+class _Generator:
+    """The generation of one task's answers by one model."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        requests: Sequence[WriteTokens],
+        stop_ids: Collection[int],
+        budget: Budget,
+        prompts: Budget,
+        sampling: Sampling,
+    ) -> None:
+        self._sampling = sampling
+        self._engine, self._tokenizer, self._requests = engine, tokenizer, requests
+        self._stops = frozenset(stop_ids)
+        self._budget, self._prompts = budget, prompts
+        self._group_of: dict[int, int] = {}
+        self._lengths: list[int] = []
+        self._left: list[int] = []
+        for number, group in enumerate(shared_groups(engine, [request.prompt for request in requests])):
+            self._group_of.update(dict.fromkeys(group.members, number))
+            self._lengths.append(group.length)
+            self._left.append(len(group.members))
+        self._prefixes: dict[int, KVCache | None] = {}
+        order = longest_first([request.needed for request in requests])
+        self._queue = deque(order)
+
+    def run(self) -> Iterator[tuple[int, Written]]:
+        """Yield answers as they are finished."""
+        while self._queue:
+            stop_here()
+            capacity = self._requests[self._queue[0]].needed
+            rows = min(self._budget.rows_to_decode(capacity), len(self._queue))
+            batch: _Batch | None = None
+            try:
+                batch = _Batch(new_decode_cache(self._engine, rows, capacity), [None] * rows, [0] * rows)
+                yield from self._run_batch(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._begin_again(batch)
+                self._budget.halve(rows, error)
+                self._prompts.rows = min(self._prompts.rows, self._budget.rows)
+
+    def _begin_again(self, batch: _Batch | None) -> None:
+        """Put unfinished requests back into the queue, in their order."""
+        unfinished = [row.index for row in batch.rows if row is not None] if batch is not None else []
+        waiting = [*unfinished, *self._queue]
+        order = longest_first([self._requests[index].needed for index in waiting])
+        self._queue = deque(waiting[place] for place in order)
+        self._prefixes.clear()
+
+    def _run_batch(self, batch: _Batch) -> Iterator[tuple[int, Written]]:
+        while True:
+            yield from self._fill(batch)
+            if not batch.busy:
+                return
+            batch.drop_idle()
+            newest = torch.tensor(batch.newest, device=self._engine.device)
+            logits = self._engine.decode(newest, batch.cache)
+            yield from self._take(batch, batch.busy, logits[batch.busy] if batch.idle else logits)
+
+    def _fill(self, batch: _Batch) -> Iterator[tuple[int, Written]]:
+        """Prefill prompts into idle rows; an answer of one token is complete at once."""
+        while self._queue and batch.idle and not asked():  # then those under way are still finished
+            group = self._group_of[self._queue[0]]
+            shared = self._lengths[group]
+            longest = len(self._requests[self._queue[0]].prompt) - shared
+            most = min(self._prompts.rows_that_fit(longest, shared + longest), len(batch.idle))
+            chosen = self._next_of(group, most, longest)
+            places = batch.idle[: len(chosen)]
+            for place, index in zip(places, chosen, strict=True):
+                request = self._requests[index]
+                text = AnswerText(self._tokenizer.stream(), request.until)
+                batch.rows[place] = _Row(index, request.max_new_tokens, text, self._sampler(request.name))
+            tails = [self._requests[index].prompt[shared:] for index in chosen]
+            fresh = begin_rows(
+                self._engine, self._prefix(group, chosen[0]), len(chosen), shared + max(map(len, tails))
+            )
+            logits = self._engine.prefill(tails, fresh)
+            batch.cache.put(places, fresh)
+            self._left[group] -= len(chosen)
+            if self._left[group] <= 0:
+                self._prefixes.pop(group, None)
+            yield from self._take(batch, places, logits)
+
+    def _next_of(self, group: int, most: int, longest: int) -> list[int]:
+        """Take the next prompts of one group from the queue, each of at most ``longest`` fresh tokens."""
+        shared = self._lengths[group]
+        chosen: list[int] = []
+        while self._queue and len(chosen) < most:
+            index = self._queue[0]
+            if self._group_of[index] != group or len(self._requests[index].prompt) - shared > longest:
+                break
+            chosen.append(self._queue.popleft())
+        return chosen
+
+    def _prefix(self, group: int, member: int) -> KVCache | None:
+        if group not in self._prefixes:
+            prompt = self._requests[member].prompt
+            self._prefixes[group] = encode_prefix(self._engine, prompt[: self._lengths[group]])
+        return self._prefixes[group]
+
+    def _sampler(self, name: str) -> Sampler | None:
+        """Return the sampler of one answer, seeded by its item so that batching does not matter."""
+        if self._sampling.greedy:
+            return None
+        own = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:4])
+        sampling = replace(self._sampling, seed=self._sampling.seed + own)
+        return Sampler(sampling, 1, self._engine.real_vocab)
+
+    def _take(self, batch: _Batch, places: Sequence[int], logits: Tensor) -> Iterator[tuple[int, Written]]:
+        """Choose the next token of these rows from float32 logits [places, vocabulary]."""
+        best, tokens = logits[:, : self._engine.real_vocab].max(dim=-1)
+        rows = [batch.rows[place] for place in places]
+        require_finite(best, [self._requests[row.index].name for row in rows if row is not None])
+        for line, (place, row, likeliest) in enumerate(zip(places, rows, tokens.tolist(), strict=True)):
+            sampler = None if row is None else row.sampler
+            token = likeliest if sampler is None else int(sampler(logits[line : line + 1]))
+            batch.newest[place] = token
+            if row is not None and row.push(token, self._stops):
+                batch.rows[place] = None
+                yield row.index, row.written()
+
+
+@torch.inference_mode()
+def generate_answers(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    requests: Sequence[WriteTokens],
+    stop_ids: Collection[int],
+    budget: Budget,
+    prompts: Budget,
+    sampling: Sampling = GREEDY,
+) -> Iterator[tuple[int, Written]]:
+    """Yield (index, answer) for each request, in the order of finishing.
+
+    Args:
+        engine: runs the model.
+        tokenizer: of the same model.
+        requests: prompts and limits.
+        stop_ids: each ends an answer and is not part of it.
+        budget: for decode steps.
+        prompts: for the passes over prompts.
+        sampling: how tokens are chosen; each item draws by its name and the seed.
+
+    Raises:
+        ModelError: logits that are not finite; answers already yielded are sound.
+        QwenqError: a single prompt does not fit into the memory.
+    """
+    yield from _Generator(engine, tokenizer, requests, stop_ids, budget, prompts, sampling).run()

@@ -1,0 +1,371 @@
+"""Open a model that is evaluated: a checkpoint that is loaded here, or one that a server runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import torch
+
+from qwenq.errors import QwenqError, UsageError
+from qwenq.evals.endpoint import PENALTY, SEED, Endpoint
+from qwenq.evals.task import Answer, Item, ProtocolName, Request, Write
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.gptq_config import is_quantised
+from qwenq.models.identity import base_of, family_name, result_model
+from qwenq.models.machine import resolve_device
+from qwenq.models.opening import resolve_model
+from qwenq.models.random_weights import refuse_random
+from qwenq.models.tokenizer import Tokenizer, load_tokenizer
+from qwenq.results import Model
+from qwenq.runtime.engine import Engine, find_attention, find_dtype, load
+from qwenq.runtime.sampling import Sampling, protocol_sampling
+
+# Choose whether a model thinks before it answers.
+
+
+Wish = Literal["auto", "on", "off"]
+"""As ``--thinking`` takes it. ``auto`` asks for answers without thoughts where the model has the switch."""
+MAX_NEW_TOKENS = 32_768
+"""Tokens of thoughts and answer, the output length that Qwen3's model cards recommend for most queries."""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Thinking mode of one model's chats.
+
+    Attributes:
+        tokenizer: whose chat template gets ``enable_thinking`` where it reads it.
+        on: whether the model thinks first.
+        notice: of a choice that the user did not make; else empty.
+    """
+
+    tokenizer: Tokenizer
+    on: bool
+    notice: str = ""
+
+
+def choose_thinking(tokenizer: Tokenizer, wish: str) -> Thinking:
+    """Choose whether a model thinks, by the user's wish and the abilities of its chat template.
+
+    Raises:
+        UsageError: the template cannot do what was asked for.
+    """
+    kind = tokenizer.thinking
+    if kind == "switch":
+        notice = "this model can think before it answers; --thinking auto asks it not to (enable_thinking is "
+        notice += "false in its chat template), as the card's tasks have a budget for answers only"
+        return Thinking(tokenizer.with_thinking(wish == "on"), wish == "on", notice if wish == "auto" else "")
+    if wish == "off" and kind == "always":
+        raise UsageError(
+            "this model's chat template opens <think> in every prompt: it cannot be asked not to think",
+            where="--thinking",
+            hint="use auto or on, with --max-new-tokens for the budget",
+        )
+    if wish == "on" and kind == "never":
+        raise UsageError(
+            "this model's chat template does not support thinking: it does not read enable_thinking",
+            where="--thinking",
+            hint="use auto or off",
+        )
+    notice = "this model's chat template opens <think> in every prompt: it thinks before each answer"
+    return Thinking(tokenizer, kind == "always", notice if kind == "always" and wish == "auto" else "")
+
+
+# Open a checkpoint that is evaluated; its weights are loaded on first use.
+
+
+class _Comparable(Protocol):
+    @property
+    def quantised(self) -> bool: ...
+
+
+T = TypeVar("T", bound=_Comparable)
+_SAME_SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Settings for loading a model, as on the command line."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    engine: str = "fast"
+    attention: str = "auto"
+    kernel: str = "auto"
+    thinking: str = "auto"
+
+
+@dataclass
+class LocalModel:
+    """A checkpoint that is evaluated on this machine.
+
+    Attributes:
+        checkpoint: where its weights are.
+        model: its identity in rows of results.
+        tokenizer: its own.
+        how: settings that it runs with; device, dtype and attention are resolved, not ``auto``.
+        notices: lines for the user.
+        base: fingerprint of the model that it was quantised from, where known, see ``assign_bases``.
+        thinking: whether it thinks before it answers a chat.
+    """
+
+    checkpoint: Checkpoint
+    model: Model
+    tokenizer: Tokenizer
+    how: LoadOptions
+    notices: list[str] = field(default_factory=list)
+    base: str | None = None
+    thinking: bool = False
+
+    @property
+    def quantised(self) -> bool:
+        """Return whether its weights are packed integers."""
+        return is_quantised(self.checkpoint.config)
+
+    @cached_property
+    def protocol(self) -> ProtocolName:
+        """Return the default protocol: ``card`` for a chat model, else ``base``.
+
+        It is computed on first use: the process that renders chats takes seconds to start.
+        """
+        return "card" if is_chat_model(self.tokenizer) else "base"
+
+    @property
+    def sampling(self) -> tuple[Sampling, str]:
+        """Return how tokens are drawn while it thinks, by its generation_config.json, and a phrase for it."""
+        return protocol_sampling(self.checkpoint)
+
+    def generation(self, thinking: bool) -> str:
+        """Return a phrase on how answers are generated."""
+        return self.sampling[1] if thinking else "greedy, repetition penalty 1"
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Load the model on first use; raises as `runtime.engine.load`."""
+        return load(
+            self.checkpoint,
+            device=self.how.device,
+            dtype=self.how.dtype,
+            engine=self.how.engine,
+            attention=self.how.attention,
+            kernel=self.how.kernel,
+            real_vocab=self.tokenizer.vocab_size,
+        )
+
+    def unload(self) -> None:
+        """Free the memory."""
+        if self.__dict__.pop("engine", None) is not None and self.how.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Return everything of it that an answer depends on: weights, tokenizer, settings."""
+        return {
+            "model": self.model.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "stop_ids": list(self.tokenizer.eos_ids),
+            "dtype": self.how.dtype,
+            "device": self.how.device.split(":", 1)[0],
+            "engine": self.how.engine,
+            "attention": self.how.attention,
+            "kernel": self.how.kernel,
+        }
+
+
+def open_eval_model(given: str | None, how: LoadOptions) -> LocalModel:
+    """Open a model to evaluate.
+
+    Args:
+        given: a folder, a hub id, or None for the bundled model.
+        how: settings as the user gave them.
+
+    Raises:
+        UsageError: no such model, device or dtype; random weights.
+        QwenqError: the model or its tokenizer cannot be read.
+    """
+    place = resolve_device(how.device)
+    number = find_dtype(how.dtype, place, how.engine)
+    resolved = resolve_model(given)
+    checkpoint = open_checkpoint(resolved.folder)
+    refuse_random(checkpoint.config, "accuracy")
+    thinking = choose_thinking(load_tokenizer(resolved.folder), how.thinking)
+    return LocalModel(
+        checkpoint,
+        result_model(checkpoint, number, given),
+        thinking.tokenizer,
+        replace(
+            how,
+            device=str(place),
+            dtype=str(number).removeprefix("torch."),
+            attention=find_attention(how.attention, how.engine, place),
+        ),
+        [*resolved.notices, *checkpoint.notices, *([thinking.notice] if thinking.notice else [])],
+        base_of(checkpoint.folder).get("fingerprint"),
+        thinking.on,
+    )
+
+
+def is_chat_model(tokenizer: Tokenizer) -> bool:
+    """Return whether the model is a chat model: its chat template ends a turn with an end id.
+
+    Base models of Qwen2.5 have the template as well, but generation does not end at ``<|im_end|>``.
+    """
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    try:
+        ids = tokenizer.chat(turns, add_generation_prompt=False)
+    except QwenqError:
+        return False
+    return any(token in tokenizer.eos_ids for token in ids[-3:])
+
+
+def assign_bases(eval_models: Sequence[LocalModel], recorded: Sequence[Model] = ()) -> list[str]:
+    """Set base and family of each quantised model; return notices for the user.
+
+    The base is the model whose fingerprint the manifest names, and no other. Without one it is the model of
+    the same family name, else the only unquantised one, if it has the same shape, with a notice.
+
+    Args:
+        eval_models: the models of this run.
+        recorded: unquantised models that the run folder has rows of; they need not be named again.
+    """
+    notes = []
+    bases = [eval_model for eval_model in eval_models if not eval_model.quantised]
+    for eval_model in eval_models:
+        if not eval_model.quantised:
+            continue
+        base, note = _base_among(eval_model, bases, recorded)
+        notes += [note] if note else []
+        if base is not None:
+            eval_model.base = base.fingerprint
+            eval_model.model = replace(eval_model.model, family=base.family)
+    return notes
+
+
+def _base_among(
+    eval_model: LocalModel, bases: Sequence[LocalModel], recorded: Sequence[Model]
+) -> tuple[Model | None, str]:
+    """Return the base, if it is among the models, and a notice."""
+    name, family = eval_model.model.name, eval_model.model.family
+    given = [base.model for base in bases]
+    called = [model for model in (*given, *recorded) if model.family == family]
+    absent = f"no base of {name} is among the models: it is not compared" if bases else ""
+    if eval_model.base is not None:
+        same = [model for model in (*given, *recorded) if model.fingerprint == eval_model.base]
+        changed = f"{name} was made from other weights than {family} has: the base has changed since, "
+        return (same[0], "") if same else (None, f"{changed}and it is not compared" if called else absent)
+    called = [model for model in given if model.family == family] or called
+    if len({model.fingerprint for model in called}) > 1:
+        return None, f"several models are called {family}, and nothing says which {name} was made from"
+    if called:
+        return called[0], ""
+    if len(bases) == 1 and _same_shape(bases[0], eval_model):
+        return given[0], f"nothing says what {name} was made from: it is compared with {given[0].name}"
+    return None, absent
+
+
+def bases_first(eval_models: Sequence[T]) -> list[T]:
+    """Return unquantised models first, else in the order given."""
+    return sorted(eval_models, key=lambda eval_model: eval_model.quantised)
+
+
+def _same_shape(one: LocalModel, other: LocalModel) -> bool:
+    first, second = one.checkpoint.config, other.checkpoint.config
+    return all(first.get(name) == second.get(name) for name in _SAME_SHAPE)
+
+
+# Evaluate a model that a server runs, with the same tasks, records and rows as a local one.
+
+
+@dataclass(frozen=True)
+class Response:
+    """An answer with the facts that are recorded.
+
+    Attributes:
+        index: of the item among those asked together.
+        answer: a text or scores.
+        prompt_tokens: tokens of the prompt; 0: unknown.
+        implementation: the code that ran, as far as it is known.
+    """
+
+    index: int
+    answer: Answer
+    prompt_tokens: int
+    implementation: str
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """A model behind an endpoint.
+
+    Its weights are unknown: its fingerprint is that of address and name, its precision ``served``. Its family
+    is its name less ``-GPTQ-Int4`` and the like, so that `qwenq compare` pairs it with its served base.
+
+    Attributes:
+        endpoint: its server.
+        quantised: unknown, so it is not compared with a base here.
+        protocol: the default.
+        how: unknown settings.
+    """
+
+    endpoint: Endpoint
+    quantised: ClassVar[bool] = False
+    protocol: ClassVar[ProtocolName] = "card"
+    how: ClassVar[LoadOptions] = LoadOptions("served", "unknown", "served", "unknown", "unknown")
+
+    @property
+    def model(self) -> Model:
+        """Return its identity in rows of results."""
+        named = f"{self.endpoint.url} {self.endpoint.model}"
+        digest = hashlib.sha256(named.encode()).hexdigest()[:16]
+        name = self.endpoint.model.rsplit("/", 1)[-1]
+        return Model(name, f"endpoint:{digest}", "served", family_name(name))
+
+    @property
+    def thinking(self) -> bool:
+        """Return whether it is asked to think; without a request its server decides."""
+        return self.endpoint.thinking is True
+
+    def generation(self, thinking: bool) -> str:
+        """Return a phrase on how answers are generated, as far as the server follows the request."""
+        if thinking:
+            return f"sampled by the server's own settings, seed {SEED} where it takes it"
+        return "greedy, repetition penalty 1 where the server takes it"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Return everything of it that an answer depends on, as far as it is known."""
+        key = {"endpoint": self.endpoint.url, "model": self.endpoint.model, PENALTY: 1}
+        asked = self.endpoint.thinking
+        return key if asked is None else {**key, "enable_thinking": asked}
+
+    def unload(self) -> None:
+        """Free nothing: no weights are loaded here."""
+
+    def respond(self, items: Sequence[Item], requests: Sequence[Request]) -> Iterator[Response]:
+        """Yield answers as they arrive.
+
+        Raises:
+            UsageError: a request to score continuations; no request has been sent then.
+            QwenqError: the server refused, or did not answer.
+        """
+        writes = [request for request in requests if isinstance(request, Write)]
+        if len(writes) < len(requests):
+            unfit = next(
+                item for item, one in zip(items, requests, strict=True) if not isinstance(one, Write)
+            )
+            raise UsageError(
+                "this protocol scores continuations, and a server only generates text",
+                where=unfit.id,
+                hint="use --protocol card, or a task with generated answers: gsm8k, humaneval",
+            )
+        what = f"{self.endpoint.model} served at {self.endpoint.url}"
+        for index, reply in self.endpoint.ask_all(writes):
+            yield Response(index, reply.written, reply.prompt_tokens, what)
+
+
+EvalModel = LocalModel | RemoteModel
+"""A model that is evaluated, here or on a server."""

@@ -1,0 +1,206 @@
+"""Check paths and folders before they are read or written: names, links, manifests, renames."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwenq.errors import CorruptFileError, ModelError, UsageError
+from qwenq.storage import readable_bytes
+
+# Turn what the user typed into a path; a name that no disk takes is an error in a line.
+
+
+def local_path(text: str | Path, what: str) -> Path:
+    """Return the path, ``~`` expanded; nothing need be there.
+
+    Args:
+        text: as typed.
+        what: it stands for: MODEL, ``--out``.
+
+    Raises:
+        UsageError: a name that no disk takes, a folder that may not be searched, the home of nobody; a name
+            that is not UTF-8.
+    """
+    require_utf8(text, what)
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: ~nobody
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"{what} cannot be looked for: {why}",
+            where=str(text),
+            hint="check its spelling and permissions",
+        ) from error
+    return path
+
+
+def require_utf8(path: str | Path, what: str) -> None:
+    """Refuse a name that JSON cannot hold and the safetensors library cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the name of {what} is not UTF-8: neither JSON nor the safetensors library takes it",
+            where=path,
+            hint="rename that folder or file",
+        ) from error
+
+
+# Refuse links out of a model folder, and what is no plain file.
+#
+# What is copied beside a quantised model (licences, tokenizers) would otherwise carry a private file along,
+# to
+# wherever the result is uploaded: `LICENSE` need only be a link to it.
+
+
+_TEMPLATES = "additional_chat_templates"
+_READ_WHOLE = {".json", ".jinja", ".txt", ".tiktoken", ".model", ".py"}
+LARGEST = 100_000_000
+"""Bytes of a file that is read whole, by us or by transformers. The largest tokenizers have 35 MB.
+A file with holes can claim terabytes at no cost."""
+
+
+def refuse_foreign_links(folder: Path) -> None:
+    """Refuse links that lead out of the folder, and what is no file at all (pipes, devices).
+
+    Files that are read whole may be no larger than ``LARGEST``.
+
+    The hub's cache is made of links, into ``blobs`` beside ``snapshots``: those count as the folder's own.
+    """
+    if not folder.is_dir():
+        return  # reading it raises the error
+    try:
+        root = folder.resolve(strict=True)
+        homes = (root, *_hub_blobs(root))
+        for entry in _entries(root):
+            _check(entry, homes)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ModelError(f"the folder cannot be read: {error}", where=folder) from error
+
+
+def _entries(root: Path) -> Iterator[Path]:
+    yield from root.iterdir()
+    if (root / _TEMPLATES).is_dir():
+        yield from (root / _TEMPLATES).iterdir()
+
+
+def _hub_blobs(root: Path) -> tuple[Path, ...]:
+    """Return ``models--owner--name/blobs`` of ``models--owner--name/snapshots/commit``."""
+    repository = root.parent.parent
+    is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
+    return (repository / "blobs",) if is_snapshot else ()
+
+
+def _check(entry: Path, homes: tuple[Path, ...]) -> None:
+    mode = entry.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        target = entry.resolve()
+        if not any(target.is_relative_to(home) for home in homes):
+            raise CorruptFileError(
+                f"{entry.name} is a link that leads out of the model folder",
+                where=entry,
+                hint="replace it by the file itself (or by a hard link), if you trust where it leads",
+            )
+        mode = target.lstat().st_mode if target.exists() else stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CorruptFileError(
+            f"{entry.name} is neither a file nor a folder", where=entry, hint="remove it from the folder"
+        )
+    size = entry.stat().st_size if entry.suffix in _READ_WHOLE and entry.is_file() else 0
+    if size > LARGEST:
+        raise CorruptFileError(
+            f"{entry.name} has {readable_bytes(size)} to be read whole; no model's file has so many",
+            where=entry,
+            hint="download it again, or do not use this model",
+        )
+
+
+# Publish a folder whole, in one step: rename it to the name that the user gave.
+
+
+_LONGER = "." * 24  # what work folders have in their names besides
+
+
+def require_renameable(target: Path, option: str) -> None:
+    """Refuse a name that no finished folder can take, before any work is done for it.
+
+    Args:
+        target: what the user named.
+        option: how he named it, for the hint.
+
+    Raises:
+        UsageError: it is a link, where a disk is mounted, no name of its own, too long, or not UTF-8.
+    """
+    require_utf8(target, option)
+    if target.name == "..":
+        raise UsageError(
+            "this names no folder of its own", where=target, hint=f"name a new folder, such as {option} model"
+        )
+    try:
+        os.lstat(target.parent / f"{target.name}{_LONGER}")
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(
+                "the name is too long for this disk", where=target, hint=f"name a shorter one: {option} NAME"
+            ) from error
+    if target.is_symlink():
+        raise UsageError(
+            "this is a link; a finished folder is renamed to what you named, and cannot replace a link",
+            where=target,
+            hint=f"name what it leads to: {option} {target.resolve()}",
+        )
+    if os.path.ismount(target):
+        raise UsageError(
+            "a disk is mounted here; a finished folder is renamed to what you named, and cannot replace that",
+            where=target,
+            hint=f"name a new folder on it, such as {option} {target / 'model'}",
+        )
+
+
+def take_name(made: Path, target: Path) -> None:
+    """Give a finished folder its name, which an empty folder may have.
+
+    Raises:
+        UsageError: something has been put there since ``require_renameable``.
+        OSError: the disk refused.
+    """
+    try:
+        os.replace(made, target)  # noqa: PTH105  Path.replace refuses an empty folder on some systems
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UsageError(
+            "something has been put there since this run began",
+            where=target,
+            hint="move it away, then run the same command again",
+        ) from error
+
+
+# Name qwenq.json and the folders of an unfinished run, and check for them.
+
+
+MANIFEST = "qwenq.json"
+PARTIAL, STAGED, RUN = ".partial", "checkpoint", "run.json"
+"""`qwenq quantize` stages what it has not checked yet in ``OUT.partial/checkpoint``, beside ``run.json``,
+which says what the run is."""
+
+
+def missing_manifest(folder: Path) -> list[str]:
+    """Return a notice on quantised weights without a manifest; empty where there is one."""
+    if (folder / MANIFEST).is_file():
+        return []
+    real = folder.resolve()
+    if real.name == STAGED and real.parent.name.endswith(PARTIAL) and (real.parent / RUN).is_file():
+        raise ModelError(
+            "this quantised model is unfinished: it was never checked",
+            where=folder,
+            hint="run the same `qwenq quantize` command again: it resumes, and checks what it wrote",
+        )
+    return [f"no {MANIFEST}: not written by `qwenq quantize`, or unfinished; its files are not verified"]

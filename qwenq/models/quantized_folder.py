@@ -1,0 +1,358 @@
+"""Write a quantised checkpoint: finished layers in a work folder, then the whole folder in one step.
+
+    OUT.partial/
+      run.json                     what this run is: anything that changes its result
+      lock                         held while a process works here
+      layers/00007.json            {"file": …, "sha256": …, "modules": …, "seal": …}: the layer is finished
+      layers/00007-3f2a….safetensors
+
+A layer counts only when its JSON names a file with the hash that it records, and the JSON is written after
+that file has reached the disk: at whatever moment the process is killed, a layer is whole or absent, and the
+same command resumes the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from qwenq.errors import AlreadyDoneError, StorageError, UsageError
+from qwenq.models.aux_files import write_aux_files
+from qwenq.models.folders import MANIFEST, PARTIAL, RUN, STAGED, require_renameable, take_name
+from qwenq.models.safetensors_files import SafetensorsSource, write_shards
+from qwenq.storage import (
+    atomic_write_bytes,
+    atomic_write_json,
+    fsync_file,
+    fsync_folder,
+    guard_storage,
+    sha256_file,
+    take_lock,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.models.checkpoint import Checkpoint
+    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.source import TensorSource
+
+# Keep finished layers on disk, so that a run that was stopped can be resumed.
+
+
+LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""Tensors of a quantised linear."""
+_LAYERS, _LOCK = "layers", "lock"
+_OURS = {RUN, _LOCK, _LAYERS, STAGED}
+
+
+class LayerStore:
+    """The work folder of one run.
+
+    Args:
+        folder: ``OUT.partial``.
+        run: JSON-able facts that decide the result; a store of another run is not resumed.
+        resume: False starts over.
+
+    Raises:
+        UsageError: the folder holds an unfinished run with other settings, or foreign files, or another
+            process works in it.
+        StorageError: the disk refused.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        self._layers = folder / _LAYERS
+        with guard_storage(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
+        self._lock = take_lock(folder, _LOCK)
+        try:
+            self._begin(run, resume=resume)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self, run: dict[str, Any], *, resume: bool) -> None:
+        """Resume what is here, or start over."""
+        path = self.folder / RUN
+        known = _read_json(path) if resume else None
+        if resume and known is None and path.exists():
+            raise StorageError(
+                "the record of the unfinished run is damaged",
+                where=path,
+                hint="--no-resume discards the run; --out NAME leaves it alone",
+            )
+        if known is not None and known != run:
+            raise UsageError(
+                f"an unfinished run with other settings is here: {'; '.join(_changes(known, run))}",
+                where=self.folder,
+                hint="--no-resume discards it; --out NAME leaves it alone",
+            )
+        with guard_storage(self.folder):
+            if known is None:
+                path.unlink(missing_ok=True)
+                shutil.rmtree(self._layers, ignore_errors=True)
+                atomic_write_json(path, run)
+            self._layers.mkdir(exist_ok=True)
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a folder with foreign files: it is removed at the end."""
+        foreign = sorted(
+            entry.name
+            for entry in self.folder.iterdir()
+            if entry.name not in _OURS and not entry.name.startswith(f".{RUN}.")
+        )
+        if foreign:
+            raise UsageError(
+                f"the work folder holds something else: {', '.join(foreign[:3])}",
+                where=self.folder,
+                hint="name another folder with --out, or move these files",
+            )
+
+    def finished(self) -> int:
+        """Return how many layers, from the first on without a gap, are whole."""
+        count = 0
+        while self._record(count) is not None:
+            count += 1
+        return count
+
+    def save(self, index: int, tensors: dict[str, Tensor], modules: dict[str, Any]) -> None:
+        """Put a layer on the disk: content first, then the record that makes it count."""
+        with guard_storage(self.folder):
+            (self.folder / _LOCK).stat()  # else its disk was unmounted, and the layer would go below it
+        data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        digest = hashlib.sha256(data).hexdigest()
+        file = self._layers / f"{index:05d}-{digest[:16]}.safetensors"
+        atomic_write_bytes(file, data)
+        record = {"file": file.name, "sha256": digest, "modules": modules}
+        record["seal"] = _seal(record)
+        atomic_write_json(self._layers / f"{index:05d}.json", record)
+
+    def modules(self, index: int) -> dict[str, Any]:
+        """Return the statistics that were saved with a layer."""
+        return dict(self._finished(index)["modules"])
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """Return all packed tensors of a finished layer."""
+        with safe_open(self._file(index), framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+
+    def discard(self) -> None:
+        """Remove the work folder, once its result stands elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let another process work here."""
+        self._lock.close()
+
+    def source(self, count: int) -> SafetensorsSource:
+        """Return the packed tensors of the first ``count`` layers, which are read one at a time."""
+        return SafetensorsSource([self._file(index) for index in range(count)])
+
+    def _file(self, index: int) -> Path:
+        return self._layers / str(self._finished(index)["file"])
+
+    def _finished(self, index: int) -> dict[str, Any]:
+        record = self._record(index, verify=False)
+        if record is None:
+            raise StorageError(f"layer {index} has vanished from the work folder", where=self._layers)
+        return record
+
+    def _record(self, index: int, *, verify: bool = True) -> dict[str, Any] | None:
+        record = _read_json(self._layers / f"{index:05d}.json")
+        if record is None or not isinstance(record.get("modules"), dict):
+            return None
+        if record.get("seal") != _seal(record):  # its statistics go into the manifest
+            return None
+        file = self._layers / str(record.get("file"))
+        if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
+            return None
+        return record
+
+
+def discard_leftover(folder: Path) -> bool:
+    """Remove the work folder of a finished run; return False where another process uses it, or it stays."""
+    staged = (folder / STAGED).exists()  # another run's: its rename has not happened
+    if staged or any(entry.name not in _OURS for entry in folder.iterdir()):
+        return False
+    try:
+        lock = take_lock(folder, _LOCK)
+    except (UsageError, StorageError):
+        return False
+    with lock:
+        shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """Return a hash over the rest of a layer's record."""
+    rest = {key: value for key, value in record.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return what differs between two runs' facts, each as "name was before, now after"."""
+    changes = []
+    for key in sorted({*known, *run}):
+        before, after = known.get(key), run.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += _changes(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key} was {before}, now {after}")
+    return changes
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file; None where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        raise StorageError(
+            f"{path.name} cannot be read: {error.strerror}", where=path, hint="name another --out"
+        ) from error
+    return content if isinstance(content, dict) else None
+
+
+# Make a checkpoint folder of finished layers; it gets its name in one step, once it is whole.
+
+
+def require_free(target: Path) -> None:
+    """Refuse an output folder that holds something or may not be made, before any work is done for it.
+
+    Raises:
+        UsageError: there is something, or no folder can take that name.
+        StorageError: no permission.
+    """
+    require_renameable(target, "--out")
+    if target.exists() and not target.is_dir():
+        raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
+    if target.is_dir() and any(target.iterdir()):
+        finished = (target / MANIFEST).is_file()
+        raise UsageError(
+            f"the output folder holds {'a finished checkpoint' if finished else 'something else'}",
+            where=target,
+            # what is not ours may be the only copy of something: the hint does not say to remove it
+            hint=f"name a new folder with --out{', or remove this one' if finished else ''}",
+        )
+    above = next(folder for folder in target.parents if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work
+        raise StorageError(
+            f"{above} may not be written", where=target, hint="name a folder that you may write to with --out"
+        )
+
+
+def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: str) -> None:
+    """Remove the work folder of a run that was killed after its checkpoint got its name.
+
+    Args:
+        target: the output folder.
+        recipe: of this run, in the manifest's form.
+        fingerprint: of the base model.
+
+    Raises:
+        AlreadyDoneError: the same command had finished; its work folder is removed now.
+    """
+    if not target.name:  # the root, which no run has made
+        return
+    work = target.with_name(target.name + PARTIAL)
+    try:
+        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        same = manifest["recipe"] == recipe and manifest["base"]["fingerprint"] == fingerprint
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if same and work.is_dir() and discard_leftover(work):
+        raise AlreadyDoneError(
+            "an earlier run of this command had finished and was stopped while it cleaned up: "
+            "the checkpoint is whole, its work folder is now removed",
+            where=target,
+        )
+
+
+def stage(
+    checkpoint: Checkpoint, store: LayerStore, layers: int, quant: QuantConfig
+) -> tuple[Path, list[str]]:
+    """Write the quantised checkpoint, without its manifest, inside the work folder.
+
+    Tensors that are not quantised keep their stored dtype, bit for bit.
+
+    Args:
+        checkpoint: the base model.
+        store: holding ``layers`` finished layers.
+        layers: how many.
+        quant: for config.json and quantize_config.json.
+
+    Returns:
+        The staging folder, and notices for the user.
+    """
+    folder = store.folder / STAGED
+    with guard_storage(folder):
+        if folder.exists():  # of a run that was killed while it wrote
+            shutil.rmtree(folder)
+        folder.mkdir()
+    tensors = _tensors(checkpoint, store.source(layers))
+    entries = [(name, source.info(inner)) for name, (source, inner) in tensors.items()]
+
+    def read(name: str) -> torch.Tensor:
+        source, inner = tensors[name]
+        return source.read(inner)
+
+    write_shards(folder, entries, read)
+    config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
+    config["quantization_config"] = quant.to_config_json()
+    atomic_write_json(folder / "config.json", config)
+    atomic_write_json(folder / "quantize_config.json", quant.to_quantize_config_json())
+    return folder, write_aux_files(checkpoint.companions, folder, config)
+
+
+def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
+    """Seal the staged folder with its manifest and give it its name, in one step.
+
+    Args:
+        staged: from ``stage``.
+        out: missing or an empty folder.
+        manifest: what was done; the size and sha256 of every file are added here.
+    """
+    files = {}
+    with guard_storage(staged):
+        for file in sorted(entry for entry in staged.rglob("*") if entry.is_file()):
+            fsync_file(file)  # copied ones are not on the disk yet
+            name = file.relative_to(staged).as_posix()  # chat templates may have a folder of their own
+            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    atomic_write_json(staged / MANIFEST, {**manifest, "files": files})
+    with guard_storage(out):
+        take_name(staged, out)
+        fsync_folder(out.parent)
+
+
+def _tensors(checkpoint: Checkpoint, packed: TensorSource) -> dict[str, tuple[TensorSource, str]]:
+    """Return what is written, in the base's order: name in the files → where it is read, and as what.
+
+    A quantised weight gives way to its packed tensors, a fused tensor of experts to those of each expert.
+    """
+    quantised = set(packed.names())
+    view = checkpoint.view
+    found: dict[str, tuple[TensorSource, str]] = {}
+    for stored in view.whole.names() if view is not None else checkpoint.names():
+        shown = view.shown(stored) if view is not None else [stored]
+        modules = [name.removesuffix(".weight") for name in shown]
+        if modules and f"{modules[0]}.qweight" in quantised:
+            parts = [f"{module}.{part}" for module in modules for part in LAYER_PARTS]
+            found |= {view.published(part) if view is not None else part: (packed, part) for part in parts}
+        elif view is not None and not (shown and view.is_whole(shown[0])):
+            found[stored] = view.whole, stored
+        else:
+            found[stored] = checkpoint.source, shown[0]  # as the model runs it: an MLP may be wider there
+    return found

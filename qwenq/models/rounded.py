@@ -1,0 +1,116 @@
+"""Round a model to 4 or 8 bits as it is read, to measure speed and memory without quantising it first.
+
+How fast integers are multiplied does not depend on which integers they are, so each module is rounded to
+nearest. Its answers are worse than those of a GPTQ model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qwenq.errors import UsageError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.shapes import ModelShape
+from qwenq.models.source import TensorInfo, TensorSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenq.models.gptq_format import PackedLinear
+
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def group_size_for(shape: ModelShape) -> int:
+    """Return the group size of ``auto``; -1, whole rows, where no size divides them."""
+    try:
+        return shape.auto_group_size()
+    except UsageError:
+        return -1
+
+
+def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
+    """Return the checkpoint with every linear of its blocks rounded when read: symmetric, AutoGPTQ's layout.
+
+    Raises:
+        UnsupportedError: its sizes cannot be packed.
+    """
+    shape = ModelShape.from_config(checkpoint.config)
+    group_size = group_size_for(shape)
+    shape.quantised_tensors(bits, group_size)  # raises where the sizes do not fit
+    quant = QuantConfig(bits=bits, group_size=group_size)
+    config = {**checkpoint.config, "quantization_config": quant.to_config_json()}
+    modules = [f"model.layers.{n}.{m.name}" for n in range(shape.layers) for m in shape.linears()]
+    return replace(checkpoint, config=config, source=RoundedSource(checkpoint.source, modules, quant))
+
+
+class RoundedSource:
+    """A plain source that reads like a GPTQ folder."""
+
+    def __init__(self, source: TensorSource, modules: list[str], quant: QuantConfig) -> None:
+        self._source, self._quant, self._modules = source, quant, frozenset(modules)
+        self._held: tuple[str, PackedLinear] | None = None  # the module that is being read
+
+    def names(self) -> Iterable[str]:
+        """Yield all tensor names; four in place of each rounded weight."""
+        for name in self._source.names():
+            module = name.removesuffix(".weight")
+            if module in self._modules:
+                yield from (f"{module}.{part}" for part in _PARTS)
+            else:
+                yield name
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype, without rounding anything."""
+        import torch
+
+        module, _, part = name.rpartition(".")
+        if module not in self._modules or part not in _PARTS:
+            return self._source.info(name)
+        rows, columns = self._source.info(f"{module}.weight").shape
+        bits, groups = self._quant.bits, self._quant.groups(columns)
+        return {
+            "qweight": TensorInfo((columns * bits // 32, rows), torch.int32),
+            "qzeros": TensorInfo((groups, rows * bits // 32), torch.int32),
+            "scales": TensorInfo((groups, rows), torch.float16),
+            "g_idx": TensorInfo((columns,), torch.int32),
+        }[part]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU."""
+        import torch
+
+        from qwenq.models.gptq_format import pack_zeros, trivial_g_idx
+
+        module, _, part = name.rpartition(".")
+        if module not in self._modules or part not in _PARTS:
+            return self._source.read(name)
+        if part == "g_idx":
+            return trivial_g_idx(self.info(name).shape[0], self._quant.group_size)
+        if part == "qzeros":  # of a symmetric model: known without a look at the weights
+            rows, columns = self._source.info(f"{module}.weight").shape
+            groups, middle = self._quant.groups(columns), 1 << (self._quant.bits - 1)
+            return pack_zeros(torch.full((rows, groups), middle, dtype=torch.uint8), self._quant.bits)
+        if self._held is None or self._held[0] != module:
+            self._held = (module, self._pack(self._source.read(f"{module}.weight")))
+        found: Tensor = getattr(self._held[1], part)
+        return found
+
+    def _pack(self, weight: Tensor) -> PackedLinear:
+        """Pack floats [out, in] with scale = largest of a group / (2^(bits-1) - 1)."""
+        import torch
+
+        from qwenq.models.gptq_format import pack
+
+        bits, middle = self._quant.bits, 1 << (self._quant.bits - 1)
+        out, width = weight.shape
+        grouped = weight.float().reshape(out, self._quant.groups(width), -1)  # [out, groups, group_size]
+        smallest = torch.finfo(torch.float16).smallest_normal
+        scales = (grouped.abs().amax(-1) / (middle - 1)).clamp_min(smallest).half().float()
+        integers = (grouped / scales[..., None]).round_().add_(middle).clamp_(0, 2 * middle - 1)
+        integers = integers.reshape(out, width).to(torch.uint8)  # [out, in]
+        zeros = torch.full_like(scales, middle, dtype=torch.uint8)
+        return pack(integers.cpu(), scales.cpu(), zeros.cpu(), bits)

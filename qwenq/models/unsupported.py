@@ -1,0 +1,240 @@
+"""Recognise what cannot be opened and say what to do: unsupported models, folders that hold none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import ModelError, UnsupportedError
+
+# Recognise related models that are not supported: by model type, by name, or by their config.json.
+
+
+_ROUTING, _LINEAR = "the experts' routing", "linear-attention layers"
+_VISION, _AUDIO = "the vision tower", "the audio tower"
+_FLASH_NEXT = "hyper-connections, an embedding of n-grams (about 95 GiB) and an indexed attention"
+
+NOT_SUPPORTED_YET: dict[str, str] = {
+    "qwen4_exp": _FLASH_NEXT,
+    "qwen4_exp_text": _FLASH_NEXT,
+    "qwen2_moe": _ROUTING,
+    "mixtral": _ROUTING,
+    "qwen2_vl": _VISION,
+    "qwen2_5_vl": _VISION,
+    "qwen2_audio": _AUDIO,
+}
+"""Model types, and which part of them is missing here."""
+
+_BY_NAME: tuple[tuple[str, str], ...] = (
+    (_LINEAR, r"qwen3.*-next|qwen3\.[5-9]"),
+    (_ROUTING, r"-a\d+(\.\d+)?b\b|moe|mixtral|-next"),  # 30b-a3b: 3 of 30 billion parameters at a time
+    (_VISION, r"-vl\b|-omni\b"),
+    (_AUDIO, r"-audio\b|-omni\b"),
+)
+"""What is missing in ``plan`` and the catalogue, which know no sizes of such models."""
+_RUNS = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
+"""Names of models that are quantised and run nevertheless."""
+_FAMILY = re.compile(r"qwen|mixtral")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
+
+
+def missing_by_name(name: str) -> str | None:
+    """Return what a Qwen model lacks here, by its published name; None where nothing is known.
+
+    Args:
+        name: as typed: ``qwen3-30b-a3b``, ``Qwen/Qwen3-Next-80B-A3B-Instruct``.
+    """
+    short = name.lower().rsplit("/", 1)[-1]
+    if not _FAMILY.match(short):
+        return None
+    return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
+
+
+def missing_by_config(config: dict[str, Any]) -> str | None:
+    """Return what a model of an unknown type needs at least, by the keys of its config.json."""
+    text = config.get("text_config")
+    of_text = {**config, **text} if isinstance(text, dict) else config
+    kinds = of_text.get("layer_types")
+    found = []
+    if isinstance(kinds, list) and "linear_attention" in kinds:
+        found.append(_LINEAR)
+    if any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
+        found.append(_ROUTING)
+    found += [part for key, part in _TOWERS if config.get(key)]
+    return _listed(found)
+
+
+def refuse_to_run(name: str) -> None:
+    """Say "not yet" to the name of a model that is known, and neither quantised nor run."""
+    if not _RUNS.match(name.lower().rpartition("/")[2]):
+        refuse_by_name(name)
+
+
+def refuse_by_name(name: str) -> None:
+    """Say "not yet" to the name of a model that is known, and whose sizes are not.
+
+    A hub id of another owner than Qwen passes: others may call theirs what they like.
+    """
+    owner = name.lower().rpartition("/")[0]
+    if owner in ("", "qwen") and (missing := missing_by_name(name)):
+        raise UnsupportedError(
+            f"{name} is not supported yet: {missing} would have to be added",
+            where="MODEL",
+            hint="supported are dense models: Qwen v1, Qwen1.5, 2, 2.5, 3 and 3-VL, Llama",
+        )
+
+
+def _listed(parts: Iterable[str]) -> str | None:
+    named = list(dict.fromkeys(parts))
+    return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named) or None
+
+
+# Recognise folders that are taken for a model: adapters, caches, what a trainer wrote.
+
+
+_MERGE = (
+    "merge the adapter into its base first, with peft's `merge_and_unload()` and `save_pretrained()`, "
+    "and name that folder"
+)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a folder is, and what to do."""
+
+    what: str
+    hint: str
+
+
+def recognise(folder: Path) -> Known | None:
+    """Return what a folder without a usable config.json is; None: nothing that is known here."""
+    if not folder.is_dir():
+        return None
+    finders: tuple[Callable[[Path], Known | None], ...] = (
+        _adapter, _trainer, _cache, _other_format, _data_set, _above_a_model,
+    )  # fmt: skip
+    return next((known for find in finders if (known := find(folder))), None)
+
+
+def refuse_prefix(names: Iterable[str], folder: Path) -> None:
+    """Refuse tensors that have a language model's names with something before them.
+
+    Args:
+        names: of the tensors, none of which is ``model.layers.…`` of the last layer.
+        folder: of the model.
+    """
+    names = list(names)
+    example = next((name for name in names if "model.layers." in name), None)
+    if example is None:
+        return
+    if any(".lora_" in name for name in names):
+        raise ModelError("the weights are a LoRA adapter's, not a model's", where=folder, hint=_MERGE)
+    prefix = example.rpartition("model.layers.")[0]
+    if not prefix:
+        return
+    raise ModelError(
+        f"its tensors are called {example}: the prefix {prefix!r} stands before a language model's names",
+        where=folder,
+        hint=_without(prefix),
+    )
+
+
+def _without(prefix: str) -> str:
+    if "base_model." in prefix:
+        return _MERGE
+    if "_orig_mod." in prefix:
+        return "torch.compile's wrapper was saved: save the model inside, `model._orig_mod.save_pretrained()`"
+    if prefix == "module.":
+        return "a parallel wrapper was saved: save the model inside, `model.module.save_pretrained()`"
+    return "save the weights again under names that begin with model. and lm_head."
+
+
+def _adapter(folder: Path) -> Known | None:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    base = _read(path).get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return Known(f"it is a LoRA adapter{of}, which holds no model", _MERGE)
+
+
+def _trainer(folder: Path) -> Known | None:
+    """Return what a trainer has left: checkpoints that are models, or pieces that are not."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    whole = [path for path in checkpoints if (path / "config.json").is_file()]
+    if whole:
+        return Known("it is a trainer's output", f"name one of its checkpoints, such as {whole[-1]}")
+    adapters = [path for path in checkpoints if (path / "adapter_config.json").is_file()]
+    if adapters:
+        return Known("it is a trainer's output of LoRA adapters", _MERGE)
+    if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*")):
+        return Known(
+            "it is a DeepSpeed checkpoint, in pieces",
+            "join it with its own zero_to_fp32.py, and put the model's config.json and tokenizer beside it",
+        )
+    if any(folder.glob("*.distcp")) or any(folder.glob("pytorch_model_fsdp*")):
+        return Known(
+            "it is an FSDP checkpoint, in pieces",
+            "join it, e.g. with `accelerate merge-weights`, and put config.json and tokenizer beside it",
+        )
+    return None
+
+
+def _cache(folder: Path) -> Known | None:
+    snapshots = sorted(folder.glob("snapshots/*/config.json"))
+    if snapshots:
+        return Known(
+            "it is a model's folder in the hub's cache, whose files lie deeper",
+            f"name its hub id, or {snapshots[-1].parent}",
+        )
+    root = folder / "hub" if (folder / "hub").is_dir() else folder
+    models = [path.name.removeprefix("models--").replace("--", "/") for path in root.glob("models--*")]
+    if models:
+        return Known(
+            f"it is the hub's cache, with {', '.join(sorted(models)[:5])}{' …' * (len(models) > 5)}",
+            "name one of them by its hub id",
+        )
+    return None
+
+
+def _other_format(folder: Path) -> Known | None:
+    name_source = "name the folder of the model it was made from: config.json and *.safetensors"
+    if any(folder.glob("*.gguf")):
+        return Known("it holds GGUF files, which are not read here", name_source)
+    if any(folder.glob("*.onnx")) or any(folder.glob("*.engine")):
+        return Known("it holds a model built for another engine, which is not read here", name_source)
+    if (folder / "model_index.json").is_file():
+        return Known("it is a diffusion pipeline, not a language model", "name a causal language model")
+    if (folder / "params.json").is_file() and any(folder.glob("consolidated*")):
+        return Known(
+            "it is in the original layout of its publisher, params.json and consolidated files",
+            "name its copy in the layout of transformers, with config.json",
+        )
+    return None
+
+
+def _data_set(folder: Path) -> Known | None:
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return Known("it is a data set", "name a model; texts go to --calibration or --text")
+    return None
+
+
+def _above_a_model(folder: Path) -> Known | None:
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not inside:
+        return None
+    names = ", ".join(str(path) for path in inside[:3])
+    return Known("the model's files are not in it but in a folder below", f"name {names}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

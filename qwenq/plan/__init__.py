@@ -1,1 +1,0 @@
-"""Plan what a model will need, from its config alone: bytes, memory, tensor parallelism, speed."""

@@ -1,0 +1,3 @@
+"""Plan a quantised model: bytes, memory, speed bounds, and GPUs that can share it."""
+
+from __future__ import annotations

@@ -1,0 +1,234 @@
+"""Estimate memory and speed from a model's sizes, on GPUs that are listed with their bandwidth."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from qwenq.errors import UsageError
+from qwenq.models.shapes import ITEMSIZE, ModelShape
+
+# List the GPUs that a plan can be made for (``gpus.toml``).
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: memory in GiB, peak memory bandwidth in GB/s (10^9 bytes), and where the figures come from."""
+
+    name: str
+    title: str
+    memory_gib: float
+    bandwidth_gb_s: float
+    source: str
+
+
+def gpu(name: str) -> Gpu:
+    """Return the GPU of a short name such as ``h200``.
+
+    Raises:
+        UsageError: no such name; suggests the nearest.
+    """
+    found = _known().get(name.lower())
+    if found is None:
+        from rapidfuzz import process
+
+        nearest = process.extractOne(name.lower(), list(_known()))
+        raise UsageError(
+            f"GPU {name!r} is not known",
+            where="--gpu",
+            hint=f"did you mean {nearest[0]}? Known: {', '.join(_known())}" if nearest else None,
+        )
+    return found
+
+
+def gpu_names() -> list[str]:
+    """Return all short names."""
+    return list(_known())
+
+
+@cache
+def _known() -> dict[str, Gpu]:
+    text = files("qwenq.planner").joinpath("gpus.toml").read_text(encoding="utf-8")
+    return {name: Gpu(name=name, **fields) for name, fields in tomllib.loads(text).items()}
+
+
+# Estimate memory at load, at quantisation and at generation, in bytes.
+#
+# A test holds the estimate of quantising against the measured peaks of reports/benchmarks/memory.json.
+#
+# The cache holds the keys and values of each token once. The peaks of the published cards are weights and
+# twice
+# the cache: in 2023 the old ``past_key_values`` stayed alive while ``torch.cat`` built the new one.
+
+
+GIB = 2**30
+FLOAT32 = ITEMSIZE["float32"]
+PROCESS = 550_000_000  # resident after the imports of `qwenq quantize`, no weights read
+
+
+@dataclass(frozen=True)
+class GenerationMemory:
+    """Peak bytes of running a model, by part.
+
+    Attributes:
+        weights: the checkpoint's tensors, resident.
+        load: weights and the largest tensor in flight, of a lazy loader.
+        kv_cache: keys and values of ``context`` tokens of ``batch`` sequences.
+        prefill_activations: while ``context`` tokens of one sequence are encoded (without a score matrix;
+            logits of the last position only, with a float32 copy).
+        decode_activations: while one token of each sequence is generated.
+        peak: single-copy cache, a prompt that fills the context: weights, cache, prefill activations.
+        decode_peak: single-copy cache, generated from one token: weights, cache, decode activations.
+    """
+
+    weights: int
+    load: int
+    kv_cache: int
+    prefill_activations: int
+    decode_activations: int
+    peak: int
+    decode_peak: int
+
+
+@dataclass(frozen=True)
+class QuantisationMemory:
+    """Peak bytes of quantising block by block, by part; everything else stays on disk.
+
+    Attributes:
+        process: Python, torch and transformers.
+        block: the weights of one decoder block, in the compute dtype.
+        hessians: float32, of the widest input: H, the matrix of asymmetric calibration (C, or W C if
+            smaller); two matrices of the size of H while the factor is made; and a third, which the measured
+            peak shows and this model does not explain.
+        weights: float32 weights of the linears that read one input, twice: the original and the target.
+        activations: hidden states between the blocks, of the original and of the quantised model.
+        block_activations: of both, inside the block: residual, normed input, input of the widest linear.
+        embedding: read for the first block only.
+        peak: all of these, with the larger of the embedding and what a block takes.
+    """
+
+    process: int
+    block: int
+    hessians: int
+    weights: int
+    activations: int
+    block_activations: int
+    embedding: int
+    peak: int
+
+
+def activation_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
+    """Return the bytes of one block's tensors for that many tokens: the larger of attention and MLP.
+
+    Residual and normed input; and either q, k, v, the rotated q and k, and the output, or gate, up and their
+    product. Fused kernels need less; eager attention needs a score matrix, too.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = 3 * queries + 3 * keys  # q, rotated q, output; k, rotated k, v
+    return tokens * (2 * shape.hidden + max(attention, 3 * shape.ffn)) * itemsize
+
+
+def generation_memory(
+    shape: ModelShape, weights: int, *, dtype: str, context: int, batch: int = 1
+) -> GenerationMemory:
+    """Return the peak bytes of running ``weights`` bytes of a model, activations and cache in ``dtype``."""
+    itemsize = ITEMSIZE[dtype]
+    kv_cache = shape.kv_bytes_per_token(dtype) * context * batch
+    logits = batch * shape.vocab * (itemsize + FLOAT32)
+    prefill = activation_bytes(shape, context, itemsize) + logits
+    decode = activation_bytes(shape, batch, itemsize) + logits
+    return GenerationMemory(
+        weights=weights,
+        load=weights + shape.embedding_parameters * itemsize,
+        kv_cache=kv_cache,
+        prefill_activations=prefill,
+        decode_activations=decode,
+        peak=weights + kv_cache + max(prefill, decode),
+        decode_peak=weights + kv_cache + decode,
+    )
+
+
+def quantisation_memory(
+    shape: ModelShape, *, samples: int, seq_len: int, dtype: str = "bfloat16"
+) -> QuantisationMemory:
+    """Return the peak bytes of quantising block by block; 4 and 8 bits differ by the packed block only."""
+    itemsize, tokens = ITEMSIZE[dtype], samples * seq_len
+    queries = shape.heads * shape.head_dim
+    groups = (  # rows of the linears that share an input, and its width
+        (queries + 2 * shape.kv_heads * shape.head_dim, shape.hidden),
+        (shape.hidden, queries),
+        (2 * shape.ffn, shape.hidden),
+        (shape.hidden, shape.ffn),
+    )
+    hessians, weights = max(
+        (
+            ((4 * width + min(rows, width)) * width * FLOAT32, 2 * rows * width * FLOAT32)
+            for rows, width in groups
+        ),
+        key=sum,
+    )
+    block = shape.block_parameters * itemsize
+    activations = 2 * tokens * shape.hidden * itemsize
+    inside = 2 * tokens * (shape.hidden + max(queries, shape.ffn)) * itemsize
+    embedding = shape.embedding_parameters * itemsize
+    return QuantisationMemory(
+        process=PROCESS,
+        block=block,
+        hessians=hessians,
+        weights=weights,
+        activations=activations,
+        block_activations=inside,
+        embedding=embedding,
+        peak=PROCESS + activations + max(embedding, block + hessians + weights + inside),
+    )
+
+
+# Bound the speed of generation by bandwidth: a token cannot come faster than its bytes can be read.
+#
+# Each step reads every weight once (of an untied embedding only a row a sequence) and the keys and values
+# of
+# every earlier token of every sequence. Launch overhead, attention arithmetic and sampling come on top.
+
+
+@dataclass(frozen=True)
+class SpeedBound:
+    """Upper bounds in tokens per second, over all sequences of the batch.
+
+    Attributes:
+        bytes_per_step: weight bytes read at each step.
+        empty: with nothing in the cache.
+        full: with ``context`` tokens of each sequence in the cache.
+        mean: generating from the first token to the last of ``context``.
+    """
+
+    gpu: str
+    gpus: int
+    bytes_per_step: int
+    empty: float
+    full: float
+    mean: float
+
+
+def weight_bytes_per_step(shape: ModelShape, weights: int, dtype: str) -> int:
+    """Return the weight bytes that one decoding step reads: all but the rows of an untied embedding."""
+    return weights if shape.tied else weights - shape.embedding_parameters * ITEMSIZE[dtype]
+
+
+def speed_bound(
+    shape: ModelShape, weights: int, gpu: Gpu, *, dtype: str, context: int, batch: int = 1, gpus: int = 1
+) -> SpeedBound:
+    """Return the bound for ``gpus`` GPUs that share weights and cache evenly, with communication for free."""
+    read = weight_bytes_per_step(shape, weights, dtype)
+    bandwidth = gpu.bandwidth_gb_s * 1e9 * gpus
+    kv = shape.kv_bytes_per_token(dtype) * batch
+    return SpeedBound(
+        gpu=gpu.name,
+        gpus=gpus,
+        bytes_per_step=read,
+        empty=batch * bandwidth / read,
+        full=batch * bandwidth / (read + kv * context),
+        # total time is the sum over n = 0 … context - 1 of (read + kv * n) / bandwidth
+        mean=batch * bandwidth / (read + kv * (context - 1) / 2),
+    )

@@ -1,0 +1,334 @@
+"""Plan a model from its config alone: find it, and work out its bytes, memory and speed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import HubError, UsageError
+from qwenq.models import catalogue
+from qwenq.models.config import read_config, text_config
+from qwenq.models.folders import local_path
+from qwenq.models.hub import network_errors
+from qwenq.models.shapes import ITEMSIZE, ModelShape
+from qwenq.models.unsupported import refuse_by_name
+from qwenq.planner.estimates import (
+    GIB,
+    GenerationMemory,
+    Gpu,
+    QuantisationMemory,
+    SpeedBound,
+    generation_memory,
+    quantisation_memory,
+    speed_bound,
+)
+from qwenq.planner.tensor_parallel import TENSOR_PARALLEL, Padding, Split, kv_share, padding, split
+
+# Find the config of a folder, a catalogue name, or a hub id (its config.json alone).
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model as far as a plan needs it.
+
+    Attributes:
+        origin: where the sizes come from, for the reader.
+        dtype: of the unquantised weights.
+        entry: in the catalogue, if it is there.
+    """
+
+    name: str
+    origin: str
+    shape: ModelShape
+    dtype: str
+    entry: catalogue.Entry | None = None
+
+
+def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
+    """Find a catalogue name, a folder (or its config.json), or a hub id; None is the bundled model.
+
+    Args:
+        model: as typed.
+        weights: "random": a catalogue name only, with the bfloat16 weights of `--weights random`.
+
+    Raises:
+        UsageError: no such catalogue name, with suggestions; unknown ``weights``.
+        UnsupportedError: the model is not supported, by name or config.json; names what is missing.
+        ModelError: the folder's config.json is missing, damaged or of an unsupported model.
+        HubError: the hub does not have it, or cannot be reached.
+    """
+    if model is None:
+        model = catalogue.BUNDLED
+    if weights == "random":
+        drawn = catalogue.entry(model)
+        return PlannedModel(drawn.names[0], "catalogue, random weights", drawn.shape, "bfloat16")
+    if weights != "stored":
+        raise UsageError(f"{weights!r} weights", where="--weights", hint="use stored or random")
+    if not model.strip():  # `plan "$UNSET"` must not mean the current folder
+        raise UsageError(
+            "MODEL is empty", hint="leave it out, or name a folder, a catalogue name or a hub id"
+        )
+    path = local_path(model, "MODEL")
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        return _from_config(folder, str(path), str(path))
+    entry = catalogue.find(model)
+    if entry is not None:
+        return PlannedModel(entry.names[0], "catalogue", entry.shape, entry.dtype_of(model), entry)
+    refuse_by_name(model)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return _from_config(_hub_config(model).parent, model, "config.json from the hub")
+    raise UsageError(
+        f"{model!r} is neither a folder nor a catalogue name",
+        where="MODEL",
+        hint=f"did you mean {' or '.join(catalogue.suggestions(model))}? A hub id looks like Qwen/Qwen3-8B",
+    )
+
+
+def _from_config(folder: Path, name: str, origin: str) -> PlannedModel:
+    config, _ = read_config(folder)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if config.get("quantization_config") or dtype not in ("bfloat16", "float16", "float32"):
+        dtype = "bfloat16"  # the sizes of the model before it was quantised
+    return PlannedModel(name, origin, ModelShape.from_config(text_config(config)), dtype)
+
+
+def _hub_config(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    known: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+    known += network_errors()
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except known as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise HubError(
+            f"config.json of {model} could not be fetched: {reason}",
+            where=model,
+            hint=f"check the id and the network; the catalogue has {', '.join(catalogue.suggestions(model))}",
+        ) from error
+
+
+# Make a plan: everything that follows from a model's sizes and the user's options, as plain data.
+
+
+QUANTISED_DTYPE = "float16"  # of activations and cache of a quantised model
+_MOST = 10**9
+"""Tokens, sequences and GPUs at most."""
+_LABELS = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+_ON_CPU, _ON_GPU = (48, 256), (128, 2048)
+"""Sequences and tokens of each that ``quantize`` takes by default (``calibration.choose``)."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The options of a plan.
+
+    Attributes:
+        group_size: None is ``auto``.
+        samples, seq_len: of calibration; None: as ``quantize`` takes on a CPU, or on the GPUs named.
+    """
+
+    bits: tuple[int, ...] = (4, 8)
+    context: int = 8192
+    batch: int = 1
+    gpus: tuple[Gpu, ...] = ()
+    tensor_parallel: tuple[int, ...] = (1,)
+    group_size: int | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One way to store the model.
+
+    Attributes:
+        label: BF16, FP16, FP32, Int8 or Int4.
+        dtype: of activations and cache.
+        group_size: None where nothing is quantised.
+        bytes: of the tensors on disk, file headers excluded; what is not quantised keeps the stored dtype.
+        loaded: of the tensors once they are loaded in ``dtype``.
+        published_bytes: of the publisher's own file, where it differs (see ``published_note``).
+    """
+
+    label: str
+    dtype: str
+    group_size: int | None
+    bytes: int
+    loaded: int
+    published_bytes: int | None = None
+    published_note: str | None = None
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Quantising on one GPU (None: on a CPU, in RAM).
+
+    Attributes:
+        fits: None on a CPU, whose memory is not known here.
+        fitting: the most sequences that fit, a power of two, and their peak; None: ``samples`` fit, or none.
+    """
+
+    gpu: str | None
+    samples: int
+    seq_len: int
+    memory: QuantisationMemory
+    fits: bool | None = None
+    fitting: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One precision on some GPUs of one kind; memory is per GPU, for a prompt that fills the context."""
+
+    precision: str
+    split: Split
+    memory: int
+    fits: bool
+    speed: SpeedBound
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole answer of ``qwenq plan``; bytes and tokens per second throughout."""
+
+    model: str
+    origin: str
+    shape: ModelShape
+    options: PlanOptions
+    parameters: int
+    precisions: list[Precision]
+    generation: dict[str, GenerationMemory]
+    quantisation: list[Quantisation]
+    deployments: list[Deployment]
+    padding: Padding | None
+    padded_bytes: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for ``--json``."""
+        return asdict(self)
+
+
+def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
+    """Work out a plan.
+
+    Raises:
+        UsageError: an option out of bounds, or one that does not suit the model.
+    """
+    _check_bounds(options)
+    shape = model.shape
+    group_size = options.group_size if options.group_size is not None else shape.auto_group_size()
+    precisions = _precisions(model, options, group_size)
+    generation = {
+        item.label: generation_memory(
+            shape, item.loaded, dtype=item.dtype, context=options.context, batch=options.batch
+        )
+        for item in precisions
+    }
+    several = options.tensor_parallel if max(options.tensor_parallel) > 1 else TENSOR_PARALLEL
+    padded = padding(shape, group_size, several)
+    return Plan(
+        model=model.name,
+        origin=model.origin,
+        shape=shape,
+        options=options,
+        parameters=shape.parameters,
+        precisions=precisions,
+        generation=generation,
+        quantisation=[_quantisation(model, options, gpu) for gpu in options.gpus or (None,)],
+        deployments=[
+            _deployment(shape, item, generation[item.label], gpu, count, options)
+            for gpu in options.gpus
+            for item in precisions
+            for count in options.tensor_parallel
+        ],
+        padding=padded,
+        padded_bytes=_padded_bytes(model, padded, precisions),
+    )
+
+
+def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> list[Precision]:
+    shape, dtype, size = model.shape, model.dtype, model.shape.bytes(model.dtype)
+    twice = model.entry is not None and model.entry.stored_head
+    head = shape.embedding_parameters * ITEMSIZE[dtype] if twice else 0
+    note = (
+        "the publisher's file stores the tied head a second time, and quantising keeps it" if twice else None
+    )
+    found = [Precision(_LABELS[dtype], dtype, None, size, size, size + head if twice else None, note)]
+    for bits in sorted(options.bits, reverse=True):
+        size = shape.quantised_bytes(bits, group_size, dtype)
+        loaded = shape.quantised_bytes(bits, group_size, QUANTISED_DTYPE)
+        published = size + head if twice else None
+        if shape.fused_qkv:  # Qwen v1's own GPTQ files
+            note = "Qwen v1's own GPTQ layout: fused c_attn, a zero bias beside every module"
+            published = shape.quantised_bytes(bits, group_size, zero_biases=True, fused_qkv=True)
+        found.append(Precision(f"Int{bits}", QUANTISED_DTYPE, group_size, size, loaded, published, note))
+    return found
+
+
+def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) -> Quantisation:
+    shape = model.shape
+    samples, seq_len = _ON_GPU if gpu else _ON_CPU
+    seq_len = min(seq_len, shape.context or seq_len)
+    samples, seq_len = options.samples or samples, options.seq_len or seq_len
+
+    def memory(samples: int) -> QuantisationMemory:
+        return quantisation_memory(shape, samples=samples, seq_len=seq_len, dtype=model.dtype)
+
+    if gpu is None:
+        return Quantisation(None, samples, seq_len, memory(samples))
+    limit = gpu.memory_gib * GIB
+    if memory(samples).peak <= limit:
+        return Quantisation(gpu.name, samples, seq_len, memory(samples), fits=True)
+    fewer = (1 << n for n in range((samples - 1).bit_length() - 1, -1, -1))
+    fitting = next(((n, peak) for n in fewer if (peak := memory(n).peak) <= limit), None)
+    return Quantisation(gpu.name, samples, seq_len, memory(samples), fits=False, fitting=fitting)
+
+
+def _deployment(
+    shape: ModelShape, item: Precision, memory: GenerationMemory, gpu: Gpu, count: int, options: PlanOptions
+) -> Deployment:
+    activations = memory.peak - memory.weights - memory.kv_cache  # on every GPU, which is an upper bound
+    need = -(-memory.weights // count) + int(memory.kv_cache * kv_share(shape, count)) + activations
+    bound = speed_bound(
+        shape,
+        item.loaded,
+        gpu,
+        dtype=item.dtype,
+        context=options.context,
+        batch=options.batch,
+        gpus=count,
+    )
+    return Deployment(
+        item.label, split(shape, count, item.group_size), need, need <= gpu.memory_gib * GIB, bound
+    )
+
+
+def _padded_bytes(model: PlannedModel, padded: Padding | None, found: list[Precision]) -> dict[str, int]:
+    if padded is None:
+        return {}
+    wider = model.shape.with_ffn(padded.to)
+    return {
+        item.label: wider.bytes(item.dtype)
+        if item.group_size is None
+        else wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
+        for item in found
+    }
+
+
+def _check_bounds(options: PlanOptions) -> None:
+    numbers = {
+        "--context": (options.context,),
+        "--batch": (options.batch,),
+        "--samples": () if options.samples is None else (options.samples,),
+        "--seq-len": () if options.seq_len is None else (options.seq_len,),
+        "--tp": options.tensor_parallel,
+    }
+    for option, values in numbers.items():
+        if any(value < 1 for value in values):
+            raise UsageError(f"{option} has to be at least 1, not {min(values)}", where=option)
+        if any(value > _MOST for value in values):
+            raise UsageError(f"{option} is at most {_MOST:,}", where=option)

@@ -1,0 +1,198 @@
+"""Print a plan: the answer in a sentence for each GPU, then rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from qwenq.planner.estimates import GIB, Gpu
+from qwenq.planner.plan import Deployment, Plan, Quantisation
+
+_QUANTISATION_PARTS = {
+    "process": "libraries",
+    "block": "one block's weights",
+    "hessians": "Hessian, its factors and asymmetric calibration, float32",
+    "weights": "weights that share an input, float32, twice",
+    "activations": "calibration tokens between blocks",
+    "block_activations": "calibration tokens inside the block",
+    "embedding": "embedding (first block only)",
+    "peak": "peak",
+}
+
+
+def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[RenderableType]:
+    """Yield the parts of the answer, in reading order."""
+    shape = plan.shape
+    yield from (Text(line, style="bold") for line in answer(plan))
+    yield ""
+    yield (
+        f"[bold]{escape(plan.model)}[/bold] ({escape(plan.origin)}): "
+        f"{plan.parameters:,} parameters, {shape.layers} layers, hidden {shape.hidden}, "
+        f"{shape.heads} heads / {shape.kv_heads} key-value heads of {shape.head_dim}, "
+        f"FFN {shape.ffn}, vocabulary {shape.vocab}{', tied head' if shape.tied else ''}"
+    )
+    if shape.context is not None and plan.options.context > shape.context:
+        yield f"[yellow]{plan.options.context} tokens: the model is made for {shape.context}[/yellow]"
+    yield _disk(plan)
+    yield _generation(plan)
+    yield from (_quantisation(each) for each in plan.quantisation)
+    if plan.deployments:
+        yield from _deployments(plan)
+    yield from _padding(plan, show_padding)
+
+
+def _disk(plan: Plan) -> RenderableType:
+    table = _Section("On disk (tensor bytes)", "precision", "group size", "bytes", "GiB", "published file")
+    for item in plan.precisions:
+        group = "" if item.group_size is None else str(item.group_size)
+        published = "" if item.published_bytes is None else f"{item.published_bytes:,} (*)"
+        table.row(item.label, group, f"{item.bytes:,}", _gib(item.bytes), published)
+    notes = {item.published_note for item in plan.precisions if item.published_note}
+    table.note = "; ".join(f"(*) {note}" for note in sorted(notes))
+    return table.render()
+
+
+def _generation(plan: Plan) -> RenderableType:
+    options = plan.options
+    table = _Section(
+        f"Memory, GiB: {options.context} tokens of context, batch {options.batch}",
+        *("precision", "weights", "load", "KV cache", "prefill", "decode", "peak", "peak from 1 token"),
+    )
+    for label, memory in plan.generation.items():
+        parts = (
+            memory.weights,
+            memory.load,
+            memory.kv_cache,
+            memory.prefill_activations,
+            memory.decode_activations,
+            memory.peak,
+            memory.decode_peak,
+        )
+        table.row(label, *(_gib(part) for part in parts))
+    table.note = "peak: weights, one copy of the cache, activations"
+    return table.render()
+
+
+def answer(plan: Plan) -> Iterator[str]:
+    """Yield a sentence whether the model can be quantised, and one whether it runs in the fewest bits."""
+    smallest = plan.precisions[-1].label
+    for each in plan.quantisation:
+        peak = f"{each.memory.peak / GIB:.1f}"
+        tokens = f"{each.samples} × {each.seq_len} tokens"
+        if each.gpu is None:
+            yield f"Quantising on a CPU: {peak} GiB of RAM with {tokens}. Name a GPU with --gpu."
+            memory = plan.generation[smallest].peak / GIB
+            yield f"Running {smallest}: {memory:.1f} GiB of memory at {plan.options.context} tokens."
+            continue
+        gpu = next(gpu for gpu in plan.options.gpus if gpu.name == each.gpu)
+        of_gpu = f"of {gpu.memory_gib:g} GiB of GPU memory with {tokens}"
+        verdict = "fits"
+        if not each.fits:
+            verdict = "does not fit, with any number of samples"
+            if each.fitting:
+                samples, needed = each.fitting
+                verdict = f"does not fit; `--samples {samples}` needs {needed / GIB:.1f} GiB"
+        yield f"Quantising on {gpu.title}: {peak} {of_gpu}: {verdict}."
+        for row in plan.deployments:
+            if (row.speed.gpu, row.precision) == (gpu.name, smallest):
+                yield _running(row, gpu, plan.options.context)
+
+
+def _running(row: Deployment, gpu: Gpu, context: int) -> str:
+    count = row.split.gpus
+    name = f"Running {row.precision}" + (f" on {count} GPUs" if count > 1 else "")
+    if not row.split.possible:
+        return f"{name}: not possible with {', '.join(row.split.obstacles)}."
+    each = " each" if count > 1 else ""
+    size = f"{row.memory / GIB:.1f} of {gpu.memory_gib:g} GiB{each}"
+    if not row.fits:
+        return f"{name}: {size}: does not fit at {context} tokens."
+    return f"{name}: fits, {size}, at most {row.speed.full:,.0f} tokens/s at {context} tokens."
+
+
+def _quantisation(quantisation: Quantisation) -> RenderableType:
+    kind = "RAM" if quantisation.gpu is None else "GPU memory"
+    calibration = f"{quantisation.samples} × {quantisation.seq_len} calibration tokens"
+    table = _Section(f"{kind} while quantising, GiB: {calibration}", "part", "GiB")
+    for part in fields(quantisation.memory):
+        size = getattr(quantisation.memory, part.name)
+        table.row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")
+    table.note = "block by block; the rest of the model stays on disk"
+    return table.render()
+
+
+def _deployments(plan: Plan) -> Iterator[RenderableType]:
+    for gpu in plan.options.gpus:
+        table = _Section(
+            f"{gpu.title}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:,.0f} GB/s",
+            *("precision", "GPUs", "possible", "GiB per GPU", "fits"),
+            *("tok/s, empty cache", f"tok/s at {plan.options.context}"),
+        )
+        for row in plan.deployments:
+            if row.speed.gpu != gpu.name:
+                continue
+            possible = "yes" if row.split.possible else "no: " + ", ".join(row.split.obstacles)
+            figures = (
+                (f"{row.speed.empty:,.0f}", f"{row.speed.full:,.0f}") if row.split.possible else ("", "")
+            )
+            fits = ("yes" if row.fits else "[red]no[/red]") if row.split.possible else ""
+            table.row(row.precision, str(row.split.gpus), possible, _gib(row.memory), fits, *figures)
+        table.note = f"upper bound: bytes read per token over peak bandwidth. {gpu.source}"
+        yield table.render()
+
+
+def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
+    found = plan.padding
+    if found is None:
+        if wanted:
+            yield "--pad-ffn would change nothing: as many GPUs can share the MLP as the rest of the model."
+        return
+    summary = (
+        f"FFN {found.ffn} → {found.to}: {found.groups_before} → {found.groups_after} groups, "
+        f"GPUs {_list(found.possible_before)} → {_list(found.possible_after)}"
+    )
+    if not wanted:
+        yield f"`qwenq quantize --pad-ffn {found.to}` would help: {summary}"
+        return
+    table = _Section(f"--pad-ffn: {summary}", "precision", "bytes", "padded", "change")
+    for item in plan.precisions:
+        padded = plan.padded_bytes[item.label]
+        table.row(item.label, f"{item.bytes:,}", f"{padded:,}", f"{padded / item.bytes - 1:+.2%}")
+    zeros = found.to - found.ffn
+    table.note = (
+        f"one zero channel after each of the first {zeros} channels, {found.parameters:,} parameters more; "
+        "the model's output stays the same"
+    )
+    yield table.render()
+
+
+class _Section:
+    """A table with a title above and a note below, which wrap at the width of the screen."""
+
+    def __init__(self, title: str, *columns: str) -> None:
+        self.title, self.note = title, ""
+        self._table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for number, column in enumerate(columns):
+            left = number == 0 or column == "possible"
+            self._table.add_column(column, justify="left" if left else "right")
+
+    def row(self, *cells: str, style: str = "") -> None:
+        self._table.add_row(*cells, style=style)
+
+    def render(self) -> RenderableType:
+        note = [Text(self.note + "\n", style="dim")] if self.note else []
+        return Group(Text(self.title, style="bold"), self._table, *note)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"
+
+
+def _list(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers)) or "none"

@@ -1,0 +1,234 @@
+"""Read the meters of a device: peak memory, energy, and how fast it copies and multiplies."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from qwenq.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from qwenq.runtime.cache import KVCache
+    from qwenq.runtime.engine import Engine
+
+# Measure peak memory between two moments: of the CUDA allocator, or the resident set of this process.
+#
+# A CPU figure is the peak of the whole process (VmHWM), with interpreter, libraries and pages of mapped
+# files;
+# what the process held before it loaded the model is in the row beside it.
+
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Meter(Protocol):
+    """Peak memory since the last reset; ``how`` describes the figure in the rows' settings."""
+
+    how: str
+
+    def reset(self) -> None:
+        """Set the peak to what is held now.
+
+        Raises:
+            UnsupportedError: this system does not let a process do that.
+        """
+        ...
+
+    def peak(self) -> int:
+        """Return the bytes at the peak since the last reset, or since the process began."""
+        ...
+
+    def now(self) -> int:
+        """Return the bytes that are held at this moment."""
+        ...
+
+    def also(self) -> dict[str, Any]:
+        """Return further figures of this moment, for a row's details."""
+        ...
+
+
+def meter_for(device: torch.device) -> Meter:
+    """Return the meter of that device.
+
+    Raises:
+        UnsupportedError: the system has no /proc.
+    """
+    if device.type == "cuda":
+        return CudaMeter(device)
+    if not _STATUS.exists():
+        raise UnsupportedError("peak memory on the CPU is read from /proc, which this system does not have")
+    return ResidentMeter()
+
+
+class ResidentMeter:
+    """The resident set of this process, from Linux."""
+
+    how = "peak resident set of the process"
+
+    def reset(self) -> None:
+        """Set VmHWM to VmRSS by writing 5, see proc_pid_clear_refs(5)."""
+        try:
+            _RESET.write_text("5")
+        except OSError as error:
+            raise UnsupportedError(f"the peak cannot be reset here: {error}") from error
+
+    def peak(self) -> int:
+        """Return VmHWM."""
+        return _status("VmHWM")
+
+    def now(self) -> int:
+        """Return VmRSS."""
+        return _status("VmRSS")
+
+    def also(self) -> dict[str, Any]:
+        """Return the pages of mapped files, which the system can take back at any time."""
+        return {"mapped_files_bytes": _status("RssFile")}
+
+
+class CudaMeter:
+    """The memory of torch's allocator in this process; beside it that of the whole device."""
+
+    how = "peak of torch's CUDA allocator"
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._device, self._cuda = device, torch.cuda
+
+    def reset(self) -> None:
+        """Free what the allocator caches, and set its peak to what is held."""
+        self._cuda.synchronize(self._device)
+        self._cuda.empty_cache()
+        self._cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        """Return ``torch.cuda.max_memory_allocated``, which the cards printed."""
+        return self._cuda.max_memory_allocated(self._device)
+
+    def now(self) -> int:
+        """Return ``torch.cuda.memory_allocated``."""
+        return self._cuda.memory_allocated(self._device)
+
+    def also(self) -> dict[str, Any]:
+        """Return what the allocator reserved at its peak, and the device's size and use by all processes."""
+        free, total = self._cuda.mem_get_info(self._device)
+        reserved = self._cuda.max_memory_reserved(self._device)
+        return {"reserved_bytes": reserved, "device_used_bytes": total - free, "device_bytes": total}
+
+
+def _status(key: str) -> int:
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    raise UnsupportedError(f"/proc/self/status has no {key} here")
+
+
+# Read the energy counter that a GPU's driver keeps (NVML; Volta and later).
+
+
+ENERGY_SOURCE = "the GPU's counter over the protocol's generations: the whole GPU, idle power included"
+
+
+class EnergyCounter:
+    """The counter of one GPU.
+
+    Raises:
+        UnsupportedError: the device has no counter that can be read; names the reason.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise UnsupportedError("energy is measured on NVIDIA GPUs only")
+        try:
+            import pynvml
+        except ImportError as error:
+            raise UnsupportedError("the package nvidia-ml-py is not installed") from error
+        import torch
+
+        self._nvml: Any = pynvml
+        try:
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self.joules()
+        except pynvml.NVMLError as error:
+            raise UnsupportedError(f"NVML: {error}") from error
+
+    def joules(self) -> float:
+        """Return the energy used since the driver was loaded."""
+        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+
+
+# Measure how fast memory is copied here, and count the bytes that a decoding step reads.
+#
+# A step reads every weight and the cache once; its share of a copy's bandwidth tells on any machine whether
+# a
+# kernel is good. A copy counts what it reads and what it writes. Reading alone can be faster, and a small
+# model may fit the processor's cache, so a share above 1 is possible and no error.
+
+
+_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+
+
+def copy_bandwidth(device: torch.device, repetitions: int = 9) -> float:
+    """Return the bytes per second of ``Tensor.copy_`` between two buffers that fit no cache, median."""
+    size = _BYTES[device.type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    seconds = []
+    for _ in range(repetitions + 1):
+        synchronise(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / statistics.median(seconds[1:])  # the first one warms up
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations per second of a square product, for estimates."""
+    side = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    best = 1e9
+    for _ in range(3):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cache_bytes(cache: KVCache) -> int:
+    """Return the bytes of a cache in its present form: some engines rearrange it for decoding."""
+    return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+
+
+def weight_bytes(engine: Engine, *, embedding: bool = False) -> int:
+    """Return the bytes of the linear layers and the head as the engine keeps them.
+
+    Args:
+        embedding: with an embedding that is not the head.
+
+    Raises:
+        UnsupportedError: this engine does not tell in what form it keeps its weights.
+    """
+    from qwenq.runtime.engine import FastEngine
+
+    if not isinstance(engine, FastEngine):
+        raise UnsupportedError(f"the bytes that a step reads are not known with the engine {engine.name}")
+    decoder = engine.decoder
+    blocks = sum(b.qkv.nbytes + b.out.nbytes + b.gate_up.nbytes + b.down.nbytes for b in decoder.blocks)
+    tied = getattr(decoder.head, "weight", None) is decoder.embedding
+    return blocks + decoder.head.nbytes + (decoder.embedding.nbytes if embedding and not tied else 0)

@@ -1,0 +1,1 @@
+"""Bring a quantised folder to people: which engines load it, its card, its upload."""

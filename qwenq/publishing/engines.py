@@ -1,0 +1,363 @@
+"""Say which engines load a GPTQ checkpoint, and on how many GPUs: their rules as code.
+
+The rules are those of the versions in ``ENGINES``, read in their loaders: which settings a kernel takes,
+which modules an engine fuses, what it expects of ``dynamic`` and ``modules_in_block_to_quantize``. No engine
+is imported; only the headers of the files are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from qwenq.errors import ModelError, UsageError
+from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.gptq_config import QuantConfig, rule_for
+from qwenq.models.gptq_format import quantised_modules
+
+GPUS = (1, 2, 4, 8)
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+}
+"""Layers of vLLM and SGLang, and the modules of the files that are one in them."""
+_ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj)$")
+_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.\w+$")
+_NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm\w*|visual|vision_tower|conv1d|mtp)(\.|$)")
+_GROUPS = (-1, 32, 64, 128)
+_REQUANTISE = "quantise the model again without --asym"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an engine does not load a checkpoint, and what mends it."""
+
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an engine loads a checkpoint on a number of GPUs.
+
+    Attributes:
+        engine, version: whose rules these are.
+        gpus: the tensor-parallel size.
+        problems: why it does not load; empty: it does.
+        notes: what else a user of it has to know.
+    """
+
+    engine: str
+    version: str
+    gpus: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def loads(self) -> bool:
+        """Return whether nothing stands in the way."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class Module:
+    """A quantised linear: its settings and its weight's [rows, columns] = [out, in]."""
+
+    quant: QuantConfig
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class GptqFolder:
+    """What the rules ask of a checkpoint, from its config and the headers of its files.
+
+    Attributes:
+        config: config.json, whole.
+        quant: its quantization_config.
+        modules: the quantised linears by name.
+        plain: names of unquantised matrices that engines build as linear layers.
+        names: of all tensors.
+    """
+
+    config: Mapping[str, Any]
+    quant: QuantConfig
+    modules: Mapping[str, Module]
+    plain: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @cached_property
+    def text(self) -> Mapping[str, Any]:
+        """Return the config of the language model."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def has_experts(self) -> bool:
+        """Return whether it is a mixture of experts."""
+        return any(_EXPERTS.match(name) for name in self.modules)
+
+
+def read_gptq_folder(checkpoint: Checkpoint) -> GptqFolder:
+    """Return what the rules ask of a quantised checkpoint.
+
+    Raises:
+        UsageError: it is not quantised with GPTQ.
+    """
+    config = checkpoint.published_config
+    if "quantization_config" not in config:
+        raise UsageError(
+            "this model is not quantised: every engine loads it that knows its architecture",
+            where=checkpoint.folder,
+            hint="name a folder that `qwenq quantize` made",
+        )
+    quant = QuantConfig.read(config, checkpoint.folder / "config.json")
+    source = checkpoint.published
+    names = tuple(source.names())
+    modules = {}
+    for name in quantised_modules(source):
+        own = quant.of(name)
+        packed, rows = source.info(f"{name}.qweight").shape
+        modules[name] = Module(own, rows, packed * 32 // own.bits)
+    plain = tuple(
+        module
+        for module in (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
+        if not _NOT_LINEAR.search(module) and len(source.info(f"{module}.weight").shape) == 2
+    )
+    return GptqFolder(config, quant, modules, plain, names)
+
+
+def engine_verdicts(
+    folder: GptqFolder, engines: Iterable[str] = (), gpus: Iterable[int] = (1,)
+) -> list[Verdict]:
+    """Return a verdict by engine and number of GPUs.
+
+    Args:
+        folder: of ``read_gptq_folder``.
+        engines: names of ``ENGINES``; none: all of them.
+        gpus: tensor-parallel sizes; engines without tensor parallelism are asked about one GPU only.
+
+    Raises:
+        UsageError: an engine whose rules are not known here.
+    """
+    found = []
+    for name in tuple(engines) or tuple(ENGINES):
+        if name not in ENGINES:
+            raise UsageError(
+                f"the rules of {name!r} are not known", where="--for", hint=f"known: {', '.join(ENGINES)}"
+            )
+        version, rules, notes, splits = ENGINES[name]
+        problems = tuple(problem for rule in rules for problem in rule(folder))
+        for count in gpus if splits else (1,):
+            split = tuple(_tensor_parallel(folder, count)) if count > 1 else ()
+            found.append(Verdict(name, version, count, problems + split, tuple(notes(folder))))
+    return found
+
+
+# Rules: each yields what it finds wrong, with the number of modules that it concerns.
+
+
+def _marlin_settings(folder: GptqFolder) -> Iterator[Problem]:
+    """Symmetric 4 and 8 bits, groups of 32, 64, 128 or whole rows, in the order of the file."""
+    wrong = [m for m in folder.modules.values() if not m.quant.sym]
+    if wrong:
+        yield Problem(f"{_count(wrong)} free zero points; its kernels take symmetric weights", _REQUANTISE)
+    wrong = [m for m in folder.modules.values() if m.quant.bits not in (4, 8)]
+    if wrong:
+        widths = sorted({m.quant.bits for m in wrong})
+        yield Problem(f"{_count(wrong)} {_listed(widths)} bits; it takes 4 and 8", "use --bits 4 or 8")
+    wrong = [m for m in folder.modules.values() if m.quant.group_size not in _GROUPS]
+    if wrong:
+        sizes = sorted({m.quant.group_size for m in wrong})
+        yield Problem(
+            f"{_count(wrong)} groups of {_listed(sizes)}; it takes 32, 64, 128 and whole rows",
+            "use --group-size 32, 64 or 128",
+        )
+    wrong = [m for m in folder.modules.values() if m.quant.desc_act and m.quant.group_size != -1]
+    if wrong:
+        yield Problem(
+            f"{_count(wrong)} their columns in activation order (desc_act)",
+            "quantise it with --act-order static, which keeps the columns in the order of the file",
+        )
+
+
+def _fused_alike(folder: GptqFolder) -> Iterator[Problem]:
+    """Modules that an engine fuses have one setting, and all or none of them are quantised."""
+    parents = {name.rpartition(".")[0] for name in (*folder.modules, *folder.plain)}
+    partly, mixed = [], []
+    for parent in sorted(parents):
+        for fused, parts in FUSED.items():
+            own = [f"{parent}.{part}" for part in parts]
+            quantised = [folder.modules[name] for name in own if name in folder.modules]
+            if quantised and any(name in folder.plain for name in own):
+                partly.append(f"{parent}.{fused}")
+            elif len({_settings(module.quant) for module in quantised}) > 1:
+                mixed.append(f"{parent}.{fused}")
+    experts: dict[str, set[Any]] = {}
+    for name, module in folder.modules.items():
+        if found := _EXPERTS.match(name):
+            experts.setdefault(found[1], set()).add(_settings(module.quant))
+    mixed += [name for name, settings in experts.items() if len(settings) > 1]
+    if partly:
+        yield Problem(
+            f"of {_some(partly)} some parts are quantised and some are not",
+            "give all of its parts the same --module-bits",
+        )
+    if mixed:
+        yield Problem(
+            f"the parts of {_some(mixed)} have different settings, and are one layer there",
+            "give all of its parts the same --module-bits",
+        )
+
+
+def _dynamic_by_fused_names(folder: GptqFolder) -> Iterator[Problem]:
+    """``dynamic`` gives a fused layer what it gives the parts: engines look its own name up."""
+    if not folder.quant.dynamic:
+        return
+    wrong = []
+    for name, module in folder.modules.items():
+        parent, _, leaf = name.rpartition(".")
+        expert = _EXPERTS.match(name)
+        fused = expert[1] if expert else next((f"{parent}.{f}" for f, p in FUSED.items() if leaf in p), name)
+        try:
+            found = folder.quant.of(fused)
+        except ModelError:  # a rule says that it is not quantised
+            found = None
+        if found is None or _settings(found) != _settings(module.quant):
+            wrong.append(fused)
+    if wrong:
+        yield Problem(
+            f"dynamic has other settings for {_some(sorted(set(wrong)))} than the files",
+            "write rules that match the fused names, too, such as "
+            r"+:.*\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)$",
+        )
+
+
+def _draft_layers_excluded(folder: GptqFolder) -> Iterator[Problem]:
+    """Draft (MTP) layers are built unquantised only where a negative rule names them."""
+    has_drafts = any(re.search(r"(^|\.)mtp\.", name) for name in folder.names)
+    if has_drafts and not any(key.startswith("-:") and "mtp" in key for key in folder.quant.dynamic):
+        yield Problem("dynamic has no rule -:.*mtp.*, so the draft layers are taken as quantised",
+                      'add "-:.*mtp.*": {} to dynamic of config.json')  # fmt: skip
+
+
+def _plain_layers_excluded(folder: GptqFolder) -> Iterator[Problem]:
+    """Every unquantised linear needs a negative rule: nothing is detected from the files."""
+    missing = []
+    for name in folder.plain:
+        rule = rule_for(folder.quant.dynamic, name)
+        if rule is None or not rule[0].startswith("-:"):
+            missing.append(name)
+    if missing:
+        yield Problem(
+            f"dynamic has no negative rule for {_some(missing)}, which it then takes as quantised",
+            'add a rule "-:…": {} for each to dynamic of config.json',
+        )
+
+
+def _converted(folder: GptqFolder) -> Iterator[Problem]:
+    """Qwen v1 is gone from current engines; its weights fit the layout of Qwen2."""
+    if folder.config.get("model_type") == "qwen":
+        yield Problem(
+            "it no longer has the architecture of Qwen v1", "run `qwenq convert` on the folder first"
+        )
+
+
+def _one_setting(folder: GptqFolder) -> Iterator[Problem]:
+    """optimum replaces plain linears by one kind of quantised ones, and reads no ``dynamic``."""
+    if folder.has_experts:
+        yield Problem(
+            "transformers keeps experts as one tensor, and optimum replaces linear layers only",
+            "load it with GPTQModel, vLLM or SGLang",
+        )
+    if len({_settings(module.quant) for module in folder.modules.values()}) > 1:
+        yield Problem(
+            "optimum has one setting for all modules, and this file has several",
+            "load it with GPTQModel, vLLM or SGLang",
+        )
+    if folder.plain and not folder.has_experts and not folder.quant.modules:
+        yield Problem(
+            f"{_some(list(folder.plain))} are not quantised, which modules_in_block_to_quantize does not say",
+            "quantise it again with this version, which writes that key",
+        )
+
+
+def _stored_zeros(folder: GptqFolder) -> Iterator[Problem]:
+    """GPTQModel refuses free zero points in the format that stores them minus one."""
+    if not folder.quant.sym and folder.quant.checkpoint_format == "gptq":
+        yield Problem("it reads free zero points in the format gptq_v2 only",
+                      "quantise it again with this version, which writes gptq_v2")  # fmt: skip
+
+
+def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
+    """Heads are shared evenly, and a GPU gets whole groups of what is split along its inputs."""
+    heads = int(folder.text.get("num_attention_heads", 0))
+    kv_heads = int(folder.text.get("num_key_value_heads") or heads)
+    choose = "choose another number of GPUs"
+    if heads % gpus:
+        yield Problem(f"{heads} heads are no multiple of {gpus} GPUs", choose)
+    if kv_heads % gpus and gpus % kv_heads:
+        yield Problem(f"{kv_heads} key/value heads cannot be shared by {gpus} GPUs", choose)
+    split, rows = set(), set()
+    for name, module in folder.modules.items():
+        leaf = name.rpartition(".")[2]
+        if _ROW_PARALLEL.search(name):
+            group = module.quant.group_size
+            if module.columns % gpus or (group != -1 and module.columns // gpus % group):
+                split.add((leaf, module.columns, group))
+        elif module.rows % gpus:
+            rows.add((leaf, module.rows))
+    for leaf, columns, group in sorted(split):
+        smaller = [size for size in (64, 32) if size < group and not columns % (gpus * size)]
+        yield Problem(
+            f"the {columns:,} inputs of {leaf} in groups of {group} cannot be split among {gpus} GPUs",
+            f"use --group-size {smaller[0]}" if smaller else "use --pad-ffn, or fewer GPUs",
+        )
+    for leaf, count in sorted(rows):
+        yield Problem(f"the {count:,} outputs of {leaf} are no multiple of {gpus} GPUs", choose)
+
+
+def _no_notes(_: GptqFolder) -> Iterator[str]:
+    yield from ()
+
+
+def _vllm_notes(folder: GptqFolder) -> Iterator[str]:
+    if any(module.quant.bits == 8 for module in folder.modules.values()):
+        yield "its CPU build takes Int4 only"
+
+
+def _transformers_notes(folder: GptqFolder) -> Iterator[str]:
+    yield "needs optimum and gptqmodel beside it"
+    if any(module.quant.group_size == -1 for module in folder.modules.values()):
+        yield "gptqmodel's default CPU kernel crashes on one group a row"
+
+
+Rule = Callable[[GptqFolder], Iterator[Problem]]
+_SERVED: tuple[Rule, ...] = (_converted, _marlin_settings, _fused_alike, _dynamic_by_fused_names)
+ENGINES: dict[str, tuple[str, tuple[Rule, ...], Callable[[GptqFolder], Iterator[str]], bool]] = {
+    "vllm": ("0.33.0", (*_SERVED, _draft_layers_excluded), _vllm_notes, True),
+    "sglang": ("0.5.23", (*_SERVED, _plain_layers_excluded), _no_notes, True),
+    "transformers": ("5.24", (_converted, _stored_zeros, _one_setting), _transformers_notes, False),
+    "gptqmodel": ("7.7.0", (_converted, _stored_zeros), _no_notes, False),
+}
+"""Engines: the version whose rules these are, the rules, notes, and whether it splits a model among GPUs."""
+
+
+def _settings(quant: QuantConfig) -> tuple[int, int, bool, bool]:
+    return quant.bits, quant.group_size, quant.sym, quant.desc_act
+
+
+def _count(modules: list[Module]) -> str:
+    return f"{len(modules)} module{' has' if len(modules) == 1 else 's have'}"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,343 @@
+"""Quantise a model by a recipe: open, calibrate, solve, write, check, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qwenq.distributed import ALONE, Team
+from qwenq.errors import UsageError, VerificationError
+from qwenq.events import Advance, Event, Listener, Notice, Start, silent
+from qwenq.stopping import finishing
+
+if TYPE_CHECKING:
+    import torch
+
+    from qwenq.calibration import CalibrationSet
+    from qwenq.evals.check import CheckResult
+    from qwenq.gptq.pipeline import LayerDone
+    from qwenq.gptq.settings import Settings
+    from qwenq.models.blocks import BlockwiseDecoder
+    from qwenq.models.checkpoint import Checkpoint
+    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.quantized_folder import LayerStore
+    from qwenq.recipe import Recipe
+
+T = TypeVar("T")
+LAYERS = "quantising"
+"""Name of the step whose advances carry a ``LayerDone``."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised checkpoint.
+
+    Attributes:
+        folder: the checkpoint.
+        weight_bytes, base_bytes: sizes of the weights, after and before.
+        check: the comparison with the base, of the folder as read back from disk; None: random weights.
+        seconds: of this run, by phase: "calibration", "layers", "write", "check".
+        resumed_layers: from an earlier run, whose seconds are not among these.
+    """
+
+    folder: Path
+    weight_bytes: int
+    base_bytes: int
+    check: CheckResult | None
+    seconds: dict[str, float]
+    resumed_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, for ``--json``."""
+        return {
+            "folder": str(self.folder),
+            "weight_bytes": self.weight_bytes,
+            "base_bytes": self.base_bytes,
+            "seconds": self.seconds,
+            "resumed_layers": self.resumed_layers,
+            "check": self.check.to_json() if self.check else None,
+        }
+
+
+@dataclass
+class Job:
+    """One run: inputs resolved, choices made, work folder open.
+
+    Attributes:
+        base: the model as it was opened.
+        checkpoint: the model as it is quantised: the base, or the base with wider MLPs.
+        quant: the settings for config.json.
+        team: the processes that take part; this one is rank 0.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    checkpoint: Checkpoint
+    out: Path
+    device: torch.device
+    decoder: BlockwiseDecoder
+    settings: Settings
+    quant: QuantConfig
+    listener: Listener
+    team: Team
+    seconds: dict[str, float] = field(default_factory=dict)
+    resumed: int = 0
+
+
+def quantize(
+    recipe: Recipe,
+    out: Path | None,
+    listener: Listener = silent,
+    *,
+    device: str = "auto",
+    resume: bool = True,
+    team: Team = ALONE,
+) -> Quantised:
+    """Quantise, check what was written, and only then give it its name.
+
+    Args:
+        recipe: the model and all settings.
+        out: the folder to make; None: named after the model, in the current folder.
+        listener: receives every choice as a notice and every layer as the result of an advance.
+        device: "auto", "cpu", "cuda", "cuda:1", …
+        resume: continue an unfinished run in ``OUT.partial``.
+        team: further processes that take part, each in ``gptq.ranks.follow``; this one is rank 0.
+
+    Raises:
+        QwenqError: see qwenq/errors.py; finished layers are kept, and the message says how to continue.
+    """
+    job = _prepare(recipe.validated(), out, listener, device, team)
+    calibration = _timed(job, "calibration", lambda: _calibration(job))
+    store = _open_store(job, calibration, resume=resume)
+    try:
+        _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
+        staged, notices = _timed(job, "write", lambda: _stage(job, store))
+        for notice in notices:
+            listener(Notice(notice))
+        result = _timed(job, "check", lambda: _check(job, staged, calibration))
+        return _publish(job, store, staged, calibration, result)
+    finally:
+        store.release()
+
+
+def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
+    from qwenq.compute.ops import fallback_notice
+    from qwenq.gptq.settings import (
+        Settings,
+        check_packable,
+        choose_group_size,
+        describe,
+        every_linear,
+        input_widths,
+        kept_parameters,
+        module_bits,
+    )
+    from qwenq.models.blocks import BlockwiseDecoder
+    from qwenq.models.machine import resolve_device, resolve_dtype
+    from qwenq.models.opening import open_model
+    from qwenq.models.transformers_model import summary
+    from qwenq.planner.tensor_parallel import padded
+
+    base = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
+    for notice in base.notices:
+        listener(Notice(notice))
+    _refuse_quantised(base)
+    wanted = recipe.quantize
+    target = _target(out, recipe, base)
+    place = resolve_device(device)
+    dtype, why = resolve_dtype(wanted.dtype, place)
+    listener(Notice(why))
+    if slower := fallback_notice(dtype, place):
+        listener(Notice(slower))
+    checkpoint, widths = padded(base, wanted, listener)
+    decoder = BlockwiseDecoder(checkpoint, place, dtype)
+    if decoder.fallback_notice:
+        listener(Notice(decoder.fallback_notice))
+    bits = module_bits(decoder, wanted.module_bits, wanted.bits)
+    settings = Settings.from_recipe(wanted, module_bits=bits)
+    check_packable(decoder, settings)
+    widths = widths or input_widths(every_linear(decoder, settings))
+    group_size, why = choose_group_size(wanted.group_size, widths)
+    listener(Notice(why))
+    settings = replace(settings, group_size=group_size)
+    if kept := summary(kept_parameters(decoder, settings)):
+        listener(Notice(kept))
+    quant = _quant_config(checkpoint, decoder, settings)
+    listener(Notice(describe(settings)))
+    return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
+
+
+def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: Settings) -> QuantConfig:
+    """Return the settings for config.json, with rules where modules differ from the rest."""
+    from qwenq.gptq.settings import every_linear, kept_parameters
+    from qwenq.models.gptq_config import dynamic_rules, module_groups
+    from qwenq.models.gptq_format import QuantConfig
+
+    quant = QuantConfig(
+        bits=settings.bits,
+        group_size=settings.group_size,
+        sym=settings.sym,
+        static_groups=settings.act_order,
+        damp_percent=settings.damp,
+        checkpoint_format=settings.checkpoint_format,
+    )
+    bits = {name: settings.bits_of(name) for name in every_linear(decoder, settings)}
+    kept = {name.removesuffix(".weight") for block in kept_parameters(decoder, settings) for name in block}
+    beside = checkpoint.view.beside if checkpoint.view is not None else []
+    if not (kept or beside or set(bits.values()) != {settings.bits}):
+        return quant
+    repeated = {"group_size": quant.group_size, "sym": quant.sym, "desc_act": quant.desc_act}
+    rules = dynamic_rules(sorted(kept), bits, quant.bits, repeated, beside)
+    return replace(quant, dynamic=rules, modules=tuple(map(tuple, module_groups([name] for name in bits))))
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    from qwenq.models.gptq_format import is_quantised
+
+    if is_quantised(checkpoint.config):
+        raise UsageError(
+            "this model is already quantised",
+            where=checkpoint.folder,
+            hint="name the full-precision model; `qwenq check` compares a quantised one with it",
+        )
+
+
+def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
+    """Return the output folder; refuse one that holds something or cannot be made."""
+    from qwenq.models.identity import model_name
+    from qwenq.models.quantized_folder import clean_up_after_kill, require_free
+
+    name = model_name(recipe.model) if recipe.model or checkpoint.on_disk else checkpoint.folder.name
+    target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
+    clean_up_after_kill(target, recipe.to_json(), checkpoint.fingerprint)
+    require_free(target)
+    return target
+
+
+def _calibration(job: Job) -> CalibrationSet:
+    from qwenq.calibration.load import calibration_for
+
+    return calibration_for(job.recipe, job.base, job.decoder.vocabulary, job.device, job.listener)
+
+
+def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
+    from qwenq.gptq.pipeline import run_facts
+    from qwenq.models.folders import PARTIAL
+    from qwenq.models.quantized_folder import LayerStore
+
+    folder = job.out.with_name(job.out.name + PARTIAL)
+    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
+    store = LayerStore(folder, facts, resume=resume)
+    job.resumed = store.finished()
+    if job.resumed:
+        found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
+        job.listener(Notice(f"resuming: {found}"))
+    return store
+
+
+def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:
+    from qwenq.gptq.pipeline import LAYER_IS_STORED, quantise_layers, send_job
+
+    def on_layer(done: LayerDone) -> None:
+        job.listener(Advance(LAYERS, done.index + 1, done.total, done))
+        raised = {} if done.resumed else done.raised_damping(job.settings.damp)
+        for damp, names in raised.items():
+            at = f"layer {done.index + 1}, {', '.join(names)}"
+            job.listener(Notice(f"{at}: damping raised to {damp:.3g}"))
+
+    job.listener(Start(LAYERS, len(job.decoder.names), "layers"))
+    send_job(job.team, job.decoder, calibration.tokens, job.settings)
+    with finishing(LAYER_IS_STORED):
+        quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
+
+
+def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
+    from qwenq.models.quantized_folder import stage
+
+    return stage(job.checkpoint, store, len(job.decoder.names), job.quant)
+
+
+def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
+    """Compare the written folder with the base; refuse a broken one."""
+    from qwenq.evals.check import check
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.gptq_format import validate_quantised
+    from qwenq.models.random_weights import is_random
+
+    written = open_checkpoint(staged, unfinished=True)
+    validate_quantised(written.source, job.quant)
+    if is_random(job.checkpoint.config):
+        job.listener(Notice("random weights: the files are complete; their accuracy is not measured"))
+        return None
+
+    def progress_only(event: Event) -> None:  # its notices repeat those before the layers
+        if not isinstance(event, Notice):
+            job.listener(event)
+
+    result = check(
+        written,
+        job.base,
+        calibration.held_out,
+        device=job.device,
+        dtype=job.decoder.dtype,
+        listener=progress_only,
+    )
+    if result.broken:
+        raise VerificationError(
+            f"the quantised model is broken: {result.verdict.sentence}",
+            where=staged,
+            hint="nothing was published; try --bits 8, more calibration text, or --dtype float32",
+        )
+    return result
+
+
+def _publish(
+    job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
+) -> Quantised:
+    from qwenq.environment import __version__, versions
+    from qwenq.gptq.pipeline import computed_in, expert_coverage, module_errors
+    from qwenq.models.identity import base_facts
+    from qwenq.models.quantized_folder import publish
+    from qwenq.models.safetensors_files import tensor_bytes
+
+    manifest = {
+        "format": "qwenq-1",
+        "made_by": f"qwenq {__version__}",
+        "base": base_facts(job.base, job.recipe.model, job.out),
+        "recipe": job.recipe.to_json(),
+        "quantization": job.quant.to_config_json(),
+        "calibration": calibration.manifest.model_dump(mode="json"),
+        "computed_in": computed_in(job.decoder, job.settings, job.team),
+        "versions": versions(),
+        "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
+        "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
+        "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
+        **expert_coverage(modules),
+        **({"not_quantised": kept} if (kept := _kept(job)) else {}),
+        "check": result.to_json() if result else None,
+    }
+    weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
+    published = job.base.published
+    base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
+    publish(staged, job.out, manifest)
+    store.discard()
+    return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
+
+
+def _kept(job: Job) -> dict[str, str]:
+    """Return every parameter of two dimensions or more in a block that is not quantised, and why."""
+    from qwenq.gptq.settings import kept_parameters
+
+    prefixes = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
+    return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}
+
+
+def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    try:
+        return step()
+    finally:
+        job.seconds[phase] = time.perf_counter() - started

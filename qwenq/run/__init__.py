@@ -1,1 +1,0 @@
-"""The whole chain of a recipe: quantise, evaluate, profile, report, compare."""

@@ -1,0 +1,278 @@
+"""Run a decoder's blocks: the forward pass of a block, written once, over interchangeable operations.
+
+A block is two residual steps, attention over the cache and the gated MLP. q, k and v are one product, gate
+and up are one. `Operations` is what lies between the products: `PlainOperations` for any tokens on any
+device, `StepOperations` for a decode step on a CPU, `TritonOperations` for one on a GPU. `CompiledStep` is
+the whole pass in one call of C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from qwenq.compute import block as ops
+from qwenq.compute import step as compute
+from qwenq.runtime.attention.plain import Attention, grouped_attention
+from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.linear import Linear
+from qwenq.runtime.quantised_linear import CpuNative
+from qwenq.runtime.spec import DecoderSpec, Rope
+
+# Run a decoder's blocks: the forward pass of a block, written once, over interchangeable operations.
+
+
+@dataclass(frozen=True)
+class Block:
+    """Weights of one decoder block.
+
+    Attributes:
+        qkv: hidden → (heads + 2 · key/value heads) · d.
+        qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
+        gate_up: hidden → 2 · ffn.
+    """
+
+    attention_norm: Tensor
+    qkv: Linear
+    qk_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Operations(Protocol):
+    """What lies between the products of a block, for one pass of new tokens over a cache."""
+
+    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
+        """Add to ``x`` in place, unless it is None, and return the RMSNorm of the sum."""
+        ...
+
+    def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
+        """Rotate queries and keys, write keys and values to the cache, return the heads' mixed values.
+
+        Args:
+            qkv: [..., (heads + 2 · key/value heads) · d].
+            qk_norm: see `Block`.
+            layer: of the cache.
+
+        Returns:
+            [..., heads · d].
+        """
+        ...
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """Return ``silu(gate) · up``, [..., 2 · ffn] → [..., ffn]."""
+        ...
+
+
+def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Operations) -> Tensor:
+    """Run embedded tokens, [..., hidden], through all blocks and the final norm; ``x`` is overwritten."""
+    added = None
+    for layer, block in enumerate(blocks):
+        normed = operations.add_norm(x, added, block.attention_norm)
+        mixed = operations.attention(block.qkv(normed), block.qk_norm, layer)
+        normed = operations.add_norm(x, block.out(mixed), block.mlp_norm)
+        added = block.down(operations.gated(block.gate_up(normed)))
+    return operations.add_norm(x, added, norm)
+
+
+@dataclass
+class PlainOperations:
+    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture them.
+
+    Attributes:
+        attend: what mixes the cache's values.
+        cache: written where ``span`` says; its lengths stay as they are.
+        span: where the tokens go, and what they may see.
+        rotation: cosines and sines, see ``Rope.at``.
+        query_scales: Qwen v1's factors [batch or 1, tokens, 1, 1], or None.
+        spec: sizes and constants.
+    """
+
+    attend: Attention
+    cache: KVCache
+    span: Span
+    rotation: tuple[Tensor, Tensor]
+    query_scales: Tensor | None
+    spec: DecoderSpec
+
+    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
+        """See `Operations`."""
+        return _add_norm(x, added, weight, self.spec.eps)
+
+    def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
+        """See `Operations`."""
+        batch, tokens, _ = qkv.shape
+        heads, shared = self.spec.shape.heads, self.spec.shape.kv_heads
+        qkv = qkv.view(batch, tokens, heads + 2 * shared, self.spec.shape.head_dim)
+        qk, values = qkv[:, :, : heads + shared], qkv[:, :, heads + shared :]
+        if qk_norm is not None:
+            qk = ops.rms_norm(qk, qk_norm, self.spec.eps)
+        rotated = ops.rotate(qk, *self.rotation)
+        queries, keys = rotated[:, :, :heads], rotated[:, :, heads:]
+        if self.query_scales is not None:
+            queries = queries * self.query_scales
+        keys, values = self.cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), self.span)
+        mixed = self.attend(queries.transpose(1, 2), keys, values, self.span)  # [batch, heads, tokens, d]
+        return mixed.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """See `Operations`."""
+        return ops.swiglu(*gate_up.chunk(2, dim=-1))
+
+
+class StepOperations:
+    """Operations of a decode step on a CPU, over [batch, ...], with attention in float32.
+
+    A small model spends as long between two products as in them, so there are few calls: the views of the
+    cache are made for all layers together, and only rows of unequal length are masked.
+
+    Args:
+        cache: gets one more token in each row; its lengths stay as they are.
+        rope: rotates it.
+        spec: sizes and constants.
+
+    Raises:
+        UsageError: a row is full.
+    """
+
+    def __init__(self, cache: KVCache, rope: Rope, spec: DecoderSpec) -> None:
+        self._cache, self._shape, self._eps = cache, spec.shape, spec.eps
+        self._step = cache.step()
+        self._cos, self._sin = rope.at_step(self._step.positions, cache.alphas, self._step.end)
+
+    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
+        """See `Operations`."""
+        return _add_norm(x, added, weight, self._eps)
+
+    def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
+        """See `Operations`."""
+        batch, heads, shared, d = len(qkv), self._shape.heads, self._shape.kv_heads, self._shape.head_dim
+        dtype, step = qkv.dtype, self._step
+        qkv = qkv.float().view(batch, heads + 2 * shared, d)
+        qk = qkv[:, : heads + shared]
+        if qk_norm is not None:
+            variance = qk.square().mean(-1, keepdim=True).add_(self._eps)
+            qk = qk * variance.rsqrt_() * qk_norm
+        swapped = qk.view(batch, heads + shared, 2, d // 2).flip(2).view(batch, heads + shared, d)
+        rotated = (qk * self._cos).addcmul_(swapped, self._sin)
+        self._cache.write_step(layer, rotated[:, heads:], qkv[:, heads + shared :], step)
+        queries = rotated[:, :heads].reshape(batch * shared, heads // shared, d)
+        mixed = grouped_attention(queries, step.keys[layer], step.values[layer], step.mask)
+        return mixed.view(batch, heads * d).to(dtype)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """See `Operations`."""
+        gate, up = gate_up.chunk(2, dim=1)
+        return silu(gate).mul_(up)
+
+
+def _add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    if added is not None:
+        x += added
+    return ops.rms_norm(x, weight, eps)
+
+
+# Run a decode step's operations on a GPU by Triton kernels: three launches where torch takes fifteen.
+
+
+class TritonOperations(PlainOperations):
+    """The arithmetic of `PlainOperations` over one token of each row, [batch, ...], by three kernels.
+
+    Cosines, sines and positions are [batch, d] and [batch, 1] here, and the query's factors [batch].
+    """
+
+    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
+        """See `Operations`."""
+        from qwenq.compute.triton.block import add_norm
+
+        return add_norm(x, added, weight, self.spec.eps)
+
+    def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
+        """See `Operations`."""
+        from qwenq.compute.triton.block import rotate_and_store
+
+        stored = self.cache.keys[layer], self.cache.values[layer]
+        queries = rotate_and_store(
+            qkv, qk_norm, self.rotation, self.query_scales, self.span.positions[:, 0], stored, self.spec.eps
+        )
+        keys, values = (slots[:, :, : self.span.end] for slots in stored)
+        mixed = self.attend(queries, keys, values, self.span)  # [batch, heads, 1, d]
+        return mixed.reshape(len(qkv), -1)
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """See `Operations`."""
+        from qwenq.compute.triton.block import gated
+
+        return gated(gate_up)
+
+
+# Run a decode step on a CPU as one call of C, where torch would take a few hundred.
+
+
+class CompiledStep:
+    """A decoder's blocks in one call, for fewer rows than ``most_rows``: with many, torch's calls weigh less.
+
+    Args:
+        spec: sizes and constants.
+        blocks: with every linear layer a `CpuNative`, see `unsupported_reason`.
+        norm: weight of the final norm.
+        dtype: of the activations.
+    """
+
+    most_rows = CpuNative.many_rows
+
+    def __init__(self, spec: DecoderSpec, blocks: Sequence[Block], norm: Tensor, dtype: torch.dtype) -> None:
+        self._run = compute.DecodeStep(
+            _shape(spec), [_step_block(each) for each in blocks], norm.float(), dtype
+        )
+
+    @staticmethod
+    def unsupported_reason(spec: DecoderSpec, blocks: Sequence[Block]) -> str | None:
+        """Return why C cannot run these blocks, in words that follow "because"; None: it can."""
+        linears = [linear for block in blocks for linear in _linears(block)]
+        if not all(isinstance(linear, CpuNative) and linear.order is None for linear in linears):
+            return f"not every linear layer is a {CpuNative.name} with its columns as they come"
+        if any(linear.offsets is not None for linear in linears):
+            return "the weights have zero points off the middle"
+        if any(linear.bias is not None for block in blocks for linear in _linears(block)[1:]):
+            return "there are biases behind attention or in the MLP"
+        return compute.unsupported_reason(_shape(spec))
+
+    def __call__(self, x: Tensor, cache: KVCache, rope: Rope) -> Tensor:
+        """Run one embedded token of each row, [batch, hidden]; the cache's lengths stay as they are.
+
+        Raises:
+            UsageError: a row is full.
+        """
+        keys, values = cache.laid_out_for_step()  # float32 [layers, batch, heads, d, slots], [..., slots, d]
+        cos, sin = rope.at_step(cache.next_positions(), cache.alphas, max(cache.lengths) + 1)
+        return self._run(x, cos.contiguous(), sin.contiguous(), keys, values, cache.lengths)
+
+
+def _shape(spec: DecoderSpec) -> compute.StepShape:
+    shape = spec.shape
+    sizes = shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim
+    return compute.StepShape(*sizes, spec.eps)
+
+
+def _linears(block: Block) -> list[Any]:
+    return [block.qkv, block.out, block.gate_up, block.down]
+
+
+def _step_block(block: Block) -> compute.StepBlock:
+    qkv, out, gate_up, down = (cast(CpuNative, linear).layer for linear in _linears(block))
+    bias = cast(CpuNative, block.qkv).bias
+    vectors = (
+        block.attention_norm.float(),
+        block.mlp_norm.float(),
+        None if bias is None else bias.float(),
+        None if block.qk_norm is None else block.qk_norm.float().contiguous(),
+    )
+    return compute.StepBlock((qkv, out, gate_up, down), vectors)

@@ -1,1 +1,0 @@
-"""Hold the quantised linears and the Triton kernels."""

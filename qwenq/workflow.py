@@ -1,0 +1,529 @@
+"""Run a recipe from quantisation to report: turn it into steps, and run those that are not done.
+
+Each step is a command of qwenq in a child process: its memory and crashes stay there. A journal beside the
+results lists the steps that ended, under a fingerprint of all that decides them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from importlib.resources import files
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from types import FrameType
+
+from qwenq.environment import __version__
+from qwenq.errors import UsageError
+from qwenq.events import Listener, Notice, Start, silent
+from qwenq.models.bundled import NAME as BUNDLED
+from qwenq.models.folders import PARTIAL
+from qwenq.recipe import Recipe
+from qwenq.results import RESULTS_FILE, plain_name
+from qwenq.storage import guard_storage, locked
+
+# Refuse at once what a later step of a recipe would refuse after hours.
+
+
+ATTENTIONS = ("auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best")
+ENGINES = ("fast", "transformers")
+"""Names that `qwenq profile` knows. Where they are defined torch is loaded, and the steps of a run would
+inherit its memory as a peak of their own."""
+
+
+PACKAGES = {"pandas": "results.csv", "matplotlib": "plots", "jinja2": "the page"}
+"""What a report needs, and for what."""
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Require the packages that the last step needs before the first one begins.
+
+    Raises:
+        UsageError: names the one that is missing.
+    """
+    needed = PACKAGES if recipe.eval is not None or recipe.profile is not None else {}
+    if recipe.eval is not None and recipe.eval.data is None and not recipe.eval.sample:
+        needed = {**needed, "datasets": "benchmarks of the hub"}
+    for package, use in needed.items():
+        if find_spec(package) is None:
+            raise UsageError(
+                f"the package {package} is missing, which {use} need{'s' * (use[-1] != 's')}",
+                where="the recipe",
+                hint=f"pip install {package}",
+            )
+
+
+def validate_recipe(recipe: Recipe) -> None:
+    """Refuse what contradicts itself.
+
+    Raises:
+        UsageError: says which key, and what it may be.
+    """
+    for what, hint in _contradictions(recipe):
+        raise UsageError(what, where="the recipe", hint=hint)
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    for key, name in (("model", recipe.model), ("gate.baseline", recipe.gate.baseline)):
+        if name is not None and name.startswith("-"):  # a step would take it for an option of its own
+            yield f"{key} = {name!r} is an option, not a name", f"write ./{name}, if that is its folder"
+    if recipe.eval is not None and recipe.weights == "random":
+        yield "[eval] of random weights would measure chance", "leave [eval] out"
+    if recipe.eval is not None and not recipe.eval.tasks:
+        yield "eval.tasks is empty: there is nothing to evaluate", "name a task, or leave [eval] out"
+    if recipe.eval is not None and isinstance(recipe.eval.limit, dict):
+        for task in [name for name in recipe.eval.limit if name not in recipe.eval.tasks]:
+            yield f"eval.limit: {task!r} is not asked for", f"eval.tasks are {', '.join(recipe.eval.tasks)}"
+    if recipe.profile is not None:
+        yield from _contradictory_points(recipe)
+
+
+def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    from qwenq.profiling.planning import parse_budget
+
+    wanted = recipe.profile
+    assert wanted is not None  # noqa: S101 - the caller has looked
+    if 1 in wanted.tokens:
+        yield "profile.tokens = 1: a generation has 2 new tokens or more", "use encode for prompts alone"
+    if not wanted.tokens and not wanted.encode:
+        yield "profile.tokens and profile.encode are empty", "name a length, or leave [profile] out"
+    for key, names, known in (
+        ("attention", wanted.attention, ATTENTIONS),
+        ("engine", wanted.engine, ENGINES),
+    ):
+        if wrong := [name for name in names if name not in known]:
+            yield f"profile.{key}: there is no {wrong[0]!r}", f"use {', '.join(known)}"
+    if wanted.budget is not None:
+        try:
+            parse_budget(wanted.budget)
+        except UsageError as error:
+            yield f"profile.budget: {error.what}", str(error.hint)
+
+
+# Turn a recipe into steps: commands of qwenq in order, and what decides whether each is necessary again.
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, or the rows of a check.
+
+    Attributes:
+        name: for people and the journal.
+        arguments: of ``python -m module``; with ``records`` the arguments of ``execute.append_check``.
+        makes: the file or folder that exists when it is done.
+        reads: files and folders whose change makes it necessary again.
+        always: run it every time: it is a verdict.
+        whole: ``makes`` appears complete or not at all, under a name that holds all that decides it: the
+            journal is not needed.
+        alias: a link to ``makes`` under a name without that hash.
+        module: ``qwenq``; another one in tests.
+        records: append the check that `qwenq quantize` made to the run's rows, without a command.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    makes: Path
+    reads: tuple[Path, ...] = ()
+    always: bool = False
+    whole: bool = False
+    alias: Path | None = None
+    module: str = "qwenq"
+    records: bool = False
+
+    def fingerprint(self) -> str:
+        """Return a hash of the command, of qwenq's version, and of sizes and times of the files it reads."""
+        facts = [__version__, self.name, *self.arguments, *(state(path) for path in self.reads)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Steps of a recipe, and where they write.
+
+    Attributes:
+        work: run folder: rows, journal, quantised models.
+        page: the report; None where nothing was measured.
+    """
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    work: Path
+    page: Path | None
+
+
+def find_recipe(name: Path) -> Path:
+    """Return the file of a recipe: a path, or the name of one that ships with qwenq, such as ``demo``."""
+    if name.exists() or name.suffix or len(name.parts) != 1:
+        return name
+    package = Path(str(files("qwenq")))
+    shipped = (folder / "recipes" / f"{name}.toml" for folder in (package, package.parent))  # wheel, checkout
+    return next((file for file in shipped if file.is_file()), name)
+
+
+def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
+    """Return the steps of a recipe, in order.
+
+    Args:
+        recipe: as it was read.
+        file: its file, which `qwenq quantize` reads itself.
+        work: run folder; None: ``runs/NAME``.
+
+    Raises:
+        UsageError: the recipe contradicts itself, or a package that a step needs is missing.
+    """
+    name = recipe.report.name or file.stem
+    folder = work or Path("runs") / name
+    quantised = {p: folder / "models" / _model_folder(recipe, p) for p in precisions(recipe) if p in BITS}
+    plain = [precision for precision in precisions(recipe) if precision in DTYPES]
+    rounded = recipe.weights == "random" and recipe.profile is not None  # on the fly, by `qwenq profile`
+    made = {} if rounded else {p: _quantise(recipe, file, p, out) for p, out in quantised.items()}
+    steps = list(made.values())
+    if (recipe.eval or recipe.profile) and recipe.weights == "stored":
+        steps += [_record(precision, step, folder) for precision, step in made.items()]
+    validate_recipe(recipe)
+    require_packages(recipe)
+    if recipe.eval is not None:
+        steps += [*_evaluate(recipe, folder, plain, quantised)]
+    if recipe.profile is not None:
+        steps.append(_profile(recipe, folder, plain, quantised))
+    page = None
+    if recipe.eval is not None or recipe.profile is not None:
+        page = Path(recipe.report.folder) / name / "index.html"
+        steps.append(_report(recipe, folder, page))
+    if recipe.gate.baseline is not None:
+        steps.append(_gate(recipe.gate.baseline, folder, recipe.gate.fail_on))
+    return Chain(recipe, tuple(steps), folder, page)
+
+
+def precisions(recipe: Recipe) -> tuple[str, ...]:
+    """Return the precisions of a recipe; by default the unquantised model in bf16, and ``quantize.bits``."""
+    return tuple(dict.fromkeys(recipe.precisions)) or ("bf16", f"int{recipe.quantize.bits}")
+
+
+def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
+    model = () if recipe.model is None else (recipe.model,)
+    bits = str(BITS[precision])
+    arguments = ("quantize", *model, "--recipe", str(file), "--bits", bits, "--out", str(out))
+    alias = out.parents[1] / out.name
+    return Step(f"quantise to {precision}", arguments, out, whole=True, alias=alias)
+
+
+def _model_folder(recipe: Recipe, precision: str) -> Path:
+    """Return ``3f2a91c0/NAME-GPTQ-Int4``: another recipe or model gets another folder."""
+    content = recipe.to_json()
+    parts = {key: content[key] for key in ("model", "weights", "calibration", "quantize")}
+    parts["quantize"]["bits"] = BITS[precision]
+    states = [state(path) for path in _local(recipe.model, recipe.calibration.source)]
+    facts = json.dumps([__version__, parts, states], sort_keys=True)
+    name = plain_name(Path(recipe.model).name) if recipe.model else BUNDLED
+    return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
+
+
+def _record(precision: str, quantise: Step, folder: Path) -> Step:
+    arguments = (str(quantise.makes), str(folder), shlex.join(["qwenq", *quantise.arguments]))
+    name, rows = f"record the check of {precision}", folder / RESULTS_FILE
+    return Step(name, arguments, rows, (quantise.makes,), records=True)
+
+
+def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
+    """Yield the evaluations, the unquantised model first: the others are paired with its answers."""
+    options = [*_eval_options(recipe), "--out", str(folder)]
+    base = [] if recipe.model is None else [recipe.model]
+    rows = folder / RESULTS_FILE
+    data = recipe.eval.data if recipe.eval else None
+    asked = recipe.eval.dtype if recipe.eval else "auto"
+    dtype = () if asked == "auto" else ("--dtype", asked)
+    for precision in plain:
+        arguments = ("eval", *base, "--dtype", DTYPES[precision], *options)
+        yield Step(f"evaluate {precision}", arguments, rows, _local(recipe.model, data))
+    for precision, model in quantised.items():
+        arguments = ("eval", str(model), *dtype, *options)
+        yield Step(f"evaluate {precision}", arguments, rows, (model, *_local(data)))
+
+
+def _eval_options(recipe: Recipe) -> Iterator[str]:
+    wanted = recipe.eval
+    if wanted is None:
+        return
+    yield from ("--tasks", ",".join(wanted.tasks), "--protocol", wanted.protocol)
+    if wanted.subjects:
+        yield from ("--subjects", ",".join(wanted.subjects))
+    data = None if wanted.data is None else Path(wanted.data).expanduser()  # no shell does it for a step
+    for option, value in (
+        ("--limit", _by_task(wanted.limit)),
+        ("--shots", wanted.shots),
+        ("--thinking", None if wanted.thinking == "auto" else wanted.thinking),
+        ("--max-new-tokens", _by_task(wanted.max_new_tokens)),
+        ("--data", data),
+    ):
+        if value is not None:
+            yield from (option, str(value))
+    if wanted.sample:
+        yield "--sample"
+
+
+def _by_task(number: int | dict[str, int] | None) -> str | None:
+    """Return a number of all tasks, or of each, as the command line takes it."""
+    if not isinstance(number, dict):
+        return None if number is None else str(number)
+    return ",".join(f"{task}={count}" for task, count in number.items())
+
+
+def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Step:
+    """Return one command for all models; it keeps what it has measured, and continues there."""
+    wanted = recipe.profile
+    assert wanted is not None  # noqa: S101 - the caller has looked
+    random = recipe.weights == "random"
+    names = [recipe.model or "bundled"]
+    if random:  # int8 and int4 of random weights are rounded on the fly: no folder of theirs is made
+        shown = [*plain, *quantised]
+    else:
+        names, shown = [*(names if plain else []), *map(str, quantised.values())], plain
+    options = {
+        "--precision": ",".join(shown),
+        "--tokens": ",".join(map(str, wanted.tokens)) or "0",
+        "--encode": ",".join(map(str, wanted.encode)) or "0",
+        "--attention": ",".join(wanted.attention),
+        "--engine": ",".join(wanted.engine),
+        "--weights": "random" if random else "",
+        "--budget": wanted.budget or "",
+        "--out": str(folder),
+    }
+    arguments = [text for option, value in options.items() if value for text in (option, value)]
+    reads = (*_local(recipe.model), *(() if random else quantised.values()))
+    return Step("profile", ("profile", *names, *arguments), folder / RESULTS_FILE, reads)
+
+
+def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
+    title = () if recipe.report.title is None else ("--title", recipe.report.title)
+    arguments = ("report", str(folder), "--out", str(page.parent), *title)
+    return Step("report", arguments, page, (folder / RESULTS_FILE,))
+
+
+def _gate(baseline: str, folder: Path, fail_on: str | None) -> Step:
+    """Return the comparison; it names conditions only if the recipe does: those named must judge a row."""
+    conditions = () if fail_on is None else ("--fail-on", fail_on)
+    return Step("gate", ("compare", baseline, str(folder), *conditions), folder / RESULTS_FILE, always=True)
+
+
+def _local(*names: str | None) -> tuple[Path, ...]:
+    """Return the names that are files or folders here; hub ids and the bundled model are not."""
+    paths = (Path(name).expanduser() for name in names if name is not None)
+    return tuple(path for path in paths if path.exists())
+
+
+def state(path: Path) -> str:
+    """Return names, sizes and times of a file, or of the files of a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    return json.dumps(found)
+
+
+# Run the steps of a recipe, each in a child process, and none of them twice.
+#
+# A step's memory and crashes stay in its process; what counts is what it wrote. A journal beside the
+# results
+# lists the steps that ended, under a fingerprint of all that decides them: command, version, files read.
+
+
+JOURNAL = "journal.jsonl"
+LOCK = "run.lock"
+"""Not the steps' own, which they hold in the same folder."""
+STEP_OF = "QWENQ_STEP_OF"
+"""Environment variable of a step: the process that it belongs to, see ``cli.app``."""
+
+
+def is_done(chain: Chain, step: Step) -> bool:
+    """Return whether what the step makes exists, and by the journal was made by this very step."""
+    if step.always or not step.makes.exists():
+        return False
+    if step.whole:
+        return True
+    end = _journal(chain.work).get(step.name)
+    return end is not None and end.fingerprint == step.fingerprint() and end.rows <= _rows(chain.work)
+
+
+def run_steps(chain: Chain, listener: Listener = silent) -> int:
+    """Run the steps that are not done; stop at the first that fails.
+
+    Returns:
+        The exit code of the last step: 0, or that of the one that failed.
+
+    Raises:
+        UsageError: another `qwenq run` works in this run folder.
+        StorageError: the disk refused.
+    """
+    with locked(chain.work, LOCK):
+        return _run_steps(chain, listener)
+
+
+def _run_steps(chain: Chain, listener: Listener) -> int:
+    fresh = len(chain.steps) == 1
+    for number, step in enumerate(chain.steps, 1):
+        if is_done(chain, step):
+            _discard_leftover(step)
+            _link(step)
+            continue
+        listener(Start(step.name, len(chain.steps), "steps", number - 1))
+        if step.always and not fresh:
+            listener(Notice("it judges earlier results; after a change of the code, use an empty folder"))
+        fresh = True
+        started = time.monotonic()
+        if step.records:
+            model, run, command = step.arguments
+            with ProcessPoolExecutor(1, get_context("spawn")) as child:  # it loads torch
+                child.submit(append_check, Path(model), Path(run), command).result()
+            code, stopped = 0, False
+        else:
+            code, stopped = _execute(step)
+        if code != 0:
+            listener(Notice(f"{step.name} ended with exit code {code}; the same command continues here"))
+            return code
+        _link(step)
+        _append_to_journal(chain.work, step, time.monotonic() - started)
+        if stopped:  # it came when the step had done its work, and still applies
+            signal.raise_signal(signal.SIGTERM)
+    return 0
+
+
+def append_check(model: Path, run: Path, command: str) -> None:
+    """Append the check that `qwenq quantize` made of a model to the rows of a run, unless they are there.
+
+    Args:
+        model: the quantised folder.
+        run: the run folder.
+        command: that quantised it, for the rows.
+
+    Raises:
+        CorruptFileError: the folder has no manifest with a check, or its bytes are others.
+    """
+    import torch
+
+    from qwenq.evals.rows import append_check_rows
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.identity import result_model
+
+    append_check_rows(model, result_model(open_checkpoint(model), torch.float32, str(model)), run, command)
+
+
+def _link(step: Step) -> None:
+    """Point the step's alias at what it made, in one move; a file or folder of that name stays."""
+    if step.alias is None or not step.makes.exists():
+        return
+    alias, target = step.alias, os.path.relpath(step.makes, step.alias.parent)
+    if alias.is_symlink() and str(alias.readlink()) == target:
+        return
+    if alias.exists() and not alias.is_symlink():
+        return
+    fresh = alias.with_name(f".{alias.name}.{os.getpid()}")
+    with guard_storage(alias):
+        fresh.unlink(missing_ok=True)  # of a process of that number that was killed here
+        fresh.symlink_to(target, target_is_directory=True)
+        fresh.replace(alias)
+
+
+def _discard_leftover(step: Step) -> None:
+    """Remove the work folder of a model that was killed just after the model got its name."""
+    leftover = step.makes.with_name(f"{step.makes.name}{PARTIAL}")
+    if step.whole and leftover.is_dir():
+        from qwenq.models.quantized_folder import discard_leftover
+
+        discard_leftover(leftover)
+
+
+def _execute(step: Step) -> tuple[int, bool]:
+    """Run a step's command; Ctrl-C and SIGTERM reach it, and it may save its work; it dies with this one.
+
+    Returns:
+        Its exit code, and whether SIGTERM came.
+    """
+    command = [sys.executable, "-m", step.module, *step.arguments]
+    running: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        for child in running:
+            child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)  # first, or one that comes now would reach nobody
+    try:
+        with subprocess.Popen(command, env={**os.environ, STEP_OF: str(os.getpid())}) as child:
+            running.append(child)
+            if received:
+                child.send_signal(signal.SIGTERM)
+            try:
+                code = child.wait()
+            except KeyboardInterrupt:
+                child.wait()  # a terminal sends the signal to both
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return code if code >= 0 else 128 - code, bool(received)
+
+
+@dataclass(frozen=True)
+class _End:
+    """Entry of the journal: fingerprint of the step, and size of the file of rows then, which only grows."""
+
+    fingerprint: str
+    rows: int
+
+
+def _rows(work: Path) -> int:
+    """Return the bytes of the run's rows; fewer than a step left there: the file was begun anew since."""
+    path = work / RESULTS_FILE
+    return path.stat().st_size if path.exists() else 0
+
+
+def _journal(work: Path) -> dict[str, _End]:
+    """Return the last entry of each step; a line that a kill cut off is skipped."""
+    try:
+        lines = (work / JOURNAL).read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return {}
+    ends: dict[str, _End] = {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            ends[entry["step"]] = _End(entry["fingerprint"], int(entry.get("rows", 0)))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return ends
+
+
+def _append_to_journal(work: Path, step: Step, seconds: float) -> None:
+    """Append a finished step, flushed to the disk."""
+    entry = {
+        "step": step.name,
+        "fingerprint": step.fingerprint(),
+        "rows": _rows(work),
+        "command": [step.module, *step.arguments],
+        "seconds": round(seconds, 1),
+        "date": date.today().isoformat(),
+    }
+    path = work / JOURNAL
+    line = json.dumps(entry, ensure_ascii=False) + "\n"
+    with guard_storage(path, len(line)):
+        work.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(max(0, file.tell() - 1))
+            torn = file.read(1) not in {b"", b"\n"}  # a kill left a line without its end
+            file.write((b"\n" if torn else b"") + line.encode(errors="replace"))  # a folder may be any bytes
+            file.flush()
+            os.fsync(file.fileno())

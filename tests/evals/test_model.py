@@ -1,0 +1,150 @@
+"""Models that think: what their template is asked, what is judged, how many tokens they may take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from evals.benchmark_data import write_gsm8k
+from evals.test_run import Silent
+from models.qwen3_template import ALWAYS, GOLDEN, QWEN3, TURNS, set_template
+from tiny_model import write_tiny_model
+
+from qwenq.errors import UsageError
+from qwenq.evals.answer_log import read_answer_log
+from qwenq.evals.model import MAX_NEW_TOKENS, LoadOptions, choose_thinking, open_eval_model
+from qwenq.evals.run import answer, answer_log_key, make_plan
+from qwenq.evals.suite import EvalRequest, evaluate
+from qwenq.evals.task import DataSource, Written, final_answer
+from qwenq.evals.tasks.registry import get_task
+from qwenq.models.tokenizer import load_tokenizer
+from qwenq.reporting.card import cut_of
+from qwenq.results import Row
+
+SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny chat model with Qwen3's template, which samples by its own settings."""
+    made = write_tiny_model(tmp_path_factory.mktemp("thinking") / "Tiny", max_position_embeddings=2048)
+    (made / "generation_config.json").write_text(json.dumps(SAMPLED))
+    return set_template(made, QWEN3)
+
+
+@pytest.fixture(scope="module")
+def always(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return set_template(write_tiny_model(tmp_path_factory.mktemp("always") / "Tiny"), ALWAYS)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gsm8k(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_template_gets_enable_thinking(on: bool, folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.thinking == "switch"
+    asked = tokenizer.with_thinking(on)
+    assert asked.decode(asked.chat(list(TURNS))) == GOLDEN[on]
+
+
+def test_template_arguments_are_part_of_the_fingerprint(folder: Path) -> None:
+    plain = load_tokenizer(folder)
+    prints = {
+        plain.fingerprint,
+        plain.with_thinking(True).fingerprint,
+        plain.with_thinking(False).fingerprint,
+    }
+    assert len(set(prints)) == 3
+
+
+def test_auto_is_off_where_there_is_a_choice_and_says_so(folder: Path) -> None:
+    found = choose_thinking(load_tokenizer(folder), "auto")
+    assert not found.on
+    assert "enable_thinking is false" in found.notice
+    assert found.tokenizer.decode(found.tokenizer.chat(list(TURNS))) == GOLDEN[False]
+    assert choose_thinking(load_tokenizer(folder), "off").notice == ""
+
+
+def test_a_template_that_always_thinks_cannot_be_asked_not_to(always: Path) -> None:
+    tokenizer = load_tokenizer(always)
+    assert choose_thinking(tokenizer, "auto").on
+    with pytest.raises(UsageError, match="opens <think> in every prompt"):
+        choose_thinking(tokenizer, "off")
+
+
+def test_a_template_without_thoughts_cannot_be_asked_for_them(tmp_path: Path) -> None:
+    made = set_template(write_tiny_model(tmp_path / "Tiny"), "{{ messages[0].content }}")
+    with pytest.raises(UsageError, match="does not support thinking"):
+        choose_thinking(load_tokenizer(made), "on")
+    assert not choose_thinking(load_tokenizer(made), "off").on
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "judged"),
+    [
+        ("<think>\n12?\n</think>\n\n13", True, "13"),
+        ("12?\n</think>\n\n13", True, "13"),
+        ("<think>\n12? 13? 14", True, ""),
+        ("12? 13? 14", True, ""),
+        ("<think>\n12? 13", False, ""),
+        ("<think></think>13", False, "13"),
+        ("It is 13.", False, "It is 13."),
+    ],
+)
+def test_what_follows_the_thoughts_is_judged(text: str, thinking: bool, judged: str) -> None:
+    assert final_answer(Written(text, 9, stopped=True), thinking) == judged
+
+
+def test_limits_and_thoughts_are_part_of_plan_and_records(folder: Path, data: Path) -> None:
+    plan = make_plan(get_task("gsm8k", "card"), DataSource(data), (), None, 2)
+    on = open_eval_model(str(folder), LoadOptions("cpu", "float32", thinking="on"))
+    off = open_eval_model(str(folder), LoadOptions("cpu", "float32"))
+    thinks = EvalRequest(("gsm8k",)).plan_for(on, plan)
+    assert (thinks.thinking, thinks.max_new_tokens) == (True, MAX_NEW_TOKENS)
+    short = EvalRequest(("gsm8k",), max_new_tokens={"gsm8k": 7}).plan_for(off, plan)
+    assert (short.thinking, short.request(plan.items[0]).max_new_tokens) == (False, 7)  # type: ignore[union-attr]
+    key = answer_log_key(on, thinks)
+    assert key["thinking"] is True
+    assert "temperature 0.6, top-p 0.95, top-k 20, seed" in str(key["sampling"])
+    assert answer_log_key(off, plan)["sampling"] == "greedy"
+
+
+def test_sampled_answers_depend_on_the_item_and_not_on_the_batch(
+    folder: Path, data: Path, tmp_path: Path
+) -> None:
+    eval_model = open_eval_model(str(folder), LoadOptions("cpu", "float32", thinking="on"))
+    plan = make_plan(get_task("gsm8k", "card"), DataSource(data), (), None, 4)
+    plan = EvalRequest(("gsm8k",), max_new_tokens=12).plan_for(eval_model, plan)
+    outputs = []
+    for batch in (1, 4):
+        run = tmp_path / str(batch)
+        answer(eval_model, plan, run, Silent(), batch=batch)
+        records = read_answer_log(next((run / "records").glob("*.jsonl")))
+        outputs.append({record.id: record.output for record in records})
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0].values())) > 1
+
+
+def test_rows_say_what_was_cut_and_how_it_was_asked(folder: Path, data: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    rows: list[Row] = []
+    for wish in ("on", "off"):
+        eval_model = open_eval_model(str(folder), LoadOptions("cpu", "float32", thinking=wish))
+        wanted = EvalRequest(("gsm8k",), "card", limit=3, source=DataSource(data), max_new_tokens=5)
+        rows += evaluate([eval_model], wanted, tmp_path / "run", Silent(said))
+    for row, wish in zip(rows, ("on", "off"), strict=True):
+        assert (row.settings["thinking"], row.settings["asked"]) == (wish, "generation")
+        found = cut_of(row)
+        assert found is not None and found.of == 3 and found.many
+    assert rows[0].point["thinking"] == "on"
+    assert "thinking" not in rows[1].point
+    assert "seed" in rows[0].settings["generation"]

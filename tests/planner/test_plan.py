@@ -1,0 +1,211 @@
+"""A whole plan: from what the user names to numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwenq.errors import HubError, ModelError, UnsupportedError, UsageError
+from qwenq.models import catalogue
+from qwenq.models.hub import network_errors
+from qwenq.models.unsupported import missing_by_name
+from qwenq.planner.estimates import GIB, gpu
+from qwenq.planner.plan import PlanOptions, find_model, make_plan
+from qwenq.planner.tables import answer
+from qwenq.planner.tensor_parallel import TENSOR_PARALLEL
+
+
+def test_bytes_of_qwen_7b_chat() -> None:
+    plan = make_plan(find_model("qwen-7b-chat"), PlanOptions())
+    assert plan.parameters == 7_721_324_544
+    found = {item.label: (item.bytes, item.published_bytes) for item in plan.precisions}
+    assert found["BF16"] == (15_442_649_088, None)
+    assert found["Int8"][1] == 9_123_864_576
+    assert found["Int4"][1] == 5_860_564_992
+    assert found["Int4"][0] == catalogue.shape_for("qwen-7b").quantised_bytes(4, 128)
+
+
+def test_a_tied_head_stored_twice_has_a_note() -> None:
+    bf16 = make_plan(find_model("qwen3-0.6b"), PlanOptions()).precisions[0]
+    assert (bf16.bytes, bf16.published_bytes) == (596_049_920 * 2, 751_632_384 * 2)
+    assert "tied head" in str(bf16.published_note)
+    int4 = make_plan(find_model("qwen3-0.6b"), PlanOptions(bits=(4,))).precisions[1]
+    assert int4.published_bytes == int4.bytes + (751_632_384 - 596_049_920) * 2
+
+
+def test_a_model_of_float32_keeps_it_in_what_is_not_quantised() -> None:
+    """The bundled model: its embedding is stored in four bytes, and loaded in two where Int4 is run."""
+    model = find_model(None)
+    plan = make_plan(model, PlanOptions(bits=(4,)))
+    full, int4 = plan.precisions
+    assert (model.dtype, full.label, full.bytes) == ("float32", "FP32", 134_515_008 * 4)
+    kept = plan.shape.vocab * plan.shape.hidden + (2 * plan.shape.layers + 1) * plan.shape.hidden
+    assert int4.bytes - int4.loaded == 2 * kept
+    assert plan.generation["Int4"].weights == int4.loaded
+    assert find_model("HuggingFaceTB/SmolLM2-135M-Instruct").dtype == "bfloat16"
+
+
+def test_random_weights_are_planned_by_their_shape_as_they_are_drawn() -> None:
+    drawn = make_plan(find_model(None, "random"), PlanOptions())
+    assert drawn.precisions[0].label == "BF16"
+    assert drawn.parameters == 134_515_008
+    with pytest.raises(UsageError, match="no model called"):
+        find_model("some/folder", "random")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("qwen3-30b-a3b", "the experts' routing"),
+        ("Qwen/Qwen3-235B-A22B-Instruct-2507", "the experts' routing"),
+        ("qwen1.5-moe-a2.7b-chat", "the experts' routing"),
+        ("qwen3-next", "linear-attention layers and the experts' routing"),
+        ("qwen3-coder-next", "linear-attention layers and the experts' routing"),
+        ("Qwen3.5-35B-A3B", "linear-attention layers and the experts' routing"),
+        ("qwen3.5-4b", "linear-attention layers"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "the vision tower"),
+        ("qwen/qwen3-30b-a3b", "the experts' routing"),
+        ("qwen2-audio-7b", "the audio tower"),
+        ("qwen2.5-omni-7b", "the vision tower and the audio tower"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["stored", "random"])
+def test_unsupported_models_are_refused_with_what_is_missing(name: str, missing: str, weights: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        find_model(name, weights)
+    assert caught.value.what == f"{name} is not supported yet: {missing} would have to be added"
+
+
+def test_every_name_of_the_catalogue_is_supported() -> None:
+    for name in catalogue.names():
+        for key in (*catalogue.entry(name).names, *catalogue.entry(name).hub):
+            assert missing_by_name(key) is None
+            assert find_model(key).entry is not None
+
+
+def test_deployments_share_weights_and_cache() -> None:
+    plan = make_plan(
+        find_model("qwen2.5-72b-instruct"),
+        PlanOptions(gpus=(gpu("h200"), gpu("rtx-4090")), tensor_parallel=TENSOR_PARALLEL),
+    )
+    found = {(row.speed.gpu, row.precision, row.split.gpus): row for row in plan.deployments}
+    assert len(found) == 2 * 3 * 4
+    assert found["h200", "BF16", 1].fits
+    assert not found["rtx-4090", "Int4", 1].fits
+    assert found["rtx-4090", "Int4", 2].memory < found["rtx-4090", "Int4", 1].memory
+    assert not found["h200", "Int4", 2].split.possible
+    assert found["h200", "BF16", 2].split.possible
+    assert set(plan.padded_bytes) == {"BF16", "Int8", "Int4"}
+    added = plan.padded_bytes["BF16"] - plan.precisions[0].bytes
+    assert added == 2 * plan.padding.parameters  # type: ignore[union-attr]
+
+
+def test_a_folder_and_its_config_file(tmp_path: Path) -> None:
+    config = catalogue.config_for("qwen3-4b") | {"dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for named in (tmp_path, tmp_path / "config.json"):
+        plan = make_plan(find_model(str(named)), PlanOptions(bits=(4,), group_size=64))
+        assert plan.shape == catalogue.shape_for("qwen3-4b")
+        assert [item.label for item in plan.precisions] == ["FP32", "Int4"]
+        assert plan.precisions[1].bytes == plan.shape.quantised_bytes(4, 64, "float32")
+
+
+def test_a_v1_folder_is_planned_as_the_catalogue_has_it(tmp_path: Path) -> None:
+    config = {"model_type": "qwen", "hidden_size": 2048, "intermediate_size": 11008, "vocab_size": 151936}
+    config |= {"num_hidden_layers": 24, "num_attention_heads": 16, "max_position_embeddings": 8192}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"seq_length": 8192, "kv_channels": 128}))
+    found = make_plan(find_model(str(tmp_path)), PlanOptions())
+    assert found.parameters == 1_836_828_672
+    assert found.precisions == make_plan(find_model("qwen-1.8b"), PlanOptions()).precisions
+
+
+def test_hub_ids_in_the_catalogue_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_model("Qwen/Qwen2.5-7B-Instruct").name == "qwen2.5-7b-instruct"
+    assert find_model(None).name == catalogue.BUNDLED
+
+
+def test_a_hub_id_whose_config_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text(
+        json.dumps(catalogue.config_for("qwen3-8b"))
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_model("someone/tiny").shape == catalogue.shape_for("qwen3-8b")
+    for name in ("someone/missing", "someone/qwen3-30b-a3b"):  # which may be anything
+        with pytest.raises(HubError, match=name):
+            find_model(name)
+
+
+def test_a_hub_that_stops_answering_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_off(*_: object) -> str:
+        raise network_errors()[0]("the server closed the connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cut_off)
+    with pytest.raises(HubError, match="someone/tiny could not be fetched: the server closed the connection"):
+        find_model("someone/tiny")
+
+
+def test_an_unknown_name_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        find_model("qwen3-8bb")
+    assert "qwen3-8b" in str(error.value.hint)
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PlanOptions(context=0),
+        PlanOptions(batch=-1),
+        PlanOptions(tensor_parallel=(0, 1)),
+        PlanOptions(bits=(5,)),
+        PlanOptions(group_size=96),
+    ],
+)
+def test_options_out_of_bounds_are_refused(options: PlanOptions) -> None:
+    with pytest.raises(UsageError):
+        make_plan(find_model("qwen3-8b"), options)
+
+
+def test_quantising_is_planned_as_quantize_does_it_there() -> None:
+    """128 × 2048 tokens on a GPU, 48 × 256 on a CPU; where that does not fit, the most samples that do."""
+    model = find_model("qwen2.5-7b-instruct")
+    (cpu,) = make_plan(model, PlanOptions()).quantisation
+    small, large = make_plan(model, PlanOptions(gpus=(gpu("rtx-4090"), gpu("h200")))).quantisation
+    assert (cpu.gpu, cpu.samples, cpu.seq_len, cpu.fits) == (None, 48, 256, None)
+    assert (small.samples, small.seq_len, small.fits) == (128, 2048, False)
+    assert small.memory.peak / GIB == pytest.approx(32.55, abs=0.01)
+    assert small.fitting is not None
+    samples, peak = small.fitting
+    more = make_plan(model, PlanOptions(gpus=(gpu("rtx-4090"),), samples=2 * samples)).quantisation[0]
+    assert peak <= 24 * GIB < more.memory.peak
+    assert (large.fits, large.fitting) == (True, None)
+    (given,) = make_plan(model, PlanOptions(gpus=(gpu("rtx-4090"),), samples=samples)).quantisation
+    assert (given.fits, given.memory.peak) == (True, peak)
+
+
+def test_the_answer_comes_first() -> None:
+    plan = make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions(gpus=(gpu("rtx-4090"),)))
+    samples, peak = plan.quantisation[0].fitting or (0, 0)
+    first, second = answer(plan)
+    assert first == (
+        "Quantising on NVIDIA GeForce RTX 4090 24 GB: 32.6 of 24 GiB of GPU memory with 128 × 2048 tokens: "
+        f"does not fit; `--samples {samples}` needs {peak / GIB:.1f} GiB."
+    )
+    assert second == "Running Int4: fits, 6.6 of 24 GiB, at most 203 tokens/s at 8192 tokens."
+    first, second = answer(make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions()))
+    assert "8.2 GiB of RAM with 48 × 256 tokens" in first
+    assert second.startswith("Running Int4: ")
+    shared = make_plan(
+        find_model("qwen2.5-72b-instruct"), PlanOptions(gpus=(gpu("h200"),), tensor_parallel=(1, 2))
+    )
+    assert list(answer(shared))[-1] == "Running Int4 on 2 GPUs: not possible with 231 groups of down_proj."

@@ -1,0 +1,62 @@
+"""A plan's bytes on disk against folders that `qwenq quantize` wrote: to the byte."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline import run
+from safetensors.torch import load_file, save_file
+from tiny_families import write_family
+
+from qwenq.planner.plan import PlanOptions, find_model, make_plan
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Of all tensors, as the headers of the folder's files have them."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        content = file.read_bytes()
+        header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        total += sum(end - begin for begin, end in spans)
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {"tie_word_embeddings": False}),
+    ],
+)
+def test_planned_bytes_are_those_written(
+    tmp_path: Path, family: str, shape: dict[str, Any], dtype: str
+) -> None:
+    model = write_family(tmp_path / "m", family, dtype, num_hidden_layers=1, **shape)
+    plan = make_plan(find_model(str(model)), PlanOptions(bits=(4,), group_size=32))
+    full, int4 = plan.precisions
+    assert full.bytes == tensor_bytes(model)
+    assert int4.bytes == tensor_bytes(run(model, tmp_path / "out", group_size=32).folder)
+    assert plan.padding is not None
+    padded = run(model, tmp_path / "padded", group_size=32, pad_ffn=plan.padding.to)
+    assert plan.padded_bytes["Int4"] == tensor_bytes(padded.folder)
+
+
+def test_a_tied_head_that_is_stored_is_kept(tmp_path: Path) -> None:
+    """As the catalogue says of models such as Qwen3-0.6B: quantising writes the second copy, too."""
+    model = write_family(tmp_path / "m", num_hidden_layers=1)
+    tensors = load_file(model / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": head.clone()}, model / "model.safetensors", {"format": "pt"})
+    int4 = make_plan(find_model(str(model)), PlanOptions(bits=(4,))).precisions[1]
+    assert tensor_bytes(run(model, tmp_path / "out").folder) == int4.bytes + head.nbytes

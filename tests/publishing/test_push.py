@@ -1,0 +1,149 @@
+"""Folders are uploaded by the real client to a server of this machine; what is refused publishes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline import run
+from tiny_families import write_family
+from upload_hub import UploadHub, serve_uploads
+
+REPO = "someone/tiny-GPTQ-Int4"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("push")
+    run(write_family(folder / "m", "qwen3"), folder / "tiny-GPTQ-Int4")
+    return folder / "tiny-GPTQ-Int4"
+
+
+@pytest.fixture
+def hub() -> Iterator[UploadHub]:
+    with serve_uploads() as served:
+        yield served
+
+
+def push(hub: UploadHub, folder: Path, *, home: Path, **settings: Any) -> dict[str, Any]:
+    """In a process of its own: huggingface_hub reads its address and token when it is imported."""
+    code = (
+        "import json, sys\nfrom pathlib import Path\nfrom qwenq.errors import QwenqError\n"
+        "from qwenq.publishing.push import push\n"
+        "a = json.loads(sys.argv[1])\n"
+        "try:\n    u = push(Path(a.pop('folder')), a.pop('repo'), **a)\n"
+        "    print(json.dumps({'url': u.url, 'files': u.files, 'notices': u.notices}))\n"
+        "except QwenqError as e:\n    print(json.dumps({'error': str(e), 'kind': type(e).__name__}))\n"
+    )
+    asked = {"folder": str(folder), "repo": REPO, **settings}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_test"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(asked)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_checked_folder_is_published_as_one_commit(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    found = push(hub, made, home=tmp_path, private=True)
+    assert found["url"] == f"{hub.url}/{REPO}/commit/1"
+    assert found["notices"] == [f"made the private repository {REPO}"]
+    there = hub.repos[REPO]["main"]
+    assert set(there) == {".gitattributes", *found["files"]}
+    assert all(there[name] == (made / name).read_bytes() for name in found["files"])
+    assert "README.md" in there
+    assert len(hub.commits) == 1
+    assert hub.private == {REPO}
+
+
+def test_a_dry_run_sends_nothing_and_lists_all(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    found = push(hub, made, home=tmp_path, dry_run=True)
+    assert found["url"] is None
+    assert {"model.safetensors", "config.json", "qwenq.json", "README.md"} <= set(found["files"])
+    assert hub.repos == {}
+
+
+def test_weights_that_arrived_before_a_cut_are_not_sent_twice(
+    hub: UploadHub, made: Path, tmp_path: Path
+) -> None:
+    hub.repos[REPO] = {"main": {".gitattributes": b""}}
+    hub.cut_commits = 1
+    first = push(hub, made, home=tmp_path)
+    assert first["kind"] == "HubError"
+    assert "nothing was published" in first["error"]
+    assert len(hub.uploads) == 1
+    assert push(hub, made, home=tmp_path)["url"]
+    assert len(hub.uploads) == 1
+
+
+def test_a_branch_is_made_and_said(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    found = push(hub, made, home=tmp_path, branch="int4-g32")
+    assert "made the branch int4-g32" in found["notices"]
+    assert "model.safetensors" in hub.repos[REPO]["int4-g32"]
+    assert "model.safetensors" not in hub.repos[REPO]["main"]
+
+
+def test_a_repository_with_other_files_is_left_alone(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    hub.repos[REPO] = {"main": {"pytorch_model.bin": b"x", "config.json": b"{}"}}
+    found = push(hub, made, home=tmp_path)
+    assert found["kind"] == "UsageError"
+    assert "pytorch_model.bin" in found["error"]
+    assert hub.repos[REPO]["main"]["config.json"] == b"{}"
+
+
+def test_a_token_that_may_not_write_is_explained(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    hub.may_write = False
+    found = push(hub, made, home=tmp_path)
+    assert found["kind"] == "HubError"
+    assert "does not let this token write (403)" in found["error"]
+
+
+def test_without_a_network_it_says_what_would_have_been_uploaded(made: Path, tmp_path: Path) -> None:
+    found = push(UploadHub(port=9), made, home=tmp_path)  # nothing listens there
+    assert found["kind"] == "HubError"
+    assert "cannot be reached" in found["error"]
+    assert "it would have been" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"check": None}, "never compared"),
+        ({"check": {"broken": True}}, "broken"),
+    ],
+)
+def test_an_unchecked_folder_is_refused(
+    hub: UploadHub, made: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(made, tmp_path / "copy")
+    manifest = json.loads((copy / "qwenq.json").read_text())
+    (copy / "qwenq.json").write_text(json.dumps(manifest | change))
+    found = push(hub, copy, home=tmp_path)
+    assert found["kind"] == "VerificationError"
+    assert said in found["error"]
+    assert hub.repos == {}
+
+
+def test_a_damaged_folder_and_a_name_without_owner_are_refused(
+    hub: UploadHub, made: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(made, tmp_path / "copy")
+    (copy / "config.json").write_text("{}")
+    assert push(hub, copy, home=tmp_path)["kind"] == "CorruptFileError"
+    assert "no OWNER/NAME" in push(hub, made, home=tmp_path, repo="tiny")["error"]

@@ -1,0 +1,183 @@
+"""A decode step as compiled code: what torch computes in a few hundred calls, for every family and batch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from runtime.quantised_models import quantised_model
+from runtime.small_models import random_ids
+
+from qwenq.errors import UsageError
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.runtime.engine import FastEngine, load
+from qwenq.runtime.quantised_linear import CpuNative
+
+pytestmark = pytest.mark.usefixtures("each_variant")
+
+
+NEAR = 0.04  # what bfloat16 leaves of models whose random weights make it hard
+INT4, INT8 = QuantConfig(bits=4, group_size=32), QuantConfig(bits=8, group_size=32)
+FAMILIES = ("llama", "llama3-rope", "qwen1.5", "qwen2-tied", "qwen2.5-yarn", "qwen3")
+
+
+def engine_of(
+    family: str, quant: QuantConfig = INT4, dtype: str = "bfloat16", **changes: object
+) -> FastEngine:
+    sizes = {"hidden_size": 128, "head_dim": 32, **changes}
+    made = load(quantised_model(family, quant, **sizes), device="cpu", dtype=dtype)
+    assert isinstance(made, FastEngine)
+    return made
+
+
+def steps(engine: FastEngine, prompts: list[list[int]], count: int, seed: int = 3) -> torch.Tensor:
+    """Logits after each of so many steps, [steps, rows, vocabulary]."""
+    cache = engine.new_cache(len(prompts), 80)
+    engine.prefill(prompts, cache)
+    ids = torch.tensor([random_ids(len(prompts), seed + step) for step in range(count)])
+    return torch.stack([engine.decode(row, cache) for row in ids])
+
+
+@pytest.mark.parametrize("quant", [INT4, INT8], ids=["int4", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_steps_are_nearer_to_float32_than_steps_in_torch(family: str, quant: QuantConfig) -> None:
+    prompts = [random_ids(length, length) for length in (3, 1, 21)]
+    engine = engine_of(family, quant)
+    assert engine.implementation.endswith("decode steps compiled for this CPU")
+    assert not [note for note in engine.notes if "not used" in note]
+    exact = steps(engine_of(family, quant, dtype="float32"), prompts, 5)
+    found = steps(engine, prompts, 5)
+    in_torch = engine_of(family, quant)
+    assert in_torch.decoder.compiled is not None
+    in_torch.decoder.compiled = None
+    called = steps(in_torch, prompts, 5)
+    error, rounding = ((logits - exact).norm() / exact.norm() for logits in (found, called))
+    assert error < NEAR
+    assert error < 1.1 * rounding
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, CpuNative.many_rows - 1, CpuNative.many_rows])
+def test_rows_of_a_batch_equal_rows_alone(rows: int) -> None:
+    engine = engine_of("qwen3")
+    prompts = [random_ids(1 + row % 7, row) for row in range(rows)]
+    together = steps(engine, prompts, 3)
+    ids = torch.tensor([random_ids(rows, 3 + step) for step in range(3)])
+    for row in {0, rows // 2, rows - 1}:
+        cache = engine.new_cache(1, 80)
+        engine.prefill([prompts[row]], cache)
+        alone = torch.cat([engine.decode(ids[step, row : row + 1], cache) for step in range(3)])
+        error = (together[:, row] - alone).norm() / alone.norm()
+        assert error < NEAR  # prompts are encoded in bfloat16, in batches of other sizes
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 63, 64, 65, 79])
+def test_slots_at_the_edges_of_registers(length: int) -> None:
+    """Scores are summed for 64 and then for 16 slots at a time; the last are filled up."""
+    ids = random_ids(length, 1)
+    exact, found = engine_of("qwen2-tied", dtype="float32"), engine_of("qwen2-tied")
+    for engine in (exact, found):
+        cache = engine.new_cache(1, 80)
+        engine.prefill([ids], cache)
+        engine.logits_after = engine.decode(torch.tensor([7]), cache)  # type: ignore[attr-defined]
+    a, b = exact.logits_after, found.logits_after  # type: ignore[attr-defined]
+    assert (a - b).norm() / a.norm() < NEAR
+
+
+def test_rows_that_reach_into_different_stretches_of_slots() -> None:
+    """A stretch is 256 slots: one row ends in the first, others at its edges, one in the third."""
+    lengths = (3, 254, 255, 256, 530)
+    prompts = [random_ids(length, length) for length in lengths]
+    engine = engine_of("qwen2-tied")
+    compiled = engine.decoder.compiled
+    assert compiled is not None
+    first = engine.new_cache(len(prompts), 540)
+    engine.prefill(prompts, first)
+    second, logits = first.take(range(len(prompts))), []
+    for cache, used in ((first, compiled), (second, None)):
+        engine.decoder.compiled = used
+        logits.append(torch.stack([engine.decode(torch.arange(5) + step, cache) for step in range(3)]))
+    errors = (logits[1] - logits[0]).norm(dim=(0, 2)) / logits[0].norm(dim=(0, 2))  # of each row
+    assert (errors < NEAR).all()
+
+
+def test_a_cache_may_grow_be_rewound_and_lose_rows() -> None:
+    engine = engine_of("qwen3")
+    prompts = [random_ids(length, length) for length in (5, 9, 2)]
+    cache = engine.new_cache(3, 16)
+    engine.prefill(prompts, cache)
+    first = engine.decode(torch.tensor([1, 2, 3]), cache)
+    cache.rewind([5, 9, 2])
+    assert torch.equal(engine.decode(torch.tensor([1, 2, 3]), cache), first)
+    cache.reserve(200)
+    cache.rewind([5, 9, 2])
+    assert torch.equal(engine.decode(torch.tensor([1, 2, 3]), cache), first)
+    with torch.inference_mode():
+        order = cache.keep([0, 2])
+    then = engine.decode(torch.tensor([8, 9]), cache)
+    for row, was in enumerate(order):
+        alone = engine.new_cache(1, 16)
+        engine.prefill([prompts[was]], alone)
+        engine.decode(torch.tensor([was + 1]), alone)
+        expected = engine.decode(torch.tensor([8 + row]), alone)[0]
+        assert (then[row] - expected).norm() / expected.norm() < NEAR
+
+
+def test_a_full_row_is_refused() -> None:
+    engine = engine_of("llama")
+    cache = engine.new_cache(1, 4)
+    engine.prefill([[1, 2, 3, 4]], cache)
+    with pytest.raises(UsageError, match="5 tokens do not fit into a cache of 4"):
+        engine.decode(torch.tensor([1]), cache)
+
+
+def test_greedy_text_is_the_same_with_any_number_of_threads() -> None:
+    engine, threads = engine_of("qwen3"), torch.get_num_threads()
+    texts = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            texts.append(engine.generate([[5, 6]], 24, exact_tokens=True).answers[0].ids)
+    finally:
+        torch.set_num_threads(threads)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_another_thread_of_python_gets_the_same_text() -> None:
+    """OpenMP keeps the number of its threads for each thread that asks; what they write to must have room."""
+    engine = engine_of("qwen3")
+    here = engine.generate([[5, 6]], 8, exact_tokens=True).answers[0].ids
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(lambda: engine.generate([[5, 6]], 8, exact_tokens=True).answers[0].ids).result()
+    assert there == here
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "changes", "reason"),
+    [
+        ("llama-biases", INT4, {}, "there are biases behind attention or in the MLP"),
+        ("qwen3", QuantConfig(bits=4, group_size=32, sym=False), {}, "zero points off the middle"),
+        ("qwen3", QuantConfig(bits=4, group_size=32, desc_act=True), {}, "with its columns as they come"),
+        ("qwen3", INT4, {"head_dim": 16}, "sizes are no multiples of 32"),
+    ],
+)
+def test_unsupported_models_get_a_note_with_the_reason(
+    family: str, quant: QuantConfig, changes: dict[str, int], reason: str
+) -> None:
+    engine = engine_of(family, quant, **changes)
+    assert "decode steps compiled" not in engine.implementation
+    (note,) = engine.notes
+    assert note.startswith("the faster compiled decode step is not used because ")
+    assert reason in note
+    assert torch.isfinite(steps(engine, [[1, 2]], 2)).all()
+
+
+def test_threads_of_python_that_share_an_engine_answer_as_one() -> None:
+    engine = load(
+        quantised_model("qwen3", QuantConfig(bits=4, group_size=32)), device="cpu", dtype="bfloat16"
+    )
+    prompts = [random_ids(5, seed) for seed in range(4)]
+    expected = [engine.generate([prompt], 24).answers for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prompt: engine.generate([prompt], 24).answers, prompts))
+    assert found == expected
