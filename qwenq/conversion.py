@@ -21,6 +21,7 @@ from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Listener, Notice, counted, silent
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.compressed_tensors import CompressedTensorsView
 from qwenq.models.folders import require_renameable, take_name
 from qwenq.models.gptq_format import (
     DequantisedSource,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from qwenq.models.gptq_format import CheckpointFormat
 
 ZeroPoints = Literal["v1", "v2"]
+Layout = Literal["compressed-tensors"]
 FORMATS: dict[str, CheckpointFormat] = {"v1": "gptq", "v2": "gptq_v2"}
 
 
@@ -70,6 +72,7 @@ def convert(
     target: Path,
     *,
     zeros: ZeroPoints | None = None,
+    to: Layout | None = None,
     max_shard_bytes: int = 5_000_000_000,
     listener: Listener = silent,
 ) -> Converted:
@@ -79,6 +82,7 @@ def convert(
         source: a model folder: full precision or GPTQ; Qwen v1 or any architecture that is known.
         target: missing or empty.
         zeros: the format of zero points; None: as they are.
+        to: another layout of a GPTQ model; None: its own.
         max_shard_bytes: most bytes of tensors in one file.
         listener: receives the number of tensors written, and notices.
 
@@ -95,8 +99,14 @@ def convert(
     _require_whole(checkpoint, quant)
     config, changes = _target_config(checkpoint, quant, zeros)
     entries = _entries(checkpoint, quant)
-    total = sum(tensor_bytes(info) for _, info in entries)
     read = _reader(checkpoint, quant, zeros)
+    if to is not None:
+        view = _compressed_tensors(checkpoint, quant)
+        entries = [(name, view.info(name)) for name in view.names()]
+        config["quantization_config"] = view.settings()
+        changes.append("GPTQ → compressed-tensors, the same integers and scales")
+        read, quant = view.read, None
+    total = sum(tensor_bytes(info) for _, info in entries)
     with _new_folder(target) as folder, counted(listener, "writing", "tensors") as update:
         numbers = {name: number for number, (name, _) in enumerate(entries)}
 
@@ -144,6 +154,16 @@ def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig |
             hint="leave --zeros out, or quantise the model first",
         )
     return None
+
+
+def _compressed_tensors(checkpoint: Checkpoint, quant: QuantConfig | None) -> CompressedTensorsView:
+    if quant is None:
+        raise UsageError(
+            "--to compressed-tensors is for a GPTQ model, and this one is not quantised",
+            where=checkpoint.folder,
+            hint="quantise it first",
+        )
+    return CompressedTensorsView(checkpoint.published, quant)
 
 
 def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:

@@ -302,6 +302,7 @@ def _publish(
     from qwenq.models.identity import base_facts
     from qwenq.models.quantized_folder import publish
     from qwenq.models.safetensors_files import tensor_bytes
+    from qwenq.publishing.model_card import write_model_card
 
     manifest = {
         "format": "qwenq-1",
@@ -324,7 +325,20 @@ def _publish(
     base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
     publish(staged, job.out, manifest)
     store.discard()
+    write_model_card(job.out, job.base.companions)
+    job.listener(Notice(_where_it_loads(job.out)))
     return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
+
+
+def _where_it_loads(folder: Path) -> str:
+    """Return a line on which engines load the folder, and the first reason where one does not."""
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
+
+    verdicts = engine_verdicts(read_gptq_folder(open_checkpoint(folder)))
+    able = ", ".join(verdict.engine for verdict in verdicts if verdict.loads) or "no engine"
+    other = [f"{v.engine} ({v.problems[0].reason})" for v in verdicts if not v.loads]
+    return f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
 
 
 def _kept(job: Job) -> dict[str, str]:

@@ -210,6 +210,7 @@ COMMANDS = {
     "compare": "qwenq.cli.report",
     "run": "qwenq.cli.run",
     "convert": "qwenq.cli.convert",
+    "push": "qwenq.cli.push",
     "doctor": "qwenq.cli.plan",
     "recipe": "qwenq.cli.run",
     "tokenizer": "qwenq.cli.convert",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -10,7 +11,7 @@ from qwenq.checking import SAMPLES, SEQ_LEN
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, Quiet, RealWeights
 from qwenq.cli.printing import next_commands, note, print_json, table_console
-from qwenq.errors import VerificationError
+from qwenq.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from qwenq.checking import Checked
@@ -43,12 +44,23 @@ def check(
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the text.")] = 0,
     modules: Annotated[int, typer.Option(min=0, help="Number of the worst modules to list.")] = 8,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="Only say whether these engines load the folder: vllm, sglang, transformers, gptqmodel, "
+            "comma-separated, or all.",
+        ),
+    ] = None,
+    tp: Annotated[
+        str, typer.Option("--tp", help="With --for: numbers of GPUs that share the model, comma-separated.")
+    ] = "1",
     quiet: Quiet = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result with all modules as JSON.")
     ] = False,
 ) -> None:
-    """Compare a quantised model with its base.
+    """Compare a quantised model with its base, or (--for) with the rules of engines.
 
     Prints KL divergence, share of same top tokens, perplexity and the error of each module.
 
@@ -66,6 +78,9 @@ def check(
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
+    if engines is not None:
+        _check_engines(quantised, engines, tp, as_json=as_json)
+        return
     with show_events(note, quiet=quiet) as listener:
         found = check_folders(
             quantised,
@@ -132,3 +147,38 @@ def _print_text(found: Checked, text: str, count: int) -> None:
         ratio = f"{module.error / module.rtn_error:.2f}" if module.rtn_error else "-"
         table.add_row(module.name, f"{module.error:.3%}", f"{module.rtn_error:.3%}", ratio)
     console.print(table)
+
+
+def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:
+    """Print whether engines load a folder; the exit code is 1 where one does not on any number of GPUs."""
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.opening import resolve_model
+    from qwenq.publishing.engines import ENGINES, engine_verdicts, read_gptq_folder
+
+    names = list(ENGINES) if engines == "all" else [name.strip() for name in engines.split(",")]
+    try:
+        gpus = [int(text) for text in tp.split(",")]
+    except ValueError:
+        gpus = []
+    if not gpus or min(gpus) < 1:
+        raise UsageError(f"{tp!r} is no list of numbers of GPUs", where="--tp", hint="like 1,2,4,8")
+    folder = resolve_model(model).folder
+    verdicts = engine_verdicts(read_gptq_folder(open_checkpoint(folder)), names, gpus)
+    if as_json:
+        print_json({"model": str(folder), "verdicts": [asdict(v) | {"loads": v.loads} for v in verdicts]})
+    else:
+        for verdict in verdicts:
+            several = f" on {verdict.gpus} GPUs" if verdict.gpus > 1 else ""
+            word = "loads" if verdict.loads else "does not load"
+            typer.echo(f"{verdict.engine} {verdict.version}{several}: {word}")
+            for problem in verdict.problems:
+                typer.echo(f"  because {problem.reason}\n  try     {problem.remedy}")
+            for line in verdict.notes if verdict.loads else ():
+                typer.echo(f"  note    {line}")
+    useless = {v.engine for v in verdicts} - {v.engine for v in verdicts if v.loads}
+    if useless:
+        raise VerificationError(
+            f"not loaded by {', '.join(sorted(useless))}",
+            where=folder,
+            hint="see the reasons above; these are rules for files, no engine was started",
+        )

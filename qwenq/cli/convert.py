@@ -32,6 +32,13 @@ def convert(
         Literal["v1", "v2"] | None,
         typer.Option(help="Format of GPTQ zero points: v1 (minus one) or v2."),
     ] = None,
+    to: Annotated[
+        Literal["compressed-tensors"] | None,
+        typer.Option(
+            help="compressed-tensors: the same integers in that layout, which transformers and vLLM load; of "
+            "symmetric GPTQ models."
+        ),
+    ] = None,
     max_shard: Annotated[str, typer.Option(help="Largest size of a file: 5GB, 500MB, 2GiB.")] = "5GB",
     weights: Annotated[
         Literal["stored", "random"],
@@ -42,7 +49,7 @@ def convert(
 ) -> None:
     """Rewrite a model in another layout.
 
-    Qwen v1 to Qwen2, GPTQ zero points v1 ↔ v2, shards of another size.
+    Qwen v1 to Qwen2, GPTQ zero points v1 ↔ v2, GPTQ to compressed-tensors, shards of another size.
     """
     shard_bytes = parse_size(max_shard)
     if weights == "random":
@@ -55,7 +62,7 @@ def convert(
     resolved = resolve_model(src)
     found = list(resolved.notices)
     with show_events(found.append, quiet=quiet) as listener:
-        done = run(resolved.folder, dst, zeros=zeros, max_shard_bytes=shard_bytes, listener=listener)
+        done = run(resolved.folder, dst, zeros=zeros, to=to, max_shard_bytes=shard_bytes, listener=listener)
     notes(found)
     for change in done.changes or ["nothing but the shards changed"]:
         typer.echo(f"changed: {change}")

@@ -123,8 +123,8 @@ class LocalModel:
 
     @property
     def quantised(self) -> bool:
-        """Return whether its weights are packed integers."""
-        return is_quantised(self.checkpoint.config)
+        """Return whether its weights were quantised, here or by another tool."""
+        return is_quantised(self.checkpoint.config) or self.checkpoint.foreign is not None
 
     @cached_property
     def protocol(self) -> ProtocolName:

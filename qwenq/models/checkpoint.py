@@ -18,6 +18,8 @@ from qwenq.models.source import TensorInfo, TensorSource, TextView
 if TYPE_CHECKING:
     import torch
 
+    from qwenq.models.foreign_formats import ForeignSource
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -34,6 +36,7 @@ class Checkpoint:
             one, belongs to them.
         view: how the language model was found among the files' tensors; None: they are all it has.
         file_config: config.json as it was read, where ``config`` is a part of it.
+        foreign: the tensors of another tool's quantised model, which ``source`` shows as plain weights.
     """
 
     folder: Path
@@ -43,6 +46,7 @@ class Checkpoint:
     on_disk: bool = True
     view: TextView | None = None
     file_config: dict[str, Any] | None = None
+    foreign: ForeignSource | None = None
 
     @property
     def companions(self) -> Path | None:
@@ -90,8 +94,9 @@ class Checkpoint:
 def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     """Open a model folder for lazy reading; only headers are read, and all of them are checked.
 
-    A GPTQ folder opens with its packed tensors; a notice says so where it has no qwenq.json, or AutoGPTQ's
-    quantize_config.json alone says how it was quantised. A Qwen v1 folder opens in Qwen2's layout.
+    A GPTQ folder opens with its packed tensors; a notice is added where it has no qwenq.json, or where only
+    AutoGPTQ's quantize_config.json has the settings. Weights that another tool quantised (AWQ,
+    compressed-tensors, FP8) are shown dequantised. A Qwen v1 folder opens in Qwen2's layout.
 
     Args:
         folder: where config.json and the weights are.
@@ -102,11 +107,18 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         CorruptFileError: a shard is missing, truncated or damaged; a file is a link out of the folder.
         UnsupportedError: an architecture or a weight format that is not supported.
     """
+    from qwenq.models.foreign_formats import open_foreign  # with torch
+
     refuse_foreign_links(folder)
     config, notices = read_config(folder)
     source, unread = open_weights(folder)
-    names = list(source.names())
     notices += unread
+    foreign = open_foreign(config, source, folder / "config.json") if is_quantised(config) else None
+    if foreign is not None:
+        source = foreign
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+        notices.append(f"quantised by another tool, {foreign.format.name}: read as the weights it stands for")
+    names = list(source.names())
     if config["model_type"] == "qwen":
         config, source = qwen2_view(folder, config, source)
     elif not is_quantised(config) and (quant := settings_of(folder, config, names)):
@@ -125,7 +137,7 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         config = _correct_format(config, source, notices)
         if not unfinished:
             notices += missing_manifest(folder)
-    return Checkpoint(folder, config, source, notices, view=view, file_config=file_config)
+    return Checkpoint(folder, config, source, notices, view=view, file_config=file_config, foreign=foreign)
 
 
 def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[str]) -> dict[str, Any]:

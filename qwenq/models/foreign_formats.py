@@ -37,6 +37,7 @@ class ForeignFormat:
 
     Attributes:
         name: for people, such as "AWQ Int4, groups of 128".
+        precision: for rows and tables, such as ``awq-int4``.
         bits: of a weight.
         suffixes: of the tensors that stand for a weight; the first tells that a module is quantised.
         shape: (source, module) → [out, in] of its weight, from headers.
@@ -44,6 +45,7 @@ class ForeignFormat:
     """
 
     name: str
+    precision: str
     bits: int
     suffixes: tuple[str, ...]
     shape: Callable[[TensorSource, str], tuple[int, ...]]
@@ -69,6 +71,16 @@ class ForeignSource:
         }
         parts = {f"{m}.{suffix}": f"{m}.weight" for m in self._modules.values() for suffix in found.suffixes}
         self._names = list(dict.fromkeys(parts.get(name, name) for name in stored.names()))
+
+    @property
+    def format(self) -> ForeignFormat:
+        """Return how the weights were quantised."""
+        return self._format
+
+    @property
+    def stored(self) -> TensorSource:
+        """Return the tensors as they lie in the files."""
+        return self._stored
 
     @property
     def modules(self) -> list[str]:
@@ -127,6 +139,32 @@ def foreign_format(config: Mapping[str, Any], where: Path) -> ForeignFormat | No
     )
 
 
+def open_foreign(config: Mapping[str, Any], source: TensorSource, where: Path) -> ForeignSource | None:
+    """Return a checkpoint of another tool that reads like a plain one; None: plain weights or GPTQ.
+
+    Weights are shown in float32, which holds every product of an integer and a scale exactly.
+
+    Args:
+        config: config.json.
+        source: the tensors under their names in the files.
+        where: for messages.
+
+    Raises:
+        UnsupportedError, ModelError: see ``foreign_format``; or no tensor of that format is there.
+    """
+    found = foreign_format(config, where)
+    if found is None:
+        return None
+    opened = ForeignSource(source, found, torch.float32)
+    if not opened.modules:
+        raise ModelError(
+            f"config.json names {found.name}, and no tensor has that form",
+            where=where,
+            hint="config.json and the weights are not of one model: copy the folder again",
+        )
+    return opened
+
+
 def unpack_int32(words: Tensor, bits: int, count: int) -> Tensor:
     """Return integers of ``bits`` from int32 words, uint8 [rows, count]; the lowest bits come first.
 
@@ -168,7 +206,7 @@ def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         return (grouped * scales.unsqueeze(1)).flatten(0, 1).t().contiguous()  # [out, in]
 
     name = f"AWQ Int4, {'one scale a row' if group == -1 else f'groups of {group}'}"
-    return ForeignFormat(name, bits, ("qweight", "qzeros", "scales"), shape, dequantise)
+    return ForeignFormat(name, "awq-int4", bits, ("qweight", "qzeros", "scales"), shape, dequantise)
 
 
 def _awq_nibbles(words: Tensor) -> Tensor:
@@ -203,7 +241,7 @@ def _compressed_tensors(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
     if layout == "pack-quantized" and kind == "int" and 1 <= bits <= 8:
         return _packed(bits, symmetric)
     if layout in ("int-quantized", "float-quantized", "naive-quantized") and bits == 8:
-        return _eight_bits(f"compressed-tensors {'Int8' if kind == 'int' else 'FP8'}")
+        return _eight_bits("Int8" if kind == "int" else "FP8")
     raise UnsupportedError(
         f"compressed-tensors' format {layout!r} of {bits} bits is not read",
         where=where,
@@ -234,10 +272,10 @@ def _packed(bits: int, symmetric: bool) -> ForeignFormat:
         return (values - zeros[:, group]) * scales[:, group]
 
     suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-    return ForeignFormat(f"compressed-tensors Int{bits}", bits, suffixes, shape, dequantise)
+    return ForeignFormat(f"compressed-tensors Int{bits}", f"ct-int{bits}", bits, suffixes, shape, dequantise)
 
 
-def _eight_bits(name: str) -> ForeignFormat:
+def _eight_bits(kind: str) -> ForeignFormat:
     def shape(source: TensorSource, module: str) -> tuple[int, ...]:
         return source.info(f"{module}.weight").shape
 
@@ -256,7 +294,8 @@ def _eight_bits(name: str) -> ForeignFormat:
             return _by_block(values.float(), scales, offset)
         return _by_block(values.float(), scales, None)
 
-    return ForeignFormat(name, 8, ("weight_scale", "weight", "weight_zero_point"), shape, dequantise)
+    suffixes = ("weight_scale", "weight", "weight_zero_point")
+    return ForeignFormat(f"compressed-tensors {kind}", f"ct-{kind.lower()}", 8, suffixes, shape, dequantise)
 
 
 def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
@@ -279,7 +318,7 @@ def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         return values.float() * wide
 
     suffixes = ("weight_scale_inv", "weight")
-    return ForeignFormat(f"FP8, blocks of {block[0]} × {block[1]}", 8, suffixes, shape, dequantise)
+    return ForeignFormat(f"FP8, blocks of {block[0]} × {block[1]}", "fp8", 8, suffixes, shape, dequantise)
 
 
 def _by_block(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_QUANTISED_NAME = re.compile(r"[-_.](?:gptq[-_.])?int[48]$|[-_.]gptq(?:[-_.].*)?$", re.IGNORECASE)
+_QUANTISED_NAME = re.compile(
+    r"[-_.](?:(?:gptq|awq)[-_.])?int[48]$|[-_.](?:gptq|awq|fp8|w[48]a16|autoround)(?:[-_.].*)?$",
+    re.IGNORECASE,
+)
 
 
 def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) -> Model:
@@ -43,6 +46,11 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         fingerprint = f"random:{checkpoint.config[RANDOM_KEY].get('seed')}:{name}"
     else:
         fingerprint = checkpoint.fingerprint
+    if checkpoint.foreign is not None:
+        stored = checkpoint.foreign.stored
+        infos = [stored.info(tensor) for tensor in stored.names()]
+        size = sum(info.numel * info.dtype.itemsize for info in infos)
+        return Model(name, fingerprint, checkpoint.foreign.format.precision, family_name(name), size)
     if not is_quantised(checkpoint.config):
         size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
         return Model(name, fingerprint, precision_name(dtype), name, size)
