@@ -36,14 +36,14 @@ def test_every_format_is_read_as_the_weights_that_it_stands_for(
     found = foreign_format(json.loads((tmp_path / "f" / "config.json").read_text()), tmp_path)
     assert found is not None
     assert found.bits == bits
-    source = ForeignSource(open_weights(tmp_path / "f"), found, torch.float32)
-    assert set(source.names()) == set(open_weights(model).names())
+    source = ForeignSource(open_weights(tmp_path / "f")[0], found, torch.float32)
+    assert set(source.names()) == set(open_weights(model)[0].names())
     assert len(expected) == len(source.modules) == 21
     for name in source.names():
         read = source.read(name)
         assert source.info(name).shape == tuple(read.shape)
         assert source.info(name).dtype == read.dtype
-        assert torch.equal(read, expected.get(name, open_weights(model).read(name)))
+        assert torch.equal(read, expected.get(name, open_weights(model)[0].read(name)))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -99,7 +99,7 @@ def test_tensors_that_do_not_fit_name_their_module(tmp_path: Path) -> None:
     write_foreign(model, tmp_path / "f", "awq")
     found = foreign_format(json.loads((tmp_path / "f" / "config.json").read_text()), tmp_path)
     assert found is not None
-    stored = open_weights(tmp_path / "f")
+    stored = open_weights(tmp_path / "f")[0]
     read = stored.read
     name = "model.layers.0.self_attn.q_proj"
     stored.read = lambda n: read(n)[:, :3] if n == f"{name}.scales" else read(n)  # type: ignore[method-assign]
