@@ -76,8 +76,7 @@ def quantize_weight(
 
     The steps: damping (H + damp · mean(diag H) · I), a grid by ``search_grid``, GPTQ (Algorithm 1 of arXiv
     2210.17323), coordinate descent on integers and scales from there. The defaults are those of `qwenq
-    quantize`; ``scale_search="none", damp=0.01, coordinate_descent=False`` is GPTQ as in the paper. Neither
-    argument is changed.
+    quantize`; ``scale_search="none", damp=0.01, coordinate_descent=False`` is GPTQ as in the paper.
 
         H = 2 / len(X) * X.T @ X          # X: [tokens, in], the inputs of the layer
         result = quantize_weight(layer.weight.data, H, bits=4, group_size=128)
