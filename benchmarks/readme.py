@@ -35,7 +35,7 @@ MODEL = "SmolLM2-135M-Instruct-GPTQ-Int4"
 
 
 def demo_report(run: Path) -> Report:
-    """What the demo made, from its Int4 model's manifest and its journal, on this machine."""
+    """Return what the demo made, from its Int4 model's manifest and its journal, on this machine."""
     manifest = json.loads((run / "models" / MODEL / "qwenq.json").read_text(encoding="utf-8"))
     spent: dict[str, float] = {}  # a step that took several goes took all their seconds
     journal = [json.loads(line) for line in (run / "journal.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -105,8 +105,7 @@ def quantize_weight(
     _require(2 <= bits <= 8, f"2 to 8 bits, not {bits}")
     _require(size > 0 and width % size == 0, f"a group size that divides {width}, not {group_size}")
     _require(act_order in ("static", "none"), f'act_order "static" or "none", not {act_order!r}')
-    searches = ("hessian", "mse", "none")
-    _require(scale_search in searches, f"scale_search one of {searches}, not {scale_search!r}")
+    _require(scale_search in get_args(ScaleSearch), f"a scale_search that exists, not {scale_search!r}")
     _require(damp > 0, f"damp above 0, not {damp}")
     W, H = weight.detach().float(), hessian.detach().to(weight.device, torch.float32)
     order = order_by_diagonal(H) if act_order == "static" else torch.arange(width, device=H.device)
