@@ -88,8 +88,7 @@ def convert(
 
     Raises:
         UsageError: the target is the source or holds something; settings of GPTQ for another model.
-        ModelError: the source is damaged or contradicts itself: names the tensor that is missing, of another
-            shape than config.json says, or not finite.
+        ModelError: the source is damaged, or contradicts its config.json; names the tensor.
         QuantisationError: a zero point that format v1 cannot hold.
         StorageError: the disk refused.
     """
