@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run.test_chain import WHOLE, chain
+from test_workflow import WHOLE, chain
 from test_docs import ROOT
 
 from qwenq.errors import UsageError
