@@ -74,6 +74,13 @@ def code() -> str:
     return digest.hexdigest()[:12]
 
 
+RECORD = (
+    "import sys; from pathlib import Path; from qwenq.workflow import append_check; "
+    "append_check(Path(sys.argv[1]), Path(sys.argv[2]), 'qwenq quantize')"
+)
+"""Append the check that the model's manifest holds to a run, as `qwenq run` does."""
+
+
 def measure(model: Path, folder: Path) -> None:
     """One run: the chain of recipes/ci.toml on its Int4 model, shorter."""
     part = folder.with_suffix(".part")
@@ -83,7 +90,7 @@ def measure(model: Path, folder: Path) -> None:
     questions = ["--tasks", "mmlu,ceval", "--protocol", "base", "--sample", "--limit", str(ITEMS)]
     lengths = ["--tokens", "64", "--encode", "128", "--budget", BUDGET]
     commands: tuple[Command, ...] = (
-        [sys.executable, "-m", "qwenq.run.recorded", model, part, "qwenq quantize"],
+        [sys.executable, "-c", RECORD, model, part],
         [*qwenq, "eval", model, *questions, "--out", part],
         [*qwenq, "profile", model, *lengths, "--out", part],
     )

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_workflow import WHOLE, chain
 from test_docs import ROOT
+from test_workflow import WHOLE, chain
 
 from qwenq.errors import UsageError
 from qwenq.models.bundled import NAME
