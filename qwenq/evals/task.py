@@ -147,6 +147,7 @@ class Score:
         macro: whether subjects count alike, whatever their size.
         parts: value by subject; empty where the task has none.
         categories: value by category, as the protocol groups subjects and averages them.
+        verdicts: what is averaged, where that is not one verdict an item.
     """
 
     metric: str
@@ -155,6 +156,7 @@ class Score:
     n: int
     parts: Mapping[str, float] = field(default_factory=dict)
     categories: Mapping[str, float] = field(default_factory=dict)
+    verdicts: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
