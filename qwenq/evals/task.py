@@ -75,7 +75,8 @@ class Chosen:
     Attributes:
         logprobs: float32 log softmax over the vocabulary, summed over each continuation's tokens.
         published: the published base scripts' score: softmax over the vocabulary, then over the choices, both
-            in the model's own dtype. Near choices tie there, and the first of them wins.
+            in the model's own dtype. Near choices tie there, and the first of them wins. Empty where a server
+            gave the log probabilities, as its dtype is unknown.
     """
 
     logprobs: tuple[float, ...]

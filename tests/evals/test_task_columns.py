@@ -66,8 +66,8 @@ def test_prompts_of_mmlu_pro(source: DataSource) -> None:
     start = "Answer: Let's think step by step."
     assert base.request(item).prompt == (
         "The following are multiple choice questions (with answers) about computer science. Think step by "
-        'step and then finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n\n'
-        f"{question}{start} It is so. The answer is (A).\n\n{question}{start}"
+        'step and then finish your answer with "the answer is (X)" where X is the correct letter choice.'
+        f"\n\n\n\n{question}{start} It is so. The answer is (A).\n\n{question}{start}"
     )
     chat = card.request(card.items(source, ["computer_science"])[0]).prompt[1]["content"]  # type: ignore[index]
     assert chat == (
