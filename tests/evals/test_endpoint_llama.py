@@ -79,7 +79,7 @@ def test_a_real_server_is_evaluated_and_asked_once(tmp_path: Path, served: str, 
 
 
 def test_letters_are_those_of_our_engine(tmp_path: Path, served: str) -> None:
-    """The server multiplies 8-bit activations by the file's own 4-bit weights: scores are close, not equal."""
+    """The server rounds activations to 8 bits and multiplies the file's own weights: scores are close."""
     options = ["--tasks", "mmlu", "--limit", "3", "--protocol", "base"]
     there = evaluate(tmp_path / "served", served, *options)
     assert there.returncode == 0, there.stderr

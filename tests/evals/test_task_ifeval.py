@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_shell import Shell
 from evals.columns_data import ifeval_rows, write_lines
+from evals.endpoint_server import Server
 from evals.golden_cases import RESPONSES, SHOWN, ifeval_instructions
 from evals.record_golden import GOLDEN, digest
 
@@ -15,6 +17,8 @@ from qwenq.errors import DataError, UnsupportedError
 from qwenq.evals.task import DataSource, Written
 from qwenq.evals.tasks.ifeval_checks import CHECKS, follows, follows_loosely, words
 from qwenq.evals.tasks.registry import get_task
+from qwenq.results import read_rows
+from qwenq.statistics import wilson
 
 CARD = get_task("ifeval", "card")
 
@@ -103,6 +107,33 @@ def test_arguments_of_the_hubs_copy_may_be_null_or_floats(tmp_path: Path, packag
         ["length_constraints:number_words", {"relation": "at least", "num_words": 3}],
         ["detectable_format:title", {}],
     ]
+
+
+def test_the_four_scores_are_rows_of_a_run(
+    source: DataSource,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The server answers in capitals: without a comma, a title, or the phrase at the end."""
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    ran = Shell("eval", monkeypatch, capsys)(
+        *("--endpoint", server.url, "--tasks", "ifeval", "--data", tmp_path, "--limit", 3),
+        *("--out", tmp_path / "run"),
+    )
+    assert ran.code == 0, ran.err
+    assert server.seen[0]["messages"] == [{"role": "user", "content": "Which lamp shines? 0"}]
+    assert server.seen[0]["max_tokens"] == 1280
+    rows = {row.metric: row for row in read_rows(tmp_path / "run")}
+    assert {name: (row.value, row.n) for name, row in rows.items()} == {
+        "accuracy": (1 / 3, 3),
+        "accuracy.loose": (1 / 3, 3),
+        "accuracy.instructions": (2 / 4, 4),
+        "accuracy.instructions-loose": (2 / 4, 4),
+    }
+    low, high = wilson(0.5, 4)
+    assert (rows["accuracy.instructions"].low, rows["accuracy.instructions"].high) == (low, high)
 
 
 @pytest.mark.parametrize(("change", "message"), [
