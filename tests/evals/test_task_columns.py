@@ -159,6 +159,11 @@ def test_prompts_and_letters_of_gpqa(source: DataSource) -> None:
         f"(A) {shown['A']}\n(B) {shown['B']}\n(C) {shown['C']}\n(D) {shown['D']}\n\n"
         'Format your response as follows: "The correct answer is (insert answer here)"'
     )
+    asked = get_task("gpqa-diamond", "card").request(item).prompt[1]["content"]  # type: ignore[index]
+    assert asked == (
+        f"Which lamp shines? 0\n\nA. {shown['A']}\nB. {shown['B']}\nC. {shown['C']}\nD. {shown['D']}\n\n"
+        'Please show your choice in the `answer` field with only the choice letter, e.g., `"answer": "C"`.'
+    )
     item = Item("physics/2", "physics", {"answer": "B"})
     for text, card, plain in (
         ('"answer": "B"', "B", None),

@@ -37,7 +37,7 @@ from qwenq.evals.task import (
     score_all,
 )
 from qwenq.evals.tasks.choices import LETTERS, judge_loglikelihood
-from qwenq.evals.tasks.data import Row, check_count, copy_in, hub_rows, local_folder, read_csv
+from qwenq.evals.tasks.data import Row, check_count, fetch_hub_file, local_folder, read_csv
 
 VERSION = 1
 
@@ -72,6 +72,7 @@ DOMAINS = ("Biology", "Chemistry", "Physics")
 COUNT = 198
 FILE = "gpqa_diamond.csv"
 HUB = "Idavidrein/gpqa"
+"""Gated. Its file is read as it is: ``datasets`` turns an answer such as ``None`` into nothing."""
 
 
 def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
@@ -156,11 +157,8 @@ def _item(number: int, row: Row) -> Item:
 
 def _read(source: DataSource) -> list[Row]:
     folder = local_folder(source, "gpqa")
-    file = None if folder is None else folder / FILE
-    copy = None if file is None or file.exists() else copy_in(folder)
-    if file is None or copy is not None:
-        return hub_rows(HUB, "gpqa_diamond", "train", COLUMNS, sampled=False, copy=copy)
-    return read_csv(file, COLUMNS, header=True, optional=None)
+    path = fetch_hub_file(HUB, FILE, sampled=False) if folder is None else folder / FILE
+    return read_csv(path, COLUMNS, header=True, optional=None)
 
 
 _script = partial(
