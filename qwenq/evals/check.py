@@ -364,11 +364,12 @@ def check(
     require_tokens(held_out, base)
     base = widened(base, quantised.config.get("intermediate_size"))  # Qwen's 72B is wider than its base
     plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
-    pair = _Pair(plain, base, quant, torch.device(device), dtype)
-    if pair.fallback_notice:
-        listener(Notice(pair.fallback_notice))
-    with counted(listener, step) as progress, torch.inference_mode():
-        scores, modules = pair.run(held_out, quantised_modules(quantised.source), progress)
+    with counted(listener, step) as progress:
+        pair = _Pair(plain, base, quant, torch.device(device), dtype)
+        if pair.fallback_notice:
+            listener(Notice(pair.fallback_notice))
+        with torch.inference_mode():
+            scores, modules = pair.run(held_out, quantised_modules(quantised.source), progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
 
 
