@@ -203,6 +203,12 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
             where=checkpoint.folder,
             hint="name the full-precision model; `qwenq check` compares a quantised one with it",
         )
+    if checkpoint.foreign is not None and checkpoint.foreign.format.bits < 8:
+        raise UsageError(
+            f"this model is already quantised: {checkpoint.foreign.format.name}",
+            where=checkpoint.folder,
+            hint="name the full-precision model, or its FP8 version",
+        )
 
 
 def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:

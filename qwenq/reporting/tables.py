@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwenq.comparison import PLAIN
 from qwenq.reporting.collect import Collection, Measured, hardware_names
 from qwenq.reporting.text import Format, clean, format_of
 from qwenq.results import Value
@@ -250,7 +251,8 @@ COMPUTED_IN = "computed_in"
 def _dtype(item: Measured) -> str:
     """Return the dtype that a quantised model was run in; empty for others, whose precision is that."""
     dtype = item.row.settings.get("dtype")
-    return clean(dtype) if isinstance(dtype, str) and item.row.model.precision.startswith("int") else ""
+    shown = isinstance(dtype, str) and item.row.model.precision not in (*PLAIN, "served")
+    return clean(dtype) if shown else ""
 
 
 def _dtypes(rows: Sequence[Measured], names: Collection) -> dict[str, dict[str, None]]:
