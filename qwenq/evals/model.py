@@ -274,8 +274,10 @@ def _base_of_source(eval_model: LocalModel, quantised: Sequence[LocalModel]) -> 
     if source is None:
         return []
     eval_model.base, eval_model.model = source.base, replace(eval_model.model, family=source.model.family)
-    name, made_from = eval_model.model.name, source.model.name
-    return [f"{name} was made from {made_from}, which is quantised itself: both are compared with its base"]
+    compared = "name the base of both" if source.base is None else "both are compared with its base"
+    return [
+        f"{eval_model.model.name} was made from {source.model.name}, which is quantised itself: {compared}"
+    ]
 
 
 def bases_first(eval_models: Sequence[T]) -> list[T]:

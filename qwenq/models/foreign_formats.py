@@ -209,7 +209,7 @@ def unpack_int32(words: Tensor, bits: int, count: int) -> Tensor:
 
 def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
     bits, group = _integer(keys, "bits", where), _integer(keys, "group_size", where)
-    version = str(keys.get("version", "gemm")).lower()
+    version = str(keys.get("version") or keys.get("format") or "gemm").lower()  # AutoAWQ's, GPTQModel's
     if bits != 4 or version != "gemm":
         raise UnsupportedError(
             f"AWQ of {bits} bits in its {version} layout is not read",

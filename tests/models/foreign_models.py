@@ -157,13 +157,17 @@ def settings(kind: str, bits: int, group: int) -> dict[str, Any]:
         "strategy": "group" if packed else "channel",
         "group_size": group if packed else None,
     }
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    groups: dict[str, Any] = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    if not packed:  # in 8 bits the tool quantises activations, too, as they come
+        dynamic = {"num_bits": 8, "type": weights["type"], "strategy": "token", "dynamic": True}
+        groups["group_0"] |= {"input_activations": dynamic, "format": layouts[kind]}
     if kind == "mixed":
         eight = {"targets": ["re:.*self_attn.*"], "weights": weights | {"num_bits": 8}}
         groups = {"group_0": eight, "group_1": groups["group_0"]}
     return {
         "quant_method": "compressed-tensors",
         "format": layouts.get(kind, "pack-quantized"),
+        "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ["lm_head"],
     }

@@ -149,7 +149,7 @@ def test_a_width_that_config_json_does_not_name_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "left_out"), [("fp8", True), ("int8", False), ("packed", False), ("awq", False)]
+    ("kind", "left_out"), [("fp8", True), ("int8", True), ("packed", False), ("awq", False)]
 )
 def test_a_notice_says_what_is_read_and_what_is_left_out(tmp_path: Path, kind: str, left_out: bool) -> None:
     write_foreign(write_family(tmp_path / "m", "qwen3"), tmp_path / "f", kind)
