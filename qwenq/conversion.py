@@ -88,7 +88,9 @@ def convert(
         listener: receives the number of tensors written, and notices.
 
     Raises:
-        UsageError: the target is the source or holds something; ``zeros`` for a model that is not quantised.
+        UsageError: the target is the source or holds something; ``zeros`` or ``to`` for a model that is not
+            quantised with GPTQ, or both.
+        UnsupportedError: a model that has no form in ``to``.
         ModelError: the source is damaged or contradicts itself: names the tensor that is missing, of another
             shape than config.json says, or not finite.
         QuantisationError: a zero point that format v1 cannot hold.
@@ -102,6 +104,12 @@ def convert(
     entries = _entries(checkpoint, quant)
     read = _reader(checkpoint, quant, zeros)
     if to is not None:
+        if zeros is not None:
+            raise UsageError(
+                "compressed-tensors has one format of zero points",
+                where="--zeros",
+                hint="leave --zeros out",
+            )
         view = _compressed_tensors(checkpoint, quant)
         entries = [(name, view.info(name)) for name in view.names()]
         config["quantization_config"] = view.settings()

@@ -327,7 +327,7 @@ def _publish(
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
-    published = job.base.published
+    published = job.base.published if job.base.foreign is None else job.base.foreign.stored
     base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
     publish(staged, job.out, manifest)
     store.discard()

@@ -1,4 +1,4 @@
-"""Other tools' layouts: what qwenq writes loads in transformers, and what their packers write is read exactly."""
+"""Other tools' layouts: what we write loads in transformers, what their packers write is read exactly."""
 
 from __future__ import annotations
 
