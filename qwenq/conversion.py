@@ -85,15 +85,12 @@ def convert(
         zeros: the format of zero points; None: as they are.
         to: another layout of a GPTQ model; None: its own.
         max_shard_bytes: most bytes of tensors in one file.
-        listener: receives the number of tensors written, and notices.
+        listener: receives progress and notices.
 
     Raises:
-        UsageError: the target is the source or holds something; ``zeros`` or ``to`` for a model that is not
-            quantised with GPTQ, or both.
-        UnsupportedError: a model that has no form in ``to``.
-        ModelError: the source is damaged or contradicts itself: names the tensor that is missing, of another
-            shape than config.json says, or not finite.
-        QuantisationError: a zero point that format v1 cannot hold.
+        UsageError: the target is the source or holds something; settings of GPTQ for another model.
+        ModelError: the source is damaged, or contradicts its config.json; names the tensor.
+        QuantisationError, UnsupportedError: it has no form in format v1 or in ``to``.
         StorageError: the disk refused.
     """
     _refuse_target(source, target)
@@ -101,20 +98,13 @@ def convert(
     quant = _settings(checkpoint, zeros)
     _require_whole(checkpoint, quant)
     config, changes = _target_config(checkpoint, quant, zeros)
-    entries = _entries(checkpoint, quant)
-    read = _reader(checkpoint, quant, zeros)
-    if to is not None:
-        if zeros is not None:
-            raise UsageError(
-                "compressed-tensors has one format of zero points",
-                where="--zeros",
-                hint="leave --zeros out",
-            )
-        view = _compressed_tensors(checkpoint, quant)
-        entries = [(name, view.info(name)) for name in view.names()]
+    if to is None:
+        entries, read = _entries(checkpoint, quant), _reader(checkpoint, quant, zeros)
+    else:
+        view, quant = _compressed_tensors(checkpoint, quant, zeros), None
+        entries, read = [(name, view.info(name)) for name in view.names()], view.read
         config["quantization_config"] = view.settings()
         changes.append("GPTQ → compressed-tensors, the same integers and scales")
-        read, quant = view.read, None
     total = sum(tensor_bytes(info) for _, info in entries)
     with _new_folder(target) as folder, counted(listener, "writing", "tensors") as update:
         numbers = {name: number for number, (name, _) in enumerate(entries)}
@@ -169,7 +159,13 @@ def _kind(checkpoint: Checkpoint) -> str:
     return "not quantised" if checkpoint.foreign is None else checkpoint.foreign.format.name
 
 
-def _compressed_tensors(checkpoint: Checkpoint, quant: QuantConfig | None) -> CompressedTensorsView:
+def _compressed_tensors(
+    checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
+) -> CompressedTensorsView:
+    if zeros is not None:
+        raise UsageError(
+            "compressed-tensors has one format of zero points", where="--zeros", hint="leave --zeros out"
+        )
     if quant is None:
         raise UsageError(
             f"--to compressed-tensors is for a GPTQ model, and this one is {_kind(checkpoint)}",
