@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenq.comparison import PLAIN
 from qwenq.reporting.collect import Collection, Measured, hardware_names
 from qwenq.reporting.text import Format, clean, format_of
 from qwenq.results import Value
@@ -251,6 +250,8 @@ COMPUTED_IN = "computed_in"
 def _dtype(item: Measured) -> str:
     """Return the dtype that a quantised model was run in; empty for others, whose precision is that."""
     dtype = item.row.settings.get("dtype")
+    from qwenq.comparison import PLAIN  # with numpy
+
     shown = isinstance(dtype, str) and item.row.model.precision not in (*PLAIN, "served")
     return clean(dtype) if shown else ""
 
