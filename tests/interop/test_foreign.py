@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from dequantised import logits_of, transformers_model
-from models.foreign_models import settings, write_foreign
+from models.foreign_models import settings as settings_of
+from models.foreign_models import write_foreign
+from pipeline import run
 from safetensors.torch import load_file, save_file
 from test_generations import GENERATIONS, quantised
-from tiny_families import random_tokens, write_family
+from tiny_families import random_tokens, write_calibration, write_family
+from tiny_published import write_published
 
 from qwenq.conversion import convert
 from qwenq.models.checkpoint import open_checkpoint
@@ -41,6 +44,30 @@ def test_a_folder_converted_to_compressed_tensors_loads_in_transformers(
     torch.testing.assert_close(
         logits_of(model, ids), logits_of(transformers_model(out), ids), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("qwen3_moe", {}), ("qwen3_moe", {"module_bits": {"self_attn": 8}}), ("qwen3_5", {})],
+)
+def test_so_do_experts_hybrids_and_bits_by_module(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    """transformers multiplies integers and scales of experts in float16, and of other modules in float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = write_published(tmp_path / "m", family)
+    calibration = write_calibration(model, tmp_path / "c.safetensors", samples=8)
+    run(model, tmp_path / "out", calibration=calibration, **settings)
+    convert(tmp_path / "out", tmp_path / "ct", to="compressed-tensors")
+    convert(tmp_path / "ct", tmp_path / "plain")
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        for name in ("ct", "plain")
+    )
+    ids = random_tokens(model, 1, 40, seed=5)[0].tolist()
+    close = 2e-3 if "moe" in family else 1e-4
+    torch.testing.assert_close(logits_of(theirs, ids), logits_of(ours, ids), atol=close, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["packed-symmetric", "mixed", "int8", "float8"])
@@ -116,7 +143,7 @@ def test_awq_as_gptqmodel_packs_it(tmp_path: Path, group: int) -> None:
         return stored, meant.t().float()
 
     model = write_family(tmp_path / "m", "qwen3")
-    expected = folder_of(model, tmp_path / "f", parts, settings("awq", 4, group))
+    expected = folder_of(model, tmp_path / "f", parts, settings_of("awq", 4, group))
     assert_read(tmp_path / "f", expected)
 
 
