@@ -17,7 +17,8 @@ AutoRound writes AWQ's tensors or GPTQ's (``models.autoround``); the latter are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ class ForeignSource:
         """Return shape and dtype, without dequantising."""
         if name not in self._modules:
             return self._stored.info(name)
-        return TensorInfo(self._format.shape(self._stored, self._modules[name]), self._dtype)
+        module = self._modules[name]
+        with _fitting(module):
+            return TensorInfo(self._format.shape(self._stored, module), self._dtype)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor; a quantised weight as [out, in], computed in float32 and rounded once.
@@ -127,14 +130,21 @@ class ForeignSource:
         if name not in self._modules:
             return self._stored.read(name)
         module = self._modules[name]
-        try:
+        with _fitting(module):
             return self._format.dequantise(self._stored, module).to(self._dtype)
-        except RuntimeError as error:  # shapes that cannot be multiplied or reshaped
-            raise ModelError(
-                f"the tensors of this module do not fit each other: {error}",
-                where=module,
-                hint="config.json and the weights are not of one model: copy the folder again",
-            ) from error
+
+
+@contextmanager
+def _fitting(module: str) -> Iterator[None]:
+    """Turn what shapes raise that cannot be multiplied, reshaped or indexed into a message."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"the tensors of this module do not fit each other: {error}",
+            where=module,
+            hint="config.json and the weights are not of one model: copy the folder again",
+        ) from error
 
 
 def foreign_format(config: Mapping[str, Any], where: Path) -> ForeignFormat | None:
@@ -281,7 +291,10 @@ def _schemes(keys: Mapping[str, Any], where: Path) -> tuple[list[dict[str, Any]]
         UnsupportedError: weights that are sparse or rotated, too.
         ModelError: no group has settings of weights.
     """
-    sparsity, transform = (keys.get(key) or {} for key in ("sparsity_config", "transform_config"))
+    sparsity, transform = (
+        found if isinstance(found := keys.get(key), Mapping) else {}
+        for key in ("sparsity_config", "transform_config")
+    )
     if sparsity.get("format", "dense") != "dense" or transform.get("config_groups"):
         kind = "rotated" if transform else "sparse"
         raise UnsupportedError(
@@ -314,8 +327,11 @@ def _packed(schemes: list[dict[str, Any]], activations: bool) -> ForeignFormat:
     symmetric = all(scheme.get("symmetric", True) for scheme in schemes)
 
     def shape(source: TensorSource, module: str) -> tuple[int, ...]:
-        rows, columns = source.read(f"{module}.weight_shape").tolist()
-        return int(rows), int(columns)
+        rows, columns = map(int, source.read(f"{module}.weight_shape").tolist())
+        height, words = source.info(f"{module}.weight_packed").shape
+        if rows != height or not 0 < columns <= words * 32:
+            raise ValueError(f"weight_shape is {[rows, columns]}, weight_packed {[height, words]}")
+        return rows, columns
 
     def dequantise(source: TensorSource, module: str) -> Tensor:
         rows, columns = shape(source, module)
@@ -411,7 +427,7 @@ def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         values = source.read(f"{module}.weight")  # float8 [out, in]
         scales = source.read(f"{module}.weight_scale_inv").float()  # [out / rows, in / columns], rounded up
         rows, columns = values.shape
-        wide = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        wide = scales[torch.arange(rows) // block[0]][:, torch.arange(columns) // block[1]]
         return values.float() * wide
 
     return ForeignFormat(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_models import packed_words, write_foreign
+from safetensors.torch import load_file, save_file
 from tiny_families import write_family
 
 from qwenq.errors import ModelError, QwenqError, UnsupportedError
@@ -158,3 +159,28 @@ def test_a_notice_says_what_is_read_and_what_is_left_out(tmp_path: Path, kind: s
     assert "quantised by another tool" in said
     assert ("activations" in said) == left_out
     assert len(checkpoint.foreign_modules) == 21
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "value"),
+    [
+        ("awq", "qweight", torch.zeros(8, dtype=torch.int32)),
+        ("awq", "scales", torch.zeros(0, 64, dtype=torch.float16)),
+        ("packed", "weight_shape", torch.tensor([64, 1 << 40])),
+        ("packed", "weight_shape", torch.tensor([64, 0])),
+        ("packed", "weight_shape", torch.tensor([64])),
+        ("packed", "weight_scale", torch.zeros(64, 0, dtype=torch.float16)),
+        ("int8", "weight_scale", torch.zeros(64, 5)),
+        ("fp8", "weight_scale_inv", torch.zeros(1, 1)),
+    ],
+)
+def test_damaged_tensors_are_a_message_that_names_the_module(
+    tmp_path: Path, kind: str, part: str, value: torch.Tensor
+) -> None:
+    write_foreign(write_family(tmp_path / "m", "qwen3"), tmp_path / "f", kind)
+    tensors = load_file(tmp_path / "f" / "model.safetensors")
+    tensors[f"model.layers.0.self_attn.q_proj.{part}"] = value
+    save_file(tensors, tmp_path / "f" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="do not fit each other") as caught:
+        open_checkpoint(tmp_path / "f").read("model.layers.0.self_attn.q_proj.weight")
+    assert caught.value.where == "model.layers.0.self_attn.q_proj"
