@@ -203,6 +203,12 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
             where=checkpoint.folder,
             hint="name the full-precision model; `qwenq check` compares a quantised one with it",
         )
+    if checkpoint.foreign is not None and checkpoint.foreign.format.bits < 8:
+        raise UsageError(
+            f"this model is already quantised: {checkpoint.foreign.format.name}",
+            where=checkpoint.folder,
+            hint="name the full-precision model, or its FP8 version",
+        )
 
 
 def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
@@ -324,7 +330,7 @@ def _publish(
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
-    published = job.base.published
+    published = job.base.published if job.base.foreign is None else job.base.foreign.stored
     base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
     files = {file.name: {"bytes": file.stat().st_size} for file in staged.iterdir() if file.is_file()}
     written = open_checkpoint(staged, unfinished=True)
