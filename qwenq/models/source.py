@@ -7,7 +7,7 @@ and the dequantised view of a GPTQ folder are read in the same way.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -141,6 +141,7 @@ _NESTED = "model.language_model."
 _NOT_RUN = re.compile(r"(mtp|visual|model\.visual)\.")
 """Draft heads and vision towers: published as they are, and no part of the language model."""
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,23 @@ class TextView:
         whole: the tensors as the files name them.
         hidden: the width of the hidden states, which tells how fused experts are oriented.
         folder: for messages.
+        layers: how many blocks run; None: all that there are. DeepSeek and GLM store draft heads behind them.
+        rename: the name in transformers' model of a name in the files, where these differ.
     """
 
-    def __init__(self, whole: TensorSource, hidden: Any, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        whole: TensorSource,
+        hidden: Any,
+        folder: Path | None = None,
+        *,
+        layers: int | None = None,
+        rename: Callable[[str], str] = str,
+    ) -> None:
         self.whole = whole
         self._parts: dict[str, Part] = {}
+        self._stored_modules: dict[str, str] = {}
+        self._drafts: dict[str, str] = {}
         names = list(whole.names())
         self.nested = any(name.startswith(_NESTED) for name in names)
         for name in names:
@@ -181,6 +194,12 @@ class TextView:
                 shown = "model." + name.removeprefix(_NESTED)
             else:
                 continue
+            if layers is not None and (m := _LAYER.match(shown)) is not None and int(m[1]) >= layers:
+                self._drafts[name] = m[1]
+                continue
+            if (renamed := rename(shown)) != shown:
+                self._stored_modules[renamed.rpartition(".")[0]] = shown.rpartition(".")[0]
+                shown = renamed
             if (fused := _FUSED.fullmatch(shown)) is None:
                 self._parts[shown] = Part(name)
             else:
@@ -208,9 +227,10 @@ class TextView:
 
     @property
     def beside(self) -> list[str]:
-        """Return what lies beside the language model: of ``mtp`` and ``visual`` those that there are."""
+        """Return patterns of what lies beside the language model: ``mtp``, ``visual``, blocks of draft heads."""
         hidden = [name for name in self.whole.names() if not self.shown(name)]
-        return [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
+        named = [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
+        return named + [rf"\.layers\.{number}\." for number in dict.fromkeys(self._drafts.values())]
 
     def is_whole(self, shown: str) -> bool:
         """Return whether the tensor is shown as it is stored, not as a part of a larger one."""
@@ -218,6 +238,9 @@ class TextView:
 
     def published(self, shown: str) -> str:
         """Return the name that a tensor of the language model has in files of this checkpoint's layout."""
+        module, _, leaf = shown.rpartition(".")
+        if (stored := self._stored_modules.get(module)) is not None:
+            shown = f"{stored}.{leaf}"
         if self.nested and shown.startswith("model."):
             return _NESTED + shown.removeprefix("model.")
         return shown
