@@ -81,15 +81,26 @@ def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in module._buffers.items() if key in own and tensor is not None}
 
 
+class _Outputs:
+    """Hidden states in the form that any class reads them from: all other outputs are None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: int) -> Tensor:
+        return (self.last_hidden_state,)[place]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class _Given(nn.Module):
     """Stands in for the blocks: gives what it was given."""
 
     hidden: Tensor
 
-    def forward(self, *_: Any, **__: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+    def forward(self, *_: Any, **__: Any) -> _Outputs:
+        return _Outputs(self.hidden)
 
 
 class ClassHead:
