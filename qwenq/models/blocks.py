@@ -88,6 +88,8 @@ class BlockwiseDecoder:
             if self._inspected:
                 fill_computed(model, device)
         self._blocks: nn.ModuleList = self._inner.layers
+        if self._inspected:
+            list(self.kept())  # refuses what is no linear layer, before tensors are looked for
         self._require_tensors()
         if self.attention == OURS:
             self._fuse(config)

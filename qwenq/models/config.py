@@ -341,9 +341,10 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     missing = missing_by_config(config)
     if model_type not in NOT_SUPPORTED_YET and missing is None and class_in_transformers(model_type):
         _refuse_other_use(config, path)
+        built = class_in_transformers(model_type)
         return [
-            f"{model_type} is none of the model types with a recipe here: its blocks are read by inspection of "
-            f"transformers' {class_in_transformers(model_type)}, and run by it (--engine transformers)"
+            f"{model_type} is none of the model types with a recipe here: its blocks are inspected as "
+            f"transformers' {built} builds them, and --engine transformers runs it"
         ]
     if model_type in NOT_SUPPORTED_YET:
         what = f"{model_type} is not supported yet: {NOT_SUPPORTED_YET[model_type]} would have to be added"
@@ -394,6 +395,12 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
         () if not required or any(config.get(key) is not None for key in _MLP_WIDTHS) else _MLP_WIDTHS[:1]
     )
     for key in (*required, *widths):
+        if config.get(key) is None and by_inspection(config):
+            raise UnsupportedError(
+                f"config.json of a {config['model_type']} has no {key}, by which decoders are inspected",
+                where=path,
+                hint="this architecture is not supported yet",
+            )
         if config.get(key) is None:
             raise ModelError(
                 f"config.json has no {key}", where=path, hint="copy the model's config.json again"

@@ -1,8 +1,8 @@
 """Run decoders that transformers' code alone describes: what surrounds their blocks is its own.
 
-For the families that are known here, tables say how hidden states are embedded and what the head does. Of any
-other causal language model of transformers, these functions check that it is a plain stack of blocks, and leave
-everything before and behind the blocks to the code of its class: scaled embeddings, capped or scaled logits.
+For the families that are known here, tables say how hidden states are embedded and what the head does. Of
+any other causal language model of transformers, these functions check that it is a plain stack of blocks, and
+leave all that comes before and behind the blocks to the code of its class: scaled embeddings, capped logits.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def fill_computed(model: Any, device: torch.device) -> None:
     for name, module in model.named_modules():
         missing = {key: tensor for key, tensor in computed_buffers(module).items() if tensor.is_meta}
         for key, tensor in missing.items():
-            empty = torch.full_like(tensor, float("nan"), device=device) if tensor.is_floating_point() else tensor
-            module._buffers[key] = empty
+            if tensor.is_floating_point():
+                module._buffers[key] = torch.full_like(tensor, float("nan"), device=device)
         if missing:
             with torch.no_grad():
                 model._init_weights(module)

@@ -187,6 +187,26 @@ class TextView:
         self._drafts: dict[str, str] = {}
         names = list(whole.names())
         self.nested = any(name.startswith(_NESTED) for name in names)
+        stored = self._by_model_name(names, layers, rename)
+        for shown, name in stored.items():
+            if (fused := _FUSED.fullmatch(shown)) is None:
+                self._parts[shown] = Part(name)
+            else:
+                both = [stored.get(f"{fused[1]}.{kind}", kind) for kind in ("gate_up_proj", "down_proj")]
+                transposed = _is_transposed(whole, both, hidden, folder)
+                self._parts.update(_experts(fused[1], fused[2], name, whole.info(name), transposed))
+        self._shown: dict[str, list[str]] = {}
+        for shown, part in self._parts.items():
+            self._shown.setdefault(part.stored, []).append(shown)
+        self.plain = len(self._parts) == len(names) and all(
+            shown == part.stored for shown, part in self._parts.items()
+        )
+
+    def _by_model_name(
+        self, names: Iterable[str], layers: int | None, rename: Callable[[str], str]
+    ) -> dict[str, str]:
+        """Return the names in the files of the language model's tensors, by those in transformers' model."""
+        found = {}
         for name in names:
             if name.startswith("lm_head.") or (not self.nested and not _NOT_RUN.match(name)):
                 shown = name
@@ -199,18 +219,8 @@ class TextView:
                 continue
             if (renamed := rename(shown)) != shown:
                 self._stored_modules[renamed.rpartition(".")[0]] = shown.rpartition(".")[0]
-                shown = renamed
-            if (fused := _FUSED.fullmatch(shown)) is None:
-                self._parts[shown] = Part(name)
-            else:
-                transposed = _is_transposed(whole, name.rpartition(".")[0], hidden, folder)
-                self._parts.update(_experts(fused[1], fused[2], name, whole.info(name), transposed))
-        self._shown: dict[str, list[str]] = {}
-        for shown, part in self._parts.items():
-            self._shown.setdefault(part.stored, []).append(shown)
-        self.plain = len(self._parts) == len(names) and all(
-            shown == part.stored for shown, part in self._parts.items()
-        )
+            found[renamed] = name
+        return found
 
     @property
     def files(self) -> Sequence[Path]:
@@ -227,7 +237,7 @@ class TextView:
 
     @property
     def beside(self) -> list[str]:
-        """Return patterns of what lies beside the language model: ``mtp``, ``visual``, blocks of draft heads."""
+        """Return patterns of what lies beside the language model: ``mtp``, ``visual``, blocks of drafts."""
         hidden = [name for name in self.whole.names() if not self.shown(name)]
         named = [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
         return named + [rf"\.layers\.{number}\." for number in dict.fromkeys(self._drafts.values())]
@@ -274,10 +284,10 @@ class TextView:
             raise ModelError(f"there is no tensor named {name}", where=where) from None
 
 
-def _is_transposed(whole: TensorSource, prefix: str, hidden: Any, folder: Path | None) -> bool:
+def _is_transposed(whole: TensorSource, both: Sequence[str], hidden: Any, folder: Path | None) -> bool:
     """Return whether fused experts are stored as [expert, in, out]; both of their tensors have to agree."""
-    shapes = [whole.info(f"{prefix}.{kind}").shape for kind in ("gate_up_proj", "down_proj")]
-    gate_up, down = shapes
+    gate_up, down = (whole.info(name).shape for name in both)
+    prefix = both[0].rpartition(".")[0]
     if len(gate_up) == len(down) == 3 and gate_up[0] == down[0]:
         if gate_up[1:] == (2 * down[2], hidden) and down[1] == hidden:
             return False

@@ -1,8 +1,8 @@
 """Translate the names of tensors in files into those of transformers' model, by transformers' own rules.
 
 Some architectures are published under other names than transformers' modules have: a Mixtral's experts are
-``block_sparse_moe.experts.0.w1``. Names alone are translated here: a rule that also changes values (transposes,
-permutes, splits) is refused where it would apply, as the files would then be read wrongly.
+``block_sparse_moe.experts.0.w1``. Names alone are translated here: a rule that also changes values (it
+transposes, permutes, splits) is refused where it would apply, as the files would then be read wrongly.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def missing_by_name(name: str) -> str | None:
 
 
 def missing_by_config(config: dict[str, Any]) -> str | None:
-    """Return what a model of an unknown type needs beside transformers' code, by the keys of its config.json."""
+    """Return what a model of an unknown type needs beside its decoder, by the keys of its config.json."""
     text = config.get("text_config")
     of_text = {**config, **text} if isinstance(text, dict) else config
     kinds = of_text.get("layer_types")

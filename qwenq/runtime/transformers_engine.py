@@ -8,7 +8,7 @@ and attention is one of our backends, called through transformers' attention int
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +83,6 @@ class TransformersEngine(Engine):
         if by_inspection(checkpoint.config):
             self._after = ClassHead(self._model, self._model.get_output_embeddings())
             self._widths = _probe(self._model, self._kinds, device)
-            self._attention = _Padded(attention, self._widths)
         self.implementation = (
             f"transformers {transformers.__version__}, kernel {weights.kernel}, "
             f"attention {attention.name}: {attention.implementation}; torch {torch.__version__}"
@@ -216,27 +215,6 @@ def _only_value(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Te
     return values.repeat_interleave(queries.shape[1] // values.shape[1], dim=1)
 
 
-class _Padded:
-    """A backend over a cache whose keys and values are filled up to one width."""
-
-    def __init__(self, attention: Attention, widths: _Widths) -> None:
-        self._attention, self._widths = attention, widths
-        self.name, self.implementation = attention.name, attention.implementation
-
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
-        """See `Attention`."""
-        return self.fitted(self._attention, queries, keys, values, span)
-
-    def fitted(
-        self, attention: Callable[..., Tensor], queries: Tensor, keys: Tensor, values: Tensor, span: Span
-    ) -> Tensor:
-        """Call a backend, which scales scores by the width that it sees."""
-        own, stored = queries.shape[-1], keys.shape[-1]
-        if own < stored:
-            queries = functional.pad(queries * (stored / own) ** 0.5, (0, stored - own))
-        return attention(queries, keys, values, span)[..., : self._widths.values]
-
-
 class _Slots(DynamicLayer):  # type: ignore[misc]
     """One layer of our cache during one forward pass, with transformers' interface."""
 
@@ -248,11 +226,10 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new tokens, return all slots."""
         width = self._cache.form[2]
-        wide = (
-            functional.pad(one, (0, width - one.shape[-1])) if one.shape[-1] < width else one
-            for one in (key_states, value_states)
-        )
-        return self._cache.write(self._layer, *wide, self._span)
+        narrow = key_states.shape[-1], value_states.shape[-1]
+        wide = (_filled(states, width) for states in (key_states, value_states))
+        keys, values = self._cache.write(self._layer, *wide, self._span)
+        return keys[..., : narrow[0]], values[..., : narrow[1]]
 
     def get_seq_length(self) -> int:
         """Return the tokens before this pass; only asked where all rows are alike."""
@@ -347,19 +324,25 @@ def _attend(
         )
     del attention_mask  # the span says the same, and more
     if s_aux is not None:
-        raise UnsupportedError(f"the attention sinks of {type(module).__name__} are not supported", hint=_DENSE)
+        raise UnsupportedError(f"attention sinks ({type(module).__name__}) are not supported", hint=_DENSE)
     natural = query.shape[-1] ** -0.5
     if scaling is not None and scaling != natural:
         query = query * (scaling / natural)
+    own, width = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    if width > query.shape[-1]:  # zeros change no score, but the width by which a backend scales them
+        query = query * (width / query.shape[-1]) ** 0.5
+    query, key, value = (_filled(states, width) for states in (query, key, value))
     if sliding_window is not None and sliding_window < qwenq_span.end:
-        span = _within(qwenq_span, sliding_window)
-        if isinstance(qwenq_attention, _Padded):
-            mixed = qwenq_attention.fitted(attend, query, key, value, span)
-        else:
-            mixed = attend(query, key, value, span)
+        mixed = attend(query, key, value, _within(qwenq_span, sliding_window))
     else:
         mixed = qwenq_attention(query, key, value, qwenq_span)
-    return mixed.transpose(1, 2).contiguous(), None
+    return mixed[..., :own].transpose(1, 2).contiguous(), None
+
+
+def _filled(states: Tensor, width: int) -> Tensor:
+    """Return states [..., d] with zeros behind them up to a width."""
+    missing = width - states.shape[-1]
+    return functional.pad(states, (0, missing)) if missing else states
 
 
 def _within(span: Span, window: int) -> Span:
