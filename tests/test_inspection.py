@@ -87,7 +87,7 @@ def test_every_matrix_of_a_block_is_quantised_or_named_and_the_rest_stays(
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mixtral", "deepseek_v3"])
 def test_commands_run_it(tmp_path: Path, family: str) -> None:
-    model = write_published(tmp_path / "model", family)
+    model = write_published(tmp_path / "model", family, max_position_embeddings=8192)
     tokens = write_calibration(model, tmp_path / "t.safetensors")
     text = tmp_path / "text.txt"
     text.write_text("Quantise the weights, measure what it cost, and write the table.\n" * 40)
@@ -113,7 +113,12 @@ def test_commands_run_it(tmp_path: Path, family: str) -> None:
         "chat", out, "--engine", "transformers", "--max-new-tokens", 3, "--device", "cpu", input="hello\n"
     )
     assert said.strip()
-    assert "perplexity" in call("perplexity", out, "--text", text, "--device", "cpu").lower()
+    lengths = ("--lengths", "16,32", "--samples", 2, "--engine", "transformers", "--device", "cpu")
+    rows = json.loads(call("perplexity", out, "--text", text, *lengths, "--out", tmp_path / "run", "--json"))
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    suite = ("--sample", "--tasks", "mmlu", "--limit", 1, "--engine", "transformers", "--device", "cpu")
+    rows = json.loads(call("eval", out, *suite, "--out", tmp_path / "evaluated", "--json"))
+    assert rows and all(row["status"] == "ok" for row in rows)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3"])
