@@ -95,7 +95,7 @@ def test_commands_run_it(tmp_path: Path, family: str) -> None:
     def call(*argv: object, **options: Any) -> str:
         result = CliRunner().invoke(app, [str(word) for word in argv], **options)
         assert result.exit_code == 0, (result.output, result.exception)
-        return result.output
+        return result.stdout
 
     out, v2 = tmp_path / "out", tmp_path / "v2"
     call("quantize", model, "--calibration", tokens, "--out", out, "--dtype", "float32")
@@ -114,10 +114,10 @@ def test_commands_run_it(tmp_path: Path, family: str) -> None:
     )
     assert said.strip()
     lengths = ("--lengths", "16,32", "--samples", 2, "--engine", "transformers", "--device", "cpu")
-    rows = json.loads(call("perplexity", out, "--text", text, *lengths, "--out", tmp_path / "run", "--json"))
+    rows = json.loads(call("perplexity", out, "--text", text, *lengths, "--out", tmp_path / "run", "--json"))["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok"]
     suite = ("--sample", "--tasks", "mmlu", "--limit", 1, "--engine", "transformers", "--device", "cpu")
-    rows = json.loads(call("eval", out, *suite, "--out", tmp_path / "evaluated", "--json"))
+    rows = json.loads(call("eval", out, *suite, "--out", tmp_path / "evaluated", "--json"))["rows"]
     assert rows and all(row["status"] == "ok" for row in rows)
 
 

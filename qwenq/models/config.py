@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_by_config
+from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_beside_decoder, missing_by_config
 
 # Read the language model's config inside the config.json of a larger model.
 
@@ -338,10 +338,9 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
         return []
     supported = ", ".join(KNOWN_ARCHITECTURES)
     hint = f"supported model types: {supported}, and decoders that transformers has built in"
-    missing = missing_by_config(config)
-    if model_type not in NOT_SUPPORTED_YET and missing is None and class_in_transformers(model_type):
+    plain = model_type not in NOT_SUPPORTED_YET and missing_beside_decoder(config) is None
+    if plain and (built := class_in_transformers(model_type)):
         _refuse_other_use(config, path)
-        built = class_in_transformers(model_type)
         return [
             f"{model_type} is none of the model types with a recipe here: its blocks are inspected as "
             f"transformers' {built} builds them, and --engine transformers runs it"
@@ -350,7 +349,7 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
         what = f"{model_type} is not supported yet: {NOT_SUPPORTED_YET[model_type]} would have to be added"
     elif "auto_map" in config:
         what = f"{model_type} can only be loaded by its own remote code, which is never run here"
-    elif missing:
+    elif missing := missing_by_config(config):
         what = f"{model_type} is not supported yet: {missing}, at least, would have to be added"
     else:
         what = f"the model type {model_type!r} is unknown here"

@@ -192,7 +192,8 @@ class TextView:
             if (fused := _FUSED.fullmatch(shown)) is None:
                 self._parts[shown] = Part(name)
             else:
-                both = [stored.get(f"{fused[1]}.{kind}", kind) for kind in ("gate_up_proj", "down_proj")]
+                full = (f"{fused[1]}.{kind}" for kind in ("gate_up_proj", "down_proj"))
+                both = [stored.get(each, each) for each in full]
                 transposed = _is_transposed(whole, both, hidden, folder)
                 self._parts.update(_experts(fused[1], fused[2], name, whole.info(name), transposed))
         self._shown: dict[str, list[str]] = {}

@@ -227,7 +227,7 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
         """Write the new tokens, return all slots."""
         width = self._cache.form[2]
         narrow = key_states.shape[-1], value_states.shape[-1]
-        wide = (_filled(states, width) for states in (key_states, value_states))
+        wide = _filled(key_states, width), _filled(value_states, width)
         keys, values = self._cache.write(self._layer, *wide, self._span)
         return keys[..., : narrow[0]], values[..., : narrow[1]]
 
