@@ -114,7 +114,9 @@ def test_commands_run_it(tmp_path: Path, family: str) -> None:
     )
     assert said.strip()
     lengths = ("--lengths", "16,32", "--samples", 2, "--engine", "transformers", "--device", "cpu")
-    rows = json.loads(call("perplexity", out, "--text", text, *lengths, "--out", tmp_path / "run", "--json"))["rows"]
+    rows = json.loads(call("perplexity", out, "--text", text, *lengths, "--out", tmp_path / "run", "--json"))[
+        "rows"
+    ]
     assert [row["status"] for row in rows] == ["ok", "ok"]
     suite = ("--sample", "--tasks", "mmlu", "--limit", 1, "--engine", "transformers", "--device", "cpu")
     rows = json.loads(call("eval", out, *suite, "--out", tmp_path / "evaluated", "--json"))["rows"]

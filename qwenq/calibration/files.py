@@ -15,7 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from qwenq.calibration.documents import BESIDE_KEYS, CHAT_KEYS, KNOWN_KEYS, Document, from_record
+from qwenq.calibration.documents import (
+    BESIDE_KEYS,
+    CHAT_KEYS,
+    KNOWN_KEYS,
+    TEXT_SUFFICES,
+    Document,
+    from_record,
+)
 from qwenq.errors import CalibrationError, UsageError
 
 # Open files by their bytes: compression, encodings, binary data.
@@ -31,6 +38,9 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"Rar!", "a RAR archive", "unpack it"),
     (b"%PDF", "a PDF", "extract its text, e.g. `pdftotext {name}`"),
     (b"GGUF", "a GGUF model", "name a text"),
+    (b"\x89PNG", "an image", TEXT_SUFFICES),
+    (b"\xff\xd8\xff", "an image", TEXT_SUFFICES),
+    (b"GIF8", "an image", TEXT_SUFFICES),
     (b"SQLite format 3\x00", "an SQLite database", "export the text as JSON lines"),
     (b"ARROW1", "an Arrow file", "name the folder that `save_to_disk` made, or write it as .parquet"),
 )
