@@ -113,7 +113,7 @@ def test_configs_that_contradict_themselves(
     ("rules", "said"),
     [
         ({"-:.*mlp.*": {}}, r"the rule '-:\.\*mlp\.\*' of dynamic says that this module is not quantised"),
-        ({"+:.*down_proj": {"bits": 8}}, "qzeros is .* but bits 8 and group_size 32 make it"),
+        ({"+:.*down_proj": {"bits": 8}}, "scales is .* but bits 8 and group_size 32 make it"),
         ({"+:.*down_proj": {"group_size": 16}}, "scales is .* but bits 4 and group_size 16 make it"),
     ],
 )

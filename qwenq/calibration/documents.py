@@ -232,7 +232,7 @@ def _joined_parts(content: Any, where: str) -> Any:
     kinds = sorted({str(part.get("type")) for part in parts} & _MEDIA)
     if kinds:
         raise CalibrationError(
-            f"a message holds an {kinds[0]} part: calibration reads text alone",
+            f"a message holds a part of type {kinds[0]}: calibration reads text alone",
             where=where,
             hint=TEXT_SUFFICES,
         )

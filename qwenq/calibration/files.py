@@ -44,6 +44,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"SQLite format 3\x00", "an SQLite database", "export the text as JSON lines"),
     (b"ARROW1", "an Arrow file", "name the folder that `save_to_disk` made, or write it as .parquet"),
 )
+_IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _BOMS = ((b"\xff\xfe\x00\x00", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 _DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 
@@ -225,6 +226,8 @@ def _reader_of(path: Path, column: str | None) -> Reader:
         first = _first_values(path, 1)
         holds_records = first and isinstance(first[0], dict) and _is_record(first[0], column)
         return read_json_lines if holds_records else read_text
+    if suffix in _IMAGES:
+        raise CalibrationError(f"a {suffix} image is no calibration text", where=path, hint=TEXT_SUFFICES)
     raise UsageError(f"cannot read a {path.suffix} file", where=path, hint=f"accepted: {ACCEPTED}")
 
 
