@@ -359,12 +359,16 @@ def _publish(
 def _where_it_loads(folder: Path) -> str:
     """Return a line on which engines load the folder, and the first reason where one does not."""
     from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.config import by_inspection
     from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
-    verdicts = engine_verdicts(read_gptq_folder(open_checkpoint(folder)))
+    written = open_checkpoint(folder)
+    verdicts = engine_verdicts(read_gptq_folder(written))
     able = ", ".join(verdict.engine for verdict in verdicts if verdict.loads) or "no engine"
     other = [f"{v.engine} ({v.problems[0].reason})" for v in verdicts if not v.loads]
-    return f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
+    said = f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
+    untested = " (by its layout: no test here runs this model type in them)"
+    return said + untested if by_inspection(written.config) else said
 
 
 def _kept(job: Job) -> dict[str, str]:

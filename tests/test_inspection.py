@@ -71,6 +71,7 @@ def test_every_matrix_of_a_block_is_quantised_or_named_and_the_rest_stays(
     model, ear = write_published(tmp_path / "model", family), Recorder()
     run(model, tmp_path / "out", ear, calibration=write_calibration(model, tmp_path / "t.safetensors"))
     assert any(f"{family} is none of the model types with a recipe" in line for line in ear.lines)
+    assert "no test here runs this model type in them" in ear.lines[-1]
     before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
     packed = {name.removesuffix(".qweight") for name in after if name.endswith(".qweight")}
     kept = {name for name in before if name in after}
