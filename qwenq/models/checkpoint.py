@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import QwenqError
 from qwenq.models.autoround import gptq_settings, is_autoround
-from qwenq.models.config import is_nested, read_config, require_layers, text_config, whole_config
+from qwenq.models.config import (
+    by_inspection,
+    is_nested,
+    read_config,
+    require_layers,
+    text_config,
+    whole_config,
+)
 from qwenq.models.folders import missing_manifest, refuse_foreign_links
 from qwenq.models.gptq_config import QuantConfig, is_quantised, settings_of
 from qwenq.models.qwen_v1 import long_context_of, qwen2_view
@@ -143,7 +150,7 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     long_context_of(config, folder / "config.json")
     file_config = config if is_nested(config) else None
     config = text_config(config)
-    found = TextView(source, config.get("hidden_size"), folder)
+    found = _view(folder, config, source)
     view = None if found.plain else found
     source = view or source
     require_layers(config, source.names(), folder)
@@ -153,6 +160,23 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         if not unfinished:
             notices += missing_manifest(folder)
     return Checkpoint(folder, config, source, notices, view=view, file_config=file_config, foreign=foreign)
+
+
+def _view(folder: Path, config: dict[str, Any], source: TensorSource) -> TextView:
+    """Return the view of the language model's tensors, under the names that transformers' model has."""
+    if not by_inspection(config):
+        return TextView(source, config.get("hidden_size"), folder)
+    from qwenq.models.tensor_names import model_names
+
+    drafts = config.get("num_nextn_predict_layers") or 0
+    layers = config["num_hidden_layers"] if drafts else None
+    return TextView(
+        source,
+        config.get("hidden_size"),
+        folder,
+        layers=layers,
+        rename=model_names(config["model_type"], folder),
+    )
 
 
 def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[str]) -> dict[str, Any]:
