@@ -24,7 +24,14 @@ from qwenq.models.integrity import verify_files
 from qwenq.models.quantized_folder import LayerStore
 from qwenq.quantization import quantize
 
-ALWAYS = {"config.json", "quantize_config.json", "qwenq.json", "tokenizer.json", "tokenizer_config.json"}
+ALWAYS = {
+    "README.md",
+    "config.json",
+    "quantize_config.json",
+    "qwenq.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 LINEARS = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
 
 
@@ -50,7 +57,7 @@ def test_the_folder_is_a_whole_checkpoint(
     model, out = write_family(tmp_path / "m", family, dtype, **shape), tmp_path / "out"
     result = run(model, out, **settings)
     assert {file.name for file in out.iterdir()} == ALWAYS | {"model.safetensors"}
-    assert sorted(verify_files(out)) == sorted(ALWAYS - {"qwenq.json"} | {"model.safetensors"})
+    assert sorted(verify_files(out)) == sorted(ALWAYS - {"qwenq.json", "README.md"} | {"model.safetensors"})
     assert not (tmp_path / "out.partial").exists()
     assert result.folder == out
 

@@ -229,20 +229,32 @@ def _cost(manifest: Mapping[str, Any], weights: int) -> str:
         return "\n".join(
             [*lines, "", "It was not compared with the unquantised model: its weights are random."]
         )
-    kl, top, ratio = check["kl"], check["same_top"], check["perplexity_ratio"]
+    rows = [
+        ("KL divergence, nats a token", check["kl"], "{:.4f}"),
+        ("same most likely token", check["same_top"], "{:.1%}"),
+        ("perplexity, × the unquantised model's", check["perplexity_ratio"], "{:.4f}"),
+    ]
     return "\n".join(
         [
             *lines,
             "",
             f"| beside the unquantised model, {check['tokens']:,} held-out tokens | | 95 % interval |",
             "| --- | ---: | ---: |",
-            f"| KL divergence, nats a token | {kl['value']:.4f} | {kl['low']:.4f} to {kl['high']:.4f} |",
-            f"| same most likely token | {top['value']:.1%} | {top['low']:.1%} to {top['high']:.1%} |",
-            f"| perplexity | × {ratio['value']:.4f} | {ratio['low']:.4f} to {ratio['high']:.4f} |",
+            *(
+                f"| {name} | {form.format(found['value'])} | {_interval(found, form)} |"
+                for name, found, form in rows
+            ),
             "",
             f"Verdict: **{escape(check['verdict']['word'])}**. {escape(check['verdict']['sentence'])}.",
         ]
     )
+
+
+def _interval(found: Mapping[str, Any], form: str) -> str:
+    """Return an interval; of a single held-out sequence there is none."""
+    if found["low"] is None or found["high"] is None:
+        return "–"
+    return f"{form.format(found['low'])} to {form.format(found['high'])}"
 
 
 def _load(name: str, verdicts: Sequence[Verdict]) -> str:
