@@ -7,6 +7,7 @@ requests; every figure is computed in each repetition, and a row holds the media
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 from collections import Counter
@@ -144,6 +145,12 @@ def find_target(
         UsageError: no address, or no such model there.
         QwenqError: it cannot be reached.
     """
+    if not re.fullmatch(r"[a-z0-9.]{1,16}", precision):
+        raise UsageError(
+            f"{precision!r} is not the precision of one model",
+            where="--precision",
+            hint="such as bf16 or int4",
+        )
     server = Server(checked_address(url), checked_key(key), timeout, state=ServerState(listener))
     name = served_model(server, model)
     return Target(server, name, served_identity(server.url, name, precision))
