@@ -376,6 +376,7 @@ def profile(
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
     """
     from qwenq.environment import environment
+    from qwenq.errors import UsageError
     from qwenq.profiling.child import probe
     from qwenq.profiling.planning import parse_budget, read_device
     from qwenq.profiling.planning import plan as order
@@ -387,6 +388,8 @@ def profile(
 
     seconds = parse_budget(budget) if budget else None
     if endpoint is not None:
+        if models is not None:
+            raise UsageError("endpoint measures the server's model alone", hint="name it with model=")
         load = Load(tuple(concurrency), input, output)
         return _profile_served(endpoint, model, load, seconds, out, progress)
     lengths = lengths_of(context, tokens, encode)

@@ -248,7 +248,7 @@ class Server:
             self.state.answered = True
             raise self._refusal(error, path) from error
         except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
-            raise _unreached(error) from error
+            raise _unreached(error, self.timeout) from error
 
     def require_present(self, again: Again) -> None:
         """Raise QwenqError where nothing listens at the address, and nothing ever has."""
@@ -289,9 +289,11 @@ class Server:
         return RefusedError(error.code, said, self.url + path)
 
 
-def _unreached(error: Exception) -> Again:
+def _unreached(error: Exception, timeout: float) -> Again:
     """Return the error of a connection that failed or broke, without the system's error number."""
     reason = getattr(error, "reason", None) or error
+    if isinstance(reason, TimeoutError):
+        return Again(f"nothing came for {timeout:g} s")
     said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return Again(said, absent=isinstance(reason, ConnectionRefusedError | socket.gaierror | ssl.SSLError))
 

@@ -6,6 +6,7 @@ requests; every figure is computed in each repetition, and a row holds the media
 
 from __future__ import annotations
 
+import math
 import queue
 import re
 import threading
@@ -37,7 +38,7 @@ SECONDS = 60.0
 request is sent after them."""
 LEAST_REQUESTS = 8  # of a repetition; at least two by each client
 WARM_UP, WARM_UP_TOKENS = 8, 8  # requests and new tokens, at each concurrency
-_HOPELESS = 5  # failures at the start, after which a repetition is given up
+_HOPELESS = 5  # failures without any answer, after which a repetition is given up
 _BUSY_CLIENT = 0.7  # of a core: what is measured may be this process
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 METRICS = {
@@ -404,20 +405,27 @@ def closed_loop(
     for number in range(count):
         waiting.put(number)
     ended: queue.SimpleQueue[Answer | str | BaseException | None] = queue.SimpleQueue()
-    stop, began, cpu = threading.Event(), time.perf_counter(), time.process_time()
+    stop, answered = threading.Event(), threading.Event()
+    began, cpu = time.perf_counter(), time.process_time()
+    working = min(concurrency, count)
+    most = math.ceil(_HOPELESS / working)
 
     def work() -> None:
-        first = True
-        while not stop.is_set() and (first or time.perf_counter() - began < seconds):
+        sent = 0
+        while not stop.is_set() and (sent == 0 or time.perf_counter() - began < seconds):
+            if sent >= most and not answered.is_set():
+                break
             try:
                 number = waiting.get_nowait()
             except queue.Empty:
                 break
-            first = False
-            ended.put(_outcome(send, stop, number))
+            outcome = _outcome(send, stop, number)
+            sent += 1
+            if isinstance(outcome, Answer):
+                answered.set()
+            ended.put(outcome)
         ended.put(None)
 
-    working = min(concurrency, count)
     for _ in range(working):
         threading.Thread(target=work, daemon=True).start()  # a silent server must not hold up the exit
     answers, failures, last = list[Answer](), list[str](), began
@@ -434,8 +442,6 @@ def closed_loop(
                 case BaseException():
                     raise outcome
             last = time.perf_counter() if outcome is not None else last
-            if not answers and len(failures) >= max(_HOPELESS, concurrency):
-                stop.set()
     finally:
         stop.set()
     taken, cut = last - began, len(answers) + len(failures) < count

@@ -129,28 +129,25 @@ def _events(
     """
     began, found = time.perf_counter(), list[tuple[float, bytes]]()
     most = 4 * tokens + 64
-    try:
-        with server.opened("/completions", body) as response:
-            if response.headers.get_content_type() != "text/event-stream":
-                raise QwenqError(
-                    f"the server does not stream: it sends {response.headers.get_content_type()}",
-                    where=f"{server.url}/completions",
-                    hint="latency by token needs a server that knows the option stream",
-                )
-            while line := response.readline(LONGEST_LINE + 1):
-                at = time.perf_counter() - began
-                if stop.is_set():
-                    raise StoppedError
-                if len(line) > LONGEST_LINE or len(found) > most:
-                    raise Again(f"it sends more than the {tokens} tokens that were asked for")
-                if at > LONGEST_REQUEST:
-                    raise Again(f"an answer takes more than {LONGEST_REQUEST:.0f} s")
-                if line.startswith(b"data:"):
-                    found.append((at, line[5:].strip()))
-                    if found[-1][1] == b"[DONE]":
-                        break
-    except TimeoutError as error:
-        raise Again(f"nothing came for {server.timeout:g} s") from error
+    with server.opened("/completions", body) as response:
+        if response.headers.get_content_type() != "text/event-stream":
+            raise QwenqError(
+                f"the server does not stream: it sends {response.headers.get_content_type()}",
+                where=f"{server.url}/completions",
+                hint="latency by token needs a server that knows the option stream",
+            )
+        while line := response.readline(LONGEST_LINE + 1):
+            at = time.perf_counter() - began
+            if stop.is_set():
+                raise StoppedError
+            if len(line) > LONGEST_LINE or len(found) > most:
+                raise Again(f"it sends more than the {tokens} tokens that were asked for")
+            if at > LONGEST_REQUEST:
+                raise Again(f"an answer takes more than {LONGEST_REQUEST:.0f} s")
+            if line.startswith(b"data:"):
+                found.append((at, line[5:].strip()))
+                if found[-1][1] == b"[DONE]":
+                    break
     return found
 
 

@@ -14,12 +14,12 @@ from qwenq.reporting.text import clean
 
 SERVED = {
     "speed.served": "Output tokens/s",
-    "time.first_token.p50": "First token p50 (ms)",
-    "time.first_token.p95": "p95 (ms)",
-    "time.first_token.p99": "p99 (ms)",
-    "time.inter_token.p50": "Inter-token p50 (ms)",
-    "time.inter_token.p95": "Inter-token p95 (ms)",
-    "time.inter_token.p99": "Inter-token p99 (ms)",
+    "time.first_token.p50": "TTFT p50 (ms)",
+    "time.first_token.p95": "TTFT p95 (ms)",
+    "time.first_token.p99": "TTFT p99 (ms)",
+    "time.inter_token.p50": "ITL p50 (ms)",
+    "time.inter_token.p95": "ITL p95 (ms)",
+    "time.inter_token.p99": "ITL p99 (ms)",
     "failed.served": "Requests failed (%)",
 }
 """Metrics of ``qwenq profile --endpoint`` and their headings, in order."""
@@ -45,8 +45,9 @@ def served_table(collection: Collection, family: str) -> Table | None:
     made = pivot(rows, layout, collection)
     made.caption.insert(
         0,
-        "streamed requests in a closed loop, medians of the repetitions with 95 % intervals; "
-        "context is the prompt, tokens the answer",
+        "streamed requests in a closed loop, medians of the repetitions with 95 % intervals; TTFT: time to "
+        "first token, ITL: inter-token latency; context is the prompt, tokens the answer; what this was "
+        "measured on is the machine that sent the requests",
     )
     made.caption.extend(_counted(rows))
     made.caption.extend(_crossings(collection, family))
@@ -125,7 +126,7 @@ def _counted(rows: list[Measured]) -> Iterator[str]:
         "chunks": "chunks, where the server streams no usage",
         "contradicted": "chunks, where its usage contradicts what it streamed",
     }
-    if found:
+    if found & named.keys():
         yield f"tokens counted by {' and by '.join(text for name, text in named.items() if name in found)}"
 
 
@@ -149,4 +150,5 @@ def _crossings(collection: Collection, family: str) -> Iterator[str]:
                 f"{', '.join(ahead)}, {other} at {', '.join(behind)}"
             )
         else:
-            yield f"{one if ahead else other} has the higher throughput than {other if ahead else one} throughout"
+            better, worse = (one, other) if ahead else (other, one)
+            yield f"{better} has a higher throughput than {worse} at each concurrency"
