@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from qwenq.errors import QwenqError
-from qwenq.http import ATTEMPTS, BUSY, Again, RefusedError, Server, backoff_seconds
+from qwenq.http import ATTEMPTS, BUSY, LONGEST_PAUSE, Again, RefusedError, Server, backoff_seconds
 
 OPTIONS: dict[str, Any] = {"stream_options": {"include_usage": True}, "ignore_eos": True}
 """Options that a server may refuse: then they are left out, with a notice. ``ignore_eos`` is vLLM's and
@@ -89,6 +89,8 @@ def fit_words(server: Server, model: str, tokens: int, seed: str) -> tuple[int, 
 def complete(server: Server, model: str, prompt: str, tokens: int, stop: threading.Event) -> Answer:
     """Return one answer of so many tokens; a server that is busy is asked again with backoff.
 
+    A pause is a minute at most, whatever the server asks for: the measurement has to end.
+
     Args:
         stop: ends the request where it is set.
 
@@ -114,7 +116,7 @@ def complete(server: Server, model: str, prompt: str, tokens: int, stop: threadi
             if again.status not in BUSY or attempt == ATTEMPTS:
                 raise
             attempt += 1
-            seconds = backoff_seconds(attempt, server.pause, again.pause)
+            seconds = min(backoff_seconds(attempt, server.pause, again.pause), LONGEST_PAUSE)
             server.state.failed(attempt - 1, f"{server.url}: {again}", seconds)
             if stop.wait(seconds):
                 raise StoppedError from again
