@@ -284,6 +284,7 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
         device=job.device,
         dtype=job.decoder.dtype,
         listener=progress_only,
+        step="checking what was written",
     )
     if result.broken:
         raise VerificationError(

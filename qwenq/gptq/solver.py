@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,8 +76,7 @@ def quantize_weight(
 
     The steps: damping (H + damp · mean(diag H) · I), a grid by ``search_grid``, GPTQ (Algorithm 1 of arXiv
     2210.17323), coordinate descent on integers and scales from there. The defaults are those of `qwenq
-    quantize`; ``scale_search="none", damp=0.01, coordinate_descent=False`` is GPTQ as in the paper. Neither
-    argument is changed.
+    quantize`; ``scale_search="none", damp=0.01, coordinate_descent=False`` is GPTQ as in the paper.
 
         H = 2 / len(X) * X.T @ X          # X: [tokens, in], the inputs of the layer
         result = quantize_weight(layer.weight.data, H, bits=4, group_size=128)
@@ -106,10 +105,7 @@ def quantize_weight(
     _require(2 <= bits <= 8, f"2 to 8 bits, not {bits}")
     _require(size > 0 and width % size == 0, f"a group size that divides {width}, not {group_size}")
     _require(act_order in ("static", "none"), f'act_order "static" or "none", not {act_order!r}')
-    _require(
-        scale_search in ("hessian", "mse", "none"),
-        f'scale_search "hessian", "mse" or "none", not {scale_search!r}',
-    )
+    _require(scale_search in get_args(ScaleSearch), f"a scale_search that exists, not {scale_search!r}")
     _require(damp > 0, f"damp above 0, not {damp}")
     W, H = weight.detach().float(), hessian.detach().to(weight.device, torch.float32)
     order = order_by_diagonal(H) if act_order == "static" else torch.arange(width, device=H.device)
