@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from qwenq.models.chatml import Message
     from qwenq.models.tokenizer import Tokenizer
     from qwenq.planner.plan import Plan
-    from qwenq.profiling.served import Load
     from qwenq.quantization import Quantised
     from qwenq.recipe import Recipe
     from qwenq.reporting.gate import Verdict
@@ -376,11 +375,9 @@ def profile(
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
     """
     from qwenq.environment import environment
-    from qwenq.errors import UsageError
     from qwenq.profiling.child import probe
     from qwenq.profiling.planning import parse_budget, read_device
     from qwenq.profiling.planning import plan as order
-    from qwenq.profiling.served import Load
     from qwenq.profiling.spec import lengths_of, require_known, subjects_of, sweep
     from qwenq.profiling.sweep import run_sweep
     from qwenq.results import read_rows
@@ -388,10 +385,8 @@ def profile(
 
     seconds = parse_budget(budget) if budget else None
     if endpoint is not None:
-        if models is not None:
-            raise UsageError("endpoint measures the server's model alone", hint="name it with model=")
-        load = Load(tuple(concurrency), input, output)
-        return _profile_served(endpoint, model, load, seconds, out, progress)
+        load = tuple(concurrency), input, output
+        return _profile_served(models, endpoint, model, load, seconds, out, progress)
     lengths = lengths_of(context, tokens, encode)
     require_known(attention, engine, kernel)
     found = subjects_of(_names(models), precision, weights, seed)
@@ -417,19 +412,28 @@ def profile(
 
 
 def _profile_served(
-    endpoint: str, model: str | None, load: Load, budget: float | None, out: Name | None, progress: Progress
+    models: Name | Sequence[Name] | None,
+    endpoint: str,
+    model: str | None,
+    load: tuple[tuple[int, ...], int, int],
+    budget: float | None,
+    out: Name | None,
+    progress: Progress,
 ) -> Results:
     from qwenq.environment import environment
-    from qwenq.profiling.served import find_target, profile_served
+    from qwenq.errors import UsageError
+    from qwenq.profiling.served import Load, find_target, profile_served
     from qwenq.storage import locked
 
+    if models is not None:
+        raise UsageError("endpoint measures the server's model alone", hint="name it with model=")
     with _shown(progress) as listener:
         target = find_target(endpoint, model, os.environ.get("OPENAI_API_KEY"), listener)
         folder = Path("runs") / f"served-{target.model.name}" if out is None else Path(out)
         facts, command = environment(), "qwenq.profile"
         with locked(folder):
             rows = profile_served(
-                target, load, folder, listener, environment=facts, budget=budget, command=command
+                target, Load(*load), folder, listener, environment=facts, budget=budget, command=command
             )
     return Results(rows, folder)
 

@@ -48,7 +48,11 @@ def profile(
         str, typer.Option(help="Prompt tokens before generated ones, comma-separated; Qwen's cards have 1.")
     ] = "1",
     precision: Annotated[
-        str, typer.Option(help="Precisions of models that are not quantised: fp32, bf16, fp16, int8, int4.")
+        str,
+        typer.Option(
+            help="Precisions of models that are not quantised: fp32, bf16, fp16, int8, int4; with "
+            "--endpoint, the one that the server computes in."
+        ),
     ] = "fp32,bf16,int8,int4",
     kernel: KernelName = "auto",
     device: DeviceName = "auto",
@@ -67,7 +71,10 @@ def profile(
     ] = "1,4,16,64",
     input: Annotated[int, typer.Option(help="With --endpoint: tokens of each prompt.")] = 512,
     output: Annotated[int, typer.Option(help="With --endpoint: tokens of each answer.")] = 128,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/profile-MODEL]")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder. [default: runs/profile-MODEL; with --endpoint runs/served-MODEL]"),
+    ] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Processes that share a model, one a GPU.")] = 1,

@@ -16,7 +16,7 @@ from qwenq.reporting.card import (
 from qwenq.reporting.collect import Collection, Run
 from qwenq.reporting.figures import Figure, figures_of
 from qwenq.reporting.losses import loss_table, summary_of
-from qwenq.reporting.served import served_figures, served_table
+from qwenq.reporting.served import served_figures, served_summary, served_table
 from qwenq.reporting.tables import Table
 from qwenq.reporting.text import LONGEST_COMMAND, clean
 
@@ -104,7 +104,7 @@ def _section(collection: Collection, family: str, slug: str) -> Section:
     return Section(
         family=clean(family),
         slug=slug,
-        summary=tuple(summary_of(collection, family)),
+        summary=(*summary_of(collection, family), *served_summary(collection, family)),
         tables=tuple(tables),
         figures=(*figures_of(collection, family), *served_figures(collection, family)),
     )

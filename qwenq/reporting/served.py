@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -40,18 +41,21 @@ def served_table(collection: Collection, family: str) -> Table | None:
         "Served model",
         lambda item: (places[item.row.metric], SERVED[item.row.metric]),
         labels={"concurrency": "Concurrency"},
-        names={"context": lambda value: f"{value} tokens", "tokens": lambda value: f"{value} tokens"},
+        names={"context": lambda value: f"{value} tokens", "tokens": lambda value: f"{value} of an answer"},
     )
-    made = pivot(rows, layout, collection)
+    made = pivot([_without_requests(item) for item in rows], layout, collection)
     made.caption.insert(
         0,
-        "streamed requests in a closed loop, medians of the repetitions with 95 % intervals; TTFT: time to "
-        "first token, ITL: inter-token latency; context is the prompt, tokens the answer; what this was "
-        "measured on is the machine that sent the requests",
+        "a closed loop of streamed requests; TTFT: time to first token, ITL: inter-token latency; the "
+        "server's hardware is unknown, and the machine below sent the requests",
     )
     made.caption.extend(_counted(rows))
-    made.caption.extend(_crossings(collection, family))
     return made.table("served", "Speed as served")
+
+
+def _without_requests(item: Measured) -> Measured:
+    """Return a share of failures without its number of requests: that of the other figures is repetitions."""
+    return replace(item, row=replace(item.row, n=None)) if item.row.metric == "failed.served" else item
 
 
 def served_figures(collection: Collection, family: str) -> Iterator[Figure]:
@@ -130,7 +134,7 @@ def _counted(rows: list[Measured]) -> Iterator[str]:
         yield f"tokens counted by {' and by '.join(text for name, text in named.items() if name in found)}"
 
 
-def _crossings(collection: Collection, family: str) -> Iterator[str]:
+def served_summary(collection: Collection, family: str) -> Iterator[str]:
     """Yield, for each pair of models, at which concurrencies each has the higher throughput."""
     speeds: dict[tuple[str, Place], dict[float, float]] = defaultdict(dict)
     for item in collection.of(family, "speed.served"):
@@ -146,9 +150,9 @@ def _crossings(collection: Collection, family: str) -> Iterator[str]:
         behind = [f"{each:g}" for each in shared if first[each] <= second[each]]
         if ahead and behind:
             yield (
-                f"{one} and {other} cross: {one} has the higher throughput at concurrency "
-                f"{', '.join(ahead)}, {other} at {', '.join(behind)}"
+                f"As served, {one} and {other} cross: {one} has the higher throughput at concurrency "
+                f"{', '.join(ahead)}, {other} at {', '.join(behind)}."
             )
         else:
             better, worse = (one, other) if ahead else (other, one)
-            yield f"{better} has a higher throughput than {worse} at each concurrency"
+            yield f"As served, {better} has a higher throughput than {worse} at each concurrency."
