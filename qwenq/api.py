@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qwenq.models.chatml import Message
     from qwenq.models.tokenizer import Tokenizer
     from qwenq.planner.plan import Plan
+    from qwenq.profiling.spec import Subjects
     from qwenq.quantization import Quantised
     from qwenq.recipe import Recipe
     from qwenq.reporting.gate import Verdict
@@ -369,41 +370,50 @@ def profile(
 
     Args:
         endpoint: an OpenAI-compatible server, whose ``model`` is measured instead, by streamed requests at
-            each ``concurrency``; options of models that are measured here have no effect then.
+            each ``concurrency``; a single ``precision`` names what it computes in. Other options of models
+            that are measured here have no effect then.
 
     Raises:
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
     """
-    from qwenq.environment import environment
-    from qwenq.profiling.child import probe
-    from qwenq.profiling.planning import parse_budget, read_device
-    from qwenq.profiling.planning import plan as order
-    from qwenq.profiling.spec import lengths_of, require_known, subjects_of, sweep
-    from qwenq.profiling.sweep import run_sweep
-    from qwenq.results import read_rows
-    from qwenq.storage import locked
+    from qwenq.profiling.planning import parse_budget
+    from qwenq.profiling.spec import lengths_of, require_known, subjects_of
 
     seconds = parse_budget(budget) if budget else None
     if endpoint is not None:
         load = tuple(concurrency), input, output
-        return _profile_served(models, endpoint, model, load, seconds, out, progress)
+        named = "served" if len(precision) != 1 else precision[0]
+        return _profile_served(models, endpoint, model, named, load, seconds, out, progress)
     lengths = lengths_of(context, tokens, encode)
     require_known(attention, engine, kernel)
     found = subjects_of(_names(models), precision, weights, seed)
     folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
+    choices = {"attentions": attention, "engines": engine, "lengths": lengths, "kernel": kernel}
+    return _profile_here(found, choices, device, seconds, folder, progress)
+
+
+def _profile_here(
+    found: Subjects,
+    choices: dict[str, Any],
+    device: str,
+    seconds: float | None,
+    folder: Path,
+    progress: Progress,
+) -> Results:
+    from qwenq.environment import environment
+    from qwenq.profiling.child import probe
+    from qwenq.profiling.planning import plan, read_device
+    from qwenq.profiling.spec import sweep
+    from qwenq.profiling.sweep import run_sweep
+    from qwenq.results import read_rows
+    from qwenq.storage import locked
+
     with _shown(progress) as listener, locked(folder):
         for notice in found.notices:
             listener(Notice(notice))
         place = read_device(probe(device))
-        points = sweep(
-            found.subjects,
-            attentions=attention,
-            engines=engine,
-            lengths=lengths,
-            device=place.device,
-            kernel=kernel,
-        )
-        planned = order(points, found.shapes, place)
+        points = sweep(found.subjects, device=place.device, **choices)
+        planned = plan(points, found.shapes, place)
         run_sweep(
             planned, folder, listener, budget=seconds, environment=environment(), command="qwenq.profile"
         )
@@ -415,6 +425,7 @@ def _profile_served(
     models: Name | Sequence[Name] | None,
     endpoint: str,
     model: str | None,
+    precision: str,
     load: tuple[tuple[int, ...], int, int],
     budget: float | None,
     out: Name | None,
@@ -428,7 +439,7 @@ def _profile_served(
     if models is not None:
         raise UsageError("endpoint measures the server's model alone", hint="name it with model=")
     with _shown(progress) as listener:
-        target = find_target(endpoint, model, os.environ.get("OPENAI_API_KEY"), listener)
+        target = find_target(endpoint, model, os.environ.get("OPENAI_API_KEY"), listener, precision=precision)
         folder = Path("runs") / f"served-{target.model.name}" if out is None else Path(out)
         facts, command = environment(), "qwenq.profile"
         with locked(folder):

@@ -76,13 +76,18 @@ class Handler(BaseHTTPRequestHandler):
             server.keys.add(self.headers.get("Authorization"))
             trouble = server.next_trouble() if asked["stream"] else ""
             (server.streamed if asked["stream"] else server.probes).append(asked)
-            server.busy += asked["stream"]
+            self.counted = asked["stream"]
+            server.busy += self.counted
             server.most_busy = max(server.most_busy, server.busy)
         try:
             self._reply(asked, trouble)
         finally:
-            with server.lock:
-                server.busy -= asked["stream"]
+            self._done()
+
+    def _done(self) -> None:
+        with self.server.lock:
+            self.server.busy -= self.counted
+            self.counted = False
 
     def _reply(self, asked: Body, trouble: str) -> None:
         prompt = len(asked["prompt"].split()) + self.server.beginning
@@ -126,6 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         usage = self.server.usage(prompt, count)
         if usage and (asked.get("stream_options") or {}).get("include_usage"):
             yield json.dumps({"choices": [], "usage": usage})
+        self._done()  # before the end is sent: whoever has it may ask again at once
         yield "[DONE]"
 
     def _send(self, status: int, content: Any) -> None:

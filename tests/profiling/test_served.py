@@ -347,9 +347,9 @@ def test_ctrl_c_keeps_what_is_measured(server: Server, tmp_path: Path) -> None:
 
 
 def test_from_python(server: Server, tmp_path: Path) -> None:
-    found = api.profile(
-        endpoint=server.url, concurrency=[1], input=8, output=6, out=tmp_path / "run", progress=False
-    )
+    load = {"concurrency": [1], "input": 8, "output": 6, "precision": ["int4"]}
+    found = api.profile(endpoint=server.url, out=tmp_path / "run", progress=False, **load)
+    assert found.rows[0].model.precision == "int4"
     assert {row.metric for row in found.rows} == set(METRICS)
     with pytest.raises(UsageError, match="the server's model alone"):
         api.profile("bundled", endpoint=server.url)
@@ -379,10 +379,9 @@ def test_a_report_shows_where_two_precisions_cross(server: Server, tmp_path: Pat
     (section,) = make_report(collect([tmp_path / "two"]), "t").sections
     (table,) = [table for table in section.tables if table.key == "served"]
     assert [line.cells[1].text for line in table.lines] == ["1", "4", "16"] * 2
-    crossing = (
-        "as served, BF16 and Int4 cross: BF16 has the higher throughput at concurrency 16, Int4 at 1, 4"
+    assert section.summary == (
+        "As served, BF16 and Int4 cross: BF16 has the higher throughput at concurrency 16, Int4 at 1, 4.",
     )
-    assert f"As served, BF16 and Int4 cross: {crossing}" in section.summary
     assert any("tokens counted by the server's usage" in text for text in table.caption)
     figures = {figure.key: figure for figure in section.figures}
     lines = {series.name: series for series in figures["served_inter_token"].series}
