@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qwenq.profiling.stream import Answer
 from qwenq.reporting.collect import collect
 from qwenq.reporting.report import make_report
 from qwenq.reporting.write import write_report
-from qwenq.results import Row, read_environment, read_rows
+from qwenq.results import Row, append_row, read_environment, read_rows
 
 SMALL = Load((1, 3), 20, 6)
 
@@ -42,7 +43,6 @@ def server() -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwenq.profiling.served.SECONDS", 1.0)
-    monkeypatch.setattr("qwenq.http.FIRST_PAUSE", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -51,8 +51,7 @@ def measure(
 ) -> dict[tuple[Any, str], Row]:
     listener = notices_to([] if said is None else said)
     target = find_target(server.url, None, None, listener, timeout=timeout)
-    target = find_target(server.url, target.name, None, listener, timeout=timeout)
-    object.__setattr__(target.server, "pause", 0.001)
+    target = replace(target, server=replace(target.server, pause=0.001))
     rows = profile_served(target, load, out, listener)
     return {(row.point["concurrency"], row.metric): row for row in rows}
 
@@ -357,10 +356,6 @@ def test_from_python(server: Server, tmp_path: Path) -> None:
 
 def of(row: Row, precision: str, speed: float, out: Path) -> None:
     """Append rows like this one's, of another model."""
-    from dataclasses import replace
-
-    from qwenq.results import append_row
-
     model = replace(row.model, precision=precision, fingerprint=precision, name=f"model-{precision}")
     for concurrency, factor in ((1, 1.0), (4, 3.0), (16, 6.0)):
         place = {**row.point, "concurrency": concurrency}
