@@ -163,6 +163,11 @@ class RefusedError(QwenqError):
         return self.status in (400, 422) and option in self.said
 
 
+def concerns_logprobs(said: str) -> bool:
+    """Return whether a refusal is about log probabilities or echo, and not about the prompt."""
+    return any(word in said.lower() for word in ("logprob", "echo", "logits_all", "n_probs"))
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -246,7 +251,7 @@ class Server:
                 yield response
         except urllib.error.HTTPError as error:
             self.state.answered = True
-            raise self._refusal(error, path) from error
+            raise self._refusal(error, path, body or {}) from error
         except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
             raise _unreached(error, self.timeout) from error
 
@@ -278,12 +283,13 @@ class Server:
             hint="see the server's log; what is done is kept, and the same command continues",
         )
 
-    def _refusal(self, error: urllib.error.HTTPError, path: str) -> Exception:
+    def _refusal(self, error: urllib.error.HTTPError, path: str, body: dict[str, Any]) -> Exception:
         try:
             said = error.read(2000).decode("utf-8", "replace").strip()
         except (OSError, http.client.HTTPException):
             said = ""
-        if error.code in AGAIN:
+        refused = error.code == 500 and "logprobs" in body and concerns_logprobs(said)
+        if error.code in AGAIN and not refused:
             pause = retry_after(error.headers.get("Retry-After"))
             return Again(f"status {error.code} {said[:200]}".strip(), pause, status=error.code)
         return RefusedError(error.code, said, self.url + path)

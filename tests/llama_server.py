@@ -23,7 +23,7 @@ def gguf() -> Path:
 
 
 @contextmanager
-def llama_server() -> Iterator[str]:
+def llama_server(*more: str) -> Iterator[str]:
     """Yield the URL of a server of the model ``smollm2``; skip the test where $QWENQ_LLAMA_PYTHON is unset.
 
     A new request does not interrupt one under way, as it does by default.
@@ -34,7 +34,7 @@ def llama_server() -> Iterator[str]:
     port = str(free_port())
     command = [python, "-m", "llama_cpp.server", "--model", gguf(), "--host", "127.0.0.1", "--port", port]
     options = ["--n_ctx", "2048", "--n_threads", "1", "--model_alias", "smollm2"]
-    options += ["--interrupt_requests", "false"]
+    options += ["--interrupt_requests", "false", *more]
     server = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/v1"
     try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qwenq.errors import QwenqError
 from qwenq.evals.task import CLOSE, OPEN, Write, Written
@@ -33,6 +33,10 @@ SEED = 0  # of answers that a server samples
 PENALTY = "repetition_penalty"
 """No part of OpenAI's interface, but vLLM and SGLang take it; by default they use the model's
 generation_config.json, which has 1.1 in Qwen's chat models."""
+
+
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Endpoint:
         if request.until:
             body["stop"] = list(request.until[:STOPS])
         if isinstance(request.prompt, str):
-            found = self._without_penalty("/completions", {**body, "prompt": request.prompt})
+            found = self.without_penalty("/completions", {**body, "prompt": request.prompt})
             return self._read(found, request)
         turns = [dict(message) for message in request.prompt]
         if self.thinking is not None:
@@ -100,10 +104,10 @@ class Endpoint:
         if self.thinking:  # greedy thoughts repeat themselves: Qwen advises against them
             del body["temperature"]
             body["seed"] = SEED
-        found = self._without_penalty("/chat/completions", {**body, "messages": turns})
+        found = self.without_penalty("/chat/completions", {**body, "messages": turns})
         return self._read(found, request)
 
-    def _without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Return the reply without repetition penalty; a server that refuses the option applies none."""
         if PENALTY not in self.trouble.unknown:
             try:
@@ -117,7 +121,11 @@ class Endpoint:
         return self.server.ask(path, body)
 
     def ask_all(self, requests: Sequence[Write]) -> Iterator[tuple[int, Reply]]:
-        """Yield every answer as it arrives, as (index, reply), with ``concurrency`` requests at a time.
+        """Yield every answer as it arrives, as (index, reply); raises as ``each``."""
+        return self.each(requests, self.ask)
+
+    def each(self, requests: Sequence[Asked], ask: Callable[[Asked], Found]) -> Iterator[tuple[int, Found]]:
+        """Yield what a function returns for each request, as (index, result), ``concurrency`` at a time.
 
         After SIGTERM (see ``stopping.finishing``) no further requests are sent.
 
@@ -127,7 +135,7 @@ class Endpoint:
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(requests)):
             waiting.put(index)
-        ended: queue.SimpleQueue[tuple[int, Reply | BaseException] | None] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[tuple[int, Found | BaseException] | None] = queue.SimpleQueue()
         stop = threading.Event()
 
         def work() -> None:
@@ -137,7 +145,7 @@ class Endpoint:
                 except queue.Empty:
                     break
                 try:
-                    ended.put((index, self.ask(requests[index])))
+                    ended.put((index, ask(requests[index])))
                 except BaseException as error:  # raised in the thread that consumes the answers
                     ended.put((index, error))
             ended.put(None)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import PENALTY, SEED, Endpoint
-from qwenq.evals.task import Answer, Item, ProtocolName, Request, Write
+from qwenq.evals.endpoint import PENALTY, SEED, Endpoint, Reply
+from qwenq.evals.endpoint_letters import Scored, score_letters
+from qwenq.evals.task import Answer, Choose, Item, ProtocolName, Request, Write
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
 from qwenq.models.identity import base_of, result_model, served_identity
@@ -342,22 +343,28 @@ class RemoteModel:
         """Yield answers as they arrive.
 
         Raises:
-            UsageError: a request to score continuations; no request has been sent then.
+            UsageError: a request to score continuations of a chat, before any request is sent; or the server
+                gives no log probabilities.
             QwenqError: the server refused, or did not answer.
         """
-        writes = [request for request in requests if isinstance(request, Write)]
-        if len(writes) < len(requests):
-            unfit = next(
-                item for item, one in zip(items, requests, strict=True) if not isinstance(one, Write)
-            )
-            raise UsageError(
-                "this protocol scores continuations, and a server only generates text",
-                where=unfit.id,
-                hint="use --protocol card, or a task with generated answers: gsm8k, humaneval",
-            )
+        for item, request in zip(items, requests, strict=True):
+            if isinstance(request, Choose) and not isinstance(request.prompt, str):
+                raise UsageError(
+                    "this protocol scores continuations of a chat, which no server does",
+                    where=item.id,
+                    hint="use another protocol, or a task with generated answers: gsm8k, humaneval",
+                )
         what = f"{self.endpoint.model} served at {self.endpoint.url}"
-        for index, reply in self.endpoint.ask_all(writes):
-            yield Response(index, reply.written, reply.prompt_tokens, what)
+        for index, reply in self.endpoint.each(requests, self._ask):
+            if isinstance(reply, Scored):
+                yield Response(index, reply.chosen, reply.prompt_tokens, f"{what}, {reply.how}")
+            else:
+                yield Response(index, reply.written, reply.prompt_tokens, what)
+
+    def _ask(self, request: Request) -> Reply | Scored:
+        if isinstance(request, Write):
+            return self.endpoint.ask(request)
+        return score_letters(self.endpoint, request)
 
 
 EvalModel = LocalModel | RemoteModel

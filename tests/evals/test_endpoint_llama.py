@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
-    with llama_server() as url:
+    with llama_server("--logits_all", "true") as url:
         yield url
 
 
@@ -48,3 +48,23 @@ def test_a_real_server_is_evaluated_and_asked_once(tmp_path: Path, served: str, 
     again = evaluate(tmp_path, served, *options)
     assert again.returncode == 0, again.stderr
     assert file.read_text().count("\n") == 3, "nothing is asked twice"
+
+
+def test_letters_are_those_of_our_engine(tmp_path: Path, served: str) -> None:
+    """The server rounds activations to 8 bits and multiplies the file's own weights: scores are close."""
+    options = ["--tasks", "mmlu", "--limit", "3", "--protocol", "base"]
+    there = evaluate(tmp_path / "served", served, *options)
+    assert there.returncode == 0, there.stderr
+    command = [sys.executable, "-m", "qwenq", "eval", "--sample", *options, "--dtype", "float32"]
+    here = subprocess.run(
+        [*command, "--out", tmp_path / "here", "--json"], capture_output=True, text=True, check=False
+    )
+    assert here.returncode == 0, here.stderr
+    found = {}
+    for name in ("served", "here"):
+        (file,) = (tmp_path / name / "records").glob("*.jsonl")
+        records = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+        found[name] = {record["id"]: record["logprobs"] for record in records}
+    assert found["served"].keys() == found["here"].keys()
+    for item, scores in found["here"].items():
+        assert found["served"][item] == pytest.approx(scores, abs=0.5), item
