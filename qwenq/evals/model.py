@@ -234,9 +234,9 @@ def assign_bases(eval_models: Sequence[LocalModel], recorded: Sequence[Model] = 
     """
     notes = []
     bases = [eval_model for eval_model in eval_models if not eval_model.quantised]
-    for eval_model in eval_models:
-        if not eval_model.quantised:
-            continue
+    quantised = [eval_model for eval_model in eval_models if eval_model.quantised]
+    for eval_model in sorted(quantised, key=lambda one: one.checkpoint.foreign is None):  # sources first
+        notes += _base_of_source(eval_model, quantised)
         base, note = _base_among(eval_model, bases, recorded)
         notes += [note] if note else []
         if base is not None:
@@ -265,6 +265,19 @@ def _base_among(
     if len(bases) == 1 and _same_shape(bases[0], eval_model):
         return given[0], f"nothing says what {name} was made from: it is compared with {given[0].name}"
     return None, absent
+
+
+def _base_of_source(eval_model: LocalModel, quantised: Sequence[LocalModel]) -> list[str]:
+    """Take the base of the model that this one was made from, where that is itself quantised (FP8)."""
+    sources = (other for other in quantised if other is not eval_model)
+    source = next((other for other in sources if other.model.fingerprint == eval_model.base), None)
+    if source is None:
+        return []
+    eval_model.base, eval_model.model = source.base, replace(eval_model.model, family=source.model.family)
+    compared = "name the base of both" if source.base is None else "both are compared with its base"
+    return [
+        f"{eval_model.model.name} was made from {source.model.name}, which is quantised itself: {compared}"
+    ]
 
 
 def bases_first(eval_models: Sequence[T]) -> list[T]:

@@ -21,8 +21,6 @@ _FLASH_NEXT = "hyper-connections, an embedding of n-grams (about 95 GiB) and an 
 NOT_SUPPORTED_YET: dict[str, str] = {
     "qwen4_exp": _FLASH_NEXT,
     "qwen4_exp_text": _FLASH_NEXT,
-    "qwen2_moe": _ROUTING,
-    "mixtral": _ROUTING,
     "qwen2_vl": _VISION,
     "qwen2_5_vl": _VISION,
     "qwen2_audio": _AUDIO,
@@ -36,7 +34,7 @@ _BY_NAME: tuple[tuple[str, str], ...] = (
     (_AUDIO, r"-audio\b|-omni\b"),
 )
 """What is missing in ``plan`` and the catalogue, which know no sizes of such models."""
-_RUNS = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
+_RUNS = re.compile(r"mixtral|qwen(1\.5|2)-(moe|.*-a\d+b)|qwen3([-.])(?!.*(omni|flash-next))")
 """Names of models that are quantised and run nevertheless."""
 _FAMILY = re.compile(r"qwen|mixtral")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
@@ -55,8 +53,17 @@ def missing_by_name(name: str) -> str | None:
     return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
 
 
+def missing_beside_decoder(config: dict[str, Any]) -> str | None:
+    """Return what a model needs beside the blocks of its decoder, by the keys of its config.json."""
+    return _listed(part for part in _missing_parts(config) if part != _ROUTING)
+
+
 def missing_by_config(config: dict[str, Any]) -> str | None:
     """Return what a model of an unknown type needs at least, by the keys of its config.json."""
+    return _listed(_missing_parts(config))
+
+
+def _missing_parts(config: dict[str, Any]) -> list[str]:
     text = config.get("text_config")
     of_text = {**config, **text} if isinstance(text, dict) else config
     kinds = of_text.get("layer_types")
@@ -65,8 +72,7 @@ def missing_by_config(config: dict[str, Any]) -> str | None:
         found.append(_LINEAR)
     if any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
         found.append(_ROUTING)
-    found += [part for key, part in _TOWERS if config.get(key)]
-    return _listed(found)
+    return found + [part for key, part in _TOWERS if config.get(key)]
 
 
 def refuse_to_run(name: str) -> None:
