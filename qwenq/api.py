@@ -7,6 +7,7 @@ the events of ``qwenq.events``. Nothing heavy is imported before a function is c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qwenq.models.chatml import Message
     from qwenq.models.tokenizer import Tokenizer
     from qwenq.planner.plan import Plan
+    from qwenq.profiling.spec import Subjects
     from qwenq.quantization import Quantised
     from qwenq.recipe import Recipe
     from qwenq.reporting.gate import Verdict
@@ -356,46 +358,95 @@ def profile(
     weights: Literal["stored", "random"] = "stored",
     seed: int = 0,
     budget: str | None = None,
+    endpoint: str | None = None,
+    model: str | None = None,
+    concurrency: Sequence[int] = (1, 4, 16, 64),
+    input: int = 512,
+    output: int = 128,
     out: Name | None = None,
     progress: Progress = True,
 ) -> Results:
     """Measure speed and memory, each point in a process of its own. The options are `qwenq profile`'s.
 
+    Args:
+        endpoint: an OpenAI-compatible server, whose ``model`` is measured instead, by streamed requests at
+            each ``concurrency``; a single ``precision`` names what it computes in. Other options of models
+            that are measured here have no effect then.
+
     Raises:
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
     """
-    from qwenq.environment import environment
-    from qwenq.profiling.child import probe
-    from qwenq.profiling.planning import parse_budget, read_device
-    from qwenq.profiling.planning import plan as order
-    from qwenq.profiling.spec import lengths_of, require_known, subjects_of, sweep
-    from qwenq.profiling.sweep import run_sweep
-    from qwenq.results import read_rows
-    from qwenq.storage import locked
+    from qwenq.profiling.planning import parse_budget
+    from qwenq.profiling.spec import lengths_of, require_known, subjects_of
 
     seconds = parse_budget(budget) if budget else None
+    if endpoint is not None:
+        load = tuple(concurrency), input, output
+        named = "served" if len(precision) != 1 else precision[0]
+        return _profile_served(models, endpoint, model, named, load, seconds, out, progress)
     lengths = lengths_of(context, tokens, encode)
     require_known(attention, engine, kernel)
     found = subjects_of(_names(models), precision, weights, seed)
     folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
+    choices = {"attentions": attention, "engines": engine, "lengths": lengths, "kernel": kernel}
+    return _profile_here(found, choices, device, seconds, folder, progress)
+
+
+def _profile_here(
+    found: Subjects,
+    choices: dict[str, Any],
+    device: str,
+    seconds: float | None,
+    folder: Path,
+    progress: Progress,
+) -> Results:
+    from qwenq.environment import environment
+    from qwenq.profiling.child import probe
+    from qwenq.profiling.planning import plan, read_device
+    from qwenq.profiling.spec import sweep
+    from qwenq.profiling.sweep import run_sweep
+    from qwenq.results import read_rows
+    from qwenq.storage import locked
+
     with _shown(progress) as listener, locked(folder):
         for notice in found.notices:
             listener(Notice(notice))
         place = read_device(probe(device))
-        points = sweep(
-            found.subjects,
-            attentions=attention,
-            engines=engine,
-            lengths=lengths,
-            device=place.device,
-            kernel=kernel,
-        )
-        planned = order(points, found.shapes, place)
+        points = sweep(found.subjects, device=place.device, **choices)
+        planned = plan(points, found.shapes, place)
         run_sweep(
             planned, folder, listener, budget=seconds, environment=environment(), command="qwenq.profile"
         )
     wanted = [(each.point.place, each.point.subject.model) for each in planned]
     return Results([row for row in read_rows(folder) if (row.point, row.model) in wanted], folder)
+
+
+def _profile_served(
+    models: Name | Sequence[Name] | None,
+    endpoint: str,
+    model: str | None,
+    precision: str,
+    load: tuple[tuple[int, ...], int, int],
+    budget: float | None,
+    out: Name | None,
+    progress: Progress,
+) -> Results:
+    from qwenq.environment import environment
+    from qwenq.errors import UsageError
+    from qwenq.profiling.served import Load, find_target, profile_served
+    from qwenq.storage import locked
+
+    if models is not None:
+        raise UsageError("endpoint measures the server's model alone", hint="name it with model=")
+    with _shown(progress) as listener:
+        target = find_target(endpoint, model, os.environ.get("OPENAI_API_KEY"), listener, precision=precision)
+        folder = Path("runs") / f"served-{target.model.name}" if out is None else Path(out)
+        facts, command = environment(), "qwenq.profile"
+        with locked(folder):
+            rows = profile_served(
+                target, Load(*load), folder, listener, environment=facts, budget=budget, command=command
+            )
+    return Results(rows, folder)
 
 
 def report(runs: Name | Sequence[Name], out: Name, title: str | None = None) -> Path:

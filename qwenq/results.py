@@ -93,10 +93,13 @@ class Row:
         metric: what was measured, with a dot between family and figure: ``accuracy``, ``accuracy.float32``,
             ``kl``, ``same_top``, ``perplexity``, ``perplexity.context``, ``speed.protocol``,
             ``speed.decode``, ``speed.prefill``, ``time.first_token``, ``memory.load``,
-            ``memory.generate``, ``memory.unreset``, ``energy.token``, ``bandwidth.share``, ``size``.
+            ``memory.generate``, ``memory.unreset``, ``energy.token``, ``bandwidth.share``, ``size``; of a
+            served model ``speed.served``, ``failed.served``, ``time.first_token.p50`` and
+            ``time.inter_token.p50``, with p95 and p99.
         point: what it was measured at, flat: for accuracy ``task``, ``protocol``, ``version``, ``limit``; for
             speed and memory ``attention``, ``engine``, ``context``, ``tokens``, ``batch``, ``device``; for
-            perplexity by context ``seq_len``, ``text``, ``ntk``, ``logn``.
+            perplexity by context ``seq_len``, ``text``, ``ntk``, ``logn``; for a served model
+            ``concurrency``, ``context``, ``tokens``.
         value: the figure; None unless ``status`` is ``ok``.
         unit: ``share`` (0 … 1), ``tokens/s``, ``bytes``, ``seconds``, ``nats/token``, ``joules/token``,
             ``ratio``.

@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = {
     "errors",
     "events",
+    "http",
     "storage",
     "recipe",
     "results",
@@ -37,6 +38,7 @@ COMPOSERS = {"api", "checking", "conversion", "quantization", "workflow"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "events": set(),
+    "http": {"errors", "events", "stopping"},
     "storage": {"errors"},
     "recipe": {"errors"},
     "results": {"errors", "storage"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from qwenq.cli.options import (
 )
 from qwenq.cli.printing import next_commands, notes, stop_notice, table_console, typed_command
 from qwenq.cli.progress import ProfileProgress, rough_time
-from qwenq.errors import visible
+from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
     from qwenq.profiling.planning import Device, Planned
     from qwenq.profiling.spec import Point, Subjects
     from qwenq.profiling.table import PrintedTable
+    from qwenq.results import Row
 
 
 @app.command()
 @recipe_options("profile.*", "weights")
 def profile(
+    typed: typer.Context,
     models: ModelArguments = None,
     *,
     given: Given,
@@ -45,12 +48,33 @@ def profile(
         str, typer.Option(help="Prompt tokens before generated ones, comma-separated; Qwen's cards have 1.")
     ] = "1",
     precision: Annotated[
-        str, typer.Option(help="Precisions of models that are not quantised: fp32, bf16, fp16, int8, int4.")
+        str,
+        typer.Option(
+            help="Precisions of models that are not quantised: fp32, bf16, fp16, int8, int4; with "
+            "--endpoint, the one that the server computes in."
+        ),
     ] = "fp32,bf16,int8,int4",
     kernel: KernelName = "auto",
     device: DeviceName = "auto",
     seed: RandomSeed = 0,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/profile-MODEL]")] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Measure a model behind an OpenAI-compatible server, such as http://HOST:8000/v1 (key in "
+            "OPENAI_API_KEY), with streamed requests.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="With --endpoint: the model's name there.")] = None,
+    concurrency: Annotated[
+        str, typer.Option(help="With --endpoint: requests at once, comma-separated.")
+    ] = "1,4,16,64",
+    input: Annotated[int, typer.Option(help="With --endpoint: tokens of each prompt.")] = 512,
+    output: Annotated[int, typer.Option(help="With --endpoint: tokens of each answer.")] = 128,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder. [default: runs/profile-MODEL; with --endpoint runs/served-MODEL]"),
+    ] = None,
     quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Processes that share a model, one a GPU.")] = 1,
@@ -58,7 +82,8 @@ def profile(
     """Measure speed and memory, each point in a separate process.
 
     Points: models in each precision × attention × engine × length. A point that cannot run is reported with
-    the reason, and the sweep goes on. Ctrl-C keeps what is measured; the same command goes on.
+    the reason, and the sweep goes on. Ctrl-C keeps what is measured; the same command goes on. With
+    --endpoint: latency and throughput of a served model, at each concurrency.
     """
     from qwenq.profiling.planning import parse_budget
     from qwenq.profiling.spec import lengths_of, refuse_unsplittable, require_known, subjects_of
@@ -67,6 +92,14 @@ def profile(
     chosen = Recipe().override(given[""], profile=given["profile"])
     points = chosen.profile or ProfileRecipe()
     budget = parse_budget(points.budget) if points.budget else None
+    progress = ProfileProgress(as_json=as_json, quiet=quiet)
+    given_options = _typed(typed)
+    _check_endpoint(endpoint, models, given_options)
+    if endpoint is not None:
+        served_as = precision if "precision" in given_options else "served"
+        load = (listed_numbers(concurrency, "--concurrency", "1,4,16"), input, output)
+        _profile_served(endpoint, model, served_as, load, budget, out, progress)
+        return
     lengths = lengths_of(listed_numbers(context, "--context", "1,1024"), points.tokens, points.encode)
     require_known(points.attention, points.engine, kernel)
     named: list[str | None] = [*dict.fromkeys(models)] if models else [None]
@@ -84,7 +117,6 @@ def profile(
         tp=tp,
     )
     folder = out or Path("runs") / f"profile-{'-'.join(found.shapes)}"
-    progress = ProfileProgress(as_json=as_json, quiet=quiet)
     with stop_notice("what is measured is kept"):
         planned, kept = _measure(found, sweep, folder, device, budget, progress)
         if not as_json:
@@ -149,23 +181,90 @@ def show_plan(planned: Sequence[Planned], device: Device, budget: float | None, 
         typer.echo(f"  {each.point.label}: {estimate}")
 
 
+_OF_ENDPOINT = {"endpoint", "model", "concurrency", "input", "output"}
+_OF_BOTH = {"models", "precision", "budget", "out", "quiet", "as_json"}
+"""Options of a served model; those that a model measured here has as well."""
+
+
+def _typed(context: typer.Context) -> list[str]:
+    """Return the options that were typed, be it with their default."""
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    # Compared by its name: typer uses either its bundled click or the installed one.
+    return [name for name, source in sources if source is not None and source.name == "COMMANDLINE"]
+
+
+def _check_endpoint(endpoint: str | None, models: list[str] | None, typed: Sequence[str]) -> None:
+    """Raise UsageError for options that exclude each other."""
+    if endpoint is None:
+        if stray := [name for name in typed if name in _OF_ENDPOINT]:
+            raise UsageError(
+                f"--{stray[0]} is of a served model",
+                where=f"--{stray[0]}",
+                hint="name its server with --endpoint, or leave this option out",
+            )
+        return
+    if models:
+        raise UsageError(
+            "--endpoint measures the server's model alone",
+            where="--endpoint",
+            hint="name it with --model, and measure local models into the same --out with another command",
+        )
+    if stray := [name for name in typed if name not in _OF_ENDPOINT | _OF_BOTH]:
+        raise UsageError(
+            "the server decides how it runs its model",
+            where=f"--{stray[0]}",
+            hint="leave this option out, and set it on the server",
+        )
+
+
+def _profile_served(
+    endpoint: str,
+    model: str | None,
+    precision: str,
+    load: tuple[list[int], int, int],
+    budget: float | None,
+    out: Path | None,
+    progress: ProfileProgress,
+) -> None:
+    """Measure a served model and print its table."""
+    from qwenq.environment import environment
+    from qwenq.profiling.served import Load, find_target, profile_served
+    from qwenq.storage import locked
+
+    wanted = Load(tuple(load[0]), *load[1:])
+    key = os.environ.get("OPENAI_API_KEY")
+    target = find_target(endpoint, model, key, progress, precision=precision)
+    folder = out or Path("runs") / f"served-{target.model.name}"
+    with stop_notice("what is measured is kept"), locked(folder):
+        facts, command = environment(), typed_command()
+        rows = profile_served(
+            target, wanted, folder, progress, environment=facts, budget=budget, command=command
+        )
+    if not progress.as_json:
+        _show_rows(folder, rows)
+
+
 def _show(folder: Path, planned: Sequence[Planned], kept: int) -> None:
     """Print the table of this sweep's points, those measured earlier included."""
-    from qwenq.profiling.table import table
     from qwenq.results import read_rows
 
     wanted = [(each.point.place, each.point.subject.model) for each in planned]
-    rows = [row for row in read_rows(folder) if (row.point, row.model) in wanted]
+    earlier = f"{kept} of {len(planned)} points were measured earlier" if kept else ""
+    _show_rows(folder, [row for row in read_rows(folder) if (row.point, row.model) in wanted], earlier)
+
+
+def _show_rows(folder: Path, rows: Sequence[Row], remark: str = "") -> None:
+    """Print a table of rows, and the command that makes a report of their folder."""
+    from qwenq.profiling.table import table
+
     printed = table(rows)
     console = table_console(160)
     console.print(", ".join(f"{name} {value}" for name, value in printed.constant))
     _print_table(console, printed)
     if any("–" in cell for line in printed.lines for cell in line):
         console.print("in brackets: 95 % intervals of the median")
-    for note in printed.notes:
-        console.print(note)
-    if kept:
-        console.print(f"{kept} of {len(planned)} points were measured earlier")
+    for text in (*printed.notes, *([remark] if remark else [])):
+        console.print(text)
     console.print(f"run folder: {visible(str(folder))}", soft_wrap=True)
     next_commands(("report", folder))
 

@@ -222,7 +222,7 @@ class ProfileProgress:
     """A listener that shows a sweep: a line for each point on stderr, or rows as JSON on stdout."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self._json, self.quiet = as_json, quiet or as_json
+        self.as_json, self.quiet = as_json, quiet or as_json
 
     def __call__(self, event: Event) -> None:
         """Show an event: a point starts, a row is measured, a notice."""
@@ -231,7 +231,7 @@ class ProfileProgress:
                 share = f", {rough_time(event.limit)} of the budget" if event.limit is not None else ""
                 about = f"about {rough_time(event.seconds or 0)}{share}"
                 typer.echo(f"{event.done + 1} of {event.total}: {step}, {about}", err=True)
-            case Advance(result=Row() as row) if self._json:
+            case Advance(result=Row() as row) if self.as_json:
                 with to_standard_output():
                     typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
             case Notice(text):

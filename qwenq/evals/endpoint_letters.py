@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import Endpoint, RefusedError, concerns_logprobs
+from qwenq.evals.endpoint import Endpoint
 from qwenq.evals.task import Choose, Chosen
+from qwenq.http import RefusedError, concerns_logprobs
 
 TOPS = (20, 2000)
 """Tokens to list: what vLLM allows by default, then enough for letters that are unlikely."""

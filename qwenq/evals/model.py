@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from qwenq.evals.endpoint_letters import Scored, score_letters
 from qwenq.evals.task import Answer, Choose, Item, ProtocolName, Request, Write
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
-from qwenq.models.identity import base_of, family_name, result_model
+from qwenq.models.identity import base_of, result_model, served_identity
 from qwenq.models.machine import resolve_device
 from qwenq.models.opening import resolve_model
 from qwenq.models.random_weights import refuse_random
@@ -315,9 +314,6 @@ class Response:
 class RemoteModel:
     """A model behind an endpoint.
 
-    Its weights are unknown: its fingerprint is that of address and name, its precision ``served``. Its family
-    is its name less ``-GPTQ-Int4`` and the like, so that `qwenq compare` pairs it with its served base.
-
     Attributes:
         endpoint: its server.
         quantised: unknown, so it is not compared with a base here.
@@ -333,10 +329,7 @@ class RemoteModel:
     @property
     def model(self) -> Model:
         """Return its identity in rows of results."""
-        named = f"{self.endpoint.url} {self.endpoint.model}"
-        digest = hashlib.sha256(named.encode()).hexdigest()[:16]
-        name = self.endpoint.model.rsplit("/", 1)[-1]
-        return Model(name, f"endpoint:{digest}", "served", family_name(name))
+        return served_identity(self.endpoint.url, self.endpoint.model)
 
     @property
     def thinking(self) -> bool:

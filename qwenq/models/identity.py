@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -68,6 +69,17 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
 def family_name(name: str) -> str:
     """Return the name less ``-GPTQ-Int4`` and the like."""
     return _QUANTISED_NAME.sub("", name)
+
+
+def served_identity(url: str, name: str, precision: str = "served") -> Model:
+    """Return the identity of a model behind a server in rows of results.
+
+    Its weights are unknown: its fingerprint is that of address and name. Its family is its name less
+    ``-GPTQ-Int4`` and the like, so that `qwenq compare` pairs it with its served base.
+    """
+    digest = hashlib.sha256(f"{url} {name}".encode()).hexdigest()[:16]
+    short = name.rsplit("/", 1)[-1]
+    return Model(short, f"endpoint:{digest}", precision, family_name(short))
 
 
 def precision_name(dtype: torch.dtype) -> str:

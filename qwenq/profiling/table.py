@@ -10,6 +10,14 @@ from qwenq.errors import visible
 from qwenq.results import Row, Value
 
 _FIGURES = {
+    "speed.served": ("served tok/s", 1.0, ".1f"),
+    "time.first_token.p50": ("TTFT p50 ms", 1e3, ".0f"),
+    "time.first_token.p95": ("TTFT p95 ms", 1e3, ".0f"),
+    "time.first_token.p99": ("TTFT p99 ms", 1e3, ".0f"),
+    "time.inter_token.p50": ("ITL p50 ms", 1e3, ".1f"),
+    "time.inter_token.p95": ("ITL p95 ms", 1e3, ".1f"),
+    "time.inter_token.p99": ("ITL p99 ms", 1e3, ".1f"),
+    "failed.served": ("failed %", 100.0, ".1f"),
     "speed.protocol": ("protocol tok/s", 1.0, ".2f"),
     "speed.prefill": ("prefill tok/s", 1.0, ".1f"),
     "speed.decode": ("decode tok/s", 1.0, ".2f"),

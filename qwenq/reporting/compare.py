@@ -151,6 +151,7 @@ METRICS: dict[str, Metric] = {
     "bandwidth": Metric("ratio", "up", noisy=True, machine=True),
     "memory": Metric("ratio", "down", machine=True),
     "size": Metric("ratio", "down"),
+    "failed": Metric("difference", "down", noisy=True),
 }
 """By the part of a metric's name before the dot."""
 

@@ -46,7 +46,7 @@ from qwenq.statistics import MARGIN, p_phrase
 
 PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
 """Exit codes. 2 is a usage error."""
-GROUPS = {"perplexity", "speed", "memory", "time", "energy", "bandwidth"}
+GROUPS = {"perplexity", "speed", "memory", "time", "energy", "bandwidth", "failed"}
 """Metrics of several kinds: a condition without a dot covers them all."""
 LEAST = 3
 """Fewest measurements of a speed, time or energy, over all repeats, that the gate judges."""

