@@ -50,13 +50,38 @@ TINY: dict[str, Any] = {
 }
 
 
+MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SHARED = MIXTURE | {"shared_expert_intermediate_size": 40}
+HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}
+
+
 def tensors_of_transformers(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what ``save_pretrained`` would write: a tied head is left out."""
+    """Names and shapes of what is published: a tied head is left out, and experts are apart."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.get("tie_word_embeddings"):
-        found.pop("lm_head.weight", None)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        size = tuple(tensor.shape)
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            found[name] = size
+            continue
+        prefix, _, leaf = name.rpartition(".")
+        for number in range(size[0]):
+            if leaf == "down_proj":
+                found[f"{prefix}.{number}.down_proj.weight"] = size[1:]
+                continue
+            for part in ("gate_proj", "up_proj"):
+                found[f"{prefix}.{number}.{part}.weight"] = (size[1] // 2, size[2])
     return found
 
 
@@ -71,13 +96,31 @@ def tensors_of_transformers(config: dict[str, Any]) -> dict[str, tuple[int, ...]
         {"model_type": "qwen3"},
         {"model_type": "qwen3", "head_dim": 32},
         {"model_type": "qwen3", "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+        {"model_type": "qwen3_moe", **MIXTURE},
+        {"model_type": "qwen3_moe", **MIXTURE, "head_dim": 8, "attention_bias": True},
+        {"model_type": "qwen3_moe", **MIXTURE, "num_hidden_layers": 4, "decoder_sparse_step": 2},
+        {"model_type": "qwen3_moe", **MIXTURE, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+        {"model_type": "qwen3_next", **SHARED, **HYBRID},
+        {"model_type": "qwen3_next", **SHARED, **HYBRID, "mlp_only_layers": [0, 3]},
+        {"model_type": "qwen3_5_text", **HYBRID, "tie_word_embeddings": True},
+        {"model_type": "qwen3_5_text", **HYBRID, "full_attention_interval": 2},
+        {"model_type": "qwen3_5_moe_text", **SHARED, **HYBRID, "attention_bias": True},
+        {
+            "model_type": "qwen3_5_moe_text",
+            **SHARED,
+            **HYBRID,
+            "layer_types": ["full_attention", *["linear_attention"] * 4],
+        },
     ],
     ids=lambda variant: "-".join(map(str, variant.values())),
 )
 def test_tensors_are_those_of_transformers(variant: dict[str, Any]) -> None:
     config = TINY | variant
-    ours = {tensor.name: tensor.shape for tensor in ModelShape.from_config(config).tensors()}
+    shape = ModelShape.from_config(config)
+    ours = {tensor.name: tensor.shape for tensor in shape.tensors()}
     assert ours == tensors_of_transformers(config)
+    assert shape.parameters == sum(tensor.numel for tensor in shape.tensors())
+    assert len(ours) == len(shape.tensors())
 
 
 @pytest.mark.parametrize(
@@ -159,7 +202,7 @@ def test_quantised_bytes_by_hand(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3_moe", "num_experts": 8}, "its sizes are not known here"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "experts' routing"),
         ({"model_type": "gpt2"}, "gpt2"),
         ({"model_type": None}, "unknown"),
     ],
