@@ -1,7 +1,7 @@
 """Describe the kinds of blocks of a model: their linear layers, what stays unquantised, their state.
 
 A block is attention (of all earlier tokens, or linear with a recurrent state) and an MLP (dense, or a mixture of
-experts). Both are data; no model has a class of its own. Experts are one ``Linear`` with a count. Imports no torch.
+experts). Both are data; no model has a class of its own. Experts are one ``Linear`` with a count. No torch here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from math import prod
 
 AUTOMATIC_BITS = {r"^linear_attn\.": 8}
 """Bits of modules where the recipe says "auto": a recurrent state carries an error from token to token."""
+
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
+"""Modules that several GPUs share along their inputs, of which each has whole groups; others along outputs."""
 
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]
 """Names, relative to the block, and shapes."""
@@ -40,6 +43,11 @@ class Linear:
     def elements(self) -> int:
         """Return the elements of one copy, bias included."""
         return self.rows * self.columns + (self.rows if self.bias else 0)
+
+    @property
+    def leaf(self) -> str:
+        """Return the last part of its name."""
+        return self.name.rpartition(".")[2]
 
     def names(self) -> Iterator[str]:
         """Yield the name of each copy."""
@@ -152,6 +160,14 @@ class Block:
     @property
     def _kept(self) -> int:
         return sum(prod(shape) for _, shape in self.kept)
+
+    def input_groups(self) -> Iterator[tuple[int, int]]:
+        """Yield rows and columns of the linears that share an input, taken together; of an expert's once."""
+        rows: dict[tuple[str, bool], tuple[int, int]] = {}
+        for linear in self.linears:
+            key = (linear.name.rpartition(".")[0], linear.leaf in ROW_PARALLEL)
+            rows[key] = (rows.get(key, (0, 0))[0] + linear.rows, linear.columns)
+        yield from rows.values()
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the tensors of the unquantised block, relative to it."""

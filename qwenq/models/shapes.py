@@ -259,7 +259,7 @@ class ModelShape:
 
     @property
     def active_parameters(self) -> int:
-        """Return the parameters that one token uses: all but those of the experts that it is not routed to."""
+        """Return the parameters that one token uses: all but those of experts that it is not routed to."""
         idle = sum((block.parameters - block.active_parameters) * len(block.layers) for block in self.blocks)
         return self.parameters - idle
 
@@ -323,6 +323,14 @@ class ModelShape:
             return 0
         layers = sum(len(block.layers) for block in self.blocks if not block.attends)
         return layers * self.linear_attention.state_bytes(ITEMSIZE[dtype])
+
+    @property
+    def draft_parameters(self) -> int:
+        """Return the elements of draft layers: a block with full attention each, a projection and three norms."""
+        if not self.draft_layers:
+            return 0
+        attending = next(block for block in self.blocks if block.attends)
+        return self.draft_layers * attending.parameters + 2 * self.hidden**2 + 3 * self.hidden
 
     @property
     def embedding_parameters(self) -> int:

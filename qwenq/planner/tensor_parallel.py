@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwenq.errors import UnsupportedError
 from qwenq.events import Listener, Notice
+from qwenq.models.block_shapes import ROW_PARALLEL, Linear
 from qwenq.models.pad_ffn import padded_groups, padded_width, widened
 from qwenq.models.shapes import ModelShape
 
@@ -15,11 +17,10 @@ if TYPE_CHECKING:
 
 # Tell which numbers of GPUs can share a model, and what a wider MLP would change.
 #
-# Row-parallel modules (``o_proj``, ``down_proj``) are split along their inputs, so a GPU needs whole groups
-# of
-# a quantised one; heads and the MLP's channels are split evenly too. Key/value heads are split evenly or,
-# where
-# there are fewer heads than GPUs, replicated evenly.
+# Row-parallel modules (``o_proj``, ``down_proj``, of each expert, too) are split along their inputs, so a GPU needs
+# whole groups of a quantised one; heads and the MLP's channels are split evenly too. Key/value heads are split
+# evenly or, where there are fewer heads than GPUs, replicated evenly. ``publishing.engines`` has the same rules for
+# folders.
 
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -66,16 +67,30 @@ def split(shape: ModelShape, gpus: int, group_size: int | None) -> Split:
         obstacles.append(f"{shape.heads} heads")
     if shape.kv_heads % gpus and gpus % shape.kv_heads:
         obstacles.append(f"{shape.kv_heads} key/value heads")
-    if group_size is None:
-        if shape.ffn % gpus:
-            obstacles.append(f"{shape.ffn} FFN channels")
-        return Split(gpus, tuple(obstacles))
+    if (linear := shape.linear_attention) is not None:
+        for heads in sorted({linear.key_heads, linear.value_heads}):
+            if heads % gpus:
+                obstacles.append(f"{heads} heads of linear attention")
     for module in shape.linears():
-        if module.name in ("self_attn.o_proj", "mlp.down_proj"):
-            groups = _groups(module.columns, group_size)
-            if groups % gpus:
-                obstacles.append(f"{groups} groups of {module.name.split('.')[1]}")
+        if module.leaf not in ROW_PARALLEL:
+            continue
+        if group_size is None or group_size == -1:
+            if module.leaf == "down_proj" and module.columns % gpus:
+                obstacles.append(f"{module.columns} {_channels(module)}")
+        elif module.columns % gpus or module.columns // gpus % group_size:
+            obstacles.append(f"{module.columns // group_size} groups of {_short(module)}")
     return Split(gpus, tuple(obstacles))
+
+
+def _short(module: Linear) -> str:
+    owner = module.name.rpartition(".")[0]
+    if module.copies > 1:
+        return f"an expert's {module.leaf}"
+    return f"the shared expert's {module.leaf}" if owner.endswith("shared_expert") else module.leaf
+
+
+def _channels(module: Linear) -> str:
+    return {"mlp": "FFN channels"}.get(module.name.rpartition(".")[0], f"channels of {_short(module)}")
 
 
 def possible_splits(shape: ModelShape, gpus: tuple[int, ...], group_size: int | None) -> tuple[int, ...]:
@@ -86,9 +101,10 @@ def possible_splits(shape: ModelShape, gpus: tuple[int, ...], group_size: int | 
 def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Padding | None:
     """Return the smallest padding that lets the most of these numbers of GPUs share the model.
 
-    None where no padding helps: the width fits already, or something else than the MLP is the obstacle.
+    None where no padding helps: the width fits already, or something else than the MLP is the obstacle. Experts
+    are not padded.
     """
-    if group_size == -1:
+    if group_size == -1 or shape.experts is not None:
         return None
     within_reach = tuple(
         count
@@ -147,6 +163,10 @@ def padded(
     if wanted.pad_ffn == "none":
         return base, None
     shape = ModelShape.from_config(base.config)
+    if shape.experts is not None:
+        raise UnsupportedError(
+            "the MLP of a mixture of experts is not padded", where="--pad-ffn", hint="leave --pad-ffn out"
+        )
     automatic = wanted.group_size == "auto"
     group_size = shape.auto_group_size() if wanted.group_size == "auto" else wanted.group_size
     to, why = _width(wanted.pad_ffn, shape, group_size)
