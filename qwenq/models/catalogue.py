@@ -5,6 +5,7 @@ The data lie beside this file, in ``catalogue.toml``; what the cards say is a le
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,8 @@ BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
 
 _HEAD_OF_LINEAR_ATTENTION = 128
+_SEES = re.compile(r"qwen3-vl-|qwen3\.\d-(?!2\.4t)")
+"""Names of models whose files hold a vision tower, too."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class Entry:
         The bundled model was dequantised to float32, its namesake on the hub is bfloat16 as all others.
         """
         return str(self.config["torch_dtype"]) if name.lower() in self.names else "bfloat16"
+
+    def sees(self, name: str) -> bool:
+        """Return whether the files of this name hold a vision tower, too."""
+        return bool(_SEES.search(name.lower()))
 
     def hub_of(self, name: str) -> str:
         """Return the hub id that belongs to one of its names."""
