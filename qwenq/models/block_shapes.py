@@ -1,7 +1,8 @@
 """Describe the kinds of blocks of a model: their linear layers, what stays unquantised, their state.
 
-A block is attention (of all earlier tokens, or linear with a recurrent state) and an MLP (dense, or a mixture of
-experts). Both are data; no model has a class of its own. Experts are one ``Linear`` with a count. No torch here.
+A block is attention (of all earlier tokens, or linear with a recurrent state) and an MLP (dense, or a mixture
+of experts). Both are data; no model has a class of its own. Experts are one ``Linear`` with a count. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ AUTOMATIC_BITS = {r"^linear_attn\.": 8}
 """Bits of modules where the recipe says "auto": a recurrent state carries an error from token to token."""
 
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
-"""Modules that several GPUs share along their inputs, of which each has whole groups; others along outputs."""
+"""Modules that GPUs share along their inputs, each with whole groups; all others along their outputs."""
 
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]
 """Names, relative to the block, and shapes."""

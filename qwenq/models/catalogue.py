@@ -97,12 +97,17 @@ def entry(name: str) -> Entry:
 
 
 def suggestions(name: str, count: int = 2, alike: float = 0.0) -> list[str]:
-    """Return the catalogue names nearest to a misspelt one, best first: those that begin with it lead."""
+    """Return the catalogue names nearest to a misspelt or shortened one, best first.
+
+    Those that begin with it lead, then those that have all of its parts (``qwen3-4b-2507``).
+    """
     from rapidfuzz import fuzz, process
 
     typed = name.lower().rpartition("/")[2]
     known = [known for item in _entries() for known in item.names]
-    begun = sorted((each for each in known if typed and each.startswith(typed)), key=len)
+    parts = set(typed.split("-"))
+    longer = (each for each in known if typed and (each.startswith(typed) or parts <= set(each.split("-"))))
+    begun = sorted(longer, key=lambda each: (not each.startswith(typed), len(each)))
     matches = process.extract(typed, known, scorer=fuzz.ratio, limit=count, score_cutoff=alike)
     return list(dict.fromkeys([*begun, *(str(match[0]) for match in matches)]))[:count]
 

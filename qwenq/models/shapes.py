@@ -326,7 +326,7 @@ class ModelShape:
 
     @property
     def draft_parameters(self) -> int:
-        """Return the elements of draft layers: a block with full attention each, a projection and three norms."""
+        """Return the elements of draft layers: a block with full attention each, a projection, three norms."""
         if not self.draft_layers:
             return 0
         attending = next(block for block in self.blocks if block.attends)
@@ -440,7 +440,7 @@ def _experts(config: dict[str, Any], where: Path) -> Experts | None:
     by_hand = tuple(layer for layer in layers if layer in dense or (layer + 1) % step)
     if len(by_hand) == len(layers):
         return None
-    many = "num_local_experts" if config.get("num_experts") is None else "num_experts"
+    many = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
     has_shared = config["model_type"] != "qwen3_moe"
     return Experts(
         count=_required(config, many, where),

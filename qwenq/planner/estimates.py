@@ -126,9 +126,8 @@ def activation_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
     """Return the bytes of one block's tensors for that many tokens: the larger of attention and MLP.
 
     Residual and normed input; and either q, k, v, the rotated q and k, and the output (of linear attention: what
-    is convolved, before and after, and gate, output and normed output), or gate, up and their product, of a
-    mixture of experts for every expert of a token. Fused kernels need less; eager attention needs a score
-    matrix, too.
+    is convolved, before and after, and gate, output and normed output), or gate, up and their product, for
+    every expert of a token. Fused kernels need less; eager attention needs a score matrix, too.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inside = [(4 if shape.output_gate else 3) * queries + 3 * keys, 3 * shape.ffn]

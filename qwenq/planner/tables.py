@@ -99,7 +99,8 @@ def _generation(plan: Plan) -> RenderableType:
     table.note = "peak: weights, one copy of the cache, activations"
     if plan.shape.linear_attention is not None:
         memory = plan.generation[plan.precisions[-1].label]
-        table.note += f"; of the cache, {_gib(memory.states)} GiB are recurrent states, which do not grow with the context"
+        states = f"{_gib(memory.states)} GiB are recurrent states"
+        table.note += f"; of the cache, {states}, which do not grow with the context"
     return table.render()
 
 

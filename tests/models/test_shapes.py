@@ -124,7 +124,11 @@ def test_tensors_are_those_of_transformers(variant: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen-7b-chat", "qwen2.5-0.5b-instruct", "qwen3-4b", "smollm2-135m-instruct"]
+    "name",
+    [
+        *("qwen-7b-chat", "qwen2.5-0.5b-instruct", "qwen3-4b", "smollm2-135m-instruct"),
+        *("qwen3-30b-a3b", "qwen3-next-80b-a3b-instruct", "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b"),
+    ],
 )
 def test_real_sizes_are_those_of_transformers(name: str) -> None:
     config = catalogue.config_for(name)
@@ -139,6 +143,51 @@ def test_published_counts_and_bytes_of_qwen_v1() -> None:
     assert shape.bytes("bfloat16") == 15_442_649_088
     assert shape.bytes("float32") == 2 * shape.bytes("float16")
     assert shape == catalogue.shape_for("qwen-7b")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-235b-a22b", 235_093_634_560),
+        ("qwen3-next-80b-a3b-instruct", 79_674_391_296),
+        ("qwen3.5-35b-a3b", 34_660_610_688),
+        ("qwen3.5-27b", 26_895_998_464),
+    ],
+)
+def test_known_counts_of_mixtures_and_hybrids(name: str, parameters: int) -> None:
+    assert catalogue.shape_for(name).parameters == parameters
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_are_those_of_the_tensors(model_type: str, bits: int) -> None:
+    shape = ModelShape.from_config(TINY | SHARED | HYBRID | {"model_type": model_type})
+    found = shape.quantised_bytes(bits, 8, "bfloat16")
+    assert found == sum(tensor.nbytes for tensor in shape.quantised_tensors(bits, 8, "bfloat16"))
+    assert shape.bytes("bfloat16") == sum(tensor.nbytes for tensor in shape.tensors())
+
+
+def test_a_vision_model_is_seen_as_its_language_model() -> None:
+    text = TINY | HYBRID | {"model_type": "qwen3_5_text", "tie_word_embeddings": False}
+    whole = {"model_type": "qwen3_5", "text_config": text, "vision_config": {}, "tie_word_embeddings": True}
+    assert ModelShape.from_config(whole) == ModelShape.from_config(text | {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize(
+    "missing", ["num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"]
+)
+def test_a_missing_size_of_experts_is_named(missing: str) -> None:
+    config = TINY | SHARED | HYBRID | {"model_type": "qwen3_5_moe_text"}
+    with pytest.raises(ModelError, match="config.json has no"):
+        ModelShape.from_config({key: value for key, value in config.items() if key != missing})
+
+
+def test_draft_layers_have_the_published_number_of_tensors() -> None:
+    """15 tensors in Qwen3.5-27B's files, 785 in those of 35B-A3B."""
+    for name, count in (("qwen3.5-27b", 15), ("qwen3.5-35b-a3b", 785)):
+        block = next(block for block in catalogue.shape_for(name).blocks if block.attends)
+        assert len(list(block.tensors())) + 4 == count  # fc and three norms
 
 
 def test_gptq_byte_totals_of_qwen_7b_chat() -> None:
