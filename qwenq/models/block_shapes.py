@@ -1,8 +1,8 @@
 """Describe the kinds of blocks of a model: their linear layers, what stays unquantised, their state.
 
 A block is attention (of all earlier tokens, or linear with a recurrent state) and an MLP (dense, or a mixture
-of experts). Both are data; no model has a class of its own. Experts are one ``Linear`` with a count. Imports no
-torch.
+of experts). Both are data; no model has a class of its own. Experts are one ``Linear`` with a count. No torch
+is imported.
 """
 
 from __future__ import annotations

@@ -326,7 +326,7 @@ class ModelShape:
 
     @property
     def draft_parameters(self) -> int:
-        """Return the elements of draft layers: a block with full attention each, a projection, three norms."""
+        """Return the elements of draft layers: a block with attention each, a projection and three norms."""
         if not self.draft_layers:
             return 0
         attending = next(block for block in self.blocks if block.attends)

@@ -125,9 +125,9 @@ class QuantisationMemory:
 def activation_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
     """Return the bytes of one block's tensors for that many tokens: the larger of attention and MLP.
 
-    Residual and normed input; and either q, k, v, the rotated q and k, and the output (of linear attention: what
-    is convolved, before and after, and gate, output and normed output), or gate, up and their product, for
-    every expert of a token. Fused kernels need less; eager attention needs a score matrix, too.
+    Residual and normed input; and either q, k, v, the rotated q and k, and the output (of linear attention:
+    what is convolved, before and after, and gate, output and normed output), or gate, up and their product,
+    for every expert of a token. Fused kernels need less; eager attention needs a score matrix, too.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inside = [(4 if shape.output_gate else 3) * queries + 3 * keys, 3 * shape.ffn]
@@ -204,9 +204,9 @@ def _held(shape: ModelShape, block: Block) -> int:
 
 # Bound the speed of generation by bandwidth: a token cannot come faster than its bytes can be read.
 #
-# Each step reads every weight once (of an untied embedding only a row a sequence) and the keys and values
-# of
-# every earlier token of every sequence; of experts only those that some sequence is routed to. Launch overhead, attention arithmetic and sampling come on top.
+# Each step reads every weight once (of an untied embedding only a row a sequence, of experts only those that
+# some sequence is routed to), the recurrent states, and the keys and values of every earlier token of every
+# sequence. Launch overhead, attention arithmetic and sampling come on top.
 
 
 @dataclass(frozen=True)

@@ -159,16 +159,22 @@ def _deployments(plan: Plan) -> Iterator[RenderableType]:
             *("precision", "GPUs", "possible", "GiB per GPU", "fits"),
             *("tok/s, empty cache", f"tok/s at {plan.options.context}"),
         )
+        refused: dict[str, list[str]] = {}
         for row in plan.deployments:
             if row.speed.gpu != gpu.name:
                 continue
-            possible = "yes" if row.split.possible else "no: " + ", ".join(row.split.obstacles)
+            possible = "yes" if row.split.possible else "no"
+            if not row.split.possible:
+                why = f"{row.split.gpus} GPUs cannot share it: {', '.join(row.split.obstacles)}"
+                refused.setdefault(why, []).append(row.precision)
             figures = (
                 (f"{row.speed.empty:,.0f}", f"{row.speed.full:,.0f}") if row.split.possible else ("", "")
             )
             fits = ("yes" if row.fits else "[red]no[/red]") if row.split.possible else ""
             table.row(row.precision, str(row.split.gpus), possible, _gib(row.memory), fits, *figures)
         table.note = f"upper bound: bytes read per token over peak bandwidth. {gpu.source}"
+        reasons = "".join(f"{', '.join(labels)}: {why}.\n" for why, labels in refused.items())
+        table.note = reasons + table.note
         if plan.shape.experts is not None:
             active = ", ".join(f"{item.label} {_gib(item.active)}" for item in plan.precisions)
             table.note += f". Weights that a token reads, GiB: {active}"

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 # Tell which numbers of GPUs can share a model, and what a wider MLP would change.
 #
 # Row-parallel modules (``o_proj``, ``down_proj``, of each expert, too) are split along their inputs, so a GPU
-# needs whole groups of a quantised one; heads and the MLP's channels are split evenly too. Key/value heads are
-# split evenly or, where there are fewer heads than GPUs, replicated evenly. ``publishing.engines`` has the same
-# rules for folders.
+# needs whole groups of a quantised one; heads and the MLP's channels are split evenly too. Key/value heads
+# are split evenly or, where there are fewer heads than GPUs, replicated evenly. ``publishing.engines`` has
+# the same rules for folders.
 
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -100,8 +100,8 @@ def possible_splits(shape: ModelShape, gpus: tuple[int, ...], group_size: int | 
 def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Padding | None:
     """Return the smallest padding that lets the most of these numbers of GPUs share the model.
 
-    None where no padding helps: the width fits already, or something else than the MLP is the obstacle; and for
-    experts, which are not padded.
+    None where no padding helps: the width fits already, or something else than the MLP is the obstacle; and
+    for experts, which are not padded.
     """
     if group_size == -1 or shape.experts is not None:
         return None

@@ -34,7 +34,7 @@ def test_tables_for_people() -> None:
         "peak from 1 token",
         "H200",
         "RTX 4090",
-        "no: 43 groups of down_proj",
+        "Int8, Int4: 2 GPUs cannot share it: 43 groups of down_proj",
         "FFN 5504 → 5632: 43 → 44 groups",
     ):
         assert expected in result.stdout
@@ -53,7 +53,7 @@ def test_a_mixture_fits_eighty_columns() -> None:
         "8 of 256 experts of 512, a shared one of 512",
         "1.57 GiB of draft layers (mtp) are copied",
         "recurrent states",
-        "no: 4 groups of",
+        "Int8, Int4: 8 GPUs cannot share it: 4 groups of an expert's down_proj",
         "Weights that a token reads, GiB: BF16 5.49",
     ):
         assert expected in words

@@ -179,7 +179,7 @@ def test_a_vision_model_is_seen_as_its_language_model() -> None:
 )
 def test_a_missing_size_of_experts_is_named(missing: str) -> None:
     config = TINY | SHARED | HYBRID | {"model_type": "qwen3_5_moe_text"}
-    with pytest.raises(ModelError, match="config.json has no"):
+    with pytest.raises(ModelError, match=r"config\.json has no"):
         ModelShape.from_config({key: value for key, value in config.items() if key != missing})
 
 
