@@ -101,9 +101,9 @@ def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Paddin
     """Return the smallest padding that lets the most of these numbers of GPUs share the model.
 
     None where no padding helps: the width fits already, or something else than the MLP is the obstacle; and
-    for experts, which are not padded.
+    for experts and models with draft layers, which are not padded.
     """
-    if group_size == -1 or shape.experts is not None:
+    if group_size == -1 or _not_padded(shape):
         return None
     within_reach = tuple(
         count
@@ -123,6 +123,15 @@ def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Paddin
         possible_before=possible_splits(shape, gpus, group_size),
         possible_after=possible_splits(padded, gpus, group_size),
     )
+
+
+def _not_padded(shape: ModelShape) -> str | None:
+    """Return why the MLP cannot be padded, None where it can."""
+    if shape.experts is not None:
+        return "the MLP of a mixture of experts is not padded"
+    if shape.draft_layers:  # which are copied, and of which config.json says the same width
+        return f"its draft layers (mtp) would keep an MLP of {shape.ffn}"
+    return None
 
 
 def kv_share(shape: ModelShape, gpus: int) -> float:
@@ -162,10 +171,8 @@ def padded(
     if wanted.pad_ffn == "none":
         return base, None
     shape = ModelShape.from_config(base.config)
-    if shape.experts is not None:
-        raise UnsupportedError(
-            "the MLP of a mixture of experts is not padded", where="--pad-ffn", hint="leave --pad-ffn out"
-        )
+    if why := _not_padded(shape):
+        raise UnsupportedError(why, where="--pad-ffn", hint="leave --pad-ffn out")
     automatic = wanted.group_size == "auto"
     group_size = shape.auto_group_size() if wanted.group_size == "auto" else wanted.group_size
     to, why = _width(wanted.pad_ffn, shape, group_size)
