@@ -30,7 +30,7 @@ RELIABILITY := tests/test_workflow_execute.py tests/test_crash.py tests/reliabil
     tests/cli/test_eval_command.py::test_answers_cannot_steer_the_terminal \
     tests/runtime/test_chat.py::test_nothing_that_is_shown_steers_the_terminal \
     tests/cli/test_app.py::test_what_nobody_foresaw_is_one_message_that_says_how_to_see_more \
-    tests/profiling/test_meeting.py
+    tests/profiling/test_parallel_profile.py
 
 FUZZ_SECONDS ?= 600
 

@@ -43,7 +43,7 @@ class Child:
     output: str
 
     def json(self) -> dict[str, Any]:
-        """The last line of the output, as JSON."""
+        """Return the last line of the output, as JSON."""
         found: dict[str, Any] = json.loads(self.output.strip().splitlines()[-1])
         return found
 
@@ -84,7 +84,7 @@ def _text(file: Any) -> str:
 
 
 def versions(python: str | Path, packages: Sequence[str]) -> dict[str, str]:
-    """The versions of packages as that interpreter sees them; one that it lacks is left out."""
+    """Return versions of packages in that interpreter, without those that it lacks."""
     code = (
         "import importlib.metadata as m, json, sys\n"
         "plain = lambda name: name.lower().replace('_', '-')\n"
@@ -96,7 +96,7 @@ def versions(python: str | Path, packages: Sequence[str]) -> dict[str, str]:
 
 
 def circumstances(python: str | Path, packages: Sequence[str]) -> dict[str, Any]:
-    """What a turn keeps of when and with what it was taken: rows of several days may stand in one report."""
+    """Return date and versions of a turn: rows of several days may stand in one report."""
     return {
         "date": date.today().isoformat(),
         "cpu": _cpu_model(),
@@ -108,7 +108,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def measured_on(rows: Rows, facts: Mapping[str, Any]) -> str:
-    """The day on which rows were measured, or the first and the last.
+    """Return the day on which rows were measured, or the first and the last.
 
     Args:
         facts: the report's environment. Its date stands for rows of old reports, none of which has its own.
@@ -126,7 +126,7 @@ def turns_of(facts: Mapping[str, Any]) -> str:
 
 
 def shared(rows: Rows, facts: Mapping[str, Any], *keys: str) -> str:
-    """What rows have at these nested keys, joined by "and" where they differ; without: the environment's."""
+    """Return the values of rows at nested keys, joined by "and" where they differ, or the environment's."""
     found = [value for row in rows if (value := _at(row, keys)) is not None] or [_at(facts, keys)]
     return " and ".join(dict.fromkeys(str(value) for value in found if value is not None)) or "(not recorded)"
 
@@ -159,7 +159,7 @@ def _cpu_model() -> str:
 
 
 def resolve_bundled() -> Path:
-    """The bundled model's folder; converts it on the first call."""
+    """Return the bundled model's folder; the first call converts it."""
     code = "from qwenq.models.opening import resolve_model; print(resolve_model(None).folder)"
     return Path(run_child([sys.executable, "-c", code], threads=1).output.strip())
 
@@ -172,6 +172,6 @@ def write_report(name: str, report: Mapping[str, Any], markdown: str, folder: Pa
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table: the first column left-aligned, the rest right."""
+    """Return a GitHub table: the first column left-aligned, the rest right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"

@@ -46,7 +46,7 @@ def qwenq(folder: Path, head: str) -> tuple[Decode, str, float]:
 
 
 def transformers(folder: Path, quantised: bool) -> tuple[Decode, str, float]:
-    """transformers in bfloat16, or with GPTQModel's kernels where the folder is quantised."""
+    """Load transformers in bfloat16, or with GPTQModel's kernels where the folder is quantised."""
     import torch
     from transformers import AutoModelForCausalLM, __version__
     from transformers.generation.streamers import BaseStreamer

@@ -1,4 +1,4 @@
-"""Triton kernels on a GPU: are they right, against float64, and how fast do they read their weights?"""
+"""Measure Triton kernels on a GPU: errors against float64, and the speed at which they read weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class DrawnSource(RoundedSource):
 
 
 def drawn(model: str | dict[str, Any], bits: int | None, device: torch.device) -> Checkpoint:
-    """A model of that shape with random weights on the device: plain (bits None), or packed."""
+    """Return a model of that shape with random weights on the device: plain (bits None), or packed."""
     plain = random_checkpoint(model, 0, device=device)
     if bits is None:
         return plain
@@ -205,7 +205,7 @@ def kernel_speeds(device: torch.device, tiny: bool, deadline: float) -> Iterator
 
 
 def _each(kernels: Sequence[Linear], x: Tensor) -> list[Tensor]:
-    """The same product by every layer: their weights do not all fit the cache."""
+    """Return the same product by every layer: their weights do not all fit the cache."""
     return [kernel(x) for kernel in kernels]
 
 
@@ -261,7 +261,7 @@ def _exact(queries: Tensor, keys: Tensor, values: Tensor, before: int) -> Tensor
 
 
 def _error(found: Tensor, wanted: Tensor, size: float) -> float:
-    """The largest error over the number's own size and the usual one; NaN counts as infinite."""
+    """Return the largest error over the number's own size and the usual one; NaN counts as infinite."""
     error = ((found.double() - wanted).abs() / (wanted.abs() + size)).max().item()
     return error if error == error else float("inf")  # noqa: PLR0124
 

@@ -48,7 +48,7 @@ class Loaded:
         self.seconds, self.peak = time.monotonic() - start, self.meter.peak()
 
     def attend(self, name: str) -> Any:
-        """The same engine with another attention.
+        """Return the same engine with another attention.
 
         Raises:
             UnsupportedError: it cannot run here.
@@ -118,7 +118,7 @@ class Point:
         self.run.say(f"{self.label}: {shortest / integral(plan.positions, seconds, shortest):.1f} tok/s")
 
     def parts(self, engine: Any, peak: int, cache: int) -> dict[str, Any]:
-        """What a peak consists of, where the engine says what it holds."""
+        """Return what a peak consists of, where the engine says what it holds."""
         if self.engine != "fast":
             return {}
         weights = weight_bytes(engine, embedding=True)
@@ -173,7 +173,7 @@ class Point:
         reason: str | None = None,
         status: str = "unavailable",
     ) -> None:
-        """A row, unless there is one already."""
+        """Return a row, unless there is one already."""
         spread: dict[str, Any] = {}
         if isinstance(value, Summary):
             spread = {"low": value.low, "high": value.high, "n": value.n}

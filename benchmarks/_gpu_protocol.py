@@ -151,7 +151,7 @@ def generate(run: Run, stage: Stage, attention: str, loaded: Loaded) -> None:
 def absent(
     run: Run, stage: Stage, attention: str, reason: str, status: str = "unavailable", *, again: bool = False
 ) -> None:
-    """A row that says why there is no figure; ``again``: a call with more time would have it."""
+    """Return a row that says why there is no figure; ``again``: a call with more time would have it."""
     why: dict[str, Any] = {"reason": reason, "status": status, "details": {"again": True} if again else {}}
     for name in (attention, *(CARDS if stage.precision == "fp32" else ())):
         if name in run.plan.attentions:

@@ -8,7 +8,7 @@ from qwenq.results import Row
 
 
 def find(rows: list[Row], metric: str, model: str, precision: str, **point: Any) -> float | None:
-    """The best value among rows of that kind; None where there is none."""
+    """Return the best value among rows of that kind; None where there is none."""
     values = [
         row.value
         for row in rows

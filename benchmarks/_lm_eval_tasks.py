@@ -117,7 +117,7 @@ def _asked(data: Path, limit: int, python: str, threads: int) -> list[Json]:
 
 
 def _mmlu_rows(path: Path) -> list[Json]:
-    """A CSV file of MMLU as lm-eval's task wants it."""
+    """Return a CSV file of MMLU as lm-eval's task wants it."""
     with path.open(encoding="utf-8", newline="") as file:
         return [
             {"question": row[0], "choices": row[1:5], "answer": LETTERS.index(row[5])}

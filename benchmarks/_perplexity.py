@@ -31,7 +31,7 @@ GRIDS = (".weight_scale", ".weight_zero_point")
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """The model in float32, as transformers builds it."""
+    """Return the model in float32, as transformers builds it."""
     checkpoint = open_checkpoint(folder)
     source: TensorSource = checkpoint.source
     if is_quantised(checkpoint.config):
@@ -52,7 +52,7 @@ def load(folder: Path) -> PreTrainedModel:
 def quality(
     model: PreTrainedModel, ids: torch.Tensor, unk: torch.Tensor, base: PreTrainedModel | None
 ) -> dict[str, float]:
-    """The figures above.
+    """Return the figures of the module's docstring.
 
     Args:
         model: judged.

@@ -27,7 +27,7 @@ def middle(rows: list[dict[str, Any]], tool: str, key: str) -> float:
 
 
 def seconds_of_check(rows: list[dict[str, Any]]) -> list[float]:
-    """What qwenq spent on comparing what it wrote with the base, by turn; its peers have no such step."""
+    """Return the seconds of qwenq's check by turn; its peers have no such step."""
     return [row["phases_s"]["check"] for row in rows if row["tool"] == QWENQ]
 
 
@@ -49,7 +49,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
-    """The report for people."""
+    """Return the report in Markdown."""
     said, beyond = comparison(found, facts), BEYOND if "kl" in rows[1] else ""
     return (
         f"# Quantising: qwenq beside its peers\n\n{lines(rows)}\n"
@@ -70,7 +70,7 @@ def peers_of(facts: dict[str, Any]) -> str:
 
 
 def lines(rows: list[dict[str, Any]]) -> str:
-    """The table: medians over the turns; where there are several, the fastest and the slowest as well."""
+    """Return the table: medians over the turns, with the fastest and the slowest of several."""
     base = rows[0]
     several = max(row.get("turn", 1) for row in rows) > 1
     judged = [key for key in JUDGED.values() if key in rows[1]]
@@ -87,7 +87,7 @@ def lines(rows: list[dict[str, Any]]) -> str:
 
 
 def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
-    """The ratios in words; nothing of a peer that was not measured."""
+    """Return the ratios in words; nothing of a peer that was not measured."""
     said = []
     for peer, package in PEERS.items():
         if f"time_vs_{package}" in found:
@@ -104,7 +104,7 @@ def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
 
 
 def _beyond(found: dict[str, float], package: str) -> str:
-    """What perplexity alone does not tell, where it was measured."""
+    """Return what perplexity alone does not show, where it was measured."""
     if f"kl_vs_{package}" not in found:
         return ""
     unmarked, divergence = (found[f"{name}_vs_{package}"] for name in ("gap_without_unk", "kl"))

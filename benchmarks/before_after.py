@@ -44,7 +44,7 @@ TASKS = {"quantize": "quantise 32 × 512, Int4 g64, s", "calibrate": "own text, 
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="the checkout of the earlier commit")
     parser.add_argument("--variant", choices=("avx2", "native"), default="native")
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def middle(rows: list[dict[str, Any]], which: str, task: str, key: str) -> float | None:
-    """The median of a task's turns; None where it was not measured."""
+    """Return the median of a task's turns; None where it was not measured."""
     values = [row[key] for row in rows if (row["checkout"], row["task"]) == (which, task) and key in row]
     return float(median(values)) if values else None
 
@@ -153,7 +153,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
-    """The report for people."""
+    """Return the report in Markdown."""
     body = []
     for task in dict.fromkeys(row["task"] for row in rows):
         for which in ("before", "after", "llama.cpp"):

@@ -82,7 +82,7 @@ class LocalModel:
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="the bundled model in Int4")
     parser.add_argument("--turns", type=int, default=2, help="turns that each contender takes")
@@ -183,12 +183,12 @@ def earlier(options: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """The machine and the settings; date and versions are each turn's own."""
+    """Return the machine and the settings; date and versions are each turn's own."""
     return {**machine(), "threads": options.threads, "model": options.model.name}
 
 
 def lines(rows: list[dict[str, Any]]) -> str:
-    """The table: medians over the turns."""
+    """Return the table: medians over the turns."""
     body = []
     for tool in dict.fromkeys(row["tool"] for row in rows):
         values = [(middle(rows, tool, key), digits) for key, (_, digits) in COLUMNS.items()]
@@ -197,7 +197,7 @@ def lines(rows: list[dict[str, Any]]) -> str:
 
 
 def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
-    """The ratios in words, and what the Int8 head does to the text."""
+    """Return the ratios in words, and what the Int8 head does to the text."""
     heads = {"qwenq-int8-head": "With its Int8 head", "qwenq": "With its head as it is"}
     peers = {"llama.cpp": "llama.cpp", "gptqmodel": "GPTQModel's kernels", "transformers": "BF16"}
     tasks = {"decode_128": "128 new tokens", "decode_2048": "2048", f"prefill_{PREFILL}": "the prompt"}
@@ -221,7 +221,7 @@ def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
-    """The report for people."""
+    """Return the report in Markdown."""
     by_tool: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_tool.setdefault(row["tool"], []).append(row)

@@ -66,7 +66,7 @@ TURNS = [
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with mmlu/ and gsm8k/")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps finished turns")
@@ -88,7 +88,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def measured(child: Child, threads: int) -> Json:
-    """What a turn took."""
+    """Return what a turn took."""
     return {
         "wall_s": child.wall_s,
         "cpu_s": child.cpu_s,
@@ -157,7 +157,7 @@ RUNNERS: dict[str, Callable[[argparse.Namespace, Turn, Path, Path], Json]] = {
 
 
 def conditions(options: argparse.Namespace, turn: Turn) -> Json:
-    """What a turn keeps beside what it found: when, with which versions, and what was asked."""
+    """Return date, versions and conditions of a turn."""
     if turn.items == MMLU:
         limit = f"the first {options.mmlu_limit} of each" if options.mmlu_limit else "all"
         asked = f"{options.subjects}, {limit}"
@@ -181,7 +181,7 @@ def take_turn(options: argparse.Namespace, turn: Turn, model: Path) -> None:
 
 
 def row_of(turn: Turn, results: Mapping[str, Json]) -> Json:
-    """What the report says of a turn: time, and agreement with lm-eval on the same items."""
+    """Return what the report says of a turn: time, and agreement with lm-eval on the same items."""
     mine, theirs = results[turn.name], results[Turn("lm-eval", turn.items, "float32").name]
     same = sum(mine["found"].get(key) == value for key, value in theirs["found"].items())
     row: Json = {
@@ -230,7 +230,7 @@ def ratios(results: Mapping[str, Json], seconds: str) -> dict[str, float]:
 
 
 def environment(model: Path) -> Json:
-    """The machine that makes the report, which may be long after the turns: these have their own date."""
+    """Return the machine that makes the report; turns have dates of their own."""
     kept = {key: value for key, value in machine().items() if key not in {"date", "load_at_start"}}
     return {**kept, "model": model.name}
 
@@ -249,7 +249,7 @@ RACES = {
 
 
 def table(rows: list[Json], wall: Mapping[str, float], cpu: Mapping[str, float], facts: Json) -> str:
-    """The report for people; ``wall`` and ``cpu``: ratios."""
+    """Return the report for people; ``wall`` and ``cpu``: ratios."""
     header = ["items", "tool", "dtype", "n", "threads", "seconds", "CPU seconds"]
     header += ["answers as lm-eval's", "peak MiB"]
     lines = [

@@ -47,7 +47,7 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
 def rules() -> dict[str, str]:
-    """The recipe's gate and the workflow's, from their files."""
+    """Return the recipe's gate and the workflow's, from their files."""
     quality = tomllib.loads(RECIPE.read_text(encoding="utf-8"))["gate"]["fail_on"]
     quality = re.sub(
         r"@\w+", "", quality
@@ -58,7 +58,7 @@ def rules() -> dict[str, str]:
 
 
 def quantised(work: Path) -> Path:
-    """The model of recipes/ci.toml, made once."""
+    """Return the model of recipes/ci.toml, made once."""
     model = work / "model"
     if not model.exists():
         command: Command = [sys.executable, "-m", "qwenq", "quantize", "--recipe", RECIPE, "--bits", "4"]
@@ -74,6 +74,13 @@ def code() -> str:
     return digest.hexdigest()[:12]
 
 
+RECORD = (
+    "import sys; from pathlib import Path; from qwenq.workflow import append_check; "
+    "append_check(Path(sys.argv[1]), Path(sys.argv[2]), 'qwenq quantize')"
+)
+"""Append the check that the model's manifest holds to a run, as `qwenq run` does."""
+
+
 def measure(model: Path, folder: Path) -> None:
     """One run: the chain of recipes/ci.toml on its Int4 model, shorter."""
     part = folder.with_suffix(".part")
@@ -83,7 +90,7 @@ def measure(model: Path, folder: Path) -> None:
     questions = ["--tasks", "mmlu,ceval", "--protocol", "base", "--sample", "--limit", str(ITEMS)]
     lengths = ["--tokens", "64", "--encode", "128", "--budget", BUDGET]
     commands: tuple[Command, ...] = (
-        [sys.executable, "-m", "qwenq.run.recorded", model, part, "qwenq quantize"],
+        [sys.executable, "-c", RECORD, model, part],
         [*qwenq, "eval", model, *questions, "--out", part],
         [*qwenq, "profile", model, *lengths, "--out", part],
     )
@@ -103,7 +110,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def judged(befores: Sequence[Path], afters: Sequence[Path], rule: str, junit: Path) -> list[str]:
-    """What `qwenq compare` failed for, or could not compare: rule by rule of its own test report."""
+    """Return the rules of `qwenq compare` that failed, or could not be compared, from its JUnit report."""
     command = [sys.executable, "-m", "qwenq", "compare", befores[0], afters[0], "--junit", junit]
     command += ["--fail-on", rule]
     for option, runs in (("--more-baseline", befores[1:]), ("--more-new", afters[1:])):
@@ -130,7 +137,7 @@ def gates(runs: Sequence[Path], turns: int) -> Iterator[tuple[list[Path], list[P
 
 
 def slowed(run: Path, factor: float) -> Path:
-    """A copy of a run whose speeds are multiplied."""
+    """Return a copy of a run whose speeds are multiplied."""
     if factor == 1.0:
         return run
     copy = run.with_name(f"{run.name}-{factor}")
@@ -188,7 +195,7 @@ def spreads(runs: Sequence[Path]) -> dict[str, dict[str, float]]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Return the report in Markdown."""
     facts = report["measured"]
     loads = [load for run in facts for load in run["load"]]
     seconds = [run["seconds"] for run in facts]

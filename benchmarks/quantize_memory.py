@@ -38,7 +38,7 @@ RECIPES = {"default": "", "plain GPTQ": PLAIN}
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder with room for the model twice")
     parser.add_argument("--model", default="qwen-7b-chat", help="a catalogue name")
@@ -49,7 +49,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def random_model(options: argparse.Namespace) -> Path:
-    """The checkpoint on disk, written where it is missing."""
+    """Return the checkpoint on disk, written where it is missing."""
     folder: Path = options.work / f"{options.model}-{options.layers or 'all'}"
     if not (folder / "config.json").exists():
         code = (
@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The report for people."""
+    """Return the report in Markdown."""
     header = ["", "computed in", "layers", "checkpoint GB", "peak RSS GB", "minutes"]
     lines = [
         [

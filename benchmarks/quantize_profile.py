@@ -37,7 +37,7 @@ _running: list[str] = []  # the step whose time is being taken
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=6)
@@ -195,7 +195,7 @@ def floor_s(rows: list[dict[str, Any]], facts: dict[str, Any]) -> float:
 
 
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The report for people."""
+    """Return the report in Markdown."""
     whole = sum(row["ms"] for row in rows)
     lines = [
         [

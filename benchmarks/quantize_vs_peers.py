@@ -86,7 +86,7 @@ def _peer_command(bench: Bench, tool: str, out: Path) -> Command:
 
 
 def peer_python(options: argparse.Namespace, tool: str) -> Path:
-    """The interpreter that a peer is installed for."""
+    """Return the interpreter that a peer is installed for."""
     found: Path = options.interop_python if tool == GPTQMODEL else options.llmcompressor_python
     return found
 
@@ -106,7 +106,7 @@ CONTENDERS: dict[str, Callable[[Bench, Path], Command]] = {
 
 
 def parse_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with c4/ and wikitext2/")
     parser.add_argument("--repeats", type=int, default=3, help="turns that each contender takes")
@@ -126,7 +126,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def only_file(folder: Path, pattern: str) -> Path:
-    """The file of that kind in a folder; the test split where there are several."""
+    """Return the file of that kind in a folder; the test split where there are several."""
     files = sorted(folder.glob(pattern))
     files = [file for file in files if "test" in file.name] or files
     if len(files) != 1:
@@ -135,7 +135,7 @@ def only_file(folder: Path, pattern: str) -> Path:
 
 
 def sources(data: Path) -> tuple[Path, Path]:
-    """The text to calibrate on, and the one to evaluate on."""
+    """Return the text to calibrate on, and the one to evaluate on."""
     return only_file(data / "c4", "*.jsonl"), only_file(data / "wikitext2", "*.txt")
 
 

@@ -39,14 +39,14 @@ PHASES = ("calibration", "layers", "write", "check")
 
 
 def torchrun(processes: int, *arguments: object) -> Child:
-    """A command of qwenq on that many processes."""
+    """Return a command of qwenq on that many processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, "-m", "qwenq", *map(str, arguments), "--device", "cpu"]
     return run_child(command, threads=1)
 
 
 def figures(child: Child) -> dict[str, Any]:
-    """What a row says of a process and its children; memory is that of the largest one of them."""
+    """Return a row on a process and its children; memory is that of the largest of them."""
     return {
         "wall_s": round(child.wall_s, 1),
         "cpu_s": round(child.cpu_s, 1),
@@ -90,7 +90,7 @@ def quantize(folder: Path) -> list[dict[str, Any]]:
 
 
 def evaluate(folder: Path) -> list[dict[str, Any]]:
-    """The same for the sample suite's MMLU."""
+    """Return the same for the sample suite's MMLU."""
     model = resolve_bundled()
     rows = []
     for processes in PROCESSES:

@@ -87,9 +87,8 @@ def convert(
         listener: receives the number of tensors written, and notices.
 
     Raises:
-        UsageError: the target is the source or holds something; ``zeros`` for a model that is not quantised.
-        ModelError: the source is damaged or contradicts itself: names the tensor that is missing, of another
-            shape than config.json says, or not finite.
+        UsageError: the target is the source or holds something; settings of GPTQ for another model.
+        ModelError: the source is damaged, or contradicts its config.json; names the tensor.
         QuantisationError: a zero point that format v1 cannot hold.
         StorageError: the disk refused.
     """
@@ -98,14 +97,13 @@ def convert(
     quant = _settings(checkpoint, zeros)
     _require_whole(checkpoint, quant)
     config, changes = _target_config(checkpoint, quant, zeros)
-    entries = _entries(checkpoint, quant)
-    read = _reader(checkpoint, quant, zeros)
-    if to is not None:
-        view = _compressed_tensors(checkpoint, quant)
-        entries = [(name, view.info(name)) for name in view.names()]
+    if to is None:
+        entries, read = _entries(checkpoint, quant), _reader(checkpoint, quant, zeros)
+    else:
+        view, quant = _compressed_tensors(checkpoint, quant), None
+        entries, read = [(name, view.info(name)) for name in view.names()], view.read
         config["quantization_config"] = view.settings()
         changes.append("GPTQ → compressed-tensors, the same integers and scales")
-        read, quant = view.read, None
     total = sum(tensor_bytes(info) for _, info in entries)
     with _new_folder(target) as folder, counted(listener, "writing", "tensors") as update:
         numbers = {name: number for number, (name, _) in enumerate(entries)}

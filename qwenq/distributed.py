@@ -62,7 +62,7 @@ class Team:
     local_rank: int = 0
     launched: bool = False
     _store: Any = field(default=None, repr=False)
-    _told: int = field(default=0, repr=False)
+    _published: int = field(default=0, repr=False)
     _waited: int = field(default=0, repr=False)
 
     @property
@@ -104,8 +104,8 @@ class Team:
         """
         if self.world == 1:
             return value
-        self._told += 1
-        name = f"told/{self._told}"
+        self._published += 1
+        name = f"broadcast/{self._published}"
         if self.is_rank0:
             self._ask(lambda store: store.set(name, json.dumps(value)))
             return value
@@ -155,7 +155,7 @@ class Team:
         mine = json.dumps([self.rank, code])
         first = self._ask(lambda store: store.compare_set(STOPPED, "", mine)).decode()
         if self.is_rank0:  # wakes ranks that wait for its next object
-            self._ask(lambda store: store.set(f"told/{self._told + 1}", "null"))
+            self._ask(lambda store: store.set(f"broadcast/{self._published + 1}", "null"))
         return None if first == mine else int(json.loads(first)[1])
 
 

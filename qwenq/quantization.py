@@ -284,6 +284,7 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
         device=job.device,
         dtype=job.decoder.dtype,
         listener=progress_only,
+        step="checking what was written",
     )
     if result.broken:
         raise VerificationError(
@@ -299,10 +300,12 @@ def _publish(
 ) -> Quantised:
     from qwenq.environment import __version__, versions
     from qwenq.gptq.pipeline import computed_in, expert_coverage, module_errors
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.folders import CARD
     from qwenq.models.identity import base_facts
     from qwenq.models.quantized_folder import publish
     from qwenq.models.safetensors_files import tensor_bytes
-    from qwenq.publishing.model_card import write_model_card
+    from qwenq.publishing.model_card import model_card
 
     manifest = {
         "format": "qwenq-1",
@@ -323,9 +326,12 @@ def _publish(
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
     published = job.base.published
     base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
+    files = {file.name: {"bytes": file.stat().st_size} for file in staged.iterdir() if file.is_file()}
+    written = open_checkpoint(staged, unfinished=True)
+    card = model_card(job.out.name, manifest | {"files": files}, written, job.base.companions)
+    (staged / CARD).write_text(card, encoding="utf-8")
     publish(staged, job.out, manifest)
     store.discard()
-    write_model_card(job.out, job.base.companions)
     job.listener(Notice(_where_it_loads(job.out)))
     return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
 

@@ -461,7 +461,7 @@ def _execute(step: Step) -> tuple[int, bool]:
         for child in running:
             child.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, pass_on)  # first, or one that comes now would reach nobody
+    before = signal.signal(signal.SIGTERM, pass_on)  # first, or one that comes now would be lost
     try:
         with subprocess.Popen(command, env={**os.environ, STEP_OF: str(os.getpid())}) as child:
             running.append(child)

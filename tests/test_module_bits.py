@@ -153,7 +153,7 @@ def test_a_recipe_may_say_so() -> None:
 
 
 def test_zero_points_of_the_other_format_are_read_as_what_they_are(tmp_path: Path) -> None:
-    """A published Int4 model says gptq, and its zero points are stored as gptq_v2 does."""
+    """A published Int4 model says gptq, and its zero points are stored as in gptq_v2."""
     out = mixed(tmp_path, self_attn=8)
     ids = list(range(3, 43))
     expected = load(out, device="cpu", dtype="float32", engine="transformers").logits([ids])[0]
@@ -165,6 +165,6 @@ def test_zero_points_of_the_other_format_are_read_as_what_they_are(tmp_path: Pat
             tensors[name] = pack_zeros(zeros.to(torch.uint8), bits, "gptq_v2")
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     checkpoint = open_checkpoint(out)
-    assert any("zero points are stored as gptq_v2 does" in notice for notice in checkpoint.notices)
+    assert any("zero points are stored as in gptq_v2" in notice for notice in checkpoint.notices)
     found = load(checkpoint, device="cpu", dtype="float32", engine="transformers").logits([ids])[0]
     assert torch.equal(found, expected)

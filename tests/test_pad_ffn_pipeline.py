@@ -144,7 +144,7 @@ def test_a_width_that_is_none_is_misuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shell = QuantizeShell(monkeypatch, capsys, tmp_path)
-    assert "FFN width 'wide'" in shell.refused("--pad-ffn", "wide").err
+    assert "quantize.pad_ffn = 'wide'" in shell.refused("--pad-ffn", "wide").err
 
 
 def test_an_unfinished_run_of_another_width_is_not_mixed_in(

@@ -122,7 +122,7 @@ def test_an_error_that_all_have_is_said_once(launch: Launcher, tmp_path: Path) -
 def test_a_command_that_shares_nothing_is_refused(launch: Launcher) -> None:
     ended = launch(2, "plan", "qwen2.5-7b")
     assert ended.statuses == [2, 2]
-    assert "does not share its work" in ended.shown[0]
+    assert "runs as one process" in ended.shown[0]
 
 
 def test_more_processes_than_batches_are_refused(launch: Launcher, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from qwenq.recipe import read_recipe
 from qwenq.results import Model, Row, append_row, read_rows
 from qwenq.workflow import Chain, Step, steps_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 WHOLE = """
 precisions = ["fp32", "bf16", "int8", "int4"]

@@ -121,16 +121,16 @@ def evaluate(
     wanted = _wanted(chosen, source, size, unsafe_code=unsafe_code)
     with process_group(device) as team:
         if endpoint is not None:
-            contenders = [_served(endpoint, model, how, size)]
+            eval_models = [_served(endpoint, model, how, size)]
         else:
-            contenders = _opened(names, how, quiet=not team.is_rank0)
+            eval_models = _opened(names, how, quiet=not team.is_rank0)
         if not team.is_rank0:
-            evaluate_share(contenders, wanted, run, team)
+            evaluate_share(eval_models, wanted, run, team)
             return
         from qwenq.cli.progress import EvalProgress
 
         with stop_notice("answers are kept", team.world), EvalProgress(quiet=quiet) as progress:
-            rows = run_all(contenders, wanted, run, progress, typed_command(team.world), team)
+            rows = run_all(eval_models, wanted, run, progress, typed_command(team.world), team)
     if as_json:
         print_rows(run, rows)
     else:
@@ -197,10 +197,10 @@ def _opened(names: list[str | None], how: LoadOptions, *, quiet: bool) -> list[E
     """Return the models, opened."""
     from qwenq.evals.model import open_eval_model
 
-    contenders = [open_eval_model(name, how) for name in names]
+    eval_models = [open_eval_model(name, how) for name in names]
     if not quiet:
-        notes(notice for contender in contenders for notice in contender.notices)
-    return [*contenders]
+        notes(notice for eval_model in eval_models for notice in eval_model.notices)
+    return [*eval_models]
 
 
 def _served(endpoint: str, model: str | None, how: LoadOptions, size: int | None) -> EvalModel:

@@ -75,21 +75,21 @@ def perplexity(
     wanted = sorted(listed_numbers(lengths, "--lengths", "1024,2048,4096"))
     names = given_models(models)
     run = local_path(out if out is not None else Path("runs") / model_name(names[0]), "--out")
-    contenders = [
+    eval_models = [
         open_eval_model(one, LoadOptions(device, dtype, "fast", attention, kernel)) for one in names
     ]
     switches = [
-        combinations(one.checkpoint.config, _flag(ntk), _flag(logn), one.model.name) for one in contenders
+        combinations(one.checkpoint.config, _flag(ntk), _flag(logn), one.model.name) for one in eval_models
     ]
-    texts = [_text(text, one, samples, max(wanted)) for one in contenders]
+    texts = [_text(text, one, samples, max(wanted)) for one in eval_models]
     for made in texts:
         require_lengths(wanted, made)
-    notes(notice for one in contenders for notice in one.notices)
+    notes(notice for one in eval_models for notice in one.notices)
     rows = []
     with stop_notice("lengths that were measured are kept"):
-        for contender, found, tokens in zip(contenders, switches, texts, strict=True):
-            rows += _measured(contender, tokens, wanted, found, run, quiet=quiet)
-            contender.unload()
+        for eval_model, found, tokens in zip(eval_models, switches, texts, strict=True):
+            rows += _measured(eval_model, tokens, wanted, found, run, quiet=quiet)
+            eval_model.unload()
     if as_json:
         print_rows(run, rows)
     else:
@@ -98,7 +98,7 @@ def perplexity(
 
 
 def _measured(
-    contender: LocalModel,
+    eval_model: LocalModel,
     text: ScoredText,
     lengths: Sequence[int],
     switches: Sequence[Switches | None],
@@ -116,12 +116,12 @@ def _measured(
     from qwenq.storage import locked
 
     rows = []
-    with locked(run), show_progress(contender.model.name, quiet=quiet) as progress:
+    with locked(run), show_progress(eval_model.model.name, quiet=quiet) as progress:
         known = read_rows(run) if (run / "results.jsonl").exists() else []
         found = environment()
         write_environment(run, found)
         for row in perplexities(
-            contender, text, lengths, switches, command=typed_command(), progress=progress, known=known
+            eval_model, text, lengths, switches, command=typed_command(), progress=progress, known=known
         ):
             if any(row is one for one in known):
                 rows.append(row)
@@ -131,7 +131,7 @@ def _measured(
     return rows
 
 
-def _text(path: Path, contender: LocalModel, windows: int, longest: int) -> ScoredText:
+def _text(path: Path, eval_model: LocalModel, windows: int, longest: int) -> ScoredText:
     """Return the first ``windows * longest`` tokens of a file."""
     import torch
 
@@ -140,7 +140,7 @@ def _text(path: Path, contender: LocalModel, windows: int, longest: int) -> Scor
     from qwenq.calibration.sequences import check_vocabulary, ids_of
     from qwenq.evals.perplexity import ScoredText
 
-    tokenizer = contender.tokenizer
+    tokenizer = eval_model.tokenizer
     end = separator_of(tokenizer) if path.suffix.lower() != ".txt" else None  # passages of one text have none
     ids: list[int] = []
     for document in read_file(path):
@@ -155,7 +155,7 @@ def _text(path: Path, contender: LocalModel, windows: int, longest: int) -> Scor
             hint=f"lower --samples to {fit}" if fit else "give a longer text, or shorter --lengths",
         )
     tokens = torch.tensor(ids[: windows * longest], dtype=torch.int64).view(windows, longest)
-    check_vocabulary(tokens, int(contender.checkpoint.config["vocab_size"]), str(path))
+    check_vocabulary(tokens, int(eval_model.checkpoint.config["vocab_size"]), str(path))
     return ScoredText(path.name, tokens)
 
 

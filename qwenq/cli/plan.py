@@ -33,12 +33,12 @@ def plan(
     context: Annotated[int, typer.Option(help="Context length in tokens.")] = 8192,
     batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     gpu: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="GPUs, comma-separated: h200, a100-80g, rtx-4090, … (a wrong name lists all). "
             "[default: a CPU]",
         ),
-    ] = "",
+    ] = None,
     tp: Annotated[
         str, typer.Option(help="Numbers of GPUs for tensor parallelism, comma-separated: 1,2,4,8.")
     ] = "1",

@@ -340,6 +340,7 @@ def check(
     device: torch.device | str,
     dtype: torch.dtype,
     listener: Listener = silent,
+    step: str = "checking",
 ) -> CheckResult:
     """Compare a GPTQ checkpoint with the model it was made from.
 
@@ -351,6 +352,7 @@ def check(
         dtype: of weights and hidden states. float32 shows the integers' cost alone; in 16 bits the two
             models' roundings differ, too, and are counted with it.
         listener: receives the progress, and a notice where a slower path runs, and why.
+        step: name of the progress.
 
     Raises:
         UsageError: not a quantised model and its base (see ``require_comparable``), random weights, tokens
@@ -365,7 +367,7 @@ def check(
     pair = _Pair(plain, base, quant, torch.device(device), dtype)
     if pair.fallback_notice:
         listener(Notice(pair.fallback_notice))
-    with counted(listener, "checking") as progress, torch.inference_mode():
+    with counted(listener, step) as progress, torch.inference_mode():
         scores, modules = pair.run(held_out, quantised_modules(quantised.source), progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
 

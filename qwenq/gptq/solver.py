@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,8 +76,7 @@ def quantize_weight(
 
     The steps: damping (H + damp · mean(diag H) · I), a grid by ``search_grid``, GPTQ (Algorithm 1 of arXiv
     2210.17323), coordinate descent on integers and scales from there. The defaults are those of `qwenq
-    quantize`; ``scale_search="none", damp=0.01, coordinate_descent=False`` is GPTQ as in the paper. Neither
-    argument is changed.
+    quantize`; ``scale_search="none", damp=0.01, coordinate_descent=False`` is GPTQ as in the paper.
 
         H = 2 / len(X) * X.T @ X          # X: [tokens, in], the inputs of the layer
         result = quantize_weight(layer.weight.data, H, bits=4, group_size=128)
@@ -89,8 +88,8 @@ def quantize_weight(
         bits: 2…8.
         group_size: input columns that share a scale, a divisor of ``in``; -1: all of them.
         sym: whether all zero points are in the middle, 2^(bits − 1).
-        act_order: "static" rounds columns by falling diag(H), in groups of the natural order, so that nothing
-            has to be reordered at run time; "none" rounds them from the first to the last.
+        act_order: "static" rounds columns by falling diag(H), in groups of the natural order; "none" rounds
+            them from the first to the last.
         scale_search: "hessian" (error weighted by diag H), "mse" (unweighted) or "none" (min/max).
         damp: share of H's mean diagonal that is added to it; raised where H cannot be inverted otherwise.
         coordinate_descent: whether integers and scales are improved after GPTQ (QuantEase, two sweeps).
@@ -105,11 +104,8 @@ def quantize_weight(
     _require(hessian.shape == (width, width), f"a Hessian [{width}, {width}], not {list(hessian.shape)}")
     _require(2 <= bits <= 8, f"2 to 8 bits, not {bits}")
     _require(size > 0 and width % size == 0, f"a group size that divides {width}, not {group_size}")
-    _require(act_order in ("static", "none"), f'act_order "static" or "none", not {act_order!r}')
-    _require(
-        scale_search in ("hessian", "mse", "none"),
-        f'scale_search "hessian", "mse" or "none", not {scale_search!r}',
-    )
+    _require(act_order in ("static", "none"), f"act_order static or none, not {act_order!r}")
+    _require(scale_search in get_args(ScaleSearch), f"a scale_search that exists, not {scale_search!r}")
     _require(damp > 0, f"damp above 0, not {damp}")
     W, H = weight.detach().float(), hessian.detach().to(weight.device, torch.float32)
     order = order_by_diagonal(H) if act_order == "static" else torch.arange(width, device=H.device)
@@ -121,10 +117,8 @@ def quantize_weight(
     plain = search_grid(W, H.diagonal(), bits, size, sym=sym, search="none")
     values = (Q, plain.values(plain.integers(W)), torch.zeros_like(W))
     lost, lost_by_rtn, energy = (float(output_error(W, x, damped.H).sum()) for x in values)
-    return QuantizedWeight(
-        rounded.integers, grid.scales, grid.zeros, Q, lost / (energy or 1.0), lost_by_rtn / (energy or 1.0),
-        damped.damp,
-    )  # fmt: skip
+    errors = (lost / (energy or 1.0), lost_by_rtn / (energy or 1.0))
+    return QuantizedWeight(rounded.integers, grid.scales, grid.zeros, Q, *errors, damped.damp)
 
 
 def _require(sound: bool, wanted: str) -> None:

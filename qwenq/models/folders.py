@@ -187,6 +187,7 @@ def take_name(made: Path, target: Path) -> None:
 
 
 MANIFEST = "qwenq.json"
+CARD = "README.md"
 PARTIAL, STAGED, RUN = ".partial", "checkpoint", "run.json"
 """`qwenq quantize` stages what it has not checked yet in ``OUT.partial/checkpoint``, beside ``run.json``,
 which says what the run is."""

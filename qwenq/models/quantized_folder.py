@@ -27,7 +27,7 @@ from torch import Tensor
 
 from qwenq.errors import AlreadyDoneError, StorageError, UsageError
 from qwenq.models.aux_files import write_aux_files
-from qwenq.models.folders import MANIFEST, PARTIAL, RUN, STAGED, require_renameable, take_name
+from qwenq.models.folders import CARD, MANIFEST, PARTIAL, RUN, STAGED, require_renameable, take_name
 from qwenq.models.safetensors_files import SafetensorsSource, write_shards
 from qwenq.storage import (
     atomic_write_bytes,
@@ -323,14 +323,16 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     Args:
         staged: from ``stage``.
         out: missing or an empty folder.
-        manifest: what was done; the size and sha256 of every file are added here.
+        manifest: what was done; the size and sha256 of every file are added here, but for the model card,
+            which people edit.
     """
     files = {}
     with guard_storage(staged):
         for file in sorted(entry for entry in staged.rglob("*") if entry.is_file()):
             fsync_file(file)  # copied ones are not on the disk yet
             name = file.relative_to(staged).as_posix()  # chat templates may have a folder of their own
-            files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            if name != CARD:
+                files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     atomic_write_json(staged / MANIFEST, {**manifest, "files": files})
     with guard_storage(out):
         take_name(staged, out)

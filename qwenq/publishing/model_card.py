@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError
-from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.folders import MANIFEST
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.folders import CARD, MANIFEST
 from qwenq.publishing.engines import Verdict, engine_verdicts, read_gptq_folder
 from qwenq.storage import atomic_write_bytes, readable_bytes
 
-CARD = "README.md"
 SECTIONS = ("about", "cost", "load", "measured", "licence")
 """Marked sections, in the order in which a new card has them; ``measured`` comes from `qwenq report`."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -42,24 +41,43 @@ def write_model_card(folder: Path, base: Path | None = None, measured: str = "")
     Raises:
         ModelError: qwenq.json is missing or no manifest, or README.md has one half of a mark only.
     """
-    manifest = _manifest(folder)
-    checkpoint = open_checkpoint(folder)
-    config = checkpoint.published_config
+    text = model_card(folder.name, _manifest(folder), open_checkpoint(folder), base, measured)
+    atomic_write_bytes(folder / CARD, text.encode("utf-8"))
+    return folder / CARD
+
+
+def model_card(
+    name: str,
+    manifest: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    base: Path | None = None,
+    measured: str = "",
+) -> str:
+    """Return the card of a quantised model: the one in its folder, if any, with its marked sections renewed.
+
+    Args:
+        name: of the folder.
+        manifest: the contents of qwenq.json.
+        checkpoint: the quantised model.
+        base: the folder of the base.
+        measured: Markdown tables of a report.
+
+    Raises:
+        ModelError: README.md has one half of a mark only.
+    """
     origin = _front_matter(_text(base / CARD) if base else "")
     verdicts = engine_verdicts(read_gptq_folder(checkpoint), gpus=(1, 2, 4, 8))
     sections = {
-        "about": _about(folder, manifest),
+        "about": _about(name, manifest),
         "cost": _cost(manifest, _weight_bytes(manifest)),
-        "load": _load(folder.name, verdicts),
+        "load": _load(name, verdicts),
         "measured": f"## Measured\n\n{measured.strip()}" if measured.strip() else "",
         "licence": _licence(manifest, origin),
     }
-    existing = _text(folder / CARD)
-    text = (
-        _renewed(existing, sections, folder) if existing else _new(folder, manifest, config, origin, sections)
-    )
-    atomic_write_bytes(folder / CARD, text.encode("utf-8"))
-    return folder / CARD
+    existing = _text(checkpoint.folder / CARD)
+    if existing:
+        return _renewed(existing, sections, checkpoint.folder)
+    return _new(name, manifest, checkpoint.published_config, origin, sections)
 
 
 def base_id(manifest: Mapping[str, Any]) -> str | None:
@@ -81,7 +99,7 @@ def code(text: object) -> str:
 
 
 def _new(
-    folder: Path,
+    name: str,
     manifest: Mapping[str, Any],
     config: Mapping[str, Any],
     origin: Mapping[str, Any],
@@ -90,7 +108,7 @@ def _new(
     from huggingface_hub import EvalResult, ModelCardData
 
     bits = manifest["quantization"]["bits"]
-    name = base_id(manifest)
+    original = base_id(manifest)
     check = manifest.get("check")
     results = None
     if check:
@@ -114,8 +132,8 @@ def _new(
         ]
     languages = origin.get("language")
     data = ModelCardData(
-        base_model=name,
-        base_model_relation="quantized" if name else None,
+        base_model=original,
+        base_model_relation="quantized" if original else None,
         library_name="transformers",
         pipeline_tag=origin.get("pipeline_tag") or "text-generation",
         license=origin.get("license"),
@@ -123,11 +141,11 @@ def _new(
         license_link=origin.get("license_link"),
         language=[languages] if isinstance(languages, str) else languages,
         tags=["gptq", f"int{bits}", "qwenq", *_family_tags(config)],
-        model_name=folder.name if results else None,
+        model_name=name if results else None,
         eval_results=results,
     )
     body = "\n\n".join(_marked(key, sections[key]) for key in SECTIONS if sections[key])
-    return f"---\n{data.to_yaml()}\n---\n\n# {escape(folder.name)}\n\n{body}\n"
+    return f"---\n{data.to_yaml()}\n---\n\n# {escape(name)}\n\n{body}\n"
 
 
 def _renewed(existing: str, sections: Mapping[str, str], folder: Path) -> str:
@@ -152,7 +170,7 @@ def _marked(key: str, content: str) -> str:
     return f"{_MARK.format(key)}\n{content.strip()}\n{_END.format(key)}"
 
 
-def _about(folder: Path, manifest: Mapping[str, Any]) -> str:
+def _about(folder_name: str, manifest: Mapping[str, Any]) -> str:
     base, quant, calibration = manifest["base"], manifest["quantization"], manifest["calibration"]
     name = base_id(manifest)
     shown = f"[{escape(name)}](https://huggingface.co/{name})" if name else escape(base["name"])
@@ -168,13 +186,13 @@ def _about(folder: Path, manifest: Mapping[str, Any]) -> str:
         f"| Format | GPTQ ({escape(quant['checkpoint_format'])}), {quant['bits']} bits, {group}, "
         f"{'symmetric' if quant['sym'] else 'free zero points'} |",
         f"| Calibration | {calibration['samples']} × {calibration['seq_len']} tokens of {text} |",
-        f"| Command | {code(quantize_command(manifest, folder))} |",
+        f"| Command | {code(quantize_command(manifest, folder_name))} |",
         f"| Versions | {escape(versions)} |",
     ]
     return "\n".join(lines)
 
 
-def quantize_command(manifest: Mapping[str, Any], folder: Path) -> str:
+def quantize_command(manifest: Mapping[str, Any], folder_name: str) -> str:
     """Return the command that makes the folder again: options that are not the defaults."""
     from qwenq.recipe import RENAMED, Recipe
 
@@ -201,7 +219,7 @@ def quantize_command(manifest: Mapping[str, Any], folder: Path) -> str:
                 parts += [f"{option} {pattern}={bits}" for pattern, bits in value.items()]
             else:
                 parts.append(f"{option} {value}")
-    return " ".join([*parts, f"--out {folder.name}"])
+    return " ".join([*parts, f"--out {folder_name}"])
 
 
 def _cost(manifest: Mapping[str, Any], weights: int) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenq.errors import HubError, UsageError, VerificationError
-from qwenq.models.folders import MANIFEST
+from qwenq.models.folders import CARD, MANIFEST
 from qwenq.models.hub import network_errors
 from qwenq.models.integrity import verify_files
-from qwenq.publishing.model_card import CARD, write_model_card
+from qwenq.publishing.model_card import write_model_card
 from qwenq.storage import readable_bytes
 
 if TYPE_CHECKING:

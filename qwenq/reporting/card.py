@@ -46,7 +46,7 @@ class Cut:
 
 
 def cut_of(row: Row) -> Cut | None:
-    """Return the cut answers of a row of accuracy; None where none were written, or nobody counted."""
+    """Return the cut answers of a row of accuracy; None where none were written, or none were counted."""
     found = row.details.get("cut")
     if not isinstance(found, dict):
         return None

@@ -133,7 +133,7 @@ def distinguish(found: Sequence[Loss], collection: Collection) -> list[str]:
     for index, loss in enumerate(found):
         labels = (collection.label(loss.after.model), collection.label(loss.before.model))
         alike[str(loss.after.point.get("task")), *labels].append(index)
-    told = [""] * len(found)
+    notes = [""] * len(found)
     for group in (indices for indices in alike.values() if len(indices) > 1):
         points = [found[index].after.point for index in group]
         keys = dict.fromkeys(key for point in points for key in point)
@@ -142,8 +142,8 @@ def distinguish(found: Sequence[Loss], collection: Collection) -> list[str]:
         for index, point in zip(group, points, strict=True):
             parts = [f"{key} {point.get(key)}" for key in differing if point.get(key) is not None]
             parts += [f"run {found[index].run}"] if len(runs) > 1 else []
-            told[index] = clean(", ".join(parts))
-    return told
+            notes[index] = clean(", ".join(parts))
+    return notes
 
 
 def bases_of(found: Iterable[Loss], collection: Collection) -> list[str]:

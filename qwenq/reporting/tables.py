@@ -263,10 +263,12 @@ def _dtypes(rows: Sequence[Measured], names: Collection) -> dict[str, dict[str, 
 
 
 def _computed_in(found: dict[str, dict[str, None]]) -> list[str]:
-    told = {label: " and ".join(dtypes) for label, dtypes in found.items()}
-    if len(set(told.values())) == 1:
-        return [f"{' and '.join(told)} computed in {next(iter(told.values()))}"]
-    return [f"computed in: {'; '.join(f'{label} {dtype}' for label, dtype in told.items())}"] if told else []
+    labels = {label: " and ".join(dtypes) for label, dtypes in found.items()}
+    if len(set(labels.values())) == 1:
+        return [f"{' and '.join(labels)} computed in {next(iter(labels.values()))}"]
+    return (
+        [f"computed in: {'; '.join(f'{label} {dtype}' for label, dtype in labels.items())}"] if labels else []
+    )
 
 
 def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:

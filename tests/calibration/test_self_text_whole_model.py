@@ -36,7 +36,7 @@ def test_missing_tensors_are_named(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"the first is model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(ModelError, match=r"the tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         load_whole_model(open_checkpoint(folder), torch.float32, "cpu")
 
 

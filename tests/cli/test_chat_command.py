@@ -144,7 +144,7 @@ def test_bytes_that_are_no_text_are_read_as_such_and_said(folder: Path) -> None:
     )
     said = done.stderr.decode()
     assert done.returncode == 0, said
-    assert said.count("was read as \ufffd") == 1
+    assert said.count("were read as \ufffd") == 1
     assert len(done.stdout.splitlines()) >= 2
 
 
@@ -153,7 +153,7 @@ def test_bytes_of_a_system_message_that_are_no_text_are_said_as_well(folder: Pat
     done = subprocess.run(command, input=b"plain\n", capture_output=True, check=False)
     said = done.stderr.decode()
     assert done.returncode == 0, said
-    assert said.count("was read as \ufffd") == 1
+    assert said.count("were read as \ufffd") == 1
 
 
 @pytest.mark.parametrize("option", [["--temperature", "1e-300"], ["--top-p", "1e-300"]])

@@ -126,7 +126,7 @@ def test_settings_in_autogptqs_own_file_alone(plain: Path, base: Path, tmp_path:
     (folder / "quantize_config.json").write_text(json.dumps(settings))
     ran = check(folder, "--against", base, *SMALL)
     assert ran.code == 0, ran.err
-    assert "the settings are quantize_config.json's" in ran.err and "verdict     excellent" in ran.out
+    assert "those of quantize_config.json are used" in ran.err and "verdict     excellent" in ran.out
 
 
 def test_json_alone_on_stdout(plain: Path, base: Path, check: Shell) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from command_shell import Ran, Shell
 from evals.benchmark_data import write_ceval_test, write_mmlu
-from qwenq.run.recorded import record
 from tiny_model import write_tiny_model
 
 from qwenq.reporting.collect import collect
@@ -22,6 +21,7 @@ from qwenq.reporting.report import make_report
 from qwenq.reporting.write import report_markdown
 from qwenq.results import read_environment, read_rows
 from qwenq.storage import sha256_file
+from qwenq.workflow import append_check
 
 SUBJECTS = "abstract_algebra,astronomy"
 
@@ -175,7 +175,7 @@ def test_what_quantising_cost_by_its_check_is_shown_and_recorded_once(
     report = report_markdown(make_report(collect([Path("run")]), "Tiny"))
     assert "| Int8 | 0.0712 (0.0600–0.0800) | 90.0 (85.0–95.0) |" in report
 
-    record(int8, Path("run"), "qwenq quantize Tiny")  # as a step of `qwenq run`
+    append_check(int8, Path("run"), "qwenq quantize Tiny")  # as a step of `qwenq run`
     (kl,) = (row for row in read_rows(Path("run")) if row.metric == "kl")
     assert kl.details["command"] == "qwenq quantize Tiny"
     evaluate(base, int8, *options(data), "--out", "run")
@@ -221,7 +221,7 @@ def test_the_test_split_of_ceval_becomes_the_leaderboards_file(
     }
     assert {letter for found in answers.values() for letter in found.values()} <= set("ABCD")
     assert not Path("runs/Tiny/results.jsonl").exists(), "no score: nobody here knows the answers"
-    assert "answers to 5 of the 12,342 questions of C-Eval's test split; its leaderboard takes all" in ran.err
+    assert "answers to 5 of the 12,342 questions of C-Eval's test split; the leaderboard needs all" in ran.err
     assert "correct" not in ran.err
     shown = evaluate(base, "--data", data, "--show", "law/1").out
     assert "no verdict" in shown and "wrong" not in shown and "False" not in shown

@@ -23,6 +23,7 @@ from qwenq.evals.check import (
     require_comparable,
     round_to_nearest,
 )
+from qwenq.events import Advance, Event
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, pack
@@ -186,7 +187,12 @@ def test_results_do_not_depend_on_batches_and_slabs(case: Case, monkeypatch: pyt
     monkeypatch.setattr("qwenq.evals.check.TOKENS_PER_BATCH", 80)
     monkeypatch.setattr("qwenq.evals.check.SLAB_TOKENS", 7)
     steps: list[tuple[int, int]] = []
-    other = case.check(progress=lambda done, total: steps.append((done, total)))
+
+    def listener(event: Event) -> None:
+        if isinstance(event, Advance) and event.done is not None and event.total is not None:
+            steps.append((event.done, event.total))
+
+    other = case.check(listener=listener)
     assert other.kl.value == pytest.approx(case.result.kl.value, rel=1e-3, abs=1e-6)
     assert other.perplexity == pytest.approx(case.result.perplexity, rel=1e-5)
     for ours, theirs in zip(other.modules, case.result.modules, strict=True):

@@ -17,6 +17,7 @@ from qwenq.evals.suite import check_solutions
 from qwenq.evals.task import DataSource, Item, Write, Written
 from qwenq.evals.tasks.mbpp import program, reference
 from qwenq.evals.tasks.registry import get_task
+from qwenq.events import Event, Notice
 
 CARD, BASE = (get_task("mbpp", protocol) for protocol in ("card", "base"))
 NODE = {
@@ -184,23 +185,16 @@ def test_broken_tasks(tmp_path: Path, change: dict[str, Any], says: str) -> None
     assert str(caught.value.where).endswith(f"mbpp.jsonl, line {line}")
 
 
-class Quiet:
-    """Listens to nothing."""
-
-    def running(self, total: int) -> None: ...
-
-    def ran(self, passed: bool) -> None: ...
-
-
 def test_a_few_broken_solutions_are_said_many_are_refused(tmp_path: Path, sandbox: Sandbox) -> None:
     wrong = {"code": "def add(x):\n    return None"}
     rows = [task(n, **(wrong if n in (13, 15) else {})) for n in range(1, 975)]
-    source, said = write_mbpp(tmp_path, rows), list[str]()
+    source, events = write_mbpp(tmp_path, rows), list[Event]()
     plan = make_plan(BASE, source, (), None, 6)
-    check_solutions(plan, sandbox, tmp_path / "run", Quiet(), said.append)  # type: ignore[arg-type]
-    assert "2 of 6 solutions of the benchmark itself fail" in said[0]
-    assert "MBPP/13, MBPP/15" in said[0]
+    check_solutions(plan, sandbox, tmp_path / "run", events.append)  # type: ignore[arg-type]
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    assert "2 of 6 solutions of the benchmark itself fail" in notice
+    assert "MBPP/13, MBPP/15" in notice
     with pytest.raises(DataError, match="2 of 3 solutions"):
         few = make_plan(BASE, source, (), None, 5)
         some = SimpleNamespace(task=few.task, items=few.items[2:5])
-        check_solutions(some, sandbox, tmp_path / "other", Quiet(), said.append)  # type: ignore[arg-type]
+        check_solutions(some, sandbox, tmp_path / "other", events.append)  # type: ignore[arg-type]

@@ -25,7 +25,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / made.name))
+    copy = Path(shutil.copytree(made, tmp_path / made.name))
+    (copy / "README.md").unlink()  # the card that `qwenq quantize` wrote
+    return copy
 
 
 def edit(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -113,14 +115,14 @@ def test_a_removed_section_is_not_put_back_and_half_a_mark_is_refused(folder: Pa
 def test_the_command_makes_the_folder_again(folder: Path) -> None:
     manifest = edit(folder, base={"model": "Qwen/Qwen3-0.6B"})
     manifest["recipe"]["model"] = "Qwen/Qwen3-0.6B"
-    command = quantize_command(manifest, folder)
+    command = quantize_command(manifest, folder.name)
     assert command.startswith("qwenq quantize Qwen/Qwen3-0.6B --calibration calibration.safetensors")
     assert "--damp 0.2" in command
     assert "--asym" in command
     assert "--bits" not in command
     manifest["recipe"]["quantize"] |= {"module_bits": {"self_attn": 8}, "refine": False}
-    assert "--module-bits self_attn=8" in quantize_command(manifest, folder)
-    assert "--no-refine" in quantize_command(manifest, folder)
+    assert "--module-bits self_attn=8" in quantize_command(manifest, folder.name)
+    assert "--no-refine" in quantize_command(manifest, folder.name)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"base": {}}'])

@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "an embedding of booleans": (retyped(EMBEDDING, torch.bool), "no plain weight"),
     "an embedding in float8": (retyped(EMBEDDING, torch.float8_e5m2), "no plain weight"),
     "norms of complex numbers": (retyped(NORM, torch.complex64), "no plain weight"),
-    "a vocabulary of 67 million": (edited("config.json", vocab_size=1 << 26), "the embedding has shape"),
+    "a vocabulary of 67 million": (edited("config.json", vocab_size=1 << 26), "weight has shape"),
     "positions divided by zero": (
         edited("config.json", rope_scaling=LLAMA3 | {"factor": 0, "original_max_position_embeddings": 64}),
         "factor = 0",

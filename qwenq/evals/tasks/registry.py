@@ -21,7 +21,18 @@ def task_names() -> list[str]:
 
 
 def protocol_names(task: str) -> list[str]:
-    """Return the protocols of a benchmark."""
+    """Return the protocols of a benchmark.
+
+    Raises:
+        UsageError: no such benchmark.
+    """
+    if task not in task_names():
+        close = difflib.get_close_matches(task.lower(), task_names(), n=1)
+        raise UsageError(
+            f"no benchmark is called {task!r}",
+            where="--tasks",
+            hint=f"did you mean {close[0]}?" if close else f"there are {', '.join(task_names())}",
+        )
     return [protocol for name, protocol in _SCRIPTS if name == task]
 
 
@@ -31,13 +42,6 @@ def get_task(name: str, protocol: str) -> Task:
     Raises:
         UsageError: no such benchmark, or it has no such protocol.
     """
-    if name not in task_names():
-        close = difflib.get_close_matches(name.lower(), task_names(), n=1)
-        raise UsageError(
-            f"no benchmark is called {name!r}",
-            where="--tasks",
-            hint=f"did you mean {close[0]}?" if close else f"there are {', '.join(task_names())}",
-        )
     protocols = protocol_names(name)
     for (known, other), script in _SCRIPTS.items():
         if known == name and other == protocol:

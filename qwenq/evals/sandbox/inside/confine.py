@@ -16,7 +16,7 @@ from typing import Any
 _ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 """Audit number, column below."""
 _REFUSED: dict[str, tuple[int | None, int | None]] = {
-    # new processes and programs; threads are told apart below
+    # new processes and programs; threads are distinguished below
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
     # signals
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
@@ -97,7 +97,12 @@ def _program(audit: int, column: int) -> bytes:
         (_LOAD, 0, 0, 0),
         (_AT_LEAST, 0, 1, _X32),  # x86's second table of calls
         (_RETURN, 0, 0, _REFUSE),
-        (_EQUAL, 0, 1, _CLONE3),  # its flags lie behind a pointer; told that it is missing, libc uses clone
+        (
+            _EQUAL,
+            0,
+            1,
+            _CLONE3,
+        ),  # its flags lie behind a pointer; where it is reported missing, libc uses clone
         (_RETURN, 0, 0, _MISSING),
     ]
     for numbers in _REFUSED.values():

@@ -26,7 +26,7 @@ def send(channel: int, message: dict[str, Any]) -> None:
     """Write one message.
 
     Raises:
-        Broken: nobody reads.
+        Broken: the pipe has no reader.
         ValueError: the message is too large.
     """
     data = json.dumps(message).encode()
@@ -37,7 +37,7 @@ def send(channel: int, message: dict[str, Any]) -> None:
         while data:
             data = data[os.write(channel, data) :]
     except OSError as error:
-        raise Broken("nobody reads") from error
+        raise Broken("the pipe has no reader") from error
 
 
 def receive(channel: int) -> dict[str, Any]:

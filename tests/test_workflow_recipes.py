@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from run.test_chain import WHOLE, chain
 from test_docs import ROOT
+from test_workflow import WHOLE, chain
 
 from qwenq.errors import UsageError
 from qwenq.models.bundled import NAME
@@ -94,14 +94,14 @@ def test_no_generation_is_asked_for_where_the_recipe_has_none(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("[gate]\nfail_on = 'speed:>2'", "would fail what got better"),
+    ("[gate]\nfail_on = 'speed:>2'", "would fail an improvement"),
     ("[eval]\ntasks = ['mmul']", "mmul"),
     ("[calibration]\nsource = 'nowhere.txt'", "no such file"),
     ("[profile]\nbudget = 'soon'", "profile.budget = 'soon'"),
     ("[report]\nname = '../x'", "report.name"),
     ("[gate]\nfail_on = 'sped:<0.9'", "r.toml, gate.fail_on"),
     ("[gate]\nfail_on = ''", "no condition is named"),
-    ("[gate]\nfail_on = 'speed:<95'", "not per cent"),
+    ("[gate]\nfail_on = 'speed:<95'", "not a percentage"),
     ("[eval]\ntasks = []", "eval.tasks is empty"),
     ("[eval]\nlimit = 0", "eval.limit"),
     ("[eval]\nlimit = { mmlu = 'ten' }", "eval.limit"),

@@ -31,7 +31,7 @@ from qwenq.workflow import append_check
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("planted")]  # one process: quantised once
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LINEARS = 30 * 7
 """Of the bundled model."""
 QUALITY = "accuracy:significant, kl:>0.05, size:>1.0"
