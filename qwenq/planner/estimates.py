@@ -102,6 +102,7 @@ class QuantisationMemory:
     Attributes:
         process: Python, torch and transformers.
         block: the weights of one decoder block, in the compute dtype.
+        file: the same once more in RAM: pages of the file that they are read from; 0 for a GPU's memory.
         hessians: float32, of the widest input: H, the matrix of asymmetric calibration (C, or W C if
             smaller); two matrices of the size of H while the factor is made; and a third, which the measured
             peak shows and this model does not explain.
@@ -114,6 +115,7 @@ class QuantisationMemory:
 
     process: int
     block: int
+    file: int
     hessians: int
     weights: int
     activations: int
@@ -161,7 +163,7 @@ def generation_memory(
 
 
 def quantisation_memory(
-    shape: ModelShape, *, samples: int, seq_len: int, dtype: str = "bfloat16"
+    shape: ModelShape, *, samples: int, seq_len: int, dtype: str = "bfloat16", on_gpu: bool = False
 ) -> QuantisationMemory:
     """Return the peak bytes of quantising block by block; 4 and 8 bits differ by the packed block only."""
     itemsize, tokens = ITEMSIZE[dtype], samples * seq_len
@@ -174,18 +176,20 @@ def quantisation_memory(
         key=sum,
     )
     block = shape.block_parameters * itemsize
+    file = 0 if on_gpu else block
     activations = 2 * tokens * shape.hidden * itemsize
     inside = 2 * tokens * max(_held(shape, block) for block in shape.blocks) * itemsize
     embedding = shape.embedding_parameters * itemsize
     return QuantisationMemory(
         process=PROCESS,
         block=block,
+        file=file,
         hessians=hessians,
         weights=weights,
         activations=activations,
         block_activations=inside,
         embedding=embedding,
-        peak=PROCESS + activations + max(embedding, block + hessians + weights + inside),
+        peak=PROCESS + activations + max(embedding, block + file + hessians + weights + inside),
     )
 
 

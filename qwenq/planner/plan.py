@@ -344,7 +344,9 @@ def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) ->
     samples, seq_len = options.samples or samples, options.seq_len or seq_len
 
     def memory(samples: int) -> QuantisationMemory:
-        return quantisation_memory(shape, samples=samples, seq_len=seq_len, dtype=model.dtype)
+        return quantisation_memory(
+            shape, samples=samples, seq_len=seq_len, dtype=model.dtype, on_gpu=gpu is not None
+        )
 
     if gpu is None:
         return Quantisation(None, samples, seq_len, memory(samples))

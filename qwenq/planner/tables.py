@@ -17,6 +17,7 @@ from qwenq.planner.plan import Deployment, Plan, Quantisation
 _QUANTISATION_PARTS = {
     "process": "libraries",
     "block": "one block's weights",
+    "file": "pages of the file that they are read from",
     "hessians": "Hessian, its factors and asymmetric calibration, float32",
     "weights": "weights that share an input, float32, twice",
     "activations": "calibration tokens between blocks",
@@ -147,6 +148,8 @@ def _quantisation(quantisation: Quantisation) -> RenderableType:
     table = _Section(f"{kind} while quantising, GiB: {calibration}", "part", "GiB")
     for part in fields(quantisation.memory):
         size = getattr(quantisation.memory, part.name)
+        if part.name == "file" and not size:
+            continue
         table.row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")
     table.note = "block by block; the rest of the model stays on disk"
     return table.render()

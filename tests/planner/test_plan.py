@@ -255,7 +255,7 @@ def test_the_answer_comes_first() -> None:
     )
     assert second == "Running Int4: fits, 6.6 of 24 GiB, at most 203 tokens/s at 8192 tokens."
     first, second = answer(make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions()))
-    assert "8.2 GiB of RAM with 48 × 256 tokens" in first
+    assert "8.7 GiB of RAM with 48 × 256 tokens" in first
     assert second.startswith("Running Int4: ")
     shared = make_plan(
         find_model("qwen2.5-72b-instruct"), PlanOptions(gpus=(gpu("h200"),), tensor_parallel=(1, 2))
