@@ -29,12 +29,14 @@ class Checked:
 
     Attributes:
         quantised, base: the folders.
+        format: how the weights are quantised, such as "Int4, groups of 128".
         result: the figures and the verdict.
         notices: how the base was found, and what limits the comparison.
     """
 
     quantised: Path
     base: Path
+    format: str
     result: CheckResult
     notices: list[str]
 
@@ -54,7 +56,7 @@ def check_folders(
     """Measure what quantising cost a model: KL divergence, same top token, perplexity, error by module.
 
     Args:
-        quantised: a GPTQ model: folder or hub id.
+        quantised: a GPTQ model or one of another tool that is read: folder or hub id.
         against: the model that it was made from; None: the one that its qwenq.json names.
         text: "self" (the base writes it), a file, a hub dataset, or a set by `qwenq calibrate`.
         samples: sequences; None: SAMPLES.
@@ -85,7 +87,16 @@ def check_folders(
         listener(Notice(notice))
     number: torch.dtype = getattr(torch, "float32" if dtype == "auto" else dtype)
     result = check(pair.quantised, pair.base, held_out, device=place, dtype=number, listener=keep)
-    return Checked(pair.quantised.folder, pair.base.folder, result, pair.notices)
+    name = format_name(pair.quantised, result)
+    return Checked(pair.quantised.folder, pair.base.folder, name, result, pair.notices)
+
+
+def format_name(quantised: Checkpoint, result: CheckResult) -> str:
+    """Return how the weights are quantised, for people."""
+    if quantised.foreign is not None:
+        return quantised.foreign.format.name
+    groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"
+    return f"Int{result.bits}, {groups}"
 
 
 @dataclass
@@ -106,7 +117,7 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
 
     resolved = resolve_model(quantised)
     packed = open_checkpoint(resolved.folder)
-    if not is_quantised(packed.config):
+    if not is_quantised(packed.config) and packed.foreign is None:
         raise UsageError(
             "this model is not quantised, so there is nothing to check",
             where=resolved.folder,
@@ -118,7 +129,8 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
     pair = _Pair(packed, open_checkpoint(folder), manifest)
     pair.notices = [*resolved.notices, *packed.notices, *notices, *pair.base.notices]
     quant = require_comparable(packed, pair.base)
-    validate_quantised(packed.source, quant)
+    if packed.foreign is None:
+        validate_quantised(packed.source, quant)
     _compare_fingerprint(pair, explicit=against is not None)
     return pair
 

@@ -19,6 +19,7 @@ import psutil
 
 from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Listener, Notice, counted, silent
+from qwenq.models.autoround import is_autoround
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.compressed_tensors import CompressedTensorsView
@@ -84,12 +85,12 @@ def convert(
         zeros: the format of zero points; None: as they are.
         to: another layout of a GPTQ model; None: its own.
         max_shard_bytes: most bytes of tensors in one file.
-        listener: receives the number of tensors written, and notices.
+        listener: receives progress and notices.
 
     Raises:
         UsageError: the target is the source or holds something; settings of GPTQ for another model.
         ModelError: the source is damaged, or contradicts its config.json; names the tensor.
-        QuantisationError: a zero point that format v1 cannot hold.
+        QuantisationError, UnsupportedError: it has no form in format v1 or in ``to``.
         StorageError: the disk refused.
     """
     _refuse_target(source, target)
@@ -100,7 +101,7 @@ def convert(
     if to is None:
         entries, read = _entries(checkpoint, quant), _reader(checkpoint, quant, zeros)
     else:
-        view, quant = _compressed_tensors(checkpoint, quant), None
+        view, quant = _compressed_tensors(checkpoint, quant, zeros), None
         entries, read = [(name, view.info(name)) for name in view.names()], view.read
         config["quantization_config"] = view.settings()
         changes.append("GPTQ → compressed-tensors, the same integers and scales")
@@ -147,19 +148,29 @@ def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig |
         return quant
     if zeros is not None:
         raise UsageError(
-            "--zeros is about a quantised model, and this one is not",
+            f"--zeros is about a GPTQ model, and this one is {_kind(checkpoint)}",
             where=checkpoint.folder,
-            hint="leave --zeros out, or quantise the model first",
+            hint="leave --zeros out, or quantise the model first: qwenq quantize",
         )
     return None
 
 
-def _compressed_tensors(checkpoint: Checkpoint, quant: QuantConfig | None) -> CompressedTensorsView:
+def _kind(checkpoint: Checkpoint) -> str:
+    return "not quantised" if checkpoint.foreign is None else checkpoint.foreign.format.name
+
+
+def _compressed_tensors(
+    checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
+) -> CompressedTensorsView:
+    if zeros is not None:
+        raise UsageError(
+            "compressed-tensors has one format of zero points", where="--zeros", hint="leave --zeros out"
+        )
     if quant is None:
         raise UsageError(
-            "--to compressed-tensors is for a GPTQ model, and this one is not quantised",
+            f"--to compressed-tensors is for a GPTQ model, and this one is {_kind(checkpoint)}",
             where=checkpoint.folder,
-            hint="quantise it first",
+            hint="quantise the full-precision model first: qwenq quantize",
         )
     return CompressedTensorsView(checkpoint.published, quant)
 
@@ -190,6 +201,10 @@ def _target_config(
         changes.append("Qwen v1 layout → Qwen2 layout")
     elif quant is not None and not is_quantised(read_json(checkpoint.folder / "config.json")):
         changes.append("GPTQ settings of quantize_config.json → config.json, too")
+    elif is_autoround(read_json(checkpoint.folder / "config.json")) and quant is not None:
+        changes.append("AutoRound's settings → GPTQ's")
+    if checkpoint.foreign is not None:
+        changes.append(f"{checkpoint.foreign.format.name} → plain weights in float32")
     if quant is not None and zeros is not None and FORMATS[zeros] != quant.checkpoint_format:
         settings = {**config["quantization_config"], "checkpoint_format": FORMATS[zeros]}
         if "format" in settings:  # the newer name of the same key

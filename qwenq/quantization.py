@@ -184,14 +184,34 @@ def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: S
         damp_percent=settings.damp,
         checkpoint_format=settings.checkpoint_format,
     )
-    bits = {name: settings.bits_of(name) for name in every_linear(decoder, settings)}
-    kept = {name.removesuffix(".weight") for block in kept_parameters(decoder, settings) for name in block}
+    bits = {
+        spelled: settings.bits_of(name)
+        for name in every_linear(decoder, settings)
+        for spelled in _spellings(checkpoint, name)
+    }
+    kept = {
+        spelled
+        for block in kept_parameters(decoder, settings)
+        for name in block
+        for spelled in _spellings(checkpoint, name.removesuffix(".weight"))
+    }
     beside = checkpoint.view.beside if checkpoint.view is not None else []
     if not (kept or beside or set(bits.values()) != {settings.bits}):
         return quant
     repeated = {"group_size": quant.group_size, "sym": quant.sym, "desc_act": quant.desc_act}
     rules = dynamic_rules(sorted(kept), bits, quant.bits, repeated, beside)
     return replace(quant, dynamic=rules, modules=tuple(map(tuple, module_groups([name] for name in bits))))
+
+
+def _spellings(checkpoint: Checkpoint, module: str) -> list[str]:
+    """Return the names of a module within a block: in transformers' model, and in files where they differ.
+
+    Some engines call a Mixtral's modules as its files do, some as transformers does: rules have both.
+    """
+    if checkpoint.view is None:
+        return [module]
+    stored = checkpoint.view.published(f"model.layers.0.{module}.weight")
+    return list(dict.fromkeys([module, stored.partition(".layers.0.")[2].removesuffix(".weight")]))
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -202,6 +222,12 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
             "this model is already quantised",
             where=checkpoint.folder,
             hint="name the full-precision model; `qwenq check` compares a quantised one with it",
+        )
+    if checkpoint.foreign is not None and checkpoint.foreign.format.bits < 8:
+        raise UsageError(
+            f"this model is already quantised: {checkpoint.foreign.format.name}",
+            where=checkpoint.folder,
+            hint="name the full-precision model, or its FP8 version",
         )
 
 
@@ -324,7 +350,7 @@ def _publish(
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
-    published = job.base.published
+    published = job.base.published if job.base.foreign is None else job.base.foreign.stored
     base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
     files = {file.name: {"bytes": file.stat().st_size} for file in staged.iterdir() if file.is_file()}
     written = open_checkpoint(staged, unfinished=True)
@@ -339,12 +365,16 @@ def _publish(
 def _where_it_loads(folder: Path) -> str:
     """Return a line on which engines load the folder, and the first reason where one does not."""
     from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.config import by_inspection
     from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
-    verdicts = engine_verdicts(read_gptq_folder(open_checkpoint(folder)))
+    written = open_checkpoint(folder)
+    verdicts = engine_verdicts(read_gptq_folder(written))
     able = ", ".join(verdict.engine for verdict in verdicts if verdict.loads) or "no engine"
     other = [f"{v.engine} ({v.problems[0].reason})" for v in verdicts if not v.loads]
-    return f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
+    said = f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
+    untested = " (by its layout: no test here runs this model type in them)"
+    return said + untested if by_inspection(written.config) else said
 
 
 def _kept(job: Job) -> dict[str, str]:

@@ -57,7 +57,8 @@ class Model:
     Attributes:
         name: for people: the folder's or the hub's name.
         fingerprint: of the weights' bytes (models.fingerprint); "random:…" for random weights.
-        precision: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``.
+        precision: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4``; of other tools
+            ``awq-int4``, ``ct-int4``, ``ct-int8``, ``ct-fp8``, ``fp8``.
         family: name of the unquantised model that it and its siblings come from; rows of one family are
             compared with each other.
         nbytes: bytes of its weights, stored in its precision; None if unknown.

@@ -20,7 +20,7 @@ from tiny_families import write_calibration, write_family
 
 TESTS = Path(__file__).parent
 LAYERS = 4
-PUSHES = 60  # times that torch's device mode was put on again: in the check, in the second of its models
+PUSHES = 94  # times that torch's device mode was put on again: in the check, in the second of its models
 
 
 class Ended(NamedTuple):
@@ -121,14 +121,14 @@ def test_a_process_that_dies_again_and_again_ends_with_the_same_bits(
     """Each process is killed at an fsync of its own: in layers, between them, in every phase of the write."""
     out = tmp_path / "q"
     deaths, reached = 0, 0
-    for number in (1, 3, 4, 6, 7, 9, 8, 13, 12, 15, 17, 19, 21, 100):
+    for number in (1, 3, 4, 6, 7, 9, 8, 13, 12, 15, 16, 100):
         ended = machine(out, at=killed_at_fsync(number))
         assert (ended.resumed or 0) >= reached, "a finished layer was lost"
         reached = ended.resumed or 0
         if ended.status == 0:
             break
         assert ended.status == -signal.SIGKILL, ended.shown
-        assert not out.exists() or hashes(out) == expected  # not before it is whole and checked
+        assert not out.exists()  # not before it is whole and checked
         deaths += 1
     assert ended.status == 0
     assert deaths >= 8

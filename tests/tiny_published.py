@@ -88,20 +88,71 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """model_type → class of transformers, and what differs from its config's defaults."""
 
+_ROUTED = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+}
+_GEMMA = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": _ROPE,
+    },
+    "tie_word_embeddings": True,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 32,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+STRANGERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("MistralForCausalLM", {**_TEXT, **_IDS, "sliding_window": 8}),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        {**_TEXT, **_IDS, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {**_TEXT, **_IDS, **_MIXED}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {**_TEXT, **_IDS, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "glm4_moe": ("Glm4MoeForCausalLM", {**_TEXT, **_IDS, **_ROUTED}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", {**_TEXT, **_IDS, **_ROUTED, **_LATENT}),
+    "gemma3_text": ("Gemma3ForCausalLM", {**_TEXT, **_IDS, **_GEMMA}),
+    "granite": (
+        "GraniteForCausalLM",
+        {**_TEXT, **_IDS, "logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    ),
+}
+"""The same of model types that no table of the package describes."""
+
 
 def write_published(folder: Path, family: str, **changes: Any) -> Path:
     """Write a model folder as transformers saves it, with a tokenizer; norms are random as in trained models.
 
     Args:
         folder: to make.
-        family: a key of ``FAMILIES``.
+        family: a key of ``FAMILIES`` or ``STRANGERS``.
         changes: go over the config of the language model.
     """
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
     vocab = _write_tokenizer(folder, bos=True) + PADDING_ROWS
-    name, settings = FAMILIES[family]
+    name, settings = {**FAMILIES, **STRANGERS}[family]
     if "text_config" in settings:
         settings = {**settings, "text_config": {**settings["text_config"], "vocab_size": vocab, **changes}}
         settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"]
@@ -113,6 +164,9 @@ def write_published(folder: Path, family: str, **changes: Any) -> Path:
     with torch.no_grad():
         for tensor in model.parameters():
             if tensor.ndim == 1:
+                tensor.add_(0.2 * torch.randn_like(tensor))
+        for name, tensor in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # stored, and no parameter
                 tensor.add_(0.2 * torch.randn_like(tensor))
     model.save_pretrained(folder)
     return folder

@@ -11,6 +11,12 @@ from qwenq.errors import CalibrationError
 
 TEXT_KEY, CHAT_KEYS = "text", ("messages", "conversations")
 KNOWN_KEYS = (TEXT_KEY, *CHAT_KEYS)
+TEXT_SUFFICES = (
+    "text suffices: only the language model is quantised, and a vision tower is copied as it is; "
+    "name texts or conversations without images"
+)
+"""Why no model is calibrated on images, and what to do."""
+_MEDIA = {"image", "image_url", "input_image", "audio", "input_audio", "video"}
 BESIDE_KEYS = ("system", "tools")
 """Keys of a record that belong to its conversation (ShareGPT, LLaMA-Factory)."""
 ROLES = ("system", "user", "assistant", "tool")
@@ -172,7 +178,7 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
             content = None
         if "tool_calls" in more:
             more["tool_calls"] = _with_parsed_arguments(more["tool_calls"])
-        joined = "" if content is None and (more or "content" in turn) else _joined_parts(content)
+        joined = "" if content is None and (more or "content" in turn) else _joined_parts(content, where)
         if isinstance(named, str) and isinstance(joined, str):
             return {"role": _role(named, where), "content": _clean(joined), **more}
     raise CalibrationError(
@@ -220,8 +226,16 @@ def _with_parsed_call(call: Any) -> Any:
     return call
 
 
-def _joined_parts(content: Any) -> Any:
+def _joined_parts(content: Any, where: str) -> Any:
     """Return multi-part content joined when all parts are text; else as it is, for the caller to refuse."""
+    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    kinds = sorted({str(part.get("type")) for part in parts} & _MEDIA)
+    if kinds:
+        raise CalibrationError(
+            f"a message holds a part of type {kinds[0]}: calibration reads text alone",
+            where=where,
+            hint=TEXT_SUFFICES,
+        )
     if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         return "".join(str(part.get("text", "")) for part in content)
     return content

@@ -15,7 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from qwenq.calibration.documents import BESIDE_KEYS, CHAT_KEYS, KNOWN_KEYS, Document, from_record
+from qwenq.calibration.documents import (
+    BESIDE_KEYS,
+    CHAT_KEYS,
+    KNOWN_KEYS,
+    TEXT_SUFFICES,
+    Document,
+    from_record,
+)
 from qwenq.errors import CalibrationError, UsageError
 
 # Open files by their bytes: compression, encodings, binary data.
@@ -31,9 +38,13 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"Rar!", "a RAR archive", "unpack it"),
     (b"%PDF", "a PDF", "extract its text, e.g. `pdftotext {name}`"),
     (b"GGUF", "a GGUF model", "name a text"),
+    (b"\x89PNG", "an image", TEXT_SUFFICES),
+    (b"\xff\xd8\xff", "an image", TEXT_SUFFICES),
+    (b"GIF8", "an image", TEXT_SUFFICES),
     (b"SQLite format 3\x00", "an SQLite database", "export the text as JSON lines"),
     (b"ARROW1", "an Arrow file", "name the folder that `save_to_disk` made, or write it as .parquet"),
 )
+_IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _BOMS = ((b"\xff\xfe\x00\x00", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 _DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 
@@ -215,6 +226,8 @@ def _reader_of(path: Path, column: str | None) -> Reader:
         first = _first_values(path, 1)
         holds_records = first and isinstance(first[0], dict) and _is_record(first[0], column)
         return read_json_lines if holds_records else read_text
+    if suffix in _IMAGES:
+        raise CalibrationError(f"a {suffix} image is no calibration text", where=path, hint=TEXT_SUFFICES)
     raise UsageError(f"cannot read a {path.suffix} file", where=path, hint=f"accepted: {ACCEPTED}")
 
 

@@ -20,10 +20,11 @@ from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from qwenq.calibration.sequences import Progress
 from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.config import by_inspection
 from qwenq.models.integrity import check_finite
 from qwenq.models.machine import free_memory, product_dtype
 from qwenq.models.tokenizer import Tokenizer
-from qwenq.models.transformers_model import build_whole_model, transformers_config
+from qwenq.models.transformers_model import assemble_unfused, build_whole_model, transformers_config
 from qwenq.storage import readable_bytes
 
 # Load the whole model, which only writing text needs.
@@ -69,6 +70,8 @@ def load_whole_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) ->
     config = transformers_config(checkpoint.config, checkpoint.folder, GIVE_A_FILE)
     names, folder = checkpoint.names(), checkpoint.folder
     tensors = {name: check_finite(name, checkpoint.read(name), folder) for name in names}
+    if by_inspection(checkpoint.config) and any(".experts." in name for name in tensors):
+        return assemble_unfused(checkpoint, config, tensors, dtype).to(device)
     return build_whole_model(checkpoint, config, tensors, dtype, hint=GIVE_A_FILE).to(device)
 
 

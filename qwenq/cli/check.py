@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def check(
-    quantised: Annotated[str, typer.Argument(help="GPTQ model: folder or hub id.")],
+    quantised: Annotated[str, typer.Argument(help="Quantised model (GPTQ, AWQ, …): folder or hub id.")],
     against: Annotated[
         str | None,
         typer.Option(help="The model it was made from. [default: the one that its qwenq.json names]"),
@@ -112,6 +112,7 @@ def _print_json(found: Checked, text: str, seed: int) -> None:
     about = {
         "quantised": str(found.quantised),
         "base": str(found.base),
+        "format": found.format,
         "text": text,
         "seed": seed,
         "notices": found.notices,
@@ -125,9 +126,8 @@ def _print_text(found: Checked, text: str, count: int) -> None:
 
     result = found.result
     console = table_console(200)
-    groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"
     lines = {
-        "quantised": f"{found.quantised} (Int{result.bits}, {groups})",
+        "quantised": f"{found.quantised} ({found.format})",
         "base": str(found.base),
         "text": f"{text}, {result.sequences} × {result.seq_len} tokens; {result.dtype} on {result.device}",
     }

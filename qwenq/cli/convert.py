@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,7 +54,7 @@ def convert(
     """
     shard_bytes = parse_size(max_shard)
     if weights == "random":
-        _write_random(src, dst, seed, shard_bytes, zeros)
+        _write_random(src, dst, seed, shard_bytes, {"--zeros": zeros, "--to": to})
         return
     from qwenq.conversion import convert as run
     from qwenq.models.opening import resolve_model
@@ -71,15 +72,18 @@ def convert(
     next_commands(("chat", dst), ("eval", dst))
 
 
-def _write_random(name: str, dst: Path, seed: int, shard_bytes: int, zeros: str | None) -> None:
+def _write_random(
+    name: str, dst: Path, seed: int, shard_bytes: int, of_gptq: Mapping[str, str | None]
+) -> None:
     """Write a catalogue model with random weights to a folder."""
     from qwenq.models.random_weights import write_random_checkpoint
     from qwenq.models.safetensors_files import tensor_bytes
     from qwenq.storage import readable_bytes
 
-    if zeros is not None:
-        hint = "leave --zeros out; `qwenq quantize --weights random` makes a GPTQ model"
-        raise UsageError("random weights are not GPTQ weights", where="--zeros", hint=hint)
+    for option, given in of_gptq.items():
+        if given is not None:
+            hint = f"leave {option} out; `qwenq quantize --weights random` makes a GPTQ model"
+            raise UsageError("random weights are not GPTQ weights", where=option, hint=hint)
     made = write_random_checkpoint(name, dst, seed, max_bytes=shard_bytes)
     names = list(made.names())
     size = readable_bytes(sum(tensor_bytes(made.info(name)) for name in names))

@@ -75,7 +75,7 @@ def evaluate(
         typer.Option(
             metavar="URL",
             help="Evaluate a model behind an OpenAI-compatible server, such as http://HOST:8000/v1 (key in "
-            "OPENAI_API_KEY), on tasks with written answers.",
+            "OPENAI_API_KEY); letters of questions need its log probabilities.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="With --endpoint: the model's name there.")] = None,

@@ -13,6 +13,7 @@ from qwenq.cli.options import (
     AttentionName,
     DeviceName,
     DtypeName,
+    EngineName,
     KernelName,
     ModelArguments,
     Quiet,
@@ -54,6 +55,7 @@ def perplexity(
     ] = None,
     dtype: DtypeName = "auto",
     device: DeviceName = "auto",
+    engine: EngineName = "fast",
     attention: AttentionName = "auto",
     kernel: KernelName = "auto",
     out: RunFolder = None,
@@ -76,7 +78,7 @@ def perplexity(
     names = given_models(models)
     run = local_path(out if out is not None else Path("runs") / model_name(names[0]), "--out")
     eval_models = [
-        open_eval_model(one, LoadOptions(device, dtype, "fast", attention, kernel)) for one in names
+        open_eval_model(one, LoadOptions(device, dtype, engine, attention, kernel)) for one in names
     ]
     switches = [
         combinations(one.checkpoint.config, _flag(ntk), _flag(logn), one.model.name) for one in eval_models

@@ -18,6 +18,7 @@ from qwenq.errors import ModelError, UsageError
 from qwenq.events import Listener, Notice, Update, counted, silent
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.foreign_formats import ForeignFormat
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.gptq_format import DequantisedSource, is_quantised, quantised_modules
 from qwenq.models.pad_ffn import widened
@@ -342,10 +343,10 @@ def check(
     listener: Listener = silent,
     step: str = "checking",
 ) -> CheckResult:
-    """Compare a GPTQ checkpoint with the model it was made from.
+    """Compare a quantised checkpoint with the model it was made from.
 
     Args:
-        quantised: a GPTQ folder, packed tensors.
+        quantised: a GPTQ folder, packed tensors; or another tool's, whose weights are shown dequantised.
         base: the same model before, plain weights.
         held_out: int64 [sequences, tokens], at least 2 tokens; text that calibration never saw.
         device: where to compute.
@@ -363,21 +364,26 @@ def check(
     quant = require_comparable(quantised, base)
     require_tokens(held_out, base)
     base = widened(base, quantised.config.get("intermediate_size"))  # Qwen's 72B is wider than its base
-    plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
-    pair = _Pair(plain, base, quant, torch.device(device), dtype)
-    if pair.fallback_notice:
-        listener(Notice(pair.fallback_notice))
-    with counted(listener, step) as progress, torch.inference_mode():
-        scores, modules = pair.run(held_out, quantised_modules(quantised.source), progress)
+    if quantised.foreign is None:
+        plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
+        measured = quantised_modules(quantised.source)
+    else:
+        plain, measured = quantised, _comparable_modules(quantised, quantised.foreign.format, base, listener)
+    with counted(listener, step) as progress:
+        pair = _Pair(plain, base, quant, torch.device(device), dtype)
+        if pair.fallback_notice:
+            listener(Notice(pair.fallback_notice))
+        with torch.inference_mode():
+            scores, modules = pair.run(held_out, measured, progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
 
 
 def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
-    """Return the settings of ``quantised``, a GPTQ model of ``base``'s shape.
+    """Return the settings of ``quantised``, a model of ``base``'s shape.
 
     Raises:
         UsageError: the first is not quantised, the second is, they differ in shape, or weights are random.
-        UnsupportedError: quantised by something else than GPTQ.
+        UnsupportedError: quantised in a way that is not read.
     """
     for checkpoint in (quantised, base):
         refuse_random(checkpoint.config, "accuracy")
@@ -387,7 +393,7 @@ def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
             where=base.folder,
             hint="name the full-precision model: --against BASE",
         )
-    if not is_quantised(quantised.config):
+    if not is_quantised(quantised.config) and quantised.foreign is None:
         raise UsageError(
             "this model is not quantised, so there is nothing to check",
             where=quantised.folder,
@@ -400,7 +406,35 @@ def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
     has, wants = (one.config.get("intermediate_size", 0) for one in (base, quantised))
     if not has <= wants <= 2 * has:  # wider: zero channels were added before quantising (models/pad_ffn.py)
         raise _another_model("intermediate_size", wants, has, base)
+    if quantised.foreign is not None:
+        found = quantised.foreign.format
+        return QuantConfig(found.bits, found.group_size, found.symmetric)
     return QuantConfig.read(quantised.config, quantised.folder / "config.json")
+
+
+def _comparable_modules(
+    quantised: Checkpoint, found: ForeignFormat, base: Checkpoint, listener: Listener
+) -> list[str]:
+    """Return the modules of another tool's model whose weights can be compared with the base's one by one.
+
+    AWQ and SmoothQuant move factors from weights into the norms before them, and rotations change both:
+    then only what the whole model computes can be compared.
+    """
+    if not found.integers:
+        listener(Notice("errors by module are measured of integers only, and these weights are floats"))
+        return []
+    stored = set(base.names())
+    norms = [name for name in quantised.names() if name.endswith("norm.weight") and name in stored]
+    for name in norms:
+        if not torch.allclose(quantised.read(name).float(), base.read(name).float(), rtol=1e-2, atol=1e-3):
+            listener(
+                Notice(
+                    f"{name} is not the base's: weights were scaled or rotated before they were rounded, so "
+                    "errors by module would mean nothing"
+                )
+            )
+            return []
+    return quantised.foreign_modules
 
 
 def _another_model(key: str, has: object, wants: object, base: Checkpoint) -> UsageError:

@@ -12,11 +12,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from qwenq.errors import QwenqError, UsageError
@@ -130,6 +130,10 @@ PENALTY = "repetition_penalty"
 generation_config.json, which has 1.1 in Qwen's chat models."""
 
 
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True)
 class Reply:
     """A whole answer.
@@ -153,6 +157,15 @@ class _Again(Exception):  # noqa: N818  no error yet
 
 class _Unknown(Exception):  # noqa: N818  no error yet
     """The server refuses a request because of PENALTY."""
+
+
+class RefusedError(QwenqError):
+    """The server refused a request, which is not retried."""
+
+
+def concerns_logprobs(said: str) -> bool:
+    """Return whether a refusal is about log probabilities or echo, and not about the prompt."""
+    return any(word in said.lower() for word in ("logprob", "echo", "logits_all", "n_probs"))
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -217,7 +230,7 @@ class Endpoint:
         if request.until:
             body["stop"] = list(request.until[:STOPS])
         if isinstance(request.prompt, str):
-            found = self._without_penalty("/completions", {**body, "prompt": request.prompt})
+            found = self.without_penalty("/completions", {**body, "prompt": request.prompt})
             return self._read(found, request)
         turns = [dict(message) for message in request.prompt]
         if self.thinking is not None:
@@ -225,10 +238,10 @@ class Endpoint:
         if self.thinking:  # greedy thoughts repeat themselves: Qwen advises against them
             del body["temperature"]
             body["seed"] = SEED
-        found = self._without_penalty("/chat/completions", {**body, "messages": turns})
+        found = self.without_penalty("/chat/completions", {**body, "messages": turns})
         return self._read(found, request)
 
-    def _without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Return the reply without repetition penalty; a server that refuses the option applies none."""
         if PENALTY not in self.trouble.unknown:
             try:
@@ -240,7 +253,11 @@ class Endpoint:
         return self._patiently(path, body)
 
     def ask_all(self, requests: Sequence[Write]) -> Iterator[tuple[int, Reply]]:
-        """Yield every answer as it arrives, as (index, reply), with ``concurrency`` requests at a time.
+        """Yield every answer as it arrives, as (index, reply); raises as ``each``."""
+        return self.each(requests, self.ask)
+
+    def each(self, requests: Sequence[Asked], ask: Callable[[Asked], Found]) -> Iterator[tuple[int, Found]]:
+        """Yield what a function returns for each request, as (index, result), ``concurrency`` at a time.
 
         After SIGTERM (see ``stopping.finishing``) no further requests are sent.
 
@@ -250,7 +267,7 @@ class Endpoint:
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(requests)):
             waiting.put(index)
-        ended: queue.SimpleQueue[tuple[int, Reply | BaseException] | None] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[tuple[int, Found | BaseException] | None] = queue.SimpleQueue()
         stop = threading.Event()
 
         def work() -> None:
@@ -260,7 +277,7 @@ class Endpoint:
                 except queue.Empty:
                     break
                 try:
-                    ended.put((index, self.ask(requests[index])))
+                    ended.put((index, ask(requests[index])))
                 except BaseException as error:  # raised in the thread that consumes the answers
                     ended.put((index, error))
             ended.put(None)
@@ -342,7 +359,8 @@ class Endpoint:
             said = error.read(2000).decode("utf-8", "replace").strip()
         except (OSError, http.client.HTTPException):
             said = ""
-        if error.code in AGAIN:
+        refused = error.code == 500 and "logprobs" in body and concerns_logprobs(said)
+        if error.code in AGAIN and not refused:
             pause = retry_after(error.headers.get("Retry-After"))
             return _Again(f"status {error.code} {said[:200]}".strip(), pause)
         if error.code in (400, 422) and PENALTY in body and PENALTY in said:
@@ -352,7 +370,7 @@ class Endpoint:
             403: "put a key that may use this model into OPENAI_API_KEY",
             404: "check that the URL ends in /v1, and that --model is served there",
         }
-        return QwenqError(
+        return RefusedError(
             f"the server answers with status {error.code}{f': {said[:500]}' if said else ''}",
             where=self.url + path,
             hint=hints.get(error.code, "nothing was recorded for this item; see the server's message"),

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import PENALTY, SEED, Endpoint
-from qwenq.evals.task import Answer, Item, ProtocolName, Request, Write
+from qwenq.evals.endpoint import PENALTY, SEED, Endpoint, Reply
+from qwenq.evals.endpoint_letters import Scored, score_letters
+from qwenq.evals.task import Answer, Choose, Item, ProtocolName, Request, Write
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
 from qwenq.models.identity import base_of, family_name, result_model
@@ -234,9 +235,9 @@ def assign_bases(eval_models: Sequence[LocalModel], recorded: Sequence[Model] = 
     """
     notes = []
     bases = [eval_model for eval_model in eval_models if not eval_model.quantised]
-    for eval_model in eval_models:
-        if not eval_model.quantised:
-            continue
+    quantised = [eval_model for eval_model in eval_models if eval_model.quantised]
+    for eval_model in sorted(quantised, key=lambda one: one.checkpoint.foreign is None):  # sources first
+        notes += _base_of_source(eval_model, quantised)
         base, note = _base_among(eval_model, bases, recorded)
         notes += [note] if note else []
         if base is not None:
@@ -265,6 +266,19 @@ def _base_among(
     if len(bases) == 1 and _same_shape(bases[0], eval_model):
         return given[0], f"nothing says what {name} was made from: it is compared with {given[0].name}"
     return None, absent
+
+
+def _base_of_source(eval_model: LocalModel, quantised: Sequence[LocalModel]) -> list[str]:
+    """Take the base of the model that this one was made from, where that is itself quantised (FP8)."""
+    sources = (other for other in quantised if other is not eval_model)
+    source = next((other for other in sources if other.model.fingerprint == eval_model.base), None)
+    if source is None:
+        return []
+    eval_model.base, eval_model.model = source.base, replace(eval_model.model, family=source.model.family)
+    compared = "name the base of both" if source.base is None else "both are compared with its base"
+    return [
+        f"{eval_model.model.name} was made from {source.model.name}, which is quantised itself: {compared}"
+    ]
 
 
 def bases_first(eval_models: Sequence[T]) -> list[T]:
@@ -349,22 +363,28 @@ class RemoteModel:
         """Yield answers as they arrive.
 
         Raises:
-            UsageError: a request to score continuations; no request has been sent then.
+            UsageError: a request to score continuations of a chat, before any request is sent; or the server
+                gives no log probabilities.
             QwenqError: the server refused, or did not answer.
         """
-        writes = [request for request in requests if isinstance(request, Write)]
-        if len(writes) < len(requests):
-            unfit = next(
-                item for item, one in zip(items, requests, strict=True) if not isinstance(one, Write)
-            )
-            raise UsageError(
-                "this protocol scores continuations, and a server only generates text",
-                where=unfit.id,
-                hint="use --protocol card, or a task with generated answers: gsm8k, humaneval",
-            )
+        for item, request in zip(items, requests, strict=True):
+            if isinstance(request, Choose) and not isinstance(request.prompt, str):
+                raise UsageError(
+                    "this protocol scores continuations of a chat, which no server does",
+                    where=item.id,
+                    hint="use another protocol, or a task with generated answers: gsm8k, humaneval",
+                )
         what = f"{self.endpoint.model} served at {self.endpoint.url}"
-        for index, reply in self.endpoint.ask_all(writes):
-            yield Response(index, reply.written, reply.prompt_tokens, what)
+        for index, reply in self.endpoint.each(requests, self._ask):
+            if isinstance(reply, Scored):
+                yield Response(index, reply.chosen, reply.prompt_tokens, f"{what}, {reply.how}")
+            else:
+                yield Response(index, reply.written, reply.prompt_tokens, what)
+
+    def _ask(self, request: Request) -> Reply | Scored:
+        if isinstance(request, Write):
+            return self.endpoint.ask(request)
+        return score_letters(self.endpoint, request)
 
 
 EvalModel = LocalModel | RemoteModel

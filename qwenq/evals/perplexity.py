@@ -28,7 +28,7 @@ from qwenq.evals.model import LocalModel
 from qwenq.models.qwen_v1 import LongContext, long_context_of
 from qwenq.results import Row, Value
 from qwenq.runtime.decoder import Decoder
-from qwenq.runtime.engine import FastEngine
+from qwenq.runtime.engine import Engine, FastEngine
 from qwenq.runtime.memory import explained
 from qwenq.statistics import mean_of_sequences
 
@@ -129,13 +129,11 @@ def perplexities(
         QwenqError: the model cannot be loaded, or the tokens are not its own.
     """
     engine = eval_model.engine
-    if not isinstance(engine, FastEngine):
-        raise UsageError("perplexity by length needs the fast engine", where="--engine", hint="use fast")
     shared: dict[int, NDArray[np.float64] | QwenqError] = {}
-    context = engine.decoder.spec.long_context
+    context = engine.decoder.spec.long_context if isinstance(engine, FastEngine) else None
     total, done = text.tokens.numel() * len(lengths) * len(switches), 0
     for switch in switches:
-        decoder = _decoder(engine.decoder, switch)
+        decoder = _decoder(engine, switch)
         for length in lengths:
             facts = _facts(eval_model, engine, text, length, switch)
             row = next((one for one in known if one.value is not None and _measured(one, facts)), None)
@@ -152,7 +150,7 @@ def perplexities(
 
 
 @torch.inference_mode()
-def window_nats(decoder: Decoder, windows: Tensor) -> NDArray[np.float64]:
+def window_nats(decoder: Decoder | Engine, windows: Tensor) -> NDArray[np.float64]:
     """Return −log of the probability of each token but the first: float64 [windows, length − 1].
 
     Args:
@@ -161,7 +159,11 @@ def window_nats(decoder: Decoder, windows: Tensor) -> NDArray[np.float64]:
     """
     count, length = windows.shape
     rows = max(1, TOKENS_PER_PASS // length)
-    slab = max(1, min(SLAB_TOKENS, SLAB_ELEMENTS // decoder.spec.shape.vocab))
+    if isinstance(decoder, Engine):
+        vocabulary, logits_of = decoder.vocab_size, decoder.head
+    else:
+        vocabulary, logits_of = decoder.spec.shape.vocab, decoder.logits
+    slab = max(1, min(SLAB_TOKENS, SLAB_ELEMENTS // vocabulary))
     found = []
     for ids in torch.split(windows.to(decoder.device), rows):
         cache = decoder.new_cache(len(ids), length)
@@ -169,17 +171,32 @@ def window_nats(decoder: Decoder, windows: Tensor) -> NDArray[np.float64]:
         targets = ids[:, 1:].flatten()  # [tokens]
         del cache
         parts = zip(torch.split(hidden, slab), torch.split(targets, slab), strict=True)
-        nats = [-decoder.logits(h).log_softmax(-1).gather(1, t[:, None])[:, 0] for h, t in parts]
+        nats = [-logits_of(h).log_softmax(-1).gather(1, t[:, None])[:, 0] for h, t in parts]
         found.append(torch.cat(nats).double().cpu())
     joined: NDArray[np.float64] = torch.cat(found).view(count, length - 1).numpy()  # [windows, length − 1]
     return joined
 
 
-def _decoder(decoder: Decoder, switch: Switches | None) -> Decoder:
-    return decoder if switch is None else decoder.switched(dynamic_ntk=switch.ntk, logn=switch.logn)
+def _decoder(engine: Engine, switch: Switches | None) -> Decoder | Engine:
+    """Return what runs the windows, Qwen v1's switches set.
+
+    Raises:
+        UsageError: an engine that has none of them.
+    """
+    if not isinstance(engine, FastEngine):
+        if switch is not None:
+            raise UsageError(
+                "Qwen v1 is measured by length in the fast engine: transformers has no dynamic NTK and logn",
+                where="--engine",
+                hint="use --engine fast",
+            )
+        return engine
+    if switch is None:
+        return engine.decoder
+    return engine.decoder.switched(dynamic_ntk=switch.ntk, logn=switch.logn)
 
 
-def _measure(decoder: Decoder, windows: Tensor) -> NDArray[np.float64] | QwenqError:
+def _measure(decoder: Decoder | Engine, windows: Tensor) -> NDArray[np.float64] | QwenqError:
     """Return the nats, or the error that makes this length impossible here."""
     what = f"a window of {windows.shape[1]} tokens"
     try:
@@ -190,10 +207,10 @@ def _measure(decoder: Decoder, windows: Tensor) -> NDArray[np.float64] | QwenqEr
 
 
 def _facts(
-    eval_model: LocalModel, engine: FastEngine, text: ScoredText, length: int, switch: Switches | None
+    eval_model: LocalModel, engine: Engine, text: ScoredText, length: int, switch: Switches | None
 ) -> dict[str, Any]:
     """Return every field of a row that its value depends on."""
-    context = engine.decoder.spec.long_context
+    context = engine.decoder.spec.long_context if isinstance(engine, FastEngine) else None
     return {
         "metric": METRIC,
         "model": eval_model.model,

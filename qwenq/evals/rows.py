@@ -162,6 +162,8 @@ def unpaired_reason(run: Path, eval_model: EvalModel, plan: TaskPlan) -> str | N
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:
+    if score.verdicts:
+        return micro_accuracy(score.verdicts)
     correct = _correct(score.metric, judged)
     if score.macro:
         return macro_accuracy(correct, [item.subject for item, _ in judged])

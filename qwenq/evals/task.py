@@ -75,7 +75,8 @@ class Chosen:
     Attributes:
         logprobs: float32 log softmax over the vocabulary, summed over each continuation's tokens.
         published: the published base scripts' score: softmax over the vocabulary, then over the choices, both
-            in the model's own dtype. Near choices tie there, and the first of them wins.
+            in the model's own dtype. Near choices tie there, and the first of them wins. Empty where a server
+            gave the log probabilities, as its dtype is unknown.
     """
 
     logprobs: tuple[float, ...]
@@ -147,6 +148,7 @@ class Score:
         macro: whether subjects count alike, whatever their size.
         parts: value by subject; empty where the task has none.
         categories: value by category, as the protocol groups subjects and averages them.
+        verdicts: what is averaged, where that is not one verdict an item.
     """
 
     metric: str
@@ -155,6 +157,7 @@ class Score:
     n: int
     parts: Mapping[str, float] = field(default_factory=dict)
     categories: Mapping[str, float] = field(default_factory=dict)
+    verdicts: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qwenq.compute.columns import fallback_reason
 from qwenq.compute.products import unsupported_reason
 from qwenq.distributed import ALONE, Team
-from qwenq.errors import CalibrationError, ModelError, QuantisationError, UsageError
+from qwenq.errors import CalibrationError, ModelError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.asymmetric import measure_deviation
 from qwenq.gptq.experts import ExpertInput, measure_expert
 from qwenq.gptq.hessian import hessian
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Quantise a model block by block: load, measure, solve, pack, write, forget.
 
 
-ALGORITHM = 10  # raise it when the same settings give other integers: unfinished runs are then not resumed
+ALGORITHM = 11  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; few enough that a batch's activations stay small
 LAYER_IS_STORED = "this layer is on the disk"
 
@@ -251,10 +251,21 @@ class _Layer:
         if kind not in streams.groups:
             bits_of, sample = self._settings.bits_of, streams.quantised[0][:1]
             groups = shared_inputs(self._block, self._forward, sample, bits_of)
+            self._require_run(groups)
             streams.groups[kind] = [names for names in groups if bits_of(names[0]) < UNQUANTISED]
         streams.quantised, streams.original = run_sequential(
             self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original
         )
+
+    def _require_run(self, groups: list[list[str]]) -> None:
+        """Refuse a block that leaves one of its linears out: that would stay as it is, and nothing say so."""
+        run = {name for names in groups for name in names}
+        if (left := next((name for name in self._linears if name not in run), None)) is not None:
+            raise UnsupportedError(
+                f"the forward pass of a {type(self._block).__name__} does not run this linear layer",
+                where=f"{self._prefix}.{left}",
+                hint="this architecture is not supported yet; --module-bits can leave the layer as it is",
+            )
 
     def load(self, tensors: dict[str, Tensor], streams: _Streams) -> None:
         """Advance the streams with the weights that an earlier run found for this block.

@@ -29,7 +29,10 @@ Solve = Callable[[Sequence[str], list[Tensor], list[Tensor], Routing], dict[str,
 def shared_inputs(
     block: nn.Module, forward: Forward, sample: Tensor, kind: Callable[[str], object] = lambda _: None
 ) -> list[list[str]]:
-    """Return groups of linears that read the same tensor and are of one kind, in the order of evaluation.
+    """Return groups of linears that read the same tensor, are of one kind, and run one after the other.
+
+    A linear that runs after another group (``kv_a_proj`` of latent attention, after ``q_b_proj``) has a group
+    of its own: else its weight would be replaced before the original model's activations have met it.
 
     Args:
         block: a decoder block.
@@ -41,11 +44,10 @@ def shared_inputs(
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for tensor, other, names in seen:
-                if tensor is args[0] and other == kind(name):
-                    names.append(name)
-                    return
-            seen.append((args[0], kind(name), [name]))
+            if seen and seen[-1][0] is args[0] and seen[-1][1] == kind(name):
+                seen[-1][2].append(name)
+            else:
+                seen.append((args[0], kind(name), [name]))
 
         return hook
 

@@ -17,6 +17,14 @@ from torch.nn import functional
 from qwenq.compute import attention
 from qwenq.compute.block import fallback_notice
 from qwenq.compute.transformers_blocks import OURS, attention_name, fuse_blocks
+from qwenq.models.config import by_inspection
+from qwenq.models.inspection import (
+    ClassHead,
+    attention_of,
+    computed_buffers,
+    fill_computed,
+    require_plain_stack,
+)
 from qwenq.models.integrity import check_finite, require_numbers
 from qwenq.models.machine import FreedMemory
 from qwenq.models.qwen_v1 import require_plain
@@ -61,27 +69,53 @@ class BlockwiseDecoder:
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         config = transformers_config(checkpoint.config, checkpoint.folder)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.attention = attention_name(device, dtype, head_dim)
-        self.attention_reason = attention.unsupported_reason(device, dtype, head_dim)
-        missed = fallback_notice("attention, norms and activations", device, dtype, {"a head": head_dim})
-        self.fallback_notice = missed or self._windowed(config)
+        self._inspected = by_inspection(checkpoint.config)
+        if self._inspected:
+            self._choose_inspected(config)
+        else:
+            self._choose(config)
         with refused_by_transformers(checkpoint.folder):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, attn_implementation=self.attention
                 )
-            self._inner = model.model.eval()
+            if self._inspected:
+                require_plain_stack(model, checkpoint.folder)
+            self._model, self._inner = model, model.model.eval()
             unfuse(self._inner.layers, every=True)
             # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
+            if self._inspected:
+                fill_computed(model, device)
         self._blocks: nn.ModuleList = self._inner.layers
+        if self._inspected:
+            list(self.kept())  # refuses what is no linear layer, before tensors are looked for
         self._require_tensors()
         if self.attention == OURS:
             self._fuse(config)
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self._freed = FreedMemory()
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
+
+    def _choose(self, config: Any) -> None:
+        """Choose what computes attention in a family that is known here."""
+        device, dtype = self.device, self.dtype
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.attention = attention_name(device, dtype, head_dim)
+        self.attention_reason: str | None = attention.unsupported_reason(device, dtype, head_dim)
+        missed = fallback_notice("attention, norms and activations", device, dtype, {"a head": head_dim})
+        self.fallback_notice = missed or self._windowed(config)
+
+    def _choose_inspected(self, config: Any) -> None:
+        """Leave all that a block computes to transformers: nothing here knows what its class asks for."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        self.attention, why = attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+        self.attention_reason = f"{why} (attention {self.attention})"
+        self.fallback_notice = (
+            f"attention ({self.attention}), norms and activations run in transformers, which takes longer, "
+            f"because {why}"
+        )
 
     def _fuse(self, config: Any) -> None:
         reason = fuse_blocks(self._blocks, config)
@@ -139,7 +173,7 @@ class BlockwiseDecoder:
             require_plain(
                 self.checkpoint.config, batch.shape[1], option="a sequence", where=self.checkpoint.folder
             )
-        recorders = [_Recorder() for _ in self._blocks]
+        recorders = [_Recorder(block) for block in self._blocks]
         for name in ("model.norm.weight", *(() if self.checkpoint.tied else ("lm_head.weight",))):
             # Now, not after the blocks: those may take hours.
             check_finite(name, self.checkpoint.read(name), self.checkpoint.folder)
@@ -150,27 +184,42 @@ class BlockwiseDecoder:
         self._inner.layers = nn.ModuleList(recorders)
         try:
             for batch in batches:
-                # Rows are looked up in the stored table: converting all of it would cost too much.
-                rows = functional.embedding(batch, table).to(self.device, self.dtype)
+                rows = self._rows(batch, table)
                 self._inner(inputs_embeds=rows, use_cache=False)
             hidden = list(recorders[0].hidden)
             # Positions may come with a row for each sequence, and batches differ in how many they have.
             self._inner(inputs_embeds=rows[:1], use_cache=False)
         finally:
             self._inner.norm, self._inner.layers = norm, self._blocks
+            self._inner.embed_tokens.weight = None
         recorded = zip(self._blocks, recorders, strict=True)
         self._arguments = {block: recorder.arguments for block, recorder in recorded}
         return hidden
+
+    def _rows(self, batch: Tensor, table: Tensor) -> Tensor:
+        """Embed a batch by the model's own module, with only those rows of the table that it needs.
+
+        Converting the whole table would cost too much.
+        """
+        ids, places = batch.unique(return_inverse=True)
+        embedding = self._inner.embed_tokens
+        embedding.padding_idx = None  # of the whole table; it matters to gradients alone
+        embedding.weight = nn.Parameter(table[ids].to(self.device, self.dtype), requires_grad=False)
+        rows: Tensor = embedding(places.to(self.device))
+        return rows
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Give block ``index`` its weights; they are dropped on leaving."""
         block: nn.Module = self._blocks[index]
+        computed = [(module, computed_buffers(module)) for module in block.modules()]
         self._fill(block, self.names[index])
         try:
             yield block
         finally:
             block.to("meta")
+            for module, buffers in computed:
+                module._buffers.update(buffers)
             self._freed.layer_done()
 
     def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -189,12 +238,13 @@ class BlockwiseDecoder:
         require_tensors(self.checkpoint.source, shapes, self.checkpoint.folder)
 
     @contextmanager
-    def head(self) -> Iterator[_Head]:
+    def head(self) -> Iterator[_Head | _InspectedHead]:
         """Load the final norm and the output head, callable on hidden states."""
         self._fill(self._inner.norm, "model.norm")
         name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
         try:
-            yield _Head(self._inner.norm, self.checkpoint.read(name), self.device, self.dtype)
+            head = _Head(self._inner.norm, self.checkpoint.read(name), self.device, self.dtype)
+            yield _InspectedHead(self._model, head) if self._inspected else head
         finally:
             self._inner.norm.to("meta")
 
@@ -205,7 +255,7 @@ class BlockwiseDecoder:
             tensor = check_finite(full, self.checkpoint.read(full), self.checkpoint.folder)
             require_numbers(full, tensor, self.checkpoint.folder)
             require_shape(full, tensor.shape, parameter.shape, self.checkpoint.folder)
-            state[name] = tensor.to(self.device, self.dtype)
+            state[name] = tensor.to(self.device, parameter.dtype)  # some routers' are float32 in any model
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
 
@@ -214,25 +264,57 @@ class _Head:
     """Logits from hidden states, the head's rows converted chunk by chunk."""
 
     def __init__(self, norm: nn.Module, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self._norm, self._weight, self._device, self._dtype = norm, weight, device, dtype
+        self.norm, self._weight, self._device, self._dtype = norm, weight, device, dtype
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute logits: […, hidden] → […, vocabulary] float32."""
-        normed = self._norm(hidden)
-        logits = torch.empty(*hidden.shape[:-1], len(self._weight), dtype=torch.float32, device=self._device)
+        return self.product(self.norm(hidden))
+
+    def product(self, normed: Tensor) -> Tensor:
+        """Multiply hidden states behind the norm: […, hidden] → […, vocabulary] float32."""
+        logits = torch.empty(*normed.shape[:-1], len(self._weight), dtype=torch.float32, device=self._device)
         chunks = zip(self._weight.split(VOCABULARY_CHUNK), logits.split(VOCABULARY_CHUNK, -1), strict=True)
         for rows, place in chunks:
             place.copy_(functional.linear(normed, rows.to(self._device, self._dtype)))
         return logits
 
 
-class _Recorder(nn.Module):
-    """Stands in for the blocks: keeps what a block would be given."""
+class _InspectedHead:
+    """The same by a model's own class, which may do something to the product."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any, head: _Head) -> None:
+        self._norm, self._head = head.norm, ClassHead(model, _Product(head))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Compute logits: […, hidden] → […, vocabulary] float32."""
+        return self._head(self._norm(hidden)).float()
+
+
+class _Product(nn.Module):
+    """The product of a ``_Head`` as a module."""
+
+    def __init__(self, head: _Head) -> None:
         super().__init__()
+        self._head = head
+
+    def forward(self, normed: Tensor) -> Tensor:
+        return self._head.product(normed)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps what that would be given, and has its attributes."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = [block]  # in a list: no child, whose parameters would be this module's
         self.hidden: list[Tensor] = []
         self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
         self.hidden.append(hidden)

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import QwenqError
-from qwenq.models.config import is_nested, read_config, require_layers, text_config, whole_config
+from qwenq.models.autoround import gptq_settings, is_autoround
+from qwenq.models.config import (
+    by_inspection,
+    is_nested,
+    read_config,
+    require_layers,
+    text_config,
+    whole_config,
+)
 from qwenq.models.folders import missing_manifest, refuse_foreign_links
 from qwenq.models.gptq_config import QuantConfig, is_quantised, settings_of
 from qwenq.models.qwen_v1 import long_context_of, qwen2_view
@@ -63,6 +71,15 @@ class Checkpoint:
         """Return the tensors of the whole model, under the names in its files."""
         return self.view.whole if self.view is not None else self.source
 
+    @property
+    def foreign_modules(self) -> list[str]:
+        """Return the modules that another tool quantised, under the names of ``source``."""
+        modules = self.foreign.modules if self.foreign is not None else []
+        if self.view is None:
+            return modules
+        shown = (name for module in modules for name in self.view.shown(f"{module}.weight"))
+        return [name.removesuffix(".weight") for name in shown]
+
     def names(self) -> Iterable[str]:
         """Return all tensor names, in file order."""
         return self.source.names()
@@ -94,9 +111,10 @@ class Checkpoint:
 def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     """Open a model folder for lazy reading; only headers are read, and all of them are checked.
 
-    A GPTQ folder opens with its packed tensors; a notice is added where it has no qwenq.json, or where only
-    AutoGPTQ's quantize_config.json has the settings. Weights that another tool quantised (AWQ,
-    compressed-tensors, FP8) are shown dequantised. A Qwen v1 folder opens in Qwen2's layout.
+    A GPTQ folder opens with its packed tensors, and so does one of AutoRound in that layout, whose settings
+    are shown as GPTQ's; a notice is added where it has no qwenq.json, or where only AutoGPTQ's
+    quantize_config.json has the settings. Weights that another tool quantised (AWQ, compressed-tensors, FP8)
+    are shown dequantised. A Qwen v1 folder opens in Qwen2's layout.
 
     Args:
         folder: where config.json and the weights are.
@@ -117,7 +135,11 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     if foreign is not None:
         source = foreign
         config = {key: value for key, value in config.items() if key != "quantization_config"}
-        notices.append(f"quantised by another tool, {foreign.format.name}: read as the weights it stands for")
+        notices.append(foreign.notice)
+    elif is_autoround(config):
+        settings = gptq_settings(config["quantization_config"], folder / "config.json")
+        config = {**config, "quantization_config": settings}
+        notices.append("quantised with AutoRound, in GPTQ's layout")
     names = list(source.names())
     if config["model_type"] == "qwen":
         config, source = qwen2_view(folder, config, source)
@@ -128,7 +150,7 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     long_context_of(config, folder / "config.json")
     file_config = config if is_nested(config) else None
     config = text_config(config)
-    found = TextView(source, config.get("hidden_size"), folder)
+    found = _view(folder, config, source)
     view = None if found.plain else found
     source = view or source
     require_layers(config, source.names(), folder)
@@ -138,6 +160,23 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
         if not unfinished:
             notices += missing_manifest(folder)
     return Checkpoint(folder, config, source, notices, view=view, file_config=file_config, foreign=foreign)
+
+
+def _view(folder: Path, config: dict[str, Any], source: TensorSource) -> TextView:
+    """Return the view of the language model's tensors, under the names that transformers' model has."""
+    if not by_inspection(config):
+        return TextView(source, config.get("hidden_size"), folder)
+    from qwenq.models.tensor_names import model_names
+
+    drafts = config.get("num_nextn_predict_layers") or 0
+    layers = config["num_hidden_layers"] if drafts else None
+    return TextView(
+        source,
+        config.get("hidden_size"),
+        folder,
+        layers=layers,
+        rename=model_names(config["model_type"], folder),
+    )
 
 
 def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_by_config
+from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_beside_decoder, missing_by_config
 
 # Read the language model's config inside the config.json of a larger model.
 
@@ -137,7 +137,24 @@ KNOWN_ARCHITECTURES: dict[str, str] = {
 }
 """model_type → class name in config.json, of every architecture with a tested recipe."""
 
+
+def by_inspection(config: Mapping[str, Any]) -> bool:
+    """Return whether a model is none of ``KNOWN_ARCHITECTURES``: transformers' code alone describes it."""
+    return config["model_type"] not in KNOWN_ARCHITECTURES
+
+
+def class_in_transformers(model_type: str) -> str | None:
+    """Return the name of transformers' causal language model of a type; None: it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return found if isinstance(found, str) and found.endswith(_CAUSAL) else None
+
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _HARMLESS_PRIVATE_KEYS = {"_name_or_path", "_model_name_or_path"}
+_HARMLESS_PRIVATE_COUNTS = {"_sliding_window_pattern"}
+"""Whole numbers that transformers itself saves, of Gemma 3."""
 _HARMLESS_PRIVATE_FLAGS = {"_attn_implementation_autoset", "_load_in_4bit", "_load_in_8bit"}
 """True or false in what transformers itself has saved: 4.46 to 4.50, and with bitsandbytes."""
 _OTHER_USE = re.compile(r"\w+For(?!CausalLM$)\w+|\w+(?<!LMHead)Model")
@@ -166,6 +183,8 @@ _COUNTS: dict[str, _Bound] = {
     "seq_length": _Bound(1, _LIMIT),
     "num_experts": _Bound(1, 1 << 16),
     "num_local_experts": _Bound(1, 1 << 16),  # what transformers 5 calls them
+    "n_routed_experts": _Bound(1, 1 << 16),  # and what DeepSeek and GLM do
+    "num_nextn_predict_layers": _Bound(0, 100),
     "num_experts_per_tok": _Bound(1, 1 << 16),
     "moe_intermediate_size": _Bound(1, 1 << 24),
     "shared_expert_intermediate_size": _Bound(0, 1 << 24),
@@ -299,7 +318,8 @@ def _refuse_private_keys(config: dict[str, Any], path: Path) -> None:
     """Refuse private keys: ``_attn_implementation_internal`` makes the loader fetch and run code."""
     for key, dotted, value in _keys(config):
         harmless = _HARMLESS_PRIVATE_KEYS | (_HARMLESS_PRIVATE_FLAGS if isinstance(value, bool) else set())
-        if key.startswith("_") and key not in harmless:
+        counts = _HARMLESS_PRIVATE_COUNTS if type(value) is int else set()
+        if key.startswith("_") and key not in harmless | counts:
             raise ModelError(
                 f"config.json holds the private key {dotted}, which could make a loader run foreign code",
                 where=path,
@@ -308,7 +328,7 @@ def _refuse_private_keys(config: dict[str, Any], path: Path) -> None:
 
 
 def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
-    """Return notices about a known architecture; an unknown one raises ``UnsupportedError``."""
+    """Return notices about an architecture known here or to transformers; else raise ``UnsupportedError``."""
     model_type = config["model_type"]
     if model_type in KNOWN_ARCHITECTURES:
         _refuse_other_use(config, path)
@@ -317,7 +337,14 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
             return [f"auto_map in config.json is ignored: {model_type} is built in, and its code is not run"]
         return []
     supported = ", ".join(KNOWN_ARCHITECTURES)
-    hint = f"supported model types: {supported}"
+    hint = f"supported model types: {supported}, and decoders that transformers has built in"
+    plain = model_type not in NOT_SUPPORTED_YET and missing_beside_decoder(config) is None
+    if plain and (built := class_in_transformers(model_type)):
+        _refuse_other_use(config, path)
+        return [
+            f"{model_type} is none of the model types with a recipe here: its blocks are inspected as "
+            f"transformers' {built} builds them, and --engine transformers runs it"
+        ]
     if model_type in NOT_SUPPORTED_YET:
         what = f"{model_type} is not supported yet: {NOT_SUPPORTED_YET[model_type]} would have to be added"
     elif "auto_map" in config:
@@ -344,7 +371,7 @@ def _refuse_other_use(config: dict[str, Any], path: Path) -> None:
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes:
         return
-    known = KNOWN_ARCHITECTURES[config["model_type"]]
+    known = KNOWN_ARCHITECTURES.get(config["model_type"]) or class_in_transformers(config["model_type"])
     if all(isinstance(name, str) and name != known and _OTHER_USE.fullmatch(name) for name in classes):
         raise UnsupportedError(
             f"{', '.join(classes)} is no causal language model",
@@ -367,6 +394,12 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
         () if not required or any(config.get(key) is not None for key in _MLP_WIDTHS) else _MLP_WIDTHS[:1]
     )
     for key in (*required, *widths):
+        if config.get(key) is None and by_inspection(config):
+            raise UnsupportedError(
+                f"config.json of a {config['model_type']} has no {key}, by which decoders are inspected",
+                where=path,
+                hint="this architecture is not supported yet",
+            )
         if config.get(key) is None:
             raise ModelError(
                 f"config.json has no {key}", where=path, hint="copy the model's config.json again"
@@ -401,7 +434,7 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
             "shorter layer_types",
         )
     unknown = sorted(set(kinds or ()) - set(LAYER_KINDS))
-    if unknown and config["model_type"] in KNOWN_ARCHITECTURES:
+    if unknown:
         raise UnsupportedError(
             f"layer_types of config.json names {', '.join(unknown)}, which is not known here",
             where=path,
@@ -435,7 +468,7 @@ def _check_heads(config: dict[str, Any], path: Path) -> None:
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if hidden is None or heads is None:
         return
-    if config.get("head_dim") is None and hidden % heads:
+    if config.get("head_dim") is None and config.get("kv_lora_rank") is None and hidden % heads:
         raise _absurd("hidden_size", hidden, f"a multiple of num_attention_heads ({heads})", path)
     shared = config.get("num_key_value_heads")
     if shared is not None and heads % shared:
@@ -443,7 +476,9 @@ def _check_heads(config: dict[str, Any], path: Path) -> None:
 
 
 def _check_experts(config: dict[str, Any], path: Path) -> None:
-    experts, chosen = config.get("num_experts") or config.get("num_local_experts"), "num_experts_per_tok"
+    named = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((config[key] for key in named if config.get(key)), None)
+    chosen = "num_experts_per_tok"
     if experts is not None and (config.get(chosen) or 0) > experts:
         raise _absurd(chosen, config[chosen], f"at most the number of experts ({experts})", path)
 

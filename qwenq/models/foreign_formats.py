@@ -11,11 +11,14 @@ tensor at a time: such a model is evaluated, compared and quantised anew like an
 - ``compressed-tensors``, ``int-quantized`` or ``float-quantized``: ``weight`` int8 or float8,
   ``weight_scale``.
 - ``fp8`` (DeepSeek, Qwen): ``weight`` float8 [out, in], ``weight_scale_inv`` by ``weight_block_size``.
+
+AutoRound writes AWQ's tensors or GPTQ's (``models.autoround``); the latter are opened as GPTQ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,12 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import ModelError, UnsupportedError
+from qwenq.models.autoround import METHODS, is_awq_packed, require_weights_only
 from qwenq.models.source import TensorInfo, TensorSource
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Nibble of a word that holds column 0, 1, … of its eight."""
+_ONE_BYTE = {"int-quantized", "float-quantized", "naive-quantized"}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -38,7 +43,11 @@ class ForeignFormat:
     Attributes:
         name: for people, such as "AWQ Int4, groups of 128".
         precision: for rows and tables, such as ``awq-int4``.
-        bits: of a weight.
+        bits: of a weight; where there are several widths, that of most modules.
+        group_size: input columns that share a scale; -1: all of them, or blocks of another form.
+        symmetric: whether zero points are in the middle.
+        integers: whether weights are integers, and no floats.
+        activations: whether the engines that it was made for quantise activations, too.
         suffixes: of the tensors that stand for a weight; the first tells that a module is quantised.
         shape: (source, module) → [out, in] of its weight, from headers.
         dequantise: (source, module) → the weight in float32.
@@ -47,6 +56,10 @@ class ForeignFormat:
     name: str
     precision: str
     bits: int
+    group_size: int
+    symmetric: bool
+    integers: bool
+    activations: bool
     suffixes: tuple[str, ...]
     shape: Callable[[TensorSource, str], tuple[int, ...]]
     dequantise: Callable[[TensorSource, str], Tensor]
@@ -87,6 +100,15 @@ class ForeignSource:
         """Return the names of the quantised modules."""
         return list(self._modules.values())
 
+    @property
+    def notice(self) -> str:
+        """Return a line for the user: what it is, how it is read, and what is left out by that."""
+        left_out = "; engines quantise its activations, too, which is not done here"
+        return (
+            f"quantised by another tool, {self._format.name}: read as the weights it stands for"
+            f"{left_out if self._format.activations else ''}"
+        )
+
     def names(self) -> Iterable[str]:
         """Return all names, in file order."""
         return self._names
@@ -95,7 +117,9 @@ class ForeignSource:
         """Return shape and dtype, without dequantising."""
         if name not in self._modules:
             return self._stored.info(name)
-        return TensorInfo(self._format.shape(self._stored, self._modules[name]), self._dtype)
+        module = self._modules[name]
+        with _fitting(module):
+            return TensorInfo(self._format.shape(self._stored, module), self._dtype)
 
     def read(self, name: str) -> Tensor:
         """Return a tensor; a quantised weight as [out, in], computed in float32 and rounded once.
@@ -106,14 +130,21 @@ class ForeignSource:
         if name not in self._modules:
             return self._stored.read(name)
         module = self._modules[name]
-        try:
+        with _fitting(module):
             return self._format.dequantise(self._stored, module).to(self._dtype)
-        except RuntimeError as error:  # shapes that cannot be multiplied or reshaped
-            raise ModelError(
-                f"the tensors of this module do not fit each other: {error}",
-                where=module,
-                hint="config.json and the weights are not of one model: copy the folder again",
-            ) from error
+
+
+@contextmanager
+def _fitting(module: str) -> Iterator[None]:
+    """Turn what shapes raise that cannot be multiplied, reshaped or indexed into a message."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"the tensors of this module do not fit each other: {error}",
+            where=module,
+            hint="config.json and the weights are not of one model: copy the folder again",
+        ) from error
 
 
 def foreign_format(config: Mapping[str, Any], where: Path) -> ForeignFormat | None:
@@ -130,12 +161,15 @@ def foreign_format(config: Mapping[str, Any], where: Path) -> ForeignFormat | No
     readers = {"awq": _awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8}
     if method in readers:
         return readers[method](keys, where)
-    if method in ("gptq", "auto-round", "autoround"):
+    if method in METHODS and is_awq_packed(keys):
+        require_weights_only(keys, where)
+        return _awq(keys, where)
+    if method == "gptq" or method in METHODS:
         return None
     raise UnsupportedError(
         f"the model is quantised with {method[:40]!r}, which is not read",
         where=where,
-        hint=f"read are GPTQ, AutoRound in GPTQ's layout, and {', '.join(readers)}",
+        hint=f"read are gptq, auto-round, {', '.join(readers)}",
     )
 
 
@@ -185,12 +219,12 @@ def unpack_int32(words: Tensor, bits: int, count: int) -> Tensor:
 
 def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
     bits, group = _integer(keys, "bits", where), _integer(keys, "group_size", where)
-    version = str(keys.get("version", "gemm")).lower()
+    version = str(keys.get("version") or keys.get("format") or "gemm").lower()  # AutoAWQ's, GPTQModel's
     if bits != 4 or version != "gemm":
         raise UnsupportedError(
             f"AWQ of {bits} bits in its {version} layout is not read",
             where=where,
-            hint="read is the layout gemm of 4 bits, which AutoAWQ and llm-compressor's exports have",
+            hint="read is the layout gemm of 4 bits, which AutoAWQ and AutoRound write",
         )
 
     def shape(source: TensorSource, module: str) -> tuple[int, ...]:
@@ -205,8 +239,18 @@ def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         grouped = integers.view(len(scales), size, -1).float() - zeros.unsqueeze(1).float()
         return (grouped * scales.unsqueeze(1)).flatten(0, 1).t().contiguous()  # [out, in]
 
-    name = f"AWQ Int4, {'one scale a row' if group == -1 else f'groups of {group}'}"
-    return ForeignFormat(name, "awq-int4", bits, ("qweight", "qzeros", "scales"), shape, dequantise)
+    return ForeignFormat(
+        name=f"AWQ Int4, {_groups(group)}",
+        precision="awq-int4",
+        bits=bits,
+        group_size=group,
+        symmetric=keys.get("zero_point", not keys.get("sym", False)) is False,
+        integers=True,
+        activations=False,
+        suffixes=("qweight", "qzeros", "scales"),
+        shape=shape,
+        dequantise=dequantise,
+    )
 
 
 def _awq_nibbles(words: Tensor) -> Tensor:
@@ -216,54 +260,97 @@ def _awq_nibbles(words: Tensor) -> Tensor:
 
 
 def _compressed_tensors(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
-    given = keys.get("config_groups")
-    groups = (
-        [group for group in given.values() if isinstance(group, Mapping)]
-        if isinstance(given, Mapping)
-        else []
+    schemes, activations = _schemes(keys, where)
+    layouts = {str(scheme["format"]) for scheme in schemes}
+    kinds = {str(scheme.get("type", "int")) for scheme in schemes}
+    widths = sorted({_width(scheme.get("num_bits"), where) for scheme in schemes})
+    if layouts == {"pack-quantized"} and kinds == {"int"} and widths[-1] <= 8:
+        return _packed(schemes, activations)
+    if layouts <= _ONE_BYTE and len(kinds) == 1 and widths == [8]:
+        return _eight_bits(schemes[0], activations)
+    raise UnsupportedError(
+        f"compressed-tensors' {' and '.join(map(repr, sorted(layouts)))} of "
+        f"{' and '.join(map(str, widths))} bits is not read",
+        where=where,
+        hint="read are pack-quantized (integers to 8 bits), and int-quantized or float-quantized of 8 bits",
     )
-    schemes = [group["weights"] for group in groups if isinstance(group.get("weights"), Mapping)]
-    if not schemes:
-        raise ModelError(
-            "config_groups has no scheme for weights", where=where, hint="copy config.json again"
-        )
-    settings = {(s.get("num_bits"), s.get("type"), bool(s.get("symmetric", True))) for s in schemes}
-    layout = str(keys.get("format", groups[0].get("format")))
-    if len(settings) > 1:
+
+
+def _width(bits: Any, where: Path) -> int:
+    if isinstance(bits, int) and 1 <= bits <= 16:
+        return bits
+    raise ModelError(
+        f"config_groups has weights of {bits!r} bits", where=where, hint="copy config.json again"
+    )
+
+
+def _schemes(keys: Mapping[str, Any], where: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Return the settings of weights by group, that of most modules last, and whether activations have any.
+
+    Raises:
+        UnsupportedError: weights that are sparse or rotated, too.
+        ModelError: no group has settings of weights.
+    """
+    sparsity, transform = (
+        found if isinstance(found := keys.get(key), Mapping) else {}
+        for key in ("sparsity_config", "transform_config")
+    )
+    if sparsity.get("format", "dense") != "dense" or transform.get("config_groups"):
+        kind = "rotated" if transform else "sparse"
         raise UnsupportedError(
-            "several schemes for weights in one checkpoint of compressed-tensors are not read",
+            f"compressed-tensors with weights that are {kind}, too, is not read",
             where=where,
             hint="start from the model that was quantised",
         )
-    ((bits, kind, symmetric),) = settings
-    if not isinstance(bits, int) or kind not in ("int", "float"):
-        raise ModelError(f"weights of {bits!r} bits, {kind!r}", where=where, hint="copy config.json again")
-    if layout == "pack-quantized" and kind == "int" and 1 <= bits <= 8:
-        return _packed(bits, symmetric)
-    if layout in ("int-quantized", "float-quantized", "naive-quantized") and bits == 8:
-        return _eight_bits("Int8" if kind == "int" else "FP8")
-    raise UnsupportedError(
-        f"compressed-tensors' format {layout!r} of {bits} bits is not read",
-        where=where,
-        hint="read are pack-quantized, int-quantized and float-quantized",
-    )
+    given = keys.get("config_groups")
+    groups = [
+        group
+        for group in (given.values() if isinstance(given, Mapping) else ())
+        if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping)
+    ]
+    if not groups:
+        raise ModelError(
+            "config_groups has no scheme for weights", where=where, hint="copy config.json again"
+        )
+    groups.sort(key=lambda group: group.get("targets") == ["Linear"])
+    common = keys.get("format", "mixed-precision")
+    schemes = [
+        {**group["weights"], "format": group.get("format") if common == "mixed-precision" else common}
+        for group in groups
+    ]
+    return schemes, any(group.get("input_activations") for group in groups)
 
 
-def _packed(bits: int, symmetric: bool) -> ForeignFormat:
+def _packed(schemes: list[dict[str, Any]], activations: bool) -> ForeignFormat:
+    """Return the format of packed integers; each module's tensors tell its width and its groups."""
+    widths = {scheme["num_bits"] for scheme in schemes}
+    symmetric = all(scheme.get("symmetric", True) for scheme in schemes)
+
     def shape(source: TensorSource, module: str) -> tuple[int, ...]:
-        rows, columns = source.read(f"{module}.weight_shape").tolist()
-        return int(rows), int(columns)
+        rows, columns = map(int, source.read(f"{module}.weight_shape").tolist())
+        height, words = source.info(f"{module}.weight_packed").shape
+        if rows != height or not 0 < columns <= words * 32:
+            raise ValueError(f"weight_shape is {[rows, columns]}, weight_packed {[height, words]}")
+        return rows, columns
 
     def dequantise(source: TensorSource, module: str) -> Tensor:
         rows, columns = shape(source, module)
-        values = unpack_int32(source.read(f"{module}.weight_packed"), bits, columns).float()  # [out, in]
+        words = source.read(f"{module}.weight_packed")
+        bits = words.shape[1] * 32 // columns
+        if bits not in widths:
+            raise ModelError(
+                f"its weights have {bits} bits, and config.json has {', '.join(map(str, sorted(widths)))}",
+                where=module,
+                hint="config.json and the weights are not of one model: copy the folder again",
+            )
+        values = unpack_int32(words, bits, columns).float()  # [out, in]
         scales = source.read(f"{module}.weight_scale").float()  # [out, groups]
         stored = set(source.names())
-        if symmetric:
-            zeros = torch.full_like(scales, float(1 << (bits - 1)))
-        else:
+        if not symmetric and f"{module}.weight_zero_point" in stored:
             packed = source.read(f"{module}.weight_zero_point")  # [out · bits / 32, groups]
             zeros = unpack_int32(packed.t().contiguous(), bits, rows).t().float()  # [out, groups]
+        else:
+            zeros = torch.full_like(scales, float(1 << (bits - 1)))
         count = scales.shape[1]
         if f"{module}.weight_g_idx" in stored:
             group = source.read(f"{module}.weight_g_idx").long()
@@ -271,11 +358,27 @@ def _packed(bits: int, symmetric: bool) -> ForeignFormat:
             group = torch.arange(columns) // (columns // count)
         return (values - zeros[:, group]) * scales[:, group]
 
-    suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-    return ForeignFormat(f"compressed-tensors Int{bits}", f"ct-int{bits}", bits, suffixes, shape, dequantise)
+    most = schemes[-1]
+    bits, group_size = most["num_bits"], most.get("group_size") or -1
+    others = "".join(f" and Int{other}" for other in sorted(widths - {bits}))
+    return ForeignFormat(
+        name=f"compressed-tensors Int{bits}{others}, {_groups(group_size)}",
+        precision=f"ct-int{bits}",
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        integers=True,
+        activations=activations,
+        suffixes=("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+        shape=shape,
+        dequantise=dequantise,
+    )
 
 
-def _eight_bits(kind: str) -> ForeignFormat:
+def _eight_bits(scheme: Mapping[str, Any], activations: bool) -> ForeignFormat:
+    """Return the format of weights that are stored as int8 or float8."""
+    kind = "Int8" if scheme.get("type", "int") == "int" else "FP8"
+
     def shape(source: TensorSource, module: str) -> tuple[int, ...]:
         return source.info(f"{module}.weight").shape
 
@@ -288,14 +391,24 @@ def _eight_bits(kind: str) -> ForeignFormat:
                 hint="config.json and the weights are not of one model: copy the folder again",
             )
         scales = source.read(f"{module}.weight_scale").float()
-        stored = set(source.names())
-        if f"{module}.weight_zero_point" in stored:
+        if f"{module}.weight_zero_point" in set(source.names()):
             offset = source.read(f"{module}.weight_zero_point").float()
             return _by_block(values.float(), scales, offset)
         return _by_block(values.float(), scales, None)
 
-    suffixes = ("weight_scale", "weight", "weight_zero_point")
-    return ForeignFormat(f"compressed-tensors {kind}", f"ct-{kind.lower()}", 8, suffixes, shape, dequantise)
+    group_size = scheme.get("group_size") or -1
+    return ForeignFormat(
+        name=f"compressed-tensors {kind}",
+        precision=f"ct-{kind.lower()}",
+        bits=8,
+        group_size=group_size,
+        symmetric=bool(scheme.get("symmetric", True)),
+        integers=kind == "Int8",
+        activations=activations,
+        suffixes=("weight_scale", "weight", "weight_zero_point"),
+        shape=shape,
+        dequantise=dequantise,
+    )
 
 
 def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
@@ -314,11 +427,25 @@ def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         values = source.read(f"{module}.weight")  # float8 [out, in]
         scales = source.read(f"{module}.weight_scale_inv").float()  # [out / rows, in / columns], rounded up
         rows, columns = values.shape
-        wide = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        wide = scales[torch.arange(rows) // block[0]][:, torch.arange(columns) // block[1]]
         return values.float() * wide
 
-    suffixes = ("weight_scale_inv", "weight")
-    return ForeignFormat(f"FP8, blocks of {block[0]} × {block[1]}", "fp8", 8, suffixes, shape, dequantise)
+    return ForeignFormat(
+        name=f"FP8, blocks of {block[0]} × {block[1]}",
+        precision="fp8",
+        bits=8,
+        group_size=-1,
+        symmetric=True,
+        integers=False,
+        activations=keys.get("activation_scheme") is not None,
+        suffixes=("weight_scale_inv", "weight"),
+        shape=shape,
+        dequantise=dequantise,
+    )
+
+
+def _groups(size: int) -> str:
+    return "whole rows" if size == -1 else f"groups of {size}"
 
 
 def _by_block(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _QUANTISED_NAME = re.compile(
-    r"[-_.](?:(?:gptq|awq)[-_.])?int[48]$|[-_.](?:gptq|awq|fp8|w[48]a16|autoround)(?:[-_.].*)?$",
+    r"[-_.](?:(?:gptq|awq)[-_.])?int[48]$"
+    r"|(?:[-_.](?:int[48]|[48]bit|quantized))?[-_.](?:gptq|awq|fp8|w[48]a(?:8|16)|auto-?round)(?:[-_.].*)?$",
     re.IGNORECASE,
 )
 
@@ -50,7 +51,9 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         stored = checkpoint.foreign.stored
         infos = [stored.info(tensor) for tensor in stored.names()]
         size = sum(info.numel * info.dtype.itemsize for info in infos)
-        return Model(name, fingerprint, checkpoint.foreign.format.precision, family_name(name), size)
+        found = checkpoint.foreign.format
+        group = None if found.group_size == -1 else found.group_size
+        return Model(name, fingerprint, found.precision, family_name(name), size, group)
     if not is_quantised(checkpoint.config):
         size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
         return Model(name, fingerprint, precision_name(dtype), name, size)

@@ -11,7 +11,7 @@ from typing import Literal
 from qwenq.errors import HubError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import local_path
-from qwenq.models.unsupported import refuse_by_name
+from qwenq.models.unsupported import refuse_to_run
 
 # Open what the user named as a checkpoint: a folder, a hub id, the bundled model, or random weights.
 
@@ -114,11 +114,11 @@ def resolve_model(model: str | None) -> Resolved:
             "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
         )
     if _HUB_ID.fullmatch(model):
-        refuse_by_name(model)
+        refuse_to_run(model)
         return _from_hub(model, path)
     near = _did_you_mean(path)
     if near is None:
-        refuse_by_name(model)
+        refuse_to_run(model)
     hints = [hint for hint in (near, _of_catalogue(model)) if hint]
     raise UsageError(
         f"no such model folder: {model}", where=path.absolute(), hint=" ".join(hints) or _NAME_ONE

@@ -7,7 +7,7 @@ and the dequantised view of a GPTQ folder are read in the same way.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -141,6 +141,7 @@ _NESTED = "model.language_model."
 _NOT_RUN = re.compile(r"(mtp|visual|model\.visual)\.")
 """Draft heads and vision towers: published as they are, and no part of the language model."""
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -167,24 +168,33 @@ class TextView:
         whole: the tensors as the files name them.
         hidden: the width of the hidden states, which tells how fused experts are oriented.
         folder: for messages.
+        layers: how many blocks run; None: all that there are. DeepSeek and GLM store draft heads behind them.
+        rename: the name in transformers' model of a name in the files, where these differ.
     """
 
-    def __init__(self, whole: TensorSource, hidden: Any, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        whole: TensorSource,
+        hidden: Any,
+        folder: Path | None = None,
+        *,
+        layers: int | None = None,
+        rename: Callable[[str], str] = str,
+    ) -> None:
         self.whole = whole
         self._parts: dict[str, Part] = {}
+        self._stored_modules: dict[str, str] = {}
+        self._drafts: dict[str, str] = {}
         names = list(whole.names())
         self.nested = any(name.startswith(_NESTED) for name in names)
-        for name in names:
-            if name.startswith("lm_head.") or (not self.nested and not _NOT_RUN.match(name)):
-                shown = name
-            elif self.nested and name.startswith(_NESTED):
-                shown = "model." + name.removeprefix(_NESTED)
-            else:
-                continue
+        stored = self._by_model_name(names, layers, rename)
+        for shown, name in stored.items():
             if (fused := _FUSED.fullmatch(shown)) is None:
                 self._parts[shown] = Part(name)
             else:
-                transposed = _is_transposed(whole, name.rpartition(".")[0], hidden, folder)
+                full = (f"{fused[1]}.{kind}" for kind in ("gate_up_proj", "down_proj"))
+                both = [stored.get(each, each) for each in full]
+                transposed = _is_transposed(whole, both, hidden, folder)
                 self._parts.update(_experts(fused[1], fused[2], name, whole.info(name), transposed))
         self._shown: dict[str, list[str]] = {}
         for shown, part in self._parts.items():
@@ -192,6 +202,26 @@ class TextView:
         self.plain = len(self._parts) == len(names) and all(
             shown == part.stored for shown, part in self._parts.items()
         )
+
+    def _by_model_name(
+        self, names: Iterable[str], layers: int | None, rename: Callable[[str], str]
+    ) -> dict[str, str]:
+        """Return the names in the files of the language model's tensors, by those in transformers' model."""
+        found = {}
+        for name in names:
+            if name.startswith("lm_head.") or (not self.nested and not _NOT_RUN.match(name)):
+                shown = name
+            elif self.nested and name.startswith(_NESTED):
+                shown = "model." + name.removeprefix(_NESTED)
+            else:
+                continue
+            if layers is not None and (m := _LAYER.match(shown)) is not None and int(m[1]) >= layers:
+                self._drafts[name] = m[1]
+                continue
+            if (renamed := rename(shown)) != shown:
+                self._stored_modules[renamed.rpartition(".")[0]] = shown.rpartition(".")[0]
+            found[renamed] = name
+        return found
 
     @property
     def files(self) -> Sequence[Path]:
@@ -208,9 +238,10 @@ class TextView:
 
     @property
     def beside(self) -> list[str]:
-        """Return what lies beside the language model: of ``mtp`` and ``visual`` those that there are."""
+        """Return patterns of what lies beside the language model: ``mtp``, ``visual``, blocks of drafts."""
         hidden = [name for name in self.whole.names() if not self.shown(name)]
-        return [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
+        named = [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
+        return named + [rf"\.layers\.{number}\." for number in dict.fromkeys(self._drafts.values())]
 
     def is_whole(self, shown: str) -> bool:
         """Return whether the tensor is shown as it is stored, not as a part of a larger one."""
@@ -218,6 +249,9 @@ class TextView:
 
     def published(self, shown: str) -> str:
         """Return the name that a tensor of the language model has in files of this checkpoint's layout."""
+        module, _, leaf = shown.rpartition(".")
+        if (stored := self._stored_modules.get(module)) is not None:
+            shown = f"{stored}.{leaf}"
         if self.nested and shown.startswith("model."):
             return _NESTED + shown.removeprefix("model.")
         return shown
@@ -251,10 +285,10 @@ class TextView:
             raise ModelError(f"there is no tensor named {name}", where=where) from None
 
 
-def _is_transposed(whole: TensorSource, prefix: str, hidden: Any, folder: Path | None) -> bool:
+def _is_transposed(whole: TensorSource, both: Sequence[str], hidden: Any, folder: Path | None) -> bool:
     """Return whether fused experts are stored as [expert, in, out]; both of their tensors have to agree."""
-    shapes = [whole.info(f"{prefix}.{kind}").shape for kind in ("gate_up_proj", "down_proj")]
-    gate_up, down = shapes
+    gate_up, down = (whole.info(name).shape for name in both)
+    prefix = both[0].rpartition(".")[0]
     if len(gate_up) == len(down) == 3 and gate_up[0] == down[0]:
         if gate_up[1:] == (2 * down[2], hidden) and down[1] == hidden:
             return False

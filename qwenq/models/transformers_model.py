@@ -19,6 +19,7 @@ from torch.nn import functional
 from qwenq import stopping
 from qwenq.errors import ModelError, OutOfMemoryError, QwenqError, UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.inspection import fill_computed
 from qwenq.models.source import require_shape
 
 # Build transformers' config object from config.json; its refusals become our errors.
@@ -336,7 +337,8 @@ def assemble_unfused(
     wanted = {name: place for name, place in model.state_dict().items() if name not in tied}
     for name, place in wanted.items():
         require_shape(name, tensors[name].shape if name in tensors else None, place.shape, checkpoint.folder)
-    model.load_state_dict({name: tensors[name].to(dtype) for name in wanted}, strict=False, assign=True)
+    state = {name: tensors[name].to(place.dtype) for name, place in wanted.items()}
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     _fill_computed(model)
     return model.eval().requires_grad_(False)
@@ -345,8 +347,9 @@ def assemble_unfused(
 def _fill_computed(model: Any) -> None:
     """Give buffers that are in no file their values: rotary frequencies, which follow from the config."""
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not list(module.parameters()):
             model.set_submodule(name, type(module)(config=model.config))
+    fill_computed(model, torch.device("cpu"))
 
 
 @contextmanager

@@ -25,8 +25,6 @@ _FLASH_NEXT_SIZE = (
 NOT_SUPPORTED_YET: dict[str, str] = {
     "qwen4_exp": _FLASH_NEXT,
     "qwen4_exp_text": _FLASH_NEXT,
-    "qwen2_moe": _ROUTING,
-    "mixtral": _ROUTING,
     "qwen2_vl": _VISION,
     "qwen2_5_vl": _VISION,
     "qwen2_audio": _AUDIO,
@@ -39,9 +37,11 @@ _BY_NAME: tuple[tuple[str, str], ...] = (
     (_VISION, r"-vl\b|-omni\b"),
     (_AUDIO, r"-audio\b|-omni\b"),
 )
-"""What is missing for models whose names match."""
-_SUPPORTED = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
-"""Names of models that are supported, whatever else they match."""
+"""What is missing in ``plan`` and the catalogue for models whose names match."""
+_SIZES_KNOWN = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
+"""Names of models that are supported everywhere, whatever else they match."""
+_RUNS = re.compile(r"mixtral|qwen(1\.5|2)-(moe|.*-a\d+b)")
+"""Names of further ones that are quantised and run, and whose sizes are not known."""
 _FAMILY = re.compile(r"qwen|mixtral")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
@@ -54,13 +54,22 @@ def missing_by_name(name: str) -> str | None:
         name: as typed: ``qwen3-30b-a3b``, ``Qwen/Qwen3-Next-80B-A3B-Instruct``.
     """
     short = name.lower().rsplit("/", 1)[-1]
-    if not _FAMILY.match(short) or _SUPPORTED.match(short):
+    if not _FAMILY.match(short) or _SIZES_KNOWN.match(short):
         return None
     return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
 
 
+def missing_beside_decoder(config: dict[str, Any]) -> str | None:
+    """Return what a model needs beside the blocks of its decoder, by the keys of its config.json."""
+    return _listed(part for part in _missing_parts(config) if part != _ROUTING)
+
+
 def missing_by_config(config: dict[str, Any]) -> str | None:
     """Return what a model of an unknown type needs at least, by the keys of its config.json."""
+    return _listed(_missing_parts(config))
+
+
+def _missing_parts(config: dict[str, Any]) -> list[str]:
     text = config.get("text_config")
     of_text = {**config, **text} if isinstance(text, dict) else config
     kinds = of_text.get("layer_types")
@@ -69,17 +78,28 @@ def missing_by_config(config: dict[str, Any]) -> str | None:
         found.append(_LINEAR)
     if any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
         found.append(_ROUTING)
-    found += [part for key, part in _TOWERS if config.get(key)]
-    return _listed(found)
+    return found + [part for key, part in _TOWERS if config.get(key)]
+
+
+def refuse_to_run(name: str) -> None:
+    """Say "not yet" to the name of a model that is known, and neither quantised nor run."""
+    if not _RUNS.match(name.lower().rpartition("/")[2]):
+        refuse_by_name(name)
 
 
 def refuse_by_name(name: str) -> None:
-    """Say "not yet" to the name of a model that is known, and not supported.
+    """Say "not yet" to the name of a model that is known, and whose sizes are not.
 
     A hub id of another owner than Qwen passes: others may call theirs what they like.
     """
     owner = name.lower().rpartition("/")[0]
     if owner in ("", "qwen") and (missing := missing_by_name(name)):
+        if _RUNS.match(name.lower().rpartition("/")[2]):
+            raise UnsupportedError(
+                f"the sizes of {name} are not known here",
+                where="MODEL",
+                hint="it can be quantised and run: name its folder",
+            )
         raise UnsupportedError(
             f"{name} is not supported yet: {missing} would have to be added",
             where="MODEL",

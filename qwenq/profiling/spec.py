@@ -303,6 +303,13 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
     from qwenq.models.opening import open_model
 
     checkpoint = open_model(given, weights, seed)
+    if checkpoint.foreign is not None:
+        raise UsageError(
+            f"{checkpoint.foreign.format.name} has no kernel here: its weights are dequantised at load, so "
+            "its speed and memory would be those of the unquantised model",
+            where=given,
+            hint="profile its base; or serve it and use --endpoint",
+        )
     found.notices += checkpoint.notices
     shape = ModelShape.from_config(checkpoint.config)
     made = _quantised(checkpoint, given, weights, seed) or [

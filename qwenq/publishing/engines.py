@@ -14,9 +14,11 @@ from functools import cached_property
 from typing import Any
 
 from qwenq.errors import ModelError, UsageError
+from qwenq.models.autoround import is_autoround
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_config import QuantConfig, rule_for
 from qwenq.models.gptq_format import quantised_modules
+from qwenq.models.tokenizer import read_json
 
 GPUS = (1, 2, 4, 8)
 FUSED = {
@@ -108,6 +110,18 @@ def read_gptq_folder(checkpoint: Checkpoint) -> GptqFolder:
     Raises:
         UsageError: it is not quantised with GPTQ.
     """
+    if checkpoint.foreign is not None:
+        raise UsageError(
+            f"the rules are about GPTQ files, and this is {checkpoint.foreign.format.name}",
+            where=checkpoint.folder,
+            hint="engines load what the tool that wrote it says",
+        )
+    if is_autoround(read_json(checkpoint.folder / "config.json")):
+        raise UsageError(
+            "the rules are about GPTQ files, and this config.json is AutoRound's",
+            where=checkpoint.folder,
+            hint="`qwenq convert` writes it as a GPTQ folder",
+        )
     config = checkpoint.published_config
     if "quantization_config" not in config:
         raise UsageError(

@@ -247,7 +247,7 @@ def _add_published(
 
 def _rank(label: str) -> int:
     """Return the place of a line by its label, ``Int4, groups of 64`` or ``Int4, published``."""
-    return rank(label.partition(",")[0].lower())
+    return rank(label.partition(",")[0])
 
 
 # Make the tables that a card does not have: closeness to the base; speed and memory in parts.

@@ -16,8 +16,19 @@ from qwenq.results import Model, Row, each_run
 # Read run folders into one collection of rows, each with its run, hardware and a label for its model.
 
 
-PRECISIONS = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "Int8", "int4": "Int4"}
-"""Names of precisions as the cards write them, in the cards' order."""
+PRECISIONS = {
+    "fp32": "FP32",
+    "bf16": "BF16",
+    "fp16": "FP16",
+    "fp8": "FP8",
+    "ct-fp8": "FP8 (compressed-tensors)",
+    "int8": "Int8",
+    "ct-int8": "Int8 (compressed-tensors)",
+    "int4": "Int4",
+    "awq-int4": "Int4 (AWQ)",
+    "ct-int4": "Int4 (compressed-tensors)",
+}
+"""Names of precisions as the cards write them, in the cards' order; after each, those of other tools."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +152,11 @@ def _name(folder: Path, taken: list[str]) -> str:
 
 
 def rank(precision: str) -> int:
-    """Return the place of a precision in the cards' order; unknown ones are last."""
-    known = list(PRECISIONS)
-    return known.index(precision) if precision in known else len(known)
+    """Return the place of a precision, or of its name, in the cards' order; unknown ones are last."""
+    for known in (list(PRECISIONS), list(PRECISIONS.values())):
+        if precision in known:
+            return known.index(precision)
+    return len(PRECISIONS)
 
 
 UNKNOWN = "unknown hardware"

@@ -222,7 +222,7 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
         if top is None:
             yield shown
         else:
-            word = judge_check(kl, top, 8 if model.precision == "int8" else 4).word
+            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4).word
             yield f"{word}, {shown}, same top token {100 * top:.1f} %"
 
 

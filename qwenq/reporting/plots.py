@@ -68,8 +68,12 @@ MOST_MARKS = 400
 """Points of a line that are marked and have a tooltip."""
 
 
+_TONES = {"awq-int4": "c3", "ct-int4": "c4", "ct-int8": "c3", "fp8": "c4", "ct-fp8": "c3"}
+
+
 def tone_of(tone: str) -> str:
     """Return a tone that there is a colour for: an unknown precision is grey."""
+    tone = _TONES.get(tone, tone)
     return tone if tone in COLOURS else "other"
 
 

@@ -250,7 +250,10 @@ COMPUTED_IN = "computed_in"
 def _dtype(item: Measured) -> str:
     """Return the dtype that a quantised model was run in; empty for others, whose precision is that."""
     dtype = item.row.settings.get("dtype")
-    return clean(dtype) if isinstance(dtype, str) and item.row.model.precision.startswith("int") else ""
+    from qwenq.comparison import PLAIN  # with numpy
+
+    shown = isinstance(dtype, str) and item.row.model.precision not in (*PLAIN, "served")
+    return clean(dtype) if shown else ""
 
 
 def _dtypes(rows: Sequence[Measured], names: Collection) -> dict[str, dict[str, None]]:

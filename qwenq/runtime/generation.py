@@ -145,6 +145,14 @@ class Engine(ABC):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens."""
 
+    def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Add ids to a cache; return the hidden states behind the last norm, [batch, tokens, hidden]."""
+        return self._hidden(ids, counts, cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits of such hidden states."""
+        return self._head(hidden)
+
     @abstractmethod
     def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run int64 [batch, tokens] to [batch, tokens, hidden]; add ``counts[r]`` tokens to each row r."""

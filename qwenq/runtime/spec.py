@@ -21,7 +21,6 @@ from qwenq.models.transformers_model import refused_by_transformers, transformer
 
 _USE_TRANSFORMERS = "use --engine transformers"
 _COPY_AGAIN = "copy the model's config.json again"
-_NO_WINDOW = "neither engine has it: the cache serves full attention; run a model without a window"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
         first = 28 if first is None else first  # transformers' default
         slides = bool(config.get("use_sliding_window", False)) and first < layers
     if slides and config.get("sliding_window", 4096) is not None:
-        raise UnsupportedError("sliding-window attention is not supported here", hint=_NO_WINDOW)
+        raise UnsupportedError("sliding-window attention is not supported here", hint=_USE_TRANSFORMERS)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:

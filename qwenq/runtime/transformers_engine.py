@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.distributed import DistributedConfig
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.config import PLAIN_ROPE, rope_parameters
+from qwenq.models.config import PLAIN_ROPE, by_inspection, rope_parameters
+from qwenq.models.inspection import ClassHead
 from qwenq.models.qwen_v1 import LongContext, long_context_of
 from qwenq.models.transformers_model import assemble_unfused, build_whole_model, transformers_config
-from qwenq.runtime.attention import Attention
-from qwenq.runtime.cache import KVCache, Span, StateShape
+from qwenq.runtime.attention import Attention, attend
+from qwenq.runtime.cache import KVCache, Span, StateShape, plan
 from qwenq.runtime.generation import Engine
 from qwenq.runtime.linear import Linear
 from qwenq.runtime.weights import Weights
 
 _ATTENTION = "qwenq"
 _LINEAR = "linear_attention"
-_AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-"""Settings of architectures whose forward pass does something to the head's product."""
+_WINDOW = "sliding_attention"
 _OF_TWO_MODELS = "config.json and the weights are not of one model: copy the folder again"
 _DENSE = "run a dense Qwen or Llama model"
 
@@ -75,7 +77,12 @@ class TransformersEngine(Engine):
         kinds = getattr(self._config, "layer_types", None)
         self._kinds: list[str] = kinds or ["full_attention"] * self._config.num_hidden_layers
         self._states = _state_shapes(self._model)
-        self.notes = weights.notes
+        self.notes = weights.notes + _window_notes(self._config, self._kinds, attention)
+        self._after: ClassHead | None = None
+        self._widths = _config_widths(self._config)
+        if by_inspection(checkpoint.config):
+            self._after = ClassHead(self._model, self._model.get_output_embeddings())
+            self._widths = _probe(self._model, self._kinds, device)
         self.implementation = (
             f"transformers {transformers.__version__}, kernel {weights.kernel}, "
             f"attention {attention.name}: {attention.implementation}; torch {torch.__version__}"
@@ -88,11 +95,9 @@ class TransformersEngine(Engine):
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Return an empty cache."""
-        config = self._config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = config.num_hidden_layers - len(self._states)
-        sizes = (layers, batch, heads // self._processes, capacity, head_dim)
+        layers = self._config.num_hidden_layers - len(self._states)
+        heads, width = self._widths.heads // self._processes, self._widths.stored
+        sizes = (layers, batch, heads, capacity, width)
         return KVCache(*sizes, self.device, self.dtype, self._states)
 
     def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
@@ -131,8 +136,83 @@ class TransformersEngine(Engine):
         return hidden
 
     def _head(self, hidden: Tensor) -> Tensor:
+        if self._after is not None:
+            return self._after(hidden).float()
         logits: Tensor = self._model.get_output_embeddings()(hidden)
         return logits.float()
+
+
+# Find out how wide keys and values are, where only the model's code says so.
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Key/value heads of a layer, and the widths of their keys and values."""
+
+    heads: int
+    keys: int
+    values: int
+
+    @property
+    def stored(self) -> int:
+        """Return the width of both in the cache: the narrower one is filled up with zeros."""
+        return max(self.keys, self.values)
+
+
+def _config_widths(config: Any) -> _Widths:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _Widths(heads, head_dim, head_dim)
+
+
+class _Probe(DynamicLayer):  # type: ignore[misc]
+    """One layer of a cache that keeps no more than the sizes of what it is given."""
+
+    widths: _Widths | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Note the sizes."""
+        self.widths = _Widths(key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Return the tokens before this pass."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many slots are read, and the first of them."""
+        return query_length, 0
+
+
+@torch.inference_mode()
+def _probe(model: Any, kinds: Sequence[str], device: torch.device) -> _Widths:
+    """Run one token and return what each layer wants to keep of it.
+
+    Raises:
+        UnsupportedError: a layer keeps nothing, or layers differ.
+    """
+    layers, span = [_Probe() for _ in kinds], plan([0], [1], device)
+    model.base_model(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),
+        position_ids=span.positions,
+        past_key_values=Cache(layers=layers),
+        use_cache=True,
+        qwenq_attention=_only_value,
+        qwenq_span=span,
+    )
+    found = {layer.widths for layer in layers}
+    if len(found) != 1 or (widths := next(iter(found))) is None:
+        raise UnsupportedError(
+            f"the layers of transformers' {type(model).__name__} differ in what they keep of a token",
+            hint=_DENSE,
+        )
+    return widths
+
+
+def _only_value(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
+    """Return the values of the one token that there is."""
+    del keys, span
+    return values.repeat_interleave(queries.shape[1] // values.shape[1], dim=1)
 
 
 class _Slots(DynamicLayer):  # type: ignore[misc]
@@ -145,7 +225,11 @@ class _Slots(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new tokens, return all slots."""
-        return self._cache.write(self._layer, key_states, value_states, self._span)
+        width = self._cache.form[2]
+        narrow = key_states.shape[-1], value_states.shape[-1]
+        wide = _filled(key_states, width), _filled(value_states, width)
+        keys, values = self._cache.write(self._layer, *wide, self._span)
+        return keys[..., : narrow[0]], values[..., : narrow[1]]
 
     def get_seq_length(self) -> int:
         """Return the tokens before this pass; only asked where all rows are alike."""
@@ -226,6 +310,8 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     qwenq_attention: Attention | None = None,
     qwenq_span: Span | None = None,
     **_: Any,
@@ -237,11 +323,45 @@ def _attend(
             hint=_DENSE,
         )
     del attention_mask  # the span says the same, and more
+    if s_aux is not None:
+        raise UnsupportedError(f"attention sinks ({type(module).__name__}) are not supported", hint=_DENSE)
     natural = query.shape[-1] ** -0.5
     if scaling is not None and scaling != natural:
         query = query * (scaling / natural)
-    mixed = qwenq_attention(query, key, value, qwenq_span)
-    return mixed.transpose(1, 2).contiguous(), None
+    own, width = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    if width > query.shape[-1]:  # zeros change no score, but the width by which a backend scales them
+        query = query * (width / query.shape[-1]) ** 0.5
+    query, key, value = (_filled(states, width) for states in (query, key, value))
+    if sliding_window is not None and sliding_window < qwenq_span.end:
+        mixed = attend(query, key, value, _within(qwenq_span, sliding_window))
+    else:
+        mixed = qwenq_attention(query, key, value, qwenq_span)
+    return mixed[..., :own].transpose(1, 2).contiguous(), None
+
+
+def _filled(states: Tensor, width: int) -> Tensor:
+    """Return states [..., d] with zeros behind them up to a width."""
+    missing = width - states.shape[-1]
+    return functional.pad(states, (0, missing)) if missing else states
+
+
+def _within(span: Span, window: int) -> Span:
+    """Return the span of queries that see the last ``window`` tokens, their own among them."""
+    slots = torch.arange(span.end, device=span.positions.device)
+    positions = span.positions.unsqueeze(-1)  # [batch or 1, tokens, 1]
+    mask = (slots <= positions) & (slots > positions - window)
+    return replace(span, causal=False, mask=mask.unsqueeze(1))
+
+
+def _window_notes(config: Any, kinds: Sequence[str], attention: Attention) -> tuple[str, ...]:
+    """Return the note on layers whose attention is torch's, whatever was chosen."""
+    windowed = kinds.count(_WINDOW)
+    if not windowed or attention.name == "sdpa":
+        return ()
+    return (
+        f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} tokens: "
+        "where a text fills it, torch's sdpa runs there",
+    )
 
 
 def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, processes: int) -> Any:
@@ -290,23 +410,17 @@ def _refuse_surplus(model: Any, weights: Weights) -> None:
 
 
 def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:
-    """Refuse attention other than softmax over all earlier tokens, and heads other than a product."""
-    layers = getattr(config, "layer_types", None)
-    kinds = set(layers or ["full_attention"])
-    soft_cap, window = (getattr(config, name, None) for name in ("attn_logit_softcapping", "sliding_window"))
-    windowed = window is not None and not layers  # where layers have kinds, those say which have a window
-    if soft_cap is not None or windowed or not kinds <= {"full_attention", _LINEAR}:
-        found = "soft-capped scores" if soft_cap is not None else ", ".join(sorted(kinds))
-        found = f"a window of {window} tokens" if windowed else found
+    """Refuse attention other than softmax over earlier tokens."""
+    known = {"full_attention", _WINDOW} | (set() if by_inspection(checkpoint.config) else {_LINEAR})
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - known)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        strange.append("soft-capped scores")
+    if getattr(config, "use_bidirectional_attention", None):
+        strange.append("queries that see later tokens")
+    if strange:
         raise UnsupportedError(
-            f"this model's attention ({found}) is not supported: the cache here serves full attention only",
+            f"this model's attention ({', '.join(strange)}) is not supported: the cache here serves causal "
+            "attention over all earlier tokens or the last of them",
             where=checkpoint.folder,
             hint=_DENSE,
         )
-    for name in _AFTER_HEAD:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise UnsupportedError(
-                f"this model changes its logits ({name} {getattr(config, name)}): not supported here",
-                where=checkpoint.folder,
-                hint=_DENSE,
-            )

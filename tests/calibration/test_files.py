@@ -75,7 +75,7 @@ def test_records_in_every_form(record: Any, column: str | None, expected: Any) -
         ({"messages": [{"role": "narrator", "content": "x"}]}, None, "the role 'narrator'"),
         ({"messages": CHAT, "tools": "{]"}, None, "'tools' is a text that is not JSON"),
         ({"messages": ["Hi"]}, None, "a message without a role and a text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None, "a message without a role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None, "a part of type image"),
         ({"messages": [CHAT[1]]}, None, "without a user's turn"),
     ],
 )

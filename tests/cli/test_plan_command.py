@@ -92,9 +92,9 @@ def test_it_answers_at_once() -> None:
 
 
 def test_an_unsupported_model_is_refused_with_what_is_missing() -> None:
-    result = qwenq("plan", "qwen1.5-moe-a2.7b-chat")
+    result = qwenq("plan", "qwen2-audio-7b")
     assert result.returncode == 1
-    assert "not supported yet: the experts' routing would have to be added" in result.stderr
+    assert "not supported yet: the audio tower would have to be added" in result.stderr
     assert "did you mean" not in result.stderr
 
 

@@ -125,7 +125,9 @@ def ask(address: str, home: Path, asked: list[str]) -> tuple[list[dict[str, Any]
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "HOME": str(home),
         "NO_PROXY": "127.0.0.1",
     }

@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 SUBJECT = "astronomy"
 SHOWN = 24
@@ -69,6 +70,99 @@ ANSWERS = [
 
 WORDS = ["the", "of", "Münster", "café", "×2", "50%", "(x+y)", "北京", "上海，", "。", "1,234", "NaN", "None"]
 WORDS += ["naïve", "re-entry", "\n", "\t", "A", "B", "", "THE", "ﬁne", "e\u0301", "İstanbul", "ß"]
+
+
+LETTER_SUBJECT = "law"
+"""Of MMLU-Pro, whose prompts are recorded."""
+
+RESPONSES = (
+    "",
+    "   \n",
+    "My answer is yes.",
+    "Sure! Here it is:\n\nMy answer is no, I think.\n\nLet me know.",
+    "* one\n* two\n* three",
+    "- one\n  - two\n* three\n** four",
+    "<<A title>>\nText, with a comma; 3 sentences. Dr. Smith said e.g. this. The end.",
+    "<< >> <<>> not a title",
+    '{"a": [1, 2]}',
+    '```json\n{"a": 1}\n```',
+    '"All of it is quoted."',
+    '"Not all" of it',
+    "Section 1\nfirst\nSection 2\nsecond\nSECTION 3 third",
+    "One paragraph.\n***\nAnother one.\n***\nThe last.",
+    "***\nAn empty one first.\n***\n\n***\nEnd",
+    "First answer.\n******\nSecond answer.",
+    "Same.******Same.******",
+    'Weekend plans are here.\n\n"Hello," she said.\n\nThird one.',
+    "Some *high* and **double lit** words, *  * and ****.",
+    "Dear [name], meet me at [place] on [date].",
+    "I agree.\n\nP.S. I was late.\nP.P.S. Twice.",
+    "p. s. lower and p. p. s too",
+    "THIS IS ALL IN CAPITALS, AND IT IS ENGLISH TEXT WITHOUT ANY DOUBT.",
+    "this is all in small letters and it is english text without any doubt.",
+    "Dies ist ein deutscher Satz, der keine Zweifel an seiner Sprache lässt.",
+    "Voici une phrase française dont la langue ne fait aucun doute.",
+    "12345 ... 678",
+    "NASA and the U.S.A. CAN'T GO; it's WELL-KNOWN (AND/OR *BOLD*) that I'M HERE: YES--NO, 'QUOTED' CANNOT!",
+    "Is it so? Yes! It is... so. Mr. Brown paid $3.50 at 5 p.m. He left.",
+    "keyword Keyword KEYWORD keywords, and other words",
+    "Write a poem. Here it is: roses",
+    "That is all.  The end. ",
+    'He said "that is the end."',
+    "one two three four five six seven eight nine ten",
+    "*First* part, *second* part, *third* part.",
+)
+"""What a model might answer; every check finds some right and some wrong."""
+
+
+def ifeval_instructions() -> list[tuple[str, dict[str, Any]]]:
+    """Every kind of instruction, with arguments of more than one kind."""
+    less, least = "less than", "at least"
+    return [
+        ("keywords:existence", {"keywords": ["the", "end"]}),
+        ("keywords:existence", {"keywords": ["keyword"]}),
+        ("keywords:frequency", {"keyword": " keyword ", "frequency": 3, "relation": least}),
+        ("keywords:frequency", {"keyword": "is", "frequency": 2, "relation": less}),
+        ("keywords:forbidden_words", {"forbidden_words": ["is", "words"]}),
+        ("keywords:letter_frequency", {"letter": "E", "let_frequency": 4, "let_relation": least}),
+        ("keywords:letter_frequency", {"letter": "s", "let_frequency": 2, "let_relation": less}),
+        ("language:response_language", {"language": "de"}),
+        ("language:response_language", {"language": "fr"}),
+        ("length_constraints:number_sentences", {"num_sentences": 3, "relation": least}),
+        ("length_constraints:number_sentences", {"num_sentences": 2, "relation": less}),
+        ("length_constraints:number_paragraphs", {"num_paragraphs": 3}),
+        ("length_constraints:number_paragraphs", {"num_paragraphs": 1}),
+        ("length_constraints:number_words", {"num_words": 10, "relation": least}),
+        ("length_constraints:number_words", {"num_words": 5, "relation": less}),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 3, "nth_paragraph": 2, "first_word": "hello"},
+        ),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 3, "nth_paragraph": 1, "first_word": "Weekend"},
+        ),
+        ("detectable_content:number_placeholders", {"num_placeholders": 3}),
+        ("detectable_content:postscript", {"postscript_marker": "P.S."}),
+        ("detectable_content:postscript", {"postscript_marker": "P.P.S"}),
+        ("detectable_format:number_bullet_lists", {"num_bullets": 3}),
+        ("detectable_format:constrained_response", {}),
+        ("detectable_format:number_highlighted_sections", {"num_highlights": 2}),
+        ("detectable_format:number_highlighted_sections", {"num_highlights": 3}),
+        ("detectable_format:multiple_sections", {"section_spliter": "Section", "num_sections": 2}),
+        ("detectable_format:multiple_sections", {"section_spliter": "SECTION", "num_sections": 1}),
+        ("detectable_format:json_format", {}),
+        ("detectable_format:title", {}),
+        ("combination:two_responses", {}),
+        ("combination:repeat_prompt", {"prompt_to_repeat": "write a POEM."}),
+        ("startend:end_checker", {"end_phrase": "The end."}),
+        ("startend:quotation", {}),
+        ("change_case:capital_word_frequency", {"capital_frequency": 12, "capital_relation": least}),
+        ("change_case:capital_word_frequency", {"capital_frequency": 2, "capital_relation": less}),
+        ("change_case:english_capital", {}),
+        ("change_case:english_lowercase", {}),
+        ("punctuation:no_comma", {}),
+    ]
 
 
 def mmlu_rows(count: int) -> list[tuple[str, ...]]:

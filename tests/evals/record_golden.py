@@ -1,9 +1,10 @@
 """Records what other programs make of golden_cases.py, so that tests need none of them:
 
     PYTHONPATH=tests python tests/evals/record_golden.py lm_eval    # with lm-eval 0.4.13 installed
+    PYTHONPATH=tests python tests/evals/record_golden.py columns    # with lm-eval 0.4.13, nltk and langdetect
     PYTHONPATH=tests python tests/evals/record_golden.py thefuzz    # with thefuzz 0.22 installed
 
-Both write golden/NAME.json beside this file. Look at the difference before it is committed.
+All write golden/NAME.json beside this file. Look at the difference before it is committed.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from evals.columns_data import gpqa_rows, ifeval_rows, math500_rows, mmlu_pro_rows, write_lines
 from evals.golden_cases import (
+    LETTER_SUBJECT,
+    RESPONSES,
     SHOWN,
     SUBJECT,
     gsm8k_answers,
     gsm8k_rows,
+    ifeval_instructions,
     mmlu_rows,
     texts_and_options,
     write_data,
@@ -34,7 +40,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def harness_task(folder: str, name: str, files: dict[str, str]) -> Any:
+def harness_task(folder: str, name: str, files: dict[str, str], shots: int = 5) -> Any:
     """The harness's own task, its data set replaced by local files."""
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
@@ -45,7 +51,7 @@ def harness_task(folder: str, name: str, files: dict[str, str]) -> Any:
     for key in ("tag", "task_alias", "group", "num_fewshot", "include"):
         config.pop(key, None)
     task = ConfigurableTask(config=config)
-    task.set_config(key="num_fewshot", value=5)
+    task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=1234)
     return task
 
@@ -96,6 +102,96 @@ def verdicts(task: Any) -> list[str]:
     return found
 
 
+def columns_golden(folder: Path) -> dict[str, Any]:
+    """Hashes of prompts of the newer tasks, and verdicts on IFEval's responses and on letters."""
+    return {
+        "mmlu-pro": _mmlu_pro(folder),
+        "gpqa-diamond": _gpqa(folder),
+        "math-500": _prompts(
+            harness_task(
+                "hendrycks_math",
+                "hendrycks_math500",
+                {"test": str(write_lines(folder / "math.jsonl", math500_rows()))},
+                shots=0,
+            )
+        ),
+        "ifeval": _prompts(
+            harness_task(
+                "ifeval",
+                "ifeval",
+                {"train": str(write_lines(folder / "ifeval.jsonl", ifeval_rows()))},
+                shots=0,
+            )
+        ),
+        "checks": ifeval_verdicts(),
+    }
+
+
+def _prompts(task: Any) -> list[Any]:
+    """Hash and stop strings, or continuation, of each request."""
+    task.build_all_requests(limit=SHOWN, rank=0, world_size=1)
+    asked = []
+    for prompt, after in (one.args for one in task.instances):
+        asked.append((digest(prompt), after if isinstance(after, str) else after["until"]))
+    return asked
+
+
+def _mmlu_pro(folder: Path) -> list[Any]:
+    files = {}
+    for split in ("test", "validation"):
+        rows = mmlu_pro_rows(split, LETTER_SUBJECT)
+        files[split] = str(write_lines(folder / f"pro_{split}.jsonl", rows))
+    return _prompts(harness_task("mmlu_pro", f"mmlu_pro_{LETTER_SUBJECT}", files))
+
+
+def _gpqa(folder: Path) -> list[Any]:
+    """The harness's prompts with our order of options, as it shuffles them by a generator without a seed."""
+    from qwenq.evals.tasks import gpqa
+
+    rows = gpqa_rows()
+    orders = iter([gpqa.shuffled(row["Question"], "abcd") for row in rows])
+
+    def shuffle(options: list[str]) -> None:
+        listed = [options[-1], *options[:-1]]  # the harness has the right answer last
+        options[:] = [listed[place] for place in next(orders)]
+
+    with patch("random.shuffle", shuffle):
+        task = harness_task(
+            "gpqa/zeroshot",
+            "gpqa_diamond_zeroshot",
+            {"train": str(write_lines(folder / "gpqa.jsonl", rows))},
+            shots=0,
+        )
+    return _prompts(task)
+
+
+def ifeval_verdicts() -> list[str]:
+    """Strict and loose verdict on every response by every instruction, a digit each."""
+    import punkt
+    from lm_eval.tasks.ifeval import instructions_util
+    from lm_eval.tasks.ifeval import utils as harness
+    from nltk.tokenize import NLTKWordTokenizer
+
+    # NLTK downloads its model of sentences, which the tokenizer of words needs only to split them.
+    split_words = NLTKWordTokenizer().tokenize
+    instructions_util.count_sentences = lambda text: len(punkt.sent_tokenize(text))
+    instructions_util.nltk.word_tokenize = lambda text: [
+        word for sentence in punkt.sent_tokenize(text) for word in split_words(sentence)
+    ]
+    import langdetect
+
+    langdetect.DetectorFactory.seed = 0
+    found = []
+    for name, arguments in ifeval_instructions():
+        row = {"key": 1, "prompt": "?", "instruction_id_list": [name], "kwargs": [arguments]}
+        digits = ""
+        for response in RESPONSES:
+            scored = harness.process_results(row, [response])
+            digits += f"{scored['prompt_level_strict_acc']:d}{scored['prompt_level_loose_acc']:d}"
+        found.append(digits)
+    return found
+
+
 def thefuzz_golden() -> list[tuple[int, int] | None]:
     """(Which option, its score) for every text; None where it finds none."""
     from thefuzz import process
@@ -110,8 +206,10 @@ def thefuzz_golden() -> list[tuple[int, int] | None]:
 def main(name: str) -> None:
     """Write one of the files."""
     with tempfile.TemporaryDirectory() as folder:
-        found = lm_eval_golden(Path(folder)) if name == "lm_eval" else thefuzz_golden()
-    content = {"made_by": f"{name} {version(name)}", "found": found}
+        makers = {"lm_eval": lm_eval_golden, "columns": columns_golden, "thefuzz": lambda _: thefuzz_golden()}
+        found = makers[name](Path(folder))
+    maker = "lm_eval" if name == "columns" else name
+    content = {"made_by": f"{maker} {version(maker)}", "found": found}
     GOLDEN.mkdir(exist_ok=True)
     (GOLDEN / f"{name}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 

@@ -36,7 +36,7 @@ def served() -> Iterator[str]:
         pytest.skip("needs $QWENQ_LLAMA_PYTHON, with llama-cpp-python[server]")
     port = str(free_port())
     command = [python, "-m", "llama_cpp.server", "--model", gguf(), "--host", "127.0.0.1", "--port", port]
-    options = ["--n_ctx", "2048", "--n_threads", "1", "--model_alias", "smollm2"]
+    options = ["--n_ctx", "2048", "--n_threads", "1", "--model_alias", "smollm2", "--logits_all", "true"]
     server = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/v1"
     try:
@@ -76,3 +76,23 @@ def test_a_real_server_is_evaluated_and_asked_once(tmp_path: Path, served: str, 
     again = evaluate(tmp_path, served, *options)
     assert again.returncode == 0, again.stderr
     assert file.read_text().count("\n") == 3, "nothing is asked twice"
+
+
+def test_letters_are_those_of_our_engine(tmp_path: Path, served: str) -> None:
+    """The server rounds activations to 8 bits and multiplies the file's own weights: scores are close."""
+    options = ["--tasks", "mmlu", "--limit", "3", "--protocol", "base"]
+    there = evaluate(tmp_path / "served", served, *options)
+    assert there.returncode == 0, there.stderr
+    command = [sys.executable, "-m", "qwenq", "eval", "--sample", *options, "--dtype", "float32"]
+    here = subprocess.run(
+        [*command, "--out", tmp_path / "here", "--json"], capture_output=True, text=True, check=False
+    )
+    assert here.returncode == 0, here.stderr
+    found = {}
+    for name in ("served", "here"):
+        (file,) = (tmp_path / name / "records").glob("*.jsonl")
+        records = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+        found[name] = {record["id"]: record["logprobs"] for record in records}
+    assert found["served"].keys() == found["here"].keys()
+    for item, scores in found["here"].items():
+        assert found["served"][item] == pytest.approx(scores, abs=0.5), item

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow
 import pytest
 from benchmark_data import MMLU_SUBJECTS, write_gsm8k, write_humaneval, write_mmlu
+from columns_data import math500_rows, mmlu_pro_rows, write_columns
 from pyarrow import parquet
 
 from qwenq.errors import DataError
@@ -67,6 +68,17 @@ def test_gsm8k_and_humaneval_as_on_the_hub(tmp_path: Path) -> None:
     put(copy / "humaneval" / "openai_humaneval" / "test-00000-of-00001.parquet", rows)
     assert items(copy, "gsm8k", "lm-eval") == items(original, "gsm8k", "lm-eval")
     assert items(copy, "humaneval", "base") == items(original, "humaneval", "base")
+
+
+def test_newer_sets_as_on_the_hub(tmp_path: Path) -> None:
+    original, copy = write_columns(tmp_path / "original"), tmp_path / "copy"
+    for split in ("test", "validation"):
+        put(copy / "mmlu-pro" / "data" / f"{split}-00000-of-00001.parquet", mmlu_pro_rows(split))
+    put(copy / "math-500" / "data" / "test-00000-of-00001.parquet", math500_rows())
+    assert items(copy, "mmlu-pro", "base", ("history",), 5) == items(
+        original, "mmlu-pro", "base", ("history",), 5
+    )
+    assert items(copy, "math-500", "card") == items(original, "math-500", "card")
 
 
 def test_incomplete_copies_of_hub_data_are_refused(tmp_path: Path) -> None:

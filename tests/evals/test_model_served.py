@@ -28,14 +28,11 @@ class Shout:
 
     name, protocol, version, needs_sandbox = "shout", "card", 1, False
 
-    def __init__(self, *, choose: bool = False) -> None:
-        self._choose = choose
-
     def items(self, *_: Any) -> list[Item]:
         return [Item(f"shout/{n}", None, {"q": f"word{n}"}) for n in range(6)]
 
     def request(self, item: Item) -> Write | Choose:
-        return Choose(item.data["q"], ("A", "B")) if self._choose else chat(item.data["q"])
+        return chat(item.data["q"])
 
     def judge(self, item: Item, found: Any) -> Judgement:
         return Judgement(found.text == item.data["q"].upper(), found.text)
@@ -135,9 +132,13 @@ def test_answers_cut_by_the_server_are_reported(
     assert "note: model served: 2 of 2 answers to gsm8k were cut at their limit of tokens" in ran.err
 
 
-def test_scoring_protocols_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a server only generates text"):
-        ask(server, tmp_path, Shout(choose=True))
+def test_continuations_of_a_chat_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
+    class Chat(Shout):
+        def request(self, item: Item) -> Choose:
+            return Choose(({"role": "user", "content": item.data["q"]},), ("A", "B"))
+
+    with pytest.raises(UsageError, match="scores continuations of a chat"):
+        ask(server, tmp_path, Chat())
     assert server.seen == []
 
 

@@ -7,11 +7,16 @@ import json
 import time
 import zipfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evals.columns_data import ifeval_rows, math500_rows, mmlu_pro_rows, write_columns
 from evals.dataset_hub import COMMIT, Handler, ask, serve
+
+from qwenq.evals.task import DataSource
+from qwenq.evals.tasks.registry import get_task
 
 pytest.importorskip("datasets")
 ASKED = ["mmlu:base:anatomy", "ceval:base:marxism", "gsm8k:card:", "humaneval:card:", "cmmlu:base:agronomy"]
@@ -108,6 +113,36 @@ def test_every_set_of_the_hub_and_the_cache_when_it_is_gone(tmp_path: Path) -> N
     again, said = ask(address, tmp_path, ASKED)  # nobody serves that address any more
     assert again == found
     assert "Retrying" not in said
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def test_newer_sets_of_the_hub(tmp_path: Path) -> None:
+    """MMLU-Pro is parquet, the others are their authors' files; IFEval has nulls for arguments."""
+    data = write_columns(tmp_path / "data")
+    keys = sorted({key for row in ifeval_rows() for found in row["kwargs"] for key in found})
+    filled = [
+        {**row, "kwargs": [{key: found.get(key) for key in keys} for found in row["kwargs"]]}
+        for row in ifeval_rows()
+    ]
+    splits = {split: mmlu_pro_rows(split) for split in ("test", "validation")}
+    files = {
+        "TIGER-Lab/MMLU-Pro": published("default", "data", **splits),
+        "Idavidrein/gpqa": {"gpqa_diamond.csv": (data / "gpqa" / "gpqa_diamond.csv").read_bytes()},
+        "HuggingFaceH4/MATH-500": {"README.md": b"MATH\n", "test.jsonl": lines(math500_rows())},
+        "google/IFEval": {"README.md": b"IFEval\n", "ifeval_input_data.jsonl": lines(filled)},
+    }
+    asked = ["mmlu-pro:base:law", "gpqa-diamond:card:", "math-500:base:"]
+    asked += ["ifeval:card:"] if all(map(find_spec, ("langdetect", "punkt"))) else []
+    with serve(files) as address:
+        found, said = ask(address, tmp_path, asked)
+    assert [one.get("items") for one in found] == [1101, 198, 500, 541][: len(asked)], (found, said)
+    for request, one in zip(asked, found, strict=True):
+        name, protocol, subject = request.split(":")
+        local = get_task(name, protocol).items(DataSource(data), [subject] if subject else [])[-1]
+        assert (one["id"], one["data"], one["shots"]) == (local.id, local.data, len(local.shots))
 
 
 def test_nobody_there_is_one_error_at_once_with_both_ways_out(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_families import random_tokens, write_family
+from tiny_published import STRANGERS, write_published
 from torch import Tensor, nn
 
 from qwenq.errors import QuantisationError
@@ -158,3 +159,29 @@ def test_ctrl_c_inside_a_forward_reaches_the_caller(bench: Bench) -> None:
         with pytest.raises(KeyboardInterrupt):
             run_sequential(block, interrupted, bench.batches, GROUPS, lambda *_: {})
         assert not any(linear._forward_pre_hooks for linear in linears_of(block).values())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_the_original_model_meets_no_weight_that_is_replaced_already(tmp_path: Path, family: str) -> None:
+    """Linears that share an input are not always evaluated in a row: latent attention; bits that differ."""
+    model = write_published(tmp_path / "m", family) if family in STRANGERS else write_family(tmp_path / "m")
+    decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), torch.float32)
+    batches = decoder.embed(random_tokens(model, 2, 12).split(1))
+    with decoder.block(0) as block:
+
+        def forward(hidden: Tensor) -> Tensor:
+            return decoder.forward(block, hidden)
+
+        plain = [forward(states) for states in batches]
+        groups = shared_inputs(block, forward, batches[0], lambda name: "k_proj" in name)
+        _, original = run_sequential(
+            block,
+            forward,
+            batches,
+            groups,
+            lambda names, *_: {name: coarse(block, name) for name in names},
+            batches,
+        )
+    assert all(torch.equal(a, b) for a, b in zip(plain, original, strict=True))
+    if family == "qwen3":
+        assert groups[:3] == [["self_attn.q_proj"], ["self_attn.k_proj"], ["self_attn.v_proj"]]

@@ -58,8 +58,9 @@ def write_foreign(
     Args:
         model: an unquantised folder.
         out: a new folder.
-        kind: awq, packed, packed-symmetric, int8, float8, fp8.
-        bits, group: of awq (4 bits) and packed.
+        kind: awq, packed, packed-symmetric, mixed, int8, float8, fp8, or autoround with one of its packing
+            formats: autoround:auto_gptq, autoround:gptqmodel, autoround:auto_awq.
+        bits, group: of awq (4 bits), packed and autoround; mixed has 8 bits in attention, too.
     """
     out.mkdir()
     generator = torch.Generator().manual_seed(1)
@@ -69,7 +70,8 @@ def write_foreign(
         if not name.endswith("_proj.weight"):
             tensors[name] = weight
             continue
-        parts, expected[name] = _module(weight.float(), kind, bits, group, generator)
+        own = 8 if kind == "mixed" and "self_attn" in name else bits
+        parts, expected[name] = _module(weight.float(), kind, own, group, generator)
         tensors |= {f"{module}.{part}": value.contiguous() for part, value in parts.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for file in model.iterdir():
@@ -96,10 +98,17 @@ def _module(
         values = (weight / scales).round().to(dtype) if kind == "int8" else (weight / scales).to(dtype)
         return {"weight": values, "weight_scale": scales}, values.float() * scales
     integers, zeros, scales = quantised(weight, bits, group, generator)
-    if kind == "packed-symmetric":
+    if kind in ("packed-symmetric", "mixed"):
         zeros = torch.full_like(zeros, 1 << (bits - 1))
     spread = (integers.view(rows, -1, group).float() - zeros.unsqueeze(-1).float()) * scales.unsqueeze(-1)
-    if kind == "awq":
+    if kind in ("autoround:auto_gptq", "autoround:gptqmodel"):
+        stored = zeros - 1 if kind == "autoround:auto_gptq" else zeros
+        parts = {
+            "qweight": packed_words(integers, bits).t(),
+            "qzeros": packed_words(stored.t(), bits),
+            "scales": scales.t().half(),
+        }
+    elif kind.endswith("awq"):
         parts = {
             "qweight": awq_words(integers.t()),
             "qzeros": awq_words(zeros.t()),
@@ -120,6 +129,18 @@ def settings(kind: str, bits: int, group: int) -> dict[str, Any]:
     """quantization_config as the tool writes it."""
     if kind == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    if kind.startswith("autoround"):
+        return {
+            "quant_method": "auto-round",
+            "packing_format": kind.replace("autoround", "auto_round"),
+            "bits": bits,
+            "group_size": group,
+            "sym": False,
+            "data_type": "int",
+            "act_bits": 16,
+            "autoround_version": "0.16.1",
+            "block_name_to_quantize": "model.layers",
+        }
     if kind == "fp8":
         return {
             "quant_method": "fp8",
@@ -128,7 +149,7 @@ def settings(kind: str, bits: int, group: int) -> dict[str, Any]:
             "activation_scheme": "dynamic",
         }
     layouts = {"int8": "int-quantized", "float8": "float-quantized"}
-    packed = kind.startswith("packed")
+    packed = kind.startswith("packed") or kind == "mixed"
     weights = {
         "num_bits": bits if packed else 8,
         "type": "float" if kind == "float8" else "int",
@@ -136,9 +157,17 @@ def settings(kind: str, bits: int, group: int) -> dict[str, Any]:
         "strategy": "group" if packed else "channel",
         "group_size": group if packed else None,
     }
+    groups: dict[str, Any] = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    if not packed:  # in 8 bits the tool quantises activations, too, as they come
+        dynamic = {"num_bits": 8, "type": weights["type"], "strategy": "token", "dynamic": True}
+        groups["group_0"] |= {"input_activations": dynamic, "format": layouts[kind]}
+    if kind == "mixed":
+        eight = {"targets": ["re:.*self_attn.*"], "weights": weights | {"num_bits": 8}}
+        groups = {"group_0": eight, "group_1": groups["group_0"]}
     return {
         "quant_method": "compressed-tensors",
         "format": layouts.get(kind, "pack-quantized"),
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "quantization_status": "compressed",
+        "config_groups": groups,
         "ignore": ["lm_head"],
     }

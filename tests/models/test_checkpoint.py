@@ -123,9 +123,9 @@ def test_truncated_weights_are_named_on_opening(folder: Path) -> None:
 
 
 def test_unsupported_models_are_refused_before_their_weights_are_read(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen2_moe"}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "qwen4_exp"}))
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UnsupportedError, match="routing"):
+    with pytest.raises(UnsupportedError, match="hyper-connections"):
         open_checkpoint(folder)
 
 

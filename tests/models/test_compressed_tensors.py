@@ -32,7 +32,9 @@ def quantised(tmp_path: Path, family: str = "qwen3", **settings: Any) -> tuple[C
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"bits": 8}, {"group_size": -1}], ids=["int4", "int8", "whole rows"]
+    "settings",
+    [{}, {"bits": 8}, {"group_size": -1}, {"module_bits": {"self_attn": 8}}],
+    ids=["int4", "int8", "whole rows", "mixed"],
 )
 def test_the_weights_are_the_same_to_the_bit(tmp_path: Path, settings: dict[str, Any]) -> None:
     checkpoint, quant = quantised(tmp_path, **settings)

@@ -115,7 +115,7 @@ def test_remote_code_is_refused_where_only_it_could_load_the_model(tmp_path: Pat
 
 def test_unknown_architectures_list_the_known(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError) as caught:
-        read_config(write(tmp_path, model_type="mamba"))
+        read_config(write(tmp_path, model_type="nobodys"))
     assert all(name in str(caught.value.hint) for name in KNOWN_ARCHITECTURES)
 
 

@@ -9,7 +9,7 @@ from tiny_families import write_family
 
 from qwenq.errors import CorruptFileError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.identity import base_facts, base_of, model_name, result_model
+from qwenq.models.identity import base_facts, base_of, family_name, model_name, result_model
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,17 @@ def test_a_quantised_model_belongs_to_its_base(
         (mine / "qwenq.json").write_text(json.dumps(manifest))
     found = result_model(open_checkpoint(mine), torch.float32, str(mine))
     assert (found.precision, found.group_size, found.family) == ("int8", 32, family)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen3-8B-AWQ", "Qwen3-8B-FP8", "Qwen3-8B-FP8-dynamic", "Qwen3-8B-quantized.w4a16", "Qwen3-8B-W8A8",
+        "Qwen3-8B-int4-AutoRound", "Qwen3-8B-4bit-AWQ", "Qwen3-8B-GPTQ-Int4", "Qwen3-8B-autoround",
+    ],
+)  # fmt: skip
+def test_the_names_that_others_give_end_in_how_they_quantised(name: str) -> None:
+    assert family_name(name) == "Qwen3-8B"
 
 
 def test_names() -> None:

@@ -58,8 +58,6 @@ def test_random_weights_are_planned_by_their_shape_as_they_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
-        ("qwen1.5-moe-a2.7b-chat", "the experts' routing"),
-        ("Qwen/Qwen2-57B-A14B-Instruct", "the experts' routing"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", "the vision tower"),
         ("qwen2-audio-7b", "the audio tower"),
         ("qwen2.5-omni-7b", "the vision tower and the audio tower"),
@@ -78,6 +76,12 @@ def test_flash_next_is_refused_with_the_reason_and_its_bytes(name: str) -> None:
         find_model(name)
     billions = 125 + 51 + 4
     assert f"about {billions * 2e9 / GIB:.0f} GiB in bfloat16" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["qwen1.5-moe-a2.7b-chat", "Qwen/Qwen2-57B-A14B-Instruct", "mixtral-8x7b"])
+def test_what_runs_and_cannot_be_planned_is_named(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="the sizes of .* are not known here"):
+        find_model(name)
 
 
 def test_a_shortened_name_of_a_supported_mixture_is_suggested() -> None:

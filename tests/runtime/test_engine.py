@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.plain_qwen_v1 import MemorySource, quantise_v1, random_tensors, small_config, write_v1
-from runtime.small_models import random_ids, small_model
+from runtime.small_models import random_ids, reference_logits, small_model
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
@@ -236,13 +236,20 @@ def test_weights_of_more_layers_than_the_config_has_are_another_models(engine: s
         {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 8},
     ],
 )
-def test_sliding_windows_are_refused(config: dict) -> None:
-    windowed = changed(small_model("qwen2-tied")[1], config)
+def test_sliding_windows_are_the_transformers_engines(config: dict) -> None:
+    model, checkpoint = small_model("qwen2-tied", **config)
+    windowed = changed(checkpoint, config)
     with pytest.raises(UnsupportedError, match="sliding-window") as caught:
         load(windowed, device="cpu")
-    assert "neither engine" in str(caught.value.hint)
-    with pytest.raises(UnsupportedError, match="sliding_attention"):
-        load(windowed, device="cpu", engine="transformers")
+    assert "--engine transformers" in str(caught.value.hint)
+    engine = load(windowed, device="cpu", dtype="float32", engine="transformers")
+    ids = random_ids(20)
+    wanted = reference_logits(model, ids)
+    cache = engine.new_cache(1, 20)
+    torch.testing.assert_close(engine.logits([ids[:12]], cache)[0], wanted[:12], atol=1e-4, rtol=0)
+    for place, token in enumerate(ids[12:], 12):
+        step = engine.decode(torch.tensor([token]), cache)
+        torch.testing.assert_close(step[0], wanted[place], atol=1e-4, rtol=0)
 
 
 def test_an_unused_window_is_accepted() -> None:

@@ -43,6 +43,9 @@ def model_of(kind: str, **changes: Any) -> tuple[Any, Checkpoint]:
         ("phi", {}),
         ("gpt2", {}),
         ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 2, "sliding_window": None}),
+        ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}),
+        ("cohere", {"num_key_value_heads": 2}),
+        ("granite", {"num_key_value_heads": 2, "logits_scaling": 4.0}),
     ],
 )
 def test_other_architectures_give_what_transformers_gives(kind: str, changes: dict[str, Any]) -> None:
@@ -60,14 +63,7 @@ def test_other_architectures_give_what_transformers_gives(kind: str, changes: di
 @pytest.mark.parametrize(
     ("kind", "changes", "says"),
     [
-        ("mistral", {"num_key_value_heads": 2, "sliding_window": 8}, "a window of 8 tokens"),
         ("gemma2", {"num_key_value_heads": 2, "head_dim": 16}, "soft-capped scores"),
-        ("cohere", {"num_key_value_heads": 2}, "changes its logits .logit_scale 0.0625."),
-        (
-            "granite",
-            {"num_key_value_heads": 2, "logits_scaling": 4.0},
-            "changes its logits .logits_scaling 4.0.",
-        ),
     ],
 )
 def test_unsupported_architectures_are_refused(kind: str, changes: dict[str, Any], says: str) -> None:
@@ -76,11 +72,10 @@ def test_unsupported_architectures_are_refused(kind: str, changes: dict[str, Any
 
 
 def test_modelling_code_that_drops_attention_arguments_is_refused() -> None:
-    engine = load(model_of("stablelm")[1], device="cpu", dtype="float32", engine="transformers")
     with pytest.raises(
         UnsupportedError, match="StableLmAttention does not pass the arguments of our attention on"
     ):
-        engine.logits([random_ids(3)])
+        load(model_of("stablelm")[1], device="cpu", dtype="float32", engine="transformers")
 
 
 def test_a_null_where_qwen_v1s_settings_would_be_is_no_qwen_v1() -> None:

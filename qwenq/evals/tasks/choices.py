@@ -91,9 +91,11 @@ def judge_choice(item: Item, answer: Chosen) -> Judgement:
 
     Of equal ones the first counts, as in ``numpy.argmax``, which both originals use.
     """
-    letter, published = (LETTERS[_first_of_the_greatest(s)] for s in (answer.logprobs, answer.published))
+    letter = LETTERS[_first_of_the_greatest(answer.logprobs)]
     gold = item.data.get("answer")  # a split without answers has none
-    also = {"published": published == gold} if gold else {}
+    also = {}
+    if gold and answer.published:
+        also["published"] = LETTERS[_first_of_the_greatest(answer.published)] == gold
     return Judgement(letter == gold, letter, also=also, known=bool(gold))
 
 

@@ -71,7 +71,7 @@ def local_folder(source: DataSource, name: str) -> Path | None:
 
 
 def read_csv(
-    path: Path | zipfile.Path, columns: Sequence[str], *, header: bool, optional: Sequence[str] = ()
+    path: Path | zipfile.Path, columns: Sequence[str], *, header: bool, optional: Sequence[str] | None = ()
 ) -> list[Row]:
     """Return the rows of a CSV file; every value is text.
 
@@ -79,7 +79,7 @@ def read_csv(
         path: UTF-8, with or without a byte-order mark.
         columns: their names, in order where the file has no header.
         header: whether the first line has to name the columns; if not, it may, as some copies have one.
-        optional: further columns that the file may have.
+        optional: further columns that the file may have; None: any.
 
     Raises:
         DataError: not there, empty, not UTF-8, not CSV, or of other columns.
@@ -191,11 +191,13 @@ def _in_our_spelling(header: Sequence[str], columns: Sequence[str]) -> list[str]
 
 
 def _check_header(
-    path: object, names: Sequence[str], columns: Sequence[str], optional: Sequence[str]
+    path: object, names: Sequence[str], columns: Sequence[str], optional: Sequence[str] | None
 ) -> None:
     missing = [name for name in columns if name not in names]
-    unknown = [name for name in names if name not in columns and name not in optional]
-    if missing or unknown or len(set(names)) != len(names):
+    allowed = [*columns, *(names if optional is None else optional)]
+    unknown = [name for name in names if name not in allowed]
+    counted = [name for name in names if optional is not None or name in columns]
+    if missing or unknown or len(set(counted)) != len(counted):
         raise DataError(
             f"the columns are {', '.join(names)}",
             where=f"{path}, line 1",

@@ -6,11 +6,24 @@ import difflib
 
 from qwenq.errors import UsageError
 from qwenq.evals.task import Task
-from qwenq.evals.tasks import bbh, ceval, cmmlu, gsm8k, humaneval, math, mbpp, mmlu
+from qwenq.evals.tasks import (
+    bbh,
+    ceval,
+    cmmlu,
+    gpqa,
+    gsm8k,
+    humaneval,
+    ifeval,
+    math,
+    math500,
+    mbpp,
+    mmlu,
+    mmlu_pro,
+)
 
 _SCRIPTS: dict[tuple[str, str], Task] = {
     (script.name, script.protocol): script
-    for task in (mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh)
+    for task in (mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, mmlu_pro, gpqa, ifeval, math500)
     for script in task.PROTOCOLS
 }
 
