@@ -53,7 +53,7 @@ class DrawnSource(RoundedSource):
             words = torch.empty(info.shape, dtype=torch.int32, device=device)
             return words.random_(-(2**31), 2**31 - 1, generator=generator)
         # Integers are even from 0 to 2^bits - 1: with this scale the weights' standard deviation is 0.02.
-        size = 0.02 * 12**0.5 / 2**self._quant.bits
+        size = 0.02 * 12**0.5 / 2 ** self._modules[name.rpartition(".")[0]].bits
         signs = torch.empty(info.shape, device=device).bernoulli_(0.5, generator=generator) * 2 - 1
         scales: Tensor = (signs * size).half()
         return scales
@@ -67,7 +67,7 @@ def drawn(model: str | dict[str, Any], bits: int | None, device: torch.device) -
     packed = rounded(plain, bits)
     source = packed.source
     assert isinstance(source, RoundedSource)
-    return replace(packed, source=DrawnSource(source._source, list(source._modules), source._quant))
+    return replace(packed, source=DrawnSource(source._source, source._modules))
 
 
 def random_packed(

@@ -12,6 +12,7 @@ from torch import nn
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.gptq.coordinate_descent import SWEEPS
 from qwenq.gptq.grid import ScaleSearch
+from qwenq.models.block_shapes import AUTOMATIC_BITS
 from qwenq.models.gptq_format import CheckpointFormat
 from qwenq.models.shapes import GROUP_SIZES, fitting_group_sizes
 from qwenq.models.transformers_model import linears_of
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 UNQUANTISED = 16
 """Bits, in ``module_bits``, of modules that are left as they are."""
-AUTOMATIC_BITS = {r"^linear_attn\.": 8}
-"""Bits of modules where the recipe says "auto": a recurrent state carries an error from token to token."""
 
 
 @dataclass(frozen=True)

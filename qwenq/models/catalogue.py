@@ -5,6 +5,7 @@ The data lie beside this file, in ``catalogue.toml``; what the cards say is a le
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from qwenq.errors import UsageError
+from qwenq.models.config import KNOWN_ARCHITECTURES
 from qwenq.models.qwen_v1 import END_OF_TEXT, IM_END, qwen2_config
 from qwenq.models.shapes import ModelShape
 from qwenq.models.unsupported import refuse_by_name
@@ -20,7 +22,9 @@ from qwenq.published import PublishedRow, published_rows
 BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_HEAD_OF_LINEAR_ATTENTION = 128
+_SEES = re.compile(r"qwen3-vl-|qwen3\.\d-(?!2\.4t)")
+"""Names of models whose files hold a vision tower, too."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,10 @@ class Entry:
     Attributes:
         names: what it is called here, the preferred name first.
         hub: hub ids with this shape, in the same order.
-        parameters: elements in the publisher's own files, a stored copy of a tied head included.
+        parameters: of the language model in the publisher's own files, a stored copy of a tied head included.
         stored_head: the publisher's files hold that copy.
         is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's.
-        config: a config.json in Llama, Qwen2 or Qwen3 layout.
+        config: a config.json in the layout of Llama, Qwen2 or a later Qwen.
     """
 
     names: tuple[str, ...]
@@ -54,6 +58,10 @@ class Entry:
         The bundled model was dequantised to float32, its namesake on the hub is bfloat16 as all others.
         """
         return str(self.config["torch_dtype"]) if name.lower() in self.names else "bfloat16"
+
+    def sees(self, name: str) -> bool:
+        """Return whether the files of this name hold a vision tower, too."""
+        return bool(_SEES.search(name.lower()))
 
     def hub_of(self, name: str) -> str:
         """Return the hub id that belongs to one of its names."""
@@ -89,16 +97,23 @@ def entry(name: str) -> Entry:
 
 
 def suggestions(name: str, count: int = 2, alike: float = 0.0) -> list[str]:
-    """Return the catalogue names nearest to a misspelt one, best first."""
+    """Return the catalogue names nearest to a misspelt or shortened one, best first.
+
+    Those that begin with it lead, then those that have all of its parts (``qwen3-4b-2507``).
+    """
     from rapidfuzz import fuzz, process
 
+    typed = name.lower().rpartition("/")[2]
     known = [known for item in _entries() for known in item.names]
-    matches = process.extract(name.lower(), known, scorer=fuzz.ratio, limit=count, score_cutoff=alike)
-    return [str(match[0]) for match in matches]
+    parts = set(typed.split("-"))
+    longer = (each for each in known if typed and (each.startswith(typed) or parts <= set(each.split("-"))))
+    begun = sorted(longer, key=lambda each: (not each.startswith(typed), len(each)))
+    matches = process.extract(typed, known, scorer=fuzz.ratio, limit=count, score_cutoff=alike)
+    return list(dict.fromkeys([*begun, *(str(match[0]) for match in matches)]))[:count]
 
 
 def config_for(name: str) -> dict[str, Any]:
-    """Return a config.json for a catalogue name, in Llama, Qwen2 or Qwen3 layout (Qwen v1 as Qwen2)."""
+    """Return a config.json for a catalogue name (of Qwen v1 in the layout of Qwen2)."""
     return dict(entry(name).config)
 
 
@@ -115,7 +130,10 @@ def published(name: str) -> list[PublishedRow]:
 
 @cache
 def _entries() -> tuple[Entry, ...]:
-    return tuple(_entry(table) for table in _read("catalogue.toml")["model"])
+    tables: dict[str, dict[str, Any]] = {}
+    for table in _read("catalogue.toml")["model"]:
+        tables[table["names"][0]] = tables.get(table.get("like"), {}) | table
+    return tuple(map(_entry, tables.values()))
 
 
 @cache
@@ -144,13 +162,12 @@ def _config(table: dict[str, Any]) -> dict[str, Any]:
         return qwen2_config(_v1_config(table))
     kind = table["family"]
     config: dict[str, Any] = {
-        "architectures": [_CLASSES[kind]],
+        "architectures": [KNOWN_ARCHITECTURES[kind]],
         "model_type": kind,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
         "hidden_size": table["hidden"],
         "initializer_range": 0.02,
-        "intermediate_size": table["ffn"],
         "max_position_embeddings": table["context"],
         "num_attention_heads": table["heads"],
         "num_hidden_layers": table["layers"],
@@ -162,10 +179,47 @@ def _config(table: dict[str, Any]) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": table["vocab"],
     }
+    if "ffn" in table:
+        config["intermediate_size"] = table["ffn"]
     if kind == "llama":
         return config | {"attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2}
-    config |= {"bos_token_id": END_OF_TEXT, "eos_token_id": IM_END, "use_sliding_window": False}
-    return config | ({"head_dim": table["head_dim"], "attention_bias": False} if kind == "qwen3" else {})
+    config |= {"bos_token_id": END_OF_TEXT, "eos_token_id": IM_END}
+    if kind == "qwen2":
+        return config | {"use_sliding_window": False}
+    config |= {"head_dim": table["head_dim"], "attention_bias": False}
+    if "attention" not in table:
+        config["use_sliding_window"] = False
+    return config | _experts(table) | _linear_attention(table)
+
+
+def _experts(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of config.json about a mixture of experts; empty where there is none."""
+    if "experts" not in table:
+        return {}
+    shared = table.get("shared_width")
+    keys = {
+        "num_experts": table["experts"],
+        "num_experts_per_tok": table["active_experts"],
+        "moe_intermediate_size": table["expert_width"],
+        "norm_topk_prob": True,
+    }
+    return keys | ({"shared_expert_intermediate_size": shared} if shared else {})
+
+
+def _linear_attention(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of config.json about linear attention; empty where there is none."""
+    if "attention" not in table:
+        return {}
+    return {
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": _HEAD_OF_LINEAR_ATTENTION,
+        "linear_num_key_heads": table["key_heads"],
+        "linear_num_value_heads": table["value_heads"],
+        "linear_value_head_dim": _HEAD_OF_LINEAR_ATTENTION,
+        "mtp_num_hidden_layers": table.get("draft_layers", 0),
+        "partial_rotary_factor": 0.25,
+    }
 
 
 def _v1_config(table: dict[str, Any]) -> dict[str, Any]:

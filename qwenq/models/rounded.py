@@ -6,6 +6,7 @@ nearest. Its answers are worse than those of a GPTQ model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -33,7 +34,9 @@ def group_size_for(shape: ModelShape) -> int:
 
 
 def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
-    """Return the checkpoint with every linear of its blocks rounded when read: symmetric, AutoGPTQ's layout.
+    """Return the checkpoint with the linears of its blocks rounded when read: symmetric, AutoGPTQ's layout.
+
+    Linear attention has 8 bits, as after ``qwenq quantize``.
 
     Raises:
         UnsupportedError: its sizes cannot be packed.
@@ -41,17 +44,25 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
     shape = ModelShape.from_config(checkpoint.config)
     group_size = group_size_for(shape)
     shape.quantised_tensors(bits, group_size)  # raises where the sizes do not fit
-    quant = QuantConfig(bits=bits, group_size=group_size)
+    own = {linear.name: linear.bits(bits) for linear in shape.linears() if linear.bits(bits) != bits}
+    dynamic = {rf"+:.*\.{re.escape(name)}$": {"bits": width} for name, width in own.items()}
+    quant = QuantConfig(bits=bits, group_size=group_size, dynamic=dynamic)
     config = {**checkpoint.config, "quantization_config": quant.to_config_json()}
-    modules = [f"model.layers.{n}.{m.name}" for n in range(shape.layers) for m in shape.linears()]
-    return replace(checkpoint, config=config, source=RoundedSource(checkpoint.source, modules, quant))
+    modules = {
+        f"model.layers.{layer}.{name}": replace(quant, bits=linear.bits(bits), dynamic={})
+        for block in shape.blocks
+        for linear in block.linears
+        for layer in block.layers
+        for name in linear.names()
+    }
+    return replace(checkpoint, config=config, source=RoundedSource(checkpoint.source, modules))
 
 
 class RoundedSource:
     """A plain source that reads like a GPTQ folder."""
 
-    def __init__(self, source: TensorSource, modules: list[str], quant: QuantConfig) -> None:
-        self._source, self._quant, self._modules = source, quant, frozenset(modules)
+    def __init__(self, source: TensorSource, modules: dict[str, QuantConfig]) -> None:
+        self._source, self._modules = source, modules
         self._held: tuple[str, PackedLinear] | None = None  # the module that is being read
 
     def names(self) -> Iterable[str]:
@@ -71,7 +82,7 @@ class RoundedSource:
         if module not in self._modules or part not in _PARTS:
             return self._source.info(name)
         rows, columns = self._source.info(f"{module}.weight").shape
-        bits, groups = self._quant.bits, self._quant.groups(columns)
+        bits, groups = self._modules[module].bits, self._modules[module].groups(columns)
         return {
             "qweight": TensorInfo((columns * bits // 32, rows), torch.int32),
             "qzeros": TensorInfo((groups, rows * bits // 32), torch.int32),
@@ -88,29 +99,31 @@ class RoundedSource:
         module, _, part = name.rpartition(".")
         if module not in self._modules or part not in _PARTS:
             return self._source.read(name)
+        quant = self._modules[module]
         if part == "g_idx":
-            return trivial_g_idx(self.info(name).shape[0], self._quant.group_size)
+            return trivial_g_idx(self.info(name).shape[0], quant.group_size)
         if part == "qzeros":  # of a symmetric model: known without a look at the weights
             rows, columns = self._source.info(f"{module}.weight").shape
-            groups, middle = self._quant.groups(columns), 1 << (self._quant.bits - 1)
-            return pack_zeros(torch.full((rows, groups), middle, dtype=torch.uint8), self._quant.bits)
+            groups, middle = quant.groups(columns), 1 << (quant.bits - 1)
+            return pack_zeros(torch.full((rows, groups), middle, dtype=torch.uint8), quant.bits)
         if self._held is None or self._held[0] != module:
-            self._held = (module, self._pack(self._source.read(f"{module}.weight")))
+            self._held = (module, _pack(self._source.read(f"{module}.weight"), quant))
         found: Tensor = getattr(self._held[1], part)
         return found
 
-    def _pack(self, weight: Tensor) -> PackedLinear:
-        """Pack floats [out, in] with scale = largest of a group / (2^(bits-1) - 1)."""
-        import torch
 
-        from qwenq.models.gptq_format import pack
+def _pack(weight: Tensor, quant: QuantConfig) -> PackedLinear:
+    """Pack floats [out, in] with scale = largest of a group / (2^(bits-1) - 1)."""
+    import torch
 
-        bits, middle = self._quant.bits, 1 << (self._quant.bits - 1)
-        out, width = weight.shape
-        grouped = weight.float().reshape(out, self._quant.groups(width), -1)  # [out, groups, group_size]
-        smallest = torch.finfo(torch.float16).smallest_normal
-        scales = (grouped.abs().amax(-1) / (middle - 1)).clamp_min(smallest).half().float()
-        integers = (grouped / scales[..., None]).round_().add_(middle).clamp_(0, 2 * middle - 1)
-        integers = integers.reshape(out, width).to(torch.uint8)  # [out, in]
-        zeros = torch.full_like(scales, middle, dtype=torch.uint8)
-        return pack(integers.cpu(), scales.cpu(), zeros.cpu(), bits)
+    from qwenq.models.gptq_format import pack
+
+    bits, middle = quant.bits, 1 << (quant.bits - 1)
+    out, width = weight.shape
+    grouped = weight.float().reshape(out, quant.groups(width), -1)  # [out, groups, group_size]
+    smallest = torch.finfo(torch.float16).smallest_normal
+    scales = (grouped.abs().amax(-1) / (middle - 1)).clamp_min(smallest).half().float()
+    integers = (grouped / scales[..., None]).round_().add_(middle).clamp_(0, 2 * middle - 1)
+    integers = integers.reshape(out, width).to(torch.uint8)  # [out, in]
+    zeros = torch.full_like(scales, middle, dtype=torch.uint8)
+    return pack(integers.cpu(), scales.cpu(), zeros.cpu(), bits)

@@ -1,24 +1,42 @@
 """Compute sizes from a config.json: every tensor, every parameter, every byte. Imports no torch.
 
-A ``ModelShape`` is read from the config of a dense Llama, Qwen2, Qwen3 or Qwen v1 model and always speaks
-the Qwen2 layout (v1's fused ``c_attn`` is seen as q, k and v; its halved ``intermediate_size`` is undone).
+A ``ModelShape`` is read from the config of a Llama or Qwen model: dense, a mixture of experts, or with linear
+attention. It always speaks the Qwen2 layout (v1's fused ``c_attn`` is seen as q, k and v; its halved
+``intermediate_size`` is undone), and experts are linear layers of their own, as in quantised files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import UnsupportedError, UsageError
-from qwenq.models.config import check_architecture, check_numbers
+from qwenq.errors import ModelError, UnsupportedError, UsageError
+from qwenq.models.block_shapes import (
+    NOTHING,
+    Block,
+    Experts,
+    Linear,
+    LinearAttention,
+    distinct_linears,
+    mixture_kept,
+    mixture_linears,
+    mlp_linears,
+)
+from qwenq.models.config import check_architecture, check_numbers, text_config
 from qwenq.models.qwen_v1 import V1_KEY, qwen2_config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 """Bytes per element of the dtypes that are written."""
 
 DENSE = ("llama", "qwen", "qwen2", "qwen3")
+"""Model types whose blocks are all alike: attention of all earlier tokens and a dense MLP."""
+_MIXTURES = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
+_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+KNOWN_SIZES = (*DENSE, "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Model types whose sizes are known here."""
 GROUP_SIZES = (128, 64, 32)
 """What ``--group-size auto`` tries, in order."""
@@ -41,10 +59,7 @@ class TensorShape:
     @property
     def numel(self) -> int:
         """Return number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -53,26 +68,22 @@ class TensorShape:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear module of a block: ``weight`` is [rows, columns] = [out, in]."""
-
-    name: str
-    rows: int
-    columns: int
-    bias: bool
-
-
-@dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a dense decoder, Qwen2 layout.
+    """Sizes of a decoder, Qwen2 layout.
 
     Attributes:
-        architecture: ``llama``, ``qwen2`` or ``qwen3``; Qwen v1 counts as ``qwen2``.
-        ffn: width of the MLP as it is computed (v1's config counts both halves; this does not).
+        architecture: the model type of the language model; Qwen v1 counts as ``qwen2``.
+        ffn: width of the dense MLP as it is computed (v1's config counts both halves; this does not); 0: no
+            layer has one.
         vocab: rows of the embedding, padding included.
         tied: the head is the embedding and is not stored again.
         context: the longest sequence that the config promises; None where it says nothing.
         fused_qkv: the model's own GPTQ files hold q, k and v as one module (Qwen v1).
+        output_gate: q_proj has a second half, which gates what attention gives.
+        experts: None: all layers have a dense MLP.
+        linear_attention: None: all layers attend to all earlier tokens.
+        attending: layers that do so in a model with linear attention.
+        draft_layers: of multi-token prediction, which lie in the same files and are not quantised (``mtp.``).
     """
 
     architecture: str
@@ -90,10 +101,15 @@ class ModelShape:
     mlp_bias: bool = False
     qk_norm: bool = False
     fused_qkv: bool = False
+    output_gate: bool = False
+    experts: Experts | None = None
+    linear_attention: LinearAttention | None = None
+    attending: tuple[int, ...] = ()
+    draft_layers: int = 0
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
-        """Read a config.json of a dense Llama, Qwen2, Qwen3 or Qwen v1 model.
+        """Read a config.json of a Llama or Qwen model; of a vision-language model, its language model.
 
         Raises:
             UnsupportedError: another architecture; names what is missing for it.
@@ -102,54 +118,102 @@ class ModelShape:
         where = Path("config.json")
         config = {"model_type": "none", **config}
         check_architecture(config, where)
-        if config["model_type"] not in DENSE:
+        config = text_config(config)
+        kind = config["model_type"]
+        if kind not in KNOWN_SIZES:
             raise UnsupportedError(
-                f"{config['model_type']} is no dense Llama or Qwen model: its sizes are not known here",
+                f"the sizes of a {kind} model are not known here",
                 where=where,
                 hint="where an engine can be chosen, use --engine transformers",
             )
         check_numbers(config, where)
-        if config["model_type"] == "qwen":
+        if kind == "qwen":
             config = qwen2_config(config)
-        kind, heads, hidden = config["model_type"], config["num_attention_heads"], config["hidden_size"]
+            kind = config["model_type"]
+        heads, hidden, layers = (
+            config[key] for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+        )
         attention_bias = bool(config.get("attention_bias", False))
+        experts = _experts(config, where) if kind in _MIXTURES else None
+        dense = experts is None or bool(experts.dense_layers)
+        linear_attention = _linear_attention(config, where) if kind in _HYBRIDS else None
         return cls(
             architecture=kind,
             hidden=hidden,
-            layers=config["num_hidden_layers"],
+            layers=layers,
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=_head_dim(config),
-            ffn=config["intermediate_size"],
+            ffn=_required(config, "intermediate_size", where) if dense else 0,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
             context=config.get("max_position_embeddings"),
             qkv_bias=kind == "qwen2" or attention_bias,  # Qwen2 has it in the code, whatever the config says
             o_bias=kind != "qwen2" and attention_bias,
             mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
-            qk_norm=kind == "qwen3",
+            qk_norm=kind not in ("llama", "qwen2"),
             fused_qkv=V1_KEY in config,
+            output_gate=kind in _HYBRIDS,
+            experts=experts,
+            linear_attention=linear_attention,
+            attending=_attending(config) if linear_attention else (),
+            draft_layers=config.get("mtp_num_hidden_layers") or 0,
         )
 
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the kinds of blocks, in the order of their first layers."""
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for layer in range(self.layers):
+            attends = self.linear_attention is None or layer in self.attending
+            mixed = self.experts is not None and layer not in self.experts.dense_layers
+            kinds.setdefault((attends, mixed), []).append(layer)
+        return tuple(self._block(tuple(layers), *kind) for kind, layers in kinds.items())
+
     def linears(self) -> tuple[Linear, ...]:
-        """Return the seven linear modules of a block, named relative to it."""
+        """Return the linear modules that are quantised in some block, named relative to it."""
+        return distinct_linears(self.blocks)
+
+    @property
+    def is_dense(self) -> bool:
+        """Return whether all blocks are alike, with a dense MLP and attention of all earlier tokens."""
+        return self.experts is None and self.linear_attention is None
+
+    def _block(self, layers: tuple[int, ...], attends: bool, mixed: bool) -> Block:
+        """Return a kind of block: what it attends with, then its MLP."""
+        norms = [
+            (f"{name}.weight", (self.hidden,)) for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        if attends or self.linear_attention is None:
+            linears, kept = self._attention_linears(), NOTHING
+            if self.qk_norm:
+                norms = [(f"self_attn.{name}_norm.weight", (self.head_dim,)) for name in "qk"] + norms
+        else:
+            linears = self.linear_attention.linears(self.hidden)
+            kept = self.linear_attention.kept(self.hidden)
+        if mixed and self.experts is not None:
+            linears += mixture_linears(self.experts, self.hidden)
+            kept += mixture_kept(self.experts, self.hidden)
+        else:
+            linears += mlp_linears("mlp", self.hidden, self.ffn, bias=self.mlp_bias)
+        return Block(layers, linears, (*kept, *norms), attends)
+
+    def _attention_linears(self) -> tuple[Linear, ...]:
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        with_gate = 2 * queries if self.output_gate else queries
         return (
-            Linear("self_attn.q_proj", queries, self.hidden, self.qkv_bias),
+            Linear("self_attn.q_proj", with_gate, self.hidden, self.qkv_bias),
             Linear("self_attn.k_proj", keys, self.hidden, self.qkv_bias),
             Linear("self_attn.v_proj", keys, self.hidden, self.qkv_bias),
             Linear("self_attn.o_proj", self.hidden, queries, self.o_bias),
-            Linear("mlp.gate_proj", self.ffn, self.hidden, self.mlp_bias),
-            Linear("mlp.up_proj", self.ffn, self.hidden, self.mlp_bias),
-            Linear("mlp.down_proj", self.hidden, self.ffn, self.mlp_bias),
         )
 
     def tensors(self, dtype: str = "bfloat16") -> list[TensorShape]:
         """Return all tensors of the unquantised checkpoint, in layer order."""
         blocks = (
             TensorShape(f"model.layers.{layer}.{name}", size, dtype)
-            for layer in range(self.layers)
-            for name, size in self._block_tensors()
+            for layer, block in self._by_layer()
+            for name, size in block.tensors()
         )
         return [*self._before(dtype), *blocks, *self._after(dtype)]
 
@@ -173,24 +237,31 @@ class ModelShape:
             fused_qkv: q, k and v are one module, as in Qwen v1's own files.
         """
         self._check_quantisable(bits, group_size)
-        modules = _fuse_qkv(self.linears()) if fused_qkv else self.linears()
         blocks = [
-            replace(tensor, name=f"model.layers.{layer}.{tensor.name}")
-            for layer in range(self.layers)
-            for module in modules
-            for tensor in _packed(module, bits, group_size, dtype, zero_biases)
+            TensorShape(f"model.layers.{layer}.{name}", size, stored)
+            for layer, block in self._by_layer()
+            for module in (_fuse_qkv(block.linears) if fused_qkv else block.linears)
+            for copy in module.names()
+            for name, size, stored in _packed(module, copy, bits, group_size, dtype, zero_biases)
         ]
-        norms = [
+        kept = [
             TensorShape(f"model.layers.{layer}.{name}", size, dtype)
-            for layer in range(self.layers)
-            for name, size in self._block_norms()
+            for layer, block in self._by_layer()
+            for name, size in block.kept
         ]
-        return [*self._before(dtype), *blocks, *norms, *self._after(dtype)]
+        return [*self._before(dtype), *blocks, *kept, *self._after(dtype)]
 
     @property
     def parameters(self) -> int:
         """Return exact number of parameters; a tied head is counted once."""
-        return sum(tensor.numel for tensor in self.tensors())
+        outside = sum(tensor.numel for tensor in (*self._before("bfloat16"), *self._after("bfloat16")))
+        return outside + sum(block.parameters * len(block.layers) for block in self.blocks)
+
+    @property
+    def active_parameters(self) -> int:
+        """Return the parameters that one token uses: all but those of experts that it is not routed to."""
+        idle = sum((block.parameters - block.active_parameters) * len(block.layers) for block in self.blocks)
+        return self.parameters - idle
 
     def bytes(self, dtype: str = "bfloat16") -> int:
         """Return bytes of the unquantised tensors: ``total_size`` of an index, headers excluded."""
@@ -206,14 +277,60 @@ class ModelShape:
         fused_qkv: bool = False,
     ) -> int:
         """Return bytes of the GPTQ tensors: ``total_size`` of an index, headers excluded."""
-        tensors = self.quantised_tensors(
-            bits, group_size, dtype, zero_biases=zero_biases, fused_qkv=fused_qkv
-        )
-        return sum(tensor.nbytes for tensor in tensors)
+        self._check_quantisable(bits, group_size)
+        total = sum(tensor.nbytes for tensor in (*self._before(dtype), *self._after(dtype)))
+        for block in self.blocks:
+            one = sum(prod(size) for _, size in block.kept) * ITEMSIZE[dtype]
+            for module in _fuse_qkv(block.linears) if fused_qkv else block.linears:
+                one += module.copies * _packed_bytes(module, bits, group_size, dtype, zero_biases)
+            total += one * len(block.layers)
+        return total
+
+    def idle_bytes(
+        self, dtype: str, tokens: int = 1, *, bits: int | None = None, group_size: int = -1
+    ) -> int:
+        """Return the bytes of experts that a step of that many tokens does not read.
+
+        Args:
+            dtype: of the weights, or of what is not quantised.
+            tokens: one of each sequence; they choose their experts evenly and on their own.
+            bits: None: nothing is quantised.
+            group_size: of the quantised modules.
+        """
+        if self.experts is None:
+            return 0
+        share = 1 - self.experts.distinct(tokens) / self.experts.count
+        nbytes = 0
+        for block in self.blocks:
+            for module in block.linears:
+                if module.copies > 1:
+                    one = (
+                        module.elements * ITEMSIZE[dtype]
+                        if bits is None
+                        else _packed_bytes(module, bits, group_size, dtype, False)
+                    )
+                    nbytes += one * module.copies * len(block.layers)
+        return int(nbytes * share)
 
     def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
-        """Return bytes of keys and values that one token leaves in the cache, all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * ITEMSIZE[dtype]
+        """Return bytes of keys and values that one token leaves in the cache, all layers that have some."""
+        layers = sum(len(block.layers) for block in self.blocks if block.attends)
+        return 2 * layers * self.kv_heads * self.head_dim * ITEMSIZE[dtype]
+
+    def state_bytes(self, dtype: str = "bfloat16") -> int:
+        """Return bytes of one sequence's recurrent states, whatever its length."""
+        if self.linear_attention is None:
+            return 0
+        layers = sum(len(block.layers) for block in self.blocks if not block.attends)
+        return layers * self.linear_attention.state_bytes(ITEMSIZE[dtype])
+
+    @property
+    def draft_parameters(self) -> int:
+        """Return the elements of draft layers: a block with attention each, a projection and three norms."""
+        if not self.draft_layers:
+            return 0
+        attending = next(block for block in self.blocks if block.attends)
+        return self.draft_layers * attending.parameters + 2 * self.hidden**2 + 3 * self.hidden
 
     @property
     def embedding_parameters(self) -> int:
@@ -222,8 +339,8 @@ class ModelShape:
 
     @property
     def block_parameters(self) -> int:
-        """Return elements of one decoder block."""
-        return sum(TensorShape(name, size, "bfloat16").numel for name, size in self._block_tensors())
+        """Return elements of the largest decoder block."""
+        return max(block.parameters for block in self.blocks)
 
     def with_ffn(self, ffn: int) -> ModelShape:
         """Return the same model with an MLP of another width."""
@@ -238,19 +355,10 @@ class ModelShape:
             hint="use --group-size -1 (one group per row)",
         )
 
-    def _block_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for module in self.linears():
-            yield f"{module.name}.weight", (module.rows, module.columns)
-            if module.bias:
-                yield f"{module.name}.bias", (module.rows,)
-        yield from self._block_norms()
-
-    def _block_norms(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        if self.qk_norm:
-            yield "self_attn.q_norm.weight", (self.head_dim,)
-            yield "self_attn.k_norm.weight", (self.head_dim,)
-        yield "input_layernorm.weight", (self.hidden,)
-        yield "post_attention_layernorm.weight", (self.hidden,)
+    def _by_layer(self) -> Iterator[tuple[int, Block]]:
+        yield from sorted(
+            ((layer, block) for block in self.blocks for layer in block.layers), key=lambda pair: pair[0]
+        )
 
     def _before(self, dtype: str) -> list[TensorShape]:
         return [TensorShape("model.embed_tokens.weight", (self.vocab, self.hidden), dtype)]
@@ -267,8 +375,8 @@ class ModelShape:
             raise UsageError(
                 f"group size {group_size} is no size", where="--group-size", hint="use 128 or -1"
             )
-        per_word = 32 // bits
         for module in self.linears():
+            per_word = 32 // module.bits(bits)
             if group_size != -1 and module.columns % group_size:
                 raise UsageError(
                     f"group size {group_size} does not divide the {module.columns} inputs of {module.name}",
@@ -278,21 +386,28 @@ class ModelShape:
             if module.columns % per_word or module.rows % per_word:
                 raise UnsupportedError(
                     f"{module.name} [{module.rows}, {module.columns}] does not fill whole 32-bit words",
-                    hint=f"both sides have to be multiples of {per_word} at {bits} bits",
+                    hint=f"both sides have to be multiples of {per_word} at {module.bits(bits)} bits",
                 )
 
 
 def _packed(
-    module: Linear, bits: int, group_size: int, dtype: str, zero_biases: bool
-) -> Iterator[TensorShape]:
+    module: Linear, name: str, bits: int, group_size: int, dtype: str, zero_biases: bool
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Yield the tensors of one quantised module; the published layout is [in, out], packed along ``in``."""
+    bits = module.bits(bits)
     groups = 1 if group_size == -1 else module.columns // group_size
-    yield TensorShape(f"{module.name}.qweight", (module.columns * bits // 32, module.rows), "int32")
-    yield TensorShape(f"{module.name}.qzeros", (groups, module.rows * bits // 32), "int32")
-    yield TensorShape(f"{module.name}.scales", (groups, module.rows), "float16")
-    yield TensorShape(f"{module.name}.g_idx", (module.columns,), "int32")
+    yield f"{name}.qweight", (module.columns * bits // 32, module.rows), "int32"
+    yield f"{name}.qzeros", (groups, module.rows * bits // 32), "int32"
+    yield f"{name}.scales", (groups, module.rows), "float16"
+    yield f"{name}.g_idx", (module.columns,), "int32"
     if module.bias or zero_biases:
-        yield TensorShape(f"{module.name}.bias", (module.rows,), dtype)
+        yield f"{name}.bias", (module.rows,), dtype
+
+
+def _packed_bytes(module: Linear, bits: int, group_size: int, dtype: str, zero_biases: bool) -> int:
+    """Return the bytes of one copy of a quantised module."""
+    parts = _packed(module, module.name, bits, group_size, dtype, zero_biases)
+    return sum(prod(size) * ITEMSIZE[stored] for _, size, stored in parts)
 
 
 def _fuse_qkv(modules: tuple[Linear, ...]) -> tuple[Linear, ...]:
@@ -300,8 +415,58 @@ def _fuse_qkv(modules: tuple[Linear, ...]) -> tuple[Linear, ...]:
     return (Linear("self_attn.c_attn", q.rows + k.rows + v.rows, q.columns, q.bias), *rest)
 
 
+_HEAD_DIM = {"qwen3": 128, "qwen3_next": 256, "qwen3_5_text": 256, "qwen3_5_moe_text": 256}
+"""Width of a head where config.json says none, whatever the width of the model."""
+
+
 def _head_dim(config: dict[str, Any]) -> int:
-    """Read the width of a head as transformers does: Qwen3 has 128 by default, whatever its width."""
-    if config["model_type"] == "qwen3" and "head_dim" not in config:
-        return 128
+    """Read the width of a head as transformers does."""
+    kind = config["model_type"]
+    if kind in _HEAD_DIM and "head_dim" not in config:
+        return _HEAD_DIM[kind]
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _required(config: dict[str, Any], key: str, where: Path) -> int:
+    if config.get(key) is None:
+        raise ModelError(f"config.json has no {key}", where=where, hint="copy the model's config.json again")
+    return int(config[key])
+
+
+def _experts(config: dict[str, Any], where: Path) -> Experts | None:
+    """Read the mixture of experts; None: every layer has a dense MLP."""
+    layers, dense = range(config["num_hidden_layers"]), set(config.get("mlp_only_layers") or ())
+    step = config.get("decoder_sparse_step") or 1
+    by_hand = tuple(layer for layer in layers if layer in dense or (layer + 1) % step)
+    if len(by_hand) == len(layers):
+        return None
+    many = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
+    has_shared = config["model_type"] != "qwen3_moe"
+    return Experts(
+        count=_required(config, many, where),
+        active=_required(config, "num_experts_per_tok", where),
+        width=_required(config, "moe_intermediate_size", where),
+        shared_width=_required(config, "shared_expert_intermediate_size", where) if has_shared else 0,
+        dense_layers=by_hand,
+    )
+
+
+def _linear_attention(config: dict[str, Any], where: Path) -> LinearAttention:
+    return LinearAttention(
+        key_heads=_required(config, "linear_num_key_heads", where),
+        value_heads=_required(config, "linear_num_value_heads", where),
+        key_dim=_required(config, "linear_key_head_dim", where),
+        value_dim=_required(config, "linear_value_head_dim", where),
+        kernel=_required(config, "linear_conv_kernel_dim", where),
+        fused=config["model_type"] == "qwen3_next",
+    )
+
+
+def _attending(config: dict[str, Any]) -> tuple[int, ...]:
+    """Return the layers that attend to all earlier tokens: as listed, else every fourth."""
+    layers = config["num_hidden_layers"]
+    interval = config.get("full_attention_interval") or 4
+    kinds = config.get("layer_types") or [
+        "linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(layers)
+    ]
+    return tuple(layer for layer, kind in enumerate(kinds) if kind != "linear_attention")

@@ -17,6 +17,10 @@ from qwenq.errors import ModelError, UnsupportedError
 _ROUTING, _LINEAR = "the experts' routing", "linear-attention layers"
 _VISION, _AUDIO = "the vision tower", "the audio tower"
 _FLASH_NEXT = "hyper-connections, an embedding of n-grams (about 95 GiB) and an indexed attention"
+_FLASH_NEXT_SIZE = (
+    "its files take about 335 GiB in bfloat16, as others report: 125 billion parameters, 6 of them active, "
+    "51 of n-grams and 4 of draft layers; Qwen3.5, 3.6 and 3.8 are supported"
+)
 
 NOT_SUPPORTED_YET: dict[str, str] = {
     "qwen4_exp": _FLASH_NEXT,
@@ -28,14 +32,16 @@ NOT_SUPPORTED_YET: dict[str, str] = {
 """Model types, and which part of them is missing here."""
 
 _BY_NAME: tuple[tuple[str, str], ...] = (
-    (_LINEAR, r"qwen3.*-next|qwen3\.[5-9]"),
-    (_ROUTING, r"-a\d+(\.\d+)?b\b|moe|mixtral|-next"),  # 30b-a3b: 3 of 30 billion parameters at a time
+    (_FLASH_NEXT, r"flash-next"),
+    (_ROUTING, r"-a\d+(\.\d+)?b\b|moe|mixtral|omni-\d+b-a"),  # 30b-a3b: 3 of 30 billion parameters at a time
     (_VISION, r"-vl\b|-omni\b"),
     (_AUDIO, r"-audio\b|-omni\b"),
 )
-"""What is missing in ``plan`` and the catalogue, which know no sizes of such models."""
-_RUNS = re.compile(r"mixtral|qwen(1\.5|2)-(moe|.*-a\d+b)|qwen3([-.])(?!.*(omni|flash-next))")
-"""Names of models that are quantised and run nevertheless."""
+"""What is missing in ``plan`` and the catalogue for models whose names match."""
+_SIZES_KNOWN = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
+"""Names of models that are supported everywhere, whatever else they match."""
+_RUNS = re.compile(r"mixtral|qwen(1\.5|2)-(moe|.*-a\d+b)")
+"""Names of further ones that are quantised and run, and whose sizes are not known."""
 _FAMILY = re.compile(r"qwen|mixtral")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
@@ -48,7 +54,7 @@ def missing_by_name(name: str) -> str | None:
         name: as typed: ``qwen3-30b-a3b``, ``Qwen/Qwen3-Next-80B-A3B-Instruct``.
     """
     short = name.lower().rsplit("/", 1)[-1]
-    if not _FAMILY.match(short):
+    if not _FAMILY.match(short) or _SIZES_KNOWN.match(short):
         return None
     return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
 
@@ -88,10 +94,18 @@ def refuse_by_name(name: str) -> None:
     """
     owner = name.lower().rpartition("/")[0]
     if owner in ("", "qwen") and (missing := missing_by_name(name)):
+        if _RUNS.match(name.lower().rpartition("/")[2]):
+            raise UnsupportedError(
+                f"the sizes of {name} are not known here",
+                where="MODEL",
+                hint="it can be quantised and run: name its folder",
+            )
         raise UnsupportedError(
             f"{name} is not supported yet: {missing} would have to be added",
             where="MODEL",
-            hint="supported are dense models: Qwen v1, Qwen1.5, 2, 2.5, 3 and 3-VL, Llama",
+            hint=_FLASH_NEXT_SIZE
+            if _FLASH_NEXT in missing
+            else "supported are Qwen v1, Qwen1.5, 2, 2.5 (dense ones), every Qwen3 but Omni, and Llama",
         )
 
 

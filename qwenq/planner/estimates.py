@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 from qwenq.errors import UsageError
+from qwenq.models.block_shapes import Block
 from qwenq.models.shapes import ITEMSIZE, ModelShape
 
 # List the GPUs that a plan can be made for (``gpus.toml``).
@@ -76,16 +77,18 @@ class GenerationMemory:
         weights: the checkpoint's tensors, resident.
         load: weights and the largest tensor in flight, of a lazy loader.
         kv_cache: keys and values of ``context`` tokens of ``batch`` sequences.
+        states: of linear attention, of ``batch`` sequences of any length.
         prefill_activations: while ``context`` tokens of one sequence are encoded (without a score matrix;
             logits of the last position only, with a float32 copy).
         decode_activations: while one token of each sequence is generated.
-        peak: single-copy cache, a prompt that fills the context: weights, cache, prefill activations.
-        decode_peak: single-copy cache, generated from one token: weights, cache, decode activations.
+        peak: single-copy cache, a prompt that fills the context: weights, cache, states, prefill activations.
+        decode_peak: single-copy cache, generated from one token: weights, cache, states, decode activations.
     """
 
     weights: int
     load: int
     kv_cache: int
+    states: int
     prefill_activations: int
     decode_activations: int
     peak: int
@@ -99,6 +102,7 @@ class QuantisationMemory:
     Attributes:
         process: Python, torch and transformers.
         block: the weights of one decoder block, in the compute dtype.
+        file: the same once more in RAM: pages of the file that they are read from; 0 for a GPU's memory.
         hessians: float32, of the widest input: H, the matrix of asymmetric calibration (C, or W C if
             smaller); two matrices of the size of H while the factor is made; and a third, which the measured
             peak shows and this model does not explain.
@@ -111,6 +115,7 @@ class QuantisationMemory:
 
     process: int
     block: int
+    file: int
     hessians: int
     weights: int
     activations: int
@@ -122,12 +127,17 @@ class QuantisationMemory:
 def activation_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
     """Return the bytes of one block's tensors for that many tokens: the larger of attention and MLP.
 
-    Residual and normed input; and either q, k, v, the rotated q and k, and the output, or gate, up and their
-    product. Fused kernels need less; eager attention needs a score matrix, too.
+    Residual and normed input; and either q, k, v, the rotated q and k, and the output (of linear attention:
+    what is convolved, before and after, and gate, output and normed output), or gate, up and their product,
+    for every expert of a token. Fused kernels need less; eager attention needs a score matrix, too.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = 3 * queries + 3 * keys  # q, rotated q, output; k, rotated k, v
-    return tokens * (2 * shape.hidden + max(attention, 3 * shape.ffn)) * itemsize
+    inside = [(4 if shape.output_gate else 3) * queries + 3 * keys, 3 * shape.ffn]
+    if (linear := shape.linear_attention) is not None:
+        inside.append(2 * linear.channels + 3 * linear.values)
+    if (experts := shape.experts) is not None:
+        inside.append(shape.hidden + 3 * (experts.active * experts.width + experts.shared_width))
+    return tokens * (2 * shape.hidden + max(inside)) * itemsize
 
 
 def generation_memory(
@@ -136,6 +146,7 @@ def generation_memory(
     """Return the peak bytes of running ``weights`` bytes of a model, activations and cache in ``dtype``."""
     itemsize = ITEMSIZE[dtype]
     kv_cache = shape.kv_bytes_per_token(dtype) * context * batch
+    states = shape.state_bytes(dtype) * batch
     logits = batch * shape.vocab * (itemsize + FLOAT32)
     prefill = activation_bytes(shape, context, itemsize) + logits
     decode = activation_bytes(shape, batch, itemsize) + logits
@@ -143,53 +154,63 @@ def generation_memory(
         weights=weights,
         load=weights + shape.embedding_parameters * itemsize,
         kv_cache=kv_cache,
+        states=states,
         prefill_activations=prefill,
         decode_activations=decode,
-        peak=weights + kv_cache + max(prefill, decode),
-        decode_peak=weights + kv_cache + decode,
+        peak=weights + kv_cache + states + max(prefill, decode),
+        decode_peak=weights + kv_cache + states + decode,
     )
 
 
 def quantisation_memory(
-    shape: ModelShape, *, samples: int, seq_len: int, dtype: str = "bfloat16"
+    shape: ModelShape, *, samples: int, seq_len: int, dtype: str = "bfloat16", on_gpu: bool = False
 ) -> QuantisationMemory:
     """Return the peak bytes of quantising block by block; 4 and 8 bits differ by the packed block only."""
     itemsize, tokens = ITEMSIZE[dtype], samples * seq_len
-    queries = shape.heads * shape.head_dim
-    groups = (  # rows of the linears that share an input, and its width
-        (queries + 2 * shape.kv_heads * shape.head_dim, shape.hidden),
-        (shape.hidden, queries),
-        (2 * shape.ffn, shape.hidden),
-        (shape.hidden, shape.ffn),
-    )
     hessians, weights = max(
         (
             ((4 * width + min(rows, width)) * width * FLOAT32, 2 * rows * width * FLOAT32)
-            for rows, width in groups
+            for block in shape.blocks
+            for rows, width in block.input_groups()
         ),
         key=sum,
     )
     block = shape.block_parameters * itemsize
+    file = 0 if on_gpu else block
     activations = 2 * tokens * shape.hidden * itemsize
-    inside = 2 * tokens * (shape.hidden + max(queries, shape.ffn)) * itemsize
+    inside = 2 * tokens * max(_held(shape, block) for block in shape.blocks) * itemsize
     embedding = shape.embedding_parameters * itemsize
     return QuantisationMemory(
         process=PROCESS,
         block=block,
+        file=file,
         hessians=hessians,
         weights=weights,
         activations=activations,
         block_activations=inside,
         embedding=embedding,
-        peak=PROCESS + activations + max(embedding, block + hessians + weights + inside),
+        peak=PROCESS + activations + max(embedding, block + file + hessians + weights + inside),
     )
+
+
+def _held(shape: ModelShape, block: Block) -> int:
+    """Return the values of a token that a block holds while one of its linears is quantised.
+
+    The residual, its normed input or the sum over experts, and the input of the widest linear; an expert sees
+    its share of the tokens.
+    """
+    widest = max(linear.columns * linear.active / linear.copies for linear in block.linears)
+    if not block.attends and shape.linear_attention is not None:
+        widest = max(widest, shape.linear_attention.channels + shape.linear_attention.values)
+    mixture = shape.hidden if any(linear.copies > 1 for linear in block.linears) else 0
+    return int(shape.hidden + mixture + widest)
 
 
 # Bound the speed of generation by bandwidth: a token cannot come faster than its bytes can be read.
 #
-# Each step reads every weight once (of an untied embedding only a row a sequence) and the keys and values
-# of
-# every earlier token of every sequence. Launch overhead, attention arithmetic and sampling come on top.
+# Each step reads every weight once (of an untied embedding only a row a sequence, of experts only those that
+# some sequence is routed to), the recurrent states, and the keys and values of every earlier token of every
+# sequence. Launch overhead, attention arithmetic and sampling come on top.
 
 
 @dataclass(frozen=True)
@@ -197,7 +218,7 @@ class SpeedBound:
     """Upper bounds in tokens per second, over all sequences of the batch.
 
     Attributes:
-        bytes_per_step: weight bytes read at each step.
+        bytes_per_step: weight bytes read at each step; of a mixture, those of the active experts.
         empty: with nothing in the cache.
         full: with ``context`` tokens of each sequence in the cache.
         mean: generating from the first token to the last of ``context``.
@@ -211,24 +232,40 @@ class SpeedBound:
     mean: float
 
 
-def weight_bytes_per_step(shape: ModelShape, weights: int, dtype: str) -> int:
-    """Return the weight bytes that one decoding step reads: all but the rows of an untied embedding."""
-    return weights if shape.tied else weights - shape.embedding_parameters * ITEMSIZE[dtype]
+def weight_bytes_per_step(shape: ModelShape, weights: int, dtype: str, idle: int = 0) -> int:
+    """Return the weight bytes that one decoding step reads.
+
+    Args:
+        shape: of the model.
+        weights: bytes of all weights.
+        dtype: of the embedding, of which an untied one is only looked up.
+        idle: bytes of experts that no sequence is routed to (``ModelShape.idle_bytes``).
+    """
+    return weights - idle - (0 if shape.tied else shape.embedding_parameters * ITEMSIZE[dtype])
 
 
 def speed_bound(
-    shape: ModelShape, weights: int, gpu: Gpu, *, dtype: str, context: int, batch: int = 1, gpus: int = 1
+    shape: ModelShape,
+    weights: int,
+    gpu: Gpu,
+    *,
+    dtype: str,
+    context: int,
+    batch: int = 1,
+    gpus: int = 1,
+    idle: int = 0,
 ) -> SpeedBound:
     """Return the bound for ``gpus`` GPUs that share weights and cache evenly, with communication for free."""
-    read = weight_bytes_per_step(shape, weights, dtype)
+    read = weight_bytes_per_step(shape, weights, dtype, idle)
+    states = 2 * shape.state_bytes(dtype) * batch  # read and written
     bandwidth = gpu.bandwidth_gb_s * 1e9 * gpus
     kv = shape.kv_bytes_per_token(dtype) * batch
     return SpeedBound(
         gpu=gpu.name,
         gpus=gpus,
         bytes_per_step=read,
-        empty=batch * bandwidth / read,
-        full=batch * bandwidth / (read + kv * context),
-        # total time is the sum over n = 0 … context - 1 of (read + kv * n) / bandwidth
-        mean=batch * bandwidth / (read + kv * (context - 1) / 2),
+        empty=batch * bandwidth / (read + states),
+        full=batch * bandwidth / (read + states + kv * context),
+        # total time is the sum over n = 0 … context - 1 of (read + states + kv * n) / bandwidth
+        mean=batch * bandwidth / (read + states + kv * (context - 1) / 2),
     )

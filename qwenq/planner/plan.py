@@ -22,6 +22,7 @@ from qwenq.planner.estimates import (
     generation_memory,
     quantisation_memory,
     speed_bound,
+    weight_bytes_per_step,
 )
 from qwenq.planner.tensor_parallel import TENSOR_PARALLEL, Padding, Split, kv_share, padding, split
 
@@ -36,6 +37,9 @@ class PlannedModel:
         origin: where the sizes come from, for the reader.
         dtype: of the unquantised weights.
         entry: in the catalogue, if it is there.
+        copied: bytes that lie beside the language model's tensors, and stay as they are when it is quantised:
+            draft layers, a vision tower, tensors of another dtype.
+        copied_note: what is known of them, for the reader.
     """
 
     name: str
@@ -43,6 +47,8 @@ class PlannedModel:
     shape: ModelShape
     dtype: str
     entry: catalogue.Entry | None = None
+    copied: int = 0
+    copied_note: str | None = None
 
 
 def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
@@ -75,7 +81,9 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         return _from_config(folder, str(path), str(path))
     entry = catalogue.find(model)
     if entry is not None:
-        return PlannedModel(entry.names[0], "catalogue", entry.shape, entry.dtype_of(model), entry)
+        shape, dtype = entry.shape, entry.dtype_of(model)
+        copied, note = _drafts(shape, dtype, sees=entry.sees(model))
+        return PlannedModel(entry.names[0], "catalogue", shape, dtype, entry, copied, note)
     refuse_by_name(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_config(_hub_config(model).parent, model, "config.json from the hub")
@@ -88,10 +96,38 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
 
 def _from_config(folder: Path, name: str, origin: str) -> PlannedModel:
     config, _ = read_config(folder)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if config.get("quantization_config") or dtype not in ("bfloat16", "float16", "float32"):
+    text = text_config(config)
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    quantised = bool(config.get("quantization_config"))
+    if quantised or dtype not in ("bfloat16", "float16", "float32"):
         dtype = "bfloat16"  # the sizes of the model before it was quantised
-    return PlannedModel(name, origin, ModelShape.from_config(text_config(config)), dtype)
+    shape = ModelShape.from_config(text)
+    files = [] if quantised else sorted(folder.glob("*.safetensors"))
+    copied, note = _stored_beside(files, shape.bytes(dtype)) or _drafts(
+        shape, dtype, sees=config.get("vision_config") is not None
+    )
+    return PlannedModel(name, origin, shape, dtype, copied=copied, copied_note=note)
+
+
+def _stored_beside(files: list[Path], language_model: int) -> tuple[int, str | None] | None:
+    """Return the bytes of a folder's tensors beyond the language model's; None: not all of them are there."""
+    if not files:
+        return None
+    from qwenq.models.safetensors_files import read_header, tensor_bytes
+
+    beside = sum(tensor_bytes(info) for file in files for info in read_header(file).values()) - language_model
+    if beside < 0:
+        return None
+    return beside, "lie beside the language model in its files, and are copied" if beside else None
+
+
+def _drafts(shape: ModelShape, dtype: str, *, sees: bool) -> tuple[int, str | None]:
+    """Return the bytes of draft layers, and a note about them and about a vision tower of unknown size."""
+    copied = shape.draft_parameters * ITEMSIZE[dtype]
+    notes = ["of draft layers (mtp) are copied"] if copied else []
+    if sees:
+        notes.append("the vision tower is copied, too, and not counted")
+    return copied, "; ".join(notes) or None
 
 
 def _hub_config(model: str) -> Path:
@@ -150,7 +186,10 @@ class Precision:
         dtype: of activations and cache.
         group_size: None where nothing is quantised.
         bytes: of the tensors on disk, file headers excluded; what is not quantised keeps the stored dtype.
-        loaded: of the tensors once they are loaded in ``dtype``.
+        loaded: of the language model's tensors once they are loaded in ``dtype``.
+        active: of those, what one token reads: not the experts that it is not routed to, and of an untied
+            embedding nothing.
+        idle: bytes of experts that a step of the batch does not read.
         published_bytes: of the publisher's own file, where it differs (see ``published_note``).
     """
 
@@ -159,6 +198,8 @@ class Precision:
     group_size: int | None
     bytes: int
     loaded: int
+    active: int
+    idle: int
     published_bytes: int | None = None
     published_note: str | None = None
 
@@ -200,6 +241,9 @@ class Plan:
     shape: ModelShape
     options: PlanOptions
     parameters: int
+    active_parameters: int
+    copied_bytes: int
+    copied_note: str | None
     precisions: list[Precision]
     generation: dict[str, GenerationMemory]
     quantisation: list[Quantisation]
@@ -236,6 +280,9 @@ def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
         shape=shape,
         options=options,
         parameters=shape.parameters,
+        active_parameters=shape.active_parameters,
+        copied_bytes=model.copied,
+        copied_note=model.copied_note,
         precisions=precisions,
         generation=generation,
         quantisation=[_quantisation(model, options, gpu) for gpu in options.gpus or (None,)],
@@ -257,7 +304,28 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
     note = (
         "the publisher's file stores the tied head a second time, and quantising keeps it" if twice else None
     )
-    found = [Precision(_LABELS[dtype], dtype, None, size, size, size + head if twice else None, note)]
+
+    def precision(
+        label: str, bits: int | None, loaded_in: str, size: int, loaded: int, published: int | None
+    ) -> Precision:
+        chosen = -1 if bits is None else group_size
+        one, idle = (
+            shape.idle_bytes(loaded_in, tokens, bits=bits, group_size=chosen) for tokens in (1, options.batch)
+        )
+        active = weight_bytes_per_step(shape, loaded, loaded_in, one)
+        return Precision(
+            label=label,
+            dtype=loaded_in,
+            group_size=None if bits is None else group_size,
+            bytes=size + model.copied,
+            loaded=loaded,
+            active=active,
+            idle=idle,
+            published_bytes=published,
+            published_note=note,
+        )
+
+    found = [precision(_LABELS[dtype], None, dtype, size, size, size + head if twice else None)]
     for bits in sorted(options.bits, reverse=True):
         size = shape.quantised_bytes(bits, group_size, dtype)
         loaded = shape.quantised_bytes(bits, group_size, QUANTISED_DTYPE)
@@ -265,7 +333,7 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
         if shape.fused_qkv:  # Qwen v1's own GPTQ files
             note = "Qwen v1's own GPTQ layout: fused c_attn, a zero bias beside every module"
             published = shape.quantised_bytes(bits, group_size, zero_biases=True, fused_qkv=True)
-        found.append(Precision(f"Int{bits}", QUANTISED_DTYPE, group_size, size, loaded, published, note))
+        found.append(precision(f"Int{bits}", bits, QUANTISED_DTYPE, size, loaded, published))
     return found
 
 
@@ -276,7 +344,9 @@ def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) ->
     samples, seq_len = options.samples or samples, options.seq_len or seq_len
 
     def memory(samples: int) -> QuantisationMemory:
-        return quantisation_memory(shape, samples=samples, seq_len=seq_len, dtype=model.dtype)
+        return quantisation_memory(
+            shape, samples=samples, seq_len=seq_len, dtype=model.dtype, on_gpu=gpu is not None
+        )
 
     if gpu is None:
         return Quantisation(None, samples, seq_len, memory(samples))
@@ -291,8 +361,10 @@ def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) ->
 def _deployment(
     shape: ModelShape, item: Precision, memory: GenerationMemory, gpu: Gpu, count: int, options: PlanOptions
 ) -> Deployment:
-    activations = memory.peak - memory.weights - memory.kv_cache  # on every GPU, which is an upper bound
-    need = -(-memory.weights // count) + int(memory.kv_cache * kv_share(shape, count)) + activations
+    cache = memory.kv_cache + memory.states
+    activations = memory.peak - memory.weights - cache  # on every GPU, which is an upper bound
+    shared = -(-(memory.weights + memory.states) // count)
+    need = shared + int(memory.kv_cache * kv_share(shape, count)) + activations
     bound = speed_bound(
         shape,
         item.loaded,
@@ -301,6 +373,7 @@ def _deployment(
         context=options.context,
         batch=options.batch,
         gpus=count,
+        idle=item.idle,
     )
     return Deployment(
         item.label, split(shape, count, item.group_size), need, need <= gpu.memory_gib * GIB, bound
@@ -312,9 +385,12 @@ def _padded_bytes(model: PlannedModel, padded: Padding | None, found: list[Preci
         return {}
     wider = model.shape.with_ffn(padded.to)
     return {
-        item.label: wider.bytes(item.dtype)
-        if item.group_size is None
-        else wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
+        item.label: model.copied
+        + (
+            wider.bytes(item.dtype)
+            if item.group_size is None
+            else wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
+        )
         for item in found
     }
 

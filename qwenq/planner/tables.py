@@ -17,6 +17,7 @@ from qwenq.planner.plan import Deployment, Plan, Quantisation
 _QUANTISATION_PARTS = {
     "process": "libraries",
     "block": "one block's weights",
+    "file": "pages of the file that they are read from",
     "hessians": "Hessian, its factors and asymmetric calibration, float32",
     "weights": "weights that share an input, float32, twice",
     "activations": "calibration tokens between blocks",
@@ -31,12 +32,7 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
     shape = plan.shape
     yield from (Text(line, style="bold") for line in answer(plan))
     yield ""
-    yield (
-        f"[bold]{escape(plan.model)}[/bold] ({escape(plan.origin)}): "
-        f"{plan.parameters:,} parameters, {shape.layers} layers, hidden {shape.hidden}, "
-        f"{shape.heads} heads / {shape.kv_heads} key-value heads of {shape.head_dim}, "
-        f"FFN {shape.ffn}, vocabulary {shape.vocab}{', tied head' if shape.tied else ''}"
-    )
+    yield f"[bold]{escape(plan.model)}[/bold] ({escape(plan.origin)}): {_sizes(plan)}"
     if shape.context is not None and plan.options.context > shape.context:
         yield f"[yellow]{plan.options.context} tokens: the model is made for {shape.context}[/yellow]"
     yield _disk(plan)
@@ -47,14 +43,39 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
     yield from _padding(plan, show_padding)
 
 
+def _sizes(plan: Plan) -> str:
+    """Return the sizes of a model in words."""
+    shape = plan.shape
+    parts = [f"{plan.parameters:,} parameters"]
+    if plan.active_parameters != plan.parameters:
+        parts[0] += f", {plan.active_parameters:,} of them active"
+    attending = sum(len(block.layers) for block in shape.blocks if block.attends)
+    attention = f"{shape.heads} heads / {shape.kv_heads} key-value heads of {shape.head_dim}"
+    if (linear := shape.linear_attention) is not None:
+        attention += f" in {attending} layers, linear attention of {linear.value_heads} heads in the others"
+    parts += [f"{shape.layers} layers", f"hidden {shape.hidden}", attention]
+    if (experts := shape.experts) is not None:
+        parts.append(f"{experts.active} of {experts.count} experts of {experts.width}")
+        if experts.shared_width:
+            parts.append(f"a shared one of {experts.shared_width}")
+    if shape.ffn and (experts is None or experts.dense_layers):
+        parts.append(f"FFN {shape.ffn}")
+    return ", ".join([*parts, f"vocabulary {shape.vocab}{', tied head' if shape.tied else ''}"])
+
+
 def _disk(plan: Plan) -> RenderableType:
     table = _Section("On disk (tensor bytes)", "precision", "group size", "bytes", "GiB", "published file")
     for item in plan.precisions:
         group = "" if item.group_size is None else str(item.group_size)
         published = "" if item.published_bytes is None else f"{item.published_bytes:,} (*)"
         table.row(item.label, group, f"{item.bytes:,}", _gib(item.bytes), published)
-    notes = {item.published_note for item in plan.precisions if item.published_note}
-    table.note = "; ".join(f"(*) {note}" for note in sorted(notes))
+    notes = {f"(*) {item.published_note}" for item in plan.precisions if item.published_note}
+    if plan.copied_note:
+        size = f"{_gib(plan.copied_bytes)} GiB " if plan.copied_bytes else ""
+        notes.add(f"{size}{plan.copied_note}")
+    if plan.shape.linear_attention is not None and any(item.label == "Int4" for item in plan.precisions):
+        notes.add("linear attention has 8 bits in Int4, too")
+    table.note = "; ".join(sorted(notes))
     return table.render()
 
 
@@ -62,13 +83,14 @@ def _generation(plan: Plan) -> RenderableType:
     options = plan.options
     table = _Section(
         f"Memory, GiB: {options.context} tokens of context, batch {options.batch}",
-        *("precision", "weights", "load", "KV cache", "prefill", "decode", "peak", "peak from 1 token"),
+        *("precision", "weights", "load", "cache" if plan.shape.linear_attention else "KV cache"),
+        *("prefill", "decode", "peak", "peak from 1 token"),
     )
     for label, memory in plan.generation.items():
         parts = (
             memory.weights,
             memory.load,
-            memory.kv_cache,
+            memory.kv_cache + memory.states,
             memory.prefill_activations,
             memory.decode_activations,
             memory.peak,
@@ -76,6 +98,10 @@ def _generation(plan: Plan) -> RenderableType:
         )
         table.row(label, *(_gib(part) for part in parts))
     table.note = "peak: weights, one copy of the cache, activations"
+    if plan.shape.linear_attention is not None:
+        memory = plan.generation[plan.precisions[-1].label]
+        states = f"{_gib(memory.states)} GiB are recurrent states"
+        table.note += f"; of the cache, {states}, which do not grow with the context"
     return table.render()
 
 
@@ -122,6 +148,8 @@ def _quantisation(quantisation: Quantisation) -> RenderableType:
     table = _Section(f"{kind} while quantising, GiB: {calibration}", "part", "GiB")
     for part in fields(quantisation.memory):
         size = getattr(quantisation.memory, part.name)
+        if part.name == "file" and not size:
+            continue
         table.row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")
     table.note = "block by block; the rest of the model stays on disk"
     return table.render()
@@ -134,16 +162,25 @@ def _deployments(plan: Plan) -> Iterator[RenderableType]:
             *("precision", "GPUs", "possible", "GiB per GPU", "fits"),
             *("tok/s, empty cache", f"tok/s at {plan.options.context}"),
         )
+        refused: dict[str, list[str]] = {}
         for row in plan.deployments:
             if row.speed.gpu != gpu.name:
                 continue
-            possible = "yes" if row.split.possible else "no: " + ", ".join(row.split.obstacles)
+            possible = "yes" if row.split.possible else "no"
+            if not row.split.possible:
+                why = f"{row.split.gpus} GPUs cannot share it: {', '.join(row.split.obstacles)}"
+                refused.setdefault(why, []).append(row.precision)
             figures = (
                 (f"{row.speed.empty:,.0f}", f"{row.speed.full:,.0f}") if row.split.possible else ("", "")
             )
             fits = ("yes" if row.fits else "[red]no[/red]") if row.split.possible else ""
             table.row(row.precision, str(row.split.gpus), possible, _gib(row.memory), fits, *figures)
         table.note = f"upper bound: bytes read per token over peak bandwidth. {gpu.source}"
+        reasons = "".join(f"{', '.join(labels)}: {why}.\n" for why, labels in refused.items())
+        table.note = reasons + table.note
+        if plan.shape.experts is not None:
+            active = ", ".join(f"{item.label} {_gib(item.active)}" for item in plan.precisions)
+            table.note += f". Weights that a token reads, GiB: {active}"
         yield table.render()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwenq.errors import UnsupportedError
 from qwenq.events import Listener, Notice
+from qwenq.models.block_shapes import ROW_PARALLEL, Linear
 from qwenq.models.pad_ffn import padded_groups, padded_width, widened
 from qwenq.models.shapes import ModelShape
 
@@ -15,11 +17,10 @@ if TYPE_CHECKING:
 
 # Tell which numbers of GPUs can share a model, and what a wider MLP would change.
 #
-# Row-parallel modules (``o_proj``, ``down_proj``) are split along their inputs, so a GPU needs whole groups
-# of
-# a quantised one; heads and the MLP's channels are split evenly too. Key/value heads are split evenly or,
-# where
-# there are fewer heads than GPUs, replicated evenly.
+# Row-parallel modules (``o_proj``, ``down_proj``, of each expert, too) are split along their inputs, so a GPU
+# needs whole groups of a quantised one; heads and the MLP's channels are split evenly too. Key/value heads
+# are split evenly or, where there are fewer heads than GPUs, replicated evenly. ``publishing.engines`` has
+# the same rules for folders.
 
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -66,16 +67,29 @@ def split(shape: ModelShape, gpus: int, group_size: int | None) -> Split:
         obstacles.append(f"{shape.heads} heads")
     if shape.kv_heads % gpus and gpus % shape.kv_heads:
         obstacles.append(f"{shape.kv_heads} key/value heads")
-    if group_size is None:
-        if shape.ffn % gpus:
-            obstacles.append(f"{shape.ffn} FFN channels")
-        return Split(gpus, tuple(obstacles))
+    if (linear := shape.linear_attention) is not None:
+        heads = sorted({linear.key_heads, linear.value_heads})
+        obstacles += [f"{count} heads of linear attention" for count in heads if count % gpus]
     for module in shape.linears():
-        if module.name in ("self_attn.o_proj", "mlp.down_proj"):
-            groups = _groups(module.columns, group_size)
-            if groups % gpus:
-                obstacles.append(f"{groups} groups of {module.name.split('.')[1]}")
+        if module.leaf not in ROW_PARALLEL:
+            continue
+        if group_size is None or group_size == -1:
+            if module.leaf == "down_proj" and module.columns % gpus:
+                obstacles.append(f"{module.columns} {_channels(module)}")
+        elif module.columns % gpus or module.columns // gpus % group_size:
+            obstacles.append(f"{module.columns // group_size} groups of {_short(module)}")
     return Split(gpus, tuple(obstacles))
+
+
+def _short(module: Linear) -> str:
+    owner = module.name.rpartition(".")[0]
+    if module.copies > 1:
+        return f"an expert's {module.leaf}"
+    return f"the shared expert's {module.leaf}" if owner.endswith("shared_expert") else module.leaf
+
+
+def _channels(module: Linear) -> str:
+    return {"mlp": "FFN channels"}.get(module.name.rpartition(".")[0], f"channels of {_short(module)}")
 
 
 def possible_splits(shape: ModelShape, gpus: tuple[int, ...], group_size: int | None) -> tuple[int, ...]:
@@ -86,9 +100,10 @@ def possible_splits(shape: ModelShape, gpus: tuple[int, ...], group_size: int | 
 def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Padding | None:
     """Return the smallest padding that lets the most of these numbers of GPUs share the model.
 
-    None where no padding helps: the width fits already, or something else than the MLP is the obstacle.
+    None where no padding helps: the width fits already, or something else than the MLP is the obstacle; and
+    for experts and models with draft layers, which are not padded.
     """
-    if group_size == -1:
+    if group_size == -1 or _not_padded(shape):
         return None
     within_reach = tuple(
         count
@@ -108,6 +123,15 @@ def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Paddin
         possible_before=possible_splits(shape, gpus, group_size),
         possible_after=possible_splits(padded, gpus, group_size),
     )
+
+
+def _not_padded(shape: ModelShape) -> str | None:
+    """Return why the MLP cannot be padded, None where it can."""
+    if shape.experts is not None:
+        return "the MLP of a mixture of experts is not padded"
+    if shape.draft_layers:  # which are copied, and of which config.json says the same width
+        return f"its draft layers (mtp) would keep an MLP of {shape.ffn}"
+    return None
 
 
 def kv_share(shape: ModelShape, gpus: int) -> float:
@@ -147,6 +171,8 @@ def padded(
     if wanted.pad_ffn == "none":
         return base, None
     shape = ModelShape.from_config(base.config)
+    if why := _not_padded(shape):
+        raise UnsupportedError(why, where="--pad-ffn", hint="leave --pad-ffn out")
     automatic = wanted.group_size == "auto"
     group_size = shape.auto_group_size() if wanted.group_size == "auto" else wanted.group_size
     to, why = _width(wanted.pad_ffn, shape, group_size)

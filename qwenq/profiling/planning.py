@@ -174,7 +174,8 @@ def _work(point: Point, shape: ModelShape, device: Device, weights: int, cache: 
     if point.encodes:
         return 8 * prefill + _SPLIT_SECONDS / 3, 3 * prefill
     fixed = _STEP_SECONDS if point.engine == "fast" else _SLOW_STEP_SECONDS
-    step = fixed + (weights + cache / 2) / (device.copy_bytes_per_s * _EFFICIENCY)
+    read = weights * shape.active_parameters / shape.parameters
+    step = fixed + (read + cache / 2) / (device.copy_bytes_per_s * _EFFICIENCY)
     generation = point.tokens * step
     # Short generations are repeated for a minute at most, or until there are enough.
     work = prefill + max(generation, min(12 * generation, 60.0)) + max(_SPLIT_SECONDS, 150 * step)
@@ -189,8 +190,9 @@ def _operations(shape: ModelShape, tokens: int) -> int:
     Scores and mixed values are 2 operations each for every head's dimension and every pair of tokens, of
     which a causal kernel leaves out half.
     """
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * tokens**2
-    return 2 * shape.parameters * tokens + attention
+    layers = sum(len(block.layers) for block in shape.blocks if block.attends)
+    attention = 2 * layers * shape.heads * shape.head_dim * tokens**2
+    return 2 * shape.active_parameters * tokens + attention
 
 
 def steps_at_once(tokens: int, seconds: float) -> int:
@@ -203,12 +205,15 @@ def _weight_bytes(point: Point, shape: ModelShape, dtype: str) -> int:
     model = point.subject.model
     if model.precision.startswith("int"):  # a folder may have 2 bits, too
         bits, size = int(model.precision.removeprefix("int")), model.group_size or 128
-        linear = sum(m.rows * m.columns for m in shape.linears()) * shape.layers
-        groups = (
-            sum(m.rows * (1 if size == -1 else m.columns // size) for m in shape.linears()) * shape.layers
-        )
-        rest = shape.parameters - linear
-        return linear * bits // 8 + groups * 4 + rest * ITEMSIZE[dtype]
+        nbytes, rest = 0, shape.parameters
+        for block in shape.blocks:
+            for linear in block.linears:
+                count = linear.copies * len(block.layers)
+                groups = linear.rows * (1 if size == -1 else linear.columns // size)
+                elements = linear.rows * linear.columns
+                nbytes += count * (elements * linear.bits(bits) // 8 + groups * 4)
+                rest -= count * elements
+        return nbytes + rest * ITEMSIZE[dtype]
     return shape.bytes(dtype)
 
 

@@ -316,6 +316,11 @@ def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
         yield Problem(f"{heads} heads are no multiple of {gpus} GPUs", choose)
     if kv_heads % gpus and gpus % kv_heads:
         yield Problem(f"{kv_heads} key/value heads cannot be shared by {gpus} GPUs", choose)
+    for key in ("linear_num_key_heads", "linear_num_value_heads"):
+        if int(folder.text.get(key) or 0) % gpus:
+            yield Problem(
+                f"{folder.text[key]} heads of linear attention are no multiple of {gpus} GPUs", choose
+            )
     split, rows = set(), set()
     for name, module in folder.modules.items():
         leaf = name.rpartition(".")[2]

@@ -61,6 +61,11 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
     """
     config = dict(config)
     shape = ModelShape.from_config(config)
+    if not shape.is_dense:
+        raise UnsupportedError(
+            f"{shape.architecture} has experts or linear attention, which this engine does not compute",
+            hint=_USE_TRANSFORMERS,
+        )
     if shape.head_dim % 2:
         raise UnsupportedError(f"heads of {shape.head_dim} cannot be rotated: they have no halves")
     if (activation := config.get("hidden_act", "silu")) != "silu":

@@ -34,11 +34,40 @@ def test_tables_for_people() -> None:
         "peak from 1 token",
         "H200",
         "RTX 4090",
-        "no: 43 groups of down_proj",
+        "Int8, Int4: 2 GPUs cannot share it: 43 groups of down_proj",
         "FFN 5504 → 5632: 43 → 44 groups",
     ):
         assert expected in result.stdout
     assert "…" not in result.stdout  # nothing is cut off in a pipe
+
+
+def test_a_mixture_fits_eighty_columns() -> None:
+    command = [sys.executable, "-c", _AT_EIGHTY_COLUMNS]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "…" not in result.stdout
+    words = " ".join(result.stdout.split())
+    for expected in (
+        "34,660,610,688 parameters, 3,454,988,928 of them active",
+        "8 of 256 experts of 512, a shared one of 512",
+        "1.57 GiB of draft layers (mtp) are copied",
+        "recurrent states",
+        "Int8, Int4: 8 GPUs cannot share it: 4 groups of an expert's down_proj",
+        "Weights that a token reads, GiB: BF16 5.49",
+    ):
+        assert expected in words
+
+
+_AT_EIGHTY_COLUMNS = """
+from rich.console import Console
+from qwenq.planner.estimates import gpu
+from qwenq.planner.plan import PlanOptions, find_model, make_plan
+from qwenq.planner.tables import plan_tables
+options = PlanOptions(gpus=(gpu("h200"),), tensor_parallel=(1, 8))
+for part in plan_tables(make_plan(find_model("qwen3.5-35b-a3b"), options)):
+    Console(width=80, highlight=False, emoji=False).print(part)
+"""
 
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
@@ -63,9 +92,9 @@ def test_it_answers_at_once() -> None:
 
 
 def test_an_unsupported_model_is_refused_with_what_is_missing() -> None:
-    result = qwenq("plan", "qwen3-30b-a3b")
+    result = qwenq("plan", "qwen2-audio-7b")
     assert result.returncode == 1
-    assert "not supported yet: the experts' routing would have to be added" in result.stderr
+    assert "not supported yet: the audio tower would have to be added" in result.stderr
     assert "did you mean" not in result.stderr
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from transformers import AutoConfig
 
@@ -24,14 +26,26 @@ def test_transformers_reads_the_config(name: str) -> None:
     config = catalogue.config_for(name)
     read = AutoConfig.for_model(**config)
     assert read.model_type == config["model_type"]
-    for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "vocab_size", "rms_norm_eps"):
-        assert getattr(read, key) == config[key]
-    assert read.rope_parameters["rope_theta"] == config["rope_theta"]
-    assert (
-        set(read.layer_types or ["full_attention"]) == {"full_attention"}
-        if hasattr(read, "layer_types")
-        else True
-    )
+    elsewhere = {"architectures", "torch_dtype", "full_attention_interval"}
+    rotary = {"rope_theta", "partial_rotary_factor"} & config.keys()
+    for key in config.keys() - elsewhere - rotary:
+        assert getattr(read, key) == config[key], key
+    assert {key: read.rope_parameters[key] for key in rotary} == {key: config[key] for key in rotary}
+    kinds = getattr(read, "layer_types", None) or ["full_attention"] * read.num_hidden_layers
+    shape = catalogue.shape_for(name)
+    attending = [layer for block in shape.blocks if block.attends for layer in block.layers]
+    assert attending == [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if re.search(r"qwen3.*-a\d+b|qwen3\.5", name)])
+def test_sizes_give_the_totals_in_the_names(name: str) -> None:
+    """Also where sizes come from secondary sources: 122B-A10B has 122 billion, of which 10 are active."""
+    total, unit, active = re.search(r"(?<=-)(\d+(?:\.\d+)?)([bt])(?:-a(\d+)b)?", name).groups()  # type: ignore[union-attr]
+    shape = catalogue.shape_for(name)
+    said = float(total) * (1e12 if unit == "t" else 1e9)
+    assert shape.parameters == pytest.approx(said, rel=0.07)
+    if active and active != "3":  # 3.35, 3.45 and 3.87 billion are all called 3
+        assert shape.active_parameters == pytest.approx(float(active) * 1e9, rel=0.03)
 
 
 def test_every_name_is_there_once() -> None:
@@ -40,6 +54,23 @@ def test_every_name_is_there_once() -> None:
     wanted = ["qwen-1.8b-chat", "qwen-7b", "qwen-72b", "qwen1.5-32b-chat", "qwen2-7b-instruct"]
     wanted += [f"qwen2.5-{size}-instruct" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b")]
     wanted += [f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")]
+    wanted += [
+        "Qwen/Qwen3-4B-Instruct-2507",
+        "qwen3-30b-a3b",
+        "qwen3-30b-a3b-thinking-2507",
+        "qwen3-235b-a22b",
+    ]
+    wanted += ["Qwen/Qwen3-Coder-30B-A3B-Instruct", "Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3-coder-next"]
+    wanted += [f"qwen3.5-{size}" for size in ("0.8b", "2b", "4b", "9b", "27b", "35b-a3b", "122b-a10b")]
+    wanted += [
+        "Qwen/Qwen3.5-397B-A17B",
+        "qwen3.6-27b",
+        "Qwen/Qwen3.6-35B-A3B",
+        "qwen3.8-27b",
+        "qwen3.8-2.4t-a95b",
+    ]
+    wanted += [f"qwen2.5-coder-{size}-instruct" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b")]
+    wanted += ["Qwen/Qwen2.5-Math-7B-Instruct", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"]
     assert not [name for name in wanted if catalogue.find(name) is None]
 
 
@@ -65,12 +96,16 @@ def test_a_config_is_a_copy() -> None:
         ("qwen2.5-7b-instrct", "qwen2.5-7b-instruct"),
         ("qwen-7b-chta", "qwen-7b-chat"),
         ("Qwen3_8B", "qwen3-8b"),
+        ("qwen2.5-7b", "qwen2.5-7b-instruct"),
+        ("Qwen/Qwen3-Next-80B", "qwen3-next-80b-a3b-instruct"),
+        ("qwen3.5-35b", "qwen3.5-35b-a3b"),
+        ("qwen3-4b-2507", "qwen3-4b-instruct-2507"),
     ],
 )
-def test_a_misspelt_name_is_suggested(typed: str, meant: str) -> None:
+def test_a_misspelt_or_shortened_name_is_suggested(typed: str, meant: str) -> None:
     with pytest.raises(UsageError) as error:
         catalogue.entry(typed)
-    assert meant in str(error.value.hint)
+    assert str(error.value.hint).startswith(f"did you mean {meant}")
 
 
 def test_the_bundled_model_is_float32_and_its_namesake_on_the_hub_is_not() -> None:

@@ -24,6 +24,9 @@ from qwenq.models.random_weights import (
     refuse_random,
     write_random_checkpoint,
 )
+from qwenq.models.rounded import rounded
+from qwenq.models.shapes import ModelShape
+from qwenq.runtime.engine import load
 
 SMALL: dict[str, Any] = catalogue.config_for("qwen3-0.6b") | {
     "hidden_size": 64,
@@ -139,6 +142,45 @@ def test_transformers_loads_and_runs_it(name: str, tmp_path: Path) -> None:
         logits = model(torch.arange(10)[None]).logits
     assert logits.isfinite().all()
     assert logits.std() > 0
+
+
+MIXED: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "vocab_size": 1000,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3-30b-a3b", "qwen3-next-80b-a3b-instruct", "qwen3.5-9b", "qwen3.5-35b-a3b"]
+)
+def test_mixtures_and_hybrids_run_plain_and_rounded(name: str) -> None:
+    """What `qwenq profile --weights random --engine transformers` measures; linear attention has 8 bits."""
+    known = catalogue.config_for(name)
+    made = random_checkpoint(known | {key: MIXED[key] for key in MIXED if key in known})
+    int4 = rounded(made, 4)
+    for checkpoint in (made, int4):
+        engine = load(checkpoint, device="cpu", dtype="float32", engine="transformers")
+        (logits,) = engine.logits([[5, 6, 7, 8]])
+        assert logits.isfinite().all()
+        assert logits.std() > 0
+    shape = ModelShape.from_config(made.config)
+    total = sum(int4.info(name).numel * int4.info(name).dtype.itemsize for name in int4.names())
+    assert total == shape.quantised_bytes(4, 32, "bfloat16")
 
 
 def test_random_models_are_marked_and_refused() -> None:

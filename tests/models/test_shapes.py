@@ -50,13 +50,38 @@ TINY: dict[str, Any] = {
 }
 
 
+MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SHARED = MIXTURE | {"shared_expert_intermediate_size": 40}
+HYBRID: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}
+
+
 def tensors_of_transformers(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what ``save_pretrained`` would write: a tied head is left out."""
+    """Names and shapes of what is published: a tied head is left out, and experts are apart."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.get("tie_word_embeddings"):
-        found.pop("lm_head.weight", None)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        size = tuple(tensor.shape)
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            found[name] = size
+            continue
+        prefix, _, leaf = name.rpartition(".")
+        for number in range(size[0]):
+            if leaf == "down_proj":
+                found[f"{prefix}.{number}.down_proj.weight"] = size[1:]
+                continue
+            for part in ("gate_proj", "up_proj"):
+                found[f"{prefix}.{number}.{part}.weight"] = (size[1] // 2, size[2])
     return found
 
 
@@ -71,17 +96,39 @@ def tensors_of_transformers(config: dict[str, Any]) -> dict[str, tuple[int, ...]
         {"model_type": "qwen3"},
         {"model_type": "qwen3", "head_dim": 32},
         {"model_type": "qwen3", "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
+        {"model_type": "qwen3_moe", **MIXTURE},
+        {"model_type": "qwen3_moe", **MIXTURE, "head_dim": 8, "attention_bias": True},
+        {"model_type": "qwen3_moe", **MIXTURE, "num_hidden_layers": 4, "decoder_sparse_step": 2},
+        {"model_type": "qwen3_moe", **MIXTURE, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+        {"model_type": "qwen3_next", **SHARED, **HYBRID},
+        {"model_type": "qwen3_next", **SHARED, **HYBRID, "mlp_only_layers": [0, 3]},
+        {"model_type": "qwen3_5_text", **HYBRID, "tie_word_embeddings": True},
+        {"model_type": "qwen3_5_text", **HYBRID, "full_attention_interval": 2},
+        {"model_type": "qwen3_5_moe_text", **SHARED, **HYBRID, "attention_bias": True},
+        {
+            "model_type": "qwen3_5_moe_text",
+            **SHARED,
+            **HYBRID,
+            "layer_types": ["full_attention", *["linear_attention"] * 4],
+        },
     ],
     ids=lambda variant: "-".join(map(str, variant.values())),
 )
 def test_tensors_are_those_of_transformers(variant: dict[str, Any]) -> None:
     config = TINY | variant
-    ours = {tensor.name: tensor.shape for tensor in ModelShape.from_config(config).tensors()}
+    shape = ModelShape.from_config(config)
+    ours = {tensor.name: tensor.shape for tensor in shape.tensors()}
     assert ours == tensors_of_transformers(config)
+    assert shape.parameters == sum(tensor.numel for tensor in shape.tensors())
+    assert len(ours) == len(shape.tensors())
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen-7b-chat", "qwen2.5-0.5b-instruct", "qwen3-4b", "smollm2-135m-instruct"]
+    "name",
+    [
+        *("qwen-7b-chat", "qwen2.5-0.5b-instruct", "qwen3-4b", "smollm2-135m-instruct"),
+        *("qwen3-30b-a3b", "qwen3-next-80b-a3b-instruct", "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b"),
+    ],
 )
 def test_real_sizes_are_those_of_transformers(name: str) -> None:
     config = catalogue.config_for(name)
@@ -96,6 +143,51 @@ def test_published_counts_and_bytes_of_qwen_v1() -> None:
     assert shape.bytes("bfloat16") == 15_442_649_088
     assert shape.bytes("float32") == 2 * shape.bytes("float16")
     assert shape == catalogue.shape_for("qwen-7b")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-235b-a22b", 235_093_634_560),
+        ("qwen3-next-80b-a3b-instruct", 79_674_391_296),
+        ("qwen3.5-35b-a3b", 34_660_610_688),
+        ("qwen3.5-27b", 26_895_998_464),
+    ],
+)
+def test_known_counts_of_mixtures_and_hybrids(name: str, parameters: int) -> None:
+    assert catalogue.shape_for(name).parameters == parameters
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_are_those_of_the_tensors(model_type: str, bits: int) -> None:
+    shape = ModelShape.from_config(TINY | SHARED | HYBRID | {"model_type": model_type})
+    found = shape.quantised_bytes(bits, 8, "bfloat16")
+    assert found == sum(tensor.nbytes for tensor in shape.quantised_tensors(bits, 8, "bfloat16"))
+    assert shape.bytes("bfloat16") == sum(tensor.nbytes for tensor in shape.tensors())
+
+
+def test_a_vision_model_is_seen_as_its_language_model() -> None:
+    text = TINY | HYBRID | {"model_type": "qwen3_5_text", "tie_word_embeddings": False}
+    whole = {"model_type": "qwen3_5", "text_config": text, "vision_config": {}, "tie_word_embeddings": True}
+    assert ModelShape.from_config(whole) == ModelShape.from_config(text | {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize(
+    "missing", ["num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"]
+)
+def test_a_missing_size_of_experts_is_named(missing: str) -> None:
+    config = TINY | SHARED | HYBRID | {"model_type": "qwen3_5_moe_text"}
+    with pytest.raises(ModelError, match=r"config\.json has no"):
+        ModelShape.from_config({key: value for key, value in config.items() if key != missing})
+
+
+def test_draft_layers_have_the_published_number_of_tensors() -> None:
+    """15 tensors in Qwen3.5-27B's files, 785 in those of 35B-A3B."""
+    for name, count in (("qwen3.5-27b", 15), ("qwen3.5-35b-a3b", 785)):
+        block = next(block for block in catalogue.shape_for(name).blocks if block.attends)
+        assert len(list(block.tensors())) + 4 == count  # fc and three norms
 
 
 def test_gptq_byte_totals_of_qwen_7b_chat() -> None:
@@ -159,7 +251,7 @@ def test_quantised_bytes_by_hand(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3_moe", "num_experts": 8}, "its sizes are not known here"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "sizes of a mixtral model are not known"),
         ({"model_type": "gpt2"}, "gpt2"),
         ({"model_type": None}, "unknown"),
     ],

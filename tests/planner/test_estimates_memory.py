@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,9 @@ def test_quantisation_holds_one_block() -> None:
     shape = catalogue.shape_for("qwen-7b")
     found = quantisation_memory(shape, samples=4, seq_len=256)
     assert found.block == (4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096 + 2 * 4096) * 2
+    assert found.file == found.block
+    on_gpu = quantisation_memory(shape, samples=4, seq_len=256, on_gpu=True)
+    assert (on_gpu.file, found.peak - on_gpu.peak) == (0, found.block)
     # down_proj's: H, what the factorisation holds beside it, and the drift of its 4096 outputs
     assert found.hessians == (4 * 11008 + 4096) * 11008 * 4
     assert found.weights == 2 * 4096 * 11008 * 4
@@ -80,6 +84,17 @@ def test_quantisation_holds_one_block() -> None:
     assert found.peak < 6e9  # of 15.4 GB
     deeper = quantisation_memory(catalogue.shape_for("qwen-7b").with_ffn(11008), samples=8, seq_len=256)
     assert deeper.peak - found.peak == found.activations + found.block_activations
+
+
+@pytest.mark.parametrize(("experts", "samples", "measured"), [(64, 48, 1.643), (160, 24, 2.381)])
+def test_quantising_a_mixture_takes_what_was_measured(experts: int, samples: int, measured: float) -> None:
+    """Peaks of `qwenq quantize --dtype float32` on the CPU, in GiB, of one layer of these sizes."""
+    config: dict[str, Any] = {"model_type": "qwen3_moe", "hidden_size": 1024, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 300}
+    config |= {"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": 384}
+    shape = ModelShape.from_config(config)
+    planned = quantisation_memory(shape, samples=samples, seq_len=256, dtype="float32").peak
+    assert planned / GIB == pytest.approx(measured, rel=0.1)
 
 
 def test_quantisation_takes_what_was_measured() -> None:

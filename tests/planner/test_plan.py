@@ -58,15 +58,7 @@ def test_random_weights_are_planned_by_their_shape_as_they_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
-        ("qwen3-30b-a3b", "the experts' routing"),
-        ("Qwen/Qwen3-235B-A22B-Instruct-2507", "the experts' routing"),
-        ("qwen1.5-moe-a2.7b-chat", "the experts' routing"),
-        ("qwen3-next", "linear-attention layers and the experts' routing"),
-        ("qwen3-coder-next", "linear-attention layers and the experts' routing"),
-        ("Qwen3.5-35B-A3B", "linear-attention layers and the experts' routing"),
-        ("qwen3.5-4b", "linear-attention layers"),
         ("Qwen/Qwen2.5-VL-7B-Instruct", "the vision tower"),
-        ("qwen/qwen3-30b-a3b", "the experts' routing"),
         ("qwen2-audio-7b", "the audio tower"),
         ("qwen2.5-omni-7b", "the vision tower and the audio tower"),
     ],
@@ -78,11 +70,33 @@ def test_unsupported_models_are_refused_with_what_is_missing(name: str, missing:
     assert caught.value.what == f"{name} is not supported yet: {missing} would have to be added"
 
 
+@pytest.mark.parametrize("name", ["Qwen/Qwen3.8-Flash-Next", "qwen3.8-flash-next-fp8"])
+def test_flash_next_is_refused_with_the_reason_and_its_bytes(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="hyper-connections") as caught:
+        find_model(name)
+    billions = 125 + 51 + 4
+    assert f"about {billions * 2e9 / GIB:.0f} GiB in bfloat16" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["qwen1.5-moe-a2.7b-chat", "Qwen/Qwen2-57B-A14B-Instruct", "mixtral-8x7b"])
+def test_what_runs_and_cannot_be_planned_is_named(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"the sizes of .* are not known here"):
+        find_model(name)
+
+
+def test_a_shortened_name_of_a_supported_mixture_is_suggested() -> None:
+    with pytest.raises(UsageError) as caught:
+        find_model("qwen3-next")
+    assert "qwen3-next-80b-a3b-instruct" in str(caught.value.hint)
+
+
 def test_every_name_of_the_catalogue_is_supported() -> None:
     for name in catalogue.names():
         for key in (*catalogue.entry(name).names, *catalogue.entry(name).hub):
             assert missing_by_name(key) is None
-            assert find_model(key).entry is not None
+            found = find_model(key)
+            assert found.entry is not None
+            assert make_plan(found, PlanOptions(gpus=(gpu("h200"),))).precisions[-1].bytes > 0
 
 
 def test_deployments_share_weights_and_cache() -> None:
@@ -110,6 +124,48 @@ def test_a_folder_and_its_config_file(tmp_path: Path) -> None:
         assert plan.shape == catalogue.shape_for("qwen3-4b")
         assert [item.label for item in plan.precisions] == ["FP32", "Int4"]
         assert plan.precisions[1].bytes == plan.shape.quantised_bytes(4, 64, "float32")
+
+
+def test_a_mixture_reads_the_active_experts_alone() -> None:
+    """Qwen3-30B-A3B: 120 of 128 experts in 48 layers rest, and the embedding is looked up."""
+    h200 = gpu("h200")
+    plan = make_plan(find_model("qwen3-30b-a3b"), PlanOptions(gpus=(h200,), bits=(4,)))
+    idle, embedding = 48 * 120 * 3 * 768 * 2048, 151936 * 2048
+    assert plan.active_parameters == 30_532_122_624 - idle
+    full, int4 = plan.precisions
+    assert full.active == 2 * (30_532_122_624 - idle - embedding)
+    groups = 3 * 768 * 2048 // 128 * (2 + 0.5)  # float16 scales, 4-bit zero points
+    one = 3 * 768 * 2048 // 2 + groups + 4 * (2 * 2048 + 768)  # and g_idx
+    assert int4.active == int4.loaded - 48 * 120 * one - 2 * embedding
+    rates = {row.precision: row.speed for row in plan.deployments}
+    assert rates["BF16"].empty == pytest.approx(h200.bandwidth_gb_s * 1e9 / full.active)
+    batch = make_plan(find_model("qwen3-30b-a3b"), PlanOptions(gpus=(h200,), bits=(4,), batch=64))
+    assert full.idle > batch.precisions[0].idle > 0
+    assert batch.deployments[0].speed.empty < 64 * rates["BF16"].empty
+
+
+def test_states_do_not_grow_with_the_context() -> None:
+    """Qwen3.5-27B: 16 of 64 layers keep keys and values; 48 keep 48 heads of 128 × 128 in float32."""
+    model = find_model("qwen3.5-27b")
+    one, two = (
+        make_plan(model, PlanOptions(bits=(4,), context=context)).generation["BF16"]
+        for context in (1000, 2000)
+    )
+    assert one.states == two.states == 48 * (48 * 128 * 128 * 4 + (2 * 16 + 48) * 128 * 4 * 2)
+    assert two.kv_cache == 2 * one.kv_cache == 2 * 1000 * 16 * 2 * 4 * 256 * 2
+    assert one.decode_peak == one.weights + one.kv_cache + one.states + one.decode_activations
+
+
+def test_draft_layers_are_counted_and_the_tower_is_named() -> None:
+    plan = make_plan(find_model("Qwen/Qwen3.6-27B"), PlanOptions(bits=(4,)))
+    drafts = plan.shape.draft_parameters
+    # a block with full attention, `fc` [hidden, 2 hidden] and three norms
+    block = 5120 * (2 * 24 + 2 * 4 + 24) * 256 + 3 * 17408 * 5120 + 2 * 256 + 2 * 5120
+    assert drafts == block + 2 * 5120**2 + 3 * 5120
+    assert plan.precisions[0].bytes == 2 * (26_895_998_464 + drafts)
+    assert plan.precisions[1].bytes - plan.shape.quantised_bytes(4, 128, "bfloat16") == 2 * drafts
+    assert "vision tower" in str(plan.copied_note)
+    assert make_plan(find_model("qwen3-8b"), PlanOptions()).copied_note is None
 
 
 def test_a_v1_folder_is_planned_as_the_catalogue_has_it(tmp_path: Path) -> None:
@@ -203,7 +259,7 @@ def test_the_answer_comes_first() -> None:
     )
     assert second == "Running Int4: fits, 6.6 of 24 GiB, at most 203 tokens/s at 8192 tokens."
     first, second = answer(make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions()))
-    assert "8.2 GiB of RAM with 48 × 256 tokens" in first
+    assert "8.7 GiB of RAM with 48 × 256 tokens" in first
     assert second.startswith("Running Int4: ")
     shared = make_plan(
         find_model("qwen2.5-72b-instruct"), PlanOptions(gpus=(gpu("h200"),), tensor_parallel=(1, 2))

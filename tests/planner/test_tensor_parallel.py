@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pipeline import run
+from tiny_published import write_published
 
 from qwenq.models import catalogue
+from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.shapes import ModelShape
 from qwenq.planner.tensor_parallel import kv_share, padding, possible_splits, split
+from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
 GPUS = (1, 2, 4, 8)
 
@@ -90,3 +98,48 @@ def test_padding_only_ever_adds_possibilities(name: str, gpus: list[int]) -> Non
         assert set(found.possible_before) < set(found.possible_after)
         assert found.ffn < found.to <= 2 * found.ffn
         assert found.parameters == shape.layers * 3 * (found.to - found.ffn) * shape.hidden
+
+
+@pytest.mark.parametrize(
+    ("model", "group_size", "possible"),
+    [
+        ("qwen3-30b-a3b", 128, (1, 2)),  # 6 groups of an expert
+        ("qwen3-30b-a3b", 32, GPUS),  # 24
+        ("qwen3-235b-a22b", 128, (1, 2, 4)),
+        ("qwen3-next-80b-a3b-instruct", 128, (1, 2, 4)),
+        ("qwen3.5-35b-a3b", 64, GPUS),
+        ("qwen3.5-27b", 128, GPUS),
+    ],
+)
+def test_experts_have_groups_of_their_own(model: str, group_size: int, possible: tuple[int, ...]) -> None:
+    assert possible_splits(catalogue.shape_for(model), GPUS, group_size) == possible
+
+
+def test_obstacles_of_a_mixture_are_named() -> None:
+    shape = catalogue.shape_for("qwen3.5-35b-a3b")
+    assert split(shape, 8, 128).obstacles == (
+        "4 groups of an expert's down_proj",
+        "4 groups of the shared expert's down_proj",
+    )
+    assert split(shape, 3, None).obstacles[2:] == (
+        "16 heads of linear attention",
+        "32 heads of linear attention",
+        "512 channels of an expert's down_proj",
+        "512 channels of the shared expert's down_proj",
+    )
+    assert padding(shape, 128, GPUS) is None
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe"])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_a_plan_agrees_with_the_engines_rules_for_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, group_size: int
+) -> None:
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    folder = run(write_published(tmp_path / "m", family), tmp_path / "out", group_size=group_size).folder
+    read = read_gptq_folder(open_checkpoint(folder))
+    shape = ModelShape.from_config(read.config)  # type: ignore[arg-type]
+    words = re.compile(r"cannot be split|no multiple|cannot be shared")
+    for verdict in engine_verdicts(read, ["vllm"], GPUS):
+        refused = any(words.search(problem.reason) for problem in verdict.problems)
+        assert split(shape, verdict.gpus, group_size).possible is not refused, verdict

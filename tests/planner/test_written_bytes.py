@@ -11,7 +11,9 @@ import pytest
 from pipeline import run
 from safetensors.torch import load_file, save_file
 from tiny_families import write_family
+from tiny_published import FAMILIES, fused, rewrite, with_draft_head, write_published
 
+from qwenq.errors import UnsupportedError
 from qwenq.planner.plan import PlanOptions, find_model, make_plan
 
 
@@ -52,11 +54,56 @@ def test_planned_bytes_are_those_written(
     assert plan.padded_bytes["Int4"] == tensor_bytes(padded.folder)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_planned_bytes_of_mixtures_and_hybrids(tmp_path: Path, family: str, bits: int) -> None:
+    """With a vision tower and draft layers in the files, which are copied."""
+    model = rewrite(write_published(tmp_path / "m", family), with_draft_head)
+    planned = make_plan(find_model(str(model)), PlanOptions(bits=(bits,), group_size=32))
+    full, quantised = planned.precisions
+    assert planned.copied_bytes > 0
+    assert full.bytes == tensor_bytes(model)
+    assert quantised.bytes == tensor_bytes(run(model, tmp_path / "out", group_size=32, bits=bits).folder)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
+def test_planned_bytes_of_a_padded_hybrid(tmp_path: Path, family: str) -> None:
+    model = write_published(tmp_path / "m", family)
+    plan = make_plan(find_model(str(model)), PlanOptions(bits=(4,), group_size=32))
+    assert plan.padding is not None
+    padded = run(model, tmp_path / "padded", group_size=32, pad_ffn=plan.padding.to)
+    assert plan.padded_bytes["Int4"] == tensor_bytes(padded.folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("qwen3_moe", {}, "a mixture of experts is not padded"),
+        ("qwen3_5_text", {"mtp_num_hidden_layers": 1}, "draft layers"),
+    ],
+)
+def test_what_is_not_padded_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], why: str
+) -> None:
+    model = write_published(tmp_path / "m", family, **changes)
+    assert make_plan(find_model(str(model)), PlanOptions(group_size=32)).padding is None
+    with pytest.raises(UnsupportedError, match=why):
+        run(model, tmp_path / "padded", group_size=32, pad_ffn=128)
+
+
+def test_planned_bytes_of_fused_experts(tmp_path: Path) -> None:
+    model = rewrite(write_published(tmp_path / "m", "qwen3_5_moe"), fused)
+    full, int4 = make_plan(find_model(str(model)), PlanOptions(bits=(4,), group_size=32)).precisions
+    assert full.bytes == tensor_bytes(model)
+    assert int4.bytes == tensor_bytes(run(model, tmp_path / "out", group_size=32).folder)
+
+
 def test_a_tied_head_that_is_stored_is_kept(tmp_path: Path) -> None:
     """As the catalogue says of models such as Qwen3-0.6B: quantising writes the second copy, too."""
     model = write_family(tmp_path / "m", num_hidden_layers=1)
     tensors = load_file(model / "model.safetensors")
     head = tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": head.clone()}, model / "model.safetensors", {"format": "pt"})
-    int4 = make_plan(find_model(str(model)), PlanOptions(bits=(4,))).precisions[1]
-    assert tensor_bytes(run(model, tmp_path / "out").folder) == int4.bytes + head.nbytes
+    plan = make_plan(find_model(str(model)), PlanOptions(bits=(4,)))
+    assert plan.copied_bytes == head.nbytes
+    assert tensor_bytes(run(model, tmp_path / "out").folder) == plan.precisions[1].bytes

@@ -1,0 +1,213 @@
+"""Describe the kinds of blocks of a model: their linear layers, what stays unquantised, their state.
+
+A block is attention (of all earlier tokens, or linear with a recurrent state) and an MLP (dense, or a mixture
+of experts). Both are data; no model has a class of its own. Experts are one ``Linear`` with a count. No torch
+is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+AUTOMATIC_BITS = {r"^linear_attn\.": 8}
+"""Bits of modules where the recipe says "auto": a recurrent state carries an error from token to token."""
+
+ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
+"""Modules that GPUs share along their inputs, each with whole groups; all others along their outputs."""
+
+Tensors = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names, relative to the block, and shapes."""
+NOTHING: Tensors = ()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module of a block: ``weight`` is [rows, columns] = [out, in].
+
+    Attributes:
+        name: relative to the block; ``{}`` stands for the number of the expert.
+        copies: experts that have one each; 1: it is no expert's.
+        active: how many of the copies a token uses.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    bias: bool
+    copies: int = 1
+    active: int = 1
+
+    @property
+    def elements(self) -> int:
+        """Return the elements of one copy, bias included."""
+        return self.rows * self.columns + (self.rows if self.bias else 0)
+
+    @property
+    def leaf(self) -> str:
+        """Return the last part of its name."""
+        return self.name.rpartition(".")[2]
+
+    def names(self) -> Iterator[str]:
+        """Yield the name of each copy."""
+        yield from (self.name.format(number) for number in range(self.copies))
+
+    def bits(self, common: int) -> int:
+        """Return the bits that ``quantize`` gives it where the model's are ``common``."""
+        own = (bits for pattern, bits in AUTOMATIC_BITS.items() if re.search(pattern, self.name))
+        return max(common, next(own, common))
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts.
+
+    Attributes:
+        count, active: experts of a block, and how many of them a token is routed to.
+        width: of one expert.
+        shared_width: of the expert that every token uses; 0: there is none.
+        dense_layers: layers that have a dense MLP all the same.
+    """
+
+    count: int
+    active: int
+    width: int
+    shared_width: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+    def distinct(self, tokens: int) -> float:
+        """Return how many experts that many tokens use, if each chooses evenly and on its own."""
+        return self.count * (1 - (1 - self.active / self.count) ** tokens)
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Attention with a recurrent state (gated delta rule), behind a short convolution.
+
+    Attributes:
+        kernel: width of the convolution.
+        fused: queries, keys, values and output gate are one linear layer (Qwen3-Next).
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    fused: bool
+
+    @property
+    def channels(self) -> int:
+        """Return the channels of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.values
+
+    @property
+    def values(self) -> int:
+        """Return the width of all values."""
+        return self.value_heads * self.value_dim
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Return the bytes of one sequence's state in a layer; the recurrent part is float32."""
+        return self.channels * self.kernel * itemsize + self.value_heads * self.key_dim * self.value_dim * 4
+
+    def linears(self, hidden: int) -> tuple[Linear, ...]:
+        """Return the linear layers that are quantised."""
+        qkv, z = self.channels, self.values
+        parts = {"in_proj_qkvz": qkv + z} if self.fused else {"in_proj_qkv": qkv, "in_proj_z": z}
+        inputs = (Linear(f"linear_attn.{name}", rows, hidden, False) for name, rows in parts.items())
+        return (*inputs, Linear("linear_attn.out_proj", hidden, z, False))
+
+    def kept(self, hidden: int) -> Tensors:
+        """Return the tensors that are not quantised."""
+        heads = self.value_heads
+        parts = {"in_proj_ba": 2 * heads} if self.fused else {"in_proj_b": heads, "in_proj_a": heads}
+        return (
+            *((f"linear_attn.{name}.weight", (rows, hidden)) for name, rows in parts.items()),
+            ("linear_attn.conv1d.weight", (self.channels, 1, self.kernel)),
+            ("linear_attn.A_log", (heads,)),
+            ("linear_attn.dt_bias", (heads,)),
+            ("linear_attn.norm.weight", (self.value_dim,)),
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of block.
+
+    Attributes:
+        layers: which layers of the model are of this kind.
+        linears: that are quantised.
+        kept: tensors that are not, biases of the linears aside.
+        attends: to all earlier tokens, whose keys and values it keeps; else it has a recurrent state.
+    """
+
+    layers: tuple[int, ...]
+    linears: tuple[Linear, ...]
+    kept: Tensors
+    attends: bool
+
+    @property
+    def parameters(self) -> int:
+        """Return the elements of one block."""
+        return sum(linear.elements * linear.copies for linear in self.linears) + self._kept
+
+    @property
+    def active_parameters(self) -> int:
+        """Return the elements that one token uses."""
+        return sum(linear.elements * linear.active for linear in self.linears) + self._kept
+
+    @property
+    def _kept(self) -> int:
+        return sum(prod(shape) for _, shape in self.kept)
+
+    def input_groups(self) -> Iterator[tuple[int, int]]:
+        """Yield rows and columns of the linears that share an input, taken together; of an expert's once."""
+        rows: dict[tuple[str, bool], tuple[int, int]] = {}
+        for linear in self.linears:
+            key = (linear.name.rpartition(".")[0], linear.leaf in ROW_PARALLEL)
+            rows[key] = (rows.get(key, (0, 0))[0] + linear.rows, linear.columns)
+        yield from rows.values()
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the tensors of the unquantised block, relative to it."""
+        for linear in self.linears:
+            for name in linear.names():
+                yield f"{name}.weight", (linear.rows, linear.columns)
+                if linear.bias:
+                    yield f"{name}.bias", (linear.rows,)
+        yield from self.kept
+
+
+def mlp_linears(prefix: str, hidden: int, width: int, *, bias: bool = False) -> tuple[Linear, ...]:
+    """Return the linear layers of a gated MLP."""
+    return (
+        Linear(f"{prefix}.gate_proj", width, hidden, bias),
+        Linear(f"{prefix}.up_proj", width, hidden, bias),
+        Linear(f"{prefix}.down_proj", hidden, width, bias),
+    )
+
+
+def mixture_linears(experts: Experts, hidden: int) -> tuple[Linear, ...]:
+    """Return the linear layers of a mixture of experts that are quantised."""
+    width, copies, active = experts.width, experts.count, experts.active
+    routed = (
+        Linear("mlp.experts.{}.gate_proj", width, hidden, False, copies, active),
+        Linear("mlp.experts.{}.up_proj", width, hidden, False, copies, active),
+        Linear("mlp.experts.{}.down_proj", hidden, width, False, copies, active),
+    )
+    if not experts.shared_width:
+        return routed
+    return (*routed, *mlp_linears("mlp.shared_expert", hidden, experts.shared_width))
+
+
+def mixture_kept(experts: Experts, hidden: int) -> Tensors:
+    """Return the tensors of a mixture of experts that are not quantised: its routers."""
+    router = ("mlp.gate.weight", (experts.count, hidden))
+    return (router, ("mlp.shared_expert_gate.weight", (1, hidden))) if experts.shared_width else (router,)
+
+
+def distinct_linears(blocks: Iterable[Block]) -> tuple[Linear, ...]:
+    """Return the linear layers of all kinds of blocks, each name once."""
+    return tuple({linear.name: linear for block in blocks for linear in block.linears}.values())
