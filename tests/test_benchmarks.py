@@ -45,7 +45,7 @@ def programs() -> Iterator[tuple[str, ast.ImportFrom]]:
 def test_what_programs_in_strings_import_is_there() -> None:
     found = [(stem, node) for stem, node in programs() if (node.module or "").startswith("qwenq")]
     assert {stem for stem, _ in found} == {
-        "_common", "_lm_eval_tasks", "before_after", "decode_vs_peers", "quantize_memory",
+        "_common", "_lm_eval_tasks", "before_after", "decode_vs_peers", "gate_noise", "quantize_memory",
     }  # fmt: skip
     for _, node in found:
         module = importlib.import_module(str(node.module))

@@ -60,9 +60,10 @@ def check(
         bool, typer.Option("--json", help="Print the result with all modules as JSON.")
     ] = False,
 ) -> None:
-    """Compare a quantised model with its base, or (--for) with the rules of engines.
+    """Compare a quantised model with its base.
 
-    Prints KL divergence, share of same top tokens, perplexity and the error of each module.
+    Prints KL divergence, share of same top tokens, perplexity and the error of each module; with --for, only
+    which engines load the folder.
 
     The verdict, by mean KL in nats and share of same top tokens; both must reach it:
 

@@ -26,8 +26,9 @@ def push(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Upload a folder that passed its check to the hub, with its model card, as one commit.
+    """Upload a checked folder to the hub.
 
+    It goes there with its model card, as one commit.
     The token is that of `hf auth login` or of HF_TOKEN. An upload that was cut goes on with the same command.
     """
     from qwenq.publishing.push import push as upload
