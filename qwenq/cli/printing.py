@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -30,6 +31,13 @@ def notes(lines: Iterable[str]) -> None:
     """Print notes, each of them once."""
     for line in dict.fromkeys(lines):
         note(line)
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, with two significant digits and no exponent: an Int8's error shows, too."""
+    value = 100 * share
+    digits = max(0, 1 - math.floor(math.log10(value))) if 0 < value < math.inf else 2
+    return f"{value:.{min(digits, 8)}f}%"
 
 
 def next_commands(*commands: Sequence[str | Path | None]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from qwenq.cli.printing import note, to_standard_output
+from qwenq.cli.printing import note, percent, to_standard_output
 from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
@@ -289,7 +289,7 @@ class TextListener:
     def _layer(self, done: LayerDone) -> None:
         if not done.resumed:
             self._fresh.append(done.seconds)
-        error = f"error {done.error:.2%}, round-to-nearest {done.rtn_error:.2%}"
+        error = f"error {percent(done.error)}, round-to-nearest {percent(done.rtn_error)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done.index + 1, left=self._left(done))
             self._bar.console.print(f"  layer {done.index + 1:>3} of {done.total}: {error}", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_docs import ROOT
 
-from qwenq.cli.printing import explained_output
+from qwenq.cli.printing import explained_output, percent
 
 COMMANDS = {
     "version": ["--version"],
@@ -42,3 +43,18 @@ def test_a_disk_that_refuses_something_else_is_not_called_standard_output() -> N
     with pytest.raises(OSError, match="elsewhere"), explained_output():
         raise OSError(28, "elsewhere")
     assert sys.stdout.write == before
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [
+        (0.0, "0.00%"),
+        (3.2e-6, "0.00032%"),
+        (0.00044, "0.044%"),
+        (0.0123, "1.2%"),
+        (1.5, "150%"),
+        (math.nan, "nan%"),
+    ],
+)
+def test_small_shares_keep_two_digits(share: float, shown: str) -> None:
+    assert percent(share) == shown

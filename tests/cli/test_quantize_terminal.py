@@ -59,4 +59,4 @@ def test_the_time_left_is_shown_of_layers_that_take_minutes_each(
             listener(Advance("quantising", index + 1, 5, done))
             seen.append(listener._bar.tasks[0].fields["left"])
     assert seen == ["-:--", "-:--", "7:30", "5:20", "2:40"]
-    assert "layer   4 of 5: error 1.00%" in capsys.readouterr().out
+    assert "layer   4 of 5: error 1.0%, round-to-nearest 2.0%" in capsys.readouterr().out
