@@ -121,7 +121,7 @@ def test_quantize_survives_kill_9_at_random_moments(
         status, _, shown = start(*quantising(out))
         assert status in (0, 2), shown
         for file in (tmp_path / "whole").iterdir():
-            if file.name != "qwenq.json":
+            if file.name not in ("qwenq.json", "README.md"):  # times; the folder's name
                 assert (out / file.name).read_bytes() == file.read_bytes()
     record_property("faults", kills)
     record_property("lost", lost)
