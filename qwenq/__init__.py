@@ -11,7 +11,6 @@ Importing qwenq loads nothing heavy: a name is looked up when it is used. docs/p
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from qwenq.environment import __version__
@@ -60,7 +59,7 @@ _IN_RECIPE = ("Recipe", "read_recipe")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES or find_spec(f"qwenq.{name}") is not None:  # a module hides a function of its name
+    if name in _MODULES:
         return import_module(f"qwenq.{name}")
     if name in _IN_RECIPE:
         return getattr(import_module("qwenq.recipe"), name)

@@ -282,9 +282,8 @@ def other_items(before: Row, after: Row) -> str:
 # =========  ===============  ===============  ============================================================
 #
 # Both figures must reach a band. The same bands hold for all bits, because the word says how near the model
-# is
-# to its base. They are our own choice, set by llama.cpp's published figures for Llama-3-8B on WikiText-2:
-# q8_0 .0014 and 97.7 %, q6_K .0055 and 96.0 %, q4_K_M .031 and 91.9 %.
+# is to its base. They are our own choice, set by llama.cpp's published figures for Llama-3-8B on
+# WikiText-2: q8_0 .0014 and 97.7 %, q6_K .0055 and 96.0 %, q4_K_M .031 and 91.9 %.
 
 
 Word = Literal["excellent", "good", "fair", "poor", "broken"]

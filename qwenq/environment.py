@@ -39,8 +39,7 @@ def versions() -> dict[str, str]:
 # Describe the machine of a measurement: versions, processor, memory, GPUs; nothing that names its owner.
 #
 # Nothing heavy is loaded for it: torch is used only where the process has it already, else NVIDIA's library
-# if
-# it is installed. Unknown facts are left out, never guessed.
+# if it is installed. Unknown facts are left out, never guessed.
 
 
 # Flags of /proc/cpuinfo that decide how fast a CPU multiplies.

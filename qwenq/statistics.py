@@ -316,8 +316,7 @@ def enough(values: Sequence[float], taken: float, patience: float) -> bool:
 # Test paired verdicts: McNemar's exact test (Psychometrika 1947), corrected by Holm.
 #
 # Questions that both models answer alike carry no information about which is better. Under the null
-# hypothesis
-# each of the others is as likely a loss as a win, so p is binomial.
+# hypothesis each of the others is as likely a loss as a win, so p is binomial.
 
 
 ALPHA = 0.05
@@ -358,12 +357,10 @@ def p_phrase(p: float) -> str:
 #
 # The interval and the tests are Tango's score test for the difference of two paired shares (Statistics in
 # Medicine 17, 1998, 891-908): it compares the difference with any value, not with zero alone, and holds
-# where
-# few items or none differ, where an interval of ± 1.96 standard errors would have no width.
+# where few items or none differ, where an interval of ± 1.96 standard errors would have no width.
 #
 # Equivalence is two one-sided tests (TOST; Schuirmann, Journal of Pharmacokinetics and Biopharmaceutics
-# 1987):
-# that the drop is below the margin, and that the gain is, each at 5 %.
+# 1987): that the drop is below the margin, and that the gain is, each at 5 %.
 
 
 MARGIN = 0.02

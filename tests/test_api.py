@@ -24,8 +24,6 @@ from qwenq.recipe import QuantizeRecipe, Recipe
 from qwenq.results import Model, Row
 
 ROOT = Path(__file__).parents[1]
-MOVED = not (ROOT / "qwenq" / "quantize.py").exists() and not (ROOT / "qwenq" / "plan").exists()
-"""The functions quantize, convert and plan are hidden by modules of these names once those are imported."""
 IMPORT_SECONDS = 0.1
 BASE = "Qwen/Qwen2.5-0.5B-Instruct"
 
@@ -56,8 +54,7 @@ def test_public_names() -> None:
         "calibrate", "check", "compare", "convert", "evaluate", "load", "plan", "profile", "quantize",
         "read_recipe", "report",
     }  # fmt: skip
-    hidden = set() if MOVED else {"quantize", "convert", "plan"}
-    assert {name for name, kind in kinds.items() if kind == "function"} == functions - hidden
+    assert {name for name, kind in kinds.items() if kind == "function"} == functions
     assert set(dir(qwenq)) >= set(qwenq.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = qwenq.quantise
@@ -86,15 +83,8 @@ def test_functions_are_documented_and_take_the_commands_options() -> None:
         assert all(p.annotation is not p.empty for p in inspect.signature(function).parameters.values())
 
 
-@pytest.mark.skipif(not MOVED, reason="modules quantize, convert, plan still have the functions' names")
 def test_every_example_of_the_documentation_runs(tmp_path: Path) -> None:
     examples(tmp_path, "import qwenq\n")
-
-
-@pytest.mark.skipif(MOVED, reason="the examples run as they are")
-def test_every_example_runs_beside_modules_of_the_functions_names(tmp_path: Path) -> None:
-    examples(tmp_path, "from qwenq import api as qwenq, gptq, errors, events\nqwenq.gptq = gptq\n"
-             "qwenq.errors = errors\nqwenq.events = events\n")  # fmt: skip
 
 
 def examples(folder: Path, head: str) -> None:

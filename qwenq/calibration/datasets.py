@@ -69,7 +69,7 @@ def _open(spec: str, split: str) -> Iterable[Any]:
         raise UsageError(
             "reading hub datasets needs the package datasets",
             where=spec,
-            hint="pip install 'qwenq[data]', or name a local file, or self",
+            hint="pip install datasets, or name a local file, or self",
         ) from None
     try:
         stream: Iterable[Any] = datasets.load_dataset(
@@ -171,7 +171,7 @@ def _saved(folder: Path, split: str | None, column: str | None) -> Iterator[Docu
         raise UsageError(
             "a folder of save_to_disk needs the package datasets",
             where=folder,
-            hint="pip install 'qwenq[data]'",
+            hint="pip install datasets",
         ) from None
     try:
         loaded: Any = datasets.load_from_disk(str(folder))

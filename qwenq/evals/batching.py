@@ -22,8 +22,7 @@ from qwenq.runtime.memory import free_bytes
 # Turn requests into tokens.
 #
 # A continuation is encoded alone and appended to the prompt's ids, as in Qwen's scripts: ``" A"`` is one
-# token
-# of a space and an A, whatever it might have merged with.
+# token of a space and an A, whatever it might have merged with.
 
 
 @dataclass(frozen=True)
@@ -154,12 +153,9 @@ def _chat(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
 # Group prompts by shared prefixes, each of which is encoded once.
 #
 # In sorted order every set of prompts with a common prefix is a run of neighbours: the LCP-interval tree of
-# a
-# suffix array (Abouelhoda, Kurtz and Ohlebusch 2004), here over whole prompts. From the leaves up, each
-# node
-# chooses between one group and those of its children by the tokens saved, less a fixed cost for every
-# group, as
-# groups are not batched with each other.
+# a suffix array (Abouelhoda, Kurtz and Ohlebusch 2004), here over whole prompts. From the leaves up, each
+# node chooses between one group and those of its children by the tokens saved, less a fixed cost for every
+# group, as groups are not batched with each other.
 
 
 GROUP_COST = 96

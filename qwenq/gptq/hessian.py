@@ -107,13 +107,10 @@ def running_output_deviation(
 # For several processes: sums that are the same in any order, and for any number of processes.
 #
 # Floating-point sums depend on their order; sums of integers do not. So each batch's product XᵀY is rounded
-# to
-# whole multiples of a tiny unit before it is added: float64 adds whole numbers below 2⁵³ exactly. The unit
-# follows the columns' energies, as powers of two (nothing else is lost by scaling): after scaling no column
-# has
-# an energy above 1 in any batch, so by Cauchy and Schwarz no element of a product exceeds 1, and one unit
-# is
-# 2^-(51 - log2(batches)): at a thousand batches 2⁻⁴¹, where float32 holds 1 to 2⁻²³.
+# to whole multiples of a tiny unit before it is added: float64 adds whole numbers below 2⁵³ exactly. The
+# unit follows the columns' energies, as powers of two (nothing else is lost by scaling): after scaling no
+# column has an energy above 1 in any batch, so by Cauchy and Schwarz no element of a product exceeds 1, and
+# one unit is 2^-(51 - log2(batches)): at a thousand batches 2⁻⁴¹, where float32 holds 1 to 2⁻²³.
 #
 # A batch's own product still depends on the library, the processor and the number of its threads.
 

@@ -120,8 +120,8 @@ def _stats(figures: Tensor, measured: Tensor, damp: float, dead: int) -> ModuleS
 # Solve the rows of a matrix in tiles of fixed size, which ranks share out.
 #
 # How a matrix is cut depends on its rows and on the kind of device, never on how many processes there are:
-# the
-# last bits of a product depend on its shape, and every number of processes has to find the same integers.
+# the last bits of a product depend on its shape, and every number of processes has to find the same
+# integers.
 
 
 TILE_ROWS = {"cpu": 2048}  # a column's update of a tile stays in the cache

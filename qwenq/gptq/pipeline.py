@@ -364,9 +364,8 @@ def expert_coverage(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
 # Share a quantisation among the ranks of torchrun.
 #
 # Rank 0 opens the model, makes the calibration text, owns the work folder, writes and checks the result.
-# The
-# others open the same model, once rank 0 has (what it had to download or convert is then there), run their
-# share of the batches and solve their share of the rows, and write no files.
+# The others open the same model, once rank 0 has (what it had to download or convert is then there), run
+# their share of the batches and solve their share of the rows, and write no files.
 
 
 def send_job(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings) -> None:

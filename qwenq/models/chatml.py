@@ -183,10 +183,9 @@ def _check_message(place: int, message: Message) -> None:
 # Render chat templates, which are programs from model folders, in a process with limits.
 #
 # jinja's sandbox keeps a template from files, attributes and code. It keeps none from looping for ever or
-# from
-# doubling a string forty times: for that there are a limit of CPU time, whose signal no program in the
-# sandbox
-# can catch, and one of address space. What is rendered is transformers' own doing, letter for letter.
+# from doubling a string forty times: for that there are a limit of CPU time, whose signal no program in the
+# sandbox can catch, and one of address space. What is rendered is transformers' own doing, letter for
+# letter.
 
 
 SECONDS = 10.0

@@ -56,8 +56,7 @@ def require_utf8(path: str | Path, what: str) -> None:
 # Refuse links out of a model folder, and what is no plain file.
 #
 # What is copied beside a quantised model (licences, tokenizers) would otherwise carry a private file along,
-# to
-# wherever the result is uploaded: `LICENSE` need only be a link to it.
+# to wherever the result is uploaded: `LICENSE` need only be a link to it.
 
 
 _TEMPLATES = "additional_chat_templates"

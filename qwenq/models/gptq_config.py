@@ -21,11 +21,9 @@ if TYPE_CHECKING:
 #
 # ``dynamic`` maps patterns to settings: the first pattern that matches a module's whole name from its start
 # counts; ``-:`` says that the module is not quantised, anything else that these settings take the place of
-# the
-# common ones. GPTQModel matches names as they are in the files, vLLM and SGLang those of their own modules,
-# in
-# which q, k and v (gate and up, …) are one. So every rule is written with ``.*`` in front, and under both
-# names.
+# the common ones. GPTQModel matches names as they are in the files, vLLM and SGLang those of their own
+# modules, in which q, k and v (gate and up, …) are one. So every rule is written with ``.*`` in front, and
+# under both names.
 
 
 _FUSED = {

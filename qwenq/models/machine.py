@@ -154,16 +154,12 @@ def _pages_of_files(folder: Path) -> int:
 # Return freed memory to the system before it adds up.
 #
 # glibc keeps freed pieces of up to 32 MB for itself. Where every layer frees thousands of matrices of a few
-# MB
-# in another order, the holes between what is still in use add up: 4 MB a layer in a model of 13 MB layers.
-# A
-# run over layers is to need the same memory after 80 layers as after 8.
+# MB in another order, the holes between what is still in use add up: 4 MB a layer in a model of 13 MB
+# layers. A run over layers is to need the same memory after 80 layers as after 8.
 #
 # What the next layer will ask for again is better kept: to give all of it back behind every layer, and to
-# be
-# handed other pages for it, takes a tenth of a small model's forward pass. For the same reason glibc must
-# not
-# give back by itself what lies free at the end of its heap: half of the system's time went there.
+# be handed other pages for it, takes a tenth of a small model's forward pass. For the same reason glibc
+# must not give back by itself what lies free at the end of its heap: half of the system's time went there.
 
 
 GROWTH = 1.10

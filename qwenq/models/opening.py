@@ -17,7 +17,6 @@ from qwenq.models.unsupported import refuse_to_run
 
 
 Weights = Literal["stored", "random"]
-WEIGHTS_HELP = "stored, or random: a catalogue model such as qwen-7b-chat with seeded random weights."
 
 
 def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Checkpoint:

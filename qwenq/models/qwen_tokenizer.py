@@ -30,12 +30,9 @@ from qwenq.storage import atomic_write_bytes, atomic_write_json
 # Tokenize as Qwen v1 does: byte-level BPE over the ranks file ``qwen.tiktoken``, run by tiktoken.
 #
 # Text is brought to NFC by the ``tokenizers`` library, not by Python's own tables: so the ids depend
-# neither on
-# the Python version nor on whether ``qwen.tiktoken`` or the exported ``tokenizer.json`` is read. The two
-# tables
-# differ only on about a hundred combining marks that entered Unicode after version 9 (2016), where these
-# stand
-# in a non-canonical order or would compose.
+# neither on the Python version nor on whether ``qwen.tiktoken`` or the exported ``tokenizer.json`` is read.
+# The two tables differ only on about a hundred combining marks that entered Unicode after version 9 (2016),
+# where these stand in a non-canonical order or would compose.
 
 
 RANKS_FILE = "qwen.tiktoken"

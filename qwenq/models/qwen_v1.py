@@ -203,8 +203,7 @@ class _Keys:
 # Limit sequences to what is computed right: Qwen v1 changes its attention beyond ``seq_length``.
 #
 # Dynamic NTK and logn are in ``qwenq.runtime``'s decoder alone. transformers' Qwen2 blocks, which
-# quantising,
-# checking and writing calibration text run, would go on with plain RoPE and say nothing.
+# quantising, checking and writing calibration text run, would go on with plain RoPE and say nothing.
 
 
 @dataclass(frozen=True)
@@ -289,10 +288,8 @@ def _stretched_from(config: Mapping[str, Any]) -> int | None:
 # Show Qwen v1 checkpoints (``QWenLMHeadModel``) as Qwen2, tensor by tensor, without remote code.
 #
 # Up to ``seq_length`` tokens v1 *is* a Qwen2 without grouped heads: the fused ``c_attn`` holds q, k and v
-# as
-# three blocks of rows, ``w2`` is the gate and ``w1`` the up projection. Beyond, v1's long-context flags
-# matter,
-# which the Qwen2 config keeps under ``qwen_v1``.
+# as three blocks of rows, ``w2`` is the gate and ``w1`` the up projection. Beyond, v1's long-context flags
+# matter, which the Qwen2 config keeps under ``qwen_v1``.
 
 
 __all__ = ["V1_KEY", "QwenV1Source", "qwen2_config", "qwen2_generation_config", "qwen2_view"]

@@ -131,10 +131,8 @@ def require_shape(
 # Vision-language checkpoints call their blocks ``model.language_model.layers``; some keep the experts of a
 # block as one tensor of three dimensions; beside them lie vision towers and draft heads (``mtp``), which
 # nothing here runs. ``TextView`` shows what runs under the names that transformers' causal language model
-# has,
-# with each expert's matrices apart: ``model.layers.3.mlp.experts.7.gate_proj.weight``. ``whole`` keeps the
-# files as they
-# are: what is published is written from it.
+# has, with each expert's matrices apart: ``model.layers.3.mlp.experts.7.gate_proj.weight``. ``whole`` keeps
+# the files as they are: what is published is written from it.
 
 
 _NESTED = "model.language_model."

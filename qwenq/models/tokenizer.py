@@ -38,8 +38,7 @@ from qwenq.models.qwen_tokenizer import (
 #
 # Thirty rules "a" → "aa" make a gigabyte of one letter. A vocabulary with one id of two thousand million is
 # written out by the library with a list of all ids that are missing: gigabytes, and where there is no
-# memory
-# for them, the library ends the process.
+# memory for them, the library ends the process.
 
 
 MOST = 256.0
@@ -296,9 +295,8 @@ def _is_chat(generation: dict[str, Any], im_start: int) -> bool:
 #
 # Chat templates are Jinja programs from the model folder; transformers renders them in Jinja's immutable
 # sandbox, in a process with limits (`template_process`). The rendered text is then encoded with special
-# tokens
-# parsed: a special token that a *user* typed becomes that token here. Only Qwen v1's own path (`chatml`) is
-# safe against that; filter untrusted input.
+# tokens parsed: a special token that a *user* typed becomes that token here. Only Qwen v1's own path
+# (`chatml`) is safe against that; filter untrusted input.
 
 
 class HfTokenizer:

@@ -91,8 +91,7 @@ def refused_by_transformers(folder: Path | None) -> Iterator[None]:
 #
 # transformers keeps all experts of a block in two tensors and multiplies them by whatever code its
 # configuration names. Here an expert is a module with ``gate_proj``, ``up_proj`` and ``down_proj``, under
-# the
-# names that quantised files have, so that each is quantised, packed and checked like any other linear.
+# the names that quantised files have, so that each is quantised, packed and checked like any other linear.
 
 
 @dataclass(frozen=True)

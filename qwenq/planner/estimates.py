@@ -60,8 +60,7 @@ def _known() -> dict[str, Gpu]:
 # A test holds the estimate of quantising against the measured peaks of reports/benchmarks/memory.json.
 #
 # The cache holds the keys and values of each token once. The peaks of the published cards are weights and
-# twice
-# the cache: in 2023 the old ``past_key_values`` stayed alive while ``torch.cat`` built the new one.
+# twice the cache: in 2023 the old ``past_key_values`` stayed alive while ``torch.cat`` built the new one.
 
 
 GIB = 2**30

@@ -120,8 +120,7 @@ def assist(point: Point, team: Team) -> None:
 #
 # The protocol is that of ``profile.py`` of QwenLM/Qwen (2023-08-28): the wall clock around one ``generate``
 # call with a prompt of one repeated token and a fixed number of new tokens, which alone are counted. The
-# other
-# figures follow llama-bench: one thing at a time, repeated, with its warm-up outside the clock.
+# other figures follow llama-bench: one thing at a time, repeated, with its warm-up outside the clock.
 
 
 PATIENCE = 20.0
@@ -393,10 +392,8 @@ def _bandwidth(bench: Bench, found: Decoding, cache: int) -> Row:
 # Time a prompt; and estimate, before it is begun, how long a long one will take.
 #
 # A prompt cannot be stopped half way. Where a budget limits a point, pieces of a long prompt are timed
-# first,
-# each twice as long as the one before: what a token takes by itself, and what it takes for each token
-# before
-# it, follow from the last two.
+# first, each twice as long as the one before: what a token takes by itself, and what it takes for each
+# token before it, follow from the last two.
 
 
 LONG = 4096
@@ -447,8 +444,7 @@ def estimated(tokens: int, short: tuple[int, float], longer: tuple[int, float]) 
 # Time decode steps at positions along a generation, with a cache that is marked as filled up to there.
 #
 # How long a step takes depends on how much is in the cache, not on what. A round visits every position
-# once;
-# the speed of the whole generation follows from the seconds per token between them, by trapezoids.
+# once; the speed of the whole generation follows from the seconds per token between them, by trapezoids.
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 # Measure peak memory between two moments: of the CUDA allocator, or the resident set of this process.
 #
 # A CPU figure is the peak of the whole process (VmHWM), with interpreter, libraries and pages of mapped
-# files;
-# what the process held before it loaded the model is in the row beside it.
+# files; what the process held before it loaded the model is in the row beside it.
 
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -167,8 +166,7 @@ class EnergyCounter:
 # Measure how fast memory is copied here, and count the bytes that a decoding step reads.
 #
 # A step reads every weight and the cache once; its share of a copy's bandwidth tells on any machine whether
-# a
-# kernel is good. A copy counts what it reads and what it writes. Reading alone can be faster, and a small
+# a kernel is good. A copy counts what it reads and what it writes. Reading alone can be faster, and a small
 # model may fit the processor's cache, so a share above 1 is possible and no error.
 
 

@@ -17,11 +17,9 @@ from qwenq.statistics import ALPHA, holm
 # Match the rows of two runs: each row of the baseline with at most one row of the new run.
 #
 # A folder may hold rows of several models of one precision: of other group sizes or names, which
-# distinguish
-# them, or of a model that was quantised again later, which only the weights' fingerprint distinguishes. The
-# earlier rows of a run that was continued in its folder may even be the baseline's own. A gate that took
-# those
-# would pass whatever came after.
+# distinguish them, or of a model that was quantised again later, which only the weights' fingerprint
+# distinguishes. The earlier rows of a run that was continued in its folder may even be the baseline's own.
+# A gate that took those would pass whatever came after.
 
 
 _EMPTY_FOLDER = "start each run in an empty folder"
@@ -412,12 +410,10 @@ def corrected(made: Sequence[Comparison], selected: Callable[[Comparison], bool]
 # Combine repeated runs of one version on one machine into one run.
 #
 # The interval of a figure covers variation within its process. Another process would have found another
-# figure:
-# the machine has other work, its clock rates change, memory lies elsewhere. Where that matters, two
-# versions
-# are measured alternately (before, after, before, after, …); each side's figure is the median of its
-# repeats,
-# with an interval that covers them all. A difference between such intervals was there in every repeat.
+# figure: the machine has other work, its clock rates change, memory lies elsewhere. Where that matters, two
+# versions are measured alternately (before, after, before, after, …); each side's figure is the median of
+# its repeats, with an interval that covers them all. A difference between such intervals was there in every
+# repeat.
 #
 # Two sides that differ by chance alone lie apart in one direction once in C(2n, n) times with n repeats on
 # each: once in 20 with three, once in 252 with five.

@@ -258,8 +258,7 @@ def _commands(report: Report) -> Iterator[str]:
 # Write a report as one HTML file that needs no network and runs only its own script.
 #
 # A content security policy names the page's one script and one style by their hashes, so that even text
-# that
-# escaped the escaping could not run.
+# that escaped the escaping could not run.
 
 
 def report_page(report: Report) -> str:

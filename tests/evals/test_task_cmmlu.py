@@ -92,7 +92,7 @@ def test_without_data_and_network_both_ways_out_are_named(name: str, monkeypatch
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="needs the package datasets") as caught:
         get_task(name, "base").items(DataSource())
-    assert "--data DIR" in str(caught.value) and "qwenq[data]" in str(caught.value)
+    assert "--data DIR" in str(caught.value) and "pip install datasets" in str(caught.value)
     assert "--sample" not in str(caught.value)  # it has none of these
     with pytest.raises(DataError, match=f"the sample suite has no {name}") as caught:
         get_task(name, "base").items(DataSource(sample=True))

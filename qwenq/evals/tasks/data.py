@@ -299,7 +299,7 @@ def read_hub(
     if copy is not None:
         return _read_copy(copy, config, split)
     where = f"hub dataset {dataset}{f', {config}' if config else ''}, split {split}"
-    ways = _CONNECT.format(package=" (pip install 'qwenq[data]')") + (_NEITHER if sampled else "")
+    ways = _CONNECT.format(package=" (pip install datasets)") + (_NEITHER if sampled else "")
     try:
         import datasets
     except ImportError:
@@ -349,7 +349,7 @@ def _read_copy(folder: Path, config: str | None, split: str) -> list[dict[str, A
         from pyarrow import parquet
     except ImportError:
         raise DataError(
-            "reading .parquet needs the package pyarrow", where=folder, hint="pip install 'qwenq[data]'"
+            "reading .parquet needs the package pyarrow", where=folder, hint="pip install pyarrow"
         ) from None
     rows: list[dict[str, Any]] = []
     for file in _copied_files(folder, config, split):

@@ -34,8 +34,7 @@ from qwenq.evals.tasks.data import (
 # Find and compare final answers of mathematics.
 #
 # Two answers are the same if their normal forms are equal as text, or both are numbers of one value, or
-# lists
-# of one shape with equal parts. There is no algebra: ``x + 1`` and ``1 + x`` differ, as in the score
+# lists of one shape with equal parts. There is no algebra: ``x + 1`` and ``1 + x`` differ, as in the score
 # of Hendrycks et al., so a score is a lower bound of one that simplifies with a computer algebra system.
 
 
@@ -162,10 +161,8 @@ def _long_fraction(match: re.Match[str]) -> str:
 #
 # The base prompt has the form of Minerva's 4 examples (Lewkowycz et al. 2022): ``Problem:``, ``Solution:``,
 # and at the end ``Final Answer: The final answer is $…$. I hope it is correct.`` The four examples were
-# written
-# for this project, so a score is close to, but not the same as, one with Minerva's. Qwen's own script is
-# not
-# published; there is no protocol for chat models.
+# written for this project, so a score is close to, but not the same as, one with Minerva's. Qwen's own
+# script is not published; there is no protocol for chat models.
 #
 # The stated final answer counts, else the last ``\boxed{…}``. Original layout:
 # ``{test}/{subject}/{n}.json``; or ``test.jsonl``, a row a line with its ``type``.
