@@ -29,6 +29,7 @@ import argparse
 import gc
 import json
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -110,6 +111,11 @@ def main() -> int:
         return run.all()
 
 
+def typed() -> str:
+    """Return the command that runs this, as reports show it."""
+    return shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
+
+
 def dry_plan() -> Plan:
     """Every line, as small as it gets."""
     from _gpu_kernels import TINY
@@ -140,6 +146,7 @@ class Run:
     kernels: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
     copy_bytes_per_s: float = 0.0
+    commands: list[str] = field(default_factory=lambda: [typed()])
 
     def keep(self, known: Path) -> bool:
         """Take over what an earlier call has measured; False, and a line, where it was another kind of GPU.
@@ -158,6 +165,7 @@ class Run:
             return False
         self.rows = [row for row in read_rows(known) if not row.details.get("again")]
         self.kernels = json.loads((known / "decode_gpu.json").read_text(encoding="utf-8"))["kernels"]
+        self.commands = [*read_environment(known).get("commands", []), *self.commands]
         return True
 
     def all(self) -> int:
@@ -252,7 +260,7 @@ class Run:
         from qwenq.environment import environment
 
         report = {
-            "environment": environment(),
+            "environment": {**environment(), "commands": self.commands},
             "dry_run": self.plan.tiny,
             "seconds": round(time.monotonic() - self.began, 1),
             "copy_gb_per_s": self.copy_bytes_per_s / 1e9,
