@@ -401,6 +401,7 @@ def _profile_here(
     progress: Progress,
 ) -> Results:
     from qwenq.environment import environment
+    from qwenq.evals.rows import record_checks
     from qwenq.profiling.child import probe
     from qwenq.profiling.planning import plan, read_device
     from qwenq.profiling.spec import sweep
@@ -417,6 +418,7 @@ def _profile_here(
         run_sweep(
             planned, folder, listener, budget=seconds, environment=environment(), command="qwenq.profile"
         )
+        record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
     wanted = [(each.point.place, each.point.subject.model) for each in planned]
     return Results([row for row in read_rows(folder) if (row.point, row.model) in wanted], folder)
 

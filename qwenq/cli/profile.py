@@ -140,6 +140,7 @@ def _measure(
 ) -> tuple[list[Planned], int]:
     """Plan the points and measure those that the folder lacks; return all, and how many it had."""
     from qwenq.environment import environment
+    from qwenq.evals.rows import record_checks
     from qwenq.profiling.child import probe
     from qwenq.profiling.planning import plan, read_device
     from qwenq.profiling.sweep import run_sweep
@@ -154,6 +155,7 @@ def _measure(
         left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
         facts, command = environment(), typed_command()
         done = run_sweep(planned, folder, progress, environment=facts, budget=left, command=command)
+        record_checks([(each.given, each.model) for each in found.subjects], folder, progress)
     return list(planned), done.kept
 
 

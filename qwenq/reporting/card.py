@@ -10,7 +10,7 @@ from typing import Any
 from qwenq.published import PublishedRow, published_of
 from qwenq.reporting.collect import ATTENTION, PRECISIONS, Collection, Measured, attention, rank
 from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, pivot
-from qwenq.reporting.text import clean, fixed, format_of
+from qwenq.reporting.text import clean, count, fixed, format_of
 from qwenq.results import Model, Row, Value
 
 # Count answers that were cut at their limit of tokens, most of which are judged wrong.
@@ -170,7 +170,7 @@ def speed_table(collection: Collection, family: str) -> Table | None:
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "by the cards' protocol: the wall clock around one generate call")
     if all(item.row.n is None and "warm_up" not in item.row.settings for item in rows if item.row.value):
-        made.caption.insert(1, "one generation each, without a recorded warm-up: preparing counts")
+        made.caption.insert(1, "one generation each, not warmed up as far as the rows say")
     made.caption += attention_meanings(made)
     for row in published_of(family):
         for kind, pair in row.speed.items():
@@ -341,9 +341,16 @@ def split_table(collection: Collection, family: str) -> Table | None:
     def column(item: Measured) -> tuple[Any, str]:
         metric, (context, tokens) = item.row.metric, _length_of(item)
         name, unit = SPLIT[metric]
-        at = f"{context} + {tokens}" if context > 1 and tokens > 1 else f"{max(context, tokens)}"
-        plain = metric == "memory.load" or (len(lengths[metric]) == 1 and unit in ("%", "J/token"))
-        heading = f"{name} ({unit})" if plain else f"{name}, {at} tokens ({unit})"
+        at = (
+            f", {context} + {tokens} tokens"
+            if context > 1 and tokens > 1
+            else f", {max(context, tokens)} tokens"
+        )
+        if metric == "time.first_token":
+            at = f" after {count(context, 'tokens')}"
+        elif metric == "memory.load" or (len(lengths[metric]) == 1 and unit in ("%", "J/token")):
+            at = ""
+        heading = f"{name}{at} ({unit})"
         return (places.index(metric), tokens > 1, context, tokens), heading
 
     layout = Layout(
@@ -358,8 +365,9 @@ def _of_prompts_or_answers(rows: list[Measured], metric: str) -> list[Measured]:
     """Keep what a column is about: the first token of prompts, the peak at load of one length."""
     if metric == "time.first_token":
         prompts = [item for item in rows if _length_of(item)[1] <= 1 < _length_of(item)[0]]
-        return prompts or rows
-    if metric == "memory.load" and rows:
+        if prompts:
+            return prompts
+    if metric in ("time.first_token", "memory.load") and rows:
         counted = Counter(map(_length_of, rows))
         chosen = max(counted, key=lambda length: (counted[length], length[1]))
         return [item for item in rows if _length_of(item) == chosen]
