@@ -94,7 +94,7 @@ def demo_table(report: Report) -> str:
 
 LABELS = {"fp32": "FP32", "bf16": "BF16", "int8": "Int8", "int4": "Int4"}
 NEAR = ("KL divergence (nats/token)",)
-FAST = ("Decode, ", "Peak at work, ")
+FAST = ("Decode, ", "Peak, generating ")
 """What the columns of decoding begin with; of several lengths the last."""
 SAMPLE = "The questions are the sample suite's, which ships with qwenq: they are not the benchmarks'. "
 

@@ -294,7 +294,7 @@ SPLIT = {
     "bandwidth.share": ("Share of copy bandwidth", "%"),
     "energy.token": ("Energy", "J/token"),
     "memory.load": ("Peak at load", "GiB"),
-    "memory.generate": ("Peak at work", "GiB"),
+    "memory.generate": ("Peak", "GiB"),
 }
 """Name and unit of each metric; between them stands the length that it was measured at."""
 
@@ -346,7 +346,9 @@ def split_table(collection: Collection, family: str) -> Table | None:
             if context > 1 and tokens > 1
             else f", {max(context, tokens)} tokens"
         )
-        if metric == "time.first_token":
+        if metric == "memory.generate":
+            at = f", {'encoding' if tokens <= 1 < context else 'generating'}{at.removeprefix(',')}"
+        elif metric == "time.first_token":
             at = f" after {count(context, 'tokens')}"
         elif metric == "memory.load" or (len(lengths[metric]) == 1 and unit in ("%", "J/token")):
             at = ""
