@@ -147,6 +147,22 @@ def test_a_second_call_goes_on_with_what_was_left_out(
     assert not second.run.keep(tmp_path)
 
 
+def test_a_run_records_the_commands_that_made_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those of an earlier call that it goes on from, too, as reports show them."""
+    monkeypatch.setattr("sys.argv", ["benchmarks/gpu.py", "--out", "a folder", "--minutes", "9"])
+    here = {"gpus": [{"name": "Imaginary GPU"}]}
+    first = Simulated(monkeypatch, 0, 60).run
+    assert first.commands == ["python benchmarks/gpu.py --out 'a folder' --minutes 9"]
+    write_environment(tmp_path, {**here, "commands": first.commands})
+    append_row(tmp_path, next(iter(steps_of_that_run())))
+    (tmp_path / "decode_gpu.json").write_text(json.dumps({"kernels": []}))
+    monkeypatch.setattr("qwenq.environment.environment", lambda: here)
+    monkeypatch.setattr("sys.argv", ["benchmarks/gpu.py", "--known", "a folder"])
+    second = Simulated(monkeypatch, 0, 60).run
+    assert second.keep(tmp_path)
+    assert second.commands == [*first.commands, "python benchmarks/gpu.py --known 'a folder'"]
+
+
 def test_the_readme_shows_what_there_was_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A point whose prompt was not reached, and a shape that was left out, are no traceback."""
     report = {
