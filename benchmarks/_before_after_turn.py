@@ -62,9 +62,10 @@ def command(*arguments: str, out: str) -> dict[str, Any]:
     """Measure a command of the command line; its folder or file is removed first."""
     from typer.testing import CliRunner
 
-    from qwenq.cli.app import app, register
+    from qwenq.cli.app import app
 
-    register()
+    where = "qwenq.cli.commands" if importlib.util.find_spec("qwenq.cli.commands") else "qwenq.cli.app"
+    importlib.import_module(where).register()
     path = Path(out)
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
