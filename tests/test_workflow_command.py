@@ -58,7 +58,7 @@ def test_the_whole_chain_and_then_nothing_twice(tmp_path: Path) -> None:
     text = (tmp_path / "reports/tiny/README.md").read_text()
     assert text.startswith("# A tiny model\n")
     for heading in (
-        "| Quantization | MMLU |",
+        "| Quantization | MMLU (%) |",
         "| Quantization | Attention | Speed, 8 tokens (tokens/s) |",
         "KL divergence",
     ):
