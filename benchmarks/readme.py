@@ -217,7 +217,7 @@ def gpu_table(report: Report) -> str:
         and found.get(8192, 0) < speeds.get((family, "bf16"), {}).get(8192, 0)
         for name in [f"{LABELS[precision]} of {family}"]
     ]
-    compared += f"Slower than BF16 there: {', '.join(slower)}. " if slower else ""
+    compared += f"Slower than BF16 over 8192 tokens: {', '.join(slower)}. " if slower else ""
     compared += _by_the_clock(report["rows"], speeds)
     return (
         f"{table}\n{compared}Random weights, batch 1, each precision with its fastest attention; "

@@ -213,3 +213,39 @@ def test_the_demo_is_of_the_days_in_its_journal(load: Load, tmp_path: Path) -> N
     ]
     (tmp_path / "journal.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
     assert script.demo_report(tmp_path)["environment"]["date"] == "2026-01-01 to 2026-01-02"
+
+
+def test_a_gpu_table_says_what_is_slower_and_what_whole_generations_gave(load: Load) -> None:
+    """Int8 below BF16 is said in words, and a generation that was not warmed up beside its steps."""
+
+    def row(metric: str, precision: str, value: float, tokens: int) -> dict[str, Any]:
+        point = {"engine": "fast", "attention": "split", "tokens": tokens}
+        model = {"family": "a", "precision": precision}
+        return {"metric": metric, "model": model, "point": point, "value": value, "settings": {}}
+
+    speeds = {"bf16": 100.0, "int8": 90.0, "int4": 150.0}
+    rows = [
+        row("speed.decode", name, value, tokens) for name, value in speeds.items() for tokens in (2048, 8192)
+    ]
+    facts = {"gpus": [{"name": "Imaginary GPU"}], "date": "2026-01-02"}
+    report = {"environment": facts, "rows": [*rows, row("speed.protocol", "int4", 99.6, 2048)], "ratios": {}}
+    text = load("readme").gpu_table(report)
+    assert "Slower than BF16 over 8192 tokens: Int8 of a." in text
+    assert "capturing CUDA graphs count, gave a, Int4 100." in text
+
+
+def test_both_instruction_sets_stand_beside_each_other_where_both_were_measured(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def report(speed: float) -> dict[str, Any]:
+        rows = [{"checkout": "after", "task": "Int4", "decode_128": speed, "prompt_512": 10 * speed}]
+        return {"environment": {"threads": 2, "cpu": "A CPU", "date": "2026-01-02"}, "rows": rows}
+
+    readme, avx2 = load("readme"), tmp_path / "before_after_avx2.json"
+    monkeypatch.setitem(readme.BLOCKS, "cpus", (avx2, readme.cpus_table))
+    alone = readme.cpus_table(report(50.0))
+    assert "| Int4 | 50 | 500 |" in alone
+    (tmp_path / "before_after_native.json").write_text(json.dumps(report(80.0)))
+    both = readme.cpus_table(report(50.0))
+    assert "decode 128, AVX2 | decode 128, AVX-512 |" in both
+    assert "| Int4 | 50 | 80 | 500 | 800 |" in both
