@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @app.command()
 @recipe_options("report.title")
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders of qwenq eval, profile or run.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of qwenq eval, profile or run; or a report, to make it anew.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. [default: reports/NAME of the first run folder]")
     ] = None,
