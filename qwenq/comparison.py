@@ -104,15 +104,19 @@ class Paired:
             return f"{score} points, {interval}"
         return f"{score} points; all items alike {items}, {interval}"
 
-    def describe_change(self, change: float) -> str:
+    def describe_change(self, change: float, p: float | None = None, tests: int = 1) -> str:
         """Return the verdict on a change of the score: loss, gain, no loss beyond a margin, inconclusive.
 
         Args:
             change: as in `format_change`.
+            p: corrected for all ``tests`` that are shown together; None: one test alone.
+            tests: how many they are.
         """
         shown = self.format_change(change)
         if self.p < ALPHA:
-            return f"{'loss' if self.lost > self.won else 'gain'}: {shown} ({p_phrase(self.p)})"
+            found = f"{'loss' if self.lost > self.won else 'gain'}: {shown} ({p_phrase(self.p)})"
+            by_chance = p is not None and p >= ALPHA
+            return f"{found}, which one of {tests} tests may show by chance" if by_chance else found
         if self.equivalent:
             return f"no loss beyond {points(MARGIN)} points: {shown} (TOST, {p_phrase(self.equivalence_p)})"
         if self.detectable is None:

@@ -152,6 +152,13 @@ class Row:
         return {"format": FORMAT, **asdict(self)}
 
 
+def intervals_overlap(one: Row, other: Row) -> bool | None:
+    """Return whether the difference of two figures may be noise; None where one has no interval."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return None
+    return one.high >= other.low and other.high >= one.low
+
+
 def append_row(run: Path, row: Row) -> None:
     """Add a row to a run folder and flush it to the disk; the folder is made where it is missing.
 

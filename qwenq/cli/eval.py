@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from qwenq.reporting.card import cut_of
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from qwenq.comparison import Paired
     from qwenq.evals.model import EvalModel, LoadOptions
     from qwenq.evals.suite import EvalRequest
     from qwenq.evals.task import DataSource
@@ -262,15 +264,27 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     rows = sorted(rows, key=lambda row: order[row.point["task"]])
     compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
     aside = bool(compared) and console.width < _WIDE
+    tests = _tests(compared)
     if rows:  # a split without answers has no score
-        console.print(_table(rows, beside=bool(compared) and not aside))
-    lines = [_in_a_line(row) for row in compared] if aside else []
-    for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows)]:
+        console.print(_table(rows, tests, beside=bool(compared) and not aside))
+    lines = [_in_a_line(row, tests) for row in compared] if aside else []
+    for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows, tests)]:
         console.print(line, soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
 
 
-def _table(rows: Sequence[Row], *, beside: bool) -> Table:
+def _tests(compared: Sequence[Row]) -> dict[int, tuple[Paired, float]]:
+    """Return each comparison and its p value, corrected by Holm for all of them, by ``id`` of its row."""
+    from qwenq.comparison import Paired
+    from qwenq.statistics import holm
+
+    tested = [row for row in compared if "paired" in row.details]
+    found = [Paired(*(row.details["paired"][key] for key in ("n", "lost", "won"))) for row in tested]
+    p_values = holm([pairing.p for pairing in found])
+    return {id(row): test for row, test in zip(tested, zip(found, p_values, strict=True), strict=True)}
+
+
+def _table(rows: Sequence[Row], tests: dict[int, tuple[Paired, float]], *, beside: bool) -> Table:
     """Return one line per score; ``beside``: with the comparison in further columns."""
     from rich.table import Table
 
@@ -283,13 +297,13 @@ def _table(rows: Sequence[Row], *, beside: bool) -> Table:
     if beside:
         table.add_column("beside its base", overflow="fold")
     for row in rows:
-        table.add_row(*_cells(row), *(_comparison(row) if beside else ()))
+        table.add_row(*_cells(row), *(_comparison(row, tests) if beside else ()))
     return table
 
 
-def _in_a_line(row: Row) -> str:
+def _in_a_line(row: Row, tests: dict[int, tuple[Paired, float]]) -> str:
     """Return as a line what the wide table has in its last columns."""
-    change, counts, p, beside = _comparison(row)
+    change, counts, p, beside = _comparison(row, tests)
     figures = f"change {change} points, lost / won {counts}, p {p}; " if change else ""
     task, _, model, *_ = _cells(row)
     return f"{task}, {model}: {figures}{beside}"
@@ -299,24 +313,22 @@ def _cells(row: Row) -> tuple[str, ...]:
     metric = row.metric.removeprefix("accuracy").lstrip(".")
     task = f"{row.point['task']}{f' ({metric})' if metric else ''}"
     interval = f"{row.low:.1%} – {row.high:.1%}" if row.low is not None and row.high is not None else "-"
-    model = f"{row.model.name} {row.model.precision}"
     value = f"{row.value:.1%}" if row.value is not None else "-"
     found = row.details.get("standard_error")
     error = f"± {100 * found:.1f}" if isinstance(found, float) else "-"
     asked = str(row.settings.get("asked", "-"))
     cut = "-" if (found := cut_of(row)) is None else f"{found.share:.1%}"
-    return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}", asked, cut
+    return task, str(row.point["protocol"]), _model(row), value, error, interval, f"{row.n:,}", asked, cut
 
 
-def _comparison(row: Row) -> tuple[str, ...]:
+def _comparison(row: Row, tests: dict[int, tuple[Paired, float]]) -> tuple[str, ...]:
     from qwenq.statistics import format_p
 
-    found = row.details.get("paired")
-    if found is None:
+    if id(row) not in tests:
         return "", "", "", row.details.get("unpaired", "")
-    counts = f"{found['lost']} / {found['won']}"
-    beside = f"{found['base']}: {found['sentence']}"
-    return f"{100 * found['change']:+.1f}", counts, format_p(found["p"]), beside
+    found, (pairing, p) = row.details["paired"], tests[id(row)]
+    beside = f"{found['base']}: {pairing.describe_change(found['change'], p, len(tests))}"
+    return f"{100 * found['change']:+.1f}", f"{pairing.lost} / {pairing.won}", format_p(pairing.p), beside
 
 
 _CHECKS: dict[str, tuple[str, str, str]] = {
@@ -334,14 +346,14 @@ def _check_lines(rows: Sequence[Row]) -> list[str]:
         said = f"{name} {row.value:{form}}{unit}" if row.value is not None else f"{name}: {row.reason}"
         if row.low is not None and row.high is not None:
             said += f" ({row.low:{form}} – {row.high:{form}})"
-        lines.setdefault(f"{row.model.name} {row.model.precision}", []).append(said)
+        lines.setdefault(_model(row), []).append(said)
     return [f"{model} beside its base, by the check: {'; '.join(said)}" for model, said in lines.items()]
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """Return warnings about cut answers, the sample suite and limited items."""
     lines = [
-        f"warning: {row.point['task']}, {row.model.name} {row.model.precision}: {found.warning}"
+        f"warning: {row.point['task']}, {_model(row)}: {found.warning}"
         for row in rows
         if (found := cut_of(row)) is not None and found.many
     ]
@@ -355,17 +367,22 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _headlines(rows: Sequence[Row]) -> list[str]:
+def _headlines(rows: Sequence[Row], tests: dict[int, tuple[Paired, float]]) -> list[str]:
     """Return a line for each model that was compared: its largest drop, and the verdict."""
-    from qwenq.comparison import Paired, TaskComparison, headline
-    from qwenq.statistics import holm
+    from qwenq.comparison import TaskComparison, headline
 
-    compared = [row for row in rows if "paired" in row.details]
-    pairings = [Paired(*(row.details["paired"][key] for key in ("n", "lost", "won"))) for row in compared]
     by_model: dict[str, list[TaskComparison]] = {}
-    for row, pairing, p in zip(compared, pairings, holm([one.p for one in pairings]), strict=True):
-        value, change = row.value or 0.0, row.details["paired"]["change"]
-        name = f"{row.model.name} {row.model.precision} beside its base"
-        tested = TaskComparison(str(row.point["task"]), value - change, value, pairing, p)
-        by_model.setdefault(name, []).append(tested)
-    return [f"{name}: {headline(found, len(compared))}" for name, found in by_model.items()]
+    unpaired = Counter(_model(row) for row in rows if "unpaired" in row.details)
+    for row in rows:
+        if id(row) in tests:
+            value, change = row.value or 0.0, row.details["paired"]["change"]
+            tested = TaskComparison(str(row.point["task"]), value - change, value, *tests[id(row)])
+            by_model.setdefault(_model(row), []).append(tested)
+    return [
+        f"{name} beside its base: {headline(found, len(tests), unpaired[name])}"
+        for name, found in by_model.items()
+    ]
+
+
+def _model(row: Row) -> str:
+    return f"{row.model.name} {row.model.precision}"

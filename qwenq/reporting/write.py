@@ -22,7 +22,7 @@ from qwenq.reporting.collect import Collection, Measured, Run, collect, hardware
 from qwenq.reporting.plots import inline_svg, tone_of, write_plot
 from qwenq.reporting.report import Report, Section, make_report
 from qwenq.reporting.tables import Cell, Line, Table
-from qwenq.reporting.text import GIB, clean, count, markdown, spreadsheet
+from qwenq.reporting.text import GIB, LONGEST_SENTENCE, clean, count, markdown, spreadsheet
 from qwenq.storage import atomic_write_bytes, held
 
 # List what runs were measured on; what all runs share is listed once.
@@ -192,7 +192,7 @@ def _head(report: Report) -> Iterator[str]:
 
 def _section(section: Section, heading: str) -> Iterator[str]:
     if section.summary:
-        yield "\n".join(f"- {markdown(line)}" for line in section.summary)
+        yield "\n".join(f"- {markdown(line, LONGEST_SENTENCE)}" for line in section.summary)
     for table in section.tables:
         yield f"{heading} {markdown(table.title)}"
         yield render_table(table)
