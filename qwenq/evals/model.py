@@ -11,8 +11,7 @@ import torch
 
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.endpoint import PENALTY, SEED, Endpoint, Reply
-from qwenq.evals.endpoint_letters import Scored, score_letters
-from qwenq.evals.task import Answer, Choose, Item, ProtocolName, Request, Write
+from qwenq.evals.task import Choose, Item, ProtocolName, Request
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
 from qwenq.models.identity import base_of, result_model, served_identity
@@ -294,23 +293,6 @@ def _same_shape(one: LocalModel, other: LocalModel) -> bool:
 
 
 @dataclass(frozen=True)
-class Response:
-    """An answer with the facts that are recorded.
-
-    Attributes:
-        index: of the item among those asked together.
-        answer: a text or scores.
-        prompt_tokens: tokens of the prompt; 0: unknown.
-        implementation: the code that ran, as far as it is known.
-    """
-
-    index: int
-    answer: Answer
-    prompt_tokens: int
-    implementation: str
-
-
-@dataclass(frozen=True)
 class RemoteModel:
     """A model behind an endpoint.
 
@@ -352,8 +334,8 @@ class RemoteModel:
     def unload(self) -> None:
         """Free nothing: no weights are loaded here."""
 
-    def respond(self, items: Sequence[Item], requests: Sequence[Request]) -> Iterator[Response]:
-        """Yield answers as they arrive.
+    def respond(self, items: Sequence[Item], requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Yield answers as they arrive, each with its place among the items.
 
         Raises:
             UsageError: a request to score continuations of a chat, before any request is sent; or the server
@@ -368,16 +350,8 @@ class RemoteModel:
                     hint="use another protocol, or a task with generated answers: gsm8k, humaneval",
                 )
         what = f"{self.endpoint.model} served at {self.endpoint.url}"
-        for index, reply in self.endpoint.each(requests, self._ask):
-            if isinstance(reply, Scored):
-                yield Response(index, reply.chosen, reply.prompt_tokens, f"{what}, {reply.how}")
-            else:
-                yield Response(index, reply.written, reply.prompt_tokens, what)
-
-    def _ask(self, request: Request) -> Reply | Scored:
-        if isinstance(request, Write):
-            return self.endpoint.ask(request)
-        return score_letters(self.endpoint, request)
+        for index, reply in self.endpoint.ask_all(requests):
+            yield index, replace(reply, how=f"{what}, {reply.how}" if reply.how else what)
 
 
 EvalModel = LocalModel | RemoteModel

@@ -15,7 +15,6 @@ from qwenq.evals.tasks import (
     humaneval,
     ifeval,
     math,
-    math500,
     mbpp,
     mmlu,
     mmlu_pro,
@@ -23,7 +22,7 @@ from qwenq.evals.tasks import (
 
 _SCRIPTS: dict[tuple[str, str], Task] = {
     (script.name, script.protocol): script
-    for task in (mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, mmlu_pro, gpqa, ifeval, math500)
+    for task in (mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, mmlu_pro, gpqa, ifeval)
     for script in task.PROTOCOLS
 }
 
