@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,27 +25,14 @@ from qwenq.cli.options import (
     given_models,
     recipe_options,
 )
-from qwenq.cli.printing import (
-    next_commands,
-    note,
-    notes,
-    print_rows,
-    stop_notice,
-    table_console,
-    typed_command,
-)
+from qwenq.cli.printing import next_commands, print_rows, stop_notice, table_console, typed_command
 from qwenq.errors import UsageError
-from qwenq.events import Event, Notice
 from qwenq.reporting.card import cut_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from qwenq.comparison import Paired
-    from qwenq.evals.model import EvalModel, LoadOptions
-    from qwenq.evals.suite import EvalRequest
-    from qwenq.evals.task import DataSource
-    from qwenq.recipe import EvalRecipe
     from qwenq.results import Row
 
 # ``qwenq eval``: benchmarks, item by item, and whether the difference between two models is significant.
@@ -97,73 +83,62 @@ def evaluate(
     evaluated twice. Quantised models are compared with their base on the same items. Under torchrun its
     processes share the items.
     """
+    from qwenq import api
+    from qwenq.cli.progress import EvalProgress
     from qwenq.distributed import process_group
-    from qwenq.evals.model import LoadOptions
-    from qwenq.evals.suite import evaluate as run_all
-    from qwenq.evals.suite import evaluate_share
-    from qwenq.models.folders import local_path
-    from qwenq.models.identity import model_name
     from qwenq.models.opening import refuse_random_weights
-    from qwenq.recipe import EvalRecipe, Recipe
 
     refuse_random_weights(weights)
-    chosen = Recipe().override(eval=given["eval"]).eval or EvalRecipe()
-    names = given_models(models)
-    _check_endpoint(endpoint, model, models, _typed(context))
-    named = (model or "served").rsplit("/", 1)[-1] if endpoint is not None else model_name(names[0])
-    run = local_path(out if out is not None else Path("runs") / named, "--out")
-    source = _source(chosen)
+    chosen, prompts = given["eval"], _batch(batch)
+    if endpoint is not None and (local := _typed(context)):
+        raise UsageError(
+            "the server decides how it runs its model",
+            where=f"--{local[0]}",
+            hint="leave this option out, and set it on the server",
+        )
     if show is not None:
-        from qwenq.evals.answer_log import show_item
-
-        typer.echo(show_item(run, show, source))
+        _show(show, out, models, endpoint and (model or "served"), chosen)
         return
-    size = _batch(batch)
-    how = LoadOptions(device, chosen.dtype, engine, attention, kernel, chosen.thinking)
-    wanted = _wanted(chosen, source, size, unsafe_code=unsafe_code)
+    how: dict[str, Any] = {
+        "device": device,
+        "engine": engine,
+        "attention": attention,
+        "kernel": kernel,
+        "batch": prompts,
+    }
     with process_group(device) as team:
-        if endpoint is not None:
-            eval_models = [_served(endpoint, model, how, size)]
-        else:
-            eval_models = _opened(names, how, quiet=not team.is_rank0)
+        kept = stop_notice("answers are kept", team.world) if team.is_rank0 else nullcontext()
+        with kept, EvalProgress(quiet=quiet or not team.is_rank0) as progress:
+            found = api.evaluate(
+                models,
+                **chosen,
+                **how,
+                unsafe_code=unsafe_code,
+                endpoint=endpoint,
+                model=model,
+                out=out,
+                progress=progress,
+                team=team,
+                command=typed_command(team.world),
+            )
         if not team.is_rank0:
-            evaluate_share(eval_models, wanted, run, team)
             return
-        from qwenq.cli.progress import EvalProgress
-
-        with stop_notice("answers are kept", team.world), EvalProgress(quiet=quiet) as progress:
-            rows = run_all(eval_models, wanted, run, progress, typed_command(team.world), team)
     if as_json:
-        print_rows(run, rows)
+        print_rows(found.folder, found.rows)
     else:
-        print_table(run, rows)
-        next_commands(("report", run))
+        print_table(found.folder, found.rows)
+        next_commands(("report", found.folder))
 
 
-def _wanted(chosen: EvalRecipe, source: DataSource, batch: int | None, *, unsafe_code: bool) -> EvalRequest:
-    """Return the request for the evaluation.
+def _show(
+    id_: str, out: Path | None, models: list[str] | None, served: str | None, chosen: dict[str, Any]
+) -> None:
+    """Print one recorded item in full."""
+    from qwenq.evals.answer_log import show_item
+    from qwenq.evals.suite import run_folder, source_of
 
-    Raises:
-        UsageError: a number by task names one that is not evaluated.
-    """
-    from qwenq.evals.suite import EvalRequest
-
-    for option, numbers in (("--limit", chosen.limit), ("--max-new-tokens", chosen.max_new_tokens)):
-        for task in numbers if isinstance(numbers, dict) else ():
-            if task not in chosen.tasks:
-                hint = f"--tasks are {', '.join(chosen.tasks)}"
-                raise UsageError(f"{task!r} is not among the tasks", where=option, hint=hint)
-    return EvalRequest(
-        tasks=chosen.tasks,
-        protocol=None if chosen.protocol == "auto" else chosen.protocol,
-        subjects=chosen.subjects,
-        shots=chosen.shots,
-        limit=chosen.limit,
-        max_new_tokens=chosen.max_new_tokens,
-        source=source,
-        batch=batch,
-        unsafe_code=unsafe_code,
-    )
+    source = source_of(chosen.get("data"), chosen.get("sample", False))
+    typer.echo(show_item(run_folder(out, given_models(models), served), id_, source))
 
 
 def _typed(context: typer.Context) -> list[str]:
@@ -171,73 +146,6 @@ def _typed(context: typer.Context) -> list[str]:
     sources = ((name, context.get_parameter_source(name)) for name in _LOCAL)
     # Compared by its name: typer uses either its bundled click or the installed one.
     return [name for name, source in sources if source is not None and source.name != "DEFAULT"]
-
-
-def _check_endpoint(
-    endpoint: str | None, model: str | None, models: list[str] | None, typed: Sequence[str]
-) -> None:
-    """Raise UsageError for options that exclude each other; ``typed``: those of _LOCAL that were typed."""
-    if endpoint is None and model is not None:
-        raise UsageError(
-            "--model is the name of a model behind --endpoint", hint="name local models without --model"
-        )
-    if endpoint is not None and models:
-        raise UsageError(
-            "--endpoint evaluates the server's model alone",
-            where="--endpoint",
-            hint="leave out the models, or evaluate them into the same --out with another command",
-        )
-    if endpoint is not None and typed:
-        raise UsageError(
-            "the server decides how it runs its model",
-            where=f"--{typed[0]}",
-            hint="leave this option out, and set it on the server",
-        )
-
-
-def _opened(names: list[str | None], how: LoadOptions, *, quiet: bool) -> list[EvalModel]:
-    """Return the models, opened."""
-    from qwenq.evals.model import open_eval_model
-
-    eval_models = [open_eval_model(name, how) for name in names]
-    if not quiet:
-        notes(notice for eval_model in eval_models for notice in eval_model.notices)
-    return [*eval_models]
-
-
-def _served(endpoint: str, model: str | None, how: LoadOptions, size: int | None) -> EvalModel:
-    """Return the model behind an endpoint."""
-    from qwenq.evals.endpoint import CONCURRENCY, endpoint_at
-    from qwenq.evals.model import RemoteModel
-
-    key = os.environ.get("OPENAI_API_KEY")
-    found = endpoint_at(endpoint, model, key, size or CONCURRENCY, _show_notice)
-    if how.thinking == "auto":
-        note("whether this model thinks, its server decides; --thinking on or off asks for one of them")
-        return RemoteModel(replace(found, thinking=None))
-    return RemoteModel(replace(found, thinking=how.thinking == "on"))
-
-
-def _show_notice(event: Event) -> None:
-    if isinstance(event, Notice):
-        note(event.text)
-
-
-def _source(chosen: EvalRecipe) -> DataSource:
-    """Return where the benchmarks' files come from."""
-    from qwenq.evals.task import DataSource
-    from qwenq.models.folders import local_path
-
-    if chosen.data is None:
-        return DataSource(None, chosen.sample)
-    if chosen.sample:
-        raise UsageError("--data and --sample exclude each other", hint="give one of them")
-    folder = local_path(chosen.data, "--data")
-    if not folder.is_dir():
-        raise UsageError(
-            "no such folder", where=folder, hint="--data names a folder that holds mmlu/, ceval/, …"
-        )
-    return DataSource(folder, sample=False)
 
 
 def _batch(text: str) -> int | None:

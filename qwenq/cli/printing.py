@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from qwenq.errors import StorageError, visible
+from qwenq.events import Event, Notice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 def note(line: str) -> None:
     """Print something that the user has to know, on standard error."""
     typer.echo(f"note: {line}", err=True)
+
+
+def note_events(event: Event) -> None:
+    """Print the notices of a function that shows nothing else."""
+    if isinstance(event, Notice):
+        note(event.text)
 
 
 def notes(lines: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from qwenq.comparison import PLAIN
 from qwenq.distributed import ALONE, Team
 from qwenq.environment import MACHINE, environment, machine
-from qwenq.errors import DataError, QwenqError
+from qwenq.errors import DataError, QwenqError, UsageError
 from qwenq.evals.answer_log import FOLDER
 from qwenq.evals.model import MAX_NEW_TOKENS, EvalModel, LocalModel, RemoteModel, assign_bases, bases_first
 from qwenq.evals.rows import append_check_rows, base_row, cut_notice, has_check, rows_of, unpaired_reason
@@ -23,6 +23,8 @@ from qwenq.evals.task import MAIN, DataSource, ProtocolName
 from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
 from qwenq.events import Advance, Listener, Notice, Start
+from qwenq.models.folders import local_path
+from qwenq.models.identity import model_name
 from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
 
@@ -41,7 +43,10 @@ class EvalRequest:
         batch: rows at once; None: as many as fit.
         unsafe_code: run programs without a sandbox.
         max_new_tokens: the limit of generated answers, for every task or by its name; None: the protocol's,
-            or that of thinking models (``evals.thinking``).
+            or that of thinking models (``evals.model``).
+
+    Raises:
+        UsageError: a number by task names one that is not evaluated.
     """
 
     tasks: tuple[str, ...]
@@ -54,6 +59,13 @@ class EvalRequest:
     unsafe_code: bool = False
     max_new_tokens: int | Mapping[str, int] | None = None
 
+    def __post_init__(self) -> None:
+        for option, numbers in (("--limit", self.limit), ("--max-new-tokens", self.max_new_tokens)):
+            for task in numbers if isinstance(numbers, Mapping) else ():
+                if task not in self.tasks:
+                    hint = f"--tasks are {', '.join(self.tasks)}"
+                    raise UsageError(f"{task!r} is not among the tasks", where=option, hint=hint)
+
     def plan_for(self, eval_model: EvalModel, plan: TaskPlan) -> TaskPlan:
         """Return the plan for this model: whether it thinks, and the limit of answers."""
         wanted = self.max_new_tokens
@@ -65,6 +77,30 @@ class EvalRequest:
     def limit_of(self, task: str) -> int | None:
         """Return the number of items of each subject of this task."""
         return self.limit if self.limit is None or isinstance(self.limit, int) else self.limit.get(task)
+
+
+def source_of(data: str | None, sample: bool) -> DataSource:
+    """Return where the benchmarks' files come from.
+
+    Raises:
+        UsageError: both a folder and the sample suite, or no such folder.
+    """
+    if data is None:
+        return DataSource(None, sample)
+    if sample:
+        raise UsageError("--data and --sample exclude each other", hint="give one of them")
+    folder = local_path(data, "--data")
+    if not folder.is_dir():
+        raise UsageError(
+            "no such folder", where=folder, hint="--data names a folder that holds mmlu/, ceval/, …"
+        )
+    return DataSource(folder)
+
+
+def run_folder(out: Path | str | None, models: Sequence[str | None], served: str | None) -> Path:
+    """Return the run folder: by default it is named after the first model, or the served one."""
+    name = model_name(models[0]) if served is None else served.rsplit("/", 1)[-1]
+    return local_path(out if out is not None else Path("runs") / name, "--out")
 
 
 def evaluate(

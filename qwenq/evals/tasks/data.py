@@ -51,7 +51,7 @@ class Dataset:
 
     name: str
     make: Callable[[Row, str | None], Item]
-    counts: Mapping[str, int | None] | Mapping[None, int]
+    counts: Mapping[str, int | None] | Mapping[None, int | None]
     hub: str
     config: str | None = None
     files: tuple[str, ...] = ("{split}.jsonl",)
@@ -131,7 +131,8 @@ class Dataset:
         if folder is None or not template or "{subject}" not in template:
             return list(self.counts)
         ending = f"_{self.split}.csv"
-        return sorted(path.name.removesuffix(ending) for path in folder.glob(f"{self.split}/*{ending}"))
+        names = (path.name.removesuffix(ending) for path in folder.glob(f"{self.split}/*{ending}"))
+        return [*sorted(names)]
 
     def _check_counts(self, found: Mapping[str | None, int], places: Mapping[str | None, str]) -> None:
         published: Mapping[Any, int | None] = self.counts
