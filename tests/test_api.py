@@ -243,9 +243,9 @@ def test_settings_out_of_range_are_refused_as_on_the_command_line(tmp_path: Path
         api.evaluate(tmp_path, data=tmp_path / "gone")
     with pytest.raises(UsageError, match="the name of a model behind --endpoint"):
         api.evaluate(model="served")
-    with pytest.raises(UsageError, match="profile.encode = -1"):
+    with pytest.raises(UsageError, match=r"profile\.encode = -1"):
         api.profile(tmp_path, encode=(-1,))
-    with pytest.raises(UsageError, match="has to end in .safetensors"):
+    with pytest.raises(UsageError, match=r"has to end in \.safetensors"):
         api.calibrate(tmp_path, tmp_path / "set.bin")
 
 
