@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -373,12 +374,6 @@ def check(
             models' roundings differ, too, and are counted with it.
         listener: receives the progress, and a notice where a slower path runs, and why.
         step: name of the progress.
-
-    Raises:
-        UsageError: not a quantised model and its base (see ``require_comparable``), random weights, tokens
-            out of the vocabulary, or too few.
-        ModelError: tensors are missing or of other shapes than the config says.
-        CorruptFileError: weights that are not finite.
     """
     quant = require_comparable(quantised, base)
     require_tokens(held_out, base)
@@ -508,7 +503,7 @@ class _Pair:
         batches = torch.split(tokens, size)
         chosen = chosen_sequences(*tokens.shape)
         rows = [[row - at * size for row in chosen if row // size == at] for at in range(len(batches))]
-        step = _Steps(progress, len(self._base.names) + len(batches))
+        done, total = count(1), len(self._base.names) + len(batches)
         base_hidden, hidden = self._base.embed(batches), self._quantised.embed(batches)
         errors: list[ModuleError] = []
         for index, prefix in enumerate(self._base.names):
@@ -518,8 +513,14 @@ class _Pair:
                 for at, states in enumerate(hidden):
                     hidden[at] = self._quantised.forward(block, states)
             errors += [self._module_error(f"{prefix}.{name}", x) for name, x in inputs.items()]
-            step()
-        scores = score_tokens(self._base, self._quantised, (base_hidden, hidden), batches, step)
+            progress(next(done), total)
+        scores = score_tokens(
+            self._base,
+            self._quantised,
+            (base_hidden, hidden),
+            batches,
+            lambda: progress(next(done), total),
+        )
         return scores, errors
 
     def _advance_base(
@@ -551,15 +552,6 @@ class _Pair:
                 hint="the folder mixes two models: quantise again",
             )
         return module_error(name, weight, quantised, x, self._quant.of(name))
-
-
-class _Steps:
-    def __init__(self, progress: Update, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def __call__(self) -> None:
-        self._done += 1
-        self._progress(self._done, self._total)
 
 
 def _mean_share(shares: NDArray[np.float64]) -> Estimate:

@@ -82,11 +82,7 @@ class Endpoint:
         return Server(self.url, self.key, self.timeout, self.pause, self.trouble)
 
     def ask(self, request: Request) -> Reply:
-        """Return one answer: a text decoded greedily, or scores of letters.
-
-        Raises:
-            QwenqError: the server refused, or every attempt failed.
-        """
+        """Return one answer: a text decoded greedily, or scores of letters."""
         if isinstance(request, Choose):
             return score_letters(self, request)
         body: dict[str, Any] = {
@@ -213,10 +209,6 @@ def endpoint_at(
         key: see ``Endpoint``.
         concurrency: see ``Endpoint``.
         listener: receives a notice when a request has failed and is retried.
-
-    Raises:
-        UsageError: no URL, no key, or no such model there.
-        QwenqError: it cannot be reached.
     """
     state = ServerState(listener)
     found = Endpoint(checked_address(url), model or "", checked_key(key), concurrency, trouble=state)

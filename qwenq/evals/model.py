@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -77,12 +77,6 @@ def choose_thinking(tokenizer: Tokenizer, wish: str) -> Thinking:
 # Open a checkpoint that is evaluated; its weights are loaded on first use.
 
 
-class _Comparable(Protocol):
-    @property
-    def quantised(self) -> bool: ...
-
-
-T = TypeVar("T", bound=_Comparable)
 _SAME_SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -181,10 +175,6 @@ def open_eval_model(given: str | None, how: LoadOptions) -> LocalModel:
     Args:
         given: a folder, a hub id, or None for the bundled model.
         how: settings as the user gave them.
-
-    Raises:
-        UsageError: no such model, device or dtype; random weights.
-        QwenqError: the model or its tokenizer cannot be read.
     """
     place = resolve_device(how.device)
     number = find_dtype(how.dtype, place, how.engine)
@@ -279,7 +269,7 @@ def _base_of_source(eval_model: LocalModel, quantised: Sequence[LocalModel]) -> 
     ]
 
 
-def bases_first(eval_models: Sequence[T]) -> list[T]:
+def bases_first(eval_models: Sequence[EvalModel]) -> list[EvalModel]:
     """Return unquantised models first, else in the order given."""
     return sorted(eval_models, key=lambda eval_model: eval_model.quantised)
 

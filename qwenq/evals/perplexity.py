@@ -124,9 +124,6 @@ def perplexities(
 
     Up to the trained length the switches have no effect: those windows are scored once. A length that this
     machine cannot run becomes a row with the reason. A row of ``known`` with the same facts is reused.
-
-    Raises:
-        QwenqError: the model cannot be loaded, or the tokens are not its own.
     """
     engine = eval_model.engine
     shared: dict[int, NDArray[np.float64] | QwenqError] = {}

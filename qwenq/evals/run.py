@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -178,10 +178,10 @@ def answer(
         for record in merge_rank_logs(records, run, title, key):
             listener(Advance(step, result=record.correct))
         require_none_missing(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
-        found_records = _all(records, plan.items, hashes)
+        found_records = _all(records, hashes)
         if sandbox is not None and task.program is not None:
             _run_pending(task.program, plan.items, found_records, records, sandbox, listener, step)
-            found_records = _all(records, plan.items, hashes)
+            found_records = _all(records, hashes)
     listener(Finish(step))
     answers = _answers_of(plan.items, found_records, len(plan.items) - len(open_))
     return replace(answers, questions=questions_hash(hashes))
@@ -349,12 +349,13 @@ def _run_pending(
     run_programs([one for _, one in pending.values()], sandbox=sandbox, on_done=done)
 
 
-def _all(records: AnswerLog, items: Sequence[Item], hashes: dict[str, str]) -> list[AnswerRecord]:
-    found = [records.find(item.id, hashes[item.id]) for item in items]
-    missing = [item.id for item, record in zip(items, found, strict=True) if record is None]
+def _all(records: AnswerLog, hashes: Mapping[str, str]) -> list[AnswerRecord]:
+    """Return the records of all items, each of which has been answered."""
+    found = {id_: records.find(id_, asked) for id_, asked in hashes.items()}
+    missing = [id_ for id_, record in found.items() if record is None]
     if missing:
         raise AssertionError(f"{len(missing)} items were not answered, the first is {missing[0]}")
-    return [record for record in found if record is not None]
+    return [record for record in found.values() if record is not None]
 
 
 def _answers_of(items: Sequence[Item], found: Sequence[AnswerRecord], recorded: int) -> Answers:

@@ -119,12 +119,6 @@ def evaluate(
     Args:
         command: as the user typed it, for the rows.
         team: further processes that ask a share, each in ``evaluate_share``; this one is rank 0.
-
-    Raises:
-        DataError: no data, broken data, prompts that no model here can take.
-        UsageError: an unknown task, protocol or subject, or another process works in ``run``.
-        UnsupportedError: no sandbox works here, and ``unsafe_code`` is off.
-        QwenqError: a model cannot be loaded, or its logits are not finite.
     """
     order = bases_first(eval_models)
     plans = _plans(order, wanted)

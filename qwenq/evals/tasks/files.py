@@ -52,32 +52,22 @@ def read_csv(
         DataError: not there, empty, not UTF-8, not CSV, or of other columns.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    names = list(columns)
-    rows = []
-    line = 0  # where the record that comes next begins, less one: a quoted value may span lines
+    names, rows = list(columns), list[Row]()
+    line, first = 0, True  # of the record before: a quoted value may span lines
     try:
-        if header:
-            names = next(reader, [])
-            _check_header(path, names, columns, optional)
-            line = reader.line_num
-        first = True
         for values in reader:
-            is_header, first = first and not header and _names_columns(values, columns), False
-            if is_header:
-                names = _in_our_spelling(values, columns)
-                line = reader.line_num
-                continue
-            where = f"{path}, line {line + 1}"
-            line = reader.line_num
-            if not values:
-                continue
-            if len(values) != len(names):
-                raise DataError(
-                    f"{len(values)} columns where there should be {len(names)}",
-                    where=where,
-                    hint=f"the columns are {', '.join(names)}",
-                )
-            rows.append(Row(dict(zip(names, values, strict=True)), where))
+            where, line = f"{path}, line {line + 1}", reader.line_num
+            if first and (header or _names_columns(values, columns)):
+                names = _header(values, columns, optional if header else None, where)
+            elif values:
+                if len(values) != len(names):
+                    raise DataError(
+                        f"{len(values)} columns where there should be {len(names)}",
+                        where=where,
+                        hint=f"the columns are {', '.join(names)}",
+                    )
+                rows.append(Row(dict(zip(names, values, strict=True)), where))
+            first = False
     except csv.Error as error:
         raise DataError(f"not a whole CSV file: {error}", where=f"{path}, line {line + 1}") from error
     return _some(rows, path)
@@ -173,25 +163,20 @@ def _names_columns(values: Sequence[str], columns: Sequence[str]) -> bool:
     )
 
 
-def _in_our_spelling(header: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Return the names of a header's columns, known ones in our spelling."""
+def _header(
+    header: Sequence[str], columns: Sequence[str], optional: Sequence[str] | None, where: str
+) -> list[str]:
+    """Return the names of a header's columns, known ones in our spelling; refuse others than these."""
     known = {name.casefold(): name for name in columns} | {str(n): name for n, name in enumerate(columns)}
-    return [known.get(name.strip().casefold(), name.strip()) for name in header]
-
-
-def _check_header(
-    path: object, names: Sequence[str], columns: Sequence[str], optional: Sequence[str] | None
-) -> None:
-    missing = [name for name in columns if name not in names]
-    allowed = [*columns, *(names if optional is None else optional)]
-    unknown = [name for name in names if name not in allowed]
+    names = [known.get(name.strip().casefold(), name.strip()) for name in header]
     counted = [name for name in names if optional is not None or name in columns]
-    if missing or unknown or len(set(counted)) != len(counted):
+    if {*columns} - {*names} or {*counted} - {*columns, *(optional or ())} or len({*counted}) < len(counted):
         raise DataError(
             f"the columns are {', '.join(names)}",
-            where=f"{path}, line 1",
+            where=where,
             hint=f"they should be {', '.join(columns)}",
         )
+    return names
 
 
 def read_text(path: AnyPath) -> str:

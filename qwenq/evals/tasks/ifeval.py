@@ -20,7 +20,7 @@ from qwenq.errors import DataError
 from qwenq.evals.task import MAIN, DataSource, Item, Judged, Judgement, Score, Task, Written
 from qwenq.evals.tasks.data import Dataset
 from qwenq.evals.tasks.files import Row, require_text, text_columns
-from qwenq.evals.tasks.ifeval_checks import ARGUMENTS, CHECKS, follows, follows_loosely, require_packages
+from qwenq.evals.tasks.ifeval_checks import CHECKS, follows, follows_loosely, require_packages
 
 LOOSE, INSTRUCTIONS = "loose", "instructions"
 
@@ -92,7 +92,7 @@ def _arguments(name: Any, given: Any, where: str) -> dict[str, Any]:
     if name not in CHECKS:
         raise DataError(f"no instruction of IFEval is called {name!r}", where=where)
     kept = {key: value for key, value in given.items() if value} if isinstance(given, dict) else {}
-    for key, kind in ARGUMENTS.get(name, {}).items():
+    for key, kind in CHECKS[name][1].items():
         value = kept.get(key)
         if kind is int and isinstance(value, float) and value.is_integer():
             kept[key] = value = int(value)  # a column with nulls becomes one of floats in some copies
