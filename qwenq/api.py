@@ -349,7 +349,7 @@ def evaluate(
     """
     from qwenq.distributed import ALONE
     from qwenq.evals import suite
-    from qwenq.evals.model import LoadOptions, open_eval_model
+    from qwenq.evals.model import LoadOptions, open_eval_model, open_served
     from qwenq.recipe import EvalRecipe, Recipe
 
     given = [None if name == "bundled" and not Path(name).exists() else name for name in _names(models)]
@@ -359,22 +359,12 @@ def evaluate(
     where = {"data": None if data is None else str(data), "sample": sample, "dtype": dtype}
     asked = {"protocol": protocol, "thinking": thinking, **settings, **numbers, **where}
     chosen = Recipe().override(eval=asked).eval or EvalRecipe()
-    wanted = suite.EvalRequest(
-        tasks=chosen.tasks,
-        protocol=None if chosen.protocol == "auto" else chosen.protocol,
-        subjects=chosen.subjects,
-        shots=chosen.shots,
-        limit=chosen.limit,
-        max_new_tokens=chosen.max_new_tokens,
-        source=suite.source_of(chosen.data, chosen.sample),
-        batch=batch,
-        unsafe_code=unsafe_code,
-    )
+    wanted = suite.request_of(chosen, batch, unsafe_code=unsafe_code)
     folder = suite.run_folder(out, given, None if endpoint is None else model or "served")
     how, team = LoadOptions(device, dtype, engine, attention, kernel, thinking), team or ALONE
     with _shown(progress if team.is_rank0 else False) as listener:
         if endpoint is not None:
-            opened: list[EvalModel] = [_served(endpoint, model, thinking, batch, listener)]
+            opened: list[EvalModel] = [open_served(endpoint, model, how, batch, listener)]
         else:
             local = [open_eval_model(name, how) for name in given]
             for notice in dict.fromkeys(notice for one in local for notice in one.notices):
@@ -400,21 +390,6 @@ def _require_alone(endpoint: str | None, models: object, model: str | None) -> N
             where="--endpoint",
             hint="name it with --model; local models can go into the same --out in another command",
         )
-
-
-def _served(
-    endpoint: str, model: str | None, thinking: str, batch: int | None, listener: Listener
-) -> EvalModel:
-    from qwenq.evals.endpoint import CONCURRENCY, endpoint_at
-    from qwenq.evals.model import RemoteModel
-
-    key = os.environ.get("OPENAI_API_KEY")
-    found = endpoint_at(endpoint, model, key, batch or CONCURRENCY, listener)
-    if thinking == "auto":
-        listener(
-            Notice("whether this model thinks, its server decides; --thinking on or off asks for one of them")
-        )
-    return RemoteModel(replace(found, thinking=None if thinking == "auto" else thinking == "on"))
 
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
@@ -685,6 +660,7 @@ def calibrate(
         QwenqError: no such text, or too little of it; ``out`` holds something else.
     """
     from qwenq.calibration.calibration_set import require_writable, save_or_keep
+    from qwenq.calibration.load import random_set
     from qwenq.recipe import Recipe
 
     if out is not None:
@@ -700,7 +676,7 @@ def calibrate(
     sizes = {key: None if text[key] == "auto" else text[key] for key in ("samples", "seq_len", "held_out")}
     options: dict[str, Any] = {"seed": seed, "split": split, "column": column, **sizes}
     with _shown(progress) as listener:
-        make = _random_tokens if weights == "random" else partial(_text_tokens, thinking, device)
+        make = random_set if weights == "random" else partial(_text_tokens, thinking, device)
         made = make(None if model is None else str(model), str(source), listener, **options)
         if out is not None:
             made = save_or_keep(made, Path(out), force=force)
@@ -727,32 +703,3 @@ def _text_tokens(
         return load_calibration(
             source, checkpoint=checkpoint, tokenizer=tokenizer, device=device, progress=update, **options
         )
-
-
-def _random_tokens(
-    model: str | None,
-    source: str,
-    listener: Listener,
-    *,
-    seed: int,
-    split: str | None,
-    column: str | None,
-    **sizes: int | None,
-) -> CalibrationSet:
-    """Draw tokens for a model with random weights, which has no tokenizer to read or write text."""
-    from qwenq.calibration.calibration_set import random_tokens
-    from qwenq.calibration.load import wanted_sizes
-    from qwenq.errors import UsageError
-    from qwenq.models.opening import open_model
-
-    for option, given in (("--source", source != "self"), ("--split", split), ("--column", column)):
-        if given:
-            raise UsageError(
-                "a model with random weights has no tokenizer to read a text",
-                where=option,
-                hint=f"leave {option} out: the tokens are random too",
-            )
-    checkpoint = open_model(model, "random", seed)
-    for notice in checkpoint.notices:
-        listener(Notice(notice))
-    return random_tokens(int(checkpoint.config["vocab_size"]), wanted_sizes(checkpoint, **sizes), seed)

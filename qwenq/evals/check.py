@@ -285,24 +285,9 @@ class CheckResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; None in place of numbers that are not finite."""
-        fields = vars(self).items()
-        plain = {name: value for name, value in fields if isinstance(value, int | str)}
-        estimates = {name: value.to_json() for name, value in fields if isinstance(value, Estimate)}
-        numbers = {name: json_number(value) for name, value in fields if isinstance(value, float)}
-        modules = [
-            {"name": m.name, "error": json_number(m.error), "rtn_error": json_number(m.rtn_error)}
-            for m in self.modules
-        ]
-        verdict = asdict(self.verdict)
-        return {
-            "verdict": verdict,
-            "broken": self.broken,
-            **estimates,
-            **numbers,
-            **plain,
-            "kl_by_position": [stretch.to_json() for stretch in self.kl_by_position],
-            "modules": modules,
-        }
+        by_position = [stretch.to_json() for stretch in self.kl_by_position]
+        plain: dict[str, Any] = _finite({**asdict(self), "kl_by_position": by_position})
+        return {"verdict": plain.pop("verdict"), "broken": self.broken, **plain}
 
     def worst_modules(self, count: int) -> list[ModuleError]:
         """Return the ``count`` modules with the largest error, worst first."""
@@ -327,6 +312,14 @@ class CheckResult:
             rtn = sum(module.rtn_error for module in self.modules) / len(self.modules)
             lines["modules"] = f"mean error {error:.3%} of the output, round-to-nearest {rtn:.3%}"
         return lines | {"verdict": str(self.verdict)}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return json_number(value) if isinstance(value, float) else value
 
 
 def _interval(estimate: Estimate, form: str) -> str:

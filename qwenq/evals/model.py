@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import PENALTY, SEED, Endpoint, Reply
+from qwenq.evals.endpoint import CONCURRENCY, PENALTY, SEED, Endpoint, Reply, endpoint_at
 from qwenq.evals.task import Choose, Item, ProtocolName, Request
+from qwenq.events import Listener, Notice
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
 from qwenq.models.identity import base_of, result_model, served_identity
@@ -342,6 +344,20 @@ class RemoteModel:
         what = f"{self.endpoint.model} served at {self.endpoint.url}"
         for index, reply in self.endpoint.ask_all(requests):
             yield index, replace(reply, how=f"{what}, {reply.how}" if reply.how else what)
+
+
+def open_served(
+    url: str, name: str | None, how: LoadOptions, concurrency: int | None, listener: Listener
+) -> RemoteModel:
+    """Open the model behind an endpoint; the key is that of OPENAI_API_KEY."""
+    key = os.environ.get("OPENAI_API_KEY")
+    found = endpoint_at(url, name, key, concurrency or CONCURRENCY, listener)
+    if how.thinking == "auto":
+        listener(
+            Notice("whether this model thinks, its server decides; --thinking on or off asks for one of them")
+        )
+        return RemoteModel(replace(found, thinking=None))
+    return RemoteModel(replace(found, thinking=how.thinking == "on"))
 
 
 EvalModel = LocalModel | RemoteModel

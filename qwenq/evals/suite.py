@@ -25,6 +25,7 @@ from qwenq.evals.tasks.registry import get_task
 from qwenq.events import Advance, Listener, Notice, Start
 from qwenq.models.folders import local_path
 from qwenq.models.identity import model_name
+from qwenq.recipe import EvalRecipe
 from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
 
@@ -95,6 +96,21 @@ def source_of(data: str | None, sample: bool) -> DataSource:
             "no such folder", where=folder, hint="--data names a folder that holds mmlu/, ceval/, …"
         )
     return DataSource(folder)
+
+
+def request_of(chosen: EvalRecipe, batch: int | None, *, unsafe_code: bool) -> EvalRequest:
+    """Return the request for what a recipe chooses; raises as `source_of` and `EvalRequest`."""
+    return EvalRequest(
+        tasks=chosen.tasks,
+        protocol=None if chosen.protocol == "auto" else chosen.protocol,
+        subjects=chosen.subjects,
+        shots=chosen.shots,
+        limit=chosen.limit,
+        max_new_tokens=chosen.max_new_tokens,
+        source=source_of(chosen.data, chosen.sample),
+        batch=batch,
+        unsafe_code=unsafe_code,
+    )
 
 
 def run_folder(out: Path | str | None, models: Sequence[str | None], served: str | None) -> Path:

@@ -106,7 +106,7 @@ def _highlights(text: str, a: Arguments) -> bool:
     """Count ``*one*``, and ``**two**`` once more, as its asterisks alone are no section."""
     single = [part for part in re.findall(r"\*[^\n*]*\*", text) if part.strip("*").strip()]
     double = [part for part in re.findall(r"\*\*[^\n*]*\*\*", text) if part[2:-2].strip()]
-    return len(single) + len(double) >= a["num_highlights"]
+    return bool(len(single) + len(double) >= a["num_highlights"])
 
 
 def _json(text: str, _: Arguments) -> bool:
