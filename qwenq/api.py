@@ -8,7 +8,6 @@ the events of ``qwenq.events``. Nothing heavy is imported before a function is c
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenq.events import Advance, Listener, Notice, ProgressBar, counted, silent
+from qwenq.events import Listener, Notice, ProgressBar, counted, silent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,11 +25,9 @@ if TYPE_CHECKING:
     from qwenq.conversion import Converted
     from qwenq.distributed import Team
     from qwenq.evals.check import CheckResult
-    from qwenq.evals.model import EvalModel
     from qwenq.models.chatml import Message
     from qwenq.models.tokenizer import Tokenizer
     from qwenq.planner.plan import Plan
-    from qwenq.profiling.spec import Subjects
     from qwenq.quantization import Quantised
     from qwenq.recipe import Recipe
     from qwenq.reporting.gate import Verdict
@@ -348,32 +345,27 @@ def evaluate(
         QwenqError: an unknown task, missing data, no sandbox, a model that cannot be read.
     """
     from qwenq.distributed import ALONE
-    from qwenq.evals import suite
-    from qwenq.evals.model import LoadOptions, open_eval_model, open_served
+    from qwenq.evals.model import LoadOptions
+    from qwenq.evals.suite import open_and_evaluate, request_of, run_folder
     from qwenq.recipe import EvalRecipe, Recipe
 
     given = [None if name == "bundled" and not Path(name).exists() else name for name in _names(models)]
     _require_alone(endpoint, models, model)
-    settings = {"tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks), "subjects": tuple(subjects)}
-    numbers = {"limit": limit, "shots": shots, "max_new_tokens": max_new_tokens}
-    where = {"data": None if data is None else str(data), "sample": sample, "dtype": dtype}
-    asked = {"protocol": protocol, "thinking": thinking, **settings, **numbers, **where}
+    asked: dict[str, Any] = {
+        "tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks),
+        "subjects": tuple(subjects),
+    }
+    asked |= {"protocol": protocol, "thinking": thinking, "dtype": dtype, "sample": sample, "limit": limit}
+    asked |= {"shots": shots, "max_new_tokens": max_new_tokens, "data": None if data is None else str(data)}
     chosen = Recipe().override(eval=asked).eval or EvalRecipe()
-    wanted = suite.request_of(chosen, batch, unsafe_code=unsafe_code)
-    folder = suite.run_folder(out, given, None if endpoint is None else model or "served")
+    wanted = request_of(chosen, batch, unsafe_code=unsafe_code)
+    served = None if endpoint is None else (endpoint, model)
+    folder = run_folder(out, given, served and (model or "served"))
     how, team = LoadOptions(device, dtype, engine, attention, kernel, thinking), team or ALONE
     with _shown(progress if team.is_rank0 else False) as listener:
-        if endpoint is not None:
-            opened: list[EvalModel] = [open_served(endpoint, model, how, batch, listener)]
-        else:
-            local = [open_eval_model(name, how) for name in given]
-            for notice in dict.fromkeys(notice for one in local for notice in one.notices):
-                listener(Notice(notice))
-            opened = [*local]
-        if not team.is_rank0:
-            suite.evaluate_share(opened, wanted, folder, team)
-            return Results([], folder)
-        return Results(suite.evaluate(opened, wanted, folder, listener, command, team), folder)
+        return Results(
+            open_and_evaluate(served or given, wanted, how, folder, listener, command, team), folder
+        )
 
 
 def _require_alone(endpoint: str | None, models: object, model: str | None) -> None:
@@ -423,20 +415,20 @@ def profile(
 
     Args:
         endpoint: an OpenAI-compatible server, whose ``model`` is measured instead, by streamed requests at
-            each ``concurrency``; ``precision`` then names what it computes in. Other options of models
-            that are measured here have no effect then.
+            each ``concurrency``; ``precision`` then names what it computes in.
         command: recorded with each row.
 
     Raises:
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
     """
     from qwenq.profiling.planning import parse_budget
-    from qwenq.profiling.spec import lengths_of, refuse_unsplittable, require_known, subjects_of
+    from qwenq.profiling.spec import lengths_of, require_known, subjects_of
+    from qwenq.profiling.sweep import sweep_models
     from qwenq.recipe import ProfileRecipe, Recipe
 
-    settings: dict[str, Any] = {"tokens": tuple(tokens), "encode": tuple(encode), "budget": budget}
-    names = {"attention": tuple(attention), "engine": tuple(engine)}
-    chosen = Recipe().override({"weights": weights}, profile={**settings, **names}).profile or ProfileRecipe()
+    asked: dict[str, Any] = {"tokens": tuple(tokens), "encode": tuple(encode), "budget": budget}
+    asked |= {"attention": tuple(attention), "engine": tuple(engine)}
+    chosen = Recipe().override({"weights": weights}, profile=asked).profile or ProfileRecipe()
     seconds = parse_budget(chosen.budget) if chosen.budget else None
     _require_alone(endpoint, models, model)
     with _shown(progress) as listener:
@@ -447,48 +439,11 @@ def profile(
         lengths = lengths_of(context, chosen.tokens, chosen.encode)
         require_known(chosen.attention, chosen.engine, kernel)
         found = subjects_of(_names(models), precision, weights, seed)
-        if tp > 1:
-            refuse_unsplittable(found.subjects, chosen.engine)
         folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
-        choices: dict[str, Any] = {
-            "attentions": chosen.attention,
-            "engines": chosen.engine,
-            "lengths": lengths,
-        }
-        choices |= {"kernel": kernel, "tp": tp}
-        return _profile_here(found, choices, device, seconds, folder, listener, command)
-
-
-def _profile_here(
-    found: Subjects,
-    choices: dict[str, Any],
-    device: str,
-    budget: float | None,
-    folder: Path,
-    listener: Listener,
-    command: str,
-) -> Results:
-    """Announce the points and measure those that the folder lacks."""
-    from qwenq.environment import environment
-    from qwenq.profiling.child import probe
-    from qwenq.profiling.planning import PlannedSweep, plan, read_device
-    from qwenq.profiling.spec import sweep
-    from qwenq.profiling.sweep import run_sweep
-    from qwenq.results import read_rows
-    from qwenq.storage import locked
-
-    for notice in found.notices:
-        listener(Notice(notice))
-    began = time.monotonic()
-    with locked(folder):  # before anything is timed: two commands would measure each other
-        place = read_device(probe(device))
-        planned = plan(sweep(found.subjects, device=place.device, **choices), found.shapes, place)
-        listener(Advance("plan", result=PlannedSweep(planned, place, budget, folder)))
-        left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
-        done = run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
-    wanted = [(each.point.place, each.point.subject.model) for each in planned]
-    rows = [row for row in read_rows(folder) if (row.point, row.model) in wanted]
-    return Results(rows, folder, done.kept)
+        how = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel, "tp": tp}
+        choices = {"lengths": lengths, **how}
+        rows, kept = sweep_models(found, choices, device, seconds, folder, listener, command)
+    return Results(rows, folder, kept)
 
 
 def _profile_served(

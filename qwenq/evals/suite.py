@@ -15,7 +15,17 @@ from qwenq.distributed import ALONE, Team
 from qwenq.environment import MACHINE, environment, machine
 from qwenq.errors import DataError, QwenqError, UsageError
 from qwenq.evals.answer_log import FOLDER
-from qwenq.evals.model import MAX_NEW_TOKENS, EvalModel, LocalModel, RemoteModel, assign_bases, bases_first
+from qwenq.evals.model import (
+    MAX_NEW_TOKENS,
+    EvalModel,
+    LoadOptions,
+    LocalModel,
+    RemoteModel,
+    assign_bases,
+    bases_first,
+    open_eval_model,
+    open_served,
+)
 from qwenq.evals.rows import append_check_rows, base_row, cut_notice, has_check, rows_of, unpaired_reason
 from qwenq.evals.run import Answers, TaskPlan, answer, answer_log_name, answer_share, make_plan
 from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
@@ -117,6 +127,35 @@ def run_folder(out: Path | str | None, models: Sequence[str | None], served: str
     """Return the run folder: by default it is named after the first model, or the served one."""
     name = model_name(models[0]) if served is None else served.rsplit("/", 1)[-1]
     return local_path(out if out is not None else Path("runs") / name, "--out")
+
+
+def open_and_evaluate(
+    models: list[str | None] | tuple[str, str | None],
+    wanted: EvalRequest,
+    how: LoadOptions,
+    run: Path,
+    listener: Listener,
+    command: str,
+    team: Team,
+) -> list[Row]:
+    """Open models and evaluate them; ranks but the first ask their share and return no rows.
+
+    Args:
+        models: folders or hub ids, None is the bundled model; or an address and the name of a model there.
+    """
+    opened: list[EvalModel]
+    if isinstance(models, tuple):
+        url, name = models
+        opened = [open_served(url, name, how, wanted.batch, listener)]
+    else:
+        local = [open_eval_model(name, how) for name in models]
+        for notice in dict.fromkeys(notice for one in local for notice in one.notices):
+            listener(Notice(notice))
+        opened = [*local]
+    if not team.is_rank0:
+        evaluate_share(opened, wanted, run, team)
+        return []
+    return evaluate(opened, wanted, run, listener, command, team)
 
 
 def evaluate(
