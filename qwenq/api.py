@@ -421,10 +421,12 @@ def profile(
     Raises:
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
     """
+    from qwenq.evals.rows import record_checks
     from qwenq.profiling.planning import parse_budget
     from qwenq.profiling.spec import lengths_of, require_known, subjects_of
     from qwenq.profiling.sweep import sweep_models
     from qwenq.recipe import ProfileRecipe, Recipe
+    from qwenq.storage import locked
 
     asked: dict[str, Any] = {"tokens": tuple(tokens), "encode": tuple(encode), "budget": budget}
     asked |= {"attention": tuple(attention), "engine": tuple(engine)}
@@ -443,6 +445,8 @@ def profile(
         how = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel, "tp": tp}
         choices = {"lengths": lengths, **how}
         rows, kept = sweep_models(found, choices, device, seconds, folder, listener, command)
+        with locked(folder):
+            record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
     return Results(rows, folder, kept)
 
 
