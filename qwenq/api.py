@@ -449,15 +449,32 @@ def _profile_served(
     return Results(rows, folder)
 
 
-def report(runs: Name | Sequence[Name], out: Name, title: str | None = None) -> Path:
+def report(
+    runs: Name | Sequence[Name],
+    out: Name,
+    title: str | None = None,
+    cards: Sequence[Name] | None = None,
+) -> Path:
     """Write the model card's tables, one page and plots from run folders; return the page.
 
+    Args:
+        runs: run folders.
+        out: the folder to write.
+        title: of the page.
+        cards: quantised folders whose model cards get the tables and plots; None: those that commands of the
+            runs name, if they were made on the command line.
+
     Raises:
-        QwenqError: a run folder cannot be read, or ``out`` holds something other than a report.
+        QwenqError: a run folder cannot be read, ``out`` holds something other than a report, or a card has no
+            place for it.
     """
+    from qwenq.publishing.measured import fill_cards
     from qwenq.reporting.write import write_report
 
-    return write_report([Path(name) for name in _names(runs) if name], Path(out), title)
+    folders = [Path(name) for name in _names(runs) if name]
+    page = write_report(folders, Path(out), title)
+    fill_cards(folders, page, None if cards is None else [Path(name) for name in cards])
+    return page
 
 
 def compare(baseline: Name, new: Name, *, fail_on: str | None = None) -> Verdict:

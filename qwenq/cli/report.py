@@ -12,7 +12,8 @@ import typer
 from qwenq.cli.app import app
 from qwenq.cli.options import Given, recipe_options
 from qwenq.cli.printing import note, to_standard_output
-from qwenq.errors import UsageError
+from qwenq.errors import UsageError, visible
+from qwenq.events import Event, Notice
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
 
 if TYPE_CHECKING:
@@ -30,16 +31,37 @@ def report(
     ] = None,
     *,
     given: Given,
+    card: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Quantised folder whose model card gets the tables and plots; may be given several times. "
+            "[default: those that the runs' commands name]",
+        ),
+    ] = None,
+    no_card: Annotated[bool, typer.Option("--no-card", help="Leave model cards as they are.")] = False,
 ) -> None:
-    """Write model card tables, an HTML page with plots, and data.
+    """Write model card tables, an HTML page with plots, and data; fill the quantised folders' model cards.
 
-    Reads run folders only: nothing is measured, and no model is loaded.
+    Nothing is measured, and no model is loaded. Of a card only the marked sections and qwenq's scores change.
     """
-    from qwenq.errors import visible
+    from qwenq.publishing.measured import fill_cards
     from qwenq.reporting.write import write_report
 
+    if card and no_card:
+        raise UsageError(
+            "--card and --no-card exclude each other", where="--no-card", hint="give one of them"
+        )
     folder = out or Path("reports") / runs[0].resolve().name
-    typer.echo(visible(str(write_report(runs, folder, given["report"].get("title")))))
+    page = write_report(runs, folder, given["report"].get("title"))
+    for written in fill_cards(runs, page, [] if no_card else card, _print_notice):
+        note(f"card: {visible(str(written))}")
+    typer.echo(visible(str(page)))
+
+
+def _print_notice(event: Event) -> None:
+    if isinstance(event, Notice):
+        note(visible(event.text))
 
 
 # ``qwenq compare``: compare two runs row by row, and fail on regressions.

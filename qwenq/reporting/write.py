@@ -178,8 +178,9 @@ def report_markdown(report: Report) -> str:
     for section in report.sections:
         if several:
             parts.append(f"## {markdown(section.family)}")
-        parts += _section(section, "###" if several else "##")
-    parts += _environment(report)
+        heading = "###" if several else "##"
+        parts += [*tables_markdown(section, heading), *plots_markdown(section, heading)]
+    parts += environment_markdown(report.collection, "##")
     parts += _commands(report)
     return "\n\n".join(parts) + "\n"
 
@@ -190,13 +191,18 @@ def _head(report: Report) -> Iterator[str]:
         yield f"Measured {markdown(date)} with qwenq. [The same as a page](index.html) whose tables sort."
 
 
-def _section(section: Section, heading: str) -> Iterator[str]:
+def tables_markdown(section: Section, heading: str) -> Iterator[str]:
+    """Yield the summary of a section and its tables, each below a heading of that level."""
     if section.summary:
         yield "\n".join(f"- {markdown(line)}" for line in section.summary)
     for table in section.tables:
         yield f"{heading} {markdown(table.title)}"
         yield render_table(table)
         yield from _below(table)
+
+
+def plots_markdown(section: Section, heading: str) -> Iterator[str]:
+    """Yield the plots of a section, which lie in a folder beside the document."""
     if section.figures:
         yield f"{heading} Plots"
         yield "\n".join(
@@ -238,10 +244,11 @@ def _below(table: Table) -> Iterator[str]:
         ).rstrip()
 
 
-def _environment(report: Report) -> Iterator[str]:
-    lines = environment_lines(report.collection)
+def environment_markdown(collection: Collection, heading: str) -> Iterator[str]:
+    """Yield what the rows were measured on, below a heading of that level."""
+    lines = environment_lines(collection)
     if lines:
-        yield "## Measured on"
+        yield f"{heading} Measured on"
         yield "\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in lines)
 
 
