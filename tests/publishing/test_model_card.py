@@ -13,7 +13,7 @@ from pipeline import run
 from tiny_families import write_family
 
 from qwenq.errors import ModelError
-from qwenq.publishing.model_card import Measured, Score, quantize_command, write_model_card
+from qwenq.publishing.model_card import Measured, quantize_command, write_model_card
 
 
 @pytest.fixture(scope="module")
