@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from qwenq.errors import QwenqError, UsageError
@@ -14,12 +16,14 @@ from qwenq.models.folders import CARD, CARD_PLOTS, MANIFEST
 from qwenq.publishing.model_card import Measured, Score, require_place, write_model_card
 from qwenq.reporting.card import TASKS
 from qwenq.reporting.collect import Collection, collect
+from qwenq.reporting.losses import WORDS
 from qwenq.reporting.report import Section, make_report
+from qwenq.reporting.tables import Table
 from qwenq.reporting.text import clean, markdown
-from qwenq.reporting.write import PLOTS, environment_markdown, plots_markdown, tables_markdown
+from qwenq.reporting.write import PLOTS, environment_markdown, tables_markdown
 from qwenq.storage import atomic_write_bytes
 
-_PLOT = re.compile(rf"\]\({CARD_PLOTS}/([\w.-]+\.png)\)")
+_PLOT = re.compile(rf'<img src="{CARD_PLOTS}/([\w.-]+\.png)"')
 
 
 def fill_cards(
@@ -112,11 +116,31 @@ def _text(collection: Collection, section: Section, label: str, date: str) -> st
     return "\n\n".join(
         [
             f"{measured}. In these tables this model is {markdown(label)}.",
-            *tables_markdown(section, "###"),
-            *plots_markdown(section, "###"),
+            *tables_markdown(replace(section, tables=tuple(map(_narrow, section.tables))), "###"),
+            *_plots(section),
             *environment_markdown(collection, "###"),
         ]
     )
+
+
+def _narrow(table: Table) -> Table:
+    """Return a table without the column of sentences: the summary has them, and a card is narrow."""
+    kept = [index for index, header in enumerate(table.headers) if header != WORDS]
+    labels = sum(index < table.labels for index in kept)
+    lines = (replace(line, cells=tuple(line.cells[index] for index in kept)) for line in table.lines)
+    headers = tuple(table.headers[index] for index in kept)
+    return replace(table, headers=headers, labels=labels, lines=tuple(lines))
+
+
+def _plots(section: Section) -> Iterator[str]:
+    """Yield the plots, two beside each other: Markdown has no widths, so they are HTML."""
+    if section.figures:
+        yield "### Plots"
+        yield "\n".join(
+            f'<img src="{CARD_PLOTS}/{section.slug}-{figure.key}.png" width="49%" '
+            f'alt="{html.escape(clean(figure.title))}">'
+            for figure in section.figures
+        )
 
 
 def _scores(collection: Collection, fingerprint: str) -> Iterator[Score]:

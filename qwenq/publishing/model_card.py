@@ -250,13 +250,11 @@ def _about(folder_name: str, manifest: Mapping[str, Any]) -> str:
     lines = [
         f"{shown} in Int{quant['bits']}, quantised with GPTQ by {markdown(manifest['made_by'])}.",
         "",
-        "| | |",
-        "| --- | --- |",
-        f"| Format | GPTQ ({markdown(quant['checkpoint_format'])}), {quant['bits']} bits, {group}, "
-        f"{'symmetric' if quant['sym'] else 'free zero points'} |",
-        f"| Calibration | {calibration['samples']} × {calibration['seq_len']} tokens of {text} |",
-        f"| Command | {code(quantize_command(manifest, folder_name))} |",
-        f"| Versions | {markdown(versions)} |",
+        f"- Format: GPTQ ({markdown(quant['checkpoint_format'])}), {quant['bits']} bits, {group}, "
+        f"{'symmetric' if quant['sym'] else 'free zero points'}",
+        f"- Calibration: {calibration['samples']} × {calibration['seq_len']} tokens of {text}",
+        f"- Command: {code(quantize_command(manifest, folder_name))}",
+        f"- Versions: {markdown(versions)}",
     ]
     return "\n".join(lines)
 

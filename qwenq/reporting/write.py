@@ -19,6 +19,7 @@ from markupsafe import Markup
 from qwenq.environment import measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.collect import Collection, Measured, Run, collect, hardware_names
+from qwenq.reporting.figures import Figure
 from qwenq.reporting.plots import inline_svg, tone_of, write_plot
 from qwenq.reporting.report import Report, Section, make_report
 from qwenq.reporting.tables import Cell, Line, Table
@@ -179,7 +180,10 @@ def report_markdown(report: Report) -> str:
         if several:
             parts.append(f"## {markdown(section.family)}")
         heading = "###" if several else "##"
-        parts += [*tables_markdown(section, heading), *plots_markdown(section, heading)]
+        parts += tables_markdown(section, heading)
+        if section.figures:
+            parts.append(f"{heading} Plots")
+            parts.append("\n".join(_image(section.slug, figure) for figure in section.figures))
     parts += environment_markdown(report.collection, "##")
     parts += _commands(report)
     return "\n\n".join(parts) + "\n"
@@ -191,6 +195,10 @@ def _head(report: Report) -> Iterator[str]:
         yield f"Measured {markdown(date)} with qwenq. [The same as a page](index.html) whose tables sort."
 
 
+def _image(slug: str, figure: Figure) -> str:
+    return f"![{markdown(figure.title)}]({PLOTS}/{slug}-{figure.key}.png)"
+
+
 def tables_markdown(section: Section, heading: str) -> Iterator[str]:
     """Yield the summary of a section and its tables, each below a heading of that level."""
     if section.summary:
@@ -199,16 +207,6 @@ def tables_markdown(section: Section, heading: str) -> Iterator[str]:
         yield f"{heading} {markdown(table.title)}"
         yield render_table(table)
         yield from _below(table)
-
-
-def plots_markdown(section: Section, heading: str) -> Iterator[str]:
-    """Yield the plots of a section, which lie in a folder beside the document."""
-    if section.figures:
-        yield f"{heading} Plots"
-        yield "\n".join(
-            f"![{markdown(figure.title)}]({PLOTS}/{section.slug}-{figure.key}.png)"
-            for figure in section.figures
-        )
 
 
 def render_table(table: Table) -> str:

@@ -37,7 +37,7 @@ code { font: 13px/1.5 monospace; } :not(pre) > code { background: #f3f4f6; paddi
 def card_html(folder: Path) -> str:
     """The whole page; images are looked for in the folder."""
     card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
-    renderer = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    renderer = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     text = re.sub(r"<!-- /?qwenq:\w+ -->\n?", "", card.text)  # comments are not shown
     data = card.data.to_dict()
     tags = [data.get("pipeline_tag"), data.get("library_name"), data.get("license"), *data.get("tags", [])]

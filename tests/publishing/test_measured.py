@@ -77,7 +77,7 @@ def test_the_card_has_tables_published_figures_and_plots(folder: Path, runs: lis
     assert "| Int4, published¹ |" in measured or "*Int4, published*" in measured
     assert "### Speed" in measured
     assert "- processor: Imaginary CPU" in measured
-    plots = re.findall(r"!\[[^\]]+\]\((plots/[^)]+)\)", measured)
+    plots = re.findall(r'<img src="(plots/[^"]+)"', measured)
     assert len(plots) == 7
     for name in plots:
         assert (folder / name).read_bytes() == (page.parent / name).read_bytes()
@@ -112,7 +112,7 @@ def test_a_second_report_replaces_what_the_first_wrote_and_nothing_else(
     assert renewed.endswith("\nMy own words.\n")
     kinds = [result.dataset_type for result in ModelCard(renewed).data.eval_results or []]
     assert kinds == ["held-out"] * 3 + ["mine"]
-    shown = re.findall(r"\]\(plots/([^)]+)\)", renewed)
+    shown = re.findall(r'<img src="plots/([^"]+)"', renewed)
     assert {file.name for file in (folder / "plots").iterdir()} == {"mine.png", *shown}
     fill_cards(fewer, page, [folder])
     assert path.read_text() == renewed
