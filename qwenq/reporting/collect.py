@@ -11,7 +11,7 @@ from typing import Any
 from qwenq.environment import decisive, difference, measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.text import LONGEST_COMMAND, clean, count
-from qwenq.results import Model, Row, each_run
+from qwenq.results import HERE, Model, Row, each_run
 
 # Read run folders into one collection of rows, each with its run, hardware and a label for its model.
 
@@ -213,9 +213,26 @@ def machine_difference(old: Measured, new: Measured) -> str:
     Returns:
         Such as ``another machine: instruction sets avx2 instead of avx2 avx512f``.
     """
+    if old.row.model.served and new.row.model.served:
+        return _server_difference(old, new)
     if UNKNOWN in (old.hardware, new.hardware):
         return NOT_RECORDED
     shown = difference(machine_of(old), machine_of(new))
+    return f"another machine: {shown}" if shown else ""
+
+
+def _server_difference(old: Measured, new: Measured) -> str:
+    """Return how two servers of models differ: in kind, in place or, on this machine, in its facts."""
+    before, after = (item.row.settings.get("server") for item in (old, new))
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return "a run does not record its server"
+    kinds = [clean(server.get("kind") or "unknown") for server in (before, after)]
+    if kinds[0] != kinds[1] or "unknown" in kinds:
+        return f"another server: {kinds[1]} instead of {kinds[0]}"
+    if before.get("place") != after.get("place"):
+        return "a server on another machine"
+    here = before.get("place") == HERE
+    shown = difference(machine_of(old), machine_of(new)) if here else ""
     return f"another machine: {shown}" if shown else ""
 
 
