@@ -481,7 +481,8 @@ def compare(baseline: Name, new: Name, *, fail_on: str | None = None) -> Verdict
     """Say which differences between two run folders are real.
 
     Args:
-        baseline, new: run folders.
+        baseline, new: run folders; the first may be a folder of several, of which the one of the new run's
+            machine is taken.
         fail_on: conditions as in "accuracy:significant, speed:<0.95"; None: the default of `qwenq compare`.
 
     Returns:
@@ -491,14 +492,15 @@ def compare(baseline: Name, new: Name, *, fail_on: str | None = None) -> Verdict
         UsageError: a condition or a run folder cannot be read.
     """
     from qwenq.errors import UsageError
-    from qwenq.reporting.collect import collect
+    from qwenq.reporting.collect import choose_baseline, collect
     from qwenq.reporting.compare import compare as compare_rows
     from qwenq.reporting.gate import asked_by, judge
 
     if Path(baseline).resolve() == Path(new).resolve():
         raise UsageError("this run is named twice", where=new, hint="name each run folder once")
     conditions = asked_by(fail_on)
-    rows = compare_rows(collect([Path(baseline)]), collect([Path(new)]))
+    chosen = choose_baseline(Path(baseline), Path(new)).folder
+    rows = compare_rows(collect([chosen]), collect([Path(new)]))
     return judge(rows, conditions, strict=fail_on is not None)
 
 

@@ -319,7 +319,9 @@ def _report(recipe: Recipe, folder: Path, page: Path, quantised: list[Path]) -> 
 def _gate(baseline: str, folder: Path, fail_on: str | None) -> Step:
     """Return the comparison; it names conditions only if the recipe does: those named must judge a row."""
     conditions = () if fail_on is None else ("--fail-on", fail_on)
-    return Step("gate", ("compare", baseline, str(folder), *conditions), folder / RESULTS_FILE, always=True)
+    forms = ("--markdown", str(folder / f"{VERDICT}.md"), "--junit", str(folder / f"{VERDICT}.xml"))
+    arguments = ("compare", baseline, str(folder), *conditions, *forms)
+    return Step("gate", arguments, folder / RESULTS_FILE, always=True)
 
 
 def _local(*names: str | None) -> tuple[Path, ...]:
@@ -344,7 +346,7 @@ def state(path: Path) -> str:
 # read.
 
 
-JOURNAL = "journal.jsonl"
+JOURNAL, VERDICT = "journal.jsonl", "gate"
 LOCK = "run.lock"
 """Not the steps' own, which they hold in the same folder."""
 STEP_OF = "QWENQ_STEP_OF"

@@ -70,7 +70,12 @@ def _print_notice(event: Event) -> None:
 @app.command()
 @recipe_options("gate.fail_on")
 def compare(
-    baseline: Annotated[Path, typer.Argument(help="Run folder to compare with.")],
+    baseline: Annotated[
+        Path,
+        typer.Argument(
+            help="Run folder to compare with, or a folder of several: the one of NEW's machine is taken."
+        ),
+    ],
     new: Annotated[Path, typer.Argument(help="Run folder to judge.")],
     *,
     given: Given,
@@ -93,6 +98,7 @@ def compare(
 
     fail_on = given["gate"].get("fail_on")
     conditions = gate.asked_by(fail_on)
+    baseline = _of_this_machine(baseline, new)
     sides = [[baseline, *(more_baseline or [])], [new, *(more_new or [])]]
     _check_folders([*sides[0], *sides[1]], {"--markdown": markdown, "--junit": junit})
     before, after = (_side(first, more, judged=number == 1) for number, (first, *more) in enumerate(sides))
@@ -111,6 +117,17 @@ def compare(
         _print(lines)
     if verdict.exit_code:
         raise typer.Exit(verdict.exit_code)
+
+
+def _of_this_machine(baseline: Path, new: Path) -> Path:
+    """Return the run folder to compare with, with a note on which of several it is."""
+    from qwenq.reporting.collect import choose_baseline
+
+    chosen = choose_baseline(baseline, new)
+    if chosen.folder != baseline:
+        why = "of the same machine" if chosen.same_machine else "no baseline is of this machine"
+        note(f"compared with {visible(str(chosen.folder))}: {why}")
+    return chosen.folder
 
 
 def _side(first: Path, more: list[Path], *, judged: bool) -> Collection:
