@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from qwenq.errors import HubError, ModelError, UsageError, VerificationError
@@ -41,7 +41,7 @@ class Upload:
         private: whether a new repository is private.
         files: name → bytes, of all that goes there.
         url: of the commit; None: nothing was sent.
-        notices: what else was done, one line each.
+        notices: what else was done, or has to be known, one line each.
     """
 
     repo: str
@@ -91,14 +91,16 @@ def push(
         write_model_card(folder, base)
     names += [CARD, *_images(folder)]
     files = {name: (folder / name).stat().st_size for name in sorted(set(names))}
-    planned = Upload(repo, branch, private, files)
+    paths = _local_paths(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    notices = [f"{MANIFEST} holds paths of this machine: {', '.join(sorted(paths))}"] if paths else []
+    planned = Upload(repo, branch, private, files, None, tuple(notices))
     if dry_run:
         return planned
     from huggingface_hub import HfApi
 
-    api, notices = HfApi(), list[str]()
-    with _explained(planned, notices):
-        _prepare(api, planned, notices)
+    api, made = HfApi(), list[str]()
+    with _explained(planned, made):
+        _prepare(api, planned, made)
         done = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -106,7 +108,15 @@ def push(
             allow_patterns=[_literal(name) for name in files],
             commit_message=f"{folder.name}, quantised with qwenq",
         )
-    return Upload(repo, branch, private, files, str(done.commit_url), tuple(notices))
+    return Upload(repo, branch, private, files, str(done.commit_url), (*notices, *made))
+
+
+def _local_paths(manifest: dict[str, Any]) -> set[str]:
+    """Return the absolute paths that were typed when the model was quantised."""
+    recipe, base = manifest.get("recipe", {}), manifest.get("base", {})
+    calibration = [recipe.get("calibration", {}), manifest.get("calibration", {})]
+    typed = [recipe.get("model"), base.get("model"), *(each.get("source") for each in calibration)]
+    return {text for text in typed if isinstance(text, str) and Path(text).expanduser().is_absolute()}
 
 
 def _images(folder: Path) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from pipeline import run
 from tiny_families import write_family
 from upload_hub import UploadHub, serve_uploads
+
+from qwenq.cli.app import app, register
 
 REPO = "someone/tiny-GPTQ-Int4"
 
@@ -60,7 +65,9 @@ def push(hub: UploadHub, folder: Path, *, home: Path, **settings: Any) -> dict[s
 def test_a_checked_folder_is_published_as_one_commit(hub: UploadHub, made: Path, tmp_path: Path) -> None:
     found = push(hub, made, home=tmp_path, private=True)
     assert found["url"] == f"{hub.url}/{REPO}/commit/1"
-    assert found["notices"] == [f"made the private repository {REPO}"]
+    paths, repository = found["notices"]
+    assert paths.startswith(f"qwenq.json holds paths of this machine: {made.parent}/")
+    assert repository == f"made the private repository {REPO}"
     there = hub.repos[REPO]["main"]
     assert set(there) == {".gitattributes", *found["files"]}
     assert all(there[name] == (made / name).read_bytes() for name in found["files"])
@@ -74,6 +81,28 @@ def test_a_dry_run_sends_nothing_and_lists_all(hub: UploadHub, made: Path, tmp_p
     assert found["url"] is None
     assert {"model.safetensors", "config.json", "qwenq.json", "README.md"} <= set(found["files"])
     assert hub.repos == {}
+
+
+def test_the_listing_of_the_documents_is_that_of_the_command(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another model: names, layout and sums are compared."""
+    monkeypatch.chdir(made.parent)
+    text = (Path(__file__).parents[2] / "docs" / "reports.md").read_text(encoding="utf-8")
+    command, listing = re.findall(r"```sh\n(qwenq push .*)\n```\n\n.*\n\n```text\n([^`]*)```", text)[0]
+    register()
+    arguments = shlex.split(command)[1:]
+    arguments[1] = made.name
+    typer.main.get_command(app).main(arguments, standalone_mode=False)
+    shown, said = (each.splitlines() for each in (listing, capsys.readouterr().out))
+    form = re.compile(r" *[\d.]+ [KM]?B  ([\w./-]+)")
+    documented, listed = ([form.fullmatch(line)[1] for line in lines[:-1]] for lines in (shown, said))
+    more = {"LICENSE", "generation_config.json"}
+    assert {name for name in documented if not name.startswith("plots/")} - more == set(listed)
+    assert documented == sorted(documented)
+    numbers = lambda line: re.sub(r"\d+ files, [\d.]+ [KM]?B", "N", line)  # noqa: E731
+    assert numbers(shown[-1]) == numbers(said[-1])
+    assert shown[-1].startswith(f"would publish {len(documented)} files, ")
 
 
 def test_weights_that_arrived_before_a_cut_are_not_sent_twice(
