@@ -40,7 +40,7 @@ from qwenq.results import Row, append_row, write_environment
 
 GGUF_TYPES = {"bf16": ("BF16", 32), "int8": ("Q8_0", 7), "int4": ("Q4_1", 3)}
 """llama.cpp's format for each precision, and its number in ``llama_ftype``."""
-START_SECONDS = 180
+START_SECONDS = 300
 _GGUF = (
     "import ctypes, sys, llama_cpp\n"
     "settings = llama_cpp.llama_model_quantize_default_params()\n"
@@ -131,7 +131,7 @@ def running(served: Served, threads: int, log: Path) -> Iterator[str | None]:
             stderr=out,
         )
         try:
-            yield url if answers(server, url) else None
+            yield url if answers(server, url, log) else None
         finally:
             server.terminate()
             try:
@@ -141,7 +141,7 @@ def running(served: Served, threads: int, log: Path) -> Iterator[str | None]:
                 server.wait()
 
 
-def answers(server: subprocess.Popen[bytes], url: str) -> bool:
+def answers(server: subprocess.Popen[bytes], url: str, log: Path) -> bool:
     """Wait until a server lists its models; False where it ends before.
 
     Raises:
@@ -154,7 +154,8 @@ def answers(server: subprocess.Popen[bytes], url: str) -> bool:
         with suppress(OSError), urllib.request.urlopen(f"{url}/models", timeout=5):
             return True
         time.sleep(0.5)
-    sys.exit(f"{url} did not start in {START_SECONDS} s")
+    end_of_log = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+    sys.exit(f"{end_of_log}\nthe server did not start in {START_SECONDS} s")
 
 
 def measure(served: Served, load: Load, options: argparse.Namespace, run: Path, log: Path) -> None:
@@ -190,7 +191,8 @@ def show(event: Event) -> None:
     if isinstance(event, Notice):
         print(f"  {event.text}", flush=True)
     elif isinstance(event, Advance) and isinstance(row := event.result, Row) and row.metric == "speed.served":
-        print(f"  {row.model.precision}, concurrency {row.point['concurrency']}: {row.value} {row.unit}")
+        where = f"{row.model.precision}, concurrency {row.point['concurrency']}"
+        print(f"  {where}: {row.reason or f'{row.value:.1f} {row.unit}'}", flush=True)
 
 
 def main() -> None:

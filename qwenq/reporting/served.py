@@ -55,7 +55,7 @@ def _where_served(rows: list[Measured]) -> str:
     """Describe the servers: their kinds, and their hardware as far as their addresses tell it."""
     servers = [server for item in rows if isinstance(server := item.row.settings.get("server"), dict)]
     kinds = dict.fromkeys(clean(server["kind"]) for server in servers if server.get("kind"))
-    owned = f"server: {', '.join(kinds)}; " if kinds else ""
+    owned = f"models owned, by the server's list, by {', '.join(kinds)}; " if kinds else ""
     if servers and all(server.get("place") == HERE for server in servers):
         return f"{owned}by its address it ran on the machine below, which sent the requests, too"
     return f"{owned}its hardware is unknown, and the machine below sent the requests"
