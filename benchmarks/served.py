@@ -180,10 +180,9 @@ def measure(served: Served, load: Load, options: argparse.Namespace, run: Path, 
 
 
 def refusal(log: str) -> str:
-    """Return the last line of a server's log that names an error."""
-    errors = re.findall(r"\b\w*(?:Error|Exception)\b: (.+)", log)
-    told = [line for line in errors if not line.startswith(("Engine core", "Worker failed"))]
-    return f"the server refuses it: {(told or ['it ended without a message'])[-1].strip()[:300]}"
+    """Return the first error of a server's log, which is the cause of those behind it."""
+    errors = re.findall(r"^(?:\(.*\] )?[\w.]*(?:Error|Exception): (.+)$", log, re.MULTILINE)
+    return f"the server refuses it: {(errors or ['it ended without a message'])[0].strip()[:300]}"
 
 
 def show(event: Event) -> None:
