@@ -41,6 +41,9 @@ _TOO_LONG = f"a line of more than {LONGEST_ROW // 1_000_000} MB is not a row of 
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
 
+HERE = "this machine"
+"""Place of a server whose address is that of the machine itself."""
+
 _CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+(-GPTQ-Int[48])?")
 """The bundled model's folder in the cache, whose name has a layout number (``models.bundled``), and folders
 that `qwenq quantize` names after it."""
@@ -86,6 +89,11 @@ class Model:
         kind, _, base = self.fingerprint.partition(":")
         return base if kind.startswith("rounded-") else None
 
+    @property
+    def served(self) -> bool:
+        """Return whether it is known by its server's address alone, and its weights are not."""
+        return self.fingerprint.startswith("endpoint:")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -111,7 +119,8 @@ class Row:
         reason: one sentence, wherever the status is not ``ok``.
         implementation: exactly what ran: package and version, or our kernel.
         settings: whatever else decides the value (seed, dtype, generation settings, limits); ``machine``,
-            what it was measured on (``qwenq.environment``).
+            what it was measured on (``qwenq.environment``); of a served model ``server``, its ``kind`` and
+            ``place``: ``HERE``, or a hash of the host's name.
         details: series and side figures for plots: JSON values.
         date: ISO date.
     """
