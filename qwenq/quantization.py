@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwenq.distributed import ALONE, Team
-from qwenq.errors import UsageError, VerificationError
+from qwenq.errors import UnsupportedError, UsageError, VerificationError
 from qwenq.events import Advance, Event, Listener, Notice, Start, silent
 from qwenq.stopping import finishing
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.gptq_format import QuantConfig
     from qwenq.models.quantized_folder import LayerStore
+    from qwenq.models.shapes import ModelShape
     from qwenq.recipe import Recipe
 
 T = TypeVar("T")
@@ -246,7 +247,44 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 def _calibration(job: Job) -> CalibrationSet:
     from qwenq.calibration.load import calibration_for
 
-    return calibration_for(job.recipe, job.base, job.decoder.vocabulary, job.device, job.listener)
+    fitting = _fitting(job)
+    return calibration_for(job.recipe, job.base, job.decoder.vocabulary, job.device, job.listener, fitting)
+
+
+def _fitting(job: Job) -> tuple[int, int] | None:
+    """Return sizes of calibration that fit the memory, and say so; None where the usual ones do."""
+    from qwenq.models.machine import device_memory
+    from qwenq.models.qwen_v1 import longest_plain
+    from qwenq.planner.calibration_size import calibration_size
+
+    wanted = job.recipe.calibration
+    shape = _shape(job)
+    if shape is None or wanted.source.endswith(".safetensors"):  # a saved set has its own sizes
+        return None
+    on_gpu = job.device.type == "cuda"
+    size = calibration_size(
+        shape,
+        None if wanted.samples == "auto" else wanted.samples,
+        None if wanted.seq_len == "auto" else wanted.seq_len,
+        longest=longest_plain(job.checkpoint.config),
+        dtype=str(job.decoder.dtype).removeprefix("torch."),
+        on_gpu=on_gpu,
+        limit=device_memory(job.device) // (1 if on_gpu else job.team.world),
+        ranks=job.team.world,
+    )
+    for notice in size.notices("GPU memory" if on_gpu else "RAM"):
+        job.listener(Notice(notice))
+    return (size.samples, size.seq_len) if size.usual is not None else None
+
+
+def _shape(job: Job) -> ModelShape | None:
+    """Return the sizes of the model; None where they are not known, as of models by inspection."""
+    from qwenq.models.shapes import ModelShape
+
+    try:
+        return ModelShape.from_config(job.checkpoint.config)
+    except UnsupportedError:
+        return None
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:

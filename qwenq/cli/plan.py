@@ -47,7 +47,8 @@ def plan(
         typer.Option(help="Group size: auto, 128, 64, 32, or -1 (the whole row)."),
     ] = "auto",
     samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences. [default: 48; on a GPU 128]")
+        int | None,
+        typer.Option(help="Calibration sequences. [default: 48; on a GPU 128; fewer where memory is short]"),
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a calibration sequence. [default: 256; on a GPU 2048]")
@@ -59,6 +60,7 @@ def plan(
 
     Bytes on disk, memory, tensor parallelism, the bound on its speed.
     """
+    from qwenq.models.machine import memory_limit
     from qwenq.planner.estimates import gpu as find_gpu
     from qwenq.planner.plan import PlanOptions, find_model, make_plan
 
@@ -71,6 +73,7 @@ def plan(
         group_size=None if group_size == "auto" else _group_size(group_size),
         samples=samples,
         seq_len=seq_len,
+        ram=memory_limit(),
     )
     result = make_plan(find_model(model, weights), options)
     if as_json:

@@ -111,6 +111,21 @@ def free_memory() -> int:
     return available if granted is None else min(available, granted)
 
 
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of the memory that a device computes in: a GPU's, or ``memory_limit``."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory_limit()
+
+
+def memory_limit() -> int:
+    """Return the bytes that a process can have at most: the machine's memory, or its cgroup's limit."""
+    total = int(psutil.virtual_memory().total)
+    return min([total, *(most for folder in _folders(_GROUPS, _MOUNTED) if (most := _granted(folder)))])
+
+
 def cgroup_memory_left(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
     """Return the bytes up to the nearest cgroup limit, page cache not counted as used; None: no limit.
 
@@ -141,6 +156,13 @@ def _free(folder: Path) -> int | None:
         with suppress(OSError, ValueError):  # "max" is no number
             most = int((folder / limit).read_text(encoding="ascii"))
             return max(0, most - int((folder / used).read_text(encoding="ascii")) + _pages_of_files(folder))
+    return None
+
+
+def _granted(folder: Path) -> int | None:
+    for limit, _ in _FILES:
+        with suppress(OSError, ValueError):
+            return int((folder / limit).read_text(encoding="ascii"))
     return None
 
 
