@@ -98,7 +98,7 @@ def test_calibration_that_memory_does_not_hold_is_made_smaller_aloud(
     recipe = Recipe().override({"model": str(model)}, quantize={"dtype": "float32", "bits": 8})
     made = quantize(recipe, tmp_path / "out", ear, device="cpu")
     said = "\n".join(ear.lines)
-    assert "calibration: 24 × 256 tokens instead of 48 × 256 tokens, which take 0.5 GiB by estimate" in said
+    assert "calibration: 24 × 256 tokens instead of 48 × 256, which take 0.5 GiB by estimate" in said
     assert "24 × 256 tokens (as many as fit the memory)" in said
     assert manifest_of(made.folder)["calibration"]["samples"] == 24
     options = PlanOptions(ram=memory)

@@ -134,7 +134,7 @@ def _loaded_or_made(
             where=wanted.source,
             hint="leave --calibration out: the tokens are random, too",
         )
-    label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
+    label = f"{'writing' if wanted.source == 'self' else 'reading'} text to calibrate and check"
     with counted(listener, label, "tokens") as progress:
         return load_calibration(
             wanted.source,

@@ -9,8 +9,9 @@ import typer
 
 from qwenq.checking import SAMPLES, SEQ_LEN
 from qwenq.cli.app import app
+from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import DeviceName, Quiet, RealWeights
-from qwenq.cli.printing import next_commands, note, print_json, table_console
+from qwenq.cli.printing import note, print_json, table_console
 from qwenq.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def check(
     fair       KL to 0.25, same top from 75 %: a sound Int4 below 1B
     poor       KL to 2, same top from 30 %
     broken     beyond that, or not finite: the exit code is 1
+    none       too few tokens to judge by
     """
     from qwenq.checking import check_folders
     from qwenq.cli.progress import show_events
@@ -106,7 +108,7 @@ def check(
             hint="is it compared with the model it was made from? If so, quantise it again, with --bits 8",
         )
     if not as_json:
-        next_commands(("eval", against or found.base, quantised), ("chat", quantised))
+        next_commands(*with_model(quantised, against or named_base(found.quantised) or found.base))
 
 
 def _print_json(found: Checked, text: str, seed: int) -> None:
@@ -132,7 +134,7 @@ def _print_text(found: Checked, text: str, count: int) -> None:
         "base": str(found.base),
         "text": f"{text}, {result.sequences} × {result.seq_len} tokens; {result.dtype} on {result.device}",
     }
-    verdict_styles = {"excellent": "bold green", "good": "bold green", "fair": "bold yellow"}
+    verdict_styles = {"excellent": "bold green", "good": "bold green", "fair": "bold yellow", "none": "bold"}
     for name, value in (lines | result.summary()).items():
         style = verdict_styles.get(result.verdict.word, "bold red") if name == "verdict" else ""
         console.print(Text(f"{name:<12}{value}", style=style), soft_wrap=True)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed
-from qwenq.cli.printing import next_commands, note, notes, print_json, table_console
+from qwenq.cli.printing import note, notes, print_json, table_console
 from qwenq.cli.progress import show_events
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
@@ -69,7 +70,7 @@ def convert(
         typer.echo(f"changed: {change}")
     files = "1 file" if len(done.files) == 1 else f"{len(done.files)} files"
     typer.echo(f"wrote {done.folder}: {done.tensors} tensors, {readable_bytes(done.total_bytes)} in {files}")
-    next_commands(("chat", dst), ("eval", dst))
+    next_commands(*with_model(dst))
 
 
 def _write_random(
@@ -90,7 +91,7 @@ def _write_random(
     typer.echo(
         f"wrote {dst}: {len(names)} tensors, {size}, random weights (seed {seed}): for speed and memory"
     )
-    next_commands(("profile", dst))
+    next_commands(*with_model(dst))
 
 
 def parse_size(text: str) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.next import Words, named_base, next_commands
 from qwenq.cli.options import (
     AttentionName,
     DeviceName,
@@ -26,7 +28,6 @@ from qwenq.cli.options import (
     recipe_options,
 )
 from qwenq.cli.printing import (
-    next_commands,
     note,
     notes,
     print_rows,
@@ -135,7 +136,8 @@ def evaluate(
         print_rows(run, rows)
     else:
         print_table(run, rows)
-        next_commands(("report", run))
+        beside = () if out is not None else ("--out", run)
+        next_commands(*([*one, *beside] for one in _with_bases(eval_models, rows)), ("report", run))
 
 
 def _wanted(chosen: EvalRecipe, source: DataSource, batch: int | None, *, unsafe_code: bool) -> EvalRequest:
@@ -246,6 +248,20 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
+def _with_bases(eval_models: Sequence[EvalModel], rows: Sequence[Row]) -> Iterator[Words]:
+    """Yield this command with the base of each quantised model that was not compared with one, and say so."""
+    from qwenq.evals.model import LocalModel
+
+    compared = {row.model for row in rows if row.details.keys() & {"paired", "unpaired"}}
+    for one in eval_models:
+        if not isinstance(one, LocalModel) or not one.quantised or one.model in compared:
+            continue
+        note(f"{one.model.label} is not compared with its base, which was not evaluated")
+        if (base := named_base(one.checkpoint.folder)) is not None:
+            words = sys.argv[sys.argv.index("eval") + 1 :] if "eval" in sys.argv else []
+            yield ("eval", base, *words)
+
+
 # Print the result of an evaluation: a table of scores, and each model compared with its base.
 
 
@@ -299,7 +315,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     metric = row.metric.removeprefix("accuracy").lstrip(".")
     task = f"{row.point['task']}{f' ({metric})' if metric else ''}"
     interval = f"{row.low:.1%} – {row.high:.1%}" if row.low is not None and row.high is not None else "-"
-    model = f"{row.model.name} {row.model.precision}"
+    model = row.model.label
     value = f"{row.value:.1%}" if row.value is not None else "-"
     found = row.details.get("standard_error")
     error = f"± {100 * found:.1f}" if isinstance(found, float) else "-"
@@ -334,17 +350,18 @@ def _check_lines(rows: Sequence[Row]) -> list[str]:
         said = f"{name} {row.value:{form}}{unit}" if row.value is not None else f"{name}: {row.reason}"
         if row.low is not None and row.high is not None:
             said += f" ({row.low:{form}} – {row.high:{form}})"
-        lines.setdefault(f"{row.model.name} {row.model.precision}", []).append(said)
+        lines.setdefault(row.model.label, []).append(said)
     return [f"{model} beside its base, by the check: {'; '.join(said)}" for model, said in lines.items()]
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """Return warnings about cut answers, the sample suite and limited items."""
     lines = [
-        f"warning: {row.point['task']}, {row.model.name} {row.model.precision}: {found.warning}"
+        f"warning: {row.point['task']}, {row.model.label}: {found.warning}"
         for row in rows
         if (found := cut_of(row)) is not None and found.many
     ]
+    lines += _guesses(rows)
     if any(row.point.get("data") == "sample suite" for row in rows):
         lines.append("the sample suite is not the benchmark: its scores compare with nothing published")
     limits = {row.point["task"]: row.point["limit"] for row in rows if row.point.get("limit") is not None}
@@ -353,6 +370,19 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
         which, limit = "" if all_ else f"{', '.join(map(str, limits))}: ", next(iter(limits.values()))
         lines.append(f"{which}limited to the first {limit} items of each subject or task")
     return lines
+
+
+def _guesses(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line for each task that some models are at the level of guessing in."""
+    from qwenq.comparison import guessing_level
+
+    guessed: dict[tuple[str, float], list[str]] = {}
+    for row in rows:
+        if (level := guessing_level(row)) is not None:
+            guessed.setdefault((str(row.point["task"]), level), []).append(row.model.label)
+    for (task, level), models in guessed.items():
+        what = f"at guessing level ({level:.0%})" if level else "no item answered correctly"
+        yield f"{task}, {', '.join(models)}: {what}, so what quantising cost cannot show in this score"
 
 
 def _headlines(rows: Sequence[Row]) -> list[str]:
@@ -365,7 +395,7 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
     by_model: dict[str, list[TaskComparison]] = {}
     for row, pairing, p in zip(compared, pairings, holm([one.p for one in pairings]), strict=True):
         value, change = row.value or 0.0, row.details["paired"]["change"]
-        name = f"{row.model.name} {row.model.precision} beside its base"
+        name = f"{row.model.label} beside its base"
         tested = TaskComparison(str(row.point["task"]), value - change, value, pairing, p)
         by_model.setdefault(name, []).append(tested)
     return [f"{name}: {headline(found, len(compared))}" for name, found in by_model.items()]

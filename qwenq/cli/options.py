@@ -101,8 +101,7 @@ def recipe_options(
 
 def given_models(models: list[str] | None) -> list[str | None]:
     """Return the models that were named, each once; None is the bundled model."""
-    named = dict.fromkeys(models or ["bundled"])
-    return [None if name == "bundled" and not Path(name).exists() else name for name in named]
+    return [*dict.fromkeys(models)] if models else [None]
 
 
 def default_shown(setting: Setting, default: str | None = None) -> str:

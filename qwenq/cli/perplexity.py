@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.next import next_commands
 from qwenq.cli.options import (
     AttentionName,
     DeviceName,
@@ -23,7 +24,7 @@ from qwenq.cli.options import (
     given_models,
     listed_numbers,
 )
-from qwenq.cli.printing import next_commands, notes, print_rows, stop_notice, table_console, typed_command
+from qwenq.cli.printing import notes, print_rows, stop_notice, table_console, typed_command
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _print_table(run: Path, rows: Sequence[Row]) -> None:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
     lines: dict[tuple[str, str, str], dict[object, str]] = {}
     for row in rows:
-        named = f"{row.model.name} {row.model.precision}"
+        named = row.model.label
         where = (named, str(row.point.get("ntk", "-")), str(row.point.get("logn", "-")))
         shown = f"{row.value:.3f}" if row.value is not None else "n/a"
         lines.setdefault(where, {})[row.point["seq_len"]] = shown

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qwenq.errors import StorageError, visible
+from qwenq.errors import StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,16 +38,6 @@ def percent(share: float) -> str:
     value = 100 * share
     digits = max(0, 1 - math.floor(math.log10(value))) if 0 < value < math.inf else 2
     return f"{value:.{min(digits, 8)}f}%"
-
-
-def next_commands(*commands: Sequence[str | Path | None]) -> None:
-    """Print commands that go on from here, ready to copy; words that are None are left out.
-
-    On standard error, so that what is piped on holds results alone.
-    """
-    for label, command in zip(("next:", *[""] * len(commands)), commands, strict=False):
-        words = [str(word) for word in command if word is not None]
-        typer.echo(f"{label:<6}{visible(as_typed(['qwenq', *words]))}", err=True)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

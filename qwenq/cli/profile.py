@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.next import next_commands
 from qwenq.cli.options import (
     DeviceName,
     Given,
@@ -22,7 +23,7 @@ from qwenq.cli.options import (
     listed_numbers,
     recipe_options,
 )
-from qwenq.cli.printing import next_commands, notes, stop_notice, table_console, typed_command
+from qwenq.cli.printing import notes, stop_notice, table_console, typed_command
 from qwenq.cli.progress import ProfileProgress, rough_time
 from qwenq.errors import UsageError, visible
 

@@ -289,7 +289,7 @@ class TextListener:
     def _layer(self, done: LayerDone) -> None:
         if not done.resumed:
             self._fresh.append(done.seconds)
-        error = f"error {percent(done.error)}, round-to-nearest {percent(done.rtn_error)}"
+        error = f"error on calibration text {percent(done.error)}, round-to-nearest {percent(done.rtn_error)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done.index + 1, left=self._left(done))
             self._bar.console.print(f"  layer {done.index + 1:>3} of {done.total}: {error}", highlight=False)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import DeviceName, Given, Quiet, recipe_options
-from qwenq.cli.printing import next_commands, notes
+from qwenq.cli.printing import notes
 from qwenq.cli.progress import show_progress
 from qwenq.errors import CalibrationError, CorruptFileError, UsageError
 from qwenq.models.folders import local_path
@@ -89,12 +90,8 @@ def quantize(
 
 
 def _show_next(result: Quantised, recipe: Recipe, out: Path | None) -> None:
-    folder = out or Path(result.folder.name)
-    if recipe.weights == "random":
-        next_commands(("profile", folder))
-        return
-    base = recipe.model or "bundled"
-    next_commands(("chat", folder), ("eval", base, folder), ("profile", base, folder))
+    base = None if recipe.weights == "random" else recipe.model or "bundled"
+    next_commands(*with_model(out or Path(result.folder.name), base))
 
 
 def _recipe(file: Path | None, model: str | None, given: Given) -> Recipe:

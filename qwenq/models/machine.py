@@ -87,11 +87,12 @@ def resolve_device(wanted: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):  # nothing was tried on others
         raise UsageError(f"{wanted!r} is no device", where="--device", hint="use cpu, cuda, cuda:1 or auto")
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        built = "" if torch.version.cuda else f"; this torch ({torch.__version__}) is built without CUDA"
+        built, hint = "", "use --device cpu"
+        if torch.version.cuda is None:
+            built = f"; this torch ({torch.__version__}) is built without CUDA"
+            hint += ", or install torch's CUDA build: pytorch.org/get-started/locally has the command"
         found = f"{gpus} CUDA GPU{'' if gpus == 1 else 's'} found"
-        raise UsageError(
-            f"{wanted} cannot be used: {found}{built}", where="--device", hint="use --device cpu"
-        )
+        raise UsageError(f"{wanted} cannot be used: {found}{built}", where="--device", hint=hint)
     return device
 
 

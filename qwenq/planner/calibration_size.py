@@ -51,7 +51,8 @@ class CalibrationSize:
         there = f"here are {self.limit / GIB:.1f} GiB of {kind}"
         if self.usual is not None:
             peak = f"{self.usual.memory.peak / GIB:.1f} GiB by estimate"
-            yield f"calibration: {self.tokens} instead of {self.usual.tokens}, which take {peak}; {there}"
+            usual = f"{self.usual.samples} × {self.usual.seq_len}"
+            yield f"calibration: {self.tokens} instead of {usual}, which take {peak}; {there}"
         if not self.fits:
             peak = f"{self.memory.peak / GIB:.1f} GiB by estimate"
             yield f"memory may not suffice: quantising with {self.tokens} takes {peak}; {there}"

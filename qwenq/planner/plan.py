@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenq.errors import HubError, UsageError
 from qwenq.models import catalogue
+from qwenq.models.bundled import is_bundled
 from qwenq.models.config import read_config, text_config
 from qwenq.models.folders import local_path
 from qwenq.models.hub import network_errors
@@ -63,7 +64,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         ModelError: the folder's config.json is missing, damaged or of an unsupported model.
         HubError: the hub does not have it, or cannot be reached.
     """
-    if model is None:
+    if model is None or is_bundled(model):
         model = catalogue.BUNDLED
     if weights == "random":
         drawn = catalogue.entry(model)

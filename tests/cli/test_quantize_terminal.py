@@ -35,7 +35,7 @@ def test_a_live_bar_shows_layers_and_the_time_left(terminal: Terminal, tmp_path:
     assert "layers" in bar
     assert len(f"quantising{bar}left") <= SIZE[1]  # one line of a usual terminal: nothing is cut off
     for number in (1, 2, 3):
-        terminal.wait_for(f"layer   {number} of 3: error ")
+        terminal.wait_for(f"layer   {number} of 3: error on calibration text ")
         assert re.search(r"^[\d.]+%, round-to-nearest [\d.]+%", terminal.wait_for("\r\n"))
     end = terminal.wait_for("verdict")
     assert "\x1b[2K" in end  # the bar is taken away
@@ -59,4 +59,4 @@ def test_the_time_left_is_shown_of_layers_that_take_minutes_each(
             listener(Advance("quantising", index + 1, 5, done))
             seen.append(listener._bar.tasks[0].fields["left"])
     assert seen == ["-:--", "-:--", "7:30", "5:20", "2:40"]
-    assert "layer   4 of 5: error 1.0%, round-to-nearest 2.0%" in capsys.readouterr().out
+    assert "layer   4 of 5: error on calibration text 1.0%, round-to-nearest 2.0%" in capsys.readouterr().out
