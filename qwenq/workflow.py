@@ -168,11 +168,16 @@ class Chain:
 
 def find_recipe(name: Path) -> Path:
     """Return the file of a recipe: a path, or the name of one that ships with qwenq, such as ``demo``."""
-    if name.exists() or name.suffix or len(name.parts) != 1:
+    if name.exists() or len(name.parts) != 1:
         return name
+    return shipped_recipes().get(str(name), name)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that ship with qwenq, by name."""
     package = Path(str(files("qwenq")))
-    shipped = (folder / "recipes" / f"{name}.toml" for folder in (package, package.parent))  # wheel, checkout
-    return next((file for file in shipped if file.is_file()), name)
+    folders = (folder / "recipes" for folder in (package.parent, package))  # a checkout's, a wheel's
+    return {file.stem: file for folder in folders for file in folder.glob("*.toml")}
 
 
 def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:

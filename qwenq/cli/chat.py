@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq import stopping
+from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.options import (
     AttentionName,
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or hub id. [default: the bundled model]")
+        str | None,
+        typer.Argument(
+            help="Model folder or hub id. [default: the bundled model]", autocompletion=completion.models
+        ),
     ] = None,
     weights: RealWeights = "stored",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,

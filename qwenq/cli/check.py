@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.checking import SAMPLES, SEQ_LEN
+from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
-from qwenq.cli.options import DeviceName, Quiet, RealWeights
+from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose
 from qwenq.cli.printing import note, print_json, table_console
 from qwenq.errors import UsageError, VerificationError
 
@@ -20,10 +21,18 @@ if TYPE_CHECKING:
 
 @app.command()
 def check(
-    quantised: Annotated[str, typer.Argument(help="Quantised model (GPTQ, AWQ, …): folder or hub id.")],
+    quantised: Annotated[
+        str,
+        typer.Argument(
+            help="Quantised model (GPTQ, AWQ, …): folder or hub id.", autocompletion=completion.models
+        ),
+    ],
     against: Annotated[
         str | None,
-        typer.Option(help="The model it was made from. [default: the one that its qwenq.json names]"),
+        typer.Option(
+            help="The model it was made from. [default: the one that its qwenq.json names]",
+            autocompletion=completion.models,
+        ),
     ] = None,
     weights: RealWeights = "stored",
     text: Annotated[
@@ -57,6 +66,7 @@ def check(
         str, typer.Option("--tp", help="With --for: numbers of GPUs that share the model, comma-separated.")
     ] = "1",
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result with all modules as JSON.")
     ] = False,
@@ -77,14 +87,14 @@ def check(
     none       too few tokens to judge by
     """
     from qwenq.checking import check_folders
-    from qwenq.cli.progress import show_events
+    from qwenq.cli.progress import show_events, with_details
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
     if engines is not None:
         _check_engines(quantised, engines, tp, as_json=as_json)
         return
-    with show_events(note, quiet=quiet) as listener:
+    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
         found = check_folders(
             quantised,
             against,

@@ -24,6 +24,7 @@ from qwenq.cli.options import (
     RealWeights,
     RowsAsJson,
     RunFolder,
+    Verbose,
     given_models,
     recipe_options,
 )
@@ -88,6 +89,7 @@ def evaluate(
         str | None, typer.Option(metavar="ID", help="Print one recorded item in full and exit.")
     ] = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: RowsAsJson = False,
 ) -> None:
     """Evaluate models on MMLU, C-Eval, GSM8K, HumanEval and more.
@@ -128,10 +130,14 @@ def evaluate(
         if not team.is_rank0:
             evaluate_share(eval_models, wanted, run, team)
             return
-        from qwenq.cli.progress import EvalProgress
+        from qwenq.cli.progress import EvalProgress, with_details
 
-        with stop_notice("answers are kept", team.world), EvalProgress(quiet=quiet) as progress:
-            rows = run_all(eval_models, wanted, run, progress, typed_command(team.world), team)
+        with (
+            stop_notice("answers are kept", team.world),
+            EvalProgress(quiet=quiet) as progress,
+            with_details(progress, verbose) as listener,
+        ):
+            rows = run_all(eval_models, wanted, run, listener, typed_command(team.world), team)
     if as_json:
         print_rows(run, rows)
     else:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.errors import UsageError
 from qwenq.recipe import Setting, settings
 
@@ -41,11 +42,16 @@ RealWeights = Annotated[
 ]
 RandomSeed = Annotated[int, typer.Option(min=0, help="Seed of random weights.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also show versions, the time of each step, each module's error."),
+]
 
 ModelArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="MODEL...",
+        autocompletion=completion.models,
         help="Model folders or hub ids; bundled: the bundled model. [default: bundled]",
     ),
 ]

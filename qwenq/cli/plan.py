@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, DtypeName, listed_names, listed_numbers
 from qwenq.cli.printing import print_json
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[
         str | None,
-        typer.Argument(help="Catalogue name, model folder or hub id. [default: the bundled model]"),
+        typer.Argument(
+            help="Catalogue name, model folder or hub id. [default: the bundled model]",
+            autocompletion=completion.models,
+        ),
     ] = None,
     weights: Annotated[
         Literal["stored", "random"],
@@ -37,6 +41,7 @@ def plan(
         typer.Option(
             help="GPUs, comma-separated: h200, a100-80g, rtx-4090, … (a wrong name lists all). "
             "[default: a CPU]",
+            autocompletion=completion.gpus,
         ),
     ] = None,
     tp: Annotated[

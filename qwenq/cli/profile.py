@@ -19,12 +19,13 @@ from qwenq.cli.options import (
     ModelArguments,
     Quiet,
     RandomSeed,
+    Verbose,
     listed_names,
     listed_numbers,
     recipe_options,
 )
 from qwenq.cli.printing import notes, stop_notice, table_console, typed_command
-from qwenq.cli.progress import ProfileProgress, rough_time
+from qwenq.cli.progress import ProfileProgress, rough_time, with_details
 from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def profile(
         typer.Option(help="Run folder. [default: runs/profile-MODEL; with --endpoint runs/served-MODEL]"),
     ] = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Processes that share a model, one a GPU.")] = 1,
 ) -> None:
@@ -93,7 +95,7 @@ def profile(
     chosen = Recipe().override(given[""], profile=given["profile"])
     points = chosen.profile or ProfileRecipe()
     budget = parse_budget(points.budget) if points.budget else None
-    progress = ProfileProgress(as_json=as_json, quiet=quiet)
+    progress = ProfileProgress(as_json=as_json, quiet=quiet, verbose=verbose)
     given_options = _typed(typed)
     _check_endpoint(endpoint, models, given_options)
     if endpoint is not None:
@@ -154,7 +156,8 @@ def _measure(
             show_plan(planned, chosen, budget, folder)
         left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
         facts, command = environment(), typed_command()
-        done = run_sweep(planned, folder, progress, environment=facts, budget=left, command=command)
+        with with_details(progress, progress.verbose) as listener:
+            done = run_sweep(planned, folder, listener, environment=facts, budget=left, command=command)
     return list(planned), done.kept
 
 
@@ -183,7 +186,7 @@ def show_plan(planned: Sequence[Planned], device: Device, budget: float | None, 
 
 
 _OF_ENDPOINT = {"endpoint", "model", "concurrency", "input", "output"}
-_OF_BOTH = {"models", "precision", "budget", "out", "quiet", "as_json"}
+_OF_BOTH = {"models", "precision", "budget", "out", "quiet", "verbose", "as_json"}
 """Options of a served model; those that a model measured here has as well."""
 
 
@@ -238,9 +241,10 @@ def _profile_served(
     folder = out or Path("runs") / f"served-{target.model.name}"
     with stop_notice("what is measured is kept"), locked(folder):
         facts, command = environment(), typed_command()
-        rows = profile_served(
-            target, wanted, folder, progress, environment=facts, budget=budget, command=command
-        )
+        with with_details(progress, progress.verbose) as listener:
+            rows = profile_served(
+                target, wanted, folder, listener, environment=facts, budget=budget, command=command
+            )
     if not progress.as_json:
         _show_rows(folder, rows)
 

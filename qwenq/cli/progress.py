@@ -76,6 +76,38 @@ def show_events(on_notice: Callable[[str], None], *, quiet: bool = False) -> Ite
 
 
 @contextmanager
+def with_details(listener: Listener, verbose: bool) -> Iterator[Listener]:
+    """Yield the listener; with ``--verbose`` one that also prints versions, times and modules' errors."""
+    if not verbose:
+        yield listener
+        return
+    from qwenq.environment import versions
+
+    running: list[tuple[str, float]] = []
+
+    def end() -> None:
+        for step, began in running:
+            typer.echo(f"{step}: {time.monotonic() - began:.1f} s", err=True)
+        running.clear()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Start | Finish):
+            end()
+        if isinstance(event, Start):
+            running.append((event.step, time.monotonic()))
+        listener(event)
+        if isinstance(event, Advance) and isinstance(modules := getattr(event.result, "modules", None), dict):
+            errors = (f"{name} {percent(stats.error)}" for name, stats in modules.items())
+            typer.echo(f"    {', '.join(errors)}", err=True)
+
+    typer.echo(", ".join(f"{name} {number}" for name, number in versions().items()), err=True)
+    try:
+        yield listen
+    finally:
+        end()
+
+
+@contextmanager
 def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich import progress as rich_progress
     from rich.console import Console
@@ -221,8 +253,8 @@ def _eval_bar() -> Bar:
 class ProfileProgress:
     """A listener that shows a sweep: a line for each point on stderr, or rows as JSON on stdout."""
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet = as_json, quiet or as_json
+    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool = False) -> None:
+        self.as_json, self.quiet, self.verbose = as_json, quiet or as_json, verbose
 
     def __call__(self, event: Event) -> None:
         """Show an event: a point starts, a row is measured, a notice."""

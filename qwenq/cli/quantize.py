@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands, with_model
-from qwenq.cli.options import DeviceName, Given, Quiet, recipe_options
-from qwenq.cli.printing import notes
-from qwenq.cli.progress import show_progress
+from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
+from qwenq.cli.printing import note, notes
+from qwenq.cli.progress import show_events, with_details
 from qwenq.errors import CalibrationError, CorruptFileError, UsageError
+from qwenq.events import counted
 from qwenq.models.folders import local_path
 from qwenq.recipe import Recipe
 from qwenq.stopping import Terminated
@@ -44,7 +46,8 @@ def quantize(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]"
+            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]",
+            autocompletion=completion.models,
         ),
     ] = None,
     recipe: Annotated[
@@ -56,6 +59,7 @@ def quantize(
     given: Given,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run of the same settings.")] = True,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events and result as JSON lines.")] = False,
 ) -> None:
     """Quantise a model with GPTQ to Int4 or Int8, and check it.
@@ -63,7 +67,7 @@ def quantize(
     The result is read back from the disk and compared with the base before it gets its name. Under torchrun
     all processes work on the one model.
     """
-    from qwenq.cli.progress import quantize_listener
+    from qwenq.cli.progress import quantize_listener, with_details
     from qwenq.distributed import process_group
 
     chosen = _recipe(recipe, model, given)
@@ -78,7 +82,8 @@ def quantize(
                 try:
                     from qwenq.quantization import quantize as run
 
-                    result = run(chosen, out, listener, device=device, resume=resume, team=team)
+                    with with_details(listener, verbose) as detailed:
+                        result = run(chosen, out, detailed, device=device, resume=resume, team=team)
                 except KeyboardInterrupt:  # SIGTERM too
                     listener.interrupted()
                     raise
@@ -141,13 +146,17 @@ _TEMPLATES = {
 def calibrate(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or hub id. [default: the bundled model]")
+        str | None,
+        typer.Argument(
+            help="Model folder or hub id. [default: the bundled model]", autocompletion=completion.models
+        ),
     ] = None,
     *,
     given: Given,
     device: DeviceName = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a different file.")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Write calibration tokens once, to share between quantisations.
@@ -163,7 +172,12 @@ def calibrate(
     if given[""].get("weights") == "random":
         made, tokenizer = _random(model, source, **options), None
     else:
-        with show_progress("writing text" if source == "self" else "reading text", quiet=quiet) as progress:
+        label = "writing text" if source == "self" else "reading text"
+        with (
+            show_events(note, quiet=quiet) as plain,
+            with_details(plain, verbose) as listener,
+            counted(listener, label, "tokens") as progress,
+        ):
             made, tokenizer = _make(model, source, device, thinking, progress, **options)
     kept = None if force else _there_already(made, out)
     if kept is None:

@@ -305,7 +305,9 @@ class CheckResult:
         if self.modules:
             error = sum(module.error for module in self.modules) / len(self.modules)
             rtn = sum(module.rtn_error for module in self.modules) / len(self.modules)
-            lines["modules"] = f"mean error on held-out text {error:.3%} of the output, round-to-nearest {rtn:.3%}"
+            lines["modules"] = (
+                f"mean error on held-out text {error:.3%} of the output, round-to-nearest {rtn:.3%}"
+            )
         return lines | {"verdict": str(self.verdict)}
 
 

@@ -223,7 +223,8 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
             yield shown
         else:
             word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4, item.row.n).word
-            yield f"{'too few tokens for a verdict' if word == 'none' else word}, {shown}, same top token {100 * top:.1f} %"
+            known = "too few tokens for a verdict" if word == "none" else word
+            yield f"{known}, {shown}, same top token {100 * top:.1f} %"
 
 
 def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
