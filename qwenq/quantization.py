@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import UnsupportedError, UsageError, VerificationError
-from qwenq.events import Advance, Event, Listener, Notice, Start, silent
+from qwenq.events import Advance, Event, Listener, Notice, Start, rough_time, silent
 from qwenq.stopping import finishing
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def quantize(
     job = _prepare(recipe.validated(), out, listener, device, team)
     calibration = _timed(job, "calibration", lambda: _calibration(job))
     store = _open_store(job, calibration, resume=resume)
+    _announce_duration(job, calibration.tokens.numel())
     try:
         _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
         staged, notices = _timed(job, "write", lambda: _stage(job, store))
@@ -300,6 +301,22 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
         found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
         job.listener(Notice(f"resuming: {found}"))
     return store
+
+
+def _announce_duration(job: Job, tokens: int) -> None:
+    """Say about how long the layers take, on one CPU: elsewhere no operations were compared with times."""
+    import torch
+
+    from qwenq.gptq.duration import product_rate, seconds_of_layers
+
+    shape, left = _shape(job), len(job.decoder.names) - job.resumed
+    if shape is None or not left or job.device.type != "cpu" or job.team.launched:
+        return
+    rates = product_rate(job.device, job.decoder.dtype), product_rate(job.device, torch.float32)
+    seconds = seconds_of_layers(shape, tokens, job.settings, rates, job.resumed)
+    timed = f"a matrix product that was timed here ({rates[0] / 1e9:.0f} GFLOP/s)"
+    text = f"{left} layers take about {rough_time(seconds)} by {timed}; the check comes on top"
+    job.listener(Notice(text))
 
 
 def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:

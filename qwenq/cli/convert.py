@@ -11,7 +11,7 @@ import typer
 
 from qwenq.cli import completion
 from qwenq.cli.app import app
-from qwenq.cli.next import next_commands, with_model
+from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed, Verbose
 from qwenq.cli.printing import note, notes, print_json, table_console
 from qwenq.cli.progress import show_events, with_details
@@ -77,7 +77,7 @@ def convert(
         typer.echo(f"changed: {change}")
     files = "1 file" if len(done.files) == 1 else f"{len(done.files)} files"
     typer.echo(f"wrote {done.folder}: {done.tensors} tensors, {readable_bytes(done.total_bytes)} in {files}")
-    next_commands(*with_model(dst))
+    next_commands(*with_model(dst, named_base(resolved.folder)))
 
 
 def _write_random(

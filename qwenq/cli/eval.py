@@ -259,8 +259,9 @@ def _with_bases(eval_models: Sequence[EvalModel], rows: Sequence[Row]) -> Iterat
     from qwenq.evals.model import LocalModel
 
     compared = {row.model for row in rows if row.details.keys() & {"paired", "unpaired"}}
+    here = {one.model.fingerprint for one in eval_models}
     for one in eval_models:
-        if not isinstance(one, LocalModel) or not one.quantised or one.model in compared:
+        if not isinstance(one, LocalModel) or not one.quantised or one.model in compared or one.base in here:
             continue
         note(f"{one.model.label} is not compared with its base, which was not evaluated")
         if (base := named_base(one.checkpoint.folder)) is not None:

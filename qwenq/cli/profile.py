@@ -25,8 +25,9 @@ from qwenq.cli.options import (
     recipe_options,
 )
 from qwenq.cli.printing import notes, stop_notice, table_console, typed_command
-from qwenq.cli.progress import ProfileProgress, rough_time, with_details
+from qwenq.cli.progress import ProfileProgress, with_details
 from qwenq.errors import UsageError, visible
+from qwenq.events import rough_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

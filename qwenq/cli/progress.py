@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from qwenq.cli.printing import note, percent, to_standard_output
-from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update
+from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rough_time
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
 
@@ -268,11 +268,6 @@ class ProfileProgress:
                     typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
             case Notice(text):
                 note(text)
-
-
-def rough_time(seconds: float) -> str:
-    """Return ``85 s`` or ``12 min``."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 # Show a quantisation: live on a terminal, plain lines in a log, JSON lines for machines.
