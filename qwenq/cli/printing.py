@@ -6,10 +6,12 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -22,9 +24,42 @@ if TYPE_CHECKING:
     from qwenq.results import Row
 
 
+_LIVE: list[Console] = []
+"""Consoles that show a bar now, the last on top."""
+
+
+@contextmanager
+def bar_on(console: Console) -> Iterator[None]:
+    """Let ``say`` print above the bar that a console shows within."""
+    _LIVE.append(console)
+    try:
+        yield
+    finally:
+        _LIVE.remove(console)
+
+
+def say(line: str, *, err: bool = True, indent: str = "  ") -> None:
+    """Print a line: on a terminal wrapped between words, above the bar if there is one.
+
+    Args:
+        line: what is said.
+        err: on standard error, else on standard output.
+        indent: of the lines that continue it.
+    """
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None and stream.isatty():
+        width = max(20, shutil.get_terminal_size().columns)
+        parts = wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        line = "\n".join(parts)
+        if _LIVE:
+            _LIVE[-1].print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            return
+    typer.echo(line, err=err)
+
+
 def note(line: str) -> None:
     """Print something that the user has to know, on standard error."""
-    typer.echo(f"note: {line}", err=True)
+    say(f"note: {line}")
 
 
 def notes(lines: Iterable[str]) -> None:

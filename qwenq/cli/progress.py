@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from qwenq.cli.printing import note, percent, to_standard_output
+from qwenq.cli.printing import bar_on, note, percent, say, to_standard_output
 from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rough_time
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
@@ -87,7 +87,7 @@ def with_details(listener: Listener, verbose: bool) -> Iterator[Listener]:
 
     def end() -> None:
         for step, began in running:
-            typer.echo(f"{step}: {time.monotonic() - began:.1f} s", err=True)
+            say(f"{step}: {time.monotonic() - began:.1f} s")
         running.clear()
 
     def listen(event: Event) -> None:
@@ -98,9 +98,9 @@ def with_details(listener: Listener, verbose: bool) -> Iterator[Listener]:
         listener(event)
         if isinstance(event, Advance) and isinstance(modules := getattr(event.result, "modules", None), dict):
             errors = (f"{name} {percent(stats.error)}" for name, stats in modules.items())
-            typer.echo(f"    {', '.join(errors)}", err=True)
+            say(f"    {', '.join(errors)}", indent="    ")
 
-    typer.echo(", ".join(f"{name} {number}" for name, number in versions().items()), err=True)
+    say(", ".join(f"{name} {number}" for name, number in versions().items()))
     try:
         yield listen
     finally:
@@ -123,9 +123,12 @@ def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         *counts,
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(
-        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=_ESTIMATE_SECONDS
-    ) as bar:
+    with (
+        rich_progress.Progress(
+            *columns, console=Console(stderr=True), transient=True, speed_estimate_period=_ESTIMATE_SECONDS
+        ) as bar,
+        bar_on(bar.console),
+    ):
         task = bar.add_task(label, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
@@ -163,6 +166,7 @@ class EvalProgress:
     def __enter__(self) -> EvalProgress:
         if sys.stderr.isatty() and not self._quiet:
             self._bar = self._stack.enter_context(_eval_bar())
+            self._stack.enter_context(bar_on(self._bar.console))
         return self
 
     def __exit__(
@@ -298,11 +302,12 @@ class TextListener:
         """Show an event."""
         match event:
             case Notice(text):
-                typer.echo(f"· {text}")
+                say(f"· {text}", err=False)
             case Start(step, total, "layers"):
                 self._stack.close()
                 if sys.stdout.isatty() and not self._quiet:
                     self._bar = self._stack.enter_context(_layer_bar())
+                    self._stack.enter_context(bar_on(self._bar.console))
                     self._task = self._bar.add_task(step, total=total, left=_UNKNOWN)
             case Start(step, unit=unit):
                 self._stack.close()
