@@ -12,7 +12,7 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose
-from qwenq.cli.printing import note, print_json, table_console
+from qwenq.cli.printing import note, print_json, table_console, wrapped
 from qwenq.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _print_text(found: Checked, text: str, count: int) -> None:
     verdict_styles = {"excellent": "bold green", "good": "bold green", "fair": "bold yellow", "none": "bold"}
     for name, value in (lines | result.summary()).items():
         style = verdict_styles.get(result.verdict.word, "bold red") if name == "verdict" else ""
-        console.print(Text(f"{name:<12}{value}", style=style), soft_wrap=True)
+        console.print(Text(wrapped(f"{name:<12}{value}", " " * 12), style=style), soft_wrap=True)
     if not (worst := result.worst_modules(count)):
         return
     console.print(

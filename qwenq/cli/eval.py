@@ -35,6 +35,7 @@ from qwenq.cli.printing import (
     stop_notice,
     table_console,
     typed_command,
+    wrapped,
 )
 from qwenq.errors import UsageError
 from qwenq.events import Event, Notice
@@ -289,7 +290,7 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
         console.print(_table(rows, beside=bool(compared) and not aside))
     lines = [_in_a_line(row) for row in compared] if aside else []
     for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows)]:
-        console.print(line, soft_wrap=True)
+        console.print(wrapped(line), soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
 
 
@@ -299,7 +300,7 @@ def _table(rows: Sequence[Row], *, beside: bool) -> Table:
 
     table = Table(box=None, pad_edge=False)
     for title in ("task", "protocol", "model"):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold", no_wrap=title == "protocol")
     figures = ("score", "± SE", "95 % interval", "items", "scored by", "cut")
     for title in (*figures, *(("change", "lost / won", "p") if beside else ())):
         table.add_column(title, justify="right", no_wrap=True)

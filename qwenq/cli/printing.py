@@ -38,23 +38,30 @@ def bar_on(console: Console) -> Iterator[None]:
         _LIVE.remove(console)
 
 
-def say(line: str, *, err: bool = True, indent: str = "  ") -> None:
-    """Print a line: on a terminal wrapped between words, above the bar if there is one.
+def wrapped(line: str, indent: str = "  ", *, err: bool = False) -> str:
+    """Return a line broken between words, where it goes to a terminal that is narrower.
 
     Args:
-        line: what is said.
-        err: on standard error, else on standard output.
+        line: whatever its length.
         indent: of the lines that continue it.
+        err: it goes to standard error, else to standard output.
     """
     stream = sys.stderr if err else sys.stdout
-    if stream is not None and stream.isatty():
-        width = max(20, shutil.get_terminal_size().columns)
-        parts = wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        line = "\n".join(parts)
-        if _LIVE:
-            _LIVE[-1].print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
-            return
-    typer.echo(line, err=err)
+    if stream is None or not stream.isatty():
+        return line
+    width = max(20, shutil.get_terminal_size().columns)
+    parts = wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(parts)
+
+
+def say(line: str, *, err: bool = True, indent: str = "  ") -> None:
+    """Print a line, ``wrapped``; on a terminal above the bar if there is one."""
+    stream = sys.stderr if err else sys.stdout
+    line = wrapped(line, indent, err=err)
+    if _LIVE and stream is not None and stream.isatty():
+        _LIVE[-1].print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    else:
+        typer.echo(line, err=err)
 
 
 def note(line: str) -> None:

@@ -350,7 +350,7 @@ class TextListener:
         }
         typer.echo()
         for name, value in lines.items():
-            typer.echo(f"{name:<14}{value}")
+            say(f"{name:<14}{value}", err=False, indent=" " * 14)
 
     def _left(self, done: LayerDone) -> str:
         if not self._fresh:
