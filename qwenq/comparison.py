@@ -340,13 +340,11 @@ def judge_check(kl: float, same_top: float, bits: int, tokens: int | None = None
             enough.
     """
     measured = f"KL {kl:.4f} nats, same top token {same_top:.1%}"
-    few = tokens is not None and tokens < LEAST_TOKENS
-    if few and math.isfinite(kl) and kl <= BANDS[-1][1]:
-        return Verdict(
-            "none", f"{measured}; {tokens} tokens are too few to judge by, {LEAST_TOKENS} the least"
-        )
     for word, largest, smallest, meaning in BANDS:
         if math.isfinite(kl) and kl <= largest and same_top >= smallest:
+            if tokens is not None and tokens < LEAST_TOKENS:
+                few = f"{tokens} tokens are too few to judge by, {LEAST_TOKENS} the least"
+                return Verdict("none", f"{measured}; {few}")
             usual = f"; Int8 usually stays below {INT8_USUAL}" if bits == 8 and kl > INT8_USUAL else ""
             return Verdict(word, f"{measured}: {meaning}{usual}")
     if not math.isfinite(kl):

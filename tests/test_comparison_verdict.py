@@ -43,7 +43,8 @@ def test_of_too_little_text_only_a_broken_model_is_recognised() -> None:
         "none: KL 0.1500 nats, same top token 82.0%; 249 tokens are too few to judge by, 250 the least"
     )
     assert judge_check(0.15, 0.82, 4, LEAST_TOKENS).word == "fair"
-    assert judge_check(2.1, 0.2, 4, 31).word == "broken"
+    assert judge_check(2.1, 0.9, 4, 31).word == "broken"
+    assert judge_check(0.5, 0.29, 4, 31).word == "broken"
     assert judge_check(math.nan, 0.2, 4, 31).word == "broken"
 
 
