@@ -23,7 +23,7 @@ from qwenq.cli.options import (
     RealWeights,
     ThinkingChoice,
 )
-from qwenq.cli.printing import note, notes
+from qwenq.cli.printing import note, notes, say
 from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def chat(
         sampling=sampling,
         max_new_tokens=max_new_tokens or (THOUGHTS if thinks else ANSWER),
     )
-    typer.echo(f"{runner.implementation}, {str(runner.dtype).removeprefix('torch.')}", err=True)
+    say(f"{runner.implementation}, {str(runner.dtype).removeprefix('torch.')}")
     _talk(conversation)
     typer.echo(summary(session.timing), err=True)
 
