@@ -562,13 +562,14 @@ def plan(
     gpus: Sequence[str] = ("a100-80g",),
     tensor_parallel: Sequence[int] = (1, 2, 4, 8),
     group_size: int | None = None,
-    samples: int = 48,
-    seq_len: int = 256,
+    samples: int | None = None,
+    seq_len: int | None = None,
 ) -> Plan:
     """Compute what a model needs before anything is downloaded: bytes, memory, bounds of its speed.
 
     Args:
         model: a catalogue name such as "qwen3-8b", a folder or a hub id; None is the bundled model.
+        samples, seq_len: of calibration; None: what `qwenq.quantize` takes there, as far as memory goes.
 
     Raises:
         QwenqError: no such model or GPU; the nearest names are suggested.

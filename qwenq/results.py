@@ -84,6 +84,12 @@ class Model:
                 object.__setattr__(self, key, plain_name(value))
 
     @property
+    def label(self) -> str:
+        """Return ``Qwen2.5-7B bf16``; the name alone where it ends with the precision, such as ``-Int4``."""
+        ending = re.split(r"[-_. ]", self.name)[-1]
+        return self.name if ending.lower() == self.precision.lower() else f"{self.name} {self.precision}"
+
+    @property
     def rounded_from(self) -> str | None:
         """Return the fingerprint of a model rounded on the fly, or None (``profiling.subjects``)."""
         kind, _, base = self.fingerprint.partition(":")

@@ -200,7 +200,7 @@ def evaluate(
                 if isinstance(eval_model, RemoteModel) and answers.recorded:
                     listener(Notice(_served_before(answers.recorded)))
                 for line in cut_notice(plan, answers):
-                    listener(Notice(f"{eval_model.model.name} {eval_model.model.precision}: {line}"))
+                    listener(Notice(f"{eval_model.model.label}: {line}"))
                 rows += _append_rows(eval_model, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
                     listener(Notice(_write_submission(eval_model, plan, answers, run)))

@@ -220,8 +220,9 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
         if top is None:
             yield shown
         else:
-            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4).word
-            yield f"{word}, {shown}, same top token {100 * top:.1f} %"
+            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4, item.row.n).word
+            known = "too few tokens for a verdict" if word == "none" else word
+            yield f"{known}, {shown}, same top token {100 * top:.1f} %"
 
 
 def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
