@@ -41,6 +41,9 @@ _TOO_LONG = f"a line of more than {LONGEST_ROW // 1_000_000} MB is not a row of 
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
 
+HERE = "this machine"
+"""Place of a server whose address is that of the machine itself."""
+
 _CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+(-GPTQ-Int[48])?")
 """The bundled model's folder in the cache, whose name has a layout number (``models.bundled``), and folders
 that `qwenq quantize` names after it."""
@@ -81,10 +84,21 @@ class Model:
                 object.__setattr__(self, key, plain_name(value))
 
     @property
+    def label(self) -> str:
+        """Return ``Qwen2.5-7B bf16``; the name alone where it ends with the precision, such as ``-Int4``."""
+        ending = re.split(r"[-_. ]", self.name)[-1]
+        return self.name if ending.lower() == self.precision.lower() else f"{self.name} {self.precision}"
+
+    @property
     def rounded_from(self) -> str | None:
         """Return the fingerprint of a model rounded on the fly, or None (``profiling.subjects``)."""
         kind, _, base = self.fingerprint.partition(":")
         return base if kind.startswith("rounded-") else None
+
+    @property
+    def served(self) -> bool:
+        """Return whether it is known by its server's address alone, and its weights are not."""
+        return self.fingerprint.startswith("endpoint:")
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,8 @@ class Row:
         reason: one sentence, wherever the status is not ``ok``.
         implementation: exactly what ran: package and version, or our kernel.
         settings: whatever else decides the value (seed, dtype, generation settings, limits); ``machine``,
-            what it was measured on (``qwenq.environment``).
+            what it was measured on (``qwenq.environment``); of a served model ``server``, its ``kind`` and
+            ``place``: ``HERE``, or a hash of the host's name.
         details: series and side figures for plots: JSON values.
         date: ISO date.
     """
@@ -152,6 +167,13 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Return plain values: one line of ``results.jsonl``."""
         return {"format": FORMAT, **asdict(self)}
+
+
+def intervals_overlap(one: Row, other: Row) -> bool | None:
+    """Return whether the difference of two figures may be noise; None where one has no interval."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return None
+    return one.high >= other.low and other.high >= one.low
 
 
 def append_row(run: Path, row: Row) -> None:

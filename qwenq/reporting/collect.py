@@ -12,7 +12,7 @@ from typing import Any
 from qwenq.environment import decisive, difference, measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.text import LONGEST_COMMAND, clean, count
-from qwenq.results import Model, Row, Value, each_run
+from qwenq.results import HERE, RESULTS_FILE, Model, Row, Value, each_run
 
 # Read run folders into one collection of rows, each with its run, hardware and a label for its model.
 
@@ -216,7 +216,7 @@ def _kernels(environment: dict[str, Any], row: Row) -> str:
 # ``qwenq.environment`` that decide speed and memory are compared one by one; one that a side lacks differs.
 
 
-NOT_RECORDED = "a run does not record its hardware"
+NOT_RECORDED, OTHER_MACHINE = "a run does not record its hardware", "another machine"
 
 
 def machine_of(item: Measured) -> dict[str, str]:
@@ -236,10 +236,27 @@ def machine_difference(old: Measured, new: Measured) -> str:
     Returns:
         Such as ``another machine: instruction sets avx2 instead of avx2 avx512f``.
     """
+    if old.row.model.served and new.row.model.served:
+        return _server_difference(old, new)
     if UNKNOWN in (old.hardware, new.hardware):
         return NOT_RECORDED
     shown = difference(machine_of(old), machine_of(new))
-    return f"another machine: {shown}" if shown else ""
+    return f"{OTHER_MACHINE}: {shown}" if shown else ""
+
+
+def _server_difference(old: Measured, new: Measured) -> str:
+    """Return how two servers of models differ: in kind, in place or, on this machine, in its facts."""
+    before, after = (item.row.settings.get("server") for item in (old, new))
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return "a run does not record its server"
+    kinds = [clean(server.get("kind") or "unknown") for server in (before, after)]
+    if kinds[0] != kinds[1] or "unknown" in kinds:
+        return f"another server: {kinds[1]} instead of {kinds[0]}"
+    if before.get("place") != after.get("place"):
+        return "a server on another machine"
+    here = before.get("place") == HERE
+    shown = difference(machine_of(old), machine_of(new)) if here else ""
+    return f"{OTHER_MACHINE}: {shown}" if shown else ""
 
 
 def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
@@ -263,6 +280,44 @@ def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
         return f"{label} ({shown})" if shown else label
 
     return name
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A run folder to compare with, and whether it was measured on the machine of the new run."""
+
+    folder: Path
+    same_machine: bool
+
+
+def choose_baseline(baseline: Path, new: Path) -> Baseline:
+    """Choose among baselines, one for each kind of machine, that of the machine of a new run.
+
+    Args:
+        baseline: a run folder, which is taken as it is; or a folder of run folders. Where none of them is of
+            that machine, the first by name is taken: what depends on no machine is compared all the same.
+        new: run folder.
+
+    Raises:
+        UsageError: a run cannot be read.
+    """
+    if (baseline / RESULTS_FILE).exists() or not baseline.is_dir():
+        return Baseline(baseline, same_machine=False)
+    folders = sorted(file.parent for file in baseline.glob(f"*/{RESULTS_FILE}"))
+    if not folders:
+        return Baseline(baseline, same_machine=False)
+    machines = _machines(new)
+    for folder in folders:
+        if machines & _machines(folder):
+            return Baseline(folder, same_machine=True)
+    return Baseline(folders[0], same_machine=False)
+
+
+def _machines(run: Path) -> set[tuple[str, ...]]:
+    """Return the machines that decided a run's speed and memory; where it has neither, those of all rows."""
+    measured = collect([run]).measured
+    decided = [item for item in measured if "device" in item.row.point or item.row.model.served]
+    return {tuple(machine_of(item).values()) for item in decided or measured}
 
 
 # Select the rows of one point, which may stand beside each other in a plot.

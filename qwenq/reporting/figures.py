@@ -139,8 +139,8 @@ def _by_speed(collection: Collection, family: str) -> Figure | None:
 
 
 _FRONTIER = (
-    "A line joins the models that no other beats on both axes, which is the trade-off; those that one does "
-    "are hollow. Bars are 95 % intervals."
+    "A line joins the models that no other beats on both axes as measured, which is the trade-off; those "
+    "that one does are hollow. Bars are 95 % intervals: within them the order may be chance."
 )
 
 

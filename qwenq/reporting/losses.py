@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qwenq.comparison import PLAIN, Paired, TaskComparison, choose_base, headline, judge_check, paired
-from qwenq.reporting.card import TASKS, model_bytes, task_order
+from qwenq.reporting.card import TASKS, cut_of, model_bytes, task_order
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
-from qwenq.results import Model, Row, Value
+from qwenq.results import Model, Row, Value, intervals_overlap
 from qwenq.statistics import ALPHA, format_p, holm
 
 # Test what quantising cost in accuracy, by items lost and won against the unquantised model.
@@ -179,9 +179,7 @@ def _in_words(loss: Loss, tests: int) -> str:
     """Describe a change in words, with a note if it may be chance among so many tests."""
     if isinstance(loss.pairing, str):
         return "not tested"
-    words = loss.pairing.describe_change(loss.change)
-    by_chance = loss.p is not None and loss.pairing.p < ALPHA <= loss.p
-    return f"{words}, which one of {tests} tests may show by chance" if by_chance else words
+    return loss.pairing.describe_change(loss.change, loss.p, tests)
 
 
 # Summarise each quantised model in a sentence: what it saves and what it costs.
@@ -222,8 +220,9 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
         if top is None:
             yield shown
         else:
-            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4).word
-            yield f"{word}, {shown}, same top token {100 * top:.1f} %"
+            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4, item.row.n).word
+            known = "too few tokens for a verdict" if word == "none" else word
+            yield f"{known}, {shown}, same top token {100 * top:.1f} %"
 
 
 def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
@@ -258,7 +257,7 @@ def _speed(collection: Collection, family: str, model: Model) -> Iterator[str]:
         yield shown
         return
     name, ratio = collection.label(base.model), (row.value or 0.0) / (base.value or 1.0)
-    yield f"{shown}, {_times(ratio, name)}"
+    yield f"{shown}, {_times(ratio, name, noise=bool(intervals_overlap(row, base)))}"
     whole = at_one_point(collection.of(family, "speed.protocol"), fastest_of=FASTEST_OF)
     clocked = {item.row.model: item.row for item in whole if item.row.metric != row.metric}
     if model in clocked and base.model in clocked and (before := clocked[base.model].value):
@@ -268,8 +267,9 @@ def _speed(collection: Collection, family: str, model: Model) -> Iterator[str]:
             yield f"a whole generation of {whole_length} tokens by the clock is {_times(by_clock, name)}"
 
 
-def _times(ratio: float, name: str) -> str:
-    return f"{ratio:.2f} × as fast as {name}{' (slower)' if ratio < 1 else ''}"
+def _times(ratio: float, name: str, *, noise: bool = False) -> str:
+    remark = " (within noise)" if noise else " (slower)" if ratio < 1 else ""
+    return f"{ratio:.2f} × as fast as {name}{remark}"
 
 
 def _speed_base(rows: dict[Model, Row], row: Row) -> Row | None:
@@ -282,7 +282,10 @@ def _speed_base(rows: dict[Model, Row], row: Row) -> Row | None:
 
 
 def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator[str]:
-    """Yield the largest drop, what the items could have shown, and the verdict; nothing without a pairing."""
+    """Yield the largest drop, what the items could have shown, and the verdict; nothing without a pairing.
+
+    Scores that many cut answers make worthless are named behind it.
+    """
     tested = [
         TaskComparison(_task(loss), loss.before.value or 0.0, loss.after.value or 0.0, loss.pairing, loss.p)
         for loss in found
@@ -291,6 +294,10 @@ def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator
     if tested:
         bases = " and ".join(bases_of(found, collection))
         yield f"against {bases}, {headline(tested, tests, len(found) - len(tested))}"
+    for loss in found:
+        for row in (loss.before, loss.after):
+            if (cut := cut_of(row)) is not None and cut.many:
+                yield f"warning: {_task(loss)}, {collection.label(row.model)}: {cut.warning}"
 
 
 def _task(loss: Loss) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 LONGEST = 400
 """Characters of one text that are shown."""
+LONGEST_SENTENCE = 4_000
+"""A headline that is cut short would lose its verdict."""
 LONGEST_COMMAND = 10_000
 """A command that is cut short would be another command."""
 LONGEST_SENTENCE = 4_000

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from qwenq.environment import measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.collect import Collection, Measured, Run, collect, hardware_names
+from qwenq.reporting.figures import Figure
 from qwenq.reporting.plots import inline_svg, tone_of, write_plot
 from qwenq.reporting.report import Report, Section, make_report
 from qwenq.reporting.tables import Cell, Line, Table
@@ -179,8 +180,12 @@ def report_markdown(report: Report) -> str:
     for section in report.sections:
         if several:
             parts.append(f"## {markdown(section.family)}")
-        parts += _section(section, "###" if several else "##")
-    parts += _environment(report)
+        heading = "###" if several else "##"
+        parts += tables_markdown(section, heading)
+        if section.figures:
+            parts.append(f"{heading} Plots")
+            parts.append("\n".join(_image(section.slug, figure) for figure in section.figures))
+    parts += environment_markdown(report.collection, "##")
     parts += _commands(report)
     return "\n\n".join(parts) + "\n"
 
@@ -191,19 +196,18 @@ def _head(report: Report) -> Iterator[str]:
         yield f"Measured {markdown(date)} with qwenq. [The same as a page](index.html) whose tables sort."
 
 
-def _section(section: Section, heading: str) -> Iterator[str]:
+def _image(slug: str, figure: Figure) -> str:
+    return f"![{markdown(figure.title)}]({PLOTS}/{slug}-{figure.key}.png)"
+
+
+def tables_markdown(section: Section, heading: str) -> Iterator[str]:
+    """Yield the summary of a section and its tables, each below a heading of that level."""
     if section.summary:
         yield "\n".join(f"- {markdown(line, LONGEST_SENTENCE)}" for line in section.summary)
     for table in section.tables:
         yield f"{heading} {markdown(table.title)}"
         yield render_table(table)
         yield from _below(table)
-    if section.figures:
-        yield f"{heading} Plots"
-        yield "\n".join(
-            f"![{markdown(figure.title)}]({PLOTS}/{section.slug}-{figure.key}.png)"
-            for figure in section.figures
-        )
 
 
 def render_table(table: Table) -> str:
@@ -239,10 +243,11 @@ def _below(table: Table) -> Iterator[str]:
         ).rstrip()
 
 
-def _environment(report: Report) -> Iterator[str]:
-    lines = environment_lines(report.collection)
+def environment_markdown(collection: Collection, heading: str) -> Iterator[str]:
+    """Yield what the rows were measured on, below a heading of that level."""
+    lines = environment_lines(collection)
     if lines:
-        yield "## Measured on"
+        yield f"{heading} Measured on"
         yield "\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in lines)
 
 

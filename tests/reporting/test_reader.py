@@ -108,8 +108,8 @@ def test_each_length_is_a_column_and_no_line_is_half_empty(tmp_path: Path) -> No
     assert table.headers == (
         "Quantization", "First token after 2048 tokens (ms)", "Prefill, 2048 tokens (tokens/s)",
         "Decode, 2048 tokens (tokens/s)", "Decode, 8192 tokens (tokens/s)",
-        "Peak, encoding 2048 tokens (GiB)", "Peak, generating 2048 tokens (GiB)",
-        "Peak, generating 8192 tokens (GiB)",
+        "Peak, encoding 2048 tokens (GiB)",
+        "Peak, generating 2048 tokens (GiB)", "Peak, generating 8192 tokens (GiB)",
     )  # fmt: skip
     (line,) = table.lines
     assert all(cell.value is not None for cell in line.cells)
