@@ -120,15 +120,19 @@ class Paired:
             return f"{score} points, {interval}"
         return f"{score} points; all items alike {items}, {interval}"
 
-    def describe_change(self, change: float) -> str:
+    def describe_change(self, change: float, p: float | None = None, tests: int = 1) -> str:
         """Return the verdict on a change of the score: loss, gain, no loss beyond a margin, inconclusive.
 
         Args:
             change: as in `format_change`.
+            p: corrected for all ``tests`` that are shown together; None: one test alone.
+            tests: how many they are.
         """
         shown = self.format_change(change)
         if self.p < ALPHA:
-            return f"{'loss' if self.lost > self.won else 'gain'}: {shown} ({p_phrase(self.p)})"
+            found = f"{'loss' if self.lost > self.won else 'gain'}: {shown} ({p_phrase(self.p)})"
+            by_chance = p is not None and p >= ALPHA
+            return f"{found}, which one of {tests} tests may show by chance" if by_chance else found
         if self.equivalent:
             return f"no loss beyond {points(MARGIN)} points: {shown} (TOST, {p_phrase(self.equivalence_p)})"
         if self.detectable is None:
@@ -266,13 +270,31 @@ NO_RECORD = "no record of single items"
 
 
 def paired(before: Row, after: Row) -> Paired | str:
-    """Return the pairing of two accuracy rows, or why they cannot be paired."""
+    """Return the pairing of two accuracy rows, or why they cannot be paired.
+
+    Rows of a report have no single items, but the counts of the comparison that ``qwenq eval`` made of them.
+    """
     first, second = items_of(before), items_of(after)
+    if first is None and second is None and (counted := _counted(before, after)) is not None:
+        return counted
     if first is None or second is None:
         return NO_RECORD
     return pair_verdicts(
         first, second, questions=(before.details.get("questions"), after.details.get("questions"))
     )
+
+
+def _counted(before: Row, after: Row) -> Paired | None:
+    """Return the recorded counts of ``after`` beside that base; None where there are none that can be."""
+    found = after.details.get("paired")
+    if not isinstance(found, dict) or found.get("base") != before.model.precision:
+        return None
+    if after.details.get("base") != before.model.fingerprint:
+        return None
+    n, lost, won = (found.get(key) for key in ("n", "lost", "won"))
+    if not (type(n) is int and type(lost) is int and type(won) is int and n == before.n == after.n):
+        return None
+    return Paired(n, lost, won) if n > 0 and min(lost, won) >= 0 and lost + won <= n else None
 
 
 def other_items(before: Row, after: Row) -> str:

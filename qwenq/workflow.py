@@ -29,7 +29,7 @@ from qwenq.errors import UsageError
 from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled, require_bundled
-from qwenq.models.folders import PARTIAL
+from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
 from qwenq.storage import guard_storage, locked
@@ -213,7 +213,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     page = None
     if recipe.eval is not None or recipe.profile is not None:
         page = Path(recipe.report.folder) / name / "index.html"
-        steps.append(_report(recipe, folder, page))
+        steps.append(_report(recipe, folder, page, [step.makes for step in made.values()]))
     if recipe.gate.baseline is not None:
         steps.append(_gate(recipe.gate.baseline, folder, recipe.gate.fail_on))
     return Chain(recipe, tuple(steps), folder, page)
@@ -318,16 +318,19 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
     return Step("profile", ("profile", *names, *arguments), folder / RESULTS_FILE, reads)
 
 
-def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
+def _report(recipe: Recipe, folder: Path, page: Path, quantised: list[Path]) -> Step:
     title = () if recipe.report.title is None else ("--title", recipe.report.title)
-    arguments = ("report", str(folder), "--out", str(page.parent), *title)
+    cards = [text for model in quantised for text in ("--card", str(model))]
+    arguments = ("report", str(folder), "--out", str(page.parent), *title, *cards)
     return Step("report", arguments, page, (folder / RESULTS_FILE,))
 
 
 def _gate(baseline: str, folder: Path, fail_on: str | None) -> Step:
     """Return the comparison; it names conditions only if the recipe does: those named must judge a row."""
     conditions = () if fail_on is None else ("--fail-on", fail_on)
-    return Step("gate", ("compare", baseline, str(folder), *conditions), folder / RESULTS_FILE, always=True)
+    forms = ("--markdown", str(folder / f"{VERDICT}.md"), "--junit", str(folder / f"{VERDICT}.xml"))
+    arguments = ("compare", baseline, str(folder), *conditions, *forms)
+    return Step("gate", arguments, folder / RESULTS_FILE, always=True)
 
 
 def _local(*names: str | None) -> tuple[Path, ...]:
@@ -337,8 +340,10 @@ def _local(*names: str | None) -> tuple[Path, ...]:
 
 
 def state(path: Path) -> str:
-    """Return names, sizes and times of a file, or of the files of a folder."""
+    """Return names, sizes and times of a file, or of the files of a folder but for its model card."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    card = (path / CARD, path / CARD_PLOTS)  # the report writes it, which makes no step necessary again
+    files = [file for file in files if not {file, *file.parents}.intersection(card)]
     found = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     return json.dumps(found)
 
@@ -350,7 +355,7 @@ def state(path: Path) -> str:
 # read.
 
 
-JOURNAL = "journal.jsonl"
+JOURNAL, VERDICT = "journal.jsonl", "gate"
 LOCK = "run.lock"
 """Not the steps' own, which they hold in the same folder."""
 STEP_OF = "QWENQ_STEP_OF"

@@ -162,7 +162,7 @@ def test_the_readme_is_read_in_one_go() -> None:
 NUMBERS = (
     "GSM8K", "Int4", "Int8", "SmolLM2-135M-Instruct", "Qwen2.5-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct",
     "Qwen2.5", "Qwen2", "Qwen3", "Qwen3.5", "Qwen3.6", "Qwen3.8", "Qwen (v1)", "Python 3.11", "Apache-2.0",
-    "kill -9", "guessing (25 %)", "4, 8 or 16 bits", "x86-64", "AVX2", "AVX-512",
+    "kill -9", "guessing (25 %)", "4, 8 or 16 bits", "x86-64", "AVX2", "AVX-512", "H200",
 )  # fmt: skip
 """All numbers that the README has outside of tables, blocks and links: names and versions, none measured."""
 

@@ -90,7 +90,8 @@ def test_a_gate_names_conditions_only_where_the_recipe_does(tmp_path: Path) -> N
     assert chain(tmp_path).steps[-1].arguments[3:] == ("--fail-on", "accuracy:significant")
     made = chain(tmp_path, '[eval]\nsample = true\n[gate]\nbaseline = "baseline"\n')
     gate = made.steps[-1]
-    assert gate.arguments == ("compare", "baseline", str(made.work))
+    forms = ("--markdown", str(made.work / "gate.md"), "--junit", str(made.work / "gate.xml"))
+    assert gate.arguments == ("compare", "baseline", str(made.work), *forms)
     model = Model("m-Int4", "sha256:m", "int4", "m", nbytes=1000)
     point: dict[str, Any] = {"task": "mmlu", "protocol": "base", "version": 1, "limit": None}
     row = Row("accuracy", model, point, 1.0, "share", n=1, details={"items": {"a": True}})

@@ -36,6 +36,7 @@ from qwenq.events import Listener, Notice, counted
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.folders import local_path
 from qwenq.models.machine import free_memory
+from qwenq.models.opening import open_model
 from qwenq.models.qwen_v1 import longest_plain, require_plain
 from qwenq.models.random_weights import is_random
 from qwenq.models.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -429,3 +430,27 @@ def require_sizes(wanted: Sizes, checkpoint: Checkpoint) -> None:
             f"{readable_bytes(needed)} of memory, {readable_bytes(free)} are free",
             hint="lower --samples or --seq-len",
         )
+
+
+def random_set(
+    model: str | None,
+    source: str,
+    listener: Listener,
+    *,
+    seed: int,
+    split: str | None,
+    column: str | None,
+    **sizes: int | None,
+) -> CalibrationSet:
+    """Draw tokens for a model with random weights, which has no tokenizer to read or write text."""
+    for option, given in (("--source", source != "self"), ("--split", split), ("--column", column)):
+        if given:
+            raise UsageError(
+                "a model with random weights has no tokenizer to read a text",
+                where=option,
+                hint=f"leave {option} out: the tokens are random too",
+            )
+    checkpoint = open_model(model, "random", seed)
+    for notice in checkpoint.notices:
+        listener(Notice(notice))
+    return random_tokens(int(checkpoint.config["vocab_size"]), wanted_sizes(checkpoint, **sizes), seed)

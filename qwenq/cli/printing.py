@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from qwenq.errors import StorageError
+from qwenq.events import Event, Notice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +68,12 @@ def say(line: str, *, err: bool = True, indent: str = "  ") -> None:
 def note(line: str) -> None:
     """Print something that the user has to know, on standard error."""
     say(f"note: {line}")
+
+
+def note_events(event: Event) -> None:
+    """Print the notices of a function that shows nothing else."""
+    if isinstance(event, Notice):
+        note(event.text)
 
 
 def notes(lines: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import typer
 
 from qwenq.cli.printing import bar_on, note, percent, say, to_standard_output
+from qwenq.errors import visible
 from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rough_time
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from qwenq.gptq.pipeline import LayerDone
+    from qwenq.profiling.planning import PlannedSweep
     from qwenq.quantization import Quantised
 
 # Show how far a long step is: a live bar on a terminal, a few plain lines elsewhere.
@@ -257,8 +259,8 @@ def _eval_bar() -> Bar:
 class ProfileProgress:
     """A listener that shows a sweep: a line for each point on stderr, or rows as JSON on stdout."""
 
-    def __init__(self, *, as_json: bool, quiet: bool, verbose: bool = False) -> None:
-        self.as_json, self.quiet, self.verbose = as_json, quiet or as_json, verbose
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet, self.points = as_json, quiet or as_json, 0
 
     def __call__(self, event: Event) -> None:
         """Show an event: a point starts, a row is measured, a notice."""
@@ -267,11 +269,39 @@ class ProfileProgress:
                 share = f", {rough_time(event.limit)} of the budget" if event.limit is not None else ""
                 about = f"about {rough_time(event.seconds or 0)}{share}"
                 typer.echo(f"{event.done + 1} of {event.total}: {step}, {about}", err=True)
+            case Advance("plan", result=planned):
+                sweep = cast("PlannedSweep", planned)
+                self.points = len(sweep.points)
+                if not self.quiet:
+                    show_plan(sweep)
             case Advance(result=Row() as row) if self.as_json:
                 with to_standard_output():
                     typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
             case Notice(text):
                 note(text)
+
+
+def show_plan(sweep: PlannedSweep) -> None:
+    """Print what will be measured, in which order, and about how long it takes."""
+    planned, budget = sweep.points, sweep.budget
+    total, load = sum(each.seconds for each in planned), sum(each.load for each in planned)
+    count = f"{len(planned)} point{'' if len(planned) == 1 else 's'}"
+    limit = f", budget {rough_time(budget)}" if budget is not None else ""
+    loading = f" ({rough_time(load)} of it to start and load)"
+    typer.echo(
+        f"plan: {count} on {sweep.device.device}, about {rough_time(total)}{loading}{limit}; "
+        f"into {visible(str(sweep.folder))}"
+    )
+    if budget is not None and sum(each.needed for each in planned) > budget:
+        typer.echo(
+            "  to load and measure each once takes more than the budget: the last points may be skipped"
+        )
+    elif budget is not None and total > budget:
+        typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are skipped")
+    for each in planned:
+        seconds = f"about {rough_time(each.seconds)} ({rough_time(each.load)} to load)"
+        estimate = each.too_large or f"{seconds}, {readable_bytes(each.nbytes)}"
+        typer.echo(f"  {each.point.label}: {estimate}")
 
 
 # Show a quantisation: live on a terminal, plain lines in a log, JSON lines for machines.

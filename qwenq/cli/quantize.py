@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,21 +12,15 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
-from qwenq.cli.printing import note, notes
+from qwenq.cli.printing import note
 from qwenq.cli.progress import show_events, with_details
-from qwenq.errors import CalibrationError, CorruptFileError, UsageError
-from qwenq.events import counted
-from qwenq.models.folders import local_path
 from qwenq.recipe import Recipe
 from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qwenq.calibration import CalibrationSet
     from qwenq.models.tokenizer import Tokenizer
     from qwenq.quantization import Quantised
-    from qwenq.recipe import CalibrationRecipe
 
 # ``qwenq quantize``: a model in, a checked GPTQ checkpoint out.
 
@@ -101,32 +94,19 @@ def _show_next(result: Quantised, recipe: Recipe, out: Path | None) -> None:
 
 def _recipe(file: Path | None, model: str | None, given: Given) -> Recipe:
     """Return the recipe file, if any, with the command line's options on top."""
+    from qwenq.api import for_source
     from qwenq.recipe import Recipe, read_recipe
 
     base = read_recipe(file) if file else Recipe()
-    if source := given["calibration"].get("source"):
-        base = replace(base, calibration=_for_source(base.calibration, source))
+    base = for_source(base, given["calibration"].get("source"))
     top = {**given.pop(""), "model": model}
     return base.override(top, **given)
-
-
-def _for_source(calibration: CalibrationRecipe, source: str) -> CalibrationRecipe:
-    """Drop those of a recipe's settings that describe its own source, and that the given one cannot have."""
-    changes: dict[str, Any] = {}
-    if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
-        changes |= {"samples": "auto", "seq_len": "auto", "column": None}
-    if source == "self" or local_path(source, "--calibration").is_file():
-        changes["split"] = None
-    if source == "self":
-        changes["column"] = None
-    return replace(calibration, **changes)
 
 
 # ``qwenq calibrate``: make the token sequences once, so that several quantisations share them.
 
 
 _PREVIEW = 80
-_SIZES = ("samples", "seq_len", "held_out")
 _TEMPLATES = {
     "plain": "",
     "chat": " (with the chat template)",
@@ -163,112 +143,27 @@ def calibrate(
 
     One safetensors file that holds the tokens and their manifest.
     """
-    _require_writable_name(out)
-    Recipe().override(given[""], calibration=given["calibration"], quantize=given["quantize"])  # in range
-    wanted = {"source": "self", **given["calibration"]}
-    source, thinking = wanted.pop("source"), wanted.pop("thinking", "auto")
-    sizes = {name: None if wanted.get(name) == "auto" else wanted.get(name) for name in _SIZES}
-    options = {**wanted, **sizes, "seed": given["quantize"].get("seed", 0)}
-    if given[""].get("weights") == "random":
-        made, tokenizer = _random(model, source, **options), None
-    else:
-        label = "writing text" if source == "self" else "reading text"
-        with (
-            show_events(note, quiet=quiet) as plain,
-            with_details(plain, verbose) as listener,
-            counted(listener, label, "tokens") as progress,
-        ):
-            made, tokenizer = _make(model, source, device, thinking, progress, **options)
-    kept = None if force else _there_already(made, out)
-    if kept is None:
-        made.save(out)
-    notes(made.manifest.notices)
-    shown = kept or made  # the same tokens, from whatever source
+    from qwenq import api
+
+    existed = out.exists() and not force
+    wanted = {**given[""], **given["calibration"], **given["quantize"]}
+    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+        made = api.calibrate(model, out, **wanted, device=device, force=force, progress=listener)
     if as_json:
-        typer.echo(shown.manifest.model_dump_json(indent=2))
+        typer.echo(made.manifest.model_dump_json(indent=2))
         return
+    random = wanted.get("weights") == "random"
     first = made.tokens[0, : 2 * _PREVIEW].tolist()
-    preview = tokenizer.decode(first)[:_PREVIEW] if tokenizer else " ".join(map(str, first))[:_PREVIEW]
-    typer.echo(_describe(shown, out, preview, unchanged=kept is not None))
-    weights = ("--weights", "random") if tokenizer is None else ()
-    next_commands(("quantize", model, *weights, "--calibration", out))
+    preview = " ".join(map(str, first)) if random else _tokenizer(model).decode(first)
+    typer.echo(_describe(made, out, preview[:_PREVIEW], unchanged=existed))
+    next_commands(("quantize", model, *(("--weights", "random") if random else ()), "--calibration", out))
 
 
-def _make(
-    model: str | None,
-    source: str,
-    device: str,
-    thinking: str,
-    progress: Callable[[int, int], None],
-    **options: Any,
-) -> tuple[CalibrationSet, Tokenizer]:
-    from qwenq.calibration import load_calibration
-    from qwenq.calibration.load import calibration_tokenizer
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.machine import resolve_device
+def _tokenizer(model: str | None) -> Tokenizer:
     from qwenq.models.opening import resolve_model
+    from qwenq.models.tokenizer import load_tokenizer
 
-    device = str(resolve_device(device))
-    resolved = resolve_model(model)
-    checkpoint = open_checkpoint(resolved.folder)
-    tokenizer = calibration_tokenizer(resolved.folder, thinking)
-    notes([*resolved.notices, *checkpoint.notices])
-    made = load_calibration(
-        source, checkpoint=checkpoint, tokenizer=tokenizer, device=device, progress=progress, **options
-    )
-    return made, tokenizer
-
-
-def _random(
-    model: str | None,
-    source: str,
-    *,
-    seed: int,
-    split: str | None = None,
-    column: str | None = None,
-    **sizes: int | None,
-) -> CalibrationSet:
-    """Draw tokens for a model with random weights, which has no tokenizer to read or write text."""
-    from qwenq.calibration.calibration_set import random_tokens
-    from qwenq.calibration.load import wanted_sizes
-    from qwenq.models.opening import open_model
-
-    for option, given in (("--source", source != "self"), ("--split", split), ("--column", column)):
-        if given:
-            raise UsageError(
-                "a model with random weights has no tokenizer to read a text",
-                where=option,
-                hint=f"leave {option} out: the tokens are random too",
-            )
-    checkpoint = open_model(model, "random", seed)
-    notes(checkpoint.notices)
-    wanted = wanted_sizes(checkpoint, **sizes)
-    return random_tokens(int(checkpoint.config["vocab_size"]), wanted, seed)
-
-
-def _require_writable_name(out: Path) -> None:
-    """Refuse a name that could not be saved to, before any work."""
-    if local_path(out, "--out").is_dir():
-        raise UsageError("--out is a folder", where=out, hint=f"name a file: {out / 'calib.safetensors'}")
-    if out.suffix != ".safetensors":
-        raise UsageError("--out has to end in .safetensors", where=out, hint=f"{out.stem}.safetensors")
-
-
-def _there_already(made: CalibrationSet, out: Path) -> CalibrationSet | None:
-    """Return what ``out`` holds if it is these very tokens; raise UsageError if it is something else."""
-    if not out.exists():
-        return None
-    try:
-        there = made.load(out)
-    except (CalibrationError, CorruptFileError):
-        there = None
-    if there is None or there.fingerprint != made.fingerprint:
-        raise UsageError(
-            "the output file exists and holds something else",
-            where=out,
-            hint="name another --out, or overwrite it with --force",
-        )
-    return there
+    return load_tokenizer(resolve_model(model).folder)
 
 
 def _describe(made: CalibrationSet, out: Path, preview: str, *, unchanged: bool) -> str:
