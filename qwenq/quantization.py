@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from qwenq.recipe import Recipe
 
 T = TypeVar("T")
+SHORT = 10.0
+"""Seconds; of fewer, no estimate is worth a line."""
 LAYERS = "quantising"
 """Name of the step whose advances carry a ``LayerDone``."""
 
@@ -314,6 +316,8 @@ def _announce_duration(job: Job, tokens: int) -> None:
         return
     rates = product_rate(job.device, job.decoder.dtype), product_rate(job.device, torch.float32)
     seconds = seconds_of_layers(shape, tokens, job.settings, rates, job.resumed)
+    if seconds < SHORT:
+        return
     timed = f"a matrix product that was timed here ({rates[0] / 1e9:.0f} GFLOP/s)"
     text = f"{left} layers take about {rough_time(seconds)} by {timed}; the check comes on top"
     job.listener(Notice(text))

@@ -24,7 +24,7 @@ from qwenq.models.config import by_inspection
 from qwenq.models.integrity import check_finite
 from qwenq.models.machine import free_memory, product_dtype
 from qwenq.models.tokenizer import Tokenizer
-from qwenq.models.transformers_model import assemble_unfused, build_whole_model, transformers_config
+from qwenq.models.transformers_model import as_cache, assemble_unfused, build_whole_model, transformers_config
 from qwenq.storage import readable_bytes
 
 # Load the whole model, which only writing text needs.
@@ -223,9 +223,10 @@ def sample_rows(
             LinearAttentionLayer() if kind == "linear_attention" else _GrowingLayer(seq_len) for kind in kinds
         ]
     )
+    keeping = as_cache(model, cache)
     for place in range(1, seq_len):
         last = text[:, place - 1 : place]  # [rows, 1]
-        logits = model(last, past_key_values=cache, use_cache=True).logits[:, -1, : vocabulary.size]
+        logits = model(last, **keeping, use_cache=True).logits[:, -1, : vocabulary.size]
         cumulative = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # [rows, vocabulary]
         total = cumulative[:, -1:]
         require_finite(total, checkpoint)

@@ -175,7 +175,7 @@ class FusedAttention(nn.Module):
         **rest: Any,
     ) -> tuple[Tensor, None]:
         """Return [batch, tokens, hidden] → the same, and no weights."""
-        if past_key_values is not None:
+        if rest.pop("cache", past_key_values) is not None:  # as transformers calls it from 5.24 on
             raise ValueError("these blocks keep no keys and values of earlier tokens")
         shape = hidden_states.shape[:-1]
         # [batch, tokens, heads · d] → [batch, tokens, heads, d]

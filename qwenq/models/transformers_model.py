@@ -5,6 +5,7 @@ Experts become linears of their own, and each part of a block is either quantise
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ _OF_OTHER_USES = {
     "sub_configs", "base_model_tp_plan", "base_model_pp_plan",  # a class's own, not a file's
 }  # fmt: skip
 """Keys that say nothing about a language model, but change what its forward pass returns or costs."""
+
+
+def as_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Return a cache as the argument that this version of transformers takes it by: 5.24 renamed it."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: str | None = None) -> Any:

@@ -25,7 +25,7 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.config import PLAIN_ROPE, by_inspection, rope_parameters
 from qwenq.models.inspection import ClassHead
 from qwenq.models.qwen_v1 import LongContext, long_context_of
-from qwenq.models.transformers_model import assemble_unfused, build_whole_model, transformers_config
+from qwenq.models.transformers_model import as_cache, assemble_unfused, build_whole_model, transformers_config
 from qwenq.runtime.attention import Attention, attend
 from qwenq.runtime.cache import KVCache, Span, StateShape, plan
 from qwenq.runtime.generation import Engine
@@ -111,7 +111,7 @@ class TransformersEngine(Engine):
             input_ids=ids,
             position_ids=span.positions.expand(len(counts), -1),
             attention_mask=span.mask,
-            past_key_values=view,
+            **as_cache(self._model.base_model, view),
             use_cache=True,
             qwenq_attention=self._attention,
             qwenq_span=span,
@@ -195,7 +195,7 @@ def _probe(model: Any, kinds: Sequence[str], device: torch.device) -> _Widths:
     model.base_model(
         input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),
         position_ids=span.positions,
-        past_key_values=Cache(layers=layers),
+        **as_cache(model.base_model, Cache(layers=layers)),
         use_cache=True,
         qwenq_attention=_only_value,
         qwenq_span=span,

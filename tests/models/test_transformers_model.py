@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwenq.errors import ModelError, OutOfMemoryError, StorageError
-from qwenq.models.transformers_model import refused_by_transformers
+from qwenq.models.transformers_model import as_cache, refused_by_transformers
 from qwenq.stopping import Terminated
 
 
@@ -45,3 +45,19 @@ def test_a_stop_that_breaks_into_a_device_mode_is_a_stop(tmp_path: Path) -> None
 
     with pytest.raises(Terminated), refused_by_transformers(tmp_path):
         broken_into()
+
+
+class _Named(torch.nn.Module):
+    def forward(self, cache: object = None) -> object:
+        return cache
+
+
+class _NamedAsBefore(torch.nn.Module):
+    def forward(self, past_key_values: object = None) -> object:
+        return past_key_values
+
+
+@pytest.mark.parametrize("model", [_Named(), _NamedAsBefore()])
+def test_a_cache_has_the_name_that_this_transformers_gives_it(model: torch.nn.Module) -> None:
+    kept = object()
+    assert model(**as_cache(model, kept)) is kept
