@@ -28,8 +28,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.first, self.between = 0.002, 0.0005
         self.owner: str | None = "vllm"
         self.trouble: list[str] = []
