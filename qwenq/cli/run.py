@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.options import Given, recipe_options
 from qwenq.cli.printing import note, stop_notice
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 @recipe_options("gate.baseline", "gate.fail_on", "--reports=report.folder")
 def run(
     recipe: Annotated[
-        Path, typer.Argument(help="Recipe: a TOML file, or the name of one that ships with qwenq: demo.")
+        Path,
+        typer.Argument(
+            help="Recipe: a TOML file, or the name of one that ships with qwenq: demo.",
+            autocompletion=completion.recipes,
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub id, instead of the recipe's.")

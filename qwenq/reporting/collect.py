@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from qwenq.environment import decisive, difference, measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.text import LONGEST_COMMAND, clean, count
-from qwenq.results import HERE, RESULTS_FILE, Model, Row, each_run
+from qwenq.results import HERE, RESULTS_FILE, Model, Row, Value, each_run
 
 # Read run folders into one collection of rows, each with its run, hardware and a label for its model.
 
@@ -56,7 +57,9 @@ class Measured:
         """Return what computed it, by the row itself, else by its folder."""
         row = self.row  # of an accuracy the device is no part of the point: it decides nothing
         device = row.point.get("device", row.settings.get("device"))
-        return hardware(measured_on(self.run.environment, row.settings), device)
+        found = measured_on(self.run.environment, row.settings)
+        shown = hardware(found, device)
+        return f"{shown}{_kernels(found, row)}" if row.point.get("device") == "cpu" else shown
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,26 @@ def hardware(environment: dict[str, Any], device: object = None) -> str:
     cores, threads = cpu.get("cores"), cpu.get("threads")
     parts = [str(cpu["model"]), *([count(cores, "cores")] if cores else [])]
     return clean(", ".join([*parts, count(threads, "threads")] if threads and threads != cores else parts))
+
+
+_VARIANTS = {
+    "avx512-bf16": "AVX-512 BF16",
+    "avx512-vnni": "AVX-512 VNNI",
+    "avx-vnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    "neon": "NEON",
+}
+_WIDEST = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
+
+
+def _kernels(environment: dict[str, Any], row: Row) -> str:
+    """Return the instructions of a CPU's figure: the variant that the row names, else the CPU's widest."""
+    if named := re.search(r"\bC for ([\w-]+)", row.implementation):
+        return f", {_VARIANTS.get(named[1], clean(named[1]))}"
+    cpu = environment.get("cpu")
+    features = cpu.get("features") if isinstance(cpu, dict) else None
+    has = features if isinstance(features, list) else []
+    return next((f", {name}" for flag, name in _WIDEST.items() if flag in has), "")
 
 
 # Decide whether two figures come from the same kind of machine.
@@ -337,10 +360,29 @@ def _worth(group: list[Measured]) -> tuple[int, int, float]:
     return models, tokens if isinstance(tokens, int) else 0, sum(item.row.value or 0 for item in group)
 
 
+ATTENTION = {
+    **dict.fromkeys(("v2", "flash2"), "flash v2"),
+    **dict.fromkeys(("v1", "flash1"), "flash v1"),
+    **dict.fromkeys(("off", "plain"), "plain"),
+}
+"""Names of attention backends in tables, ours and the cards'; others keep their own."""
+
+
+def attention(value: Value) -> str:
+    """Return a backend's name in the tables' words."""
+    return ATTENTION.get(str(value), clean(value))
+
+
 def point_text(item: Measured, *, without: tuple[str, ...] = ()) -> str:
     """Describe the point and hardware of a row for a caption."""
-    point = item.row.point.items()
-    parts = [f"{key} {value}" for key, value in point if key not in without and value is not None]
+    point = {key: value for key, value in item.row.point.items() if value is not None}
+    context, tokens = point.pop("context", None), point.pop("tokens", None)
+    parts = [f"{tokens} new tokens"] if tokens != 1 and tokens is not None else []
+    parts += [f"a prompt of {context}"] if context not in (None, 1) else []
+    if "attention" in point:
+        point["attention"] = attention(point["attention"])
+    point.pop("device", None)  # the hardware says it
+    parts += [f"{key} {value}" for key, value in point.items() if key not in without]
     return clean(", ".join([*parts, item.hardware]))
 
 
