@@ -70,7 +70,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--concurrency", default="1,4,16")
     parser.add_argument("--input", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--seconds", type=float, default=15, help="of each concurrency")
+    parser.add_argument("--seconds", type=float, default=12, help="of each concurrency")
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "served")
     options = parser.parse_args()
     if not options.llama and not options.vllm:

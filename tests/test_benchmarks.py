@@ -6,6 +6,7 @@ Nothing is measured.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import re
@@ -23,6 +24,7 @@ import typer
 from test_docs import ROOT, parse
 
 from qwenq.cli.app import app, register
+from qwenq.results import read_rows
 
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
@@ -190,3 +192,33 @@ def test_commands_of_qwenq_that_scripts_start_take_these_options(
             parse(commands, of_qwenq(command))
             tried += 1
     assert tried == 19
+
+
+def test_servers_are_measured_and_a_refusal_is_recorded(
+    load: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """Two programs in the place of servers: one streams, one ends with an error."""
+    served = load("served")
+    program = tmp_path / "server.py"
+    program.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from profiling.streaming_server import Server\n"
+        "port = int(sys.argv[sys.argv.index('--port') + 1])\n"
+        "Server(port).serve_forever()\n"
+    )
+    name, run = "model-GPTQ-Int4", tmp_path / "run"
+    options = argparse.Namespace(threads=1, seconds=1.0)
+    for precision, command in {
+        "bf16": (sys.executable, str(program)),
+        "int8": (sys.executable, "-c", "raise ValueError('no Int8 here')"),
+    }.items():
+        one = served.Served(f"big/{name}", precision, command)
+        served.measure(one, served.Load((1, 2), 8, 6), options, run, tmp_path / "log")
+    rows = read_rows(run)
+    assert {row.status for row in rows if row.model.precision == "bf16"} == {"ok"}
+    refused = [row for row in rows if row.model.precision == "int8"]
+    assert {row.reason for row in refused} == {"the server refuses it: no Int8 here"}
+    assert {row.metric for row in refused} == set(served.METRICS)
+    page = served.write_report([run], tmp_path / "report", "t").parent / "README.md"
+    assert re.search(r"\| Int8 \| 1 \| n/a[¹²] \|", page.read_text(encoding="utf-8"))

@@ -87,7 +87,7 @@ def test_quantised_models_are_evaluated_in_the_dtype_that_is_asked_for(tmp_path:
 
 def test_a_gate_names_conditions_only_where_the_recipe_does(tmp_path: Path) -> None:
     """Named ones that judge nothing fail; the default would, in a chain that measures no speed."""
-    assert chain(tmp_path).steps[-1].arguments[3:] == ("--fail-on", "accuracy:significant")
+    assert chain(tmp_path).steps[-1].arguments[3:5] == ("--fail-on", "accuracy:significant")
     made = chain(tmp_path, '[eval]\nsample = true\n[gate]\nbaseline = "baseline"\n')
     gate = made.steps[-1]
     forms = ("--markdown", str(made.work / "gate.md"), "--junit", str(made.work / "gate.xml"))

@@ -21,6 +21,7 @@ class Server(ThreadingHTTPServer):
         refuses: options that it answers with status 400.
         usage: what it reports for (prompt tokens, tokens): see ``honest``.
         beginning: tokens that it counts in a prompt besides its words.
+        at_once: streamed requests that it takes at the same time; more are answered with 429.
         owner: who owns the models, by their list.
         ends_at: tokens after which its model ends, where the request does not ignore that.
     """
@@ -28,10 +29,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.first, self.between = 0.002, 0.0005
         self.owner: str | None = "vllm"
+        self.at_once = 1000
         self.trouble: list[str] = []
         self.refuses: tuple[str, ...] = ()
         self.usage: Any = honest
@@ -81,6 +83,8 @@ class Handler(BaseHTTPRequestHandler):
             self.counted = asked["stream"]
             server.busy += self.counted
             server.most_busy = max(server.most_busy, server.busy)
+            if self.counted and server.busy > server.at_once:
+                trouble = "429"
         try:
             self._reply(asked, trouble)
         finally:

@@ -178,6 +178,15 @@ def test_a_busy_server_is_asked_again_and_that_is_counted(server: Server, tmp_pa
     assert any("too busy 3 times" in text for text in said)
 
 
+def test_a_concurrency_that_the_server_refuses_is_counted(server: Server, tmp_path: Path) -> None:
+    server.first, server.at_once = 0.01, 2
+    said: list[str] = []
+    rows = measure(server, tmp_path, Load((4,), 8, 6), said)
+    assert rows[4, "speed.served"].status == "ok"
+    assert rows[4, "speed.served"].details["refused_busy"] > 0
+    assert any("the server was too busy" in text and "sent again later" in text for text in said)
+
+
 def test_where_every_request_fails_there_is_an_error_and_rows_with_the_reason(
     server: Server, tmp_path: Path
 ) -> None:
