@@ -414,15 +414,16 @@ def profile(
     Args:
         endpoint: an OpenAI-compatible server, whose ``model`` is measured instead, by streamed requests at
             each ``concurrency``; ``precision`` then names what it computes in.
-        command: recorded with each row.
 
     Raises:
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
     """
+    from qwenq.evals.rows import record_checks
     from qwenq.profiling.planning import parse_budget
     from qwenq.profiling.spec import lengths_of, require_known, subjects_of
     from qwenq.profiling.sweep import sweep_models
     from qwenq.recipe import ProfileRecipe, Recipe
+    from qwenq.storage import locked
 
     asked: dict[str, Any] = {"tokens": tuple(tokens), "encode": tuple(encode), "budget": budget}
     asked |= {"attention": tuple(attention), "engine": tuple(engine)}
@@ -441,6 +442,8 @@ def profile(
         how = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel, "tp": tp}
         choices = {"lengths": lengths, **how}
         rows, kept = sweep_models(found, choices, device, seconds, folder, listener, command)
+        with locked(folder):
+            record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
     return Results(rows, folder, kept)
 
 
@@ -468,15 +471,32 @@ def _profile_served(
     return Results(rows, folder)
 
 
-def report(runs: Name | Sequence[Name], out: Name, title: str | None = None) -> Path:
+def report(
+    runs: Name | Sequence[Name],
+    out: Name,
+    title: str | None = None,
+    cards: Sequence[Name] | None = None,
+) -> Path:
     """Write the model card's tables, one page and plots from run folders; return the page.
 
+    Args:
+        runs: run folders.
+        out: the folder to write.
+        title: of the page.
+        cards: quantised folders whose model cards get the tables and plots; None: those that commands of the
+            runs name, if they were made on the command line.
+
     Raises:
-        QwenqError: a run folder cannot be read, or ``out`` holds something other than a report.
+        QwenqError: a run folder cannot be read, ``out`` holds something other than a report, or a card has no
+            place for it.
     """
+    from qwenq.publishing.measured import fill_cards
     from qwenq.reporting.write import write_report
 
-    return write_report([Path(name) for name in _names(runs) if name], Path(out), title)
+    folders = [Path(name) for name in _names(runs) if name]
+    page = write_report(folders, Path(out), title)
+    fill_cards(folders, page, None if cards is None else [Path(name) for name in cards])
+    return page
 
 
 def compare(
@@ -491,7 +511,8 @@ def compare(
     """Say which differences between two run folders are real.
 
     Args:
-        baseline, new: run folders.
+        baseline, new: run folders; the first may be a folder of several, of which the one of the new run's
+            machine is taken.
         more_baseline, more_new: further repeats: speed and memory are taken over all of them.
         fail_on: conditions as in "accuracy:significant, speed:<0.95"; None: the default of `qwenq compare`.
 
@@ -502,18 +523,22 @@ def compare(
         UsageError: a condition or a run folder cannot be read, or a run is named twice.
     """
     from qwenq.errors import UsageError
-    from qwenq.reporting.collect import collect
+    from qwenq.reporting.collect import choose_baseline, collect
     from qwenq.reporting.compare import compare as compare_rows
     from qwenq.reporting.compare import idle_repeats, with_repeats
     from qwenq.reporting.gate import asked_by, judge
 
     conditions = asked_by(fail_on)
-    sides = [[Path(run) for run in side] for side in ([baseline, *more_baseline], [new, *more_new])]
+    chosen = choose_baseline(Path(baseline), Path(new))
+    sides = [[Path(run) for run in side] for side in ([chosen.folder, *more_baseline], [new, *more_new])]
     places = [run.resolve() for side in sides for run in side]
     if twice := [run for run in (*sides[0], *sides[1]) if places.count(run.resolve()) > 1]:
         raise UsageError("this run is named twice", where=twice[-1], hint="name each run folder once")
     read = []
     with _shown(progress) as listener:
+        if chosen.folder != Path(baseline):
+            why = "of the same machine" if chosen.same_machine else "no baseline is of this machine"
+            listener(Notice(f"compared with {chosen.folder}: {why}"))
         for number, (first, *more) in enumerate(sides):
             run, turns = collect([first]), collect(more) if more else None
             for name in idle_repeats(run, turns):
@@ -534,13 +559,14 @@ def plan(
     gpus: Sequence[str] = ("a100-80g",),
     tensor_parallel: Sequence[int] = (1, 2, 4, 8),
     group_size: int | None = None,
-    samples: int = 48,
-    seq_len: int = 256,
+    samples: int | None = None,
+    seq_len: int | None = None,
 ) -> Plan:
     """Compute what a model needs before anything is downloaded: bytes, memory, bounds of its speed.
 
     Args:
         model: a catalogue name such as "qwen3-8b", a folder or a hub id; None is the bundled model.
+        samples, seq_len: of calibration; None: what `qwenq.quantize` takes there, as far as memory goes.
 
     Raises:
         QwenqError: no such model or GPU; the nearest names are suggested.

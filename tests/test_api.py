@@ -21,6 +21,8 @@ from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Advance, Event, ProgressBar, Start
 from qwenq.gptq.solver import quantize_weight
 from qwenq.recipe import QuantizeRecipe, Recipe
+from qwenq.reporting.collect import collect
+from qwenq.reporting.losses import summary_of
 from qwenq.results import Model, Row
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,11 @@ def examples(folder: Path, head: str) -> None:
     assert (folder / "reports" / "q4" / "index.html").is_file()
     assert "did you mean" in said or "qwen3-8b" in said
     assert "quantising 2 2" in said
+    found = collect([folder / "runs" / "q4-speed"])  # its base was neither evaluated nor profiled
+    (opens,) = summary_of(found, found.families[0])
+    assert re.match(
+        r"Int4: \w+, KL divergence [\d.]+ nats/token, same top token .*; [\d.]+ MB; decodes ", opens
+    )
 
 
 def test_a_function_has_the_errors_of_its_command(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.next import Words, named_base, next_commands
 from qwenq.cli.options import (
     AttentionName,
     DeviceName,
@@ -22,10 +24,11 @@ from qwenq.cli.options import (
     RealWeights,
     RowsAsJson,
     RunFolder,
+    Verbose,
     given_models,
     recipe_options,
 )
-from qwenq.cli.printing import next_commands, print_rows, stop_notice, table_console, typed_command
+from qwenq.cli.printing import note, print_rows, stop_notice, table_console, typed_command, wrapped
 from qwenq.errors import UsageError
 from qwenq.reporting.card import cut_of
 
@@ -75,6 +78,7 @@ def evaluate(
         str | None, typer.Option(metavar="ID", help="Print one recorded item in full and exit.")
     ] = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: RowsAsJson = False,
 ) -> None:
     """Evaluate models on MMLU, C-Eval, GSM8K, HumanEval and more.
@@ -84,7 +88,7 @@ def evaluate(
     processes share the items.
     """
     from qwenq import api
-    from qwenq.cli.progress import EvalProgress
+    from qwenq.cli.progress import EvalProgress, with_details
     from qwenq.distributed import process_group
     from qwenq.models.opening import refuse_random_weights
 
@@ -108,7 +112,11 @@ def evaluate(
     }
     with process_group(device) as team:
         kept = stop_notice("answers are kept", team.world) if team.is_rank0 else nullcontext()
-        with kept, EvalProgress(quiet=quiet or not team.is_rank0) as progress:
+        with (
+            kept,
+            EvalProgress(quiet=quiet or not team.is_rank0) as progress,
+            with_details(progress, verbose and team.is_rank0) as listener,
+        ):
             found = api.evaluate(
                 models,
                 **chosen,
@@ -117,7 +125,7 @@ def evaluate(
                 endpoint=endpoint,
                 model=model,
                 out=out,
-                progress=progress,
+                progress=listener,
                 team=team,
                 command=typed_command(team.world),
             )
@@ -127,7 +135,9 @@ def evaluate(
         print_rows(found.folder, found.rows)
     else:
         print_table(found.folder, found.rows)
-        next_commands(("report", found.folder))
+        beside = () if out is not None else ("--out", found.folder)
+        bases = [] if endpoint is not None else _with_bases(given_models(models), chosen, found.rows)
+        next_commands(*([*one, *beside] for one in bases), ("report", found.folder))
 
 
 def _show(
@@ -156,6 +166,23 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
+def _with_bases(names: list[str | None], chosen: dict[str, Any], rows: Sequence[Row]) -> Iterator[Words]:
+    """Yield this command with the base of each quantised model that was not compared with one, and say so."""
+    from qwenq.evals.model import LoadOptions, open_eval_model
+
+    compared = {row.model for row in rows if row.details.keys() & {"paired", "unpaired"}}
+    how = LoadOptions(dtype=chosen["dtype"]) if "dtype" in chosen else LoadOptions()
+    models = [open_eval_model(name, how) for name in names]
+    here = {one.model.fingerprint for one in models}
+    for one in models:
+        if not one.quantised or one.model in compared or one.base in here:
+            continue
+        note(f"{one.model.label} is not compared with its base, which was not evaluated")
+        if (base := named_base(one.checkpoint.folder)) is not None:
+            words = sys.argv[sys.argv.index("eval") + 1 :] if "eval" in sys.argv else []
+            yield ("eval", base, *words)
+
+
 # Print the result of an evaluation: a table of scores, and each model compared with its base.
 
 
@@ -177,7 +204,7 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
         console.print(_table(rows, tests, beside=bool(compared) and not aside))
     lines = [_in_a_line(row, tests) for row in compared] if aside else []
     for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows, tests)]:
-        console.print(line, soft_wrap=True)
+        console.print(wrapped(line), soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
 
 
@@ -198,7 +225,7 @@ def _table(rows: Sequence[Row], tests: dict[int, tuple[Paired, float]], *, besid
 
     table = Table(box=None, pad_edge=False)
     for title in ("task", "protocol", "model"):
-        table.add_column(title, overflow="fold")
+        table.add_column(title, overflow="fold", no_wrap=title == "protocol")
     figures = ("score", "± SE", "95 % interval", "items", "scored by", "cut")
     for title in (*figures, *(("change", "lost / won", "p") if beside else ())):
         table.add_column(title, justify="right", no_wrap=True)
@@ -221,12 +248,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     metric = row.metric.removeprefix("accuracy").lstrip(".")
     task = f"{row.point['task']}{f' ({metric})' if metric else ''}"
     interval = f"{row.low:.1%} – {row.high:.1%}" if row.low is not None and row.high is not None else "-"
+    model = row.model.label
     value = f"{row.value:.1%}" if row.value is not None else "-"
     found = row.details.get("standard_error")
     error = f"± {100 * found:.1f}" if isinstance(found, float) else "-"
     asked = str(row.settings.get("asked", "-"))
     cut = "-" if (found := cut_of(row)) is None else f"{found.share:.1%}"
-    return task, str(row.point["protocol"]), _model(row), value, error, interval, f"{row.n:,}", asked, cut
+    return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}", asked, cut
 
 
 def _comparison(row: Row, tests: dict[int, tuple[Paired, float]]) -> tuple[str, ...]:
@@ -254,17 +282,18 @@ def _check_lines(rows: Sequence[Row]) -> list[str]:
         said = f"{name} {row.value:{form}}{unit}" if row.value is not None else f"{name}: {row.reason}"
         if row.low is not None and row.high is not None:
             said += f" ({row.low:{form}} – {row.high:{form}})"
-        lines.setdefault(_model(row), []).append(said)
+        lines.setdefault(row.model.label, []).append(said)
     return [f"{model} beside its base, by the check: {'; '.join(said)}" for model, said in lines.items()]
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """Return warnings about cut answers, the sample suite and limited items."""
     lines = [
-        f"warning: {row.point['task']}, {_model(row)}: {found.warning}"
+        f"warning: {row.point['task']}, {row.model.label}: {found.warning}"
         for row in rows
         if (found := cut_of(row)) is not None and found.many
     ]
+    lines += _guesses(rows)
     if any(row.point.get("data") == "sample suite" for row in rows):
         lines.append("the sample suite is not the benchmark: its scores compare with nothing published")
     limits = {row.point["task"]: row.point["limit"] for row in rows if row.point.get("limit") is not None}
@@ -275,22 +304,31 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _guesses(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line for each task that some models are at the level of guessing in."""
+    from qwenq.comparison import guessing_level
+
+    guessed: dict[tuple[str, float], list[str]] = {}
+    for row in rows:
+        if (level := guessing_level(row)) is not None:
+            guessed.setdefault((str(row.point["task"]), level), []).append(row.model.label)
+    for (task, level), models in guessed.items():
+        what = f"at guessing level ({level:.0%})" if level else "no item answered correctly"
+        yield f"{task}, {', '.join(models)}: {what}, so what quantising cost cannot show in this score"
+
+
 def _headlines(rows: Sequence[Row], tests: dict[int, tuple[Paired, float]]) -> list[str]:
     """Return a line for each model that was compared: its largest drop, and the verdict."""
     from qwenq.comparison import TaskComparison, headline
 
     by_model: dict[str, list[TaskComparison]] = {}
-    unpaired = Counter(_model(row) for row in rows if "unpaired" in row.details)
+    unpaired = Counter(row.model.label for row in rows if "unpaired" in row.details)
     for row in rows:
         if id(row) in tests:
             value, change = row.value or 0.0, row.details["paired"]["change"]
             tested = TaskComparison(str(row.point["task"]), value - change, value, *tests[id(row)])
-            by_model.setdefault(_model(row), []).append(tested)
+            by_model.setdefault(row.model.label, []).append(tested)
     return [
         f"{name} beside its base: {headline(found, len(tests), unpaired[name])}"
         for name, found in by_model.items()
     ]
-
-
-def _model(row: Row) -> str:
-    return f"{row.model.name} {row.model.precision}"

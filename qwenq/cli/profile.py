@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.next import next_commands
 from qwenq.cli.options import (
     DeviceName,
     Given,
@@ -15,12 +16,13 @@ from qwenq.cli.options import (
     ModelArguments,
     Quiet,
     RandomSeed,
+    Verbose,
     listed_names,
     listed_numbers,
     recipe_options,
 )
-from qwenq.cli.printing import next_commands, stop_notice, table_console, typed_command
-from qwenq.cli.progress import ProfileProgress
+from qwenq.cli.printing import stop_notice, table_console, typed_command
+from qwenq.cli.progress import ProfileProgress, with_details
 from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def profile(
         typer.Option(help="Run folder. [default: runs/profile-MODEL; with --endpoint runs/served-MODEL]"),
     ] = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Processes that share a model, one a GPU.")] = 1,
 ) -> None:
@@ -92,7 +95,7 @@ def profile(
         "input": input,
     }
     progress = ProfileProgress(as_json=as_json, quiet=quiet)
-    with stop_notice("what is measured is kept"):
+    with stop_notice("what is measured is kept"), with_details(progress, verbose) as listener:
         found = api.profile(
             models,
             **given[""],
@@ -108,7 +111,7 @@ def profile(
             endpoint=endpoint,
             model=model,
             out=out,
-            progress=progress,
+            progress=listener,
             command=typed_command(),
         )
     if not as_json:
@@ -117,7 +120,7 @@ def profile(
 
 
 _OF_ENDPOINT = {"endpoint", "model", "concurrency", "input", "output"}
-_OF_BOTH = {"models", "precision", "budget", "out", "quiet", "as_json"}
+_OF_BOTH = {"models", "precision", "budget", "out", "quiet", "verbose", "as_json"}
 """Options of a served model; those that a model measured here has as well."""
 
 

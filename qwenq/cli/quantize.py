@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName, Given, Quiet, recipe_options
-from qwenq.cli.printing import next_commands, note
+from qwenq.cli.next import next_commands, with_model
+from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
+from qwenq.cli.printing import note
+from qwenq.cli.progress import show_events, with_details
 from qwenq.recipe import Recipe
 from qwenq.stopping import Terminated
 
@@ -36,7 +39,8 @@ def quantize(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]"
+            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]",
+            autocompletion=completion.models,
         ),
     ] = None,
     recipe: Annotated[
@@ -48,6 +52,7 @@ def quantize(
     given: Given,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run of the same settings.")] = True,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events and result as JSON lines.")] = False,
 ) -> None:
     """Quantise a model with GPTQ to Int4 or Int8, and check it.
@@ -55,7 +60,7 @@ def quantize(
     The result is read back from the disk and compared with the base before it gets its name. Under torchrun
     all processes work on the one model.
     """
-    from qwenq.cli.progress import quantize_listener
+    from qwenq.cli.progress import quantize_listener, with_details
     from qwenq.distributed import process_group
 
     chosen = _recipe(recipe, model, given)
@@ -70,7 +75,8 @@ def quantize(
                 try:
                     from qwenq.quantization import quantize as run
 
-                    result = run(chosen, out, listener, device=device, resume=resume, team=team)
+                    with with_details(listener, verbose) as detailed:
+                        result = run(chosen, out, detailed, device=device, resume=resume, team=team)
                 except KeyboardInterrupt:  # SIGTERM too
                     listener.interrupted()
                     raise
@@ -82,12 +88,8 @@ def quantize(
 
 
 def _show_next(result: Quantised, recipe: Recipe, out: Path | None) -> None:
-    folder = out or Path(result.folder.name)
-    if recipe.weights == "random":
-        next_commands(("profile", folder))
-        return
-    base = recipe.model or "bundled"
-    next_commands(("chat", folder), ("eval", base, folder), ("profile", base, folder))
+    base = None if recipe.weights == "random" else recipe.model or "bundled"
+    next_commands(*with_model(out or Path(result.folder.name), base))
 
 
 def _recipe(file: Path | None, model: str | None, given: Given) -> Recipe:
@@ -124,13 +126,17 @@ _TEMPLATES = {
 def calibrate(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or hub id. [default: the bundled model]")
+        str | None,
+        typer.Argument(
+            help="Model folder or hub id. [default: the bundled model]", autocompletion=completion.models
+        ),
     ] = None,
     *,
     given: Given,
     device: DeviceName = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a different file.")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Write calibration tokens once, to share between quantisations.
@@ -138,11 +144,10 @@ def calibrate(
     One safetensors file that holds the tokens and their manifest.
     """
     from qwenq import api
-    from qwenq.cli.progress import show_events
 
     existed = out.exists() and not force
     wanted = {**given[""], **given["calibration"], **given["quantize"]}
-    with show_events(note, quiet=quiet) as listener:
+    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
         made = api.calibrate(model, out, **wanted, device=device, force=force, progress=listener)
     if as_json:
         typer.echo(made.manifest.model_dump_json(indent=2))

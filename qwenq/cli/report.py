@@ -11,8 +11,8 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import Given, recipe_options
-from qwenq.cli.printing import note_events, to_standard_output
-from qwenq.errors import UsageError
+from qwenq.cli.printing import note, note_events, to_standard_output
+from qwenq.errors import UsageError, visible
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
 
 # ``qwenq report``: run folders in; a model card, a page, and data out.
@@ -27,16 +27,32 @@ def report(
     ] = None,
     *,
     given: Given,
+    card: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Quantised folder whose model card gets the tables and plots; may be given several times. "
+            "[default: those that the runs' commands name]",
+        ),
+    ] = None,
+    no_card: Annotated[bool, typer.Option("--no-card", help="Leave model cards as they are.")] = False,
 ) -> None:
-    """Write model card tables, an HTML page with plots, and data.
+    """Write model card tables, an HTML page with plots, and data; fill the quantised folders' model cards.
 
-    Reads run folders only: nothing is measured, and no model is loaded.
+    Nothing is measured, and no model is loaded. Of a card only the marked sections and qwenq's scores change.
     """
-    from qwenq.errors import visible
+    from qwenq.publishing.measured import fill_cards
     from qwenq.reporting.write import write_report
 
+    if card and no_card:
+        raise UsageError(
+            "--card and --no-card exclude each other", where="--no-card", hint="give one of them"
+        )
     folder = out or Path("reports") / runs[0].resolve().name
-    typer.echo(visible(str(write_report(runs, folder, given["report"].get("title")))))
+    page = write_report(runs, folder, given["report"].get("title"))
+    for written in fill_cards(runs, page, [] if no_card else card, note_events):
+        note(f"card: {visible(str(written))}")
+    typer.echo(visible(str(page)))
 
 
 # ``qwenq compare``: compare two runs row by row, and fail on regressions.
@@ -45,7 +61,12 @@ def report(
 @app.command()
 @recipe_options("gate.fail_on")
 def compare(
-    baseline: Annotated[Path, typer.Argument(help="Run folder to compare with.")],
+    baseline: Annotated[
+        Path,
+        typer.Argument(
+            help="Run folder to compare with, or a folder of several: the one of NEW's machine is taken."
+        ),
+    ],
     new: Annotated[Path, typer.Argument(help="Run folder to judge.")],
     *,
     given: Given,
@@ -93,7 +114,10 @@ def compare(
 
 def _check_files(runs: list[Path], files: dict[str, Path | None]) -> None:
     """Raise UsageError for a file that cannot be written, or that would replace what was measured."""
-    measured = {run.resolve() / name for run in runs for name in (RESULTS_FILE, ENVIRONMENT_FILE)}
+    names = (RESULTS_FILE, ENVIRONMENT_FILE)
+    measured = {
+        found.resolve() for run in runs for name in names for found in (run / name, *run.glob(f"*/{name}"))
+    }
     for option, file in files.items():
         if file is not None and file.is_dir():
             raise UsageError(f"{option} is a folder", where=file, hint="name a file in it")

@@ -310,7 +310,9 @@ class CheckResult:
         if self.modules:
             error = sum(module.error for module in self.modules) / len(self.modules)
             rtn = sum(module.rtn_error for module in self.modules) / len(self.modules)
-            lines["modules"] = f"mean error {error:.3%} of the output, round-to-nearest {rtn:.3%}"
+            lines["modules"] = (
+                f"mean error on held-out text {error:.3%} of the output, round-to-nearest {rtn:.3%}"
+            )
         return lines | {"verdict": str(self.verdict)}
 
 
@@ -590,5 +592,5 @@ def _summarise(
         group_size=quant.group_size,
         device=device,
         dtype=str(dtype).removeprefix("torch."),
-        verdict=judge_check(kl.value, same_top.value, quant.bits),
+        verdict=judge_check(kl.value, same_top.value, quant.bits, scores.kl.size),
     )

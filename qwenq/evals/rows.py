@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from qwenq.comparison import choose_base, pair_verdicts
-from qwenq.errors import CorruptFileError, UsageError
+from qwenq.errors import CorruptFileError, QwenqError, UsageError
 from qwenq.evals.model import EvalModel, RemoteModel
 from qwenq.evals.run import Answers, Judged, TaskPlan
 from qwenq.evals.task import MAIN, Score
+from qwenq.events import Listener, Notice
 from qwenq.models.folders import MANIFEST
 from qwenq.models.integrity import verify_files
 from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows, require_readable
@@ -210,6 +211,25 @@ def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") 
         verify_files(folder)
     for row in missing:
         append_row(run, row)
+    return rows
+
+
+def record_checks(named: Iterable[tuple[str | None, Model]], run: Path, listener: Listener) -> list[Row]:
+    """Append the check's rows of those models that are folders with one; what cannot be is a notice.
+
+    Args:
+        named: what the user typed, and the model as rows name it.
+        run: the run folder, which has to be locked (``storage.locked``).
+        listener: receives the notices.
+    """
+    rows: list[Row] = []
+    for folder, model in dict.fromkeys((Path(given), model) for given, model in named if given):
+        if not has_check(folder):
+            continue
+        try:
+            rows += append_check_rows(folder, model, run)
+        except QwenqError as error:
+            listener(Notice(f"the check of {model.name} is not shown: {error.what} ({error.where})"))
     return rows
 
 

@@ -187,7 +187,7 @@ def answer(
 
 def step_name(eval_model: EvalModel, plan: TaskPlan) -> str:
     """Return the name of a model's way through a task, for progress."""
-    return f"{eval_model.model.name} {eval_model.model.precision}, {plan.task.name}"
+    return f"{eval_model.model.label}, {plan.task.name}"
 
 
 def answer_share(

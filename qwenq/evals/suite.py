@@ -13,7 +13,7 @@ from typing import Any
 from qwenq.comparison import PLAIN
 from qwenq.distributed import ALONE, Team
 from qwenq.environment import MACHINE, environment, machine
-from qwenq.errors import DataError, QwenqError, UsageError
+from qwenq.errors import DataError, UsageError
 from qwenq.evals.answer_log import FOLDER
 from qwenq.evals.model import (
     MAX_NEW_TOKENS,
@@ -26,7 +26,7 @@ from qwenq.evals.model import (
     open_eval_model,
     open_served,
 )
-from qwenq.evals.rows import append_check_rows, base_row, cut_notice, has_check, rows_of, unpaired_reason
+from qwenq.evals.rows import base_row, cut_notice, record_checks, rows_of, unpaired_reason
 from qwenq.evals.run import Answers, TaskPlan, answer, answer_log_name, answer_share, make_plan
 from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
 from qwenq.evals.task import MAIN, DataSource, ProtocolName
@@ -191,7 +191,7 @@ def evaluate(
                 check_solutions(plan, sandbox, run, listener)
         for eval_model in order:
             if isinstance(eval_model, LocalModel) and eval_model.quantised:
-                rows += _recorded_check(eval_model, run, listener)
+                rows += record_checks([(str(eval_model.checkpoint.folder), eval_model.model)], run, listener)
             for name in wanted.tasks:
                 plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
                 answers = answer(
@@ -203,24 +203,12 @@ def evaluate(
                     again = "recorded from this address already; --out NEW asks again"
                     listener(Notice(f"{count} {again}"))
                 for line in cut_notice(plan, answers):
-                    listener(Notice(f"{eval_model.model.name} {eval_model.model.precision}: {line}"))
+                    listener(Notice(f"{eval_model.model.label}: {line}"))
                 rows += _append_rows(eval_model, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
                     listener(Notice(_write_submission(eval_model, plan, answers, run)))
             eval_model.unload()
     return rows
-
-
-def _recorded_check(eval_model: LocalModel, run: Path, listener: Listener) -> list[Row]:
-    """Return rows of the check that `qwenq quantize` made; none without a check."""
-    folder = eval_model.checkpoint.folder
-    if not has_check(folder):
-        return []
-    try:
-        return append_check_rows(folder, eval_model.model, run)
-    except QwenqError as error:
-        listener(Notice(f"the check of {eval_model.model.name} is not shown: {error.what} ({error.where})"))
-        return []
 
 
 def evaluate_share(eval_models: Sequence[EvalModel], wanted: EvalRequest, run: Path, team: Team) -> None:

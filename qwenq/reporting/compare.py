@@ -249,7 +249,7 @@ def _bases(items: list[Measured]) -> dict[str, set[str]]:
 
 def _base_of(row: Row) -> str | None:
     """Return the fingerprint of the unquantised weights that a row's model is or was made of, if recorded."""
-    if row.model.precision in PLAIN:
+    if row.model.precision in PLAIN and not row.model.served:
         return row.model.fingerprint
     named = row.details.get("base")
     return named if isinstance(named, str) else None
@@ -293,7 +293,8 @@ def _not_comparable(old: Measured, new: Measured) -> str:
         return f"another unit: {clean(new.row.unit)} instead of {clean(old.row.unit)}"
     items = other_items(old.row, new.row) if metric.paired else ""
     ratio = _no_ratio(old.row, new.row) if metric.relation == "ratio" else ""
-    if why := _other_model(old.row, new.row) or ratio or items:
+    served = old.row.model.served and new.row.model.served  # by one name; their weights are not known
+    if why := ("" if served else _other_model(old.row, new.row)) or ratio or items:
         return why
     before, after = (item.row.settings.get("dtype") for item in (old, new))
     if before != after and old.row.metric != "size":

@@ -13,10 +13,11 @@ from math import isfinite
 from typing import Literal
 
 from qwenq.comparison import TaskComparison, headline, points
+from qwenq.environment import measured_on
 from qwenq.errors import UsageError
 from qwenq.recipe import FAIL_ON
 from qwenq.reporting.card import cut_of
-from qwenq.reporting.collect import PRECISIONS
+from qwenq.reporting.collect import OTHER_MACHINE, PRECISIONS, UNKNOWN, hardware
 from qwenq.reporting.compare import METRICS, Comparison, corrected
 from qwenq.reporting.text import LONGEST_SENTENCE, clean, count, format_of, markdown, signed
 from qwenq.results import Row
@@ -444,6 +445,7 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
         parts.append(_table(few))
     if verdict.idle:
         parts.append("\n".join(f"- {markdown(c)} {_idle(verdict, c)}" for c in verdict.idle))
+    parts += _explained(verdict)
     if passed := verdict.of("passed"):
         parts.append(_folded(f"{count(len(passed), 'rows')} passed", passed))
     if rest := _not_judged(verdict):
@@ -452,6 +454,28 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
         rules = ", ".join(markdown(condition) for condition in verdict.conditions)
         parts.append(f"Fails on {rules}. Accuracies are paired item by item; p is corrected by Holm.")
     return "\n\n".join(parts) + "\n"
+
+
+def _explained(verdict: Verdict) -> Iterator[str]:
+    """Yield what "not comparable" means, and what mends it, where rows are."""
+    rows = verdict.of("not comparable")
+    if not rows:
+        return
+    yield (
+        "Not comparable is no pass: such a row was measured of something else, or elsewhere, so nothing is "
+        "known about it."
+    )
+    if any(judged.reason.startswith(OTHER_MACHINE) for judged in rows):
+        found = {
+            hardware(measured_on({}, row.settings)) for judged in rows if (row := judged.comparison.after)
+        }
+        machines = markdown(" and ".join(sorted(found - {UNKNOWN})))
+        this = f"; this run was measured on {machines}" if machines else ""
+        yield (
+            f"Speed and memory are compared on one kind of machine only{this}. To have a baseline of it, "
+            "keep `results.jsonl` and `environment.json` of this run as a folder beside the other baselines, "
+            "and name the folder that holds them all."
+        )
 
 
 def _table(rows: list[Judged]) -> str:

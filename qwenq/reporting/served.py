@@ -12,7 +12,7 @@ from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.figures import Figure, Point, Series
 from qwenq.reporting.tables import Layout, Table, pivot
 from qwenq.reporting.text import clean
-from qwenq.results import Row, intervals_overlap
+from qwenq.results import HERE, Row, intervals_overlap
 
 SERVED = {
     "speed.served": "Output tokens/s",
@@ -45,13 +45,20 @@ def served_table(collection: Collection, family: str) -> Table | None:
         names={"context": lambda value: f"{value} tokens", "tokens": lambda value: f"{value} of an answer"},
     )
     made = pivot([_without_requests(item) for item in rows], layout, collection)
-    made.caption.insert(
-        0,
-        "a closed loop of streamed requests; TTFT: time to first token, ITL: inter-token latency; the "
-        "server's hardware is unknown, and the machine below sent the requests",
-    )
+    loop = "a closed loop of streamed requests; TTFT: time to first token, ITL: inter-token latency"
+    made.caption[:0] = [loop, _where_served(rows)]
     made.caption.extend(_counted(rows))
     return made.table("served", "Speed as served")
+
+
+def _where_served(rows: list[Measured]) -> str:
+    """Describe the servers: their kinds, and their hardware as far as their addresses tell it."""
+    servers = [server for item in rows if isinstance(server := item.row.settings.get("server"), dict)]
+    kinds = dict.fromkeys(clean(server["kind"]) for server in servers if server.get("kind"))
+    owned = f"models owned, by the server's list, by {', '.join(kinds)}; " if kinds else ""
+    if servers and all(server.get("place") == HERE for server in servers):
+        return f"{owned}by its address it ran on the machine below, which sent the requests, too"
+    return f"{owned}its hardware is unknown, and the machine below sent the requests"
 
 
 def _without_requests(item: Measured) -> Measured:

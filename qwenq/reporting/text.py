@@ -18,6 +18,8 @@ LONGEST_SENTENCE = 4_000
 """A headline that is cut short would lose its verdict."""
 LONGEST_COMMAND = 10_000
 """A command that is cut short would be another command."""
+LONGEST_SENTENCE = 4_000
+"""Our own sentences, made of several names and figures."""
 
 _TERMINAL = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor

@@ -178,7 +178,9 @@ def test_a_decoding_speed_is_beside_the_base_that_was_computed_alike(tmp_path: P
     rows = [row for precision in ("fp32", "bf16") for row in speed(precision, 128)]
     rows += [computed("bfloat16", row) for row in speed("int4", 128)]
     (said,) = summary_of(collect([write_run(tmp_path / "run", rows)]), FAMILY)
-    assert said == "Int4: 1879.0 MB, 51 % of BF16; decodes 2.69 × as fast as BF16."
+    assert said == (
+        "Int4: 1879.0 MB, 51 % of BF16; decodes 53.55 tokens/s over 128 tokens, 2.69 × as fast as BF16."
+    )
 
 
 def test_a_score_that_rose_though_items_were_lost_counts_items(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_a_speed_within_noise_is_not_sold(tmp_path: Path) -> None:
     fast = next(row for row in speed("int4", 2048) if row.metric == "speed.decode")
     base = replace(fast, model=model("bf16"), value=(fast.value or 0) * 0.99, low=fast.low, high=fast.high)
     (said,) = summary_of(collect([write_run(tmp_path / "run", [base, fast])]), FAMILY)
-    assert said.endswith("decodes 1.01 × as fast as BF16 (within noise).")
+    assert said.endswith(" over 2,048 tokens, 1.01 × as fast as BF16 (within noise).")
 
 
 def test_scores_with_many_cut_answers_are_named_behind_the_verdict(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def require_packages() -> None:
         raise UnsupportedError(
             f"IFEval's checks need {' and '.join(missing)}",
             where="ifeval",
-            hint="pip install 'qwenq[ifeval]', or leave ifeval out of --tasks",
+            hint=f"pip install {' '.join(missing)}, or leave ifeval out of --tasks",
         )
 
 
