@@ -339,7 +339,6 @@ def evaluate(
         batch: prompts at once, or requests at once to an endpoint; None: as many as fit.
         endpoint: an OpenAI-compatible server, whose ``model`` is evaluated instead.
         team: processes that share the items (`distributed.process_group`); only rank 0 returns rows.
-        command: recorded with each row.
 
     Raises:
         QwenqError: an unknown task, missing data, no sandbox, a model that cannot be read.
@@ -363,9 +362,8 @@ def evaluate(
     folder = run_folder(out, given, served and (model or "served"))
     how, team = LoadOptions(device, dtype, engine, attention, kernel, thinking), team or ALONE
     with _shown(progress if team.is_rank0 else False) as listener:
-        return Results(
-            open_and_evaluate(served or given, wanted, how, folder, listener, command, team), folder
-        )
+        rows = open_and_evaluate(served or given, wanted, how, folder, listener, command, team)
+    return Results(rows, folder)
 
 
 def _require_alone(endpoint: str | None, models: object, model: str | None) -> None:
@@ -416,7 +414,6 @@ def profile(
     Args:
         endpoint: an OpenAI-compatible server, whose ``model`` is measured instead, by streamed requests at
             each ``concurrency``; ``precision`` then names what it computes in.
-        command: recorded with each row.
 
     Raises:
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.

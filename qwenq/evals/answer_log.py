@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from qwenq.distributed import Team
 from qwenq.errors import QwenqError, StorageError, UsageError
 from qwenq.evals.batching import limited, prompt_text, request_hash
-from qwenq.evals.task import Choose, DataSource, Item, Request
+from qwenq.evals.task import Choose, DataSource, Request
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import read_rows
 from qwenq.storage import fsync_folder, guard_storage
@@ -333,13 +333,12 @@ def _is_sample(run: Path) -> bool:
 
 def visible(text: str) -> str:
     """Escape control characters, and those that change the direction of text (``\\x1b``)."""
-    return "".join(_spelled(char) for char in text)
-
-
-def _spelled(char: str) -> str:
-    if char in "\n\t" or (unicodedata.category(char) not in {"Cc", "Cs"} and char not in _REORDERING):
-        return char
-    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return "".join(
+        char
+        if char in "\n\t" or (unicodedata.category(char) not in {"Cc", "Cs"} and char not in _REORDERING)
+        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in text
+    )
 
 
 def _key(path: Path) -> dict[str, Any]:
@@ -364,13 +363,10 @@ def _question(key: dict[str, Any], record: AnswerRecord, source: DataSource) -> 
     request = limited(task.request(item), limit if isinstance(limit, int) else None)
     changed = request_hash(item, request) != record.asked
     note = "\n(the data or the task has changed since: the recorded question was another)" if changed else ""
-    return f"{title}{note}\n--- prompt\n{prompt_text(request.prompt)}{_wanted(item, request)}"
-
-
-def _wanted(item: Item, request: Request) -> str:
-    asked = f"\n--- continuations\n{list(request.choices)}" if isinstance(request, Choose) else ""
-    gold = item.data.get("answer")
-    return asked + (f"\n--- right answer\n{gold}" if gold is not None else "")
+    lines = [f"{title}{note}\n--- prompt\n{prompt_text(request.prompt)}"]
+    lines += [f"--- continuations\n{list(request.choices)}"] if isinstance(request, Choose) else []
+    lines += [f"--- right answer\n{item.data['answer']}"] if "answer" in item.data else []
+    return "\n".join(lines)
 
 
 def _answer(path: Path, record: AnswerRecord) -> str:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from qwenq.errors import DataError, QwenqError, UsageError
-from qwenq.evals.task import Choose, Item, Message, Prompt, Request, Write
+from qwenq.evals.task import Choose, Item, Prompt, Request, Write
 from qwenq.models.tokenizer import Tokenizer
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine, FastEngine
@@ -139,12 +139,10 @@ def _encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[lis
     """Encode texts together, which some tokenizers do in parallel, and chats one by one."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = iter(tokenizer.encode_many(texts))
-    return [next(encoded) if isinstance(prompt, str) else _chat(tokenizer, prompt) for prompt in prompts]
-
-
-def _chat(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
     try:
-        return tokenizer.chat(list(turns))
+        return [
+            next(encoded) if isinstance(prompt, str) else tokenizer.chat(list(prompt)) for prompt in prompts
+        ]
     except UsageError as error:
         hint = error.hint or "a chat begins with a system message here; --protocol base asks in plain text"
         raise UsageError(error.what, where=error.where, hint=hint) from error

@@ -253,7 +253,8 @@ def _base_among(
         return None, f"several models are called {family}, and nothing says which {name} was made from"
     if called:
         return called[0], ""
-    if len(bases) == 1 and _same_shape(bases[0], eval_model):
+    configs = [one.checkpoint.config for one in (*bases, eval_model)]
+    if len(bases) == 1 and all(configs[0].get(name) == configs[1].get(name) for name in _SAME_SHAPE):
         return given[0], f"nothing says what {name} was made from: it is compared with {given[0].name}"
     return None, absent
 
@@ -274,11 +275,6 @@ def _base_of_source(eval_model: LocalModel, quantised: Sequence[LocalModel]) -> 
 def bases_first(eval_models: Sequence[EvalModel]) -> list[EvalModel]:
     """Return unquantised models first, else in the order given."""
     return sorted(eval_models, key=lambda eval_model: eval_model.quantised)
-
-
-def _same_shape(one: LocalModel, other: LocalModel) -> bool:
-    first, second = one.checkpoint.config, other.checkpoint.config
-    return all(first.get(name) == second.get(name) for name in _SAME_SHAPE)
 
 
 # Evaluate a model that a server runs, with the same tasks, records and rows as a local one.

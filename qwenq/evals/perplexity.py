@@ -25,7 +25,7 @@ from qwenq.environment import MACHINE
 from qwenq.errors import OutOfMemoryError, QwenqError, UsageError
 from qwenq.evals.check import SLAB_ELEMENTS, SLAB_TOKENS
 from qwenq.evals.model import LocalModel
-from qwenq.models.qwen_v1 import LongContext, long_context_of
+from qwenq.models.qwen_v1 import long_context_of
 from qwenq.results import Row, Value
 from qwenq.runtime.decoder import Decoder
 from qwenq.runtime.engine import Engine, FastEngine
@@ -138,8 +138,11 @@ def perplexities(
                 alike = context is None or length <= context.seq_length
                 if not alike or length not in shared:
                     shared[length] = _measure(decoder, text.tokens.view(-1, length))
-                details = {"command": command} if command else {}
-                row = _row(facts, shared[length], {**details, **_as_released(context, switch)})
+                details: dict[str, Any] = {"command": command} if command else {}
+                if context is not None and switch is not None:
+                    released = context.dynamic_ntk, context.logn
+                    details["as_released"] = (switch.ntk, switch.logn) == released
+                row = _row(facts, shared[length], details)
             done += text.tokens.numel()
             if progress is not None:
                 progress(done, total)
@@ -253,13 +256,6 @@ def _point(
     if switch is not None:
         point |= {name: "on" if on else "off" for name, on in asdict(switch).items()}
     return point
-
-
-def _as_released(context: LongContext | None, switch: Switches | None) -> dict[str, bool]:
-    """Return whether the switches are as in the model's config."""
-    if context is None or switch is None:
-        return {}
-    return {"as_released": (switch.ntk, switch.logn) == (context.dynamic_ntk, context.logn)}
 
 
 def _estimate(nats: NDArray[np.float64]) -> dict[str, Any]:

@@ -93,7 +93,6 @@ class Answers:
         judged: in the order of the items.
         implementations: code that ran, each once; several where a run was continued elsewhere.
         recorded: items that were not asked again.
-        tokens: new tokens of all answers.
         questions: a hash of all requests, the same for every model; empty: unknown.
         sandboxes: that programs ran in, each once.
         cut: written answers that reached their limit of tokens before they ended.
@@ -103,7 +102,6 @@ class Answers:
     judged: Judged
     implementations: tuple[str, ...]
     recorded: int
-    tokens: int
     questions: str = ""
     sandboxes: tuple[str, ...] = ()
     cut: int = 0
@@ -365,7 +363,6 @@ def _answers_of(items: Sequence[Item], found: Sequence[AnswerRecord], recorded: 
     ]
     implementations = tuple(dict.fromkeys(record.implementation for record in found))
     sandboxes = tuple(dict.fromkeys(record.sandbox for record in found if record.sandbox))
-    tokens = sum(record.tokens for record in found)
     cut = sum(record.output is not None and not record.stopped for record in found)
     written = sum(record.output is not None for record in found)
-    return Answers(judged, implementations, recorded, tokens, sandboxes=sandboxes, cut=cut, written=written)
+    return Answers(judged, implementations, recorded, sandboxes=sandboxes, cut=cut, written=written)

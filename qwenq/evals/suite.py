@@ -36,7 +36,7 @@ from qwenq.events import Advance, Listener, Notice, Start
 from qwenq.models.folders import local_path
 from qwenq.models.identity import model_name
 from qwenq.recipe import EvalRecipe
-from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
+from qwenq.results import RESULTS_FILE, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
 
 
@@ -84,10 +84,6 @@ class EvalRequest:
         thinking = eval_model.thinking and plan.task.protocol == "card"
         limit = MAX_NEW_TOKENS if thinking and limit is None else limit
         return replace(plan, thinking=thinking, max_new_tokens=limit)
-
-    def limit_of(self, task: str) -> int | None:
-        """Return the number of items of each subject of this task."""
-        return self.limit if self.limit is None or isinstance(self.limit, int) else self.limit.get(task)
 
 
 def source_of(data: str | None, sample: bool) -> DataSource:
@@ -182,9 +178,13 @@ def evaluate(
     rows: list[Row] = []
     here = [one for one in order if isinstance(one, LocalModel)]
     with locked(run):
+        earlier = read_rows(run) if (run / RESULTS_FILE).exists() else []
+        plain = [
+            row.model for row in reversed(earlier) if row.metric == MAIN and row.model.precision in PLAIN
+        ]
         write_environment(run, environment())
         notes = [note for plan in plans.values() for note in plan.notes]
-        for line in dict.fromkeys([*assign_bases(here, _recorded_bases(run)), *notes]):
+        for line in dict.fromkeys([*assign_bases(here, plain), *notes]):
             listener(Notice(line))
         if sandbox is not None:
             for plan in coded:
@@ -198,7 +198,10 @@ def evaluate(
                     eval_model, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
                 )
                 if isinstance(eval_model, RemoteModel) and answers.recorded:
-                    listener(Notice(_served_before(answers.recorded)))
+                    # the server may have got other weights under the same name
+                    count = "1 answer is" if answers.recorded == 1 else f"{answers.recorded:,} answers are"
+                    again = "recorded from this address already; --out NEW asks again"
+                    listener(Notice(f"{count} {again}"))
                 for line in cut_notice(plan, answers):
                     listener(Notice(f"{eval_model.model.label}: {line}"))
                 rows += _append_rows(eval_model, plan, answers, wanted, run, sandbox, command)
@@ -206,18 +209,6 @@ def evaluate(
                     listener(Notice(_write_submission(eval_model, plan, answers, run)))
             eval_model.unload()
     return rows
-
-
-def _recorded_bases(run: Path) -> list[Model]:
-    """Return unquantised models that a run folder has scores of, the last first."""
-    rows = read_rows(run) if (run / RESULTS_FILE).exists() else []
-    return [row.model for row in reversed(rows) if row.metric == MAIN and row.model.precision in PLAIN]
-
-
-def _served_before(count: int) -> str:
-    """Return a notice on recorded answers, as a server may have got other weights under the same name."""
-    answers = "1 answer is" if count == 1 else f"{count:,} answers are"
-    return f"{answers} recorded from this address already; --out NEW asks again"
 
 
 def evaluate_share(eval_models: Sequence[EvalModel], wanted: EvalRequest, run: Path, team: Team) -> None:
@@ -233,9 +224,10 @@ def evaluate_share(eval_models: Sequence[EvalModel], wanted: EvalRequest, run: P
 
 def _plans(order: Sequence[EvalModel], wanted: EvalRequest) -> dict[tuple[str, ProtocolName], TaskPlan]:
     """Return every task under every protocol that is needed, with its items."""
+    by_task = wanted.limit if isinstance(wanted.limit, Mapping) else dict.fromkeys(wanted.tasks, wanted.limit)
     return {
         (name, protocol): make_plan(
-            get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, wanted.limit_of(name)
+            get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, by_task.get(name)
         )
         for protocol in dict.fromkeys(wanted.protocol or one.protocol for one in order)
         for name in wanted.tasks

@@ -44,7 +44,7 @@ def test_rows_name_the_interval_method(task: str, law: str, logic: str, interval
     ]
     eval_model: Any = Named()
     plan = TaskPlan(get_task(task, "card"), [item for item, _ in judged])
-    (row,) = rows_of(eval_model, plan, Answers(judged, ("here",), 0, 1), None, {})
+    (row,) = rows_of(eval_model, plan, Answers(judged, ("here",), 0), None, {})
     assert row.settings.get("interval") == interval
     assert (row.low is None) == (interval is None)
     assert ("seed" in row.settings) == (interval == BOOTSTRAP)

@@ -141,7 +141,8 @@ def program(item: Item, solution: str) -> Program:
         f"\n\ndef {name}():\n    return {call}\n" for name, call in zip(names, calls, strict=True)
     )
     setup = item.data["setup"]
-    own = not _names_in(ast.parse(setup)) & _defined(item.data["code"])
+    used = {node.id for node in ast.walk(ast.parse(setup)) if isinstance(node, ast.Name)}
+    own = not used & _defined(item.data["code"])
     return Program(
         id=item.id,
         solution=f"{solution}\n{setup}\n{wrapped}",
@@ -174,10 +175,6 @@ def _defined(code: str) -> set[str]:
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return names
-
-
-def _names_in(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 _task = partial(

@@ -61,11 +61,6 @@ def make(row: Row, _: str | None) -> Item:
     return Item("", subject, data | lettered(data["question"], there, data["answer"], row.where))
 
 
-def fill_base(row: Mapping[str, str]) -> dict[str, str]:
-    """Return a row whose worked answer begins as the authors' prompt has it."""
-    return {**row, "steps": row["cot_content"].replace(STEPS, CUE)}
-
-
 def fill_lm_eval(row: Mapping[str, str]) -> dict[str, str]:
     """Return a row as the harness shows it, options without white space around them."""
     options = {letter: row[letter].strip() for letter in letters_of(row)}
@@ -102,6 +97,11 @@ _worked = partial(
 )
 PROTOCOLS: tuple[Task, ...] = (
     _task(protocol="card", question=CHAT_PROMPT, judge=judge_chat),
-    _worked(protocol="base", header=HEADER + "\n\n\n", fill=fill_base, judge=judge_base),
+    _worked(
+        protocol="base",
+        header=HEADER + "\n\n\n",
+        fill=lambda row: {**row, "steps": row["cot_content"].replace(STEPS, CUE)},
+        judge=judge_base,
+    ),
     _worked(protocol="lm-eval", header=HEADER, fill=fill_lm_eval, judge=judge_lm_eval),
 )
