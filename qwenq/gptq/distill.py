@@ -5,9 +5,9 @@ so tuning them changes neither size nor speed of the file (DWQ of mlx-lm; the no
 arXiv 2309.02784). What falls is the mean of KL(base ‖ quantised) over the calibration tokens, by Adam on the
 relative change of each scale and norm.
 
-The gradient needs all blocks; memory holds one of them. A step runs forward and keeps only the hidden states
-between blocks, then goes back block by block, each run once more with its gradient (checkpointing). What stays
-resident are the packed integers, the output head and four floats for each scale.
+The gradient needs all blocks; memory holds one of them. A step runs forward and keeps the hidden states
+between blocks, then goes back block by block, each run once more with its gradient (checkpointing). Resident
+are the packed integers, the output head and six floats for each scale.
 
 An eighth of the calibration sequences takes no part in this: they decide which state counts, as it would be
 stored. Unless it is nearer to the base than GPTQ's, those scales stay. The check's sequences are never read.
@@ -104,7 +104,8 @@ class _Dequantised(torch.autograd.Function):
         """Return [out, in] in ``dtype``; scales and zeros are float32 [out, groups], integers uint8."""
         ctx.save_for_backward(integers, zeros)
         grouped = integers.unflatten(1, (scales.shape[1], -1)).float()  # [out, groups, group_size]
-        return grouped.sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1).to(dtype)
+        weight: Tensor = grouped.sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1).to(dtype)
+        return weight
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -210,7 +211,7 @@ class Student:
         """Add a batch's gradient to ``gradient``; return its mean KL divergence.
 
         Raises:
-            _NotFinite: names the block whose gradient holds NaN or Inf.
+            NotFiniteError: names the block whose gradient holds NaN or Inf.
         """
         saved = []
         with torch.no_grad():
@@ -237,21 +238,24 @@ class Student:
             if value.grad is None:  # of an expert that no token was routed to
                 continue
             if not bool(torch.isfinite(value.grad).all()):
-                raise _NotFinite(place)
+                raise NotFiniteError(place)
             each = self._trained[index][name]
             self.gradient[each.where] += (value.grad * each.start).flatten()
 
     def _values(self, index: int, *, stored: bool = False) -> dict[str, Tensor]:
         """Return the float32 values of what is tuned in a block (-1: of the last norm), as leaves."""
         trained = self._trained[index]
-        return {name: each.value(self.change, stored=stored).requires_grad_() for name, each in trained.items()}
+        return {
+            name: each.value(self.change, stored=stored).requires_grad_() for name, each in trained.items()
+        }
 
     def _forward(self, index: int, hidden: Tensor, values: dict[str, Tensor]) -> Tensor:
         """Run a block: [batch, tokens, hidden] → the same, with these scales and norms."""
         dtype, weights = self._decoder.dtype, dict(self._frozen[index])
         for name, (packed, zeros, bits) in self._packed[index].items():
             integers = unpack(packed, bits, self._settings.checkpoint_format)[0]
-            weights[f"{name}.weight"] = _Dequantised.apply(values[f"{name}.scales"], integers, zeros, dtype)
+            scales = values[f"{name}.scales"]
+            weights[f"{name}.weight"] = _Dequantised.apply(scales, integers, zeros, dtype)  # type: ignore[no-untyped-call]
         weights |= {name: value.to(dtype) for name, value in values.items() if not name.endswith(".scales")}
         return self._decoder.forward_with(self._decoder.blocks[index], hidden, weights)
 
@@ -276,7 +280,7 @@ class Student:
         return total / len(rows), slope
 
 
-class _NotFinite(Exception):
+class NotFiniteError(Exception):
     """A gradient with NaN or Inf; names the block."""
 
 
@@ -288,7 +292,7 @@ class _State:
     """How far a run is.
 
     Attributes:
-        change, first, second: the parameters of ``Student``, and Adam's means of their gradient and its square.
+        change, first, second: what ``Student`` tunes, and Adam's means of its gradient and of that's square.
         best: the change whose loss on the deciding sequences is the least so far.
         step: how many steps were made.
         before, after: the loss on the deciding sequences of no change, and of ``best``.
@@ -304,7 +308,8 @@ class _State:
 
     @classmethod
     def new(cls, change: Tensor) -> _State:
-        return cls(change, *(torch.zeros_like(change) for _ in range(3)))
+        first, second, best = (torch.zeros_like(change) for _ in range(3))
+        return cls(change, first, second, best)
 
     def save(self, file: Path, facts: dict[str, Any]) -> None:
         """Write all of it, and the facts of the run."""
@@ -398,7 +403,7 @@ def distil(
             student.gradient.zero_()
             try:
                 student.descend(*(torch.cat([of[row] for row in batch]) for of in (first, wanted)))
-            except _NotFinite as error:
+            except NotFiniteError as error:
                 return result(f"the gradient in {error} is not finite")
             state.adam(student.gradient, rate_at(step, steps))
             state.step += 1

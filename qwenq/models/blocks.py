@@ -109,13 +109,15 @@ class BlockwiseDecoder:
     def _choose(self, config: Any, *, differentiable: bool) -> None:
         """Choose what computes attention in a family that is known here."""
         device, dtype = self.device, self.dtype
+        self.attention_reason: str | None
+        self.fallback_notice: str | None
         if differentiable:
             self.attention, self.attention_reason = TORCH, "its gradient is needed"
             self.fallback_notice = None
             return
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = attention_name(device, dtype, head_dim)
-        self.attention_reason: str | None = attention.unsupported_reason(device, dtype, head_dim)
+        self.attention_reason = attention.unsupported_reason(device, dtype, head_dim)
         missed = fallback_notice("attention, norms and activations", device, dtype, {"a head": head_dim})
         self.fallback_notice = missed or self._windowed(config)
 
@@ -248,7 +250,7 @@ class BlockwiseDecoder:
     def forward_with(self, module: nn.Module, hidden: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         """Run a block or the last norm with these parameters in place of its own."""
         output = functional_call(module, tensors, (hidden,), self._arguments.get(module, {}))
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     def _require_tensors(self) -> None:
         """Check all that will be read: what is wrong is known before the first layer, not after the last."""
