@@ -19,6 +19,7 @@ from qwenq.planner.estimates import (
     Gpu,
     QuantisationMemory,
     SpeedBound,
+    distillation_memory,
     generation_memory,
     quantisation_memory,
     speed_bound,
@@ -209,6 +210,7 @@ class Quantisation:
     """Quantising on one GPU (None: on a CPU, in RAM).
 
     Attributes:
+        distilling: peak bytes of ``distill``, where it is asked for, after all blocks.
         fits: None on a CPU, whose memory is not known here.
         fitting: the most sequences that fit, a power of two, and their peak; None: ``samples`` fit, or none.
     """
@@ -217,6 +219,7 @@ class Quantisation:
     samples: int
     seq_len: int
     memory: QuantisationMemory
+    distilling: int
     fits: bool | None = None
     fitting: tuple[int, int] | None = None
 
@@ -285,7 +288,7 @@ def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
         copied_note=model.copied_note,
         precisions=precisions,
         generation=generation,
-        quantisation=[_quantisation(model, options, gpu) for gpu in options.gpus or (None,)],
+        quantisation=[_quantisation(model, options, group_size, gpu) for gpu in options.gpus or (None,)],
         deployments=[
             _deployment(shape, item, generation[item.label], gpu, count, options)
             for gpu in options.gpus
@@ -337,7 +340,9 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
     return found
 
 
-def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) -> Quantisation:
+def _quantisation(
+    model: PlannedModel, options: PlanOptions, group_size: int, gpu: Gpu | None
+) -> Quantisation:
     shape = model.shape
     samples, seq_len = _ON_GPU if gpu else _ON_CPU
     seq_len = min(seq_len, shape.context or seq_len)
@@ -348,14 +353,17 @@ def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) ->
             shape, samples=samples, seq_len=seq_len, dtype=model.dtype, on_gpu=gpu is not None
         )
 
+    distilling = distillation_memory(
+        shape, samples=samples, seq_len=seq_len, group_size=group_size, dtype=model.dtype
+    )
     if gpu is None:
-        return Quantisation(None, samples, seq_len, memory(samples))
+        return Quantisation(None, samples, seq_len, memory(samples), distilling)
     limit = gpu.memory_gib * GIB
     if memory(samples).peak <= limit:
-        return Quantisation(gpu.name, samples, seq_len, memory(samples), fits=True)
+        return Quantisation(gpu.name, samples, seq_len, memory(samples), distilling, fits=True)
     fewer = (1 << n for n in range((samples - 1).bit_length() - 1, -1, -1))
     fitting = next(((n, peak) for n in fewer if (peak := memory(n).peak) <= limit), None)
-    return Quantisation(gpu.name, samples, seq_len, memory(samples), fits=False, fitting=fitting)
+    return Quantisation(gpu.name, samples, seq_len, memory(samples), distilling, fits=False, fitting=fitting)
 
 
 def _deployment(
