@@ -66,7 +66,7 @@ def _known() -> dict[str, Gpu]:
 GIB = 2**30
 FLOAT32 = ITEMSIZE["float32"]
 DISTILLED_AT_ONCE = 512  # tokens of a step of distilling, at least
-LOGITS = 5 * FLOAT32 << 23  # of a step, with what their divergence needs
+LOGITS = 8 * FLOAT32 << 23  # of a part of a step, two models', with what their divergence needs
 PROCESS = 550_000_000  # resident after the imports of `qwenq quantize`, no weights read
 
 
