@@ -302,7 +302,7 @@ def _distils(job: Job) -> bool:
 
 
 def _distil(job: Job, calibration: CalibrationSet, store: LayerStore) -> dict[str, torch.Tensor]:
-    """Return tuned scales and norms by name; {} where GPTQ's stay."""
+    """Return tuned scales by name; {} where GPTQ's stay."""
     from qwenq.gptq.distill import distil
 
     wanted = job.recipe.quantize

@@ -1,16 +1,16 @@
-"""Distil scales and norms after GPTQ: integers stay, the whole model's KL divergence to its base falls.
+"""Distil scales after GPTQ: integers stay, the whole model's KL divergence to its base falls.
 
-Every integer of a quantised model is fixed; its scales and its norms are floats that any kernel reads anyway,
-so tuning them changes neither size nor speed of the file (DWQ of mlx-lm; the norms alone: Norm Tweaking,
-arXiv 2309.02784). What falls is the mean of KL(base ‖ quantised) over the calibration tokens, by Adam on the
-relative change of each scale and norm.
+Every integer of a quantised model is fixed; its scales are floats that any kernel reads anyway, so tuning
+them changes neither size nor speed of the file (as DWQ of mlx-lm does). What falls is the mean of
+KL(base ‖ quantised) over the calibration tokens, by Adam on the relative change of each scale.
 
 The gradient needs all blocks; memory holds one of them. A step runs forward and keeps the hidden states
 between blocks, then goes back block by block, each run once more with its gradient (checkpointing). Resident
 are the packed integers, the output head and six floats for each scale.
 
-An eighth of the calibration sequences takes no part in this: they decide which state counts, as it would be
-stored. Unless it is nearer to the base than GPTQ's, those scales stay. The check's sequences are never read.
+The gradient of few tokens is mostly noise, and a scale that follows it costs more than it gains. So an eighth
+of the calibration sequences is not learned from: it decides, after each pass, between the change, half of it
+and none, all as they would be stored. The check's sequences are never read.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from qwenq.stopping import Terminated, asked
 from qwenq.storage import atomic_write_bytes
 
 ALGORITHM = 1  # raise it when the same settings give other scales
-RATE = 1e-3  # of the relative change of a scale, at its largest
+RATE = 5e-4  # of the relative change of a scale, at its largest
 BETAS, EPSILON = (0.9, 0.99), 1e-15
 WARM_UP = 4  # steps
 TOKENS_PER_STEP = 512
+SHARES = (1.0, 0.5)  # of the change that are tried
 DECIDING = 8  # one sequence in this many decides, at least FEWEST
 FEWEST = 2
 ELEMENTS = 1 << 23  # of logits at a time
@@ -78,7 +79,7 @@ class Distilled:
     def sentence(self) -> str:
         """Return what happened, for the user."""
         ended = f"; stopped after {self.steps} steps, as {self.stopped}" if self.stopped else ""
-        text = f"KL of {self.deciding} sequences that took no part"
+        text = f"KL of {self.deciding} sequences that were not learned from"
         if not self.kept:
             return f"distilled without gain ({text} stays {self.before:.4f}): GPTQ's scales are kept{ended}"
         return f"distilled: {text} fell from {self.before:.4f} to {self.after:.4f}{ended}"
@@ -116,21 +117,22 @@ class _Dequantised(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """A tensor that is tuned: its first value, where its change lies, and how it is stored."""
+class _Linear:
+    """A quantised linear: what is packed, its zeros, and where the changes of its scales lie."""
 
-    start: Tensor
+    packed: PackedLinear
+    zeros: Tensor
+    bits: int
     where: slice
-    dtype: torch.dtype
 
-    def value(self, change: Tensor, *, stored: bool = False) -> Tensor:
-        """Return float32 values; ``stored``: as a file holds them."""
-        value = self.start * (1 + change[self.where].view(self.start.shape))
-        return value.to(self.dtype).float() if stored else value
+    def scales(self, change: Tensor) -> Tensor:
+        """Return float32 [out, groups]."""
+        start = self.packed.scales.T.float()
+        return start * (1 + change[self.where].view(start.shape))
 
 
 class Student:
-    """A quantised model as a function of its scales and norms.
+    """A quantised model as a function of its scales.
 
     Args:
         decoder: of the base, with ``differentiable`` blocks.
@@ -138,74 +140,70 @@ class Student:
         settings: that they were made with.
 
     Attributes:
-        change: float32, the relative changes of all that is tuned, one tensor after the other.
+        change: float32, the relative changes of all scales, one linear after the other.
         gradient: of them.
     """
 
     def __init__(self, decoder: BlockwiseDecoder, store: LayerStore, settings: Settings) -> None:
         self._decoder, self._settings = decoder, settings
-        self._size = 0
-        self._trained: list[dict[str, _Trained]] = []  # of each block; of the last norm
-        self._packed: list[dict[str, tuple[PackedLinear, Tensor, int]]] = []
+        self._linears: list[dict[str, _Linear]] = []
         self._frozen: list[dict[str, Tensor]] = []
+        size = 0
         for index, block in enumerate(decoder.blocks):
-            self._add_block(index, block, store.tensors(index))
-        weight = decoder.checkpoint.read("model.norm.weight")
-        self._trained.append({"weight": self._add(weight)})
-        self._base_norm = {"weight": weight.to(decoder.device, decoder.dtype)}
+            size = self._add_block(index, block, store.tensors(index), size)
+        self._norm = {
+            "weight": decoder.checkpoint.read("model.norm.weight").to(decoder.device, decoder.dtype)
+        }
         head = "model.embed_tokens.weight" if decoder.checkpoint.tied else "lm_head.weight"
         self._head = decoder.checkpoint.read(head).to(decoder.device, decoder.dtype)
-        self.change = torch.zeros(self._size, device=decoder.device)
+        self.change = torch.zeros(size, device=decoder.device)
         self.gradient = torch.zeros_like(self.change)
 
-    def _add_block(self, index: int, block: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def _add_block(self, index: int, block: nn.Module, tensors: dict[str, Tensor], size: int) -> int:
+        """Take a block over; return how many scales there are with its own."""
         prefix, device = self._decoder.names[index], self._decoder.device
-        trained, packed, frozen = {}, {}, {}
+        linears, frozen = {}, {}
         for name in quantised_linears(block, self._settings):
-            linear = PackedLinear(*(tensors[f"{prefix}.{name}.{part}"].to(device) for part in LAYER_PARTS))
+            packed = PackedLinear(*(tensors[f"{prefix}.{name}.{part}"].to(device) for part in LAYER_PARTS))
             bits = self._settings.bits_of(name)
-            zeros = unpack_zeros(linear.qzeros, bits, self._settings.checkpoint_format).float()
-            packed[name] = linear, zeros, bits
-            trained[f"{name}.scales"] = self._add(linear.scales.T)
+            zeros = unpack_zeros(packed.qzeros, bits, self._settings.checkpoint_format).float()
+            linears[name] = _Linear(packed, zeros, bits, slice(size, size + zeros.numel()))
+            size += zeros.numel()
         for name, parameter in block.state_dict(keep_vars=True).items():
-            if name.removesuffix(".weight") in packed and name.endswith(".weight"):
-                continue
-            stored = self._decoder.checkpoint.read(f"{prefix}.{name}")
-            if name.endswith("norm.weight"):
-                trained[name] = self._add(stored)
-            else:
+            if not (name.endswith(".weight") and name.removesuffix(".weight") in linears):
+                stored = self._decoder.checkpoint.read(f"{prefix}.{name}")
                 frozen[name] = stored.to(device, parameter.dtype)
-        self._trained.append(trained)
-        self._packed.append(packed)
+        self._linears.append(linears)
         self._frozen.append(frozen)
-
-    def _add(self, stored: Tensor) -> _Trained:
-        where = slice(self._size, self._size + stored.numel())
-        self._size = where.stop
-        return _Trained(stored.to(self._decoder.device, torch.float32), where, stored.dtype)
+        return size
 
     def tensors(self, change: Tensor) -> dict[str, Tensor]:
-        """Return all that is tuned as a checkpoint holds it, by name."""
-        found = {}
-        for prefix, trained in zip([*self._decoder.names, "model.norm"], self._trained, strict=True):
-            for name, each in trained.items():
-                value = each.value(change, stored=True).to(each.dtype)
-                value = value.T if name.endswith(".scales") else value
-                found[f"{prefix}.{name}"] = value.contiguous().cpu()
-        return found
+        """Return all scales as a checkpoint holds them, by name."""
+        return {
+            f"{prefix}.{name}.scales": linear.scales(change)
+            .to(linear.packed.scales.dtype)
+            .T.contiguous()
+            .cpu()
+            for prefix, linears in zip(self._decoder.names, self._linears, strict=True)
+            for name, linear in linears.items()
+        }
 
-    def loss(self, hidden: Tensor, wanted: Tensor) -> float:
-        """Return the mean KL divergence of a batch, of what would be stored.
+    def loss(self, hidden: Tensor, wanted: Tensor, change: Tensor) -> float:
+        """Return the mean KL divergence of a batch with these changes, rounded as they would be stored.
 
         Args:
             hidden: [batch, tokens, hidden], before the first block.
             wanted: the same of the base, behind its last block.
+            change: of the scales.
         """
         with torch.no_grad():
-            for index in range(len(self._packed)):
-                hidden = self._forward(index, hidden, self._values(index, stored=True))
-            normed = self._norm(hidden, self._values(-1, stored=True))
-            return self._divergence(normed, wanted)[0]
+            for index, linears in enumerate(self._linears):
+                scales = {
+                    name: linear.scales(change).to(linear.packed.scales.dtype).float()
+                    for name, linear in linears.items()
+                }
+                hidden = self._forward(index, hidden, scales)
+            return self._divergence(self._normed(hidden), wanted)[0]
 
     def descend(self, hidden: Tensor, wanted: Tensor) -> float:
         """Add a batch's gradient to ``gradient``; return its mean KL divergence.
@@ -215,58 +213,53 @@ class Student:
         """
         saved = []
         with torch.no_grad():
-            for index in range(len(self._packed)):
+            for index in range(len(self._linears)):
                 saved.append(hidden)
-                hidden = self._forward(index, hidden, self._values(index))
-        last, values = hidden.requires_grad_(), self._values(-1)
+                hidden = self._forward(index, hidden, self._scales(index))
+        last = hidden.requires_grad_()
         with torch.enable_grad():
-            normed = self._norm(last, values)
+            normed = self._normed(last)
         loss, slope = self._divergence(normed.detach(), wanted)
         normed.backward(slope)
-        self._collect(-1, values, "model.norm")
-        for index in reversed(range(len(self._packed))):
-            hidden, values = saved.pop().detach().requires_grad_(), self._values(index)
+        for index in reversed(range(len(self._linears))):
+            hidden, scales = saved.pop().detach().requires_grad_(), self._scales(index)
             with torch.enable_grad():
-                output = self._forward(index, hidden, values)
+                output = self._forward(index, hidden, scales)
             output.backward(last.grad)
             last = hidden
-            self._collect(index, values, self._decoder.names[index])
+            self._collect(index, scales)
         return loss
 
-    def _collect(self, index: int, values: dict[str, Tensor], place: str) -> None:
-        for name, value in values.items():
+    def _collect(self, index: int, scales: dict[str, Tensor]) -> None:
+        for name, value in scales.items():
             if value.grad is None:  # of an expert that no token was routed to
                 continue
             if not bool(torch.isfinite(value.grad).all()):
-                raise NotFiniteError(place)
-            each = self._trained[index][name]
-            self.gradient[each.where] += (value.grad * each.start).flatten()
+                raise NotFiniteError(self._decoder.names[index])
+            linear = self._linears[index][name]
+            self.gradient[linear.where] += (value.grad * linear.packed.scales.T).flatten()
 
-    def _values(self, index: int, *, stored: bool = False) -> dict[str, Tensor]:
-        """Return the float32 values of what is tuned in a block (-1: of the last norm), as leaves."""
-        trained = self._trained[index]
-        return {
-            name: each.value(self.change, stored=stored).requires_grad_() for name, each in trained.items()
-        }
+    def _scales(self, index: int) -> dict[str, Tensor]:
+        """Return the scales of a block as leaves of a graph."""
+        linears = self._linears[index].items()
+        return {name: linear.scales(self.change).requires_grad_() for name, linear in linears}
 
-    def _forward(self, index: int, hidden: Tensor, values: dict[str, Tensor]) -> Tensor:
-        """Run a block: [batch, tokens, hidden] → the same, with these scales and norms."""
-        dtype, weights = self._decoder.dtype, dict(self._frozen[index])
-        for name, (packed, zeros, bits) in self._packed[index].items():
-            integers = unpack(packed, bits, self._settings.checkpoint_format)[0]
-            scales = values[f"{name}.scales"]
-            weights[f"{name}.weight"] = _Dequantised.apply(scales, integers, zeros, dtype)  # type: ignore[no-untyped-call]
-        weights |= {name: value.to(dtype) for name, value in values.items() if not name.endswith(".scales")}
+    def _forward(self, index: int, hidden: Tensor, scales: dict[str, Tensor]) -> Tensor:
+        """Run a block with these scales: [batch, tokens, hidden] → the same."""
+        weights = dict(self._frozen[index])
+        for name, linear in self._linears[index].items():
+            integers = unpack(linear.packed, linear.bits, self._settings.checkpoint_format)[0]
+            given = scales[name], integers, linear.zeros, self._decoder.dtype
+            weights[f"{name}.weight"] = _Dequantised.apply(*given)  # type: ignore[no-untyped-call]
         return self._decoder.forward_with(self._decoder.blocks[index], hidden, weights)
 
-    def _norm(self, hidden: Tensor, values: dict[str, Tensor]) -> Tensor:
-        weights = {name: value.to(self._decoder.dtype) for name, value in values.items()}
-        return self._decoder.forward_with(self._decoder.last_norm, hidden, weights)
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return self._decoder.forward_with(self._decoder.last_norm, hidden, self._norm)
 
     def _divergence(self, normed: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
         """Return the mean of KL(base ‖ this) over tokens, and its gradient with respect to ``normed``."""
         with torch.no_grad():
-            expected = self._norm(wanted, self._base_norm).flatten(0, 1)
+            expected = self._normed(wanted).flatten(0, 1)
         rows, slope, total = normed.flatten(0, 1), torch.empty_like(normed), 0.0
         slopes, at_once = slope.view_as(rows), max(1, ELEMENTS // len(self._head))
         for start in range(0, len(rows), at_once):
@@ -292,8 +285,8 @@ class _State:
     """How far a run is.
 
     Attributes:
-        change, first, second: what ``Student`` tunes, and Adam's means of its gradient and of that's square.
-        best: the change whose loss on the deciding sequences is the least so far.
+        change, first, second: of ``Student``, and Adam's means of its gradient and of the gradient's square.
+        best: the change that has the least loss on the deciding sequences so far.
         step: how many steps were made.
         before, after: the loss on the deciding sequences of no change, and of ``best``.
     """
@@ -355,7 +348,7 @@ def distil(
     seed: int,
     listener: Listener = silent,
 ) -> tuple[Distilled, dict[str, Tensor]] | None:
-    """Tune scales and norms of the layers in ``store``; None: there is too little text to decide.
+    """Tune the scales of the layers in ``store``; None: there is too little text to decide.
 
     Args:
         base: the unquantised model.
@@ -387,17 +380,17 @@ def distil(
     file = store.folder / DISTILLING
     state = _State.new(student.change)
 
-    def decide() -> float:
-        return sum(student.loss(first[row], wanted[row]) for row in deciding) / len(deciding)
+    def decide(change: Tensor) -> float:
+        return sum(student.loss(first[row], wanted[row], change) for row in deciding) / len(deciding)
 
     def result(stopped: str | None = None) -> tuple[Distilled, dict[str, Tensor]]:
         done = Distilled(state.before, state.after, state.step, len(learned), len(deciding), stopped)
         return done, student.tensors(state.best) if done.kept else {}
 
     if not state.load(file, run):
-        state.before = state.after = decide()
+        state.before = state.after = decide(state.best)
     saved = time.monotonic()
-    with counted(listener, "distilling scales and norms") as progress:
+    with counted(listener, "distilling scales") as progress:
         for step in range(state.step, steps):
             batch = _batch(step, learned, at_once, seed)
             student.gradient.zero_()
@@ -408,11 +401,12 @@ def distil(
             state.adam(student.gradient, rate_at(step, steps))
             state.step += 1
             if state.step * passes % steps == 0:
-                loss = decide()
-                if not loss < DIVERGED * state.before:
-                    return result(f"the divergence rose from {state.before:.4f} to {loss:.4f}")
-                if loss < state.after:
-                    state.after, state.best = loss, student.change.clone()
+                for share in SHARES:
+                    loss = decide(share * state.change)
+                    if not loss < DIVERGED * state.before:
+                        return result(f"the divergence rose from {state.before:.4f} to {loss:.4f}")
+                    if loss < state.after:
+                        state.after, state.best = loss, share * state.change
             if state.step == steps or asked() or time.monotonic() - saved > SAVE_AFTER:
                 state.save(file, run)
                 saved = time.monotonic()

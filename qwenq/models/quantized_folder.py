@@ -305,7 +305,7 @@ def stage(
         store: holding ``layers`` finished layers.
         layers: how many.
         quant: for config.json and quantize_config.json.
-        tuned: scales and norms that take the place of the layers' and the base's, by name.
+        tuned: scales that take the place of the layers', by name.
 
     Returns:
         The staging folder, and notices for the user.
