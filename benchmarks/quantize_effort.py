@@ -1,4 +1,4 @@
-"""What distilling scales and norms buys: the same model and tokens, more and more passes, on several texts.
+"""What distilling scales buys: the same model and tokens, more and more passes, on several texts.
 
     python benchmarks/quantize_effort.py --data FOLDER [--work build/effort] [--peer]
     python benchmarks/quantize_effort.py --data FOLDER --model OTHER --work build/other --report other \\
