@@ -10,7 +10,8 @@ are the packed integers, the output head and six floats for each scale.
 
 The gradient of few tokens is mostly noise, and a scale that follows it costs more than it gains. So an eighth
 of the calibration sequences is not learned from: it decides, after each pass, between the change, half of it
-and none, all as they would be stored. The check's sequences are never read.
+and none, all as they would be stored. GPTQ has seen them, which favours its scales. The check's sequences are
+never read.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from qwenq.stopping import Terminated, asked
 from qwenq.storage import atomic_write_bytes
 
 ALGORITHM = 1  # raise it when the same settings give other scales
-RATE = 5e-4  # of the relative change of a scale, at its largest
+RATE = 1e-3  # of the relative change of a scale, at its largest
 BETAS, EPSILON = (0.9, 0.99), 1e-15
 WARM_UP = 4  # steps
 TOKENS_PER_STEP = 512
@@ -289,6 +290,7 @@ class _State:
         best: the change that has the least loss on the deciding sequences so far.
         step: how many steps were made.
         before, after: the loss on the deciding sequences of no change, and of ``best``.
+        stopped: why no further step is made, or None.
     """
 
     change: Tensor
@@ -298,6 +300,7 @@ class _State:
     step: int = 0
     before: float = math.nan
     after: float = math.nan
+    stopped: str | None = None
 
     @classmethod
     def new(cls, change: Tensor) -> _State:
@@ -306,9 +309,9 @@ class _State:
 
     def save(self, file: Path, facts: dict[str, Any]) -> None:
         """Write all of it, and the facts of the run."""
-        numbers = {"step": self.step, "before": self.before, "after": self.after}
         tensors = {name: value.cpu() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        metadata = {"run": json.dumps(facts, sort_keys=True), "numbers": json.dumps(numbers)}
+        rest = {name: value for name, value in vars(self).items() if name not in tensors}
+        metadata = {"run": json.dumps(facts, sort_keys=True), "rest": json.dumps(rest)}
         atomic_write_bytes(file, save(tensors, metadata))
 
     def load(self, file: Path, facts: dict[str, Any]) -> bool:
@@ -322,8 +325,7 @@ class _State:
                     getattr(self, name).copy_(opened.get_tensor(name))
         except (OSError, SafetensorError):
             return False
-        numbers = json.loads(metadata["numbers"])
-        self.step, self.before, self.after = numbers["step"], numbers["before"], numbers["after"]
+        vars(self).update(json.loads(metadata["rest"]))
         return True
 
     def adam(self, gradient: Tensor, rate: float) -> None:
@@ -339,15 +341,53 @@ def rate_at(step: int, steps: int) -> float:
     return RATE * min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+class _Run:
+    """The student, its text, and what the base makes of that."""
+
+    def __init__(
+        self, base: BlockwiseDecoder, tokens: Tensor, settings: Settings, store: LayerStore,
+        parts: tuple[list[int], list[int]],
+    ) -> None:  # fmt: skip
+        self.learned, self.deciding = parts
+        rows = tokens.split(1)
+        self._wanted = _behind_last_block(base, rows)
+        decoder = BlockwiseDecoder(base.checkpoint, base.device, base.dtype, differentiable=True)
+        with torch.no_grad():
+            self._first = decoder.embed(rows)
+        self.student = Student(decoder, store, settings)
+        self._at_once = max(1, TOKENS_PER_STEP // tokens.shape[1])
+        self.per_pass = -(-len(self.learned) // self._at_once)
+
+    def decide(self, change: Tensor) -> float:
+        """Return the mean loss of the deciding sequences."""
+        losses = (self.student.loss(self._first[row], self._wanted[row], change) for row in self.deciding)
+        return sum(losses) / len(self.deciding)
+
+    def descend(self, step: int, seed: int) -> None:
+        """Compute the gradient of a step: each pass takes all sequences, in an order of its own."""
+        lap, place = divmod(step, self.per_pass)
+        order = torch.randperm(len(self.learned), generator=torch.Generator().manual_seed(seed + lap))
+        rows = [
+            self.learned[at] for at in order[place * self._at_once : (place + 1) * self._at_once].tolist()
+        ]
+        self.student.gradient.zero_()
+        self.student.descend(*(torch.cat([of[row] for row in rows]) for of in (self._first, self._wanted)))
+
+    def choose(self, state: _State) -> None:
+        """Keep the best change so far in ``state``, and why the run has to stop, if it has to."""
+        for share in SHARES:
+            loss = self.decide(share * state.change)
+            if not loss < DIVERGED * state.before:
+                state.stopped = f"the divergence rose from {state.before:.4f} to {loss:.4f}"
+                return
+            if loss < state.after:
+                state.after, state.best = loss, share * state.change
+
+
 def distil(
-    base: BlockwiseDecoder,
-    tokens: Tensor,
-    settings: Settings,
-    store: LayerStore,
-    passes: int,
-    seed: int,
+    base: BlockwiseDecoder, tokens: Tensor, settings: Settings, store: LayerStore, passes: int, seed: int,
     listener: Listener = silent,
-) -> tuple[Distilled, dict[str, Tensor]] | None:
+) -> tuple[Distilled, dict[str, Tensor]] | None:  # fmt: skip
     """Tune the scales of the layers in ``store``; None: there is too little text to decide.
 
     Args:
@@ -365,63 +405,35 @@ def distil(
     Raises:
         Terminated: SIGTERM came; the state is on the disk.
     """
-    parts = split_sequences(len(tokens))
-    if parts is None:
+    if (parts := split_sequences(len(tokens))) is None:
         return None
-    (learned, deciding), rows = parts, tokens.split(1)
-    wanted = _behind_last_block(base, rows)
-    decoder = BlockwiseDecoder(base.checkpoint, base.device, base.dtype, differentiable=True)
-    with torch.no_grad():
-        first = decoder.embed(rows)
-    student = Student(decoder, store, settings)
-    at_once = max(1, TOKENS_PER_STEP // tokens.shape[1])
-    steps = passes * -(-len(learned) // at_once)
-    run = {"algorithm": ALGORITHM, "passes": passes, "seed": seed, "layers": store.digest(len(base.names))}
-    file = store.folder / DISTILLING
-    state = _State.new(student.change)
-
-    def decide(change: Tensor) -> float:
-        return sum(student.loss(first[row], wanted[row], change) for row in deciding) / len(deciding)
-
-    def result(stopped: str | None = None) -> tuple[Distilled, dict[str, Tensor]]:
-        done = Distilled(state.before, state.after, state.step, len(learned), len(deciding), stopped)
-        return done, student.tensors(state.best) if done.kept else {}
-
-    if not state.load(file, run):
-        state.before = state.after = decide(state.best)
-    saved = time.monotonic()
+    run = _Run(base, tokens, settings, store, parts)
+    facts = {"algorithm": ALGORITHM, "passes": passes, "seed": seed, "layers": store.digest(len(base.names))}
+    file, state = store.folder / DISTILLING, _State.new(run.student.change)
+    if not state.load(file, facts):
+        state.before = state.after = run.decide(state.best)
+    steps, saved = passes * run.per_pass, time.monotonic()
     with counted(listener, "distilling scales") as progress:
-        for step in range(state.step, steps):
-            batch = _batch(step, learned, at_once, seed)
-            student.gradient.zero_()
+        while state.step < steps and state.stopped is None:
             try:
-                student.descend(*(torch.cat([of[row] for row in batch]) for of in (first, wanted)))
+                run.descend(state.step, seed)
+                state.adam(run.student.gradient, rate_at(state.step, steps))
+                state.step += 1
+                if state.step % run.per_pass == 0:
+                    run.choose(state)
             except NotFiniteError as error:
-                return result(f"the gradient in {error} is not finite")
-            state.adam(student.gradient, rate_at(step, steps))
-            state.step += 1
-            if state.step * passes % steps == 0:
-                for share in SHARES:
-                    loss = decide(share * state.change)
-                    if not loss < DIVERGED * state.before:
-                        return result(f"the divergence rose from {state.before:.4f} to {loss:.4f}")
-                    if loss < state.after:
-                        state.after, state.best = loss, share * state.change
-            if state.step == steps or asked() or time.monotonic() - saved > SAVE_AFTER:
-                state.save(file, run)
+                state.stopped = f"the gradient in {error} is not finite"
+            ended = state.step == steps or state.stopped is not None
+            if ended or asked() or time.monotonic() - saved > SAVE_AFTER:
+                state.save(file, facts)
                 saved = time.monotonic()
             if asked():
                 raise Terminated
             progress(state.step, steps)
-    return result()
-
-
-def _batch(step: int, learned: Sequence[int], at_once: int, seed: int) -> list[int]:
-    """Return the sequences of a step: each pass takes all of them, in an order of its own."""
-    per_pass = -(-len(learned) // at_once)
-    lap, place = divmod(step, per_pass)
-    order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(seed + lap)).tolist()
-    return [learned[index] for index in order[place * at_once : (place + 1) * at_once]]
+    done = Distilled(
+        state.before, state.after, state.step, len(run.learned), len(run.deciding), state.stopped
+    )
+    return done, run.student.tensors(state.best) if done.kept else {}
 
 
 def _behind_last_block(base: BlockwiseDecoder, rows: Sequence[Tensor]) -> list[Tensor]:
