@@ -8,7 +8,7 @@ output is JSON:
 - ``perplexity_without_unk``: of the tokens that are no part of a mark ``<unk>``, which stands in WikiText for
   a rare word: its context still has them;
 - ``kl``, where there is a BASE: KL divergence of its next-token distribution from the model's, mean over all
-  positions, in nats.
+  positions, in nats; ``kl_by_row``: of each row.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -51,7 +52,7 @@ def load(folder: Path) -> PreTrainedModel:
 @torch.inference_mode()
 def quality(
     model: PreTrainedModel, ids: torch.Tensor, unk: torch.Tensor, base: PreTrainedModel | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return the figures of the module's docstring.
 
     Args:
@@ -60,18 +61,22 @@ def quality(
         unk: bool of that shape: part of a mark.
         base: what it was quantised from.
     """
-    losses, divergence = [], 0.0
+    losses, divergence = [], []
     for row in ids.split(1):  # [1, seq_len]
         scores = torch.log_softmax(model(row).logits[0], dim=-1)  # [seq_len, vocabulary]
         losses.append(torch.nn.functional.nll_loss(scores[:-1], row[0, 1:], reduction="none"))
         if base is not None:
             expected = torch.log_softmax(base(row).logits[0], dim=-1)
-            divergence += torch.nn.functional.kl_div(
-                scores, expected, reduction="sum", log_target=True
-            ).item()
+            of_row = torch.nn.functional.kl_div(scores, expected, reduction="sum", log_target=True).item()
+            divergence.append(of_row / row.numel())
     loss, text = torch.stack(losses).double(), ~unk[:, 1:]
-    found = {"perplexity": math.exp(loss.mean()), "perplexity_without_unk": math.exp(loss[text].mean())}
-    return found if base is None else found | {"kl": divergence / ids.numel()}
+    found: dict[str, Any] = {
+        "perplexity": math.exp(loss.mean()),
+        "perplexity_without_unk": math.exp(loss[text].mean()),
+    }
+    if base is not None:
+        found |= {"kl": sum(divergence) / len(divergence), "kl_by_row": divergence}
+    return found
 
 
 def main(model: Path, tokens: Path, base: Path | None = None) -> None:

@@ -154,8 +154,8 @@ def quality(folder: Path, evaluation: Path, threads: int, base: Path | None = No
     """Of a checkpoint on the evaluation tokens, and beside its base: by the evaluator of all benchmarks."""
     against = () if base is None else (base,)
     command: Command = [sys.executable, HERE / "_perplexity.py", folder, evaluation, *against]
-    found: dict[str, float] = run_child(command, threads).json()
-    return {name: round(value, 4) for name, value in found.items()}
+    found = run_child(command, threads).json()
+    return {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
 
 
 def weights_sha256(folder: Path) -> str:

@@ -20,6 +20,7 @@ from qwenq.planner.estimates import (
     GenerationMemory,
     Gpu,
     SpeedBound,
+    distillation_memory,
     generation_memory,
     speed_bound,
     weight_bytes_per_step,
@@ -210,12 +211,14 @@ class Quantisation:
 
     Attributes:
         size: of the calibration as ``quantize`` chooses it there, and its memory.
+        distilling: peak bytes of ``distill``, where it is asked for, after all blocks.
         fits: None where the memory is not known.
         fitting: the most sequences that fit, where those asked for do not: a power of two, and their peak.
     """
 
     gpu: str | None
     size: CalibrationSize
+    distilling: int
     fits: bool | None = None
     fitting: tuple[int, int] | None = None
 
@@ -284,7 +287,7 @@ def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
         copied_note=model.copied_note,
         precisions=precisions,
         generation=generation,
-        quantisation=[_quantisation(model, options, gpu) for gpu in options.gpus or (None,)],
+        quantisation=[_quantisation(model, options, group_size, gpu) for gpu in options.gpus or (None,)],
         deployments=[
             _deployment(shape, item, generation[item.label], gpu, count, options)
             for gpu in options.gpus
@@ -336,7 +339,9 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
     return found
 
 
-def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) -> Quantisation:
+def _quantisation(
+    model: PlannedModel, options: PlanOptions, group_size: int, gpu: Gpu | None
+) -> Quantisation:
     def sized(samples: int | None) -> CalibrationSize:
         return calibration_size(
             model.shape,
@@ -349,11 +354,14 @@ def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) ->
         )
 
     size, name = sized(options.samples), gpu.name if gpu else None
+    distilling = distillation_memory(
+        model.shape, samples=size.samples, seq_len=size.seq_len, group_size=group_size, dtype=model.dtype
+    )
     if size.fits is not False or options.samples is None:
-        return Quantisation(name, size, size.fits)
+        return Quantisation(name, size, distilling, size.fits)
     fewer = (sized(1 << n) for n in range((size.samples - 1).bit_length() - 1, -1, -1))
     fitting = next(((one.samples, one.memory.peak) for one in fewer if one.fits), None)
-    return Quantisation(name, size, False, fitting)
+    return Quantisation(name, size, distilling, False, fitting)
 
 
 def _deployment(
