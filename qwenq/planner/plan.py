@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenq.errors import HubError, UsageError
 from qwenq.models import catalogue
+from qwenq.models.block_shapes import vision_parameters
 from qwenq.models.config import read_config, text_config
 from qwenq.models.folders import local_path
 from qwenq.models.hub import network_errors
@@ -82,7 +83,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
     entry = catalogue.find(model)
     if entry is not None:
         shape, dtype = entry.shape, entry.dtype_of(model)
-        copied, note = _drafts(shape, dtype, sees=entry.sees(model))
+        copied, note = _beside(shape, dtype, entry.vision_parameters, entry.beside(model))
         return PlannedModel(entry.names[0], "catalogue", shape, dtype, entry, copied, note)
     refuse_by_name(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -103,8 +104,10 @@ def _from_config(folder: Path, name: str, origin: str) -> PlannedModel:
         dtype = "bfloat16"  # the sizes of the model before it was quantised
     shape = ModelShape.from_config(text)
     files = [] if quantised else sorted(folder.glob("*.safetensors"))
-    copied, note = _stored_beside(files, shape.bytes(dtype)) or _drafts(
-        shape, dtype, sees=config.get("vision_config") is not None
+    tower = config.get("vision_config")
+    vision = 0 if tower is None else vision_parameters(tower if isinstance(tower, dict) else {})
+    copied, note = _stored_beside(files, shape.bytes(dtype)) or _beside(
+        shape, dtype, vision, (vision or 0) * ITEMSIZE[dtype]
     )
     return PlannedModel(name, origin, shape, dtype, copied=copied, copied_note=note)
 
@@ -121,13 +124,20 @@ def _stored_beside(files: list[Path], language_model: int) -> tuple[int, str | N
     return beside, "lie beside the language model in its files, and are copied" if beside else None
 
 
-def _drafts(shape: ModelShape, dtype: str, *, sees: bool) -> tuple[int, str | None]:
-    """Return the bytes of draft layers, and a note about them and about a vision tower of unknown size."""
-    copied = shape.draft_parameters * ITEMSIZE[dtype]
-    notes = ["of draft layers (mtp) are copied"] if copied else []
-    if sees:
+def _beside(shape: ModelShape, dtype: str, vision: int | None, more: int) -> tuple[int, str | None]:
+    """Return the bytes that lie beside the language model, and a note about them.
+
+    Args:
+        shape, dtype: of the language model.
+        vision: elements of the vision tower; None: it has one of unknown size.
+        more: bytes beside the draft layers.
+    """
+    drafts = shape.draft_parameters * ITEMSIZE[dtype]
+    parts = [name for name, there in (("draft layers (mtp)", drafts), ("the vision tower", vision)) if there]
+    notes = [f"of {' and '.join(parts)} are copied"] if parts else []
+    if vision is None:
         notes.append("the vision tower is copied, too, and not counted")
-    return copied, "; ".join(notes) or None
+    return drafts + more, "; ".join(notes) or None
 
 
 def _hub_config(model: str) -> Path:
