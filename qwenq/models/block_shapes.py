@@ -8,7 +8,7 @@ is imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -231,8 +231,8 @@ def vision_parameters(config: Mapping[str, Any]) -> int | None:
     Args:
         config: ``vision_config`` of config.json.
     """
-    sizes = [config.get(key) for key in _VISION]
-    if not all(type(size) is int and size > 0 for size in sizes):
+    sizes, deep = [config.get(key) for key in _VISION], config.get("deepstack_visual_indexes") or ()
+    if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(deep, Sequence):
         return None
     depth, width, ffn, out, patch, frames, colours, merged, positions = (int(size or 0) for size in sizes)
     block = 3 * width * width + 3 * width + width * width + width + 2 * width * ffn + ffn + width + 4 * width
@@ -242,5 +242,4 @@ def vision_parameters(config: Mapping[str, Any]) -> int | None:
     def merger(normed: int) -> int:
         return 2 * normed + inner * inner + inner + inner * out + out
 
-    deep = len(config.get("deepstack_visual_indexes") or ())
-    return depth * block + embedding + merger(width) + deep * merger(inner)
+    return depth * block + embedding + merger(width) + len(deep) * merger(inner)
