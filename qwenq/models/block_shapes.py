@@ -170,11 +170,19 @@ class Block:
 
     def input_groups(self) -> Iterator[tuple[int, int]]:
         """Yield rows and columns of the linears that share an input, taken together; of an expert's once."""
-        rows: dict[tuple[str, bool], tuple[int, int]] = {}
+        for rows, width, _, _ in self.solved_groups():
+            yield rows, width
+
+    def solved_groups(self) -> Iterator[tuple[int, int, int, float]]:
+        """Yield the same with the number of copies, and with the share of the tokens that each copy sees."""
+        groups: dict[tuple[str, bool], list[Linear]] = {}
         for linear in self.linears:
             key = (linear.name.rpartition(".")[0], linear.leaf in ROW_PARALLEL)
-            rows[key] = (rows.get(key, (0, 0))[0] + linear.rows, linear.columns)
-        yield from rows.values()
+            groups.setdefault(key, []).append(linear)
+        for linears in groups.values():
+            one = linears[-1]
+            rows = sum(linear.rows for linear in linears)
+            yield rows, one.columns, one.copies, one.active / one.copies
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the tensors of the unquantised block, relative to it."""

@@ -22,6 +22,7 @@ from qwenq.planner.estimates import (
     SpeedBound,
     generation_memory,
     quantisation_memory,
+    quantisation_seconds,
     speed_bound,
     weight_bytes_per_step,
 )
@@ -221,6 +222,7 @@ class Quantisation:
     Attributes:
         fits: None on a CPU, whose memory is not known here.
         fitting: the most sequences that fit, a power of two, and their peak; None: ``samples`` fit, or none.
+        hours: that the layers take, an estimate from a measured rate; None: no rate was measured.
     """
 
     gpu: str | None
@@ -229,6 +231,7 @@ class Quantisation:
     memory: QuantisationMemory
     fits: bool | None = None
     fitting: tuple[int, int] | None = None
+    hours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -358,11 +361,13 @@ def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) ->
             shape, samples=samples, seq_len=seq_len, dtype=model.dtype, on_gpu=gpu is not None
         )
 
+    seconds = quantisation_seconds(shape, samples * seq_len, gpu)
+    hours = None if seconds is None else seconds / 3600
     if gpu is None:
-        return Quantisation(None, samples, seq_len, memory(samples))
+        return Quantisation(None, samples, seq_len, memory(samples), hours=hours)
     limit = gpu.memory_gib * GIB
     if memory(samples).peak <= limit:
-        return Quantisation(gpu.name, samples, seq_len, memory(samples), fits=True)
+        return Quantisation(gpu.name, samples, seq_len, memory(samples), fits=True, hours=hours)
     fewer = (1 << n for n in range((samples - 1).bit_length() - 1, -1, -1))
     fitting = next(((n, peak) for n in fewer if (peak := memory(n).peak) <= limit), None)
     return Quantisation(gpu.name, samples, seq_len, memory(samples), fits=False, fitting=fitting)

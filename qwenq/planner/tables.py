@@ -112,13 +112,13 @@ def answer(plan: Plan) -> Iterator[str]:
         peak = f"{each.memory.peak / GIB:.1f}"
         tokens = f"{each.samples} × {each.seq_len} tokens"
         if each.gpu is None:
-            yield f"Quantising on a CPU: {peak} GiB of RAM with {tokens}. Name a GPU with --gpu."
+            yield f"Quantising on a CPU: {peak} GiB of RAM with {tokens}{_time(each)}. Name a GPU with --gpu."
             memory = plan.generation[smallest].peak / GIB
             yield f"Running {smallest}: {memory:.1f} GiB of memory at {plan.options.context} tokens."
             continue
         gpu = next(gpu for gpu in plan.options.gpus if gpu.name == each.gpu)
         of_gpu = f"of {gpu.memory_gib:g} GiB of GPU memory with {tokens}"
-        verdict = "fits"
+        verdict = f"fits{_time(each)}"
         if not each.fits:
             verdict = "does not fit, with any number of samples"
             if each.fitting:
@@ -128,6 +128,15 @@ def answer(plan: Plan) -> Iterator[str]:
         for row in plan.deployments:
             if (row.speed.gpu, row.precision) == (gpu.name, smallest):
                 yield _running(row, gpu, plan.options.context)
+
+
+def _time(quantisation: Quantisation) -> str:
+    """Return the estimated time of quantising and what it rests on; empty where no rate was measured."""
+    if (hours := quantisation.hours) is None:
+        return ""
+    length = f"{hours:.1f} hours" if hours >= 1.5 else f"{max(1, round(60 * hours))} min"
+    basis = "two cores of an AMD EPYC" if quantisation.gpu is None else "it, from the rate of a 7B model"
+    return f"; estimated time {length} on {basis}"
 
 
 def _running(row: Deployment, gpu: Gpu, context: int) -> str:

@@ -67,7 +67,7 @@ def test_attention_over_later_tokens_is_refused() -> None:
 
 
 def test_a_soft_cap_that_attention_is_not_given_is_refused() -> None:
-    model, checkpoint = model_of("llama")
+    _, checkpoint = model_of("llama")
     capped = replace(checkpoint, config={**checkpoint.config, "attn_logit_softcapping": 50.0})
     with pytest.raises(UnsupportedError, match="soft cap of scores is not passed on by LlamaAttention"):
         load(capped, device="cpu", dtype="float32", engine="transformers").logits([[1, 2]])
