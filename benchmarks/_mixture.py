@@ -13,8 +13,8 @@ by layer, on the hidden states of the mixture so far:
 The layout is Qwen2-MoE's: its block is that of Qwen3-MoE and a shared expert, its tensors have the same names
 for each expert, and its attention is Llama's where ``qkv_bias`` is false. (Qwen3-MoE normalises queries and
 keys, which no value of its weights undoes.) The shared expert's gate is a sigmoid of zero, one half, and its
-``down_proj`` doubled: both powers of two. The last line of the output is JSON: the share of each MLP's output
-energy that the mixture loses.
+``down_proj`` doubled: both powers of two. The last line of the output is JSON: the share of the
+routed channels' output energy that each block's mixture loses.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EXPERTS, ACTIVE, WIDTH = 16, 8, 64
-SAMPLES, SEQ_LEN = 16, 512
-CLUSTERED = 2048  # tokens of which the clusters are made
-ROUNDS, STEPS, RATE, PER_STEP = 4, 200, 2e-3, 2048  # of clustering, and of the router's fit
+EXPERTS, ACTIVE, WIDTH = 16, 12, 64
+SAMPLES, SEQ_LEN = 12, 512
+CLUSTERED = 1024  # tokens of which the clusters are made
+ROUNDS, STEPS, RATE, PER_STEP = 4, 80, 4e-3, 1024  # of clustering, and of the router's fit
 RIDGE = 0.03  # of the mean diagonal
 
 
@@ -184,7 +184,7 @@ def convert(model: Any, tokens: Tensor) -> tuple[dict[str, Tensor], list[float]]
         tensors |= {f"model.layers.{index}.mlp.{name}": tensor for name, tensor in found.items()}
         states = [state + part for state, part in zip(states, outputs.split(tokens.shape[1]), strict=True)]
         losses.append(round(lost, 4))
-        print(f"layer {index}: {lost:.4f} of the MLP's output energy lost", flush=True)
+        print(f"layer {index}: {lost:.4f} of the routed output's energy lost", flush=True)
     return tensors, losses
 
 

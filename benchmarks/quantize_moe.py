@@ -1,16 +1,15 @@
 """Experts on real activations: qwenq beside GPTQModel, and policies for experts that see few tokens.
 
     make interop                     # once: the environment that holds GPTQModel
-    python benchmarks/quantize_moe.py --data FOLDER [--work build/moe] [--only peers policies]
+    python benchmarks/quantize_moe.py --data FOLDER --work build/moe --only peers policies
 
 FOLDER holds ``c4/*.jsonl`` and ``wikitext2/*.txt``, as for quantize_vs_peers.py. The model is a mixture that
 _mixture.py cuts out of the bundled one. Two questions:
 
 - peers: quantised with each tool's defaults on the same tokens, judged on WikiText-2 by the evaluator of all
   benchmarks, in float32;
-- policies: how an expert's Hessian is made of its own tokens and of the block's (_expert_policy.py). Only the
-  experts are quantised, on few tokens, several sets of them, and judged on held-out sequences of C4 by
-  `qwenq quantize`'s own check.
+- policies: how an expert's Hessian is made of its own tokens and of the block's, where there are few
+  (_expert_policies.py).
 
 What is in the work folder is not made again. Writes reports/benchmarks/quantize_moe.json and quantize_moe.md.
 Standard library only.
@@ -21,9 +20,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -44,22 +45,22 @@ from _common import (
 from quantize_vs_peers import INTEROP_PYTHON, quality, sources
 
 HERE = Path(__file__).resolve().parent
-SAMPLES, SEQ_LEN, EVALUATED = 32, 512, 20
+SAMPLES, SEQ_LEN, HELD_OUT, EVALUATED = 8, 512, 4, 5
 BITS, GROUP_SIZE = "4", "64"
-FEW = {"1 × 128": (1, 128, 3), "1 × 512": (1, 512, 3), "8 × 512": (8, 512, 1)}
-"""Sets to calibrate on: sequences, tokens of each, and how many sets of that size."""
-FEW_HELD_OUT = 8
+LAYERS = (4, 14, 24)
+"""Blocks on which policies are tried."""
 POLICIES = {
     "own": "own tokens alone",
     "pull_16_below_4": "κ = width/16 where n < width/4",
-    "pull_16": "κ = width/16 for every n",
-    "pull_4": "κ = width/4 for every n",
-    "squared": "own tokens, each by p²",
-    "squared_pull_16": "by p², κ = width/16 for every n",
+    "pull_16": "κ = width/16",
+    "pull_4_below_1": "κ = width/4 where n < width",
+    "pull_4": "κ = width/4",
+    "squared": "own tokens, by p²",
+    "squared_pull_16": "by p², κ = width/16",
+    "squared_pull_4": "by p², κ = width/4",
     "block": "the block's tokens alone",
-    "own_no_deviation": "own tokens alone, no drift",
 }
-"""Keys of _expert_policy.py, and what they are called in the report."""
+"""Keys of _expert_policies.py, and what they are called in the report."""
 PEERS = ("qwenq", "GPTQModel", "round to nearest")
 
 
@@ -83,15 +84,14 @@ def once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def calibrate(options: argparse.Namespace, model: Path, samples: int, seq_len: int, seed: int) -> Path:
+def calibrate(options: argparse.Namespace, model: Path) -> Path:
     """Return a calibration set of C4."""
-    out: Path = options.work / f"c4_{samples}x{seq_len}_{seed}.safetensors"
+    out: Path = options.work / "calibration.safetensors"
     if not out.exists():
-        sizes = ("--samples", str(samples), "--seq-len", str(seq_len), "--seed", str(seed))
-        held_out = ("--held-out", str(max(FEW_HELD_OUT, FEW_HELD_OUT * SEQ_LEN // seq_len)))
+        sizes = ("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--held-out", str(HELD_OUT))
         source = sources(options.data)[0]
         command: Command = [sys.executable, "-m", "qwenq", "calibrate", model, "--source", source]
-        run_child([*command, "--out", out, *sizes, *held_out], options.threads)
+        run_child([*command, "--out", out, *sizes], options.threads)
     return out
 
 
@@ -122,7 +122,7 @@ def mixture_of(options: argparse.Namespace, dense: Path) -> tuple[Path, dict[str
 
 def race(options: argparse.Namespace, model: Path, tool: str) -> dict[str, Any]:
     """Quantise with a tool's defaults, and judge what it wrote."""
-    tokens, out = calibrate(options, model, SAMPLES, SEQ_LEN, 0), options.work / "out"
+    tokens, out = calibrate(options, model), options.work / "out"
     shutil.rmtree(out, ignore_errors=True)
     commands: dict[str, Command] = {
         "qwenq": [
@@ -164,44 +164,18 @@ def coverage(out: Path) -> dict[str, Any]:
     return {}
 
 
-def try_policy(
-    options: argparse.Namespace, model: Path, policy: str, size: tuple[int, int], seed: int
-) -> dict[str, Any]:
-    """Quantise the experts alone under a policy; return what the check found on held-out text."""
-    tokens, out = calibrate(options, model, *size, seed), options.work / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    command: Command = [sys.executable, HERE / "_expert_policy.py", policy, "quantize", model, "--json"]
-    settings = ("--bits", BITS, "--group-size", GROUP_SIZE, "--no-resume")
-    kept = ("--module-bits", "self_attn=16", "--module-bits", "shared_expert=16")
-    child = run_child(
-        [*command, *settings, *kept, "--calibration", tokens, "--out", out], options.threads, options.work
-    )
-    manifest = json.loads((out / "qwenq.json").read_text(encoding="utf-8"))
-    seen = [n for layer in manifest["expert_tokens"].values() for n in layer]
-    shutil.rmtree(out)
-    return {
-        "policy": policy,
-        "seed": seed,
-        "kl": child.json()["check"]["kl"]["value"],
-        "tokens_per_expert": [min(seen), round(mean(seen)), max(seen)],
-        **circumstances(sys.executable, ["qwenq", "torch", "transformers"]),
-    }
-
-
-def policies(options: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
-    """Return a row for each policy, size and set."""
-    rows = []
-    for name, (samples, seq_len, sets) in FEW.items():
-        for seed in range(1, sets + 1):
-            for policy in POLICIES:
-                file = options.work / f"policy_{policy}_{samples}x{seq_len}_{seed}.json"
-                size = (samples, seq_len)
-
-                def make(policy: str = policy, size: tuple[int, int] = size, seed: int = seed) -> Any:
-                    return try_policy(options, model, policy, size, seed)
-
-                rows.append({"size": name, **once(file, make)})
-    return rows
+def try_policies(options: argparse.Namespace, model: Path, layer: int) -> dict[str, Any]:
+    """Return what each policy loses in a block."""
+    command: Command = [
+        sys.executable,
+        HERE / "_expert_policies.py",
+        model,
+        calibrate(options, model),
+        str(layer),
+    ]
+    lines = run_child(command, options.threads).output.splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    return {"rows": rows, **circumstances(sys.executable, ["qwenq", "torch", "transformers"])}
 
 
 def peers_table(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
@@ -223,65 +197,86 @@ def peers_table(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
     return markdown_table(header, lines)
 
 
-def policies_table(rows: list[dict[str, Any]]) -> str:
-    """Return the policies as a table: KL by size, and beside it the change from ``own``, pair by pair."""
+def policies_table(tried: list[dict[str, Any]]) -> str:
+    """Return the policies as a table: what is lost by number of tokens, and the change from own tokens."""
+    rows = [row for block in tried for row in block["rows"]]
+    sizes = list(dict.fromkeys(row["tokens"] for row in rows))
+    lost = {(row["policy"], row["tokens"], row["layer"], row["set"]): row["lost"] for row in rows}
     lines = []
     for policy, title in POLICIES.items():
         cells = [title]
-        for size in FEW:
-            mine = {row["seed"]: row["kl"] for row in rows if (row["policy"], row["size"]) == (policy, size)}
-            own = {row["seed"]: row["kl"] for row in rows if (row["policy"], row["size"]) == ("own", size)}
-            changes = [mine[seed] / own[seed] - 1 for seed in mine]
-            spread = f" ± {100 * stdev(changes):.1f}" if len(changes) > 1 and policy != "own" else ""
-            change = "" if policy == "own" else f" ({100 * mean(changes):+.1f}{spread} %)"
-            cells.append(f"{mean(mine.values()):.4f}{change}")
+        for size in sizes:
+            places = [key[2:] for key in lost if key[:2] == (policy, size)]
+            share = mean(lost[policy, size, *place] for place in places)
+            logs = [math.log(lost[policy, size, *place] / lost["own", size, *place]) for place in places]
+            change = f"{100 * math.expm1(mean(logs)):+.1f} ± {100 * stdev(logs) / len(logs) ** 0.5:.1f} %"
+            cells.append(f"{100 * share:.2f} %" + ("" if policy == "own" else f" ({change})"))
         lines.append(cells)
-    return markdown_table(["Hessian of an expert", *(f"KL, {size}" for size in FEW)], lines)
+    return markdown_table(["Hessian of an expert", *(f"{size} tokens" for size in sizes)], lines)
 
 
-def write(options: argparse.Namespace, found: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write the report."""
-    cut, rows, tried = found["mixture"], found["peers"], found["policies"]
-    parts = ["# Experts on real activations\n"]
+def table(
+    cut: dict[str, Any], rows: list[dict[str, Any]], tried: list[dict[str, Any]], facts: dict[str, Any]
+) -> str:
+    """Return the report in Markdown.
+
+    Args:
+        cut: perplexities of the dense model and of the mixture.
+        rows: of the tools.
+        tried: of the policies.
+        facts: the environment.
+    """
     dense, mixture = cut["dense"]["perplexity"], cut["mixture"]["perplexity"]
-    parts.append(
+    parts = ["# Experts on real activations\n", model_in_words(dense, mixture)]
+    if rows:
+        parts += [peers_table(rows, cut["mixture"]), peers_in_words(rows, mixture, facts)]
+    if tried:
+        parts += ["## Policies for few tokens\n", policies_table(tried), policies_in_words(tried)]
+    measured = [*rows, *tried]
+    return "\n".join([*parts, f"{shared(measured, facts, 'cpu')}, {measured_on(measured, facts)}.\n"])
+
+
+def model_in_words(dense: float, mixture: float) -> str:
+    """Return what was quantised."""
+    return (
         "The model: the bundled SmolLM2-135M, each MLP cut into 16 experts of 64 channels, of which a token "
         "uses 8, and a shared expert of 512; router fitted on real text; layout of Qwen2-MoE. Perplexity "
         f"{mixture:.2f}, the dense model's {dense:.2f} (WikiText-2, {EVALUATED} × {SEQ_LEN} tokens). It is "
         "no trained mixture: its experts may resemble each other more than a real one's.\n"
     )
-    if rows:
-        ours, theirs = (next(row for row in rows if row["tool"] == tool) for tool in PEERS[:2])
-        parts.append(peers_table(rows, cut["mixture"]))
-        gaps = [row["perplexity"] - mixture for row in (ours, theirs)]
-        parts.append(
-            f"Int4, groups of {GROUP_SIZE}, all linear layers of a block, each tool's defaults; calibrated "
-            f"on the same {SAMPLES} × {SEQ_LEN} tokens of C4; KL and perplexity on WikiText-2, {EVALUATED} × "
-            f"{SEQ_LEN} tokens, in float32 with dequantised weights. qwenq's KL is "
-            f"{ours['kl'] / theirs['kl']:.2f} of GPTQModel's, the perplexity that it adds "
-            f"{gaps[0] / gaps[1]:.2f} of GPTQModel's. "
-            f"GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')}, which rounds an expert to nearest "
-            "where it sees less than 0.5 % of the tokens.\n"
-        )
-    if tried:
-        parts.append("## Policies for few tokens\n")
-        parts.append(policies_table(tried))
-        spans = []
-        for size in FEW:
-            seen = [row["tokens_per_expert"] for row in tried if row["size"] == size]
-            low, high = min(one[0] for one in seen), max(one[2] for one in seen)
-            spans.append(f"{size}: {low} to {high}, {round(mean(one[1] for one in seen))} on average")
-        parts.append(
-            "KL on held-out sequences of C4; only the experts are quantised. In brackets: the change from "
-            "the first line on the same tokens, mean and standard deviation over the sets of that size "
-            f"({', '.join(f'{sets} of {size}' for size, (_, _, sets) in FEW.items())}). n: tokens routed "
-            "to an expert; H = (n · H_own + κ · H_block) / (n + κ); the width is 576 of gate and up, 64 of "
-            f"down. Tokens of an expert: {'; '.join(spans)}. "
-        )
-    measured = [*rows, *tried]
-    parts.append(f"{shared(measured, facts, 'cpu')}, {measured_on(measured, facts)}.\n")
-    report = {"environment": facts, "mixture": cut, "peers": rows, "policies": tried}
-    write_report("quantize_moe", report, "\n".join(parts))
+
+
+def peers_in_words(rows: list[dict[str, Any]], mixture: float, facts: dict[str, Any]) -> str:
+    """Return the ratios of the race, and its settings."""
+    ours, theirs = (next(row for row in rows if row["tool"] == tool) for tool in PEERS[:2])
+    gaps = [row["perplexity"] - mixture for row in (ours, theirs)]
+    return (
+        f"Int4, groups of {GROUP_SIZE}, all linear layers of a block, each tool's defaults; calibrated on "
+        f"the same {SAMPLES} × {SEQ_LEN} tokens of C4; KL and perplexity on WikiText-2, {EVALUATED} × "
+        f"{SEQ_LEN} tokens, in float32 with dequantised weights. qwenq's KL is "
+        f"{ours['kl'] / theirs['kl']:.2f} of GPTQModel's, the perplexity that it adds "
+        f"{gaps[0] / gaps[1]:.2f} of GPTQModel's. GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')}, "
+        "which rounds an expert to nearest where it sees less than 0.5 % of the tokens.\n"
+    )
+
+
+def policies_in_words(tried: list[dict[str, Any]]) -> str:
+    """Return what the table of policies shows."""
+    rows = [row for block in tried for row in block["rows"]]
+    sizes = list(dict.fromkeys(row["tokens"] for row in rows))
+    spans = []
+    for size in sizes:
+        seen = [row["experts_tokens"] for row in rows if row["tokens"] == size]
+        spans.append(f"{min(low for low, _ in seen)} to {max(high for _, high in seen)} of {size}")
+    layers = ", ".join(str(layer) for layer in dict.fromkeys(row["layer"] for row in rows))
+    sets = max(row["set"] for row in rows) + 1
+    return (
+        f"The share of the routed experts' output energy that is lost on {HELD_OUT} × {SEQ_LEN} held-out "
+        f"tokens of C4; blocks {layers}, Int4, plain GPTQ's target, up to {sets} sets of tokens each. In "
+        "brackets: the change from the first line on the same tokens, geometric mean and its standard error. "
+        "H = (n · H_own + κ · H_block) / (n + κ), n tokens routed to an expert, p the router's weight; the "
+        f"width is 576 of gate and up, 64 of down. Tokens that experts saw: {'; '.join(spans)}.\n"
+    )
 
 
 def main() -> None:
@@ -299,16 +294,16 @@ def main() -> None:
     }
     found: dict[str, Any] = {"mixture": cut, "peers": [], "policies": []}
     if "policies" in options.only:
-        found["policies"] = policies(options, model)
+        for layer in LAYERS:
+            file = options.work / f"policies_{layer}.json"
+            found["policies"].append(once(file, partial(try_policies, options, model, layer)))
     if "peers" in options.only:
         for tool in PEERS:
             file = options.work / f"peer_{tool.replace(' ', '_')}.json"
-
-            def make(tool: str = tool) -> Any:
-                return race(options, model, tool)
-
-            found["peers"].append(once(file, make))
-    write(options, found, facts)
+            found["peers"].append(once(file, partial(race, options, model, tool)))
+    text = table(found["mixture"], found["peers"], found["policies"], facts)
+    write_report("quantize_moe", {"environment": facts, **found}, text)
+    print(text)
 
 
 if __name__ == "__main__":
