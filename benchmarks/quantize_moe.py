@@ -53,11 +53,9 @@ POLICIES = {
     "own": "own tokens alone",
     "pull_16_below_4": "κ = width/16 where n < width/4",
     "pull_16": "κ = width/16",
-    "pull_4_below_1": "κ = width/4 where n < width",
     "pull_4": "κ = width/4",
     "squared": "own tokens, by p²",
     "squared_pull_16": "by p², κ = width/16",
-    "squared_pull_4": "by p², κ = width/4",
     "block": "the block's tokens alone",
 }
 """Keys of _expert_policies.py, and what they are called in the report."""
