@@ -53,7 +53,7 @@ POLICIES = {
     "own": "own tokens alone",
     "pull_16_below_4": "κ = width/16 where n < width/4",
     "pull_16": "κ = width/16",
-    "pull_4": "κ = width/4",
+    "pull_4": "κ = width/4 (the default)",
     "squared": "own tokens, by p²",
     "squared_pull_16": "by p², κ = width/16",
     "block": "the block's tokens alone",
@@ -238,7 +238,7 @@ def model_in_words(dense: float, mixture: float) -> str:
     """Return what was quantised."""
     return (
         "The model: the bundled SmolLM2-135M, each MLP cut into 16 experts of 64 channels, of which a token "
-        "uses 8, and a shared expert of 512; router fitted on real text; layout of Qwen2-MoE. Perplexity "
+        "uses 12, and a shared expert of 512; router fitted on real text; layout of Qwen2-MoE. Perplexity "
         f"{mixture:.2f}, the dense model's {dense:.2f} (WikiText-2, {EVALUATED} × {SEQ_LEN} tokens). It is "
         "no trained mixture: its experts may resemble each other more than a real one's.\n"
     )
@@ -270,7 +270,9 @@ def policies_in_words(tried: list[dict[str, Any]]) -> str:
     sets = max(row["set"] for row in rows) + 1
     return (
         f"The share of the routed experts' output energy that is lost on {HELD_OUT} × {SEQ_LEN} held-out "
-        f"tokens of C4; blocks {layers}, Int4, plain GPTQ's target, up to {sets} sets of tokens each. In "
+        f"tokens of C4; blocks {layers}, Int4, without asymmetric calibration, {sets} sets of tokens where "
+        "there are so many; each token goes to the 2 experts that the router prefers: with 12, an expert's "
+        "tokens would be the block's. In "
         "brackets: the change from the first line on the same tokens, geometric mean and its standard error. "
         "H = (n · H_own + κ · H_block) / (n + κ), n tokens routed to an expert, p the router's weight; the "
         f"width is 576 of gate and up, 64 of down. Tokens that experts saw: {'; '.join(spans)}.\n"
