@@ -275,7 +275,9 @@ def policies_in_words(tried: list[dict[str, Any]]) -> str:
         "tokens would be the block's. In "
         "brackets: the change from the first line on the same tokens, geometric mean and its standard error. "
         "H = (n · H_own + κ · H_block) / (n + κ), n tokens routed to an expert, p the router's weight; the "
-        f"width is 576 of gate and up, 64 of down. Tokens that experts saw: {'; '.join(spans)}.\n"
+        f"width is 576 of gate and up, 64 of down. Tokens that experts saw: {'; '.join(spans)}.\n\n"
+        "The block's tokens alone are best here. The default keeps a part of its own: asymmetric calibration "
+        "rests on it, and experts of a trained mixture may differ more. Weights p² change nothing.\n"
     )
 
 
