@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised
@@ -40,12 +40,13 @@ def load(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = {name: source.read(name) for name in source.names() if not name.endswith(GRIDS)}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:  # absent where it is tied to the embedding
-        sys.exit(f"{folder}: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, report = model_class.from_pretrained(  # it stacks what files have for each expert
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    if any(report.values()):
+        sys.exit(f"{folder}: {report}")
     return model.eval()
 
 

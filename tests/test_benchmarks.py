@@ -170,6 +170,10 @@ def starts(load: Callable[[str], ModuleType], folder: Path) -> Iterator[tuple[st
         load, "quantize_variants", lambda m: m.measure(m.recipe({}, 64), Path("model"), tokens, variants)
     )
     yield "quantize", made
+    options = options_of(load, "quantize_moe", f"--data {folder} --work {folder} --only peers")
+    made = recorded(load, "quantize_moe", lambda m: m.race(options, Path("model"), "qwenq"))
+    yield "calibrate", made[:1]
+    yield "quantize", made[1:2]
     yield "quantize", recorded(load, "scale_out", lambda m: m.quantize(folder))
     yield "eval", recorded(load, "scale_out", lambda m: m.evaluate(folder))
     yield "quantize", recorded(load, "gate_noise", lambda m: m.quantised(folder))
@@ -191,7 +195,7 @@ def test_commands_of_qwenq_that_scripts_start_take_these_options(
         for command in found:
             parse(commands, of_qwenq(command))
             tried += 1
-    assert tried == 19
+    assert tried == 21
 
 
 def test_servers_are_measured_and_a_refusal_is_recorded(

@@ -117,6 +117,13 @@ _GEMMA = {
     "query_pre_attn_scalar": 32,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_GEMMA2 = {
+    "tie_word_embeddings": True,
+    "sliding_window": 8,
+    "query_pre_attn_scalar": 32,
+    "attn_logit_softcapping": 2.0,  # of a trained one 50: here it has to be felt
+    "final_logit_softcapping": 3.0,
+}
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 STRANGERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {**_TEXT, **_IDS, "sliding_window": 8}),
@@ -132,6 +139,7 @@ STRANGERS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("Glm4MoeForCausalLM", {**_TEXT, **_IDS, **_ROUTED}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", {**_TEXT, **_IDS, **_ROUTED, **_LATENT}),
     "gemma3_text": ("Gemma3ForCausalLM", {**_TEXT, **_IDS, **_GEMMA}),
+    "gemma2": ("Gemma2ForCausalLM", {**_TEXT, **_IDS, **_GEMMA2}),
     "granite": (
         "GraniteForCausalLM",
         {**_TEXT, **_IDS, "logits_scaling": 2.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},

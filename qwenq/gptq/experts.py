@@ -1,13 +1,13 @@
 """Measure the Hessian and the deviation of an expert, which sees only the tokens that are routed to it.
 
-An expert with fewer tokens than a quarter of its input width has a Hessian that says little about most
-directions. It is drawn towards the Hessian of all tokens of the block:
+Few tokens say little about most directions. So an expert's Hessian is drawn towards that of all tokens of the
+block, the more the fewer its own are:
 
-    H = (n · H_own + κ · H_block) / (n + κ),   κ = width / 16
+    H = (n · H_own + κ · H_block) / (n + κ),   κ = width / 4
 
-An expert without any token is thus quantised for the block's tokens, and never rounded to nearest. With
-n ≥ width / 4 it is its own Hessian alone. For ``down_proj`` the block's Hessian is that of the block's tokens
-after this expert's gate and up.
+An expert without any token is thus quantised for the block's tokens, and never rounded to nearest. For
+``down_proj`` the block's Hessian is that of the block's tokens after this expert's gate and up. What κ is
+worth on real activations: reports/benchmarks/quantize_moe.md.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from qwenq.gptq.asymmetric import Deviation, measure_deviation
 from qwenq.gptq.hessian import hessian
 from qwenq.models.transformers_model import Routed
 
-PULL = 1 / 16  # κ as a share of the input width
-ENOUGH = 1 / 4  # tokens as a share of the input width from which on an expert's own Hessian is enough
+PULL = 1 / 4  # κ as a share of the input width
 SAMPLE = (
     2  # tokens of the block, as a multiple of the input width, that stand for all of them in ``down_proj``
 )
@@ -54,8 +53,7 @@ def measure_expert(
     Args:
         given: the input of the linears.
         weights: float32 [rows, in] of each linear.
-        pooled: called with a step in tokens, where an expert has too few of its own: the Hessian over every
-            such token of the block.
+        pooled: called with a step in tokens: the Hessian over every such token of the block.
         team: the ranks that share the batches.
     """
     width = weights[0].shape[1]
@@ -71,13 +69,10 @@ def measure_expert(
     )
     team.all_reduce_sum(counts)
     own, paired, all_tokens = counts.tolist()
-    pull = width * PULL if own < width * ENOUGH else 0.0
-    H = torch.zeros(width, width, device=weights[0].device)
+    pull = width * PULL
+    H = pooled(max(1, all_tokens // (SAMPLE * width))) * (pull / (own + pull))
     if own:
-        H = _hessian(given.inputs, team)
-    if pull:
-        step = max(1, all_tokens // (SAMPLE * width))
-        H = H.mul_(own / (own + pull)).add_(pooled(step), alpha=pull / (own + pull))
+        H.add_(_hessian(given.inputs, team), alpha=own / (own + pull))
     deviation = _deviation(pairs, weights, paired / (own + pull), team) if paired else None
     return H, deviation, own
 

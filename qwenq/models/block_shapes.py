@@ -8,9 +8,10 @@ is imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 AUTOMATIC_BITS = {r"^linear_attn\.": 8}
 """Bits of modules where the recipe says "auto": a recurrent state carries an error from token to token."""
@@ -131,6 +132,11 @@ class LinearAttention:
             ("linear_attn.norm.weight", (self.value_dim,)),
         )
 
+    @property
+    def float32_parameters(self) -> int:
+        """Return the elements of a layer's ``A_log`` and ``norm``, which some files store in float32."""
+        return self.value_heads + self.value_dim
+
 
 @dataclass(frozen=True)
 class Block:
@@ -164,11 +170,19 @@ class Block:
 
     def input_groups(self) -> Iterator[tuple[int, int]]:
         """Yield rows and columns of the linears that share an input, taken together; of an expert's once."""
-        rows: dict[tuple[str, bool], tuple[int, int]] = {}
+        for rows, width, _, _ in self.solved_groups():
+            yield rows, width
+
+    def solved_groups(self) -> Iterator[tuple[int, int, int, float]]:
+        """Yield the same with the number of copies, and with the share of the tokens that each copy sees."""
+        groups: dict[tuple[str, bool], list[Linear]] = {}
         for linear in self.linears:
             key = (linear.name.rpartition(".")[0], linear.leaf in ROW_PARALLEL)
-            rows[key] = (rows.get(key, (0, 0))[0] + linear.rows, linear.columns)
-        yield from rows.values()
+            groups.setdefault(key, []).append(linear)
+        for linears in groups.values():
+            one = linears[-1]
+            rows = sum(linear.rows for linear in linears)
+            yield rows, one.columns, one.copies, one.active / one.copies
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the tensors of the unquantised block, relative to it."""
@@ -211,3 +225,29 @@ def mixture_kept(experts: Experts, hidden: int) -> Tensors:
 def distinct_linears(blocks: Iterable[Block]) -> tuple[Linear, ...]:
     """Return the linear layers of all kinds of blocks, each name once."""
     return tuple({linear.name: linear for block in blocks for linear in block.linears}.values())
+
+
+_VISION = (
+    *("depth", "hidden_size", "intermediate_size", "out_hidden_size", "patch_size"),
+    *("temporal_patch_size", "in_channels", "spatial_merge_size", "num_position_embeddings"),
+)
+
+
+def vision_parameters(config: Mapping[str, Any]) -> int | None:
+    """Return the elements of the vision tower of Qwen3-VL, Qwen3.5 and later; None: a size is missing.
+
+    Args:
+        config: ``vision_config`` of config.json.
+    """
+    sizes, deep = [config.get(key) for key in _VISION], config.get("deepstack_visual_indexes") or ()
+    if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(deep, Sequence):
+        return None
+    depth, width, ffn, out, patch, frames, colours, merged, positions = (int(size or 0) for size in sizes)
+    block = 3 * width * width + 3 * width + width * width + width + 2 * width * ffn + ffn + width + 4 * width
+    embedding = width * colours * frames * patch * patch + width + positions * width
+    inner = merged * merged * width
+
+    def merger(normed: int) -> int:
+        return 2 * normed + inner * inner + inner + inner * out + out
+
+    return depth * block + embedding + merger(width) + len(deep) * merger(inner)

@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from qwenq.errors import UsageError
+from qwenq.models.block_shapes import vision_parameters
 from qwenq.models.config import KNOWN_ARCHITECTURES
 from qwenq.models.qwen_v1 import END_OF_TEXT, IM_END, qwen2_config
 from qwenq.models.shapes import ModelShape
@@ -23,8 +24,16 @@ BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
 
 _HEAD_OF_LINEAR_ATTENTION = 128
-_SEES = re.compile(r"qwen3-vl-|qwen3\.\d-(?!2\.4t)")
-"""Names of models whose files hold a vision tower, too."""
+_FLOAT32 = re.compile(r"(^|/)qwen3\.5-")
+"""Names of models whose files store decay and norm of linear attention in float32."""
+_PATCHES = {
+    "in_channels": 3,
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "num_position_embeddings": 2304,
+}
+"""What the vision towers of all sizes have in common."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Entry:
         stored_head: the publisher's files hold that copy.
         is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's.
         config: a config.json in the layout of Llama, Qwen2 or a later Qwen.
+        vision_parameters: of the vision tower in the publisher's files.
     """
 
     names: tuple[str, ...]
@@ -46,6 +56,7 @@ class Entry:
     stored_head: bool
     is_v1: bool
     config: dict[str, Any]
+    vision_parameters: int = 0
 
     @property
     def shape(self) -> ModelShape:
@@ -59,9 +70,10 @@ class Entry:
         """
         return str(self.config["torch_dtype"]) if name.lower() in self.names else "bfloat16"
 
-    def sees(self, name: str) -> bool:
-        """Return whether the files of this name hold a vision tower, too."""
-        return bool(_SEES.search(name.lower()))
+    def beside(self, name: str) -> int:
+        """Return the bytes that the files of this name hold beyond draft layers and language model."""
+        wider = self.shape.float32_parameters * 2 if _FLOAT32.search(name.lower()) else 0
+        return self.vision_parameters * 2 + wider
 
     def hub_of(self, name: str) -> str:
         """Return the hub id that belongs to one of its names."""
@@ -158,7 +170,21 @@ def _entry(table: dict[str, Any]) -> Entry:
         stored_head=table.get("stored_head", False),
         is_v1=table["family"] == "v1",
         config=_config(table),
+        vision_parameters=_vision_parameters(table),
     )
+
+
+def _vision_parameters(table: dict[str, Any]) -> int:
+    if not (tower := table.get("vision")):
+        return 0
+    sizes = {
+        "depth": tower["depth"],
+        "hidden_size": tower["hidden"],
+        "intermediate_size": tower["ffn"],
+        "out_hidden_size": table["hidden"],
+        "deepstack_visual_indexes": range(tower.get("taps", 0)),
+    }
+    return vision_parameters({**_PATCHES, **sizes}) or 0
 
 
 def _config(table: dict[str, Any]) -> dict[str, Any]:

@@ -321,8 +321,18 @@ class ModelShape:
         """Return bytes of one sequence's recurrent states, whatever its length."""
         if self.linear_attention is None:
             return 0
-        layers = sum(len(block.layers) for block in self.blocks if not block.attends)
-        return layers * self.linear_attention.state_bytes(ITEMSIZE[dtype])
+        return self._recurrent_layers * self.linear_attention.state_bytes(ITEMSIZE[dtype])
+
+    @property
+    def float32_parameters(self) -> int:
+        """Return elements that files of Qwen3.5 store in float32, and those of 3.6 and 3.8 do not."""
+        if self.linear_attention is None:
+            return 0
+        return self._recurrent_layers * self.linear_attention.float32_parameters
+
+    @property
+    def _recurrent_layers(self) -> int:
+        return sum(len(block.layers) for block in self.blocks if not block.attends)
 
     @property
     def draft_parameters(self) -> int:

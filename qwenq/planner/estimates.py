@@ -16,13 +16,18 @@ from qwenq.models.shapes import ITEMSIZE, ModelShape
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: memory in GiB, peak memory bandwidth in GB/s (10^9 bytes), and where the figures come from."""
+    """A GPU: memory in GiB, peak memory bandwidth in GB/s (10^9 bytes), and where the figures come from.
+
+    Attributes:
+        quantising_tflops: 10^12 operations a second when a dense model was quantised; None: not measured.
+    """
 
     name: str
     title: str
     memory_gib: float
     bandwidth_gb_s: float
     source: str
+    quantising_tflops: float | None = None
 
 
 def gpu(name: str) -> Gpu:
@@ -228,6 +233,55 @@ def _held(shape: ModelShape, block: Block) -> int:
         widest = max(widest, shape.linear_attention.channels + shape.linear_attention.values)
     mixture = shape.hidden if any(linear.copies > 1 for linear in block.linears) else 0
     return int(shape.hidden + mixture + widest)
+
+
+# Estimate how long quantising takes: its operations, at the rates that were measured.
+
+
+CPU_RATES = 293e9, 85e9
+"""Operations a second of products and of the solver: 2 threads of an AMD EPYC that multiplies bfloat16
+(reports/benchmarks/quantize_profile.json)."""
+DELTA_RULE = 0.37 / (256 * 48)
+"""Seconds of a thread for one token and head of linear attention, in torch (Qwen3.5-27B's sizes)."""
+CPU_THREADS = 2
+
+
+def quantisation_operations(shape: ModelShape, tokens: int) -> tuple[float, float]:
+    """Return the operations of all layers: of products (with text and with Hessians), and of the solver.
+
+    Attention's own products, reading and packing are left out.
+    """
+    products = solving = 0.0
+    for block in shape.blocks:
+        for rows, width, copies, share in block.solved_groups():
+            seen = tokens * share  # by each copy
+            drift = 2 * rows if rows < width else width
+            target = 6 * rows * width if rows <= width else 4 * width**2 + 2 * rows * width
+            of_text = seen * width * (4 * rows + width + 2 * drift)
+            of_weights = width * target + 2 * rows * width**2
+            products += len(block.layers) * copies * (of_text + of_weights)
+            solving += len(block.layers) * copies * width**2 * (2 / 3 * width + 6 * rows)
+    return products, solving
+
+
+def quantisation_seconds(shape: ModelShape, tokens: int, gpu: Gpu | None = None) -> float | None:
+    """Return the seconds that the layers take, without the check; None: no rate was measured.
+
+    Args:
+        shape: of the model.
+        tokens: of calibration.
+        gpu: None: two cores of a CPU, as ``CPU_RATES`` says.
+    """
+    products, solving = quantisation_operations(shape, tokens)
+    if gpu is None:
+        seconds = products / CPU_RATES[0] + solving / CPU_RATES[1]
+        if (linear := shape.linear_attention) is not None:
+            layers = sum(len(block.layers) for block in shape.blocks if not block.attends)
+            seconds += 2 * tokens * layers * linear.value_heads * DELTA_RULE / CPU_THREADS
+        return seconds
+    if gpu.quantising_tflops is None or shape.experts is not None or shape.linear_attention is not None:
+        return None
+    return (products + solving) / (gpu.quantising_tflops * 1e12)
 
 
 # Bound the speed of generation by bandwidth: a token cannot come faster than its bytes can be read.

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenq.errors import HubError, UsageError
 from qwenq.models import catalogue
+from qwenq.models.block_shapes import vision_parameters
 from qwenq.models.bundled import is_bundled
 from qwenq.models.config import read_config, text_config
 from qwenq.models.folders import local_path
@@ -22,6 +23,7 @@ from qwenq.planner.estimates import (
     SpeedBound,
     distillation_memory,
     generation_memory,
+    quantisation_seconds,
     speed_bound,
     weight_bytes_per_step,
 )
@@ -83,7 +85,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
     entry = catalogue.find(model)
     if entry is not None:
         shape, dtype = entry.shape, entry.dtype_of(model)
-        copied, note = _drafts(shape, dtype, sees=entry.sees(model))
+        copied, note = _beside(shape, dtype, entry.vision_parameters, entry.beside(model))
         return PlannedModel(entry.names[0], "catalogue", shape, dtype, entry, copied, note)
     refuse_by_name(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -104,8 +106,10 @@ def _from_config(folder: Path, name: str, origin: str) -> PlannedModel:
         dtype = "bfloat16"  # the sizes of the model before it was quantised
     shape = ModelShape.from_config(text)
     files = [] if quantised else sorted(folder.glob("*.safetensors"))
-    copied, note = _stored_beside(files, shape.bytes(dtype)) or _drafts(
-        shape, dtype, sees=config.get("vision_config") is not None
+    tower = config.get("vision_config")
+    vision = 0 if tower is None else vision_parameters(tower if isinstance(tower, dict) else {})
+    copied, note = _stored_beside(files, shape.bytes(dtype)) or _beside(
+        shape, dtype, vision, (vision or 0) * ITEMSIZE[dtype]
     )
     return PlannedModel(name, origin, shape, dtype, copied=copied, copied_note=note)
 
@@ -122,13 +126,20 @@ def _stored_beside(files: list[Path], language_model: int) -> tuple[int, str | N
     return beside, "lie beside the language model in its files, and are copied" if beside else None
 
 
-def _drafts(shape: ModelShape, dtype: str, *, sees: bool) -> tuple[int, str | None]:
-    """Return the bytes of draft layers, and a note about them and about a vision tower of unknown size."""
-    copied = shape.draft_parameters * ITEMSIZE[dtype]
-    notes = ["of draft layers (mtp) are copied"] if copied else []
-    if sees:
+def _beside(shape: ModelShape, dtype: str, vision: int | None, more: int) -> tuple[int, str | None]:
+    """Return the bytes that lie beside the language model, and a note about them.
+
+    Args:
+        shape, dtype: of the language model.
+        vision: elements of the vision tower; None: it has one of unknown size.
+        more: bytes beside the draft layers.
+    """
+    drafts = shape.draft_parameters * ITEMSIZE[dtype]
+    parts = [name for name, there in (("draft layers (mtp)", drafts), ("the vision tower", vision)) if there]
+    notes = [f"of {' and '.join(parts)} are copied"] if parts else []
+    if vision is None:
         notes.append("the vision tower is copied, too, and not counted")
-    return copied, "; ".join(notes) or None
+    return drafts + more, "; ".join(notes) or None
 
 
 def _hub_config(model: str) -> Path:
@@ -214,6 +225,7 @@ class Quantisation:
         distilling: peak bytes of ``distill``, where it is asked for, after all blocks.
         fits: None where the memory is not known.
         fitting: the most sequences that fit, where those asked for do not: a power of two, and their peak.
+        hours: that the layers take, an estimate from a measured rate; None: no rate was measured.
     """
 
     gpu: str | None
@@ -221,6 +233,7 @@ class Quantisation:
     distilling: int
     fits: bool | None = None
     fitting: tuple[int, int] | None = None
+    hours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -357,8 +370,10 @@ def _quantisation(
     distilling = distillation_memory(
         model.shape, samples=size.samples, seq_len=size.seq_len, group_size=group_size, dtype=model.dtype
     )
+    seconds = quantisation_seconds(model.shape, size.samples * size.seq_len, gpu)
+    hours = None if seconds is None else seconds / 3600
     if size.fits is not False or options.samples is None:
-        return Quantisation(name, size, distilling, size.fits)
+        return Quantisation(name, size, distilling, size.fits, hours=hours)
     fewer = (sized(1 << n) for n in range((size.samples - 1).bit_length() - 1, -1, -1))
     fitting = next(((one.samples, one.memory.peak) for one in fewer if one.fits), None)
     return Quantisation(name, size, distilling, False, fitting)

@@ -110,12 +110,13 @@ def answer(plan: Plan) -> Iterator[str]:
     smallest = plan.precisions[-1].label
     for each in plan.quantisation:
         if each.gpu is None:
-            yield f"Quantising on this machine's CPU: {_quantising(each, 'RAM')}. Name a GPU with --gpu."
+            needs = f"{_quantising(each, 'RAM')}{_time(each)}"
+            yield f"Quantising on this machine's CPU: {needs}. Name a GPU with --gpu."
             memory = plan.generation[smallest].peak / GIB
             yield f"Running {smallest}: {memory:.1f} GiB of memory at {plan.options.context} tokens."
             continue
         gpu = next(gpu for gpu in plan.options.gpus if gpu.name == each.gpu)
-        yield f"Quantising on {gpu.title}: {_quantising(each, 'GPU memory')}."
+        yield f"Quantising on {gpu.title}: {_quantising(each, 'GPU memory')}{_time(each)}."
         for row in plan.deployments:
             if (row.speed.gpu, row.precision) == (gpu.name, smallest):
                 yield _running(row, gpu, plan.options.context)
@@ -137,6 +138,15 @@ def _quantising(each: Quantisation, kind: str) -> str:
         return f"{needs}: does not fit, with any number of samples"
     samples, needed = each.fitting
     return f"{needs}: does not fit; `--samples {samples}` needs {needed / GIB:.1f} GiB"
+
+
+def _time(quantisation: Quantisation) -> str:
+    """Return the estimated time of quantising and what it rests on; empty where no rate was measured."""
+    if (hours := quantisation.hours) is None:
+        return ""
+    length = f"{hours:.1f} hours" if hours >= 1.5 else f"{max(1, round(60 * hours))} min"
+    basis = "two cores of an AMD EPYC" if quantisation.gpu is None else "it, from the rate of a 7B model"
+    return f"; estimated time {length} on {basis}"
 
 
 def _running(row: Deployment, gpu: Gpu, context: int) -> str:

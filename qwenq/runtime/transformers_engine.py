@@ -26,7 +26,7 @@ from qwenq.models.config import PLAIN_ROPE, by_inspection, rope_parameters
 from qwenq.models.inspection import ClassHead
 from qwenq.models.qwen_v1 import LongContext, long_context_of
 from qwenq.models.transformers_model import as_cache, assemble_unfused, build_whole_model, transformers_config
-from qwenq.runtime.attention import Attention, attend
+from qwenq.runtime.attention import Attention, Off, Sdpa
 from qwenq.runtime.cache import KVCache, Span, StateShape, plan
 from qwenq.runtime.generation import Engine
 from qwenq.runtime.linear import Linear
@@ -36,6 +36,7 @@ _ATTENTION = "qwenq"
 _LINEAR = "linear_attention"
 _WINDOW = "sliding_attention"
 _OF_TWO_MODELS = "config.json and the weights are not of one model: copy the folder again"
+_SDPA = Sdpa()
 _DENSE = "run a dense Qwen or Llama model"
 
 
@@ -77,7 +78,7 @@ class TransformersEngine(Engine):
         kinds = getattr(self._config, "layer_types", None)
         self._kinds: list[str] = kinds or ["full_attention"] * self._config.num_hidden_layers
         self._states = _state_shapes(self._model)
-        self.notes = weights.notes + _window_notes(self._config, self._kinds, attention)
+        self.notes = weights.notes + _attention_notes(self._config, self._kinds, attention)
         self._after: ClassHead | None = None
         self._widths = _config_widths(self._config)
         if by_inspection(checkpoint.config):
@@ -311,6 +312,7 @@ def _attend(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     s_aux: Tensor | None = None,
     qwenq_attention: Attention | None = None,
     qwenq_span: Span | None = None,
@@ -323,6 +325,10 @@ def _attend(
             hint=_DENSE,
         )
     del attention_mask  # the span says the same, and more
+    if softcap != getattr(getattr(module, "config", None), "attn_logit_softcapping", None):
+        raise UnsupportedError(
+            f"the soft cap of scores is not passed on by {type(module).__name__}", hint=_DENSE
+        )
     if s_aux is not None:
         raise UnsupportedError(f"attention sinks ({type(module).__name__}) are not supported", hint=_DENSE)
     natural = query.shape[-1] ** -0.5
@@ -332,10 +338,12 @@ def _attend(
     if width > query.shape[-1]:  # zeros change no score, but the width by which a backend scales them
         query = query * (width / query.shape[-1]) ** 0.5
     query, key, value = (_filled(states, width) for states in (query, key, value))
-    if sliding_window is not None and sliding_window < qwenq_span.end:
-        mixed = attend(query, key, value, _within(qwenq_span, sliding_window))
-    else:
-        mixed = qwenq_attention(query, key, value, qwenq_span)
+    span, chosen = qwenq_span, qwenq_attention
+    if sliding_window is not None and sliding_window < span.end:
+        span, chosen = _within(span, sliding_window), _SDPA
+    if softcap is not None:  # no fused kernel here has it
+        chosen = Off(softcap)
+    mixed = chosen(query, key, value, span)
     return mixed[..., :own].transpose(1, 2).contiguous(), None
 
 
@@ -353,8 +361,10 @@ def _within(span: Span, window: int) -> Span:
     return replace(span, causal=False, mask=mask.unsqueeze(1))
 
 
-def _window_notes(config: Any, kinds: Sequence[str], attention: Attention) -> tuple[str, ...]:
+def _attention_notes(config: Any, kinds: Sequence[str], attention: Attention) -> tuple[str, ...]:
     """Return the note on layers whose attention is torch's, whatever was chosen."""
+    if getattr(config, "attn_logit_softcapping", None) is not None and attention.name != "off":
+        return ("attention scores are soft-capped: no fused kernel computes that, attention off runs",)
     windowed = kinds.count(_WINDOW)
     if not windowed or attention.name == "sdpa":
         return ()
@@ -413,8 +423,6 @@ def _refuse_what_attention_lacks(config: Any, checkpoint: Checkpoint) -> None:
     """Refuse attention other than softmax over earlier tokens."""
     known = {"full_attention", _WINDOW} | (set() if by_inspection(checkpoint.config) else {_LINEAR})
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - known)
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        strange.append("soft-capped scores")
     if getattr(config, "use_bidirectional_attention", None):
         strange.append("queries that see later tokens")
     if strange:

@@ -51,7 +51,7 @@ def test_a_mixture_fits_eighty_columns() -> None:
     for expected in (
         "34,660,610,688 parameters, 3,454,988,928 of them active",
         "8 of 256 experts of 512, a shared one of 512",
-        "1.57 GiB of draft layers (mtp) are copied",
+        "2.41 GiB of draft layers (mtp) and the vision tower are copied",
         "recurrent states",
         "Int8, Int4: 8 GPUs cannot share it: 4 groups of an expert's down_proj",
         "Weights that a token reads, GiB: BF16 5.49",

@@ -157,15 +157,46 @@ def test_states_do_not_grow_with_the_context() -> None:
     assert one.decode_peak == one.weights + one.kv_cache + one.states + one.decode_activations
 
 
-def test_draft_layers_are_counted_and_the_tower_is_named() -> None:
+PUBLISHED_BYTES = {
+    "Qwen/Qwen3.5-0.8B": 1_746_882_752,
+    "Qwen/Qwen3.5-2B": 4_548_144_832,
+    "Qwen/Qwen3.5-4B": 9_319_737_856,
+    "Qwen/Qwen3.5-9B": 19_306_216_416,
+    "Qwen/Qwen3.5-27B": 55_562_872_800,
+    "Qwen/Qwen3.6-27B": 55_562_855_904,
+    "Qwen/Qwen3.6-35B-A3B": 71_903_645_408,
+    "Qwen/Qwen3.5-122B-A10B": 250_173_007_840,
+    "Qwen/Qwen3.5-397B-A17B": 806_795_875_168,
+    "Qwen/Qwen3-VL-2B-Instruct": 4_255_064_064,
+    "Qwen/Qwen3-VL-4B-Instruct": 8_875_631_616,
+    "Qwen/Qwen3-VL-8B-Instruct": 17_534_247_392,
+    "Qwen/Qwen3-VL-32B-Instruct": 66_714_780_128,
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": 62_141_508_064,
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": 471_340_045_792,
+}
+"""`total_size` of the publishers' index files; of Qwen3-VL twice the parameters that the hub shows."""
+
+
+@pytest.mark.parametrize("model", list(PUBLISHED_BYTES))
+def test_bytes_of_vision_language_files_are_the_published_ones(model: str) -> None:
+    """Language model, draft layers and vision tower; in Qwen3.5's files some vectors are float32."""
+    full, int4 = make_plan(find_model(model), PlanOptions(bits=(4,))).precisions
+    assert full.bytes == PUBLISHED_BYTES[model]
+    shape = find_model(model).shape
+    beside = PUBLISHED_BYTES[model] - shape.bytes()  # it is copied
+    assert int4.group_size is not None
+    assert int4.bytes == shape.quantised_bytes(4, int4.group_size) + beside
+
+
+def test_draft_layers_are_counted() -> None:
     plan = make_plan(find_model("Qwen/Qwen3.6-27B"), PlanOptions(bits=(4,)))
     drafts = plan.shape.draft_parameters
     # a block with full attention, `fc` [hidden, 2 hidden] and three norms
     block = 5120 * (2 * 24 + 2 * 4 + 24) * 256 + 3 * 17408 * 5120 + 2 * 256 + 2 * 5120
     assert drafts == block + 2 * 5120**2 + 3 * 5120
-    assert plan.precisions[0].bytes == 2 * (26_895_998_464 + drafts)
-    assert plan.precisions[1].bytes - plan.shape.quantised_bytes(4, 128, "bfloat16") == 2 * drafts
-    assert "vision tower" in str(plan.copied_note)
+    tower = 460_730_096
+    assert plan.precisions[0].bytes == 2 * (26_895_998_464 + drafts + tower)
+    assert plan.copied_note == "of draft layers (mtp) and the vision tower are copied"
     assert make_plan(find_model("qwen3-8b"), PlanOptions()).copied_note is None
 
 

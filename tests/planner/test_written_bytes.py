@@ -66,6 +66,25 @@ def test_planned_bytes_of_mixtures_and_hybrids(tmp_path: Path, family: str, bits
     assert quantised.bytes == tensor_bytes(run(model, tmp_path / "out", group_size=32, bits=bits).folder)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"])
+def test_a_config_alone_tells_the_bytes_of_the_tower(tmp_path: Path, family: str) -> None:
+    model = write_published(tmp_path / "m", family)
+    expected = tensor_bytes(model)
+    (model / "model.safetensors").unlink()
+    assert make_plan(find_model(str(model)), PlanOptions(group_size=32)).precisions[0].bytes == expected
+
+
+@pytest.mark.parametrize("change", [{"depth": None}, {"patch_size": [14, 14]}, "none"])
+def test_a_tower_of_unknown_size_is_named(tmp_path: Path, change: Any) -> None:
+    model = write_published(tmp_path / "m", "qwen3_vl")
+    (model / "model.safetensors").unlink()
+    config = json.loads((model / "config.json").read_text())
+    tower = change if change == "none" else config["vision_config"] | change
+    (model / "config.json").write_text(json.dumps(config | {"vision_config": tower}))
+    plan = make_plan(find_model(str(model)), PlanOptions(group_size=32))
+    assert (plan.copied_bytes, plan.copied_note) == (0, "the vision tower is copied, too, and not counted")
+
+
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
 def test_planned_bytes_of_a_padded_hybrid(tmp_path: Path, family: str) -> None:
     model = write_published(tmp_path / "m", family)

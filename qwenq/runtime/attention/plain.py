@@ -74,11 +74,16 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
 
 
 class Off:
-    """No fused kernel: matrix product, softmax in float32, matrix product."""
+    """No fused kernel: matrix product, softmax in float32, matrix product.
+
+    Args:
+        softcap: scores become softcap · tanh(score / softcap); None: they stay as they are.
+    """
 
     name = "off"
 
-    def __init__(self) -> None:
+    def __init__(self, softcap: float | None = None) -> None:
+        self._softcap = softcap
         self.implementation = f"matmul, float32 softmax, matmul (torch {torch.__version__})"
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
@@ -88,6 +93,8 @@ class Off:
         rows = queries.reshape(batch, shared, heads // shared * tokens, d)  # a group's heads in a row
         scores = (rows @ keys.transpose(-1, -2)).float() * d**-0.5  # [batch, shared, group · tokens, end]
         scores = scores.view(batch, shared, heads // shared, tokens, end)
+        if self._softcap is not None:
+            scores = torch.tanh(scores / self._softcap) * self._softcap
         mask = visible(span, tokens)
         if mask is not None:
             scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))

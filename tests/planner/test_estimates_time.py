@@ -1,0 +1,60 @@
+"""The estimated time of quantising against what was measured on the machines that its rates come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from qwenq.models import catalogue
+from qwenq.planner.estimates import gpu, quantisation_operations, quantisation_seconds
+from qwenq.planner.plan import PlanOptions, find_model, make_plan
+from qwenq.planner.tables import answer
+
+REPORTS = Path(__file__).resolve().parents[2] / "reports"
+
+
+def test_a_whole_run_on_a_cpu_took_about_as_long() -> None:
+    report = json.loads((REPORTS / "benchmarks" / "quantize.json").read_text())
+    measured = median(row["phases_s"]["layers"] for row in report["rows"] if row["tool"] == "qwenq")
+    estimated = quantisation_seconds(catalogue.shape_for(catalogue.BUNDLED), 32 * 512)
+    assert estimated == pytest.approx(measured, rel=0.15)
+
+
+def test_layers_on_a_gpu_took_about_as_long() -> None:
+    rows = json.loads((REPORTS / "gpu" / "quantize.json").read_text())["rows"]
+    (measured,) = (median(row["layer_seconds"]) for row in rows if row["shape"] == "Qwen2.5-7B")
+    shape = catalogue.shape_for("qwen2.5-7b-instruct")
+    estimated = quantisation_seconds(shape, 128 * 2048, gpu("h200"))
+    assert estimated == pytest.approx(measured * shape.layers, rel=0.02)
+
+
+def test_an_expert_is_solved_whole_and_sees_its_share_of_the_text() -> None:
+    """Qwen3-30B-A3B, no text: gate and up [1536, 2048], down [2048, 768] of 6144 experts, and attention."""
+    shape = catalogue.shape_for("qwen3-30b-a3b")
+    _, solving = quantisation_operations(shape, 0)
+    groups = [(1536, 2048, 128), (2048, 768, 128), (4096 + 2 * 512, 2048, 1), (2048, 4096, 1)]
+    assert solving == pytest.approx(48 * sum(n * w**2 * (2 / 3 * w + 6 * r) for r, w, n in groups))
+    few, many = (quantisation_operations(shape, tokens)[0] for tokens in (1000, 2000))
+    by_text = sum(
+        n * share * w * (4 * r + w + 2 * (2 * r if r < w else w))
+        for (r, w, n), share in zip(groups, (8 / 128, 8 / 128, 1, 1), strict=True)
+    )
+    assert many - few == pytest.approx(48 * 1000 * by_text)
+
+
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "qwen3.5-27b"])
+def test_no_time_is_given_where_no_rate_was_measured(model: str) -> None:
+    """On a GPU: for a dense model on an H200 alone."""
+    cards = (gpu("h200"), gpu("rtx-4090"))
+    assert [each.hours for each in make_plan(find_model(model), PlanOptions(gpus=cards)).quantisation] == [
+        None,
+        None,
+    ]
+    dense = make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions(gpus=cards))
+    assert [each.hours is None for each in dense.quantisation] == [False, True]
+    assert any("; estimated time 9 min on it, from the rate of a 7B model." in line for line in answer(dense))
+    (line, *_) = answer(make_plan(find_model(model), PlanOptions()))
+    assert "hours on two cores of an AMD EPYC" in line
