@@ -12,7 +12,7 @@ import torch
 from _gpu_kernels import drawn, wait
 
 from qwenq.errors import QwenqError
-from qwenq.profiling.meters import cache_bytes, meter_for, weight_bytes
+from qwenq.profiling.meters import cache_bytes, meter_for, step_bytes, weight_bytes
 from qwenq.results import Model, Row, Value
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.engine import FastEngine, load
@@ -112,7 +112,7 @@ class Point:
         parts = self.parts(engine, peak, held)
         self.add("memory.generate", plan.lengths[-1], peak, "bytes", engine, settings, parts)
         if self.engine == "fast":  # the other does not say what it reads; here it is hardly more than weights
-            share = weight_bytes(engine) / seconds[0] / self.run.copy_bytes_per_s
+            share = step_bytes(engine) / seconds[0] / self.run.copy_bytes_per_s
             self.add("bandwidth.share", plan.lengths[0], share, "ratio", engine, settings)
         shortest = plan.lengths[0]
         self.run.say(f"{self.label}: {shortest / integral(plan.positions, seconds, shortest):.1f} tok/s")
@@ -121,7 +121,7 @@ class Point:
         """Return what a peak consists of, where the engine says what it holds."""
         if self.engine != "fast":
             return {}
-        weights = weight_bytes(engine, embedding=True)
+        weights = weight_bytes(engine)
         return {"parts": {"weights": weights, "cache": cache, "activations": max(0, peak - weights - cache)}}
 
     def prompt(self, engine: Any, loaded: Loaded, note: str) -> None:

@@ -95,27 +95,36 @@ def clocked(
     setattr(owner, name, timed)
 
 
-def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, float], tuple[int, ...]]:
-    """Seconds of each step per layer, and the calibration's shape."""
-    import torch
-
-    from qwenq.calibration import CalibrationSet
+def clock() -> defaultdict[str, float]:
+    """Replace the functions of ``STEPS``; return their seconds, and those of "solve", which holds most."""
+    from qwenq.gptq import experts, pipeline, solver
     from qwenq.gptq import linears as gptq_rows
-    from qwenq.gptq import pipeline, solver
-    from qwenq.gptq.settings import Settings
-    from qwenq.models.blocks import BlockwiseDecoder
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.machine import product_dtype
 
     seconds: defaultdict[str, float] = defaultdict(float)
     for step, owner, name in (
         ("hessian", pipeline, "hessian"), ("drift", pipeline, "measure_deviation"),
+        ("hessian", experts, "hessian"), ("drift", experts, "measure_deviation"),
         ("factor", gptq_rows, "damp_hessian"), ("target", gptq_rows, "shift_targets"),
         ("scales", solver, "search_grid"), ("columns", solver, "gptq"),
         ("refining", solver, "descend"), ("statistics", gptq_rows, "output_error"),
     ):  # fmt: skip
         clocked(seconds, step, owner, name)
     clocked(seconds, "solve", pipeline._Layer, "solve", around=True)
+    return seconds
+
+
+def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, float], tuple[int, ...]]:
+    """Seconds of each step per layer, and the calibration's shape."""
+    import torch
+
+    from qwenq.calibration import CalibrationSet
+    from qwenq.gptq import pipeline
+    from qwenq.gptq.settings import Settings
+    from qwenq.models.blocks import BlockwiseDecoder
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.machine import product_dtype
+
+    seconds = clock()
     tokens = CalibrationSet.load(calibration).tokens
     decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), product_dtype("cpu"))
     settings = Settings(4, 64, True, True, "hessian", 0.01, 0.5, True)

@@ -209,7 +209,8 @@ def rows_by(monkeypatch: pytest.MonkeyPatch, engine: Clocked) -> list[Row]:
     loaded = SimpleNamespace(seconds=1.0, peak=4_000, meter=meter)
     monkeypatch.setattr(points, "time", SimpleNamespace(perf_counter=lambda: engine.clock))
     monkeypatch.setattr(points, "wait", lambda device: None)
-    monkeypatch.setattr(points, "weight_bytes", lambda *_, **__: 3_000)
+    for name in ("weight_bytes", "step_bytes"):
+        monkeypatch.setattr(points, name, lambda _: 3_000)
     monkeypatch.setattr(points, "cache_bytes", lambda cache: 1_500)
     point = points.Point(run, "fast", "qwen-1.8b-chat", "int4", "split")
     point.steps(engine, loaded, "")
