@@ -75,16 +75,14 @@ class Mixture:
         """Return the weighted sum of each token's experts, [..., hidden]; no other expert is read."""
         rows = x.reshape(-1, x.shape[-1])
         chosen, shares = self._route(rows)
+        numbers, counts = chosen.unique(return_counts=True)
         order = chosen.flatten().argsort(stable=True)  # pairs of a token and its expert, expert by expert
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        shares = shares.flatten()[order].unsqueeze(1)
-        total, start = torch.zeros_like(rows, dtype=torch.float32), 0
-        for expert, count in zip(self.experts, counts, strict=True):
-            if count:
-                some = slice(start, start := start + count)
-                tokens = order[some] // self.active
-                found = expert(rows[tokens], operations)
-                total.index_add_(0, tokens, found.float().mul_(shares[some]))
+        tokens, shares = order // self.active, shares.flatten()[order].unsqueeze(1)
+        total, sizes = torch.zeros_like(rows, dtype=torch.float32), counts.tolist()
+        each = numbers.tolist(), tokens.split(sizes), shares.split(sizes)
+        for number, mine, share in zip(*each, strict=True):
+            found = self.experts[number](rows[mine], operations)
+            total.index_add_(0, mine, found.float().mul_(share))
         return total.to(x.dtype).view(x.shape)
 
     def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
