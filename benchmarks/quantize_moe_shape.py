@@ -67,8 +67,8 @@ def quantise(options: argparse.Namespace) -> None:
         ("loading", BlockwiseDecoder, "_fill"), ("reading", pipeline._Layer, "_stored"),
         ("packing", pipeline._Layer, "_keep"),
     ):  # fmt: skip
-        clocked(seconds, step, owner, name)
-    clocked(seconds, "layers", pipeline._Layer, "quantise", around=True)
+        clocked(seconds, step, owner, name, lambda: None)
+    clocked(seconds, "layers", pipeline._Layer, "quantise", lambda: None, around=True)
     sizes = {"samples": options.samples, "seq_len": options.seq_len}
     quantize(options.child, out=options.work / "quantised", resume=False, progress=False, **sizes)
     seconds["forward"] = seconds["layers"] - seconds["solve"]
