@@ -61,14 +61,14 @@ def decode(folder: str, dtype: str, head: str, counts: str) -> dict[str, Any]:
 def _bytes_and_operations(engine: Any, folder: Path) -> dict[str, int]:
     """Return what a step reads of the weights, and what a prompt's token multiplies; nothing from before."""
     try:
-        from qwenq.profiling.meters import weight_bytes
+        from qwenq.profiling.meters import step_bytes
     except ImportError:
         return {}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     attention = hidden // heads * (2 * heads + 2 * config["num_key_value_heads"])
     block = hidden * (attention + 3 * config["intermediate_size"])
-    return {"step_bytes": weight_bytes(engine), "token_operations": 2 * block * config["num_hidden_layers"]}
+    return {"step_bytes": step_bytes(engine), "token_operations": 2 * block * config["num_hidden_layers"]}
 
 
 def peaks() -> dict[str, float]:

@@ -105,6 +105,28 @@ def clocked(
     setattr(owner, name, timed)
 
 
+def clock(synchronise: Callable[[], None] = lambda: None) -> defaultdict[str, float]:
+    """Replace the functions of ``STEPS``; return their seconds, and those of "solve", which holds most.
+
+    Args:
+        synchronise: waits for the device, before and after each step.
+    """
+    from qwenq.gptq import experts, pipeline, solver
+    from qwenq.gptq import linears as gptq_rows
+
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for step, owner, name in (
+        ("hessian", pipeline, "hessian"), ("drift", pipeline, "measure_deviation"),
+        ("hessian", experts, "hessian"), ("drift", experts, "measure_deviation"),
+        ("factor", gptq_rows, "damp_hessian"), ("target", gptq_rows, "shift_targets"),
+        ("scales", solver, "search_grid"), ("columns", solver, "gptq"),
+        ("refining", solver, "descend"), ("statistics", gptq_rows, "output_error"),
+    ):  # fmt: skip
+        clocked(seconds, step, owner, name, synchronise)
+    clocked(seconds, "solve", pipeline._Layer, "solve", synchronise, around=True)
+    return seconds
+
+
 def measure_layers(
     decoder: Any, tokens: Any, layers: int, group_size: int, synchronise: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
@@ -113,19 +135,10 @@ def measure_layers(
     Args:
         synchronise: waits for the device, before and after each step.
     """
-    from qwenq.gptq import linears as gptq_rows
-    from qwenq.gptq import pipeline, solver
+    from qwenq.gptq import pipeline
     from qwenq.gptq.settings import Settings
 
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for step, owner, name in (
-        ("hessian", pipeline, "hessian"), ("drift", pipeline, "measure_deviation"),
-        ("factor", gptq_rows, "damp_hessian"), ("target", gptq_rows, "shift_targets"),
-        ("scales", solver, "search_grid"), ("columns", solver, "gptq"),
-        ("refining", solver, "descend"), ("statistics", gptq_rows, "output_error"),
-    ):  # fmt: skip
-        clocked(seconds, step, owner, name, synchronise)
-    clocked(seconds, "solve", pipeline._Layer, "solve", synchronise, around=True)
+    seconds = clock(synchronise)
     settings = Settings(4, group_size, True, True, "hessian", 0.1, 0.5, True)
     store: Any = Forgetful()
     begun = time.perf_counter()

@@ -97,7 +97,11 @@ def test_a_vision_model_without_its_processor_is_remarked_on(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "engine"), [("qwen3_vl", "fast"), *((family, "transformers") for family in FAMILIES)]
+    ("family", "engine"),
+    [
+        *((family, "fast") for family in ("qwen3_vl", "qwen3_moe", "qwen3_vl_moe")),
+        *((family, "transformers") for family in FAMILIES),
+    ],
 )
 def test_engines_compute_what_transformers_does(tmp_path: Path, family: str, engine: str) -> None:
     model = write_published(tmp_path / "model", family)

@@ -25,8 +25,7 @@ MULTIPLE = 32
 """Of every width: halves of a head fill registers."""
 MOST_HEAD_DIM = 256
 _HEADS_AT_ONCE = 4
-LINEARS = ("qkv", "out", "gate_up", "down")
-VECTORS = ("attention_norm", "mlp_norm", "qkv_bias", "qk_norm")
+_EXPERTS_AT_ONCE = 16  # registers of any variant are filled
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,13 @@ class StepShape:
     """Sizes of a decoder.
 
     Attributes:
-        ffn: the width of the MLP.
+        ffn: the width of the dense MLPs; 0: there is none.
         head_dim: of a head.
         eps: of the norms.
+        experts: of a mixture; 0: there is none.
+        active: how many of them a row takes.
+        expert_width: of one.
+        normalised: whether their shares are made to add up to one.
     """
 
     layers: int
@@ -46,6 +49,10 @@ class StepShape:
     kv_heads: int
     head_dim: int
     eps: float
+    experts: int = 0
+    active: int = 0
+    expert_width: int = 0
+    normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,20 +60,24 @@ class StepBlock:
     """The weights of a block.
 
     Attributes:
-        linears: qkv, out, gate_up, down.
+        linears: qkv, out.
+        mlps: gate_up, down; of a mixture, those of each expert, with the same sizes and group sizes.
         vectors: float32: attention_norm [hidden], mlp_norm [hidden], qkv_bias [(heads + 2 kv_heads) · d] or
             None, qk_norm [heads + kv_heads, d] or None.
+        router: bfloat16 [experts, hidden]; None: the block is no mixture.
     """
 
-    linears: tuple[PackedWeights, PackedWeights, PackedWeights, PackedWeights]
+    linears: tuple[PackedWeights, PackedWeights]
+    mlps: tuple[tuple[PackedWeights, PackedWeights], ...]
     vectors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    router: Tensor | None = None
 
 
 def unsupported_reason(shape: StepShape) -> str | None:
     """Return why C cannot run such a step here, in words that follow "because"; None: it can."""
     if reason := cpu.unsupported_reason():
         return reason
-    if shape.head_dim % MULTIPLE or shape.hidden % MULTIPLE or shape.ffn % MULTIPLE:
+    if any(width % MULTIPLE for width in (shape.head_dim, shape.hidden, shape.ffn, shape.expert_width)):
         return f"sizes are no multiples of {MULTIPLE}"
     if shape.head_dim > MOST_HEAD_DIM:
         return f"heads are wider than {MOST_HEAD_DIM}"
@@ -87,12 +98,25 @@ class DecodeStep:
         self, shape: StepShape, blocks: Sequence[StepBlock], norm: Tensor, dtype: torch.dtype
     ) -> None:
         self._shape, self._blocks, self._norm, self._dtype = shape, list(blocks), norm, dtype
-        addresses = [[layer.fields.data_ptr() for layer in block.linears] for block in self._blocks]
+        self._tables: list[Tensor] = []
+        addresses = [[*_addresses(block.linears), *self._mlp(block)] for block in self._blocks]
         self._linears = torch.tensor(addresses, dtype=torch.int64)  # [layers, 4]
-        pointers = [[0 if v is None else v.data_ptr() for v in block.vectors] for block in self._blocks]
-        self._vectors = torch.tensor(pointers, dtype=torch.int64)  # [layers, 4]
+        pointers = [
+            [0 if v is None else v.data_ptr() for v in (*block.vectors, block.router)]
+            for block in self._blocks
+        ]
+        self._vectors = torch.tensor(pointers, dtype=torch.int64)  # [layers, 5]
         self._workspace: _Workspace | None = None
         self._alone = Lock()  # C lets other threads of Python run
+
+    def _mlp(self, block: StepBlock) -> list[int]:
+        """Return the addresses of gate_up and down; of a mixture, of a table of its experts' for each."""
+        each = [_addresses(mlp) for mlp in block.mlps]
+        if block.router is None:
+            return each[0]
+        table = torch.tensor(each, dtype=torch.int64).T.contiguous()  # [2, experts]
+        self._tables.append(table)
+        return [row.data_ptr() for row in table]
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]
@@ -167,7 +191,7 @@ class _Workspace:
         shape: sizes.
         rows: of the batch.
         slots: of each row of the cache, at most.
-        linears, vectors: addresses, int64 [layers, 4] each.
+        linears, vectors: addresses of each block, int64 [layers, 4] and [layers, 5].
         norm: float32 [hidden].
     """
 
@@ -176,15 +200,20 @@ class _Workspace:
     ) -> None:
         self._rows, self._slots, threads = rows, slots, torch.get_num_threads()
         d, widest = shape.head_dim, max(shape.hidden, shape.ffn, shape.heads * shape.head_dim)
+        pairs, likely = rows * shape.active, -(-shape.experts // _EXPERTS_AT_ONCE) * _EXPERTS_AT_ONCE
+        activations = max(activation_bytes(rows, widest, 32), activation_bytes(pairs, shape.expert_width, 32))
         self.x = torch.zeros(rows, shape.hidden)
         self.positions = torch.zeros(rows, dtype=torch.int64)
         self._held = {
             "x": self.x,
             "positions": self.positions,
-            "workspace": torch.zeros(activation_bytes(rows, widest, 32), dtype=torch.uint8),
+            "workspace": torch.zeros(activations, dtype=torch.uint8),
             "qkv": torch.zeros(rows, (shape.heads + 2 * shape.kv_heads) * d),
             "mixed": torch.zeros(rows, shape.heads * d),
-            "gate_up": torch.zeros(rows, 2 * shape.ffn),
+            "gate_up": torch.zeros(2 * max(rows * shape.ffn, pairs * shape.expert_width)),
+            "likely": torch.zeros(rows, likely),
+            "shares": torch.zeros(pairs),
+            "routes": torch.zeros(shape.experts + 1 + 2 * pairs, dtype=torch.int64),
             "scores": torch.zeros(threads, _HEADS_AT_ONCE, STRETCH),
             "parts": torch.zeros(rows, shape.heads, -(-slots // STRETCH), d + 2),
             "linears": linears,
@@ -195,8 +224,8 @@ class _Workspace:
         self._threads, self._places = threads, {name: place for place, name in enumerate(names, 1)}
         self._args = (ctypes.c_int64 * (len(names) + 1))(threads)
         self._set({name: tensor.data_ptr() for name, tensor in self._held.items()})
-        sizes = ("layers", "hidden", "ffn", "heads", "kv_heads", "head_dim")
-        self._set({"rows": rows, **{name: getattr(shape, name) for name in sizes}})
+        sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "experts", "active", "normalised")
+        self._set({"rows": rows, **{name: int(getattr(shape, name)) for name in sizes}})
         self._set({"eps": struct.unpack("<I", struct.pack("<f", shape.eps))[0]})
         self._step = cpu.kernel("decode_step")
 
@@ -212,6 +241,10 @@ class _Workspace:
     def _set(self, args: dict[str, int]) -> None:
         for name, value in args.items():
             self._args[self._places[name]] = value
+
+
+def _addresses(layers: Sequence[PackedWeights]) -> list[int]:
+    return [layer.fields.data_ptr() for layer in layers]
 
 
 @cache

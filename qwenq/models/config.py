@@ -39,6 +39,8 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("rope_parameters", "rope_scaling"):
             if isinstance(rope := found.get(key), dict):
                 found[key] = {name: value for name, value in rope.items() if not name.startswith("mrope")}
+    if kind == "qwen3_vl_moe_text":
+        found["norm_topk_prob"] = True  # by its code, whatever the config says
     return found
 
 

@@ -166,18 +166,16 @@ class ModelShape:
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for layer in range(self.layers):
             attends = self.linear_attention is None or layer in self.attending
-            mixed = self.experts is not None and layer not in self.experts.dense_layers
-            kinds.setdefault((attends, mixed), []).append(layer)
+            kinds.setdefault((attends, self.is_mixed(layer)), []).append(layer)
         return tuple(self._block(tuple(layers), *kind) for kind, layers in kinds.items())
 
     def linears(self) -> tuple[Linear, ...]:
         """Return the linear modules that are quantised in some block, named relative to it."""
         return distinct_linears(self.blocks)
 
-    @property
-    def is_dense(self) -> bool:
-        """Return whether all blocks are alike, with a dense MLP and attention of all earlier tokens."""
-        return self.experts is None and self.linear_attention is None
+    def is_mixed(self, layer: int) -> bool:
+        """Return whether a layer has a mixture of experts; else its MLP is dense."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def _block(self, layers: tuple[int, ...], attends: bool, mixed: bool) -> Block:
         """Return a kind of block: what it attends with, then its MLP."""

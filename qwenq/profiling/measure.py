@@ -27,6 +27,7 @@ from qwenq.profiling.meters import (
     cache_bytes,
     copy_bandwidth,
     meter_for,
+    step_bytes,
     synchronise,
     weight_bytes,
 )
@@ -361,7 +362,7 @@ def _memory_rows(
         cache = bench.cache_bytes
         details = {"before_bytes": bench.before, "at_rest_bytes": held, **bench.meter.also()}
         try:
-            parts = {"weights": weight_bytes(bench.engine, embedding=True), "cache": cache}
+            parts = {"weights": weight_bytes(bench.engine), "cache": cache}
             details["parts"] = {**parts, "activations": max(0, peak - held - cache)}
         except UnsupportedError as error:
             details["no_parts"] = error.what
@@ -375,7 +376,7 @@ def _bandwidth(bench: Bench, found: Decoding, cache: int) -> Row:
     position, seconds = found.positions[0], 1 / found.curve[0]
     slots = bench.point.context + bench.point.tokens
     try:
-        read = weight_bytes(bench.engine) + cache * position // slots
+        read = step_bytes(bench.engine) + cache * position // slots
     except UnsupportedError as error:
         return bench.absent("bandwidth.share", error.what)
     copied, achieved = copy_bandwidth(bench.engine.device), read / seconds

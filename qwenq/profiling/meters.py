@@ -13,6 +13,7 @@ from qwenq.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from qwenq.runtime.cache import KVCache
+    from qwenq.runtime.decoder import Decoder
     from qwenq.runtime.engine import Engine
 
 # Measure peak memory between two moments: of the CUDA allocator, or the resident set of this process.
@@ -213,20 +214,31 @@ def cache_bytes(cache: KVCache) -> int:
     return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
 
 
-def weight_bytes(engine: Engine, *, embedding: bool = False) -> int:
-    """Return the bytes of the linear layers and the head as the engine keeps them.
-
-    Args:
-        embedding: with an embedding that is not the head.
+def weight_bytes(engine: Engine) -> int:
+    """Return the bytes of the linear layers, the head and the embedding as the engine keeps them.
 
     Raises:
         UnsupportedError: this engine does not tell in what form it keeps its weights.
     """
+    decoder = _decoder(engine)
+    blocks = sum(linear.nbytes for block in decoder.blocks for linear in block.linears)
+    tied = getattr(decoder.head, "weight", None) is decoder.embedding
+    return blocks + decoder.head.nbytes + (0 if tied else decoder.embedding.nbytes)
+
+
+def step_bytes(engine: Engine) -> int:
+    """Return the bytes of weights that a decode step of one row reads: of a mixture, its active experts'.
+
+    Raises:
+        UnsupportedError: this engine does not tell in what form it keeps its weights.
+    """
+    decoder = _decoder(engine)
+    return sum(block.step_bytes for block in decoder.blocks) + decoder.head.nbytes
+
+
+def _decoder(engine: Engine) -> Decoder:
     from qwenq.runtime.engine import FastEngine
 
     if not isinstance(engine, FastEngine):
         raise UnsupportedError(f"the bytes that a step reads are not known with the engine {engine.name}")
-    decoder = engine.decoder
-    blocks = sum(b.qkv.nbytes + b.out.nbytes + b.gate_up.nbytes + b.down.nbytes for b in decoder.blocks)
-    tied = getattr(decoder.head, "weight", None) is decoder.embedding
-    return blocks + decoder.head.nbytes + (decoder.embedding.nbytes if embedding and not tied else 0)
+    return engine.decoder

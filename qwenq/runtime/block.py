@@ -1,9 +1,9 @@
 """Run a decoder's blocks: the forward pass of a block, written once, over interchangeable operations.
 
-A block is two residual steps, attention over the cache and the gated MLP. q, k and v are one product, gate
-and up are one. `Operations` is what lies between the products: `PlainOperations` for any tokens on any
-device, `StepOperations` for a decode step on a CPU, `TritonOperations` for one on a GPU. `CompiledStep` is
-the whole pass in one call of C.
+A block is two residual steps: attention over the cache, and the gated MLP or a mixture of some that a router
+chooses for each token. q, k and v are one product, gate and up are one. `Operations` is what lies between the
+products: `PlainOperations` for any tokens on any device, `StepOperations` for a decode step on a CPU,
+`TritonOperations` for one on a GPU. `CompiledStep` is the whole pass in one call of C.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from qwenq.compute import block as ops
+from qwenq.compute import dense
 from qwenq.compute import step as compute
 from qwenq.runtime.attention.plain import Attention, grouped_attention
 from qwenq.runtime.cache import KVCache, Span
@@ -28,13 +29,86 @@ from qwenq.runtime.spec import DecoderSpec, Rope
 
 
 @dataclass(frozen=True)
+class GatedMLP:
+    """The MLP of a dense block, or one expert.
+
+    Attributes:
+        gate_up: hidden → 2 · ffn.
+        down: ffn → hidden.
+    """
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor, operations: Operations) -> Tensor:
+        """Return [..., hidden] for [..., hidden]."""
+        return self.down(operations.gated(self.gate_up(x)))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return the linear layers."""
+        return self.gate_up, self.down
+
+    @property
+    def step_bytes(self) -> int:
+        """Return the bytes that a token reads."""
+        return sum(linear.nbytes for linear in self.linears)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts, of which each token takes those that its router finds likeliest.
+
+    Attributes:
+        router: [experts, hidden].
+        experts: of one width.
+        active: how many a token takes.
+        normalised: whether their shares are made to add up to one.
+    """
+
+    router: Tensor
+    experts: tuple[GatedMLP, ...]
+    active: int
+    normalised: bool
+
+    def __call__(self, x: Tensor, operations: Operations) -> Tensor:
+        """Return the weighted sum of each token's experts, [..., hidden]; no other expert is read."""
+        rows = x.reshape(-1, x.shape[-1])
+        chosen, shares = self._route(rows)
+        numbers, counts = chosen.unique(return_counts=True)
+        order = chosen.flatten().argsort(stable=True)  # pairs of a token and its expert, expert by expert
+        tokens, shares = order // self.active, shares.flatten()[order].unsqueeze(1)
+        total, sizes = torch.zeros_like(rows, dtype=torch.float32), counts.tolist()
+        each = numbers.tolist(), tokens.split(sizes), shares.split(sizes)
+        for number, mine, share in zip(*each, strict=True):
+            found = self.experts[number](rows[mine], operations)
+            total.index_add_(0, mine, found.float().mul_(share))
+        return total.to(x.dtype).view(x.shape)
+
+    def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each token's experts and their shares, int64 and float32 [tokens, active]."""
+        likely = dense.multiply(rows, self.router).softmax(-1, dtype=torch.float32)
+        shares, chosen = likely.topk(self.active, dim=-1)
+        return chosen, shares / shares.sum(-1, keepdim=True) if self.normalised else shares
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return the linear layers of all experts."""
+        return tuple(linear for expert in self.experts for linear in expert.linears)
+
+    @property
+    def step_bytes(self) -> int:
+        """Return the bytes that a token reads."""
+        return self.router.nbytes + self.active * self.experts[0].step_bytes
+
+
+@dataclass(frozen=True)
 class Block:
     """Weights of one decoder block.
 
     Attributes:
         qkv: hidden → (heads + 2 · key/value heads) · d.
         qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
-        gate_up: hidden → 2 · ffn.
     """
 
     attention_norm: Tensor
@@ -42,8 +116,17 @@ class Block:
     qk_norm: Tensor | None
     out: Linear
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    mlp: GatedMLP | Mixture
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return the linear layers, but for a router."""
+        return self.qkv, self.out, *self.mlp.linears
+
+    @property
+    def step_bytes(self) -> int:
+        """Return the bytes of the linear layers, and of a router, that a token reads."""
+        return self.qkv.nbytes + self.out.nbytes + self.mlp.step_bytes
 
 
 class Operations(Protocol):
@@ -78,7 +161,7 @@ def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Ope
         normed = operations.add_norm(x, added, block.attention_norm)
         mixed = operations.attention(block.qkv(normed), block.qk_norm, layer)
         normed = operations.add_norm(x, block.out(mixed), block.mlp_norm)
-        added = block.down(operations.gated(block.gate_up(normed)))
+        added = block.mlp(normed, operations)
     return operations.add_norm(x, added, norm)
 
 
@@ -236,13 +319,18 @@ class CompiledStep:
     @staticmethod
     def unsupported_reason(spec: DecoderSpec, blocks: Sequence[Block]) -> str | None:
         """Return why C cannot run these blocks, in words that follow "because"; None: it can."""
-        linears = [linear for block in blocks for linear in _linears(block)]
+        linears: list[Any] = [linear for block in blocks for linear in block.linears]
+        qkv = {id(block.qkv) for block in blocks}
         if not all(isinstance(linear, CpuNative) and linear.order is None for linear in linears):
             return f"not every linear layer is a {CpuNative.name} with its columns as they come"
         if any(linear.offsets is not None for linear in linears):
             return "the weights have zero points off the middle"
-        if any(linear.bias is not None for block in blocks for linear in _linears(block)[1:]):
+        if any(linear.bias is not None for linear in linears if id(linear) not in qkv):
             return "there are biases behind attention or in the MLP"
+        for block in blocks:
+            sizes = [cast(CpuNative, linear).layer.group_size for linear in block.mlp.linears]
+            if len({*sizes[::2]}) > 1 or len({*sizes[1::2]}) > 1:
+                return "the experts of a block have groups of unlike size"
         return compute.unsupported_reason(_shape(spec))
 
     def __call__(self, x: Tensor, cache: KVCache, rope: Rope) -> Tensor:
@@ -259,15 +347,16 @@ class CompiledStep:
 def _shape(spec: DecoderSpec) -> compute.StepShape:
     shape = spec.shape
     sizes = shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim
-    return compute.StepShape(*sizes, spec.eps)
-
-
-def _linears(block: Block) -> list[Any]:
-    return [block.qkv, block.out, block.gate_up, block.down]
+    if (experts := shape.experts) is None:
+        return compute.StepShape(*sizes, spec.eps)
+    mixture = experts.count, experts.active, experts.width, spec.normalises_experts
+    return compute.StepShape(*sizes, spec.eps, *mixture)
 
 
 def _step_block(block: Block) -> compute.StepBlock:
-    qkv, out, gate_up, down = (cast(CpuNative, linear).layer for linear in _linears(block))
+    qkv, out, *inner = (cast(CpuNative, linear).layer for linear in block.linears)
+    mlps = tuple(zip(inner[::2], inner[1::2], strict=True))
+    router = block.mlp.router if isinstance(block.mlp, Mixture) else None
     bias = cast(CpuNative, block.qkv).bias
     vectors = (
         block.attention_norm.float(),
@@ -275,4 +364,4 @@ def _step_block(block: Block) -> compute.StepBlock:
         None if bias is None else bias.float(),
         None if block.qk_norm is None else block.qk_norm.float().contiguous(),
     )
-    return compute.StepBlock((qkv, out, gate_up, down), vectors)
+    return compute.StepBlock((qkv, out), mlps, vectors, router)

@@ -117,6 +117,8 @@ class Graphs:
             return f"CUDA graphs need a CUDA GPU, and this is a {decoder.device.type}"
         if decoder.attend.name not in _CAPTURABLE and not getattr(decoder.attend, "capturable", False):
             return f"attention {decoder.attend.name} asks the device for lengths, which a graph cannot"
+        if decoder.spec.shape.experts is not None:
+            return "which experts a step reads is known only as it runs"
         scaling = decoder.spec.rope_scaling or {}
         if scaling.get("rope_type", scaling.get("type")) == "dynamic":
             return "dynamic rope scaling has no table of all positions"

@@ -1,4 +1,4 @@
-"""Decode dense Llama, Qwen2 (Qwen v1 read as Qwen2) and Qwen3 models: load the weights, run new tokens."""
+"""Decode Llama, Qwen2 (also Qwen v1), Qwen3 and Qwen3-MoE models: load the weights, run new tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.attention.backends import Autotuned
 from qwenq.runtime.attention.plain import GroupedDecode
-from qwenq.runtime.block import Block, CompiledStep, Operations, PlainOperations, StepOperations, run_blocks
+from qwenq.runtime.block import (
+    Block,
+    CompiledStep,
+    GatedMLP,
+    Mixture,
+    Operations,
+    PlainOperations,
+    StepOperations,
+    run_blocks,
+)
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.linear import Dense, Linear, float32_logits
 from qwenq.runtime.quantised_linear import CpuNative, Int8Head
@@ -66,7 +75,11 @@ class Decoder:
         self.kernel, self.notes = weights.kernel, weights.notes
         self.rope = Rope(self.spec, device, dtype)
         shape = self.spec.shape
-        widths = {"hidden states": shape.hidden, "the MLP": shape.ffn, "a head": shape.head_dim}
+        widths = {"hidden states": shape.hidden, "a head": shape.head_dim}
+        if shape.ffn:
+            widths["the MLP"] = shape.ffn
+        if shape.experts is not None:
+            widths["an expert"] = shape.experts.width
         what = "norms, rotary positions, activations and attention of prompts"
         if notice := ops.fallback_notice(what, device, dtype, widths):
             self.notes = (*self.notes, notice)
@@ -199,6 +212,17 @@ def _load_block(weights: Weights, spec: DecoderSpec, layer: int) -> Block:
         qk_norm=qk_norm,
         out=weights.linear(f"{attention}.o_proj"),
         mlp_norm=weights.tensor(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up=weights.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-        down=weights.linear(f"{mlp}.down_proj"),
+        mlp=_load_mixture(weights, spec, mlp) if spec.shape.is_mixed(layer) else _load_mlp(weights, mlp),
     )
+
+
+def _load_mlp(weights: Weights, prefix: str) -> GatedMLP:
+    gate_up = weights.linear(f"{prefix}.gate_proj", f"{prefix}.up_proj")
+    return GatedMLP(gate_up, weights.linear(f"{prefix}.down_proj"))
+
+
+def _load_mixture(weights: Weights, spec: DecoderSpec, prefix: str) -> Mixture:
+    experts = spec.shape.experts
+    assert experts is not None  # noqa: S101 - the layer is one
+    each = tuple(_load_mlp(weights, f"{prefix}.experts.{number}") for number in range(experts.count))
+    return Mixture(weights.tensor(f"{prefix}.gate.weight"), each, experts.active, spec.normalises_experts)

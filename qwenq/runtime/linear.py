@@ -53,9 +53,9 @@ class LinearShape:
     even: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Requirements:
-    """What a model requires of a `QuantLinear`.
+    """What a model requires of a `QuantLinear`; equal to itself alone: experts are thousands of layers.
 
     Attributes:
         bits: 2, 4 or 8.

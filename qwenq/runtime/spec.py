@@ -25,7 +25,7 @@ _COPY_AGAIN = "copy the model's config.json again"
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes and constants of a dense Llama, Qwen2 or Qwen3 decoder.
+    """Sizes and constants of a Llama, Qwen2, Qwen3 or Qwen3-MoE decoder.
 
     Attributes:
         shape: all sizes.
@@ -34,6 +34,7 @@ class DecoderSpec:
         rope_scaling: transformers' rope parameters where they are not the default, else None.
         long_context: Qwen v1's own way beyond ``seq_length``; None for all newer models.
         real_vocab: ids from here on pad the embedding and are never sampled.
+        normalises_experts: whether the shares of a token's experts are made to add up to one.
         config: the whole config.json.
     """
 
@@ -43,6 +44,7 @@ class DecoderSpec:
     rope_scaling: dict[str, Any] | None
     long_context: LongContext | None
     real_vocab: int
+    normalises_experts: bool
     config: dict[str, Any]
 
     @property
@@ -52,7 +54,7 @@ class DecoderSpec:
 
 
 def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Return the spec of a config.json of Llama, Qwen2 or Qwen3.
+    """Return the spec of a config.json of Llama, Qwen2, Qwen3 or Qwen3-MoE.
 
     Raises:
         UnsupportedError: an activation, a rope scaling or a sliding window that the decoder does not have.
@@ -61,9 +63,9 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
     """
     config = dict(config)
     shape = ModelShape.from_config(config)
-    if not shape.is_dense:
+    if shape.linear_attention is not None:
         raise UnsupportedError(
-            f"{shape.architecture} has experts or linear attention, which this engine does not compute",
+            f"{shape.architecture} has linear attention, which this engine does not compute",
             hint=_USE_TRANSFORMERS,
         )
     if shape.head_dim % 2:
@@ -80,6 +82,7 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
         rope_scaling=scaling,
         long_context=long_context_of(config),
         real_vocab=min(int(real), shape.vocab),
+        normalises_experts=bool(config.get("norm_topk_prob", False)),
         config=config,
     )
 

@@ -13,6 +13,7 @@ from qwenq.models.checkpoint import Checkpoint
 
 VOCAB = 300
 
+_MIXTURE = {"head_dim": 32, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -43,6 +44,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "qwen3-moe": {"model_type": "qwen3_moe", **_MIXTURE, "norm_topk_prob": True},
+    "qwen3-moe-partly": {"model_type": "qwen3_moe", **_MIXTURE, "mlp_only_layers": [0]},
 }
 
 
@@ -71,10 +74,24 @@ def small_model(family: str, **changes: Any) -> tuple[Any, Checkpoint]:
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = 1 + 0.2 * noise if name.endswith("norm.weight") else 0.2 * noise
     model.tie_weights()
-    tensors = dict(model.state_dict())
+    tensors = apart(dict(model.state_dict()))
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return model, Checkpoint(Path("in-memory"), model.config.to_dict(), MemorySource(tensors))
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each expert's weights by themselves, as they lie in files."""
+    found = {}
+    for name, tensor in tensors.items():
+        prefix, _, leaf = name.rpartition(".")
+        if tensor.ndim < 3:
+            found[name] = tensor
+            continue
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for part, stacked in zip(leaves, tensor.chunk(len(leaves), dim=1), strict=True):
+            found |= {f"{prefix}.{n}.{part}.weight": one.contiguous() for n, one in enumerate(stacked)}
+    return found
 
 
 def random_ids(count: int, seed: int = 0) -> list[int]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
-from runtime.quantised_models import quantised_model
-from runtime.small_models import random_ids
+from models.plain_qwen_v1 import MemorySource
+from runtime.quantised_models import packed_linear, quantised_model
+from runtime.small_models import random_ids, small_model
 
 from qwenq.errors import UsageError
 from qwenq.models.gptq_config import QuantConfig
@@ -19,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("each_variant")
 
 NEAR = 0.04  # what bfloat16 leaves of models whose random weights make it hard
 INT4, INT8 = QuantConfig(bits=4, group_size=32), QuantConfig(bits=8, group_size=32)
-FAMILIES = ("llama", "llama3-rope", "qwen1.5", "qwen2-tied", "qwen2.5-yarn", "qwen3")
+FAMILIES = (
+    "llama", "llama3-rope", "qwen1.5", "qwen2-tied", "qwen2.5-yarn", "qwen3", "qwen3-moe", "qwen3-moe-partly",
+)  # fmt: skip
 
 
 def engine_of(
@@ -69,6 +73,19 @@ def test_rows_of_a_batch_equal_rows_alone(rows: int) -> None:
         alone = torch.cat([engine.decode(ids[step, row : row + 1], cache) for step in range(3)])
         error = (together[:, row] - alone).norm() / alone.norm()
         assert error < NEAR  # prompts are encoded in bfloat16, in batches of other sizes
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [2, 5, CpuNative.many_rows - 1])
+def test_rows_that_share_experts_or_have_their_own_equal_rows_alone(rows: int) -> None:
+    engine = engine_of("qwen3-moe")
+    cache = engine.new_cache(rows, 16)
+    engine.prefill([random_ids(1 + row % 7, row) for row in range(rows)], cache)
+    some, ids = (0, rows // 2, rows - 1), torch.tensor(random_ids(rows, 9)).unsqueeze(1)
+    parts = [cache.take([row]) for row in some]
+    together = engine.forward(ids, [1] * rows, cache)
+    for row, part in zip(some, parts, strict=True):
+        assert torch.equal(engine.forward(ids[row : row + 1], [1], part)[0], together[row])
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 63, 64, 65, 79])
@@ -131,8 +148,9 @@ def test_a_full_row_is_refused() -> None:
         engine.decode(torch.tensor([1]), cache)
 
 
-def test_greedy_text_is_the_same_with_any_number_of_threads() -> None:
-    engine, threads = engine_of("qwen3"), torch.get_num_threads()
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe-partly"])
+def test_greedy_text_is_the_same_with_any_number_of_threads(family: str) -> None:
+    engine, threads = engine_of(family), torch.get_num_threads()
     texts = []
     try:
         for count in (1, 2, 3):
@@ -170,6 +188,27 @@ def test_unsupported_models_get_a_note_with_the_reason(
     assert note.startswith("the faster compiled decode step is not used because ")
     assert reason in note
     assert torch.isfinite(steps(engine, [[1, 2]], 2)).all()
+
+
+def test_experts_may_differ_in_bits_but_not_in_their_groups() -> None:
+    name = "model.layers.0.mlp.experts.1.down_proj"
+    for own, reason in ((INT8, None), (QuantConfig(bits=4, group_size=64), "groups of unlike size")):
+        base = quantised_model("qwen3-moe", INT4, hidden_size=128, moe_intermediate_size=64)
+        weight = small_model("qwen3-moe", hidden_size=128, moe_intermediate_size=64)[1].read(f"{name}.weight")
+        tensors = {**base.source.tensors, **packed_linear(weight, own).tensors(name)}  # type: ignore[attr-defined]
+        rule = {f"+:.*{name}$": {"bits": own.bits, "group_size": own.group_size}}
+        quant = {**base.config["quantization_config"], "dynamic": rule}
+        mixed = replace(
+            base, config={**base.config, "quantization_config": quant}, source=MemorySource(tensors)
+        )
+        engine = load(mixed, device="cpu", dtype="bfloat16")
+        assert isinstance(engine, FastEngine)
+        assert (engine.decoder.compiled is None) is bool(reason)
+        assert [note for note in engine.notes if reason and reason in note] == list(engine.notes)
+        exact = load(mixed, device="cpu", dtype="float32")
+        assert isinstance(exact, FastEngine)
+        found, expected = (steps(one, [[1, 2]], 2) for one in (engine, exact))
+        assert (found - expected).norm() / expected.norm() < NEAR
 
 
 def test_threads_of_python_that_share_an_engine_answer_as_one() -> None:

@@ -21,7 +21,7 @@ def held_bytes(checkpoint: Checkpoint) -> int:
     assert isinstance(engine, FastEngine)
     assert engine.dtype is torch.bfloat16
     decoder = engine.decoder
-    linears = [getattr(block, name) for block in decoder.blocks for name in ("qkv", "out", "gate_up", "down")]
+    linears = [linear for block in decoder.blocks for linear in block.linears]
     return decoder.embedding.nbytes + decoder.head.nbytes + sum(linear.nbytes for linear in linears)
 
 

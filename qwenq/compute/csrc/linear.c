@@ -91,6 +91,16 @@ Activations activations_at(void *workspace, long rows, const Linear *layer) {
     return x;
 }
 
+// The row as the first of its own.
+Activations activations_of(const Activations *x, long row) {
+    Activations one = *x;
+    one.high += row * x->columns * (BYTE_PRODUCTS ? 1 : 2);
+    one.low += row * x->columns;
+    one.scales += row * x->groups;
+    one.sums += row * x->groups;
+    return one;
+}
+
 void quantise_group(const Activations *to, long row, long group, const float *x) {
     Floats largest = spread(0.0f), invalid = spread(0.0f);
     const Floats zero = spread(0.0f);
@@ -227,10 +237,8 @@ ALWAYS_INLINE void multiply_block(const Linear *layer, const Activations *x, lon
             multiply_tile(layer, x, block, first, row, mode, y, bits, halves, 1, TILE(1));
 }
 
-// The calling thread's share of the blocks, for all rows: a block of weights stays in the cache meanwhile.
-void multiply(const Linear *layer, const Activations *x, long rows, int mode, void *y) {
-    long block, end;
-    thread_share(layer->blocks, &block, &end);
+// Blocks [block, end) for all rows: a block of weights stays in the cache meanwhile.
+void multiply(const Linear *layer, const Activations *x, long rows, long block, long end, int mode, void *y) {
     if (layer->bits == 4 && layer->scales_float16)
         for (; block < end; block++) multiply_block(layer, x, block, rows, mode, y, 4, 1);
     else if (layer->bits == 4)
@@ -256,7 +264,8 @@ static void linear_thread(Args args) {
         quantise_group(&x, task / x.groups, task % x.groups, values);
     }
     barrier();
-    multiply(&layer, &x, rows, dtype == BFLOAT16 ? TO_BFLOAT16 : TO_FLOAT32, POINTER(void, 3));
+    thread_share(layer.blocks, &task, &end);
+    multiply(&layer, &x, rows, task, end, dtype == BFLOAT16 ? TO_BFLOAT16 : TO_FLOAT32, POINTER(void, 3));
 }
 void quantised_linear(Args args) { on_threads(linear_thread, args); }
 

@@ -23,4 +23,5 @@ typedef struct {
 Linear linear_at(const int64_t *fields);
 Activations activations_at(void *workspace, long rows, const Linear *layer);
 void quantise_group(const Activations *to, long row, long group, const float *x);
-void multiply(const Linear *layer, const Activations *x, long rows, int mode, void *y);
+Activations activations_of(const Activations *x, long row);
+void multiply(const Linear *layer, const Activations *x, long rows, long block, long end, int mode, void *y);

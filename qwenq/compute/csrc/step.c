@@ -2,6 +2,7 @@
 //
 //     x += W_o attention(rotary(norm(x) W_qkv));  x += W_down (silu(gate) up),  gate, up = norm(x) W_gate_up
 //
+// In a mixture of experts, the second is a sum over the experts that the row's router chooses; no other is read.
 // Nothing but a barrier lies between a product and the next. Products are linear.c's; all else is float32, the residual
 // stream too. Attention reads a cache that is laid out for steps: keys transposed, so that a register holds the same
 // number of neighbouring slots. A long cache is split into stretches, which threads share; each has a softmax of its own,
@@ -16,14 +17,16 @@ enum { STRETCH = 256, HEADS_AT_ONCE = 4, MOST_HEAD_REGISTERS = 256 / LANES };
 #define FIELDS(FIELD) \
     FIELD(x) FIELD(workspace)         /* float32 [rows, hidden], the residual stream; activations of the widest layer */ \
     FIELD(qkv) FIELD(mixed) FIELD(gate_up)  /* float32 [rows, ...], what linears read and write */ \
-    FIELD(linears) FIELD(vectors)     /* of each block: 4 addresses of a Linear's fields; 4 addresses of float32 vectors */ \
+    FIELD(linears) FIELD(vectors)     /* addresses of each block, see LINEARS and VECTORS */ \
+    FIELD(likely) FIELD(shares) FIELD(routes)  /* of a mixture, see choose */ \
     FIELD(scores) FIELD(parts) FIELD(splits)  /* float32, see attend; stretches that the longest row reaches into */ \
     FIELD(cos) FIELD(sin) FIELD(rotation_stride)  /* float32 [rows or 1, heads + kv_heads, d]; from row to row */ \
     FIELD(keys) FIELD(values) FIELD(slots)    /* float32 [layers, rows, kv_heads, d, slots], [..., slots, d] */ \
     FIELD(layer_stride)               /* numbers from layer to layer of both */ \
     FIELD(positions) FIELD(rows)      /* int64 [rows] */ \
     FIELD(norm) FIELD(y) FIELD(y_bfloat16)    /* float32 [hidden]; float32 or bfloat16 [rows, hidden] */ \
-    FIELD(layers) FIELD(hidden) FIELD(ffn) FIELD(heads) FIELD(kv_heads) FIELD(head_dim) FIELD(eps)
+    FIELD(layers) FIELD(hidden) FIELD(heads) FIELD(kv_heads) FIELD(head_dim) FIELD(eps) \
+    FIELD(experts) FIELD(active) FIELD(normalised)  /* of a mixture; how many a row takes; whether shares add up to one */
 
 enum {
     STEP_threads,
@@ -39,15 +42,19 @@ EXPORT const char *qwenq_step_fields(void) {
         ;
 }
 
+// Addresses of a Linear's fields; of a mixture, GATE_UP and DOWN are addresses of one such address for each expert.
 enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
-enum { ATTENTION_NORM, MLP_NORM, QKV_BIAS, QK_NORM, VECTORS };
+// Addresses of float32 vectors, and of a mixture's router, bfloat16 [experts, hidden]; 0: there is none.
+enum { ATTENTION_NORM, MLP_NORM, QKV_BIAS, QK_NORM, ROUTER, VECTORS };
 
 typedef struct {
-    float *x, *qkv, *mixed, *gate_up, *scores, *parts, *keys, *values;
+    float *x, *qkv, *mixed, *gate_up, *scores, *parts, *keys, *values, *likely, *shares;
     const float *cos, *sin, *norm;
     const int64_t *linears, *vectors, *positions;
+    int64_t *routes;
     void *workspace, *y;
-    long splits, rotation_stride, slots, layer_stride, rows, y_bfloat16, layers, hidden, ffn, heads, kv_heads, d;
+    long splits, rotation_stride, slots, layer_stride, rows, y_bfloat16, layers, hidden, heads, kv_heads, d;
+    long experts, active, normalised;
     float eps;
 } Step;
 
@@ -58,8 +65,9 @@ static Step step_at(Args args) {
         FLOAT_FIELD(x), FLOAT_FIELD(qkv), FLOAT_FIELD(mixed), FLOAT_FIELD(gate_up), FLOAT_FIELD(scores),
         FLOAT_FIELD(parts), FLOAT_FIELD(keys), FLOAT_FIELD(values), FLOAT_FIELD(cos), FLOAT_FIELD(sin), FLOAT_FIELD(norm),
         LONG_FIELD(splits), LONG_FIELD(rotation_stride), LONG_FIELD(slots), LONG_FIELD(layer_stride), LONG_FIELD(rows),
-        LONG_FIELD(y_bfloat16), LONG_FIELD(layers), LONG_FIELD(hidden), LONG_FIELD(ffn), LONG_FIELD(heads),
-        LONG_FIELD(kv_heads), .d = args[STEP_head_dim], .eps = float_of(args[STEP_eps]),
+        LONG_FIELD(y_bfloat16), LONG_FIELD(layers), LONG_FIELD(hidden), LONG_FIELD(heads), LONG_FIELD(kv_heads),
+        LONG_FIELD(experts), LONG_FIELD(active), LONG_FIELD(normalised), FLOAT_FIELD(likely), FLOAT_FIELD(shares),
+        .d = args[STEP_head_dim], .eps = float_of(args[STEP_eps]), .routes = POINTER(int64_t, STEP_routes),
         .workspace = POINTER(void, STEP_workspace), .y = POINTER(void, STEP_y),
         .linears = POINTER(int64_t, STEP_linears), .vectors = POINTER(int64_t, STEP_vectors),
         .positions = POINTER(int64_t, STEP_positions),
@@ -76,19 +84,35 @@ static float inverse_rms(const float *x, long n, float eps) {
 
 enum { NORMED, MIXED, GATED };  // what a linear layer reads
 
-// A group of a row's activations: RMSNorm of the residual stream, attention's result, or silu(gate) up.
-static void activations(const Step *s, int kind, const float *weight, float inverse, long row, long first, long n,
-                        float *to) {
+// `n` of a row's `width` activations: RMSNorm of the residual stream, attention's result, or silu(gate) up times a factor.
+static void activations(const Step *s, int kind, const float *weight, float factor, long row, long first, long n,
+                        long width, float *to) {
     if (kind == NORMED) {
         const float *x = s->x + row * s->hidden + first;
-        for (long k = 0; k < n; k += LANES) store(to + k, load(x + k) * spread(inverse) * load(weight + first + k));
+        for (long k = 0; k < n; k += LANES) store(to + k, load(x + k) * spread(factor) * load(weight + first + k));
     } else if (kind == MIXED) {
         memcpy(to, s->mixed + row * s->heads * s->d + first, (size_t)n * sizeof *to);
     } else {
-        const float *gate = s->gate_up + row * 2 * s->ffn + first, *up = gate + s->ffn;
+        const float *gate = s->gate_up + row * 2 * width + first, *up = gate + width;
         for (long k = 0; k < n; k += LANES) {
             Floats g = load(gate + k), below = spread(1.0f) + exponential(spread(0.0f) - g);
-            store(to + k, g / below * load(up + k));
+            store(to + k, g / below * load(up + k) * spread(factor));
+        }
+    }
+}
+
+// This thread's part of the activations. NORMED: `vector` is the norm's weight; GATED: factors of the rows, or NULL.
+static void quantise(const Step *s, const Activations *x, long rows, int kind, const float *vector) {
+    long group, end;
+    thread_share(x->groups, &group, &end);
+    for (long row = 0; row < rows; row++) {
+        float factor = kind == NORMED            ? inverse_rms(s->x + row * s->hidden, s->hidden, s->eps)
+                       : kind == GATED && vector ? vector[row]
+                                                 : 1.0f;
+        for (long g = group; g < end; g++) {
+            float values[LONGEST_GROUP];
+            activations(s, kind, vector, factor, row, g * x->group_size, x->group_size, x->columns, values);
+            quantise_group(x, row, g, values);
         }
     }
 }
@@ -97,18 +121,108 @@ static void activations(const Step *s, int kind, const float *weight, float inve
 static void linear(const Step *s, const int64_t *fields, int kind, const float *norm, int mode, float *y) {
     Linear layer = linear_at(fields);
     Activations x = activations_at(s->workspace, s->rows, &layer);
-    long group, end;
-    thread_share(x.groups, &group, &end);
+    long block, end;
+    quantise(s, &x, s->rows, kind, norm);
+    barrier();
+    thread_share(layer.blocks, &block, &end);
+    multiply(&layer, &x, s->rows, block, end, mode, y);
+    barrier();
+}
+
+// ---- a mixture of experts -------------------------------------------------------------------------------------------
+// A pair is a row and one of its experts. Pairs are taken expert by expert, so that a block of weights serves all rows of
+// an expert while it is in the cache.
+
+// `routes`: where the pairs of each expert begin, [experts + 1]; the pairs' numbers, expert by expert; each pair's expert.
+#define STARTS(s) ((s)->routes)
+#define ORDER(s) ((s)->routes + (s)->experts + 1)
+#define CHOSEN(s) (ORDER(s) + (s)->rows * (s)->active)
+
+enum { MOST_LANES = 16 };  // rows of `likely` are a multiple of it for every variant
+
+// This thread's part of the router's logits, `likely` [rows, experts].
+static void route(const Step *s, const uint16_t *router, const float *norm) {
+    long first, end, stride = (s->experts + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
+    thread_share(stride, &first, &end);
     for (long row = 0; row < s->rows; row++) {
-        float inverse = kind == NORMED ? inverse_rms(s->x + row * s->hidden, s->hidden, s->eps) : 0.0f;
-        for (long g = group; g < end; g++) {
-            float values[LONGEST_GROUP];
-            activations(s, kind, norm, inverse, row, g * x.group_size, x.group_size, values);
-            quantise_group(&x, row, g, values);
+        const float *x = s->x + row * s->hidden;
+        Floats inverse = spread(inverse_rms(x, s->hidden, s->eps));
+        for (long expert = first; expert < end; expert++) {
+            Floats sum = spread(0.0f);
+            if (expert < s->experts)
+                for (long i = 0; i < s->hidden; i += LANES)
+                    sum = fmadd(load(x + i) * inverse * load(norm + i), load_bf16(router + expert * s->hidden + i), sum);
+            s->likely[row * stride + expert] = expert < s->experts ? total(sum) : -INFINITY;
         }
     }
+}
+
+// Softmax of each row's logits, its likeliest experts and their `shares` [rows, active]; and the pairs in order.
+static void choose(const Step *s) {
+    long stride = (s->experts + MOST_LANES - 1) / MOST_LANES * MOST_LANES, pairs = s->rows * s->active, at = 0;
+    for (long row = 0; row < s->rows; row++) {
+        float *likely = s->likely + row * stride, *shares = s->shares + row * s->active, taken = 0.0f;
+        Floats largest = spread(-INFINITY), sum = spread(0.0f);
+        for (long i = 0; i < stride; i += LANES) largest = larger(largest, load(likely + i));
+        Floats top = spread(largest_lane(largest));
+        for (long i = 0; i < stride; i += LANES) {
+            Floats power = exponential(load(likely + i) - top);
+            store(likely + i, power);
+            sum += power;
+        }
+        for (long slot = 0; slot < s->active; slot++) {
+            long best = 0;
+            for (long expert = 1; expert < s->experts; expert++)
+                if (likely[expert] > likely[best]) best = expert;
+            CHOSEN(s)[row * s->active + slot] = best;
+            shares[slot] = likely[best];
+            taken += likely[best];
+            likely[best] = -1.0f;
+        }
+        float divisor = s->normalised ? taken : total(sum);
+        for (long slot = 0; slot < s->active; slot++) shares[slot] /= divisor;
+    }
+    for (long expert = 0; expert < s->experts; expert++) {
+        STARTS(s)[expert] = at;
+        for (long pair = 0; pair < pairs; pair++)
+            if (CHOSEN(s)[pair] == expert) ORDER(s)[at++] = pair;
+    }
+    STARTS(s)[s->experts] = at;
+}
+
+// This thread's blocks of one linear layer of all experts: GATE_UP from rows to pairs, DOWN from pairs added to rows.
+static void multiply_experts(const Step *s, int which, const int64_t *fields, const Activations *x, float *y) {
+    for (long expert = 0; expert < s->experts; expert++) {
+        const int64_t *first = ORDER(s) + STARTS(s)[expert], *last = ORDER(s) + STARTS(s)[expert + 1];
+        if (first == last) continue;
+        Linear layer = linear_at((const int64_t *)(intptr_t)fields[expert]);
+        long block, end;
+        thread_share(layer.blocks, &block, &end);
+        for (; block < end; block++)
+            for (const int64_t *pair = first; pair < last; pair++) {
+                long row = *pair / s->active, from = which == DOWN ? *pair : row, to = which == DOWN ? row : *pair;
+                Activations one = activations_of(x, from);
+                multiply(&layer, &one, 1, block, block + 1, which == DOWN ? ADD_FLOAT32 : TO_FLOAT32,
+                         y + to * layer.blocks * OUTPUTS);
+            }
+    }
+}
+
+static void mixture(const Step *s, const int64_t *gate_up, const int64_t *down, const uint16_t *router, const float *norm) {
+    Linear layer = linear_at((const int64_t *)(intptr_t)gate_up[0]);  // experts are alike in their sizes and groups
+    Activations x = activations_at(s->workspace, s->rows, &layer);
+    quantise(s, &x, s->rows, NORMED, norm);
+    route(s, router, norm);
     barrier();
-    multiply(&layer, &x, s->rows, mode, y);
+    if (thread_index() == 0) choose(s);
+    barrier();
+    multiply_experts(s, GATE_UP, gate_up, &x, s->gate_up);
+    barrier();
+    layer = linear_at((const int64_t *)(intptr_t)down[0]);
+    x = activations_at(s->workspace, s->rows * s->active, &layer);
+    quantise(s, &x, s->rows * s->active, GATED, s->shares);
+    barrier();
+    multiply_experts(s, DOWN, down, &x, s->x);
     barrier();
 }
 
@@ -298,6 +412,10 @@ static void step_thread(Args args) {
         join_parts(s);
         barrier();
         linear(s, FIELDS_OF(OUT), MIXED, NULL, ADD_FLOAT32, s->x);
+        if (vectors[ROUTER]) {
+            mixture(s, FIELDS_OF(GATE_UP), FIELDS_OF(DOWN), (const uint16_t *)vectors[ROUTER], vectors[MLP_NORM]);
+            continue;
+        }
         linear(s, FIELDS_OF(GATE_UP), NORMED, vectors[MLP_NORM], TO_FLOAT32, s->gate_up);
         linear(s, FIELDS_OF(DOWN), GATED, NULL, ADD_FLOAT32, s->x);
     }
