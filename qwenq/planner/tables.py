@@ -110,34 +110,15 @@ def answer(plan: Plan) -> Iterator[str]:
     smallest = plan.precisions[-1].label
     for each in plan.quantisation:
         if each.gpu is None:
-            needs = f"{_quantising(each, 'RAM')}{_time(each)}"
-            yield f"Quantising on this machine's CPU: {needs}. Name a GPU with --gpu."
+            yield f"Quantising on this machine's CPU: {_quantising(each, 'RAM')}. Name a GPU with --gpu."
             memory = plan.generation[smallest].peak / GIB
             yield f"Running {smallest}: {memory:.1f} GiB of memory at {plan.options.context} tokens."
             continue
         gpu = next(gpu for gpu in plan.options.gpus if gpu.name == each.gpu)
-        yield f"Quantising on {gpu.title}: {_quantising(each, 'GPU memory')}{_time(each)}."
+        yield f"Quantising on {gpu.title}: {_quantising(each, 'GPU memory')}."
         for row in plan.deployments:
             if (row.speed.gpu, row.precision) == (gpu.name, smallest):
                 yield _running(row, gpu, plan.options.context)
-
-
-def _quantising(each: Quantisation, kind: str) -> str:
-    """Return what quantising takes, of how much, and whether that fits."""
-    size, of = each.size, f"GiB of {kind}"
-    if size.limit is not None:
-        of = f"of {round(size.limit / GIB, 1):g} {of}"
-    needs = f"{size.memory.peak / GIB:.1f} {of} with {size.tokens}"
-    if each.fits is None:
-        return needs
-    if each.fits:
-        usual = size.usual
-        more = f"; the usual {usual.tokens} need {usual.memory.peak / GIB:.1f}" if usual else ""
-        return f"{needs}: fits{more}"
-    if each.fitting is None:
-        return f"{needs}: does not fit, with any number of samples"
-    samples, needed = each.fitting
-    return f"{needs}: does not fit; `--samples {samples}` needs {needed / GIB:.1f} GiB"
 
 
 def _time(quantisation: Quantisation) -> str:
@@ -147,6 +128,24 @@ def _time(quantisation: Quantisation) -> str:
     length = f"{hours:.1f} hours" if hours >= 1.5 else f"{max(1, round(60 * hours))} min"
     basis = "two cores of an AMD EPYC" if quantisation.gpu is None else "it, from the rate of a 7B model"
     return f"; estimated time {length} on {basis}"
+
+
+def _quantising(each: Quantisation, kind: str) -> str:
+    """Return what quantising takes, of how much, and whether that fits."""
+    size, of = each.size, f"GiB of {kind}"
+    if size.limit is not None:
+        of = f"of {round(size.limit / GIB, 1):g} {of}"
+    needs = f"{size.memory.peak / GIB:.1f} {of} with {size.tokens}"
+    if each.fits is None:
+        return f"{needs}{_time(each)}"
+    if each.fits:
+        usual = size.usual
+        more = f"; the usual {usual.tokens} need {usual.memory.peak / GIB:.1f}" if usual else ""
+        return f"{needs}: fits{more}{_time(each)}"
+    if each.fitting is None:
+        return f"{needs}: does not fit, with any number of samples"
+    samples, needed = each.fitting
+    return f"{needs}: does not fit; `--samples {samples}` needs {needed / GIB:.1f} GiB"
 
 
 def _running(row: Deployment, gpu: Gpu, context: int) -> str:
