@@ -147,7 +147,7 @@ class QuantizeRecipe:
     sym: bool = setting(
         True,
         "Symmetric: the zero point is fixed in the middle; else each group has its own.",
-        "With zero points the file is of format `gptq_v2`.",
+        "With zero points the file is of format `gptq_v2`, which neither vLLM nor SGLang loads: see `any_engine`.",
         flags="--sym/--asym",
     )
     act_order: Literal["static", "none"] = setting(
@@ -175,6 +175,11 @@ class QuantizeRecipe:
         True,
         "After GPTQ, coordinate descent on the same objective over integers and scales, two sweeps.",
         flags="--refine/--no-refine",
+    )
+    any_engine: bool = setting(
+        False,
+        "Quantise also where neither vLLM nor SGLang would load the result, as with --asym.",
+        flags="--any-engine",
     )
     dtype: Dtype = setting("auto", "dtype of the forward pass; auto: what the device multiplies fastest.")
     seed: NotNegative = setting(0, "Seed of the calibration text, and of random weights.")
