@@ -254,9 +254,7 @@ def _with_head(checkpoint: Checkpoint, entries: _Entries, read: _Read) -> tuple[
     names = dict(entries)
     embedding = next(name for name in names if name.endswith("embed_tokens.weight"))
     if not checkpoint.tied or HEAD in names:
-        raise UsageError(
-            f"{HEAD} is stored already", where=checkpoint.folder, hint="leave --store-head out"
-        )
+        raise UsageError(f"{HEAD} is stored already", where=checkpoint.folder, hint="leave --store-head out")
     return [*entries, (HEAD, names[embedding])], lambda name: read(embedding if name == HEAD else name)
 
 

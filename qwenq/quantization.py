@@ -214,9 +214,7 @@ def _refuse_without_server(decoder: BlockwiseDecoder, settings: Settings, quant:
         name: (linear.out_features, linear.in_features)
         for name, linear in every_linear(decoder, settings).items()
     }
-    kept = {
-        name.removesuffix(".weight") for block in kept_parameters(decoder, settings) for name in block
-    }
+    kept = {name.removesuffix(".weight") for block in kept_parameters(decoder, settings) for name in block}
     verdicts = engine_verdicts(planned_gptq_folder(decoder.checkpoint.config, quant, linears, kept))
     able = [verdict.engine for verdict in verdicts if verdict.loads]
     if "vllm" in able or "sglang" in able:

@@ -234,7 +234,8 @@ def logits_by_name_alone(folder: Path) -> torch.Tensor:
     settings = {key: config[key] for key in config if key not in ("model_type", "quantization_config")}
     untied = AutoConfig.for_model(config["model_type"], **settings | {"tie_word_embeddings": False})
     model = AutoModelForCausalLM.from_config(untied, dtype=torch.float32).eval()
-    stored = plain_tensors(folder)
+    source = DequantisedSource(open_checkpoint(folder).source, QuantConfig.read(config), torch.float32)
+    stored = {name: source.read(name) for name in source.names()}
     model.load_state_dict(
         {name: stored.get(name, torch.zeros_like(empty)) for name, empty in model.state_dict().items()}
     )

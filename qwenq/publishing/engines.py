@@ -158,7 +158,8 @@ def planned_gptq_folder(
     """
     block = "model.layers.0."
     modules = {
-        block + name: Module(quant.of(block + name), rows, columns) for name, (rows, columns) in linears.items()
+        block + name: Module(quant.of(block + name), rows, columns)
+        for name, (rows, columns) in linears.items()
     }
     plain = tuple(block + name for name in kept if not _NOT_LINEAR.search(name))
     return GptqFolder(config, quant, modules, plain, names=())
@@ -366,6 +367,8 @@ def _no_notes(_: GptqFolder) -> Iterator[str]:
 def _vllm_notes(folder: GptqFolder) -> Iterator[str]:
     if any(module.quant.bits == 8 for module in folder.modules.values()):
         yield "its CPU build takes Int4 only"
+    elif folder.has_experts:
+        yield "its CPU build runs experts only on CPUs with AMX"
 
 
 def _transformers_notes(folder: GptqFolder) -> Iterator[str]:

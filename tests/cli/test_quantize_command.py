@@ -51,7 +51,18 @@ def test_text_files_are_calibration_and_the_name_is_made_up(quantize: QuantizeSh
 
 def test_options_reach_the_config(quantize: QuantizeShell, calibration: Path) -> None:
     ran = quantize(
-        *("--bits", 8, "--group-size", -1, "--asym", "--any-engine", "--act-order", "none", "--scale-search", "mse"),
+        *(
+            "--bits",
+            8,
+            "--group-size",
+            -1,
+            "--asym",
+            "--any-engine",
+            "--act-order",
+            "none",
+            "--scale-search",
+            "mse",
+        ),
         *("--damp", 0.05, "--no-refine", "--dtype", "float32", "--calibration", calibration, "--out", "q"),
     )
     assert ran.code == 0, ran.err

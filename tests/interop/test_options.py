@@ -1,27 +1,20 @@
-"""What options of `quantize` and `convert` make of a folder, in GPTQModel and in llama.cpp's converter."""
+"""What options of `quantize` make of a folder, in GPTQModel: free zero points, whole rows, experts, hybrids."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dequantised import logits_of
 from pipeline import run
-from regrouped import regrouped
 from tiny_families import random_tokens, write_calibration, write_family
-from tiny_published import FAMILIES, write_published
+from tiny_published import FAMILIES, transformers_of, write_dequantised, write_published
 
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig
 from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
-from qwenq.runtime.engine import load
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(900)]
 
@@ -40,45 +33,59 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Case:
+    """A quantised folder, a prompt, and the logits of its dequantised weights in transformers."""
+
+    folder: Path
+    ids: list[int]
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """All made before GPTQModel loads anything: it replaces blocks of transformers in this process."""
     pytest.importorskip("gptqmodel", reason="needs the environment of `make interop`")
-    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QWENQ_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return {
+            name: made(tmp_path_factory.mktemp("made"), family, **settings)
+            for name, (family, settings) in CASES.items()
+        }
 
 
-def made(tmp_path: Path, family: str, **settings: Any) -> Path:
+def made(place: Path, family: str, **settings: Any) -> Case:
     """A quantised random model."""
     if family in FAMILIES:
-        model = write_published(tmp_path / "m", family)
-        settings["calibration"] = write_calibration(model, tmp_path / "t.safetensors", samples=8)
+        model = write_published(place / "m", family)
+        settings["calibration"] = write_calibration(model, place / "t.safetensors", samples=8)
     else:
-        model = write_family(tmp_path / "m", family)
-    run(model, tmp_path / "out", **settings)
-    return tmp_path / "out"
+        model = write_family(place / "m", family)
+    run(model, place / "out", **settings)
+    ids = random_tokens(model, 1, 40, seed=5)[0].tolist()
+    reference = transformers_of(write_dequantised(place / "out", place / "plain"))
+    return Case(place / "out", ids, logits_of(reference, ids))
 
 
-def in_gptqmodel(folder: Path, backend: str) -> Any:
-    """The model as GPTQModel loads it, its plain kernel's products in float32."""
+def in_gptqmodel(folder: Path) -> Any:
+    """The model as GPTQModel loads it, in float32 throughout: it keeps all that is not packed in float16."""
     from gptqmodel import BACKEND, GPTQModel
 
-    found = GPTQModel.load(str(folder), device="cpu", backend=BACKEND(backend), dtype=torch.float32)
+    found = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
+    model = found.model.float().eval()
+    packed = {name for name, module in model.named_modules() if hasattr(module, "qweight")}
     stored = open_checkpoint(folder)
-    for name, module in found.model.named_modules():
-        if hasattr(module, "qweight"):  # as loaded it would multiply scale by integer in float16
-            module.scales = module.scales.float()
-            if module.bias is not None:
-                module.bias = stored.read(f"{name}.bias").float()
-    return found.model.eval()
+    plain = {n: stored.read(n).float() for n in stored.names() if n.rpartition(".")[0] not in packed}
+    biases = {n: stored.read(n).float() for n in stored.names() if n.endswith(".bias")}
+    assert model.load_state_dict(plain | biases, strict=False).unexpected_keys == []
+    assert len(packed) == sum(name.endswith(".qweight") for name in stored.names())
+    return model
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gptqmodel_computes_what_we_compute(tmp_path: Path, name: str) -> None:
-    family, settings = CASES[name]
-    folder = made(tmp_path, family, **settings)
-    ids = random_tokens(tmp_path / "m", 1, 40, seed=5)[0].tolist()
-    engine = "transformers" if family in FAMILIES else "fast"
-    (wanted,) = load(folder, device="cpu", dtype="float32", engine=engine).logits([ids])
-    found = logits_of(in_gptqmodel(folder, "gptq_torch"), ids)
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
-    (verdict,) = engine_verdicts(read_gptq_folder(open_checkpoint(folder)), ["gptqmodel"])
+def test_gptqmodel_computes_what_we_compute(cases: dict[str, Case], name: str) -> None:
+    case = cases[name]
+    found = logits_of(in_gptqmodel(case.folder), case.ids)
+    torch.testing.assert_close(found, case.logits, atol=1e-3, rtol=0)
+    (verdict,) = engine_verdicts(read_gptq_folder(open_checkpoint(case.folder)), ["gptqmodel"])
     assert verdict.loads

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vllm_client import Record, python
+from vllm_client import Record, Runner, python
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +27,14 @@ def record() -> Iterator[Record]:
     yield found
     if found.rows:
         found.write(Path(os.environ.get("QWENQ_VLLM_REPORT", ROOT / "build" / "interop")))
+
+
+@pytest.fixture(scope="session")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """vLLM, to be asked about folders."""
+    runner = Runner(tmp_path_factory.mktemp("runner"))
+    yield runner
+    runner.close()
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,15 @@ def unpack_experts(
 
 
 def experts(
-    _: Any, output: Any, hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, *__: Any, **___: Any
+    _: Any,
+    output: Any,
+    hidden_states: Any,
+    w1: Any,
+    w2: Any,
+    topk_weights: Any,
+    topk_ids: Any,
+    *__: Any,
+    **___: Any,
 ) -> None:
     """Each expert for the tokens that were routed to it, in float32."""
     x, found = hidden_states.float(), torch.zeros(hidden_states.shape)

@@ -44,20 +44,70 @@ def environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def ask(
-    folder: Path, prompts: Sequence[Sequence[int]], *, dtype: str = "bfloat16", plain: bool = False, top: int = 20
-) -> dict[str, Any]:
-    """The answer of runner.py."""
-    asked = {
-        "folder": str(folder), "prompts": prompts, "dtype": dtype, "plain": plain, "new": NEW, "top": top
-    }  # fmt: skip
-    done = subprocess.run(
-        [python(), HERE / "runner.py"],
-        input=json.dumps(asked), capture_output=True, text=True, check=False, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+class Runner:
+    """Processes of runner.py, started when they are needed: importing vLLM takes longer than a small model."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._running: dict[bool, subprocess.Popen[str]] = {}
+
+    def ask(
+        self,
+        folder: Path,
+        prompts: Sequence[Sequence[int]],
+        *,
+        dtype: str = "bfloat16",
+        plain: bool = False,
+        top: int = 20,
+    ) -> dict[str, Any]:
+        """Return the answer of runner.py."""
+        asked = {"folder": str(folder), "prompts": prompts, "dtype": dtype, "new": NEW, "top": top}
+        process = self._process(plain)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith("ANSWER "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
+                return answer
+        self._running.pop(plain).wait()
+        pytest.fail(f"vLLM ended: {self._log(plain).read_text()[-6000:]}")
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._running.values():
+            process.terminate()
+            process.wait(timeout=60)
+
+    def _log(self, plain: bool) -> Path:
+        return self._logs / f"runner-{plain}.log"
+
+    def _process(self, plain: bool) -> subprocess.Popen[str]:
+        if plain not in self._running:
+            command = [python(), HERE / "runner.py", *(["plain"] if plain else [])]
+            with self._log(plain).open("w") as log:
+                self._running[plain] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment(),
+                )
+        return self._running[plain]
+
+
+def own_answer(folder: Path, prompts: Sequence[Sequence[int]], dtype: str, top: int = 20) -> dict[str, Any]:
+    """What our engine answers in a dtype, in the form of runner.py: how much of a difference is the dtype's."""
+    engine = load(folder, device="cpu", dtype=dtype)
+    listed = []
+    for ids in prompts:
+        likely = engine.logits([ids])[0][:-1].log_softmax(-1).topk(top)
+        rows = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+        listed.append([{}, *(dict(zip(*row, strict=True)) for row in rows)])
+    tokens = [engine.generate([ids], NEW).answers[0].ids for ids in prompts]
+    return {"kernels": {}, "tokens": tokens, "prompts": listed}
 
 
 @dataclass(frozen=True)
@@ -115,7 +165,7 @@ class Record:
         self.vllm = ""
 
     def add(self, what: str, answer: dict[str, Any], product: str, dtype: str, found: Compared) -> None:
-        self.vllm = answer["vllm"]
+        self.vllm = answer.get("vllm", self.vllm)
         kernels = {"kernels": answer["kernels"]}
         self.rows.append({"what": what, "product": product, "dtype": dtype, **asdict(found), **kernels})
         print(f"\n{what}, {product}, {dtype}: {found} {kernels}")
