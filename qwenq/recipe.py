@@ -147,7 +147,7 @@ class QuantizeRecipe:
     sym: bool = setting(
         True,
         "Symmetric: the zero point is fixed in the middle; else each group has its own.",
-        "With zero points the file is of format `gptq_v2`, which neither vLLM nor SGLang loads: see `any_engine`.",
+        "With zero points the format is `gptq_v2`, which neither vLLM nor SGLang loads: see `any_engine`.",
         flags="--sym/--asym",
     )
     act_order: Literal["static", "none"] = setting(

@@ -227,7 +227,7 @@ def test_a_failure_on_the_way_leaves_no_folder(
 
 
 def logits_by_name_alone(folder: Path) -> torch.Tensor:
-    """As auto-gptq 0.7 loads a model: tensors by name; what the files lack stays zero, and nothing is tied."""
+    """As auto-gptq 0.7 loads a model: tensors by name; what the files lack stays zero."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = json.loads((folder / "config.json").read_text())

@@ -44,8 +44,8 @@ def convert(
         bool,
         typer.Option(
             "--store-head",
-            help="Store the embedding also as lm_head.weight of a model whose head is tied: auto-gptq 0.7 takes "
-            "a head that is not stored for zeros.",
+            help="Store the embedding also as lm_head.weight of a model whose head is tied: auto-gptq 0.7 "
+            "takes a head that is not stored for zeros.",
         ),
     ] = False,
     max_shard: Annotated[str, typer.Option(help="Largest size of a file: 5GB, 500MB, 2GiB.")] = "5GB",
@@ -99,7 +99,7 @@ def _write_random(
 
     for option, given in of_folders.items():
         if given:
-            hint = f"leave {option} out; convert what is written, or what `qwenq quantize --weights random` makes"
+            hint = f"leave {option} out; convert what this writes, or what `qwenq quantize` makes of it"
             raise UsageError("random weights are written in one layout", where=option, hint=hint)
     made = write_random_checkpoint(name, dst, seed, max_bytes=shard_bytes)
     names = list(made.names())

@@ -37,8 +37,8 @@ def test_the_converted_file_holds_the_weights_that_gptq_stands_for(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in dequantised_state(quantised.folder).items():
-        count = heads.get(name.split(".")[-2])
+        wanted, count = weight, heads.get(name.split(".")[-2])
         if count:  # the two halves of a head's rows alternate in GGUF
-            weight = weight.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(weight.shape)
-        assert torch.equal(found.pop(names.get_name(name, (".weight",)) + ".weight"), weight), name
+            wanted = weight.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(weight.shape)
+        assert torch.equal(found.pop(names.get_name(name, (".weight",)) + ".weight"), wanted), name
     assert set(found) <= {"rope_freqs.weight"}

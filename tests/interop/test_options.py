@@ -1,4 +1,4 @@
-"""What options of `quantize` make of a folder, in GPTQModel: free zero points, whole rows, experts, hybrids."""
+"""Folders of other options, in GPTQModel: free zero points, whole rows, bits by module, experts, hybrids."""
 
 from __future__ import annotations
 

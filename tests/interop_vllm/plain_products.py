@@ -1,8 +1,8 @@
 """Replace vLLM's products of packed weights by plain torch, where its CPU build has none for this machine.
 
 Reading files, rules for modules, fused layers, routing and all else stay vLLM's; only what multiplies is
-replaced, by weights dequantised to float32 at load. vLLM 0.32's CPU build needs AVX-512 for Int4, AMX for Int4
-experts, and has no product of Int8.
+replaced, by weights dequantised to float32 at load. The CPU build of vLLM 0.32 needs AVX-512 for Int4, AMX
+for Int4 experts, and has no product of Int8.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load folders in vLLM and answer with tokens and log probabilities; run by the Python of `make interop-vllm`.
+"""Load folders in vLLM and answer with tokens and log probabilities, in the Python of `make interop-vllm`.
 
 Reads a JSON object from each line of standard input and prints one, behind ``ANSWER``:
 

@@ -1,4 +1,4 @@
-"""vLLM loads folders that qwenq wrote, and computes what our engine computes; or refuses what the rules refuse."""
+"""vLLM loads what qwenq wrote, and computes what our engine computes; or refuses what the rules refuse."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def compared(
     """What vLLM answers beside our engine in float32, on record."""
     answer = vllm.ask(folder, prompts, dtype=dtype, plain=plain, top=top)
     found = compare(folder, prompts, answer)
-    record.add(name, answer, "plain" if plain else "vLLM", dtype, found)
+    record.add(name, answer, "vLLM, plain" if plain else "vLLM", dtype, found)
     return found
 
 
@@ -151,7 +151,7 @@ def test_converted_to_compressed_tensors(tmp_path: Path, vllm: Runner, record: R
     answer = vllm.ask(tmp_path / "ct", prompts, dtype="float32", plain=True, top=-1)
     found = compare(folder, prompts, answer)
     name = f"{family}, attention in 8 bits, as compressed-tensors"
-    record.add(name, answer, "plain", "float32", found)
+    record.add(name, answer, "vLLM, plain", "float32", found)
     assert found.largest < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""`qwenq eval --endpoint` and `qwenq profile --endpoint` on vLLM's server, with the quantised bundled model."""
+"""`qwenq eval --endpoint` and `qwenq profile --endpoint` on vLLM's server, with the bundled model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ask vLLM in its own environment, and hold what it answers against our engine; what was found goes on record."""
+"""Ask vLLM in its own environment, hold what it answers against our engine, and write what was found."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
 
 
 class Runner:
-    """Processes of runner.py, started when they are needed: importing vLLM takes longer than a small model."""
+    """Processes of runner.py, started when needed: importing vLLM takes longer than a small model."""
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
@@ -99,7 +99,7 @@ class Runner:
 
 
 def own_answer(folder: Path, prompts: Sequence[Sequence[int]], dtype: str, top: int = 20) -> dict[str, Any]:
-    """What our engine answers in a dtype, in the form of runner.py: how much of a difference is the dtype's."""
+    """What our engine answers in a dtype, in the form of runner.py: how much is the dtype's."""
     engine = load(folder, device="cpu", dtype=dtype)
     listed = []
     for ids in prompts:
@@ -190,18 +190,20 @@ class Record:
 HEADER = """\
 # What qwenq writes, in vLLM
 
-vLLM {vllm}, its CPU build, {cpu}, {date}. Against qwenq's engine in float32 on the same folder: log probabilities of
-prompt tokens (the 20 likeliest and the prompt's own at each position; of tiny random models the whole vocabulary), and
-{new} tokens of greedy text after each prompt. Product `vLLM`: all is vLLM's. Product `plain`: all but the products of
-packed weights, which plain torch computes, since the CPU build has none in float32, of Int8, or of Int4 experts without
-AMX. Random: tiny models with random weights.
+vLLM {vllm}, its CPU build, {cpu}, {date}. Each line compares with qwenq's engine in float32 on the same
+folder: log probabilities of prompt tokens (the 20 likeliest and the prompt's own at each position; of tiny
+random models the whole vocabulary), and {new} tokens of greedy text after each prompt. Computed by `vLLM`:
+all of it. By `vLLM, plain`: all but the products of packed weights, which torch computes from dequantised
+weights, since the CPU build has none in float32, of Int8, or of Int4 experts without AMX. By `qwenq`: our
+own engine in that dtype, for how much of a difference is the dtype's.
 
-| folder | product | dtype | log probabilities | largest difference | mean | same likeliest token | greedy tokens alike |
+| folder | computed by | dtype | log probabilities | largest difference | mean | same top | greedy |
 | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |
 """
 LETTERS = """
-MMLU's letters by log probabilities from its server (`qwenq eval --endpoint`), {dtype} there and here: {same_letter} of
-{items} items have the same likeliest letter; the largest difference of a log probability is {largest:.1e}.
+MMLU's letters by log probabilities from its server (`qwenq eval --endpoint`), {dtype} there and here: the
+likeliest letter is the same in {same_letter} of {items} items; the largest difference of a log probability is
+{largest:.2f}.
 """
 
 
