@@ -40,5 +40,5 @@ def test_the_converted_file_holds_the_weights_that_gptq_stands_for(
         wanted, count = weight, heads.get(name.split(".")[-2])
         if count:  # the two halves of a head's rows alternate in GGUF
             wanted = weight.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(weight.shape)
-        assert torch.equal(found.pop(names.get_name(name, (".weight",)) + ".weight"), wanted), name
+        assert torch.equal(found.pop(names.get_name(name, (".weight",))), wanted), name
     assert set(found) <= {"rope_freqs.weight"}

@@ -5,7 +5,7 @@ Reads a JSON object from each line of standard input and prints one, behind ``AN
     {"folder": …, "dtype": "bfloat16", "prompts": [[ids], …], "new": 32, "top": 20}
     {"vllm": "0.32.0", "kernels": {…}, "tokens": [[ids], …], "prompts": [[{id: log probability}, …], …]}
 
-or {"refused": message} where vLLM did not load the folder. With the argument ``plain``, products of packed
+or {"refused": message} where vLLM did not load the folder or did not run it. With the argument ``plain``, products of packed
 weights are those of plain_products.py.
 """
 
@@ -39,15 +39,15 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
     longest = max(map(len, asked["prompts"])) + asked["new"]
     settings = {"dtype": asked["dtype"], "max_model_len": longest, "enforce_eager": True, "max_logprobs": -1}
-    try:
-        engine = vllm.LLM(asked["folder"], **settings)
-    except Exception as error:  # of any kind: the message is what is asked for
-        return {"vllm": vllm.__version__, "refused": f"{type(error).__name__}: {error}"}
     wanted = vllm.SamplingParams(
         temperature=0, max_tokens=asked["new"], ignore_eos=True, prompt_logprobs=asked["top"]
     )
     prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
-    outputs = engine.generate(prompts, wanted, use_tqdm=False)
+    try:
+        engine = vllm.LLM(asked["folder"], **settings)
+        outputs = engine.generate(prompts, wanted, use_tqdm=False)
+    except Exception as error:  # of any kind: the message is what is asked for
+        return {"vllm": vllm.__version__, "refused": f"{type(error).__name__}: {error}"}
     return {
         "vllm": vllm.__version__,
         "kernels": engine.apply_model(kernels)[0],
