@@ -131,14 +131,11 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe, attention in 8 bits": ("qwen3_moe", {"module_bits": {"self_attn": 8}}),
     "qwen3_moe Int8": ("qwen3_moe", {"bits": 8}),
-    "qwen3_next": ("qwen3_next", {}),
-    "qwen3_5_text": ("qwen3_5_text", {}),
-    "qwen3_5_moe_text": ("qwen3_5_moe_text", {}),
 }
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_experts_hybrids_and_bits_by_module(tmp_path: Path, vllm: Runner, record: Record, name: str) -> None:
+def test_experts_and_bits_by_module(tmp_path: Path, vllm: Runner, record: Record, name: str) -> None:
     family, settings = PLAIN[name]
     folder, prompts = tiny(tmp_path, family, **settings)
     assert verdict(folder).loads
