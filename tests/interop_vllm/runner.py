@@ -5,8 +5,8 @@ Reads a JSON object from each line of standard input and prints one, behind ``AN
     {"folder": …, "dtype": "bfloat16", "prompts": [[ids], …], "new": 32, "top": 20}
     {"vllm": "0.32.0", "kernels": {…}, "tokens": [[ids], …], "prompts": [[{id: log probability}, …], …]}
 
-or {"refused": message} where vLLM did not load the folder or did not run it. With the argument ``plain``, products of packed
-weights are those of plain_products.py.
+or {"refused": message} where vLLM did not load the folder or did not run it. With the
+argument ``plain``, products of packed weights are those of plain_products.py.
 """
 
 from __future__ import annotations

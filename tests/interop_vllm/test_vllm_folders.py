@@ -27,7 +27,7 @@ TEXTS = (
 # Of a random model that vLLM can run: heads that its attention knows, widths that its product takes.
 DENSE_SIZES = {"head_dim": 32, "hidden_size": 128, "intermediate_size": 192}
 # Experts as wide as vLLM's kernels for real ones are made for: narrower ones take another path there.
-SIZES = {"head_dim": 32, "hidden_size": 128, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+SIZES = {"head_dim": 32, "hidden_size": 128, "moe_intermediate_size": 64}
 own_product = pytest.mark.skipif(
     not has_product(),
     reason="vLLM's product of Int4 weights needs AVX-512; plain torch takes it in other tests",
