@@ -55,16 +55,44 @@ def decode(folder: str, dtype: str, head: str, counts: str) -> dict[str, Any]:
     for count in map(int, counts.split(",")):
         steps = seconds(ids[:START], count)[1:]
         found[f"decode_{count}"] = round(len(steps) / sum(steps), 1)
-    return found | {"implementation": engine.implementation}
+    return found | {"implementation": engine.implementation} | _bytes_and_operations(engine, Path(folder))
+
+
+def _bytes_and_operations(engine: Any, folder: Path) -> dict[str, int]:
+    """Return what a step reads of the weights, and what a prompt's token multiplies; nothing from before."""
+    try:
+        from qwenq.profiling.meters import weight_bytes
+    except ImportError:
+        return {}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    attention = hidden // heads * (2 * heads + 2 * config["num_key_value_heads"])
+    block = hidden * (attention + 3 * config["intermediate_size"])
+    return {"step_bytes": weight_bytes(engine), "token_operations": 2 * block * config["num_hidden_layers"]}
+
+
+def peaks() -> dict[str, float]:
+    """Measure what the machine can do: a copy in GB/s (read and written), products in GFLOP/s."""
+    import torch
+
+    from qwenq.profiling.meters import copy_bandwidth, matmul_rate
+
+    device = torch.device("cpu")
+    rates = {name: matmul_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    return {
+        "copy_gb_per_s": round(copy_bandwidth(device) / 1e9, 1),
+        **{f"{name}_gflop_per_s": round(rate / 1e9, 1) for name, rate in rates.items()},
+    }
 
 
 def command(*arguments: str, out: str) -> dict[str, Any]:
     """Measure a command of the command line; its folder or file is removed first."""
     from typer.testing import CliRunner
 
-    from qwenq.cli.app import app, register
+    from qwenq.cli.app import app
 
-    register()
+    where = "qwenq.cli.commands" if importlib.util.find_spec("qwenq.cli.commands") else "qwenq.cli.app"
+    importlib.import_module(where).register()
     path = Path(out)
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
@@ -80,7 +108,10 @@ def main() -> None:
     task, variant, *arguments = sys.argv[1:]
     if variant == "avx2":
         hide_avx512()
-    found = decode(*arguments) if task == "decode" else command(*arguments[1:], out=arguments[0])
+    if task == "peaks":
+        found: dict[str, Any] = peaks()
+    else:
+        found = decode(*arguments) if task == "decode" else command(*arguments[1:], out=arguments[0])
     print(json.dumps(found))
 
 

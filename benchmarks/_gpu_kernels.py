@@ -14,10 +14,9 @@ import torch
 from _gpu_solver import solver_checks
 from torch import Tensor
 
-from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_format import PackedLinear, dequantise, pack_zeros, trivial_g_idx
-from qwenq.models.random_weights import random_checkpoint, tensor_seed
-from qwenq.models.rounded import RoundedSource, rounded
+from qwenq.models.random_weights import random_checkpoint
+from qwenq.models.rounded import rounded
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
@@ -31,43 +30,10 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 SHAPES = (
     (2048, 6144), (2048, 2048), (2048, 11008), (5504, 2048),
     (4096, 12288), (4096, 22016), (11008, 4096),
+    (4096, 24576), (12288, 4096), (2048, 1536), (768, 2048),
 )  # fmt: skip
-"""(in, out) of the layers of Qwen-1.8B, and of three of Qwen-7B's."""
+"""(in, out) of layers of Qwen-1.8B, Qwen-7B, Qwen3-8B and of 30B-A3B's experts."""
 L2_BYTES = 256 << 20  # weights in turn are read from at least so many bytes: more than any L2 holds
-
-
-class DrawnSource(RoundedSource):
-    """Packed weights that were never anything else: words of random bits, scales of either sign.
-
-    How fast they are multiplied does not depend on them, and nothing has to be rounded or moved to the GPU.
-    """
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, drawn on the device of the plain weights."""
-        part, info = name.rpartition(".")[2], self.info(name)
-        device = getattr(self._source, "_device", torch.device("cpu"))
-        if part not in ("qweight", "scales"):
-            return super().read(name).to(device)
-        generator = torch.Generator(device).manual_seed(tensor_seed(0, name))
-        if part == "qweight":
-            words = torch.empty(info.shape, dtype=torch.int32, device=device)
-            return words.random_(-(2**31), 2**31 - 1, generator=generator)
-        # Integers are even from 0 to 2^bits - 1: with this scale the weights' standard deviation is 0.02.
-        size = 0.02 * 12**0.5 / 2 ** self._modules[name.rpartition(".")[0]].bits
-        signs = torch.empty(info.shape, device=device).bernoulli_(0.5, generator=generator) * 2 - 1
-        scales: Tensor = (signs * size).half()
-        return scales
-
-
-def drawn(model: str | dict[str, Any], bits: int | None, device: torch.device) -> Checkpoint:
-    """Return a model of that shape with random weights on the device: plain (bits None), or packed."""
-    plain = random_checkpoint(model, 0, device=device)
-    if bits is None:
-        return plain
-    packed = rounded(plain, bits)
-    source = packed.source
-    assert isinstance(source, RoundedSource)
-    return replace(packed, source=DrawnSource(source._source, source._modules))
 
 
 def random_packed(
@@ -101,7 +67,7 @@ class Check:
         return self.error <= 1
 
 
-def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
+def kernel_checks(device: torch.device, tiny: bool) -> Iterator[Check]:
     """All of them. ``tiny``: small enough for the interpreter."""
     shape, bf16, fp16 = (128, 48) if tiny else (2048, 6144), torch.bfloat16, torch.float16
     # Each line is a kernel of its own to build; these are the ones that differ.
@@ -110,7 +76,7 @@ def checks(device: torch.device, tiny: bool) -> Iterator[Check]:
         for group_size, symmetric, dtype in kinds:
             layer = random_packed(*shape, bits, group_size, symmetric, device)
             kernel = KERNELS[bits](layer, Requirements(bits, group_size, "gptq", device, dtype), None)
-            weight = dequantise(_on_cpu(layer), bits, "gptq", torch.float64).to(device)
+            weight = dequantise(on_cpu(layer), bits, "gptq", torch.float64).to(device)
             for rows in (1, 5) if tiny else (1, 2, 5, 16, 17, 300):
                 x = _normal((rows, shape[0]), dtype, device)
                 found, wanted = kernel(x), x.double() @ weight.t()
@@ -148,7 +114,12 @@ def _attention_checks(device: torch.device, tiny: bool) -> Iterator[Check]:
 
 def _graph_check(device: torch.device) -> Check:
     """Logits of steps in a CUDA graph beside those of the same steps without."""
-    engine = load(drawn(TINY, 4, device), device=str(device), dtype="bfloat16", attention="split")
+    engine = load(
+        rounded(random_checkpoint(TINY, device=device), 4),
+        device=str(device),
+        dtype="bfloat16",
+        attention="split",
+    )
     assert isinstance(engine, FastEngine)
     graphs = Graphs(engine.decoder)
     plain, graphed = engine.new_cache(2, 400), engine.new_cache(2, 400)
@@ -197,7 +168,7 @@ def kernel_speeds(device: torch.device, tiny: bool, deadline: float) -> Iterator
             count = 1 if tiny else -(-L2_BYTES // first.nbytes)
             kernels = [first, *(KERNELS[bits](_copy(layer), need, None) for _ in range(count - 1))]
             x = _normal((rows, inputs), torch.bfloat16, device)
-            seconds = _seconds(partial(_each, kernels, x), device) / count
+            seconds = seconds_of(partial(_each, kernels, x), device) / count
             yield {
                 "kernel": first.name, "in": inputs, "out": outputs, "rows": rows,
                 "microseconds": seconds * 1e6, "gb_per_s": first.nbytes / seconds / 1e9,
@@ -209,7 +180,7 @@ def _each(kernels: Sequence[Linear], x: Tensor) -> list[Tensor]:
     return [kernel(x) for kernel in kernels]
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     """Of one run, the median of five; on a GPU captured in a graph, so that Python's calls are not in it."""
     if device.type == "cuda":
         stream = torch.cuda.Stream()
@@ -240,7 +211,7 @@ def _copy(layer: PackedLinear) -> PackedLinear:
     return replace(layer, qweight=layer.qweight.clone(), scales=layer.scales.clone())
 
 
-def _on_cpu(layer: PackedLinear) -> PackedLinear:
+def on_cpu(layer: PackedLinear) -> PackedLinear:
     return PackedLinear(layer.qweight.cpu(), layer.qzeros.cpu(), layer.scales.cpu(), layer.g_idx.cpu())
 
 

@@ -1,106 +1,96 @@
-"""The report of gpu.py as Markdown, and its ratios."""
+"""The tables of gpu.py in Markdown."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from qwenq.results import Row
+from _common import markdown_table
 
 
-def find(rows: list[Row], metric: str, model: str, precision: str, **point: Any) -> float | None:
-    """Return the best value among rows of that kind; None where there is none."""
-    values = [
-        row.value
-        for row in rows
-        if row.metric == metric
-        and row.model.family == model
-        and row.model.precision == precision
-        and row.value is not None
-        and all(row.point.get(key) == value for key, value in point.items())
-    ]
-    return max(values, default=None)
+def markdown(found: Mapping[str, Mapping[str, Any]], environment: Mapping[str, Any], *, dry_run: bool) -> str:
+    """Return a section for each step; what was not measured has its reason."""
+    where = ", ".join(gpu["name"] for gpu in environment.get("gpus") or []) or "no GPU"
+    lines = [f"# Measured on {where}", ""]
+    if dry_run:
+        lines += ["**A dry run: tiny shapes on a CPU, kernels interpreted. No number means anything.**", ""]
+    for name, section in (
+        ("checks", _checks), ("card", _card), ("products", _products),
+        ("batches", _batches), ("quantising", _quantising),
+    ):  # fmt: skip
+        lines += [f"## {name.capitalize()}", ""]
+        step = found.get(name)
+        reason = "not reached yet" if step is None else step.get("unavailable")
+        lines += [f"unavailable: {reason}" if step is None or reason else section(step), ""]
+        if step is not None and not reason and not step["complete"]:
+            lines += ["In part: the time was over.", ""]
+    return "\n".join(lines)
 
 
-def ratios(rows: list[Row], card_int4_8192: float) -> dict[str, float]:
-    """Speed of the fast engine: Int4 of 1.8B over its card, Int4 of 7B over our own BF16, both at 8192."""
-    found = {}
-    point = {"engine": "fast", "tokens": 8192}
-    small = find(rows, "speed.decode", "qwen-1.8b-chat", "int4", **point)
-    if small is not None:
-        found["int4_1.8b_vs_card"] = small / card_int4_8192
-    int4, bf16 = (find(rows, "speed.decode", "qwen-7b-chat", p, **point) for p in ("int4", "bf16"))
-    if int4 is not None and bf16 is not None:
-        found["int4_7b_vs_bf16"] = int4 / bf16
-    shares = [row.value for row in rows if row.metric == "bandwidth.share" and row.value is not None]
-    if shares:
-        found["bandwidth_share_best"] = max(shares)
-    return found
+def _checks(step: Mapping[str, Any]) -> str:
+    wrong = [check for check in step["checks"] if not check["passed"]]
+    worst = max(check["error"] for check in step["checks"])
+    line = (
+        f"{len(step['checks'])} checks of Triton kernels against float64, {len(wrong)} wrong; "
+        f"the largest error is {worst:.2f} of what rounding may do."
+    )
+    return "\n".join([line, *(f"- WRONG: {check['name']}: {check['error']:.3g}" for check in wrong)])
 
 
-def markdown(report: dict[str, Any], rows: list[Row]) -> str:
-    """Tables of speed by model and engine; of kernels; what failed, by name."""
-    gpus = report["environment"].get("gpus") or []
-    where = ", ".join(gpu["name"] for gpu in gpus) or "no GPU"
-    lines = [f"# Speed on {where}", ""]
-    if report["dry_run"]:
-        warning = "A dry run: tiny shapes on a CPU, kernels interpreted. No number here means anything."
-        lines += [f"**{warning}**", ""]
-    wrong = [check for check in report["checks"] if not check["passed"]]
-    worst = max((check["error"] for check in report["checks"]), default=0.0)
-    lines += [
-        f"{len(report['checks'])} checks of Triton kernels against float64, {len(wrong)} wrong; the largest "
-        f"error is {worst:.2f} of what rounding may do. A copy moves {report['copy_gb_per_s']:.0f} GB/s.",
-        "",
-        *(f"- WRONG: {check['name']}: {check['error']:.3g}" for check in wrong),
-    ]
-    lines += [f"- {name}: {value:.2f}" for name, value in report["ratios"].items()]
-    for model, engine in dict.fromkeys((row.model.family, str(row.point["engine"])) for row in rows):
-        lines += ["", f"## {model}, {engine}", "", *_speeds(rows, model, engine)]
-    if report["kernels"]:
-        header = "| kernel | in | out | rows | µs | GB/s |"
-        lines += ["", "## Kernels alone", "", header, "|---|--:|--:|--:|--:|--:|"]
-        lines += [_kernel_line(each) for each in report["kernels"]]
-    reasons = dict.fromkeys(_reason_line(row) for row in rows if row.status != "ok")
-    if reasons:
-        lines += ["", "## Not measured", "", *reasons]
-    return "\n".join(lines) + "\n"
+def _card(step: Mapping[str, Any]) -> str:
+    codes = ", ".join(f"qwenq {name} {code}" for name, code in step["exit_codes"].items())
+    return (
+        f"{step['measured']} figures measured, {step['unavailable_rows']} unavailable with a reason; "
+        f"exit codes: {codes}. The tables: page/README.md."
+    )
 
 
-def _speeds(rows: list[Row], model: str, engine: str) -> list[str]:
-    mine = [row for row in rows if row.model.family == model and row.point["engine"] == engine]
-    decode = [row for row in mine if row.metric == "speed.decode"]
-    lengths = list(dict.fromkeys(row.point["tokens"] for row in decode))
-    speeds_of = [f"1 → {n} tok/s" for n in lengths]
-    header = ["precision", "attention", *speeds_of, "prefill tok/s", "share of a copy", "GiB"]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "--:|" * (len(header) - 2)]
-    for precision, attention in dict.fromkeys((r.model.precision, r.point["attention"]) for r in decode):
-        point: dict[str, Any] = {"engine": engine, "attention": attention}
-        speeds = [find(rows, "speed.decode", model, precision, tokens=n, **point) for n in lengths]
-        prefill = find(rows, "speed.prefill", model, precision, **point)
-        share = find(rows, "bandwidth.share", model, precision, **point)
-        memory = find(rows, "memory.generate", model, precision, tokens=lengths[-1], **point)
-        cells = [
-            precision,
-            str(attention),
-            *(_cell(speed, ".1f") for speed in speeds),
-            _cell(prefill, ".0f"),
-            _cell(share, ".2f"),
-            _cell(memory / 2**30 if memory is not None else None, ".2f"),
+def _products(step: Mapping[str, Any]) -> str:
+    header = ["kernel", "in", "out", "rows", "µs", "GB/s", "largest error"]
+    rows = [
+        [
+            row["kernel"],
+            str(row["in"]),
+            str(row["out"]),
+            str(row["rows"]),
+            *_times(row),
+            _number(row, "error", ".3f"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        for row in step["rows"]
+    ]
+    return markdown_table(header, rows)
 
 
-def _kernel_line(each: dict[str, Any]) -> str:
-    cells = [str(each[key]) for key in ("kernel", "in", "out", "rows")]
-    cells += [f"{each['microseconds']:.1f}", f"{each['gb_per_s']:.0f}"]
-    return "| " + " | ".join(cells) + " |"
+def _times(row: Mapping[str, Any]) -> list[str]:
+    if "unavailable" in row:
+        return [f"unavailable: {row['unavailable']}", ""]
+    return [_number(row, "microseconds", ".1f"), _number(row, "gb_per_s", ".0f")]
 
 
-def _reason_line(row: Row) -> str:
-    where = f"{row.model.family} {row.model.precision}, {row.point['engine']}, {row.point['attention']}"
-    return f"- {where}: {row.reason}"
+def _batches(step: Mapping[str, Any]) -> str:
+    header = ["model", "precision", "sequences", "ms a step", "tokens/s"]
+    rows = [
+        [
+            row["model"],
+            row["precision"],
+            str(row["batch"]),
+            f"{row['step_ms']:.2f}",
+            f"{row['tokens_per_s']:.0f}",
+        ]
+        for row in step["rows"]
+    ]
+    return markdown_table(header, rows) + f"\n{step['context']} tokens in the cache."
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "unavailable" if value is None else format(value, form)
+def _quantising(step: Mapping[str, Any]) -> str:
+    rows = [[name, f"{1e3 * seconds:.0f}"] for name, seconds in step["phases"].items()]
+    peak = "unavailable" if step["peak_gpu_bytes"] is None else f"{step['peak_gpu_bytes'] / 2**30:.2f} GiB"
+    return (
+        f"{step['model']}, {step['layers_measured']} layers measured, "
+        f"{step['samples']} × {step['seq_len']} tokens: {step['seconds_per_layer']:.2f} s a layer, "
+        f"peak {peak}.\n\n" + markdown_table(["phase", "ms a layer"], rows)
+    )
+
+
+def _number(row: Mapping[str, Any], key: str, form: str) -> str:
+    return format(row[key], form) if key in row else ""

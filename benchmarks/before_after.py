@@ -40,6 +40,7 @@ SPEEDS = {
     "decode_128": "128 new, tokens/s",
     "decode_2048": "2048 new, tokens/s",
 }
+PEAKS = "peaks of this machine"
 TASKS = {"quantize": "quantise 32 × 512, Int4 g64, s", "calibrate": "own text, 48 × 128, s"}
 
 
@@ -96,6 +97,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
     for number in range(options.turns):
+        keep({"turn": number, "checkout": "after", "task": PEAKS} | turn(options, ROOT, "peaks", []))
         for name, (model, dtype, head) in DECODES.items():
             for which, checkout in checkouts.items():
                 if head == "int8" and which == "before" and options.variant == "avx2":
@@ -152,6 +154,30 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
+def shares(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return which share of the machine's peaks this checkout's medians reach.
+
+    Decoding: bytes of the weights a step reads, a second, of a copy's (read and written; reading alone can be
+    faster). Prompts: operations of the linears a second, of a square product's in the faster dtype.
+    """
+    copied = middle(rows, "after", PEAKS, "copy_gb_per_s")
+    rates = [middle(rows, "after", PEAKS, f"{name}_gflop_per_s") for name in ("float32", "bfloat16")]
+    if copied is None or None in rates:
+        return {}
+    fastest = max(rate for rate in rates if rate)
+    found = {}
+    for task in DECODES:
+        per_step, per_token = (middle(rows, "after", task, key) for key in ("step_bytes", "token_operations"))
+        steps, prompt = (middle(rows, "after", task, key) for key in ("decode_128", "prompt_512"))
+        if per_step and steps:
+            found[f"{task}: bytes of weights read while decoding, share of a copy"] = (
+                per_step * steps / 1e9 / copied
+            )
+        if per_token and prompt:
+            found[f"{task}: products of prompts, share of the peak"] = per_token * prompt / 1e9 / fastest
+    return {name: round(value, 2) for name, value in found.items()}
+
+
 def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
     """Return the report in Markdown."""
     body = []
@@ -163,13 +189,17 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
                 body.append([task, which, *("" if value is None else f"{value:.1f}" for value in values)])
     heading = ["task", "checkout", *SPEEDS.values(), "seconds", "peak MiB"]
     lines = "".join(f"- {name}: {value}\n" for name, value in found.items())
+    peaks = {key: middle(rows, "after", PEAKS, key) for key in rows[0] if key.endswith("_per_s")}
+    named = ", ".join(
+        f"{key.removesuffix('_per_s').replace('_', ' ')} {value}" for key, value in peaks.items()
+    )
     hidden = " AVX-512 hidden from torch, oneDNN and qwenq." if facts["variant"] == "avx2" else ""
     return (
         f"# This checkout beside commit {facts['before']}, variant {facts['variant']}\n\n"
         f"{markdown_table(heading, body)}\n{lines}\n"
         f"Medians of {facts['turns']} alternating turns (quantising and text: one); "
         f"{facts['threads']} threads of "
-        f"{facts['cpu']}.{hidden}\n"
+        f"{facts['cpu']}.{hidden} Its peaks, by torch, a second: {named}.\n"
     )
 
 
@@ -185,7 +215,7 @@ def main() -> None:
         "threads": options.threads,
     }
     rows = measure(options)
-    found = ratios(rows)
+    found = ratios(rows) | shares(rows)
     name = f"before_after_{options.variant}"
     write_report(name, {"environment": facts, "rows": rows, "ratios": found}, table(rows, found, facts))
 

@@ -1,38 +1,33 @@
-"""Decode and prefill speed on one NVIDIA GPU: FP32, BF16, Int8, Int4 by attention v2, v1, off and engine.
+"""Measure all that only a GPU can show, in one command that stores what it has when it is cut off.
 
     python benchmarks/gpu.py --out DIR --minutes 9
-    python benchmarks/gpu.py --out DIR2 --minutes 9 --known DIR    # what there was no time for
+    python benchmarks/gpu.py --out DIR --minutes 5     # the same folder: goes on where the first call ended
 
-First every Triton kernel is compared with float64 on the device: one that is wrong ends the run with status
-1. Then kernels are timed by themselves, then models in the shapes of the catalogue's qwen-1.8b-chat and
-qwen-7b-chat, whose random weights are drawn on the device: nothing is read or downloaded. Steps are timed
-at several lengths of the cache and the speed of a whole generation is their integral, so that 8192 tokens
-of a slow engine need no minutes. The cards' own protocol, whole generations by FlashAttention v2, v1 and off
-at 2048 and 8192 tokens, follows with what time there is, the 1.8B shape first: nine minutes are about what
-its BF16, Int8 and Int4 take on an H200. Kernels alone and transformers' engine come last. A second call with
-``--known`` keeps what the first has measured on that kind of GPU with the same code, and goes on.
+Each step has its share of the time that is left, and is skipped where the folder has its result from the same
+commit and GPU:
 
-``decode_gpu.json``, ``decode_gpu.md`` and the run folder's ``results.jsonl`` and ``environment.json``, which
-``qwenq report`` reads, are written anew after every point: whatever ends the run, what was measured is there.
-What cannot run here is a row with its reason.
+1. checks: every Triton kernel against float64 on the device. One that is wrong ends the run with status 1.
+2. card: ``qwenq profile`` of the cards' shapes with random weights, every precision by FlashAttention v2, v1
+   and off at 2048 and 8192 tokens, the cheapest points first; then ``qwenq report``: the cards' tables.
+3. products: our kernels beside torch's own Int4 and BF16 products, for 1 to 16 rows.
+4. batches: steps of BF16, Int8 and Int4 for 1, 4, 16 and 64 sequences: where Int4 stops paying.
+5. quantising: layers of Qwen3-8B's shape, 128 × 2048 tokens, seconds by phase and peak memory.
 
-It needs torch 2.11, Triton 3.6 and transformers 5.17 or later with what those bring, and psutil: a machine
-that has these and no network runs it from a copy of the repository, nothing has to be installed.
-
-``--dry-run`` goes through all of it on a CPU, with a tiny model and the kernels in Triton's interpreter: its
-numbers mean nothing.
+DIR/STEP.json has each step's figures, DIR/gpu.md the tables, DIR/card a run folder and its page. What was not
+measured is ``unavailable`` with its reason. It needs torch, Triton, transformers and psutil, and no network;
+nothing has to be installed. ``--dry-run`` goes through every step on a CPU with tiny shapes and interpreted
+kernels: its numbers mean nothing, and the tables say so.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
+import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,60 +36,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-CARD_INT4_8192 = 76.45  # tokens/s, Qwen-1.8B-Chat's card, Int4, FlashAttention v2, on an A100
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured: everything that a dry run has smaller.
-
-    Attributes:
-        positions: tokens in the cache at which steps are timed.
-        lengths: of generations.
-        warm: untimed steps at the first position, and at each other.
-        steps: timed at each position, by engine, in three rounds.
-    """
-
-    models: dict[str, Any]
-    device: str
-    positions: tuple[int, ...]
-    lengths: tuple[int, ...]
-    prompt: int
-    warm: tuple[int, int]
-    steps: dict[str, int]
-    precisions: tuple[str, ...]
-    attentions: tuple[str, ...]
-    tiny: bool
-
-
-REAL = Plan(
-    models={"qwen-1.8b-chat": "qwen-1.8b-chat", "qwen-7b-chat": "qwen-7b-chat"},
-    device="cuda",
-    positions=(
-        1,
-        700,
-        1400,
-        2048,
-        4096,
-        6144,
-        8160,
-    ),  # steps end before 8192, where Qwen v1's rotation changes
-    lengths=(2048, 8192),
-    prompt=2048,
-    warm=(6, 2),
-    steps={"fast": 24, "transformers": 5},
-    precisions=("int4", "bf16", "int8", "fp32"),
-    attentions=("split", "v2", "v1", "off"),
-    tiny=False,
-)
+CARD = (
+    "qwen-1.8b-chat", "qwen-7b-chat", "--weights", "random", "--precision", "fp32,bf16,int8,int4",
+    "--attention", "v2,v1,off,split", "--tokens", "2048,8192", "--encode", "2048",
+)  # fmt: skip
+DRY_CARD = (
+    "bundled", "--weights", "random", "--precision", "int4", "--attention", "off", "--tokens", "2",
+    "--encode", "0", "--device", "cpu",
+)  # fmt: skip
+SHARES = {"checks": 0.1, "card": 0.6, "products": 0.2, "batches": 0.5, "quantising": 1.0}
+"""Of the time that is left when a step begins."""
 
 
 def main() -> int:
-    """Run, and say where the results are. 1: a kernel is wrong; 2: no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "reports" / "gpu")
+    """Run the steps. 1: a kernel is wrong; 2: no GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--known", type=Path, help="folder of an earlier call: what it has is kept")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     import torch
@@ -102,184 +60,109 @@ def main() -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("no CUDA GPU here: nothing was measured; --dry-run shows what would be", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + 60 * options.minutes
-    with torch.inference_mode():
-        run = Run(dry_plan() if options.dry_run else REAL, options.out, deadline)
-        if options.known is not None and not run.keep(options.known):
-            return 2
-        return run.all()
+    run = Run(options.out, 60 * options.minutes, options.dry_run)
+    import _gpu_steps as steps
+
+    if not run.step("checks", steps.checks)["passed"]:
+        return 1
+    run.step("card", card)
+    run.step("products", steps.products)
+    run.step("batches", steps.batches)
+    run.step("quantising", steps.quantising)
+    return 0
 
 
-def dry_plan() -> Plan:
-    """Every line, as small as it gets."""
-    from _gpu_kernels import TINY
-
-    return Plan(
-        models={"tiny": TINY},
-        device="cpu",
-        positions=(1, 3),
-        lengths=(2, 3),
-        prompt=3,
-        warm=(1, 0),
-        steps={"fast": 1, "transformers": 1},
-        precisions=("int4", "fp32"),
-        attentions=("split", "v2", "off"),
-        tiny=True,
-    )
-
-
-@dataclass
 class Run:
-    """One run of the benchmark, and what it found so far."""
+    """One call: its folder, its clock and its place.
 
-    plan: Plan
-    out: Path
-    deadline: float
-    began: float = field(default_factory=time.monotonic)
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    kernels: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[Any] = field(default_factory=list)
-    copy_bytes_per_s: float = 0.0
+    Attributes:
+        tiny: a dry run on the CPU.
+        place: GPU and commit that a result belongs to.
+    """
 
-    def keep(self, known: Path) -> bool:
-        """Take over what an earlier call has measured; False, and a line, where it was another kind of GPU.
+    def __init__(self, out: Path, seconds: float, tiny: bool) -> None:
+        import torch
 
-        Rows that wanted nothing but time are left out: their turn comes now.
-        """
         from qwenq.environment import environment
-        from qwenq.results import read_environment, read_rows
 
-        theirs, ours = (
-            [gpu["name"] for gpu in found.get("gpus") or []]
-            for found in (read_environment(known), environment())
-        )
-        if theirs != ours:
-            print(f"{known} was measured on {theirs or 'no GPU'}, this is {ours or 'none'}", file=sys.stderr)
-            return False
-        self.rows = [row for row in read_rows(known) if not row.details.get("again")]
-        self.kernels = json.loads((known / "decode_gpu.json").read_text(encoding="utf-8"))["kernels"]
-        return True
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.tiny = out, tiny
+        self.device = torch.device("cpu" if tiny else "cuda")
+        self.began = time.monotonic()
+        self.deadline = self.began + seconds
+        self.environment = environment()
+        self.place = {"gpus": self.environment.get("gpus"), "commit": _commit(), "dry_run": tiny}
+        self.found: dict[str, dict[str, Any]] = {}
 
-    def all(self) -> int:
-        """Check, then measure what matters most first."""
-        import torch
-        from _gpu_protocol import run_stage, stages
-
-        from qwenq.profiling.meters import copy_bandwidth
-
-        device = torch.device(self.plan.device)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "results.jsonl").unlink(missing_ok=True)
-        if not self.check(device):
-            return 1
-        self.copy_bytes_per_s = copy_bandwidth(device)
-        self.say(f"a copy moves {self.copy_bytes_per_s / 1e9:.0f} GB/s")
-        early, late = order(self.plan)
-        for each in early:
-            self.model(*each)
-        main, *others = self.plan.models
-        for stage in stages(self.plan, [main]):
-            run_stage(self, stage)
-        self.time_kernels(device)
-        for each in late:
-            self.model(*each)
-        for stage in stages(self.plan, others):
-            run_stage(self, stage)
-        self.write()
-        self.say(f"done; see {self.out / 'decode_gpu.md'}")
-        return 0
-
-    def check(self, device: Any) -> bool:
-        """Whether every kernel is right; also of what is kept, as it is the same code."""
-        from _gpu_kernels import checks
-
-        for check in checks(device, self.plan.tiny):
-            self.checks.append({"name": check.name, "error": check.error, "passed": check.passed})
-            if not check.passed:
-                self.say(f"WRONG: {check.name}: {check.error:.3g} times what rounding explains")
-        self.say(f"{len(self.checks)} checks against float64")
-        self.write()
-        return all(check["passed"] for check in self.checks)
-
-    def time_kernels(self, device: Any) -> None:
-        """Products by themselves, in a part of what is left of the time."""
-        from _gpu_kernels import kernel_speeds
-
-        if self.kernels:
-            return
-        until = time.monotonic() + 0.5 * (self.deadline - time.monotonic())
-        for speed in kernel_speeds(device, self.plan.tiny, until):
-            self.kernels.append(speed)
-        self.write()
-
-    def model(self, engine: str, model: str, precision: str) -> None:
-        """Every attention over one loaded model."""
-        import torch
-        from _gpu_points import Loaded, Point, first_line
-
-        points: list[Any] = [Point(self, engine, model, precision, name) for name in self.plan.attentions]
-        missing = [point for point in points if not point.known]
-        if not missing:
-            return
-        if time.monotonic() > self.deadline:
-            for point in missing:
-                point.late()
-            self.write()
-            return
-        try:
-            loaded = Loaded(self.plan, engine, model, precision)
-            for point in missing:
-                point.measure(loaded)
-                self.write()
-            del loaded
-        except Exception as error:
-            # One point's end is not the run's: its rows say what happened.
-            for point in missing:
-                point.absent(first_line(error), "failed")
-        gc.collect()
-        if self.plan.device == "cuda":
-            torch.cuda.empty_cache()
-        self.write()
-
-    def say(self, line: str) -> None:
-        """One line with the seconds so far."""
-        print(f"{time.monotonic() - self.began:6.1f} s  {line}", flush=True)
-
-    def write(self) -> None:
-        """All that is known so far; a kill between two calls leaves the older files whole."""
+    def step(self, name: str, measure: Callable[[Run, float], dict[str, Any]]) -> dict[str, Any]:
+        """Measure a step, or keep what the folder has; a failure is its result and does not end the run."""
+        file = self.out / f"{name}.json"
+        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if held.get("complete") and held.get("place") == self.place:
+            self.found[name] = held
+            self.say(f"{name}: kept")
+            return held
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            found: dict[str, Any] = {"complete": False, "unavailable": "the time was over before its turn"}
+        else:
+            try:
+                found = measure(self, time.monotonic() + SHARES[name] * left)
+            except Exception as error:  # the other steps have results of their own
+                found = {"complete": False, "unavailable": f"{type(error).__name__}: {error}"}
+        found = {"place": self.place, "passed": True, **found}
+        self.found[name] = found
+        _write(file, json.dumps(found, indent=1) + "\n")
+        _write(self.out / "environment.json", json.dumps(self.environment, indent=1) + "\n")
         import _gpu_report
 
-        from qwenq.environment import environment
+        _write(self.out / "gpu.md", _gpu_report.markdown(self.found, self.environment, dry_run=self.tiny))
+        self.say(f"{name}: {found.get('unavailable') or ('done' if found['complete'] else 'in part')}")
+        return found
 
-        report = {
-            "environment": environment(),
-            "dry_run": self.plan.tiny,
-            "seconds": round(time.monotonic() - self.began, 1),
-            "copy_gb_per_s": self.copy_bytes_per_s / 1e9,
-            "checks": self.checks,
-            "kernels": self.kernels,
-            "rows": [row.to_json() for row in self.rows],
-            "ratios": _gpu_report.ratios(self.rows, CARD_INT4_8192),
-        }
-        for name, text in (
-            ("decode_gpu.json", json.dumps(report, indent=1) + "\n"),
-            ("decode_gpu.md", _gpu_report.markdown(report, self.rows)),
-            ("environment.json", json.dumps(report["environment"], indent=1) + "\n"),  # a run folder's
-            ("results.jsonl", "".join(json.dumps(row.to_json()) + "\n" for row in self.rows)),
-        ):
-            (self.out / f"{name}.new").write_text(text, encoding="utf-8")
-            (self.out / f"{name}.new").replace(self.out / name)
+    def say(self, line: str) -> None:
+        """Print a line with the seconds so far."""
+        print(f"{time.monotonic() - self.began:6.1f} s  {line}", flush=True)
 
 
-def order(plan: Plan) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-    """(engine, model, precision), what the floor of the plan is about first; and what can wait."""
-    early: list[tuple[str, str, str]] = []
-    late: list[tuple[str, str, str]] = []
-    for model, precision in product(plan.models, plan.precisions):
-        waits = precision == "fp32" and model != next(iter(plan.models))
-        (late if waits else early).append(("fast", model, precision))
-    plain = [("transformers", *each[1:]) for each in early]
-    return early, [*plain, *late, *(("transformers", *each[1:]) for each in late)]
+def card(run: Run, until: float) -> dict[str, Any]:
+    """Profile the cards' points by the product's own command, and write its report."""
+    folder = run.out / "card"
+    budget = ["--budget", f"{max(1, until - time.monotonic()):.0f}s", "--out", str(folder)]
+    profile = _qwenq("profile", *(DRY_CARD if run.tiny else CARD), *budget, "-q")
+    title = ["--title", "Qwen-1.8B and 7B Chat with random weights on one GPU"]
+    report = _qwenq("report", str(folder), "--out", str(run.out / "page"), *title)
+    from qwenq.results import read_rows
+
+    rows = read_rows(folder)
+    return {
+        "complete": profile == report == 0 and not any(row.details.get("again") for row in rows),
+        "exit_codes": {"profile": profile, "report": report},
+        "measured": sum(row.value is not None for row in rows),
+        "unavailable_rows": sum(row.value is None for row in rows),
+    }
+
+
+def _qwenq(*arguments: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", "qwenq", *arguments], env=environment, check=False
+    ).returncode
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # a copy without its history
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file whole: a kill between two calls leaves the older one."""
+    made = file.with_name(f"{file.name}.new")
+    made.write_text(text, encoding="utf-8")
+    made.replace(file)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,18 @@ class Forgetful:
 
 
 def clocked(
-    seconds: defaultdict[str, float], step: str, owner: Any, name: str, *, around: bool = False
+    seconds: defaultdict[str, float],
+    step: str,
+    owner: Any,
+    name: str,
+    synchronise: Callable[[], None],
+    *,
+    around: bool = False,
 ) -> None:
     """Replace a function by one that adds its time to a step's; inside another step it counts to that one.
 
     Args:
+        synchronise: waits for the device.
         around: it holds other steps, which count for themselves as well.
     """
     call: Callable[..., Any] = getattr(owner, name)
@@ -84,10 +92,12 @@ def clocked(
             return call(*arguments, **named)
         if not around:
             _running.append(step)
+        synchronise()
         begun = time.perf_counter()
         try:
             return call(*arguments, **named)
         finally:
+            synchronise()
             seconds[step] += time.perf_counter() - begun
             if not around:
                 _running.pop()
@@ -95,17 +105,17 @@ def clocked(
     setattr(owner, name, timed)
 
 
-def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, float], tuple[int, ...]]:
-    """Seconds of each step per layer, and the calibration's shape."""
-    import torch
+def measure_layers(
+    decoder: Any, tokens: Any, layers: int, group_size: int, synchronise: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Quantise the first layers to Int4; return the seconds of each step per layer.
 
-    from qwenq.calibration import CalibrationSet
+    Args:
+        synchronise: waits for the device, before and after each step.
+    """
     from qwenq.gptq import linears as gptq_rows
     from qwenq.gptq import pipeline, solver
     from qwenq.gptq.settings import Settings
-    from qwenq.models.blocks import BlockwiseDecoder
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.machine import product_dtype
 
     seconds: defaultdict[str, float] = defaultdict(float)
     for step, owner, name in (
@@ -114,11 +124,9 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
         ("scales", solver, "search_grid"), ("columns", solver, "gptq"),
         ("refining", solver, "descend"), ("statistics", gptq_rows, "output_error"),
     ):  # fmt: skip
-        clocked(seconds, step, owner, name)
-    clocked(seconds, "solve", pipeline._Layer, "solve", around=True)
-    tokens = CalibrationSet.load(calibration).tokens
-    decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), product_dtype("cpu"))
-    settings = Settings(4, 64, True, True, "hessian", 0.01, 0.5, True)
+        clocked(seconds, step, owner, name, synchronise)
+    clocked(seconds, "solve", pipeline._Layer, "solve", synchronise, around=True)
+    settings = Settings(4, group_size, True, True, "hessian", 0.1, 0.5, True)
     store: Any = Forgetful()
     begun = time.perf_counter()
 
@@ -126,12 +134,26 @@ def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, floa
         if done.index + 1 == layers:
             raise EnoughError
 
-    try:
+    with suppress(EnoughError):
         pipeline.quantise_layers(decoder, tokens, settings, store, stop)
-    except EnoughError:
-        seconds["layer"] = time.perf_counter() - begun
+    synchronise()
+    seconds["layer"] = time.perf_counter() - begun
     seconds["forward"] = seconds["layer"] - seconds.pop("solve")
-    return {step: value / layers for step, value in seconds.items()}, tuple(tokens.shape)
+    return {step: value / layers for step, value in seconds.items()}
+
+
+def measure(model: Path, calibration: Path, layers: int) -> tuple[dict[str, float], tuple[int, ...]]:
+    """Seconds of each step per layer of the bundled model, and the calibration's shape."""
+    import torch
+
+    from qwenq.calibration import CalibrationSet
+    from qwenq.models.blocks import BlockwiseDecoder
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.machine import product_dtype
+
+    tokens = CalibrationSet.load(calibration).tokens
+    decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), product_dtype("cpu"))
+    return measure_layers(decoder, tokens, layers, 64), tuple(tokens.shape)
 
 
 def operations(model: Path, shape: tuple[int, ...]) -> dict[str, float]:

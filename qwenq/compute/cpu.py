@@ -91,21 +91,21 @@ def float32_is_faster() -> bool:
 
 def vectorises_512_bits() -> bool:
     """Return whether torch and oneDNN compute with AVX-512 here."""
-    lowered = _lowered_to()
+    lowered = _lowered_to(os.environ.get(VARIABLE, ""))
     if lowered is not None and "avx512_f" not in lowered.features:
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def _lowered_to() -> Variant | None:
+@cache  # every linear of a prompt asks
+def _lowered_to(wanted: str) -> Variant | None:
     """Return the variant that ``QWENQ_CPU`` lowers to; None: it is not set, or is ``torch``."""
-    usable, wanted = variants_here(), os.environ.get(VARIABLE, "")
-    return next((variant for variant in usable[1:] if variant.name == wanted), None)
+    return next((variant for variant in variants_here()[1:] if variant.name == wanted), None)
 
 
 def _features() -> dict[str, object]:
     """Return what the CPU can do, by torch's names, or a CPU of the variant that ``QWENQ_CPU`` lowers to."""
-    found, lowered = _capabilities(), _lowered_to()
+    found, lowered = _capabilities(), _lowered_to(os.environ.get(VARIABLE, ""))
     if lowered is None:
         return found
     return {"cpu_name": found.get("cpu_name"), **dict.fromkeys(lowered.features, True)}

@@ -63,6 +63,7 @@ class RandomSource:
     The same seed, name and device type give the same values; on another device they differ.
 
     Attributes:
+        seed, std, device: as given.
         decided_by: all that the values follow from, for ``fingerprint``.
     """
 
@@ -78,10 +79,8 @@ class RandomSource:
         self._infos = {
             tensor.name: TensorInfo(tensor.shape, dtype) for tensor in shape.tensors(_dtype_name(dtype))
         }
-        self._seed = seed
-        self._std = std
-        self._device = torch.device(device)
-        self.decided_by = {"stream": _STREAM, "seed": seed, "std": std, "device": self._device.type}
+        self.seed, self.std, self.device = seed, std, torch.device(device)
+        self.decided_by = {"stream": _STREAM, "seed": seed, "std": std, "device": self.device.type}
 
     def names(self) -> Iterable[str]:
         """Return all tensor names, in layer order."""
@@ -97,13 +96,13 @@ class RandomSource:
         """Make the tensor, on the device of this source."""
         info = self.info(name)
         if name.endswith("norm.weight"):
-            return torch.ones(info.shape, dtype=info.dtype, device=self._device)
-        seed = tensor_seed(self._seed, name)
-        if self._device.type == "cpu":
-            return _normal_on_cpu(info, seed, self._std)
-        generator = torch.Generator(self._device).manual_seed(seed)
-        return torch.empty(info.shape, dtype=info.dtype, device=self._device).normal_(
-            0.0, self._std, generator=generator
+            return torch.ones(info.shape, dtype=info.dtype, device=self.device)
+        seed = tensor_seed(self.seed, name)
+        if self.device.type == "cpu":
+            return _normal_on_cpu(info, seed, self.std)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.empty(info.shape, dtype=info.dtype, device=self.device).normal_(
+            0.0, self.std, generator=generator
         )
 
 

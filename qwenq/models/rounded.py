@@ -1,7 +1,8 @@
 """Round a model to 4 or 8 bits as it is read, to measure speed and memory without quantising it first.
 
 How fast integers are multiplied does not depend on which integers they are, so each module is rounded to
-nearest. Its answers are worse than those of a GPTQ model.
+nearest. Its answers are worse than those of a GPTQ model. Of a model with random weights the integers
+themselves are drawn: nothing is rounded, and on a GPU nothing is moved there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenq.models.gptq_format import PackedLinear
+    from qwenq.models.random_weights import RandomSource
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -41,6 +43,8 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
     Raises:
         UnsupportedError: its sizes cannot be packed.
     """
+    from qwenq.models.random_weights import RandomSource
+
     shape = ModelShape.from_config(checkpoint.config)
     group_size = group_size_for(shape)
     shape.quantised_tensors(bits, group_size)  # raises where the sizes do not fit
@@ -55,7 +59,11 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
         for layer in block.layers
         for name in linear.names()
     }
-    return replace(checkpoint, config=config, source=RoundedSource(checkpoint.source, modules))
+    source = checkpoint.source
+    made = (
+        DrawnSource(source, modules) if isinstance(source, RandomSource) else RoundedSource(source, modules)
+    )
+    return replace(checkpoint, config=config, source=made)
 
 
 class RoundedSource:
@@ -110,6 +118,38 @@ class RoundedSource:
             self._held = (module, _pack(self._source.read(f"{module}.weight"), quant))
         found: Tensor = getattr(self._held[1], part)
         return found
+
+
+class DrawnSource(RoundedSource):
+    """Packed weights that were never anything else: words of random bits, scales of either sign.
+
+    The integers are uniform over all their values, and scales give the weights the standard deviation of the
+    random model. Tensors are on the device of the random source.
+    """
+
+    def __init__(self, source: RandomSource, modules: dict[str, QuantConfig]) -> None:
+        super().__init__(source, modules)
+        self._random = source
+
+    def read(self, name: str) -> Tensor:
+        """Draw one tensor; it follows from the seed and its name alone."""
+        import torch
+
+        from qwenq.models.random_weights import tensor_seed
+
+        module, _, part = name.rpartition(".")
+        device = self._random.device
+        if module not in self._modules or part not in ("qweight", "scales"):
+            return super().read(name).to(device)
+        info = self.info(name)
+        generator = torch.Generator(device).manual_seed(tensor_seed(self._random.seed, name))
+        if part == "qweight":
+            words = torch.empty(info.shape, dtype=torch.int32, device=device)
+            return words.random_(-(2**31), 2**31 - 1, generator=generator)
+        levels = 2 ** self._modules[module].bits  # a uniform integer deviates by levels / sqrt(12)
+        signs = torch.empty(info.shape, device=device).bernoulli_(0.5, generator=generator) * 2 - 1
+        scales: Tensor = (signs * (self._random.std * 12**0.5 / levels)).to(info.dtype)
+        return scales
 
 
 def _pack(weight: Tensor, quant: QuantConfig) -> PackedLinear:

@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import IO, Any
 
 from qwenq.errors import QwenqError
@@ -20,6 +21,8 @@ from qwenq.profiling.spec import Point
 from qwenq.results import Model, Row, Status
 
 _COMMAND = [sys.executable, "-m", "qwenq.profiling.worker"]
+AHEAD = "--ahead"
+"""Tells the worker to read the libraries before its point."""
 _GRACE = 120.0
 """Seconds beyond three times its time limit after which a point counts as hung."""
 _POLL, _OTHERS_GRACE = 1.0, 15.0
@@ -44,7 +47,7 @@ def probe(device: str) -> dict[str, Any]:
         QwenqError: the process failed.
     """
     began = time.monotonic()
-    for content in _ask({"probe": device}, None):
+    for content in _ask({"probe": device}, None, _start(1)):
         if "error" not in content:
             content["start_seconds"] = time.monotonic() - began - content.pop("worked_seconds")
         return content
@@ -53,17 +56,44 @@ def probe(device: str) -> dict[str, Any]:
     )
 
 
-def measure_in_child(point: Point, seconds: float | None) -> Iterator[Row]:
+class StartedAhead:
+    """Measure points in processes of their own, the next of which is started while one is measured.
+
+    On a GPU: reading the libraries takes several seconds and needs none of it, and other cores are idle. The
+    process computes nothing and does not open the device before its point is sent. Close it at the end.
+    """
+
+    def __init__(self) -> None:
+        self._next: _Child | None = None
+
+    def __call__(self, point: Point, seconds: float | None) -> Iterator[Row]:
+        """Yield the rows of `measure_in_child`."""
+        if point.tp > 1:
+            yield from measure_in_child(point, seconds)
+            return
+        child = self._next or _Child.start([*_COMMAND, AHEAD])
+        self._next = _Child.start([*_COMMAND, AHEAD])
+        yield from measure_in_child(point, seconds, child)
+
+    def close(self) -> None:
+        """End the process that has no point."""
+        if self._next is not None:
+            self._next.end()
+
+
+def measure_in_child(point: Point, seconds: float | None, started: _Child | None = None) -> Iterator[Row]:
     """Yield a point's rows as they are measured; every metric has one, however the processes end.
 
     Args:
         point: ``point.tp`` processes hold its model together; rank 0 measures.
         seconds: time limit of the point; None: no limit.
+        started: its only process; None: it is started now.
     """
     missing = dict.fromkeys(point.metrics)
     limit = None if seconds is None else 3 * seconds + _GRACE
     try:
-        for content in _ask({"point": point.to_json(), "seconds": seconds}, limit, point.tp):
+        children = [started] if started else _start(point.tp)
+        for content in _ask({"point": point.to_json(), "seconds": seconds}, limit, children):
             row = _row(content)
             missing.pop(row.metric, None)
             yield row
@@ -72,61 +102,97 @@ def measure_in_child(point: Point, seconds: float | None) -> Iterator[Row]:
         yield from point.without(error.status, error.what, list(missing), again=again)
 
 
-def _ask(request: dict[str, Any], limit: float | None, processes: int = 1) -> Iterator[dict[str, Any]]:
+@dataclass
+class _Child:
+    """A process, and the file of its standard error."""
+
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+
+    @classmethod
+    def start(cls, command: list[str], variables: dict[str, str] | None = None) -> _Child:
+        """Start it in a session of its own: Ctrl-C reaches this process alone, which then ends the child."""
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `end`
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            env=variables,
+        )
+        return cls(process, errors)
+
+    def send(self, request: dict[str, Any]) -> None:
+        """Send it its request; one that is gone has a reason that `_reason` finds."""
+        assert self.process.stdin is not None  # noqa: S101 - it is a pipe
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
+            self.process.stdin.close()
+
+    def kill(self) -> None:
+        """Kill its process group: kernels may be compiling in processes below it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kill it where it runs, and close its files."""
+        if self.process.poll() is None:
+            self.kill()
+            self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.errors):
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
+
+    def last_line(self) -> str:
+        """Return the last line of its standard error, after a colon; nothing where there is none."""
+        self.errors.seek(0, os.SEEK_END)
+        self.errors.seek(max(0, self.errors.tell() - 2000))
+        text = self.errors.read().decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return f": {lines[-1][:300]}" if lines else ""
+
+
+def _ask(request: dict[str, Any], limit: float | None, children: list[_Child]) -> Iterator[dict[str, Any]]:
     """Yield the JSON lines of rank 0; all processes are killed when the reader stops, for one by Ctrl-C.
 
     Raises:
         _ChildError: a process failed; names the reason.
     """
-    with ExitStack() as files:
-        errors: list[IO[bytes]] = [files.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
-        children = _start(errors)
-        try:
-            with _watched(children, errors, limit) as killed:
-                for child in children:
-                    with suppress(BrokenPipeError):
-                        assert child.stdin is not None  # noqa: S101 - it is a pipe
-                        child.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
-                        child.stdin.close()
-                lines = children[0].stdout
-                assert lines is not None  # noqa: S101 - it is a pipe
-                yield from (json.loads(line) for line in lines if line.endswith(b"\n"))
-                code = children[0].wait()
-                if code and not killed:  # another rank may be about to write why
-                    _await_exit(children[1:])
-                    raise _reason(children, errors)
-        finally:
+    try:
+        with _watched(children, limit) as killed:
             for child in children:
-                _end(child)
-        if killed:
-            raise killed[0]
+                child.send(request)
+            first = children[0].process
+            assert first.stdout is not None  # noqa: S101 - it is a pipe
+            yield from (json.loads(line) for line in first.stdout if line.endswith(b"\n"))
+            code = first.wait()
+            if code and not killed:  # another rank may be about to write why
+                _await_exit(children[1:])
+                raise _reason(children)
+    finally:
+        for child in children:
+            child.end()
+    if killed:
+        raise killed[0]
 
 
-def _start(errors: list[IO[bytes]]) -> list[subprocess.Popen[bytes]]:
-    """Start a process for each of these files, with torchrun's variables where there are several."""
-    world, variables = len(errors), dict(os.environ)
-    if world > 1:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            port = listening.getsockname()[1]
-        variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _start(world: int) -> list[_Child]:
+    """Start so many processes, with torchrun's variables where there are several."""
+    if world == 1:
+        return [_Child.start(_COMMAND)]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    variables = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        # In a session of its own: Ctrl-C reaches this process alone, which then ends the child.
-        subprocess.Popen(
-            _COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            start_new_session=True,
-            env=variables if world == 1 else {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, stderr in enumerate(errors)
+        _Child.start(_COMMAND, {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world)
     ]
 
 
 @contextmanager
-def _watched(
-    children: list[subprocess.Popen[bytes]], errors: list[IO[bytes]], limit: float | None
-) -> Iterator[list[_ChildError]]:
+def _watched(children: list[_Child], limit: float | None) -> Iterator[list[_ChildError]]:
     """Kill the processes at the limit, or when rank 0 goes on waiting for another one that has failed.
 
     Yields:
@@ -140,15 +206,15 @@ def _watched(
         lost: float | None = None
         while not done.wait(_POLL if several else limit):
             now = time.monotonic()
-            if lost is None and any(child.poll() for child in children[1:]):
+            if lost is None and any(child.process.poll() for child in children[1:]):
                 lost = now
             if limit is not None and now - began >= limit:
                 killed.append(_ChildError(f"it did not end within {limit:.0f} s"))
             elif lost is not None and now - lost >= _OTHERS_GRACE:
-                killed.append(_reason(children, errors))
+                killed.append(_reason(children))
             if killed:
                 for child in children:
-                    _kill(child)
+                    child.kill()
                 return
 
     if limit is not None or several:
@@ -159,21 +225,22 @@ def _watched(
         done.set()
 
 
-def _await_exit(children: list[subprocess.Popen[bytes]]) -> None:
+def _await_exit(children: list[_Child]) -> None:
     until = time.monotonic() + _OTHERS_GRACE
-    while any(child.poll() is None for child in children) and time.monotonic() < until:
+    while any(child.process.poll() is None for child in children) and time.monotonic() < until:
         time.sleep(_POLL / 10)
 
 
-def _reason(children: list[subprocess.Popen[bytes]], errors: list[IO[bytes]]) -> _ChildError:
+def _reason(children: list[_Child]) -> _ChildError:
     """Return why there is no answer: a row of another rank, else how the first process failed."""
     for child in children[1:]:
-        if child.poll() is not None and child.stdout is not None and (line := child.stdout.readline()):
+        lines = child.process.stdout
+        if child.process.poll() is not None and lines is not None and (line := lines.readline()):
             row = _row(json.loads(line))  # another rank has a row only for what it could not do
             return _ChildError(row.reason or "", row.status)
-    ended = [(rank, code) for rank, child in enumerate(children) if (code := child.poll())]
+    ended = [(rank, code) for rank, child in enumerate(children) if (code := child.process.poll())]
     rank, code = min(ended, key=lambda each: each[1])  # killed by a signal, before what that entailed
-    words = _last_line(errors[rank])
+    words = children[rank].last_line()
     if code == -signal.SIGKILL:
         how = "its process was killed: most likely by the system, for lack of memory"
     elif code < 0:
@@ -181,29 +248,6 @@ def _reason(children: list[subprocess.Popen[bytes]], errors: list[IO[bytes]]) ->
     else:
         how = f"its process ended with exit code {code}{words}"
     return _ChildError(f"rank {rank}: {how}" if len(children) > 1 else how)
-
-
-def _last_line(file: IO[bytes]) -> str:
-    file.seek(0, os.SEEK_END)
-    file.seek(max(0, file.tell() - 2000))
-    lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return f": {lines[-1][:300]}" if lines else ""
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        _kill(child)
-        child.wait()
-    for pipe in (child.stdin, child.stdout):
-        if pipe is not None:
-            with suppress(OSError):
-                pipe.close()
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """Kill the child's process group: kernels may be compiling in processes below it."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _row(content: dict[str, Any]) -> Row:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import UsageError
@@ -20,7 +21,9 @@ from qwenq.storage import readable_bytes
 _LOAD_RATE = 0.4e9
 """Bytes of weights read, checked and rearranged in a second."""
 _MAKING_RATE = 0.1e9
-"""Parameters rounded on the fly, or drawn at random, in a second: what one core rounds."""
+"""Parameters rounded on the fly in a second: what one core rounds."""
+_DRAWING_RATE = {"cpu": 0.1e9, "cuda": 5e9}
+"""Parameters drawn at random in a second, on the device that runs them; a guess for GPUs."""
 _STORED_BYTES = 2
 """Of a parameter in the file that a model is rounded from: what nearly all are stored in."""
 _EFFICIENCY = 0.4
@@ -90,6 +93,21 @@ class Planned:
         return self.load + self.least
 
 
+@dataclass(frozen=True)
+class PlannedSweep:
+    """All points of a sweep, as it is announced before the first one.
+
+    Attributes:
+        budget: seconds that the sweep may take; None: any.
+        folder: of the run.
+    """
+
+    points: Sequence[Planned]
+    device: Device
+    budget: float | None
+    folder: Path
+
+
 def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Device) -> list[Planned]:
     """Return the estimates of every point; ``shapes`` by model name."""
     return [_planned(point, shapes[point.subject.model.name], device) for point in points]
@@ -98,9 +116,9 @@ def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Devi
 def allowances(planned: Sequence[Planned], budget: float | None) -> list[float | None]:
     """Share a budget in seconds among points.
 
-    In their order points get what they need to load and to measure once; one for which too little is left
-    gets nothing. The remainder is shared in proportion to what the points could use. The sweep asks again
-    before each point, so that seconds that a point did not use go to the rest.
+    In their order, the cheapest first in a sweep, points get what they need to load and to measure once; one
+    for which too little is left gets nothing. The remainder is shared in proportion to what the points could
+    use. The sweep asks again before each point, so that seconds that a point did not use go to the rest.
     """
     if budget is None:
         return [None] * len(planned)
@@ -162,9 +180,10 @@ def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
 def _load(point: Point, shape: ModelShape, device: Device, weights: int) -> float:
     """Return the seconds until the model can be run: libraries, bytes read, weights rounded or drawn."""
     subject = point.subject
-    made = subject.rounded is not None or subject.weights == "random"
+    if subject.weights == "random":
+        return device.start_seconds + shape.parameters / (_DRAWING_RATE[device.kind] * point.tp)
     read = shape.parameters * _STORED_BYTES // point.tp if subject.rounded else weights
-    making = shape.parameters / (_MAKING_RATE * point.tp) if made else 0.0
+    making = shape.parameters / (_MAKING_RATE * point.tp) if subject.rounded else 0.0
     return device.start_seconds + read / _LOAD_RATE + making
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -11,10 +12,11 @@ from typing import Any
 
 from qwenq.environment import MACHINE, decisive, difference, machine, measured_on
 from qwenq.events import Advance, Listener, Notice, Start, silent
-from qwenq.profiling.child import measure_in_child
-from qwenq.profiling.planning import Planned, allowances
-from qwenq.profiling.spec import Point, is_done
+from qwenq.profiling.child import StartedAhead, measure_in_child
+from qwenq.profiling.planning import Planned, PlannedSweep, allowances, plan, read_device
+from qwenq.profiling.spec import Point, Subjects, is_done, refuse_unsplittable, sweep
 from qwenq.results import RESULTS_FILE, Row, append_row, read_environment, read_rows, write_environment
+from qwenq.storage import locked
 
 Measure = Callable[[Point, float | None], Iterator[Row]]
 """Turn a point into rows, one for every metric."""
@@ -41,17 +43,17 @@ def run_sweep(
     environment: Mapping[str, Any] | None = None,
     budget: float | None = None,
     command: str = "",
-    measure: Measure = measure_in_child,
+    measure: Measure | None = None,
 ) -> Progress:
     """Measure the points that the folder does not have yet, or has from another machine only.
 
     Args:
         environment: of this machine, recorded in each row and in the folder; None: machines are not compared.
-        budget: seconds for all points; each gets its share of the rest when it begins. A point for which too
-            little is left has rows with that reason. The first one is always measured: its loading time
-            corrects the estimates of the others.
+        budget: seconds for all points; each gets its share of the rest when it begins, the cheapest first, so
+            that as many as can be are measured. A point for which too little is left has rows with that
+            reason. The first one is always measured: its loading time corrects the estimates of the others.
         command: what the user typed, for the rows.
-        measure: replaced in tests.
+        measure: replaced in tests; None: in processes of their own.
 
     Raises:
         StorageError: the disk refused a row.
@@ -63,24 +65,63 @@ def run_sweep(
         held = _held_here(planned, held, out, environment, listener)
         write_environment(out, dict(environment))
     todo = [each for each in planned if not is_done(each.point, held)]
+    if budget is not None:
+        todo.sort(key=lambda each: each.needed)
     figures = {(row.identity, row.model) for row in held if row.value is not None}
     progress, began = Progress(kept=len(planned) - len(todo)), time.monotonic()
-    runner = _Runner(measure)
-    for number, each in enumerate(todo):
-        left = None if budget is None else max(0.0, budget - (time.monotonic() - began))
-        rest = [runner.corrected(one) for one in todo[number:]]
-        seconds = runner.allowance(rest, left)
-        label = rest[0].point.label
-        listener(Start(label, len(todo), "points", number, rest[0].seconds, seconds))
-        for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
-            if row.value is None and (row.identity, row.model) in figures:
-                continue  # an earlier run has the figure, which is kept
-            details = {**row.details, **({"command": command} if command else {})}
-            complete = replace(row, settings={**row.settings, **mine}, details=details)
-            append_row(out, complete)
-            listener(Advance(label, result=complete))
-        progress.measured += 1
+    with ExitStack() as stack:
+        if measure is None:
+            measure = measure_in_child
+            if any(each.point.device != "cpu" for each in todo):
+                measure = stack.enter_context(closing(StartedAhead()))
+        runner = _Runner(measure)
+        for number, each in enumerate(todo):
+            left = None if budget is None else max(0.0, budget - (time.monotonic() - began))
+            rest = [runner.corrected(one) for one in todo[number:]]
+            seconds = runner.allowance(rest, left)
+            label = rest[0].point.label
+            listener(Start(label, len(todo), "points", number, rest[0].seconds, seconds))
+            for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
+                if row.value is None and (row.identity, row.model) in figures:
+                    continue  # an earlier run has the figure, which is kept
+                details = {**row.details, **({"command": command} if command else {})}
+                complete = replace(row, settings={**row.settings, **mine}, details=details)
+                append_row(out, complete)
+                listener(Advance(label, result=complete))
+            progress.measured += 1
     return progress
+
+
+def sweep_models(
+    found: Subjects,
+    choices: Mapping[str, Any],
+    device: str,
+    budget: float | None,
+    folder: Path,
+    listener: Listener,
+    command: str,
+) -> tuple[list[Row], int]:
+    """Announce every combination, measure those that the folder lacks; return all rows, and how many it had.
+
+    Args:
+        choices: arguments of ``spec.sweep`` besides models and device.
+    """
+    from qwenq.environment import environment
+    from qwenq.profiling.child import probe
+
+    if choices["tp"] > 1:
+        refuse_unsplittable(found.subjects, choices["engines"])
+    for notice in found.notices:
+        listener(Notice(notice))
+    began = time.monotonic()
+    with locked(folder):  # before anything is timed: two commands would measure each other
+        place = read_device(probe(device))
+        planned = plan(sweep(found.subjects, device=place.device, **choices), found.shapes, place)
+        listener(Advance("plan", result=PlannedSweep(planned, place, budget, folder)))
+        left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
+        done = run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
+    wanted = [(each.point.place, each.point.subject.model) for each in planned]
+    return [row for row in read_rows(folder) if (row.point, row.model) in wanted], done.kept
 
 
 def _held_here(

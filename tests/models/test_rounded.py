@@ -10,6 +10,7 @@ from tiny_families import write_family
 
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_format import DequantisedSource, QuantConfig, validate_quantised
+from qwenq.models.random_weights import random_checkpoint
 from qwenq.models.rounded import rounded
 from qwenq.models.shapes import ModelShape
 from qwenq.runtime.engine import load
@@ -57,3 +58,18 @@ def test_logits_of_8_bits_are_close_to_those_of_the_plain_model(tiny: Path) -> N
     assert not torch.equal(*logits)
     # 8 bits are close, whatever the model
     assert float((logits[0] - logits[1]).norm() / logits[0].norm()) < 0.1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_of_a_random_model_the_integers_are_drawn_and_deviate_as_its_weights(bits: int) -> None:
+    made, again = (rounded(random_checkpoint("smollm2-135m-instruct", 3), bits) for _ in range(2))
+    quant, name = QuantConfig.read(made.config), "model.layers.4.mlp.up_proj"
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        info, tensor = made.info(f"{name}.{part}"), made.read(f"{name}.{part}")
+        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, info.dtype)
+        assert torch.equal(tensor, again.read(f"{name}.{part}"))
+    weight = DequantisedSource(made.source, quant, torch.float32).read(f"{name}.weight")
+    plain = random_checkpoint("smollm2-135m-instruct", 3).read(f"{name}.weight").float()
+    assert weight.std().item() == pytest.approx(plain.std().item(), rel=0.03)
+    other = rounded(random_checkpoint("smollm2-135m-instruct", 4), bits).read(f"{name}.qweight")
+    assert not torch.equal(other, made.read(f"{name}.qweight"))

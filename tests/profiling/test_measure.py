@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,17 @@ def test_a_child_measures_like_this_process(points: list[Point]) -> None:
     rows = list(child.measure_in_child(points[0], 1.0))
     assert [row.metric for row in rows] == list(points[0].metrics)
     assert all(row.status == "ok" for row in rows)
+
+
+def test_a_process_started_ahead_measures_its_point_and_the_last_one_is_ended(points: list[Point]) -> None:
+    with closing(child.StartedAhead()) as measure_ahead:
+        for point in points[:2]:
+            rows = list(measure_ahead(point, 1.0))
+            assert [row.metric for row in rows] == list(point.metrics)
+            assert all(row.status == "ok" for row in rows)
+        waiting = measure_ahead._next
+        assert waiting is not None and waiting.process.poll() is None
+    assert waiting.process.poll() is not None
 
 
 def test_an_attention_without_support_is_unavailable_with_its_reason(points: list[Point]) -> None:

@@ -211,3 +211,14 @@ def test_what_a_later_run_cannot_do_takes_no_figure_away(
     assert {name: row.value for name, row in after.items()} == {
         name: row.value for name, row in before.items()
     }
+
+
+def test_under_a_budget_the_cheapest_points_come_first(points: list[Point], tmp_path: Path) -> None:
+    costs = [9.0, 1.0, 4.0]
+    plan = [Planned(point, cost, 10.0, 0.0, 100) for point, cost in zip(points, costs, strict=False)]
+    fake = Fake()
+    run_sweep(plan, tmp_path, Silent(), budget=600.0, measure=fake)
+    assert [point for point, _ in fake.asked] == [points[1], points[2], points[0]]
+    without = Fake()
+    run_sweep(plan, tmp_path / "other", Silent(), measure=without)
+    assert [point for point, _ in without.asked] == list(points[:3])

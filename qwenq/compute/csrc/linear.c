@@ -260,31 +260,41 @@ static void linear_thread(Args args) {
 }
 void quantised_linear(Args args) { on_threads(linear_thread, args); }
 
-// args: threads, layer, weight [columns, outputs], its dtype: the integers less the middle, scaled
+// Unpack a block of outputs: the integers less the middle, scaled.
+ALWAYS_INLINE void unpack_block(const Linear *layer, long block, int bits, int dtype, void *weight) {
+    long at_once = 32 / bits, steps = layer->columns / at_once, outputs = layer->blocks * OUTPUTS;
+    long groups = layer->columns / layer->group_size;
+    int middle = 1 << (bits - 1);
+    const uint8_t *bytes = layer->weights + block * steps * OUTPUTS * 4;
+    for (long step = 0; step < steps; step++, bytes += OUTPUTS * 4) {
+        long scale_at = (block * groups + step * at_once / layer->group_size) * OUTPUTS;
+        for (int t = 0; t < REGISTERS; t++) {
+            Floats scale = layer->scales_float16 ? load_halves((const uint16_t *)layer->scales + scale_at + t * LANES)
+                                                 : load((const float *)layer->scales + scale_at + t * LANES);
+            uint32_t words[LANES];  // of an output: its column k is in byte k % 4, the low nibble before the high one
+            memcpy(words, bytes + t * LANES * 4, sizeof words);
+            long to = step * at_once * outputs + block * OUTPUTS + t * LANES;
+            for (int k = 0; k < at_once; k++, to += outputs) {
+                float values[LANES];
+                for (int lane = 0; lane < LANES; lane++)
+                    values[lane] = (float)((int)(words[lane] >> (8 * (k & 3) + (k & 4)) & ((1u << bits) - 1)) - middle);
+                store_as(dtype, weight, to, load(values) * scale);
+            }
+        }
+    }
+}
+
+// args: threads, layer, weight [columns, outputs], its dtype
 static void unpack_thread(Args args) {
     Linear layer = linear_at(POINTER(const int64_t, 1));
     void *weight = POINTER(void, 2);
-    int dtype = (int)args[3];
-    long at_once = 32 / layer.bits, groups = layer.columns / layer.group_size, outputs = layer.blocks * OUTPUTS;
-    long task, end, steps = layer.columns / at_once;
-    thread_share(steps, &task, &end);
-    for (; task < end; task++)
-        for (long block = 0; block < layer.blocks; block++) {
-            const uint8_t *bytes = layer.weights + (block * steps + task) * OUTPUTS * 4;
-            long scale_at = (block * groups + task * at_once / layer.group_size) * OUTPUTS;
-            for (int t = 0; t < REGISTERS; t++) {
-                Floats scale = layer.scales_float16 ? load_halves((const uint16_t *)layer.scales + scale_at + t * LANES)
-                                                    : load((const float *)layer.scales + scale_at + t * LANES);
-                for (long k = 0; k < at_once; k++) {
-                    float values[LANES];
-                    for (int lane = 0; lane < LANES; lane++) {
-                        int byte = bytes[(t * LANES + lane) * 4 + (k & 3)];
-                        values[lane] = (float)(layer.bits == 8 ? byte - 128 : (k < 4 ? byte & 15 : byte >> 4) - 8);
-                    }
-                    long to = (task * at_once + k) * outputs + block * OUTPUTS + t * LANES;
-                    store_as(dtype, weight, to, load(values) * scale);
-                }
-            }
-        }
+    long block, end;
+    thread_share(layer.blocks, &block, &end);
+    for (; block < end; block++) {
+        if (layer.bits == 4 && args[3] == BFLOAT16) unpack_block(&layer, block, 4, BFLOAT16, weight);
+        else if (layer.bits == 4) unpack_block(&layer, block, 4, FLOAT32, weight);
+        else if (args[3] == BFLOAT16) unpack_block(&layer, block, 8, BFLOAT16, weight);
+        else unpack_block(&layer, block, 8, FLOAT32, weight);
+    }
 }
 void quantised_unpack(Args args) { on_threads(unpack_thread, args); }
