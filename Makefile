@@ -34,7 +34,7 @@ RELIABILITY := tests/test_workflow_execute.py tests/test_crash.py tests/reliabil
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: wheels help install install-locked demo gate test test-slow reliability fuzz interop llama llmcompressor lint format clean
+.PHONY: wheels help install install-locked demo gate test test-slow reliability fuzz interop interop-vllm llama llmcompressor lint format clean
 
 help:
 	@echo 'make demo       install, quantise the bundled model to Int8 and Int4, check, evaluate, profile, report'
@@ -44,6 +44,7 @@ help:
 	@echo 'make reliability  kill, fill up, cut off and fuzz it; prints what was survived, fails if anything is lost'
 	@echo 'make fuzz       ten minutes of coverage-guided fuzzing of all that reads a file of somebody else'
 	@echo 'make interop    load the result with transformers and GPTQModel, in an environment of their own'
+	@echo 'make interop-vllm  the same with the CPU build of vLLM; Linux on x86-64'
 	@echo 'make llama      compile the server that the tests of --endpoint ask; minutes'
 	@echo 'make llmcompressor  the environment of a peer that benchmarks/quantize_vs_peers.py races'
 	@echo 'make wheels     compile wheels for Linux on x86-64 and Arm, and macOS on Arm, into dist/'
@@ -107,6 +108,15 @@ interop:
 	PYTHON='$(PYTHON)' bash tests/interop/setup.sh
 	.venv-interop/bin/python -m pytest -q -m interop tests/interop --timeout 1800
 
+# With $$QWENQ_VLLM_REPORT it rewrites the committed figures: QWENQ_VLLM_REPORT=reports/interop make interop-vllm
+interop-vllm: .venv/.dev .venv-vllm/.complete
+	QWENQ_VLLM_PYTHON=$$PWD/.venv-vllm/bin/python $(BIN)/python -m pytest -q -m interop tests/interop_vllm
+
+.venv-vllm/.complete: tests/interop_vllm/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
+
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -117,7 +127,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-interop .venv-llama .venv-llmcompressor build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-vllm .venv-llama .venv-llmcompressor build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps: what is installed is installed again when the pins or the requirements change.
 # pip is what comes last into an environment: one that was cut off before it is made again.

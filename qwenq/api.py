@@ -102,7 +102,7 @@ def quantize(
         device: "auto", "cpu", "cuda", "cuda:1", …
         resume: continue an unfinished run of the same settings.
         progress: see the module.
-        **settings: keys of a recipe's ``[quantize]``: bits=4, group_size=128, sym=False, damp=0.05, …
+        **settings: keys of a recipe's ``[quantize]``: bits=4, group_size=128, damp=0.05, …
 
     Raises:
         QwenqError: see ``qwenq.errors``; finished layers are kept, the same call continues.
@@ -592,10 +592,14 @@ def convert(
     target: Name,
     *,
     zeros: Literal["v1", "v2"] | None = None,
+    to: Literal["compressed-tensors"] | None = None,
+    store_head: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = True,
 ) -> Converted:
     """Rewrite a model in another layout: Qwen v1 as Qwen2, GPTQ zero points v1 ↔ v2, other shards.
+
+    ``to`` and ``store_head`` are the options of `qwenq convert`.
 
     Raises:
         QwenqError: the source is damaged, or the target holds something.
@@ -608,7 +612,13 @@ def convert(
         for notice in resolved.notices:
             listener(Notice(notice))
         return run(
-            resolved.folder, Path(target), zeros=zeros, max_shard_bytes=max_shard_bytes, listener=listener
+            resolved.folder,
+            Path(target),
+            zeros=zeros,
+            to=to,
+            store_head=store_head,
+            max_shard_bytes=max_shard_bytes,
+            listener=listener,
         )
 
 

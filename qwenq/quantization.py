@@ -180,6 +180,8 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     if kept := summary(kept_parameters(decoder, settings)):
         listener(Notice(kept))
     quant = _quant_config(checkpoint, decoder, settings)
+    if not wanted.any_engine:
+        _refuse_without_server(decoder, settings, quant)
     listener(Notice(describe(settings)))
     return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
 
@@ -215,6 +217,28 @@ def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: S
     repeated = {"group_size": quant.group_size, "sym": quant.sym, "desc_act": quant.desc_act}
     rules = dynamic_rules(sorted(kept), bits, quant.bits, repeated, beside)
     return replace(quant, dynamic=rules, modules=tuple(map(tuple, module_groups([name] for name in bits))))
+
+
+def _refuse_without_server(decoder: BlockwiseDecoder, settings: Settings, quant: QuantConfig) -> None:
+    """Refuse, before any work, settings with which neither vLLM nor SGLang loads the result."""
+    from qwenq.gptq.settings import every_linear, kept_parameters
+    from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder
+
+    linears = {
+        name: (linear.out_features, linear.in_features)
+        for name, linear in every_linear(decoder, settings).items()
+    }
+    kept = {name.removesuffix(".weight") for block in kept_parameters(decoder, settings) for name in block}
+    verdicts = engine_verdicts(planned_gptq_folder(decoder.checkpoint.config, quant, linears, kept))
+    able = [verdict.engine for verdict in verdicts if verdict.loads]
+    if "vllm" in able or "sglang" in able:
+        return
+    (problem, *_) = verdicts[0].problems
+    raise UsageError(
+        f"neither vLLM nor SGLang would load the result: {problem.reason}",
+        where=decoder.checkpoint.folder,
+        hint=f"{problem.remedy}; or add --any-engine: {' and '.join(able) or 'no engine'} would load it",
+    )
 
 
 def _spellings(checkpoint: Checkpoint, module: str) -> list[str]:

@@ -149,7 +149,7 @@ class QuantizeRecipe:
     sym: bool = setting(
         True,
         "Symmetric: the zero point is fixed in the middle; else each group has its own.",
-        "With zero points the file is of format `gptq_v2`.",
+        "With zero points the format is `gptq_v2`, which neither vLLM nor SGLang loads: see `any_engine`.",
         flags="--sym/--asym",
     )
     act_order: Literal["static", "none"] = setting(
@@ -184,6 +184,11 @@ class QuantizeRecipe:
         "divergence to its base falls; 0: none.",
         "The integers stay, and so do size and speed of the file. An eighth of the sequences is not learned "
         "from and decides: unless they come nearer to the base, GPTQ's scales stay.",
+    )
+    any_engine: bool = setting(
+        False,
+        "Quantise also where neither vLLM nor SGLang would load the result, as with --asym.",
+        flags="--any-engine",
     )
     dtype: Dtype = setting("auto", "dtype of the forward pass; auto: what the device multiplies fastest.")
     seed: NotNegative = setting(0, "Seed of the calibration text, and of random weights.")

@@ -61,7 +61,7 @@ def test_mixed_bits_run_as_they_are_dequantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [{"q_proj": 8}, {"self_attn": 8}, {"down_proj": 16}])
 def test_the_fast_engine_runs_mixed_bits(tmp_path: Path, bits: dict[str, int]) -> None:
     model = write_family(tmp_path / "m", "qwen3")
-    run(model, tmp_path / "out", module_bits=bits)
+    run(model, tmp_path / "out", module_bits=bits, any_engine=True)
     reference = transformers_of(write_dequantised(tmp_path / "out", tmp_path / "plain"))
     ids = list(range(3, 43))
     with torch.inference_mode():

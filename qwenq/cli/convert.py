@@ -47,6 +47,14 @@ def convert(
             "symmetric GPTQ models."
         ),
     ] = None,
+    store_head: Annotated[
+        bool,
+        typer.Option(
+            "--store-head",
+            help="Store the embedding also as lm_head.weight of a model whose head is tied: auto-gptq 0.7 "
+            "takes a head that is not stored for zeros.",
+        ),
+    ] = False,
     max_shard: Annotated[str, typer.Option(help="Largest size of a file: 5GB, 500MB, 2GiB.")] = "5GB",
     weights: Annotated[
         Literal["stored", "random"],
@@ -62,7 +70,8 @@ def convert(
     """
     shard_bytes = parse_size(max_shard)
     if weights == "random":
-        _write_random(src, dst, seed, shard_bytes, {"--zeros": zeros, "--to": to})
+        of_folders = {"--zeros": zeros, "--to": to, "--store-head": store_head}
+        _write_random(src, dst, seed, shard_bytes, of_folders)
         return
     from qwenq.conversion import convert as run
     from qwenq.models.opening import resolve_model
@@ -71,7 +80,15 @@ def convert(
     resolved = resolve_model(src)
     found = list(resolved.notices)
     with show_events(found.append, quiet=quiet) as plain, with_details(plain, verbose) as listener:
-        done = run(resolved.folder, dst, zeros=zeros, to=to, max_shard_bytes=shard_bytes, listener=listener)
+        done = run(
+            resolved.folder,
+            dst,
+            zeros=zeros,
+            to=to,
+            store_head=store_head,
+            max_shard_bytes=shard_bytes,
+            listener=listener,
+        )
     notes(found)
     for change in done.changes or ["nothing but the shards changed"]:
         typer.echo(f"changed: {change}")
@@ -81,17 +98,17 @@ def convert(
 
 
 def _write_random(
-    name: str, dst: Path, seed: int, shard_bytes: int, of_gptq: Mapping[str, str | None]
+    name: str, dst: Path, seed: int, shard_bytes: int, of_folders: Mapping[str, object]
 ) -> None:
     """Write a catalogue model with random weights to a folder."""
     from qwenq.models.random_weights import write_random_checkpoint
     from qwenq.models.safetensors_files import tensor_bytes
     from qwenq.storage import readable_bytes
 
-    for option, given in of_gptq.items():
-        if given is not None:
-            hint = f"leave {option} out; `qwenq quantize --weights random` makes a GPTQ model"
-            raise UsageError("random weights are not GPTQ weights", where=option, hint=hint)
+    for option, given in of_folders.items():
+        if given:
+            hint = f"leave {option} out; convert what this writes, or what `qwenq quantize` makes of it"
+            raise UsageError("random weights are written in one layout", where=option, hint=hint)
     made = write_random_checkpoint(name, dst, seed, max_bytes=shard_bytes)
     names = list(made.names())
     size = readable_bytes(sum(tensor_bytes(made.info(name)) for name in names))

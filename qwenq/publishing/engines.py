@@ -31,7 +31,7 @@ _ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj)$")
 _EXPERTS = re.compile(r"(.*\.experts)\.\d+\.\w+$")
 _NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm\w*|visual|vision_tower|conv1d|mtp)(\.|$)")
 _GROUPS = (-1, 32, 64, 128)
-_REQUANTISE = "quantise the model again without --asym"
+_REQUANTISE = "quantise the model without --asym"
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,26 @@ def read_gptq_folder(checkpoint: Checkpoint) -> GptqFolder:
         if not _NOT_LINEAR.search(module) and len(source.info(f"{module}.weight").shape) == 2
     )
     return GptqFolder(config, quant, modules, plain, names)
+
+
+def planned_gptq_folder(
+    config: Mapping[str, Any], quant: QuantConfig, linears: Mapping[str, tuple[int, int]], kept: Iterable[str]
+) -> GptqFolder:
+    """Return what the rules ask of a checkpoint that is not written yet.
+
+    Args:
+        config: of the model.
+        quant: the settings that config.json will have.
+        linears: [out, in] of the linears to quantise, by their names in a block.
+        kept: names in a block of the modules that are not quantised.
+    """
+    block = "model.layers.0."
+    modules = {
+        block + name: Module(quant.of(block + name), rows, columns)
+        for name, (rows, columns) in linears.items()
+    }
+    plain = tuple(block + name for name in kept if not _NOT_LINEAR.search(name))
+    return GptqFolder(config, quant, modules, plain, names=())
 
 
 def engine_verdicts(
@@ -347,6 +367,8 @@ def _no_notes(_: GptqFolder) -> Iterator[str]:
 def _vllm_notes(folder: GptqFolder) -> Iterator[str]:
     if any(module.quant.bits == 8 for module in folder.modules.values()):
         yield "its CPU build takes Int4 only"
+    elif folder.has_experts:
+        yield "its CPU build runs experts only on CPUs with AMX"
 
 
 def _transformers_notes(folder: GptqFolder) -> Iterator[str]:

@@ -258,7 +258,11 @@ def test_quantize_says_where_the_folder_loads(
     common = (models / "Tiny", "--group-size", 32, "--calibration", calibration)
     ran = shell("quantize", *common, "--out", "symmetric")
     assert "loads in vllm, sglang, transformers, gptqmodel\n" in ran.out + ran.err
-    ran = shell("quantize", *common, "--asym", "--out", "asymmetric")
+    said = refused(shell("quantize", *common, "--asym", "--out", "asymmetric"))
+    assert "neither vLLM nor SGLang would load the result: 21 modules have free zero points" in said
+    assert "without --asym; or add --any-engine: transformers and gptqmodel would load it" in said
+    assert not list(Path().glob("asymmetric*"))
+    ran = shell("quantize", *common, "--asym", "--any-engine", "--out", "asymmetric")
     assert "loads in transformers, gptqmodel; not in vllm (" in ran.out + ran.err
     assert "free zero points" in ran.out + ran.err
 
@@ -315,4 +319,4 @@ def test_what_has_no_form_in_compressed_tensors(
 
 def test_random_weights_have_no_integers_to_convert(shell: Callable[..., Ran]) -> None:
     said = refused(shell("convert", "qwen2.5-0.5b", "x", "--weights", "random", "--to", "compressed-tensors"))
-    assert "random weights are not GPTQ weights\n  where: --to" in said
+    assert "random weights are written in one layout\n  where: --to" in said

@@ -53,7 +53,18 @@ def test_text_files_are_calibration_and_the_name_is_made_up(quantize: QuantizeSh
 
 def test_options_reach_the_config(quantize: QuantizeShell, calibration: Path) -> None:
     ran = quantize(
-        *("--bits", 8, "--group-size", -1, "--asym", "--act-order", "none", "--scale-search", "mse"),
+        *(
+            "--bits",
+            8,
+            "--group-size",
+            -1,
+            "--asym",
+            "--any-engine",
+            "--act-order",
+            "none",
+            "--scale-search",
+            "mse",
+        ),
         *("--damp", 0.05, "--no-refine", "--dtype", "float32", "--calibration", calibration, "--out", "q"),
     )
     assert ran.code == 0, ran.err
@@ -68,7 +79,7 @@ def test_options_reach_the_config(quantize: QuantizeShell, calibration: Path) ->
 def test_a_recipe_file_with_options_over_it(
     quantize: QuantizeShell, calibration: Path, tmp_path: Path
 ) -> None:
-    text = f'[calibration]\nsource = "{calibration}"\n[quantize]\nbits = 4\nsym = false'
+    text = f'[calibration]\nsource = "{calibration}"\n[quantize]\nbits = 4\nsym = false\nany_engine = true'
     (tmp_path / "r.toml").write_text(text)
     ran = quantize("--recipe", "r.toml", "--bits", 8, "--out", "q")
     assert ran.code == 0, ran.err

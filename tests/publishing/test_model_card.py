@@ -19,7 +19,7 @@ from qwenq.publishing.model_card import Measured, quantize_command, write_model_
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card")
-    run(write_family(folder / "m", "qwen3"), folder / "tiny-GPTQ-Int4", damp=0.2, sym=False)
+    run(write_family(folder / "m", "qwen3"), folder / "tiny-GPTQ-Int4", damp=0.2, sym=False, any_engine=True)
     return folder / "tiny-GPTQ-Int4"
 
 
