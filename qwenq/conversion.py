@@ -115,14 +115,8 @@ def convert(
         entries, read = _with_head(checkpoint, entries, read)
         changes.append(f"the embedding is stored a second time, as {HEAD}")
     total = sum(tensor_bytes(info) for _, info in entries)
-    with _new_folder(target) as folder, counted(listener, "writing", "tensors") as update:
-        numbers = {name: number for number, (name, _) in enumerate(entries)}
-
-        def read_counted(name: str) -> torch.Tensor:
-            update(numbers[name], len(entries))
-            return read(name)
-
-        files = write_shards(folder, entries, read_counted, max_shard_bytes)
+    with _new_folder(target) as folder:
+        files = _write_counted(folder, entries, read, max_shard_bytes, listener)
         atomic_write_json(folder / "config.json", config)
         if quant is not None:
             written = QuantConfig.read(config)
@@ -137,6 +131,24 @@ def convert(
         total_bytes=total,
         changes=changes,
     )
+
+
+def _write_counted(
+    folder: Path,
+    entries: list[tuple[str, TensorInfo]],
+    read: Callable[[str], torch.Tensor],
+    max_shard_bytes: int,
+    listener: Listener,
+) -> list[Path]:
+    """Write tensors to shards, reporting each as it is read."""
+    numbers = {name: number for number, (name, _) in enumerate(entries)}
+    with counted(listener, "writing", "tensors") as update:
+
+        def read_counted(name: str) -> torch.Tensor:
+            update(numbers[name], len(entries))
+            return read(name)
+
+        return write_shards(folder, entries, read_counted, max_shard_bytes)
 
 
 def _refuse_target(source: Path, target: Path) -> None:
