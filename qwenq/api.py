@@ -363,9 +363,8 @@ def evaluate(
     folder = run_folder(out, given, served and (model or "served"))
     how, team = LoadOptions(device, dtype, engine, attention, kernel, thinking), team or ALONE
     with _shown(progress if team.is_rank0 else False) as listener:
-        return Results(
-            open_and_evaluate(served or given, wanted, how, folder, listener, command, team), folder
-        )
+        rows = open_and_evaluate(served or given, wanted, how, folder, listener, command, team)
+    return Results(rows, folder)
 
 
 def _require_alone(endpoint: str | None, models: object, model: str | None) -> None:
@@ -443,8 +442,9 @@ def profile(
         found = subjects_of(_names(models), precision, weights, seed)
         folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
         how = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel, "tp": tp}
-        choices = {"lengths": lengths, **how}
-        rows, kept = sweep_models(found, choices, device, seconds, folder, listener, command)
+        rows, kept = sweep_models(
+            found, {"lengths": lengths, **how}, device, seconds, folder, listener, command
+        )
         with locked(folder):
             record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
     return Results(rows, folder, kept)
