@@ -338,7 +338,7 @@ def evaluate(
     Args:
         batch: prompts at once, or requests at once to an endpoint; None: as many as fit.
         endpoint: an OpenAI-compatible server, whose ``model`` is evaluated instead.
-        team: processes that share the items (`distributed.process_group`); only rank 0 returns rows.
+        team: processes that share the items; only rank 0 returns rows. command: recorded with each row.
 
     Raises:
         QwenqError: an unknown task, missing data, no sandbox, a model that cannot be read.
@@ -413,7 +413,7 @@ def profile(
 
     Args:
         endpoint: an OpenAI-compatible server, whose ``model`` is measured instead, by streamed requests at
-            each ``concurrency``; ``precision`` then names what it computes in.
+            each ``concurrency``; ``precision`` then names what it computes in. Rows record ``command``.
 
     Raises:
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
@@ -440,8 +440,8 @@ def profile(
         found = subjects_of(_names(models), precision, weights, seed)
         folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
         how = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel, "tp": tp}
-        choices = {"lengths": lengths, **how}
-        rows, kept = sweep_models(found, choices, device, seconds, folder, listener, command)
+        how |= {"lengths": lengths}
+        rows, kept = sweep_models(found, how, device, seconds, folder, listener, command)
         with locked(folder):
             record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
     return Results(rows, folder, kept)
