@@ -234,13 +234,15 @@ def vllm_server(folder: Path, *more: str) -> Iterator[str]:
         server = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment())
         url = f"http://127.0.0.1:{port}/v1"
         try:
-            for _ in range(300):
+            for _ in range(600):
                 if server.poll() is not None:
                     log.seek(0)
                     pytest.fail(f"the server did not start: {log.read()[-6000:]}")
                 with suppress(OSError), urlopen(f"{url}/models", timeout=5):
                     break
                 time.sleep(1)
+            else:
+                pytest.fail("the server does not answer")
             yield url
         finally:
             server.terminate()
