@@ -168,6 +168,12 @@ def starts(load: Callable[[str], ModuleType], folder: Path) -> Iterator[tuple[st
         load, "quantize_variants", lambda m: m.measure(m.recipe({}, 64), Path("model"), tokens, variants)
     )
     yield "quantize", made
+    made = recorded(
+        load,
+        "quantize_effort",
+        lambda m: m.quantised(m.Bench(Path("model"), variants, 64, Path("python")), {}, folder / "out"),
+    )
+    yield "quantize", made
     yield "quantize", recorded(load, "scale_out", lambda m: m.quantize(folder))
     yield "eval", recorded(load, "scale_out", lambda m: m.evaluate(folder))
     yield "quantize", recorded(load, "gate_noise", lambda m: m.quantised(folder))
@@ -189,4 +195,4 @@ def test_commands_of_qwenq_that_scripts_start_take_these_options(
         for command in found:
             parse(commands, of_qwenq(command))
             tried += 1
-    assert tried == 19
+    assert tried == 20
