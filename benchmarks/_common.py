@@ -137,10 +137,23 @@ def _at(tree: Any, keys: Sequence[str]) -> Any:
     return tree
 
 
+INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
+"""Names of the widest instructions that a CPU has, by its flag."""
+_BEFORE = {"AMD EPYC": "AVX-512", "Intel(R) Xeon(R) Processor": "AVX-512"}
+"""Of the machines of reports that do not record it: run folders of the same days do (``reports``)."""
+
+
+def instructions_of(facts: Mapping[str, Any]) -> str:
+    """Return the widest instructions of the CPU that a report's figures are of."""
+    found = facts.get("instructions") or _BEFORE.get(str(facts.get("cpu")))
+    return found or "instructions that were not recorded"
+
+
 def machine() -> dict[str, Any]:
     """CPU, memory and date; nothing that names the machine or its owner."""
     return {
         "cpu": _cpu_model(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": platform.system(),
@@ -156,6 +169,12 @@ def _cpu_model() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _instructions() -> str | None:
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in flags), None)
 
 
 def resolve_bundled() -> Path:

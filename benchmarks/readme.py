@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 import _quantize_report
 import decode_vs_peers
-from _common import ROOT, machine, markdown_table, measured_on, turns_of
+from _common import INSTRUCTIONS, ROOT, instructions_of, machine, markdown_table, measured_on, turns_of
 
+from qwenq.reporting.tables import without_unit
 from qwenq.results import plain_name
 
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
@@ -83,14 +86,16 @@ def demo_table(report: Report) -> str:
         ["| what the demo made | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     )
     return (
-        f"{table}\n\n{machine_['cores']} cores of {machine_['cpu']}, {machine_['date']}; "
+        f"{table}\n\n{machine_['cores']} cores of {machine_['cpu']} with {instructions_of(machine_)}, "
+        f"{machine_['date']}; "
         "[reports/demo.json](reports/demo.json)."
     )
 
 
 LABELS = {"fp32": "FP32", "bf16": "BF16", "int8": "Int8", "int4": "Int4"}
 NEAR = ("KL divergence (nats/token)",)
-FAST = ("Decode (tokens/s)", "Peak at generation (GiB)")
+FAST = ("Decode, ", "Peak, generating ")
+"""What the columns of decoding begin with; of several lengths the last."""
 SAMPLE = "The questions are the sample suite's, which ships with qwenq: they are not the benchmarks'. "
 
 
@@ -105,8 +110,10 @@ def front_table(folder: str, report: Report) -> str:
     tables["accuracy"] = _records(next(t for t in section["tables"] if t["key"] == "accuracy"), bounds=True)
     label = "Quantization"
     near = {record[label]: record for record in tables["closeness"]}
-    measured = [record for record in tables["split"] if record[FAST[0]] != "–"]
-    measured.sort(key=lambda record: float(record[FAST[0]].split()[0].replace(",", "")))
+    split = list(tables["split"][0])
+    columns = [[name for name in split if name.startswith(start)][-1] for start in FAST]
+    measured = [record for record in tables["split"] if record[columns[0]] != "–"]
+    measured.sort(key=lambda record: float(record[columns[0]]))
     fast = {record[label]: record for record in measured}  # the last of a label is its fastest
     lost = {(record["Task"], record[label]) for record in tables["losses"] if "✗" in record["p (Holm)"]}
     sizes = {row["model"]["precision"]: row["model"]["nbytes"] for row in report["rows"]}
@@ -114,22 +121,36 @@ def front_table(folder: str, report: Report) -> str:
     rows = [
         [
             name := record[label],
-            *(record[task] + (" ✗" if (task, name) in lost else "") for task in tasks),
+            *(record[task] + (" ✗" if (without_unit(task), name) in lost else "") for task in tasks),
             *(near.get(name, {}).get(column, "") for column in NEAR),
             f"{sizes[name.lower()] / 1e6:.0f}",
-            *(fast.get(name, {}).get(column, "") for column in FAST),
+            *(fast.get(name, {}).get(column, "") for column in columns),
         ]
         for record in tables["accuracy"]
     ]
     captions = {table["key"]: "; ".join(table["caption"]) for table in section["tables"]}
-    table = markdown_table([label, *tasks, *NEAR, "Weights (MB)", *FAST], rows)
-    headlines = "".join(f"- {line}\n" for line in section["summary"])
+    table = markdown_table([label, *tasks, *NEAR, "Weights (MB)", *columns], rows)
+    headlines = "".join(f"- {_short(line)}\n" for line in section["summary"])
     return (
         f"{table}\n{headlines}\n{SAMPLE if 'sample suite' in captions['accuracy'] else ''}"
         f"Accuracy: {captions['accuracy']}; ✗: a loss that is no accident. "
-        f"Decoding: each at its fastest attention. {measured_on(report['rows'], {})}; "
-        f"[the whole report](reports/{folder}/README.md)."
+        f"Decoding: each at its fastest attention, on {_hardware(report)}. "
+        f"{measured_on(report['rows'], {})}; [the whole report](reports/{folder}/README.md)."
     )
+
+
+def _short(line: str) -> str:
+    """Return a line of the summary with the verdict on its answers alone: the table has the rest."""
+    facts, against, answers = line.partition("; against ")
+    base, _, rest = answers.partition(", ")
+    return f"{facts}; answers against {base}: {rest.rpartition('verdict: ')[2]}" if against else line
+
+
+def _hardware(report: Report) -> str:
+    """Return the processor with its cores and instructions, of the first run."""
+    cpu = report["runs"][0]["environment"]["cpu"]
+    widest = next(name for flag, name in INSTRUCTIONS.items() if flag in cpu["features"])
+    return f"{cpu['cores']} cores of {cpu['model']} with {widest}"
 
 
 def _records(table: Report, *, bounds: bool = False) -> list[dict[str, str]]:
@@ -150,7 +171,7 @@ def quantize_table(name: str, report: Report) -> str:
         f"{_quantize_report.lines(rows)}\n{_quantize_report.comparison(report['ratios'], facts)} "
         f"{plain_name(facts['model'])}, Int{facts['bits']}, groups of {facts['group_size']}, "
         f"the same tokens for all; perplexity: {facts['evaluation']} tokens; "
-        f"{turns_of(facts)}; {facts['threads']} threads of {facts['cpu']}, "
+        f"{turns_of(facts)}; {facts['threads']} threads of {facts['cpu']} with {instructions_of(facts)}, "
         f"{measured_on(rows, facts)}; [the report](reports/benchmarks/{name}.md)."
     )
 
@@ -161,7 +182,8 @@ def decode_table(report: Report) -> str:
     return (
         f"{decode_vs_peers.lines(rows)}\n{decode_vs_peers.comparison(report['ratios'], facts)} "
         f"{plain_name(facts['model'])}, batch 1; {turns_of(facts)}; {facts['threads']} threads of "
-        f"{facts['cpu']}, {measured_on(rows, facts)}; [the report](reports/benchmarks/decode_cpu.md)."
+        f"{facts['cpu']} with {instructions_of(facts)}, {measured_on(rows, facts)}; "
+        "[the report](reports/benchmarks/decode_cpu.md)."
     )
 
 
@@ -188,11 +210,83 @@ def gpu_table(report: Report) -> str:
     found_ratios = report["ratios"]
     ratios = [text.format(found_ratios[name]) for name, text in said.items() if name in found_ratios]
     compared = f"Over 8192 tokens {', and '.join(ratios)}. " if ratios else ""
+    slower = [
+        name
+        for (family, precision), found in speeds.items()
+        if precision in ("int8", "int4")
+        and found.get(8192, 0) < speeds.get((family, "bf16"), {}).get(8192, 0)
+        for name in [f"{LABELS[precision]} of {family}"]
+    ]
+    compared += f"Slower than BF16 there: {', '.join(slower)}. " if slower else ""
+    compared += _by_the_clock(report["rows"], speeds)
     return (
         f"{table}\n{compared}Random weights, batch 1, each precision with its fastest attention; "
         f"{gpu['name']}, {report['environment']['date']}; "
         "[the report](reports/benchmarks/decode_gpu.md), [the cards' tables](reports/gpu/README.md)."
     )
+
+
+def _by_the_clock(rows: list[Report], speeds: dict[tuple[str, str], dict[Any, float]]) -> str:
+    """Return what whole generations, begun without a warm-up, gave instead of steps timed alone."""
+    found = [
+        f"{row['model']['family']}, {LABELS[row['model']['precision']]} {row['value']:,.0f}"
+        for row in rows
+        if row["metric"] == "speed.protocol" and row["value"] and "warm_up" not in row["settings"]
+    ]
+    if not found:
+        return ""
+    return (
+        "These are steps timed alone. One whole generation of 2048 tokens by the clock, without a warm-up, "
+        f"so that compiling kernels and capturing CUDA graphs count, gave {'; '.join(found)}. "
+    )
+
+
+CPUS = {"avx2": "AVX2", "native": "AVX-512"}
+DECODED = {
+    ("after", "Int4, Int8 head"): "Int4, Int8 head",
+    ("after", "Int4"): "Int4",
+    ("after", "Int8"): "Int8",
+    ("after", "BF16"): "BF16",
+    ("llama.cpp", "Q4_1, Q8_0 head"): "llama.cpp: Q4_1, head in 8 bits",
+}
+
+
+def cpus_table(report: Report) -> str:
+    """For the block ``cpus``: the same machine with AVX-512 hidden, and with it where that was measured."""
+    reports = {"avx2": report}
+    if (native := BLOCKS["cpus"][0].with_name("before_after_native.json")).is_file():
+        reports["native"] = json.loads(native.read_text(encoding="utf-8"))
+    body = []
+    for (checkout, task), label in DECODED.items():
+        cells = [label]
+        for key in ("decode_128", "prompt_512"):
+            for found in reports.values():
+                mine = [row for row in found["rows"] if (row["checkout"], row["task"]) == (checkout, task)]
+                values = [row[key] for row in mine if key in row]
+                cells.append(f"{median(values):,.0f}" if values else "–")
+        body.append(cells)
+    kinds = {"decode_128": "decode 128", "prompt_512": "prompt of 512"}
+    header = [f"{kind}, {CPUS[variant]}" for kind in kinds.values() for variant in reports]
+    facts = [found["environment"] for found in reports.values()]
+    days = " and ".join(dict.fromkeys(fact["date"] for fact in facts))
+    names = {f"[{CPUS[v]}](reports/benchmarks/before_after_{v}.md)" for v in reports}
+    return (
+        f"{markdown_table(['tokens a second', *header], body)}\n"
+        f"SmolLM2-135M-Instruct, batch 1; {facts[0]['threads']} threads of {facts[0]['cpu']}, {days}; AVX2: "
+        f"AVX-512 is hidden from torch and the kernels; the reports: {', '.join(sorted(names))}."
+    )
+
+
+PLAN = ("plan", "qwen2.5-7b-instruct", "--gpu", "rtx-4090")
+
+
+def plan_block(_: Report) -> str:
+    """For the block ``plan``: the answer with which ``qwenq plan`` begins."""
+    command = [sys.executable, "-m", "qwenq", *PLAN]
+    environment = {**os.environ, "COLUMNS": "118", "PYTHONPATH": str(ROOT)}
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    lines = text.partition("\n\n")[0].splitlines()
+    return "\n".join(["```text", *(line.rstrip() for line in lines), "```"])
 
 
 BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
@@ -204,6 +298,8 @@ BLOCKS: dict[str, tuple[Path, Callable[[Report], str]]] = {
         ROOT / "reports" / "benchmarks" / "quantize_qwen.json",
         partial(quantize_table, "quantize_qwen"),
     ),
+    "cpus": (ROOT / "reports" / "benchmarks" / "before_after_avx2.json", cpus_table),
+    "plan": (ROOT / "qwenq" / "planner" / "gpus.toml", plan_block),
     "decode_cpu": (ROOT / "reports" / "benchmarks" / "decode_cpu.json", decode_table),
     "decode_gpu": (ROOT / "reports" / "benchmarks" / "decode_gpu.json", gpu_table),
 }
@@ -214,7 +310,10 @@ def filled(document: Path, text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         file, table = BLOCKS[match[1]]
-        content = f"{table(json.loads(file.read_text(encoding='utf-8'))).strip()}\n" if file.is_file() else ""
+        content = ""
+        if file.is_file():
+            report = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else {}
+            content = f"{table(report).strip()}\n"
         if document.parent != ROOT:
             content = content.replace("](reports/", "](../reports/")
         return f"<!-- {match[1]} -->\n{content}<!-- /{match[1]} -->"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
     from qwenq.calibration import CalibrationSet
     from qwenq.conversion import Converted
+    from qwenq.distributed import Team
     from qwenq.evals.check import CheckResult
     from qwenq.models.chatml import Message
     from qwenq.models.tokenizer import Tokenizer
     from qwenq.planner.plan import Plan
-    from qwenq.profiling.spec import Subjects
     from qwenq.quantization import Quantised
     from qwenq.recipe import Recipe
     from qwenq.reporting.gate import Verdict
@@ -57,6 +58,22 @@ def _names(models: Name | Sequence[Name] | None) -> list[str | None]:
         return [None]
     given = [models] if isinstance(models, str | Path) else models
     return list(dict.fromkeys(str(name) for name in given))
+
+
+def for_source(recipe: Recipe, source: str | None) -> Recipe:
+    """Return a recipe without the settings that describe its own source of text, where another is given."""
+    from qwenq.models.folders import local_path
+
+    changes: dict[str, Any] = {}
+    if source is None:
+        return recipe
+    if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
+        changes |= {"samples": "auto", "seq_len": "auto", "column": None}
+    if source == "self" or local_path(source, "--calibration").is_file():
+        changes["split"] = None
+    if source == "self":
+        changes["column"] = None
+    return replace(recipe, calibration=replace(recipe.calibration, **changes))
 
 
 def quantize(
@@ -98,9 +115,10 @@ def quantize(
         base = Recipe()
     else:
         base = recipe if isinstance(recipe, Recipe) else read_recipe(find_recipe(Path(recipe)))
-    text = {"source": calibration and str(calibration), "samples": samples, "seq_len": seq_len}
+    source = None if calibration is None else str(calibration)
+    text = {"source": source, "samples": samples, "seq_len": seq_len}
     top = {"model": model and str(model), "weights": weights}
-    chosen = base.override(top, calibration=text, quantize=settings)
+    chosen = for_source(base, source).override(top, calibration=text, quantize=settings)
     with _shown(progress) as listener:
         return run(chosen, Path(out) if out else None, listener, device=device, resume=resume)
 
@@ -253,10 +271,12 @@ class Results:
     Attributes:
         rows: one for each figure, see ``qwenq.results.Row``.
         folder: the run folder; ``qwenq.report`` and ``qwenq.compare`` read it.
+        kept: points of a sweep that had been measured before.
     """
 
     rows: list[Row] = field(default_factory=list)
     folder: Path = field(default_factory=Path)
+    kept: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -288,7 +308,7 @@ def evaluate(
     models: Name | Sequence[Name] | None = None,
     tasks: str | Sequence[str] = TASKS,
     *,
-    protocol: Literal["card", "base", "lm-eval"] | None = None,
+    protocol: Literal["auto", "card", "base", "lm-eval"] | None = None,
     subjects: Sequence[str] = (),
     limit: int | Mapping[str, int] | None = None,
     shots: int | None = None,
@@ -303,45 +323,68 @@ def evaluate(
     kernel: str = "auto",
     batch: int | None = None,
     unsafe_code: bool = False,
+    endpoint: str | None = None,
+    model: str | None = None,
     out: Name | None = None,
     progress: Progress = True,
+    team: Team | None = None,
+    command: str = "qwenq.evaluate",
 ) -> Results:
     """Evaluate models on benchmarks; quantised ones are compared with their base where it is among them.
 
     The options are those of `qwenq eval`. Answers are recorded in ``out`` (default: runs/NAME): the same call
     continues where it was stopped, and asks nothing twice.
 
+    Args:
+        batch: prompts at once, or requests at once to an endpoint; None: as many as fit.
+        endpoint: an OpenAI-compatible server, whose ``model`` is evaluated instead.
+        team: processes that share the items (`distributed.process_group`); only rank 0 returns rows.
+        command: recorded with each row.
+
     Raises:
         QwenqError: an unknown task, missing data, no sandbox, a model that cannot be read.
     """
-    from qwenq.errors import UsageError
-    from qwenq.evals.model import LoadOptions, open_eval_model
-    from qwenq.evals.suite import EvalRequest
-    from qwenq.evals.suite import evaluate as run
-    from qwenq.evals.task import DataSource
-    from qwenq.models.identity import model_name
+    from qwenq.distributed import ALONE
+    from qwenq.evals.model import LoadOptions
+    from qwenq.evals.suite import open_and_evaluate, request_of, run_folder
+    from qwenq.recipe import EvalRecipe, Recipe
 
-    if data is not None and sample:
-        raise UsageError("data and sample exclude each other", hint="give one of them")
-    given = _names(models)
-    wanted = EvalRequest(
-        tasks=(tasks,) if isinstance(tasks, str) else tuple(tasks),
-        protocol=protocol,
-        subjects=tuple(subjects),
-        shots=shots,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        source=DataSource(None if data is None else Path(data), sample),
-        batch=batch,
-        unsafe_code=unsafe_code,
-    )
-    folder = Path("runs") / model_name(given[0]) if out is None else Path(out)
-    how = LoadOptions(device, dtype, engine, attention, kernel, thinking)
-    with _shown(progress) as listener:
-        opened = [open_eval_model(name, how) for name in given]
-        for notice in dict.fromkeys(notice for one in opened for notice in one.notices):
-            listener(Notice(notice))
-        return Results(run(opened, wanted, folder, listener, "qwenq.evaluate"), folder)
+    given = [None if name == "bundled" and not Path(name).exists() else name for name in _names(models)]
+    _require_alone(endpoint, models, model)
+    asked: dict[str, Any] = {
+        "tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks),
+        "subjects": tuple(subjects),
+    }
+    asked |= {"protocol": protocol, "thinking": thinking, "dtype": dtype, "sample": sample, "limit": limit}
+    asked |= {"shots": shots, "max_new_tokens": max_new_tokens, "data": None if data is None else str(data)}
+    chosen = Recipe().override(eval=asked).eval or EvalRecipe()
+    wanted = request_of(chosen, batch, unsafe_code=unsafe_code)
+    served = None if endpoint is None else (endpoint, model)
+    folder = run_folder(out, given, served and (model or "served"))
+    how, team = LoadOptions(device, dtype, engine, attention, kernel, thinking), team or ALONE
+    with _shown(progress if team.is_rank0 else False) as listener:
+        return Results(
+            open_and_evaluate(served or given, wanted, how, folder, listener, command, team), folder
+        )
+
+
+def _require_alone(endpoint: str | None, models: object, model: str | None) -> None:
+    """Refuse models beside an endpoint, and the name of a served one without."""
+    from qwenq.errors import UsageError
+
+    if endpoint is None and model is not None:
+        raise UsageError(
+            "--model is the name of a model behind --endpoint", hint="name local models without --model"
+        )
+    if endpoint is not None and models:
+        raise UsageError(
+            "--endpoint is about the server's model alone",
+            where="--endpoint",
+            hint="name it with --model; local models can go into the same --out in another command",
+        )
+
+
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 
 
 def profile(
@@ -350,7 +393,7 @@ def profile(
     tokens: Sequence[int] = (2048,),
     context: Sequence[int] = (1,),
     encode: Sequence[int] = (2048,),
-    precision: Sequence[str] = ("fp32", "bf16", "int8", "int4"),
+    precision: Sequence[str] = PRECISIONS,
     attention: Sequence[str] = ("auto",),
     engine: Sequence[str] = ("fast",),
     kernel: str = "auto",
@@ -358,6 +401,7 @@ def profile(
     weights: Literal["stored", "random"] = "stored",
     seed: int = 0,
     budget: str | None = None,
+    tp: int = 1,
     endpoint: str | None = None,
     model: str | None = None,
     concurrency: Sequence[int] = (1, 4, 16, 64),
@@ -365,124 +409,148 @@ def profile(
     output: int = 128,
     out: Name | None = None,
     progress: Progress = True,
+    command: str = "qwenq.profile",
 ) -> Results:
     """Measure speed and memory, each point in a process of its own. The options are `qwenq profile`'s.
 
     Args:
         endpoint: an OpenAI-compatible server, whose ``model`` is measured instead, by streamed requests at
-            each ``concurrency``; a single ``precision`` names what it computes in. Other options of models
-            that are measured here have no effect then.
+            each ``concurrency``; ``precision`` then names what it computes in.
+        command: recorded with each row.
 
     Raises:
         QwenqError: an unknown model, precision, attention or engine; nothing to measure.
     """
+    from qwenq.evals.rows import record_checks
     from qwenq.profiling.planning import parse_budget
     from qwenq.profiling.spec import lengths_of, require_known, subjects_of
-
-    seconds = parse_budget(budget) if budget else None
-    if endpoint is not None:
-        load = tuple(concurrency), input, output
-        named = "served" if len(precision) != 1 else precision[0]
-        return _profile_served(models, endpoint, model, named, load, seconds, out, progress)
-    lengths = lengths_of(context, tokens, encode)
-    require_known(attention, engine, kernel)
-    found = subjects_of(_names(models), precision, weights, seed)
-    folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
-    choices = {"attentions": attention, "engines": engine, "lengths": lengths, "kernel": kernel}
-    return _profile_here(found, choices, device, seconds, folder, progress)
-
-
-def _profile_here(
-    found: Subjects,
-    choices: dict[str, Any],
-    device: str,
-    seconds: float | None,
-    folder: Path,
-    progress: Progress,
-) -> Results:
-    from qwenq.environment import environment
-    from qwenq.profiling.child import probe
-    from qwenq.profiling.planning import plan, read_device
-    from qwenq.profiling.spec import sweep
-    from qwenq.profiling.sweep import run_sweep
-    from qwenq.results import read_rows
+    from qwenq.profiling.sweep import sweep_models
+    from qwenq.recipe import ProfileRecipe, Recipe
     from qwenq.storage import locked
 
-    with _shown(progress) as listener, locked(folder):
-        for notice in found.notices:
-            listener(Notice(notice))
-        place = read_device(probe(device))
-        points = sweep(found.subjects, device=place.device, **choices)
-        planned = plan(points, found.shapes, place)
-        run_sweep(
-            planned, folder, listener, budget=seconds, environment=environment(), command="qwenq.profile"
-        )
-    wanted = [(each.point.place, each.point.subject.model) for each in planned]
-    return Results([row for row in read_rows(folder) if (row.point, row.model) in wanted], folder)
+    asked: dict[str, Any] = {"tokens": tuple(tokens), "encode": tuple(encode), "budget": budget}
+    asked |= {"attention": tuple(attention), "engine": tuple(engine)}
+    chosen = Recipe().override({"weights": weights}, profile=asked).profile or ProfileRecipe()
+    seconds = parse_budget(chosen.budget) if chosen.budget else None
+    _require_alone(endpoint, models, model)
+    with _shown(progress) as listener:
+        if endpoint is not None:
+            named = "served" if tuple(precision) == PRECISIONS else ",".join(precision)
+            load = tuple(concurrency), input, output
+            return _profile_served(endpoint, model, named, load, seconds, out, listener, command)
+        lengths = lengths_of(context, chosen.tokens, chosen.encode)
+        require_known(chosen.attention, chosen.engine, kernel)
+        found = subjects_of(_names(models), precision, weights, seed)
+        folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
+        how = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel, "tp": tp}
+        choices = {"lengths": lengths, **how}
+        rows, kept = sweep_models(found, choices, device, seconds, folder, listener, command)
+        with locked(folder):
+            record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
+    return Results(rows, folder, kept)
 
 
 def _profile_served(
-    models: Name | Sequence[Name] | None,
     endpoint: str,
     model: str | None,
     precision: str,
     load: tuple[tuple[int, ...], int, int],
     budget: float | None,
     out: Name | None,
-    progress: Progress,
+    listener: Listener,
+    command: str,
 ) -> Results:
     from qwenq.environment import environment
-    from qwenq.errors import UsageError
     from qwenq.profiling.served import Load, find_target, profile_served
     from qwenq.storage import locked
 
-    if models is not None:
-        raise UsageError("endpoint measures the server's model alone", hint="name it with model=")
-    with _shown(progress) as listener:
-        target = find_target(endpoint, model, os.environ.get("OPENAI_API_KEY"), listener, precision=precision)
-        folder = Path("runs") / f"served-{target.model.name}" if out is None else Path(out)
-        facts, command = environment(), "qwenq.profile"
-        with locked(folder):
-            rows = profile_served(
-                target, Load(*load), folder, listener, environment=facts, budget=budget, command=command
-            )
+    target = find_target(endpoint, model, os.environ.get("OPENAI_API_KEY"), listener, precision=precision)
+    folder = Path("runs") / f"served-{target.model.name}" if out is None else Path(out)
+    with locked(folder):
+        facts = environment()
+        rows = profile_served(
+            target, Load(*load), folder, listener, environment=facts, budget=budget, command=command
+        )
     return Results(rows, folder)
 
 
-def report(runs: Name | Sequence[Name], out: Name, title: str | None = None) -> Path:
+def report(
+    runs: Name | Sequence[Name],
+    out: Name,
+    title: str | None = None,
+    cards: Sequence[Name] | None = None,
+) -> Path:
     """Write the model card's tables, one page and plots from run folders; return the page.
 
+    Args:
+        runs: run folders.
+        out: the folder to write.
+        title: of the page.
+        cards: quantised folders whose model cards get the tables and plots; None: those that commands of the
+            runs name, if they were made on the command line.
+
     Raises:
-        QwenqError: a run folder cannot be read, or ``out`` holds something other than a report.
+        QwenqError: a run folder cannot be read, ``out`` holds something other than a report, or a card has no
+            place for it.
     """
+    from qwenq.publishing.measured import fill_cards
     from qwenq.reporting.write import write_report
 
-    return write_report([Path(name) for name in _names(runs) if name], Path(out), title)
+    folders = [Path(name) for name in _names(runs) if name]
+    page = write_report(folders, Path(out), title)
+    fill_cards(folders, page, None if cards is None else [Path(name) for name in cards])
+    return page
 
 
-def compare(baseline: Name, new: Name, *, fail_on: str | None = None) -> Verdict:
+def compare(
+    baseline: Name,
+    new: Name,
+    *,
+    more_baseline: Sequence[Name] = (),
+    more_new: Sequence[Name] = (),
+    fail_on: str | None = None,
+    progress: Progress = True,
+) -> Verdict:
     """Say which differences between two run folders are real.
 
     Args:
-        baseline, new: run folders.
+        baseline, new: run folders; the first may be a folder of several, of which the one of the new run's
+            machine is taken.
+        more_baseline, more_new: further repeats: speed and memory are taken over all of them.
         fail_on: conditions as in "accuracy:significant, speed:<0.95"; None: the default of `qwenq compare`.
 
     Returns:
         The verdict: ``headline`` in a sentence, ``exit_code`` 0 where nothing got worse.
 
     Raises:
-        UsageError: a condition or a run folder cannot be read.
+        UsageError: a condition or a run folder cannot be read, or a run is named twice.
     """
     from qwenq.errors import UsageError
-    from qwenq.reporting.collect import collect
+    from qwenq.reporting.collect import choose_baseline, collect
     from qwenq.reporting.compare import compare as compare_rows
+    from qwenq.reporting.compare import idle_repeats, with_repeats
     from qwenq.reporting.gate import asked_by, judge
 
-    if Path(baseline).resolve() == Path(new).resolve():
-        raise UsageError("this run is named twice", where=new, hint="name each run folder once")
     conditions = asked_by(fail_on)
-    rows = compare_rows(collect([Path(baseline)]), collect([Path(new)]))
-    return judge(rows, conditions, strict=fail_on is not None)
+    chosen = choose_baseline(Path(baseline), Path(new))
+    sides = [[Path(run) for run in side] for side in ([chosen.folder, *more_baseline], [new, *more_new])]
+    places = [run.resolve() for side in sides for run in side]
+    if twice := [run for run in (*sides[0], *sides[1]) if places.count(run.resolve()) > 1]:
+        raise UsageError("this run is named twice", where=twice[-1], hint="name each run folder once")
+    read = []
+    with _shown(progress) as listener:
+        if chosen.folder != Path(baseline):
+            why = "of the same machine" if chosen.same_machine else "no baseline is of this machine"
+            listener(Notice(f"compared with {chosen.folder}: {why}"))
+        for number, (first, *more) in enumerate(sides):
+            run, turns = collect([first]), collect(more) if more else None
+            for name in idle_repeats(run, turns):
+                listener(Notice(f"{name} adds no repeat to {first}: {_NO_REPEAT}"))
+            read.append(with_repeats(run, turns, judged=number == 1))
+    return judge(compare_rows(*read), conditions, strict=fail_on is not None)
+
+
+_NO_REPEAT = "it has no speed, time, memory or energy of the same weights at the same point on that machine"
 
 
 def plan(
@@ -494,13 +562,14 @@ def plan(
     gpus: Sequence[str] = ("a100-80g",),
     tensor_parallel: Sequence[int] = (1, 2, 4, 8),
     group_size: int | None = None,
-    samples: int = 48,
-    seq_len: int = 256,
+    samples: int | None = None,
+    seq_len: int | None = None,
 ) -> Plan:
     """Compute what a model needs before anything is downloaded: bytes, memory, bounds of its speed.
 
     Args:
         model: a catalogue name such as "qwen3-8b", a folder or a hub id; None is the bundled model.
+        samples, seq_len: of calibration; None: what `qwenq.quantize` takes there, as far as memory goes.
 
     Raises:
         QwenqError: no such model or GPU; the nearest names are suggested.
@@ -551,48 +620,68 @@ def calibrate(
     out: Name | None = None,
     *,
     source: Name = "self",
-    samples: int | None = None,
-    seq_len: int | None = None,
+    samples: int | Literal["auto"] | None = None,
+    seq_len: int | Literal["auto"] | None = None,
     held_out: int | None = None,
     seed: int = 0,
     split: str | None = None,
     column: str | None = None,
     thinking: Literal["auto", "on", "off"] = "auto",
+    weights: Literal["stored", "random"] = "stored",
     device: str = "auto",
+    force: bool = False,
     progress: Progress = True,
 ) -> CalibrationSet:
     """Make a calibration set for a model once, to share between quantisations; save it to ``out`` if given.
 
+    Args:
+        weights: "random": tokens are drawn at random, as random weights have no tokenizer.
+        force: overwrite a different file. One that holds these very tokens is kept, and returned.
+
     Raises:
-        QwenqError: no such text, or too little of it.
+        QwenqError: no such text, or too little of it; ``out`` holds something else.
     """
+    from qwenq.calibration.calibration_set import require_writable, save_or_keep
+    from qwenq.calibration.load import random_set
+    from qwenq.recipe import Recipe
+
+    if out is not None:
+        require_writable(Path(out))
+    text: dict[str, Any] = {
+        "source": str(source),
+        "samples": samples,
+        "seq_len": seq_len,
+        "held_out": held_out,
+    }
+    text |= {"split": split, "column": column, "thinking": thinking}
+    Recipe().override({"weights": weights}, calibration=text, quantize={"seed": seed})  # all in range
+    sizes = {key: None if text[key] == "auto" else text[key] for key in ("samples", "seq_len", "held_out")}
+    options: dict[str, Any] = {"seed": seed, "split": split, "column": column, **sizes}
+    with _shown(progress) as listener:
+        make = random_set if weights == "random" else partial(_text_tokens, thinking, device)
+        made = make(None if model is None else str(model), str(source), listener, **options)
+        if out is not None:
+            made = save_or_keep(made, Path(out), force=force)
+        for notice in made.manifest.notices:
+            listener(Notice(notice))
+    return made
+
+
+def _text_tokens(
+    thinking: str, device: str, model: str | None, source: str, listener: Listener, **options: Any
+) -> CalibrationSet:
     from qwenq.calibration import load_calibration
     from qwenq.calibration.load import calibration_tokenizer
     from qwenq.models.machine import resolve_device
     from qwenq.models.opening import open_model
 
-    place = str(resolve_device(device))
-    checkpoint = open_model(None if model is None else str(model))
-    with _shown(progress) as listener:
-        for notice in checkpoint.notices:
-            listener(Notice(notice))
-        label = "writing text" if str(source) == "self" else "reading text"
-        with counted(listener, label, "tokens") as update:
-            made = load_calibration(
-                str(source),
-                checkpoint=checkpoint,
-                tokenizer=calibration_tokenizer(checkpoint.folder, thinking),
-                samples=samples,
-                seq_len=seq_len,
-                held_out=held_out,
-                seed=seed,
-                split=split,
-                column=column,
-                device=place,
-                progress=update,
-            )
-        for notice in made.manifest.notices:
-            listener(Notice(notice))
-    if out is not None:
-        made.save(Path(out))
-    return made
+    device = str(resolve_device(device))
+    checkpoint = open_model(model)
+    tokenizer = calibration_tokenizer(checkpoint.folder, thinking)
+    for notice in checkpoint.notices:
+        listener(Notice(notice))
+    step = "writing text" if source == "self" else "reading text"
+    with counted(listener, step, "tokens") as update:
+        return load_calibration(
+            source, checkpoint=checkpoint, tokenizer=tokenizer, device=device, progress=update, **options
+        )

@@ -43,6 +43,22 @@ def choose_base(measured: Mapping[str, T], dtype: object) -> T | None:
     return next((measured[precision] for precision in (*alike, *PLAIN) if precision in measured), None)
 
 
+GUESSING = {"mmlu": 0.25, "ceval": 0.25, "cmmlu": 0.25, "gpqa-diamond": 0.25, "mmlu-pro": 0.1}
+"""Share of items that guessing gets right, of tasks with letters to choose from."""
+
+
+def guessing_level(row: Row) -> float | None:
+    """Return the share that guessing gets right, where the interval of an accuracy reaches down to it.
+
+    Of tasks without letters it is 0: not one item was answered correctly.
+    """
+    level = GUESSING.get(str(row.point.get("task")), 0.0)
+    if row.metric != "accuracy" or row.value is None:
+        return None
+    low = row.low if level and row.low is not None else row.value
+    return level if low <= level else None
+
+
 # Compare a model with its base on the same items, and summarise all comparisons in one headline.
 
 
@@ -104,15 +120,19 @@ class Paired:
             return f"{score} points, {interval}"
         return f"{score} points; all items alike {items}, {interval}"
 
-    def describe_change(self, change: float) -> str:
+    def describe_change(self, change: float, p: float | None = None, tests: int = 1) -> str:
         """Return the verdict on a change of the score: loss, gain, no loss beyond a margin, inconclusive.
 
         Args:
             change: as in `format_change`.
+            p: corrected for all ``tests`` that are shown together; None: one test alone.
+            tests: how many they are.
         """
         shown = self.format_change(change)
         if self.p < ALPHA:
-            return f"{'loss' if self.lost > self.won else 'gain'}: {shown} ({p_phrase(self.p)})"
+            found = f"{'loss' if self.lost > self.won else 'gain'}: {shown} ({p_phrase(self.p)})"
+            by_chance = p is not None and p >= ALPHA
+            return f"{found}, which one of {tests} tests may show by chance" if by_chance else found
         if self.equivalent:
             return f"no loss beyond {points(MARGIN)} points: {shown} (TOST, {p_phrase(self.equivalence_p)})"
         if self.detectable is None:
@@ -250,13 +270,31 @@ NO_RECORD = "no record of single items"
 
 
 def paired(before: Row, after: Row) -> Paired | str:
-    """Return the pairing of two accuracy rows, or why they cannot be paired."""
+    """Return the pairing of two accuracy rows, or why they cannot be paired.
+
+    Rows of a report have no single items, but the counts of the comparison that ``qwenq eval`` made of them.
+    """
     first, second = items_of(before), items_of(after)
+    if first is None and second is None and (counted := _counted(before, after)) is not None:
+        return counted
     if first is None or second is None:
         return NO_RECORD
     return pair_verdicts(
         first, second, questions=(before.details.get("questions"), after.details.get("questions"))
     )
+
+
+def _counted(before: Row, after: Row) -> Paired | None:
+    """Return the recorded counts of ``after`` beside that base; None where there are none that can be."""
+    found = after.details.get("paired")
+    if not isinstance(found, dict) or found.get("base") != before.model.precision:
+        return None
+    if after.details.get("base") != before.model.fingerprint:
+        return None
+    n, lost, won = (found.get(key) for key in ("n", "lost", "won"))
+    if not (type(n) is int and type(lost) is int and type(won) is int and n == before.n == after.n):
+        return None
+    return Paired(n, lost, won) if n > 0 and min(lost, won) >= 0 and lost + won <= n else None
 
 
 def other_items(before: Row, after: Row) -> str:
@@ -286,7 +324,7 @@ def other_items(before: Row, after: Row) -> str:
 # WikiText-2: q8_0 .0014 and 97.7 %, q6_K .0055 and 96.0 %, q4_K_M .031 and 91.9 %.
 
 
-Word = Literal["excellent", "good", "fair", "poor", "broken"]
+Word = Literal["excellent", "good", "fair", "poor", "broken", "none"]
 
 BANDS: tuple[tuple[Word, float, float, str], ...] = (
     ("excellent", 0.01, 0.95, "hardly distinguishable from its base"),
@@ -311,11 +349,24 @@ class Verdict:
         return f"{self.word}: {self.sentence}"
 
 
-def judge_check(kl: float, same_top: float, bits: int) -> Verdict:
-    """Return the verdict on a mean KL (nats), a share of same top tokens and the bits of the weights."""
+LEAST_TOKENS = 250
+"""Predicted tokens that a verdict takes: a share of same top tokens near 90 % is known to 4 points then."""
+
+
+def judge_check(kl: float, same_top: float, bits: int, tokens: int | None = None) -> Verdict:
+    """Return the verdict on a mean KL (nats), a share of same top tokens and the bits of the weights.
+
+    Args:
+        kl, same_top, bits: what was measured, of which weights.
+        tokens: predicted tokens; of fewer than ``LEAST_TOKENS`` only a broken model is recognised; None:
+            enough.
+    """
     measured = f"KL {kl:.4f} nats, same top token {same_top:.1%}"
     for word, largest, smallest, meaning in BANDS:
         if math.isfinite(kl) and kl <= largest and same_top >= smallest:
+            if tokens is not None and tokens < LEAST_TOKENS:
+                few = f"{tokens} tokens are too few to judge by, {LEAST_TOKENS} the least"
+                return Verdict("none", f"{measured}; {few}")
             usual = f"; Int8 usually stays below {INT8_USUAL}" if bits == 8 and kl > INT8_USUAL else ""
             return Verdict(word, f"{measured}: {meaning}{usual}")
     if not math.isfinite(kl):

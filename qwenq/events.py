@@ -78,6 +78,13 @@ def silent(event: Event) -> None:
     """Show nothing."""
 
 
+def rough_time(seconds: float) -> str:
+    """Return ``85 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def counted(listener: Listener, step: str, unit: str = "steps") -> Iterator[Update]:
     """Report a step as a function counts it: yield a function of (done, total)."""

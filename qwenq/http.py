@@ -45,11 +45,13 @@ class ServerState:
     Attributes:
         answered: the server has sent any reply.
         unknown: options of a request that it refuses.
+        kind: who owns its models, by its own list: ``vllm``, ``sglang``; None: it does not say.
     """
 
     def __init__(self, listener: Listener = silent) -> None:
         self.answered = False
         self.unknown: frozenset[str] = frozenset()
+        self.kind: str | None = None
         self._listener, self._lock = listener, threading.Lock()
         self._round, self._told = 0, -QUIET_SECONDS
 
@@ -206,6 +208,8 @@ class Server:
         listed = found.get("data")
         if not isinstance(listed, list):
             return None
+        owners = {one.get("owned_by") for one in listed if isinstance(one, dict)}
+        self.state.kind = next((owner for owner in owners if isinstance(owner, str) and owner), None)
         names = [one.get("id") for one in listed if isinstance(one, dict)]
         return [name for name in names if isinstance(name, str)]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import UnsupportedError, UsageError, VerificationError
-from qwenq.events import Advance, Event, Listener, Notice, Start, silent
+from qwenq.events import Advance, Event, Listener, Notice, Start, rough_time, silent
 from qwenq.stopping import finishing
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.models.gptq_format import QuantConfig
     from qwenq.models.quantized_folder import LayerStore
+    from qwenq.models.shapes import ModelShape
     from qwenq.recipe import Recipe
 
 T = TypeVar("T")
@@ -114,6 +115,7 @@ def quantize(
     job = _prepare(recipe.validated(), out, listener, device, team)
     calibration = _timed(job, "calibration", lambda: _calibration(job))
     store = _open_store(job, calibration, resume=resume)
+    _announce_duration(job, calibration.tokens.numel())
     try:
         _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
         tuned = _timed(job, "distilling", lambda: _distil(job, calibration, store)) if _distils(job) else {}
@@ -256,7 +258,44 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 def _calibration(job: Job) -> CalibrationSet:
     from qwenq.calibration.load import calibration_for
 
-    return calibration_for(job.recipe, job.base, job.decoder.vocabulary, job.device, job.listener)
+    fitting = _fitting(job)
+    return calibration_for(job.recipe, job.base, job.decoder.vocabulary, job.device, job.listener, fitting)
+
+
+def _fitting(job: Job) -> tuple[int, int] | None:
+    """Return sizes of calibration that fit the memory, and say so; None where the usual ones do."""
+    from qwenq.models.machine import device_memory
+    from qwenq.models.qwen_v1 import longest_plain
+    from qwenq.planner.calibration_size import calibration_size
+
+    wanted = job.recipe.calibration
+    shape = _shape(job)
+    if shape is None or wanted.source.endswith(".safetensors"):  # a saved set has its own sizes
+        return None
+    on_gpu = job.device.type == "cuda"
+    size = calibration_size(
+        shape,
+        None if wanted.samples == "auto" else wanted.samples,
+        None if wanted.seq_len == "auto" else wanted.seq_len,
+        longest=longest_plain(job.checkpoint.config),
+        dtype=str(job.decoder.dtype).removeprefix("torch."),
+        on_gpu=on_gpu,
+        limit=device_memory(job.device) // (1 if on_gpu else job.team.world),
+        ranks=job.team.world,
+    )
+    for notice in size.notices("GPU memory" if on_gpu else "RAM"):
+        job.listener(Notice(notice))
+    return (size.samples, size.seq_len) if size.usual is not None else None
+
+
+def _shape(job: Job) -> ModelShape | None:
+    """Return the sizes of the model; None where they are not known, as of models by inspection."""
+    from qwenq.models.shapes import ModelShape
+
+    try:
+        return ModelShape.from_config(job.checkpoint.config)
+    except UnsupportedError:
+        return None
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
@@ -272,6 +311,22 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
         found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
         job.listener(Notice(f"resuming: {found}"))
     return store
+
+
+def _announce_duration(job: Job, tokens: int) -> None:
+    """Say about how long the layers take, on one CPU: elsewhere no operations were compared with times."""
+    import torch
+
+    from qwenq.gptq.duration import product_rate, seconds_of_layers
+
+    shape, left = _shape(job), len(job.decoder.names) - job.resumed
+    if shape is None or not left or job.device.type != "cpu" or job.team.launched:
+        return
+    rates = product_rate(job.device, job.decoder.dtype), product_rate(job.device, torch.float32)
+    seconds = seconds_of_layers(shape, tokens, job.settings, rates, job.resumed)
+    timed = f"a matrix product that was timed here ({rates[0] / 1e9:.0f} GFLOP/s)"
+    text = f"{left} layers take about {rough_time(seconds)} by {timed}; the check comes on top"
+    job.listener(Notice(text))
 
 
 def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:

@@ -65,6 +65,8 @@ NotNegative = Annotated[int, Bounds(ge=0, strict=True)]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 Thinking = Literal["auto", "on", "off"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ON_CPU, ON_GPU = (48, 256), (128, 2048)
+"""Calibration sequences, and tokens of each, that auto stands for where memory suffices."""
 FAIL_ON = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1.0"
 """Conditions of the gate where the recipe has none (``reporting.gate`` has the rules)."""
 
@@ -98,12 +100,12 @@ class CalibrationRecipe:
     )
     samples: Count | Literal["auto"] = setting(
         "auto",
-        "Calibration sequences; auto: 48 on a CPU, 128 on a GPU.",
+        "Calibration sequences; auto: 48 on a CPU, 128 on a GPU, fewer where memory is short.",
         "A set that `qwenq calibrate` makes has 32 × 512 tokens by default.",
     )
     seq_len: Count | Literal["auto"] = setting(
         "auto",
-        "Tokens of a calibration sequence; auto: 256 on a CPU, 2048 on a GPU.",
+        "Tokens of a calibration sequence; auto: 256 on a CPU, 2048 on a GPU, fewer where memory is short.",
         "At most what the model takes; of Qwen v1 `seq_length`.",
     )
     held_out: Count = setting(8, "Further sequences, used only to check the result.")

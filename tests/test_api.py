@@ -21,6 +21,8 @@ from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Advance, Event, ProgressBar, Start
 from qwenq.gptq.solver import quantize_weight
 from qwenq.recipe import QuantizeRecipe, Recipe
+from qwenq.reporting.collect import collect
+from qwenq.reporting.losses import summary_of
 from qwenq.results import Model, Row
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,11 @@ def examples(folder: Path, head: str) -> None:
     assert (folder / "reports" / "q4" / "index.html").is_file()
     assert "did you mean" in said or "qwen3-8b" in said
     assert "quantising 2 2" in said
+    found = collect([folder / "runs" / "q4-speed"])  # its base was neither evaluated nor profiled
+    (opens,) = summary_of(found, found.families[0])
+    assert re.match(
+        r"Int4: \w+, KL divergence [\d.]+ nats/token, same top token .*; [\d.]+ MB; decodes ", opens
+    )
 
 
 def test_a_function_has_the_errors_of_its_command(tmp_path: Path) -> None:
@@ -211,3 +218,52 @@ def test_a_weight_that_does_not_fit_its_hessian_is_refused() -> None:
     H[3, 3] = torch.nan
     with pytest.raises(QuantisationError):
         quantize_weight(W, H, group_size=32)
+
+
+def test_another_calibration_source_drops_what_describes_the_recipes_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the command line: a file has no splits, and the model's own text no columns either."""
+    seen: list[Recipe] = []
+    monkeypatch.setattr("qwenq.quantization.quantize", lambda recipe, *rest, **options: seen.append(recipe))
+    (tmp_path / "notes.txt").write_text("text")
+    mine = {"source": "owner/name", "split": "train", "column": "body", "samples": 3}
+    recipe = Recipe().override(calibration=mine)
+    sources = ("self", str(tmp_path / "notes.txt"), str(tmp_path / "set.safetensors"), "owner/other", None)
+    for source in sources:
+        api.quantize("m", recipe=recipe, calibration=source, progress=False)
+    assert [(r.calibration.split, r.calibration.column, r.calibration.samples) for r in seen] == [
+        (None, None, 3),
+        (None, "body", 3),
+        ("train", None, "auto"),
+        ("train", "body", 3),
+        ("train", "body", 3),
+    ]
+
+
+def test_settings_out_of_range_are_refused_as_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"eval\.limit = 0"):
+        api.evaluate(tmp_path, limit=0)
+    with pytest.raises(UsageError, match="'gsm8k' is not among the tasks"):
+        api.evaluate(tmp_path, "mmlu", limit={"gsm8k": 3})
+    with pytest.raises(UsageError, match="no such folder"):
+        api.evaluate(tmp_path, data=tmp_path / "gone")
+    with pytest.raises(UsageError, match="the name of a model behind --endpoint"):
+        api.evaluate(model="served")
+    with pytest.raises(UsageError, match=r"profile\.encode = -1"):
+        api.profile(tmp_path, encode=(-1,))
+    with pytest.raises(UsageError, match=r"has to end in \.safetensors"):
+        api.calibrate(tmp_path, tmp_path / "set.bin")
+
+
+def test_a_calibration_set_that_is_another_is_not_overwritten(tmp_path: Path) -> None:
+    small_model(tmp_path / BASE)
+    text, out = tmp_path / "notes.txt", tmp_path / "set.safetensors"
+    text.write_text("Some words to read, one after the other, and again. " * 400)
+    sizes = {"samples": 2, "seq_len": 16, "held_out": 1, "progress": False}
+    first = api.calibrate(tmp_path / BASE, out, source=text, **sizes)  # type: ignore[arg-type]
+    assert api.calibrate(tmp_path / BASE, out, source=text, **sizes).fingerprint == first.fingerprint  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="holds something else"):
+        api.calibrate(tmp_path / BASE, out, source=text, **{**sizes, "samples": 3})  # type: ignore[arg-type]
+    forced = api.calibrate(tmp_path / BASE, out, source=text, force=True, **{**sizes, "samples": 3})  # type: ignore[arg-type]
+    assert forced.tokens.shape == (3, 16)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenq.comparison import BANDS, judge_check
+from qwenq.comparison import BANDS, LEAST_TOKENS, judge_check
 
 ORDER = [word for word, *_ in BANDS] + ["broken"]
 
@@ -35,6 +35,17 @@ def test_bands(kl: float, same_top: float, word: str) -> None:
 def test_worse_figures_never_get_a_better_word(kl: float, same: float, worse: float, less: float) -> None:
     better, other = judge_check(kl, same, 4), judge_check(kl + worse, same * less, 4)
     assert ORDER.index(other.word) >= ORDER.index(better.word)
+
+
+def test_of_too_little_text_only_a_broken_model_is_recognised() -> None:
+    found = judge_check(0.15, 0.82, 4, LEAST_TOKENS - 1)
+    assert str(found) == (
+        "none: KL 0.1500 nats, same top token 82.0%; 249 tokens are too few to judge by, 250 the least"
+    )
+    assert judge_check(0.15, 0.82, 4, LEAST_TOKENS).word == "fair"
+    assert judge_check(2.1, 0.9, 4, 31).word == "broken"
+    assert judge_check(0.5, 0.29, 4, 31).word == "broken"
+    assert judge_check(math.nan, 0.2, 4, 31).word == "broken"
 
 
 def test_sentences_name_the_figures() -> None:

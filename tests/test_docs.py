@@ -162,7 +162,7 @@ def test_the_readme_is_read_in_one_go() -> None:
 NUMBERS = (
     "GSM8K", "Int4", "Int8", "SmolLM2-135M-Instruct", "Qwen2.5-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct",
     "Qwen2.5", "Qwen2", "Qwen3", "Qwen3.5", "Qwen3.6", "Qwen3.8", "Qwen (v1)", "Python 3.11", "Apache-2.0",
-    "kill -9", "guessing (25 %)", "4, 8 or 16 bits", "x86-64", "AVX2", "AVX-512",
+    "kill -9", "guessing (25 %)", "4, 8 or 16 bits", "x86-64", "AVX2", "AVX-512", "H200",
 )  # fmt: skip
 """All numbers that the README has outside of tables, blocks and links: names and versions, none measured."""
 
@@ -322,3 +322,15 @@ def test_constraints_pin_every_direct_dependency() -> None:
     names = {canonical(re.match(r"[\w.-]+", requirement)[0]) for requirement in wanted} - {"qwenq"}
     assert names - pinned == set()
     assert "torch==2.13.0" in lines
+
+
+def test_every_environment_variable_is_documented() -> None:
+    """Those that anything here reads or sets; and none that nothing does."""
+    places = [*(ROOT / "qwenq").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "hatch_build.py"]
+    places += [*(ROOT / "benchmarks").glob("*.py"), ROOT / "Makefile", ROOT / ".ci" / "run"]
+    named = re.compile(r"\bQWENQ_[A-Z_0-9]+\b")
+    used = {name for path in places for name in named.findall(path.read_text(encoding="utf-8"))}
+    used -= {"QWENQ_SOURCES", "QWENQ_VARIANT", "QWENQ_INTEROP_INT"}  # of the C compiler; a part of two names
+    text = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    assert {name for row in rows for name in named.findall(row)} == used

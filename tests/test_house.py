@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "profiling": LEAVES | {"models", "runtime"},
     "reporting": LEAVES,
     "planner": LEAVES | {"models"},
-    "publishing": LEAVES | {"models"},
+    "publishing": LEAVES | {"models", "reporting"},
     **dict.fromkeys(COMPOSERS, COMPOSER),
     "cli": ROOMS,
     "__main__": {"cli"},

@@ -9,10 +9,17 @@ import pytest
 import torch
 from pipeline import Recorder, manifest_of, recipe_for, run
 from tiny_families import save_calibration, write_family
+from tiny_model import write_tiny_model
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import VerificationError
+from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.shapes import ModelShape
+from qwenq.planner.calibration_size import USABLE
+from qwenq.planner.estimates import quantisation_memory
+from qwenq.planner.plan import PlanOptions, find_model, make_plan
 from qwenq.quantization import quantize
+from qwenq.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +84,28 @@ def test_raised_damping_is_said_with_its_modules(tmp_path: Path) -> None:
     assert any(
         line.startswith("layer 1, self_attn.q_proj") and "damping raised to" in line for line in ear.lines
     )
+
+
+def test_calibration_that_memory_does_not_hold_is_made_smaller_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `qwenq plan` answers for such a machine; sizes that the recipe gives are kept."""
+    model, ear = write_tiny_model(tmp_path / "m", hidden_size=64, intermediate_size=128), Recorder()
+    shape = ModelShape.from_config(open_checkpoint(model).config)
+    usual = quantisation_memory(shape, samples=48, seq_len=256, dtype="float32").peak
+    memory = int(usual / USABLE) - 1
+    monkeypatch.setattr("qwenq.models.machine.memory_limit", lambda: memory)
+    recipe = Recipe().override({"model": str(model)}, quantize={"dtype": "float32", "bits": 8})
+    made = quantize(recipe, tmp_path / "out", ear, device="cpu")
+    said = "\n".join(ear.lines)
+    assert "calibration: 24 × 256 tokens instead of 48 × 256, which take 0.5 GiB by estimate" in said
+    assert "24 × 256 tokens (as many as fit the memory)" in said
+    assert manifest_of(made.folder)["calibration"]["samples"] == 24
+    options = PlanOptions(ram=memory)
+    assert make_plan(find_model(str(model)), options).quantisation[0].size.samples == 24
+    ear = Recorder()
+    asked = recipe.override(calibration={"samples": 48, "seq_len": 256})
+    quantize(asked, tmp_path / "asked", ear, device="cpu")
+    said = "\n".join(ear.lines)
+    assert "memory may not suffice: quantising with 48 × 256 tokens takes 0.5 GiB by estimate" in said
+    assert "48 × 256 tokens (as asked)" in said

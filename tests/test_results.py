@@ -242,10 +242,6 @@ def test_no_run_folder_says_what_makes_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no results") as caught:
         read_rows(tmp_path / "nowhere")
     assert "qwenq eval" in str(caught.value.hint)
-    (tmp_path / "results.json").touch()
-    with pytest.raises(UsageError, match="no results") as caught:
-        read_rows(tmp_path)
-    assert caught.value.hint == "that is a report: name the run folders that it was made of"
 
 
 def test_a_row_that_cannot_be_is_refused_when_it_is_made() -> None:

@@ -15,7 +15,7 @@ from qwenq.cli.app import app, register
 from qwenq.errors import UsageError
 from qwenq.recipe import read_recipe
 from qwenq.results import Model, Row, append_row, read_rows
-from qwenq.workflow import Chain, Step, steps_of
+from qwenq.workflow import Chain, Step, run_steps, steps_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,7 +90,8 @@ def test_a_gate_names_conditions_only_where_the_recipe_does(tmp_path: Path) -> N
     assert chain(tmp_path).steps[-1].arguments[3:] == ("--fail-on", "accuracy:significant")
     made = chain(tmp_path, '[eval]\nsample = true\n[gate]\nbaseline = "baseline"\n')
     gate = made.steps[-1]
-    assert gate.arguments == ("compare", "baseline", str(made.work))
+    forms = ("--markdown", str(made.work / "gate.md"), "--junit", str(made.work / "gate.xml"))
+    assert gate.arguments == ("compare", "baseline", str(made.work), *forms)
     model = Model("m-Int4", "sha256:m", "int4", "m", nbytes=1000)
     point: dict[str, Any] = {"task": "mmlu", "protocol": "base", "version": 1, "limit": None}
     row = Row("accuracy", model, point, 1.0, "share", n=1, details={"items": {"a": True}})
@@ -171,3 +172,27 @@ def test_another_recipe_gets_other_folders_and_the_same_one_its_own(tmp_path: Pa
     before = folder(text)
     (tmp_path / "model" / "config.json").write_text("{ }")
     assert folder(text) != before
+
+
+def test_what_a_later_step_needs_of_the_machine_is_required_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
+
+    def absent(*_: object) -> None:
+        raise UsageError("it is not here")
+
+    monkeypatch.setattr("qwenq.workflow._run_steps", lambda *_: 0)
+    evaluation = '[eval]\ntasks = ["humaneval"]\nsample = true\n'
+    with monkeypatch.context() as patch:
+        patch.setattr("qwenq.models.bundled.find_gguf", absent)
+        for text in ("", evaluation):
+            with pytest.raises(UsageError, match="it is not here"):
+                run_steps(chain(tmp_path, text))
+        assert run_steps(chain(tmp_path, f'model = "{tmp_path}"\n')) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("qwenq.evals.sandbox.run.find_sandbox", absent)
+        with pytest.raises(UsageError, match="it is not here"):
+            run_steps(chain(tmp_path, f'model = "{tmp_path}"\n{evaluation}'))
+        letters = evaluation.replace("humaneval", "mmlu")
+        assert run_steps(chain(tmp_path, f'model = "{tmp_path}"\n{letters}')) == 0

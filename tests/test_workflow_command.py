@@ -59,7 +59,7 @@ def test_the_whole_chain_and_then_nothing_twice(tmp_path: Path) -> None:
     assert text.startswith("# A tiny model\n")
     for heading in (
         "| Quantization | MMLU |",
-        "| Quantization | Attention | Speed (8 tokens) |",
+        "| Quantization | Attention | Speed, 8 tokens (tokens/s) |",
         "KL divergence",
     ):
         assert heading in text

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from test_docs import ROOT, parse
+from test_docs import ROOT, blocks, parse
 
 from qwenq.cli.app import app, register
 from qwenq.recipe import read_recipe
 from qwenq.reporting.gate import parse as conditions
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+ACTION = yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))
 REGRESSION = ROOT / ".github" / "workflows" / "regression.yml"
 
 
@@ -81,14 +82,45 @@ def test_its_commands_take_these_options(words: list[str], commands: Any) -> Non
         assert not word.startswith(("recipes/", "reports/")) or (ROOT / word).exists(), word
 
 
+def used(text: str) -> Iterator[dict[str, Any]]:
+    """Inputs of each use of the action in a workflow."""
+    for job in yaml.safe_load(text)["jobs"].values():
+        for step in job["steps"]:
+            if step.get("uses") == "./" or "/qwenq@" in step.get("uses", ""):
+                yield step["with"]
+
+
+@pytest.mark.parametrize("text", [
+    REGRESSION.read_text(encoding="utf-8"), *(text for name, text in blocks("yaml") if name == "ci.md"),
+])  # fmt: skip
+def test_the_action_is_given_inputs_that_it_has(text: str) -> None:
+    (given,) = used(text)
+    assert given.keys() <= ACTION["inputs"].keys()
+    assert {name for name, one in ACTION["inputs"].items() if one.get("required")} <= given.keys()
+    assert conditions(given.get("fail-on", "kl:>1"))
+    assert yaml.safe_load(text)["permissions"]["pull-requests"] == "write"
+
+
+def test_every_input_is_documented_and_reaches_the_scripts_as_text_only() -> None:
+    """An expression within a script would run what a pull request writes into it."""
+    documented = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
+    for name, one in ACTION["inputs"].items():
+        assert f"| `{name}` |" in documented
+        assert f"inputs.{name}" in str(ACTION["runs"])
+        assert one["description"]
+    assert not any("${{" in step.get("run", "") for step in ACTION["runs"]["steps"])
+
+
 def test_all_that_the_gate_promises_is_in_it() -> None:
     """Quality against the baseline; then speed, before and after, every turn compared on its side."""
     calls = [words for step in steps(REGRESSION) for words in command_lines(step.get("run", ""))]
-    assert [words[0] for words in calls] == ["run", "compare", "profile", "compare"]
-    quality, speed = (dict(pairwise(words)) for words in calls if words[0] == "compare")
-    assert quality["compare"] == "reports/baselines/ci"
-    asked = read_recipe(ROOT / "recipes" / "ci.toml").gate.fail_on
-    assert quality["--fail-on"] == asked, "the comment is of the same verdict as the step that fails"
+    assert [words[0] for words in calls] == ["profile", "compare"]
+    (speed,) = (dict(pairwise(words)) for words in calls if words[0] == "compare")
+    (quality,) = (step["with"] for step in steps(REGRESSION) if step.get("uses") == "./")
+    gate = read_recipe(ROOT / quality["recipe"]).gate
+    assert gate.baseline == "reports/baselines/ci"
+    assert {one.metric for one in conditions(gate.fail_on)} == {"accuracy", "kl", "size"}
+    assert f"{quality['out']}/models/" in REGRESSION.read_text(encoding="utf-8")
     assert {one.metric for one in conditions(speed["--fail-on"])} >= {"speed.decode", "speed.prefill"}
     turns = next(words for words in calls if "--more-new" in words)
     sides = [[word for word in turns if f"speed-{side}-" in word] for side in ("before", "after")]

@@ -126,6 +126,40 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def require_writable(out: Path) -> None:
+    """Refuse a name that could not be saved to, before any work.
+
+    Raises:
+        UsageError: a folder, or another suffix than .safetensors.
+    """
+    if local_path(out, "--out").is_dir():
+        raise UsageError("--out is a folder", where=out, hint=f"name a file: {out / 'calib.safetensors'}")
+    if out.suffix != ".safetensors":
+        raise UsageError("--out has to end in .safetensors", where=out, hint=f"{out.stem}.safetensors")
+
+
+def save_or_keep(made: CalibrationSet, out: Path, *, force: bool) -> CalibrationSet:
+    """Save a set, or keep a file of these very tokens, from whatever source; return what the file holds.
+
+    Raises:
+        UsageError: the file holds something else, and ``force`` is off.
+    """
+    if force or not out.exists():
+        made.save(out)
+        return made
+    try:
+        there = CalibrationSet.load(out)
+    except (CalibrationError, CorruptFileError):
+        there = None
+    if there is None or there.fingerprint != made.fingerprint:
+        raise UsageError(
+            "the output file exists and holds something else",
+            where=out,
+            hint="name another --out, or overwrite it with --force",
+        )
+    return there
+
+
 def fingerprint_tokens(tokens: torch.Tensor, held_out: torch.Tensor) -> str:
     """Return 16 hex digits over shapes and values (little-endian int64) of both tensors."""
     digest = hashlib.sha256()

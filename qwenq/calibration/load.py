@@ -36,9 +36,11 @@ from qwenq.events import Listener, Notice, counted
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.folders import local_path
 from qwenq.models.machine import free_memory
+from qwenq.models.opening import open_model
 from qwenq.models.qwen_v1 import longest_plain, require_plain
 from qwenq.models.random_weights import is_random
 from qwenq.models.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from qwenq.recipe import ON_CPU, ON_GPU
 from qwenq.storage import cache_folder, readable_bytes
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def calibration_for(
     vocabulary: int,
     device: torch.device,
     listener: Listener,
+    fitting: tuple[int, int] | None = None,
 ) -> CalibrationSet:
     """Load the set or make it.
 
@@ -62,11 +65,13 @@ def calibration_for(
         vocabulary: rows of the model's embedding.
         device: where the model writes; a GPU is given more text.
         listener: receives what was chosen, and the progress in tokens.
+        fitting: sequences and tokens of each, for sizes that the recipe leaves open, where memory is too
+            small for the device's usual ones.
 
     Raises:
         CalibrationError: no sound set comes of it, or it has no held-out sequences.
     """
-    made = _loaded_or_made(recipe, checkpoint, vocabulary, device, listener)
+    made = _loaded_or_made(recipe, checkpoint, vocabulary, device, listener, fitting)
     facts = made.manifest
     for notice in facts.notices:
         listener(Notice(f"calibration: {notice}"))
@@ -82,17 +87,21 @@ def calibration_for(
         return made
     own = " (the model's own text: as good as C4 here, and it needs no network)"
     source = f"{facts.source}{own if facts.source == 'self' else ''}"
-    made_of = f"{facts.samples} × {facts.seq_len} tokens ({_why_so_many(recipe, device)}) from {source}"
+    made_of = (
+        f"{facts.samples} × {facts.seq_len} tokens ({_why_so_many(recipe, device, fitting)}) from {source}"
+    )
     listener(Notice(f"calibration: {made_of}, {facts.held_out} more held out for the check"))
     return made
 
 
-def _why_so_many(recipe: Recipe, device: torch.device) -> str:
+def _why_so_many(recipe: Recipe, device: torch.device, fitting: tuple[int, int] | None) -> str:
     wanted = recipe.calibration
     if Path(wanted.source).suffix == ".safetensors":
         return "the sizes of that set"
     if wanted.samples != "auto" or wanted.seq_len != "auto":
         return "as asked" if "auto" not in (wanted.samples, wanted.seq_len) else "in part as asked"
+    if fitting is not None:
+        return "as many as fit the memory"
     if device.type == "cuda":
         return "as many as in GPTQ's paper, where the model takes them: a GPU has the time"
     return "few enough for a CPU; a GPU is given 128 × 2048"
@@ -104,14 +113,14 @@ def _loaded_or_made(
     vocabulary: int,
     device: torch.device,
     listener: Listener,
+    fitting: tuple[int, int] | None,
 ) -> CalibrationSet:
     wanted = recipe.calibration
-    on_gpu = device.type == "cuda"
     saved = Path(wanted.source).suffix == ".safetensors"  # has its own sizes
-    samples = (128 if on_gpu else 48) if wanted.samples == "auto" else wanted.samples
-    usual = 2048 if on_gpu else 256
-    longest = longest_plain(checkpoint.config) or usual
-    seq_len = min(usual, longest) if wanted.seq_len == "auto" else wanted.seq_len
+    usual, length = fitting or (ON_GPU if device.type == "cuda" else ON_CPU)
+    samples = usual if wanted.samples == "auto" else wanted.samples
+    longest = longest_plain(checkpoint.config) or length
+    seq_len = min(length, longest) if wanted.seq_len == "auto" else wanted.seq_len
     asked = (
         None if saved and wanted.samples == "auto" else samples,
         None if saved and wanted.seq_len == "auto" else seq_len,
@@ -126,7 +135,7 @@ def _loaded_or_made(
             where=wanted.source,
             hint="leave --calibration out: the tokens are random, too",
         )
-    label = "writing calibration text" if wanted.source == "self" else "reading calibration text"
+    label = f"{'writing' if wanted.source == 'self' else 'reading'} text to calibrate and check"
     with counted(listener, label, "tokens") as progress:
         return load_calibration(
             wanted.source,
@@ -421,3 +430,27 @@ def require_sizes(wanted: Sizes, checkpoint: Checkpoint) -> None:
             f"{readable_bytes(needed)} of memory, {readable_bytes(free)} are free",
             hint="lower --samples or --seq-len",
         )
+
+
+def random_set(
+    model: str | None,
+    source: str,
+    listener: Listener,
+    *,
+    seed: int,
+    split: str | None,
+    column: str | None,
+    **sizes: int | None,
+) -> CalibrationSet:
+    """Draw tokens for a model with random weights, which has no tokenizer to read or write text."""
+    for option, given in (("--source", source != "self"), ("--split", split), ("--column", column)):
+        if given:
+            raise UsageError(
+                "a model with random weights has no tokenizer to read a text",
+                where=option,
+                hint=f"leave {option} out: the tokens are random too",
+            )
+    checkpoint = open_model(model, "random", seed)
+    for notice in checkpoint.notices:
+        listener(Notice(notice))
+    return random_tokens(int(checkpoint.config["vocab_size"]), wanted_sizes(checkpoint, **sizes), seed)

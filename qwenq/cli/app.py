@@ -111,6 +111,8 @@ def main() -> None:
     """
     from qwenq.cli.printing import explained_output
 
+    if sys.platform == "win32":
+        sys.exit("qwenq: it runs on Linux and macOS\n  try:   install it inside WSL: wsl --install")
     _share_the_cores()
     _collect_less()
     _die_with_the_run()

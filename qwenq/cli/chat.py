@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq import stopping
+from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.options import (
     AttentionName,
@@ -21,7 +23,7 @@ from qwenq.cli.options import (
     RealWeights,
     ThinkingChoice,
 )
-from qwenq.cli.printing import note, notes
+from qwenq.cli.printing import note, notes, say
 from qwenq.errors import UsageError, visible
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or hub id. [default: the bundled model]")
+        str | None,
+        typer.Argument(
+            help="Model folder or hub id. [default: the bundled model]", autocompletion=completion.models
+        ),
     ] = None,
     weights: RealWeights = "stored",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -66,8 +71,8 @@ def chat(
 ) -> None:
     """Chat with a model.
 
-    Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice at the prompt, ends the chat. When the input is not a
-    terminal, every line of it is one question.
+    Ctrl-C stops an answer; Ctrl-D, /exit, or Ctrl-C twice at the prompt, ends the chat; /clear forgets it,
+    /help lists the commands. When the input is not a terminal, every line of it is one question.
     """
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.machine import resolve_device
@@ -120,7 +125,7 @@ def chat(
         sampling=sampling,
         max_new_tokens=max_new_tokens or (THOUGHTS if thinks else ANSWER),
     )
-    typer.echo(f"{runner.implementation}, {str(runner.dtype).removeprefix('torch.')}", err=True)
+    say(f"{runner.implementation}, {str(runner.dtype).removeprefix('torch.')}")
     _talk(conversation)
     typer.echo(summary(session.timing), err=True)
 
@@ -150,9 +155,15 @@ def _talk(conversation: Conversation) -> None:
     on_terminal = sys.stdin is not None and sys.stdin.isatty()
     reported = 0
     for question in _typed() if on_terminal else _piped():
+        if on_terminal and re.match(r"/\w*(\s|$)", question):
+            if question.split()[0] == "/exit":
+                return
+            _obey(question.split()[0], conversation)
+            reported = 0
+            continue
         _note_lost_text(question)
         try:
-            with closing(conversation.ask(question)) as pieces:
+            with closing(conversation.ask(question.strip())) as pieces:
                 for piece in pieces:
                     typer.echo(visible(piece), nl=False)  # it flushes, too
         except KeyboardInterrupt:
@@ -173,6 +184,21 @@ def _talk(conversation: Conversation) -> None:
             note(f"the oldest {rounds} of the chat no longer fit the context")
 
 
+_COMMANDS = {"/clear": "forget the chat so far", "/exit": "end the chat", "/help": "list these commands"}
+
+
+def _obey(command: str, conversation: Conversation) -> None:
+    """Run a command that was typed at the prompt, other than /exit."""
+    if command == "/clear":
+        conversation.clear()
+        typer.echo("the chat so far is forgotten", err=True)
+        return
+    if command not in _COMMANDS:
+        typer.echo(f"there is no command {command}; a space before it makes it a question", err=True)
+    for name, does in _COMMANDS.items():
+        typer.echo(f"  {name:<8}{does}", err=True)
+
+
 def _piped() -> Iterator[str]:
     """Yield one question a line; empty lines are skipped, and a closed input has no question."""
     for line in sys.stdin or ():
@@ -181,14 +207,17 @@ def _piped() -> Iterator[str]:
 
 
 def _typed() -> Iterator[str]:
-    """Yield what the user types, with line editing; end at Ctrl-D, or at the second Ctrl-C in a row."""
+    """Yield what the user types, with line editing; end at Ctrl-D, or at the second Ctrl-C in a row.
+
+    A space before a slash is kept: it makes a question of what would be a command.
+    """
     with suppress(ImportError):  # not there on every platform
         import readline  # noqa: F401 - gives input() its line editing
     warned = False
     while True:
         try:
             typer.echo()
-            question = input("> ").strip()
+            question = input("> ").rstrip()
         except EOFError:
             typer.echo()
             return
@@ -202,5 +231,5 @@ def _typed() -> Iterator[str]:
             typer.echo("(Ctrl-C again, or Ctrl-D, ends the chat)", err=True)
             continue
         warned = False
-        if question:
+        if question.strip():
             yield question

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.checking import SAMPLES, SEQ_LEN
+from qwenq.cli import completion
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName, Quiet, RealWeights
-from qwenq.cli.printing import next_commands, note, print_json, table_console
+from qwenq.cli.next import named_base, next_commands, with_model
+from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose
+from qwenq.cli.printing import note, print_json, table_console, wrapped
 from qwenq.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -19,10 +21,18 @@ if TYPE_CHECKING:
 
 @app.command()
 def check(
-    quantised: Annotated[str, typer.Argument(help="Quantised model (GPTQ, AWQ, …): folder or hub id.")],
+    quantised: Annotated[
+        str,
+        typer.Argument(
+            help="Quantised model (GPTQ, AWQ, …): folder or hub id.", autocompletion=completion.models
+        ),
+    ],
     against: Annotated[
         str | None,
-        typer.Option(help="The model it was made from. [default: the one that its qwenq.json names]"),
+        typer.Option(
+            help="The model it was made from. [default: the one that its qwenq.json names]",
+            autocompletion=completion.models,
+        ),
     ] = None,
     weights: RealWeights = "stored",
     text: Annotated[
@@ -56,6 +66,7 @@ def check(
         str, typer.Option("--tp", help="With --for: numbers of GPUs that share the model, comma-separated.")
     ] = "1",
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result with all modules as JSON.")
     ] = False,
@@ -73,16 +84,17 @@ def check(
     fair       KL to 0.25, same top from 75 %: a sound Int4 below 1B
     poor       KL to 2, same top from 30 %
     broken     beyond that, or not finite: the exit code is 1
+    none       too few tokens to judge by
     """
     from qwenq.checking import check_folders
-    from qwenq.cli.progress import show_events
+    from qwenq.cli.progress import show_events, with_details
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
     if engines is not None:
         _check_engines(quantised, engines, tp, as_json=as_json)
         return
-    with show_events(note, quiet=quiet) as listener:
+    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
         found = check_folders(
             quantised,
             against,
@@ -106,7 +118,7 @@ def check(
             hint="is it compared with the model it was made from? If so, quantise it again, with --bits 8",
         )
     if not as_json:
-        next_commands(("eval", against or found.base, quantised), ("chat", quantised))
+        next_commands(*with_model(quantised, against or named_base(found.quantised) or found.base))
 
 
 def _print_json(found: Checked, text: str, seed: int) -> None:
@@ -132,10 +144,10 @@ def _print_text(found: Checked, text: str, count: int) -> None:
         "base": str(found.base),
         "text": f"{text}, {result.sequences} × {result.seq_len} tokens; {result.dtype} on {result.device}",
     }
-    verdict_styles = {"excellent": "bold green", "good": "bold green", "fair": "bold yellow"}
+    verdict_styles = {"excellent": "bold green", "good": "bold green", "fair": "bold yellow", "none": "bold"}
     for name, value in (lines | result.summary()).items():
         style = verdict_styles.get(result.verdict.word, "bold red") if name == "verdict" else ""
-        console.print(Text(f"{name:<12}{value}", style=style), soft_wrap=True)
+        console.print(Text(wrapped(f"{name:<12}{value}", " " * 12), style=style), soft_wrap=True)
     if not (worst := result.worst_modules(count)):
         return
     console.print(

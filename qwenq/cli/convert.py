@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.cli.app import app
-from qwenq.cli.options import Quiet, RandomSeed
-from qwenq.cli.printing import next_commands, note, notes, print_json, table_console
-from qwenq.cli.progress import show_events
+from qwenq.cli.next import named_base, next_commands, with_model
+from qwenq.cli.options import Quiet, RandomSeed, Verbose
+from qwenq.cli.printing import note, notes, print_json, table_console
+from qwenq.cli.progress import show_events, with_details
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
 
@@ -27,7 +29,12 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(help="Model folder or hub id; Qwen v1 or newer, GPTQ or not.")],
+    src: Annotated[
+        str,
+        typer.Argument(
+            help="Model folder or hub id; Qwen v1 or newer, GPTQ or not.", autocompletion=completion.models
+        ),
+    ],
     dst: Annotated[Path, typer.Argument(help="New or empty folder.")],
     zeros: Annotated[
         Literal["v1", "v2"] | None,
@@ -47,6 +54,7 @@ def convert(
     ] = "stored",
     seed: RandomSeed = 0,
     quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Rewrite a model in another layout.
 
@@ -62,14 +70,14 @@ def convert(
 
     resolved = resolve_model(src)
     found = list(resolved.notices)
-    with show_events(found.append, quiet=quiet) as listener:
+    with show_events(found.append, quiet=quiet) as plain, with_details(plain, verbose) as listener:
         done = run(resolved.folder, dst, zeros=zeros, to=to, max_shard_bytes=shard_bytes, listener=listener)
     notes(found)
     for change in done.changes or ["nothing but the shards changed"]:
         typer.echo(f"changed: {change}")
     files = "1 file" if len(done.files) == 1 else f"{len(done.files)} files"
     typer.echo(f"wrote {done.folder}: {done.tensors} tensors, {readable_bytes(done.total_bytes)} in {files}")
-    next_commands(("chat", dst), ("eval", dst))
+    next_commands(*with_model(dst, named_base(resolved.folder)))
 
 
 def _write_random(
@@ -90,7 +98,7 @@ def _write_random(
     typer.echo(
         f"wrote {dst}: {len(names)} tensors, {size}, random weights (seed {seed}): for speed and memory"
     )
-    next_commands(("profile", dst))
+    next_commands(*with_model(dst))
 
 
 def parse_size(text: str) -> int:

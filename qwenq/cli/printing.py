@@ -6,15 +6,18 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qwenq.errors import StorageError, visible
+from qwenq.errors import StorageError
+from qwenq.events import Event, Notice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,9 +25,55 @@ if TYPE_CHECKING:
     from qwenq.results import Row
 
 
+_LIVE: list[Console] = []
+"""Consoles that show a bar now, the last on top."""
+
+
+@contextmanager
+def bar_on(console: Console) -> Iterator[None]:
+    """Let ``say`` print above the bar that a console shows within."""
+    _LIVE.append(console)
+    try:
+        yield
+    finally:
+        _LIVE.remove(console)
+
+
+def wrapped(line: str, indent: str = "  ", *, err: bool = False) -> str:
+    """Return a line broken between words, where it goes to a terminal that is narrower.
+
+    Args:
+        line: whatever its length.
+        indent: of the lines that continue it.
+        err: it goes to standard error, else to standard output.
+    """
+    stream = sys.stderr if err else sys.stdout
+    if stream is None or not stream.isatty():
+        return line
+    width = max(20, shutil.get_terminal_size().columns)
+    parts = wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(parts)
+
+
+def say(line: str, *, err: bool = True, indent: str = "  ") -> None:
+    """Print a line, ``wrapped``; on a terminal above the bar if there is one."""
+    stream = sys.stderr if err else sys.stdout
+    line = wrapped(line, indent, err=err)
+    if _LIVE and stream is not None and stream.isatty():
+        _LIVE[-1].print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    else:
+        typer.echo(line, err=err)
+
+
 def note(line: str) -> None:
     """Print something that the user has to know, on standard error."""
-    typer.echo(f"note: {line}", err=True)
+    say(f"note: {line}")
+
+
+def note_events(event: Event) -> None:
+    """Print the notices of a function that shows nothing else."""
+    if isinstance(event, Notice):
+        note(event.text)
 
 
 def notes(lines: Iterable[str]) -> None:
@@ -38,16 +87,6 @@ def percent(share: float) -> str:
     value = 100 * share
     digits = max(0, 1 - math.floor(math.log10(value))) if 0 < value < math.inf else 2
     return f"{value:.{min(digits, 8)}f}%"
-
-
-def next_commands(*commands: Sequence[str | Path | None]) -> None:
-    """Print commands that go on from here, ready to copy; words that are None are left out.
-
-    On standard error, so that what is piped on holds results alone.
-    """
-    for label, command in zip(("next:", *[""] * len(commands)), commands, strict=False):
-        words = [str(word) for word in command if word is not None]
-        typer.echo(f"{label:<6}{visible(as_typed(['qwenq', *words]))}", err=True)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from qwenq.cli.printing import note, percent, to_standard_output
-from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update
+from qwenq.cli.printing import bar_on, note, percent, say, to_standard_output
+from qwenq.errors import visible
+from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rough_time
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from qwenq.gptq.pipeline import LayerDone
+    from qwenq.profiling.planning import PlannedSweep
     from qwenq.quantization import Quantised
 
 # Show how far a long step is: a live bar on a terminal, a few plain lines elsewhere.
@@ -76,6 +78,38 @@ def show_events(on_notice: Callable[[str], None], *, quiet: bool = False) -> Ite
 
 
 @contextmanager
+def with_details(listener: Listener, verbose: bool) -> Iterator[Listener]:
+    """Yield the listener; with ``--verbose`` one that also prints versions, times and modules' errors."""
+    if not verbose:
+        yield listener
+        return
+    from qwenq.environment import versions
+
+    running: list[tuple[str, float]] = []
+
+    def end() -> None:
+        for step, began in running:
+            say(f"{step}: {time.monotonic() - began:.1f} s")
+        running.clear()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Start | Finish):
+            end()
+        if isinstance(event, Start):
+            running.append((event.step, time.monotonic()))
+        listener(event)
+        if isinstance(event, Advance) and isinstance(modules := getattr(event.result, "modules", None), dict):
+            errors = (f"{name} {percent(stats.error)}" for name, stats in modules.items())
+            say(f"    {', '.join(errors)}", indent="    ")
+
+    say(", ".join(f"{name} {number}" for name, number in versions().items()))
+    try:
+        yield listen
+    finally:
+        end()
+
+
+@contextmanager
 def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich import progress as rich_progress
     from rich.console import Console
@@ -91,9 +125,12 @@ def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         *counts,
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(
-        *columns, console=Console(stderr=True), transient=True, speed_estimate_period=_ESTIMATE_SECONDS
-    ) as bar:
+    with (
+        rich_progress.Progress(
+            *columns, console=Console(stderr=True), transient=True, speed_estimate_period=_ESTIMATE_SECONDS
+        ) as bar,
+        bar_on(bar.console),
+    ):
         task = bar.add_task(label, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
@@ -131,6 +168,7 @@ class EvalProgress:
     def __enter__(self) -> EvalProgress:
         if sys.stderr.isatty() and not self._quiet:
             self._bar = self._stack.enter_context(_eval_bar())
+            self._stack.enter_context(bar_on(self._bar.console))
         return self
 
     def __exit__(
@@ -222,7 +260,7 @@ class ProfileProgress:
     """A listener that shows a sweep: a line for each point on stderr, or rows as JSON on stdout."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet = as_json, quiet or as_json
+        self.as_json, self.quiet, self.points = as_json, quiet or as_json, 0
 
     def __call__(self, event: Event) -> None:
         """Show an event: a point starts, a row is measured, a notice."""
@@ -231,6 +269,11 @@ class ProfileProgress:
                 share = f", {rough_time(event.limit)} of the budget" if event.limit is not None else ""
                 about = f"about {rough_time(event.seconds or 0)}{share}"
                 typer.echo(f"{event.done + 1} of {event.total}: {step}, {about}", err=True)
+            case Advance("plan", result=planned):
+                sweep = cast("PlannedSweep", planned)
+                self.points = len(sweep.points)
+                if not self.quiet:
+                    show_plan(sweep)
             case Advance(result=Row() as row) if self.as_json:
                 with to_standard_output():
                     typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
@@ -238,9 +281,27 @@ class ProfileProgress:
                 note(text)
 
 
-def rough_time(seconds: float) -> str:
-    """Return ``85 s`` or ``12 min``."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+def show_plan(sweep: PlannedSweep) -> None:
+    """Print what will be measured, in which order, and about how long it takes."""
+    planned, budget = sweep.points, sweep.budget
+    total, load = sum(each.seconds for each in planned), sum(each.load for each in planned)
+    count = f"{len(planned)} point{'' if len(planned) == 1 else 's'}"
+    limit = f", budget {rough_time(budget)}" if budget is not None else ""
+    loading = f" ({rough_time(load)} of it to start and load)"
+    typer.echo(
+        f"plan: {count} on {sweep.device.device}, about {rough_time(total)}{loading}{limit}; "
+        f"into {visible(str(sweep.folder))}"
+    )
+    if budget is not None and sum(each.needed for each in planned) > budget:
+        typer.echo(
+            "  to load and measure each once takes more than the budget: the last points may be skipped"
+        )
+    elif budget is not None and total > budget:
+        typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are skipped")
+    for each in planned:
+        seconds = f"about {rough_time(each.seconds)} ({rough_time(each.load)} to load)"
+        estimate = each.too_large or f"{seconds}, {readable_bytes(each.nbytes)}"
+        typer.echo(f"  {each.point.label}: {estimate}")
 
 
 # Show a quantisation: live on a terminal, plain lines in a log, JSON lines for machines.
@@ -271,11 +332,12 @@ class TextListener:
         """Show an event."""
         match event:
             case Notice(text):
-                typer.echo(f"· {text}")
+                say(f"· {text}", err=False)
             case Start(step, total, "layers"):
                 self._stack.close()
                 if sys.stdout.isatty() and not self._quiet:
                     self._bar = self._stack.enter_context(_layer_bar())
+                    self._stack.enter_context(bar_on(self._bar.console))
                     self._task = self._bar.add_task(step, total=total, left=_UNKNOWN)
             case Start(step, unit=unit):
                 self._stack.close()
@@ -289,7 +351,7 @@ class TextListener:
     def _layer(self, done: LayerDone) -> None:
         if not done.resumed:
             self._fresh.append(done.seconds)
-        error = f"error {percent(done.error)}, round-to-nearest {percent(done.rtn_error)}"
+        error = f"error on calibration text {percent(done.error)}, round-to-nearest {percent(done.rtn_error)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done.index + 1, left=self._left(done))
             self._bar.console.print(f"  layer {done.index + 1:>3} of {done.total}: {error}", highlight=False)
@@ -318,7 +380,7 @@ class TextListener:
         }
         typer.echo()
         for name, value in lines.items():
-            typer.echo(f"{name:<14}{value}")
+            say(f"{name:<14}{value}", err=False, indent=" " * 14)
 
     def _left(self, done: LayerDone) -> str:
         if not self._fresh:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.cli.app import app
-from qwenq.cli.options import DeviceName, Given, Quiet, recipe_options
-from qwenq.cli.printing import next_commands, notes
-from qwenq.cli.progress import show_progress
-from qwenq.errors import CalibrationError, CorruptFileError, UsageError
-from qwenq.models.folders import local_path
+from qwenq.cli.next import next_commands, with_model
+from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
+from qwenq.cli.printing import note
+from qwenq.cli.progress import show_events, with_details
 from qwenq.recipe import Recipe
 from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from qwenq.calibration import CalibrationSet
     from qwenq.models.tokenizer import Tokenizer
     from qwenq.quantization import Quantised
-    from qwenq.recipe import CalibrationRecipe
 
 # ``qwenq quantize``: a model in, a checked GPTQ checkpoint out.
 
@@ -43,7 +39,8 @@ def quantize(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]"
+            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]",
+            autocompletion=completion.models,
         ),
     ] = None,
     recipe: Annotated[
@@ -55,6 +52,7 @@ def quantize(
     given: Given,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run of the same settings.")] = True,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print events and result as JSON lines.")] = False,
 ) -> None:
     """Quantise a model with GPTQ to Int4 or Int8, and check it.
@@ -62,7 +60,7 @@ def quantize(
     The result is read back from the disk and compared with the base before it gets its name. Under torchrun
     all processes work on the one model.
     """
-    from qwenq.cli.progress import quantize_listener
+    from qwenq.cli.progress import quantize_listener, with_details
     from qwenq.distributed import process_group
 
     chosen = _recipe(recipe, model, given)
@@ -77,7 +75,8 @@ def quantize(
                 try:
                     from qwenq.quantization import quantize as run
 
-                    result = run(chosen, out, listener, device=device, resume=resume, team=team)
+                    with with_details(listener, verbose) as detailed:
+                        result = run(chosen, out, detailed, device=device, resume=resume, team=team)
                 except KeyboardInterrupt:  # SIGTERM too
                     listener.interrupted()
                     raise
@@ -89,42 +88,25 @@ def quantize(
 
 
 def _show_next(result: Quantised, recipe: Recipe, out: Path | None) -> None:
-    folder = out or Path(result.folder.name)
-    if recipe.weights == "random":
-        next_commands(("profile", folder))
-        return
-    base = recipe.model or "bundled"
-    next_commands(("chat", folder), ("eval", base, folder), ("profile", base, folder))
+    base = None if recipe.weights == "random" else recipe.model or "bundled"
+    next_commands(*with_model(out or Path(result.folder.name), base))
 
 
 def _recipe(file: Path | None, model: str | None, given: Given) -> Recipe:
     """Return the recipe file, if any, with the command line's options on top."""
+    from qwenq.api import for_source
     from qwenq.recipe import Recipe, read_recipe
 
     base = read_recipe(file) if file else Recipe()
-    if source := given["calibration"].get("source"):
-        base = replace(base, calibration=_for_source(base.calibration, source))
+    base = for_source(base, given["calibration"].get("source"))
     top = {**given.pop(""), "model": model}
     return base.override(top, **given)
-
-
-def _for_source(calibration: CalibrationRecipe, source: str) -> CalibrationRecipe:
-    """Drop those of a recipe's settings that describe its own source, and that the given one cannot have."""
-    changes: dict[str, Any] = {}
-    if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
-        changes |= {"samples": "auto", "seq_len": "auto", "column": None}
-    if source == "self" or local_path(source, "--calibration").is_file():
-        changes["split"] = None
-    if source == "self":
-        changes["column"] = None
-    return replace(calibration, **changes)
 
 
 # ``qwenq calibrate``: make the token sequences once, so that several quantisations share them.
 
 
 _PREVIEW = 80
-_SIZES = ("samples", "seq_len", "held_out")
 _TEMPLATES = {
     "plain": "",
     "chat": " (with the chat template)",
@@ -144,120 +126,44 @@ _TEMPLATES = {
 def calibrate(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or hub id. [default: the bundled model]")
+        str | None,
+        typer.Argument(
+            help="Model folder or hub id. [default: the bundled model]", autocompletion=completion.models
+        ),
     ] = None,
     *,
     given: Given,
     device: DeviceName = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a different file.")] = False,
     quiet: Quiet = False,
+    verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Write calibration tokens once, to share between quantisations.
 
     One safetensors file that holds the tokens and their manifest.
     """
-    _require_writable_name(out)
-    Recipe().override(given[""], calibration=given["calibration"], quantize=given["quantize"])  # in range
-    wanted = {"source": "self", **given["calibration"]}
-    source, thinking = wanted.pop("source"), wanted.pop("thinking", "auto")
-    sizes = {name: None if wanted.get(name) == "auto" else wanted.get(name) for name in _SIZES}
-    options = {**wanted, **sizes, "seed": given["quantize"].get("seed", 0)}
-    if given[""].get("weights") == "random":
-        made, tokenizer = _random(model, source, **options), None
-    else:
-        with show_progress("writing text" if source == "self" else "reading text", quiet=quiet) as progress:
-            made, tokenizer = _make(model, source, device, thinking, progress, **options)
-    kept = None if force else _there_already(made, out)
-    if kept is None:
-        made.save(out)
-    notes(made.manifest.notices)
-    shown = kept or made  # the same tokens, from whatever source
+    from qwenq import api
+
+    existed = out.exists() and not force
+    wanted = {**given[""], **given["calibration"], **given["quantize"]}
+    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+        made = api.calibrate(model, out, **wanted, device=device, force=force, progress=listener)
     if as_json:
-        typer.echo(shown.manifest.model_dump_json(indent=2))
+        typer.echo(made.manifest.model_dump_json(indent=2))
         return
+    random = wanted.get("weights") == "random"
     first = made.tokens[0, : 2 * _PREVIEW].tolist()
-    preview = tokenizer.decode(first)[:_PREVIEW] if tokenizer else " ".join(map(str, first))[:_PREVIEW]
-    typer.echo(_describe(shown, out, preview, unchanged=kept is not None))
-    weights = ("--weights", "random") if tokenizer is None else ()
-    next_commands(("quantize", model, *weights, "--calibration", out))
+    preview = " ".join(map(str, first)) if random else _tokenizer(model).decode(first)
+    typer.echo(_describe(made, out, preview[:_PREVIEW], unchanged=existed))
+    next_commands(("quantize", model, *(("--weights", "random") if random else ()), "--calibration", out))
 
 
-def _make(
-    model: str | None,
-    source: str,
-    device: str,
-    thinking: str,
-    progress: Callable[[int, int], None],
-    **options: Any,
-) -> tuple[CalibrationSet, Tokenizer]:
-    from qwenq.calibration import load_calibration
-    from qwenq.calibration.load import calibration_tokenizer
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.machine import resolve_device
+def _tokenizer(model: str | None) -> Tokenizer:
     from qwenq.models.opening import resolve_model
+    from qwenq.models.tokenizer import load_tokenizer
 
-    device = str(resolve_device(device))
-    resolved = resolve_model(model)
-    checkpoint = open_checkpoint(resolved.folder)
-    tokenizer = calibration_tokenizer(resolved.folder, thinking)
-    notes([*resolved.notices, *checkpoint.notices])
-    made = load_calibration(
-        source, checkpoint=checkpoint, tokenizer=tokenizer, device=device, progress=progress, **options
-    )
-    return made, tokenizer
-
-
-def _random(
-    model: str | None,
-    source: str,
-    *,
-    seed: int,
-    split: str | None = None,
-    column: str | None = None,
-    **sizes: int | None,
-) -> CalibrationSet:
-    """Draw tokens for a model with random weights, which has no tokenizer to read or write text."""
-    from qwenq.calibration.calibration_set import random_tokens
-    from qwenq.calibration.load import wanted_sizes
-    from qwenq.models.opening import open_model
-
-    for option, given in (("--source", source != "self"), ("--split", split), ("--column", column)):
-        if given:
-            raise UsageError(
-                "a model with random weights has no tokenizer to read a text",
-                where=option,
-                hint=f"leave {option} out: the tokens are random too",
-            )
-    checkpoint = open_model(model, "random", seed)
-    notes(checkpoint.notices)
-    wanted = wanted_sizes(checkpoint, **sizes)
-    return random_tokens(int(checkpoint.config["vocab_size"]), wanted, seed)
-
-
-def _require_writable_name(out: Path) -> None:
-    """Refuse a name that could not be saved to, before any work."""
-    if local_path(out, "--out").is_dir():
-        raise UsageError("--out is a folder", where=out, hint=f"name a file: {out / 'calib.safetensors'}")
-    if out.suffix != ".safetensors":
-        raise UsageError("--out has to end in .safetensors", where=out, hint=f"{out.stem}.safetensors")
-
-
-def _there_already(made: CalibrationSet, out: Path) -> CalibrationSet | None:
-    """Return what ``out`` holds if it is these very tokens; raise UsageError if it is something else."""
-    if not out.exists():
-        return None
-    try:
-        there = made.load(out)
-    except (CalibrationError, CorruptFileError):
-        there = None
-    if there is None or there.fingerprint != made.fingerprint:
-        raise UsageError(
-            "the output file exists and holds something else",
-            where=out,
-            hint="name another --out, or overwrite it with --force",
-        )
-    return there
+    return load_tokenizer(resolve_model(model).folder)
 
 
 def _describe(made: CalibrationSet, out: Path, preview: str, *, unchanged: bool) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenq.cli import completion
 from qwenq.cli.app import app
+from qwenq.cli.options import Given, recipe_options
 from qwenq.cli.printing import note, stop_notice
 from qwenq.errors import UsageError, visible
 from qwenq.events import Event, Notice, Start
@@ -23,25 +25,35 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@recipe_options("gate.baseline", "gate.fail_on", "--reports=report.folder")
 def run(
     recipe: Annotated[
-        Path, typer.Argument(help="Recipe: a TOML file, or the name of one that ships with qwenq: demo.")
+        Path,
+        typer.Argument(
+            help="Recipe: a TOML file, or the name of one that ships with qwenq: demo.",
+            autocompletion=completion.recipes,
+        ),
     ],
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub id, instead of the recipe's.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/NAME of the recipe]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the steps and exit.")] = False,
+    *,
+    given: Given,
 ) -> None:
     """Quantise, evaluate, profile, report and gate as a recipe says.
 
     The same command goes on where it was stopped or failed: finished steps are not repeated, and an
-    interrupted step is resumed. Exit codes of the gate as in `qwenq compare`.
+    interrupted step is resumed. Exit codes of the gate are those of `qwenq compare`; its verdict is gate.md
+    in the run folder, for a pull request, and gate.xml.
     """
+    from qwenq.reporting.gate import asked_by
     from qwenq.workflow import find_recipe, run_steps, steps_of
 
     recipe = find_recipe(recipe)
-    chosen = checked(recipe)
+    chosen = checked(recipe).override(gate=given["gate"], report=given["report"])
+    asked_by(chosen.gate.fail_on)
     if model is not None:
         chosen = chosen.override({"model": model}, report={"name": _report_name(model)})
     chain = steps_of(chosen, recipe, out)

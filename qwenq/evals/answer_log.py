@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from pydantic import TypeAdapter
+
 from qwenq.distributed import Team
 from qwenq.errors import QwenqError, StorageError, UsageError
 from qwenq.evals.batching import limited, prompt_text, request_hash
@@ -76,6 +78,9 @@ class AnswerRecord:
     sandbox: str | None = None
 
 
+_RECORDS = TypeAdapter(AnswerRecord)
+
+
 class AnswerLog:
     """The records of one model and task, open for reading and appending.
 
@@ -114,11 +119,7 @@ class AnswerLog:
         return self._known.get((id_, asked))
 
     def append(self, *records: AnswerRecord) -> None:
-        """Write records; they are on the disk when this returns.
-
-        Raises:
-            StorageError: the disk refused.
-        """
+        """Write records; they are on the disk when this returns."""
         for record in records:
             self._known[record.id, record.asked] = record
             self._write(_plain(record))
@@ -197,12 +198,11 @@ def _last(records: Iterable[AnswerRecord]) -> dict[tuple[str, str], AnswerRecord
 def _records(path: Path, content: bytes) -> Iterator[AnswerRecord]:
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
-            value = json.loads(line)
             if number == 1:
-                if value["format"] != FORMAT:
+                if json.loads(line)["format"] != FORMAT:
                     raise ValueError(f"records of another format than {FORMAT}")
                 continue
-            record = _record(value)
+            record = _RECORDS.validate_json(line, strict=True)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise StorageError(
                 f"not a record: {error}",
@@ -212,23 +212,6 @@ def _records(path: Path, content: bytes) -> Iterator[AnswerRecord]:
                 else "move this file away; its items are then asked again",
             ) from error
         yield record
-
-
-def _record(value: Mapping[str, Any]) -> AnswerRecord:
-    lists = {name: tuple(value[name]) for name in ("logprobs", "published") if name in value}
-    record = AnswerRecord(**{**value, **lists})
-    if not isinstance(record.id, str) or not isinstance(record.asked, str):
-        raise TypeError("id and asked have to be texts")
-    further = record.also.values() if isinstance(record.also, dict) else [None]
-    if not isinstance(record.correct, bool | None) or not all(isinstance(one, bool) for one in further):
-        raise TypeError("the verdicts have to be true or false")
-    texts = record.subject, record.output, record.extracted, record.note, record.sandbox
-    if not isinstance(record.implementation, str) or not all(isinstance(one, str | None) for one in texts):
-        raise TypeError("answers and implementations have to be texts")
-    figures = record.tokens, record.prompt_tokens, *(record.logprobs or ()), *(record.published or ())
-    if not all(isinstance(one, int | float) for one in figures):
-        raise TypeError("tokens and log-probabilities have to be numbers")
-    return record
 
 
 def _plain(record: AnswerRecord) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -152,14 +152,15 @@ def _chat(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
 
 # Group prompts by shared prefixes, each of which is encoded once.
 #
-# In sorted order every set of prompts with a common prefix is a run of neighbours: the LCP-interval tree of
-# a suffix array (Abouelhoda, Kurtz and Ohlebusch 2004), here over whole prompts. From the leaves up, each
-# node chooses between one group and those of its children by the tokens saved, less a fixed cost for every
-# group, as groups are not batched with each other.
+# In sorted order every set of prompts with a common prefix is a run of neighbours, and the runs with a longer
+# one lie within it. From the inside out, each run chooses between one group and those of the runs within by
+# the tokens saved, less a fixed cost for every group, as groups are not batched with each other.
 
 
 GROUP_COST = 96
 """Cost of a group in tokens, estimated: a forward pass for its prefix, and smaller batches."""
+DEEPEST = 100
+"""Runs within runs that are looked at; prompts that share still more stay together."""
 
 
 @dataclass(frozen=True)
@@ -176,38 +177,6 @@ class PrefixGroup:
     members: tuple[int, ...]
 
 
-@dataclass
-class _Node:
-    """A run of sorted prompts that share ``depth`` tokens, and its best division into groups."""
-
-    depth: int
-    left: int
-    children: list[_Node] = field(default_factory=list)
-    right: int = 0
-    saved: int = 0
-    groups: list[tuple[int, list[int]]] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        return self.right - self.left + 1
-
-    def close(self, right: int) -> _Node:
-        """Choose the division, once all children have theirs."""
-        self.right = right
-        apart = [child for child in self.children if child.saved > child.size * self.depth]
-        inside = {place for child in apart for place in range(child.left, child.right + 1)}
-        rest = [place for place in range(self.left, right + 1) if place not in inside]
-        self.saved = sum(child.saved for child in apart)
-        self.groups = [group for child in apart for group in child.groups]
-        if rest:
-            self.saved += (len(rest) - 1) * self.depth - GROUP_COST
-            self.groups.append((self.depth, rest))
-        all_apart = sum(child.saved for child in self.children)
-        if sum(child.size for child in self.children) == self.size and all_apart > self.saved:
-            self.saved, self.groups = all_apart, [g for child in self.children for g in child.groups]
-        return self
-
-
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[PrefixGroup]:
     """Return groups in the order of their first members; every prompt, of one id or more, is in one."""
     if not prompts:
@@ -215,8 +184,8 @@ def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[PrefixGroup]:
     rows = [np.asarray(prompt, dtype=">u4") for prompt in prompts]  # big endian: bytes sort as numbers do
     order = sorted(range(len(rows)), key=lambda index: rows[index].tobytes())
     shared = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
-    root = _tree(shared)
-    groups = [PrefixGroup(depth, tuple(sorted(order[place] for place in run))) for depth, run in root.groups]
+    _, runs = _division(np.array(shared, dtype=np.int64), 0, len(rows) - 1)
+    groups = [PrefixGroup(depth, tuple(sorted(order[place] for place in run))) for depth, run in runs]
     return sorted(groups, key=lambda group: group.members)
 
 
@@ -227,24 +196,32 @@ def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
     return int(differs[0]) if len(differs) else limit
 
 
-def _tree(shared: Sequence[int]) -> _Node:
-    """Build the tree bottom-up from the lengths that neighbours share; return its root."""
-    stack = [_Node(0, 0)]
-    for place, depth in enumerate(shared):
-        left, done = place, None
-        while depth < stack[-1].depth:
-            done = stack.pop().close(place)
-            left = done.left
-            if depth <= stack[-1].depth:
-                stack[-1].children.append(done)
-                done = None
-        if depth > stack[-1].depth:
-            stack.append(_Node(depth, left, [done] if done is not None else []))
-    last = len(shared)
-    while len(stack) > 1:
-        done = stack.pop().close(last)
-        stack[-1].children.append(done)
-    return stack[0].close(last)
+def _division(
+    shared: NDArray[np.int64], left: int, right: int, within: int = 0
+) -> tuple[int, list[tuple[int, list[int]]]]:
+    """Return the best division of a run of sorted prompts: tokens saved, and groups as (length, places).
+
+    Args:
+        shared: lengths that neighbours have in common.
+        left, right: the run's first and last place.
+        within: number of runs around it.
+    """
+    depth = int(shared[left:right].min()) if left < right else 0
+    ends = [*(left + np.flatnonzero(shared[left:right] == depth)).tolist(), right]
+    runs = [(a, b) for a, b in pairwise([left - 1, *ends]) if b - a > 1]  # from a + 1 to b
+    inner = [(_division(shared, a + 1, b, within + 1), b - a) for a, b in runs if within < DEEPEST]
+    apart = [found for found, size in inner if found[0] > size * depth]
+    groups = [group for _, found in apart for group in found]
+    taken = {place for _, places in groups for place in places}
+    rest = [place for place in range(left, right + 1) if place not in taken]
+    saved = sum(found[0] for found in apart)
+    if rest:
+        saved += (len(rest) - 1) * depth - GROUP_COST
+        groups = [*groups, (depth, rest)]
+    whole = sum(found[0] for found, _ in inner)
+    if sum(size for _, size in inner) == right - left + 1 and whole > saved:
+        return whole, [group for found, _ in inner for group in found[1]]
+    return saved, groups
 
 
 # Choose how many rows run at once: as many as fit into memory and still gain speed.
@@ -343,11 +320,7 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
 
 
 def new_decode_cache(engine: Engine, rows: int, capacity: int) -> KVCache:
-    """Return an empty cache in the layout of decode steps alone, for rows that are prefilled elsewhere.
-
-    Raises:
-        OutOfMemoryError: more bytes than are free.
-    """
+    """Return an empty cache in the layout of decode steps alone, for rows that are prefilled elsewhere."""
     if not _has_step_layout(engine):
         return engine.new_cache(rows, capacity)
     cache = engine.new_cache(rows, 1)

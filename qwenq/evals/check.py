@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,8 @@ def round_to_nearest(weight: Tensor, quant: QuantConfig) -> Tensor:
 
 SLAB_TOKENS = 256
 ROWS = 32  # of logits that are compared at a time: what is read ten times should stay in a processor's cache
+TOPS = (5, 10)
+"""Numbers of likeliest tokens whose overlap is measured."""
 SLAB_ELEMENTS = 1 << 25  # logits of one model at a time: 128 MB in float32 (220 tokens of a 152k vocabulary)
 
 
@@ -150,12 +153,15 @@ class TokenScores:
         same_top: whether both give the same token the highest probability.
         nll: −log of the probability that the quantised model gave to the token that came, in nats.
         base_nll: the same for the base model.
+        top5, top10: share of the 5 and 10 likeliest tokens that both models have in common.
     """
 
     kl: NDArray[np.float64]
     same_top: NDArray[np.bool_]
     nll: NDArray[np.float64]
     base_nll: NDArray[np.float64]
+    top5: NDArray[np.float64]
+    top10: NDArray[np.float64]
 
 
 def score_tokens(
@@ -184,10 +190,11 @@ def score_tokens(
                 strict=True,
             )
             scored = [compare_slab(base_head(b), head(q), t.to(base.device)) for b, q, t in parts]
-            rows.append(torch.cat(scored, dim=1).cpu().reshape(4, len(batch), -1))  # [4, batch, tokens − 1]
+            found = torch.cat(scored, dim=1).cpu()  # [6, batch · (tokens − 1)]
+            rows.append(found.unflatten(1, (len(batch), -1)))
             step()
-    kl, same, nll, base_nll = torch.cat(rows, dim=1).numpy()
-    return TokenScores(kl, same.astype(bool), nll, base_nll)
+    kl, same, nll, base_nll, top5, top10 = torch.cat(rows, dim=1).numpy()
+    return TokenScores(kl, same.astype(bool), nll, base_nll, top5, top10)
 
 
 def compare_slab(*logits_and_targets: Tensor) -> Tensor:
@@ -197,7 +204,7 @@ def compare_slab(*logits_and_targets: Tensor) -> Tensor:
 
 
 def compare_logits(base: Tensor, quantised: Tensor, targets: Tensor) -> Tensor:
-    """Return KL, same top token (0 or 1), the quantised model's nats and the base's: float64 [4, tokens].
+    """Return the fields of ``TokenScores`` in their order: float64 [6, tokens].
 
     With a, b the logits less their maximum, Z = Σ exp: KL = Σ exp(a) (a − b) / Zₐ + log Z_b − log Zₐ. Nothing
     overflows, nothing is a logarithm of zero. Summed in float32 it is right to about 1e-6 nats, a tenth of
@@ -209,6 +216,8 @@ def compare_logits(base: Tensor, quantised: Tensor, targets: Tensor) -> Tensor:
     """
     (top_a, first_a), (top_b, first_b) = (x.max(-1, keepdim=True) for x in (base, quantised))
     same = (first_a == first_b)[:, 0]
+    likeliest = [x.topk(min(TOPS[-1], x.shape[-1])).indices for x in (base, quantised)]
+    shared = [_overlap(*(found[:, :count] for found in likeliest)) for count in TOPS]
     a, b = base.sub_(top_a), quantised.sub_(top_b)
     picked_a, picked_b = (x.gather(-1, targets[:, None])[:, 0].double() for x in (a, b))
     weights = a.exp()
@@ -216,7 +225,12 @@ def compare_logits(base: Tensor, quantised: Tensor, targets: Tensor) -> Tensor:
     expected = weights.mul_(a.sub_(b)).sum(-1).double() / z_a
     z_b = b.exp_().sum(-1).double()
     kl = (expected + z_b.log() - z_a.log()).clamp_(min=0)  # below zero is rounding; NaN stays NaN
-    return torch.stack([kl, same.double(), z_b.log() - picked_b, z_a.log() - picked_a])
+    return torch.stack([kl, same.double(), z_b.log() - picked_b, z_a.log() - picked_a, *shared])
+
+
+def _overlap(one: Tensor, other: Tensor) -> Tensor:
+    """Return the share of ids [tokens, count] of one that the other has, too: float64 [tokens]."""
+    return (one[:, :, None] == other[:, None, :]).any(-1).double().mean(-1)
 
 
 # Hold the check's result.
@@ -231,6 +245,7 @@ class CheckResult:
         kl_median, kl_p99, kl_p999: median and quantiles (0.99, 0.999) over tokens.
         kl_by_position: mean KL along the sequences.
         same_top: share of tokens where both models rank the same token first.
+        top5, top10: mean share of the base's 5 and 10 likeliest tokens that both models have in common.
         perplexity, base_perplexity: of the next token.
         perplexity_ratio: quantised over base, paired by sequence.
         sequences, seq_len, tokens: size of the text; the first token of a sequence is not predicted.
@@ -247,6 +262,8 @@ class CheckResult:
     kl_p999: float
     kl_by_position: tuple[PositionMean, ...]
     same_top: Estimate
+    top5: Estimate
+    top10: Estimate
     perplexity: float
     base_perplexity: float
     perplexity_ratio: Estimate
@@ -268,24 +285,9 @@ class CheckResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; None in place of numbers that are not finite."""
-        fields = vars(self).items()
-        plain = {name: value for name, value in fields if isinstance(value, int | str)}
-        estimates = {name: value.to_json() for name, value in fields if isinstance(value, Estimate)}
-        numbers = {name: json_number(value) for name, value in fields if isinstance(value, float)}
-        modules = [
-            {"name": m.name, "error": json_number(m.error), "rtn_error": json_number(m.rtn_error)}
-            for m in self.modules
-        ]
-        verdict = asdict(self.verdict)
-        return {
-            "verdict": verdict,
-            "broken": self.broken,
-            **estimates,
-            **numbers,
-            **plain,
-            "kl_by_position": [stretch.to_json() for stretch in self.kl_by_position],
-            "modules": modules,
-        }
+        by_position = [stretch.to_json() for stretch in self.kl_by_position]
+        plain: dict[str, Any] = _finite({**asdict(self), "kl_by_position": by_position})
+        return {"verdict": plain.pop("verdict"), "broken": self.broken, **plain}
 
     def worst_modules(self, count: int) -> list[ModuleError]:
         """Return the ``count`` modules with the largest error, worst first."""
@@ -299,14 +301,27 @@ class CheckResult:
             f"median {self.kl_median:.4f}, 99 % quantile {self.kl_p99:.3f}, 99.9 % {self.kl_p999:.3f}",
             "same token": f"{same.value:.1%} of {self.tokens:,} tokens have the same most likely one"
             f"{_interval(same, '.1%')}",
+            "top tokens": f"{self.top5.value:.1%} of the 5 likeliest are the same"
+            f"{_interval(self.top5, '.1%')}, {self.top10.value:.1%} of the 10 likeliest"
+            f"{_interval(self.top10, '.1%')}",
             "perplexity": f"{self.perplexity:.3f}, base {self.base_perplexity:.3f}: "
             f"× {ratio.value:.4f}{_interval(ratio, '.4f')}",
         }
         if self.modules:
             error = sum(module.error for module in self.modules) / len(self.modules)
             rtn = sum(module.rtn_error for module in self.modules) / len(self.modules)
-            lines["modules"] = f"mean error {error:.3%} of the output, round-to-nearest {rtn:.3%}"
+            lines["modules"] = (
+                f"mean error on held-out text {error:.3%} of the output, round-to-nearest {rtn:.3%}"
+            )
         return lines | {"verdict": str(self.verdict)}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return json_number(value) if isinstance(value, float) else value
 
 
 def _interval(estimate: Estimate, form: str) -> str:
@@ -354,12 +369,6 @@ def check(
             models' roundings differ, too, and are counted with it.
         listener: receives the progress, and a notice where a slower path runs, and why.
         step: name of the progress.
-
-    Raises:
-        UsageError: not a quantised model and its base (see ``require_comparable``), random weights, tokens
-            out of the vocabulary, or too few.
-        ModelError: tensors are missing or of other shapes than the config says.
-        CorruptFileError: weights that are not finite.
     """
     quant = require_comparable(quantised, base)
     require_tokens(held_out, base)
@@ -489,7 +498,7 @@ class _Pair:
         batches = torch.split(tokens, size)
         chosen = chosen_sequences(*tokens.shape)
         rows = [[row - at * size for row in chosen if row // size == at] for at in range(len(batches))]
-        step = _Steps(progress, len(self._base.names) + len(batches))
+        done, total = count(1), len(self._base.names) + len(batches)
         base_hidden, hidden = self._base.embed(batches), self._quantised.embed(batches)
         errors: list[ModuleError] = []
         for index, prefix in enumerate(self._base.names):
@@ -499,8 +508,14 @@ class _Pair:
                 for at, states in enumerate(hidden):
                     hidden[at] = self._quantised.forward(block, states)
             errors += [self._module_error(f"{prefix}.{name}", x) for name, x in inputs.items()]
-            step()
-        scores = score_tokens(self._base, self._quantised, (base_hidden, hidden), batches, step)
+            progress(next(done), total)
+        scores = score_tokens(
+            self._base,
+            self._quantised,
+            (base_hidden, hidden),
+            batches,
+            lambda: progress(next(done), total),
+        )
         return scores, errors
 
     def _advance_base(
@@ -534,13 +549,11 @@ class _Pair:
         return module_error(name, weight, quantised, x, self._quant.of(name))
 
 
-class _Steps:
-    def __init__(self, progress: Update, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def __call__(self) -> None:
-        self._done += 1
-        self._progress(self._done, self._total)
+def _mean_share(shares: NDArray[np.float64]) -> Estimate:
+    found = mean_of_sequences(shares)
+    if found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def _summarise(
@@ -565,6 +578,8 @@ def _summarise(
         kl_p999=p999,
         kl_by_position=means_by_position(scores.kl),
         same_top=same_top,
+        top5=_mean_share(scores.top5),
+        top10=_mean_share(scores.top10),
         perplexity=perplexity(scores.nll),
         base_perplexity=perplexity(scores.base_nll),
         perplexity_ratio=ratio_of_perplexities(scores.nll, scores.base_nll),
@@ -577,5 +592,5 @@ def _summarise(
         group_size=quant.group_size,
         device=device,
         dtype=str(dtype).removeprefix("torch."),
-        verdict=judge_check(kl.value, same_top.value, quant.bits),
+        verdict=judge_check(kl.value, same_top.value, quant.bits, scores.kl.size),
     )

@@ -256,9 +256,5 @@ def generate_answers(
         budget: for decode steps.
         prompts: for the passes over prompts.
         sampling: how tokens are chosen; each item draws by its name and the seed.
-
-    Raises:
-        ModelError: logits that are not finite; answers already yielded are sound.
-        QwenqError: a single prompt does not fit into the memory.
     """
     yield from _Generator(engine, tokenizer, requests, stop_ids, budget, prompts, sampling).run()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import PENALTY, SEED, Endpoint, Reply
-from qwenq.evals.endpoint_letters import Scored, score_letters
-from qwenq.evals.task import Answer, Choose, Item, ProtocolName, Request, Write
+from qwenq.evals.endpoint import CONCURRENCY, PENALTY, SEED, Endpoint, Reply, endpoint_at
+from qwenq.evals.task import Choose, Item, ProtocolName, Request
+from qwenq.events import Listener, Notice
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
 from qwenq.models.identity import base_of, result_model, served_identity
@@ -78,12 +79,6 @@ def choose_thinking(tokenizer: Tokenizer, wish: str) -> Thinking:
 # Open a checkpoint that is evaluated; its weights are loaded on first use.
 
 
-class _Comparable(Protocol):
-    @property
-    def quantised(self) -> bool: ...
-
-
-T = TypeVar("T", bound=_Comparable)
 _SAME_SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -182,10 +177,6 @@ def open_eval_model(given: str | None, how: LoadOptions) -> LocalModel:
     Args:
         given: a folder, a hub id, or None for the bundled model.
         how: settings as the user gave them.
-
-    Raises:
-        UsageError: no such model, device or dtype; random weights.
-        QwenqError: the model or its tokenizer cannot be read.
     """
     place = resolve_device(how.device)
     number = find_dtype(how.dtype, place, how.engine)
@@ -280,7 +271,7 @@ def _base_of_source(eval_model: LocalModel, quantised: Sequence[LocalModel]) -> 
     ]
 
 
-def bases_first(eval_models: Sequence[T]) -> list[T]:
+def bases_first(eval_models: Sequence[EvalModel]) -> list[EvalModel]:
     """Return unquantised models first, else in the order given."""
     return sorted(eval_models, key=lambda eval_model: eval_model.quantised)
 
@@ -291,23 +282,6 @@ def _same_shape(one: LocalModel, other: LocalModel) -> bool:
 
 
 # Evaluate a model that a server runs, with the same tasks, records and rows as a local one.
-
-
-@dataclass(frozen=True)
-class Response:
-    """An answer with the facts that are recorded.
-
-    Attributes:
-        index: of the item among those asked together.
-        answer: a text or scores.
-        prompt_tokens: tokens of the prompt; 0: unknown.
-        implementation: the code that ran, as far as it is known.
-    """
-
-    index: int
-    answer: Answer
-    prompt_tokens: int
-    implementation: str
 
 
 @dataclass(frozen=True)
@@ -352,8 +326,8 @@ class RemoteModel:
     def unload(self) -> None:
         """Free nothing: no weights are loaded here."""
 
-    def respond(self, items: Sequence[Item], requests: Sequence[Request]) -> Iterator[Response]:
-        """Yield answers as they arrive.
+    def respond(self, items: Sequence[Item], requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
+        """Yield answers as they arrive, each with its place among the items.
 
         Raises:
             UsageError: a request to score continuations of a chat, before any request is sent; or the server
@@ -368,16 +342,22 @@ class RemoteModel:
                     hint="use another protocol, or a task with generated answers: gsm8k, humaneval",
                 )
         what = f"{self.endpoint.model} served at {self.endpoint.url}"
-        for index, reply in self.endpoint.each(requests, self._ask):
-            if isinstance(reply, Scored):
-                yield Response(index, reply.chosen, reply.prompt_tokens, f"{what}, {reply.how}")
-            else:
-                yield Response(index, reply.written, reply.prompt_tokens, what)
+        for index, reply in self.endpoint.ask_all(requests):
+            yield index, replace(reply, how=f"{what}, {reply.how}" if reply.how else what)
 
-    def _ask(self, request: Request) -> Reply | Scored:
-        if isinstance(request, Write):
-            return self.endpoint.ask(request)
-        return score_letters(self.endpoint, request)
+
+def open_served(
+    url: str, name: str | None, how: LoadOptions, concurrency: int | None, listener: Listener
+) -> RemoteModel:
+    """Open the model behind an endpoint; the key is that of OPENAI_API_KEY."""
+    key = os.environ.get("OPENAI_API_KEY")
+    found = endpoint_at(url, name, key, concurrency or CONCURRENCY, listener)
+    if how.thinking == "auto":
+        listener(
+            Notice("whether this model thinks, its server decides; --thinking on or off asks for one of them")
+        )
+        return RemoteModel(replace(found, thinking=None))
+    return RemoteModel(replace(found, thinking=how.thinking == "on"))
 
 
 EvalModel = LocalModel | RemoteModel

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -124,9 +124,6 @@ def perplexities(
 
     Up to the trained length the switches have no effect: those windows are scored once. A length that this
     machine cannot run becomes a row with the reason. A row of ``known`` with the same facts is reused.
-
-    Raises:
-        QwenqError: the model cannot be loaded, or the tokens are not its own.
     """
     engine = eval_model.engine
     shared: dict[int, NDArray[np.float64] | QwenqError] = {}
@@ -254,7 +251,7 @@ def _point(
         "dtype": eval_model.how.dtype,
     }
     if switch is not None:
-        point |= {"ntk": _word(switch.ntk), "logn": _word(switch.logn)}
+        point |= {name: "on" if on else "off" for name, on in asdict(switch).items()}
     return point
 
 
@@ -272,7 +269,3 @@ def _estimate(nats: NDArray[np.float64]) -> dict[str, Any]:
         return {"value": None, "status": "failed", "reason": "the logits are not finite"}
     low, high = (None if x is None else math.exp(min(x, LARGEST)) for x in (mean.low, mean.high))
     return {"value": math.exp(mean.value), "low": low, "high": high, "n": nats.size}
-
-
-def _word(on: bool) -> str:
-    return "on" if on else "off"

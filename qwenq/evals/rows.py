@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from qwenq.comparison import choose_base, pair_verdicts
-from qwenq.errors import CorruptFileError, UsageError
+from qwenq.errors import CorruptFileError, QwenqError, UsageError
 from qwenq.evals.model import EvalModel, RemoteModel
 from qwenq.evals.run import Answers, Judged, TaskPlan
 from qwenq.evals.task import MAIN, Score
+from qwenq.events import Listener, Notice
 from qwenq.models.folders import MANIFEST
 from qwenq.models.integrity import verify_files
 from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows, require_readable
@@ -121,44 +122,32 @@ def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | None:
     """Return the base's row at the same point of this run folder, by the fingerprint ``LocalModel.base``.
 
     Of several precisions `choose_base` takes one, as in reports; of several rows the last counts.
-
-    Raises:
-        UsageError: a broken row.
     """
-    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
-        return None
-    point = point_of(plan)
+    wanted = "ok", eval_model.model.family, point_of(plan)
     found = {
         row.model.precision: row
-        for row in read_rows(run)
-        if (row.metric, row.status, row.model.family, row.point)
-        == (MAIN, "ok", eval_model.model.family, point)
-        and row.model.fingerprint == eval_model.base
-        and isinstance(row.details.get("items"), dict)
+        for row in _rows_of_base(run, eval_model, plan)
+        if (row.status, row.model.family, row.point) == wanted and isinstance(row.details.get("items"), dict)
     }
     return choose_base(found, eval_model.how.dtype)
 
 
 def unpaired_reason(run: Path, eval_model: EvalModel, plan: TaskPlan) -> str | None:
-    """Return why rows of the base on this task do not match; None without any, or where one does.
-
-    Raises:
-        UsageError: a broken row.
-    """
-    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
-        return None
-    point = point_of(plan)
-    found = [
-        row.point
-        for row in read_rows(run)
-        if row.metric == MAIN
-        and row.model.fingerprint == eval_model.base
-        and row.point.get("task") == plan.task.name
-    ]
+    """Return why rows of the base on this task do not match; None without any, or where one does."""
+    point, found = point_of(plan), [row.point for row in _rows_of_base(run, eval_model, plan)]
     if not found or point in found:
         return None
     other = [key for key in {**found[-1], **point} if found[-1].get(key) != point.get(key)]
     return f"its base was evaluated with another {', '.join(other)}: evaluate both alike"
+
+
+def _rows_of_base(run: Path, eval_model: EvalModel, plan: TaskPlan) -> list[Row]:
+    """Return the main scores of a model's base on this task, at whatever point."""
+    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
+        return []
+    wanted = MAIN, eval_model.base, plan.task.name
+    rows = read_rows(run)
+    return [row for row in rows if (row.metric, row.model.fingerprint, row.point.get("task")) == wanted]
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:
@@ -214,10 +203,6 @@ def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") 
         model: its identity in rows.
         run: the run folder, which has to be locked (``storage.locked``).
         command: that quantised it; empty: unknown.
-
-    Raises:
-        CorruptFileError: no manifest, no sound check in it, or files that differ from its hashes.
-        UsageError: a broken row in the run folder.
     """
     rows = _sound_rows(folder / MANIFEST, model, command)
     known = read_rows(run) if (run / RESULTS_FILE).exists() else []
@@ -226,6 +211,25 @@ def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") 
         verify_files(folder)
     for row in missing:
         append_row(run, row)
+    return rows
+
+
+def record_checks(named: Iterable[tuple[str | None, Model]], run: Path, listener: Listener) -> list[Row]:
+    """Append the check's rows of those models that are folders with one; what cannot be is a notice.
+
+    Args:
+        named: what the user typed, and the model as rows name it.
+        run: the run folder, which has to be locked (``storage.locked``).
+        listener: receives the notices.
+    """
+    rows: list[Row] = []
+    for folder, model in dict.fromkeys((Path(given), model) for given, model in named if given):
+        if not has_check(folder):
+            continue
+        try:
+            rows += append_check_rows(folder, model, run)
+        except QwenqError as error:
+            listener(Notice(f"the check of {model.name} is not shown: {error.what} ({error.where})"))
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from qwenq.evals.batching import (
     request_hash,
     require_context,
 )
+from qwenq.evals.endpoint import Reply
 from qwenq.evals.generation import generate_answers
-from qwenq.evals.model import EvalModel, LocalModel, RemoteModel, Response
+from qwenq.evals.model import EvalModel, LocalModel, RemoteModel
 from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
 from qwenq.evals.scoring import score_choices
 from qwenq.evals.task import (
@@ -40,7 +41,6 @@ from qwenq.evals.task import (
     DataSource,
     Item,
     Judgement,
-    MakeProgram,
     Request,
     Task,
     Written,
@@ -178,10 +178,10 @@ def answer(
         for record in merge_rank_logs(records, run, title, key):
             listener(Advance(step, result=record.correct))
         require_none_missing(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
-        found_records = _all(records, plan.items, hashes)
+        found_records = _all(records, hashes)
         if sandbox is not None and task.program is not None:
             _run_pending(task.program, plan.items, found_records, records, sandbox, listener, step)
-            found_records = _all(records, plan.items, hashes)
+            found_records = _all(records, hashes)
     listener(Finish(step))
     answers = _answers_of(plan.items, found_records, len(plan.items) - len(open_))
     return replace(answers, questions=questions_hash(hashes))
@@ -189,7 +189,7 @@ def answer(
 
 def step_name(eval_model: EvalModel, plan: TaskPlan) -> str:
     """Return the name of a model's way through a task, for progress."""
-    return f"{eval_model.model.name} {eval_model.model.precision}, {plan.task.name}"
+    return f"{eval_model.model.label}, {plan.task.name}"
 
 
 def answer_share(
@@ -220,26 +220,39 @@ def _ask(
     requests = [plan.request(item) for item in mine]
     if not mine:
         return
-    responses = _responses(eval_model, plan, mine, requests, batch)
+    replies = _replies(eval_model, plan, mine, requests, batch)
     with finishing("the items under way are recorded"):
-        for together in responses:
-            made = [_judged(plan, mine[one.index], requests[one.index], one) for one in together]
+        for together in replies:
+            made = [_judged(plan, mine[index], requests[index], reply) for index, reply in together]
             records.append(*made)
             for record in made:
                 listener(Advance(step_name(eval_model, plan), result=record.correct))
 
 
-def _judged(plan: TaskPlan, item: Item, request: Request, response: Response) -> AnswerRecord:
+def _judged(plan: TaskPlan, item: Item, request: Request, reply: Reply) -> AnswerRecord:
     """Judge an answer; without a verdict where the sandbox gives it, or the right answer is not published.
 
     A chat model's thoughts are recorded, but not judged.
     """
-    task, found = plan.task, response.answer
+    found = reply.answer
     if isinstance(found, Written) and not isinstance(request.prompt, str):
         found = replace(found, text=final_answer(found, plan.thinking))
-    judgement = task.judge(item, found)
-    record = _record(item, request_hash(item, request), response, judgement)
-    return record if judgement.known and not task.needs_sandbox else replace(record, correct=None)
+    judgement = plan.task.judge(item, found)
+    record = AnswerRecord(
+        id=item.id,
+        subject=item.subject,
+        asked=request_hash(item, request),
+        prompt_tokens=reply.prompt_tokens,
+        implementation=reply.how,
+        extracted=judgement.extracted,
+        correct=judgement.correct if judgement.known and not plan.task.needs_sandbox else None,
+        also=dict(judgement.also),
+        note=judgement.note,
+    )
+    if isinstance(reply.answer, Chosen):
+        return replace(record, logprobs=reply.answer.logprobs, published=reply.answer.published)
+    written = reply.answer
+    return replace(record, output=written.text, tokens=written.tokens, stopped=written.stopped)
 
 
 def answer_log_key(eval_model: EvalModel, plan: TaskPlan) -> dict[str, object]:
@@ -267,65 +280,48 @@ def _title(eval_model: EvalModel, plan: TaskPlan) -> str:
     return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
 
 
-def _responses(
+def _replies(
     eval_model: EvalModel,
     plan: TaskPlan,
     items: Sequence[Item],
     requests: Sequence[Request],
     batch: int | None,
-) -> Iterator[list[Response]]:
+) -> Iterator[list[tuple[int, Reply]]]:
     """Return an iterator of answers in batches; the model is loaded when this returns."""
     if isinstance(eval_model, RemoteModel):
         return ([response] for response in eval_model.respond(items, requests))
     encoded = encode_requests(eval_model.tokenizer, items, requests)
     require_context(encoded, eval_model.engine.context)
-    implementation = eval_model.engine.implementation
-    return (
-        [Response(index, found, len(encoded[index].prompt), implementation) for index, found in together]
-        for together in _answers(eval_model, encoded, batch, plan.thinking)
-    )
+    return _generated(eval_model, encoded, batch, plan.thinking)
 
 
-def _answers(
+def _generated(
     eval_model: LocalModel, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
-) -> Iterator[list[tuple[int, Answer]]]:
-    """Yield (index into ``encoded``, answer): letters first, a batch at a time, then texts, one by one."""
-    choices = [(i, one) for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)]
-    texts = [(i, one) for i, one in enumerate(encoded) if isinstance(one, WriteTokens)]
-    engine = eval_model.engine
-    if choices:
-        for found in score_choices(engine, [one for _, one in choices], budget_for(engine, batch)):
-            yield [(choices[place][0], chosen) for place, chosen in found]
+) -> Iterator[list[tuple[int, Reply]]]:
+    """Yield answers and their places: letters first, a batch at a time, then texts, one by one."""
+    engine, tokenizer = eval_model.engine, eval_model.tokenizer
+    letters = {i: one for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)}
+    texts = {i: one for i, one in enumerate(encoded) if isinstance(one, WriteTokens)}
+
+    def reply(index: int, answer: Answer) -> tuple[int, Reply]:
+        return index, Reply(answer, len(encoded[index].prompt), engine.implementation)
+
+    if letters:
+        places = list(letters)
+        for found in score_choices(engine, list(letters.values()), budget_for(engine, batch)):
+            yield [reply(places[place], chosen) for place, chosen in found]
     if texts:
-        tokenizer, requests = eval_model.tokenizer, [one for _, one in texts]
+        places = list(texts)
         budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
         sampling = eval_model.sampling[0] if thinking else GREEDY
         for place, written in generate_answers(
-            engine, tokenizer, requests, tokenizer.eos_ids, *budgets, sampling
+            engine, tokenizer, list(texts.values()), tokenizer.eos_ids, *budgets, sampling
         ):
-            yield [(texts[place][0], written)]
-
-
-def _record(item: Item, asked: str, response: Response, judgement: Judgement) -> AnswerRecord:
-    found = response.answer
-    base = AnswerRecord(
-        id=item.id,
-        subject=item.subject,
-        asked=asked,
-        prompt_tokens=response.prompt_tokens,
-        implementation=response.implementation,
-        extracted=judgement.extracted,
-        correct=judgement.correct,
-        also=dict(judgement.also),
-        note=judgement.note,
-    )
-    if isinstance(found, Chosen):
-        return replace(base, logprobs=found.logprobs, published=found.published)
-    return replace(base, output=found.text, tokens=found.tokens, stopped=found.stopped)
+            yield [reply(places[place], written)]
 
 
 def _run_pending(
-    program: MakeProgram,
+    program: Callable[[Item, str], Program],
     items: Sequence[Item],
     found: Sequence[AnswerRecord],
     records: AnswerLog,
@@ -353,12 +349,13 @@ def _run_pending(
     run_programs([one for _, one in pending.values()], sandbox=sandbox, on_done=done)
 
 
-def _all(records: AnswerLog, items: Sequence[Item], hashes: dict[str, str]) -> list[AnswerRecord]:
-    found = [records.find(item.id, hashes[item.id]) for item in items]
-    missing = [item.id for item, record in zip(items, found, strict=True) if record is None]
+def _all(records: AnswerLog, hashes: Mapping[str, str]) -> list[AnswerRecord]:
+    """Return the records of all items, each of which has been answered."""
+    found = {id_: records.find(id_, asked) for id_, asked in hashes.items()}
+    missing = [id_ for id_, record in found.items() if record is None]
     if missing:
         raise AssertionError(f"{len(missing)} items were not answered, the first is {missing[0]}")
-    return [record for record in found if record is not None]
+    return [record for record in found.values() if record is not None]
 
 
 def _answers_of(items: Sequence[Item], found: Sequence[AnswerRecord], recorded: int) -> Answers:

@@ -32,12 +32,7 @@ from qwenq.stopping import stop_here
 def score_choices(
     engine: Engine, requests: Sequence[ChoiceTokens], budget: Budget
 ) -> Iterator[list[tuple[int, Chosen]]]:
-    """Yield (index, answer) for each request, a batch at a time, in any order.
-
-    Raises:
-        ModelError: logits that are not finite; answers already yielded are sound.
-        QwenqError: a single prompt does not fit into the memory.
-    """
+    """Yield (index, answer) for each request, a batch at a time, in any order."""
     for group in shared_groups(engine, [request.prompt for request in requests]):
         yield from _score_group(engine, requests, group, budget)
 

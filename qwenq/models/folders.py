@@ -186,7 +186,8 @@ def take_name(made: Path, target: Path) -> None:
 
 
 MANIFEST = "qwenq.json"
-CARD = "README.md"
+CARD, CARD_PLOTS = "README.md", "plots"
+"""The model card, and the folder of the plots that it shows: renewed by reports, edited by people."""
 PARTIAL, STAGED, RUN = ".partial", "checkpoint", "run.json"
 """`qwenq quantize` stages what it has not checked yet in ``OUT.partial/checkpoint``, beside ``run.json``,
 which says what the run is."""

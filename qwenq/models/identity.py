@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import CorruptFileError, QwenqError, UsageError
 from qwenq.models.bundled import NAME as BUNDLED
+from qwenq.models.bundled import is_bundled
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import MANIFEST, local_path
 from qwenq.models.gptq_config import QuantConfig, is_quantised
@@ -90,7 +91,7 @@ def precision_name(dtype: torch.dtype) -> str:
 
 def model_name(given: str | None) -> str:
     """Return the folder's name, the hub id's last part, or the bundled model's name."""
-    return BUNDLED if given is None else folder_name(Path(given).expanduser())
+    return BUNDLED if given is None or is_bundled(given) else folder_name(Path(given).expanduser())
 
 
 def folder_name(folder: Path) -> str:

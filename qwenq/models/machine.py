@@ -87,11 +87,12 @@ def resolve_device(wanted: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):  # nothing was tried on others
         raise UsageError(f"{wanted!r} is no device", where="--device", hint="use cpu, cuda, cuda:1 or auto")
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        built = "" if torch.version.cuda else f"; this torch ({torch.__version__}) is built without CUDA"
+        built, hint = "", "use --device cpu"
+        if torch.version.cuda is None:
+            built = f"; this torch ({torch.__version__}) is built without CUDA"
+            hint += ", or install torch's CUDA build: pytorch.org/get-started/locally has the command"
         found = f"{gpus} CUDA GPU{'' if gpus == 1 else 's'} found"
-        raise UsageError(
-            f"{wanted} cannot be used: {found}{built}", where="--device", hint="use --device cpu"
-        )
+        raise UsageError(f"{wanted} cannot be used: {found}{built}", where="--device", hint=hint)
     return device
 
 
@@ -109,6 +110,21 @@ def free_memory() -> int:
     """Return the bytes that this process can still take: available memory, within the cgroup limit."""
     available, granted = int(psutil.virtual_memory().available), cgroup_memory_left()
     return available if granted is None else min(available, granted)
+
+
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of the memory that a device computes in: a GPU's, or ``memory_limit``."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory_limit()
+
+
+def memory_limit() -> int:
+    """Return the bytes that a process can have at most: the machine's memory, or its cgroup's limit."""
+    total = int(psutil.virtual_memory().total)
+    return min([total, *(most for folder in _folders(_GROUPS, _MOUNTED) if (most := _granted(folder)))])
 
 
 def cgroup_memory_left(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
@@ -141,6 +157,13 @@ def _free(folder: Path) -> int | None:
         with suppress(OSError, ValueError):  # "max" is no number
             most = int((folder / limit).read_text(encoding="ascii"))
             return max(0, most - int((folder / used).read_text(encoding="ascii")) + _pages_of_files(folder))
+    return None
+
+
+def _granted(folder: Path) -> int | None:
+    for limit, _ in _FILES:
+        with suppress(OSError, ValueError):
+            return int((folder / limit).read_text(encoding="ascii"))
     return None
 
 

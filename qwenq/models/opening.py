@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwenq.errors import HubError, UsageError
+from qwenq.models.bundled import is_bundled
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import local_path
 from qwenq.models.unsupported import refuse_to_run
@@ -40,7 +41,7 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
     from qwenq.models import catalogue
     from qwenq.models.random_weights import random_checkpoint
 
-    name = model or catalogue.BUNDLED
+    name = catalogue.BUNDLED if model is None or is_bundled(model) else model
     notice = f"random weights (seed {seed}) in the shape of {name}: for speed and memory, not for accuracy"
     return replace(random_checkpoint(name, seed), notices=[notice])
 
@@ -82,7 +83,7 @@ class Resolved:
 
 
 def resolve_model(model: str | None) -> Resolved:
-    """Return the folder of MODEL: an existing folder, a hub id ``owner/name``, or None: the bundled model.
+    """Return the folder of MODEL: an existing folder, a hub id ``owner/name``, None or "bundled".
 
     An existing folder wins over a hub id of the same spelling.
 
@@ -91,10 +92,10 @@ def resolve_model(model: str | None) -> Resolved:
         HubError: the hub could not be reached or refused.
         UnsupportedError: by its name, a model of Qwen's that is not supported yet: nothing is downloaded.
     """
-    if model is None:
+    if model is None or is_bundled(model):
         from qwenq.models.bundled import bundled_model
 
-        return Resolved(bundled_model(), [BUNDLED_NOTICE])
+        return Resolved(bundled_model(), [BUNDLED_NOTICE] if model is None else [])
     if not model.strip():  # `--model "$UNSET"` must not mean the current folder
         raise UsageError("MODEL is empty", hint=f"leave it out, or {_NAME_ONE}")
     if "\0" in model:  # a recipe can spell it; no disk has such a name

@@ -8,20 +8,20 @@ from typing import Any
 
 from qwenq.errors import HubError, UsageError
 from qwenq.models import catalogue
+from qwenq.models.bundled import is_bundled
 from qwenq.models.config import read_config, text_config
 from qwenq.models.folders import local_path
 from qwenq.models.hub import network_errors
 from qwenq.models.shapes import ITEMSIZE, ModelShape
 from qwenq.models.unsupported import refuse_by_name
+from qwenq.planner.calibration_size import CalibrationSize, calibration_size
 from qwenq.planner.estimates import (
     GIB,
     GenerationMemory,
     Gpu,
-    QuantisationMemory,
     SpeedBound,
     distillation_memory,
     generation_memory,
-    quantisation_memory,
     speed_bound,
     weight_bytes_per_step,
 )
@@ -65,7 +65,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         ModelError: the folder's config.json is missing, damaged or of an unsupported model.
         HubError: the hub does not have it, or cannot be reached.
     """
-    if model is None:
+    if model is None or is_bundled(model):
         model = catalogue.BUNDLED
     if weights == "random":
         drawn = catalogue.entry(model)
@@ -155,8 +155,6 @@ QUANTISED_DTYPE = "float16"  # of activations and cache of a quantised model
 _MOST = 10**9
 """Tokens, sequences and GPUs at most."""
 _LABELS = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
-_ON_CPU, _ON_GPU = (48, 256), (128, 2048)
-"""Sequences and tokens of each that ``quantize`` takes by default (``calibration.choose``)."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +164,7 @@ class PlanOptions:
     Attributes:
         group_size: None is ``auto``.
         samples, seq_len: of calibration; None: as ``quantize`` takes on a CPU, or on the GPUs named.
+        ram: bytes of the machine that quantises on its CPU, where no GPU is named; None: unknown.
     """
 
     bits: tuple[int, ...] = (4, 8)
@@ -176,6 +175,7 @@ class PlanOptions:
     group_size: int | None = None
     samples: int | None = None
     seq_len: int | None = None
+    ram: int | None = None
 
 
 @dataclass(frozen=True)
@@ -210,15 +210,14 @@ class Quantisation:
     """Quantising on one GPU (None: on a CPU, in RAM).
 
     Attributes:
+        size: of the calibration as ``quantize`` chooses it there, and its memory.
         distilling: peak bytes of ``distill``, where it is asked for, after all blocks.
-        fits: None on a CPU, whose memory is not known here.
-        fitting: the most sequences that fit, a power of two, and their peak; None: ``samples`` fit, or none.
+        fits: None where the memory is not known.
+        fitting: the most sequences that fit, where those asked for do not: a power of two, and their peak.
     """
 
     gpu: str | None
-    samples: int
-    seq_len: int
-    memory: QuantisationMemory
+    size: CalibrationSize
     distilling: int
     fits: bool | None = None
     fitting: tuple[int, int] | None = None
@@ -343,27 +342,26 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
 def _quantisation(
     model: PlannedModel, options: PlanOptions, group_size: int, gpu: Gpu | None
 ) -> Quantisation:
-    shape = model.shape
-    samples, seq_len = _ON_GPU if gpu else _ON_CPU
-    seq_len = min(seq_len, shape.context or seq_len)
-    samples, seq_len = options.samples or samples, options.seq_len or seq_len
-
-    def memory(samples: int) -> QuantisationMemory:
-        return quantisation_memory(
-            shape, samples=samples, seq_len=seq_len, dtype=model.dtype, on_gpu=gpu is not None
+    def sized(samples: int | None) -> CalibrationSize:
+        return calibration_size(
+            model.shape,
+            samples,
+            options.seq_len,
+            longest=model.shape.context,
+            dtype=model.dtype,
+            on_gpu=gpu is not None,
+            limit=options.ram if gpu is None else int(gpu.memory_gib * GIB),
         )
 
+    size, name = sized(options.samples), gpu.name if gpu else None
     distilling = distillation_memory(
-        shape, samples=samples, seq_len=seq_len, group_size=group_size, dtype=model.dtype
+        model.shape, samples=size.samples, seq_len=size.seq_len, group_size=group_size, dtype=model.dtype
     )
-    if gpu is None:
-        return Quantisation(None, samples, seq_len, memory(samples), distilling)
-    limit = gpu.memory_gib * GIB
-    if memory(samples).peak <= limit:
-        return Quantisation(gpu.name, samples, seq_len, memory(samples), distilling, fits=True)
-    fewer = (1 << n for n in range((samples - 1).bit_length() - 1, -1, -1))
-    fitting = next(((n, peak) for n in fewer if (peak := memory(n).peak) <= limit), None)
-    return Quantisation(gpu.name, samples, seq_len, memory(samples), distilling, fits=False, fitting=fitting)
+    if size.fits is not False or options.samples is None:
+        return Quantisation(name, size, distilling, size.fits)
+    fewer = (sized(1 << n) for n in range((size.samples - 1).bit_length() - 1, -1, -1))
+    fitting = next(((one.samples, one.memory.peak) for one in fewer if one.fits), None)
+    return Quantisation(name, size, distilling, False, fitting)
 
 
 def _deployment(

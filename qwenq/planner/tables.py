@@ -109,25 +109,34 @@ def answer(plan: Plan) -> Iterator[str]:
     """Yield a sentence whether the model can be quantised, and one whether it runs in the fewest bits."""
     smallest = plan.precisions[-1].label
     for each in plan.quantisation:
-        peak = f"{each.memory.peak / GIB:.1f}"
-        tokens = f"{each.samples} × {each.seq_len} tokens"
         if each.gpu is None:
-            yield f"Quantising on a CPU: {peak} GiB of RAM with {tokens}. Name a GPU with --gpu."
+            yield f"Quantising on this machine's CPU: {_quantising(each, 'RAM')}. Name a GPU with --gpu."
             memory = plan.generation[smallest].peak / GIB
             yield f"Running {smallest}: {memory:.1f} GiB of memory at {plan.options.context} tokens."
             continue
         gpu = next(gpu for gpu in plan.options.gpus if gpu.name == each.gpu)
-        of_gpu = f"of {gpu.memory_gib:g} GiB of GPU memory with {tokens}"
-        verdict = "fits"
-        if not each.fits:
-            verdict = "does not fit, with any number of samples"
-            if each.fitting:
-                samples, needed = each.fitting
-                verdict = f"does not fit; `--samples {samples}` needs {needed / GIB:.1f} GiB"
-        yield f"Quantising on {gpu.title}: {peak} {of_gpu}: {verdict}."
+        yield f"Quantising on {gpu.title}: {_quantising(each, 'GPU memory')}."
         for row in plan.deployments:
             if (row.speed.gpu, row.precision) == (gpu.name, smallest):
                 yield _running(row, gpu, plan.options.context)
+
+
+def _quantising(each: Quantisation, kind: str) -> str:
+    """Return what quantising takes, of how much, and whether that fits."""
+    size, of = each.size, f"GiB of {kind}"
+    if size.limit is not None:
+        of = f"of {round(size.limit / GIB, 1):g} {of}"
+    needs = f"{size.memory.peak / GIB:.1f} {of} with {size.tokens}"
+    if each.fits is None:
+        return needs
+    if each.fits:
+        usual = size.usual
+        more = f"; the usual {usual.tokens} need {usual.memory.peak / GIB:.1f}" if usual else ""
+        return f"{needs}: fits{more}"
+    if each.fitting is None:
+        return f"{needs}: does not fit, with any number of samples"
+    samples, needed = each.fitting
+    return f"{needs}: does not fit; `--samples {samples}` needs {needed / GIB:.1f} GiB"
 
 
 def _running(row: Deployment, gpu: Gpu, context: int) -> str:
@@ -144,10 +153,10 @@ def _running(row: Deployment, gpu: Gpu, context: int) -> str:
 
 def _quantisation(quantisation: Quantisation) -> RenderableType:
     kind = "RAM" if quantisation.gpu is None else "GPU memory"
-    calibration = f"{quantisation.samples} × {quantisation.seq_len} calibration tokens"
+    calibration = f"calibration with {quantisation.size.tokens}"
     table = _Section(f"{kind} while quantising, GiB: {calibration}", "part", "GiB")
-    for part in fields(quantisation.memory):
-        size = getattr(quantisation.memory, part.name)
+    for part in fields(quantisation.size.memory):
+        size = getattr(quantisation.size.memory, part.name)
         if part.name == "file" and not size:
             continue
         table.row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import UsageError
@@ -90,6 +91,21 @@ class Planned:
     def needed(self) -> float:
         """Return the seconds without which starting the point is of no use."""
         return self.load + self.least
+
+
+@dataclass(frozen=True)
+class PlannedSweep:
+    """All points of a sweep, as it is announced before the first one.
+
+    Attributes:
+        budget: seconds that the sweep may take; None: any.
+        folder: of the run.
+    """
+
+    points: Sequence[Planned]
+    device: Device
+    budget: float | None
+    folder: Path
 
 
 def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Device) -> list[Planned]:

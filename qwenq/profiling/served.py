@@ -6,6 +6,7 @@ requests; every figure is computed in each repetition, and a row holds the media
 
 from __future__ import annotations
 
+import hashlib
 import math
 import queue
 import re
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from random import SystemRandom
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -28,7 +30,17 @@ from qwenq.events import Advance, Listener, Notice, Start, silent
 from qwenq.http import Again, Server, ServerState, checked_address, checked_key, served_model
 from qwenq.models.identity import served_identity
 from qwenq.profiling.stream import Answer, StoppedError, complete, fit_words, words
-from qwenq.results import RESULTS_FILE, Model, Row, Status, Value, append_row, read_rows, write_environment
+from qwenq.results import (
+    HERE,
+    RESULTS_FILE,
+    Model,
+    Row,
+    Status,
+    Value,
+    append_row,
+    read_rows,
+    write_environment,
+)
 from qwenq.statistics import MOST, enough, summarise, wilson
 
 CONCURRENCY, INPUT, OUTPUT = (1, 4, 16, 64), 512, 128
@@ -187,6 +199,10 @@ def profile_served(
         if environment is not None:
             write_environment(out, dict(environment))
         mine = {} if environment is None else {MACHINE: machine(environment)}
+        known = (
+            environment is not None and environment.get("gpus") == [] and place_of(target.server.url) == HERE
+        )
+        device = {"device": "cpu"} if known else {}
         for number, each in enumerate(todo):
             left = SECONDS * len(todo) if budget is None else budget - (time.monotonic() - began)
             seconds = min(SECONDS, max(0.0, left) / (len(todo) - number))
@@ -194,12 +210,20 @@ def profile_served(
             listener(Start(label, len(todo), "points", number, seconds, seconds if budget else None))
             for row in session.rows(each, seconds):
                 details = {**row.details, **({"command": command} if command else {})}
-                complete_row = replace(row, settings={**row.settings, **mine}, details=details)
+                complete_row = replace(row, settings={**row.settings, **mine, **device}, details=details)
                 append_row(out, complete_row)
                 listener(Advance(label, result=complete_row))
     rows = [row for row in read_rows(out) if _is_of(target, load, row)]
     _require_figures(target, rows)
     return rows
+
+
+def place_of(url: str) -> str:
+    """Return where a server runs, as far as its address tells: ``HERE``, or a hash of its host's name."""
+    host = (urlsplit(url).hostname or "").lower()
+    if host in ("localhost", "::1") or host.startswith("127."):
+        return HERE
+    return hashlib.sha256(host.encode()).hexdigest()[:16]
 
 
 def _is_of(target: Target, load: Load, row: Row) -> bool:
@@ -306,6 +330,8 @@ class _Session:
         settings = {
             "device": "unknown",
             "engine": "served",
+            "server": {"kind": self.target.server.state.kind, "place": place_of(self.target.server.url)},
+            "threads": "the server's",
             "seed": self.seed,
             "ignore_eos": "refused" if "ignore_eos" in unknown else "sent",
         }

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_config import is_quantised
-from qwenq.models.opening import BUNDLED_NOTICE
 from qwenq.models.shapes import ModelShape
 from qwenq.results import Model, Row, Status, Value
 
@@ -117,7 +115,7 @@ class Point:
             what += f" after {self.context}"
         model = self.subject.model
         spread = "" if self.tp == 1 else f" on {self.tp} processes"
-        return f"{model.name} {model.precision}, {self.attention}, {self.engine}{spread}, {what}"
+        return f"{model.label}, {self.attention}, {self.engine}{spread}, {what}"
 
     def row(self, metric: str, value: float | None, **more: Any) -> Row:
         """Return a row of this point."""
@@ -254,10 +252,6 @@ def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> 
 # List the models of a sweep: a quantised one in its own precision, others in each that was asked for.
 
 
-BUNDLED_WORD = "bundled"
-"""Name of the bundled model on the command line, where no folder has that name."""
-
-
 @dataclass
 class Subjects:
     """The models of a sweep.
@@ -290,10 +284,7 @@ def subjects_of(
         raise UsageError(f"there is no precision {wrong[0]!r}", where="--precision", hint=hint)
     found = Subjects()
     for given in models:
-        bundled = given == BUNDLED_WORD and not Path(given).exists()
-        _add(found, None if bundled else given, precisions, weights, seed)
-        if bundled:  # it was named, so no notice is needed
-            found.notices = [notice for notice in found.notices if notice != BUNDLED_NOTICE]
+        _add(found, given, precisions, weights, seed)
     found.subjects = [_settled(each, found) for each in found.subjects]
     return found
 
@@ -353,11 +344,12 @@ def _plain(
 ) -> Subject:
     import torch
 
+    from qwenq.models.bundled import is_bundled
     from qwenq.models.catalogue import BUNDLED
     from qwenq.models.identity import result_model
     from qwenq.models.rounded import group_size_for
 
-    name = given or BUNDLED if weights == "random" else given
+    name = BUNDLED if weights == "random" and is_bundled(given) else given
     if precision not in BITS:
         model = result_model(checkpoint, getattr(torch, PRECISIONS[precision]), name)
         return Subject(given, weights, seed, None, PRECISIONS[precision], model)

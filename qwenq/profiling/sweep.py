@@ -13,9 +13,10 @@ from typing import Any
 from qwenq.environment import MACHINE, decisive, difference, machine, measured_on
 from qwenq.events import Advance, Listener, Notice, Start, silent
 from qwenq.profiling.child import StartedAhead, measure_in_child
-from qwenq.profiling.planning import Planned, allowances
-from qwenq.profiling.spec import Point, is_done
+from qwenq.profiling.planning import Planned, PlannedSweep, allowances, plan, read_device
+from qwenq.profiling.spec import Point, Subjects, is_done, refuse_unsplittable, sweep
 from qwenq.results import RESULTS_FILE, Row, append_row, read_environment, read_rows, write_environment
+from qwenq.storage import locked
 
 Measure = Callable[[Point, float | None], Iterator[Row]]
 """Turn a point into rows, one for every metric."""
@@ -89,6 +90,38 @@ def run_sweep(
                 listener(Advance(label, result=complete))
             progress.measured += 1
     return progress
+
+
+def sweep_models(
+    found: Subjects,
+    choices: Mapping[str, Any],
+    device: str,
+    budget: float | None,
+    folder: Path,
+    listener: Listener,
+    command: str,
+) -> tuple[list[Row], int]:
+    """Announce every combination, measure those that the folder lacks; return all rows, and how many it had.
+
+    Args:
+        choices: arguments of ``spec.sweep`` besides models and device.
+    """
+    from qwenq.environment import environment
+    from qwenq.profiling.child import probe
+
+    if choices["tp"] > 1:
+        refuse_unsplittable(found.subjects, choices["engines"])
+    for notice in found.notices:
+        listener(Notice(notice))
+    began = time.monotonic()
+    with locked(folder):  # before anything is timed: two commands would measure each other
+        place = read_device(probe(device))
+        planned = plan(sweep(found.subjects, device=place.device, **choices), found.shapes, place)
+        listener(Advance("plan", result=PlannedSweep(planned, place, budget, folder)))
+        left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
+        done = run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
+    wanted = [(each.point.place, each.point.subject.model) for each in planned]
+    return [row for row in read_rows(folder) if (row.point, row.model) in wanted], done.kept
 
 
 def _held_here(

@@ -9,37 +9,65 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import CARD, MANIFEST
 from qwenq.publishing.engines import Verdict, engine_verdicts, read_gptq_folder
+from qwenq.reporting.text import code, markdown
 from qwenq.storage import atomic_write_bytes, readable_bytes
 
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
 SECTIONS = ("about", "cost", "load", "measured", "licence")
-"""Marked sections, in the order in which a new card has them; ``measured`` comes from `qwenq report`."""
+"""Marked sections, in the order in which a new card has them; ``measured`` is empty until `qwenq report`."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+_INDEX = re.compile(r"^model-index:.*\n(?:[ -].*\n|\n)*", re.MULTILINE)
 _MARK = "<!-- qwenq:{} -->"
 _END = "<!-- /qwenq:{} -->"
 
 
-def write_model_card(folder: Path, base: Path | None = None, measured: str = "") -> Path:
+@dataclass(frozen=True)
+class Score:
+    """A figure of the model-index.
+
+    Attributes:
+        dataset: its kind, its name for people, and what else decides the figure.
+        metric: its kind, and its name for people.
+    """
+
+    dataset: tuple[str, str, str]
+    metric: tuple[str, str]
+    value: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a report adds to a card: Markdown of the section, and scores for the model-index."""
+
+    text: str = ""
+    scores: tuple[Score, ...] = ()
+
+
+def write_model_card(folder: Path, base: Path | None = None, measured: Measured | None = None) -> Path:
     """Write README.md into a quantised folder, or renew the marked sections of the one that is there.
 
     Args:
         folder: a quantised model with its qwenq.json.
         base: the folder of the base, whose card names licence and languages; None: not at hand.
-        measured: Markdown tables of a report; empty: a section that is there stays.
+        measured: from a report; None: a section that is there stays, and so do scores.
 
     Returns:
         The path of the card.
 
     Raises:
-        ModelError: qwenq.json is missing or no manifest, or README.md has one half of a mark only.
+        ModelError: qwenq.json is missing or no manifest, or README.md cannot be renewed.
     """
     text = model_card(folder.name, _manifest(folder), open_checkpoint(folder), base, measured)
     atomic_write_bytes(folder / CARD, text.encode("utf-8"))
@@ -51,7 +79,7 @@ def model_card(
     manifest: Mapping[str, Any],
     checkpoint: Checkpoint,
     base: Path | None = None,
-    measured: str = "",
+    measured: Measured | None = None,
 ) -> str:
     """Return the card of a quantised model: the one in its folder, if any, with its marked sections renewed.
 
@@ -60,24 +88,42 @@ def model_card(
         manifest: the contents of qwenq.json.
         checkpoint: the quantised model.
         base: the folder of the base.
-        measured: Markdown tables of a report.
+        measured: from a report.
 
     Raises:
-        ModelError: README.md has one half of a mark only.
+        ModelError: README.md is not UTF-8, has one half of a mark only, or a front matter that is no YAML.
     """
-    origin = _front_matter(_text(base / CARD) if base else "")
+    existing = _existing(checkpoint.folder / CARD)
+    origin = _front_matter(_text(base / CARD) if base else existing)
     verdicts = engine_verdicts(read_gptq_folder(checkpoint), gpus=(1, 2, 4, 8))
+    text = measured.text.strip() if measured else ""
     sections = {
         "about": _about(name, manifest),
         "cost": _cost(manifest, _weight_bytes(manifest)),
         "load": _load(name, verdicts),
-        "measured": f"## Measured\n\n{measured.strip()}" if measured.strip() else "",
+        "measured": f"## Measured\n\n{text}" if text else "",
         "licence": _licence(manifest, origin),
     }
-    existing = _text(checkpoint.folder / CARD)
+    scores = [*_check_scores(manifest), *(measured.scores if measured else ())]
     if existing:
-        return _renewed(existing, sections, checkpoint.folder)
-    return _new(name, manifest, checkpoint.published_config, origin, sections)
+        return _renewed(existing, sections, scores if measured else [], checkpoint.folder / CARD)
+    return _new(name, manifest, checkpoint.published_config, origin, sections, scores)
+
+
+def require_place(folder: Path) -> None:
+    """Require a card that can take what a report adds: none yet, or one with the marks of that section.
+
+    Raises:
+        ModelError: the marks were removed, or README.md is somebody's own.
+    """
+    begin, end = _MARK.format("measured"), _END.format("measured")
+    existing = _existing(folder / CARD)
+    if existing and begin not in existing:
+        raise ModelError(
+            f"{CARD} has no place for a report",
+            where=folder / CARD,
+            hint=f"put {begin} and {end} where it shall stand, each on a line of its own",
+        )
 
 
 def base_id(manifest: Mapping[str, Any]) -> str | None:
@@ -86,50 +132,17 @@ def base_id(manifest: Mapping[str, Any]) -> str | None:
     return given if isinstance(given, str) and _HUB_ID.fullmatch(given) else None
 
 
-def escape(text: object) -> str:
-    """Return text of unknown origin as Markdown that shows it, on one line."""
-    flat = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>#|!~])", r"\\\1", flat)
-
-
-def code(text: object) -> str:
-    """Return text of unknown origin as inline code, in a table too."""
-    flat = " ".join(str(text).split()).replace("`", "'").replace("|", r"\|")
-    return f"`{flat}`"
-
-
 def _new(
     name: str,
     manifest: Mapping[str, Any],
     config: Mapping[str, Any],
     origin: Mapping[str, Any],
     sections: Mapping[str, str],
+    scores: Sequence[Score],
 ) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    bits = manifest["quantization"]["bits"]
     original = base_id(manifest)
-    check = manifest.get("check")
-    results = None
-    if check:
-        found = {
-            "KL divergence to the unquantised model (nats a token)": ("kl", check["kl"]["value"]),
-            "Same most likely token as the unquantised model": ("same_top", check["same_top"]["value"]),
-            "Perplexity over that of the unquantised model": (
-                "perplexity_ratio", check["perplexity_ratio"]["value"],
-            ),
-        }  # fmt: skip
-        results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="held-out",
-                dataset_name=f"held-out calibration text, {check['tokens']} tokens",
-                metric_type=kind,
-                metric_name=title,
-                metric_value=round(value, 5),
-            )
-            for title, (kind, value) in found.items()
-        ]
     languages = origin.get("language")
     data = ModelCardData(
         base_model=original,
@@ -140,30 +153,86 @@ def _new(
         license_name=origin.get("license_name"),
         license_link=origin.get("license_link"),
         language=[languages] if isinstance(languages, str) else languages,
-        tags=["gptq", f"int{bits}", "qwenq", *_family_tags(config)],
-        model_name=name if results else None,
-        eval_results=results,
+        tags=["gptq", f"int{manifest['quantization']['bits']}", "qwenq", *_family_tags(config)],
     )
-    body = "\n\n".join(_marked(key, sections[key]) for key in SECTIONS if sections[key])
-    return f"---\n{data.to_yaml()}\n---\n\n# {escape(name)}\n\n{body}\n"
+    index = _model_index(name, scores) if scores else ""
+    body = "\n\n".join(_marked(key, sections[key]) for key in SECTIONS)
+    return f"---\n{data.to_yaml()}\n{index}---\n\n# {markdown(name)}\n\n{body}\n"
 
 
-def _renewed(existing: str, sections: Mapping[str, str], folder: Path) -> str:
-    """Return a card whose marked sections are new; a section whose marks were removed is not put back."""
+def _check_scores(manifest: Mapping[str, Any]) -> Iterator[Score]:
+    check = manifest.get("check")
+    if not check:
+        return
+    dataset = ("held-out", f"held-out calibration text, {check['tokens']} tokens", "")
+    metrics = {
+        "kl": "KL divergence to the unquantised model (nats a token)",
+        "same_top": "Same most likely token as the unquantised model",
+        "perplexity_ratio": "Perplexity over that of the unquantised model",
+    }
+    for kind, title in metrics.items():
+        yield Score(dataset, (kind, title), round(check[kind]["value"], 5))
+
+
+def _model_index(name: str, scores: Sequence[Score], kept: Sequence[EvalResult] = ()) -> str:
+    """Return the block ``model-index`` of a front matter: these scores, then what people added."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.dataset[0],
+            dataset_name=score.dataset[1],
+            dataset_config=score.dataset[2] or None,
+            metric_type=score.metric[0],
+            metric_name=score.metric[1],
+            metric_value=score.value,
+            metric_args=_OURS,
+        )
+        for score in scores
+    ]
+    block = ModelCardData(model_name=name, eval_results=[*results, *kept]).to_yaml()
+    return f"{block}\n"
+
+
+_OURS = {"tool": "qwenq"}
+"""Arguments of a metric of the model-index that a report may replace."""
+
+
+def _renewed(existing: str, sections: Mapping[str, str], scores: Sequence[Score], card: Path) -> str:
+    """Return a card whose marked sections are new; what people removed is not put back."""
     for key, content in sections.items():
         begin, end = _MARK.format(key), _END.format(key)
-        if (begin in existing) != (end in existing):
+        before, found, rest = existing.partition(begin)
+        if bool(found) != (end in rest if found else end in existing):
             raise ModelError(
-                f"{CARD} has only one of the marks {begin} and {end}",
-                where=folder / CARD,
+                f"{CARD} has only one of the marks {begin} and {end}, or has them in the other order",
+                where=card,
                 hint="put the other one back, or remove both to keep that section as it is",
             )
-        if content and begin in existing:
-            before, _, rest = existing.partition(begin)
+        if content and found:
             existing = f"{before}{_marked(key, content)}{rest.partition(end)[2]}"
-        elif content and key == "measured":
-            existing = f"{existing.rstrip()}\n\n{_marked(key, content)}\n"
-    return existing
+    return _with_scores(existing, scores, card) if scores else existing
+
+
+def _with_scores(text: str, scores: Sequence[Score], card: Path) -> str:
+    """Return a card whose model-index has these scores in the place of earlier ones; all else stays."""
+    from huggingface_hub import ModelCard
+
+    front = _FRONT.match(text)
+    block = _INDEX.search(text, 0, front.end(1) + 1) if front else None
+    if block is None:
+        return text
+    try:
+        known: Any = ModelCard(f"---\n{block[0]}---\n").data
+        kept = [result for result in known.eval_results or [] if result.metric_args != _OURS]
+    except Exception as error:  # what the YAML parser and the hub's class raise has no common base
+        raise ModelError(
+            f"model-index in {CARD} is not as the hub has it: {' '.join(str(error).split())[:200]}",
+            where=card,
+            hint="mend it, or remove it, and scores stay out of the card",
+        ) from error
+    return f"{text[: block.start()]}{_model_index(str(known.model_name), scores, kept)}{text[block.end() :]}"
 
 
 def _marked(key: str, content: str) -> str:
@@ -173,21 +242,19 @@ def _marked(key: str, content: str) -> str:
 def _about(folder_name: str, manifest: Mapping[str, Any]) -> str:
     base, quant, calibration = manifest["base"], manifest["quantization"], manifest["calibration"]
     name = base_id(manifest)
-    shown = f"[{escape(name)}](https://huggingface.co/{name})" if name else escape(base["name"])
+    shown = f"[{markdown(name)}](https://huggingface.co/{name})" if name else markdown(base["name"])
     versions = ", ".join(f"{key} {value}" for key, value in manifest["versions"].items() if key != "python")
     group = "one scale a row" if quant["group_size"] == -1 else f"groups of {quant['group_size']}"
     source = calibration["source"]
     text = "text that the model wrote itself" if source == "self" else code(Path(str(source)).name)
     lines = [
-        f"{shown} in Int{quant['bits']}, quantised with GPTQ by {escape(manifest['made_by'])}.",
+        f"{shown} in Int{quant['bits']}, quantised with GPTQ by {markdown(manifest['made_by'])}.",
         "",
-        "| | |",
-        "| --- | --- |",
-        f"| Format | GPTQ ({escape(quant['checkpoint_format'])}), {quant['bits']} bits, {group}, "
-        f"{'symmetric' if quant['sym'] else 'free zero points'} |",
-        f"| Calibration | {calibration['samples']} × {calibration['seq_len']} tokens of {text} |",
-        f"| Command | {code(quantize_command(manifest, folder_name))} |",
-        f"| Versions | {escape(versions)} |",
+        f"- Format: GPTQ ({markdown(quant['checkpoint_format'])}), {quant['bits']} bits, {group}, "
+        f"{'symmetric' if quant['sym'] else 'free zero points'}",
+        f"- Calibration: {calibration['samples']} × {calibration['seq_len']} tokens of {text}",
+        f"- Command: {code(quantize_command(manifest, folder_name))}",
+        f"- Versions: {markdown(versions)}",
     ]
     return "\n".join(lines)
 
@@ -245,7 +312,7 @@ def _cost(manifest: Mapping[str, Any], weights: int) -> str:
                 for name, found, form in rows
             ),
             "",
-            f"Verdict: **{escape(check['verdict']['word'])}**. {escape(check['verdict']['sentence'])}.",
+            f"Verdict: **{markdown(check['verdict']['word'])}**. {markdown(check['verdict']['sentence'])}.",
         ]
     )
 
@@ -262,8 +329,8 @@ def _load(name: str, verdicts: Sequence[Verdict]) -> str:
     for engine in dict.fromkeys(verdict.engine for verdict in verdicts):
         own = [verdict for verdict in verdicts if verdict.engine == engine]
         sizes = ", ".join(str(verdict.gpus) for verdict in own if verdict.loads)
-        why = "yes" if sizes else f"no: {escape(own[0].problems[0].reason)}"
-        notes = "".join(f"; {escape(note)}" for note in own[0].notes)
+        why = "yes" if sizes else f"no: {markdown(own[0].problems[0].reason)}"
+        notes = "".join(f"; {markdown(note)}" for note in own[0].notes)
         lines.append(f"| {engine} {own[0].version} | {why}{notes} | {sizes or '–'} |")
     lines += ["", "By these engines' rules for files, read in their loaders.", ""]
     able = {verdict.engine for verdict in verdicts if verdict.loads}
@@ -287,7 +354,7 @@ def _licence(manifest: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     files = [
         name for name in manifest["files"] if re.search(r"licen[sc]e|notice|copying", name, re.IGNORECASE)
     ]
-    named = f"({escape(origin['license'])}) " if origin.get("license") else ""
+    named = f"({markdown(origin['license'])}) " if origin.get("license") else ""
     lines = ["## Licence", "", f"The licence of the base model {named}holds for this one as well."]
     if files:
         lines.append(f"Its files are here: {', '.join(code(name) for name in files)}.")
@@ -328,6 +395,18 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _existing(card: Path) -> str:
+    """Return the card that is there; empty where none is."""
+    try:
+        return card.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{CARD} cannot be read: {error}", where=card, hint="store it as UTF-8, or move it away"
+        ) from error
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
-from qwenq.errors import HubError, UsageError, VerificationError
+from qwenq.errors import HubError, ModelError, UsageError, VerificationError
 from qwenq.models.folders import CARD, MANIFEST
 from qwenq.models.hub import network_errors
 from qwenq.models.integrity import verify_files
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _OURS = {".gitattributes", CARD, MANIFEST}
+_IMAGE = re.compile(r"!\[[^\]\n]*\]\(([^)\s]+)\)|<img[^>]+src=[\"']([^\"']+)[\"']", re.IGNORECASE)
+_IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Upload:
         private: whether a new repository is private.
         files: name → bytes, of all that goes there.
         url: of the commit; None: nothing was sent.
-        notices: what else was done, one line each.
+        notices: what else was done, or has to be known, one line each.
     """
 
     repo: str
@@ -75,7 +78,8 @@ def push(
 
     Raises:
         UsageError: no owner/name; or the repository holds files of something else.
-        ModelError: the folder was not written by qwenq, or a file is not as it was written.
+        ModelError: the folder was not written by qwenq, a file is not as it was written, or the card shows an
+            image that is not in the folder.
         VerificationError: the folder was never compared with its base, or is broken.
         HubError: no network, no token, or a token that may not write; says what would have been uploaded.
     """
@@ -85,15 +89,18 @@ def push(
     _require_check(folder)
     if not (folder / CARD).exists():
         write_model_card(folder, base)
-    files = {name: (folder / name).stat().st_size for name in sorted({*names, CARD})}
-    planned = Upload(repo, branch, private, files)
+    names += [CARD, *_images(folder)]
+    files = {name: (folder / name).stat().st_size for name in sorted(set(names))}
+    paths = _local_paths(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    notices = [f"{MANIFEST} holds paths of this machine: {', '.join(sorted(paths))}"] if paths else []
+    planned = Upload(repo, branch, private, files, None, tuple(notices))
     if dry_run:
         return planned
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    with _explained(planned):
-        notices = _prepare(api, planned)
+    api, made = HfApi(), list[str]()
+    with _explained(planned, made):
+        _prepare(api, planned, made)
         done = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -101,60 +108,85 @@ def push(
             allow_patterns=[_literal(name) for name in files],
             commit_message=f"{folder.name}, quantised with qwenq",
         )
-    return Upload(repo, branch, private, files, str(done.commit_url), tuple(notices))
+    return Upload(repo, branch, private, files, str(done.commit_url), (*notices, *made))
 
 
-def _prepare(api: HfApi, planned: Upload) -> list[str]:
+def _local_paths(manifest: dict[str, Any]) -> set[str]:
+    """Return the absolute paths that were typed when the model was quantised."""
+    recipe, base = manifest.get("recipe", {}), manifest.get("base", {})
+    calibration = [recipe.get("calibration", {}), manifest.get("calibration", {})]
+    typed = [recipe.get("model"), base.get("model"), *(each.get("source") for each in calibration)]
+    return {text for text in typed if isinstance(text, str) and Path(text).expanduser().is_absolute()}
+
+
+def _images(folder: Path) -> Iterator[str]:
+    """Yield the images in the folder that the card shows."""
+    text = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+    shown = {unquote(one or other) for one, other in _IMAGE.findall(text)}
+    for name in sorted(name for name in shown if not re.match(r"[a-z][a-z0-9+.-]*:|/", name, re.IGNORECASE)):
+        file = folder / name
+        inside = file.is_file() and file.resolve().is_relative_to(folder.resolve())
+        if not inside or file.suffix.lower() not in _IMAGES:
+            raise ModelError(
+                f"{CARD} shows {name}, which is no image in this folder",
+                where=folder / CARD,
+                hint="put it there, make it anew with `qwenq report`, or remove it from the card",
+            )
+        yield file.resolve().relative_to(folder.resolve()).as_posix()
+
+
+def _prepare(api: HfApi, planned: Upload, notices: list[str]) -> None:
     """Make the repository and the branch where they are missing; refuse files of something else."""
-    notices = []
-    if not api.repo_exists(planned.repo):
-        api.create_repo(planned.repo, private=planned.private)
-        notices.append(f"made the {'private' if planned.private else 'public'} repository {planned.repo}")
-    branches = {ref.name for ref in api.list_repo_refs(planned.repo).branches}
-    if planned.branch not in branches:
-        api.create_branch(planned.repo, branch=planned.branch)
-        notices.append(f"made the branch {planned.branch}")
-    there = set(api.list_repo_files(planned.repo, revision=planned.branch))
-    other = sorted(there - _OURS - set(planned.files))
+    repo, branch = planned.repo, planned.branch
+    if not api.repo_exists(repo):
+        api.create_repo(repo, private=planned.private)
+        notices.append(f"made the {'private' if planned.private else 'public'} repository {repo}")
+    if branch not in {ref.name for ref in api.list_repo_refs(repo).branches}:
+        first = api.list_repo_commits(repo)[-1].commit_id  # else it would begin with the files of main
+        api.create_branch(repo, branch=branch, revision=first)
+        notices.append(f"made the branch {branch}")
+    there = set(api.list_repo_files(repo, revision=branch)) - _OURS - set(planned.files)
+    other = sorted(name for name in there if Path(name).suffix.lower() not in _IMAGES)  # of earlier cards
     if other:
         shown = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
         raise UsageError(
-            f"{planned.repo} holds other files on {planned.branch}: {shown}",
+            f"{repo} holds other files on {branch}: {shown}",
             where="push",
             hint="nothing was uploaded; choose another name, or a branch of its own with --branch",
         )
-    return notices
 
 
 @contextmanager
-def _explained(planned: Upload) -> Iterator[None]:
+def _explained(planned: Upload, notices: list[str]) -> Iterator[None]:
     """Turn what the hub's client raises into one message that says what was, or was not, published."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    size = readable_bytes(planned.nbytes)
-    nothing = f"nothing was published; it would have been {len(planned.files)} files, {size}"
     login = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write there"
+    again = "run the same command again: files that reached the hub are not sent twice"
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise HubError(f"no token for the hub; {nothing}", where=planned.repo, hint=login) from error
+        raise _failure("no token for the hub", planned, notices, login) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        if status in (401, 403):
-            raise HubError(
-                f"the hub does not let this token write ({status}); {nothing}", where=planned.repo, hint=login
-            ) from error
-        raise HubError(
-            f"the hub answered {status}; {nothing}",
-            where=planned.repo,
-            hint="run the same command again: files that reached the hub are not sent twice",
-        ) from error
+        refused = {
+            401: "the hub wants a token that it knows (401)",
+            403: "the hub does not let this token write (403)",
+        }
+        why = refused.get(status, f"the hub answered {status}")
+        raise _failure(why, planned, notices, login if status in refused else again) from error
     except network_errors() as error:
-        raise HubError(
-            f"the hub cannot be reached ({type(error).__name__}); {nothing}",
-            where=planned.repo,
-            hint="run the same command again: files that reached the hub are not sent twice",
-        ) from error
+        why = f"the hub cannot be reached ({type(error).__name__})"
+        raise _failure(why, planned, notices, again) from error
+
+
+def _failure(why: str, planned: Upload, notices: list[str], hint: str) -> HubError:
+    """Return an error that says what was not published, and what had been made before."""
+    files = f"{len(planned.files)} files, {readable_bytes(planned.nbytes)}"
+    before = f", but it {' and '.join(notices)}" if notices else ""
+    return HubError(
+        f"{why}; nothing was published{before}; it would have been {files}", where=planned.repo, hint=hint
+    )
 
 
 def _require_check(folder: Path) -> None:

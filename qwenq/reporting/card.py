@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from qwenq.published import PublishedRow, published_of
-from qwenq.reporting.collect import PRECISIONS, Collection, Measured, rank
+from qwenq.reporting.collect import ATTENTION, PRECISIONS, Collection, Measured, attention, rank
 from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, pivot
-from qwenq.reporting.text import clean, fixed, format_of
+from qwenq.reporting.text import clean, count, fixed, format_of
 from qwenq.results import Model, Row, Value
 
 # Count answers that were cut at their limit of tokens, most of which are judged wrong.
@@ -79,8 +80,15 @@ TASKS = {
     **{"math": "MATH", "mbpp": "MBPP", "bbh": "BBH", "cmmlu": "CMMLU"},  # on the base models' cards
 }
 """Names of tasks as the card's headings have them."""
-ATTENTION = {"off": "Disabled", "flash2": "v2", "flash1": "v1", "plain": "Disabled"}
-"""Names of attention backends as the card has them; others keep their own."""
+_ATTENTION_MEANS = {
+    "flash v2": "FlashAttention-2",
+    "flash v1": "FlashAttention",
+    "plain": "no fused kernel",
+    "sdpa": "torch's own choice",
+    "grouped": "decode steps laid out for a CPU",
+    "split": "decode steps with the cache split over programs of the GPU",
+    "best": "whichever was fastest when the model was loaded",
+}
 GENERATED_2048 = {"qwen-1.8b-chat", "qwen-72b-chat"}
 """Cards whose first memory figure is of generating, as their text says; their heading says encoding."""
 _UNRESET = "peak since the process began, loading included, as the cards measured it"
@@ -99,12 +107,12 @@ def accuracy_table(collection: Collection, family: str) -> Table | None:
     rows = collection.of(family, "accuracy")
     if not rows:
         return None
-    layout = Layout("Quantization", _task, count="items", used=frozenset({"task"}))
+    layout = Layout("Quantization", _score, count="items", used=frozenset({"task"}))
     made = pivot(rows, layout, collection)
-    made.caption.insert(0, "percent of items answered correctly, with 95 % intervals")
+    made.caption.insert(0, "items answered correctly, with 95 % intervals")
     made.caption.append(_how_asked(rows))
     _add_cut(made, rows, collection)
-    asked = {str(item.row.point.get("task")): _task(item)[1] for item in rows if _as_the_cards(item.row)}
+    asked = {str(item.row.point.get("task")): _score(item)[1] for item in rows if _as_the_cards(item.row)}
     for row in published_of(family):
         figures = {asked[task]: value for task, value in row.accuracy.items() if task in asked}
         _add_published(made, row, {"Protocol": "card"}, figures, digits=1)
@@ -130,7 +138,7 @@ def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
         note = made.notes.number(f"{score}: {found.warning}") if found.many else None
         label = collection.label(item.row.model)
         for line in made.lines:
-            cell = line.cells.get(score)
+            cell = line.cells.get(_score(item)[1])
             if line.labels[0] == label and cell is not None and cell.value == item.row.value:
                 line.cells[heading] = Cell(fixed(1)(100 * found.share), found.share, note=note)
         if heading not in made.columns:
@@ -144,62 +152,77 @@ def _as_the_cards(row: Row) -> bool:
 
 
 def speed_table(collection: Collection, family: str) -> Table | None:
-    """Quantization | FlashAttn | Speed (2048 tokens) | Speed (8192 tokens); tokens per second."""
+    """Make Quantization | Attention | Speed, 2048 tokens (tokens/s) | Speed, 8192 tokens (tokens/s)."""
     rows = collection.of(family, "speed.protocol")
     if not rows:
         return None
     layout = Layout(
         "Quantization",
         _length(
-            "Speed ({tokens} tokens)",
-            "Speed (encoding {context} tokens)",
-            "Speed ({context} + {tokens} tokens)",
+            "Speed, {tokens} tokens (tokens/s)",
+            "Speed, encoding {context} tokens (tokens/s)",
+            "Speed, {context} + {tokens} tokens (tokens/s)",
         ),
         labels={"attention": "Attention"},
         used=frozenset({"context", "tokens"}),
         names={"attention": attention},
     )
     made = pivot(rows, layout, collection)
-    made.caption.insert(0, "tokens/s by the cards' protocol: the wall clock around one generate call")
+    made.caption.insert(0, "by the cards' protocol: the wall clock around one generate call")
+    if all(item.row.n is None and "warm_up" not in item.row.settings for item in rows if item.row.value):
+        made.caption.insert(1, "one generation each, not warmed up as far as the rows say")
+    made.caption += attention_meanings(made)
     for row in published_of(family):
         for kind, pair in row.speed.items():
             if ATTENTION[kind] not in {label for line in made.lines for label in line.labels}:
                 continue
-            figures = {f"Speed ({n} tokens)": v for n, v in zip((2048, 8192), pair, strict=False)}
+            lengths = (f"Speed, {n} tokens (tokens/s)" for n in (2048, 8192))
+            figures = dict(zip(lengths, pair, strict=False))
             _add_published(made, row, {"Attention": ATTENTION[kind]}, figures, digits=2)
     return made.table("speed", "Speed")
 
 
 def memory_table(collection: Collection, family: str) -> Table | None:
     """Make Quantization Level | Peak Usage for Encoding 2048 Tokens | … for Generating 8192 Tokens; GiB."""
-    rows = collection.of(family, "memory.unreset")
-    how = _UNRESET
-    if not any(item.row.status == "ok" for item in rows):
+    rows, how = collection.of(family, "memory.unreset"), _UNRESET
+    if not _measured(rows):
         rows, how = collection.of(family, "memory.generate"), _RESET
     if not rows:
         return None
     layout = Layout(
         "Quantization Level",
         _length(
-            "Peak Usage for Generating {tokens} Tokens",
-            "Peak Usage for Encoding {context} Tokens",
-            "Peak Usage for Encoding {context} and Generating {tokens} Tokens",
+            "Peak Usage for Generating {tokens} Tokens (GiB)",
+            "Peak Usage for Encoding {context} Tokens (GiB)",
+            "Peak Usage for Encoding {context} and Generating {tokens} Tokens (GiB)",
         ),
         used=frozenset({"context", "tokens"}),
         names={"attention": attention},
     )
     made = pivot(rows, layout, collection)
-    made.caption.insert(0, f"GiB (2³⁰ bytes, which the cards call GB); {how}")
+    made.caption.insert(0, f"GiB are 2³⁰ bytes, which the cards call GB; {how}")
     for row in published_of(family):
         doing = "Generating" if row.model in GENERATED_2048 else "Encoding"
-        headings = (f"Peak Usage for {doing} 2048 Tokens", "Peak Usage for Generating 8192 Tokens")
+        headings = (
+            f"Peak Usage for {doing} 2048 Tokens (GiB)",
+            "Peak Usage for Generating 8192 Tokens (GiB)",
+        )
         _add_published(made, row, {}, dict(zip(headings, row.memory_gib, strict=False)), digits=2)
     return made.table("memory", "Memory")
 
 
-def attention(value: Value) -> str:
-    """Return a backend's name in the card's words."""
-    return ATTENTION.get(str(value), clean(value))
+def _measured(rows: list[Measured]) -> bool:
+    return any(item.row.status == "ok" for item in rows)
+
+
+def attention_meanings(made: Pivot) -> list[str]:
+    """Return what the names of attention mean where they have a column."""
+    if "Attention" not in made.headers:
+        return []
+    place = made.headers.index("Attention")
+    used = {line.labels[place] for line in made.lines}
+    said = "; ".join(f"{name} is {means}" for name, means in _ATTENTION_MEANS.items() if name in used)
+    return [f"attention: {said}"] if said else []
 
 
 def task_order(row: Row) -> tuple[int, str]:
@@ -212,6 +235,11 @@ def task_order(row: Row) -> tuple[int, str]:
 def _task(item: Measured) -> tuple[Any, str]:
     order = task_order(item.row)
     return order, TASKS.get(order[1], clean(order[1]))
+
+
+def _score(item: Measured) -> tuple[Any, str]:
+    order, name = _task(item)
+    return order, f"{name} (%)"
 
 
 def _length(generating: str, encoding: str, both: str) -> Any:
@@ -257,17 +285,18 @@ CLOSENESS = {
     "kl": "KL divergence (nats/token)",
     "same_top": "Same top token (%)",
     "perplexity": "Perplexity",
-    "perplexity.ratio": "Perplexity, × unquantised",
+    "perplexity.ratio": "Perplexity, × base",
 }
 SPLIT = {
-    "time.first_token": "First token (ms)",
-    "speed.prefill": "Prefill (tokens/s)",
-    "speed.decode": "Decode (tokens/s)",
-    "bandwidth.share": "Of the copy bandwidth (%)",
-    "energy.token": "Energy (J/token)",
-    "memory.load": "Peak at load (GiB)",
-    "memory.generate": "Peak at generation (GiB)",
+    "time.first_token": ("First token", "ms"),
+    "speed.prefill": ("Prefill", "tokens/s"),
+    "speed.decode": ("Decode", "tokens/s"),
+    "bandwidth.share": ("Share of copy bandwidth", "%"),
+    "energy.token": ("Energy", "J/token"),
+    "memory.load": ("Peak at load", "GiB"),
+    "memory.generate": ("Peak", "GiB"),
 }
+"""Name and unit of each metric; between them stands the length that it was measured at."""
 
 
 def closeness_table(collection: Collection, family: str) -> Table | None:
@@ -275,7 +304,8 @@ def closeness_table(collection: Collection, family: str) -> Table | None:
     rows = collection.of(family, *CLOSENESS)
     if not rows:
         return None
-    made = pivot(rows, Layout("Quantization", _by_metric(CLOSENESS), count="tokens"), collection)
+    layout = Layout("Quantization", _by_metric(CLOSENESS), names={"text": _text_name}, count="tokens")
+    made = pivot(rows, layout, collection)
     sizes = {collection.label(model): nbytes for model, nbytes in model_bytes(collection, family).items()}
     heading = "Weights (MB)"
     write = format_of("size", "bytes")
@@ -286,13 +316,68 @@ def closeness_table(collection: Collection, family: str) -> Table | None:
     return made.table("closeness", "How near the unquantised model")
 
 
+def _text_name(value: Value) -> str:
+    return "held out of what the model wrote" if value == "held out of self" else clean(value)
+
+
 def split_table(collection: Collection, family: str) -> Table | None:
-    """Tabulate speed and memory in parts: prefill and decoding, loading and generating."""
-    rows = collection.of(family, *SPLIT)
+    """Tabulate speed and memory in parts, each length in a column: prompt and decoding, loading and work.
+
+    Peaks of a process whose counter was not reset are in the memory table; where there are none, that table
+    has the peaks at work, and they are not repeated here.
+    """
+    twice = not _measured(collection.of(family, "memory.unreset"))
+    rows = [
+        item
+        for metric in SPLIT
+        if not (twice and metric == "memory.generate")
+        for item in _of_prompts_or_answers(collection.of(family, metric), metric)
+    ]
     if not rows:
         return None
-    layout = Layout("Quantization", _by_metric(SPLIT), names={"attention": attention})
-    return pivot(rows, layout, collection).table("split", "Speed and memory, taken apart")
+    lengths = {metric: {_length_of(item) for item in rows if item.row.metric == metric} for metric in SPLIT}
+    places = list(SPLIT)
+
+    def column(item: Measured) -> tuple[Any, str]:
+        metric, (context, tokens) = item.row.metric, _length_of(item)
+        name, unit = SPLIT[metric]
+        at = (
+            f", {context} + {tokens} tokens"
+            if context > 1 and tokens > 1
+            else f", {max(context, tokens)} tokens"
+        )
+        if metric == "memory.generate":
+            at = f", {'encoding' if tokens <= 1 < context else 'generating'}{at.removeprefix(',')}"
+        elif metric == "time.first_token":
+            at = f" after {count(context, 'tokens')}"
+        elif metric == "memory.load" or (len(lengths[metric]) == 1 and unit in ("%", "J/token")):
+            at = ""
+        heading = f"{name}{at} ({unit})"
+        return (places.index(metric), tokens > 1, context, tokens), heading
+
+    layout = Layout(
+        "Quantization", column, used=frozenset({"context", "tokens"}), names={"attention": attention}
+    )
+    made = pivot(rows, layout, collection)
+    made.caption += attention_meanings(made)
+    return made.table("split", "Speed and memory, taken apart")
+
+
+def _of_prompts_or_answers(rows: list[Measured], metric: str) -> list[Measured]:
+    """Keep what a column is about: the first token of prompts, the peak at load of one length."""
+    if metric == "time.first_token":
+        prompts = [item for item in rows if _length_of(item)[1] <= 1 < _length_of(item)[0]]
+        if prompts:
+            return prompts
+    if metric in ("time.first_token", "memory.load") and rows:
+        counted = Counter(map(_length_of, rows))
+        chosen = max(counted, key=lambda length: (counted[length], length[1]))
+        return [item for item in rows if _length_of(item) == chosen]
+    return rows
+
+
+def _length_of(item: Measured) -> tuple[int, int]:
+    return _count(item.row.point.get("context")), _count(item.row.point.get("tokens"))
 
 
 def other_accuracies(collection: Collection, family: str) -> Table | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from qwenq.environment import decisive, difference, measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.text import LONGEST_COMMAND, clean, count
-from qwenq.results import Model, Row, each_run
+from qwenq.results import HERE, RESULTS_FILE, Model, Row, Value, each_run
 
 # Read run folders into one collection of rows, each with its run, hardware and a label for its model.
 
@@ -56,7 +57,9 @@ class Measured:
         """Return what computed it, by the row itself, else by its folder."""
         row = self.row  # of an accuracy the device is no part of the point: it decides nothing
         device = row.point.get("device", row.settings.get("device"))
-        return hardware(measured_on(self.run.environment, row.settings), device)
+        found = measured_on(self.run.environment, row.settings)
+        shown = hardware(found, device)
+        return f"{shown}{_kernels(found, row)}" if row.point.get("device") == "cpu" else shown
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,26 @@ def hardware(environment: dict[str, Any], device: object = None) -> str:
     return clean(", ".join([*parts, count(threads, "threads")] if threads and threads != cores else parts))
 
 
+_VARIANTS = {
+    "avx512-bf16": "AVX-512 BF16",
+    "avx512-vnni": "AVX-512 VNNI",
+    "avx-vnni": "AVX-VNNI",
+    "avx2": "AVX2",
+    "neon": "NEON",
+}
+_WIDEST = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
+
+
+def _kernels(environment: dict[str, Any], row: Row) -> str:
+    """Return the instructions of a CPU's figure: the variant that the row names, else the CPU's widest."""
+    if named := re.search(r"\bC for ([\w-]+)", row.implementation):
+        return f", {_VARIANTS.get(named[1], clean(named[1]))}"
+    cpu = environment.get("cpu")
+    features = cpu.get("features") if isinstance(cpu, dict) else None
+    has = features if isinstance(features, list) else []
+    return next((f", {name}" for flag, name in _WIDEST.items() if flag in has), "")
+
+
 # Decide whether two figures come from the same kind of machine.
 #
 # Two machines may share the label ``AMD EPYC, 2 cores`` though one multiplies twice as fast. So the facts
@@ -193,7 +216,7 @@ def hardware(environment: dict[str, Any], device: object = None) -> str:
 # ``qwenq.environment`` that decide speed and memory are compared one by one; one that a side lacks differs.
 
 
-NOT_RECORDED = "a run does not record its hardware"
+NOT_RECORDED, OTHER_MACHINE = "a run does not record its hardware", "another machine"
 
 
 def machine_of(item: Measured) -> dict[str, str]:
@@ -213,10 +236,27 @@ def machine_difference(old: Measured, new: Measured) -> str:
     Returns:
         Such as ``another machine: instruction sets avx2 instead of avx2 avx512f``.
     """
+    if old.row.model.served and new.row.model.served:
+        return _server_difference(old, new)
     if UNKNOWN in (old.hardware, new.hardware):
         return NOT_RECORDED
     shown = difference(machine_of(old), machine_of(new))
-    return f"another machine: {shown}" if shown else ""
+    return f"{OTHER_MACHINE}: {shown}" if shown else ""
+
+
+def _server_difference(old: Measured, new: Measured) -> str:
+    """Return how two servers of models differ: in kind, in place or, on this machine, in its facts."""
+    before, after = (item.row.settings.get("server") for item in (old, new))
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return "a run does not record its server"
+    kinds = [clean(server.get("kind") or "unknown") for server in (before, after)]
+    if kinds[0] != kinds[1] or "unknown" in kinds:
+        return f"another server: {kinds[1]} instead of {kinds[0]}"
+    if before.get("place") != after.get("place"):
+        return "a server on another machine"
+    here = before.get("place") == HERE
+    shown = difference(machine_of(old), machine_of(new)) if here else ""
+    return f"{OTHER_MACHINE}: {shown}" if shown else ""
 
 
 def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
@@ -240,6 +280,44 @@ def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
         return f"{label} ({shown})" if shown else label
 
     return name
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A run folder to compare with, and whether it was measured on the machine of the new run."""
+
+    folder: Path
+    same_machine: bool
+
+
+def choose_baseline(baseline: Path, new: Path) -> Baseline:
+    """Choose among baselines, one for each kind of machine, that of the machine of a new run.
+
+    Args:
+        baseline: a run folder, which is taken as it is; or a folder of run folders. Where none of them is of
+            that machine, the first by name is taken: what depends on no machine is compared all the same.
+        new: run folder.
+
+    Raises:
+        UsageError: a run cannot be read.
+    """
+    if (baseline / RESULTS_FILE).exists() or not baseline.is_dir():
+        return Baseline(baseline, same_machine=False)
+    folders = sorted(file.parent for file in baseline.glob(f"*/{RESULTS_FILE}"))
+    if not folders:
+        return Baseline(baseline, same_machine=False)
+    machines = _machines(new)
+    for folder in folders:
+        if machines & _machines(folder):
+            return Baseline(folder, same_machine=True)
+    return Baseline(folders[0], same_machine=False)
+
+
+def _machines(run: Path) -> set[tuple[str, ...]]:
+    """Return the machines that decided a run's speed and memory; where it has neither, those of all rows."""
+    measured = collect([run]).measured
+    decided = [item for item in measured if "device" in item.row.point or item.row.model.served]
+    return {tuple(machine_of(item).values()) for item in decided or measured}
 
 
 # Select the rows of one point, which may stand beside each other in a plot.
@@ -282,10 +360,29 @@ def _worth(group: list[Measured]) -> tuple[int, int, float]:
     return models, tokens if isinstance(tokens, int) else 0, sum(item.row.value or 0 for item in group)
 
 
+ATTENTION = {
+    **dict.fromkeys(("v2", "flash2"), "flash v2"),
+    **dict.fromkeys(("v1", "flash1"), "flash v1"),
+    **dict.fromkeys(("off", "plain"), "plain"),
+}
+"""Names of attention backends in tables, ours and the cards'; others keep their own."""
+
+
+def attention(value: Value) -> str:
+    """Return a backend's name in the tables' words."""
+    return ATTENTION.get(str(value), clean(value))
+
+
 def point_text(item: Measured, *, without: tuple[str, ...] = ()) -> str:
     """Describe the point and hardware of a row for a caption."""
-    point = item.row.point.items()
-    parts = [f"{key} {value}" for key, value in point if key not in without and value is not None]
+    point = {key: value for key, value in item.row.point.items() if value is not None}
+    context, tokens = point.pop("context", None), point.pop("tokens", None)
+    parts = [f"{tokens} new tokens"] if tokens != 1 and tokens is not None else []
+    parts += [f"a prompt of {context}"] if context not in (None, 1) else []
+    if "attention" in point:
+        point["attention"] = attention(point["attention"])
+    point.pop("device", None)  # the hardware says it
+    parts += [f"{key} {value}" for key, value in point.items() if key not in without]
     return clean(", ".join([*parts, item.hardware]))
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from qwenq.comparison import PLAIN, Paired, other_items, paired
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured, machine_difference
 from qwenq.reporting.text import clean
-from qwenq.results import Model, Row
+from qwenq.results import Model, Row, intervals_overlap
 from qwenq.statistics import ALPHA, holm
 
 # Match the rows of two runs: each row of the baseline with at most one row of the new run.
@@ -249,7 +249,7 @@ def _bases(items: list[Measured]) -> dict[str, set[str]]:
 
 def _base_of(row: Row) -> str | None:
     """Return the fingerprint of the unquantised weights that a row's model is or was made of, if recorded."""
-    if row.model.precision in PLAIN:
+    if row.model.precision in PLAIN and not row.model.served:
         return row.model.fingerprint
     named = row.details.get("base")
     return named if isinstance(named, str) else None
@@ -293,7 +293,8 @@ def _not_comparable(old: Measured, new: Measured) -> str:
         return f"another unit: {clean(new.row.unit)} instead of {clean(old.row.unit)}"
     items = other_items(old.row, new.row) if metric.paired else ""
     ratio = _no_ratio(old.row, new.row) if metric.relation == "ratio" else ""
-    if why := _other_model(old.row, new.row) or ratio or items:
+    served = old.row.model.served and new.row.model.served  # by one name; their weights are not known
+    if why := ("" if served else _other_model(old.row, new.row)) or ratio or items:
         return why
     before, after = (item.row.settings.get("dtype") for item in (old, new))
     if before != after and old.row.metric != "size":
@@ -376,16 +377,10 @@ def _difference(before: Row, after: Row) -> Comparison:
         return replace(made, pairing=pairing)  # `corrected` decides whether it is real
     if metric.noisy:
         kindest = _kindest(before, after, metric)
-        real = _disjoint(before, after)
-        why = "" if real is not None else "measured once: without an interval, noise is unknown"
-        return replace(made, real=real, why=why, kindest=kindest)
+        overlap = intervals_overlap(before, after)
+        why = "" if overlap is not None else "measured once: without an interval, noise is unknown"
+        return replace(made, real=None if overlap is None else not overlap, why=why, kindest=kindest)
     return made
-
-
-def _disjoint(before: Row, after: Row) -> bool | None:
-    if before.low is None or before.high is None or after.low is None or after.high is None:
-        return None
-    return before.high < after.low or after.high < before.low
 
 
 def _kindest(before: Row, after: Row, metric: Metric) -> float | None:

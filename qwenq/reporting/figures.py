@@ -6,16 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from qwenq.comparison import Paired
 from qwenq.reporting.card import TASKS, model_bytes
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows, point_text
 from qwenq.reporting.losses import bases_of, distinguish, losses
 from qwenq.reporting.text import GIB, clean
-
-if TYPE_CHECKING:
-    pass
 
 # Mark the trade-off frontier: the models that no other one beats on both axes.
 #
@@ -142,8 +139,8 @@ def _by_speed(collection: Collection, family: str) -> Figure | None:
 
 
 _FRONTIER = (
-    "A line joins the models that no other beats on both axes, which is the trade-off; those that one does "
-    "are hollow. Bars are 95 % intervals."
+    "A line joins the models that no other beats on both axes as measured, which is the trade-off; those "
+    "that one does are hollow. Bars are 95 % intervals: within them the order may be chance."
 )
 
 
@@ -202,13 +199,14 @@ def _balance(collection: Collection, family: str) -> Figure | None:
 
 
 def _decode(collection: Collection, family: str) -> Figure | None:
-    rows = at_one_point([item for item in collection.of(family, "speed.decode") if _curve(item)])
+    curves = [item for item in collection.of(family, "speed.decode") if _curve(item)]
+    rows = at_one_point(curves, fastest_of=FASTEST_OF)
     series = tuple(_line(collection, item) for item in rows)
     if not series:
         return None
     return Figure(
         "decode", "lines", "Speed of decoding over position", "tokens in the cache", "tokens/s", series,
-        f"At {point_text(rows[0])}.",
+        f"Each with its fastest attention: {point_text(rows[0], without=FASTEST_OF)}.",
     )  # fmt: skip
 
 
@@ -248,8 +246,14 @@ def _with_intervals(line: Series, item: Measured) -> Series:
 
 
 def _curve(item: Measured) -> list[tuple[float, float]]:
-    """Return ``positions`` and ``values`` of a row's details; empty if these are not two lists of numbers."""
+    """Return ``positions`` and ``values`` of a row's details; empty if these are not two lists of numbers.
+
+    Some rows of decoding have the ``seconds`` of a step at each position instead.
+    """
     xs, ys = item.row.details.get("positions"), item.row.details.get("values")
+    seconds = item.row.details.get("seconds")
+    if ys is None and isinstance(seconds, list) and all(_number(one) and one > 0 for one in seconds):
+        ys = [1 / one for one in seconds]
     if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
         return []
     pairs = list(zip(xs, ys, strict=True))
@@ -304,7 +308,10 @@ def _layers(collection: Collection, family: str) -> Figure | None:
         return None
     return Figure(
         "layers", "lines", "Error of each layer", "layer", "relative error, %", tuple(series),
-        "Mean over a layer's modules of the squared error of its output, relative to the output.",
+        "On held-out text, each layer with the unquantised model's input: the squared error of its output, "
+        "relative to it, mean over its modules. Quantising minimises another error, on calibration text, "
+        "which counts what the layers before have changed: there no module is worse than rounding to "
+        "nearest, here one may be.",
         log_y=True,
     )  # fmt: skip
 

@@ -13,12 +13,13 @@ from math import isfinite
 from typing import Literal
 
 from qwenq.comparison import TaskComparison, headline, points
+from qwenq.environment import measured_on
 from qwenq.errors import UsageError
 from qwenq.recipe import FAIL_ON
 from qwenq.reporting.card import cut_of
-from qwenq.reporting.collect import PRECISIONS
+from qwenq.reporting.collect import OTHER_MACHINE, PRECISIONS, UNKNOWN, hardware
 from qwenq.reporting.compare import METRICS, Comparison, corrected
-from qwenq.reporting.text import clean, count, format_of, markdown, signed
+from qwenq.reporting.text import LONGEST_SENTENCE, clean, count, format_of, markdown, signed
 from qwenq.results import Row
 from qwenq.statistics import MARGIN, p_phrase
 
@@ -162,13 +163,25 @@ class Verdict:
     @property
     def accuracies(self) -> str:
         """Return one sentence on all paired accuracies, passed or not; empty if there are none."""
-        tested = []
+        tested, unpaired = [], 0
         for item in (judged.comparison for judged in self.judged):
             if item.pairing is not None and item.before is not None and item.after is not None:
                 scores = item.before.value or 0.0, item.after.value or 0.0
                 p = item.pairing.p if item.p is None else item.p
                 tested.append(TaskComparison(item.name, *scores, item.pairing, p))
-        return headline(tested, len(tested)) if tested else ""
+            elif item.before is not None and item.row.metric == "accuracy":
+                unpaired += 1
+        return headline(tested, len(tested), unpaired) if tested else ""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return a line for each score of which many answers were cut at their limit of tokens."""
+        return [
+            f"{item.name}, {which}: {found.warning}"
+            for item in (judged.comparison for judged in self.judged)
+            for which, row in (("baseline", item.before), ("new", item.after))
+            if row is not None and (found := cut_of(row)) is not None and found.many
+        ]
 
 
 def judge(
@@ -337,13 +350,7 @@ def change_text(item: Comparison) -> str:
     if item.pairing is None:
         return shown
     p = p_phrase(1.0 if item.p is None else item.p)
-    shown = f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, {p}"
-    warnings = [
-        f"{which}: {found.warning}"
-        for which, row in (("baseline", before), ("new", after))
-        if (found := cut_of(row)) is not None and found.many
-    ]
-    return "; ".join([shown, *warnings])
+    return f"{shown}; {item.pairing.lost} lost, {item.pairing.won} won, {p}"
 
 
 def effect(judged: Judged) -> str:
@@ -372,13 +379,15 @@ def text_lines(verdict: Verdict) -> Iterator[str]:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
         parts = (change_text(judged.comparison), effect(judged), _reason(judged))
         yield f"{'':<15}{'; '.join(part for part in parts if part)}"
-    if same := len(passed) - len(changed):
-        yield f"{count(same, 'rows')} passed without a difference"
+    if rest := Counter(effect(item) for item in passed if item not in changed):
+        kinds = ", ".join(f"{number} {kind}" for kind, number in rest.items())
+        yield f"{count(rest.total(), 'rows')} passed: {kinds}"
     for judged in verdict.fallback_notice:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
         yield f"{'':<15}{change_text(judged.comparison)}; {_reason(judged)}"
-    if rest := _not_judged(verdict):
-        yield _rest(rest)
+    if others := _not_judged(verdict):
+        yield _rest(others)
+    yield from (f"warning: {line}" for line in verdict.warnings)
     for condition in verdict.idle:
         yield f"{condition} {_idle(verdict, condition)}"
     if accuracies := verdict.accuracies:
@@ -426,7 +435,9 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
     failed = [*verdict.of("regression"), *verdict.of("not comparable")]
     parts = [f"### {markdown(verdict.headline)}", f"{markdown(baseline)} → {markdown(new)}"]
     if accuracies := verdict.accuracies:
-        parts.append(f"Accuracy: {markdown(accuracies)}.")
+        parts.append(f"Accuracy: {markdown(accuracies, LONGEST_SENTENCE)}.")
+    if warnings := verdict.warnings:
+        parts.append("\n".join(f"- Warning: {markdown(line)}" for line in warnings))
     if failed:
         parts.append(_table(failed))
     if few := verdict.fallback_notice:
@@ -434,6 +445,7 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
         parts.append(_table(few))
     if verdict.idle:
         parts.append("\n".join(f"- {markdown(c)} {_idle(verdict, c)}" for c in verdict.idle))
+    parts += _explained(verdict)
     if passed := verdict.of("passed"):
         parts.append(_folded(f"{count(len(passed), 'rows')} passed", passed))
     if rest := _not_judged(verdict):
@@ -442,6 +454,28 @@ def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
         rules = ", ".join(markdown(condition) for condition in verdict.conditions)
         parts.append(f"Fails on {rules}. Accuracies are paired item by item; p is corrected by Holm.")
     return "\n\n".join(parts) + "\n"
+
+
+def _explained(verdict: Verdict) -> Iterator[str]:
+    """Yield what "not comparable" means, and what mends it, where rows are."""
+    rows = verdict.of("not comparable")
+    if not rows:
+        return
+    yield (
+        "Not comparable is no pass: such a row was measured of something else, or elsewhere, so nothing is "
+        "known about it."
+    )
+    if any(judged.reason.startswith(OTHER_MACHINE) for judged in rows):
+        found = {
+            hardware(measured_on({}, row.settings)) for judged in rows if (row := judged.comparison.after)
+        }
+        machines = markdown(" and ".join(sorted(found - {UNKNOWN})))
+        this = f"; this run was measured on {machines}" if machines else ""
+        yield (
+            f"Speed and memory are compared on one kind of machine only{this}. To have a baseline of it, "
+            "keep `results.jsonl` and `environment.json` of this run as a folder beside the other baselines, "
+            "and name the folder that holds them all."
+        )
 
 
 def _table(rows: list[Judged]) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qwenq.comparison import PLAIN, Paired, TaskComparison, choose_base, headline, judge_check, paired
-from qwenq.reporting.card import TASKS, model_bytes, task_order
-from qwenq.reporting.collect import Collection, Measured, at_one_point, decode_rows
+from qwenq.reporting.card import TASKS, cut_of, model_bytes, task_order
+from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
-from qwenq.results import Model, Row, Value
+from qwenq.results import Model, Row, Value, intervals_overlap
 from qwenq.statistics import ALPHA, format_p, holm
 
 # Test what quantising cost in accuracy, by items lost and won against the unquantised model.
@@ -179,9 +179,7 @@ def _in_words(loss: Loss, tests: int) -> str:
     """Describe a change in words, with a note if it may be chance among so many tests."""
     if isinstance(loss.pairing, str):
         return "not tested"
-    words = loss.pairing.describe_change(loss.change)
-    by_chance = loss.p is not None and loss.pairing.p < ALPHA <= loss.p
-    return f"{words}, which one of {tests} tests may show by chance" if by_chance else words
+    return loss.pairing.describe_change(loss.change, loss.p, tests)
 
 
 # Summarise each quantised model in a sentence: what it saves and what it costs.
@@ -222,8 +220,9 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
         if top is None:
             yield shown
         else:
-            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4).word
-            yield f"{word}, {shown}, same top token {100 * top:.1f} %"
+            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4, item.row.n).word
+            known = "too few tokens for a verdict" if word == "none" else word
+            yield f"{known}, {shown}, same top token {100 * top:.1f} %"
 
 
 def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
@@ -244,28 +243,49 @@ def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
 
 
 def _speed(collection: Collection, family: str, model: Model) -> Iterator[str]:
-    """Yield the speed of decoding, relative to the base; each with its fastest attention.
+    """Yield the speed of decoding, and what it is relative to the base; each with its fastest attention.
 
-    The base is the fastest unquantised model if the dtype of the quantised one is unknown.
+    Whole generations by the clock are added where they turn the comparison round.
     """
     rows = {item.row.model: item.row for item in decode_rows(collection, family)}
     if (row := rows.get(model)) is None:
         return
+    write, base = format_of(row.metric, row.unit), _speed_base(rows, row)
+    length = f" over {tokens:,} tokens" if type(tokens := row.point.get("tokens")) is int else ""
+    shown = f"decodes {write(row.value or 0.0)} {write.unit}{length}"
+    if base is None:
+        yield shown
+        return
+    name, ratio = collection.label(base.model), (row.value or 0.0) / (base.value or 1.0)
+    yield f"{shown}, {_times(ratio, name, noise=bool(intervals_overlap(row, base)))}"
+    whole = at_one_point(collection.of(family, "speed.protocol"), fastest_of=FASTEST_OF)
+    clocked = {item.row.model: item.row for item in whole if item.row.metric != row.metric}
+    if model in clocked and base.model in clocked and (before := clocked[base.model].value):
+        by_clock = (clocked[model].value or 0.0) / before
+        if (by_clock < 1) != (ratio < 1):
+            whole_length = clocked[model].point.get("tokens")
+            yield f"a whole generation of {whole_length} tokens by the clock is {_times(by_clock, name)}"
+
+
+def _times(ratio: float, name: str, *, noise: bool = False) -> str:
+    remark = " (within noise)" if noise else " (slower)" if ratio < 1 else ""
+    return f"{ratio:.2f} × as fast as {name}{remark}"
+
+
+def _speed_base(rows: dict[Model, Row], row: Row) -> Row | None:
+    """Return the base in the model's dtype, or the fastest where that is unknown; None for a base."""
     plain = {other.model.precision: other for other in rows.values() if other.model.precision in PLAIN}
     dtype = row.settings.get("dtype")
     fastest = max(plain.values(), key=lambda other: other.value or 0.0, default=None)
     base = choose_base(plain, dtype) if dtype else fastest
-    write = format_of(row.metric, row.unit)
-    if base is None or not base.value or base.model == model:
-        yield f"decodes {write(row.value or 0.0)} {write.unit}"
-        return
-    ratio, name = (row.value or 0.0) / base.value, collection.label(base.model)
-    slower = " (slower)" if ratio < 1 else ""
-    yield f"decodes {ratio:.2f} × as fast as {name}{slower}"
+    return None if base is None or not base.value or base.model == row.model else base
 
 
 def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator[str]:
-    """Yield the largest drop, what the items could have shown, and the verdict; nothing without a pairing."""
+    """Yield the largest drop, what the items could have shown, and the verdict; nothing without a pairing.
+
+    Scores that many cut answers make worthless are named behind it.
+    """
     tested = [
         TaskComparison(_task(loss), loss.before.value or 0.0, loss.after.value or 0.0, loss.pairing, loss.p)
         for loss in found
@@ -274,6 +294,10 @@ def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator
     if tested:
         bases = " and ".join(bases_of(found, collection))
         yield f"against {bases}, {headline(tested, tests, len(found) - len(tested))}"
+    for loss in found:
+        for row in (loss.before, loss.after):
+            if (cut := cut_of(row)) is not None and cut.many:
+                yield f"warning: {_task(loss)}, {collection.label(row.model)}: {cut.warning}"
 
 
 def _task(loss: Loss) -> str:

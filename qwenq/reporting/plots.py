@@ -60,8 +60,6 @@ _STYLE: dict[str, Any] = {
 }
 _FORMATS: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 """Metadata of each format: without dates and versions, so that the same figures give the same file."""
-_AXES_POINTS = 280
-"""Width of the axes in points, nearly: names nearer to each other than they are long are raised."""
 LONGEST_NAME = 40
 """Characters of a name beside an axis: longer ones would leave no room for the axes."""
 MOST_MARKS = 400
@@ -97,7 +95,7 @@ def write_plot(figure: Figure, path: Path) -> list[Path]:
 
 def inline_svg(figure: Figure) -> Markup:
     """Return one ``<svg>`` for the page, which shows title and legend itself; every text is escaped."""
-    with _canvas(figure, (4.8, 3.0 if figure.kind in {"points", "lines"} else 2.6)) as (canvas, _):
+    with _canvas(figure, (3.7, 2.6)) as (canvas, _):  # a phone's width, where its text can be read
         root = ET.fromstring(_saved(canvas, "svg"))  # noqa: S314 - matplotlib's own
     _add_tooltips(figure, root)
     drawing = _themed(root)
@@ -199,10 +197,12 @@ def _names(figure: Figure, axes: Axes) -> None:
         top = point.y if point.high is None else point.high
         x, before = highest.get(point.label, (point.x, top))
         highest[point.label] = (x, max(top, before))
-    width = axes.get_xlim()[1] or 1.0
+    width, canvas = axes.get_xlim()[1] or 1.0, axes.get_figure(root=True)
+    assert canvas is not None  # noqa: S101 - axes of a canvas
+    points = 72 * 0.8 * canvas.get_size_inches()[0]  # of the axes' width, nearly
     raised, last = 0, float("-inf")
     for name, (x, top) in sorted(highest.items(), key=lambda entry: entry[1][0]):
-        near = (x - last) / width * _AXES_POINTS < 4.6 * len(name) + 6
+        near = (x - last) / width * points < 4.6 * len(name) + 6
         raised, last = (raised + 1) % 3 if near else 0, x
         offset = (0, 4 + 10 * raised)
         axes.annotate(

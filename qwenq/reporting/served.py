@@ -12,6 +12,7 @@ from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.figures import Figure, Point, Series
 from qwenq.reporting.tables import Layout, Table, pivot
 from qwenq.reporting.text import clean
+from qwenq.results import HERE, Row, intervals_overlap
 
 SERVED = {
     "speed.served": "Output tokens/s",
@@ -44,13 +45,20 @@ def served_table(collection: Collection, family: str) -> Table | None:
         names={"context": lambda value: f"{value} tokens", "tokens": lambda value: f"{value} of an answer"},
     )
     made = pivot([_without_requests(item) for item in rows], layout, collection)
-    made.caption.insert(
-        0,
-        "a closed loop of streamed requests; TTFT: time to first token, ITL: inter-token latency; the "
-        "server's hardware is unknown, and the machine below sent the requests",
-    )
+    loop = "a closed loop of streamed requests; TTFT: time to first token, ITL: inter-token latency"
+    made.caption[:0] = [loop, _where_served(rows)]
     made.caption.extend(_counted(rows))
     return made.table("served", "Speed as served")
+
+
+def _where_served(rows: list[Measured]) -> str:
+    """Describe the servers: their kinds, and their hardware as far as their addresses tell it."""
+    servers = [server for item in rows if isinstance(server := item.row.settings.get("server"), dict)]
+    kinds = dict.fromkeys(clean(server["kind"]) for server in servers if server.get("kind"))
+    owned = f"models owned, by the server's list, by {', '.join(kinds)}; " if kinds else ""
+    if servers and all(server.get("place") == HERE for server in servers):
+        return f"{owned}by its address it ran on the machine below, which sent the requests, too"
+    return f"{owned}its hardware is unknown, and the machine below sent the requests"
 
 
 def _without_requests(item: Measured) -> Measured:
@@ -135,24 +143,31 @@ def _counted(rows: list[Measured]) -> Iterator[str]:
 
 
 def served_summary(collection: Collection, family: str) -> Iterator[str]:
-    """Yield, for each pair of models, at which concurrencies each has the higher throughput."""
-    speeds: dict[tuple[str, Place], dict[float, float]] = defaultdict(dict)
+    """Yield, for each pair of models, at which concurrencies each has the higher throughput, beyond noise."""
+    speeds: dict[tuple[str, Place], dict[float, Row]] = defaultdict(dict)
     for item in collection.of(family, "speed.served"):
         if item.row.value is not None:
             label = collection.label(item.row.model)
-            speeds[label, _lengths(item)][_concurrency(item)] = item.row.value
+            speeds[label, _lengths(item)][_concurrency(item)] = item.row
     for (one, one_lengths), (other, other_lengths) in combinations(speeds, 2):
         first, second = speeds[one, one_lengths], speeds[other, other_lengths]
         shared = sorted(first.keys() & second.keys())
         if one_lengths != other_lengths or len(shared) < 2:
             continue
-        ahead = [f"{each:g}" for each in shared if first[each] > second[each]]
-        behind = [f"{each:g}" for each in shared if first[each] <= second[each]]
+        ahead, behind, level = list[str](), list[str](), list[str]()
+        for each in shared:
+            faster = (first[each].value or 0.0) > (second[each].value or 0.0)
+            place = level if intervals_overlap(first[each], second[each]) else ahead if faster else behind
+            place.append(f"{each:g}")
+        noise = f"; at {', '.join(level)} they differ by no more than noise" if level else ""
         if ahead and behind:
             yield (
                 f"As served, {one} and {other} cross: {one} has the higher throughput at concurrency "
-                f"{', '.join(ahead)}, {other} at {', '.join(behind)}."
+                f"{', '.join(ahead)}, {other} at {', '.join(behind)}{noise}."
             )
-        else:
+        elif ahead or behind:
             better, worse = (one, other) if ahead else (other, one)
-            yield f"As served, {better} has a higher throughput than {worse} at each concurrency."
+            where = f"concurrency {', '.join(ahead or behind)}" if level else "each concurrency"
+            yield f"As served, {better} has a higher throughput than {worse} at {where}{noise}."
+        else:
+            yield f"As served, the throughputs of {one} and {other} differ by no more than noise."

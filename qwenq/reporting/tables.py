@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwenq.reporting.collect import Collection, Measured, hardware_names
 from qwenq.reporting.text import Format, clean, format_of
-from qwenq.results import Value
+from qwenq.results import Row, Value
 
 MISSING = "–"
 
@@ -144,22 +145,51 @@ class Pivot:
     notes: Footnotes
 
     def table(self, key: str, title: str) -> Table:
-        """Return the table; a cell without a measurement is a dash."""
+        """Return the table; a cell without a measurement is a dash.
+
+        A column of which nothing could be measured is left out, and the caption says why.
+        """
+        full = [
+            heading
+            for heading in self.columns
+            if any(heading in line.cells and line.cells[heading].value is not None for line in self.lines)
+        ]
+        empty = [heading for heading in self.columns if heading not in full] if full else []
+        caption = [*self.caption, *(self._unmeasured(heading) for heading in empty)]
+        shown = full or self.columns
+        lines = [self._line(draft, shown) for draft in self.lines]
+        used = sorted({cell.note for line in lines for cell in line.cells if cell.note})
+        numbers = {old: new for new, old in enumerate(used, 1)}
         return Table(
             key,
             title,
-            (*self.headers, *self.columns),
+            (*self.headers, *shown),
             len(self.headers),
-            tuple(self._line(draft) for draft in self.lines),
-            tuple(self.caption),
-            tuple(self.notes.sentences),
+            tuple(_renumbered(line, numbers) for line in lines),
+            tuple(caption),
+            tuple(self.notes.sentences[number - 1] for number in used),
         )
 
-    def _line(self, draft: Draft) -> Line:
+    def _unmeasured(self, heading: str) -> str:
+        notes = {line.cells[heading].note for line in self.lines if heading in line.cells}
+        reasons = [self.notes.sentences[note - 1] for note in sorted(filter(None, notes))]
+        return f"not measured: {without_unit(heading)} ({'; '.join(reasons)})"
+
+    def _line(self, draft: Draft, shown: list[str]) -> Line:
         first, *others = draft.labels
         labels = (Cell(first, first, note=draft.note), *(Cell(label, label) for label in others))
-        figures = (draft.cells.get(heading, Cell(MISSING)) for heading in self.columns)
+        figures = (draft.cells.get(heading, Cell(MISSING)) for heading in shown)
         return Line((*labels, *figures), draft.published)
+
+
+def _renumbered(line: Line, numbers: dict[int, int]) -> Line:
+    cells = (replace(cell, note=numbers[cell.note]) if cell.note else cell for cell in line.cells)
+    return replace(line, cells=tuple(cells))
+
+
+def without_unit(heading: str) -> str:
+    """Return ``GSM8K`` of ``GSM8K (%)``."""
+    return re.sub(r" \([^()]*\)$", "", heading)
 
 
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
@@ -204,13 +234,21 @@ def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> 
     listed = row.details.get("outliers")
     outliers = listed if isinstance(listed, list) else []
     known = any(isinstance(one, dict) and isinstance(one.get("repetition"), int) for one in outliers)
-    note = notes.number(OUTLIERS) if known else None
+    said = [*([OUTLIERS] if known else []), *([RAN_PLAIN] if _ran_plain(row) else [])]
+    note = notes.number("; ".join(said)) if said else None
     if row.low is None or row.high is None:
         return Cell(write(row.value), row.value, note=note)
     return Cell(write(row.value), row.value, write(row.low), write(row.high), note)
 
 
 OUTLIERS = "a median that includes outlying repetitions, which results.json lists"
+RAN_PLAIN = "ran with plain attention, as FP32 of the cards did: FlashAttention takes no float32"
+
+
+def _ran_plain(row: Row) -> bool:
+    """Return whether a GPU had to compute FlashAttention's row of FP32 without it (``attention.of_row``)."""
+    asked = row.point.get("attention") in ("v1", "v2") and row.point.get("device") == "cuda"
+    return asked and row.model.precision == "fp32"
 
 
 def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:
@@ -280,7 +318,7 @@ def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:
         return []
     if len(set(by_heading.values())) == 1:
         return [f"{title}: {next(iter(given.values()))}"]
-    return [f"{title}: " + "; ".join(f"{heading} {value}" for heading, value in given.items())]
+    return [f"{title}: " + "; ".join(f"{without_unit(key)} {value}" for key, value in given.items())]
 
 
 def _labels(fact: dict[str, str], varying: Iterable[str], layout: Layout) -> list[str]:

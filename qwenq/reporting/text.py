@@ -14,8 +14,12 @@ from dataclasses import dataclass
 
 LONGEST = 400
 """Characters of one text that are shown."""
+LONGEST_SENTENCE = 4_000
+"""A headline that is cut short would lose its verdict."""
 LONGEST_COMMAND = 10_000
 """A command that is cut short would be another command."""
+LONGEST_SENTENCE = 4_000
+"""Our own sentences, made of several names and figures."""
 
 _TERMINAL = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
@@ -46,9 +50,9 @@ def count(number: object, things: str) -> str:
     return f"{number} {things.removesuffix('s') if number == 1 else things}"
 
 
-def markdown(text: object) -> str:
+def markdown(text: object, longest: int = LONGEST) -> str:
     """Return ``clean`` text that GitHub's Markdown shows as is, without markup, HTML, links or mentions."""
-    shown = _MARKUP.sub(r"\\\g<0>", clean(text))
+    shown = _MARKUP.sub(r"\\\g<0>", clean(text, longest))
     shown = _LINK.sub(lambda found: ":\\/\\/" if found[0] == "://" else "\\.", shown)
     shown = shown.replace("@", "@&#8203;")  # a zero-width space: no mention, no mail address
     return re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", lambda found: _at_start(found[0]), shown)

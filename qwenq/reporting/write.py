@@ -19,10 +19,12 @@ from markupsafe import Markup
 from qwenq.environment import measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.collect import Collection, Measured, Run, collect, hardware_names
+from qwenq.reporting.figures import Figure
 from qwenq.reporting.plots import inline_svg, tone_of, write_plot
 from qwenq.reporting.report import Report, Section, make_report
 from qwenq.reporting.tables import Cell, Line, Table
-from qwenq.reporting.text import GIB, clean, count, markdown, spreadsheet
+from qwenq.reporting.text import GIB, LONGEST_SENTENCE, clean, count, markdown, spreadsheet
+from qwenq.results import REPORT_FILE, RESULTS_FILE
 from qwenq.storage import atomic_write_bytes, held
 
 # List what runs were measured on; what all runs share is listed once.
@@ -178,8 +180,12 @@ def report_markdown(report: Report) -> str:
     for section in report.sections:
         if several:
             parts.append(f"## {markdown(section.family)}")
-        parts += _section(section, "###" if several else "##")
-    parts += _environment(report)
+        heading = "###" if several else "##"
+        parts += tables_markdown(section, heading)
+        if section.figures:
+            parts.append(f"{heading} Plots")
+            parts.append("\n".join(_image(section.slug, figure) for figure in section.figures))
+    parts += environment_markdown(report.collection, "##")
     parts += _commands(report)
     return "\n\n".join(parts) + "\n"
 
@@ -190,19 +196,18 @@ def _head(report: Report) -> Iterator[str]:
         yield f"Measured {markdown(date)} with qwenq. [The same as a page](index.html) whose tables sort."
 
 
-def _section(section: Section, heading: str) -> Iterator[str]:
+def _image(slug: str, figure: Figure) -> str:
+    return f"![{markdown(figure.title)}]({PLOTS}/{slug}-{figure.key}.png)"
+
+
+def tables_markdown(section: Section, heading: str) -> Iterator[str]:
+    """Yield the summary of a section and its tables, each below a heading of that level."""
     if section.summary:
-        yield "\n".join(f"- {markdown(line)}" for line in section.summary)
+        yield "\n".join(f"- {markdown(line, LONGEST_SENTENCE)}" for line in section.summary)
     for table in section.tables:
         yield f"{heading} {markdown(table.title)}"
         yield render_table(table)
         yield from _below(table)
-    if section.figures:
-        yield f"{heading} Plots"
-        yield "\n".join(
-            f"![{markdown(figure.title)}]({PLOTS}/{section.slug}-{figure.key}.png)"
-            for figure in section.figures
-        )
 
 
 def render_table(table: Table) -> str:
@@ -228,7 +233,7 @@ def render_cell(cell: Cell, *, italic: bool = False) -> str:
 def _below(table: Table) -> Iterator[str]:
     if table.caption:
         caption = "; ".join(table.caption)
-        yield f"{markdown(caption[:1].upper() + caption[1:])}."
+        yield f"{markdown(caption[:1].upper() + caption[1:], LONGEST_SENTENCE)}."
     if any(cell.mark == "significant" for line in table.lines for cell in line.cells):
         yield f"{SIGNIFICANT} a significant loss."
     if table.notes:
@@ -238,10 +243,11 @@ def _below(table: Table) -> Iterator[str]:
         ).rstrip()
 
 
-def _environment(report: Report) -> Iterator[str]:
-    lines = environment_lines(report.collection)
+def environment_markdown(collection: Collection, heading: str) -> Iterator[str]:
+    """Yield what the rows were measured on, below a heading of that level."""
+    lines = environment_lines(collection)
     if lines:
-        yield "## Measured on"
+        yield f"{heading} Measured on"
         yield "\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in lines)
 
 
@@ -252,7 +258,22 @@ def _commands(report: Report) -> Iterator[str]:
         return
     longest = max((len(run) for text in report.commands for run in re.findall(r"`+", text)), default=2)
     fence = "`" * max(3, longest + 1)
-    yield "\n".join([f"{fence}sh", *report.commands, fence])
+    yield "\n".join([f"{fence}sh", *map(_wrapped, report.commands), fence])
+
+
+_WIDTH = 110
+"""Characters of a line of a command, if it can be broken before an option."""
+
+
+def _wrapped(command: str) -> str:
+    """Break a long command before options, as a shell allows; one with quotes stays as it is."""
+    if len(command) <= _WIDTH or re.search(r"""["'\\]""", command):
+        return command
+    lines = [""]
+    for part in re.split(r" (?=--\w)", command):
+        fits = not lines[-1] or len(f"{lines[-1]} {part}") <= _WIDTH
+        lines = [*lines[:-1], f"{lines[-1]} {part}".lstrip()] if fits else [*lines, part]
+    return " \\\n    ".join(lines)
 
 
 # Write a report as one HTML file that needs no network and runs only its own script.
@@ -282,13 +303,16 @@ def report_page(report: Report) -> str:
         draw=inline_svg,
         tone=tone_of,
         sentence=_sentence,
+        opened=_opened,
         marked=_marked,
+        commands="\n".join(map(_wrapped, report.commands)),
     )
 
 
 def _subtitle(report: Report) -> str:
     measured = report.collection.measured
-    hardware = dict.fromkeys(map(hardware_names(measured), measured))
+    names = dict.fromkeys(map(hardware_names(measured), measured))
+    hardware = [name for name in names if not any(other.startswith(f"{name}, ") for other in names)]
     date = " to ".join(dict.fromkeys(report.dates))
     return " · ".join(part for part in (*hardware, date) if part)
 
@@ -296,6 +320,13 @@ def _subtitle(report: Report) -> str:
 def _sentence(parts: tuple[str, ...]) -> str:
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _opened(line: str) -> tuple[str, str, str]:
+    """Split a line of a summary into the model's label, what it is, and what it answers."""
+    label, _, rest = line.partition(": ")
+    facts, against, answers = rest.partition("; against ")
+    return label, facts, f"Against {answers}" if against else ""
 
 
 def _marked(table: Table) -> bool:
@@ -319,9 +350,9 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
     """Read run folders; write ``README.md``, ``index.html``, ``results.json``, ``results.csv``, ``plots/``.
 
     Args:
-        runs: run folders.
+        runs: run folders; a report stands for the runs that it was made of.
         out: the folder to write; what is there is replaced, plots of an earlier report included.
-        title: None: the unquantised models' names.
+        title: None: that of the only report in ``runs``, else the unquantised models' names.
 
     Returns:
         The page.
@@ -333,9 +364,9 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
     """
     _refuse_foreign(runs, out)
     collection = collect(runs)
-    report = make_report(collection, title or ", ".join(collection.families))
+    report = make_report(collection, title or _title_of_report(runs) or ", ".join(collection.families))
     texts = {
-        "results.json": json_text(report),
+        REPORT_FILE: json_text(report),
         "results.csv": csv_text(report),
         "README.md": report_markdown(report),
         "index.html": report_page(report),
@@ -355,15 +386,23 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
     return out / "index.html"
 
 
+def _title_of_report(runs: list[Path]) -> str:
+    """Return the title of a report that is made anew; empty for run folders."""
+    if len(runs) > 1 or (runs[0] / RESULTS_FILE).exists():
+        return ""
+    return str(json.loads((runs[0] / REPORT_FILE).read_text(encoding="utf-8")).get("title") or "")
+
+
 def _refuse_foreign(runs: list[Path], out: Path) -> None:
     """Refuse a folder with other files: a report's README.md must not replace another one."""
-    if out.resolve() in {run.resolve() for run in runs}:
+    measured = {run.resolve() for run in runs if (run / RESULTS_FILE).exists()}
+    if out.resolve() in measured:
         raise UsageError(
             "the report would be mixed with its run", where=out, hint="give --out another folder"
         )
     if out.exists() and not out.is_dir():
         raise UsageError("--out is a file", where=out, hint="name a folder")
-    if out.is_dir() and not set(out.iterdir()) <= set(_rests(out)) and not _is_report(out / "results.json"):
+    if out.is_dir() and not set(out.iterdir()) <= set(_rests(out)) and not _is_report(out / REPORT_FILE):
         raise UsageError("there are other files than a report", where=out, hint="name a new or empty folder")
 
 

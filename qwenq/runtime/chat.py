@@ -147,6 +147,11 @@ class Conversation:
         finally:
             self._remember(ids)
 
+    def clear(self) -> None:
+        """Forget all rounds so far; the system message stays."""
+        self._rounds.clear()
+        self.dropped_rounds = 0
+
     def _remember(self, ids: list[int]) -> None:
         if ids:
             self._rounds[-1].append({"role": "assistant", "content": self._tokenizer.decode(ids)})

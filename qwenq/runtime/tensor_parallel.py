@@ -43,7 +43,7 @@ def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:
         raise UnsupportedError(
             "transformers shards a model only where accelerate is installed",
             where="--tp",
-            hint="pip install 'qwenq[tp]'",
+            hint="pip install accelerate",
         )
     if quantization_of(checkpoint.config) is not None:
         raise UnsupportedError(

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from terminal import Terminal
+from typer.testing import CliRunner
 
 from qwenq import cli
+from qwenq.cli import app as app_module
 from qwenq.cli.app import COMMANDS, app
 from qwenq.environment import __version__
 from qwenq.errors import ModelError, QwenqError, UsageError
@@ -52,6 +54,15 @@ def test_every_command_module_is_listed() -> None:
         name for name, text in files.items() if re.search(r"^@?app\.(command|add_typer)\(", text, re.M)
     }
     assert {f"qwenq.cli.{name}" for name in defining} == set(COMMANDS.values())
+
+
+def test_every_command_has_short_help_and_those_that_take_time_are_quiet_or_verbose() -> None:
+    app_module.register()
+    for name in COMMANDS:
+        shown = CliRunner().invoke(app, [name, "-h"])
+        assert (shown.exit_code, shown.stdout.startswith("Usage: ")) == (0, True), name
+        assert ("--quiet" in shown.stdout) == ("--verbose" in shown.stdout), name
+    assert "--verbose" in CliRunner().invoke(app, ["quantize", "-h"]).stdout
 
 
 def test_version() -> None:

@@ -120,6 +120,40 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Terminal) -> None:
     assert terminal.exit_code() == 0
 
 
+def test_commands_at_the_prompt(folder: Path) -> None:
+    """They are no questions; one that there is not is refused with those that there are."""
+    child = Terminal([sys.executable, "-m", "qwenq", "chat", str(folder), *QUICK, "--greedy"])
+    try:
+        child.wait_for("> ")
+        child.type("hello\n")
+        child.wait_for("hello\r\n")
+        first = child.wait_for("> ")
+        for typed, said in (
+            ("/help", "/clear  forget the chat so far"),
+            ("/halp me", "there is no command /halp; a space before it makes it a question"),
+            ("/clear", "the chat so far is forgotten"),
+        ):
+            child.type(f"{typed}\n")
+            child.wait_for(said)
+            child.wait_for("> ")
+        child.type("hello\n")  # the same as at first: nothing came before it
+        child.wait_for("hello\r\n")
+        assert child.wait_for("> ") == first
+        child.type(" /help\n")
+        child.wait_for("/help\r\n")
+        assert "forget" not in child.wait_for("> ")
+        child.type("/exit\n")
+        child.wait_for("tokens)")
+        assert child.exit_code() == 0
+    finally:
+        child.close()
+
+
+def test_a_piped_line_is_a_question_whatever_it_begins_with(folder: Path) -> None:
+    done = runner.invoke(app, ["chat", str(folder), *QUICK, "--greedy"], input="/exit\nhello\n")
+    assert "(10 tokens)" in done.stderr
+
+
 @pytest.mark.parametrize("answering", [True, False])
 def test_sigterm_ends_the_chat_wherever_it_is(terminal: Terminal, answering: bool) -> None:
     """It is no Ctrl-C, which stops an answer or asks once more."""

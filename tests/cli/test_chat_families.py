@@ -6,12 +6,15 @@ import base64
 from pathlib import Path
 
 import pytest
+from models.qwen3_template import ALWAYS, QWEN3, set_template
 from runtime.small_chat import write_chat_folder
 from safetensors.torch import load_file, save_file
 from tiny_families import write_calibration, write_family
+from tiny_model import write_tiny_model
 from typer.testing import CliRunner
 
 from qwenq.cli.app import app, register
+from qwenq.errors import UsageError
 from qwenq.models.qwen_tokenizer import RANKS_FILE
 from qwenq.models.tokenizer import load_tokenizer
 from qwenq.runtime.chat import Session
@@ -111,3 +114,33 @@ def test_what_would_drive_the_terminal_is_shown_as_text(tmp_path: Path) -> None:
     assert done.exit_code == 0, (done.output, done.exception)
     assert "[31mred2J\ufffd" * 6 in done.stdout
     assert not set(done.stdout) & set("\x1b\x07\x9b\u202e")
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return set_template(write_tiny_model(tmp_path_factory.mktemp("chat") / "Thinker"), QWEN3)
+
+
+@pytest.mark.parametrize(
+    ("wish", "ending"),
+    [("on", ""), ("auto", ""), ("off", "<think>\n\n</think>\n\n")],  # auto: as the template does by itself
+)
+def test_thoughts_are_asked_for_in_the_prompt(
+    wish: str, ending: str, thinker: Path, prompts: list[list[int]]
+) -> None:
+    done = runner.invoke(app, ["chat", str(thinker), *QUICK, "--thinking", wish], input="1 + 1?\n")
+    assert done.exit_code == 0, (done.output, done.exception)
+    (prompt,) = prompts
+    asked = load_tokenizer(thinker).decode(prompt)
+    assert asked == f"<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n{ending}"
+    assert "the answer was cut at its limit of tokens" in done.stderr
+
+
+@pytest.mark.parametrize(("template", "wish"), [(None, "on"), (ALWAYS, "off")])
+def test_what_a_template_cannot_do_is_refused(tmp_path: Path, template: str | None, wish: str) -> None:
+    folder = write_tiny_model(tmp_path / "Tiny")
+    if template is not None:
+        set_template(folder, template)
+    done = runner.invoke(app, ["chat", str(folder), *QUICK, "--thinking", wish], input="hello\n")
+    assert isinstance(done.exception, UsageError)
+    assert "chat template" in done.exception.what

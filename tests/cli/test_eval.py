@@ -206,3 +206,59 @@ def test_what_was_limited_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     for rows, said in (([whole], []), ([cut], [line]), ([whole, cut], [f"gsm8k: {line}"])):
         eval.print_table(tmp_path, rows)
         assert [one for one in capsys.readouterr().out.splitlines() if "limited to" in one] == said
+
+
+def compared(task: str, lost: int, won: int, *, cut: int = 0) -> Row:
+    """A row of an Int4 with its comparison, as an evaluation records it."""
+    change = (won - lost) / 100
+    details = {"paired": {**Paired(100, lost, won).to_json(change), "base": "fp32"}}
+    details |= {"cut": {"answers": cut, "of": 100}}
+    return replace(
+        row("int4", **details), point={"task": task, "protocol": "card"}, value=0.5 + change, n=100
+    )
+
+
+def printed(rows: list[Row], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    eval.print_table(folder, rows)
+    return capsys.readouterr().out
+
+
+def test_the_last_line_has_the_largest_drop_what_could_be_seen_and_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table of the first report: 6 of 100 items lost in one of four tasks, significant only alone."""
+    rows = [compared("gsm8k", 6, 0), *(compared(task, 1, 1) for task in ("mmlu", "ceval", "humaneval"))]
+    out = printed(rows, tmp_path, capsys)
+    assert "Tiny int4 beside its base: gsm8k fell most: 50.0 → 44.0 % (−6.0 points, 95 % interval" in out
+    assert "p = 0.031, 0.125 after Holm's correction for 4 tests); its 100 items show a drop of" in out
+    assert "points 4 times in 5, but not one of 2; verdict: inconclusive (TOST excludes a change of 2" in out
+    assert "(p = 0.031), which one of 4 tests may show by chance" in out
+    assert "no loss" not in out
+
+
+def test_a_loss_is_called_one_and_a_gain_by_chance_is_not_sold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = printed([compared("gsm8k", 20, 1), compared("mmlu", 1, 10)], tmp_path, capsys)
+    assert "verdict: a loss in 1 of 2 tasks (gsm8k)" in out
+    assert "gain: +9.0 points" in out and "mmlu" not in out.rpartition("beside its base")[2]
+    out = printed([compared("mmlu", 0, 6), *(compared(f"t{n}", 0, 0) for n in range(3))], tmp_path, capsys)
+    assert "which one of 4 tests may show by chance" in out
+
+
+def test_tasks_that_could_not_be_compared_are_counted_in_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    apart = replace(row("int4", unpaired="other items"), point={"task": "ceval", "protocol": "card"})
+    out = printed([compared("mmlu", 0, 0), apart], tmp_path, capsys)
+    assert "in 0 of 1 task; 1 not compared item by item)" in out
+
+
+@pytest.mark.parametrize(("cut", "warned"), [(0, False), (2, False), (3, True)])
+def test_more_than_two_percent_of_answers_cut_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: int, warned: bool
+) -> None:
+    out = printed([compared("gsm8k", 1, 1, cut=cut)], tmp_path, capsys)
+    line = f"warning: gsm8k, Tiny int4: {cut} of 100 answers ({cut}.0%) were cut at their limit of tokens"
+    assert (line in out) is warned
+    assert f"{cut}.0%" in out, "the share is a column"

@@ -164,7 +164,7 @@ def test_what_quantising_cost_by_its_check_is_shown_and_recorded_once(
         ran = evaluate(base, int8, *options(data), "--out", "run")
         assert ran.code == 0, ran.err
         assert (
-            "Tiny-GPTQ-Int8 int8 beside its base, by the check: "
+            "Tiny-GPTQ-Int8 beside its base, by the check: "
             "KL divergence 0.0712 nats a token (0.0600 – 0.0800); same top token 90.0% (85.0% – 95.0%); "
             "perplexity × 1.050"
         ) in ran.out

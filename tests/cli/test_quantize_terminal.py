@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from quantize_shell import QuantizeShell
 from terminal import SIZE, Terminal
 
 from qwenq.cli.progress import TextListener, quantize_listener
@@ -35,12 +36,27 @@ def test_a_live_bar_shows_layers_and_the_time_left(terminal: Terminal, tmp_path:
     assert "layers" in bar
     assert len(f"quantising{bar}left") <= SIZE[1]  # one line of a usual terminal: nothing is cut off
     for number in (1, 2, 3):
-        terminal.wait_for(f"layer   {number} of 3: error ")
+        terminal.wait_for(f"layer   {number} of 3: error on calibration text ")
         assert re.search(r"^[\d.]+%, round-to-nearest [\d.]+%", terminal.wait_for("\r\n"))
     end = terminal.wait_for("verdict")
     assert "\x1b[2K" in end  # the bar is taken away
     assert terminal.exit_code() == 0
     assert (tmp_path / "q" / "qwenq.json").is_file()
+
+
+def test_verbose_shows_times_and_every_module(
+    tiny_model: Path, calibration: Path, tmp_path: Path, quantize: QuantizeShell
+) -> None:
+    ran = quantize("--bits", 8, "--calibration", calibration, "--out", tmp_path / "q", "-v")
+    assert ran.code == 0, ran.err
+    assert re.match(r"python [\d.]+, qwenq [\d.]+, torch ", ran.err)
+    assert re.search(r"^quantising: \d+\.\d s$", ran.err, re.MULTILINE)
+    assert re.search(r"^checking what was written: \d+\.\d s$", ran.err, re.MULTILINE)
+    modules = [line for line in ran.err.splitlines() if "self_attn.q_proj" in line]
+    assert len(modules) == 3
+    assert re.search(r"mlp\.down_proj [\d.]+%", modules[0])
+    plain = quantize("--bits", 8, "--calibration", calibration, "--out", tmp_path / "p", "-q")
+    assert "q_proj" not in plain.err + plain.out
 
 
 def test_the_time_left_is_shown_of_layers_that_take_minutes_each(
@@ -59,4 +75,4 @@ def test_the_time_left_is_shown_of_layers_that_take_minutes_each(
             listener(Advance("quantising", index + 1, 5, done))
             seen.append(listener._bar.tasks[0].fields["left"])
     assert seen == ["-:--", "-:--", "7:30", "5:20", "2:40"]
-    assert "layer   4 of 5: error 1.0%, round-to-nearest 2.0%" in capsys.readouterr().out
+    assert "layer   4 of 5: error on calibration text 1.0%, round-to-nearest 2.0%" in capsys.readouterr().out

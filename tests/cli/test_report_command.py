@@ -204,7 +204,7 @@ def test_of_one_row_is_spoken_in_the_singular(runs: Path) -> None:
     done = qwenq("compare", "before", "after", "--fail-on", "kl:>0.05, size:>1, speed:<0.9", cwd=runs)
     assert "1 row not covered by a condition, or not measured in the baseline: accuracy" in done.stdout
     done = qwenq("compare", "before", "after", "--fail-on", "kl:>0.05", cwd=runs)
-    assert "1 row passed without a difference" in done.stdout
+    assert "1 row passed: 1 the same" in done.stdout
     assert "Passed: no condition failed in 1 row." in done.stdout
 
 

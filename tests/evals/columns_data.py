@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwenq.evals.tasks import gpqa, ifeval, math500, mmlu_pro
+from qwenq.evals.tasks import gpqa, mmlu_pro
+from qwenq.evals.tasks.data import subjects_of
 
 QUESTIONS = (
     "Which lamp shines?",
@@ -28,7 +29,7 @@ def mmlu_pro_rows(split: str, only: str | None = None) -> list[dict[str, Any]]:
     for subject, count in mmlu_pro.COUNTS.items():
         if only not in (None, subject):
             continue
-        for n in range(count if split == "test" else 5):
+        for n in range((count or 0) if split == "test" else 5):
             options = list(OPTION_SETS[n % len(OPTION_SETS)])
             right = n % len(options)
             row = {
@@ -50,7 +51,7 @@ def mmlu_pro_rows(split: str, only: str | None = None) -> list[dict[str, Any]]:
 def gpqa_rows() -> list[dict[str, str]]:
     """Return rows of the authors' file, with some of the many columns that are not read."""
     rows = []
-    for n in range(gpqa.COUNT):
+    for n in range(198):
         answers = (f" right {n} ", f"wrong  {n}", f"wrong [title] {n}", f'"wrong", {n}\nline')
         rows.append(
             {
@@ -58,7 +59,7 @@ def gpqa_rows() -> list[dict[str, str]]:
                 "Question": f"{QUESTIONS[n % len(QUESTIONS)]} {n}",
                 **dict(zip((gpqa.RIGHT, *gpqa.WRONG), answers, strict=True)),
                 "Explanation": "",
-                gpqa.DOMAIN: gpqa.DOMAINS[n % 3],
+                gpqa.DOMAIN: gpqa.DOMAINS[n % 3].capitalize(),
                 "Record ID": f"rec{n}",
             }
         )
@@ -76,7 +77,7 @@ INSTRUCTIONS: tuple[tuple[list[str], list[dict[str, Any]]], ...] = (
 def ifeval_rows() -> list[dict[str, Any]]:
     """Return rows as on the hub."""
     rows = []
-    for n in range(ifeval.COUNT):
+    for n in range(541):
         names, arguments = INSTRUCTIONS[n % len(INSTRUCTIONS)]
         prompt = f"{QUESTIONS[n % len(QUESTIONS)]} {n}"
         rows.append({"key": 1000 + n, "prompt": prompt, "instruction_id_list": names, "kwargs": arguments})
@@ -91,8 +92,8 @@ def math500_rows() -> list[dict[str, Any]]:
         "number_theory": "Number Theory",
     }
     rows = []
-    for subject, count in math500.COUNTS.items():
-        for n in range(count):
+    for subject, count in subjects_of("math-500")[0].items():
+        for n in range(count or 0):
             answer = f"\\frac{{{n}}}{{7}}"
             row = {
                 "problem": f"{QUESTIONS[n % len(QUESTIONS)]} {n}",
@@ -121,7 +122,7 @@ def write_columns(data: Path) -> Path:
     write_lines(data / "ifeval" / "input_data.jsonl", ifeval_rows())
     write_lines(data / "math-500" / "test.jsonl", math500_rows())
     rows = gpqa_rows()
-    path = data / "gpqa" / gpqa.FILE
+    path = data / "gpqa" / "gpqa_diamond.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))

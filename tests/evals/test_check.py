@@ -148,6 +148,12 @@ def test_divergence_is_that_of_whole_models_in_float64(case: Case) -> None:
     assert sum(part.n for part in result.kl_by_position) == kl.numel()
     same = (p.argmax(-1) == q.argmax(-1)).double().mean()
     assert result.same_top.value == pytest.approx(float(same), abs=1.01 / kl.numel())
+    for count, found in ((5, result.top5), (10, result.top10)):
+        shared = [
+            len(set(a.topk(count).indices.tolist()) & set(b.topk(count).indices.tolist())) / count
+            for a, b in zip(p.flatten(0, 1), q.flatten(0, 1), strict=True)
+        ]
+        assert found.value == pytest.approx(sum(shared) / len(shared), abs=0.5 / kl.numel())
     assert (result.sequences, result.seq_len, result.tokens) == (5, 40, 5 * 39)
 
 
@@ -209,6 +215,7 @@ def test_a_model_compared_with_itself_has_zero_divergence(case: Case) -> None:
         device="cpu", dtype=torch.float32,
     )  # fmt: skip
     assert result.kl.value < 1e-6 and result.same_top.value == 1.0
+    assert result.top5.value == result.top10.value == 1.0
     assert result.perplexity_ratio.value == pytest.approx(1.0, abs=1e-6)
     assert all(row.error == 0 for row in result.modules)
     assert result.verdict.word == "excellent"

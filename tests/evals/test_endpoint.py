@@ -18,8 +18,8 @@ from qwenq.http import ATTEMPTS, ServerState
 
 def test_a_chat_is_sent_and_its_text_returned(server: Server) -> None:
     reply = at(server, key="secret").ask(chat("so?"))
-    assert reply.written.text == "SO?"
-    assert (reply.written.tokens, reply.prompt_tokens, reply.written.stopped) == (3, 7, True)
+    assert reply.answer.text == "SO?"
+    assert (reply.answer.tokens, reply.prompt_tokens, reply.answer.stopped) == (3, 7, True)
     assert server.paths == ["/v1/chat/completions"]
     assert server.seen[0]["temperature"] == 0
     assert server.seen[0]["repetition_penalty"] == 1, "else vLLM takes that of the model's generation config"
@@ -33,7 +33,7 @@ def test_plain_text_is_completed_and_cut_at_stop_strings(server: Server) -> None
     ends = ("\nQ", "A", "B", "C", "X THAT")
     reply = at(server).ask(Write("keep x that goes", 8, ends[:1] + ends[4:]))
     assert server.paths == ["/v1/completions"]
-    assert reply.written.text == "KEEP "
+    assert reply.answer.text == "KEEP "
     at(server).ask(Write("keep", 8, ends))
     assert server.seen[1]["stop"] == list(ends[:4]), "more than four are refused by servers"
 
@@ -42,7 +42,7 @@ def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) ->
     said: list[str] = []
     server.refuses = ("repetition_penalty",)
     endpoint = at(server, trouble=ServerState(notices_to(said)))
-    assert [endpoint.ask(chat(text)).written.text for text in ("one", "two")] == ["ONE", "TWO"]
+    assert [endpoint.ask(chat(text)).answer.text for text in ("one", "two")] == ["ONE", "TWO"]
     assert ["repetition_penalty" in one for one in server.seen] == [True, False, False]
     assert said == [f"{server.url}: this server refuses the option repetition_penalty, so it is left out"]
     server.refuses = ("temperature",)
@@ -54,7 +54,7 @@ def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) ->
 def test_temporary_errors_are_retried_and_count_once(server: Server, trouble: str) -> None:
     server.trouble = [trouble, trouble]
     replies = list(at(server, concurrency=1).ask_all([chat("one"), chat("two")]))
-    assert [(index, reply.written.text) for index, reply in replies] == [(0, "ONE"), (1, "TWO")]
+    assert [(index, reply.answer.text) for index, reply in replies] == [(0, "ONE"), (1, "TWO")]
     assert len(server.seen) == 4
 
 
@@ -87,7 +87,7 @@ def test_neither_redirects_nor_other_interfaces_are_followed(server: Server, tro
 def test_requests_are_limited_to_the_concurrency(server: Server) -> None:
     server.pause = 0.03
     replies = dict(at(server, concurrency=3).ask_all([chat(f"q{n}") for n in range(12)]))
-    assert {index: reply.written.text for index, reply in replies.items()} == {n: f"Q{n}" for n in range(12)}
+    assert {index: reply.answer.text for index, reply in replies.items()} == {n: f"Q{n}" for n in range(12)}
     assert server.most_busy == 3
 
 
@@ -192,4 +192,4 @@ def test_only_finish_reason_length_counts_as_cut(
     odd = Endpoint("http://h/v1", "m")
     message = {"role": "assistant", "content": None, "reasoning_content": "hm"}
     answer_always(monkeypatch, {"choices": [{"message": message, "finish_reason": reason}]})
-    assert odd.ask(Write("p", 1)).written == Written("", 0, stopped)
+    assert odd.ask(Write("p", 1)).answer == Written("", 0, stopped)

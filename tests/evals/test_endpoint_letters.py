@@ -16,8 +16,7 @@ from evals.letter_server import LetterServer
 from qwenq import http
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.answer_log import AnswerRecord, read_answer_log
-from qwenq.evals.endpoint import Endpoint
-from qwenq.evals.endpoint_letters import ECHO, TOP, score_letters
+from qwenq.evals.endpoint import ECHO, TOP, Endpoint, score_letters
 from qwenq.evals.model import LoadOptions, LocalModel, RemoteModel, open_eval_model
 from qwenq.evals.run import answer, make_plan
 from qwenq.evals.task import Choose, DataSource
@@ -87,7 +86,7 @@ def test_letters_beyond_the_list_are_echoed_by_vllm_and_listed_by_llama(
     unlikely = Choose("Quantise the weights", tuple(" " + letter for letter in "ABCD"))
     found = {manner: score_letters(serve(manner), unlikely) for manner in ("vllm", "llama")}
     assert (found["vllm"].how, found["llama"].how) == (ECHO, TOP)
-    assert found["vllm"].chosen.logprobs == pytest.approx(found["llama"].chosen.logprobs, abs=1e-4)
+    assert found["vllm"].answer.logprobs == pytest.approx(found["llama"].answer.logprobs, abs=1e-4)
     assert found["vllm"].prompt_tokens == found["llama"].prompt_tokens > 0
 
 
@@ -116,7 +115,7 @@ def test_continuations_of_several_tokens_are_echoed(serve: Serve, model: LocalMo
     ((_, ours),) = next(score_choices(model.engine, [asked], budget_for(model.engine)))
     theirs = score_letters(serve("vllm"), Choose("Answer:", choices))
     assert theirs.how == ECHO
-    assert theirs.chosen.logprobs == pytest.approx(ours.logprobs, abs=1e-4)
+    assert theirs.answer.logprobs == pytest.approx(ours.logprobs, abs=1e-4)
     with pytest.raises(UsageError, match="refuses echo with logprobs"):
         score_letters(serve("llama"), Choose("Answer:", choices))
 

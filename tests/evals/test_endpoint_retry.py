@@ -43,7 +43,7 @@ def test_retry_after_makes_the_pause_longer(
     server: Server, waits: list[float], header: str, seconds: float
 ) -> None:
     server.trouble, server.retry_after = ["429"], header
-    assert at(server, pause=FIRST_PAUSE).ask(chat("one")).written.text == "ONE"
+    assert at(server, pause=FIRST_PAUSE).ask(chat("one")).answer.text == "ONE"
     assert waits == [seconds]
 
 

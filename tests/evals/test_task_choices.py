@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
+from evals.columns_data import write_lines
 
-from qwenq.evals.task import Choose, Chosen, Item, Judgement, Write, Written, score_all
+from qwenq.errors import DataError
+from qwenq.evals.task import Choose, Chosen, DataSource, Item, Judgement, Task, Write, Written, score_all
 from qwenq.evals.tasks import ceval
-from qwenq.evals.tasks.choices import closest_option
+from qwenq.evals.tasks.choices import closest_option, judge_choice, lettered
+from qwenq.evals.tasks.data import Dataset
+from qwenq.evals.tasks.files import Row
 from qwenq.evals.tasks.registry import get_task
 
 CARD, BASE, HARNESS = (get_task("mmlu", protocol) for protocol in ("card", "base", "lm-eval"))
@@ -223,3 +228,44 @@ def test_the_option_most_like_a_text_is_that_of_thefuzz() -> None:
         place = closest_option(text, options)
         assert (found is None) == (place is None)
         assert found is None or options[place] == found[0], (text, options)  # type: ignore[index]
+
+
+def science(count: int) -> dict[str, str]:
+    """Return a question with so many options, as ARC has three, four or five, and MMLU-Pro up to ten."""
+    options = dict(zip("ABCDEFGHIJ", (f"option {n}" for n in range(count)), strict=False))
+    return {"question": "Which?", **options, "answer": "ABCDEFGHIJ"[count - 1]}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_letters_are_as_many_as_a_question_has_options(count: int) -> None:
+    """Scored by their probability; the protocol is MMLU's, nothing but the rows differs."""
+    item = Item("science/0", "science", science(count), (science(3),))
+    letters = "ABCDEFGHIJ"[:count]
+    request = BASE.request(item)
+    assert isinstance(request, Choose) and request.choices == tuple(f" {letter}" for letter in letters)
+    assert isinstance(request.prompt, str)
+    shown = "".join(f"{letter}. option {n}\n" for n, letter in enumerate(letters))
+    assert request.prompt.endswith(f"C. option 2\nAnswer: C\n\nQuestion: Which?\n{shown}Answer:")
+    logprobs = tuple(float(n) for n in range(count))
+    assert BASE.judge(item, Chosen(logprobs, ())) == Judgement(True, letters[-1])
+    assert BASE.judge(item, Chosen(logprobs[::-1], logprobs)).also == {"published": True}
+
+
+def test_a_set_with_three_to_five_options_is_a_dataset_and_a_task(tmp_path: Path) -> None:
+    def make(row: Row, _: str | None) -> Item:
+        data = row.data
+        return Item("", None, lettered(data["question"], data["options"], data["answer"], row.where))
+
+    rows = [{"question": f"{n}?", "options": list("uvwxy"[:n]), "answer": "C"} for n in (3, 4, 5)]
+    write_lines(tmp_path / "arc" / "test.jsonl", rows)
+    arc = Dataset(name="arc", make=make, counts={None: 3}, hub="owner/arc")
+    task = Task(
+        "arc", "base", 1, arc.load, "{question}\n{options}\nAnswer:", judge_choice, choices=" {letter}"
+    )
+    items = task.items(DataSource(tmp_path))
+    assert [len(task.request(item).choices) for item in items] == [3, 4, 5]  # type: ignore[union-attr]
+    rows[1]["answer"] = "E"
+    write_lines(tmp_path / "arc" / "test.jsonl", rows)
+    with pytest.raises(DataError, match="the answer is 'E' of 4 options") as caught:
+        task.items(DataSource(tmp_path))
+    assert str(caught.value.where).endswith("test.jsonl, line 2")

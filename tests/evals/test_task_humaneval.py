@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 from qwenq.errors import DataError
 from qwenq.evals.task import DataSource, Item, Judgement, Write, Written
-from qwenq.evals.tasks.humaneval import canonical, program
+from qwenq.evals.tasks.humaneval import program
 from qwenq.evals.tasks.registry import get_task
 
 CARD, BASE = (get_task("humaneval", protocol) for protocol in ("card", "base"))
+canonical: Any = CARD.reference
 PROMPT = (
     'import math\n\n\ndef add(a: int, b: int) -> int:\n    """ Adds.\n      >>> add(1, 2)\n    3\n    """\n'
 )

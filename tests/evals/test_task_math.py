@@ -96,7 +96,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     source = write_math(tmp_path, 473)
     with pytest.raises(DataError, match="473 rows where the published set has 474"):
         TASK.items(source, ["counting_and_probability"])
-    with pytest.raises(DataError, match="no problems there"):
+    with pytest.raises(DataError, match="no such benchmark file"):
         TASK.items(source, ["algebra"])
     with pytest.raises(UsageError, match="math has no subject 'algebr'"):
         TASK.items(source, ["algebr"])
@@ -118,4 +118,4 @@ def test_it_has_no_protocol_for_chat_models() -> None:
 
 
 def test_published_counts() -> None:
-    assert sum(COUNTS.values()) == 5000
+    assert sum(filter(None, COUNTS.values())) == 5000

@@ -15,11 +15,12 @@ from qwenq.evals.run import make_plan
 from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
 from qwenq.evals.suite import check_solutions
 from qwenq.evals.task import DataSource, Item, Write, Written
-from qwenq.evals.tasks.mbpp import program, reference
+from qwenq.evals.tasks.mbpp import program
 from qwenq.evals.tasks.registry import get_task
 from qwenq.events import Event, Notice
 
 CARD, BASE = (get_task("mbpp", protocol) for protocol in ("card", "base"))
+reference: Any = BASE.reference
 NODE = {
     "code": "class Node:\r\n    def __init__(self, value):\r\n        self.value, self.next = value, None\r\n"
     "def length(node):\r\n    return 0 if node is None else 1 + length(node.next)",
@@ -174,7 +175,7 @@ def test_the_hub_gives_the_same_items(
         ({"test_list": ["assert True"]}, "call nothing that the solution defines"),
         ({"code": "def add("}, "not valid Python"),
         ({"code": "x = " + "-" * 100_000 + "1"}, "not valid Python"),
-        ({"task_id": 12}, "task 12 occurs twice"),
+        ({"task_id": 12}, "MBPP/12 occurs twice"),
         ({"text": 1}, "column text is not text"),
     ],
 )

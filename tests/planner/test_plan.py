@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,29 +234,42 @@ def test_options_out_of_bounds_are_refused(options: PlanOptions) -> None:
 
 
 def test_quantising_is_planned_as_quantize_does_it_there() -> None:
-    """128 × 2048 tokens on a GPU, 48 × 256 on a CPU; where that does not fit, the most samples that do."""
+    """128 × 2048 tokens on a GPU, 48 × 256 on a CPU; fewer where that does not fit."""
     model = find_model("qwen2.5-7b-instruct")
     (cpu,) = make_plan(model, PlanOptions()).quantisation
     small, large = make_plan(model, PlanOptions(gpus=(gpu("rtx-4090"), gpu("h200")))).quantisation
-    assert (cpu.gpu, cpu.samples, cpu.seq_len, cpu.fits) == (None, 48, 256, None)
-    assert (small.samples, small.seq_len, small.fits) == (128, 2048, False)
-    assert small.memory.peak / GIB == pytest.approx(32.55, abs=0.01)
-    assert small.fitting is not None
-    samples, peak = small.fitting
-    more = make_plan(model, PlanOptions(gpus=(gpu("rtx-4090"),), samples=2 * samples)).quantisation[0]
-    assert peak <= 24 * GIB < more.memory.peak
-    assert (large.fits, large.fitting) == (True, None)
-    (given,) = make_plan(model, PlanOptions(gpus=(gpu("rtx-4090"),), samples=samples)).quantisation
-    assert (given.fits, given.memory.peak) == (True, peak)
+    assert (cpu.gpu, cpu.size.tokens, cpu.fits) == (None, "48 × 256 tokens", None)
+    assert (large.size.tokens, large.size.usual, large.fits) == ("128 × 2048 tokens", None, True)
+    assert (small.size.tokens, small.fits) == ("64 × 2048 tokens", True)
+    assert small.size.usual is not None
+    assert small.size.usual.tokens == "128 × 2048 tokens"
+    assert small.size.usual.memory.peak / GIB == pytest.approx(32.55, abs=0.01)
+    assert small.size.memory.peak <= 24 * GIB
+
+
+def test_sizes_that_were_asked_for_are_kept_and_what_would_fit_is_named() -> None:
+    model = find_model("qwen2.5-7b-instruct")
+    asked = PlanOptions(gpus=(gpu("rtx-4090"),), samples=128, seq_len=2048)
+    (found,) = make_plan(model, asked).quantisation
+    assert (found.size.tokens, found.size.usual, found.fits) == ("128 × 2048 tokens", None, False)
+    assert found.fitting is not None
+    samples, peak = found.fitting
+    (given,) = make_plan(model, replace(asked, samples=samples)).quantisation
+    assert (given.fits, given.size.memory.peak) == (True, peak)
+    assert make_plan(model, replace(asked, samples=2 * samples)).quantisation[0].fits is False
 
 
 def test_the_answer_comes_first() -> None:
-    plan = make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions(gpus=(gpu("rtx-4090"),)))
-    samples, peak = plan.quantisation[0].fitting or (0, 0)
-    first, second = answer(plan)
+    model, asked = find_model("qwen2.5-7b-instruct"), PlanOptions(gpus=(gpu("rtx-4090"),))
+    first, second = answer(make_plan(model, asked))
     assert first == (
+        "Quantising on NVIDIA GeForce RTX 4090 24 GB: 19.8 of 24 GiB of GPU memory with 64 × 2048 tokens: "
+        "fits; the usual 128 × 2048 tokens need 32.6."
+    )
+    large, _ = answer(make_plan(model, replace(asked, samples=128, seq_len=2048)))
+    assert large == (
         "Quantising on NVIDIA GeForce RTX 4090 24 GB: 32.6 of 24 GiB of GPU memory with 128 × 2048 tokens: "
-        f"does not fit; `--samples {samples}` needs {peak / GIB:.1f} GiB."
+        "does not fit; `--samples 64` needs 19.8 GiB."
     )
     assert second == "Running Int4: fits, 6.6 of 24 GiB, at most 203 tokens/s at 8192 tokens."
     first, second = answer(make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions()))

@@ -21,6 +21,7 @@ class Server(ThreadingHTTPServer):
         refuses: options that it answers with status 400.
         usage: what it reports for (prompt tokens, tokens): see ``honest``.
         beginning: tokens that it counts in a prompt besides its words.
+        owner: who owns the models, by their list.
         ends_at: tokens after which its model ends, where the request does not ignore that.
     """
 
@@ -30,6 +31,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.first, self.between = 0.002, 0.0005
+        self.owner: str | None = "vllm"
         self.trouble: list[str] = []
         self.refuses: tuple[str, ...] = ()
         self.usage: Any = honest
@@ -67,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._send(200, {"data": [{"id": "big/model-GPTQ-Int4"}]})
+        self._send(200, {"data": [{"id": "big/model-GPTQ-Int4", "owned_by": self.server.owner}]})
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

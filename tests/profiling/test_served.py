@@ -386,3 +386,61 @@ def test_a_report_shows_where_two_precisions_cross(server: Server, tmp_path: Pat
     write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "report", None)
     assert any((tmp_path / "report" / "plots").glob("*served_first_token.png"))
     assert "Speed as served" in (tmp_path / "report" / "index.html").read_text()
+
+
+def served_run(server: Server, out: Path, precision: str = "bf16") -> Path:
+    target = find_target(server.url, None, None, precision=precision)
+    profile_served(target, Load((1,), 8, 6), out, environment=environment())
+    return out
+
+
+def test_runs_of_one_kind_of_server_on_one_machine_are_compared(server: Server, tmp_path: Path) -> None:
+    """Whatever the port, which is another one at each start."""
+    before = served_run(server, tmp_path / "before")
+    with Server() as other:
+        threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
+        after = served_run(other, tmp_path / "after")
+        other.shutdown()
+    verdict = api.compare(before, after, fail_on="speed:<0.01, time:>10, failed:>0.5")
+    assert verdict.exit_code == 0, verdict.headline
+    assert len(verdict.of("passed")) == len(METRICS)
+    slow = tmp_path / "slow"
+    for row in read_rows(after):
+        figures = (
+            {"value": 0.001, "low": 0.001, "high": 0.001, "n": 9} if row.metric == "speed.served" else {}
+        )
+        append_row(slow, replace(row, **figures))
+    assert api.compare(before, slow, fail_on="speed:<0.5").exit_code == 1
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    ({"kind": "sglang"}, "another server: sglang instead of vllm"),
+    ({"kind": None}, "another server: unknown instead of vllm"),
+    ({"place": "0123"}, "a server on another machine"),
+    (None, "a run does not record its server"),
+])  # fmt: skip
+def test_other_servers_are_not_compared(
+    server: Server, tmp_path: Path, change: dict[str, Any] | None, why: str
+) -> None:
+    before, after = served_run(server, tmp_path / "before"), tmp_path / "after"
+    for row in read_rows(before):
+        found = None if change is None else {**row.settings["server"], **change}
+        append_row(after, replace(row, settings={**row.settings, "server": found}))
+    verdict = api.compare(before, after, fail_on="speed:<0.5")
+    assert verdict.exit_code == 3
+    assert verdict.of("not comparable")[0].reason == why
+
+
+def test_a_server_on_another_processor_is_not_compared(server: Server, tmp_path: Path) -> None:
+    before, after = served_run(server, tmp_path / "before"), tmp_path / "after"
+    for row in read_rows(before):
+        machine = {**row.settings["machine"], "cpu": {**row.settings["machine"]["cpu"], "model": "Other"}}
+        append_row(after, replace(row, settings={**row.settings, "machine": machine}))
+    verdict = api.compare(before, after, fail_on="speed:<0.5")
+    assert "another machine: processor Other instead of" in verdict.of("not comparable")[0].reason
+
+
+def test_a_report_says_where_the_server_ran(server: Server, tmp_path: Path) -> None:
+    (section,) = make_report(collect([served_run(server, tmp_path / "run")]), "t").sections
+    (table,) = [table for table in section.tables if table.key == "served"]
+    assert any("by vllm; by its address it ran on the machine below" in text for text in table.caption)

@@ -15,7 +15,6 @@ from qwenq.errors import UsageError
 from qwenq.models.bundled import NAME
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.identity import result_model
-from qwenq.models.opening import BUNDLED_NOTICE, Resolved
 from qwenq.profiling.spec import Point, Subjects, is_done, subjects_of, sweep
 
 
@@ -130,17 +129,3 @@ def test_an_unknown_precision_or_a_model_named_twice_is_refused(tiny: Path) -> N
         subjects_of([str(tiny)], ["int3"])
     with pytest.raises(UsageError, match="two models are called tiny"):
         subjects_of([str(tiny), str(tiny)], ["fp32"])
-
-
-def test_bundled_names_the_bundled_model_unless_it_is_a_folder(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qwenq.models.opening.resolve_model", lambda given: Resolved(tiny, [str(given)]))
-    monkeypatch.chdir(tmp_path)
-    assert subjects_of(["bundled"], ["fp32"]).notices == ["None"]
-    monkeypatch.setattr("qwenq.models.opening.resolve_model", lambda given: Resolved(tiny, [BUNDLED_NOTICE]))
-    assert subjects_of(["bundled"], ["fp32"]).notices == []  # it was named
-    assert subjects_of([None], ["fp32"]).notices == [BUNDLED_NOTICE]
-    monkeypatch.setattr("qwenq.models.opening.resolve_model", lambda given: Resolved(tiny, [str(given)]))
-    (tmp_path / "bundled").mkdir()
-    assert subjects_of(["bundled"], ["fp32"]).notices == ["bundled"]

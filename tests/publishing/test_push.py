@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from pipeline import run
 from tiny_families import write_family
 from upload_hub import UploadHub, serve_uploads
+
+from qwenq.cli.app import app, register
 
 REPO = "someone/tiny-GPTQ-Int4"
 
@@ -59,7 +65,9 @@ def push(hub: UploadHub, folder: Path, *, home: Path, **settings: Any) -> dict[s
 def test_a_checked_folder_is_published_as_one_commit(hub: UploadHub, made: Path, tmp_path: Path) -> None:
     found = push(hub, made, home=tmp_path, private=True)
     assert found["url"] == f"{hub.url}/{REPO}/commit/1"
-    assert found["notices"] == [f"made the private repository {REPO}"]
+    paths, repository = found["notices"]
+    assert paths.startswith(f"qwenq.json holds paths of this machine: {made.parent}/")
+    assert repository == f"made the private repository {REPO}"
     there = hub.repos[REPO]["main"]
     assert set(there) == {".gitattributes", *found["files"]}
     assert all(there[name] == (made / name).read_bytes() for name in found["files"])
@@ -73,6 +81,28 @@ def test_a_dry_run_sends_nothing_and_lists_all(hub: UploadHub, made: Path, tmp_p
     assert found["url"] is None
     assert {"model.safetensors", "config.json", "qwenq.json", "README.md"} <= set(found["files"])
     assert hub.repos == {}
+
+
+def test_the_listing_of_the_documents_is_that_of_the_command(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another model: names, layout and sums are compared."""
+    monkeypatch.chdir(made.parent)
+    text = (Path(__file__).parents[2] / "docs" / "reports.md").read_text(encoding="utf-8")
+    command, listing = re.findall(r"```sh\n(qwenq push .*)\n```\n\n.*\n\n```text\n([^`]*)```", text)[0]
+    register()
+    arguments = shlex.split(command)[1:]
+    arguments[1] = made.name
+    typer.main.get_command(app).main(arguments, standalone_mode=False)
+    shown, said = (each.splitlines() for each in (listing, capsys.readouterr().out))
+    form = re.compile(r" *[\d.]+ [KM]?B  ([\w./-]+)")
+    documented, listed = ([form.fullmatch(line)[1] for line in lines[:-1]] for lines in (shown, said))
+    more = {"LICENSE", "generation_config.json"}
+    assert {name for name in documented if not name.startswith("plots/")} - more == set(listed)
+    assert documented == sorted(documented)
+    numbers = lambda line: re.sub(r"\d+ files, [\d.]+ [KM]?B", "N", line)  # noqa: E731
+    assert numbers(shown[-1]) == numbers(said[-1])
+    assert shown[-1].startswith(f"would publish {len(documented)} files, ")
 
 
 def test_weights_that_arrived_before_a_cut_are_not_sent_twice(
@@ -95,6 +125,14 @@ def test_a_branch_is_made_and_said(hub: UploadHub, made: Path, tmp_path: Path) -
     assert "model.safetensors" not in hub.repos[REPO]["main"]
 
 
+def test_a_new_branch_does_not_begin_with_the_files_of_main(
+    hub: UploadHub, made: Path, tmp_path: Path
+) -> None:
+    hub.repos[REPO] = {"main": {"model-00001-of-00002.safetensors": b"x"}}
+    assert push(hub, made, home=tmp_path, branch="int4")["url"]
+    assert "model-00001-of-00002.safetensors" not in hub.repos[REPO]["int4"]
+
+
 def test_a_repository_with_other_files_is_left_alone(hub: UploadHub, made: Path, tmp_path: Path) -> None:
     hub.repos[REPO] = {"main": {"pytorch_model.bin": b"x", "config.json": b"{}"}}
     found = push(hub, made, home=tmp_path)
@@ -108,6 +146,52 @@ def test_a_token_that_may_not_write_is_explained(hub: UploadHub, made: Path, tmp
     found = push(hub, made, home=tmp_path)
     assert found["kind"] == "HubError"
     assert "does not let this token write (403)" in found["error"]
+    assert "nothing was published; it would have been" in found["error"]
+
+
+def test_what_was_made_before_a_failure_is_said(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    hub.cut_commits = 1
+    found = push(hub, made, home=tmp_path, private=True)
+    said = f"the hub answered 500; nothing was published, but it made the private repository {REPO}; "
+    assert said in found["error"]
+
+
+def test_without_a_token_it_says_how_to_get_one(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    hub.token = "hf_other"
+    found = push(hub, made, home=tmp_path)
+    assert found["kind"] == "HubError"
+    assert "wants a token that it knows (401)" in found["error"]
+    assert "hf auth login" in found["error"]
+
+
+def test_plots_and_other_images_of_the_card_go_along(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / made.name))
+    (copy / "plots").mkdir()
+    for name in ("plots/old.png", "plots/new.png", "logo.svg", "private.png"):
+        (copy / name).write_bytes(name.encode())
+    card = (copy / "README.md").read_text()
+    shown = '![a plot](plots/old.png)\n<img src="logo.svg">\n![elsewhere](https://a.example/b.png)\n'
+    (copy / "README.md").write_text(card + shown)
+    files = push(hub, copy, home=tmp_path)["files"]
+    assert {"plots/old.png", "logo.svg"} <= set(files)
+    assert not {"plots/new.png", "private.png"} & set(files)
+    (copy / "README.md").write_text(card + "![a plot](plots/new.png)\n")
+    assert push(hub, copy, home=tmp_path)["url"], "images of an earlier card are no files of something else"
+    assert hub.repos[REPO]["main"]["plots/new.png"] == b"plots/new.png"
+
+
+@pytest.mark.parametrize("shown", ["plots/no.png", "../secret.png", "link.png", "qwenq.json"])
+def test_an_image_that_is_not_in_the_folder_is_refused(
+    hub: UploadHub, made: Path, tmp_path: Path, shown: str
+) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / made.name))
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (copy / "link.png").symlink_to(tmp_path / "secret.png")
+    (copy / "README.md").write_text(f"![a]({shown})")
+    found = push(hub, copy, home=tmp_path)
+    assert found["kind"] == "ModelError"
+    assert f"README.md shows {shown}, which is no image in this folder" in found["error"]
+    assert hub.repos == {}
 
 
 def test_without_a_network_it_says_what_would_have_been_uploaded(made: Path, tmp_path: Path) -> None:
@@ -127,8 +211,6 @@ def test_without_a_network_it_says_what_would_have_been_uploaded(made: Path, tmp
 def test_an_unchecked_folder_is_refused(
     hub: UploadHub, made: Path, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
-    import shutil
-
     copy = shutil.copytree(made, tmp_path / "copy")
     manifest = json.loads((copy / "qwenq.json").read_text())
     (copy / "qwenq.json").write_text(json.dumps(manifest | change))
@@ -141,8 +223,6 @@ def test_an_unchecked_folder_is_refused(
 def test_a_damaged_folder_and_a_name_without_owner_are_refused(
     hub: UploadHub, made: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     copy = shutil.copytree(made, tmp_path / "copy")
     (copy / "config.json").write_text("{}")
     assert push(hub, copy, home=tmp_path)["kind"] == "CorruptFileError"

@@ -25,6 +25,8 @@ class UploadHub:
     uploads: list[str] = field(default_factory=list)  # sha256 of each object as it came
     commits: list[str] = field(default_factory=list)
     may_write: bool = True
+    token: str = "hf_test"  # the only one that it knows
+    first: str = "f" * 40  # the commit that made a repository
     cut_commits: int = 0  # that many commits are answered with 500
     port: int = 0
 
@@ -62,7 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(refs|tree|revision)(?:/([^/]+))?.*)?", path)
+        found = re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)(?:/(refs|tree|revision|commits)(?:/([^/]+))?.*)?", path
+        )
         repo = found[1] if found else ""
         if repo not in self.hub.repos:
             return self.reply(404, {"error": "no such repository"})
@@ -71,6 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "refs":
             refs = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": "0" * 40} for n in branches]
             return self.reply(200, {"branches": refs, "tags": [], "converts": []})
+        if kind == "commits":
+            commits = [self.hub.first, *(f"{number:040}" for number in range(len(self.hub.commits)))]
+            facts = {"title": "a commit", "date": "2026-01-01T00:00:00.000Z", "message": "", "authors": []}
+            return self.reply(200, [{"id": commit, **facts} for commit in reversed(commits)])
         if kind == "tree":
             files = branches[branch]
             listed = [
@@ -84,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         path, body = unquote(urlsplit(self.path).path), self.body()
+        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.reply(401, {"error": "unknown token"})
         if not self.hub.may_write:
             return self.reply(403, {"error": "this token may not write"})
         if path == "/api/repos/create":
@@ -97,7 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(200, {"errors": [], "warnings": []})
         if found := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
             branches = self.hub.repos[found[1]]
-            branches[found[2]] = {".gitattributes": b""}
+            started = json.loads(body or b"{}").get("startingPoint")
+            branches[found[2]] = (
+                {".gitattributes": b""} if started == self.hub.first else {**branches["main"]}
+            )
             return self.reply(200, {})
         if re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
             files = json.loads(body)["files"]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from qwenq.errors import DataError
-from qwenq.evals.tasks.data import read_csv, read_json_lines
+from qwenq.evals.tasks.files import read_csv, read_records, text_columns
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.gptq_format import DequantisedSource, validate_quantised
 from qwenq.models.safetensors_files import open_safetensors
@@ -43,7 +43,7 @@ def test_benchmark_files(
         def read() -> object:
             if name.endswith(".csv"):
                 return read_csv(path, COLUMNS, header=True)
-            return read_json_lines(path, COLUMNS)
+            return [text_columns(row, COLUMNS) for row in read_records(path)]
 
         attempt(tally, len(raw), read)
 
@@ -54,8 +54,8 @@ def test_a_compressed_bomb_is_not_inflated(tmp_path: Path, tally: Tally) -> None
     path = tmp_path / "bomb.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * 80_000_000, 1))
     with pytest.raises(DataError, match="when inflated"):
-        read_json_lines(path, COLUMNS)
-    assert not attempt(tally, 2_000_000, lambda: read_json_lines(path, COLUMNS))
+        read_records(path)
+    assert not attempt(tally, 2_000_000, lambda: read_records(path))
 
 
 def test_a_member_of_an_archive_is_not_inflated_either(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def picture(page: Path, out: Path, width: int = 1200, scheme: str = "light") -> 
     assert program, "needs chromium"
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(program, Path(profile))
-        browser.look(width, scheme, height=width, factor=1.5)
+        browser.look(width, scheme, height=width * 3 // 4, factor=1.25)
         browser.open(page)
         browser.screenshot(out, whole=False)
         browser.close()

@@ -60,8 +60,8 @@ def test_two_machines_of_one_label_are_two_lines_that_say_what_differs(runs: Run
     assert made.headers[:3] == ("Quantization", "Attention", "Hardware")
     shown = {line.cells[2].text: line.cells[3].value for line in made.lines if not line.published}
     assert shown == {
-        "Imaginary CPU, 2 cores (instruction sets avx2 avx512f)": 52.5,
-        "Imaginary CPU, 2 cores (instruction sets avx2)": 26.25,
+        "Imaginary CPU, 2 cores, AVX-512": 52.5,
+        "Imaginary CPU, 2 cores, AVX2": 26.25,
     }
     page = report_page(make_report(found, "t"))
     assert all(name in page for name in shown)
@@ -69,7 +69,7 @@ def test_two_machines_of_one_label_are_two_lines_that_say_what_differs(runs: Run
 
 def test_one_machine_is_its_label(runs: Runs) -> None:
     found = runs((rows_of("int4"), {}), (rows_of("int8"), {}))
-    assert "hardware: Imaginary CPU, 2 cores" in table(found, "speed").caption
+    assert "hardware: Imaginary CPU, 2 cores, AVX-512" in table(found, "speed").caption
 
 
 def test_a_plot_has_one_machine_though_two_share_the_label(runs: Runs) -> None:
@@ -84,8 +84,8 @@ def test_threads_tell_speeds_apart_but_no_accuracies(runs: Runs) -> None:
     rows = [*rows_of("int4", threads=2), *rows_of("int8", threads=1), accuracy("int4"), accuracy("int8")]
     found = runs((rows, {"cpu": one}))
     assert {line.cells[2].text for line in table(found, "speed").lines if not line.published} == {
-        "Imaginary CPU, 2 cores (threads 2)",
-        "Imaginary CPU, 2 cores (threads 1)",
+        "Imaginary CPU, 2 cores, AVX-512 (threads 2)",
+        "Imaginary CPU, 2 cores, AVX-512 (threads 1)",
     }
     assert "hardware: Imaginary CPU, 2 cores" in table(found, "accuracy").caption
 

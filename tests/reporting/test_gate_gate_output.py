@@ -18,6 +18,7 @@ from qwenq.reporting.gate import (
     github_annotations,
     judge,
     junit_text,
+    markdown_text,
     parse,
     text_lines,
     without_commands,
@@ -82,3 +83,42 @@ def test_no_text_of_a_row_drives_the_terminal_or_the_runner(tmp_path: Path) -> N
     assert shown == lines
     assert first == f"::stop-commands::{last.strip(':')}"
     assert next(iter(without_commands([]))) != first
+
+
+def with_cut(row: Row, answers: int) -> Row:
+    return replace(row, details={**row.details, "cut": {"answers": answers, "of": 500}})
+
+
+@pytest.mark.parametrize(("cut", "warned"), [(10, False), (11, True)])
+def test_more_than_two_percent_of_answers_cut_is_a_warning_in_every_form(
+    tmp_path: Path, cut: int, warned: bool
+) -> None:
+    """Also of rows that pass and are only counted: their scores are worth as little."""
+    old = accuracy("int4", "gsm8k")
+    verdict = judged(tmp_path, [old], [with_cut(old, cut)], "accuracy:significant")
+    said = f"task gsm8k, protocol card, version 1, limit 500, new: {cut} of 500 answers ({cut / 500:.1%})"
+    lines = [line for line in text_lines(verdict) if line.startswith("warning: ")]
+    assert [said in line for line in lines] == [True] * warned
+    assert ("Warning: " in markdown_text(verdict, "old", "new")) is warned
+    assert any("1 row passed: 1 the same" in line for line in text_lines(verdict))
+
+
+def test_rows_that_pass_are_counted_by_what_was_found(tmp_path: Path) -> None:
+    """An inconclusive row has not passed without a difference."""
+    old, new = accuracy("int4", n=100), accuracy("int4", n=100, flips=3)
+    verdict = judged(tmp_path, [old], [new], "accuracy:significant")
+    assert "1 row passed: 1 inconclusive" in text_lines(verdict)
+
+
+def test_accuracies_without_a_record_of_items_are_counted_in_the_sentence(tmp_path: Path) -> None:
+    bare = replace(accuracy("int4", "ceval"), details={})
+    rows = [accuracy("int4"), bare]
+    verdict = judged(tmp_path, rows, rows, "accuracy:<-0.02")
+    assert "1 not compared item by item" in verdict.accuracies
+
+
+def test_a_long_sentence_keeps_its_verdict(tmp_path: Path) -> None:
+    rows = [accuracy("int4", task) for task in ("mmlu", "gsm8k")]
+    worse = [accuracy("int4", task, flips=30) for task in ("mmlu", "gsm8k")]
+    text = markdown_text(judged(tmp_path, rows, worse, "accuracy:significant"), "old", "new")
+    assert "verdict: a loss in 2 of 2 tasks" in text

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from example_runs import FAMILY, accuracy, speed, write_run
+from example_runs import FAMILY, accuracy, model, speed, write_run
 
 from qwenq.reporting.collect import collect
 from qwenq.reporting.figures import figures_of
@@ -178,7 +178,9 @@ def test_a_decoding_speed_is_beside_the_base_that_was_computed_alike(tmp_path: P
     rows = [row for precision in ("fp32", "bf16") for row in speed(precision, 128)]
     rows += [computed("bfloat16", row) for row in speed("int4", 128)]
     (said,) = summary_of(collect([write_run(tmp_path / "run", rows)]), FAMILY)
-    assert said == "Int4: 1879.0 MB, 51 % of BF16; decodes 2.69 × as fast as BF16."
+    assert said == (
+        "Int4: 1879.0 MB, 51 % of BF16; decodes 53.55 tokens/s over 128 tokens, 2.69 × as fast as BF16."
+    )
 
 
 def test_a_score_that_rose_though_items_were_lost_counts_items(tmp_path: Path) -> None:
@@ -193,3 +195,17 @@ def test_a_score_that_rose_though_items_were_lost_counts_items(tmp_path: Path) -
     assert marked == ["p (Holm)"]
     (said,) = summary_of(collect([tmp_path / "run"]), FAMILY)
     assert said.endswith("verdict: a loss in 1 of 1 task (MMLU).")
+
+
+def test_a_speed_within_noise_is_not_sold(tmp_path: Path) -> None:
+    fast = next(row for row in speed("int4", 2048) if row.metric == "speed.decode")
+    base = replace(fast, model=model("bf16"), value=(fast.value or 0) * 0.99, low=fast.low, high=fast.high)
+    (said,) = summary_of(collect([write_run(tmp_path / "run", [base, fast])]), FAMILY)
+    assert said.endswith(" over 2,048 tokens, 1.01 × as fast as BF16 (within noise).")
+
+
+def test_scores_with_many_cut_answers_are_named_behind_the_verdict(tmp_path: Path) -> None:
+    plain, after = accuracy("fp32", "gsm8k"), accuracy("int4", "gsm8k", flips=4)
+    cut = replace(after, details={**after.details, "cut": {"answers": 50, "of": 500}})
+    (said,) = summary_of(collect([write_run(tmp_path / "run", [plain, cut])]), FAMILY)
+    assert "; warning: GSM8K, Int4: 50 of 500 answers (10.0%) were cut at their limit of tokens" in said

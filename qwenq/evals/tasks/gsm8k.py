@@ -14,23 +14,18 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from functools import partial
 
 from qwenq.errors import DataError
-from qwenq.evals.task import DataSource, Item, Judgement, Request, Task, Write, Written, first_turn, score_all
-from qwenq.evals.tasks.data import Row, check_count, copy_in, hub_rows, local_folder, read_json_lines
+from qwenq.evals.task import DataSource, Item, Judgement, Task, Written
+from qwenq.evals.tasks.data import Dataset
+from qwenq.evals.tasks.files import Row, require_text, text_columns
 
-VERSION = 1
-
-MAX_NEW_TOKENS = 512
 QUESTION = "Question: {question}\nLet's think step by step"
 SHOT = QUESTION + "\n{steps}\nThe answer is {number}\n\n"
-BASE_STOPS = ("<|endoftext|>", "\n\n", "Question:")  # the script's fourth, three line ends, begins with two
 LM_EVAL_QUESTION = "Question: {question}\nAnswer:"
-LM_EVAL_SHOT = LM_EVAL_QUESTION + " {answer}\n\n"
-LM_EVAL_STOPS = ("Question:", "</s>", "<|im_end|>")
-LM_EVAL_MAX_NEW_TOKENS = 256
 LM_EVAL_SEED = 1234
 
 BASE_EXAMPLES = (  # cookout, rent, pizza, raise, treats, used cars, laundry, orchard
@@ -53,8 +48,21 @@ STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 IGNORED = tuple(map(re.compile, (",", r"\$", r"(?s).*#### ", r"\.$")))
 
-COLUMNS = ("question", "answer")
-COUNTS = {"train": 7473, "test": 1319}
+
+def make(row: Row, _: str | None) -> Item:
+    """Return the item of a row, whose solution has to end with its number."""
+    data = text_columns(row, ("question", "answer"))
+    require_text(data["question"], "question", row.where)
+    match = GOLD.search(data["answer"])
+    if match is None or python_number(match.group(1).replace(",", "")) is None:
+        raise DataError(
+            "the answer does not end with its number", where=row.where, hint="its last line is `#### 42`"
+        )
+    return Item("", None, data)
+
+
+TEST = Dataset(name="gsm8k", make=make, counts={None: 1319}, hub="openai/gsm8k", config="main", sampled=True)
+TRAIN = replace(TEST, split="train", counts={None: 7473})
 
 
 def load(
@@ -68,40 +76,35 @@ def load(
         subjects: ignored.
         shots: number of examples.
     """
-    test = _read(source, "test")
-    train = _read(source, "train") if shots else []
+    test = TEST.items(source)
+    if not shots:
+        return test
+    train = [item.data for item in TRAIN.items(source)]
     if examples is None:
         drawn = random.Random(LM_EVAL_SEED)  # noqa: S311  (the harness's own generator, not a secret)
-        shown = [tuple(row.data for row in drawn.sample(train, shots)) for _ in test]
-    else:
-        rows = train[:shots] if source.sample else _find(train, examples[:shots])
-        for row in rows:
-            _check_steps(row)
-        shown = [tuple(row.data for row in rows)] * len(test)
-    return [Item(f"test/{n}", None, row.data, shown[n]) for n, row in enumerate(test)]
+        return [replace(item, shots=tuple(drawn.sample(train, shots))) for item in test]
+    by_hash = {hashlib.sha256(row["question"].encode()).hexdigest()[:16]: row for row in train}
+    shown = (
+        train[:shots] if source.sample else [by_hash[name] for name in examples[:shots] if name in by_hash]
+    )
+    what = ""
+    if missing := shots - len(shown):
+        what = f"{missing} of the examples that the published prompt shows are not in the train split"
+    elif any("\n#### " not in row["answer"] for row in shown):
+        what = "an example has no steps before its number"
+    if what:
+        where = source.folder / "gsm8k" / "train.jsonl" if source.folder else f"hub dataset {TRAIN.hub}"
+        raise DataError(what, where=where, hint="get the original train.jsonl of grade-school-math")
+    return [replace(item, shots=tuple(shown)) for item in test]
 
 
-def ask_chat(item: Item) -> Request:
-    """Return the bare question as the first message of a chat, behind the examples, if any."""
-    question = item.data["question"]
-    if item.shots:
-        question = _worked(item.shots) + QUESTION.format(question=question)
-    return Write(first_turn(question), MAX_NEW_TOKENS)
+def fill(row: Mapping[str, str]) -> dict[str, str]:
+    """Return a row with its steps, without calculator notes, and its number."""
+    steps, _, number = NOTE.sub("", row["answer"]).rpartition("\n#### ")
+    return {**row, "steps": steps, "number": number}
 
 
-def ask_base(item: Item) -> Request:
-    """Return worked examples and question as plain text."""
-    prompt = _worked(item.shots) + QUESTION.format(question=item.data["question"]) + "\n"
-    return Write(prompt, MAX_NEW_TOKENS, BASE_STOPS)
-
-
-def ask_lm_eval(item: Item) -> Request:
-    """Return the harness's prompt; its examples keep their calculator notes."""
-    shown = "".join(LM_EVAL_SHOT.format_map(row) for row in item.shots)
-    return Write(shown + LM_EVAL_QUESTION.format_map(item.data), LM_EVAL_MAX_NEW_TOKENS, LM_EVAL_STOPS)
-
-
-def read_chat(item: Item, answer: Written) -> Judgement:
+def judge_chat(item: Item, answer: Written) -> Judgement:
     """Judge the last number, with thousands, decimals and sign: correct within 1e-4 of the right one."""
     found = last_number(answer.text)
     gold = last_number(item.data["answer"])
@@ -112,7 +115,7 @@ def read_chat(item: Item, answer: Written) -> Judgement:
     return Judgement(correct, found, note=_note(found, value))
 
 
-def read_base(item: Item, answer: Written) -> Judgement:
+def judge_base(item: Item, answer: Written) -> Judgement:
     """Judge the last run of digits: 234 of ``1,234`` and 50 of ``3.50``, as in the published score."""
     runs = DIGITS.findall(answer.text)
     found = runs[-1] if runs else None
@@ -121,7 +124,7 @@ def read_base(item: Item, answer: Written) -> Judgement:
     return Judgement(correct, found, note=_note(found, value))
 
 
-def read_lm_eval(item: Item, answer: Written) -> Judgement:
+def judge_lm_eval(item: Item, answer: Written) -> Judgement:
     """Judge as text the first number behind ``####`` (strict) and the last number (flexible)."""
     gold = _bare(item.data["answer"])
     strict = STRICT.findall(answer.text)
@@ -173,81 +176,38 @@ def _bare(text: str) -> str:
     return text.lower()
 
 
-def _worked(rows: Sequence[Mapping[str, str]]) -> str:
-    shown = ""
-    for row in rows:
-        steps, number = NOTE.sub("", row["answer"]).rsplit("\n#### ", 1)
-        shown += SHOT.format(question=row["question"], steps=steps, number=number)
-    return shown
-
-
-def _find(train: Sequence[Row], wanted: Sequence[str]) -> list[Row]:
-    by_hash = {hashlib.sha256(row.data["question"].encode()).hexdigest()[:16]: row for row in train}
-    missing = [name for name in wanted if name not in by_hash]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of the examples that the published prompt shows are not in the train split",
-            where=train[0].where.rsplit(", line", 1)[0],
-            hint="get the original train.jsonl of grade-school-math",
-        )
-    return [by_hash[name] for name in wanted]
-
-
-def _check_steps(row: Row) -> None:
-    """Refuse an example whose answer is its number alone."""
-    if "\n#### " not in row.data["answer"]:
-        raise DataError(
-            "an example has no steps before its number",
-            where=row.where,
-            hint="get the original train.jsonl of grade-school-math",
-        )
-
-
-def _read(source: DataSource, split: str) -> list[Row]:
-    folder = local_folder(source, "gsm8k")
-    file = None if folder is None else folder / f"{split}.jsonl"
-    copy = None if file is None or file.exists() else copy_in(folder)
-    if file is None or copy is not None:
-        rows = hub_rows("openai/gsm8k", "main", split, COLUMNS, copy=copy)
-    else:
-        rows = read_json_lines(file, COLUMNS)
-    if not source.sample:
-        check_count(len(rows), COUNTS[split], rows[0].where.rsplit(", ", 1)[0])
-    for row in rows:
-        if not row.data["question"].strip():
-            raise DataError("the question is empty", where=row.where)
-        match = GOLD.search(row.data["answer"])
-        if match is None or python_number(match.group(1).replace(",", "")) is None:
-            raise DataError(
-                "the answer does not end with its number", where=row.where, hint="its last line is `#### 42`"
-            )
-    return rows
-
-
-_script = partial(Task, name="gsm8k", version=VERSION, average=score_all)
+_task = partial(Task, name="gsm8k", version=1)
 PROTOCOLS: tuple[Task, ...] = (
-    _script(
+    _task(
         protocol="card",
-        shots=0,
         allowed_shots=(0, 4),
         load=partial(load, CHAT_EXAMPLES),
-        ask=ask_chat,
-        read=read_chat,
+        shot=SHOT,
+        question=QUESTION,
+        alone="{question}",
+        fill=fill,
+        judge=judge_chat,
     ),
-    _script(
+    _task(
         protocol="base",
         shots=8,
         allowed_shots=range(9),
         load=partial(load, BASE_EXAMPLES),
-        ask=ask_base,
-        read=read_base,
+        shot=SHOT,
+        question=QUESTION + "\n",
+        fill=fill,
+        until=("<|endoftext|>", "\n\n", "Question:"),  # the script's fourth begins with the second
+        judge=judge_base,
     ),
-    _script(
+    _task(
         protocol="lm-eval",
         shots=5,
         allowed_shots=range(26),
         load=partial(load, None),
-        ask=ask_lm_eval,
-        read=read_lm_eval,
+        shot=LM_EVAL_QUESTION + " {answer}\n\n",
+        question=LM_EVAL_QUESTION,
+        max_new_tokens=256,
+        until=("Question:", "</s>", "<|im_end|>"),
+        judge=judge_lm_eval,
     ),
 )

@@ -17,48 +17,15 @@ from functools import partial
 from typing import Any
 
 from qwenq.errors import DataError
-from qwenq.evals.task import MAIN, DataSource, Item, Judged, Judgement, Request, Score, Task, Write, Written
-from qwenq.evals.tasks.data import (
-    check_count,
-    copy_in,
-    local_folder,
-    numbered,
-    place_of,
-    read_hub,
-    read_json_records,
-    text_columns,
-)
-from qwenq.evals.tasks.ifeval_checks import ARGUMENTS, CHECKS, follows, follows_loosely, require_packages
+from qwenq.evals.task import MAIN, DataSource, Item, Judged, Judgement, Score, Task, Written
+from qwenq.evals.tasks.data import Dataset
+from qwenq.evals.tasks.files import Row, require_text, text_columns
+from qwenq.evals.tasks.ifeval_checks import CHECKS, follows, follows_loosely, require_packages
 
-VERSION = 1
-
-MAX_NEW_TOKENS = 1280
-COUNT = 541
-FILES = ("input_data.jsonl", "ifeval_input_data.jsonl")
-"""Names of the file in the authors' repository and on the hub."""
-HUB = "google/IFEval"
 LOOSE, INSTRUCTIONS = "loose", "instructions"
 
 
-def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-    """Return all prompts; there are neither subjects nor examples."""
-    require_packages()
-    records = _read(source)
-    check_count(len(records), COUNT, records[0][1].rsplit(", ", 1)[0])
-    return [_item(record, where) for record, where in records]
-
-
-def ask_chat(item: Item) -> Request:
-    """Return the prompt as the only message of a chat."""
-    return Write(({"role": "user", "content": item.data["prompt"]},), MAX_NEW_TOKENS)
-
-
-def ask_lm_eval(item: Item) -> Request:
-    """Return the prompt as plain text."""
-    return Write(item.data["prompt"], MAX_NEW_TOKENS)
-
-
-def read(item: Item, answer: Written) -> Judgement:
+def judge(item: Item, answer: Written) -> Judgement:
     """Judge each instruction, strictly and loosely."""
     strict, loose = [], []
     instructions = instructions_of(item)
@@ -106,24 +73,17 @@ def _key(number: int, ending: str = "") -> str:
     return f"instruction {number} {ending}".strip()
 
 
-def _read(source: DataSource) -> list[tuple[Any, str]]:
-    folder = local_folder(source, "ifeval")
-    there = [] if folder is None else [folder / name for name in FILES if (folder / name).exists()]
-    copy = None if folder is None or there else copy_in(folder)
-    if folder is None or copy is not None:
-        return numbered(read_hub(HUB, None, "train", sampled=False, copy=copy), place_of(HUB, "train", copy))
-    return read_json_records(there[0] if there else folder / FILES[0])
-
-
-def _item(record: Any, where: str) -> Item:
-    row = text_columns(record, ("prompt",), where)
-    names, given, key = (record.get(name) for name in ("instruction_id_list", "kwargs", "key"))
+def make(row: Row, _: str | None) -> Item:
+    """Return the item of a prompt with its instructions."""
+    prompt, where = text_columns(row, ("prompt",))["prompt"], row.where
+    names, given, key = (row.data.get(name) for name in ("instruction_id_list", "kwargs", "key"))
     if not (isinstance(names, list) and names and isinstance(given, list) and len(names) == len(given)):
         raise DataError("a row needs instruction_id_list and kwargs of the same length", where=where)
-    if not isinstance(key, int) or not row["prompt"].strip():
-        raise DataError("a row needs a prompt and a key, which is a number", where=where)
+    if not isinstance(key, int):
+        raise DataError("a row needs a key, which is a number", where=where)
+    require_text(prompt, "prompt", where)
     instructions = [[name, _arguments(name, found, where)] for name, found in zip(names, given, strict=True)]
-    data = {"prompt": row["prompt"], "instructions": json.dumps(instructions, ensure_ascii=False)}
+    data = {"prompt": prompt, "instructions": json.dumps(instructions, ensure_ascii=False)}
     return Item(f"ifeval/{key}", None, data)
 
 
@@ -132,7 +92,7 @@ def _arguments(name: Any, given: Any, where: str) -> dict[str, Any]:
     if name not in CHECKS:
         raise DataError(f"no instruction of IFEval is called {name!r}", where=where)
     kept = {key: value for key, value in given.items() if value} if isinstance(given, dict) else {}
-    for key, kind in ARGUMENTS.get(name, {}).items():
+    for key, kind in CHECKS[name][1].items():
         value = kept.get(key)
         if kind is int and isinstance(value, float) and value.is_integer():
             kept[key] = value = int(value)  # a column with nulls becomes one of floats in some copies
@@ -143,10 +103,31 @@ def _arguments(name: Any, given: Any, where: str) -> dict[str, Any]:
     return kept
 
 
-_script = partial(
-    Task, name="ifeval", version=VERSION, shots=0, allowed_shots=(0,), load=load, read=read, average=average
+IFEVAL = Dataset(
+    name="ifeval",
+    make=make,
+    counts={None: 541},
+    hub="google/IFEval",
+    split="train",
+    files=("input_data.jsonl", "ifeval_input_data.jsonl"),  # in the authors' repository, and on the hub
 )
-PROTOCOLS: tuple[Task, ...] = (
-    _script(protocol="card", ask=ask_chat),
-    _script(protocol="lm-eval", ask=ask_lm_eval),
+
+
+def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
+    """Return all prompts; there are neither subjects nor examples."""
+    require_packages()
+    return IFEVAL.items(source)
+
+
+_task = partial(
+    Task,
+    name="ifeval",
+    version=1,
+    load=load,
+    question="{prompt}",
+    system=None,
+    max_new_tokens=1280,
+    judge=judge,
+    average=average,
 )
+PROTOCOLS: tuple[Task, ...] = (_task(protocol="card"), _task(protocol="lm-eval"))

@@ -47,13 +47,13 @@ def require_packages() -> None:
         raise UnsupportedError(
             f"IFEval's checks need {' and '.join(missing)}",
             where="ifeval",
-            hint="pip install 'qwenq[ifeval]', or leave ifeval out of --tasks",
+            hint=f"pip install {' '.join(missing)}, or leave ifeval out of --tasks",
         )
 
 
 def follows(response: str, instruction: str, arguments: Arguments) -> bool:
     """Return whether a response follows an instruction; an empty one follows none."""
-    return bool(response.strip()) and CHECKS[instruction](response, arguments)
+    return bool(response.strip()) and CHECKS[instruction][0](response, arguments)
 
 
 def follows_loosely(response: str, instruction: str, arguments: Arguments) -> bool:
@@ -67,89 +67,46 @@ def follows_loosely(response: str, instruction: str, arguments: Arguments) -> bo
     return any(follows(text, instruction, arguments) for text in variants)
 
 
-def _compare(count: int, relation: str, threshold: int) -> bool:
+def _enough(count: int, relation: str, threshold: int) -> bool:
     return count < threshold if relation == RELATIONS[0] else count >= threshold
 
 
-def _has_keywords(text: str, arguments: Arguments) -> bool:
-    return all(re.search(word, text, re.IGNORECASE) for word in arguments["keywords"])
-
-
-def _keyword_frequency(text: str, arguments: Arguments) -> bool:
-    count = len(re.findall(arguments["keyword"].strip(), text, re.IGNORECASE))
-    return _compare(count, arguments["relation"], arguments["frequency"])
-
-
-def _no_forbidden_words(text: str, arguments: Arguments) -> bool:
-    return not any(re.search(rf"\b{word}\b", text, re.IGNORECASE) for word in arguments["forbidden_words"])
-
-
-def _letter_frequency(text: str, arguments: Arguments) -> bool:
-    count = text.lower().count(arguments["letter"].strip().lower())
-    return _compare(count, arguments["let_relation"], arguments["let_frequency"])
-
-
-def _in_language(text: str, arguments: Arguments) -> bool:
-    return language_of(text) in (None, arguments["language"])
-
-
-def _sentences(text: str, arguments: Arguments) -> bool:
-    return _compare(len(sentences(text)), arguments["relation"], arguments["num_sentences"])
-
-
-def _paragraphs(text: str, arguments: Arguments) -> bool:
+def _paragraphs(text: str, a: Arguments) -> bool:
     parts = DIVIDER.split(text)
     if any(not part.strip() for part in parts[1:-1]):
         return False
-    return bool(sum(bool(part.strip()) for part in parts) == arguments["num_paragraphs"])
+    return bool(sum(bool(part.strip()) for part in parts) == a["num_paragraphs"])
 
 
-def _words(text: str, arguments: Arguments) -> bool:
-    return _compare(len(re.findall(r"\w+", text)), arguments["relation"], arguments["num_words"])
-
-
-def _first_word(text: str, arguments: Arguments) -> bool:
+def _first_word(text: str, a: Arguments) -> bool:
     """Check the number of paragraphs and the first word of one; empty paragraphs keep their places."""
     parts = text.split("\n\n")
-    count, place = sum(bool(part.strip()) for part in parts), arguments["nth_paragraph"]
+    count, place = sum(bool(part.strip()) for part in parts), a["nth_paragraph"]
     if place > count or not parts[place - 1].strip():
         return False
     word = parts[place - 1].split()[0].lstrip("'").lstrip('"').lower()
     end = next((place for place, char in enumerate(word) if char in WORD_ENDS), len(word))
-    first: str = arguments["first_word"]
-    return bool(count == arguments["num_paragraphs"]) and word[:end] == first.lower()
+    first: str = a["first_word"]
+    return bool(count == a["num_paragraphs"]) and word[:end] == first.lower()
 
 
-def _placeholders(text: str, arguments: Arguments) -> bool:
-    return _compare(len(re.findall(r"\[.*?\]", text)), RELATIONS[1], arguments["num_placeholders"])
-
-
-def _postscript(text: str, arguments: Arguments) -> bool:
-    marker = arguments["postscript_marker"].strip()
+def _postscript(text: str, a: Arguments) -> bool:
+    marker = a["postscript_marker"].strip()
     patterns = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}
     return re.search(patterns.get(marker, marker.lower()), text.lower()) is not None
 
 
-def _bullets(text: str, arguments: Arguments) -> bool:
+def _bullets(text: str, a: Arguments) -> bool:
     stars = re.findall(r"^\s*\*[^*].*$", text, re.MULTILINE)
     dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
-    return bool(len(stars) + len(dashes) == arguments["num_bullets"])
+    return bool(len(stars) + len(dashes) == a["num_bullets"])
 
 
-def _constrained(text: str, _: Arguments) -> bool:
-    return any(option in text for option in CONSTRAINED)
-
-
-def _highlights(text: str, arguments: Arguments) -> bool:
+def _highlights(text: str, a: Arguments) -> bool:
     """Count ``*one*``, and ``**two**`` once more, as its asterisks alone are no section."""
     single = [part for part in re.findall(r"\*[^\n*]*\*", text) if part.strip("*").strip()]
     double = [part for part in re.findall(r"\*\*[^\n*]*\*\*", text) if part[2:-2].strip()]
-    return _compare(len(single) + len(double), RELATIONS[1], arguments["num_highlights"])
-
-
-def _sections(text: str, arguments: Arguments) -> bool:
-    name = arguments["section_spliter"].strip()
-    return _compare(len(re.split(rf"\s?{name}\s?\d+\s?", text)) - 1, RELATIONS[1], arguments["num_sections"])
+    return bool(len(single) + len(double) >= a["num_highlights"])
 
 
 def _json(text: str, _: Arguments) -> bool:
@@ -163,10 +120,6 @@ def _json(text: str, _: Arguments) -> bool:
     return True
 
 
-def _title(text: str, _: Arguments) -> bool:
-    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
-
-
 def _two_responses(text: str, _: Arguments) -> bool:
     parts = text.split("******")
     if any(not part.strip() for part in parts[1:-1]):
@@ -175,91 +128,71 @@ def _two_responses(text: str, _: Arguments) -> bool:
     return len(responses) == 2 and responses[0] != responses[1]
 
 
-def _repeats_prompt(text: str, arguments: Arguments) -> bool:
-    prompt: str = arguments["prompt_to_repeat"]
-    return text.strip().lower().startswith(prompt.strip().lower())
+def _in(text: str, pattern: str) -> int:
+    return len(re.findall(pattern, text, re.IGNORECASE))
 
 
-def _ends_with(text: str, arguments: Arguments) -> bool:
-    phrase: str = arguments["end_phrase"]
-    return text.strip().strip('"').lower().endswith(phrase.strip().lower())
-
-
-def _quoted(text: str, _: Arguments) -> bool:
-    text = text.strip()
-    return len(text) > 1 and text[0] == text[-1] == '"'
-
-
-def _capital_words(text: str, arguments: Arguments) -> bool:
-    count = sum(word.isupper() for word in words(text))
-    return _compare(count, arguments["capital_relation"], arguments["capital_frequency"])
-
-
-def _english_capitals(text: str, _: Arguments) -> bool:
-    return text.isupper() and language_of(text) in (None, "en")
-
-
-def _english_lowercase(text: str, _: Arguments) -> bool:
-    return text.islower() and language_of(text) in (None, "en")
-
-
-def _no_comma(text: str, _: Arguments) -> bool:
-    return "," not in text
-
-
-CHECKS: dict[str, Check] = {
-    "keywords:existence": _has_keywords,
-    "keywords:frequency": _keyword_frequency,
-    "keywords:forbidden_words": _no_forbidden_words,
-    "keywords:letter_frequency": _letter_frequency,
-    "language:response_language": _in_language,
-    "length_constraints:number_sentences": _sentences,
-    "length_constraints:number_paragraphs": _paragraphs,
-    "length_constraints:number_words": _words,
-    "length_constraints:nth_paragraph_first_word": _first_word,
-    "detectable_content:number_placeholders": _placeholders,
-    "detectable_content:postscript": _postscript,
-    "detectable_format:number_bullet_lists": _bullets,
-    "detectable_format:constrained_response": _constrained,
-    "detectable_format:number_highlighted_sections": _highlights,
-    "detectable_format:multiple_sections": _sections,
-    "detectable_format:json_format": _json,
-    "detectable_format:title": _title,
-    "combination:two_responses": _two_responses,
-    "combination:repeat_prompt": _repeats_prompt,
-    "startend:end_checker": _ends_with,
-    "startend:quotation": _quoted,
-    "change_case:capital_word_frequency": _capital_words,
-    "change_case:english_capital": _english_capitals,
-    "change_case:english_lowercase": _english_lowercase,
-    "punctuation:no_comma": _no_comma,
+# fmt: off
+CHECKS: dict[str, tuple[Check, Mapping[str, type]]] = {
+    "keywords:existence": (
+        lambda text, a: all(_in(text, word) for word in a["keywords"]), {"keywords": list}),
+    "keywords:frequency": (
+        lambda text, a: _enough(_in(text, a["keyword"].strip()), a["relation"], a["frequency"]),
+        {"keyword": str, "frequency": int, "relation": str}),
+    "keywords:forbidden_words": (
+        lambda text, a: not any(_in(text, rf"\b{word}\b") for word in a["forbidden_words"]),
+        {"forbidden_words": list}),
+    "keywords:letter_frequency": (
+        lambda text, a: _enough(
+            text.lower().count(a["letter"].strip().lower()), a["let_relation"], a["let_frequency"]),
+        {"letter": str, "let_frequency": int, "let_relation": str}),
+    "language:response_language": (
+        lambda text, a: language_of(text) in (None, a["language"]), {"language": str}),
+    "length_constraints:number_sentences": (
+        lambda text, a: _enough(len(sentences(text)), a["relation"], a["num_sentences"]),
+        {"num_sentences": int, "relation": str}),
+    "length_constraints:number_paragraphs": (_paragraphs, {"num_paragraphs": int}),
+    "length_constraints:number_words": (
+        lambda text, a: _enough(len(re.findall(r"\w+", text)), a["relation"], a["num_words"]),
+        {"num_words": int, "relation": str}),
+    "length_constraints:nth_paragraph_first_word": (
+        _first_word, {"num_paragraphs": int, "nth_paragraph": int, "first_word": str}),
+    "detectable_content:number_placeholders": (
+        lambda text, a: _in(text, r"\[.*?\]") >= a["num_placeholders"], {"num_placeholders": int}),
+    "detectable_content:postscript": (_postscript, {"postscript_marker": str}),
+    "detectable_format:number_bullet_lists": (_bullets, {"num_bullets": int}),
+    "detectable_format:constrained_response": (
+        lambda text, _: any(option in text for option in CONSTRAINED), {}),
+    "detectable_format:number_highlighted_sections": (_highlights, {"num_highlights": int}),
+    "detectable_format:multiple_sections": (
+        lambda text, a: len(re.split(rf"\s?{a['section_spliter'].strip()}\s?\d+\s?", text))
+        > a["num_sections"],
+        {"section_spliter": str, "num_sections": int}),
+    "detectable_format:json_format": (_json, {}),
+    "detectable_format:title": (
+        lambda text, _: any(one.lstrip("<").rstrip(">").strip() for one in re.findall(r"<<[^\n]+>>", text)),
+        {}),
+    "combination:two_responses": (_two_responses, {}),
+    "combination:repeat_prompt": (
+        lambda text, a: text.strip().lower().startswith(a["prompt_to_repeat"].strip().lower()),
+        {"prompt_to_repeat": str}),
+    "startend:end_checker": (
+        lambda text, a: text.strip().strip('"').lower().endswith(a["end_phrase"].strip().lower()),
+        {"end_phrase": str}),
+    "startend:quotation": (
+        lambda text, _: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"', {}),
+    "change_case:capital_word_frequency": (
+        lambda text, a: _enough(
+            sum(word.isupper() for word in words(text)), a["capital_relation"], a["capital_frequency"]),
+        {"capital_frequency": int, "capital_relation": str}),
+    "change_case:english_capital": (
+        lambda text, _: text.isupper() and language_of(text) in (None, "en"), {}),
+    "change_case:english_lowercase": (
+        lambda text, _: text.islower() and language_of(text) in (None, "en"), {}),
+    "punctuation:no_comma": (lambda text, _: "," not in text, {}),
 }
-"""By the id of the instruction in the data."""
-
-ARGUMENTS: dict[str, Mapping[str, type]] = {
-    "keywords:existence": {"keywords": list},
-    "keywords:frequency": {"keyword": str, "frequency": int, "relation": str},
-    "keywords:forbidden_words": {"forbidden_words": list},
-    "keywords:letter_frequency": {"letter": str, "let_frequency": int, "let_relation": str},
-    "language:response_language": {"language": str},
-    "length_constraints:number_sentences": {"num_sentences": int, "relation": str},
-    "length_constraints:number_paragraphs": {"num_paragraphs": int},
-    "length_constraints:number_words": {"num_words": int, "relation": str},
-    "length_constraints:nth_paragraph_first_word": {
-        "num_paragraphs": int,
-        "nth_paragraph": int,
-        "first_word": str,
-    },
-    "detectable_content:number_placeholders": {"num_placeholders": int},
-    "detectable_content:postscript": {"postscript_marker": str},
-    "detectable_format:number_bullet_lists": {"num_bullets": int},
-    "detectable_format:number_highlighted_sections": {"num_highlights": int},
-    "detectable_format:multiple_sections": {"section_spliter": str, "num_sections": int},
-    "combination:repeat_prompt": {"prompt_to_repeat": str},
-    "startend:end_checker": {"end_phrase": str},
-    "change_case:capital_word_frequency": {"capital_frequency": int, "capital_relation": str},
-}
-"""Arguments that an instruction needs, with their types; none where it is not listed."""
+# fmt: on
+"""By the id of the instruction in the data: the check, and the arguments that it needs with their types."""
 
 
 def language_of(text: str) -> str | None:

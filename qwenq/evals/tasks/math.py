@@ -1,35 +1,27 @@
-"""Ask MATH: 5,000 competition problems in seven subjects (Hendrycks et al. 2021)."""
+"""Ask MATH: 5,000 competition problems (Hendrycks et al. 2021), and MATH-500, a part of it (Lightman et al.).
+
+``base`` has the form of Minerva's 4 examples (Lewkowycz et al. 2022): ``Problem:``, ``Solution:``, and at the
+end ``Final Answer: The final answer is $…$. I hope it is correct.`` The four examples were written for this
+project, so a score is close to, but not the same as, one with Minerva's. Qwen's own script for MATH is not
+published, nor one for chat models. The stated final answer counts, else the last ``\\boxed{…}``.
+
+Other protocols of MATH-500: ``card`` is the prompt ``qwen-boxed`` of QwenLM/Qwen2.5-Math, whose sentence
+Qwen's later model cards have, too; ``lm-eval`` that of ``hendrycks_math500`` of lm-evaluation-harness 0.4.13,
+without examples. Answers are compared as those of MATH; the harness compares text. All problems count alike.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 
-from qwenq.errors import DataError, UsageError
-from qwenq.evals.task import (
-    DataSource,
-    Item,
-    Judgement,
-    Request,
-    Task,
-    Write,
-    Written,
-    missing_subjects,
-    score_all,
-)
-from qwenq.evals.tasks.data import (
-    Row,
-    check_count,
-    copy_in,
-    hub_rows,
-    local_folder,
-    read_json,
-    read_json_lines,
-    text_columns,
-)
+from qwenq.errors import DataError
+from qwenq.evals.task import DataSource, Item, Judgement, Task, Written
+from qwenq.evals.tasks.data import Dataset, subjects_of
+from qwenq.evals.tasks.files import Row, require_text, text_columns
 
 # Find and compare final answers of mathematics.
 #
@@ -157,23 +149,12 @@ def _long_fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{above}}}{{{below}}}"
 
 
-# Ask MATH: 5,000 competition problems in seven subjects, each with a final answer (Hendrycks et al.).
-#
-# The base prompt has the form of Minerva's 4 examples (Lewkowycz et al. 2022): ``Problem:``, ``Solution:``,
-# and at the end ``Final Answer: The final answer is $…$. I hope it is correct.`` The four examples were
-# written for this project, so a score is close to, but not the same as, one with Minerva's. Qwen's own
-# script is not published; there is no protocol for chat models.
-#
-# The stated final answer counts, else the last ``\boxed{…}``. Original layout:
-# ``{test}/{subject}/{n}.json``; or ``test.jsonl``, a row a line with its ``type``.
+# Ask for them.
 
 
-VERSION = 1
-
-MAX_NEW_TOKENS = 1024
+CHAT_PROMPT = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 PROBLEM = "Problem:\n{problem}\n\nSolution:"
 SHOT = PROBLEM + " {solution}\nFinal Answer: The final answer is ${answer}$. I hope it is correct.\n\n"
-STOPS = ("Problem:", "I hope it is correct")
 
 EXAMPLES = (
     {
@@ -205,103 +186,100 @@ EXAMPLES = (
 )
 """Written for this project."""
 
-COUNTS = {
-    "algebra": 1187,
-    "counting_and_probability": 474,
-    "geometry": 479,
-    "intermediate_algebra": 903,
-    "number_theory": 540,
-    "prealgebra": 871,
-    "precalculus": 546,
-}
-"""Problems by subject in the test split: 5,000."""
-COLUMNS = ("problem", "solution", "type")
-HUB = "EleutherAI/hendrycks_math"
-_DIGITS = re.compile(r"\d+")
+COUNTS, _ = subjects_of("math")
 
 
-def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-    """Return the test split, subject by subject."""
-    unknown = [subject for subject in subjects if subject not in COUNTS]
-    if unknown:
-        raise UsageError(
-            f"math has no subject {unknown[0]!r}", where="--subjects", hint=f"it has {', '.join(COUNTS)}"
-        )
-    wanted = [subject for subject in COUNTS if not subjects or subject in subjects]
-    by_subject = _rows(source, wanted)
-    items = []
-    for subject, rows in by_subject.items():
-        where = rows[0][1].where.rsplit(", ", 1)[0] if rows else str(source.folder or HUB)
-        check_count(len(rows), COUNTS[subject], f"{where} ({subject})")
-        items += [_item(subject, name, row, shots) for name, row in rows]
-    return items
+def make(row: Row, _: str | None) -> Item:
+    """Return the item of a problem of MATH; of the original files the number is the file's."""
+    data = text_columns(row, ("problem", "solution", "type"))
+    subject = _subject(data["type"], row.where)
+    if (answer := boxed(data["solution"])) is None:
+        raise DataError("the solution has no boxed answer", where=row.where)
+    require_text(data["problem"], "problem", row.where)
+    name = row.data.get("file")
+    return Item(f"{subject}/{name}" if name else "", subject, {**data, "answer": answer})
 
 
-def ask(item: Item) -> Request:
-    """Return worked examples and the problem as plain text."""
-    shown = "".join(SHOT.format_map(row) for row in item.shots)
-    return Write(shown + PROBLEM.format_map(item.data), MAX_NEW_TOKENS, STOPS)
+def make_500(row: Row, _: str | None) -> Item:
+    """Return the item of a problem of MATH-500."""
+    data = text_columns(row, ("problem", "solution", "answer", "subject", "unique_id"))
+    for name in ("problem", "answer"):
+        require_text(data[name], name, row.where)
+    id_ = data["unique_id"].removeprefix("test/").removesuffix(".json")
+    return Item(id_, _subject(data["subject"], row.where), data)
 
 
-def read(item: Item, answer: Written) -> Judgement:
+def _subject(named: str, where: str) -> str:
+    subject = named.lower().replace("&", "and").replace(" ", "_")
+    if subject not in COUNTS:
+        raise DataError(f"no subject of MATH is called {named!r}", where=where)
+    return subject
+
+
+def judge(item: Item, answer: Written) -> Judgement:
     """Judge the stated final answer, else the last box."""
-    found = stated(answer.text) or boxed(answer.text)
+    return _judged(item, stated(answer.text) or boxed(answer.text))
+
+
+def judge_chat(item: Item, answer: Written) -> Judgement:
+    """Judge the last box, else the stated final answer."""
+    text = answer.text.strip()
+    return _judged(item, boxed(text) or stated(text))
+
+
+def judge_lm_eval(item: Item, answer: Written) -> Judgement:
+    """Judge the text between the first and the last dollar sign, else the whole answer."""
+    first, last = answer.text.find("$"), answer.text.rfind("$")
+    found = answer.text[first + 1 : last] if last > first else answer.text
+    return _judged(item, found.strip() or None)
+
+
+def _judged(item: Item, found: str | None) -> Judgement:
     if found is None:
         return Judgement(False, None, note="no final answer")
     return Judgement(same_answer(found, item.data["answer"]), found)
 
 
-def _item(subject: str, name: str, row: Row, shots: int) -> Item:
-    answer = boxed(row.data["solution"])
-    if answer is None:
-        raise DataError("the solution has no boxed answer", where=row.where)
-    if not row.data["problem"].strip():
-        raise DataError("the problem is empty", where=row.where)
-    return Item(f"{subject}/{name}", subject, {**row.data, "answer": answer}, EXAMPLES[:shots])
+MATH = Dataset(
+    name="math",
+    make=make,
+    counts=COUNTS,
+    hub="EleutherAI/hendrycks_math",
+    config="{subject}",
+    files=("{split}.jsonl", "{split}/{subject}"),
+)
+MATH_500 = Dataset(
+    name="math-500", make=make_500, counts=subjects_of("math-500")[0], hub="HuggingFaceH4/MATH-500"
+)
 
 
-def _rows(source: DataSource, wanted: Sequence[str]) -> dict[str, list[tuple[str, Row]]]:
-    """Return names and rows by subject."""
-    folder = local_folder(source, "math")
-    ours = folder is not None and any((folder / name).exists() for name in ("test.jsonl", "test"))
-    copy = None if ours else copy_in(folder)
-    if folder is None or copy is not None:
-        hub = {s: hub_rows(HUB, s, "test", COLUMNS, sampled=False, copy=copy) for s in wanted}
-        return {s: [(str(n), row) for n, row in enumerate(rows)] for s, rows in hub.items()}
-    if (folder / "test.jsonl").exists():
-        return _from_lines(folder / "test.jsonl", wanted)
-    return {subject: _from_folder(folder / "test" / subject) for subject in wanted}
+def load(data: Dataset, source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
+    """Return all problems of a set, with our examples."""
+    return [replace(item, shots=EXAMPLES[:shots]) for item in data.items(source, subjects)]
 
 
-def _from_folder(folder: Path) -> list[tuple[str, Row]]:
-    paths = sorted(folder.glob("*.json"), key=lambda path: [*map(int, _DIGITS.findall(path.stem)), 0])
-    if not paths:
-        raise DataError("no problems there", where=folder, hint="it should hold 1.json, 2.json …")
-    return [(path.stem, Row(text_columns(read_json(path), COLUMNS, str(path)), str(path))) for path in paths]
-
-
-def _from_lines(path: Path, wanted: Sequence[str]) -> dict[str, list[tuple[str, Row]]]:
-    found: dict[str, list[tuple[str, Row]]] = {subject: [] for subject in wanted}
-    for row in read_json_lines(path, COLUMNS):
-        subject = row.data["type"].lower().replace("&", "and").replace(" ", "_")
-        if subject not in COUNTS:
-            raise DataError(f"no subject of MATH is called {row.data['type']!r}", where=row.where)
-        if subject in found:
-            found[subject].append((str(len(found[subject])), row))
-    return found
-
-
+_minerva = partial(
+    Task,
+    protocol="base",
+    version=1,
+    shots=4,
+    allowed_shots=range(5),
+    shot=SHOT,
+    question=PROBLEM,
+    until=("Problem:", "I hope it is correct"),
+    max_new_tokens=1024,
+    judge=judge,
+)
+_500 = partial(Task, name="math-500", version=1, load=partial(load, MATH_500), subjects=COUNTS)
 PROTOCOLS: tuple[Task, ...] = (
-    Task(
-        name="math",
-        protocol="base",
-        version=VERSION,
-        shots=4,
-        allowed_shots=range(5),
-        load=load,
-        ask=ask,
-        read=read,
-        average=score_all,
-        comment=partial(missing_subjects, "math", COUNTS),
+    _minerva(name="math", load=partial(load, MATH), subjects=COUNTS),
+    _500(protocol="card", question=CHAT_PROMPT, max_new_tokens=2048, judge=judge_chat),
+    _minerva(name="math-500", load=partial(load, MATH_500), subjects=COUNTS),
+    _500(
+        protocol="lm-eval",
+        question="Problem: {problem}\nAnswer:",
+        until=("Problem:",),
+        max_new_tokens=1024,  # our choice: the harness's default of 256 cuts most solutions
+        judge=judge_lm_eval,
     ),
 )

@@ -15,38 +15,21 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from qwenq.errors import DataError
 from qwenq.evals.sandbox.run import Program
-from qwenq.evals.task import DataSource, Item, Judgement, Request, Task, Write, Written, first_turn, score_all
-from qwenq.evals.tasks.data import (
-    Row,
-    check_count,
-    copy_in,
-    local_folder,
-    numbered,
-    place_of,
-    read_hub,
-    read_json,
-    read_json_records,
-    text_columns,
-)
+from qwenq.evals.task import DataSource, Item, Judgement, Task, Written
+from qwenq.evals.tasks.data import Dataset
+from qwenq.evals.tasks.files import Row, check_count, text_columns
 
-VERSION = 1
-CARD_VERSION = 2
-
-MAX_NEW_TOKENS = 512
 TASK = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
     "\n\n{tests}\n"
 )
-QUESTION = TASK + "[BEGIN]\n"
-SHOT = QUESTION + "{code}\n[DONE]\n\n"
-STOPS = ("[DONE]",)
 FENCED = re.compile(r"```(?:[\w.+-]+|[ \t]*(?:[Pp][Yy]\w*)?)[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
 MARKED = re.compile(r"\[BEGIN\]\n?(.*?)(?:\[DONE\]|$)", re.DOTALL)
 
@@ -54,47 +37,74 @@ EXAMPLES = ("2", "3", "4")
 SCORED = range(11, 511)
 FULL, SANITIZED = "mbpp.jsonl", "sanitized-mbpp.json"
 COUNTS = {FULL: 500, SANITIZED: 257}
-SPARE = 10
-"""Of 500. A few of the benchmark's solutions return no plain value, or depend on the Python version."""
-HUB = "google-research-datasets/mbpp"
+
+
+def make(row: Row, _: str | None) -> Item:
+    """Return the item of a task of either file, as text under the same names."""
+    sanitized = isinstance(row.data, dict) and "text" not in row.data and "prompt" in row.data
+    task, setup = ("prompt", "test_imports") if sanitized else ("text", "test_setup_code")
+    texts = text_columns(row, (task, "code"))
+    number, tests, before = (row.data.get(key) for key in ("task_id", "test_list", setup))
+    lines = before.splitlines() if isinstance(before, str) else before
+    if type(number) is not int or not all(_is_texts(part) for part in (tests, lines)) or not tests:
+        what = f"a task needs a number in task_id, and texts in test_list and {setup}"
+        raise DataError(what, where=row.where)
+    data = {
+        "task_id": str(number),
+        "text": texts[task],
+        "code": texts["code"],
+        "tests": "\n".join(tests),
+        "setup": "\n".join(lines or ()),
+        "file": SANITIZED if sanitized else FULL,
+    }
+    if number in SCORED:
+        _check(data, row.where)
+    return Item(f"MBPP/{number}", None, data)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def _check(data: Mapping[str, str], where: str) -> None:
+    """Refuse tests that would pass whatever the solution is."""
+    try:
+        _, calls = _split(data)
+        ast.parse(data["setup"])
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
+        raise DataError(f"code or tests are not valid Python: {error}", where=where) from error
+    if not calls:
+        raise DataError("the tests call nothing that the solution defines", where=where)
+
+
+MBPP = Dataset(
+    name="mbpp",
+    make=make,
+    counts={None: None},
+    hub="google-research-datasets/mbpp",
+    config="full",
+    split="prompt+test",
+    files=(FULL, SANITIZED),
+)
 
 
 def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
     """Return the test split; there are no subjects."""
-    name, rows = _rows(source)
-    by_number: dict[str, Row] = {}
-    for row in rows:
-        if (first := by_number.setdefault(row.data["task_id"], row)) is not row:
-            raise DataError(
-                f"task {row.data['task_id']} occurs twice", where=row.where, hint=f"first: {first.where}"
-            )
-    scored = [row for number, row in by_number.items() if int(number) in SCORED]
-    check_count(len(scored), COUNTS[name], rows[0].where.rsplit(", ", 1)[0])
-    missing = [number for number in EXAMPLES[:shots] if number not in by_number]
-    if missing:
+    items = {item.data["task_id"]: item for item in MBPP.items(source)}
+    scored = [item for number, item in items.items() if int(number) in SCORED]
+    where = source.folder / "mbpp" if source.folder else f"hub dataset {MBPP.hub}"
+    check_count(len(scored), COUNTS[next(iter(items.values())).data["file"]], where)
+    if missing := [number for number in EXAMPLES[:shots] if number not in items]:
         raise DataError(
             f"no task {', '.join(missing)}: the examples of the prompt",
-            where=rows[0].where.rsplit(", ", 1)[0],
+            where=where,
             hint="get the whole file",
         )
-    shown = tuple(by_number[number].data for number in EXAMPLES[:shots])
-    for row in scored:
-        _check(row)
-    return [Item(f"MBPP/{row.data['task_id']}", None, row.data, shown) for row in scored]
+    shown = tuple(items[number].data for number in EXAMPLES[:shots])
+    return [replace(item, shots=shown) for item in scored]
 
 
-def ask_chat(item: Item) -> Request:
-    """Return the task and its tests as the first message of a chat."""
-    return Write(first_turn(TASK.format_map(item.data)), MAX_NEW_TOKENS)
-
-
-def ask_base(item: Item) -> Request:
-    """Return examples and task as plain text."""
-    shown = "".join(SHOT.format_map(row) for row in item.shots)
-    return Write(shown + QUESTION.format_map(item.data), MAX_NEW_TOKENS, STOPS)
-
-
-def read_chat(item: Item, answer: Written) -> Judgement:
+def judge_chat(item: Item, answer: Written) -> Judgement:
     """Extract the first fenced block, closed or not, else the text between the marks, else all."""
     for pattern in (FENCED, MARKED):
         if match := pattern.search(answer.text):
@@ -102,7 +112,7 @@ def read_chat(item: Item, answer: Written) -> Judgement:
     return Judgement(False, answer.text, note="not run; no block of code in the answer")
 
 
-def read_base(item: Item, answer: Written) -> Judgement:
+def judge_base(item: Item, answer: Written) -> Judgement:
     """Take the whole answer as the code."""
     return Judgement(False, answer.text, note="not run")
 
@@ -141,11 +151,6 @@ def program(item: Item, solution: str) -> Program:
     )
 
 
-def reference(item: Item) -> str:
-    """Return the benchmark's own solution."""
-    return item.data["code"]
-
-
 def set_notice(items: Sequence[Item]) -> list[str]:
     """Return a notice where these are not the tasks of published scores."""
     if items and items[0].data["file"] == SANITIZED:
@@ -175,74 +180,25 @@ def _names_in(tree: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
-def _rows(source: DataSource) -> tuple[str, list[Row]]:
-    folder = local_folder(source, "mbpp")
-    ours = folder is not None and any((folder / name).exists() for name in (FULL, SANITIZED))
-    copy = None if ours else copy_in(folder)
-    if folder is None or copy is not None:
-        found = [*_from_hub("prompt", copy), *_from_hub("test", copy)]
-        return FULL, [_row(record, where, FULL) for record, where in found]
-    name = SANITIZED if not (folder / FULL).exists() and (folder / SANITIZED).exists() else FULL
-    return name, [_row(record, where, name) for record, where in _read(folder / name)]
-
-
-def _read(path: Path) -> list[tuple[Any, str]]:
-    if path.suffix == ".jsonl":
-        return read_json_records(path)
-    return numbered(read_json(path), str(path))
-
-
-def _from_hub(split: str, copy: Path | None) -> list[tuple[Any, str]]:
-    return numbered(read_hub(HUB, "full", split, sampled=False, copy=copy), place_of(HUB, split, copy))
-
-
-def _row(record: object, where: str, name: str) -> Row:
-    """Return one task of either file as text under the same names."""
-    task, setup = ("text", "test_setup_code") if name == FULL else ("prompt", "test_imports")
-    texts = text_columns(record, (task, "code"), where)
-    rest: dict[str, Any] = record if isinstance(record, dict) else {}
-    number, tests, before = (rest.get(key) for key in ("task_id", "test_list", setup))
-    lines = before.splitlines() if isinstance(before, str) else before
-    if type(number) is not int or not all(_is_texts(part) for part in (tests, lines)) or not tests:
-        raise DataError(f"a task needs a number in task_id, and texts in test_list and {setup}", where=where)
-    data = {
-        "task_id": str(number),
-        "text": texts[task],
-        "code": texts["code"],
-        "tests": "\n".join(tests),
-        "setup": "\n".join(lines or ()),
-        "file": name,
-    }
-    return Row(data, where)
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
-
-
-def _check(row: Row) -> None:
-    """Refuse tests that would pass whatever the solution is."""
-    try:
-        _, calls = _split(row.data)
-        ast.parse(row.data["setup"])
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
-        raise DataError(f"code or tests are not valid Python: {error}", where=row.where) from error
-    if not calls:
-        raise DataError("the tests call nothing that the solution defines", where=row.where)
-
-
-_script = partial(
+_task = partial(
     Task,
     name="mbpp",
-    version=VERSION,
     load=load,
-    average=score_all,
     comment=set_notice,
     program=program,
-    reference=reference,
-    spare=SPARE,
+    reference=lambda item: item.data["code"],
+    spare=10,  # of 500: a few solutions return no plain value, or depend on the Python version
 )
 PROTOCOLS: tuple[Task, ...] = (
-    _script(protocol="card", version=CARD_VERSION, shots=0, allowed_shots=(0,), ask=ask_chat, read=read_chat),
-    _script(protocol="base", shots=3, allowed_shots=range(4), ask=ask_base, read=read_base),
+    _task(protocol="card", version=2, question=TASK, judge=judge_chat),
+    _task(
+        protocol="base",
+        version=1,
+        shots=3,
+        allowed_shots=range(4),
+        shot=TASK + "[BEGIN]\n{code}\n[DONE]\n\n",
+        question=TASK + "[BEGIN]\n",
+        until=("[DONE]",),
+        judge=judge_base,
+    ),
 )

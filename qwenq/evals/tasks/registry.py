@@ -15,22 +15,21 @@ from qwenq.evals.tasks import (
     humaneval,
     ifeval,
     math,
-    math500,
     mbpp,
     mmlu,
     mmlu_pro,
 )
 
-_SCRIPTS: dict[tuple[str, str], Task] = {
-    (script.name, script.protocol): script
-    for task in (mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, mmlu_pro, gpqa, ifeval, math500)
-    for script in task.PROTOCOLS
+_TASKS: dict[tuple[str, str], Task] = {
+    (task.name, task.protocol): task
+    for module in (mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, mmlu_pro, gpqa, ifeval)
+    for task in module.PROTOCOLS
 }
 
 
 def task_names() -> list[str]:
     """Return the names of all benchmarks."""
-    return list(dict.fromkeys(name for name, _ in _SCRIPTS))
+    return list(dict.fromkeys(name for name, _ in _TASKS))
 
 
 def protocol_names(task: str) -> list[str]:
@@ -46,7 +45,7 @@ def protocol_names(task: str) -> list[str]:
             where="--tasks",
             hint=f"did you mean {close[0]}?" if close else f"there are {', '.join(task_names())}",
         )
-    return [protocol for name, protocol in _SCRIPTS if name == task]
+    return [protocol for name, protocol in _TASKS if name == task]
 
 
 def get_task(name: str, protocol: str) -> Task:
@@ -56,9 +55,8 @@ def get_task(name: str, protocol: str) -> Task:
         UsageError: no such benchmark, or it has no such protocol.
     """
     protocols = protocol_names(name)
-    for (known, other), script in _SCRIPTS.items():
-        if known == name and other == protocol:
-            return script
+    if protocol in protocols:
+        return _TASKS[name, protocol]
     raise UsageError(
         f"{name} has no {protocol} protocol",
         where="--protocol",

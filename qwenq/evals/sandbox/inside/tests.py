@@ -28,20 +28,11 @@ class Caller:
     raised: dict[str, str] | None = field(default=None)
 
     def start(self, source: str) -> None:
-        """Have the solution's source run.
-
-        Raises:
-            SolutionEnded: it raised, or its process died.
-        """
+        """Have the solution's source run."""
         self._ask({"source": source}, ready="loaded")
 
     def call(self, name: str, *given: Any, **named: Any) -> Any:
-        """Call a function of the solution; arguments that it changed in place are changed here too.
-
-        Raises:
-            SolutionEnded: there is no answer.
-            Exception: what the function raised, where it is a built-in exception, else a RuntimeError.
-        """
+        """Call a function of the solution; arguments that it changed in place are changed here too."""
         answer = self._ask({"name": name, "given": encode(given), "named": encode(named)}, ready="value")
         try:
             value, after = decode(answer["value"]), decode(answer["given"])

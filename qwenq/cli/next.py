@@ -1,0 +1,114 @@
+"""Suggest the commands that go on from what a command made: each of them has to work as it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from qwenq.cli.printing import as_typed
+from qwenq.errors import QwenqError, visible
+
+if TYPE_CHECKING:
+    from qwenq.models.checkpoint import Checkpoint
+
+Words = Sequence[str | Path | None]
+
+
+def next_commands(*commands: Words) -> None:
+    """Print commands that go on from here, ready to copy; words that are None are left out.
+
+    On standard error, so that what is piped on holds results alone.
+    """
+    for label, command in zip(("next:", *[""] * len(commands)), commands, strict=False):
+        words = [str(word) for word in command if word is not None]
+        program = [] if words[0] == "vllm" else ["qwenq"]
+        typer.echo(f"{label:<6}{visible(as_typed([*program, *words]))}", err=True)
+
+
+def with_model(folder: str | Path, base: str | Path | None = None) -> Iterator[Words]:
+    """Yield commands for a model folder: chat, evaluate, profile, serve; without those that refuse it.
+
+    Args:
+        folder: as the user can type it.
+        base: the model that it was made from, which it is compared with.
+    """
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.opening import resolve_model
+    from qwenq.models.random_weights import is_random
+
+    checkpoint = open_checkpoint(resolve_model(str(folder)).folder)
+    sized, fast = _runs(checkpoint)
+    engine = () if fast else ("--engine", "transformers")
+    of_its_own = checkpoint.foreign is None  # other formats have no speed here: they are dequantised at load
+    if is_random(checkpoint.config):
+        yield ("profile", folder, *engine)
+        return
+    if _chats(checkpoint):
+        yield ("chat", folder, *engine)
+    yield ("eval", base, folder, *engine, *(("--sample",) if base == "bundled" else ()))
+    if sized and of_its_own:
+        yield ("profile", None if base is not None and _is_foreign(base) else base, folder, *engine)
+    if _loads_in_vllm(checkpoint):
+        yield ("vllm", "serve", folder)
+
+
+def named_base(quantised: Path) -> str | Path | None:
+    """Return the model that a folder was quantised from, as a command takes it; None: unknown."""
+    from qwenq.models.identity import base_of, local_base
+
+    try:
+        named = base_of(quantised)
+        if named.get("folder"):
+            return local_base(named, quantised)
+    except QwenqError:  # a damaged manifest, or a base that has gone
+        return None
+    return (named["model"] or "bundled") if "model" in named else None
+
+
+def _runs(checkpoint: Checkpoint) -> tuple[bool, bool]:
+    """Return whether the sizes of the model are known, and whether the fast engine runs it."""
+    from qwenq.models.shapes import ModelShape
+    from qwenq.runtime.spec import read_spec
+
+    try:
+        ModelShape.from_config(checkpoint.config)
+    except QwenqError:
+        return False, False
+    try:
+        read_spec(checkpoint.config)
+    except QwenqError:
+        return True, False
+    return True, True
+
+
+def _chats(checkpoint: Checkpoint) -> bool:
+    from qwenq.models.qwen_tokenizer import QwenTokenizer
+    from qwenq.models.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder)
+    except QwenqError:
+        return False
+    if isinstance(tokenizer, QwenTokenizer):
+        return tokenizer.im_end_id in tokenizer.eos_ids
+    return tokenizer.template is not None
+
+
+def _is_foreign(base: str | Path) -> bool:
+    """Return whether a base lies here in another tool's format; one on the hub was read as it is."""
+    from qwenq.models.checkpoint import open_checkpoint
+
+    folder = Path(base).expanduser()
+    return folder.is_dir() and open_checkpoint(folder).foreign is not None
+
+
+def _loads_in_vllm(checkpoint: Checkpoint) -> bool:
+    from qwenq.models.gptq_format import is_quantised
+    from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
+
+    if not is_quantised(checkpoint.config) or checkpoint.foreign is not None:
+        return False
+    return all(each.loads for each in engine_verdicts(read_gptq_folder(checkpoint), ["vllm"]))

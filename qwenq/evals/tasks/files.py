@@ -1,0 +1,242 @@
+"""Read benchmark files: whole, every value as text, and every error with its file and line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qwenq.errors import DataError
+
+LARGEST = 64_000_000  # bytes
+AnyPath = Path | zipfile.Path
+"""The path of a file, or of a member of a zip archive."""
+_AGAIN = "get the file again"
+
+
+class Row(NamedTuple):
+    """A row of a benchmark file, and its place: the file and its first line, or the hub's data set.
+
+    Values of CSV files are text exactly as in the file: ``None`` and ``007``, too.
+    """
+
+    data: Any
+    where: str
+
+    @property
+    def file(self) -> str:
+        """Return the place without line or row."""
+        return self.where.rpartition(", ")[0] or self.where
+
+
+def read_csv(
+    path: AnyPath, columns: Sequence[str], *, header: bool, optional: Sequence[str] | None = ()
+) -> list[Row]:
+    """Return the rows of a CSV file; every value is text.
+
+    Args:
+        path: UTF-8, with or without a byte-order mark.
+        columns: their names, in order where the file has no header.
+        header: whether the first line has to name the columns; if not, it may, as some copies have one.
+        optional: further columns that the file may have; None: any.
+
+    Raises:
+        DataError: not there, empty, not UTF-8, not CSV, or of other columns.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    names, rows = list(columns), list[Row]()
+    line, first = 0, True  # of the record before: a quoted value may span lines
+    try:
+        for values in reader:
+            where, line = f"{path}, line {line + 1}", reader.line_num
+            if first and (header or _names_columns(values, columns)):
+                names = _header(values, columns, optional if header else None, where)
+            elif values:
+                if len(values) != len(names):
+                    raise DataError(
+                        f"{len(values)} columns where there should be {len(names)}",
+                        where=where,
+                        hint=f"the columns are {', '.join(names)}",
+                    )
+                rows.append(Row(dict(zip(names, values, strict=True)), where))
+            first = False
+    except csv.Error as error:
+        raise DataError(f"not a whole CSV file: {error}", where=f"{path}, line {line + 1}") from error
+    return _some(rows, path)
+
+
+def read_records(path: AnyPath) -> list[Row]:
+    """Return the values of a .jsonl, .jsonl.gz or .json file, or of all .json files of a folder.
+
+    The latter are in the order of their numbers, and have the file's name as a further column, ``file``.
+    """
+    if not path.is_dir():
+        return _records(path)
+    files = [file for file in path.iterdir() if file.name.endswith(".json")]
+    files.sort(key=lambda file: [*map(int, re.findall(r"\d+", file.name)), 0])
+    rows = [(file.name.removesuffix(".json"), row) for file in files for row in _records(file)]
+    named = [
+        row._replace(data={**row.data, "file": name}) if isinstance(row.data, dict) else row
+        for name, row in rows
+    ]
+    return _some(named, path)
+
+
+def _records(path: AnyPath) -> list[Row]:
+    text = read_text(path)
+    if path.name.endswith(".json"):
+        content = _parsed(text, str(path), "the file")
+        return numbered(content, str(path)) if isinstance(content, list) else [Row(content, str(path))]
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)]
+    return _some(
+        [Row(_parsed(line, where, "this line"), where) for where, line in lines if line.strip()], path
+    )
+
+
+def numbered(records: object, where: str) -> list[Row]:
+    """Return each of a list of records with its place."""
+    if not isinstance(records, list) or not records:
+        raise DataError("there should be a list of rows", where=where, hint=_AGAIN)
+    return [Row(record, f"{where}, row {number}") for number, record in enumerate(records, 1)]
+
+
+def _parsed(text: str, where: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is not valid JSON: {error}", where=where) from error
+
+
+def text_columns(row: Row, columns: Sequence[str]) -> dict[str, str]:
+    """Return these columns of a row; all have to be text."""
+    record, where = row
+    if not isinstance(record, dict):
+        raise DataError(
+            f"a row has to be an object with named columns, not {type(record).__name__}", where=where
+        )
+    missing = [name for name in columns if name not in record]
+    if missing:
+        raise DataError(
+            f"no column {', '.join(missing)}", where=where, hint=f"the columns are {', '.join(columns)}"
+        )
+    wrong = [name for name in columns if not isinstance(record[name], str)]
+    if wrong:
+        raise DataError(f"column {', '.join(wrong)} is not text", where=where)
+    return {name: record[name] for name in columns}
+
+
+def require_text(text: str, what: str, where: str) -> None:
+    """Refuse a text without a visible character."""
+    if not text.strip():
+        raise DataError(f"the {what} is empty", where=where)
+
+
+def check_count(found: int, expected: int, where: object, *, more: bool = False) -> None:
+    """Refuse a set with more or fewer rows than published: its score would be another benchmark's.
+
+    Args:
+        more: whether there may be more.
+    """
+    if found != expected and not (more and found > expected):
+        raise DataError(
+            f"{found} rows where the published set has {expected}{' or more' if more else ''}",
+            where=str(where),
+            hint="get the file again; --limit N evaluates the first N items of a whole set",
+        )
+
+
+def _names_columns(values: Sequence[str], columns: Sequence[str]) -> bool:
+    """Return whether a first row is a header: the columns' names, or their numbers as pandas writes them."""
+    folded = {value.strip().casefold() for value in values}
+    numbers = [str(number) for number in range(len(columns))]
+    return folded >= {name.casefold() for name in columns} or [v.strip() for v in values] in (
+        numbers,
+        ["", *numbers],
+    )
+
+
+def _header(
+    header: Sequence[str], columns: Sequence[str], optional: Sequence[str] | None, where: str
+) -> list[str]:
+    """Return the names of a header's columns, known ones in our spelling; refuse others than these."""
+    known = {name.casefold(): name for name in columns} | {str(n): name for n, name in enumerate(columns)}
+    names = [known.get(name.strip().casefold(), name.strip()) for name in header]
+    counted = [name for name in names if optional is not None or name in columns]
+    if {*columns} - {*names} or {*counted} - {*columns, *(optional or ())} or len({*counted}) < len(counted):
+        raise DataError(
+            f"the columns are {', '.join(names)}",
+            where=where,
+            hint=f"they should be {', '.join(columns)}",
+        )
+    return names
+
+
+def read_text(path: AnyPath) -> str:
+    """Return the text of a file; the largest benchmark file has 5 MB."""
+    if path.exists() and not path.is_file():  # reading a pipe might never end
+        raise DataError("it is not a file", where=str(path), hint="put the original file in its place")
+    try:
+        raw = _bounded(path)
+    except FileNotFoundError:
+        raise DataError("no such benchmark file", where=str(path), hint=_siblings(path)) from None
+    except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        kind = "zip archive" if isinstance(path, zipfile.Path) else "gzip file"
+        raise DataError(f"not a whole {kind}: {error}", where=str(path), hint="copy it again") from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except RuntimeError as error:  # zipfile's, of members that are encrypted or packed in a way of their own
+        raise DataError(
+            f"cannot be unpacked: {error}", where=str(path), hint="get the archive again"
+        ) from error
+    if b"\0" in raw:
+        raise DataError(
+            "it holds zero (NUL) bytes: probably UTF-16, or not a text",
+            where=str(path),
+            hint=f"convert it, e.g. `iconv -f UTF-16LE -t UTF-8 {path.name}`",
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"not UTF-8: byte 0x{raw[error.start]:02x}",
+            where=f"{path}, line {line}",
+            hint=f"convert it, e.g. `iconv -f GB18030 -t UTF-8 {path.name}`",
+        ) from error
+
+
+def _bounded(path: AnyPath) -> bytes:
+    """Return the bytes, inflated up to a bound: a compressed file may be a thousand times as large."""
+    packed = path.suffix == ".gz"
+    with path.open("rb") as stored, gzip.open(stored) if packed else nullcontext(stored) as file:
+        raw: bytes = file.read(LARGEST + 1)
+    if len(raw) > LARGEST:
+        raise DataError(
+            f"over {LARGEST // 1_000_000} MB when inflated: no benchmark file is that large",
+            where=str(path),
+            hint="get the file again",
+        )
+    return raw
+
+
+def _siblings(path: AnyPath) -> str:
+    folder = path.parent
+    if not folder.is_dir():  # type: ignore[attr-defined]
+        return f"there is no folder {folder.name}/"  # type: ignore[attr-defined]
+    there = sorted(entry.name for entry in folder.iterdir())  # type: ignore[attr-defined]
+    shown = f"{', '.join(there[:8])}{' …' * (len(there) > 8)}"
+    return f"the folder holds {shown}" if there else "the folder is empty"
+
+
+def _some(rows: list[Row], path: object) -> list[Row]:
+    if not rows:
+        raise DataError("the file is empty", where=str(path), hint="get it again")
+    return rows
