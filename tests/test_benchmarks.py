@@ -169,6 +169,12 @@ def starts(load: Callable[[str], ModuleType], folder: Path) -> Iterator[tuple[st
     made = recorded(load, "quantize_moe", lambda m: m.race(options, Path("model"), "qwenq"))
     yield "calibrate", made[:1]
     yield "quantize", made[1:2]
+    made = recorded(
+        load,
+        "quantize_effort",
+        lambda m: m.quantised(m.Bench(Path("model"), variants, 64, Path("python")), {}, folder / "out"),
+    )
+    yield "quantize", made
     yield "quantize", recorded(load, "scale_out", lambda m: m.quantize(folder))
     yield "eval", recorded(load, "scale_out", lambda m: m.evaluate(folder))
     yield "quantize", recorded(load, "gate_noise", lambda m: m.quantised(folder))
@@ -190,7 +196,7 @@ def test_commands_of_qwenq_that_scripts_start_take_these_options(
         for command in found:
             parse(commands, of_qwenq(command))
             tried += 1
-    assert tried == 21
+    assert tried == 22
 
 
 def test_servers_are_measured_and_a_refusal_is_recorded(
