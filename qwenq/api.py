@@ -348,12 +348,9 @@ def evaluate(
     from qwenq.evals.suite import open_and_evaluate, request_of, run_folder
     from qwenq.recipe import EvalRecipe, Recipe
 
-    given = [None if name == "bundled" and not Path(name).exists() else name for name in _names(models)]
+    given, chosen_tasks = _names(models), (tasks,) if isinstance(tasks, str) else tuple(tasks)
     _require_alone(endpoint, models, model)
-    asked: dict[str, Any] = {
-        "tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks),
-        "subjects": tuple(subjects),
-    }
+    asked: dict[str, Any] = {"tasks": chosen_tasks, "subjects": tuple(subjects)}
     asked |= {"protocol": protocol, "thinking": thinking, "dtype": dtype, "sample": sample, "limit": limit}
     asked |= {"shots": shots, "max_new_tokens": max_new_tokens, "data": None if data is None else str(data)}
     chosen = Recipe().override(eval=asked).eval or EvalRecipe()
@@ -435,12 +432,11 @@ def profile(
             named = "served" if tuple(precision) == PRECISIONS else ",".join(precision)
             load = tuple(concurrency), input, output
             return _profile_served(endpoint, model, named, load, seconds, out, listener, command)
-        lengths = lengths_of(context, chosen.tokens, chosen.encode)
         require_known(chosen.attention, chosen.engine, kernel)
         found = subjects_of(_names(models), precision, weights, seed)
         folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
-        how = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel, "tp": tp}
-        how |= {"lengths": lengths}
+        how: dict[str, Any] = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel}
+        how |= {"tp": tp, "lengths": lengths_of(context, chosen.tokens, chosen.encode)}
         rows, kept = sweep_models(found, how, device, seconds, folder, listener, command)
         with locked(folder):
             record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
