@@ -432,11 +432,11 @@ def profile(
             named = "served" if tuple(precision) == PRECISIONS else ",".join(precision)
             load = tuple(concurrency), input, output
             return _profile_served(endpoint, model, named, load, seconds, out, listener, command)
+        how: dict[str, Any] = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel}
+        how |= {"tp": tp, "lengths": lengths_of(context, chosen.tokens, chosen.encode)}
         require_known(chosen.attention, chosen.engine, kernel)
         found = subjects_of(_names(models), precision, weights, seed)
         folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
-        how: dict[str, Any] = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel}
-        how |= {"tp": tp, "lengths": lengths_of(context, chosen.tokens, chosen.encode)}
         rows, kept = sweep_models(found, how, device, seconds, folder, listener, command)
         with locked(folder):
             record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
