@@ -40,7 +40,13 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
     ):
         assert part in said
     ear = Recorder()
-    settings = {"sym": False, "act_order": "none", "scale_search": "mse", "asymmetric_calibration": 0.0}
+    settings = {
+        "sym": False,
+        "any_engine": True,
+        "act_order": "none",
+        "scale_search": "mse",
+        "asymmetric_calibration": 0.0,
+    }
     run(write_family(tmp_path / "n"), tmp_path / "other", ear, **settings)
     said = "\n".join(ear.lines)
     assert (

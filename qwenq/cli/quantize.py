@@ -144,8 +144,9 @@ def calibrate(
     One safetensors file that holds the tokens and their manifest.
     """
     from qwenq import api
+    from qwenq.models.folders import local_path
 
-    existed = out.exists() and not force
+    existed = local_path(out, "--out").exists() and not force
     wanted = {**given[""], **given["calibration"], **given["quantize"]}
     with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
         made = api.calibrate(model, out, **wanted, device=device, force=force, progress=listener)

@@ -40,9 +40,10 @@ def report(
     ] = None,
     no_card: Annotated[bool, typer.Option("--no-card", help="Leave model cards as they are.")] = False,
 ) -> None:
-    """Write model card tables, an HTML page with plots, and data; fill the quantised folders' model cards.
+    """Write model card tables, an HTML page with plots, and data.
 
-    Nothing is measured, and no model is loaded. Of a card only the marked sections and qwenq's scores change.
+    The model cards of the quantised folders are filled. Nothing is measured, and no model is loaded. Of a
+    card only the marked sections and qwenq's scores change.
     """
     from qwenq.publishing.measured import fill_cards
     from qwenq.reporting.write import write_report

@@ -218,7 +218,8 @@ def test_a_model_compared_with_itself_has_zero_divergence(case: Case) -> None:
     assert result.top5.value == result.top10.value == 1.0
     assert result.perplexity_ratio.value == pytest.approx(1.0, abs=1e-6)
     assert all(row.error == 0 for row in result.modules)
-    assert result.verdict.word == "excellent"
+    assert result.verdict.word == "none"  # of so few tokens, whatever they say
+    assert "tokens are too few to judge by" in result.verdict.sentence
 
 
 def test_json_is_strict_and_whole(case: Case) -> None:

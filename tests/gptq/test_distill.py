@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_whole_model(tmp_path: Path, family: str, sy
             value = values[f"{prefix}.{name}.scales"]
             relative = torch.zeros_like(value) if value.grad is None else value.grad * value
             got = student.gradient[linear.where].view(relative.T.shape)
-            torch.testing.assert_close(got, relative.T, rtol=1e-3, atol=1e-5 * largest, msg=name)
+            torch.testing.assert_close(got, relative.T, rtol=1e-3, atol=5e-5 * largest, msg=name)
 
 
 def test_held_back_sequences_come_nearer_and_only_scales_change(problem: Problem) -> None:
