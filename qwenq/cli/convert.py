@@ -101,6 +101,8 @@ def _write_random(
     name: str, dst: Path, seed: int, shard_bytes: int, of_folders: Mapping[str, object]
 ) -> None:
     """Write a catalogue model with random weights to a folder."""
+    from qwenq.models.bundled import is_bundled
+    from qwenq.models.catalogue import BUNDLED
     from qwenq.models.random_weights import write_random_checkpoint
     from qwenq.models.safetensors_files import tensor_bytes
     from qwenq.storage import readable_bytes
@@ -109,7 +111,7 @@ def _write_random(
         if given:
             hint = f"leave {option} out; convert what this writes, or what `qwenq quantize` makes of it"
             raise UsageError("random weights are written in one layout", where=option, hint=hint)
-    made = write_random_checkpoint(name, dst, seed, max_bytes=shard_bytes)
+    made = write_random_checkpoint(BUNDLED if is_bundled(name) else name, dst, seed, max_bytes=shard_bytes)
     names = list(made.names())
     size = readable_bytes(sum(tensor_bytes(made.info(name)) for name in names))
     typer.echo(

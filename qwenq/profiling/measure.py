@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 def checkpoint_of(point: Point) -> Checkpoint:
     """Return the point's model, before it is rounded."""
+    from qwenq.models.bundled import is_bundled
     from qwenq.models.catalogue import BUNDLED
     from qwenq.models.machine import resolve_device
     from qwenq.models.opening import open_model
@@ -52,7 +53,9 @@ def checkpoint_of(point: Point) -> Checkpoint:
 
     subject = point.subject
     if subject.weights == "random":  # drawn where they are used
-        return random_checkpoint(subject.given or BUNDLED, subject.seed, device=resolve_device(point.device))
+        given = subject.given
+        name = BUNDLED if given is None or is_bundled(given) else given
+        return random_checkpoint(name, subject.seed, device=resolve_device(point.device))
     return open_model(subject.given)
 
 

@@ -88,8 +88,9 @@ def test_a_misspelt_catalogue_name_is_suggested(tmp_path: Path) -> None:
     assert "qwen-7b-chat" in str(error.value)
 
 
-def test_convert_writes_a_random_checkpoint(tmp_path: Path) -> None:
-    shown = invoke("convert", SMALLEST, tmp_path / "m", "--weights", "random", "--max-shard", "100MB")
+@pytest.mark.parametrize("name", [SMALLEST, "bundled"])
+def test_convert_writes_a_random_checkpoint(tmp_path: Path, name: str) -> None:
+    shown = invoke("convert", name, tmp_path / "m", "--weights", "random", "--max-shard", "100MB")
     assert "random weights" in shown
     checkpoint = open_checkpoint(tmp_path / "m")
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1

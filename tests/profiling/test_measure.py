@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from brief_profiles import profile_briefly
 
+from qwenq.models.random_weights import is_random
 from qwenq.profiling import child
-from qwenq.profiling.measure import Bench, measure, prefill, spread
+from qwenq.profiling.measure import Bench, checkpoint_of, measure, prefill, spread
 from qwenq.profiling.spec import Point
 from qwenq.profiling.worker import explain
 from qwenq.runtime.generation import Engine
@@ -155,6 +156,13 @@ def test_a_process_started_ahead_measures_its_point_and_the_last_one_is_ended(po
         waiting = measure_ahead._next
         assert waiting is not None and waiting.process.poll() is None
     assert waiting.process.poll() is not None
+
+
+@pytest.mark.parametrize("given", [None, "bundled"])
+def test_the_bundled_model_has_random_weights_by_its_word_too(points: list[Point], given: str | None) -> None:
+    subject = replace(points[0].subject, given=given, weights="random", rounded=None)
+    made = checkpoint_of(replace(points[0], subject=subject))
+    assert made.config["num_hidden_layers"] == 30 and is_random(made.config)
 
 
 def test_an_attention_without_support_is_unavailable_with_its_reason(points: list[Point]) -> None:

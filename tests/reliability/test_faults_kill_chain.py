@@ -148,7 +148,8 @@ def outcome(start: Starter, run: Path) -> dict[str, object]:
     (config,) = (run / "models").glob("*/*/config.json")
     assert list((run / "models").glob("*/*.partial")) == []
     model = config.parent
-    weights = {file.name: file.read_bytes() for file in model.iterdir() if file.name != "qwenq.json"}
+    timed = {"qwenq.json", "README.md", "plots"}  # seconds, and the figures that a report filled in
+    weights = {file.name: file.read_bytes() for file in model.iterdir() if file.name not in timed}
     rows = [row for row in read_rows(run) if "engine" not in row.point]
     page = start.folder / "reports" / "tiny" / "index.html"
     return {
