@@ -178,10 +178,14 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in found.items()}
 
 
+def _peak_name(key: str) -> str:
+    return {"copy_gb_per_s": "a copy, GB"}.get(key, f"{key.partition('_')[0]} products, GFLOP")
+
+
 def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, Any]) -> str:
     """Return the report in Markdown."""
     body = []
-    for task in dict.fromkeys(row["task"] for row in rows):
+    for task in dict.fromkeys(row["task"] for row in rows if row["task"] != PEAKS):
         for which in ("before", "after", "llama.cpp"):
             keys = (*SPEEDS, "seconds", "peak_rss_mib")
             values = [middle(rows, which, task, key) for key in keys]
@@ -190,9 +194,7 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
     heading = ["task", "checkout", *SPEEDS.values(), "seconds", "peak MiB"]
     lines = "".join(f"- {name}: {value}\n" for name, value in found.items())
     peaks = {key: middle(rows, "after", PEAKS, key) for key in rows[0] if key.endswith("_per_s")}
-    named = ", ".join(
-        f"{key.removesuffix('_per_s').replace('_', ' ')} {value}" for key, value in peaks.items()
-    )
+    named = ", ".join(f"{_peak_name(key)} {value:.0f}" for key, value in peaks.items() if value is not None)
     hidden = " AVX-512 hidden from torch, oneDNN and qwenq." if facts["variant"] == "avx2" else ""
     return (
         f"# This checkout beside commit {facts['before']}, variant {facts['variant']}\n\n"
