@@ -273,8 +273,8 @@ def cpus_table(report: Report) -> str:
     return (
         f"{markdown_table(['tokens a second', *header], body)}\n"
         f"SmolLM2-135M-Instruct, batch 1; {facts[0]['threads']} threads of {facts[0]['cpu']}, {days}; AVX2: "
-        "AVX-512 is hidden from torch and the kernels. Each was a run of its own, and the machine was slower in "
-        f"one: compare within a column. The reports: {', '.join(sorted(names))}."
+        "AVX-512 is hidden from torch and the kernels. Each was a run of its own, the machine slower in one: "
+        f"compare within a column. The reports: {', '.join(sorted(names))}."
     )
 
 
