@@ -33,6 +33,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "decode_cpu": ("decode_vs_peers", ("rows", "ratios", "environment")),
     "eval": ("eval_vs_lm_eval", ("rows", "ratios", "cpu_ratios", "environment")),
     "memory": ("quantize_memory", ("rows", "environment")),
+    "moe_decode": ("decode_moe", ("rows", "environment")),
     "quantize": ("_quantize_report", ("rows", "ratios", "environment")),
     "quantize_moe": ("quantize_moe", ("mixture", "peers", "policies", "environment")),
     "quantize_qwen": ("_quantize_report", ("rows", "ratios", "environment")),
