@@ -34,6 +34,7 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "eval": ("eval_vs_lm_eval", ("rows", "ratios", "cpu_ratios", "environment")),
     "memory": ("quantize_memory", ("rows", "environment")),
     "moe_decode": ("decode_moe", ("rows", "environment")),
+    "moe_quantize": ("quantize_moe_shape", ("rows", "environment")),
     "quantize": ("_quantize_report", ("rows", "ratios", "environment")),
     "quantize_moe": ("quantize_moe", ("mixture", "peers", "policies", "environment")),
     "quantize_qwen": ("_quantize_report", ("rows", "ratios", "environment")),
