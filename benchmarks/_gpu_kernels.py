@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -235,6 +234,3 @@ def _error(found: Tensor, wanted: Tensor, size: float) -> float:
     """Return the largest error over the number's own size and the usual one; NaN counts as infinite."""
     error = ((found.double() - wanted).abs() / (wanted.abs() + size)).max().item()
     return error if error == error else float("inf")  # noqa: PLR0124
-
-
-ROOT = Path(__file__).resolve().parent.parent

@@ -26,7 +26,7 @@ _FIGURES = {
     "memory.generate": ("running GiB", 1 / 2**30, ".2f"),
     "memory.unreset": ("peak GiB", 1 / 2**30, ".2f"),
     "energy.token": ("J/token", 1.0, ".3f"),
-    "bandwidth.share": ("of memory bandwidth", 100.0, ".0f"),
+    "bandwidth.share": ("of copy bandwidth", 100.0, ".0f"),
 }
 """Metric → heading, factor, format."""
 _PERCENT = {"bandwidth.share"}
