@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from qwenq.calibration import CalibrationSet
     from qwenq.evals.check import CheckResult
-    from qwenq.gptq.distill import Distilled
     from qwenq.gptq.pipeline import LayerDone
     from qwenq.gptq.settings import Settings
     from qwenq.models.blocks import BlockwiseDecoder
@@ -89,7 +88,6 @@ class Job:
     team: Team
     seconds: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
-    distilled: Distilled | None = None
 
 
 def quantize(
@@ -120,8 +118,7 @@ def quantize(
     _announce_duration(job, calibration.tokens.numel())
     try:
         _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
-        tuned = _timed(job, "distilling", lambda: _distil(job, calibration, store)) if _distils(job) else {}
-        staged, notices = _timed(job, "write", lambda: _stage(job, store, tuned))
+        staged, notices = _timed(job, "write", lambda: _stage(job, store))
         for notice in notices:
             listener(Notice(notice))
         result = _timed(job, "check", lambda: _check(job, staged, calibration))
@@ -143,7 +140,6 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
         module_bits,
     )
     from qwenq.models.blocks import BlockwiseDecoder
-    from qwenq.models.config import by_inspection
     from qwenq.models.machine import resolve_device, resolve_dtype
     from qwenq.models.opening import open_model
     from qwenq.models.transformers_model import summary
@@ -154,12 +150,6 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
         listener(Notice(notice))
     _refuse_quantised(base)
     wanted = recipe.quantize
-    if wanted.distill and by_inspection(base.config):
-        raise UnsupportedError(
-            f"distilling is not possible with a model of type {base.config['model_type']}",
-            where="--distill",
-            hint="leave it out: what its head does to the logits is known to transformers alone",
-        )
     target = _target(out, recipe, base)
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
@@ -374,39 +364,10 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
         quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
 
 
-def _distils(job: Job) -> bool:
-    """Return whether scales are distilled; say why not where that was asked for."""
-    from qwenq.models.random_weights import is_random
-
-    wanted = bool(job.recipe.quantize.distill)
-    if wanted and is_random(job.checkpoint.config):
-        job.listener(Notice("not distilled: random weights have no accuracy"))
-        return False
-    return wanted
-
-
-def _distil(job: Job, calibration: CalibrationSet, store: LayerStore) -> dict[str, torch.Tensor]:
-    """Return tuned scales by name; {} where GPTQ's stay."""
-    from qwenq.gptq.distill import distil
-
-    wanted = job.recipe.quantize
-    with finishing("the step is on the disk"):
-        found = distil(
-            job.decoder, calibration.tokens, job.settings, store, wanted.distill, wanted.seed, job.listener
-        )
-    if found is None:
-        too_few = f"{len(calibration.tokens)} calibration sequences are too few to hold some back that decide"
-        job.listener(Notice(f"not distilled: {too_few}"))
-        return {}
-    job.distilled, tuned = found
-    job.listener(Notice(job.distilled.sentence))
-    return tuned
-
-
-def _stage(job: Job, store: LayerStore, tuned: dict[str, torch.Tensor]) -> tuple[Path, list[str]]:
+def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
     from qwenq.models.quantized_folder import stage
 
-    return stage(job.checkpoint, store, len(job.decoder.names), job.quant, tuned)
+    return stage(job.checkpoint, store, len(job.decoder.names), job.quant)
 
 
 def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
@@ -468,7 +429,6 @@ def _publish(
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
         "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
-        **({"distilled": job.distilled.to_json()} if job.distilled else {}),
         **expert_coverage(modules),
         **({"not_quantised": kept} if (kept := _kept(job)) else {}),
         "check": result.to_json() if result else None,

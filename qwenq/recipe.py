@@ -178,13 +178,6 @@ class QuantizeRecipe:
         "After GPTQ, coordinate descent on the same objective over integers and scales, two sweeps.",
         flags="--refine/--no-refine",
     )
-    distill: NotNegative = setting(
-        0,
-        "After GPTQ, passes over the calibration text that tune the scales so that the whole model's KL "
-        "divergence to its base falls; 0: none.",
-        "The integers stay, and so do size and speed of the file. An eighth of the sequences is not learned "
-        "from and decides: unless they come nearer to the base, GPTQ's scales stay.",
-    )
     any_engine: bool = setting(
         False,
         "Quantise also where neither vLLM nor SGLang would load the result, as with --asym.",

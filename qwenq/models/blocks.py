@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from qwenq.compute import attention
 from qwenq.compute.block import fallback_notice
-from qwenq.compute.transformers_blocks import OURS, TORCH, attention_name, fuse_blocks
+from qwenq.compute.transformers_blocks import OURS, attention_name, fuse_blocks
 from qwenq.models.config import by_inspection
 from qwenq.models.inspection import (
     ClassHead,
@@ -51,7 +50,6 @@ class BlockwiseDecoder:
         checkpoint: plain weights (a GPTQ folder is read through ``DequantisedSource``).
         device: where blocks are computed.
         dtype: of weights and hidden states.
-        differentiable: attention, norms and activations are torch's, whose gradients are known.
 
     Attributes:
         attention: the name of what computes it. In layers that slide a window it is torch's for texts that
@@ -66,14 +64,7 @@ class BlockwiseDecoder:
             missing or of another shape, or the blocks would leave one out.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        differentiable: bool = False,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
@@ -82,7 +73,7 @@ class BlockwiseDecoder:
         if self._inspected:
             self._choose_inspected(config)
         else:
-            self._choose(config, differentiable=differentiable)
+            self._choose(config)
         with refused_by_transformers(checkpoint.folder):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -106,15 +97,11 @@ class BlockwiseDecoder:
         self._freed = FreedMemory()
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
 
-    def _choose(self, config: Any, *, differentiable: bool) -> None:
+    def _choose(self, config: Any) -> None:
         """Choose what computes attention in a family that is known here."""
         device, dtype = self.device, self.dtype
         self.attention_reason: str | None
         self.fallback_notice: str | None
-        if differentiable:
-            self.attention, self.attention_reason = TORCH, "its gradient is needed"
-            self.fallback_notice = None
-            return
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = attention_name(device, dtype, head_dim)
         self.attention_reason = attention.unsupported_reason(device, dtype, head_dim)
@@ -240,16 +227,6 @@ class BlockwiseDecoder:
     def forward(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run a block: [batch, tokens, hidden] → the same."""
         output = block(hidden, **self._arguments[block])
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-    @property
-    def last_norm(self) -> nn.Module:
-        """Return the norm behind the last block, without weights."""
-        return self._inner.norm  # type: ignore[no-any-return]
-
-    def forward_with(self, module: nn.Module, hidden: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        """Run a block or the last norm with these parameters in place of its own."""
-        output = functional_call(module, tensors, (hidden,), self._arguments.get(module, {}))
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     def _require_tensors(self) -> None:

@@ -5,7 +5,6 @@
       lock                         held while a process works here
       layers/00007.json            {"file": …, "sha256": …, "modules": …, "seal": …}: the layer is finished
       layers/00007-3f2a….safetensors
-      distilling.safetensors       how far the distillation of scales is, where one was asked for
 
 A layer counts only when its JSON names a file with the hash that it records, and the JSON is written after
 that file has reached the disk: at whatever moment the process is killed, a layer is whole or absent, and the
@@ -53,9 +52,7 @@ if TYPE_CHECKING:
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """Tensors of a quantised linear."""
 _LAYERS, _LOCK = "layers", "lock"
-DISTILLING = "distilling.safetensors"
-"""State of a distillation (``gptq.distill``)."""
-_OURS = {RUN, _LOCK, _LAYERS, STAGED, DISTILLING}
+_OURS = {RUN, _LOCK, _LAYERS, STAGED}
 
 
 class LayerStore:
@@ -140,11 +137,6 @@ class LayerStore:
         record = {"file": file.name, "sha256": digest, "modules": modules}
         record["seal"] = _seal(record)
         atomic_write_json(self._layers / f"{index:05d}.json", record)
-
-    def digest(self, count: int) -> str:
-        """Return a hash over the content of the first ``count`` layers."""
-        hashes = "".join(str(self._finished(index)["sha256"]) for index in range(count))
-        return hashlib.sha256(hashes.encode()).hexdigest()
 
     def modules(self, index: int) -> dict[str, Any]:
         """Return the statistics that were saved with a layer."""
@@ -290,11 +282,7 @@ def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: st
 
 
 def stage(
-    checkpoint: Checkpoint,
-    store: LayerStore,
-    layers: int,
-    quant: QuantConfig,
-    tuned: Mapping[str, torch.Tensor] | None = None,
+    checkpoint: Checkpoint, store: LayerStore, layers: int, quant: QuantConfig
 ) -> tuple[Path, list[str]]:
     """Write the quantised checkpoint, without its manifest, inside the work folder.
 
@@ -305,7 +293,6 @@ def stage(
         store: holding ``layers`` finished layers.
         layers: how many.
         quant: for config.json and quantize_config.json.
-        tuned: scales that take the place of the layers', by name.
 
     Returns:
         The staging folder, and notices for the user.
@@ -320,7 +307,7 @@ def stage(
 
     def read(name: str) -> torch.Tensor:
         source, inner = tensors[name]
-        return tuned[inner] if tuned and inner in tuned else source.read(inner)
+        return source.read(inner)
 
     write_shards(folder, entries, read)
     config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}

@@ -70,8 +70,6 @@ def _known() -> dict[str, Gpu]:
 
 GIB = 2**30
 FLOAT32 = ITEMSIZE["float32"]
-DISTILLED_AT_ONCE = 512  # tokens of a step of distilling, at least
-LOGITS = 8 * FLOAT32 << 23  # of a part of a step, two models', with what their divergence needs
 PROCESS = 550_000_000  # resident after the imports of `qwenq quantize`, no weights read
 
 
@@ -197,29 +195,6 @@ def quantisation_memory(
         embedding=embedding,
         peak=PROCESS + activations + max(embedding, block + file + hessians + weights + inside),
     )
-
-
-def distillation_memory(
-    shape: ModelShape, *, samples: int, seq_len: int, group_size: int, dtype: str = "bfloat16"
-) -> int:
-    """Return the peak bytes of distilling scales after the last block (``gptq.distill``), in 4 bits.
-
-    The packed model but for an untied embedding; eleven floats for each scale; hidden states before the first
-    and behind the last block, and between blocks of a step; a block's weights, gradients and activations; and
-    some logits.
-    """
-    itemsize = ITEMSIZE[dtype]
-    outside = 0 if shape.tied else shape.embedding_parameters * itemsize
-    packed = shape.quantised_bytes(4, group_size, dtype) - outside
-    scales = sum(
-        len(block.layers) * linear.copies * linear.rows * max(1, linear.columns // group_size)  # -1: one
-        for block in shape.blocks
-        for linear in block.linears
-    )
-    step = max(DISTILLED_AT_ONCE, seq_len)
-    between = (2 * samples * seq_len + shape.layers * step) * shape.hidden * itemsize
-    block = 2 * shape.block_parameters * itemsize + 3 * activation_bytes(shape, step, itemsize)
-    return PROCESS + packed + 11 * scales * FLOAT32 + between + block + LOGITS
 
 
 def _held(shape: ModelShape, block: Block) -> int:

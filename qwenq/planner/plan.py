@@ -21,7 +21,6 @@ from qwenq.planner.estimates import (
     GenerationMemory,
     Gpu,
     SpeedBound,
-    distillation_memory,
     generation_memory,
     quantisation_seconds,
     speed_bound,
@@ -222,7 +221,6 @@ class Quantisation:
 
     Attributes:
         size: of the calibration as ``quantize`` chooses it there, and its memory.
-        distilling: peak bytes of ``distill``, where it is asked for, after all blocks.
         fits: None where the memory is not known.
         fitting: the most sequences that fit, where those asked for do not: a power of two, and their peak.
         hours: that the layers take, an estimate from a measured rate; None: no rate was measured.
@@ -230,7 +228,6 @@ class Quantisation:
 
     gpu: str | None
     size: CalibrationSize
-    distilling: int
     fits: bool | None = None
     fitting: tuple[int, int] | None = None
     hours: float | None = None
@@ -300,7 +297,7 @@ def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
         copied_note=model.copied_note,
         precisions=precisions,
         generation=generation,
-        quantisation=[_quantisation(model, options, group_size, gpu) for gpu in options.gpus or (None,)],
+        quantisation=[_quantisation(model, options, gpu) for gpu in options.gpus or (None,)],
         deployments=[
             _deployment(shape, item, generation[item.label], gpu, count, options)
             for gpu in options.gpus
@@ -352,9 +349,7 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
     return found
 
 
-def _quantisation(
-    model: PlannedModel, options: PlanOptions, group_size: int, gpu: Gpu | None
-) -> Quantisation:
+def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) -> Quantisation:
     def sized(samples: int | None) -> CalibrationSize:
         return calibration_size(
             model.shape,
@@ -367,16 +362,13 @@ def _quantisation(
         )
 
     size, name = sized(options.samples), gpu.name if gpu else None
-    distilling = distillation_memory(
-        model.shape, samples=size.samples, seq_len=size.seq_len, group_size=group_size, dtype=model.dtype
-    )
     seconds = quantisation_seconds(model.shape, size.samples * size.seq_len, gpu)
     hours = None if seconds is None else seconds / 3600
     if size.fits is not False or options.samples is None:
-        return Quantisation(name, size, distilling, size.fits, hours=hours)
+        return Quantisation(name, size, size.fits, hours=hours)
     fewer = (sized(1 << n) for n in range((size.samples - 1).bit_length() - 1, -1, -1))
     fitting = next(((one.samples, one.memory.peak) for one in fewer if one.fits), None)
-    return Quantisation(name, size, distilling, False, fitting)
+    return Quantisation(name, size, False, fitting)
 
 
 def _deployment(

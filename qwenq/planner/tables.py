@@ -169,8 +169,7 @@ def _quantisation(quantisation: Quantisation) -> RenderableType:
         if part.name == "file" and not size:
             continue
         table.row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")
-    distilling = f"with --distill, {_gib(quantisation.distilling)} GiB after the last block"
-    table.note = f"block by block; the rest of the model stays on disk; {distilling}"
+    table.note = "block by block; the rest of the model stays on disk"
     return table.render()
 
 
