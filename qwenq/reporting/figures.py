@@ -17,8 +17,7 @@ from qwenq.reporting.text import GIB, clean
 # Mark the trade-off frontier: the models that no other one beats on both axes.
 #
 # One model beats another if it is at least as good on both axes and better on one of them (Pareto
-# dominance).
-# Two at the very same place do not beat each other.
+# dominance). Two at the very same place do not beat each other.
 
 
 def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
