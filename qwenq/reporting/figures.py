@@ -320,7 +320,8 @@ def _bits(collection: Collection, family: str) -> Figure | None:
     series, tokens = [], set()
     for item in collection.of(family, "kl"):
         found = item.row.details.get("mixed_bits")
-        if not isinstance(found, dict) or not isinstance(curve := found.get("curve"), list):
+        curve = found.get("curve") if isinstance(found, dict) else None
+        if not isinstance(found, dict) or not isinstance(curve, list) or len(curve) < 2:
             continue
         marks = [*curve, [found.get("bytes"), found.get("remaining")]]
         if not all(isinstance(mark, list) and len(mark) == 2 and all(map(_number, mark)) for mark in marks):
