@@ -258,7 +258,7 @@ class Operations(Protocol):
         ...
 
     def states(self, layer: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """Return a layer's states (convolution, recurrence), and the tokens of each row if some are padded."""
+        """Return a layer's states (convolution, recurrence), and each row's tokens where some are padded."""
         ...
 
     def gated(self, gate_up: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Decode Llama and Qwen models, from Qwen v1 to Qwen3.5, mixtures among them: load weights, run new tokens."""
+"""Decode Llama and Qwen models, from Qwen v1 to Qwen3.5: load the weights, run new tokens."""
 
 from __future__ import annotations
 

@@ -156,9 +156,9 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
 # Compute rotary position embeddings: tables of cosines and sines.
 #
 # Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Where only a part of a head is
-# rotated, the rows of its weights are put in that order (`head_order`), and cosines of the rest are one. Scaled
-# variants take their frequencies from transformers; Qwen v1's dynamic NTK, which transformers does not know,
-# is here.
+# rotated, the rows of its weights are put in that order (`head_order`), and the rest has cosines of one.
+# Scaled variants take their frequencies from transformers; Qwen v1's dynamic NTK, which transformers does not
+# know, is here.
 
 
 def ntk_alpha(tokens: int, seq_length: int) -> int:
@@ -180,7 +180,7 @@ def logn_scales(positions: Tensor, seq_length: int) -> Tensor:
 
 
 def inverse_frequencies(spec: DecoderSpec, alpha: int = 1) -> tuple[Tensor, float]:
-    """Return the frequencies, float32 [rotated / 2] on the CPU, and a factor for the tables (1 but for YaRN)."""
+    """Return the frequencies, float32 [rotated / 2] on the CPU, and a factor for tables (YaRN's, else 1)."""
     if spec.rope_scaling is not None:
         return _scaled_frequencies(spec)
     d = spec.rotated
