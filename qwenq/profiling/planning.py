@@ -168,9 +168,7 @@ def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
     tokens = point.context + point.tokens
     cache = (shape.kv_bytes_per_token(cache_dtype) * tokens + shape.state_bytes(dtype)) // point.tp
     flying = shape.embedding_parameters * ITEMSIZE[dtype]  # one large tensor, while loading
-    nbytes = (
-        weights + cache // point.tp + max(flying, _prompt_bytes(point, shape, dtype, device.kind) // point.tp)
-    )
+    nbytes = weights + cache + max(flying, _prompt_bytes(point, shape, dtype, device.kind) // point.tp)
     needed = nbytes + _OVERHEAD_BYTES[device.kind]
     if needed > device.free_bytes:
         free = readable_bytes(device.free_bytes)
