@@ -88,7 +88,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
             hint=_COPY_AGAIN,
         )
     if kind_of(found) != "default":
-        _check_scaling({"partial_rotary_factor": config.get("partial_rotary_factor"), **found})
+        whole = config.get("model_type") not in HYBRIDS
+        _check_scaling({"partial_rotary_factor": config.get("partial_rotary_factor"), **found}, whole=whole)
     return found
 
 
@@ -103,8 +104,8 @@ def _whole(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
     return {**left_out, **rope, "rope_type": kind_of(rope), "type": None}
 
 
-def _check_scaling(rope: Mapping[str, Any]) -> None:
-    if rope["partial_rotary_factor"] not in (None, 1):
+def _check_scaling(rope: Mapping[str, Any], *, whole: bool) -> None:
+    if whole and rope["partial_rotary_factor"] not in (None, 1):
         raise ModelError(
             f"partial_rotary_factor {rope['partial_rotary_factor']!r} of config.json: heads of a Llama or "
             "Qwen model are rotated whole",
@@ -199,6 +200,8 @@ _COUNTS: dict[str, _Bound] = {
     "linear_conv_kernel_dim": _Bound(1, 1 << 10),
     "num_labels": _Bound(0, 1 << 20),  # transformers makes a name for each
 }
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+"""Types with linear attention in some layers, and an output gate and partly rotated heads in the others."""
 PLAIN_ROPE = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Types whose heads are rotated whole, in the same way in all layers."""
 LAYER_KINDS = ("full_attention", "sliding_attention", "linear_attention")

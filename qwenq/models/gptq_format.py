@@ -80,6 +80,12 @@ class PackedLinear:
         """Return groups along the input axis."""
         return self.scales.shape[0]
 
+    def outputs(self, order: Tensor, bits: int, checkpoint_format: CheckpointFormat) -> PackedLinear:
+        """Return the linear of some of the outputs, int64 [chosen], in that order."""
+        zeros = unpack_zeros(self.qzeros, bits, checkpoint_format)[order]
+        qzeros = pack_zeros(zeros, bits, checkpoint_format)
+        return PackedLinear(self.qweight[:, order], qzeros, self.scales[:, order], self.g_idx)
+
     def tensors(self, module: str) -> dict[str, Tensor]:
         """Return the four tensors under their names in a checkpoint, for the module of that name."""
         return {

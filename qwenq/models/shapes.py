@@ -26,7 +26,7 @@ from qwenq.models.block_shapes import (
     mixture_linears,
     mlp_linears,
 )
-from qwenq.models.config import check_architecture, check_numbers, text_config
+from qwenq.models.config import HYBRIDS, check_architecture, check_numbers, text_config
 from qwenq.models.qwen_v1 import V1_KEY, qwen2_config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
@@ -35,8 +35,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 DENSE = ("llama", "qwen", "qwen2", "qwen3")
 """Model types whose blocks are all alike: attention of all earlier tokens and a dense MLP."""
 _MIXTURES = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
-_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-KNOWN_SIZES = (*DENSE, "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+KNOWN_SIZES = (*DENSE, "qwen3_moe", *HYBRIDS)
 """Model types whose sizes are known here."""
 GROUP_SIZES = (128, 64, 32)
 """What ``--group-size auto`` tries, in order."""
@@ -136,7 +135,7 @@ class ModelShape:
         attention_bias = bool(config.get("attention_bias", False))
         experts = _experts(config, where) if kind in _MIXTURES else None
         dense = experts is None or bool(experts.dense_layers)
-        linear_attention = _linear_attention(config, where) if kind in _HYBRIDS else None
+        linear_attention = _linear_attention(config, where) if kind in HYBRIDS else None
         return cls(
             architecture=kind,
             hidden=hidden,
@@ -153,7 +152,7 @@ class ModelShape:
             mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
             qk_norm=kind not in ("llama", "qwen2"),
             fused_qkv=V1_KEY in config,
-            output_gate=kind in _HYBRIDS,
+            output_gate=kind in HYBRIDS,
             experts=experts,
             linear_attention=linear_attention,
             attending=_attending(config) if linear_attention else (),
