@@ -453,7 +453,6 @@ def _publish(
     from qwenq.models.folders import CARD
     from qwenq.models.identity import base_facts
     from qwenq.models.quantized_folder import publish
-    from qwenq.models.safetensors_files import tensor_bytes
     from qwenq.publishing.model_card import model_card
 
     manifest = {
@@ -475,7 +474,7 @@ def _publish(
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
     published = job.base.published if job.base.foreign is None else job.base.foreign.stored
-    base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
+    base_bytes = sum(published.info(name).nbytes for name in published.names())
     files = {file.name: {"bytes": file.stat().st_size} for file in staged.iterdir() if file.is_file()}
     written = open_checkpoint(staged, unfinished=True)
     card = model_card(job.out.name, manifest | {"files": files}, written, job.base.companions)

@@ -33,8 +33,9 @@ from torch.nn import functional
 from qwenq.events import Listener, counted, silent
 from qwenq.gptq.settings import Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
+from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.gptq_format import PackedLinear, unpack, unpack_zeros
-from qwenq.models.quantized_folder import DISTILLING, LAYER_PARTS, LayerStore
+from qwenq.models.quantized_folder import DISTILLING, LayerStore
 from qwenq.stopping import Terminated, asked
 from qwenq.storage import atomic_write_bytes
 

@@ -16,8 +16,8 @@ from qwenq.errors import ModelError
 from qwenq.models.folders import refuse_foreign_links
 from qwenq.models.qwen_tokenizer import RANKS_FILE
 from qwenq.models.qwen_v1 import V1_KEY, qwen2_generation_config
-from qwenq.models.tokenizer import has_tokenizer, load_qwen_tokenizer, read_json
-from qwenq.storage import atomic_write_json, guard_storage
+from qwenq.models.tokenizer import has_tokenizer, load_qwen_tokenizer
+from qwenq.storage import atomic_write_json, guard_storage, read_json
 
 COPIED = (
     "tokenizer.json",

@@ -285,14 +285,9 @@ def _refuse_constant(name: str) -> None:
 def _no_model(why: str, folder: Path) -> ModelError:
     from qwenq.models.unsupported import recognise
 
-    holds = _listing(folder)
-    if known := recognise(folder):
-        return ModelError(f"not a model folder: {known.what}", where=folder, hint=known.hint)
-    return ModelError(
-        f"not a model folder: {why}",
-        where=folder,
-        hint=f"name a folder with config.json and *.safetensors; this one holds {holds}",
-    )
+    hint = f"name a folder with config.json and *.safetensors; this one holds {_listing(folder)}"
+    why, hint = recognise(folder) or (why, hint)
+    return ModelError(f"not a model folder: {why}", where=folder, hint=hint)
 
 
 def _listing(folder: Path, most: int = 8) -> str:

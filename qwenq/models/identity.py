@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from contextlib import suppress
@@ -18,6 +17,7 @@ from qwenq.models.folders import MANIFEST, local_path
 from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.random_weights import RANDOM_KEY, is_random
 from qwenq.results import Model
+from qwenq.storage import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -40,9 +40,6 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         checkpoint: as opened.
         dtype: what it is run in: an unquantised model's precision.
         given: what the user typed: a folder, a hub id, or None for the bundled model.
-
-    Raises:
-        CorruptFileError: the manifest is no JSON object.
     """
     name = model_name(given)
     if is_random(checkpoint.config):
@@ -51,15 +48,14 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         fingerprint = checkpoint.fingerprint
     if checkpoint.foreign is not None:
         stored = checkpoint.foreign.stored
-        infos = [stored.info(tensor) for tensor in stored.names()]
-        size = sum(info.numel * info.dtype.itemsize for info in infos)
+        size = sum(stored.info(tensor).nbytes for tensor in stored.names())
         found = checkpoint.foreign.format
         group = None if found.group_size == -1 else found.group_size
         return Model(name, fingerprint, found.precision, family_name(name), size, group)
     if not is_quantised(checkpoint.config):
         size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
         return Model(name, fingerprint, precision_name(dtype), name, size)
-    size = sum(tensor_bytes(checkpoint, tensor) for tensor in checkpoint.names())
+    size = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint.names())
     quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
     base = base_of(checkpoint.folder)
     named = base.get("name") or (model_name(base["model"]) if "model" in base else None)
@@ -106,14 +102,9 @@ def folder_name(folder: Path) -> str:
 def base_facts(base: Checkpoint, given: str | None, target: Path) -> dict[str, str | None]:
     """Return what the manifest of a model records about the one that it was made from.
 
-    Args:
-        base: as opened.
-        given: what the user typed: a folder, a hub id, or None for the bundled model.
-        target: the folder that the manifest is for.
-
-    Returns:
-        ``model`` as typed, ``name``, ``fingerprint``; and of a folder that the user named its place from
-        ``target``: what was typed means something only where it was typed.
+    ``model`` as the user typed it (``given``; None: the bundled model), ``name``, ``fingerprint``; and of a
+    folder that the user named its place from ``target``, which the manifest is for: what was typed means
+    something only where it was typed.
     """
     facts = {"model": given, "name": model_name(given), "fingerprint": base.fingerprint}
     if given is None or not base.on_disk or not Path(given).expanduser().is_dir():
@@ -128,15 +119,7 @@ def base_of(folder: Path) -> dict[str, Any]:
     Older manifests have ``model`` and ``fingerprint`` alone.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the manifest is not JSON: {error}", where=path) from error
-    if not isinstance(manifest, dict):
-        raise CorruptFileError("the manifest is not a JSON object", where=path)
-    base = manifest.get("base")
+    base = read_json(path).get("base")
     if not isinstance(base, dict):
         return {}
     names = [base[key] for key in ("model", "name", "fingerprint", "folder") if base.get(key) is not None]
@@ -168,9 +151,3 @@ def local_base(named: dict[str, Any], quantised: Path) -> Path:
             hint="name it: --against BASE",
         )
     return there[-1]
-
-
-def tensor_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Return bytes of a tensor in the file."""
-    info = checkpoint.info(name)
-    return info.numel * info.dtype.itemsize

@@ -29,6 +29,7 @@ from torch import Tensor
 from qwenq.errors import AlreadyDoneError, StorageError, UsageError
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.folders import CARD, MANIFEST, PARTIAL, RUN, STAGED, require_renameable, take_name
+from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.safetensors_files import SafetensorsSource, write_shards
 from qwenq.storage import (
     atomic_write_bytes,
@@ -44,14 +45,10 @@ if TYPE_CHECKING:
     import torch
 
     from qwenq.models.checkpoint import Checkpoint
-    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.gptq_config import QuantConfig
     from qwenq.models.source import TensorSource
 
-# Keep finished layers on disk, so that a run that was stopped can be resumed.
 
-
-LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-"""Tensors of a quantised linear."""
 _LAYERS, _LOCK = "layers", "lock"
 DISTILLING = "distilling.safetensors"
 """State of a distillation (``gptq.distill``)."""
@@ -59,12 +56,9 @@ _OURS = {RUN, _LOCK, _LAYERS, STAGED, DISTILLING}
 
 
 class LayerStore:
-    """The work folder of one run.
+    """The work folder of one run, ``OUT.partial``.
 
-    Args:
-        folder: ``OUT.partial``.
-        run: JSON-able facts that decide the result; a store of another run is not resumed.
-        resume: False starts over.
+    ``run`` holds the facts that decide the result; a store of another run is not resumed.
 
     Raises:
         UsageError: the folder holds an unfinished run with other settings, or foreign files, or another
@@ -77,7 +71,14 @@ class LayerStore:
         self._layers = folder / _LAYERS
         with guard_storage(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_foreign()
+            names = sorted(entry.name for entry in folder.iterdir())
+        foreign = [name for name in names if name not in _OURS and not name.startswith(f".{RUN}.")]
+        if foreign:  # the folder is removed at the end
+            raise UsageError(
+                f"the work folder holds something else: {', '.join(foreign[:3])}",
+                where=folder,
+                hint="name another folder with --out, or move these files",
+            )
         self._lock = take_lock(folder, _LOCK)
         try:
             self._begin(run, resume=resume)
@@ -107,20 +108,6 @@ class LayerStore:
                 shutil.rmtree(self._layers, ignore_errors=True)
                 atomic_write_json(path, run)
             self._layers.mkdir(exist_ok=True)
-
-    def _refuse_foreign(self) -> None:
-        """Refuse a folder with foreign files: it is removed at the end."""
-        foreign = sorted(
-            entry.name
-            for entry in self.folder.iterdir()
-            if entry.name not in _OURS and not entry.name.startswith(f".{RUN}.")
-        )
-        if foreign:
-            raise UsageError(
-                f"the work folder holds something else: {', '.join(foreign[:3])}",
-                where=self.folder,
-                hint="name another folder with --out, or move these files",
-            )
 
     def finished(self) -> int:
         """Return how many layers, from the first on without a gap, are whole."""
@@ -265,10 +252,7 @@ def require_free(target: Path) -> None:
 def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: str) -> None:
     """Remove the work folder of a run that was killed after its checkpoint got its name.
 
-    Args:
-        target: the output folder.
-        recipe: of this run, in the manifest's form.
-        fingerprint: of the base model.
+    It was this run if the manifest in ``target`` has this recipe, and this fingerprint of the base.
 
     Raises:
         AlreadyDoneError: the same command had finished; its work folder is removed now.
@@ -333,11 +317,7 @@ def stage(
 def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     """Seal the staged folder with its manifest and give it its name, in one step.
 
-    Args:
-        staged: from ``stage``.
-        out: missing or an empty folder.
-        manifest: what was done; the size and sha256 of every file are added here, but for the model card,
-            which people edit.
+    The size and sha256 of every file but the model card, which people edit, are added to the manifest here.
     """
     files = {}
     with guard_storage(staged):

@@ -8,10 +8,10 @@ tensor at a time in any order. Norms are ones; everything else is normal with th
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwenq.errors import ModelError, UsageError
+from qwenq.errors import CorruptFileError, ModelError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import local_path
 from qwenq.models.safetensors_files import write_shards
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorInfo
-from qwenq.storage import atomic_write_json, guard_storage
+from qwenq.storage import atomic_write_json, guard_storage, read_json
 
 RANDOM_KEY = "qwenq_random_weights"
 """Key of config.json that marks such a model: ``{"seed": …}``."""
@@ -44,11 +44,7 @@ def is_random(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_random(config: dict[str, Any], what: str) -> None:
-    """Raise where ``what`` (such as "accuracy") would be measured on random weights.
-
-    Raises:
-        UsageError: the model has random weights.
-    """
+    """Raise where ``what`` (such as "accuracy") would be measured on random weights."""
     if is_random(config):
         raise UsageError(
             f"this model has random weights: {what} would mean nothing",
@@ -76,9 +72,8 @@ class RandomSource:
         std: float = 0.02,
         device: str | torch.device = "cpu",
     ) -> None:
-        self._infos = {
-            tensor.name: TensorInfo(tensor.shape, dtype) for tensor in shape.tensors(_dtype_name(dtype))
-        }
+        tensors = shape.tensors(str(dtype).removeprefix("torch."))
+        self._infos = {tensor.name: TensorInfo(tensor.shape, dtype) for tensor in tensors}
         self.seed, self.std, self.device = seed, std, torch.device(device)
         self.decided_by = {"stream": _STREAM, "seed": seed, "std": std, "device": self.device.type}
 
@@ -212,7 +207,9 @@ def _clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     marker, config = folder / _UNFINISHED, folder / "config.json"
     held = sorted(folder.iterdir())
-    ours = marker.exists() or _says_random(config)
+    ours = marker.exists()
+    with suppress(OSError, CorruptFileError):
+        ours |= is_random(read_json(config))
     if held and not ours:
         raise UsageError(
             "the folder holds something else than a model with random weights",
@@ -225,21 +222,8 @@ def _clear(folder: Path) -> None:
         item.unlink()
 
 
-def _says_random(config: Path) -> bool:
-    """Return whether a file is the config.json of a model with random weights."""
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and is_random(content)
-
-
 def _dtype(name: str) -> torch.dtype:
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if name not in known:
         raise UsageError(f"{name!r} is no dtype for weights", hint=f"use {', '.join(known)}")
     return known[name]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

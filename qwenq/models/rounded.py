@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorInfo, TensorSource
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from qwenq.models.gptq_format import PackedLinear
     from qwenq.models.random_weights import RandomSource
-
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def group_size_for(shape: ModelShape) -> int:
@@ -60,10 +58,9 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
         for name in linear.names()
     }
     source = checkpoint.source
-    made = (
-        DrawnSource(source, modules) if isinstance(source, RandomSource) else RoundedSource(source, modules)
-    )
-    return replace(checkpoint, config=config, source=made)
+    if isinstance(source, RandomSource):
+        return replace(checkpoint, config=config, source=DrawnSource(source, modules))
+    return replace(checkpoint, config=config, source=RoundedSource(source, modules))
 
 
 class RoundedSource:
@@ -78,7 +75,7 @@ class RoundedSource:
         for name in self._source.names():
             module = name.removesuffix(".weight")
             if module in self._modules:
-                yield from (f"{module}.{part}" for part in _PARTS)
+                yield from (f"{module}.{part}" for part in LAYER_PARTS)
             else:
                 yield name
 
@@ -87,16 +84,10 @@ class RoundedSource:
         import torch
 
         module, _, part = name.rpartition(".")
-        if module not in self._modules or part not in _PARTS:
+        if module not in self._modules or part not in LAYER_PARTS:
             return self._source.info(name)
-        rows, columns = self._source.info(f"{module}.weight").shape
-        bits, groups = self._modules[module].bits, self._modules[module].groups(columns)
-        return {
-            "qweight": TensorInfo((columns * bits // 32, rows), torch.int32),
-            "qzeros": TensorInfo((groups, rows * bits // 32), torch.int32),
-            "scales": TensorInfo((groups, rows), torch.float16),
-            "g_idx": TensorInfo((columns,), torch.int32),
-        }[part]
+        shapes = self._modules[module].packed_shapes(*self._source.info(f"{module}.weight").shape)
+        return TensorInfo(shapes[part], torch.float16 if part == "scales" else torch.int32)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU."""
@@ -105,7 +96,7 @@ class RoundedSource:
         from qwenq.models.gptq_format import pack_zeros, trivial_g_idx
 
         module, _, part = name.rpartition(".")
-        if module not in self._modules or part not in _PARTS:
+        if module not in self._modules or part not in LAYER_PARTS:
             return self._source.read(name)
         quant = self._modules[module]
         if part == "g_idx":

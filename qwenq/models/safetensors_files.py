@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,6 @@ from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, requir
 
 if TYPE_CHECKING:
     from typing import BinaryIO
-
-# Read safetensors folders: every header is checked before a byte of a tensor is trusted.
 
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -109,9 +108,15 @@ class SafetensorsSource:
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor on the CPU, in its stored dtype."""
         file, info = self._find(name)
-        nbytes = info.numel * info.dtype.itemsize
         with self._readable(file, name):
-            tensor = self._read_small(file, name, nbytes) if nbytes <= _SMALL else _read_alone(file, name)
+            if info.nbytes > _SMALL:
+                with safe_open(file, framework="pt") as opened:
+                    tensor: torch.Tensor = opened.get_tensor(name)
+            else:
+                if self._open is None or not self._open.serves(file):
+                    self.close()
+                    self._open = _OpenFile(file)
+                tensor = self._open.read(name, info.nbytes)
         _require_unchanged(tensor, name, info.shape, info.dtype, file)
         return tensor
 
@@ -133,12 +138,6 @@ class SafetensorsSource:
                 f"the tensor {name} cannot be read: {error}", where=file, hint=_REDOWNLOAD
             ) from error
 
-    def _read_small(self, file: Path, name: str, nbytes: int) -> torch.Tensor:
-        if self._open is None or not self._open.serves(file):
-            self.close()
-            self._open = _OpenFile(file)
-        return self._open.read(name, nbytes)
-
     def close(self) -> None:
         """Let the file go that is open, if one is; it is opened again when it is needed."""
         if self._open is not None:
@@ -149,7 +148,8 @@ class SafetensorsSource:
         try:
             return self._where[name]
         except KeyError:
-            raise ModelError(f"there is no tensor named {name}", where=_folder_of(self.files)) from None
+            where = self.files[0].parent if self.files else None
+            raise ModelError(f"there is no tensor named {name}", where=where) from None
 
 
 def _require_unchanged(
@@ -157,16 +157,6 @@ def _require_unchanged(
 ) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
-
-
-def _read_alone(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
-    return tensor
-
-
-def _folder_of(files: Sequence[Path]) -> Path | None:
-    return files[0].parent if files else None
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource | None:
@@ -178,7 +168,14 @@ def open_safetensors(folder: Path) -> SafetensorsSource | None:
         owners = read_index(index)
         files = [_shard(folder, name, index) for name in dict.fromkeys(owners.values())]
         source = SafetensorsSource(files, owners)
-        _require_all(source, owners, index)
+        found = set(source.names())
+        if missing := [name for name in owners if name not in found]:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise CorruptFileError(
+                f"the tensor {missing[0]}{more} is in the index but not in {owners[missing[0]]}",
+                where=index,
+                hint=_REDOWNLOAD,
+            )
         return source
     files = sorted(folder / name for name in _weight_files(folder))
     if not files:
@@ -196,13 +193,9 @@ def open_safetensors(folder: Path) -> SafetensorsSource | None:
 
 
 def unread_files(folder: Path, read: Sequence[Path]) -> list[str]:
-    """Return a notice on safetensors files that lie beside those that are read.
+    """Return a notice on safetensors files of a folder that lie beside those that are read.
 
     Others may read them: transformers takes ``model.safetensors`` before an index, and an adapter beside it.
-
-    Args:
-        folder: of the model.
-        read: the files of its source.
     """
     known = {file.name for file in read}
     others = [name for name in sorted(_weight_files(folder)) if name not in known]
@@ -267,18 +260,6 @@ def _shard(folder: Path, name: str, index: Path) -> Path:
             hint="download it again; an interrupted download resumes where it stopped",
         )
     return path
-
-
-def _require_all(source: SafetensorsSource, owners: dict[str, str], index: Path) -> None:
-    found = set(source.names())
-    missing = [name for name in owners if name not in found]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CorruptFileError(
-            f"the tensor {missing[0]}{more} is in the index but not in {owners[missing[0]]}",
-            where=index,
-            hint=_REDOWNLOAD,
-        )
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -367,12 +348,6 @@ def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Pat
 
 Entry = tuple[str, TensorInfo]
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ALIGNMENT = 8
-
-
-def tensor_bytes(info: TensorInfo) -> int:
-    """Return bytes that a tensor takes in a file."""
-    return info.numel * info.dtype.itemsize
 
 
 def plan_shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
@@ -380,7 +355,7 @@ def plan_shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
-        size = tensor_bytes(entry[1])
+        size = entry[1].nbytes
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
@@ -413,16 +388,20 @@ def write_shards(
         StorageError: the disk is full, read-only or forbids it; says how much was needed and is free.
         ModelError: a name comes twice, or a tensor is not what its entry announced.
     """
-    _refuse_duplicates(entries, folder)
-    total = sum(tensor_bytes(info) for _, info in entries)
+    if twice := [name for name, count in Counter(name for name, _ in entries).items() if count > 1]:
+        raise ModelError(f"the tensor {twice[0]} is to be written twice", where=folder)
+    total = sum(info.nbytes for _, info in entries)
     with guard_storage(folder, total):
         folder.mkdir(parents=True, exist_ok=True)
         require_space(folder, total)
         shards = plan_shards(entries, max_bytes)
-        names = _file_names(len(shards))
+        count = len(shards)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        if count == 1:
+            names = ["model.safetensors"]
         for name, shard in zip(names, shards, strict=True):
             _write_file(folder / name, shard, read)
-        if len(shards) > 1:
+        if count > 1:
             owners = {e[0]: name for name, shard in zip(names, shards, strict=True) for e in shard}
             index = {"metadata": {"total_size": total}, "weight_map": owners}
             atomic_write_json(folder / f"model{INDEX_SUFFIX}", index)
@@ -430,34 +409,16 @@ def write_shards(
     return [folder / name for name in names]
 
 
-def _refuse_duplicates(entries: Sequence[Entry], folder: Path) -> None:
-    seen: set[str] = set()
-    for name, _ in entries:
-        if name in seen:
-            raise ModelError(f"the tensor {name} is to be written twice", where=folder)
-        seen.add(name)
-
-
-def _file_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
 def _header(entries: Sequence[Entry]) -> bytes:
     """Build the safetensors header: length, JSON of names to dtype, shape and offsets, padded to 8 bytes."""
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in entries:
-        end = offset + tensor_bytes(info)
-        described[name] = {
-            "dtype": _CODES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        place = [offset, offset + info.nbytes]
+        described[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": place}
+        offset += info.nbytes
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 

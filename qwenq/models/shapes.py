@@ -27,6 +27,7 @@ from qwenq.models.block_shapes import (
     mlp_linears,
 )
 from qwenq.models.config import check_architecture, check_numbers, text_config
+from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.qwen_v1 import V1_KEY, qwen2_config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
@@ -401,13 +402,10 @@ class ModelShape:
 def _packed(
     module: Linear, name: str, bits: int, group_size: int, dtype: str, zero_biases: bool
 ) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yield the tensors of one quantised module; the published layout is [in, out], packed along ``in``."""
-    bits = module.bits(bits)
-    groups = 1 if group_size == -1 else module.columns // group_size
-    yield f"{name}.qweight", (module.columns * bits // 32, module.rows), "int32"
-    yield f"{name}.qzeros", (groups, module.rows * bits // 32), "int32"
-    yield f"{name}.scales", (groups, module.rows), "float16"
-    yield f"{name}.g_idx", (module.columns,), "int32"
+    """Yield the tensors of one quantised module."""
+    quant = QuantConfig(module.bits(bits), group_size)
+    for part, shape in quant.packed_shapes(module.rows, module.columns).items():
+        yield f"{name}.{part}", shape, "float16" if part == "scales" else "int32"
     if module.bias or zero_biases:
         yield f"{name}.bias", (module.rows,), dtype
 

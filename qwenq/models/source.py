@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -16,9 +17,6 @@ from qwenq.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
-
-# Define where tensors come from, and check them against those that a config asks for.
-
 
 OTHER_MODEL = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
 """What to do where tensors and config.json disagree."""
@@ -33,11 +31,13 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """Return number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        """Return the number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that it takes in a file."""
+        return self.numel * self.dtype.itemsize
 
 
 class TensorSource(Protocol):
@@ -76,24 +76,16 @@ class MadeFromFacts(Protocol):
         ...
 
 
-@runtime_checkable
-class ReadsParts(Protocol):
-    """A source that reads a part of a tensor without the rest of it."""
-
-    def read_part(self, name: str, index: int) -> torch.Tensor:
-        """Return ``read(name)[index]``: one step along the first dimension."""
-        ...
-
-
 def require_tensors(
     source: TensorSource, expected: Mapping[str, Sequence[int]], where: str | Path | None
 ) -> None:
     """Check that a source has the tensors that its config.json asks for, and no others in its blocks.
 
-    Only names and headers are read.
+    Only names and headers are read. Biases of zeros that the source hides from its names, but reads, count as
+    there.
 
     Args:
-        source: of the tensors. Biases of zeros that it hides from its names, but reads, count as there.
+        source: of the tensors.
         expected: shapes by name.
         where: the model's folder.
 
@@ -268,8 +260,8 @@ class TextView:
         part = self._part(name)
         if part.expert is None:
             return self.whole.read(part.stored)
-        if isinstance(self.whole, ReadsParts):
-            matrix = self.whole.read_part(part.stored, part.expert)
+        if (read_part := getattr(self.whole, "read_part", None)) is not None:  # without the other experts
+            matrix: torch.Tensor = read_part(part.stored, part.expert)
         else:
             matrix = self.whole.read(part.stored)[part.expert]
         return (matrix.T if part.transposed else matrix)[slice(*part.rows)].contiguous()

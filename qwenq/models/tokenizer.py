@@ -33,6 +33,7 @@ from qwenq.models.qwen_tokenizer import (
     byte_of_char,
     without_surrogates,
 )
+from qwenq.storage import read_json
 
 # Refuse tokenizer files that blow up: a text, by their rules, or the tokenizer, by its ids.
 #
@@ -48,12 +49,7 @@ HOLES = 1_000_000
 
 
 def refuse_holes(loaded: Any, path: Path) -> None:
-    """Compare the largest id with the number of tokens.
-
-    Args:
-        loaded: transformers' tokenizer.
-        path: for the message.
-    """
+    """Compare the largest id of transformers' tokenizer with the number of tokens."""
     ids = loaded.get_vocab().values()
     largest = max(ids, default=0)
     if largest > len(ids) + HOLES:
@@ -65,12 +61,7 @@ def refuse_holes(loaded: Any, path: Path) -> None:
 
 
 def refuse_growth(loaded: Any, path: Path) -> None:
-    """Multiply how much each rule can lengthen a text, in normalizer and decoder; count its copies.
-
-    Args:
-        loaded: transformers' tokenizer.
-        path: for the message.
-    """
+    """Multiply how much each rule can lengthen a text, in normalizer and decoder; count its copies."""
     backend = getattr(loaded, "backend_tokenizer", None)
     for part in ("normalizer", "decoder"):
         rules = getattr(backend, part, None)
@@ -117,10 +108,7 @@ def _growth(rule: Any) -> float:
     return times
 
 
-# Load one tokenizer for all rooms: Qwen v1's own, or what transformers loads from the folder.
-#
-# What decides who reads: a folder that holds ``qwen.tiktoken`` is read by `QwenTokenizer`, every other by
-# transformers' AutoTokenizer, never with remote code.
+# Load a tokenizer.
 
 
 _SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
@@ -231,7 +219,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
             where=path,
             hint=f"one of {', '.join(_SUFFICIENT)} has to be there",
         )
-
     return HfTokenizer(path, read_json(path / "generation_config.json") if path.is_dir() else {})
 
 
@@ -258,19 +245,6 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SUFFICIENT)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"not JSON: {error}", where=path) from error
-    if not isinstance(content, dict):
-        raise CorruptFileError("not a JSON object", where=path)
-    return content
-
-
 def eos_ids_of(generation: dict[str, Any], own: int | None) -> tuple[int, ...]:
     """Return the generation config's end ids (one or a list), then the tokenizer's own, each once."""
     named = generation.get("eos_token_id")
@@ -289,14 +263,6 @@ def digest(*parts: str) -> str:
 def _is_chat(generation: dict[str, Any], im_start: int) -> bool:
     """Return whether a v1 model answers in ChatML: by its chat_format, or by its end ids after conversion."""
     return generation.get("chat_format") == "chatml" or im_start + 2 in eos_ids_of(generation, None)
-
-
-# Load the tokenizer of any newer generation through transformers.
-#
-# Chat templates are Jinja programs from the model folder; transformers renders them in Jinja's immutable
-# sandbox, in a process with limits (`template_process`). The rendered text is then encoded with special
-# tokens parsed: a special token that a *user* typed becomes that token here. Only Qwen v1's own path
-# (`chatml`) is safe against that; filter untrusted input.
 
 
 class HfTokenizer:

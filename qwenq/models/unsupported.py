@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import ModelError, UnsupportedError
+from qwenq.errors import ModelError, QwenqError, UnsupportedError
+from qwenq.storage import read_json
 
 # Recognise related models that are not supported: by model type, by name, or by their config.json.
 
@@ -123,21 +123,15 @@ _MERGE = (
 )
 
 
-@dataclass(frozen=True)
-class Known:
-    """What a folder is, and what to do."""
-
-    what: str
-    hint: str
+Known = tuple[str, str]
+"""What a folder is, and what to do."""
 
 
 def recognise(folder: Path) -> Known | None:
     """Return what a folder without a usable config.json is; None: nothing that is known here."""
     if not folder.is_dir():
         return None
-    finders: tuple[Callable[[Path], Known | None], ...] = (
-        _adapter, _trainer, _cache, _other_format, _data_set, _above_a_model,
-    )  # fmt: skip
+    finders = (_adapter, _trainer, _cache, _other_format, _above_a_model)
     return next((known for find in finders if (known := find(folder))), None)
 
 
@@ -178,9 +172,11 @@ def _adapter(folder: Path) -> Known | None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         return None
-    base = _read(path).get("base_model_name_or_path")
+    base = None
+    with suppress(OSError, QwenqError):
+        base = read_json(path).get("base_model_name_or_path")
     of = f" of {base}" if isinstance(base, str) and base else ""
-    return Known(f"it is a LoRA adapter{of}, which holds no model", _MERGE)
+    return f"it is a LoRA adapter{of}, which holds no model", _MERGE
 
 
 def _trainer(folder: Path) -> Known | None:
@@ -188,17 +184,17 @@ def _trainer(folder: Path) -> Known | None:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
     whole = [path for path in checkpoints if (path / "config.json").is_file()]
     if whole:
-        return Known("it is a trainer's output", f"name one of its checkpoints, such as {whole[-1]}")
+        return "it is a trainer's output", f"name one of its checkpoints, such as {whole[-1]}"
     adapters = [path for path in checkpoints if (path / "adapter_config.json").is_file()]
     if adapters:
-        return Known("it is a trainer's output of LoRA adapters", _MERGE)
+        return "it is a trainer's output of LoRA adapters", _MERGE
     if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*")):
-        return Known(
+        return (
             "it is a DeepSpeed checkpoint, in pieces",
             "join it with its own zero_to_fp32.py, and put the model's config.json and tokenizer beside it",
         )
     if any(folder.glob("*.distcp")) or any(folder.glob("pytorch_model_fsdp*")):
-        return Known(
+        return (
             "it is an FSDP checkpoint, in pieces",
             "join it, e.g. with `accelerate merge-weights`, and put config.json and tokenizer beside it",
         )
@@ -208,14 +204,14 @@ def _trainer(folder: Path) -> Known | None:
 def _cache(folder: Path) -> Known | None:
     snapshots = sorted(folder.glob("snapshots/*/config.json"))
     if snapshots:
-        return Known(
+        return (
             "it is a model's folder in the hub's cache, whose files lie deeper",
             f"name its hub id, or {snapshots[-1].parent}",
         )
     root = folder / "hub" if (folder / "hub").is_dir() else folder
     models = [path.name.removeprefix("models--").replace("--", "/") for path in root.glob("models--*")]
     if models:
-        return Known(
+        return (
             f"it is the hub's cache, with {', '.join(sorted(models)[:5])}{' …' * (len(models) > 5)}",
             "name one of them by its hub id",
         )
@@ -225,22 +221,18 @@ def _cache(folder: Path) -> Known | None:
 def _other_format(folder: Path) -> Known | None:
     name_source = "name the folder of the model it was made from: config.json and *.safetensors"
     if any(folder.glob("*.gguf")):
-        return Known("it holds GGUF files, which are not read here", name_source)
+        return "it holds GGUF files, which are not read here", name_source
     if any(folder.glob("*.onnx")) or any(folder.glob("*.engine")):
-        return Known("it holds a model built for another engine, which is not read here", name_source)
+        return "it holds a model built for another engine, which is not read here", name_source
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return "it is a data set", "name a model; texts go to --calibration or --text"
     if (folder / "model_index.json").is_file():
-        return Known("it is a diffusion pipeline, not a language model", "name a causal language model")
+        return "it is a diffusion pipeline, not a language model", "name a causal language model"
     if (folder / "params.json").is_file() and any(folder.glob("consolidated*")):
-        return Known(
+        return (
             "it is in the original layout of its publisher, params.json and consolidated files",
             "name its copy in the layout of transformers, with config.json",
         )
-    return None
-
-
-def _data_set(folder: Path) -> Known | None:
-    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return Known("it is a data set", "name a model; texts go to --calibration or --text")
     return None
 
 
@@ -249,12 +241,4 @@ def _above_a_model(folder: Path) -> Known | None:
     if not inside:
         return None
     names = ", ".join(str(path) for path in inside[:3])
-    return Known("the model's files are not in it but in a folder below", f"name {names}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return "the model's files are not in it but in a folder below", f"name {names}"

@@ -118,9 +118,9 @@ def _stored_beside(files: list[Path], language_model: int) -> tuple[int, str | N
     """Return the bytes of a folder's tensors beyond the language model's; None: not all of them are there."""
     if not files:
         return None
-    from qwenq.models.safetensors_files import read_header, tensor_bytes
+    from qwenq.models.safetensors_files import read_header
 
-    beside = sum(tensor_bytes(info) for file in files for info in read_header(file).values()) - language_model
+    beside = sum(info.nbytes for file in files for info in read_header(file).values()) - language_model
     if beside < 0:
         return None
     return beside, "lie beside the language model in its files, and are copied" if beside else None

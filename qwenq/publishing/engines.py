@@ -16,19 +16,12 @@ from typing import Any
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.autoround import is_autoround
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.gptq_config import QuantConfig, rule_for
+from qwenq.models.gptq_config import EXPERT, FUSED, QuantConfig, rule_for
 from qwenq.models.gptq_format import quantised_modules
-from qwenq.models.tokenizer import read_json
+from qwenq.storage import read_json
 
 GPUS = (1, 2, 4, 8)
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-}
-"""Layers of vLLM and SGLang, and the modules of the files that are one in them."""
 _ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj)$")
-_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.\w+$")
 _NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm\w*|visual|vision_tower|conv1d|mtp)(\.|$)")
 _GROUPS = (-1, 32, 64, 128)
 _REQUANTISE = "quantise the model without --asym"
@@ -101,7 +94,7 @@ class GptqFolder:
     @property
     def has_experts(self) -> bool:
         """Return whether it is a mixture of experts."""
-        return any(_EXPERTS.match(name) for name in self.modules)
+        return any(EXPERT.match(name) for name in self.modules)
 
 
 def read_gptq_folder(checkpoint: Checkpoint) -> GptqFolder:
@@ -233,7 +226,7 @@ def _fused_alike(folder: GptqFolder) -> Iterator[Problem]:
                 mixed.append(f"{parent}.{fused}")
     experts: dict[str, set[Any]] = {}
     for name, module in folder.modules.items():
-        if found := _EXPERTS.match(name):
+        if found := EXPERT.match(name):
             experts.setdefault(found[1], set()).add(_settings(module.quant))
     mixed += [name for name, settings in experts.items() if len(settings) > 1]
     if partly:
@@ -255,7 +248,7 @@ def _dynamic_by_fused_names(folder: GptqFolder) -> Iterator[Problem]:
     wrong = []
     for name, module in folder.modules.items():
         parent, _, leaf = name.rpartition(".")
-        expert = _EXPERTS.match(name)
+        expert = EXPERT.match(name)
         fused = expert[1] if expert else next((f"{parent}.{f}" for f, p in FUSED.items() if leaf in p), name)
         try:
             found = folder.quant.of(fused)

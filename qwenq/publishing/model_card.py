@@ -19,7 +19,7 @@ from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import CARD, MANIFEST
 from qwenq.publishing.engines import Verdict, engine_verdicts, read_gptq_folder
 from qwenq.reporting.text import code, markdown
-from qwenq.storage import atomic_write_bytes, readable_bytes
+from qwenq.storage import atomic_write_bytes, read_json, readable_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -410,14 +410,10 @@ def _existing(card: Path) -> str:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    found = read_json(folder / MANIFEST)
+    if not {"base", "quantization", "calibration", "files"} <= set(found):
+        missing = "is no manifest of qwenq" if found else "is missing"
         raise ModelError(
-            f"{MANIFEST} cannot be read: {error}",
-            where=folder,
-            hint="a card is made of what `qwenq quantize` wrote",
-        ) from error
-    if not isinstance(found, dict) or not {"base", "quantization", "calibration", "files"} <= set(found):
-        raise ModelError(f"{MANIFEST} is no manifest of qwenq", where=folder, hint="quantise the model again")
+            f"{MANIFEST} {missing}", where=folder, hint="a card is made of what `qwenq quantize` wrote"
+        )
     return found

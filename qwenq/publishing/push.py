@@ -6,7 +6,6 @@ had brought there, and makes the commit last, so that a repository never has hal
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from qwenq.models.folders import CARD, MANIFEST
 from qwenq.models.hub import network_errors
 from qwenq.models.integrity import verify_files
 from qwenq.publishing.model_card import write_model_card
-from qwenq.storage import readable_bytes
+from qwenq.storage import read_json, readable_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -86,12 +85,13 @@ def push(
     if not _REPO.fullmatch(repo):
         raise UsageError(f"{repo!r} is no OWNER/NAME", where="push", hint="like my-name/Qwen3-0.6B-GPTQ-Int4")
     names = [*verify_files(folder), MANIFEST]
-    _require_check(folder)
+    manifest = read_json(folder / MANIFEST)
+    _require_check(manifest, folder)
     if not (folder / CARD).exists():
         write_model_card(folder, base)
     names += [CARD, *_images(folder)]
     files = {name: (folder / name).stat().st_size for name in sorted(set(names))}
-    paths = _local_paths(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    paths = _local_paths(manifest)
     notices = [f"{MANIFEST} holds paths of this machine: {', '.join(sorted(paths))}"] if paths else []
     planned = Upload(repo, branch, private, files, None, tuple(notices))
     if dry_run:
@@ -189,8 +189,8 @@ def _failure(why: str, planned: Upload, notices: list[str], hint: str) -> HubErr
     )
 
 
-def _require_check(folder: Path) -> None:
-    check = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("check")
+def _require_check(manifest: dict[str, Any], folder: Path) -> None:
+    check = manifest.get("check")
     if not check:
         raise VerificationError(
             "this folder was never compared with the model it was made from",

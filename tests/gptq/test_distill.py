@@ -20,8 +20,9 @@ from qwenq.gptq.pipeline import quantise_layers
 from qwenq.gptq.settings import Settings
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.gptq_format import PackedLinear, unpack
-from qwenq.models.quantized_folder import DISTILLING, LAYER_PARTS, LayerStore
+from qwenq.models.quantized_folder import DISTILLING, LayerStore
 from qwenq.stopping import Terminated
 
 CPU = torch.device("cpu")
