@@ -27,14 +27,6 @@ from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageEr
 from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context, stop_ids
 from qwenq.storage import atomic_write_bytes, atomic_write_json
 
-# Tokenize as Qwen v1 does: byte-level BPE over the ranks file ``qwen.tiktoken``, run by tiktoken.
-#
-# Text is brought to NFC by the ``tokenizers`` library, not by Python's own tables: so the ids depend
-# neither on the Python version nor on whether ``qwen.tiktoken`` or the exported ``tokenizer.json`` is read.
-# The two tables differ only on about a hundred combining marks that entered Unicode after version 9 (2016),
-# where these stand in a non-canonical order or would compose.
-
-
 RANKS_FILE = "qwen.tiktoken"
 RANK_COUNT = 151_643  # of every released v1 model
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
@@ -48,14 +40,9 @@ _NFC = normalizers.NFC()
 
 
 def read_ranks(path: Path, expected: int | None = RANK_COUNT) -> dict[bytes, int]:
-    """Read the ranks file: one ``base64(token) SP rank`` a line, LF or CRLF.
+    """Read the ranks file, one ``base64(token) SP rank`` a line, LF or CRLF: token bytes to rank.
 
-    Args:
-        path: the file.
-        expected: how many ranks there have to be; None takes any number.
-
-    Returns:
-        Token bytes to rank; the ranks are 0 … n-1 and hold all 256 single bytes.
+    The ranks are 0 … n-1, ``expected`` many (None: any number), and hold all 256 single bytes.
     """
     try:
         content = path.read_bytes()
@@ -96,7 +83,7 @@ class StreamDecoder:
 
 
 class QwenTokenizer:
-    """Encodes as Qwen v1 does; satisfies `qwenq.models.tokenizer.Tokenizer`.
+    """Encodes as Qwen v1 does.
 
     Attributes:
         im_start_id, im_end_id, eod_id: ids of the three named special tokens.
@@ -144,7 +131,7 @@ class QwenTokenizer:
         return "never"
 
     def with_thinking(self, enabled: bool) -> QwenTokenizer:
-        """Return refuse: this chat format has no such switch."""
+        """Refuse: this chat format has no such switch."""
         raise UsageError("this model's chat format has no enable_thinking", hint="leave out --thinking")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -155,16 +142,10 @@ class QwenTokenizer:
         Raises:
             UnsupportedError: about a million white-space characters in a row, on which tiktoken gives up.
         """
-        if special:
-            return self.encode_with_special(text)
-        return self._encode_ordinary(text)
-
-    def encode_with_special(self, text: str) -> list[int]:
-        """Encode a text in which the surface forms of special tokens become those tokens.
-
-        Special tokens are found before NFC, as in the exported tokenizer.json: what follows one can
-        therefore not compose with its last character and undo it.
-        """
+        if not special:
+            return self._encode_ordinary(text)
+        # Special tokens are found before NFC, as in the exported tokenizer.json: what follows one can
+        # therefore not compose with its last character and undo it.
         ids: list[int] = []
         for place, piece in enumerate(_ANY_SPECIAL.split(text)):
             ids += [self.special_ids[piece]] if place % 2 else self._encode_ordinary(piece)
@@ -275,14 +256,9 @@ WRITTEN = ("tokenizer.json", "tokenizer_config.json")
 
 
 def write_tokenizer_json(tokenizer: QwenTokenizer, folder: Path, *, max_length: int | None = None) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``: the same ids as ``tokenizer``.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into a folder: the same ids as ``tokenizer``.
 
-    The chat template renders what `chatml.build_context` encodes.
-
-    Args:
-        tokenizer: the ranks, and whether the model chats.
-        folder: made if it is missing; files of these names are replaced.
-        max_length: the model's context in tokens, if known.
+    The chat template renders what `chatml.build_context` encodes. ``max_length`` is the model's context.
     """
     content = as_tokenizers(tokenizer).to_str()
     chats = tokenizer.im_end_id in tokenizer.eos_ids
@@ -334,7 +310,13 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
-        parts = _merge_below(token, rank, ranks)
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # merge the pair of the lowest rank, the leftmost first
+            pairs = ((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
+            lowest, at = min(pairs)
+            if lowest >= rank:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) != 2:
             raise UnsupportedError(
                 f"the token {token!r} (rank {rank}) cannot be built by merges of lower rank",
@@ -354,18 +336,3 @@ def byte_of_char() -> dict[str, int]:
     table = {chr(value): value for value in own}
     others = [value for value in range(256) if value not in set(own)]
     return table | {chr(0x100 + place): value for place, value in enumerate(others)}
-
-
-def _merge_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """Return the token's bytes after all merges of a rank below ``limit``, lowest first, leftmost first."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        lowest, at = limit, -1
-        for i in range(len(parts) - 1):
-            rank = ranks.get(parts[i] + parts[i + 1], limit)
-            if rank < lowest:
-                lowest, at = rank, i
-        if at < 0:
-            break
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts

@@ -54,12 +54,9 @@ _SAMPLING_KEYS = ("do_sample", "top_k", "top_p", "temperature", "repetition_pena
 def qwen2_config(
     config: Mapping[str, Any], dtype: str | None = None, where: str | Path = "config.json"
 ) -> dict[str, Any]:
-    """Translate a Qwen v1 config to Qwen2; below ``seq_length`` tokens it is the very same model.
+    """Translate a Qwen v1 config, in either key set, to Qwen2.
 
-    Args:
-        config: config.json of a v1 model, in either key set. It is not changed.
-        dtype: of the weights, for ``torch_dtype``; None: what config.json says.
-        where: the file, for messages.
+    Below ``seq_length`` tokens it is the very same model. ``dtype`` of the weights becomes ``torch_dtype``; None: what config.json says.
     """
     keys = _Keys(config, where)
     hidden, vocab = keys.count("hidden_size"), keys.vocab()
@@ -95,13 +92,9 @@ def qwen2_config(
 
 
 def qwen2_generation_config(generation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate generation_config.json to the keys of today's transformers.
+    """Translate v1's generation_config.json to the keys of today's transformers; ``config`` is Qwen2's.
 
     v1's own code stopped a chat by its ChatML ids; here they are among ``eos_token_id``.
-
-    Args:
-        generation: the v1 file's contents, ``{}`` where there is none.
-        config: the Qwen2 config (see ``qwen2_config``).
     """
     sampling = {key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None}
     ids: dict[str, Any] = {}
@@ -224,10 +217,7 @@ class LongContext:
 def long_context_of(config: Mapping[str, Any], where: str | Path = "config.json") -> LongContext | None:
     """Return Qwen v1's long-context flags, as the Qwen2 view of its config keeps them.
 
-    Args:
-        config: config.json in Llama's, Qwen2's or Qwen3's words.
-        where: the file, for messages. ``open_checkpoint`` names it, so that whatever it has opened has sound
-            flags or none.
+    ``open_checkpoint`` calls it, so that whatever it has opened has sound flags or none.
     """
     flags = config.get(V1_KEY)
     if flags is None:
@@ -250,23 +240,13 @@ def longest_plain(config: Mapping[str, Any]) -> int | None:
     """Return the longest sequence that transformers' blocks compute as this model does; None: no limit.
 
     That is ``max_position_embeddings``; of a Qwen v1 model whose flags are on, at most ``seq_length``.
-
-    Args:
-        config: config.json in Llama's, Qwen2's or Qwen3's words.
     """
     limits = [config.get("max_position_embeddings"), _stretched_from(config)]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 def require_plain(config: Mapping[str, Any], tokens: int, *, option: str, where: str | Path) -> None:
-    """Refuse sequences longer than ``longest_plain``.
-
-    Args:
-        config: config.json in Llama's, Qwen2's or Qwen3's words.
-        tokens: of each sequence.
-        option: what made them so long: ``--seq-len``, a file.
-        where: the model or the file.
-    """
+    """Refuse sequences longer than ``longest_plain``; ``option``, or a file, made them so long."""
     longest = longest_plain(config)
     if longest is None or tokens <= longest:
         return
@@ -285,14 +265,8 @@ def _stretched_from(config: Mapping[str, Any]) -> int | None:
     return context.seq_length if context is not None and (context.dynamic_ntk or context.logn) else None
 
 
-# Show Qwen v1 checkpoints (``QWenLMHeadModel``) as Qwen2, tensor by tensor, without remote code.
-#
-# Up to ``seq_length`` tokens v1 *is* a Qwen2 without grouped heads: the fused ``c_attn`` holds q, k and v
-# as three blocks of rows, ``w2`` is the gate and ``w1`` the up projection. Beyond, v1's long-context flags
-# matter, which the Qwen2 config keeps under ``qwen_v1``.
+# Show tensors.
 
-
-__all__ = ["V1_KEY", "QwenV1Source", "qwen2_config", "qwen2_generation_config", "qwen2_view"]
 
 _TOP = {
     "transformer.wte": "model.embed_tokens",
@@ -326,13 +300,7 @@ class _Origin:
 def qwen2_view(
     folder: Path, config: Mapping[str, Any], source: TensorSource
 ) -> tuple[dict[str, Any], QwenV1Source]:
-    """Show a v1 folder as a Qwen2 config and a lazy source, full precision or GPTQ.
-
-    Args:
-        folder: the model folder, for ``quantize_config.json`` where config.json lacks the settings.
-        config: config.json as it is on disk.
-        source: the tensors as they are on disk.
-    """
+    """Show a v1 folder, its config.json and its tensors as Qwen2's: full precision or GPTQ."""
     quant = settings_of(folder, config, source.names())
     names = set(source.names())
     embedding = "transformer.wte.weight"
@@ -346,12 +314,8 @@ def qwen2_view(
 class QwenV1Source:
     """The tensors of a Qwen v1 checkpoint under Qwen2's names; one v1 tensor is in memory at a time.
 
-    All-zero biases that AutoGPTQ wrote beside v1's bias-free linears are dropped.
-
-    Args:
-        source: the v1 tensors.
-        config: the Qwen2 config that belongs to them (see ``qwen2_config``).
-        quant: the GPTQ settings, None for full precision.
+    All-zero biases that AutoGPTQ wrote beside v1's bias-free linears are dropped. ``config`` is the Qwen2
+    config that belongs to the tensors (see ``qwen2_config``).
     """
 
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
@@ -408,36 +372,20 @@ def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, _Origin]]
         if found is None or int(found[1]) >= layers:
             raise _unknown(name)
         prefix = f"model.layers.{found[1]}"
-        if found[2] == _FUSED:
-            yield from _split(name, prefix, kind)
+        if found[2] == _FUSED and kind in (*_OUTPUT_AXIS, "g_idx"):
+            for part, module in enumerate(_SPLIT):  # g_idx runs along the input axis: all three share it
+                origin = _Origin(name, _OUTPUT_AXIS[kind], part) if kind != "g_idx" else _Origin(name)
+                yield f"{prefix}.{module}.{kind}", origin
         elif found[2] not in _IN_BLOCK:
             raise _unknown(name)
         elif kind != "bias":
             yield f"{prefix}.{_IN_BLOCK[found[2]]}.{kind}", _Origin(name)
-        else:
-            _require_zero(source, name)
-
-
-def _split(name: str, prefix: str, kind: str) -> Iterator[tuple[str, _Origin]]:
-    """Yield q, k and v of one of c_attn's tensors."""
-    if kind not in _OUTPUT_AXIS and kind != "g_idx":
-        raise _unknown(name)
-    for part, module in enumerate(_SPLIT):
-        shared = kind == "g_idx"  # it runs along the input axis
-        yield (
-            f"{prefix}.{module}.{kind}",
-            _Origin(name) if shared else _Origin(name, _OUTPUT_AXIS[kind], part),
-        )
-
-
-def _require_zero(source: TensorSource, name: str) -> None:
-    """Refuse a bias that is not zero: Qwen2's layout has none for o, gate, up or down."""
-    if bool(source.read(name).any()):
-        raise ModelError(
-            "a Qwen v1 model has no bias but c_attn's, yet this one is not zero",
-            where=name,
-            hint="the model was changed; Qwen2's layout has no place for this bias",
-        )
+        elif bool(source.read(name).any()):
+            raise ModelError(
+                "a Qwen v1 model has no bias but c_attn's, yet this one is not zero",
+                where=name,
+                hint="the model was changed; Qwen2's layout has no place for this bias",
+            )
 
 
 def _unknown(name: str) -> ModelError:
@@ -472,19 +420,11 @@ def _expected(config: Mapping[str, Any], quant: QuantConfig | None) -> Iterator[
         yield f"{block}.ln_2.weight", (hidden,)
         yield f"{block}.{_FUSED}.bias", (3 * hidden,)
         for module, size in sizes.items():
-            yield from _linear(f"{block}.{module}", *size, quant)
-
-
-def _linear(
-    module: str, n_out: int, n_in: int, quant: QuantConfig | None
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if quant is None:
-        yield f"{module}.weight", (n_out, n_in)
-        return
-    groups = quant.groups(n_in)
-    yield f"{module}.qweight", (n_in * quant.bits // 32, n_out)
-    yield f"{module}.qzeros", (groups, n_out * quant.bits // 32)
-    yield f"{module}.scales", (groups, n_out)
+            if quant is None:
+                yield f"{block}.{module}.weight", size
+            else:
+                shapes = quant.packed_shapes(*size)
+                yield from ((f"{block}.{module}.{part}", shapes[part]) for part in LAYER_PARTS[:3])
 
 
 def _refuse_activation_order(source: TensorSource, quant: QuantConfig) -> None:
