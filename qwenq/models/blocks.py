@@ -77,6 +77,8 @@ class BlockwiseDecoder:
         from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.attention_reason: str | None
+        self.fallback_notice: str | None
         config = transformers_config(checkpoint.config, checkpoint.folder)
         self._inspected = by_inspection(checkpoint.config)
         if self._inspected:
@@ -100,8 +102,9 @@ class BlockwiseDecoder:
         if self._inspected:
             list(self.kept())  # refuses what is no linear layer, before tensors are looked for
         self._require_tensors()
-        if self.attention == OURS:
-            self._fuse(config)
+        if self.attention == OURS and (reason := fuse_blocks(self._blocks, config)) is not None:
+            missed = f"norms and activations run in torch, which takes longer, because {reason}"
+            self.fallback_notice = f"{self.fallback_notice}; {missed}" if self.fallback_notice else missed
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self._freed = FreedMemory()
         self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
@@ -109,8 +112,6 @@ class BlockwiseDecoder:
     def _choose(self, config: Any, *, differentiable: bool) -> None:
         """Choose what computes attention in a family that is known here."""
         device, dtype = self.device, self.dtype
-        self.attention_reason: str | None
-        self.fallback_notice: str | None
         if differentiable:
             self.attention, self.attention_reason = TORCH, "its gradient is needed"
             self.fallback_notice = None
@@ -118,8 +119,15 @@ class BlockwiseDecoder:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = attention_name(device, dtype, head_dim)
         self.attention_reason = attention.unsupported_reason(device, dtype, head_dim)
-        missed = fallback_notice("attention, norms and activations", device, dtype, {"a head": head_dim})
-        self.fallback_notice = missed or self._windowed(config)
+        what = "attention, norms and activations"
+        self.fallback_notice = fallback_notice(what, device, dtype, {"a head": head_dim})
+        kinds = getattr(config, "layer_types", None) or []
+        windowed = sum(kind == "sliding_attention" for kind in kinds)
+        if windowed and self.fallback_notice is None and self.attention_reason is None:
+            self.fallback_notice = (
+                f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} "
+                "tokens: where a text fills it, it runs in torch, which takes longer"
+            )
 
     def _choose_inspected(self, config: Any) -> None:
         """Leave all that a block computes to transformers: nothing here knows what its class asks for."""
@@ -130,23 +138,6 @@ class BlockwiseDecoder:
         self.fallback_notice = (
             f"attention ({self.attention}), norms and activations run in transformers, which takes longer, "
             f"because {why}"
-        )
-
-    def _fuse(self, config: Any) -> None:
-        reason = fuse_blocks(self._blocks, config)
-        if reason is not None:
-            missed = f"norms and activations run in torch, which takes longer, because {reason}"
-            self.fallback_notice = f"{self.fallback_notice}; {missed}" if self.fallback_notice else missed
-
-    def _windowed(self, config: Any) -> str | None:
-        """Return the sentence for layers whose attention may be torch's."""
-        kinds = getattr(config, "layer_types", None) or []
-        windowed = sum(kind == "sliding_attention" for kind in kinds)
-        if not windowed or self.attention_reason is not None:
-            return None
-        return (
-            f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} "
-            "tokens: where a text fills it, it runs in torch, which takes longer"
         )
 
     @property
@@ -175,14 +166,10 @@ class BlockwiseDecoder:
         return self.checkpoint.info("model.embed_tokens.weight").shape[0]
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the hidden states before the first block.
+        """Compute the hidden states before the first block, [batch, tokens, hidden] of each batch.
 
-        Args:
-            batches: int64 [batch, tokens] each, all of one length, no padding.
-
-        Returns:
-            One [batch, tokens, hidden] per batch; what the blocks need besides (positions, rotary tables,
-            masks where some layers slide a window) is kept for ``forward``.
+        Batches are int64 [batch, tokens], all of one length, no padding. What the blocks need besides
+        (positions, rotary tables, masks where some layers slide a window) is kept for ``forward``.
         """
         for batch in batches:
             require_plain(
@@ -256,10 +243,8 @@ class BlockwiseDecoder:
         """Check all that will be read: what is wrong is known before the first layer, not after the last."""
         shapes = {f"model.{name}": tensor.shape for name, tensor in self._inner.state_dict().items()}
         config = self.checkpoint.config
-        matrix = (config["vocab_size"], config["hidden_size"])
-        shapes["model.embed_tokens.weight"] = torch.Size(matrix)
-        if not self.checkpoint.tied:
-            shapes["lm_head.weight"] = torch.Size(matrix)
+        heads = ("model.embed_tokens.weight", *(() if self.checkpoint.tied else ("lm_head.weight",)))
+        shapes |= dict.fromkeys(heads, torch.Size((config["vocab_size"], config["hidden_size"])))
         require_tensors(self.checkpoint.source, shapes, self.checkpoint.folder)
 
     @contextmanager

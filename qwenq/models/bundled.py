@@ -16,7 +16,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,11 +84,7 @@ def bundled_model() -> Path:
 
 
 def require_bundled() -> None:
-    """Require that ``bundled_model`` will find what it needs, without converting anything.
-
-    Raises:
-        UsageError: the package or the GGUF reader is not installed.
-    """
+    """Require that ``bundled_model`` will find what it needs, without converting anything."""
     if not (cache_folder() / "models" / f"{NAME}-{_LAYOUT}").is_dir():
         file = find_gguf()
         if importlib.util.find_spec("gguf") is None:
@@ -181,7 +176,8 @@ def llama_config(facts: dict[str, Any]) -> dict[str, Any]:
         "head_dim": facts["llama.rope.dimension_count"],
         "hidden_act": "silu",
         "max_position_embeddings": facts["llama.context_length"],
-        "rms_norm_eps": _shortest_decimal(facts["llama.attention.layer_norm_rms_epsilon"]),
+        # The decimal that was meant: 1e-05 instead of float32's 9.999999747378752e-06.
+        "rms_norm_eps": float(f"{facts['llama.attention.layer_norm_rms_epsilon']:.7g}"),
         "rope_theta": facts["llama.rope.freq_base"],
         "attention_bias": False,
         "mlp_bias": False,
@@ -194,11 +190,6 @@ def llama_config(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shortest_decimal(value: float) -> float:
-    """Return the decimal that was meant: 1e-05 instead of float32's 9.999999747378752e-06."""
-    return float(f"{value:.7g}")
-
-
 def _write_weights(reader: gguf.GGUFReader, config: dict[str, Any], folder: Path) -> None:
     import torch
     from gguf import dequantize
@@ -207,13 +198,10 @@ def _write_weights(reader: gguf.GGUFReader, config: dict[str, Any], folder: Path
     from qwenq.models.source import TensorInfo
 
     stored = {hf_name(tensor.name): tensor for tensor in reader.tensors}
-    entries = [
-        (
-            name,
-            TensorInfo(tuple(int(n) for n in reversed(tensor.shape)), torch.float32),
-        )  # GGUF: fastest first
-        for name, tensor in stored.items()
-    ]
+    shapes = {
+        name: tuple(map(int, reversed(tensor.shape))) for name, tensor in stored.items()
+    }  # fastest first
+    entries = [(name, TensorInfo(shape, torch.float32)) for name, shape in shapes.items()]
 
     def read(name: str) -> torch.Tensor:
         weight = dequantize(stored[name].data, stored[name].tensor_type)
@@ -255,17 +243,12 @@ def _write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = list(_specials(facts))
+    control = 3  # GGUF's token type of special tokens
+    kinds = facts["tokenizer.ggml.token_type"]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     atomic_write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     atomic_write_json(folder / "tokenizer_config.json", _tokenizer_config(facts, special))
-
-
-def _specials(facts: dict[str, Any]) -> Iterator[str]:
-    control = 3  # GGUF's token type of special tokens
-    for token, kind in zip(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], strict=True):
-        if kind == control:
-            yield token
 
 
 def _tokenizer_config(facts: dict[str, Any], special: list[str]) -> dict[str, Any]:

@@ -96,12 +96,7 @@ def find(name: str) -> Entry | None:
 
 
 def entry(name: str) -> Entry:
-    """Return the entry of a name or hub id.
-
-    Raises:
-        UsageError: no such name; the nearest ones are suggested.
-        UnsupportedError: the name of a model that is known, and not supported yet.
-    """
+    """Return the entry of a name or hub id; of another name, suggest the nearest ones."""
     found = find(name)
     if found is None:
         refuse_by_name(name)
@@ -147,8 +142,9 @@ def published(name: str) -> list[PublishedRow]:
 
 @cache
 def _entries() -> tuple[Entry, ...]:
+    text = files("qwenq.models").joinpath("catalogue.toml").read_text(encoding="utf-8")
     tables: dict[str, dict[str, Any]] = {}
-    for table in _read("catalogue.toml")["model"]:
+    for table in tomllib.loads(text)["model"]:
         tables[table["names"][0]] = tables.get(table.get("like"), {}) | table
     return tuple(map(_entry, tables.values()))
 
@@ -156,10 +152,6 @@ def _entries() -> tuple[Entry, ...]:
 @cache
 def _by_name() -> dict[str, Entry]:
     return {key.lower(): item for item in _entries() for key in (*item.names, *item.hub)}
-
-
-def _read(file: str) -> dict[str, Any]:
-    return tomllib.loads(files("qwenq.models").joinpath(file).read_text(encoding="utf-8"))
 
 
 def _entry(table: dict[str, Any]) -> Entry:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
-from qwenq.models.gptq_config import QuantConfig, settings_of
+from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig, settings_of
 from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource, require_tensors
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def qwen2_config(
 ) -> dict[str, Any]:
     """Translate a Qwen v1 config, in either key set, to Qwen2.
 
-    Below ``seq_length`` tokens it is the very same model. ``dtype`` of the weights becomes ``torch_dtype``; None: what config.json says.
+    Below ``seq_length`` tokens it is the very same model. ``dtype`` of the weights becomes
+    ``torch_dtype``; None: what config.json says.
     """
     keys = _Keys(config, where)
     hidden, vocab = keys.count("hidden_size"), keys.vocab()

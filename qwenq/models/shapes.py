@@ -131,17 +131,15 @@ class ModelShape:
         if kind == "qwen":
             config = qwen2_config(config)
             kind = config["model_type"]
-        heads, hidden, layers = (
-            config[key] for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
-        )
+        heads = config["num_attention_heads"]
         attention_bias = bool(config.get("attention_bias", False))
         experts = _experts(config, where) if kind in _MIXTURES else None
         dense = experts is None or bool(experts.dense_layers)
         linear_attention = _linear_attention(config, where) if kind in _HYBRIDS else None
         return cls(
             architecture=kind,
-            hidden=hidden,
-            layers=layers,
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=_head_dim(config),
@@ -290,25 +288,18 @@ class ModelShape:
     ) -> int:
         """Return the bytes of experts that a step of that many tokens does not read.
 
-        Args:
-            dtype: of the weights, or of what is not quantised.
-            tokens: one of each sequence; they choose their experts evenly and on their own.
-            bits: None: nothing is quantised.
-            group_size: of the quantised modules.
+        Tokens choose their experts evenly and on their own. ``bits`` None: nothing is quantised.
         """
         if self.experts is None:
             return 0
         share = 1 - self.experts.distinct(tokens) / self.experts.count
         nbytes = 0
         for block in self.blocks:
-            for module in block.linears:
-                if module.copies > 1:
-                    one = (
-                        module.elements * ITEMSIZE[dtype]
-                        if bits is None
-                        else _packed_bytes(module, bits, group_size, dtype, False)
-                    )
-                    nbytes += one * module.copies * len(block.layers)
+            for module in (module for module in block.linears if module.copies > 1):
+                one = module.elements * ITEMSIZE[dtype]
+                if bits is not None:
+                    one = _packed_bytes(module, bits, group_size, dtype, False)
+                nbytes += one * module.copies * len(block.layers)
         return int(nbytes * share)
 
     def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
@@ -318,16 +309,14 @@ class ModelShape:
 
     def state_bytes(self, dtype: str = "bfloat16") -> int:
         """Return bytes of one sequence's recurrent states, whatever its length."""
-        if self.linear_attention is None:
-            return 0
-        return self._recurrent_layers * self.linear_attention.state_bytes(ITEMSIZE[dtype])
+        linear = self.linear_attention
+        return self._recurrent_layers * linear.state_bytes(ITEMSIZE[dtype]) if linear else 0
 
     @property
     def float32_parameters(self) -> int:
         """Return elements that files of Qwen3.5 store in float32, and those of 3.6 and 3.8 do not."""
-        if self.linear_attention is None:
-            return 0
-        return self._recurrent_layers * self.linear_attention.float32_parameters
+        linear = self.linear_attention
+        return self._recurrent_layers * linear.float32_parameters if linear else 0
 
     @property
     def _recurrent_layers(self) -> int:
