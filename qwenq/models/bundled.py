@@ -198,10 +198,10 @@ def _write_weights(reader: gguf.GGUFReader, config: dict[str, Any], folder: Path
     from qwenq.models.source import TensorInfo
 
     stored = {hf_name(tensor.name): tensor for tensor in reader.tensors}
-    shapes = {
-        name: tuple(map(int, reversed(tensor.shape))) for name, tensor in stored.items()
-    }  # fastest first
-    entries = [(name, TensorInfo(shape, torch.float32)) for name, shape in shapes.items()]
+    entries = []
+    for name, tensor in stored.items():
+        shape = tuple(map(int, reversed(tensor.shape)))  # GGUF's: the fastest dimension first
+        entries.append((name, TensorInfo(shape, torch.float32)))
 
     def read(name: str) -> torch.Tensor:
         weight = dequantize(stored[name].data, stored[name].tensor_type)

@@ -187,10 +187,6 @@ def write_random_checkpoint(
         dtype: ``bfloat16``, ``float16`` or ``float32``.
         layers: overrides the depth.
         max_bytes: of tensors in one file.
-
-    Raises:
-        UsageError: no such name, dtype or depth, or the folder holds something else.
-        StorageError: the disk is full or read-only.
     """
     local_path(folder, "the folder")
     made = random_checkpoint(name_or_config, seed, dtype, layers=layers)

@@ -10,19 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig
+from qwenq.models.gptq_format import PackedLinear, pack, pack_zeros, trivial_g_idx
+from qwenq.models.random_weights import RandomSource, tensor_seed
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorInfo, TensorSource
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwenq.models.gptq_format import PackedLinear
-    from qwenq.models.random_weights import RandomSource
 
 
 def group_size_for(shape: ModelShape) -> int:
@@ -41,8 +39,6 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
     Raises:
         UnsupportedError: its sizes cannot be packed.
     """
-    from qwenq.models.random_weights import RandomSource
-
     shape = ModelShape.from_config(checkpoint.config)
     group_size = group_size_for(shape)
     shape.quantised_tensors(bits, group_size)  # raises where the sizes do not fit
@@ -81,8 +77,6 @@ class RoundedSource:
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype, without rounding anything."""
-        import torch
-
         module, _, part = name.rpartition(".")
         if module not in self._modules or part not in LAYER_PARTS:
             return self._source.info(name)
@@ -91,10 +85,6 @@ class RoundedSource:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU."""
-        import torch
-
-        from qwenq.models.gptq_format import pack_zeros, trivial_g_idx
-
         module, _, part = name.rpartition(".")
         if module not in self._modules or part not in LAYER_PARTS:
             return self._source.read(name)
@@ -124,10 +114,6 @@ class DrawnSource(RoundedSource):
 
     def read(self, name: str) -> Tensor:
         """Draw one tensor; it follows from the seed and its name alone."""
-        import torch
-
-        from qwenq.models.random_weights import tensor_seed
-
         module, _, part = name.rpartition(".")
         device = self._random.device
         if module not in self._modules or part not in ("qweight", "scales"):
@@ -145,10 +131,6 @@ class DrawnSource(RoundedSource):
 
 def _pack(weight: Tensor, quant: QuantConfig) -> PackedLinear:
     """Pack floats [out, in] with scale = largest of a group / (2^(bits-1) - 1)."""
-    import torch
-
-    from qwenq.models.gptq_format import pack
-
     bits, middle = quant.bits, 1 << (quant.bits - 1)
     out, width = weight.shape
     grouped = weight.float().reshape(out, quant.groups(width), -1)  # [out, groups, group_size]

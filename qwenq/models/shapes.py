@@ -8,7 +8,7 @@ attention. It always speaks the Qwen2 layout (v1's fused ``c_attn`` is seen as q
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -339,10 +339,6 @@ class ModelShape:
     def block_parameters(self) -> int:
         """Return elements of the largest decoder block."""
         return max(block.parameters for block in self.blocks)
-
-    def with_ffn(self, ffn: int) -> ModelShape:
-        """Return the same model with an MLP of another width."""
-        return replace(self, ffn=ffn)
 
     def auto_group_size(self) -> int:
         """Return the group size ``auto`` takes: the largest of 128, 64, 32 that divides every input width."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,9 @@ def _stored_beside(files: list[Path], language_model: int) -> tuple[int, str | N
 
 
 def _beside(shape: ModelShape, dtype: str, vision: int | None, more: int) -> tuple[int, str | None]:
-    """Return the bytes that lie beside the language model, and a note about them.
+    """Return the bytes of the draft layers and ``more`` that lie beside the language model, and a note.
 
-    Args:
-        shape, dtype: of the language model.
-        vision: elements of the vision tower; None: it has one of unknown size.
-        more: bytes beside the draft layers.
+    ``vision`` are the elements of the vision tower; None: it has one of unknown size.
     """
     drafts = shape.draft_parameters * ITEMSIZE[dtype]
     parts = [name for name, there in (("draft layers (mtp)", drafts), ("the vision tower", vision)) if there]
@@ -272,11 +269,7 @@ class Plan:
 
 
 def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
-    """Work out a plan.
-
-    Raises:
-        UsageError: an option out of bounds, or one that does not suit the model.
-    """
+    """Work out a plan."""
     _check_bounds(options)
     shape = model.shape
     group_size = options.group_size if options.group_size is not None else shape.auto_group_size()
@@ -323,22 +316,14 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
     def precision(
         label: str, bits: int | None, loaded_in: str, size: int, loaded: int, published: int | None
     ) -> Precision:
-        chosen = -1 if bits is None else group_size
+        chosen = None if bits is None else group_size
         one, idle = (
-            shape.idle_bytes(loaded_in, tokens, bits=bits, group_size=chosen) for tokens in (1, options.batch)
+            shape.idle_bytes(loaded_in, tokens, bits=bits, group_size=chosen or -1)
+            for tokens in (1, options.batch)
         )
         active = weight_bytes_per_step(shape, loaded, loaded_in, one)
-        return Precision(
-            label=label,
-            dtype=loaded_in,
-            group_size=None if bits is None else group_size,
-            bytes=size + model.copied,
-            loaded=loaded,
-            active=active,
-            idle=idle,
-            published_bytes=published,
-            published_note=note,
-        )
+        size += model.copied
+        return Precision(label, loaded_in, chosen, size, loaded, active, idle, published, note)
 
     found = [precision(_LABELS[dtype], None, dtype, size, size, size + head if twice else None)]
     for bits in sorted(options.bits, reverse=True):
@@ -404,28 +389,27 @@ def _deployment(
 def _padded_bytes(model: PlannedModel, padded: Padding | None, found: list[Precision]) -> dict[str, int]:
     if padded is None:
         return {}
-    wider = model.shape.with_ffn(padded.to)
-    return {
-        item.label: model.copied
-        + (
-            wider.bytes(item.dtype)
-            if item.group_size is None
-            else wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
-        )
-        for item in found
-    }
+    wider = replace(model.shape, ffn=padded.to)
+    sizes = {}
+    for item in found:
+        if item.group_size is None:
+            size = wider.bytes(item.dtype)
+        else:
+            size = wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
+        sizes[item.label] = size + model.copied
+    return sizes
 
 
 def _check_bounds(options: PlanOptions) -> None:
-    numbers = {
-        "--context": (options.context,),
-        "--batch": (options.batch,),
-        "--samples": () if options.samples is None else (options.samples,),
-        "--seq-len": () if options.seq_len is None else (options.seq_len,),
-        "--tp": options.tensor_parallel,
-    }
-    for option, values in numbers.items():
-        if any(value < 1 for value in values):
-            raise UsageError(f"{option} has to be at least 1, not {min(values)}", where=option)
-        if any(value > _MOST for value in values):
+    numbers = [
+        ("--context", options.context),
+        ("--batch", options.batch),
+        ("--samples", options.samples),
+        ("--seq-len", options.seq_len),
+        *(("--tp", count) for count in sorted(options.tensor_parallel)),
+    ]
+    for option, value in numbers:
+        if value is not None and value < 1:
+            raise UsageError(f"{option} has to be at least 1, not {value}", where=option)
+        if value is not None and value > _MOST:
             raise UsageError(f"{option} is at most {_MOST:,}", where=option)

@@ -36,7 +36,6 @@ class Upload:
 
     Attributes:
         repo: owner/name.
-        branch: of the repository.
         private: whether a new repository is private.
         files: name → bytes, of all that goes there.
         url: of the commit; None: nothing was sent.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_batch_multiplies_the_cache_and_not_the_weights() -> None:
 def test_activations_by_hand() -> None:
     qwen = catalogue.shape_for("qwen-7b")  # MLP wins: 2 × 4096 + 3 × 11008 values a token
     assert activation_bytes(qwen, 10, 2) == 10 * (2 * 4096 + 3 * 11008) * 2
-    narrow = qwen.with_ffn(128)  # attention wins: q, rotated q, output, k, rotated k, v
+    narrow = replace(qwen, ffn=128)  # attention wins: q, rotated q, output, k, rotated k, v
     assert activation_bytes(narrow, 10, 4) == 10 * (2 * 4096 + 6 * 4096) * 4
 
 
@@ -88,7 +89,7 @@ def test_quantisation_holds_one_block() -> None:
     assert found.block_activations == 2 * 4 * 256 * (4096 + 11008) * 2
     assert found.activations == 2 * 4 * 256 * 4096 * 2
     assert found.peak < 6e9  # of 15.4 GB
-    deeper = quantisation_memory(catalogue.shape_for("qwen-7b").with_ffn(11008), samples=8, seq_len=256)
+    deeper = quantisation_memory(replace(catalogue.shape_for("qwen-7b"), ffn=11008), samples=8, seq_len=256)
     assert deeper.peak - found.peak == found.activations + found.block_activations
 
 
