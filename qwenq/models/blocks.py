@@ -54,6 +54,7 @@ class BlockwiseDecoder:
         differentiable: attention, norms and activations are torch's, whose gradients are known.
 
     Attributes:
+        blocks: all of them, without weights.
         attention: the name of what computes it. In layers that slide a window it is torch's for texts that
             fill that. Where it is ours, norms, rotary positions and activations are, too, if
             the architecture allows it: the same on all machines.
@@ -98,16 +99,16 @@ class BlockwiseDecoder:
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
             if self._inspected:
                 fill_computed(model, device)
-        self._blocks: nn.ModuleList = self._inner.layers
+        self.blocks: nn.ModuleList = self._inner.layers
         if self._inspected:
             list(self.kept())  # refuses what is no linear layer, before tensors are looked for
         self._require_tensors()
-        if self.attention == OURS and (reason := fuse_blocks(self._blocks, config)) is not None:
+        if self.attention == OURS and (reason := fuse_blocks(self.blocks, config)) is not None:
             missed = f"norms and activations run in torch, which takes longer, because {reason}"
             self.fallback_notice = f"{self.fallback_notice}; {missed}" if self.fallback_notice else missed
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self._freed = FreedMemory()
-        self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
+        self.names = [f"model.layers.{index}" for index in range(len(self.blocks))]
 
     def _choose(self, config: Any, *, differentiable: bool) -> None:
         """Choose what computes attention in a family that is known here."""
@@ -141,24 +142,13 @@ class BlockwiseDecoder:
         )
 
     @property
-    def template(self) -> nn.Module:
-        """Return the first block without weights: its modules and their shapes."""
-        first: nn.Module = self._blocks[0]
-        return first
-
-    @property
     def kinds(self) -> dict[tuple[str, ...], nn.Module]:
         """Return one block without weights of each kind, by the names of its linears."""
-        return {tuple(linears_of(block)): block for block in reversed(self._blocks)}
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """Return all blocks, without weights."""
-        return self._blocks
+        return {tuple(linears_of(block)): block for block in reversed(self.blocks)}
 
     def kept(self) -> Iterator[dict[str, str]]:
         """Yield what is not quantised, block by block: ``kept_of``."""
-        yield from map(kept_of, self._blocks)
+        yield from map(kept_of, self.blocks)
 
     @property
     def vocabulary(self) -> int:
@@ -175,7 +165,7 @@ class BlockwiseDecoder:
             require_plain(
                 self.checkpoint.config, batch.shape[1], option="a sequence", where=self.checkpoint.folder
             )
-        recorders = [_Recorder(block) for block in self._blocks]
+        recorders = [_Recorder(block) for block in self.blocks]
         for name in ("model.norm.weight", *(() if self.checkpoint.tied else ("lm_head.weight",))):
             # Now, not after the blocks: those may take hours.
             check_finite(name, self.checkpoint.read(name), self.checkpoint.folder)
@@ -192,9 +182,9 @@ class BlockwiseDecoder:
             # Positions may come with a row for each sequence, and batches differ in how many they have.
             self._inner(inputs_embeds=rows[:1], use_cache=False)
         finally:
-            self._inner.norm, self._inner.layers = norm, self._blocks
+            self._inner.norm, self._inner.layers = norm, self.blocks
             self._inner.embed_tokens.weight = None
-        recorded = zip(self._blocks, recorders, strict=True)
+        recorded = zip(self.blocks, recorders, strict=True)
         self._arguments = {block: recorder.arguments for block, recorder in recorded}
         return hidden
 
@@ -213,7 +203,7 @@ class BlockwiseDecoder:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Give block ``index`` its weights; they are dropped on leaving."""
-        block: nn.Module = self._blocks[index]
+        block: nn.Module = self.blocks[index]
         computed = [(module, computed_buffers(module)) for module in block.modules()]
         self._fill(block, self.names[index])
         try:

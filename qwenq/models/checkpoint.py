@@ -114,11 +114,8 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     A GPTQ folder opens with its packed tensors, and so does one of AutoRound in that layout, whose settings
     are shown as GPTQ's; a notice is added where it has no qwenq.json, or where only AutoGPTQ's
     quantize_config.json has the settings. Weights that another tool quantised (AWQ, compressed-tensors, FP8)
-    are shown dequantised. A Qwen v1 folder opens in Qwen2's layout.
-
-    Args:
-        folder: where config.json and the weights are.
-        unfinished: open what `qwenq quantize` has staged and not yet published; its own check does.
+    are shown dequantised. A Qwen v1 folder opens in Qwen2's layout. ``unfinished`` opens what `qwenq
+    quantize` has staged and not yet published; its own check does.
 
     Raises:
         ModelError: not a model folder, a config that no model can have, or an unfinished quantisation.

@@ -66,12 +66,7 @@ class PackedLinear:
 
     def tensors(self, module: str) -> dict[str, Tensor]:
         """Return the four tensors under their names in a checkpoint, for the module of that name."""
-        return {
-            f"{module}.qweight": self.qweight,
-            f"{module}.qzeros": self.qzeros,
-            f"{module}.scales": self.scales,
-            f"{module}.g_idx": self.g_idx,
-        }
+        return {f"{module}.{part}": getattr(self, part) for part in LAYER_PARTS}
 
 
 def trivial_g_idx(in_features: int, group_size: int) -> Tensor:

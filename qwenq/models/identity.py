@@ -34,12 +34,8 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
     """Return what rows of results hold about a model.
 
     The family of a quantised model is the base that its qwenq.json names; without one, its own name less
-    ``-GPTQ-Int4`` and the like.
-
-    Args:
-        checkpoint: as opened.
-        dtype: what it is run in: an unquantised model's precision.
-        given: what the user typed: a folder, a hub id, or None for the bundled model.
+    ``-GPTQ-Int4`` and the like. ``dtype``, what it is run in, is an unquantised model's precision; ``given``
+    is what the user typed: a folder, a hub id, or None for the bundled model.
     """
     name = model_name(given)
     if is_random(checkpoint.config):
@@ -133,9 +129,6 @@ def local_base(named: dict[str, Any], quantised: Path) -> Path:
 
     Whichever is that very model; if neither is, one that is there. Neither is looked for on the hub, whatever
     it is spelt like.
-
-    Raises:
-        UsageError: neither is there.
     """
     typed = local_path(str(named.get("model")), "the base that qwenq.json names")
     beside = Path(os.path.normpath(quantised.resolve() / named["folder"]))

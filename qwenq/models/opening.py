@@ -24,10 +24,6 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
         model: a folder, a hub id, None for the bundled model; with random weights a catalogue name.
         weights: "stored" or "random" (nothing is read or written: tensors are drawn as they are asked for).
         seed: of random weights.
-
-    Raises:
-        UsageError: no such model or catalogue name; ``weights`` is neither.
-        QwenqError: the model cannot be read.
     """
     if weights == "stored":
         resolved = resolve_model(model)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,23 +70,18 @@ def _state(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-class SafetensorsSource:
-    """Tensors of one or many safetensors files, read one at a time.
-
-    A file is opened for one read and closed again: what is resident is the tensor that was asked for, so the
-    memory stays flat however large the checkpoint is. Only small tensors share an open file for a while, as
-    its header takes longer to read than they do.
+class FileSource:
+    """Tensors of some files, by name. ``owners``, an index, say which file each tensor is taken from.
 
     Raises:
-        CorruptFileError: a header, an offset or a file's length is wrong; a shard or tensor is missing.
+        CorruptFileError: a tensor is in two files, or in none of those that the index names.
     """
 
-    def __init__(self, files: Sequence[Path], owners: dict[str, str] | None = None) -> None:
+    def __init__(self, files: Sequence[Path], owners: Mapping[str, str] | None = None) -> None:
         self.files = list(files)
-        self._open: _OpenFile | None = None
         self._where: dict[str, tuple[Path, TensorInfo]] = {}
         for file in self.files:
-            for name, info in read_header(file).items():
+            for name, info in self._header(file).items():
                 if owners is not None and owners.get(name) != file.name:
                     continue
                 if name in self._where:
@@ -96,6 +91,13 @@ class SafetensorsSource:
                         hint="keep one of the two, or add the index file that says which one counts",
                     )
                 self._where[name] = (file, info)
+        if owners and (missing := [name for name in owners if name not in self._where]):
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            what = f"the tensor {missing[0]}{more} is in the index but not in {owners[missing[0]]}"
+            raise _damaged(what, self.files[0].parent)
+
+    def _header(self, file: Path) -> dict[str, TensorInfo]:
+        raise NotImplementedError
 
     def names(self) -> Iterable[str]:
         """Return all tensor names, in file order."""
@@ -104,6 +106,27 @@ class SafetensorsSource:
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype from the header."""
         return self._find(name)[1]
+
+    def _find(self, name: str) -> tuple[Path, TensorInfo]:
+        try:
+            return self._where[name]
+        except KeyError:
+            where = self.files[0].parent if self.files else None
+            raise ModelError(f"there is no tensor named {name}", where=where) from None
+
+
+class SafetensorsSource(FileSource):
+    """Tensors of one or many safetensors files, read one at a time.
+
+    A file is opened for one read and closed again: what is resident is the tensor that was asked for, so the
+    memory stays flat however large the checkpoint is. Only small tensors share an open file for a while, as
+    its header takes longer to read than they do.
+    """
+
+    _open: _OpenFile | None = None
+
+    def _header(self, file: Path) -> dict[str, TensorInfo]:
+        return read_header(file)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor on the CPU, in its stored dtype."""
@@ -134,22 +157,13 @@ class SafetensorsSource:
             yield
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             self.close()
-            raise CorruptFileError(
-                f"the tensor {name} cannot be read: {error}", where=file, hint=_REDOWNLOAD
-            ) from error
+            raise _damaged(f"the tensor {name} cannot be read: {error}", file) from error
 
     def close(self) -> None:
         """Let the file go that is open, if one is; it is opened again when it is needed."""
         if self._open is not None:
             self._open.close()
             self._open = None
-
-    def _find(self, name: str) -> tuple[Path, TensorInfo]:
-        try:
-            return self._where[name]
-        except KeyError:
-            where = self.files[0].parent if self.files else None
-            raise ModelError(f"there is no tensor named {name}", where=where) from None
 
 
 def _require_unchanged(
@@ -165,18 +179,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource | None:
     An index decides where there is one; else ``model.safetensors``; else the only file there is.
     """
     if index := _find_index(folder):
-        owners = read_index(index)
-        files = [_shard(folder, name, index) for name in dict.fromkeys(owners.values())]
-        source = SafetensorsSource(files, owners)
-        found = set(source.names())
-        if missing := [name for name in owners if name not in found]:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise CorruptFileError(
-                f"the tensor {missing[0]}{more} is in the index but not in {owners[missing[0]]}",
-                where=index,
-                hint=_REDOWNLOAD,
-            )
-        return source
+        return SafetensorsSource(*shards(index))
     files = sorted(folder / name for name in _weight_files(folder))
     if not files:
         return None
@@ -227,10 +230,10 @@ def read_index(path: Path) -> dict[str, str]:
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the index is not JSON: {error}", where=path, hint=_REDOWNLOAD) from error
+        raise _damaged(f"the index is not JSON: {error}", path) from error
     owners = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(owners, dict) or not owners or not all(isinstance(v, str) for v in owners.values()):
-        raise CorruptFileError("the index has no weight_map of file names", where=path, hint=_REDOWNLOAD)
+        raise _damaged("the index has no weight_map of file names", path)
     return owners
 
 
@@ -245,21 +248,27 @@ def shard_path(folder: Path, name: str, index: Path) -> Path:
     return folder / name
 
 
-def _shard(folder: Path, name: str, index: Path) -> Path:
-    path = shard_path(folder, name, index)
-    try:
-        there = path.is_file()
-    except OSError as error:  # a name that no disk takes
-        raise CorruptFileError(
-            f"the index names a shard that cannot be opened: {error.strerror}", where=index, hint=_REDOWNLOAD
-        ) from error
-    if not there:
-        raise CorruptFileError(
-            f"the shard {name} is missing",
-            where=index,
-            hint="download it again; an interrupted download resumes where it stopped",
-        )
-    return path
+def shards(index: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the files that an index names, all of which are there, and its ``weight_map``."""
+    owners = read_index(index)
+    files = [shard_path(index.parent, name, index) for name in dict.fromkeys(owners.values())]
+    for path in files:
+        try:
+            there = path.is_file()
+        except OSError as error:  # a name that no disk takes
+            what = f"the index names a shard that cannot be opened: {error.strerror}"
+            raise _damaged(what, index) from error
+        if not there:
+            raise CorruptFileError(
+                f"the shard {path.name} is missing",
+                where=index,
+                hint="download it again; an interrupted download resumes where it stopped",
+            )
+    return files, owners
+
+
+def _damaged(what: str, where: Path) -> CorruptFileError:
+    return CorruptFileError(what, where=where, hint=_REDOWNLOAD)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -276,10 +285,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CorruptFileError(
-                    f"not a whole safetensors file: {size} bytes, and the header would be {length}",
-                    where=path,
-                    hint=_REDOWNLOAD,
+                raise _damaged(
+                    f"not a whole safetensors file: {size} bytes, and the header would be {length}", path
                 )
             raw = file.read(length)
     except OSError as error:
@@ -294,17 +301,13 @@ def _parse(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError("the header is not JSON", where=path, hint=_REDOWNLOAD) from error
+        raise _damaged("the header is not JSON", path) from error
     if not isinstance(header, dict):
-        raise CorruptFileError("the header is not an object", where=path, hint=_REDOWNLOAD)
+        raise _damaged("the header is not an object", path)
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if not _sound(entry):
-            raise CorruptFileError(
-                f"the header's entry of {name} is damaged, or of a dtype unknown here",
-                where=path,
-                hint=_REDOWNLOAD,
-            )
+            raise _damaged(f"the header's entry of {name} is damaged, or of a dtype unknown here", path)
     return header
 
 
@@ -327,20 +330,17 @@ def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Pat
         start, stop = entry["data_offsets"]
         expected = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         if start != end or stop - start != expected:
-            raise CorruptFileError(
+            raise _damaged(
                 f"{name} does not lie where its shape says: bytes {start} to {stop}, {expected} expected",
-                where=path,
-                hint=_REDOWNLOAD,
+                path,
             )
         end = stop
         if stop > data_bytes:
-            raise CorruptFileError(
-                f"the file is cut off inside {name}: {data_bytes} bytes of tensors, {stop} needed",
-                where=path,
-                hint=_REDOWNLOAD,
+            raise _damaged(
+                f"the file is cut off inside {name}: {data_bytes} bytes of tensors, {stop} needed", path
             )
     if end != data_bytes:
-        raise CorruptFileError(f"{data_bytes - end} bytes too many at the end", where=path, hint=_REDOWNLOAD)
+        raise _damaged(f"{data_bytes - end} bytes too many at the end", path)
 
 
 # Write safetensors as a stream: one tensor in memory, however large the checkpoint.
@@ -372,14 +372,8 @@ def write_shards(
 ) -> list[Path]:
     """Write tensors to ``model.safetensors``, or to numbered shards and their index, and flush them.
 
-    ``read`` is called once a tensor, in the order of ``entries``, and what it returned is forgotten before
-    the next call. Each file appears under its name only when it is whole.
-
-    Args:
-        folder: made if missing.
-        entries: names with shapes and dtypes, in the order in which they are to lie in the files.
-        read: returns the tensor of a name, on the CPU or a device, in the announced shape and dtype.
-        max_bytes: of tensors in one file.
+    ``read`` is called once a tensor, in the order of ``entries``, and what it returned, on whatever device, is
+    forgotten before the next call. Each file appears under its name only when it is whole.
 
     Returns:
         The safetensors files written, in order (the index is not among them).

@@ -84,11 +84,6 @@ def require_tensors(
     Only names and headers are read. Biases of zeros that the source hides from its names, but reads, count as
     there.
 
-    Args:
-        source: of the tensors.
-        expected: shapes by name.
-        where: the model's folder.
-
     Raises:
         ModelError: names the first tensor that is missing, of another shape, or unknown to the architecture.
     """

@@ -48,11 +48,7 @@ _TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
 
 
 def missing_by_name(name: str) -> str | None:
-    """Return what a Qwen model lacks here, by its published name; None where nothing is known.
-
-    Args:
-        name: as typed: ``qwen3-30b-a3b``, ``Qwen/Qwen3-Next-80B-A3B-Instruct``.
-    """
+    """Return what a Qwen model lacks here, by its published name; None where nothing is known."""
     short = name.lower().rsplit("/", 1)[-1]
     if not _FAMILY.match(short) or _SIZES_KNOWN.match(short):
         return None
@@ -136,12 +132,7 @@ def recognise(folder: Path) -> Known | None:
 
 
 def refuse_prefix(names: Iterable[str], folder: Path) -> None:
-    """Refuse tensors that have a language model's names with something before them.
-
-    Args:
-        names: of the tensors, none of which is ``model.layers.…`` of the last layer.
-        folder: of the model.
-    """
+    """Refuse tensors that have a language model's names with something before them."""
     names = list(names)
     example = next((name for name in names if "model.layers." in name), None)
     if example is None:

@@ -57,9 +57,7 @@ class PlannedModel:
 def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
     """Find a catalogue name, a folder (or its config.json), or a hub id; None is the bundled model.
 
-    Args:
-        model: as typed.
-        weights: "random": a catalogue name only, with the bfloat16 weights of `--weights random`.
+    With ``weights`` "random" it is a catalogue name, with the bfloat16 weights of `--weights random`.
 
     Raises:
         UsageError: no such catalogue name, with suggestions; unknown ``weights``.

@@ -73,9 +73,8 @@ def split(shape: ModelShape, gpus: int, group_size: int | None) -> Split:
             continue
         if group_size is None or group_size == -1:
             if module.leaf == "down_proj" and module.columns % gpus:
-                channels = (
-                    "FFN channels" if module.name == "mlp.down_proj" else f"channels of {_short(module)}"
-                )
+                dense = module.name == "mlp.down_proj"
+                channels = "FFN channels" if dense else f"channels of {_short(module)}"
                 obstacles.append(f"{module.columns} {channels}")
         elif module.columns % gpus or module.columns // gpus % group_size:
             obstacles.append(f"{module.columns // group_size} groups of {_short(module)}")
