@@ -207,7 +207,7 @@ def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
 
         BlockwiseDecoder(replace(checkpoint, source=plain), torch.device("cpu"), torch.float32)  # checks all
         return
-    expected = {tensor.name: tensor.shape for tensor in ModelShape.from_config(checkpoint.config).tensors()}
+    expected = ModelShape.from_config(checkpoint.config).tensors()
     require_tensors(plain, expected, checkpoint.folder)
 
 

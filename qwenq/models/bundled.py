@@ -75,11 +75,19 @@ def bundled_model() -> Path:
     file = find_gguf()
     with guard_storage(folder, _FLOAT32_BYTES):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
+        for left in folder.parent.glob(f".{folder.name}.*"):  # half-made ones of processes that were killed
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             made = Path(temporary) / folder.name
             convert(file, made)
-            _give_name(made, folder)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not _is_whole(folder):  # else another process was first, with the same bytes
+                    raise
+            fsync_folder(folder.parent)
     return folder
 
 
@@ -111,23 +119,6 @@ def _is_whole(folder: Path) -> bool:
             return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
-
-
-def _remove_stale(folder: Path) -> None:
-    """Drop the half-made folders of processes that were killed."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _give_name(made: Path, folder: Path) -> None:
-    try:
-        made.rename(folder)
-    except OSError:
-        if not _is_whole(folder):  # else another process was first, with the same bytes
-            raise
-    fsync_folder(folder.parent)
 
 
 def convert(file: Path, folder: Path) -> None:

@@ -45,8 +45,7 @@ class Entry:
         hub: hub ids with this shape, in the same order.
         parameters: of the language model in the publisher's own files, a stored copy of a tied head included.
         stored_head: the publisher's files hold that copy.
-        is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's.
-        config: a config.json in the layout of Llama, Qwen2 or a later Qwen.
+        config: a config.json in the layout of Llama, Qwen2 (of Qwen v1, too) or a later Qwen.
         vision_parameters: of the vision tower in the publisher's files.
     """
 
@@ -54,7 +53,6 @@ class Entry:
     hub: tuple[str, ...]
     parameters: int
     stored_head: bool
-    is_v1: bool
     config: dict[str, Any]
     vision_parameters: int = 0
 
@@ -160,7 +158,6 @@ def _entry(table: dict[str, Any]) -> Entry:
         hub=tuple(table["hub"]),
         parameters=table["parameters"],
         stored_head=table.get("stored_head", False),
-        is_v1=table["family"] == "v1",
         config=_config(table),
         vision_parameters=_vision_parameters(table),
     )

@@ -14,7 +14,7 @@ import torch
 from qwenq.errors import CorruptFileError, ModelError, StorageError, UnsupportedError
 from qwenq.models.folders import MANIFEST
 from qwenq.models.safetensors_files import INDEX_SUFFIX, shard_path
-from qwenq.models.source import MadeFromFacts, StoredInFiles, TensorSource
+from qwenq.models.source import TensorSource
 from qwenq.storage import atomic_write_bytes, cache_folder, read_json, sha256_file
 
 LARGEST = 65_504.0
@@ -133,9 +133,9 @@ def fingerprint(config: dict[str, Any], source: TensorSource) -> str:
     """Return 16 hex digits of BLAKE2b over all tensors and the config keys that matter.
 
     Reads one tensor at a time. The result is kept in the user's cache under the paths, sizes and
-    modification times of the files, where the source is ``StoredInFiles``; a changed file is hashed again.
+    modification times of the files, where the source has some; a changed file is hashed again.
 
-    A source that is ``MadeFromFacts`` is not read: a model drawn at random is known by its seed.
+    A source that has ``decided_by`` is not read: a model drawn at random is known by its seed.
     """
     key = _cache_key(config, source)
     kept = cache_folder() / "fingerprints" / key if key else None
@@ -155,12 +155,12 @@ def _hash(config: dict[str, Any], source: TensorSource) -> str:
     """Hash the config and all tensors; of those that follow from something short, that in place of bytes."""
     digest = hashlib.blake2b(digest_size=8)  # 16 hex digits
     digest.update(_canonical(config))
-    made = isinstance(source, MadeFromFacts)
-    if isinstance(source, MadeFromFacts):
-        digest.update(json.dumps(source.decided_by, sort_keys=True).encode())
+    decided_by = getattr(source, "decided_by", None)
+    if decided_by is not None:
+        digest.update(json.dumps(decided_by, sort_keys=True).encode())
     for name in sorted(source.names()):
         digest.update(_describe(source, name))
-        if not made:
+        if decided_by is None:
             tensor = source.read(name).contiguous()
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -177,12 +177,12 @@ def _canonical(config: dict[str, Any]) -> bytes:
 
 
 def _cache_key(config: dict[str, Any], source: TensorSource) -> str | None:
-    if not isinstance(source, StoredInFiles) or not source.files:
+    if not (files := getattr(source, "files", ())):
         return None
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{type(source).__module__}.{type(source).__qualname__}".encode())
     digest.update(_canonical(config))
-    for file in source.files:
+    for file in files:
         try:
             facts = file.stat()
         except OSError:

@@ -196,16 +196,14 @@ def _glibc(name: str) -> Callable[..., int] | None:
 @cache
 def keep_freed_memory() -> None:
     """Let the allocator keep what is freed, of pieces up to 32 MB, until ``return_freed_memory``."""
-    set_option = _glibc("mallopt")
-    if set_option is not None:
+    if (set_option := _glibc("mallopt")) is not None:
         set_option(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
         set_option(_TRIM_THRESHOLD, _NEVER)
 
 
 def return_freed_memory() -> None:
     """Give pages that nothing uses back to the system, where the allocator keeps them; milliseconds."""
-    trim = _glibc("malloc_trim")
-    if trim is not None:
+    if (trim := _glibc("malloc_trim")) is not None:
         trim(0)
 
 

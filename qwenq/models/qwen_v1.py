@@ -8,14 +8,14 @@ which the Qwen2 config keeps under ``qwen_v1``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig, settings_of
-from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource, require_tensors
+from qwenq.models.source import TensorInfo, TensorSource, require_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -59,33 +59,36 @@ def qwen2_config(
     Below ``seq_length`` tokens it is the very same model. ``dtype`` of the weights becomes
     ``torch_dtype``; None: what config.json says.
     """
-    keys = _Keys(config, where)
-    hidden, vocab = keys.count("hidden_size"), keys.vocab()
-    heads = keys.heads(hidden)
+
+    def wrong(what: str) -> ModelError:
+        hint = "copy the model's config.json again, or correct the key that is wrong"
+        return ModelError(what, where=where, hint=hint)
+
+    keys = _usual_keys(config, wrong)
     plain = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": keys.half("intermediate_size"),
-        "num_hidden_layers": keys.count("num_hidden_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
+        "hidden_size": keys["hidden_size"],
+        "intermediate_size": keys["intermediate_size"] // 2,
+        "num_hidden_layers": keys["num_hidden_layers"],
+        "num_attention_heads": keys["num_attention_heads"],
+        "num_key_value_heads": keys["num_attention_heads"],
         "hidden_act": "silu",
-        "max_position_embeddings": keys.positions(),
-        "rms_norm_eps": keys.get("layer_norm_epsilon"),
-        "rope_theta": float(keys.get("rotary_emb_base")),
-        "vocab_size": vocab,
-        "tie_word_embeddings": keys.get("tie_word_embeddings"),
+        "max_position_embeddings": keys["max_position_embeddings"],
+        "rms_norm_eps": keys["layer_norm_epsilon"],
+        "rope_theta": float(keys["rotary_emb_base"]),
+        "vocab_size": keys["vocab_size"],
+        "tie_word_embeddings": keys["tie_word_embeddings"],
         "use_sliding_window": False,
         "attention_dropout": 0.0,
-        "initializer_range": keys.get("initializer_range"),
+        "initializer_range": keys["initializer_range"],
         "use_cache": True,
-        **_token_ids(config, vocab),
+        **_token_ids(config, keys["vocab_size"]),
         V1_KEY: {
-            "seq_length": keys.get("seq_length"),
-            "use_dynamic_ntk": keys.flag("use_dynamic_ntk"),
-            "use_logn_attn": keys.flag("use_logn_attn"),
-            "real_vocab": min(REAL_VOCAB, vocab),
+            "seq_length": keys["seq_length"],
+            "use_dynamic_ntk": keys["use_dynamic_ntk"],
+            "use_logn_attn": keys["use_logn_attn"],
+            "real_vocab": min(REAL_VOCAB, keys["vocab_size"]),
         },
     }
     stored = dtype or config.get("torch_dtype") or config.get("dtype")
@@ -116,82 +119,37 @@ def _token_ids(config: Mapping[str, Any], vocab: int) -> dict[str, Any]:
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """Values of a v1 config.json, read key by key; errors name the file."""
-
-    config: Mapping[str, Any]
-    where: str | Path
-
-    def get(self, key: str) -> Any:
-        """Return the value, or QWenConfig's default."""
-        value = self.config.get(key)
-        return _DEFAULTS[key] if value is None else value
-
-    def count(self, key: str) -> int:
-        """Read a size under its usual or its GPT-2 name; both present have to agree."""
-        names = [name for name in (key, _KEYS[key]) if self.config.get(name) is not None]
-        if not names:
-            raise self._wrong(f"config.json of this Qwen v1 model has neither {key} nor {_KEYS[key]}")
-        value = self.config[names[0]]
-        if self.config[names[-1]] != value:
-            raise self._contradiction(f"{names[0]} is {value}", f"{names[-1]} is {self.config[names[-1]]}")
-        return self._whole(names[0], value)
-
-    def heads(self, hidden: int) -> int:
-        """Compute the heads, hidden_size / kv_channels; a head count that differs is an error."""
-        channels = self._whole("kv_channels", self.get("kv_channels"))
-        if any(self.config.get(name) is not None for name in ("num_attention_heads", "n_head")):
-            heads = self.count("num_attention_heads")
-        else:
-            heads = hidden // channels
-        if heads * channels != hidden:
-            raise self._contradiction(
-                f"num_attention_heads {heads} × kv_channels {channels} is {heads * channels}",
-                f"hidden_size is {hidden}",
-            )
-        return heads
-
-    def half(self, key: str) -> int:
-        """Halve a width: v1 counts w1 and w2 together."""
-        both = self.count(key)
-        if both % 2:
-            raise self._wrong(f"{key} of a Qwen v1 model counts w1 and w2 together, but {both} is odd")
-        return both // 2
-
-    def vocab(self) -> int:
-        """Return the rows of the embedding: the padded size where the first release names it."""
-        for key in ("padded_vocab_size", "vocab_size"):
-            if self.config.get(key) is not None:
-                return self._whole(key, self.config[key])
-        raise self._wrong("config.json has neither vocab_size nor padded_vocab_size")
-
-    def positions(self) -> int:
-        """Return the longest sequence; ``seq_length`` where nothing names it."""
-        names = ("max_position_embeddings", "n_positions")
-        if all(self.config.get(name) is None for name in names):
-            return int(self.get("seq_length"))
-        return self.count("max_position_embeddings")
-
-    def flag(self, key: str) -> bool:
-        """Read true or false."""
-        value = self.get(key)
-        if isinstance(value, bool):
-            return value
-        raise self._wrong(f"config.json says {key} = {value!r}; it has to be true or false")
-
-    def _whole(self, key: str, value: Any) -> int:
+def _usual_keys(config: Mapping[str, Any], wrong: Callable[[str], ModelError]) -> dict[str, Any]:
+    """Return a v1 config under the usual names, sizes checked, with QWenConfig's defaults."""
+    found = {**_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    found["vocab_size"] = found.get("padded_vocab_size", found.get("vocab_size"))
+    if found["vocab_size"] is None:
+        raise wrong("config.json has neither vocab_size nor padded_vocab_size")
+    for key, old in _KEYS.items():
+        if old in found and found.setdefault(key, found[old]) != found[old]:
+            raise wrong(f"config.json contradicts itself: {key} is {found[key]}, but {old} is {found[old]}")
+    found.setdefault("max_position_embeddings", found["seq_length"])
+    if type(found["kv_channels"]) is int and found["kv_channels"] and type(found.get("hidden_size")) is int:
+        found.setdefault("num_attention_heads", found["hidden_size"] // found["kv_channels"])
+    for key in ("kv_channels", "vocab_size", *_KEYS):
+        value = found.get(key)
+        if value is None:
+            raise wrong(f"config.json of this Qwen v1 model has neither {key} nor {_KEYS[key]}")
         if type(value) is not int or value < 1:
-            raise self._wrong(f"config.json says {key} = {value!r}; it has to be a positive whole number")
-        return value
-
-    def _contradiction(self, one: str, other: str) -> ModelError:
-        return self._wrong(
-            f"config.json contradicts itself: {one}, but {other}", ", or correct the key that is wrong"
+            raise wrong(f"config.json says {key} = {value!r}; it has to be a positive whole number")
+    heads, channels, hidden = (found[key] for key in ("num_attention_heads", "kv_channels", "hidden_size"))
+    if heads * channels != hidden:
+        raise wrong(
+            f"config.json contradicts itself: num_attention_heads {heads} × kv_channels {channels} is "
+            f"{heads * channels}, but hidden_size is {hidden}"
         )
-
-    def _wrong(self, what: str, or_else: str = "") -> ModelError:
-        return ModelError(what, where=self.where, hint=f"copy the model's config.json again{or_else}")
+    if found["intermediate_size"] % 2:
+        both = found["intermediate_size"]
+        raise wrong(f"intermediate_size of a Qwen v1 model counts w1 and w2 together, but {both} is odd")
+    for key in ("use_dynamic_ntk", "use_logn_attn"):
+        if not isinstance(found[key], bool):
+            raise wrong(f"config.json says {key} = {found[key]!r}; it has to be true or false")
+    return found
 
 
 # Limit sequences to what is computed right: Qwen v1 changes its attention beyond ``seq_length``.
@@ -321,7 +279,7 @@ class QwenV1Source:
 
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
         self._source = source
-        self.files = list(source.files) if isinstance(source, StoredInFiles) else []
+        self.files: list[Path] = list(getattr(source, "files", ()))
         require_tensors(source, dict(_expected(config, quant)), self.files[0].parent if self.files else None)
         if quant is not None:
             _refuse_activation_order(source, quant)

@@ -72,8 +72,7 @@ class RandomSource:
         std: float = 0.02,
         device: str | torch.device = "cpu",
     ) -> None:
-        tensors = shape.tensors(str(dtype).removeprefix("torch."))
-        self._infos = {tensor.name: TensorInfo(tensor.shape, dtype) for tensor in tensors}
+        self._infos = {name: TensorInfo(size, dtype) for name, size in shape.tensors().items()}
         self.seed, self.std, self.device = seed, std, torch.device(device)
         self.decided_by = {"stream": _STREAM, "seed": seed, "std": std, "device": self.device.type}
 

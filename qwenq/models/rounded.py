@@ -41,7 +41,7 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
     """
     shape = ModelShape.from_config(checkpoint.config)
     group_size = group_size_for(shape)
-    shape.quantised_tensors(bits, group_size)  # raises where the sizes do not fit
+    shape.quantised_bytes(bits, group_size)  # raises where the sizes do not fit
     own = {linear.name: linear.bits(bits) for linear in shape.linears() if linear.bits(bits) != bits}
     dynamic = {rf"+:.*\.{re.escape(name)}$": {"bits": width} for name, width in own.items()}
     quant = QuantConfig(bits=bits, group_size=group_size, dynamic=dynamic)

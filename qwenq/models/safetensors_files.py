@@ -372,7 +372,7 @@ def write_shards(
 ) -> list[Path]:
     """Write tensors to ``model.safetensors``, or to numbered shards and their index, and flush them.
 
-    ``read`` is called once a tensor, in the order of ``entries``, and what it returned, on whatever device, is
+    ``read`` is called once a tensor, in the order of ``entries``, and what it returned, on any device, is
     forgotten before the next call. Each file appears under its name only when it is whole.
 
     Returns:

@@ -7,7 +7,7 @@ attention. It always speaks the Qwen2 layout (v1's fused ``c_attn`` is seen as q
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -47,25 +47,6 @@ def fitting_group_sizes(widths: Iterable[int]) -> list[int]:
     """Return those of ``GROUP_SIZES`` that divide every input width."""
     every = set(widths)
     return [size for size in GROUP_SIZES if not any(width % size for width in every)]
-
-
-@dataclass(frozen=True)
-class TensorShape:
-    """One tensor of a checkpoint: its name, shape and dtype (a key of ``ITEMSIZE``)."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def numel(self) -> int:
-        """Return number of elements."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Return bytes of the elements, without any file header."""
-        return self.numel * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -205,54 +186,30 @@ class ModelShape:
             Linear("self_attn.o_proj", self.hidden, queries, self.o_bias),
         )
 
-    def tensors(self, dtype: str = "bfloat16") -> list[TensorShape]:
-        """Return all tensors of the unquantised checkpoint, in layer order."""
-        blocks = (
-            TensorShape(f"model.layers.{layer}.{name}", size, dtype)
-            for layer, block in self._by_layer()
-            for name, size in block.tensors()
-        )
-        return [*self._before(dtype), *blocks, *self._after(dtype)]
-
-    def quantised_tensors(
-        self,
-        bits: int,
-        group_size: int,
-        dtype: str = "float16",
-        *,
-        zero_biases: bool = False,
-        fused_qkv: bool = False,
-    ) -> list[TensorShape]:
-        """Return all tensors of a GPTQ checkpoint (AutoGPTQ v1 layout).
-
-        Args:
-            bits: 4 or 8.
-            group_size: columns that share a scale; -1 for all columns of a row.
-            dtype: of what is not quantised: embedding, norms, biases, head. `qwenq quantize` keeps the stored
-                one, published files have float16.
-            zero_biases: every quantised module carries a bias, as AutoGPTQ before 0.7.1 wrote.
-            fused_qkv: q, k and v are one module, as in Qwen v1's own files.
-        """
-        self._check_quantisable(bits, group_size)
-        blocks = [
-            TensorShape(f"model.layers.{layer}.{name}", size, stored)
-            for layer, block in self._by_layer()
-            for module in (_fuse_qkv(block.linears) if fused_qkv else block.linears)
-            for copy in module.names()
-            for name, size, stored in _packed(module, copy, bits, group_size, dtype, zero_biases)
-        ]
-        kept = [
-            TensorShape(f"model.layers.{layer}.{name}", size, dtype)
-            for layer, block in self._by_layer()
-            for name, size in block.kept
-        ]
-        return [*self._before(dtype), *blocks, *kept, *self._after(dtype)]
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors of the unquantised checkpoint by name, in layer order."""
+        matrix = (self.vocab, self.hidden)
+        layers = sorted((layer, number) for number, block in enumerate(self.blocks) for layer in block.layers)
+        return {
+            "model.embed_tokens.weight": matrix,
+            **{
+                f"model.layers.{layer}.{name}": size
+                for layer, number in layers
+                for name, size in self.blocks[number].tensors()
+            },
+            "model.norm.weight": (self.hidden,),
+            **({} if self.tied else {"lm_head.weight": matrix}),
+        }
 
     @property
     def parameters(self) -> int:
         """Return exact number of parameters; a tied head is counted once."""
-        outside = sum(tensor.numel for tensor in (*self._before("bfloat16"), *self._after("bfloat16")))
-        return outside + sum(block.parameters * len(block.layers) for block in self.blocks)
+        return self._outside + sum(block.parameters * len(block.layers) for block in self.blocks)
+
+    @property
+    def _outside(self) -> int:
+        """Return the elements of embedding, head and last norm."""
+        return self.embedding_parameters * (1 if self.tied else 2) + self.hidden
 
     @property
     def active_parameters(self) -> int:
@@ -273,9 +230,18 @@ class ModelShape:
         zero_biases: bool = False,
         fused_qkv: bool = False,
     ) -> int:
-        """Return bytes of the GPTQ tensors: ``total_size`` of an index, headers excluded."""
+        """Return bytes of the tensors of a GPTQ checkpoint: ``total_size`` of an index, headers excluded.
+
+        Args:
+            bits: 4 or 8.
+            group_size: columns that share a scale; -1 for all columns of a row.
+            dtype: of what is not quantised: embedding, norms, biases, head. `qwenq quantize` keeps the stored
+                one, published files have float16.
+            zero_biases: every quantised module carries a bias, as AutoGPTQ before 0.7.1 wrote.
+            fused_qkv: q, k and v are one module, as in Qwen v1's own files.
+        """
         self._check_quantisable(bits, group_size)
-        total = sum(tensor.nbytes for tensor in (*self._before(dtype), *self._after(dtype)))
+        total = self._outside * ITEMSIZE[dtype]
         for block in self.blocks:
             one = sum(prod(size) for _, size in block.kept) * ITEMSIZE[dtype]
             for module in _fuse_qkv(block.linears) if fused_qkv else block.linears:
@@ -349,19 +315,6 @@ class ModelShape:
             hint="use --group-size -1 (one group per row)",
         )
 
-    def _by_layer(self) -> Iterator[tuple[int, Block]]:
-        yield from sorted(
-            ((layer, block) for block in self.blocks for layer in block.layers), key=lambda pair: pair[0]
-        )
-
-    def _before(self, dtype: str) -> list[TensorShape]:
-        return [TensorShape("model.embed_tokens.weight", (self.vocab, self.hidden), dtype)]
-
-    def _after(self, dtype: str) -> list[TensorShape]:
-        norm = TensorShape("model.norm.weight", (self.hidden,), dtype)
-        head = TensorShape("lm_head.weight", (self.vocab, self.hidden), dtype)
-        return [norm] if self.tied else [norm, head]
-
     def _check_quantisable(self, bits: int, group_size: int) -> None:
         if bits not in (4, 8):
             raise UsageError(f"{bits} bits are not supported", where="--bits", hint="use 4 or 8")
@@ -384,21 +337,11 @@ class ModelShape:
                 )
 
 
-def _packed(
-    module: Linear, name: str, bits: int, group_size: int, dtype: str, zero_biases: bool
-) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yield the tensors of one quantised module."""
-    quant = QuantConfig(module.bits(bits), group_size)
-    for part, shape in quant.packed_shapes(module.rows, module.columns).items():
-        yield f"{name}.{part}", shape, "float16" if part == "scales" else "int32"
-    if module.bias or zero_biases:
-        yield f"{name}.bias", (module.rows,), dtype
-
-
 def _packed_bytes(module: Linear, bits: int, group_size: int, dtype: str, zero_biases: bool) -> int:
-    """Return the bytes of one copy of a quantised module."""
-    parts = _packed(module, module.name, bits, group_size, dtype, zero_biases)
-    return sum(prod(size) * ITEMSIZE[stored] for _, size, stored in parts)
+    """Return the bytes of one copy of a quantised module: words of int32, scales of float16, a bias."""
+    shapes = QuantConfig(module.bits(bits), group_size).packed_shapes(module.rows, module.columns)
+    size = sum(prod(shape) * (2 if part == "scales" else 4) for part, shape in shapes.items())
+    return size + (module.rows * ITEMSIZE[dtype] if module.bias or zero_biases else 0)
 
 
 def _fuse_qkv(modules: tuple[Linear, ...]) -> tuple[Linear, ...]:

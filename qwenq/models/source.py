@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qwenq.errors import ModelError
 
@@ -41,7 +41,12 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """Lazy access to named tensors. ``read`` raises ``ModelError`` for an unknown name."""
+    """Lazy access to named tensors. ``read`` raises ``ModelError`` for an unknown name.
+
+    A source may have more: ``files``, whose tensors it holds (as long as those stay the same, so do they;
+    empty: not known); ``decided_by``, all that its values follow from, as JSON can hold it, so that it need not
+    be read to be known; ``read_part(name, index)``, one step along a tensor's first dimension.
+    """
 
     def names(self) -> Iterable[str]:
         """Return all tensor names, in file order."""
@@ -53,26 +58,6 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor on the CPU, in its stored dtype."""
-        ...
-
-
-@runtime_checkable
-class StoredInFiles(Protocol):
-    """A source whose tensors are what some files hold: as long as those stay the same, so do they."""
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """Return all of them; empty where that is not known."""
-        ...
-
-
-@runtime_checkable
-class MadeFromFacts(Protocol):
-    """A source whose tensors follow from something short: it need not be read to be known."""
-
-    @property
-    def decided_by(self) -> Mapping[str, Any]:
-        """Return all that the values follow from, as JSON can hold it."""
         ...
 
 
@@ -211,7 +196,7 @@ class TextView:
     @property
     def files(self) -> Sequence[Path]:
         """Return the files of the whole checkpoint; empty where they are not known."""
-        return self.whole.files if isinstance(self.whole, StoredInFiles) else ()
+        return getattr(self.whole, "files", ())
 
     def names(self) -> Iterable[str]:
         """Return all names of the language model, in file order."""
