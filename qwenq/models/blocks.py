@@ -6,7 +6,7 @@ before the first block, each block in turn with its weights read from the checkp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -238,13 +238,15 @@ class BlockwiseDecoder:
         require_tensors(self.checkpoint.source, shapes, self.checkpoint.folder)
 
     @contextmanager
-    def head(self) -> Iterator[_Head | _InspectedHead]:
-        """Load the final norm and the output head, callable on hidden states."""
-        self._fill(self._inner.norm, "model.norm")
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Load the final norm and the output head: […, hidden] → […, vocabulary] float32."""
+        norm = self._inner.norm
+        self._fill(norm, "model.norm")
         name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
         try:
-            head = _Head(self._inner.norm, self.checkpoint.read(name), self.device, self.dtype)
-            yield _InspectedHead(self._model, head) if self._inspected else head
+            product = _Product(self.checkpoint.read(name), self.device, self.dtype)
+            head = ClassHead(self._model, product) if self._inspected else product
+            yield lambda hidden: head(norm(hidden)).float()
         finally:
             self._inner.norm.to("meta")
 
@@ -260,45 +262,19 @@ class BlockwiseDecoder:
         module.requires_grad_(False)
 
 
-class _Head:
-    """Logits from hidden states, the head's rows converted chunk by chunk."""
+class _Product(nn.Module):
+    """The output head, from hidden states behind the norm to float32: converted chunk by chunk."""
 
-    def __init__(self, norm: nn.Module, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self.norm, self._weight, self._device, self._dtype = norm, weight, device, dtype
+    def __init__(self, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._weight, self._device, self._dtype = weight, device, dtype
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Compute logits: […, hidden] → […, vocabulary] float32."""
-        return self.product(self.norm(hidden))
-
-    def product(self, normed: Tensor) -> Tensor:
-        """Multiply hidden states behind the norm: […, hidden] → […, vocabulary] float32."""
+    def forward(self, normed: Tensor) -> Tensor:
         logits = torch.empty(*normed.shape[:-1], len(self._weight), dtype=torch.float32, device=self._device)
         chunks = zip(self._weight.split(VOCABULARY_CHUNK), logits.split(VOCABULARY_CHUNK, -1), strict=True)
         for rows, place in chunks:
             place.copy_(functional.linear(normed, rows.to(self._device, self._dtype)))
         return logits
-
-
-class _InspectedHead:
-    """The same by a model's own class, which may do something to the product."""
-
-    def __init__(self, model: Any, head: _Head) -> None:
-        self._norm, self._head = head.norm, ClassHead(model, _Product(head))
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Compute logits: […, hidden] → […, vocabulary] float32."""
-        return self._head(self._norm(hidden)).float()
-
-
-class _Product(nn.Module):
-    """The product of a ``_Head`` as a module."""
-
-    def __init__(self, head: _Head) -> None:
-        super().__init__()
-        self._head = head
-
-    def forward(self, normed: Tensor) -> Tensor:
-        return self._head.product(normed)
 
 
 class _Recorder(nn.Module):

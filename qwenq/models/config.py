@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_beside_decoder, missing_by_config
+from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_by_config, recognise, refuse_prefix
 
 # Read the language model's config inside the config.json of a larger model.
 
@@ -257,8 +257,6 @@ def require_layers(config: dict[str, Any], names: Iterable[str], folder: Path) -
             hint="name a causal language model",
         )
     if not any(name.startswith(last) for name in names):
-        from qwenq.models.unsupported import refuse_prefix
-
         refuse_prefix(names, folder)
         raise ModelError(
             f"config.json says {config['num_hidden_layers']} layers, but the last one has no weights",
@@ -272,8 +270,6 @@ def _refuse_constant(name: str) -> None:
 
 
 def _no_model(why: str, folder: Path) -> ModelError:
-    from qwenq.models.unsupported import recognise
-
     hint = f"name a folder with config.json and *.safetensors; this one holds {_listing(folder)}"
     why, hint = recognise(folder) or (why, hint)
     return ModelError(f"not a model folder: {why}", where=folder, hint=hint)
@@ -329,7 +325,7 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
         return []
     supported = ", ".join(KNOWN_ARCHITECTURES)
     hint = f"supported model types: {supported}, and decoders that transformers has built in"
-    plain = model_type not in NOT_SUPPORTED_YET and missing_beside_decoder(config) is None
+    plain = model_type not in NOT_SUPPORTED_YET and missing_by_config(config, experts=False) is None
     if plain and (built := class_in_transformers(model_type)):
         _refuse_other_use(config, path)
         return [

@@ -97,17 +97,12 @@ def _snapshot(repo_id: str, names: list[str]) -> tuple[Path, str]:
 
 
 def _call_library(repo_id: str, names: list[str], *, offline: bool) -> Path:
-    """Call ``snapshot_download`` by the branch's name, so that the cache answers to it offline, too."""
+    """Call ``snapshot_download`` by the branch's name, so that the cache answers to it offline, too.
+
+    What it fetches is decided by the kind of weights among the files' names.
+    """
     from huggingface_hub import snapshot_download
 
-    allow, ignore = _patterns(names, repo_id)
-    return Path(
-        snapshot_download(repo_id, allow_patterns=allow, ignore_patterns=ignore, local_files_only=offline)
-    )
-
-
-def _patterns(names: list[str], repo_id: str) -> tuple[list[str], list[str]]:
-    """Return allowed and ignored patterns for ``snapshot_download``, by the kind of weights there are."""
     top = [name for name in names if "/" not in name]
     if any(name.endswith(".safetensors") for name in top):
         weights, others = _SAFETENSORS, _PICKLE
@@ -118,7 +113,10 @@ def _patterns(names: list[str], repo_id: str) -> tuple[list[str], list[str]]:
             f"{repo_id} holds no weights that can be read: no *.safetensors and no pytorch_model*.bin",
             hint="GGUF, ONNX and others are not read; name the repository of the original model",
         )
-    return [*weights, *_BESIDE_WEIGHTS], [*_NEVER, *others]
+    allow, ignore = [*weights, *_BESIDE_WEIGHTS], [*_NEVER, *others]
+    return Path(
+        snapshot_download(repo_id, allow_patterns=allow, ignore_patterns=ignore, local_files_only=offline)
+    )
 
 
 def _from_cache(repo_id: str, problem: HubError | None) -> tuple[Path, str]:

@@ -44,8 +44,8 @@ class TensorSource(Protocol):
     """Lazy access to named tensors. ``read`` raises ``ModelError`` for an unknown name.
 
     A source may have more: ``files``, whose tensors it holds (as long as those stay the same, so do they;
-    empty: not known); ``decided_by``, all that its values follow from, as JSON can hold it, so that it need not
-    be read to be known; ``read_part(name, index)``, one step along a tensor's first dimension.
+    empty: not known); ``decided_by``, all that its values follow from, as JSON can hold it, so that it need
+    not be read to be known; ``read_part(name, index)``, one step along a tensor's first dimension.
     """
 
     def names(self) -> Iterable[str]:

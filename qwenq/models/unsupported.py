@@ -55,26 +55,17 @@ def missing_by_name(name: str) -> str | None:
     return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
 
 
-def missing_beside_decoder(config: dict[str, Any]) -> str | None:
-    """Return what a model needs beside the blocks of its decoder, by the keys of its config.json."""
-    return _listed(part for part in _missing_parts(config) if part != _ROUTING)
-
-
-def missing_by_config(config: dict[str, Any]) -> str | None:
-    """Return what a model of an unknown type needs at least, by the keys of its config.json."""
-    return _listed(_missing_parts(config))
-
-
-def _missing_parts(config: dict[str, Any]) -> list[str]:
+def missing_by_config(config: dict[str, Any], *, experts: bool = True) -> str | None:
+    """Return what a model of an unknown type needs at least, by its config.json; experts may be left out."""
     text = config.get("text_config")
     of_text = {**config, **text} if isinstance(text, dict) else config
     kinds = of_text.get("layer_types")
     found = []
     if isinstance(kinds, list) and "linear_attention" in kinds:
         found.append(_LINEAR)
-    if any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
+    if experts and any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
         found.append(_ROUTING)
-    return found + [part for key, part in _TOWERS if config.get(key)]
+    return _listed(found + [part for key, part in _TOWERS if config.get(key)])
 
 
 def refuse_to_run(name: str) -> None:

@@ -225,7 +225,8 @@ def _section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], 
         table.add_column(column, justify="left" if number == 0 or column == "possible" else "right")
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == "peak" else "")
-    return Group(Text(title, style="bold"), table, Text(note + "\n", style="dim"))
+    below = [Text(note + "\n", style="dim")] if note else []
+    return Group(Text(title, style="bold"), table, *below)
 
 
 def _gib(size: int) -> str:

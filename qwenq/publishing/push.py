@@ -104,7 +104,7 @@ def push(
             repo_id=repo,
             folder_path=folder,
             revision=branch,
-            allow_patterns=[_literal(name) for name in files],
+            allow_patterns=[re.sub(r"([*?\[])", r"[\1]", name) for name in files],  # these names alone
             commit_message=f"{folder.name}, quantised with qwenq",
         )
     return Upload(repo, branch, private, files, str(done.commit_url), (*notices, *made))
@@ -198,8 +198,3 @@ def _require_check(manifest: dict[str, Any], folder: Path) -> None:
         )
     if check.get("broken"):
         raise VerificationError("its check found this model broken", where=folder, hint="quantise it again")
-
-
-def _literal(name: str) -> str:
-    """Return a pattern of fnmatch that matches this name alone."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
