@@ -356,8 +356,9 @@ def check_module_shapes(source: TensorSource, names: Container[str], module: str
         )
     _check_types(source, names, module)
     words, out_features = source.info(f"{module}.qweight").shape
-    for part, shape in quant.packed_shapes(out_features, words * 32 // quant.bits).items():
-        name = f"{module}.{part}"
+    shapes = quant.packed_shapes(out_features, words * 32 // quant.bits)
+    for part in ("scales", "qzeros", "g_idx"):
+        name, shape = f"{module}.{part}", shapes[part]
         if name in names and source.info(name).shape != shape:
             raise ModelError(
                 f"{part} is {list(source.info(name).shape)}, but bits {quant.bits} and group_size "
