@@ -39,8 +39,7 @@ _SLICE = 0.5
 class ServerState:
     """State of a server that all requests to it share.
 
-    Args:
-        listener: receives a notice at a failed attempt, unless another request has just reported the same.
+    The listener receives a notice at a failed attempt, unless another request has just reported the same.
 
     Attributes:
         answered: the server has sent any reply.
@@ -298,7 +297,17 @@ class Server:
 
 def checked_address(url: str) -> str:
     """Return the address of a server without a final slash; a missing ``/v1`` is not added."""
-    if not _is_address(url):
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # read, as it is looked at only then
+        (parts.hostname or "").encode("idna")
+        plain = url.isprintable() and " " not in url and parts.path.isascii()
+        # Paths are put behind it, and a key goes into OPENAI_API_KEY.
+        more = parts.query or parts.fragment or parts.username is not None
+        sound = plain and parts.scheme in ("http", "https") and parts.hostname and port != 0 and not more
+    except ValueError:  # brackets that are not closed, a port that is none, a name that no host can have
+        sound = False
+    if not sound:
         raise UsageError(
             f"{url!r} is not an address", where="--endpoint", hint="such as http://localhost:8000/v1"
         )
@@ -330,16 +339,3 @@ def served_model(server: Server, model: str | None) -> str:
             hint=f"use {' or '.join(served[:5]) or 'another server'}",
         )
     return model
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port = parts.port  # read, as it is looked at only then
-        (parts.hostname or "").encode("idna")
-    except ValueError:  # brackets that are not closed, a port that is none, a name that no host can have
-        return False
-    plain = url.isprintable() and " " not in url and parts.path.isascii()
-    # Paths are put behind it, and a key goes into OPENAI_API_KEY.
-    more = parts.query or parts.fragment or parts.username is not None
-    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not more

@@ -139,9 +139,9 @@ def _beside(shape: ModelShape, dtype: str, vision: int | None, more: int) -> tup
 
 def _hub_config(model: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    known: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+    known: tuple[type[Exception], ...] = (HFValidationError, LocalEntryNotFoundError, OSError)
     known += network_errors()
     try:
         return Path(hf_hub_download(model, "config.json"))
