@@ -72,15 +72,20 @@ def refuse_foreign_links(folder: Path) -> None:
         return  # reading it raises the error
     try:
         root = folder.resolve(strict=True)
-        homes = [root]
-        repository = root.parent.parent
-        if root.parent.name == "snapshots" and repository.name.startswith("models--"):
-            homes.append(repository / "blobs")
+        repository = hub_repository(root)
+        homes = [root] if repository is None else [root, repository / "blobs"]
         templates = root / _TEMPLATES
         for entry in (*root.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
             _check(entry, homes)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise ModelError(f"the folder cannot be read: {error}", where=folder) from error
+
+
+def hub_repository(folder: Path) -> Path | None:
+    """Return ``models--owner--name`` of its snapshot in the hub's cache; None: the folder is none."""
+    repository = folder.parent.parent
+    is_snapshot = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository if is_snapshot else None
 
 
 def _check(entry: Path, homes: list[Path]) -> None:

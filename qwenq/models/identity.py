@@ -13,7 +13,7 @@ from qwenq.errors import CorruptFileError, QwenqError, UsageError
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.folders import MANIFEST, local_path
+from qwenq.models.folders import MANIFEST, hub_repository, local_path
 from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.random_weights import RANDOM_KEY, is_random
 from qwenq.results import Model
@@ -89,10 +89,8 @@ def model_name(given: str | None) -> str:
 def folder_name(folder: Path) -> str:
     """Return the name of a model's folder; of a snapshot in the hub's cache that of its repository."""
     folder = folder.absolute().resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.rsplit("--", 1)[-1]
-    return folder.name
+    repository = hub_repository(folder)
+    return folder.name if repository is None else repository.name.rsplit("--", 1)[-1]
 
 
 def base_facts(base: Checkpoint, given: str | None, target: Path) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qwenq.errors import ModelError
+from qwenq.models.gptq_config import NESTED
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +108,6 @@ def require_shape(
 # the files as they are: what is published is written from it.
 
 
-_NESTED = "model.language_model."
 _NOT_RUN = re.compile(r"(mtp|visual|model\.visual)\.")
 """Draft heads and vision towers: published as they are, and no part of the language model."""
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
@@ -156,7 +156,7 @@ class TextView:
         self._stored_modules: dict[str, str] = {}
         self._drafts: dict[str, str] = {}
         names = list(whole.names())
-        self.nested = any(name.startswith(_NESTED) for name in names)
+        self.nested = any(name.startswith(NESTED) for name in names)
         stored = self._by_model_name(names, layers, rename)
         for shown, name in stored.items():
             if (fused := _FUSED.fullmatch(shown)) is None:
@@ -181,8 +181,8 @@ class TextView:
         for name in names:
             if name.startswith("lm_head.") or (not self.nested and not _NOT_RUN.match(name)):
                 shown = name
-            elif self.nested and name.startswith(_NESTED):
-                shown = "model." + name.removeprefix(_NESTED)
+            elif self.nested and name.startswith(NESTED):
+                shown = "model." + name.removeprefix(NESTED)
             else:
                 continue
             if layers is not None and (m := _LAYER.match(shown)) is not None and int(m[1]) >= layers:
@@ -223,7 +223,7 @@ class TextView:
         if (stored := self._stored_modules.get(module)) is not None:
             shown = f"{stored}.{leaf}"
         if self.nested and shown.startswith("model."):
-            return _NESTED + shown.removeprefix("model.")
+            return NESTED + shown.removeprefix("model.")
         return shown
 
     def info(self, name: str) -> TensorInfo:

@@ -15,13 +15,13 @@ from typing import Any
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.autoround import is_autoround
+from qwenq.models.block_shapes import ROW_PARALLEL
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_config import EXPERT, FUSED, QuantConfig, rule_for
 from qwenq.models.gptq_format import quantised_modules
 from qwenq.storage import read_json
 
 GPUS = (1, 2, 4, 8)
-_ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj)$")
 _NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm\w*|visual|vision_tower|conv1d|mtp)(\.|$)")
 _GROUPS = (-1, 32, 64, 128)
 
@@ -320,7 +320,7 @@ def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
     split, rows = set(), set()
     for name, module in folder.modules.items():
         leaf = name.rpartition(".")[2]
-        if _ROW_PARALLEL.search(name):
+        if leaf in ROW_PARALLEL:
             group = module.quant.group_size
             if module.columns % gpus or (group != -1 and module.columns // gpus % group):
                 split.add((leaf, module.columns, group))
