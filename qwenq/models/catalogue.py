@@ -127,11 +127,6 @@ def config_for(name: str) -> dict[str, Any]:
     return dict(entry(name).config)
 
 
-def shape_for(name: str) -> ModelShape:
-    """Return the sizes of a catalogue name."""
-    return entry(name).shape
-
-
 def published(name: str) -> list[PublishedRow]:
     """Return the published figures of a model, one row a precision; empty where there are none."""
     found = find(name)
