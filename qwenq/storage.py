@@ -142,10 +142,6 @@ def held(folder: Path) -> Iterator[None]:
 
     Where the disk cannot lock folders, as NFS, a file in the user's cache is locked instead, which keeps out
     processes that share that cache.
-
-    Raises:
-        UsageError: another process holds it.
-        StorageError: the disk refused.
     """
     import fcntl
 
@@ -235,11 +231,7 @@ def atomic_write_json(path: Path, value: Any, *, indent: int | None = 2) -> None
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Open a file to read; refuse what is not one, such as a pipe, which might never end.
-
-    Raises:
-        OSError: as ``Path.open`` does.
-    """
+    """Open a file to read; refuse what is not one, such as a pipe, which might never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "it is not a file", str(path))
     return path.open("rb")
@@ -269,11 +261,7 @@ def sha256_file(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what qwenq can make again: ``$QWENQ_CACHE``, else the platform's cache folder.
-
-    Raises:
-        UsageError: the user has no home folder, as in a container whose user has no name.
-    """
+    """Return the folder for what qwenq can make again: ``$QWENQ_CACHE``, else the platform's cache folder."""
     try:
         if named := os.environ.get("QWENQ_CACHE"):
             return Path(named).expanduser()

@@ -42,12 +42,7 @@ def is_awq_packed(keys: Mapping[str, Any]) -> bool:
 
 
 def gptq_settings(keys: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return AutoRound's ``quantization_config`` in the words of GPTQ's.
-
-    Raises:
-        UnsupportedError: another packing format, weights that are no integers, or quantised activations.
-        ModelError: an ``extra_config`` that makes no sense.
-    """
+    """Return AutoRound's ``quantization_config`` in the words of GPTQ's."""
     require_weights_only(keys, where)
     packing = _packing(keys)
     if packing not in _GPTQ:

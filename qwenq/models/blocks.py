@@ -61,10 +61,6 @@ class BlockwiseDecoder:
         attention_reason: why attention is torch's, in words that follow "because"; None: it is ours.
         fallback_notice: a sentence for the user on what runs slower, in torch, or None.
         names: "model.layers.0", …, the blocks' names in the checkpoint.
-
-    Raises:
-        ModelError: transformers refuses the config, or a tensor of the blocks, the last norm or the head is
-            missing or of another shape, or the blocks would leave one out.
     """
 
     def __init__(

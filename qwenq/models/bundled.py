@@ -64,10 +64,6 @@ def bundled_model() -> Path:
 
     Safe for several processes at once: each converts into a folder of its own, and the first to finish
     gives it its name.
-
-    Raises:
-        UsageError: the package or the GGUF reader is not installed; names the command that installs both.
-        StorageError: the cache cannot be written.
     """
     folder = cache_folder() / "models" / f"{NAME}-{_LAYOUT}"
     if _is_whole(folder):

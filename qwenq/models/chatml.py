@@ -76,16 +76,8 @@ def build_context(
     """Build the prompt of a conversation; drop the oldest rounds until it fits the window.
 
     As in v1, the system prompt and the *earlier* rounds must together stay below ``max_window`` tokens;
-    the last round is always kept and not counted.
-
-    Args:
-        tokenizer: gives the ids.
-        messages: an optional system message (default: DEFAULT_SYSTEM), then user and assistant in turn.
-        add_generation_prompt: end with the opening of the assistant's answer.
-        max_window: tokens; None keeps everything.
-
-    Raises:
-        UsageError: the roles do not alternate, a content is no text, or there is nothing to answer.
+    the last round is always kept and not counted. Messages are an optional system message (default:
+    DEFAULT_SYSTEM), then user and assistant in turn; ``add_generation_prompt`` opens the next answer.
     """
     newline = tokenizer.encode("\n")
 

@@ -24,11 +24,7 @@ _NOT_LINEAR = re.compile(r"(embed_tokens|norm\w*|conv1d)$")
 
 
 class CompressedTensorsView:
-    """The tensors of a symmetric GPTQ checkpoint under the names of ``pack-quantized``.
-
-    Raises:
-        UnsupportedError: free zero points, or columns in activation order.
-    """
+    """The tensors of a symmetric GPTQ checkpoint under the names of ``pack-quantized``."""
 
     def __init__(self, source: TensorSource, quant: QuantConfig) -> None:
         self._source = source

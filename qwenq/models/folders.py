@@ -119,11 +119,7 @@ _LONGER = "." * 24  # what work folders have in their names besides
 
 
 def require_renameable(target: Path, option: str) -> None:
-    """Refuse a name, given by ``option``, that no finished folder can take, before any work is done for it.
-
-    Raises:
-        UsageError: it is a link, where a disk is mounted, no name of its own, too long, or not UTF-8.
-    """
+    """Refuse a name, given by ``option``, that no finished folder can take, before any work is done."""
     require_utf8(target, option)
     if target.name == "..":
         raise UsageError(

@@ -154,9 +154,6 @@ def open_foreign(config: Mapping[str, Any], source: TensorSource, where: Path) -
     """Return a checkpoint of another tool that reads like a plain one; None: plain weights or GPTQ.
 
     Weights are shown in float32, which holds every product of an integer and a scale exactly.
-
-    Raises:
-        UnsupportedError, ModelError: see ``foreign_format``; or no tensor of that format is there.
     """
     found = foreign_format(config, where)
     if found is None:

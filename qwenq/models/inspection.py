@@ -22,11 +22,7 @@ _HINT = "this architecture is not supported yet"
 
 
 def require_plain_stack(model: Any, folder: Path | None) -> None:
-    """Refuse a language model that is more than an embedding, blocks, a norm, and a head without a bias.
-
-    Raises:
-        UnsupportedError: names a part of it that would be left out.
-    """
+    """Refuse a language model that is more than an embedding, blocks, a norm, and a head without a bias."""
     surplus = (
         name
         for name in model.state_dict()

@@ -68,11 +68,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """Return the device that "auto" (a CUDA GPU if there is one), "cpu", "cuda:1" … stands for.
-
-    Raises:
-        UsageError: no such device here; says what is there.
-    """
+    """Return the device that "auto" (a CUDA GPU if there is one), "cpu", "cuda:1" … stands for."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

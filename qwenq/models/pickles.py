@@ -75,11 +75,7 @@ def _require_whole_zip(path: Path) -> None:
 
 
 def open_pickles(folder: Path) -> PickleSource:
-    """Open the pickle weights of a folder without safetensors.
-
-    Raises:
-        ModelError: there are no weights at all.
-    """
+    """Open the pickle weights of a folder without safetensors."""
     index = folder / _INDEX
     if index.exists():
         return PickleSource(*shards(index))

@@ -225,12 +225,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def require_free(target: Path) -> None:
-    """Refuse an output folder that holds something or may not be made, before any work is done for it.
-
-    Raises:
-        UsageError: there is something, or no folder can take that name.
-        StorageError: no permission.
-    """
+    """Refuse an output folder that holds something or may not be made, before any work is done for it."""
     require_renameable(target, "--out")
     if target.exists() and not target.is_dir():
         raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
@@ -253,9 +248,6 @@ def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: st
     """Remove the work folder of a run that was killed after its checkpoint got its name.
 
     It was this run if the manifest in ``target`` has this recipe, and this fingerprint of the base.
-
-    Raises:
-        AlreadyDoneError: the same command had finished; its work folder is removed now.
     """
     if not target.name:  # the root, which no run has made
         return

@@ -156,11 +156,7 @@ class QwenTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the exact bytes, which may begin or end inside a UTF-8 character.
-
-        Raises:
-            ModelError: an id outside the vocabulary (the model's padded rows are outside).
-        """
+        """Return the exact bytes, which may begin or end inside a UTF-8 character."""
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ModelError(f"token id {token_id} is not in the vocabulary (0 … {self.vocab_size - 1})")

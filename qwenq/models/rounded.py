@@ -35,9 +35,6 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
     """Return the checkpoint with the linears of its blocks rounded when read: symmetric, AutoGPTQ's layout.
 
     Linear attention has 8 bits, as after ``qwenq quantize``.
-
-    Raises:
-        UnsupportedError: its sizes cannot be packed.
     """
     shape = ModelShape.from_config(checkpoint.config)
     group_size = group_size_for(shape)

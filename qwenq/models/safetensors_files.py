@@ -71,11 +71,7 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 
 class FileSource:
-    """Tensors of some files, by name. ``owners``, an index, say which file each tensor is taken from.
-
-    Raises:
-        CorruptFileError: a tensor is in two files, or in none of those that the index names.
-    """
+    """Tensors of some files, by name. ``owners``, an index, say which file each tensor is taken from."""
 
     def __init__(self, files: Sequence[Path], owners: Mapping[str, str] | None = None) -> None:
         self.files = list(files)

@@ -296,9 +296,6 @@ class HfTokenizer:
 
         With ``max_window``, the oldest rounds are left out until the prompt is shorter than that, the
         system message and the last round always kept.
-
-        Raises:
-            UsageError: the folder has no chat template, or its template refuses the messages.
         """
         ids = self._render(messages, add_generation_prompt, tools)
         while max_window is not None and len(ids) >= max_window:

@@ -48,12 +48,7 @@ def as_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: str | None = None) -> Any:
-    """Build transformers' config of a config.json, without keys that steer the loader or serve other models.
-
-    Raises:
-        UnsupportedError: transformers does not know the model type.
-        ModelError: it refuses a value; says which, in its words.
-    """
+    """Build transformers' config of a config.json, without what steers the loader or serves other models."""
     from transformers import CONFIG_MAPPING
 
     left_out = _STEERS_THE_LOADER | _OF_OTHER_USES

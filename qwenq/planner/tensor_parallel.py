@@ -150,10 +150,6 @@ def padded(
     Returns:
         The checkpoint, ``base`` itself where nothing is padded; and the input widths by module for an
         automatic group size, None where those of the checkpoint are to be used.
-
-    Raises:
-        UsageError: a width below the model's, above twice that, or no multiple of the group size; or no
-            automatic group size fits.
     """
     if wanted.pad_ffn == "none":
         return base, None

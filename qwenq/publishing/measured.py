@@ -37,11 +37,6 @@ def fill_cards(
         folders: whose cards are filled; None: those that the rows' commands name, as far as they are there
             and their cards can be written.
         listener: receives a notice for each folder of a command whose card is left as it is.
-
-    Raises:
-        UsageError: no row is of a folder that was named.
-        ModelError: a folder that was named is not qwenq's, or its README.md has no place for the tables.
-        StorageError: the disk refused.
     """
     collection = collect(list(runs))
     if folders is not None:

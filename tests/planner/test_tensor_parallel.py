@@ -86,9 +86,7 @@ def test_padding_of_the_14b() -> None:
 
 def test_no_padding_where_it_would_not_help() -> None:
     assert padding(catalogue.entry("qwen3-8b").shape, 128, GPUS) is None  # fits already
-    assert (
-        padding(catalogue.entry("qwen2.5-7b-instruct").shape, 128, GPUS) is None
-    )  # 28 heads are in the way
+    assert padding(catalogue.entry("qwen2.5-7b-instruct").shape, 128, GPUS) is None  # 28 heads are in the way
     assert padding(catalogue.entry("qwen2.5-72b-instruct").shape, -1, GPUS) is None
 
 
