@@ -235,12 +235,7 @@ def _write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     atomic_write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    atomic_write_json(folder / "tokenizer_config.json", _tokenizer_config(facts, special))
-
-
-def _tokenizer_config(facts: dict[str, Any], special: list[str]) -> dict[str, Any]:
-    tokens = facts["tokenizer.ggml.tokens"]
-    return {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
@@ -252,6 +247,7 @@ def _tokenizer_config(facts: dict[str, Any], special: list[str]) -> dict[str, An
         "model_max_length": facts["llama.context_length"],
         "chat_template": facts["tokenizer.chat_template"],
     }
+    atomic_write_json(folder / "tokenizer_config.json", config)
 
 
 def _write_licence(folder: Path) -> None:

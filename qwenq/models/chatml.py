@@ -52,7 +52,6 @@ class ChatmlTokenizer(Protocol):
 
     im_start_id: int
     im_end_id: int
-    eod_id: int  # <|endoftext|>
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return ids of a text; by default special tokens inside it are plain text."""
@@ -124,11 +123,6 @@ def split_rounds(
     if must_end_with_user and len(turns) % 2 == 0:
         raise UsageError("the conversation does not end with a user message: there is nothing to answer")
     return system, [list(turns[i : i + 2]) for i in range(0, len(turns), 2)]
-
-
-def stop_ids(tokenizer: ChatmlTokenizer) -> tuple[int, int, int]:
-    """Return the ids that end an answer: ``<|im_end|>``, ``<|endoftext|>``, ``<|im_start|>``."""
-    return tokenizer.im_end_id, tokenizer.eod_id, tokenizer.im_start_id
 
 
 # Render chat templates, which are programs from model folders, in a process with limits.

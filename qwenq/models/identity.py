@@ -50,7 +50,8 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         return Model(name, fingerprint, found.precision, family_name(name), size, group)
     if not is_quantised(checkpoint.config):
         size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
-        return Model(name, fingerprint, precision_name(dtype), name, size)
+        run_in = str(dtype).removeprefix("torch.")
+        return Model(name, fingerprint, _SHORT.get(run_in, run_in), name, size)
     size = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint.names())
     quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
     base = base_of(checkpoint.folder)
@@ -73,12 +74,6 @@ def served_identity(url: str, name: str, precision: str = "served") -> Model:
     digest = hashlib.sha256(f"{url} {name}".encode()).hexdigest()[:16]
     short = name.rsplit("/", 1)[-1]
     return Model(short, f"endpoint:{digest}", precision, family_name(short))
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    """Return ``fp32``, ``bf16`` or ``fp16``."""
-    name = str(dtype).removeprefix("torch.")
-    return _SHORT.get(name, name)
 
 
 def model_name(given: str | None) -> str:

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
-from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context, stop_ids
+from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context
 from qwenq.storage import atomic_write_bytes, atomic_write_json
 
 RANKS_FILE = "qwen.tiktoken"
@@ -59,7 +59,15 @@ def read_ranks(path: Path, expected: int | None = RANK_COUNT) -> dict[bytes, int
         if rank in line_of:
             raise _corrupt(f"rank {rank} already occurred on line {line_of[rank]}", f"{path}, line {number}")
         ranks[token], line_of[rank] = rank, number
-    _check_complete(ranks, expected, path)
+    found = len(ranks)
+    missing = next((rank for rank in range(found) if rank not in line_of), None)
+    if missing is not None:
+        raise _corrupt(f"rank {missing} is missing ({found} ranks, up to {max(line_of)})", path)
+    if expected is not None and found != expected:
+        raise _corrupt(f"{found} ranks instead of {expected}", path)
+    for value in range(256):
+        if bytes([value]) not in ranks:
+            raise _corrupt(f"{found} ranks, but none for the single byte 0x{value:02x}", path)
     return ranks
 
 
@@ -107,7 +115,8 @@ class QwenTokenizer:
         self.im_end_id = self.special_ids["<|im_end|>"]
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.pad_id: int | None = self.eod_id
-        self.eos_ids: tuple[int, ...] = stop_ids(self) if chat_format == "chatml" else (self.eod_id,)
+        chats = chat_format == "chatml"
+        self.eos_ids = (self.im_end_id, self.eod_id, self.im_start_id) if chats else (self.eod_id,)
         self.max_window = max_window
         self.special_tokens: tuple[str, ...] = SPECIAL_TOKENS
         self.template: str | None = CHAT_TEMPLATE
@@ -224,19 +233,6 @@ def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
     if not token:
         raise _corrupt("an empty token", where)
     return token, int(fields[1])
-
-
-def _check_complete(ranks: dict[bytes, int], expected: int | None, path: Path) -> None:
-    found = len(ranks)
-    present = set(ranks.values())
-    missing = next((rank for rank in range(found) if rank not in present), None)
-    if missing is not None:
-        raise _corrupt(f"rank {missing} is missing ({found} ranks, up to {max(present)})", path)
-    if expected is not None and found != expected:
-        raise _corrupt(f"{found} ranks instead of {expected}", path)
-    for value in range(256):
-        if bytes([value]) not in ranks:
-            raise _corrupt(f"{found} ranks, but none for the single byte 0x{value:02x}", path)
 
 
 def _corrupt(what: str, where: str | Path) -> CorruptFileError:

@@ -312,10 +312,9 @@ class QwenV1Source:
         return view.clone(memory_format=torch.contiguous_format)  # a view would keep the other two alive
 
     def _origin(self, name: str) -> _Origin:
-        try:
-            return self._origins[name]
-        except KeyError:
-            raise ModelError(f"there is no tensor named {name} in this Qwen v1 model") from None
+        if name not in self._origins:
+            raise ModelError(f"there is no tensor named {name} in this Qwen v1 model")
+        return self._origins[name]
 
 
 def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, _Origin]]:

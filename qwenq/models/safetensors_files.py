@@ -104,11 +104,10 @@ class FileSource:
         return self._find(name)[1]
 
     def _find(self, name: str) -> tuple[Path, TensorInfo]:
-        try:
-            return self._where[name]
-        except KeyError:
+        if name not in self._where:
             where = self.files[0].parent if self.files else None
-            raise ModelError(f"there is no tensor named {name}", where=where) from None
+            raise ModelError(f"there is no tensor named {name}", where=where)
+        return self._where[name]
 
 
 class SafetensorsSource(FileSource):

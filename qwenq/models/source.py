@@ -247,12 +247,10 @@ class TextView:
         return (matrix.T if part.transposed else matrix)[slice(*part.rows)].contiguous()
 
     def _part(self, name: str) -> Part:
-        try:
-            return self._parts[name]
-        except KeyError:
-            files = self.files
-            where = files[0].parent if files else None
-            raise ModelError(f"there is no tensor named {name}", where=where) from None
+        if name not in self._parts:
+            where = self.files[0].parent if self.files else None
+            raise ModelError(f"there is no tensor named {name}", where=where)
+        return self._parts[name]
 
 
 def _is_transposed(whole: TensorSource, both: Sequence[str], hidden: Any, folder: Path | None) -> bool:

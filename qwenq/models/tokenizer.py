@@ -299,10 +299,10 @@ class HfTokenizer:
         """
         ids = self._render(messages, add_generation_prompt, tools)
         while max_window is not None and len(ids) >= max_window:
-            shorter = _without_oldest_round(messages)
-            if shorter is None:
+            starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
+            if len(starts) < 2:
                 break
-            messages = shorter
+            messages = [*messages[: starts[0]], *messages[starts[1] :]]
             ids = self._render(messages, add_generation_prompt, tools)
         return ids
 
@@ -455,11 +455,3 @@ def _refuse_foreign_names(path: Path) -> None:
             where=path,
             hint="do not trust this model; an honest list holds plain file names",
         )
-
-
-def _without_oldest_round(messages: Sequence[Message]) -> list[Message] | None:
-    """Return the messages without the oldest round; None if it is the last."""
-    starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    if len(starts) < 2:
-        return None
-    return [*messages[: starts[0]], *messages[starts[1] :]]
