@@ -57,11 +57,7 @@ def free_bytes(path: Path) -> int | None:
 def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn the errors of a full, read-only, forbidden, failing or vanished disk into ``StorageError``.
 
-    Other errors pass.
-
-    Args:
-        path: what is being written; named in the message, and its disk's free space with it.
-        needed: bytes that the whole job writes there, if known.
+    Other errors pass. ``path`` is being written, with ``needed`` bytes in the whole job, if that is known.
     """
     try:
         yield

@@ -90,7 +90,9 @@ def hub_ids() -> list[str]:
 
 def find(name: str) -> Entry | None:
     """Return the entry of a name or hub id, in any case; None where there is none."""
-    return _by_name().get(name.lower())
+    wanted = name.lower()
+    known = (item for item in _entries() for key in (*item.names, *item.hub) if key.lower() == wanted)
+    return next(known, None)
 
 
 def entry(name: str) -> Entry:
@@ -140,11 +142,6 @@ def _entries() -> tuple[Entry, ...]:
     for table in tomllib.loads(text)["model"]:
         tables[table["names"][0]] = tables.get(table.get("like"), {}) | table
     return tuple(map(_entry, tables.values()))
-
-
-@cache
-def _by_name() -> dict[str, Entry]:
-    return {key.lower(): item for item in _entries() for key in (*item.names, *item.hub)}
 
 
 def _entry(table: dict[str, Any]) -> Entry:

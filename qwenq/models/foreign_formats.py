@@ -57,13 +57,13 @@ class ForeignFormat:
     name: str
     precision: str
     bits: int
-    group_size: int
-    symmetric: bool
-    integers: bool
-    activations: bool
     suffixes: tuple[str, ...]
     shape: Callable[[TensorSource, str], tuple[int, ...]]
     dequantise: Callable[[TensorSource, str], Tensor]
+    group_size: int = -1
+    symmetric: bool = True
+    integers: bool = True
+    activations: bool = False
 
 
 class ForeignSource:
@@ -167,12 +167,9 @@ def open_foreign(config: Mapping[str, Any], source: TensorSource, where: Path) -
 
 
 def unpack_int32(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return integers of ``bits`` from int32 words, uint8 [rows, count]; the lowest bits come first.
+    """Return integers of 1 to 8 bits, uint8 [rows, count], from int32 [rows, ceil(count · bits / 32)].
 
-    Args:
-        words: int32 [rows, ceil(count · bits / 32)]; an integer may lie across two words.
-        bits: 1 to 8.
-        count: integers of a row.
+    The lowest bits come first; an integer may lie across two words.
     """
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
@@ -212,8 +209,6 @@ def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         bits=bits,
         group_size=group,
         symmetric=keys.get("zero_point", not keys.get("sym", False)) is False,
-        integers=True,
-        activations=False,
         suffixes=("qweight", "qzeros", "scales"),
         shape=shape,
         dequantise=dequantise,
@@ -329,7 +324,6 @@ def _packed(schemes: list[dict[str, Any]], activations: bool) -> ForeignFormat:
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
-        integers=True,
         activations=activations,
         suffixes=("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
         shape=shape,
@@ -387,8 +381,6 @@ def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         name=f"FP8, blocks of {block[0]} × {block[1]}",
         precision="fp8",
         bits=8,
-        group_size=-1,
-        symmetric=True,
         integers=False,
         activations=keys.get("activation_scheme") is not None,
         suffixes=("weight_scale_inv", "weight"),

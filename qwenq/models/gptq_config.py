@@ -36,7 +36,6 @@ FUSED = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 """Modules of vLLM and SGLang, and those of the files that are one in them."""
-_ALWAYS = ("embed_tokens",)
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+$")
 """A linear of an expert; the first group is the module that holds all experts of a block."""
 NESTED = "model.language_model."
@@ -73,7 +72,7 @@ def dynamic_rules(
         settings: what a rule has to repeat beside its bits: group size, symmetry, order.
         beside: what lies beside the language model: ``mtp``, ``visual``.
     """
-    rules: dict[str, dict[str, Any]] = {f"-:.*{name}.*": {} for name in (*beside, *_ALWAYS)}
+    rules: dict[str, dict[str, Any]] = {f"-:.*{name}.*": {} for name in (*beside, "embed_tokens")}
     rules |= {f"-:{pattern}": {} for pattern in patterns(kept, bits)}
     for width in sorted(set(bits.values()) - {common}):
         own = [name for name, other in bits.items() if other == width]

@@ -272,16 +272,10 @@ def stage(
     quant: QuantConfig,
     tuned: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Path, list[str]]:
-    """Write the quantised checkpoint, without its manifest, inside the work folder.
+    """Write the quantised checkpoint, without its manifest, inside the work folder of ``store``.
 
-    Tensors that are not quantised keep their stored dtype, bit for bit.
-
-    Args:
-        checkpoint: the base model.
-        store: holding ``layers`` finished layers.
-        layers: how many.
-        quant: for config.json and quantize_config.json.
-        tuned: scales that take the place of the layers', by name.
+    Its first ``layers`` layers are finished; ``tuned`` scales, by name, take the place of theirs. Tensors of
+    the base that are not quantised keep their stored dtype, bit for bit.
 
     Returns:
         The staging folder, and notices for the user.

@@ -137,7 +137,6 @@ class TextView:
     Args:
         whole: the tensors as the files name them.
         hidden: the width of the hidden states, which tells how fused experts are oriented.
-        folder: for messages.
         layers: how many blocks run; None: all that there are. DeepSeek and GLM store draft heads behind them.
         rename: the name in transformers' model of a name in the files, where these differ.
     """

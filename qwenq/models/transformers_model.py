@@ -259,13 +259,8 @@ def build_whole_model(
 ) -> Any:
     """Build a causal language model for inference, on the CPU unless ``options`` say otherwise.
 
-    Args:
-        checkpoint: for messages.
-        config: of it, from ``transformers_config``.
-        tensors: by name; tied ones once.
-        dtype: of the weights.
-        hint: what to do about an architecture that transformers does not know.
-        options: further ones of transformers' ``from_pretrained``.
+    ``config`` is from ``transformers_config``; tied tensors are given once; ``hint`` says what to do about an
+    architecture that transformers does not know.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -305,8 +300,7 @@ def assemble_unfused(
 
     transformers' own loader would stack experts into tensors of three dimensions, also those that only stand
     for packed weights. Here the model is made on the meta device, its experts are taken apart, and tensors
-    are put in their places as they are. Arguments are those of ``build_whole_model``, with each expert's
-    tensors apart.
+    are put in their places as they are, each expert's apart.
     """
     from transformers import AutoModelForCausalLM
 

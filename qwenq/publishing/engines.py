@@ -136,11 +136,8 @@ def planned_gptq_folder(
 ) -> GptqFolder:
     """Return what the rules ask of a checkpoint that is not written yet.
 
-    Args:
-        config: of the model.
-        quant: the settings that config.json will have.
-        linears: [out, in] of the linears to quantise, by their names in a block.
-        kept: names in a block of the modules that are not quantised.
+    ``linears`` are [out, in] of those to quantise, by their names in a block; ``kept`` are the names of the
+    modules that are not.
     """
     block = "model.layers.0."
     modules = {
