@@ -179,8 +179,8 @@ def write_random_checkpoint(
 ) -> Checkpoint:
     """Write a model with random weights, one tensor in memory at a time; config.json comes last.
 
-    The folder may hold an earlier model of this kind, nothing else. ``name_or_config`` is a catalogue name or a
-    config.json, whose depth ``layers`` overrides; a file holds ``max_bytes`` of tensors.
+    The folder may hold an earlier model of this kind, nothing else. ``name_or_config`` is a catalogue name or
+    a config.json, whose depth ``layers`` overrides; a file holds ``max_bytes`` of tensors.
     """
     local_path(folder, "the folder")
     made = random_checkpoint(name_or_config, seed, dtype, layers=layers)
