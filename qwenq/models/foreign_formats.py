@@ -253,7 +253,7 @@ def _schemes(keys: Mapping[str, Any], where: Path) -> tuple[list[dict[str, Any]]
         for key in ("sparsity_config", "transform_config")
     )
     if sparsity.get("format", "dense") != "dense" or transform.get("config_groups"):
-        kind = "rotated" if transform else "sparse"
+        kind = "rotated" if transform.get("config_groups") else "sparse"
         raise UnsupportedError(
             f"compressed-tensors with weights that are {kind}, too, is not read",
             where=where,

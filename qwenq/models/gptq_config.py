@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from qwenq.errors import ModelError, UnsupportedError
 
@@ -121,7 +121,8 @@ def module_groups(groups: Iterable[Iterable[str]]) -> list[list[str]]:
 
 
 SUPPORTED_BITS = (2, 4, 8)
-CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+CheckpointFormat = Literal["gptq", "gptq_v2"]
+CHECKPOINT_FORMATS = get_args(CheckpointFormat)
 _MOST_RULES, _LONGEST_RULE = 10_000, 1000  # of dynamic, and characters of one
 _WIDEST = 1 << 24  # input columns of the widest linear that config.json may name
 
@@ -152,7 +153,7 @@ class QuantConfig:
     static_groups: bool = False
     true_sequential: bool = True
     damp_percent: float = 0.01
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    checkpoint_format: CheckpointFormat = "gptq"
     lm_head: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     modules: tuple[tuple[str, ...], ...] = ()
@@ -335,7 +336,7 @@ def _wrong(what: str, key: str) -> ModelError:
     return ModelError(what, where=f"quantization_config.{key}", hint=hint)
 
 
-def _checkpoint_format(keys: Mapping[str, Any]) -> Literal["gptq", "gptq_v2"]:
+def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:
     """Read ``checkpoint_format`` (AutoGPTQ, GPTQModel) or ``format`` (newer GPTQModel); absent: v1."""
     value = keys.get("checkpoint_format") or keys.get("format") or "gptq"
     if value not in CHECKPOINT_FORMATS:
@@ -344,7 +345,7 @@ def _checkpoint_format(keys: Mapping[str, Any]) -> Literal["gptq", "gptq_v2"]:
             where="quantization_config.checkpoint_format",
             hint=f"convert it to one of {', '.join(CHECKPOINT_FORMATS)} with the tool that wrote it",
         )
-    return cast("Literal['gptq', 'gptq_v2']", value)
+    return cast("CheckpointFormat", value)
 
 
 def _bits(value: Any) -> int:

@@ -16,19 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwenq.errors import ModelError, QuantisationError
-from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig, is_quantised
+from qwenq.models.gptq_config import (
+    LAYER_PARTS,
+    SUPPORTED_BITS,
+    CheckpointFormat,
+    QuantConfig,
+    is_quantised,
+)
 from qwenq.models.source import TensorInfo, TensorSource
 
-__all__ = ["DequantisedSource", "PackedLinear", "QuantConfig", "is_quantised"]  # the last two: of gptq_config
-
-CheckpointFormat = Literal["gptq", "gptq_v2"]
-PACKABLE_BITS = (2, 4, 8)
+__all__ = ["CheckpointFormat", "QuantConfig", "is_quantised"]  # of gptq_config: importable from here, too
 
 _ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 temporary
 
@@ -209,8 +212,8 @@ def _from_int32(words: Tensor, bits: int) -> Tensor:
 
 def _check_unpacked(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
     """Check shapes, dtypes and ranges that ``pack`` relies on."""
-    if bits not in PACKABLE_BITS:
-        raise ValueError(f"bits must be one of {PACKABLE_BITS}, got {bits}")
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(f"bits must be one of {SUPPORTED_BITS}, got {bits}")
     if integers.dtype != torch.uint8 or zeros.dtype != torch.uint8:
         raise ValueError(f"integers and zeros must be uint8, got {integers.dtype} and {zeros.dtype}")
     out_features, in_features = integers.shape
