@@ -27,7 +27,7 @@ from qwenq.models.block_shapes import (
     mlp_linears,
 )
 from qwenq.models.config import check_architecture, check_numbers, text_config
-from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_config import packed_bytes
 from qwenq.models.qwen_v1 import V1_KEY, qwen2_config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
@@ -338,9 +338,8 @@ class ModelShape:
 
 
 def _packed_bytes(module: Linear, bits: int, group_size: int, dtype: str, zero_biases: bool) -> int:
-    """Return the bytes of one copy of a quantised module: words of int32, scales of float16, a bias."""
-    shapes = QuantConfig(module.bits(bits), group_size).packed_shapes(module.rows, module.columns)
-    size = sum(prod(shape) * (2 if part == "scales" else 4) for part, shape in shapes.items())
+    """Return the bytes of one copy of a quantised module."""
+    size = packed_bytes(module.rows, module.columns, module.bits(bits), group_size)
     return size + (module.rows * ITEMSIZE[dtype] if module.bias or zero_biases else 0)
 
 

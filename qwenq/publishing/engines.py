@@ -17,7 +17,7 @@ from qwenq.errors import ModelError, UsageError
 from qwenq.models.autoround import is_autoround
 from qwenq.models.block_shapes import ROW_PARALLEL
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.gptq_config import EXPERT, FUSED, QuantConfig, rule_for
+from qwenq.models.gptq_config import EXPERT, FUSED, QuantConfig, engine_layer, rule_for
 from qwenq.models.gptq_format import quantised_modules
 from qwenq.storage import read_json
 
@@ -231,9 +231,7 @@ def _dynamic_by_fused_names(folder: GptqFolder) -> Iterator[Problem]:
         return
     wrong = []
     for name, module in folder.modules.items():
-        parent, _, leaf = name.rpartition(".")
-        expert = EXPERT.match(name)
-        fused = expert[1] if expert else next((f"{parent}.{f}" for f, p in FUSED.items() if leaf in p), name)
+        fused = engine_layer(name)
         try:
             found = folder.quant.of(fused)
         except ModelError:  # a rule says that it is not quantised
