@@ -96,10 +96,8 @@ class Job:
     @property
     def base_bytes(self) -> int:
         """Return the bytes of all tensors of the base, as they are published."""
-        from qwenq.models.safetensors_files import tensor_bytes
-
         published = self.base.published if self.base.foreign is None else self.base.foreign.stored
-        return sum(tensor_bytes(published.info(name)) for name in published.names())
+        return sum(published.info(name).nbytes for name in published.names())
 
 
 def quantize(
@@ -386,15 +384,14 @@ def _choose_bits(job: Job, calibration: CalibrationSet, *, resume: bool) -> None
 def _sizes(job: Job, groups: list[Group]) -> Sizes:
     """Return what the size of the model is made of."""
     from qwenq.gptq.settings import quantised_linears
-    from qwenq.models.gptq_format import packed_bytes
-    from qwenq.models.safetensors_files import tensor_bytes
+    from qwenq.models.gptq_config import packed_bytes
     from qwenq.planner.budget import Sizes
 
     fixed, settings = job.base_bytes, job.settings
     open_modules = {f"{group.layer}.{name}" for group in groups for name in group.modules}
     for layer, (prefix, block) in enumerate(zip(job.decoder.names, job.decoder.blocks, strict=True)):
         for name, linear in quantised_linears(block, settings).items():
-            fixed -= tensor_bytes(job.base.info(f"{prefix}.{name}.weight"))
+            fixed -= job.base.info(f"{prefix}.{name}.weight").nbytes
             if f"{layer}.{name}" not in open_modules:
                 sides = linear.out_features, linear.in_features
                 fixed += packed_bytes(*sides, settings.bits_of(name), settings.group_size)

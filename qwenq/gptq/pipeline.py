@@ -23,11 +23,12 @@ from qwenq.gptq.linears import ModuleStats, QuantisedLinear, quantise_group
 from qwenq.gptq.sequential import Routing, run_sequential, shared_inputs
 from qwenq.gptq.settings import UNQUANTISED, Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
+from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.gptq_format import PackedLinear, dequantise, pack
 from qwenq.models.machine import resolve_device
 from qwenq.models.opening import open_model
 from qwenq.models.pad_ffn import widened
-from qwenq.models.quantized_folder import LAYER_PARTS, LayerStore
+from qwenq.models.quantized_folder import LayerStore
 from qwenq.models.transformers_model import Expert, Routed
 from qwenq.stopping import Terminated, asked, finishing
 

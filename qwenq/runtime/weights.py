@@ -191,7 +191,7 @@ class Weights:
         Raises:
             ModelError: names the first tensor that is missing, surplus, or of another shape.
         """
-        expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
+        expected = shape.tensors()
         expected.pop("lm_head.weight", None)
         if not tied:
             expected["lm_head.weight"] = (shape.vocab, shape.hidden)

@@ -18,7 +18,8 @@ from qwenq.gptq.pipeline import LayerDone, check_tokens, module_errors, quantise
 from qwenq.gptq.settings import Settings, check_packable, choose_group_size
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.quantized_folder import LAYER_PARTS, LayerStore
+from qwenq.models.gptq_config import LAYER_PARTS
+from qwenq.models.quantized_folder import LayerStore
 from qwenq.models.shapes import fitting_group_sizes
 
 USUAL = usual()
