@@ -136,7 +136,7 @@ def evaluate(
     else:
         print_table(found.folder, found.rows)
         beside = () if out is not None else ("--out", found.folder)
-        bases = [] if endpoint is not None else _with_bases(given_models(models), chosen, found.rows)
+        bases = [] if endpoint is not None else _with_bases(given_models(models), found.rows)
         next_commands(*([*one, *beside] for one in bases), ("report", found.folder))
 
 
@@ -166,19 +166,21 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
-def _with_bases(names: list[str | None], chosen: dict[str, Any], rows: Sequence[Row]) -> Iterator[Words]:
+def _with_bases(names: list[str | None], rows: Sequence[Row]) -> Iterator[Words]:
     """Yield this command with the base of each quantised model that was not compared with one, and say so."""
-    from qwenq.evals.model import LoadOptions, open_eval_model
+    from qwenq.comparison import PLAIN
+    from qwenq.models.identity import model_name
+    from qwenq.models.opening import resolve_model
+    from qwenq.results import plain_name
 
-    compared = {row.model for row in rows if row.details.keys() & {"paired", "unpaired"}}
-    how = LoadOptions(dtype=chosen["dtype"]) if "dtype" in chosen else LoadOptions()
-    models = [open_eval_model(name, how) for name in names]
-    here = {one.model.fingerprint for one in models}
-    for one in models:
-        if not one.quantised or one.model in compared or one.base in here:
-            continue
-        note(f"{one.model.label} is not compared with its base, which was not evaluated")
-        if (base := named_base(one.checkpoint.folder)) is not None:
+    scores = [row for row in rows if "items" in row.details]
+    here = {row.model.fingerprint for row in scores}
+    compared = {row.model for row in scores if row.details.keys() & {"paired", "unpaired"}}
+    apart = {row.model: row.details.get("base") for row in scores if row.model.precision not in PLAIN}
+    for model in [one for one, base in apart.items() if one not in compared and base not in here]:
+        note(f"{model.label} is not compared with its base, which was not evaluated")
+        name = next(name for name in names if plain_name(model_name(name)) == model.name)
+        if (base := named_base(resolve_model(name).folder)) is not None:
             words = sys.argv[sys.argv.index("eval") + 1 :] if "eval" in sys.argv else []
             yield ("eval", base, *words)
 
