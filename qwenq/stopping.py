@@ -37,11 +37,18 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass
 class _State:
-    """The step to finish first, the time of a SIGTERM that is still pending, and that of the last one."""
+    """State of this process.
+
+    Attributes:
+        until: the step to finish first.
+        came, last: the time of a SIGTERM that is still pending, and of the last one.
+        child: whether it ends with another process of qwenq.
+    """
 
     until: str | None = None
     came: float | None = None
     last: float | None = None
+    child: bool = False
 
 
 _state = _State()
@@ -141,6 +148,7 @@ def die_with_parent(parent: int | None = None) -> None:
         if named is None:
             return
         parent = int(named)
+    _state.child = True
     if sys.platform == "linux":
         import ctypes
 
@@ -148,6 +156,11 @@ def die_with_parent(parent: int | None = None) -> None:
         _die_without(parent)  # it may have ended before
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def is_child() -> bool:
+    """Return whether another process of qwenq has started this one, such as `qwenq run` its steps."""
+    return _state.child
 
 
 def _watch(parent: int) -> None:

@@ -173,7 +173,7 @@ class Chain:
 
 def find_recipe(name: Path) -> Path:
     """Return the file of a recipe: a path, or the name of one that ships with qwenq, such as ``demo``."""
-    if name.exists() or len(name.parts) != 1:
+    if name.is_file() or len(name.parts) != 1:
         return name
     return shipped_recipes().get(str(name), name)
 
@@ -228,7 +228,9 @@ def precisions(recipe: Recipe) -> tuple[str, ...]:
 def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
     model = () if recipe.model is None else (recipe.model,)
     bits = str(BITS[precision])
-    arguments = ("quantize", *model, "--recipe", str(file), "--bits", bits, "--out", str(out))
+    shipped = shipped_recipes().get(file.stem) == file  # by its name: its folder is nothing to record
+    word = file.stem if shipped else str(file)
+    arguments = ("quantize", *model, "--recipe", word, "--bits", bits, "--out", str(out))
     alias = out.parents[1] / out.name
     return Step(f"quantise to {precision}", arguments, out, whole=True, alias=alias)
 

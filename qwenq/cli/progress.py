@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -373,7 +374,7 @@ class TextListener:
         share = result.weight_bytes / result.base_bytes
         base = readable_bytes(result.base_bytes)
         lines = {
-            "checkpoint": str(result.folder),
+            "checkpoint": _from_here(result.folder),
             "size": f"{readable_bytes(result.weight_bytes)} ({share:.0%} of {base})",
             "time": seconds,
             **(result.check.summary() if result.check else {"check": "not possible with random weights"}),
@@ -387,6 +388,12 @@ class TextListener:
             return _UNKNOWN
         left = round(sum(self._fresh) / len(self._fresh) * (done.total - done.index - 1))
         return f"{left // 60}:{left % 60:02d}"
+
+
+def _from_here(folder: Path) -> str:
+    """Return a folder's path, from the current one where it lies in it."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 class JsonListener:

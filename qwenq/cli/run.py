@@ -12,6 +12,7 @@ import typer
 
 from qwenq.cli import completion
 from qwenq.cli.app import app
+from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import Given, recipe_options
 from qwenq.cli.printing import note, stop_notice
 from qwenq.errors import UsageError, visible
@@ -66,6 +67,8 @@ def run(
         raise typer.Exit(code)
     if chain.page is not None:
         typer.echo(visible(str(chain.page)))
+    if made := [step.alias or step.makes for step in chain.steps if step.whole]:
+        next_commands(*(words for words in with_model(made[-1]) if words[0] in ("chat", "vllm")))
 
 
 def _show_event(event: Event) -> None:
