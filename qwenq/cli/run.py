@@ -58,7 +58,7 @@ def run(
     if model is not None:
         chosen = chosen.override({"model": model}, report={"name": _report_name(model)})
     chain = steps_of(chosen, recipe, out)
-    _show(chain)
+    _show(chain, commands=dry_run)
     if dry_run:
         return
     with stop_notice("finished steps are kept"):
@@ -90,8 +90,8 @@ def _report_name(model: str) -> str:
     return f"{kept}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
-def _show(chain: Chain) -> None:
-    """Print the steps with their commands, and which are done."""
+def _show(chain: Chain, *, commands: bool) -> None:
+    """Print the steps and which are done; with their commands, which are long, where asked for."""
     from qwenq.workflow import is_done
 
     count = len(chain.steps)
@@ -99,7 +99,7 @@ def _show(chain: Chain) -> None:
     for number, step in enumerate(chain.steps, 1):
         mark = "done" if is_done(chain, step) else ""
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)
-        if not step.records:
+        if commands and not step.records:
             typer.echo(f"           qwenq {visible(shlex.join(step.arguments))}", err=True)
     baseline = chain.recipe.gate.baseline
     if baseline is not None and not Path(baseline).is_dir():
