@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -34,6 +34,7 @@ class Settings:
         group_size: -1: one group a row.
         asymmetric_calibration: 0 … 1, the strength of ``shift_targets``.
         module_bits: (pattern, bits) of modules that differ from the rest; 16: they are not quantised.
+        block_bits: (full name, bits) of modules that differ from those of the same name in other blocks.
     """
 
     bits: int
@@ -45,6 +46,7 @@ class Settings:
     asymmetric_calibration: float
     coordinate_descent: bool
     module_bits: tuple[tuple[str, int], ...] = ()
+    block_bits: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def from_recipe(
@@ -66,6 +68,16 @@ class Settings:
     def bits_of(self, module: str) -> int:
         """Return the bits of a module by its name in a block: those of the first pattern found in it."""
         return next((bits for pattern, bits in self.module_bits if re.search(pattern, module)), self.bits)
+
+    def has_rule(self, module: str) -> bool:
+        """Return whether ``module_bits`` names a module, by its name in a block."""
+        return any(re.search(pattern, module) for pattern, _ in self.module_bits)
+
+    def of_block(self, prefix: str) -> Settings:
+        """Return the settings of one block, by its full name: what ``block_bits`` says is a rule in them."""
+        own = [(name, bits) for name, bits in self.block_bits if name.startswith(f"{prefix}.")]
+        rules = tuple((f"^{re.escape(name.removeprefix(f'{prefix}.'))}$", bits) for name, bits in own)
+        return replace(self, module_bits=(*rules, *self.module_bits), block_bits=())
 
     @property
     def checkpoint_format(self) -> CheckpointFormat:
