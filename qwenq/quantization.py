@@ -262,9 +262,8 @@ def _refuse_without_server(decoder: BlockwiseDecoder, settings: Settings, quant:
     if "vllm" in able or "sglang" in able:
         return
     (problem, *_) = verdicts[0].problems
-    reason = problem.reason.replace(" modules ", " modules of each block ", 1)  # names were counted once
     raise UsageError(
-        f"neither vLLM nor SGLang would load the result: {reason}",
+        f"neither vLLM nor SGLang would load the result: {problem.reason}",
         where=decoder.checkpoint.folder,
         hint=f"{problem.remedy}; or add --any-engine: {' and '.join(able) or 'no engine'} would load it",
     )

@@ -24,6 +24,8 @@ from qwenq.storage import read_json
 GPUS = (1, 2, 4, 8)
 _NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm\w*|visual|vision_tower|conv1d|mtp)(\.|$)")
 _GROUPS = (-1, 32, 64, 128)
+_TORCH_INT4_GROUPS = (32, 64, 128, 256)
+"""What torch's Int4 product takes on a CPU, which gptqmodel chooses for whole rows."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class GptqFolder:
         modules: the quantised linears by name.
         plain: names of unquantised matrices that engines build as linear layers.
         names: of all tensors.
+        counted_in: the part whose modules these are, such as "each block"; empty: the whole folder.
     """
 
     config: Mapping[str, Any]
@@ -83,6 +86,7 @@ class GptqFolder:
     modules: Mapping[str, Module]
     plain: tuple[str, ...]
     names: tuple[str, ...]
+    counted_in: str = ""
 
     @cached_property
     def text(self) -> Mapping[str, Any]:
@@ -145,7 +149,7 @@ def planned_gptq_folder(
         for name, (rows, columns) in linears.items()
     }
     plain = tuple(block + name for name in kept if not _NOT_LINEAR.search(name))
-    return GptqFolder(config, quant, modules, plain, names=())
+    return GptqFolder(config, quant, modules, plain, names=(), counted_in="each block")
 
 
 def engine_verdicts(
@@ -177,21 +181,21 @@ def _marlin_settings(folder: GptqFolder) -> Iterator[Problem]:
     quants = [module.quant for module in folder.modules.values()]
     if wrong := [quant for quant in quants if not quant.sym]:
         yield Problem(
-            f"{_count(wrong)} free zero points; its kernels take symmetric weights",
+            f"{_count(wrong, folder)} free zero points; its kernels take symmetric weights",
             "quantise the model without --asym",
         )
     if wrong := [quant for quant in quants if quant.bits not in (4, 8)]:
         widths = _listed({quant.bits for quant in wrong})
-        yield Problem(f"{_count(wrong)} {widths} bits; it takes 4 and 8", "use --bits 4 or 8")
+        yield Problem(f"{_count(wrong, folder)} {widths} bits; it takes 4 and 8", "use --bits 4 or 8")
     if wrong := [quant for quant in quants if quant.group_size not in _GROUPS]:
         sizes = _listed({quant.group_size for quant in wrong})
         yield Problem(
-            f"{_count(wrong)} groups of {sizes}; it takes 32, 64, 128 and whole rows",
+            f"{_count(wrong, folder)} groups of {sizes}; it takes 32, 64, 128 and whole rows",
             "use --group-size 32, 64 or 128",
         )
     if wrong := [quant for quant in quants if quant.desc_act and quant.group_size != -1]:
         yield Problem(
-            f"{_count(wrong)} their columns in activation order (desc_act)",
+            f"{_count(wrong, folder)} their columns in activation order (desc_act)",
             "quantise it with --act-order static, which keeps the columns in the order of the file",
         )
 
@@ -335,6 +339,12 @@ def _no_notes(_: GptqFolder) -> Iterator[str]:
     yield from ()
 
 
+def _gptqmodel_notes(folder: GptqFolder) -> Iterator[str]:
+    whole = (m for m in folder.modules.values() if m.quant.group_size == -1 and m.quant.bits == 4)
+    if any(module.columns not in _TORCH_INT4_GROUPS for module in whole):
+        yield 'on a CPU, its default kernel stops at Int4 of whole rows; backend="torch" runs it'
+
+
 def _vllm_notes(folder: GptqFolder) -> Iterator[str]:
     if any(module.quant.bits == 8 for module in folder.modules.values()):
         yield "its CPU build takes Int4 only"
@@ -344,8 +354,7 @@ def _vllm_notes(folder: GptqFolder) -> Iterator[str]:
 
 def _transformers_notes(folder: GptqFolder) -> Iterator[str]:
     yield "needs optimum and gptqmodel beside it"
-    if any(module.quant.group_size == -1 for module in folder.modules.values()):
-        yield "gptqmodel's default CPU kernel crashes on one group a row"
+    yield from _gptqmodel_notes(folder)
 
 
 Rule = Callable[[GptqFolder], Iterator[Problem]]
@@ -354,7 +363,7 @@ ENGINES: dict[str, tuple[str, tuple[Rule, ...], Callable[[GptqFolder], Iterator[
     "vllm": ("0.33.0", (*_SERVED, _draft_layers_excluded), _vllm_notes, True),
     "sglang": ("0.5.23", (*_SERVED, _plain_layers_excluded), _no_notes, True),
     "transformers": ("5.24", (_converted, _stored_zeros, _one_setting), _transformers_notes, False),
-    "gptqmodel": ("7.7.0", (_converted, _stored_zeros), _no_notes, False),
+    "gptqmodel": ("7.7.0", (_converted, _stored_zeros), _gptqmodel_notes, False),
 }
 """Engines: the version whose rules these are, the rules, notes, and whether it splits a model among GPUs."""
 
@@ -363,8 +372,11 @@ def _settings(quant: QuantConfig) -> tuple[int, int, bool, bool]:
     return quant.bits, quant.group_size, quant.sym, quant.desc_act
 
 
-def _count(modules: Sized) -> str:
-    return f"{len(modules)} module{' has' if len(modules) == 1 else 's have'}"
+def _count(modules: Sized, folder: GptqFolder) -> str:
+    """Return such as ``3 modules of each block have``."""
+    one = len(modules) == 1
+    part = f" of {folder.counted_in}" if folder.counted_in else ""
+    return f"{len(modules)} module{'' if one else 's'}{part} {'has' if one else 'have'}"
 
 
 def _listed(values: set[int]) -> str:
