@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qwenq.calibration import CalibrationSet
     from qwenq.evals.check import CheckResult
     from qwenq.gptq.distill import Distilled
+    from qwenq.gptq.mixed_bits import Group, MixedBits
     from qwenq.gptq.pipeline import LayerDone
     from qwenq.gptq.settings import Settings
     from qwenq.models.blocks import BlockwiseDecoder
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qwenq.models.gptq_format import QuantConfig
     from qwenq.models.quantized_folder import LayerStore
     from qwenq.models.shapes import ModelShape
+    from qwenq.planner.budget import Sizes
     from qwenq.recipe import Recipe
 
 T = TypeVar("T")
@@ -74,6 +76,7 @@ class Job:
         base: the model as it was opened.
         checkpoint: the model as it is quantised: the base, or the base with wider MLPs.
         quant: the settings for config.json.
+        mixed: which modules have 8 bits, where a size was asked for.
         team: the processes that take part; this one is rank 0.
     """
 
@@ -89,7 +92,16 @@ class Job:
     team: Team
     seconds: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
+    mixed: MixedBits | None = None
     distilled: Distilled | None = None
+
+    @property
+    def base_bytes(self) -> int:
+        """Return the bytes of all tensors of the base, as they are published."""
+        from qwenq.models.safetensors_files import tensor_bytes
+
+        published = self.base.published if self.base.foreign is None else self.base.foreign.stored
+        return sum(tensor_bytes(published.info(name)) for name in published.names())
 
 
 def quantize(
@@ -116,6 +128,8 @@ def quantize(
     """
     job = _prepare(recipe.validated(), out, listener, device, team)
     calibration = _timed(job, "calibration", lambda: _calibration(job))
+    if job.recipe.quantize.budget is not None:
+        _timed(job, "sensitivity", lambda: _choose_bits(job, calibration, resume=resume))
     store = _open_store(job, calibration, resume=resume)
     _announce_duration(job, calibration.tokens.numel())
     try:
@@ -160,6 +174,8 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
             where="--distill",
             hint="leave it out: what its head does to the logits is known to transformers alone",
         )
+    if wanted.budget is not None:
+        _refuse_budget(base, wanted.bits)
     target = _target(out, recipe, base)
     place = resolve_device(device)
     dtype, why = resolve_dtype(wanted.dtype, place)
@@ -184,6 +200,24 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
         _refuse_without_server(decoder, settings, quant)
     listener(Notice(describe(settings)))
     return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
+
+
+def _refuse_budget(base: Checkpoint, bits: int) -> None:
+    """Refuse, before any work, a size where there is nothing to choose, or nothing to choose by."""
+    from qwenq.models.random_weights import is_random
+
+    if is_random(base.config):
+        raise UsageError(
+            "random weights have no accuracy that bits could be chosen by",
+            where="--budget",
+            hint="give --module-bits, such as down_proj=8",
+        )
+    if bits != 4:
+        raise UsageError(
+            f"a budget chooses between 4 and 8 bits, and --bits is {bits}",
+            where="--budget",
+            hint="leave out one of the two",
+        )
 
 
 def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: Settings) -> QuantConfig:
@@ -212,10 +246,16 @@ def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: S
         for spelled in _spellings(checkpoint, name.removesuffix(".weight"))
     }
     beside = checkpoint.view.beside if checkpoint.view is not None else []
-    if not (kept or beside or set(bits.values()) != {settings.bits}):
+    if not (kept or beside or settings.block_bits or set(bits.values()) != {settings.bits}):
         return quant
     repeated = {"group_size": quant.group_size, "sym": quant.sym, "desc_act": quant.desc_act}
-    rules = dynamic_rules(sorted(kept), bits, quant.bits, repeated, beside)
+    own = [
+        (f"model.layers.{layer}.{spelled}", width)
+        for name, width in settings.block_bits
+        for layer, _, module in [name.removeprefix("model.layers.").partition(".")]
+        for spelled in _spellings(checkpoint, module)
+    ]
+    rules = dynamic_rules(sorted(kept), bits, quant.bits, repeated, beside, own)
     return replace(quant, dynamic=rules, modules=tuple(map(tuple, module_groups([name] for name in bits))))
 
 
@@ -323,6 +363,57 @@ def _shape(job: Job) -> ModelShape | None:
         return ModelShape.from_config(job.checkpoint.config)
     except UnsupportedError:
         return None
+
+
+def _choose_bits(job: Job, calibration: CalibrationSet, *, resume: bool) -> None:
+    """Choose 4 or 8 bits by module for the size that the recipe asks for, by what each costs in 4 bits."""
+    from qwenq.gptq.mixed_bits import choose_bits, groups_of, measure, sample_of
+    from qwenq.gptq.pipeline import run_facts
+    from qwenq.models.folders import PARTIAL
+    from qwenq.models.quantized_folder import SENSITIVITY, work_folder
+    from qwenq.planner.budget import allowed_bytes
+
+    groups = groups_of(job.decoder, job.settings)
+    sizes = _sizes(job, groups)
+    allowed = allowed_bytes(job.recipe.quantize.budget or "", sizes, _shape(job))
+    tokens = sample_of(calibration.tokens, job.device)
+    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
+    with (
+        work_folder(job.out.with_name(job.out.name + PARTIAL)) as folder,
+        finishing("this layer is measured"),
+    ):
+        if not resume:
+            (folder / SENSITIVITY).unlink(missing_ok=True)
+        divergences = measure(
+            job.decoder, tokens, job.settings, groups, folder / SENSITIVITY, facts, job.listener
+        )
+    job.mixed = choose_bits(groups, divergences, allowed, sizes.fixed, tokens.numel())
+    job.settings = replace(job.settings, block_bits=job.mixed.block_bits)
+    job.quant = _quant_config(job.checkpoint, job.decoder, job.settings)
+    job.listener(Notice(job.mixed.sentence))
+
+
+def _sizes(job: Job, groups: list[Group]) -> Sizes:
+    """Return what the size of the model is made of."""
+    from qwenq.gptq.settings import quantised_linears
+    from qwenq.models.gptq_format import packed_bytes
+    from qwenq.models.safetensors_files import tensor_bytes
+    from qwenq.planner.budget import Sizes
+
+    fixed, settings = job.base_bytes, job.settings
+    open_modules = {f"{group.layer}.{name}" for group in groups for name in group.modules}
+    for layer, (prefix, block) in enumerate(zip(job.decoder.names, job.decoder.blocks, strict=True)):
+        for name, linear in quantised_linears(block, settings).items():
+            fixed -= tensor_bytes(job.base.info(f"{prefix}.{name}.weight"))
+            if f"{layer}.{name}" not in open_modules:
+                sides = linear.out_features, linear.in_features
+                fixed += packed_bytes(*sides, settings.bits_of(name), settings.group_size)
+    return Sizes(
+        sum(group.elements for group in groups),
+        sum(group.few_bytes for group in groups),
+        sum(group.many_bytes for group in groups),
+        fixed,
+    )
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
@@ -453,7 +544,6 @@ def _publish(
     from qwenq.models.folders import CARD
     from qwenq.models.identity import base_facts
     from qwenq.models.quantized_folder import publish
-    from qwenq.models.safetensors_files import tensor_bytes
     from qwenq.publishing.model_card import model_card
 
     manifest = {
@@ -468,14 +558,13 @@ def _publish(
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
         "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
+        **({"mixed_bits": job.mixed.to_json()} if job.mixed else {}),
         **({"distilled": job.distilled.to_json()} if job.distilled else {}),
         **expert_coverage(modules),
         **({"not_quantised": kept} if (kept := _kept(job)) else {}),
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
-    published = job.base.published if job.base.foreign is None else job.base.foreign.stored
-    base_bytes = sum(tensor_bytes(published.info(name)) for name in published.names())
     files = {file.name: {"bytes": file.stat().st_size} for file in staged.iterdir() if file.is_file()}
     written = open_checkpoint(staged, unfinished=True)
     card = model_card(job.out.name, manifest | {"files": files}, written, job.base.companions)
@@ -483,7 +572,7 @@ def _publish(
     publish(staged, job.out, manifest)
     store.discard()
     job.listener(Notice(_where_it_loads(job.out)))
-    return Quantised(job.out, weight_bytes, base_bytes, result, job.seconds, job.resumed)
+    return Quantised(job.out, weight_bytes, job.base_bytes, result, job.seconds, job.resumed)
 
 
 def _where_it_loads(folder: Path) -> str:

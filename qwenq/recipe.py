@@ -67,6 +67,7 @@ Thinking = Literal["auto", "on", "off"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ON_CPU, ON_GPU = (48, 256), (128, 2048)
 """Calibration sequences, and tokens of each, that auto stands for where memory suffices."""
+BUDGET = r"^(\d+(\.\d+)?( ?(MB|GB|MiB|GiB))?|[A-Za-z0-9.-]+:[1-9]\d*)$"
 FAIL_ON = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1.0"
 """Conditions of the gate where the recipe has none (``reporting.gate`` has the rules)."""
 
@@ -145,6 +146,14 @@ class QuantizeRecipe:
         "match counts. auto: linear attention in 8 bits where the rest has 4.",
         'As `{ "linear_attn" = 8, "self_attn" = 16 }`; on the command line `--module-bits PATTERN=BITS`, '
         "which may be repeated.",
+    )
+    budget: Annotated[str, Bounds(pattern=BUDGET)] | float | None = setting(
+        None,
+        "Size to reach, with 8 bits where they count most and 4 elsewhere: 4.5: bits that a weight takes, "
+        "scales included; 450MB: of all weights; rtx-4090:8192: what fits that GPU with so many tokens.",
+        "Each group of layers is rounded to 4 bits alone and the whole model's KL divergence measured; the "
+        "choice is the best for these figures, which `qwenq.json` and the report show.",
+        shown="the same bits everywhere",
     )
     sym: bool = setting(
         True,

@@ -205,8 +205,8 @@ def macro_accuracy(correct: Sequence[bool], subjects: Sequence[str | None], seed
 #
 # From six values on its interval lies between two order statistics (distribution-free, by the binomial with
 # p = 1/2; Conover, Practical Nonparametric Statistics, 3.2). Fewer values cannot give 95 % that way: then
-# it is
-# Student's t interval of the logarithms, which is wide, as it should be. A single value has no interval.
+# it is Student's t interval of the logarithms, which is wide, as it should be. A single value has no
+# interval.
 
 
 ORDER, STUDENT = "order statistics", "Student's t of the logarithms"

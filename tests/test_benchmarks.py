@@ -171,7 +171,7 @@ def starts(load: Callable[[str], ModuleType], folder: Path) -> Iterator[tuple[st
     yield "quantize", made[1:2]
     made = recorded(
         load,
-        "quantize_effort",
+        "quantize_budget",
         lambda m: m.quantised(m.Bench(Path("model"), variants, 64, Path("python")), {}, folder / "out"),
     )
     yield "quantize", made

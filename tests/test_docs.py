@@ -270,6 +270,7 @@ def test_released_recipes_are_qwens_settings(name: str) -> None:
         "group_size": 128,
         "pad_ffn": "none",
         "module_bits": "auto",  # a dense model has no module that this means
+        "budget": None,
         "sym": True,
         "act_order": "none",
         "scale_search": "none",

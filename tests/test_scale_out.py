@@ -70,6 +70,16 @@ def test_a_padded_model_is_the_same_one_on_every_rank(launch: Launcher, tmp_path
     assert hashes(tmp_path / "out2") == hashes(tmp_path / "out1")
 
 
+def test_bits_chosen_for_a_size_are_the_same_on_every_rank(launch: Launcher, tmp_path: Path) -> None:
+    """Only the leader measures and chooses."""
+    for world in (1, 2):
+        ended = quantize(launch, world, tmp_path / f"out{world}", "--budget", "6.5")
+        assert ended.statuses == [0] * world, ended.shown
+        assert "groups of linear layers have 8 bits" in ended.shown[0]
+    assert '"bits": 8' in (tmp_path / "out2" / "config.json").read_text()
+    assert hashes(tmp_path / "out2") == hashes(tmp_path / "out1")
+
+
 def test_a_run_goes_on_with_another_number_of_processes(
     launch: Launcher, alone: dict[str, str], tmp_path: Path
 ) -> None:

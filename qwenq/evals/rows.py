@@ -256,7 +256,7 @@ def _check_rows(manifest: dict[str, Any], model: Model, command: str) -> Iterato
             yield Row(metric, model, point, None, unit, status="failed", reason=reason, **common)
             continue
         details = {"command": command} if command else {}
-        details |= _details_of_kl(check) if metric == "kl" else {}
+        details |= _details_of_kl(manifest) if metric == "kl" else {}
         bounds = (found["low"], found["high"])
         yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
 
@@ -282,8 +282,9 @@ def _same_row(known: Row, row: Row) -> bool:
     return json.dumps(same.to_json(), sort_keys=True) == json.dumps(known.to_json(), sort_keys=True)
 
 
-def _details_of_kl(check: dict[str, Any]) -> dict[str, Any]:
-    """Return the modules' errors, and the curve over position, which older manifests do not have."""
+def _details_of_kl(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the modules' errors; the curve over position, which older manifests do not have; and bits."""
+    check, mixed = manifest["check"], manifest.get("mixed_bits")
     measured = [part for part in check.get("kl_by_position", []) if part["value"] is not None]
     curve = {
         "positions": [(part["first"] + part["last"]) / 2 for part in measured],
@@ -292,7 +293,12 @@ def _details_of_kl(check: dict[str, Any]) -> dict[str, Any]:
         "lows": [part["low"] for part in measured],
         "highs": [part["high"] for part in measured],
     }
-    return {"modules": check["modules"], **(curve if measured else {})}
+    bits = (
+        {"mixed_bits": {key: mixed[key] for key in ("tokens", "bytes", "curve", "remaining")}}
+        if mixed
+        else {}
+    )
+    return {"modules": check["modules"], **(curve if measured else {}), **bits}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -164,9 +164,10 @@ class Student:
         """Take a block over; return how many scales there are with its own."""
         prefix, device = self._decoder.names[index], self._decoder.device
         linears, frozen = {}, {}
-        for name in quantised_linears(block, self._settings):
+        settings = self._settings.of_block(prefix)
+        for name in quantised_linears(block, settings):
             packed = PackedLinear(*(tensors[f"{prefix}.{name}.{part}"].to(device) for part in LAYER_PARTS))
-            bits = self._settings.bits_of(name)
+            bits = settings.bits_of(name)
             zeros = unpack_zeros(packed.qzeros, bits, self._settings.checkpoint_format).float()
             linears[name] = _Linear(packed, zeros, bits, slice(size, size + zeros.numel()))
             size += zeros.numel()

@@ -209,12 +209,13 @@ class _Streams:
     Attributes:
         quantised: as the quantised blocks so far produce them.
         original: as the original blocks do; empty without asymmetric calibration.
-        groups: linears of a block that read the same tensor, found on the first block of a kind.
+        groups: linears of a block that read the same tensor, found on the first block of a kind: by the names
+            of its linears and their bits.
     """
 
     quantised: list[Tensor]
     original: list[Tensor]
-    groups: dict[tuple[str, ...], list[list[str]]] = field(default_factory=dict)
+    groups: dict[tuple[tuple[str, int], ...], list[list[str]]] = field(default_factory=dict)
 
 
 def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings, team: Team) -> _Streams:
@@ -244,16 +245,17 @@ class _Layer:
         tokens: int,
         team: Team,
     ) -> None:
-        self._linears, self._settings, self._decoder = quantised_linears(block, settings), settings, decoder
-        self._tokens, self._team = tokens, team
         self._block, self._prefix = block, decoder.names[index]
+        self._tokens, self._team = tokens, team
+        self._settings, self._decoder = settings.of_block(self._prefix), decoder
+        self._linears = quantised_linears(block, self._settings)
         self.tensors: dict[str, Tensor] = {}
         self.stats: dict[str, ModuleStats] = {}
         self._of_block: dict[str, Tensor] = {}
 
     def quantise(self, streams: _Streams) -> None:
         """Solve all linears and advance the streams; ``tensors`` and ``stats`` then hold the result."""
-        kind = tuple(self._linears)
+        kind = tuple((name, self._settings.bits_of(name)) for name in self._linears)
         if kind not in streams.groups:
             bits_of, sample = self._settings.bits_of, streams.quantised[0][:1]
             groups = shared_inputs(self._block, self._forward, sample, bits_of)

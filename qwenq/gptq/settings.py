@@ -39,6 +39,7 @@ class Settings:
         wide_damp: this much times width / tokens is added where that is more; 0: never.
         asymmetric_calibration: 0 … 1, the strength of ``shift_targets``.
         module_bits: (pattern, bits) of modules that differ from the rest; 16: they are not quantised.
+        block_bits: (full name, bits) of modules that differ from those of the same name in other blocks.
     """
 
     bits: int
@@ -51,6 +52,7 @@ class Settings:
     coordinate_descent: bool
     module_bits: tuple[tuple[str, int], ...] = ()
     wide_damp: float = 0.0
+    block_bits: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def from_recipe(
@@ -84,6 +86,16 @@ class Settings:
         """
         wide = min(WIDE_AT_MOST, self.wide_damp * width / tokens)
         return replace(self, bits=self.bits_of(module), damp=max(self.damp, wide), wide_damp=0.0)
+
+    def has_rule(self, module: str) -> bool:
+        """Return whether ``module_bits`` names a module, by its name in a block."""
+        return any(re.search(pattern, module) for pattern, _ in self.module_bits)
+
+    def of_block(self, prefix: str) -> Settings:
+        """Return the settings of one block, by its full name: what ``block_bits`` says is a rule in them."""
+        own = [(name, bits) for name, bits in self.block_bits if name.startswith(f"{prefix}.")]
+        rules = tuple((f"^{re.escape(name.removeprefix(f'{prefix}.'))}$", bits) for name, bits in own)
+        return replace(self, module_bits=(*rules, *self.module_bits), block_bits=())
 
     @property
     def checkpoint_format(self) -> CheckpointFormat:

@@ -61,6 +61,7 @@ def dynamic_rules(
     common: int,
     settings: Mapping[str, Any],
     beside: Iterable[str],
+    block_bits: Iterable[tuple[str, int]] = (),
 ) -> dict[str, dict[str, Any]]:
     """Return a complete ``dynamic``: what is not quantised first, then what has bits of its own.
 
@@ -70,14 +71,39 @@ def dynamic_rules(
         common: the bits of all others.
         settings: what a rule has to repeat beside its bits: group size, symmetry, order.
         beside: what lies beside the language model: ``mtp``, ``visual``.
+        block_bits: (full name, bits) of modules that differ from those of the same name in other blocks.
     """
     rules: dict[str, dict[str, Any]] = {f"-:.*{name}.*": {} for name in (*beside, *_ALWAYS)}
     rules |= {f"-:{pattern}": {} for pattern in patterns(kept, bits)}
+    rules |= block_rules(block_bits, settings)
     for width in sorted(set(bits.values()) - {common}):
         own = [name for name, other in bits.items() if other == width]
         for pattern in patterns(own, {name: other for name, other in bits.items() if other != width}):
             rules[f"+:{pattern}"] = {"bits": width, **settings}
     return rules
+
+
+def block_rules(
+    block_bits: Iterable[tuple[str, int]], settings: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return rules for modules whose bits differ from those of the same name in other blocks.
+
+    Args:
+        block_bits: (full name, bits), whole layers of the engines.
+        settings: as in ``dynamic_rules``.
+    """
+    members: dict[tuple[int, str, str], list[str]] = {}
+    for name, bits in block_bits:
+        layer, _, module = name.partition("layers.")[2].partition(".")
+        members.setdefault((bits, engine_layer(module), layer), []).append(module)
+    layers: dict[tuple[int, str], list[str]] = {}
+    for (bits, *_, layer), modules in members.items():
+        (pattern,) = patterns(modules, ())
+        layers.setdefault((bits, pattern.removeprefix(r".*\.")), []).append(layer)
+    return {
+        rf"+:.*\.layers\.({'|'.join(found)})\.{pattern}": {"bits": bits, **settings}
+        for (bits, pattern), found in layers.items()
+    }
 
 
 def patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -102,6 +128,18 @@ def patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
         inner = re.escape(names[0]) if len(names) == 1 else f"({'|'.join(map(re.escape, names))})"
         found.append(rf".*\.{re.escape(parent)}\.{inner}$" if parent else rf".*\.{inner}$")
     return found
+
+
+def engine_layer(module: str) -> str:
+    """Return the layer of an engine that a module within a block is part of, by name within the block.
+
+    Modules of one layer have to be quantised alike: q, k and v, gate and up, all experts of a block.
+    """
+    if (expert := _EXPERT.fullmatch(module)) is not None:
+        return expert[1]
+    parent, _, leaf = module.rpartition(".")
+    fused = next((whole for whole, parts in _FUSED.items() if leaf in parts), leaf)
+    return f"{parent}.{fused}" if parent else fused
 
 
 def module_groups(groups: Iterable[Iterable[str]]) -> list[list[str]]:

@@ -134,6 +134,12 @@ def pack(
     )
 
 
+def packed_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    """Return the bytes of the tensors of a packed weight [rows, columns]: integers, zeros, scales, g_idx."""
+    groups = 1 if group_size == -1 else columns // group_size
+    return rows * (columns + groups) * bits // 8 + rows * groups * 2 + columns * 4
+
+
 def unpack(
     packed: PackedLinear, bits: int, checkpoint_format: CheckpointFormat = "gptq"
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@
       lock                         held while a process works here
       layers/00007.json            {"file": …, "sha256": …, "modules": …, "seal": …}: the layer is finished
       layers/00007-3f2a….safetensors
+      sensitivity.json             what choosing bits by module has measured, where a size was asked for
       distilling.safetensors       how far the distillation of scales is, where one was asked for
 
 A layer counts only when its JSON names a file with the hash that it records, and the JSON is written after
@@ -18,7 +19,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,9 @@ LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _LAYERS, _LOCK = "layers", "lock"
 DISTILLING = "distilling.safetensors"
 """State of a distillation (``gptq.distill``)."""
-_OURS = {RUN, _LOCK, _LAYERS, STAGED, DISTILLING}
+SENSITIVITY = "sensitivity.json"
+"""What was measured to choose bits by module (``gptq.mixed_bits``)."""
+_OURS = {RUN, _LOCK, _LAYERS, STAGED, DISTILLING, SENSITIVITY}
 
 
 class LayerStore:
@@ -113,7 +117,7 @@ class LayerStore:
         foreign = sorted(
             entry.name
             for entry in self.folder.iterdir()
-            if entry.name not in _OURS and not entry.name.startswith(f".{RUN}.")
+            if entry.name not in _OURS and not entry.name.startswith((f".{RUN}.", f".{SENSITIVITY}."))
         )
         if foreign:
             raise UsageError(
@@ -187,6 +191,15 @@ class LayerStore:
         if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
             return None
         return record
+
+
+@contextmanager
+def work_folder(folder: Path) -> Iterator[Path]:
+    """Hold the work folder ``OUT.partial`` while something other than its layers is written there."""
+    with guard_storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with take_lock(folder, _LOCK):
+        yield folder
 
 
 def discard_leftover(folder: Path) -> bool:

@@ -212,8 +212,8 @@ def _kernels(environment: dict[str, Any], row: Row) -> str:
 # Decide whether two figures come from the same kind of machine.
 #
 # Two machines may share the label ``AMD EPYC, 2 cores`` though one multiplies twice as fast. So the facts
-# of
-# ``qwenq.environment`` that decide speed and memory are compared one by one; one that a side lacks differs.
+# of ``qwenq.environment`` that decide speed and memory are compared one by one; one that a side lacks
+# differs.
 
 
 NOT_RECORDED, OTHER_MACHINE = "a run does not record its hardware", "another machine"

@@ -17,8 +17,7 @@ from qwenq.reporting.text import GIB, clean
 # Mark the trade-off frontier: the models that no other one beats on both axes.
 #
 # One model beats another if it is at least as good on both axes and better on one of them (Pareto
-# dominance).
-# Two at the very same place do not beat each other.
+# dominance). Two at the very same place do not beat each other.
 
 
 def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
@@ -108,7 +107,7 @@ class Figure:
 
 def figures_of(collection: Collection, family: str) -> Iterator[Figure]:
     """Yield the figures that a family's rows have data for."""
-    for make in (_by_size, _by_speed, _balance, _decode, _memory, _kl, _layers):
+    for make in (_by_size, _by_speed, _balance, _decode, _memory, _kl, _layers, _bits):
         if (figure := make(collection, family)) is not None:
             yield figure
 
@@ -313,6 +312,33 @@ def _layers(collection: Collection, family: str) -> Figure | None:
         "which counts what the layers before have changed: there no module is worse than rounding to "
         "nearest, here one may be.",
         log_y=True,
+    )  # fmt: skip
+
+
+def _bits(collection: Collection, family: str) -> Figure | None:
+    """Plot what each size would cost where 8 bits go where they count most, and the size that was chosen."""
+    series, tokens = [], set()
+    for item in collection.of(family, "kl"):
+        found = item.row.details.get("mixed_bits")
+        curve = found.get("curve") if isinstance(found, dict) else None
+        if not isinstance(found, dict) or not isinstance(curve, list) or len(curve) < 2:
+            continue
+        marks = [*curve, [found.get("bytes"), found.get("remaining")]]
+        if not all(isinstance(mark, list) and len(mark) == 2 and all(map(_number, mark)) for mark in marks):
+            continue
+        *line, chosen = (Point(size / 1e6, kl) for size, kl in marks)
+        name, tone = collection.label(item.row.model), item.row.model.precision
+        series.append(Series(name, tuple(line), tone, dashed=True))
+        series.append(Series(f"{name}: chosen", (replace(chosen, label="chosen"),), tone))
+        tokens.add(found.get("tokens"))
+    if not series:
+        return None
+    return Figure(
+        "bits", "lines", "Size against what it costs", "weights, MB", "sum of KL divergences, nats/token",
+        tuple(series),
+        "Each group of layers was rounded to 4 bits alone, and the whole model's divergence from its base "
+        f"measured on {' and '.join(sorted(map(str, tokens)))} calibration tokens. The line is the least sum "
+        "of these over the groups that stay in 4 bits, the others having 8: for each size the best choice.",
     )  # fmt: skip
 
 

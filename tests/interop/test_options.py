@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "biases, whole rows": ("qwen2", {"group_size": -1}),
     "attention in 8 bits": ("qwen3", {"module_bits": {"self_attn": 8}}),
     "attention in 16 bits": ("qwen3", {"module_bits": {"self_attn": 16}}),
+    "bits by block": ("qwen3", {"budget": 6.5}),
     "experts": ("qwen3_moe", {}),
     "experts, Int8": ("qwen3_moe", {"bits": 8}),
     "hybrid": ("qwen3_next", {}),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qwenq.reporting.collect import collect
 from qwenq.reporting.figures import Figure, Point, Series, figures_of, frontier
 from qwenq.reporting.plots import inline_svg, write_plot
+from qwenq.results import Row
 
 
 def names(points: tuple[Point, ...]) -> str:
@@ -93,3 +94,39 @@ def test_the_plots_join_the_frontier_and_mark_the_rest(by_size: Figure, tmp_path
 def open_all(series: Series) -> Series:
     points = tuple(Point(p.x, p.y, p.label, p.low, p.high) for p in series.points)
     return Series(series.name, points, series.tone)
+
+
+def test_the_size_that_was_chosen_is_marked_on_the_curve_of_all_sizes(tmp_path: Path) -> None:
+    bits = {
+        "tokens": 512,
+        "bytes": 110e6,
+        "remaining": 0.2,
+        "curve": [[100e6, 0.4], [110e6, 0.2], [150e6, 0]],
+    }
+    row = Row(
+        "kl",
+        model("int4"),
+        {"text": "held out"},
+        0.1,
+        "nats/token",
+        details={"mixed_bits": bits},
+        date="2026-01-02",
+    )
+    (figure,) = (
+        one
+        for one in figures_of(collect([write_run(tmp_path / "run", [row])]), row.model.family)
+        if one.key == "bits"
+    )
+    curve, chosen = figure.series
+    assert [(point.x, point.y) for point in curve.points] == [(100, 0.4), (110, 0.2), (150, 0)]
+    assert (chosen.points[0].x, chosen.points[0].y) == (110, 0.2) and "512 calibration" in figure.caption
+
+
+@pytest.mark.parametrize("curve", [None, [], [[1, 2]], [[1, "x"], [2, 3]], [[1], [2]], "no list"])
+def test_a_curve_that_is_none_draws_nothing(tmp_path: Path, curve: object) -> None:
+    details = {"mixed_bits": {"tokens": 1, "bytes": 2, "remaining": 3, "curve": curve}}
+    row = Row(
+        "kl", model("int4"), {"text": "held out"}, 0.1, "nats/token", details=details, date="2026-01-02"
+    )
+    found = figures_of(collect([write_run(tmp_path / "run", [row])]), row.model.family)
+    assert "bits" not in {figure.key for figure in found}

@@ -1,14 +1,14 @@
-"""What distilling scales buys: the same model and tokens, more and more passes, on several texts.
+"""What bits chosen by sensitivity buy: the same bytes spent on smaller groups, or on 8 bits where they count.
 
-    python benchmarks/quantize_effort.py --data FOLDER [--work build/effort] [--peer]
-    python benchmarks/quantize_effort.py --data FOLDER --model OTHER --work build/other --report other \\
+    python benchmarks/quantize_budget.py --data FOLDER [--work build/budget] [--peer]
+    python benchmarks/quantize_budget.py --data FOLDER --model OTHER --work build/other --report other \\
         --group-size 128 --samples 24 --evaluated 20
 
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line), ``wikitext2/*.txt`` and ``zh_corpus/cmrc*.txt``. All are
 calibrated on the same sequences of C4 and judged on texts that none was calibrated on, by the evaluator of
 all benchmarks, in float32, from the stored files: WikiText-2, the set's held-out sequences of C4, Chinese.
 What is in the work folder is not made again. --peer: GPTQModel with its defaults as well.
-Writes reports/benchmarks/quantize_effort.json and quantize_effort.md, or by the name that --report gives.
+Writes reports/benchmarks/quantize_budget.json and quantize_budget.md, or by the name that --report gives.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,13 @@ from _common import (
 )
 from quantize_vs_peers import INTEROP_PYTHON, only_file
 
+from qwenq.models.safetensors_files import SafetensorsSource, tensor_bytes
+
 HERE = Path(__file__).resolve().parent
 SEQ_LEN, THREADS, CHINESE = 512, 2, 12
-DEFAULT, PEER = "the default", "GPTQModel"
-VARIANTS: dict[str, dict[str, Any]] = {
-    DEFAULT: {},
-    "`distill = 1`": {"distill": 1},
-    "`distill = 2`": {"distill": 2},
-    "`distill = 4`": {"distill": 4},
-}
+SMALL_GROUPS, MIXED, DEFAULT, PEER = "groups of 32", "8 bits where they count", "all in 4 bits", "GPTQModel"
+VARIANTS = (SMALL_GROUPS, MIXED, DEFAULT)
+"""In this order: the second has the size of the first."""
 TEXTS = {"wikitext": "WikiText-2", "c4": "C4", "chinese": "Chinese"}
 
 
@@ -107,7 +106,22 @@ def quantised(bench: Bench, settings: dict[str, Any], out: Path) -> dict[str, An
     command: Command = [sys.executable, "-m", "qwenq", "quantize", bench.model, "--recipe", recipe]
     run_child([*command, "--calibration", bench.calibration, "--out", out, "--no-resume"], THREADS)
     manifest = json.loads((out / "qwenq.json").read_text(encoding="utf-8"))
-    return {"distilled": manifest.get("distilled"), "seconds": manifest["seconds"]}
+    return {"mixed_bits": manifest.get("mixed_bits"), "seconds": manifest["seconds"], **given}
+
+
+def settings_of(bench: Bench, name: str) -> dict[str, Any]:
+    """What a variant changes of the defaults."""
+    if name == SMALL_GROUPS:
+        return {"group_size": 32}
+    if name == MIXED:
+        size = json.loads(kept_as(bench, SMALL_GROUPS).read_text(encoding="utf-8"))["bytes"]
+        return {"budget": f"{size / 1e6:.3f}MB"}
+    return {}
+
+
+def kept_as(bench: Bench, name: str) -> Path:
+    """Where the figures of a variant are kept."""
+    return bench.work / f"{name.replace(' ', '_')}.json"
 
 
 def measure(bench: Bench, name: str) -> dict[str, Any]:
@@ -120,7 +134,9 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
         run_child([bench.interop_python, script, bench.model, bench.calibration, out, *sizes], THREADS)
         found = {"peer": circumstances(bench.interop_python, ["gptqmodel"])["versions"]}
     else:
-        found = quantised(bench, VARIANTS[name], out)
+        found = quantised(bench, settings_of(bench, name), out)
+    files = [SafetensorsSource([file]) for file in sorted(out.glob("*.safetensors"))]
+    found["bytes"] = sum(tensor_bytes(file.info(name)) for file in files for name in file.names())
     found |= {"texts": judged(bench, out, bench.model)}
     found |= circumstances(sys.executable, ["qwenq", "torch", "transformers"])
     shutil.rmtree(out)
@@ -136,36 +152,43 @@ def ratio(rows: list[float], than: list[float]) -> str:
 
 
 def table(rows: list[dict[str, Any]], base: dict[str, Any]) -> str:
-    """Variants by text: KL, its ratio to the default's, and what perplexity was added."""
-    default = next(row for row in rows if row["variant"] == DEFAULT)["texts"]
-    header = ["", *(part for name in TEXTS.values() for part in (f"KL, {name}", "× the default's", "added"))]
-    header.insert(4, "without `<unk>`")
+    """Variants by text: KL, its ratio to that of small groups, and what perplexity was added."""
+    first = rows[0]["texts"]
+    texts = (part for name in TEXTS.values() for part in (f"KL, {name}", f"× {rows[0]['variant']}", "added"))
     lines = []
     for row in rows:
-        cells = [row["variant"]]
+        cells = [row["variant"], f"{row['bytes'] / 1e6:.1f}"]
         for text in TEXTS:
-            found, than = row["texts"][text], default[text]
-            compared = "" if row["variant"] == DEFAULT else ratio(found["kl_by_row"], than["kl_by_row"])
+            found = row["texts"][text]
+            compared = "" if row is rows[0] else ratio(found["kl_by_row"], first[text]["kl_by_row"])
             added = f"{found['perplexity'] - base[text]['perplexity']:+.2f}"
             cells += [f"{found['kl']:.4f}", compared, added]
-            if text == "wikitext":
-                without = "perplexity_without_unk"
-                cells.append(f"{found[without] - base[text][without]:+.2f}")
         lines.append(cells)
-    return markdown_table(header, lines)
+    return markdown_table(["", "weights, MB", *texts], lines)
+
+
+def described(row: dict[str, Any]) -> str:
+    """Say what was chosen, and how long choosing took beside the layers."""
+    mixed, seconds = row["mixed_bits"], row["seconds"]
+    chosen = [group for group in mixed["groups"] if group["bits"] == 8]
+    kinds = Counter(group["name"].rpartition(".")[2] for group in chosen)
+    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return (
+        f"In 8 bits: {len(chosen)} of {len(mixed['groups'])} groups ({shown}), chosen on {mixed['tokens']} "
+        f"calibration tokens in {seconds['sensitivity']:.0f} s; the layers took {seconds['layers']:.0f} s."
+    )
 
 
 def main() -> None:
     """Measure what is missing, then report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with c4/, wikitext2/ and zh_corpus/")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "effort")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "budget")
     parser.add_argument("--model", type=Path, help="another model's folder")
-    parser.add_argument("--report", default="quantize_effort", help="name of the report's files")
+    parser.add_argument("--report", default="quantize_budget", help="name of the report's files")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate on")
     parser.add_argument("--evaluated", type=int, default=40, help="sequences of WikiText-2")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--peer", action="store_true", help=f"{PEER} as well")
     parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON, help=f"has {PEER}")
     given = parser.parse_args()
@@ -174,8 +197,8 @@ def main() -> None:
     bench.work.mkdir(parents=True, exist_ok=True)
     prepare(bench, given.data, given.samples, given.evaluated)
     rows = []
-    for name in ["unquantised", *given.only, *([PEER] if given.peer else [])]:
-        kept = bench.work / f"{name.strip('`').replace(' ', '')}.json"
+    for name in ["unquantised", *VARIANTS, *([PEER] if given.peer else [])]:
+        kept = kept_as(bench, name)
         if not kept.exists():
             made = {"texts": judged(bench, model)} if name == "unquantised" else measure(bench, name)
             kept.write_text(json.dumps(made), encoding="utf-8")
@@ -183,14 +206,16 @@ def main() -> None:
         print(name, {text: found.get("kl") for text, found in rows[-1]["texts"].items()}, flush=True)
     base, rows, facts = rows[0]["texts"], rows[1:], machine()
     said = (
-        f"{model.name}, Int4, groups of {bench.group_size}, calibrated on {given.samples} × {SEQ_LEN} tokens "
-        f"of C4. Judged on {given.evaluated} × {SEQ_LEN} tokens of WikiText-2, on the set's held-out "
-        f"sequences of C4, and on {CHINESE} × {SEQ_LEN} tokens of Chinese: KL divergence in nats a token; "
-        "its ratio to the default's ± 1.96 standard errors over sequences; perplexity less that of the "
-        f"unquantised model. One calibration set. {shared(rows, facts, 'cpu')}, {measured_on(rows, facts)}.\n"
+        f"{described(rows[1])}\n\n"
+        f"{model.name}, Int4, groups of {bench.group_size} but where the first column says otherwise, "
+        f"calibrated on {given.samples} × {SEQ_LEN} tokens of C4. Judged on {given.evaluated} × {SEQ_LEN} "
+        "tokens of WikiText-2, on the set's held-out sequences of C4, and on "
+        f"{CHINESE} × {SEQ_LEN} tokens of Chinese: KL divergence in nats a token; its ratio ± 1.96 standard "
+        "errors over sequences; perplexity less that of the unquantised model. One calibration set. "
+        f"{shared(rows, facts, 'cpu')}, {measured_on(rows, facts)}.\n"
     )
     report = {"environment": facts, "base": base, "rows": rows}
-    write_report(given.report, report, f"# What distilling buys\n\n{table(rows, base)}\n{said}")
+    write_report(given.report, report, f"# The same bytes, spent in two ways\n\n{table(rows, base)}\n{said}")
 
 
 if __name__ == "__main__":
