@@ -213,8 +213,9 @@ def headline(found: Sequence[TaskComparison], tests: int, unpaired: int = 0) -> 
         unpaired: tasks that could not be compared item by item.
     """
     worst = min(found, key=_change)
-    fell = "fell most" if worst.change < 0 else "did least well (no score fell)"
-    parts = [f"{worst.name} {fell}: {_figures(worst, tests)}"]
+    moved = "fell most" if worst.change < 0 else "did not change" if worst.change == 0 else "rose"
+    others = ", and no score fell" if worst.change >= 0 and len(found) > 1 else ""
+    parts = [f"{worst.name} {moved}{others}: {_figures(worst, tests)}"]
     losses = [one for one in found if one.lost]
     if losses and worst not in losses:  # the largest drop may be chance where a smaller one is not
         loss = min(losses, key=_change)

@@ -96,10 +96,8 @@ class Job:
     @property
     def base_bytes(self) -> int:
         """Return the bytes of all tensors of the base, as they are published."""
-        from qwenq.models.safetensors_files import tensor_bytes
-
         published = self.base.published if self.base.foreign is None else self.base.foreign.stored
-        return sum(tensor_bytes(published.info(name)) for name in published.names())
+        return sum(published.info(name).nbytes for name in published.names())
 
 
 def quantize(
@@ -264,9 +262,8 @@ def _refuse_without_server(decoder: BlockwiseDecoder, settings: Settings, quant:
     if "vllm" in able or "sglang" in able:
         return
     (problem, *_) = verdicts[0].problems
-    reason = problem.reason.replace(" modules ", " modules of each block ", 1)  # names were counted once
     raise UsageError(
-        f"neither vLLM nor SGLang would load the result: {reason}",
+        f"neither vLLM nor SGLang would load the result: {problem.reason}",
         where=decoder.checkpoint.folder,
         hint=f"{problem.remedy}; or add --any-engine: {' and '.join(able) or 'no engine'} would load it",
     )
@@ -386,15 +383,14 @@ def _choose_bits(job: Job, calibration: CalibrationSet, *, resume: bool) -> None
 def _sizes(job: Job, groups: list[Group]) -> Sizes:
     """Return what the size of the model is made of."""
     from qwenq.gptq.settings import quantised_linears
-    from qwenq.models.gptq_format import packed_bytes
-    from qwenq.models.safetensors_files import tensor_bytes
+    from qwenq.models.gptq_config import packed_bytes
     from qwenq.planner.budget import Sizes
 
     fixed, settings = job.base_bytes, job.settings
     open_modules = {f"{group.layer}.{name}" for group in groups for name in group.modules}
     for layer, (prefix, block) in enumerate(zip(job.decoder.names, job.decoder.blocks, strict=True)):
         for name, linear in quantised_linears(block, settings).items():
-            fixed -= tensor_bytes(job.base.info(f"{prefix}.{name}.weight"))
+            fixed -= job.base.info(f"{prefix}.{name}.weight").nbytes
             if f"{layer}.{name}" not in open_modules:
                 sides = linear.out_features, linear.in_features
                 fixed += packed_bytes(*sides, settings.bits_of(name), settings.group_size)
@@ -444,7 +440,7 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
 
     def on_layer(done: LayerDone) -> None:
         job.listener(Advance(LAYERS, done.index + 1, done.total, done))
-        raised = {} if done.resumed else done.raised_damping(job.settings.damp)
+        raised = {} if done.resumed else done.raised_damping()
         for damp, names in raised.items():
             at = f"layer {done.index + 1}, {', '.join(names)}"
             job.listener(Notice(f"{at}: damping raised to {damp:.3g}"))

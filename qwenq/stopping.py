@@ -1,4 +1,4 @@
-"""Delay SIGTERM until the step in progress is stored.
+"""End in order: delay SIGTERM until the step in progress is stored, and let children die with their parent.
 
 A scheduler that takes a machine away sends SIGTERM, and kills some time later: Slurm, torchrun and Kubernetes
 wait 30 seconds by default. A layer that takes less is kept, as are answers that are being written. A second
@@ -10,8 +10,12 @@ functions do nothing.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,17 +24,31 @@ ONE = 1.0
 torchrun and `qwenq run` pass their own signal on."""
 
 
+PARENT = "QWENQ_PARENT"
+"""Variable with the number of the process that a child ends with."""
+_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+_LOOK = 0.5
+"""Seconds between two looks for the parent, where the system sends no signal."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM takes effect: the step in progress is stored."""
 
 
 @dataclass
 class _State:
-    """The step to finish first, the time of a SIGTERM that is still pending, and that of the last one."""
+    """State of this process.
+
+    Attributes:
+        until: the step to finish first.
+        came, last: the time of a SIGTERM that is still pending, and of the last one.
+        child: whether it ends with another process of qwenq.
+    """
 
     until: str | None = None
     came: float | None = None
     last: float | None = None
+    child: bool = False
 
 
 _state = _State()
@@ -110,3 +128,47 @@ def behind(error: BaseException) -> KeyboardInterrupt | None:
         seen.add(id(found))
         found = found.__cause__ or found.__context__
     return None
+
+
+def with_parent(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a child that calls ``die_with_parent`` at its start."""
+    return {**(os.environ if variables is None else variables), PARENT: str(os.getpid())}
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Let this process be killed when its parent ends, be it by kill -9.
+
+    Linux sends the signal; elsewhere a thread looks for the parent.
+
+    Args:
+        parent: its process; None: that of ``with_parent``, and without one nothing is done.
+    """
+    named = os.environ.pop(PARENT, None)  # not for the children of this one
+    if parent is None:
+        if named is None:
+            return
+        parent = int(named)
+    _state.child = True
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        _die_without(parent)  # it may have ended before
+    else:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def is_child() -> bool:
+    """Return whether another process of qwenq has started this one, such as `qwenq run` its steps."""
+    return _state.child
+
+
+def _watch(parent: int) -> None:
+    while True:
+        _die_without(parent)
+        time.sleep(_LOOK)
+
+
+def _die_without(parent: int) -> None:
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

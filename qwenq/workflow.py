@@ -32,6 +32,7 @@ from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
+from qwenq.stopping import die_with_parent, with_parent
 from qwenq.storage import guard_storage, locked
 
 # Refuse at once what a later step of a recipe would refuse after hours.
@@ -172,7 +173,7 @@ class Chain:
 
 def find_recipe(name: Path) -> Path:
     """Return the file of a recipe: a path, or the name of one that ships with qwenq, such as ``demo``."""
-    if name.exists() or len(name.parts) != 1:
+    if name.is_file() or len(name.parts) != 1:
         return name
     return shipped_recipes().get(str(name), name)
 
@@ -227,7 +228,9 @@ def precisions(recipe: Recipe) -> tuple[str, ...]:
 def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
     model = () if recipe.model is None else (recipe.model,)
     bits = str(BITS[precision])
-    arguments = ("quantize", *model, "--recipe", str(file), "--bits", bits, "--out", str(out))
+    shipped = shipped_recipes().get(file.stem) == file  # by its name: its folder is nothing to record
+    word = file.stem if shipped else str(file)
+    arguments = ("quantize", *model, "--recipe", word, "--bits", bits, "--out", str(out))
     alias = out.parents[1] / out.name
     return Step(f"quantise to {precision}", arguments, out, whole=True, alias=alias)
 
@@ -358,8 +361,6 @@ def state(path: Path) -> str:
 JOURNAL, VERDICT = "journal.jsonl", "gate"
 LOCK = "run.lock"
 """Not the steps' own, which they hold in the same folder."""
-STEP_OF = "QWENQ_STEP_OF"
-"""Environment variable of a step: the process that it belongs to, see ``cli.app``."""
 
 
 def is_done(chain: Chain, step: Step) -> bool:
@@ -419,7 +420,8 @@ def _run_steps(chain: Chain, listener: Listener) -> int:
         started = time.monotonic()
         if step.records:
             model, run, command = step.arguments
-            with ProcessPoolExecutor(1, get_context("spawn")) as child:  # it loads torch
+            with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent, (os.getpid(),)) as child:
+                # it loads torch, whose memory the steps that follow must not inherit
                 child.submit(append_check, Path(model), Path(run), command).result()
             code, stopped = 0, False
         else:
@@ -496,7 +498,7 @@ def _execute(step: Step) -> tuple[int, bool]:
 
     before = signal.signal(signal.SIGTERM, pass_on)  # first, or one that comes now would be lost
     try:
-        with subprocess.Popen(command, env={**os.environ, STEP_OF: str(os.getpid())}) as child:
+        with subprocess.Popen(command, env=with_parent()) as child:
             running.append(child)
             if received:
                 child.send_signal(signal.SIGTERM)

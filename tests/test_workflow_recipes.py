@@ -127,8 +127,11 @@ def test_an_unsound_recipe_is_refused_before_anything_runs(tmp_path: Path, text:
 def test_a_recipe_of_qwenqs_own_is_found_by_name_from_any_folder(tmp_path: Path) -> None:
     done = qwenq("run", "demo", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"--recipe {ROOT / 'recipes' / 'demo.toml'}" in done.stderr
-    (tmp_path / "demo").mkdir()  # a file or folder here comes first
+    assert "qwenq quantize --recipe demo --bits 8" in done.stderr
+    (tmp_path / "demo").mkdir()
+    assert qwenq("run", "demo", "--dry-run", cwd=tmp_path).returncode == 0, "a folder is no recipe"
+    (tmp_path / "demo").rmdir()
+    (tmp_path / "demo").write_text("a file here comes first")
     assert qwenq("run", "demo", "--dry-run", cwd=tmp_path).returncode == 2
     assert qwenq("recipe", "check", "qwen3-8b", cwd=tmp_path).returncode == 0
     assert "no such recipe" in qwenq("run", "nothing", cwd=tmp_path).stderr

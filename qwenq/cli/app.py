@@ -88,21 +88,6 @@ def _collect_less() -> None:
     atexit.register(gc.freeze)
 
 
-def _die_with_the_run() -> None:
-    """Let a step of `qwenq run` be killed with it, or it would go on beside the step that follows.
-
-    Linux only; elsewhere the folder's lock refuses the second until the first is done.
-    """
-    run = os.environ.pop("QWENQ_STEP_OF", None)
-    if run is None or sys.platform != "linux":
-        return
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if str(os.getppid()) != run:  # it died before prctl
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def main() -> None:
     """Run a command: the entry point. A QwenqError becomes its message and exit code.
 
@@ -115,7 +100,7 @@ def main() -> None:
         sys.exit("qwenq: it runs on Linux and macOS\n  try:   install it inside WSL: wsl --install")
     _share_the_cores()
     _collect_less()
-    _die_with_the_run()
+    stopping.die_with_parent()  # a step of `qwenq run` would go on beside the step that follows
     with _sigterm_as_ctrl_c() as received:
         try:
             register()

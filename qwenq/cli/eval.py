@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -136,7 +136,7 @@ def evaluate(
     else:
         print_table(found.folder, found.rows)
         beside = () if out is not None else ("--out", found.folder)
-        bases = [] if endpoint is not None else _with_bases(given_models(models), chosen, found.rows)
+        bases = [] if endpoint is not None else _with_bases(given_models(models), found.rows)
         next_commands(*([*one, *beside] for one in bases), ("report", found.folder))
 
 
@@ -166,19 +166,21 @@ def _batch(text: str) -> int | None:
     return int(text)
 
 
-def _with_bases(names: list[str | None], chosen: dict[str, Any], rows: Sequence[Row]) -> Iterator[Words]:
+def _with_bases(names: list[str | None], rows: Sequence[Row]) -> Iterator[Words]:
     """Yield this command with the base of each quantised model that was not compared with one, and say so."""
-    from qwenq.evals.model import LoadOptions, open_eval_model
+    from qwenq.comparison import PLAIN
+    from qwenq.models.identity import model_name
+    from qwenq.models.opening import resolve_model
+    from qwenq.results import plain_name
 
-    compared = {row.model for row in rows if row.details.keys() & {"paired", "unpaired"}}
-    how = LoadOptions(dtype=chosen["dtype"]) if "dtype" in chosen else LoadOptions()
-    models = [open_eval_model(name, how) for name in names]
-    here = {one.model.fingerprint for one in models}
-    for one in models:
-        if not one.quantised or one.model in compared or one.base in here:
-            continue
-        note(f"{one.model.label} is not compared with its base, which was not evaluated")
-        if (base := named_base(one.checkpoint.folder)) is not None:
+    scores = [row for row in rows if "items" in row.details]
+    here = {row.model.fingerprint for row in scores}
+    compared = {row.model for row in scores if row.details.keys() & {"paired", "unpaired"}}
+    apart = {row.model: row.details.get("base") for row in scores if row.model.precision not in PLAIN}
+    for model in [one for one, base in apart.items() if one not in compared and base not in here]:
+        note(f"{model.label} is not compared with its base, which was not evaluated")
+        name = next(name for name in names if plain_name(model_name(name)) == model.name)
+        if (base := named_base(resolve_model(name).folder)) is not None:
             words = sys.argv[sys.argv.index("eval") + 1 :] if "eval" in sys.argv else []
             yield ("eval", base, *words)
 
@@ -186,6 +188,7 @@ def _with_bases(names: list[str | None], chosen: dict[str, Any], rows: Sequence[
 # Print the result of an evaluation: a table of scores, and each model compared with its base.
 
 
+_TITLES = ("task", "protocol", "model", "score", "± SE", "95 % interval", "items", "scored by", "cut")
 _WIDE = 130
 """Columns of a terminal that has room for a score and its comparison in one line."""
 
@@ -201,7 +204,10 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     aside = bool(compared) and console.width < _WIDE
     tests = _tests(compared)
     if rows:  # a split without answers has no score
-        console.print(_table(rows, tests, beside=bool(compared) and not aside))
+        shared = _shared(rows) if console.width < _WIDE else {}
+        console.print(_table(rows, tests, shared, beside=bool(compared) and not aside))
+        if said := "; ".join(f"{title}: {value}" for title, value in shared.items() if value != "-"):
+            console.print(said)
     lines = [_in_a_line(row, tests) for row in compared] if aside else []
     for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows, tests)]:
         console.print(wrapped(line), soft_wrap=True)
@@ -219,20 +225,36 @@ def _tests(compared: Sequence[Row]) -> dict[int, tuple[Paired, float]]:
     return {id(row): test for row, test in zip(tested, zip(found, p_values, strict=True), strict=True)}
 
 
-def _table(rows: Sequence[Row], tests: dict[int, tuple[Paired, float]], *, beside: bool) -> Table:
-    """Return one line per score; ``beside``: with the comparison in further columns."""
+def _shared(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the columns in which all rows have the same: a line below the table, which needs their width."""
+    columns = dict(zip(_TITLES, zip(*map(_cells, rows), strict=True), strict=True))
+    return {
+        title: columns[title][0]
+        for title in ("protocol", "scored by", "cut")
+        if len(set(columns[title])) == 1
+    }
+
+
+def _table(
+    rows: Sequence[Row], tests: dict[int, tuple[Paired, float]], shared: Container[str], *, beside: bool
+) -> Table:
+    """Return one line per score, without the shared columns; ``beside``: with the comparison in others."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("task", "protocol", "model"):
-        table.add_column(title, overflow="fold", no_wrap=title == "protocol")
-    figures = ("score", "± SE", "95 % interval", "items", "scored by", "cut")
-    for title in (*figures, *(("change", "lost / won", "p") if beside else ())):
-        table.add_column(title, justify="right", no_wrap=True)
+    names = ("task", "protocol", "model")
+    kept = [title for title in _TITLES if title not in shared]
+    for title in kept:
+        name = title in names
+        justify: Literal["left", "right"] = "left" if name else "right"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=not name or title == "protocol")
     if beside:
+        for title in ("change", "lost / won", "p"):
+            table.add_column(title, justify="right", no_wrap=True)
         table.add_column("beside its base", overflow="fold")
     for row in rows:
-        table.add_row(*_cells(row), *(_comparison(row, tests) if beside else ()))
+        cells = dict(zip(_TITLES, _cells(row), strict=True))
+        table.add_row(*(cells[title] for title in kept), *(_comparison(row, tests) if beside else ()))
     return table
 
 

@@ -10,6 +10,7 @@ import typer
 
 from qwenq.cli.printing import as_typed
 from qwenq.errors import QwenqError, visible
+from qwenq.stopping import is_child
 
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
@@ -20,8 +21,11 @@ Words = Sequence[str | Path | None]
 def next_commands(*commands: Words) -> None:
     """Print commands that go on from here, ready to copy; words that are None are left out.
 
-    On standard error, so that what is piped on holds results alone.
+    On standard error, so that what is piped on holds results alone. A step of `qwenq run` prints none: the
+    next step is what follows.
     """
+    if is_child():
+        return
     for label, command in zip(("next:", *[""] * len(commands)), commands, strict=False):
         words = [str(word) for word in command if word is not None]
         program = [] if words[0] == "vllm" else ["qwenq"]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -268,7 +269,7 @@ class ProfileProgress:
             case Start(step) if not self.quiet:
                 share = f", {rough_time(event.limit)} of the budget" if event.limit is not None else ""
                 about = f"about {rough_time(event.seconds or 0)}{share}"
-                typer.echo(f"{event.done + 1} of {event.total}: {step}, {about}", err=True)
+                say(f"{event.done + 1} of {event.total}: {step}, {about}")
             case Advance("plan", result=planned):
                 sweep = cast("PlannedSweep", planned)
                 self.points = len(sweep.points)
@@ -288,20 +289,25 @@ def show_plan(sweep: PlannedSweep) -> None:
     count = f"{len(planned)} point{'' if len(planned) == 1 else 's'}"
     limit = f", budget {rough_time(budget)}" if budget is not None else ""
     loading = f" ({rough_time(load)} of it to start and load)"
-    typer.echo(
+    say(
         f"plan: {count} on {sweep.device.device}, about {rough_time(total)}{loading}{limit}; "
-        f"into {visible(str(sweep.folder))}"
+        f"into {visible(str(sweep.folder))}",
+        err=False,
     )
     if budget is not None and sum(each.needed for each in planned) > budget:
-        typer.echo(
-            "  to load and measure each once takes more than the budget: the last points may be skipped"
+        say(
+            "  to load and measure each once takes more than the budget: the last points may be skipped",
+            err=False,
         )
     elif budget is not None and total > budget:
-        typer.echo("  more than the budget: fewer repetitions, and generations that do not fit are skipped")
+        say(
+            "  more than the budget: fewer repetitions, and generations that do not fit are skipped",
+            err=False,
+        )
     for each in planned:
         seconds = f"about {rough_time(each.seconds)} ({rough_time(each.load)} to load)"
         estimate = each.too_large or f"{seconds}, {readable_bytes(each.nbytes)}"
-        typer.echo(f"  {each.point.label}: {estimate}")
+        say(f"  {each.point.label}: {estimate}", err=False, indent="    ")
 
 
 # Show a quantisation: live on a terminal, plain lines in a log, JSON lines for machines.
@@ -373,7 +379,7 @@ class TextListener:
         share = result.weight_bytes / result.base_bytes
         base = readable_bytes(result.base_bytes)
         lines = {
-            "checkpoint": str(result.folder),
+            "checkpoint": _from_here(result.folder),
             "size": f"{readable_bytes(result.weight_bytes)} ({share:.0%} of {base})",
             "time": seconds,
             **(result.check.summary() if result.check else {"check": "not possible with random weights"}),
@@ -387,6 +393,12 @@ class TextListener:
             return _UNKNOWN
         left = round(sum(self._fresh) / len(self._fresh) * (done.total - done.index - 1))
         return f"{left // 60}:{left % 60:02d}"
+
+
+def _from_here(folder: Path) -> str:
+    """Return a folder's path, from the current one where it lies in it."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 class JsonListener:

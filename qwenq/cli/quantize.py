@@ -44,7 +44,11 @@ def quantize(
         ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe: a TOML file of settings; options given here win over it.")
+        Path | None,
+        typer.Option(
+            help="Recipe: a TOML file, or the name of one that ships with qwenq; options win over it.",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make. [default: NAME-GPTQ-IntBITS]")] = None,
     device: DeviceName = "auto",
@@ -96,8 +100,9 @@ def _recipe(file: Path | None, model: str | None, given: Given) -> Recipe:
     """Return the recipe file, if any, with the command line's options on top."""
     from qwenq.api import for_source
     from qwenq.recipe import Recipe, read_recipe
+    from qwenq.workflow import find_recipe
 
-    base = read_recipe(file) if file else Recipe()
+    base = read_recipe(find_recipe(file)) if file else Recipe()
     base = for_source(base, given["calibration"].get("source"))
     top = {**given.pop(""), "model": model}
     return base.override(top, **given)

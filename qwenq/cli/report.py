@@ -14,6 +14,7 @@ from qwenq.cli.options import Given, recipe_options
 from qwenq.cli.printing import note, note_events, to_standard_output
 from qwenq.errors import UsageError, visible
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
+from qwenq.stopping import is_child
 
 # ``qwenq report``: run folders in; a model card, a page, and data out.
 
@@ -56,7 +57,8 @@ def report(
     page = write_report(runs, folder, given["report"].get("title"))
     for written in fill_cards(runs, page, [] if no_card else card, note_events):
         note(f"card: {visible(str(written))}")
-    typer.echo(visible(str(page)))
+    if not is_child():  # `qwenq run` ends with it
+        typer.echo(visible(str(page)))
 
 
 # ``qwenq compare``: compare two runs row by row, and fail on regressions.

@@ -12,6 +12,7 @@ import typer
 
 from qwenq.cli import completion
 from qwenq.cli.app import app
+from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import Given, recipe_options
 from qwenq.cli.printing import note, stop_notice
 from qwenq.errors import UsageError, visible
@@ -57,7 +58,7 @@ def run(
     if model is not None:
         chosen = chosen.override({"model": model}, report={"name": _report_name(model)})
     chain = steps_of(chosen, recipe, out)
-    _show(chain)
+    _show(chain, commands=dry_run)
     if dry_run:
         return
     with stop_notice("finished steps are kept"):
@@ -66,6 +67,8 @@ def run(
         raise typer.Exit(code)
     if chain.page is not None:
         typer.echo(visible(str(chain.page)))
+    if made := [step.alias or step.makes for step in chain.steps if step.whole]:
+        next_commands(*(words for words in with_model(made[-1]) if words[0] in ("chat", "vllm")))
 
 
 def _show_event(event: Event) -> None:
@@ -87,8 +90,8 @@ def _report_name(model: str) -> str:
     return f"{kept}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
-def _show(chain: Chain) -> None:
-    """Print the steps with their commands, and which are done."""
+def _show(chain: Chain, *, commands: bool) -> None:
+    """Print the steps and which are done; with their commands, which are long, where asked for."""
     from qwenq.workflow import is_done
 
     count = len(chain.steps)
@@ -96,7 +99,7 @@ def _show(chain: Chain) -> None:
     for number, step in enumerate(chain.steps, 1):
         mark = "done" if is_done(chain, step) else ""
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)
-        if not step.records:
+        if commands and not step.records:
             typer.echo(f"           qwenq {visible(shlex.join(step.arguments))}", err=True)
     baseline = chain.recipe.gate.baseline
     if baseline is not None and not Path(baseline).is_dir():

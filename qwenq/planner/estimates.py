@@ -31,11 +31,7 @@ class Gpu:
 
 
 def gpu(name: str) -> Gpu:
-    """Return the GPU of a short name such as ``h200``.
-
-    Raises:
-        UsageError: no such name; suggests the nearest.
-    """
+    """Return the GPU of a short name such as ``h200``."""
     found = _known().get(name.lower())
     if found is None:
         from rapidfuzz import process
@@ -175,7 +171,7 @@ def quantisation_memory(
         (
             ((4 * width + min(rows, width)) * width * FLOAT32, 2 * rows * width * FLOAT32)
             for block in shape.blocks
-            for rows, width in block.input_groups()
+            for rows, width, _, _ in block.solved_groups()
         ),
         key=sum,
     )
@@ -242,10 +238,7 @@ def quantisation_operations(shape: ModelShape, tokens: int) -> tuple[float, floa
 def quantisation_seconds(shape: ModelShape, tokens: int, gpu: Gpu | None = None) -> float | None:
     """Return the seconds that the layers take, without the check; None: no rate was measured.
 
-    Args:
-        shape: of the model.
-        tokens: of calibration.
-        gpu: None: two cores of a CPU, as ``CPU_RATES`` says.
+    Without a GPU it is two cores of a CPU, as ``CPU_RATES`` says.
     """
     products, solving = quantisation_operations(shape, tokens)
     if gpu is None:
@@ -286,13 +279,10 @@ class SpeedBound:
 
 
 def weight_bytes_per_step(shape: ModelShape, weights: int, dtype: str, idle: int = 0) -> int:
-    """Return the weight bytes that one decoding step reads.
+    """Return the weight bytes that one decoding step reads, of all ``weights``.
 
-    Args:
-        shape: of the model.
-        weights: bytes of all weights.
-        dtype: of the embedding, of which an untied one is only looked up.
-        idle: bytes of experts that no sequence is routed to (``ModelShape.idle_bytes``).
+    An untied embedding, of ``dtype``, is only looked up; ``idle`` are bytes of experts that no sequence is
+    routed to (``ModelShape.idle_bytes``).
     """
     return weights - idle - (0 if shape.tied else shape.embedding_parameters * ITEMSIZE[dtype])
 

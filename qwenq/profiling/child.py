@@ -19,6 +19,7 @@ from typing import IO, Any
 from qwenq.errors import QwenqError
 from qwenq.profiling.spec import Point
 from qwenq.results import Model, Row, Status
+from qwenq.stopping import with_parent
 
 _COMMAND = [sys.executable, "-m", "qwenq.profiling.worker"]
 AHEAD = "--ahead"
@@ -119,7 +120,7 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,
-            env=variables,
+            env=with_parent(variables),
         )
         return cls(process, errors)
 
@@ -127,7 +128,7 @@ class _Child:
         """Send it its request; one that is gone has a reason that `_reason` finds."""
         assert self.process.stdin is not None  # noqa: S101 - it is a pipe
         with suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps({**request, "parent": os.getpid()}).encode())
+            self.process.stdin.write(json.dumps(request).encode())
             self.process.stdin.close()
 
     def kill(self) -> None:

@@ -62,7 +62,11 @@ class PrintedTable:
         for line in self.lines:
             cells = list(zip(self.headings, line, strict=True))
             found.append(", ".join(cell for _, cell in cells[: self.labels] if cell))
-            figures = (f"{heading} {cell}" for heading, cell in cells[self.labels :] if cell)
+            given = [(heading, cell) for heading, cell in cells[self.labels :] if cell]
+            missing = {cell for _, cell in given} if all(cell.startswith("- [") for _, cell in given) else ()
+            figures = [f"{heading} {cell}" for heading, cell in given]
+            if len(missing) == 1:  # for one reason
+                figures = [cell.replace("-", "not measured", 1) for cell in missing]
             unbroken = ", ".join(each.replace(" (", "\t(").replace(" ", "\xa0") for each in figures)
             wrapped = wrap(
                 unbroken.replace("\t", " "), max(width, 20), initial_indent="  ", subsequent_indent="  ",

@@ -6,36 +6,29 @@ A request ``{"probe": device}`` is answered with what the plan needs to know of 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from qwenq.errors import OutOfMemoryError, QwenqError, UnsupportedError
 from qwenq.profiling.child import AHEAD
 from qwenq.profiling.spec import Point
 from qwenq.results import Row, Status
-
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+from qwenq.stopping import die_with_parent
 
 
 def main() -> None:
     """Read the request and answer it; an error becomes rows."""
-    with suppress(OSError, AttributeError):  # Linux kills this process with its parent, however that ends
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    die_with_parent()
     out = os.dup(1)
     os.dup2(2, 1)
     if AHEAD in sys.argv:
         import qwenq.profiling.measure  # noqa: F401 - what every point needs is read before there is one
     request = json.loads(sys.stdin.read())
     began = time.monotonic()
-    if request["parent"] != os.getppid():  # it was killed before prctl
-        sys.exit("the parent process is gone")
     if "probe" in request:
         _write(out, probe(request["probe"]))
         return

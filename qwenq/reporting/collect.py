@@ -197,16 +197,22 @@ _VARIANTS = {
     "neon": "NEON",
 }
 _WIDEST = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
+_FLAGS = {"avx512_bf16": "avx512-bf16", "avx512_vnni": "avx512-vnni", "avx_vnni": "avx-vnni", "avx2": "avx2"}
+"""Features of a CPU, the best first, and the variant of the kernels that is chosen for them."""
 
 
 def _kernels(environment: dict[str, Any], row: Row) -> str:
-    """Return the instructions of a CPU's figure: the variant that the row names, else the CPU's widest."""
+    """Return the instructions of a CPU's figure: the variant that the row names, else the CPU's widest.
+
+    A point that was never begun names nothing: its line is that of the points beside it.
+    """
     if named := re.search(r"\bC for ([\w-]+)", row.implementation):
         return f", {_VARIANTS.get(named[1], clean(named[1]))}"
     cpu = environment.get("cpu")
     features = cpu.get("features") if isinstance(cpu, dict) else None
     has = features if isinstance(features, list) else []
-    return next((f", {name}" for flag, name in _WIDEST.items() if flag in has), "")
+    best = {} if row.implementation else {flag: _VARIANTS[variant] for flag, variant in _FLAGS.items()}
+    return next((f", {name}" for flag, name in (best | _WIDEST).items() if flag in has), "")
 
 
 # Decide whether two figures come from the same kind of machine.

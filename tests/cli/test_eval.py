@@ -165,10 +165,11 @@ def test_on_a_narrow_terminal_comparisons_are_lines_of_their_own(
     lines = shown.getvalue().splitlines()
     assert max(map(len, lines[:4])) <= 80
     assert [line.split()[:4] for line in lines[1:4]] == [
-        ["mmlu", "base", "Tiny", name] for name in ("fp32", "int8", "int4")
+        ["mmlu", "Tiny", name, "50.0%"] for name in ("fp32", "int8", "int4")
     ]
     said = f"change +0.3 points, lost / won 40 / 15, p 0.001; fp32: {found['sentence']}"
-    assert lines[4:6] == [f"mmlu, Tiny int8: {said}", "mmlu, Tiny int4: why"]
+    assert lines[4] == "protocol: base"  # the same in all rows, as are the columns without a figure
+    assert lines[5:7] == [f"mmlu, Tiny int8: {said}", "mmlu, Tiny int4: why"]
 
 
 NAME = "Tiny[red]:bug:[/b]"

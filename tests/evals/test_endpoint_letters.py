@@ -12,6 +12,7 @@ import pytest
 import tiny_model
 from evals.endpoint_server import Server, at
 from evals.letter_server import LetterServer
+from evals.test_task_cmmlu import write_cmmlu
 
 from qwenq import http
 from qwenq.errors import QwenqError, UsageError
@@ -24,6 +25,7 @@ from qwenq.evals.tasks.registry import get_task
 from qwenq.events import silent
 
 LETTERS = " A B C D" * 30
+SAMPLE = DataSource(sample=True)
 Serve = Callable[[str], Endpoint]
 
 
@@ -55,8 +57,15 @@ def serve(model: LocalModel) -> Iterator[Serve]:
 servers: list[Server] = []
 
 
-def records(run: Path, model: LocalModel | RemoteModel, task: str, protocol: str) -> list[AnswerRecord]:
-    plan = make_plan(get_task(task, protocol), DataSource(sample=True), (), 1, 2)
+def records(
+    run: Path,
+    model: LocalModel | RemoteModel,
+    task: str,
+    protocol: str,
+    source: DataSource = SAMPLE,
+    subjects: tuple[str, ...] = (),
+) -> list[AnswerRecord]:
+    plan = make_plan(get_task(task, protocol), source, subjects, 1, 8 if subjects else 2)
     answers = answer(model, plan, run, silent)
     assert len(answers.judged) == 8
     (file,) = (run / "records").glob("*.jsonl")
@@ -68,8 +77,24 @@ def records(run: Path, model: LocalModel | RemoteModel, task: str, protocol: str
 def test_items_and_scores_are_those_of_our_engine(
     serve: Serve, model: LocalModel, tmp_path: Path, manner: str, task: str, protocol: str
 ) -> None:
-    ours = records(tmp_path / "ours", model, task, protocol)
-    theirs = records(tmp_path / "theirs", RemoteModel(serve(manner)), task, protocol)
+    compare(
+        records(tmp_path / "ours", model, task, protocol),
+        records(tmp_path / "theirs", RemoteModel(serve(manner)), task, protocol),
+    )
+
+
+@pytest.mark.parametrize("manner", ["vllm", "llama"])
+def test_cmmlu_has_the_scores_of_our_engine(
+    serve: Serve, model: LocalModel, tmp_path: Path, manner: str
+) -> None:
+    source, subjects = write_cmmlu(tmp_path), ("agronomy",)
+    compare(
+        records(tmp_path / "ours", model, "cmmlu", "base", source, subjects),
+        records(tmp_path / "theirs", RemoteModel(serve(manner)), "cmmlu", "base", source, subjects),
+    )
+
+
+def compare(ours: list[AnswerRecord], theirs: list[AnswerRecord]) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert (one.id, one.asked, one.subject) == (other.id, other.asked, other.subject)
         assert (one.correct, one.extracted) == (other.correct, other.extracted)

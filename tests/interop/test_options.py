@@ -83,6 +83,17 @@ def in_gptqmodel(folder: Path) -> Any:
     return model
 
 
+def test_its_default_cpu_kernel_stops_at_int4_of_whole_rows(cases: dict[str, Case]) -> None:
+    """What `check --for` notes; where this fails, the note has served its time."""
+    from gptqmodel import GPTQModel
+
+    case = cases["whole rows"]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="qGroupSize"):
+        GPTQModel.load(str(case.folder), device="cpu").model(torch.tensor([case.ids]))
+    (verdict,) = engine_verdicts(read_gptq_folder(open_checkpoint(case.folder)), ["gptqmodel"])
+    assert verdict.loads and "Int4 of whole rows" in verdict.notes[0]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_gptqmodel_computes_what_we_compute(cases: dict[str, Case], name: str) -> None:
     case = cases[name]

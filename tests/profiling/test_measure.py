@@ -20,6 +20,7 @@ from qwenq.profiling.measure import Bench, checkpoint_of, measure, prefill, spre
 from qwenq.profiling.spec import Point
 from qwenq.profiling.worker import explain
 from qwenq.runtime.generation import Engine
+from qwenq.stopping import PARENT
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
@@ -218,10 +219,12 @@ def test_a_child_ends_with_its_reader(
 
 def test_a_child_whose_parent_was_killed_before_it_began_measures_nothing(points: list[Point]) -> None:
     """The signal at the parent's death is sent only to a child that asked for it before."""
-    request = {"point": points[0].to_json(), "seconds": None, "parent": os.getppid()}
+    request, gone = {"point": points[0].to_json(), "seconds": None}, {**os.environ, PARENT: str(os.getppid())}
     command = [sys.executable, "-m", "qwenq.profiling.worker"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "the parent process is gone\n")
+    done = subprocess.run(
+        command, input=json.dumps(request), env=gone, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "", "")
 
 
 def test_every_form_of_out_of_memory_is_recognised() -> None:

@@ -57,6 +57,12 @@ def test_a_point_that_was_passed_over_says_so_once(points: list[Point]) -> None:
     assert printed.notes == table(late).notes == ("[1] the budget was over",)
 
 
+def test_on_a_narrow_terminal_a_point_that_was_passed_over_is_one_remark(points: list[Point]) -> None:
+    late = points[3].without("unavailable", "the budget was used up before", again=True)
+    lines = table([*rows_of(points[2]), *late]).paragraphs(80)
+    assert lines[-2:] == ["int4", "  not measured [1]"]
+
+
 def test_another_attention_is_a_column(points: list[Point]) -> None:
     printed = table([*rows_of(points[2]), *rows_of(replace(points[2], attention="off"))])
     assert "attention" in printed.headings

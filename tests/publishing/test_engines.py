@@ -168,3 +168,14 @@ def test_the_rules_read_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     checkpoint = open_checkpoint(out)
     monkeypatch.setattr(type(checkpoint.published), "read", lambda *_: pytest.fail("a tensor was read"))
     assert all(v.loads for v in engine_verdicts(read_gptq_folder(checkpoint), ["vllm"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "noted"), [({}, True), ({"bits": 8}, False), ({"group_size": 32}, False)]
+)
+def test_whole_rows_of_int4_have_a_note_on_gptqmodels_cpu_kernel(
+    tmp_path: Path, settings: dict[str, Any], noted: bool
+) -> None:
+    folder = quantised(tmp_path, **({"group_size": -1} | settings))
+    for engine in ("gptqmodel", "transformers"):
+        assert any("whole rows" in line for line in verdict(folder, engine).notes) == noted

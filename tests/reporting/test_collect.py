@@ -114,6 +114,20 @@ def test_a_row_without_a_figure_makes_no_second_machine(runs: Runs) -> None:
     assert "Hardware" not in table(found, "speed").headers
 
 
+def test_a_point_that_was_never_begun_has_the_instructions_of_the_others(runs: Runs) -> None:
+    """Where a budget was used up before, no kernel was chosen that it could name."""
+    measured = [replace(row, implementation="fast, prompts: C for avx512-bf16") for row in rows_of("int4")]
+    absent = [
+        replace(
+            row, value=None, low=None, high=None, status="unavailable", reason="too late", implementation=""
+        )
+        for row in rows_of("int8")
+    ]
+    features = ["avx2", "avx512f", "avx512_vnni", "avx512_bf16"]
+    found = runs(([*measured, *absent], {"cpu": CPU | {"features": features}}))
+    assert {item.hardware for item in found.measured} == {"Imaginary CPU, 2 cores, AVX-512 BF16"}
+
+
 def test_the_machine_of_a_row_wins_over_that_of_its_folder(runs: Runs) -> None:
     """An H100's profile, and then `qwenq eval` from a laptop into the same folder."""
     server = machine(ENVIRONMENT | {"gpus": [H100]})

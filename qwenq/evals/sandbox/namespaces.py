@@ -65,6 +65,7 @@ def main() -> None:
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{_NOBODY} {user} 1")
     _write("/proc/self/gid_map", f"{_NOBODY} {group} 1")
+    _check(_libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")  # unshare may have reset it
     child = os.fork()
     if child == 0:
         try:
