@@ -38,7 +38,7 @@ from _common import (
 )
 from quantize_vs_peers import INTEROP_PYTHON, only_file
 
-from qwenq.models.safetensors_files import SafetensorsSource, tensor_bytes
+from qwenq.models.safetensors_files import SafetensorsSource
 
 HERE = Path(__file__).resolve().parent
 SEQ_LEN, THREADS, CHINESE = 512, 2, 12
@@ -136,7 +136,7 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
     else:
         found = quantised(bench, settings_of(bench, name), out)
     files = [SafetensorsSource([file]) for file in sorted(out.glob("*.safetensors"))]
-    found["bytes"] = sum(tensor_bytes(file.info(name)) for file in files for name in file.names())
+    found["bytes"] = sum(file.info(name).nbytes for file in files for name in file.names())
     found |= {"texts": judged(bench, out, bench.model)}
     found |= circumstances(sys.executable, ["qwenq", "torch", "transformers"])
     shutil.rmtree(out)

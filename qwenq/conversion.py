@@ -33,11 +33,10 @@ from qwenq.models.gptq_format import (
 )
 from qwenq.models.integrity import check_finite
 from qwenq.models.qwen_v1 import QwenV1Source
-from qwenq.models.safetensors_files import tensor_bytes, write_shards
+from qwenq.models.safetensors_files import write_shards
 from qwenq.models.shapes import DENSE, ModelShape
 from qwenq.models.source import TensorInfo, require_tensors
-from qwenq.models.tokenizer import read_json
-from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held
+from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +113,7 @@ def convert(
     if store_head:
         entries, read = _with_head(checkpoint, entries, read)
         changes.append(f"the embedding is stored a second time, as {HEAD}")
-    total = sum(tensor_bytes(info) for _, info in entries)
+    total = sum(info.nbytes for _, info in entries)
     with _new_folder(target) as folder:
         files = _write_counted(folder, entries, read, max_shard_bytes, listener)
         atomic_write_json(folder / "config.json", config)
@@ -208,7 +207,7 @@ def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
 
         BlockwiseDecoder(replace(checkpoint, source=plain), torch.device("cpu"), torch.float32)  # checks all
         return
-    expected = {tensor.name: tensor.shape for tensor in ModelShape.from_config(checkpoint.config).tensors()}
+    expected = ModelShape.from_config(checkpoint.config).tensors()
     require_tensors(plain, expected, checkpoint.folder)
 
 

@@ -39,8 +39,7 @@ _SLICE = 0.5
 class ServerState:
     """State of a server that all requests to it share.
 
-    Args:
-        listener: receives a notice at a failed attempt, unless another request has just reported the same.
+    The listener receives a notice at a failed attempt, unless another request has just reported the same.
 
     Attributes:
         answered: the server has sent any reply.
@@ -80,13 +79,10 @@ class ServerState:
 
 
 def backoff_seconds(attempt: int, first: float = FIRST_PAUSE, wanted: float | None = None) -> float:
-    """Return the pause before an attempt in seconds: exponential backoff with jitter.
+    """Return the pause before an attempt, counted from 1, in seconds: exponential backoff with jitter.
 
-    Args:
-        attempt: counted from 1; the first pause comes before the second.
-        first: seconds.
-        wanted: the server's Retry-After. It can make the pause longer, not shorter: many servers send 0 while
-            they start, and all attempts would be over in a moment.
+    A server's Retry-After (``wanted``) can make it longer, not shorter: many servers send 0 while they start,
+    and all attempts would be over in a moment.
     """
     own = min(first * 2.0 ** (attempt - 2), LONGEST_PAUSE) * random.uniform(0.75, 1.25)  # noqa: S311
     return own if wanted is None else max(own, wanted)
@@ -194,11 +190,7 @@ class Server:
     state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
     def models(self) -> list[str] | None:
-        """Return the names of the models served; None where the server does not list them.
-
-        Raises:
-            QwenqError: it cannot be reached, or refuses the key.
-        """
+        """Return the names of the models served; None where the server does not list them."""
         try:
             found = self.ask("/models", None)
         except RefusedError as error:
@@ -224,13 +216,16 @@ class Server:
                 found = self._once(path, body)
             except Again as again:
                 self.require_present(again)
+                if attempt < ATTEMPTS and not asked():
+                    seconds = backoff_seconds(attempt + 1, self.pause, again.pause)
+                    self.state.failed(attempt, f"{self.url}: {again}", seconds)
+                    wait(seconds)
                 if attempt == ATTEMPTS or asked():
-                    raise self._given_up(attempt, path, again) from again
-                seconds = backoff_seconds(attempt + 1, self.pause, again.pause)
-                self.state.failed(attempt, f"{self.url}: {again}", seconds)
-                wait(seconds)
-                if asked():
-                    raise self._given_up(attempt, path, again) from again
+                    raise QwenqError(
+                        f"{attempt} attempts failed, the last: {again}",
+                        where=self.url + path,
+                        hint="see the server's log; what is done is kept, and the same command continues",
+                    ) from again
             else:
                 self.state.passed()
                 return found
@@ -257,7 +252,12 @@ class Server:
             self.state.answered = True
             raise self._refusal(error, path, body or {}) from error
         except (OSError, http.client.HTTPException) as error:  # refused, reset, cut off, timed out
-            raise _unreached(error, self.timeout) from error
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError):
+                raise Again(f"nothing came for {self.timeout:g} s") from error
+            said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+            absent = isinstance(reason, ConnectionRefusedError | socket.gaierror | ssl.SSLError)
+            raise Again(said, absent=absent) from error
 
     def require_present(self, again: Again) -> None:
         """Raise QwenqError where nothing listens at the address, and nothing ever has."""
@@ -280,13 +280,6 @@ class Server:
             raise Again("the reply is not a JSON object")
         return found
 
-    def _given_up(self, attempt: int, path: str, again: Again) -> QwenqError:
-        return QwenqError(
-            f"{attempt} attempts failed, the last: {again}",
-            where=self.url + path,
-            hint="see the server's log; what is done is kept, and the same command continues",
-        )
-
     def _refusal(self, error: urllib.error.HTTPError, path: str, body: dict[str, Any]) -> Exception:
         try:
             said = error.read(2000).decode("utf-8", "replace").strip()
@@ -299,25 +292,22 @@ class Server:
         return RefusedError(error.code, said, self.url + path)
 
 
-def _unreached(error: Exception, timeout: float) -> Again:
-    """Return the error of a connection that failed or broke, without the system's error number."""
-    reason = getattr(error, "reason", None) or error
-    if isinstance(reason, TimeoutError):
-        return Again(f"nothing came for {timeout:g} s")
-    said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    return Again(said, absent=isinstance(reason, ConnectionRefusedError | socket.gaierror | ssl.SSLError))
-
-
 # Find a server and a model there.
 
 
 def checked_address(url: str) -> str:
-    """Return the address of a server without a final slash; a missing ``/v1`` is not added.
-
-    Raises:
-        UsageError: it is no address.
-    """
-    if not _is_address(url):
+    """Return the address of a server without a final slash; a missing ``/v1`` is not added."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port  # read, as it is looked at only then
+        (parts.hostname or "").encode("idna")
+        plain = url.isprintable() and " " not in url and parts.path.isascii()
+        # Paths are put behind it, and a key goes into OPENAI_API_KEY.
+        more = parts.query or parts.fragment or parts.username is not None
+        sound = plain and parts.scheme in ("http", "https") and parts.hostname and port != 0 and not more
+    except ValueError:  # brackets that are not closed, a port that is none, a name that no host can have
+        sound = False
+    if not sound:
         raise UsageError(
             f"{url!r} is not an address", where="--endpoint", hint="such as http://localhost:8000/v1"
         )
@@ -325,11 +315,7 @@ def checked_address(url: str) -> str:
 
 
 def checked_key(key: str | None) -> str | None:
-    """Return a key as it is sent.
-
-    Raises:
-        UsageError: it has characters that no key has.
-    """
+    """Return a key as it is sent."""
     key = key.strip() if key is not None else None  # a file that holds a key ends in a line end
     if key is not None and not (key.isascii() and key.isprintable()):
         raise UsageError(
@@ -339,20 +325,13 @@ def checked_key(key: str | None) -> str | None:
 
 
 def served_model(server: Server, model: str | None) -> str:
-    """Return a model's name there, after one request for the models served; None: the only one.
-
-    Raises:
-        UsageError: no such model there, or several to choose from.
-        QwenqError: the server cannot be reached.
-    """
+    """Return a model's name there, after one request for the models served; None: the only one."""
     served = server.models()
     if model is None:
-        if served is None or len(served) != 1:
-            names = (
-                "does not list its models" if served is None else f"serves {', '.join(served) or 'nothing'}"
-            )
-            raise UsageError(f"this server {names}", where="--endpoint", hint="name one with --model")
-        return served[0]
+        if served is not None and len(served) == 1:
+            return served[0]
+        names = "does not list its models" if served is None else f"serves {', '.join(served) or 'nothing'}"
+        raise UsageError(f"this server {names}", where="--endpoint", hint="name one with --model")
     if served is not None and model not in served:
         raise UsageError(
             f"{model} is not served there",
@@ -360,16 +339,3 @@ def served_model(server: Server, model: str | None) -> str:
             hint=f"use {' or '.join(served[:5]) or 'another server'}",
         )
     return model
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port = parts.port  # read, as it is looked at only then
-        (parts.hostname or "").encode("idna")
-    except ValueError:  # brackets that are not closed, a port that is none, a name that no host can have
-        return False
-    plain = url.isprintable() and " " not in url and parts.path.isascii()
-    # Paths are put behind it, and a key goes into OPENAI_API_KEY.
-    more = parts.query or parts.fragment or parts.username is not None
-    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not more

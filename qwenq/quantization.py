@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from qwenq.calibration import CalibrationSet
     from qwenq.evals.check import CheckResult
-    from qwenq.gptq.distill import Distilled
     from qwenq.gptq.mixed_bits import Group, MixedBits
     from qwenq.gptq.pipeline import LayerDone
     from qwenq.gptq.settings import Settings
@@ -93,15 +92,12 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
     mixed: MixedBits | None = None
-    distilled: Distilled | None = None
 
     @property
     def base_bytes(self) -> int:
         """Return the bytes of all tensors of the base, as they are published."""
-        from qwenq.models.safetensors_files import tensor_bytes
-
         published = self.base.published if self.base.foreign is None else self.base.foreign.stored
-        return sum(tensor_bytes(published.info(name)) for name in published.names())
+        return sum(published.info(name).nbytes for name in published.names())
 
 
 def quantize(
@@ -134,8 +130,7 @@ def quantize(
     _announce_duration(job, calibration.tokens.numel())
     try:
         _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
-        tuned = _timed(job, "distilling", lambda: _distil(job, calibration, store)) if _distils(job) else {}
-        staged, notices = _timed(job, "write", lambda: _stage(job, store, tuned))
+        staged, notices = _timed(job, "write", lambda: _stage(job, store))
         for notice in notices:
             listener(Notice(notice))
         result = _timed(job, "check", lambda: _check(job, staged, calibration))
@@ -157,7 +152,6 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
         module_bits,
     )
     from qwenq.models.blocks import BlockwiseDecoder
-    from qwenq.models.config import by_inspection
     from qwenq.models.machine import resolve_device, resolve_dtype
     from qwenq.models.opening import open_model
     from qwenq.models.transformers_model import summary
@@ -168,12 +162,6 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
         listener(Notice(notice))
     _refuse_quantised(base)
     wanted = recipe.quantize
-    if wanted.distill and by_inspection(base.config):
-        raise UnsupportedError(
-            f"distilling is not possible with a model of type {base.config['model_type']}",
-            where="--distill",
-            hint="leave it out: what its head does to the logits is known to transformers alone",
-        )
     if wanted.budget is not None:
         _refuse_budget(base, wanted.bits)
     target = _target(out, recipe, base)
@@ -395,15 +383,14 @@ def _choose_bits(job: Job, calibration: CalibrationSet, *, resume: bool) -> None
 def _sizes(job: Job, groups: list[Group]) -> Sizes:
     """Return what the size of the model is made of."""
     from qwenq.gptq.settings import quantised_linears
-    from qwenq.models.gptq_format import packed_bytes
-    from qwenq.models.safetensors_files import tensor_bytes
+    from qwenq.models.gptq_config import packed_bytes
     from qwenq.planner.budget import Sizes
 
     fixed, settings = job.base_bytes, job.settings
     open_modules = {f"{group.layer}.{name}" for group in groups for name in group.modules}
     for layer, (prefix, block) in enumerate(zip(job.decoder.names, job.decoder.blocks, strict=True)):
         for name, linear in quantised_linears(block, settings).items():
-            fixed -= tensor_bytes(job.base.info(f"{prefix}.{name}.weight"))
+            fixed -= job.base.info(f"{prefix}.{name}.weight").nbytes
             if f"{layer}.{name}" not in open_modules:
                 sides = linear.out_features, linear.in_features
                 fixed += packed_bytes(*sides, settings.bits_of(name), settings.group_size)
@@ -453,7 +440,7 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
 
     def on_layer(done: LayerDone) -> None:
         job.listener(Advance(LAYERS, done.index + 1, done.total, done))
-        raised = {} if done.resumed else done.raised_damping(job.settings.damp)
+        raised = {} if done.resumed else done.raised_damping()
         for damp, names in raised.items():
             at = f"layer {done.index + 1}, {', '.join(names)}"
             job.listener(Notice(f"{at}: damping raised to {damp:.3g}"))
@@ -464,39 +451,10 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
         quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
 
 
-def _distils(job: Job) -> bool:
-    """Return whether scales are distilled; say why not where that was asked for."""
-    from qwenq.models.random_weights import is_random
-
-    wanted = bool(job.recipe.quantize.distill)
-    if wanted and is_random(job.checkpoint.config):
-        job.listener(Notice("not distilled: random weights have no accuracy"))
-        return False
-    return wanted
-
-
-def _distil(job: Job, calibration: CalibrationSet, store: LayerStore) -> dict[str, torch.Tensor]:
-    """Return tuned scales by name; {} where GPTQ's stay."""
-    from qwenq.gptq.distill import distil
-
-    wanted = job.recipe.quantize
-    with finishing("the step is on the disk"):
-        found = distil(
-            job.decoder, calibration.tokens, job.settings, store, wanted.distill, wanted.seed, job.listener
-        )
-    if found is None:
-        too_few = f"{len(calibration.tokens)} calibration sequences are too few to hold some back that decide"
-        job.listener(Notice(f"not distilled: {too_few}"))
-        return {}
-    job.distilled, tuned = found
-    job.listener(Notice(job.distilled.sentence))
-    return tuned
-
-
-def _stage(job: Job, store: LayerStore, tuned: dict[str, torch.Tensor]) -> tuple[Path, list[str]]:
+def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
     from qwenq.models.quantized_folder import stage
 
-    return stage(job.checkpoint, store, len(job.decoder.names), job.quant, tuned)
+    return stage(job.checkpoint, store, len(job.decoder.names), job.quant)
 
 
 def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
@@ -558,7 +516,6 @@ def _publish(
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
         "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
         **({"mixed_bits": job.mixed.to_json()} if job.mixed else {}),
-        **({"distilled": job.distilled.to_json()} if job.distilled else {}),
         **expert_coverage(modules),
         **({"not_quantised": kept} if (kept := _kept(job)) else {}),
         "check": result.to_json() if result else None,

@@ -170,9 +170,10 @@ class QuantizeRecipe:
         "How a group's scale is chosen: hessian: least error weighted by the Hessian's diagonal; mse: least "
         "error; none: from the largest weight.",
     )
-    damp: Annotated[float, Bounds(gt=0, lt=1)] = setting(
-        0.1,
-        "Damping: share of the Hessian's mean diagonal that is added to it.",
+    damp: Annotated[float, Bounds(gt=0, lt=1)] | Literal["auto"] = setting(
+        "auto",
+        "Damping: share of the Hessian's mean diagonal that is added to it; auto: 0.1, or 3.2 × input width "
+        "/ calibration tokens where that is more, at most 0.5.",
         "It keeps the solver from following what is chance in the text; raised, with a notice, where the "
         "factorisation fails.",
     )
@@ -186,13 +187,6 @@ class QuantizeRecipe:
         True,
         "After GPTQ, coordinate descent on the same objective over integers and scales, two sweeps.",
         flags="--refine/--no-refine",
-    )
-    distill: NotNegative = setting(
-        0,
-        "After GPTQ, passes over the calibration text that tune the scales so that the whole model's KL "
-        "divergence to its base falls; 0: none.",
-        "The integers stay, and so do size and speed of the file. An eighth of the sequences is not learned "
-        "from and decides: unless they come nearer to the base, GPTQ's scales stay.",
     )
     any_engine: bool = setting(
         False,

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qwenq.errors import StorageError, UsageError
+from qwenq.errors import CorruptFileError, StorageError, UsageError
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 _REASONS = {
@@ -57,18 +57,16 @@ def free_bytes(path: Path) -> int | None:
 def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn the errors of a full, read-only, forbidden, failing or vanished disk into ``StorageError``.
 
-    Other errors pass.
-
-    Args:
-        path: what is being written; named in the message, and its disk's free space with it.
-        needed: bytes that the whole job writes there, if known.
+    Other errors pass. ``path`` is being written, with ``needed`` bytes in the whole job, if that is known.
     """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
+            sizes = {"needed": needed, "free": free_bytes(path)}
+            facts = [f"{readable_bytes(size)} {name}" for name, size in sizes.items() if size is not None]
             raise StorageError(
-                f"the disk is full{_needed_and_free(path, needed)}",
+                f"the disk is full{': ' if facts else ''}{', '.join(facts)}",
                 where=path,
                 hint="free some space or name another folder, then run the same command again",
             ) from error
@@ -88,16 +86,6 @@ def guard_storage(path: Path, needed: int | None = None) -> Iterator[None]:
         raise
 
 
-def _needed_and_free(path: Path, needed: int | None) -> str:
-    free = free_bytes(path)
-    facts = []
-    if needed is not None:
-        facts.append(f"{readable_bytes(needed)} needed")
-    if free is not None:
-        facts.append(f"{readable_bytes(free)} free")
-    return f": {', '.join(facts)}" if facts else ""
-
-
 def require_space(path: Path, needed: int) -> None:
     """Refuse before the first byte is written when the disk of ``path`` cannot hold ``needed`` bytes."""
     free = free_bytes(path)
@@ -112,12 +100,7 @@ def require_space(path: Path, needed: int) -> None:
 def take_lock(folder: Path, name: str = "lock") -> IO[str]:
     """Take an advisory lock on a folder; the kernel releases it when the process ends, however it ends.
 
-    Args:
-        folder: an existing folder.
-        name: of the file in it that is locked; the file stays.
-
-    Returns:
-        The open file; closing it releases the lock.
+    The file ``name`` in it is locked, and stays; closing what is returned releases the lock.
 
     Raises:
         UsageError: another process holds it.
@@ -155,10 +138,6 @@ def held(folder: Path) -> Iterator[None]:
 
     Where the disk cannot lock folders, as NFS, a file in the user's cache is locked instead, which keeps out
     processes that share that cache.
-
-    Raises:
-        UsageError: another process holds it.
-        StorageError: the disk refused.
     """
     import fcntl
 
@@ -188,11 +167,8 @@ def _hold_elsewhere(folder: Path, stack: ExitStack) -> None:
 
 
 def _working(folder: Path) -> UsageError:
-    return UsageError(
-        "another qwenq is working in this folder",
-        where=folder,
-        hint="wait for it, or name another --out",
-    )
+    what = "another qwenq is working in this folder"
+    return UsageError(what, where=folder, hint="wait for it, or name another --out")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -251,14 +227,27 @@ def atomic_write_json(path: Path, value: Any, *, indent: int | None = 2) -> None
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """Open a file to read; refuse what is not one, such as a pipe, which might never end.
-
-    Raises:
-        OSError: as ``Path.open`` does.
-    """
+    """Open a file to read; refuse what is not one, such as a pipe, which might never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "it is not a file", str(path))
     return path.open("rb")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; empty when there is no such file.
+
+    Raises:
+        CorruptFileError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path.name} is not JSON: {error}", where=path) from error
+    if not isinstance(content, dict):
+        raise CorruptFileError(f"{path.name} is not a JSON object", where=path)
+    return content
 
 
 def sha256_file(path: Path) -> str:
@@ -268,29 +257,21 @@ def sha256_file(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what qwenq can make again: ``$QWENQ_CACHE``, else the platform's cache folder.
-
-    Raises:
-        UsageError: the user has no home folder, as in a container whose user has no name.
-    """
+    """Return the folder for what qwenq can make again: ``$QWENQ_CACHE``, else the platform's cache folder."""
     try:
-        return _cache_folder()
+        if named := os.environ.get("QWENQ_CACHE"):
+            return Path(named).expanduser()
+        if xdg := os.environ.get("XDG_CACHE_HOME"):
+            return Path(xdg).expanduser() / "qwenq"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "qwenq"
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "qwenq" / "Cache"
+        return Path.home() / ".cache" / "qwenq"
     except RuntimeError as error:
         raise UsageError(
             f"no folder for a cache: {error}", where="HOME", hint="set QWENQ_CACHE to a folder of yours"
         ) from error
-
-
-def _cache_folder() -> Path:
-    if named := os.environ.get("QWENQ_CACHE"):
-        return Path(named).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "qwenq"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "qwenq"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "qwenq" / "Cache"
-    return Path.home() / ".cache" / "qwenq"
 
 
 def _umask() -> int:

@@ -277,7 +277,6 @@ def test_released_recipes_are_qwens_settings(name: str) -> None:
         "damp": 0.01,
         "asymmetric_calibration": 0.0,
         "refine": False,
-        "distill": 0,
     }
 
 

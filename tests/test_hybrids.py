@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tiny_families import write_calibration
 from tiny_published import fused, rewrite, with_draft_head, write_published
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
+from qwenq.evals.batching import ChoiceTokens, budget_for
+from qwenq.evals.scoring import score_choices, shared_groups
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.quantization import quantize
 from qwenq.recipe import Recipe
@@ -29,10 +32,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(scope="module", params=["qwen3_next", "qwen3_5_text", "qwen3_5_moe"])
+@pytest.fixture(
+    scope="module", params=product(["qwen3_next", "qwen3_5_text", "qwen3_5_moe"], ["fast", "transformers"])
+)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    model = write_published(tmp_path_factory.mktemp("m") / "m", request.param)
-    return load(model, device="cpu", dtype="float32", engine="transformers")
+    family, name = request.param
+    model = write_published(tmp_path_factory.mktemp("m") / "m", family)
+    return load(model, device="cpu", dtype="float32", engine=name)
 
 
 def logits(engine: Engine, ids: list[int]) -> torch.Tensor:
@@ -93,6 +99,38 @@ def test_a_session_answers_as_from_the_start(engine: Engine) -> None:
     first = list(session.answer(PROMPTS[0], 4))
     for prompt in ([*PROMPTS[0], *first, 3, 4], [*PROMPTS[0][:5], 90, 91]):  # goes on; branches off
         assert list(session.answer(prompt, 4)) == list(Session(engine).answer(prompt, 4))
+
+
+def test_items_with_a_shared_prefix_score_as_alone(engine: Engine) -> None:
+    """The prefix is computed once; each batch of tails of unlike length goes on from a copy of its states."""
+    prefix = [(7 * place) % 90 for place in range(70)]
+    tails = [[20, 21], [30], [50, 51, 52], [40, 41], [60]]
+    choices = ((5,), (6, 7), (8,))
+    requests = [ChoiceTokens(str(n), (*prefix, *tail), choices) for n, tail in enumerate(tails)]
+    (group,) = shared_groups(engine, [request.prompt for request in requests])
+    assert group.length == len(prefix)
+    found = dict(chain.from_iterable(score_choices(engine, requests, budget_for(engine, batch=2))))
+    for number, request in enumerate(requests):
+        ((_, alone),) = next(score_choices(engine, [request], budget_for(engine)))
+        assert found[number].logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5"])
+def test_a_quantised_hybrid_is_the_same_in_both_engines(tmp_path: Path, family: str) -> None:
+    """Rows of packed weights, with zero points, are put in order: gates, rotated parts, key heads."""
+    out = tmp_path / "out"
+    run(write_published(tmp_path / "m", family), out, sym=False, any_engine=True)
+    fast, other = (load(out, device="cpu", dtype="float32", engine=name) for name in ("fast", "transformers"))
+    ids = [place % 90 for place in range(80)]
+    close(logits(fast, ids), logits(other, ids))
+
+
+def test_states_count_into_the_rows_that_fit(engine: Engine) -> None:
+    budget = budget_for(engine, decode=True)
+    states = [tensor for pair in engine.new_cache(3, 1).states for tensor in pair]
+    assert budget.states == sum(tensor[0].nbytes for tensor in states) > 0
+    budget.memory, budget.rows = 10 * budget.states, 1000
+    assert budget.rows_to_decode(1) < 10
 
 
 def test_linear_attention_has_eight_bits_and_the_rest_four(tmp_path: Path) -> None:

@@ -104,7 +104,6 @@ def _write_random(
     from qwenq.models.bundled import is_bundled
     from qwenq.models.catalogue import BUNDLED
     from qwenq.models.random_weights import write_random_checkpoint
-    from qwenq.models.safetensors_files import tensor_bytes
     from qwenq.storage import readable_bytes
 
     for option, given in of_folders.items():
@@ -113,7 +112,7 @@ def _write_random(
             raise UsageError("random weights are written in one layout", where=option, hint=hint)
     made = write_random_checkpoint(BUNDLED if is_bundled(name) else name, dst, seed, max_bytes=shard_bytes)
     names = list(made.names())
-    size = readable_bytes(sum(tensor_bytes(made.info(name)) for name in names))
+    size = readable_bytes(sum(made.info(name).nbytes for name in names))
     typer.echo(
         f"wrote {dst}: {len(names)} tensors, {size}, random weights (seed {seed}): for speed and memory"
     )

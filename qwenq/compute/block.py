@@ -61,24 +61,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: […, d].
-        weight: [d], or [heads, d] for x of […, heads, d].
+        weight: [d], or [heads, d] for x of […, heads, d]; in the dtype of x, or in float32: then nothing but
+            the result is rounded.
         eps: is added to the mean.
 
     Raises:
         ValueError: the shapes, dtypes or devices differ.
     """
-    _require_alike(x=x, weight=weight)
+    _require_alike(wider="weight", x=x, weight=weight)
     d = x.shape[-1]
     if weight.shape not in (x.shape[-1:], x.shape[-2:]):
         raise ValueError(f"a weight {list(weight.shape)} does not fit x {list(x.shape)}")
     if _unsupported(x, d):
+        if weight.dtype is not x.dtype:
+            return (functional.rms_norm(x.float(), (d,), None, eps) * weight).to(x.dtype)
         if weight.ndim == 1:
             return functional.rms_norm(x, (d,), weight, eps)
         return functional.rms_norm(x, (d,), None, eps) * weight
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
-    rows = x.numel() // d
-    cpu.call("rms_norm", DTYPE_CODES[x.dtype], x, weight, out, rows, d, weight.numel() // d, float(eps))
+    codes, rows = (DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype]), x.numel() // d
+    cpu.call("rms_norm", *codes, x, weight, out, rows, d, weight.numel() // d, float(eps))
     return out
 
 
@@ -144,12 +147,14 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _require_alike(**tensors: Tensor) -> None:
+def _require_alike(wider: str = "", **tensors: Tensor) -> None:
+    """Refuse tensors that differ from the first; the one of the name ``wider`` may be float32."""
     first_name, first = next(iter(tensors.items()))
     if not first.ndim:
         raise ValueError(f"{first_name} is a number, not a tensor of rows")
     for name, x in tensors.items():
-        if x.dtype != first.dtype or x.device != first.device:
+        alike = x.dtype is first.dtype or (name == wider and x.dtype is torch.float32)
+        if not alike or x.device != first.device:
             raise ValueError(
                 f"{name} is {x.dtype} on {x.device}, {first_name} is {first.dtype} on {first.device}"
             )

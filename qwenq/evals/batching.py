@@ -249,6 +249,7 @@ class Budget:
         computed: bytes that a new token needs while it is computed.
         logits: bytes that the logits of one row need.
         arranged: as ``cached``, in the layout of decode steps, which is filled from the other; 0: none.
+        states: bytes of the recurrent states of one row.
     """
 
     memory: int
@@ -258,17 +259,18 @@ class Budget:
     computed: int
     logits: int
     arranged: int = 0
+    states: int = 0
 
     def rows_that_fit(self, longest: int, capacity: int) -> int:
         """Return how many rows of ``longest`` new tokens fit, in a cache of ``capacity``; at least one."""
         cache = self._cache(capacity, steps=longest <= 1)  # a pass over one token each is a decode step
-        each = cache + longest * (self.computed + capacity * 4) + self.logits
+        each = cache + longest * (self.computed + capacity * 4) + self.logits + self.states
         return max(1, min(self.rows, self.tokens // max(longest, 1), self.memory // each))
 
     def rows_to_decode(self, capacity: int) -> int:
         """Return how many rows fit that decode a token each; at least one."""
         cache = (capacity + _PADDING) * self.arranged if self.arranged else capacity * self.cached
-        each = cache + self.computed + self.logits
+        each = cache + self.computed + self.logits + self.states
         return max(1, min(self.rows, self.memory // each))
 
     def _cache(self, capacity: int, steps: bool) -> int:
@@ -314,6 +316,7 @@ def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -
         computed=layer * _ACTIVATIONS,
         logits=engine.vocab_size * 4 * _LOGITS,
         arranged=arranged,
+        states=sum(tensor.nbytes for pair in probe.states for tensor in pair),
     )
 
 

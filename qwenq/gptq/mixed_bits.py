@@ -29,8 +29,7 @@ from qwenq.events import Listener, counted, silent
 from qwenq.gptq.grid import search_grid
 from qwenq.gptq.settings import Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
-from qwenq.models.gptq_config import engine_layer
-from qwenq.models.gptq_format import packed_bytes
+from qwenq.models.gptq_config import engine_layer, packed_bytes
 from qwenq.stopping import stop_here
 from qwenq.storage import atomic_write_json
 

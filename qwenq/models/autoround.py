@@ -42,16 +42,7 @@ def is_awq_packed(keys: Mapping[str, Any]) -> bool:
 
 
 def gptq_settings(keys: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return AutoRound's ``quantization_config`` in the words of GPTQ's.
-
-    Args:
-        keys: the settings, with a ``packing_format`` of GPTQ's tensors.
-        where: for messages.
-
-    Raises:
-        UnsupportedError: another packing format, weights that are no integers, or quantised activations.
-        ModelError: an ``extra_config`` that makes no sense.
-    """
+    """Return AutoRound's ``quantization_config`` in the words of GPTQ's."""
     require_weights_only(keys, where)
     packing = _packing(keys)
     if packing not in _GPTQ:
@@ -73,11 +64,7 @@ def gptq_settings(keys: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def require_weights_only(keys: Mapping[str, Any], where: Path) -> None:
-    """Require integer weights, and activations that are not quantised.
-
-    Raises:
-        UnsupportedError: something else is quantised, or in another way.
-    """
+    """Require integer weights, and activations that are not quantised."""
     kind, activations = keys.get("data_type", "int"), keys.get("act_bits")
     if kind not in (None, "int"):
         raise UnsupportedError(

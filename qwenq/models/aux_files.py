@@ -14,10 +14,10 @@ from typing import Any
 
 from qwenq.errors import ModelError
 from qwenq.models.folders import refuse_foreign_links
-from qwenq.models.qwen_tokenizer import RANKS_FILE
+from qwenq.models.qwen_tokenizer import RANKS_FILE, WRITTEN, write_tokenizer_json
 from qwenq.models.qwen_v1 import V1_KEY, qwen2_generation_config
-from qwenq.models.tokenizer import has_tokenizer, load_qwen_tokenizer, read_json
-from qwenq.storage import atomic_write_json, guard_storage
+from qwenq.models.tokenizer import has_tokenizer, load_qwen_tokenizer
+from qwenq.storage import atomic_write_json, guard_storage, read_json
 
 COPIED = (
     "tokenizer.json",
@@ -54,64 +54,36 @@ def write_aux_files(source: Path | None, target: Path, config: Mapping[str, Any]
 
     Returns:
         Notices for the user, one line each.
-
-    Raises:
-        ModelError: a JSON file of the source is damaged.
-        StorageError: the disk refused.
     """
     if source is None:
         return ["random weights come from no folder: no tokenizer is written beside them"]
     refuse_foreign_links(source)
+    notices = []
+    settings = read_json(source / "generation_config.json")
+    if V1_KEY in config and settings.get("chat_format"):
+        settings = qwen2_generation_config(settings, config)
+    if settings:
+        atomic_write_json(target / "generation_config.json", settings)
     with guard_storage(target):
-        _copy_licences(source, target)
-        _write_generation_config(source, target, config)
-        notices = _copy_processor(source, target, config)
+        for file in source.iterdir():
+            if file.is_file() and (_LICENCE.fullmatch(file.name) or file.name in _PROCESSOR):
+                shutil.copyfile(file, target / file.name)
+    if config.get("vision_config") and not any((source / name).is_file() for name in _PROCESSOR):
+        notices.append(
+            f"{source} holds no {_PROCESSOR[0]}: what was written takes text, and images only once that file "
+            "is copied beside it"
+        )
     if not has_tokenizer(source):
         return [*notices, f"{source} holds no tokenizer; the folder that was written has none either"]
     copy_tokenizer_files(source, target)
     return notices
 
 
-def _copy_processor(source: Path, target: Path, config: Mapping[str, Any]) -> list[str]:
-    """Copy the image processor's files; a notice where a vision-language model has none."""
-    found = [name for name in _PROCESSOR if (source / name).is_file()]
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    if found or not config.get("vision_config"):
-        return []
-    return [
-        f"{source} holds no {_PROCESSOR[0]}: what was written takes text, and images only once that file is "
-        "copied beside it"
-    ]
-
-
-def _copy_licences(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        if _LICENCE.fullmatch(file.name) and file.is_file():
-            shutil.copyfile(file, target / file.name)
-
-
-def _write_generation_config(source: Path, target: Path, config: Mapping[str, Any]) -> None:
-    path = source / "generation_config.json"
-    settings = read_json(path)
-    if V1_KEY in config and settings.get("chat_format"):
-        settings = qwen2_generation_config(settings, config)
-    if settings:
-        atomic_write_json(target / path.name, settings)
-
-
 def copy_tokenizer_files(src: Path, dst: Path) -> list[str]:
     """Put the tokenizer of ``src`` beside a model in ``dst``, loadable by AutoTokenizer without remote code.
 
     A folder with ``qwen.tiktoken`` alone gets a tokenizer.json exported from it, and none of v1's
-    tokenizer_config.json, which asks for remote code.
-
-    Returns:
-        The names of what was written.
-
-    Raises:
-        ModelError: ``src`` holds no tokenizer.
-        StorageError: the disk is full, read-only, or forbids it.
+    tokenizer_config.json, which asks for remote code. Returns the names of what was written.
     """
     if not has_tokenizer(src):
         raise ModelError("the folder holds no tokenizer", where=src)
@@ -122,12 +94,9 @@ def copy_tokenizer_files(src: Path, dst: Path) -> list[str]:
         for name in names:
             _copy(src / name, dst / name)
     if exports:
-        from qwenq.models.qwen_tokenizer import WRITTEN, write_tokenizer_json
-
         length = read_json(src / "config.json").get("seq_length")
-        write_tokenizer_json(
-            load_qwen_tokenizer(src), dst, max_length=length if isinstance(length, int) else None
-        )
+        length = length if isinstance(length, int) else None
+        write_tokenizer_json(load_qwen_tokenizer(src), dst, max_length=length)
         names += WRITTEN
     return names
 

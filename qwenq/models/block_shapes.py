@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -168,13 +168,11 @@ class Block:
     def _kept(self) -> int:
         return sum(prod(shape) for _, shape in self.kept)
 
-    def input_groups(self) -> Iterator[tuple[int, int]]:
-        """Yield rows and columns of the linears that share an input, taken together; of an expert's once."""
-        for rows, width, _, _ in self.solved_groups():
-            yield rows, width
-
     def solved_groups(self) -> Iterator[tuple[int, int, int, float]]:
-        """Yield the same with the number of copies, and with the share of the tokens that each copy sees."""
+        """Yield rows and columns of the linears that share an input, taken together; of an expert's once.
+
+        With them the number of copies, and the share of the tokens that each copy sees.
+        """
         groups: dict[tuple[str, bool], list[Linear]] = {}
         for linear in self.linears:
             key = (linear.name.rpartition(".")[0], linear.leaf in ROW_PARALLEL)
@@ -205,12 +203,8 @@ def mlp_linears(prefix: str, hidden: int, width: int, *, bias: bool = False) -> 
 
 def mixture_linears(experts: Experts, hidden: int) -> tuple[Linear, ...]:
     """Return the linear layers of a mixture of experts that are quantised."""
-    width, copies, active = experts.width, experts.count, experts.active
-    routed = (
-        Linear("mlp.experts.{}.gate_proj", width, hidden, False, copies, active),
-        Linear("mlp.experts.{}.up_proj", width, hidden, False, copies, active),
-        Linear("mlp.experts.{}.down_proj", hidden, width, False, copies, active),
-    )
+    one = mlp_linears("mlp.experts.{}", hidden, experts.width)
+    routed = tuple(replace(linear, copies=experts.count, active=experts.active) for linear in one)
     if not experts.shared_width:
         return routed
     return (*routed, *mlp_linears("mlp.shared_expert", hidden, experts.shared_width))
@@ -234,11 +228,7 @@ _VISION = (
 
 
 def vision_parameters(config: Mapping[str, Any]) -> int | None:
-    """Return the elements of the vision tower of Qwen3-VL, Qwen3.5 and later; None: a size is missing.
-
-    Args:
-        config: ``vision_config`` of config.json.
-    """
+    """Return the elements of the vision tower of Qwen3-VL, Qwen3.5 and later; None: a size is missing."""
     sizes, deep = [config.get(key) for key in _VISION], config.get("deepstack_visual_indexes") or ()
     if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(deep, Sequence):
         return None

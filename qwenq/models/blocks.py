@@ -6,18 +6,17 @@ before the first block, each block in turn with its weights read from the checkp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from qwenq.compute import attention
 from qwenq.compute.block import fallback_notice
-from qwenq.compute.transformers_blocks import OURS, TORCH, attention_name, fuse_blocks
+from qwenq.compute.transformers_blocks import OURS, attention_name, fuse_blocks
 from qwenq.models.config import by_inspection
 from qwenq.models.inspection import (
     ClassHead,
@@ -51,38 +50,29 @@ class BlockwiseDecoder:
         checkpoint: plain weights (a GPTQ folder is read through ``DequantisedSource``).
         device: where blocks are computed.
         dtype: of weights and hidden states.
-        differentiable: attention, norms and activations are torch's, whose gradients are known.
 
     Attributes:
+        blocks: all of them, without weights.
         attention: the name of what computes it. In layers that slide a window it is torch's for texts that
             fill that. Where it is ours, norms, rotary positions and activations are, too, if
             the architecture allows it: the same on all machines.
         attention_reason: why attention is torch's, in words that follow "because"; None: it is ours.
         fallback_notice: a sentence for the user on what runs slower, in torch, or None.
         names: "model.layers.0", …, the blocks' names in the checkpoint.
-
-    Raises:
-        ModelError: transformers refuses the config, or a tensor of the blocks, the last norm or the head is
-            missing or of another shape, or the blocks would leave one out.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        differentiable: bool = False,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self.attention_reason: str | None
+        self.fallback_notice: str | None
         config = transformers_config(checkpoint.config, checkpoint.folder)
         self._inspected = by_inspection(checkpoint.config)
         if self._inspected:
             self._choose_inspected(config)
         else:
-            self._choose(config, differentiable=differentiable)
+            self._choose(config)
         with refused_by_transformers(checkpoint.folder):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
@@ -96,30 +86,32 @@ class BlockwiseDecoder:
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
             if self._inspected:
                 fill_computed(model, device)
-        self._blocks: nn.ModuleList = self._inner.layers
+        self.blocks: nn.ModuleList = self._inner.layers
         if self._inspected:
             list(self.kept())  # refuses what is no linear layer, before tensors are looked for
         self._require_tensors()
-        if self.attention == OURS:
-            self._fuse(config)
+        if self.attention == OURS and (reason := fuse_blocks(self.blocks, config)) is not None:
+            missed = f"norms and activations run in torch, which takes longer, because {reason}"
+            self.fallback_notice = f"{self.fallback_notice}; {missed}" if self.fallback_notice else missed
         self._arguments: dict[nn.Module, dict[str, Any]] = {}
         self._freed = FreedMemory()
-        self.names = [f"model.layers.{index}" for index in range(len(self._blocks))]
+        self.names = [f"model.layers.{index}" for index in range(len(self.blocks))]
 
-    def _choose(self, config: Any, *, differentiable: bool) -> None:
+    def _choose(self, config: Any) -> None:
         """Choose what computes attention in a family that is known here."""
         device, dtype = self.device, self.dtype
-        self.attention_reason: str | None
-        self.fallback_notice: str | None
-        if differentiable:
-            self.attention, self.attention_reason = TORCH, "its gradient is needed"
-            self.fallback_notice = None
-            return
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = attention_name(device, dtype, head_dim)
         self.attention_reason = attention.unsupported_reason(device, dtype, head_dim)
-        missed = fallback_notice("attention, norms and activations", device, dtype, {"a head": head_dim})
-        self.fallback_notice = missed or self._windowed(config)
+        what = "attention, norms and activations"
+        self.fallback_notice = fallback_notice(what, device, dtype, {"a head": head_dim})
+        kinds = getattr(config, "layer_types", None) or []
+        windowed = sum(kind == "sliding_attention" for kind in kinds)
+        if windowed and self.fallback_notice is None and self.attention_reason is None:
+            self.fallback_notice = (
+                f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} "
+                "tokens: where a text fills it, it runs in torch, which takes longer"
+            )
 
     def _choose_inspected(self, config: Any) -> None:
         """Leave all that a block computes to transformers: nothing here knows what its class asks for."""
@@ -132,42 +124,14 @@ class BlockwiseDecoder:
             f"because {why}"
         )
 
-    def _fuse(self, config: Any) -> None:
-        reason = fuse_blocks(self._blocks, config)
-        if reason is not None:
-            missed = f"norms and activations run in torch, which takes longer, because {reason}"
-            self.fallback_notice = f"{self.fallback_notice}; {missed}" if self.fallback_notice else missed
-
-    def _windowed(self, config: Any) -> str | None:
-        """Return the sentence for layers whose attention may be torch's."""
-        kinds = getattr(config, "layer_types", None) or []
-        windowed = sum(kind == "sliding_attention" for kind in kinds)
-        if not windowed or self.attention_reason is not None:
-            return None
-        return (
-            f"attention of {windowed} of {len(kinds)} layers slides a window of {config.sliding_window} "
-            "tokens: where a text fills it, it runs in torch, which takes longer"
-        )
-
-    @property
-    def template(self) -> nn.Module:
-        """Return the first block without weights: its modules and their shapes."""
-        first: nn.Module = self._blocks[0]
-        return first
-
     @property
     def kinds(self) -> dict[tuple[str, ...], nn.Module]:
         """Return one block without weights of each kind, by the names of its linears."""
-        return {tuple(linears_of(block)): block for block in reversed(self._blocks)}
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """Return all blocks, without weights."""
-        return self._blocks
+        return {tuple(linears_of(block)): block for block in reversed(self.blocks)}
 
     def kept(self) -> Iterator[dict[str, str]]:
         """Yield what is not quantised, block by block: ``kept_of``."""
-        yield from map(kept_of, self._blocks)
+        yield from map(kept_of, self.blocks)
 
     @property
     def vocabulary(self) -> int:
@@ -175,20 +139,16 @@ class BlockwiseDecoder:
         return self.checkpoint.info("model.embed_tokens.weight").shape[0]
 
     def embed(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Compute the hidden states before the first block.
+        """Compute the hidden states before the first block, [batch, tokens, hidden] of each batch.
 
-        Args:
-            batches: int64 [batch, tokens] each, all of one length, no padding.
-
-        Returns:
-            One [batch, tokens, hidden] per batch; what the blocks need besides (positions, rotary tables,
-            masks where some layers slide a window) is kept for ``forward``.
+        Batches are int64 [batch, tokens], all of one length, no padding. What the blocks need besides
+        (positions, rotary tables, masks where some layers slide a window) is kept for ``forward``.
         """
         for batch in batches:
             require_plain(
                 self.checkpoint.config, batch.shape[1], option="a sequence", where=self.checkpoint.folder
             )
-        recorders = [_Recorder(block) for block in self._blocks]
+        recorders = [_Recorder(block) for block in self.blocks]
         for name in ("model.norm.weight", *(() if self.checkpoint.tied else ("lm_head.weight",))):
             # Now, not after the blocks: those may take hours.
             check_finite(name, self.checkpoint.read(name), self.checkpoint.folder)
@@ -205,9 +165,9 @@ class BlockwiseDecoder:
             # Positions may come with a row for each sequence, and batches differ in how many they have.
             self._inner(inputs_embeds=rows[:1], use_cache=False)
         finally:
-            self._inner.norm, self._inner.layers = norm, self._blocks
+            self._inner.norm, self._inner.layers = norm, self.blocks
             self._inner.embed_tokens.weight = None
-        recorded = zip(self._blocks, recorders, strict=True)
+        recorded = zip(self.blocks, recorders, strict=True)
         self._arguments = {block: recorder.arguments for block, recorder in recorded}
         return hidden
 
@@ -226,7 +186,7 @@ class BlockwiseDecoder:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Give block ``index`` its weights; they are dropped on leaving."""
-        block: nn.Module = self._blocks[index]
+        block: nn.Module = self.blocks[index]
         computed = [(module, computed_buffers(module)) for module in block.modules()]
         self._fill(block, self.names[index])
         try:
@@ -242,34 +202,24 @@ class BlockwiseDecoder:
         output = block(hidden, **self._arguments[block])
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
-    @property
-    def last_norm(self) -> nn.Module:
-        """Return the norm behind the last block, without weights."""
-        return self._inner.norm  # type: ignore[no-any-return]
-
-    def forward_with(self, module: nn.Module, hidden: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        """Run a block or the last norm with these parameters in place of its own."""
-        output = functional_call(module, tensors, (hidden,), self._arguments.get(module, {}))
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
     def _require_tensors(self) -> None:
         """Check all that will be read: what is wrong is known before the first layer, not after the last."""
         shapes = {f"model.{name}": tensor.shape for name, tensor in self._inner.state_dict().items()}
         config = self.checkpoint.config
-        matrix = (config["vocab_size"], config["hidden_size"])
-        shapes["model.embed_tokens.weight"] = torch.Size(matrix)
-        if not self.checkpoint.tied:
-            shapes["lm_head.weight"] = torch.Size(matrix)
+        heads = ("model.embed_tokens.weight", *(() if self.checkpoint.tied else ("lm_head.weight",)))
+        shapes |= dict.fromkeys(heads, torch.Size((config["vocab_size"], config["hidden_size"])))
         require_tensors(self.checkpoint.source, shapes, self.checkpoint.folder)
 
     @contextmanager
-    def head(self) -> Iterator[_Head | _InspectedHead]:
-        """Load the final norm and the output head, callable on hidden states."""
-        self._fill(self._inner.norm, "model.norm")
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Load the final norm and the output head: […, hidden] → […, vocabulary] float32."""
+        norm = self._inner.norm
+        self._fill(norm, "model.norm")
         name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
         try:
-            head = _Head(self._inner.norm, self.checkpoint.read(name), self.device, self.dtype)
-            yield _InspectedHead(self._model, head) if self._inspected else head
+            product = _Product(self.checkpoint.read(name), self.device, self.dtype)
+            head = ClassHead(self._model, product) if self._inspected else product
+            yield lambda hidden: head(norm(hidden)).float()
         finally:
             self._inner.norm.to("meta")
 
@@ -285,45 +235,19 @@ class BlockwiseDecoder:
         module.requires_grad_(False)
 
 
-class _Head:
-    """Logits from hidden states, the head's rows converted chunk by chunk."""
+class _Product(nn.Module):
+    """The output head, from hidden states behind the norm to float32: converted chunk by chunk."""
 
-    def __init__(self, norm: nn.Module, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
-        self.norm, self._weight, self._device, self._dtype = norm, weight, device, dtype
+    def __init__(self, weight: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._weight, self._device, self._dtype = weight, device, dtype
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Compute logits: […, hidden] → […, vocabulary] float32."""
-        return self.product(self.norm(hidden))
-
-    def product(self, normed: Tensor) -> Tensor:
-        """Multiply hidden states behind the norm: […, hidden] → […, vocabulary] float32."""
+    def forward(self, normed: Tensor) -> Tensor:
         logits = torch.empty(*normed.shape[:-1], len(self._weight), dtype=torch.float32, device=self._device)
         chunks = zip(self._weight.split(VOCABULARY_CHUNK), logits.split(VOCABULARY_CHUNK, -1), strict=True)
         for rows, place in chunks:
             place.copy_(functional.linear(normed, rows.to(self._device, self._dtype)))
         return logits
-
-
-class _InspectedHead:
-    """The same by a model's own class, which may do something to the product."""
-
-    def __init__(self, model: Any, head: _Head) -> None:
-        self._norm, self._head = head.norm, ClassHead(model, _Product(head))
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Compute logits: […, hidden] → […, vocabulary] float32."""
-        return self._head(self._norm(hidden)).float()
-
-
-class _Product(nn.Module):
-    """The product of a ``_Head`` as a module."""
-
-    def __init__(self, head: _Head) -> None:
-        super().__init__()
-        self._head = head
-
-    def forward(self, normed: Tensor) -> Tensor:
-        return self._head.product(normed)
 
 
 class _Recorder(nn.Module):

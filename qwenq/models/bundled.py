@@ -16,7 +16,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,10 +64,6 @@ def bundled_model() -> Path:
 
     Safe for several processes at once: each converts into a folder of its own, and the first to finish
     gives it its name.
-
-    Raises:
-        UsageError: the package or the GGUF reader is not installed; names the command that installs both.
-        StorageError: the cache cannot be written.
     """
     folder = cache_folder() / "models" / f"{NAME}-{_LAYOUT}"
     if _is_whole(folder):
@@ -76,20 +71,24 @@ def bundled_model() -> Path:
     file = find_gguf()
     with guard_storage(folder, _FLOAT32_BYTES):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
+        for left in folder.parent.glob(f".{folder.name}.*"):  # half-made ones of processes that were killed
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             made = Path(temporary) / folder.name
             convert(file, made)
-            _give_name(made, folder)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not _is_whole(folder):  # else another process was first, with the same bytes
+                    raise
+            fsync_folder(folder.parent)
     return folder
 
 
 def require_bundled() -> None:
-    """Require that ``bundled_model`` will find what it needs, without converting anything.
-
-    Raises:
-        UsageError: the package or the GGUF reader is not installed.
-    """
+    """Require that ``bundled_model`` will find what it needs, without converting anything."""
     if not (cache_folder() / "models" / f"{NAME}-{_LAYOUT}").is_dir():
         file = find_gguf()
         if importlib.util.find_spec("gguf") is None:
@@ -116,23 +115,6 @@ def _is_whole(folder: Path) -> bool:
             return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
-
-
-def _remove_stale(folder: Path) -> None:
-    """Drop the half-made folders of processes that were killed."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _give_name(made: Path, folder: Path) -> None:
-    try:
-        made.rename(folder)
-    except OSError:
-        if not _is_whole(folder):  # else another process was first, with the same bytes
-            raise
-    fsync_folder(folder.parent)
 
 
 def convert(file: Path, folder: Path) -> None:
@@ -181,7 +163,8 @@ def llama_config(facts: dict[str, Any]) -> dict[str, Any]:
         "head_dim": facts["llama.rope.dimension_count"],
         "hidden_act": "silu",
         "max_position_embeddings": facts["llama.context_length"],
-        "rms_norm_eps": _shortest_decimal(facts["llama.attention.layer_norm_rms_epsilon"]),
+        # The decimal that was meant: 1e-05 instead of float32's 9.999999747378752e-06.
+        "rms_norm_eps": float(f"{facts['llama.attention.layer_norm_rms_epsilon']:.7g}"),
         "rope_theta": facts["llama.rope.freq_base"],
         "attention_bias": False,
         "mlp_bias": False,
@@ -194,11 +177,6 @@ def llama_config(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shortest_decimal(value: float) -> float:
-    """Return the decimal that was meant: 1e-05 instead of float32's 9.999999747378752e-06."""
-    return float(f"{value:.7g}")
-
-
 def _write_weights(reader: gguf.GGUFReader, config: dict[str, Any], folder: Path) -> None:
     import torch
     from gguf import dequantize
@@ -207,13 +185,10 @@ def _write_weights(reader: gguf.GGUFReader, config: dict[str, Any], folder: Path
     from qwenq.models.source import TensorInfo
 
     stored = {hf_name(tensor.name): tensor for tensor in reader.tensors}
-    entries = [
-        (
-            name,
-            TensorInfo(tuple(int(n) for n in reversed(tensor.shape)), torch.float32),
-        )  # GGUF: fastest first
-        for name, tensor in stored.items()
-    ]
+    entries = []
+    for name, tensor in stored.items():
+        shape = tuple(map(int, reversed(tensor.shape)))  # GGUF's: the fastest dimension first
+        entries.append((name, TensorInfo(shape, torch.float32)))
 
     def read(name: str) -> torch.Tensor:
         weight = dequantize(stored[name].data, stored[name].tensor_type)
@@ -255,22 +230,12 @@ def _write_tokenizer(facts: dict[str, Any], folder: Path) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = list(_specials(facts))
+    control = 3  # GGUF's token type of special tokens
+    kinds = facts["tokenizer.ggml.token_type"]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == control]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     atomic_write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    atomic_write_json(folder / "tokenizer_config.json", _tokenizer_config(facts, special))
-
-
-def _specials(facts: dict[str, Any]) -> Iterator[str]:
-    control = 3  # GGUF's token type of special tokens
-    for token, kind in zip(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], strict=True):
-        if kind == control:
-            yield token
-
-
-def _tokenizer_config(facts: dict[str, Any], special: list[str]) -> dict[str, Any]:
-    tokens = facts["tokenizer.ggml.tokens"]
-    return {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
@@ -282,6 +247,7 @@ def _tokenizer_config(facts: dict[str, Any], special: list[str]) -> dict[str, An
         "model_max_length": facts["llama.context_length"],
         "chat_template": facts["tokenizer.chat_template"],
     }
+    atomic_write_json(folder / "tokenizer_config.json", config)
 
 
 def _write_licence(folder: Path) -> None:

@@ -45,8 +45,7 @@ class Entry:
         hub: hub ids with this shape, in the same order.
         parameters: of the language model in the publisher's own files, a stored copy of a tied head included.
         stored_head: the publisher's files hold that copy.
-        is_v1: published in the Qwen v1 layout; ``config`` and ``shape`` speak Qwen2's.
-        config: a config.json in the layout of Llama, Qwen2 or a later Qwen.
+        config: a config.json in the layout of Llama, Qwen2 (of Qwen v1, too) or a later Qwen.
         vision_parameters: of the vision tower in the publisher's files.
     """
 
@@ -54,7 +53,6 @@ class Entry:
     hub: tuple[str, ...]
     parameters: int
     stored_head: bool
-    is_v1: bool
     config: dict[str, Any]
     vision_parameters: int = 0
 
@@ -92,16 +90,13 @@ def hub_ids() -> list[str]:
 
 def find(name: str) -> Entry | None:
     """Return the entry of a name or hub id, in any case; None where there is none."""
-    return _by_name().get(name.lower())
+    wanted = name.lower()
+    known = (item for item in _entries() for key in (*item.names, *item.hub) if key.lower() == wanted)
+    return next(known, None)
 
 
 def entry(name: str) -> Entry:
-    """Return the entry of a name or hub id.
-
-    Raises:
-        UsageError: no such name; the nearest ones are suggested.
-        UnsupportedError: the name of a model that is known, and not supported yet.
-    """
+    """Return the entry of a name or hub id; of another name, suggest the nearest ones."""
     found = find(name)
     if found is None:
         refuse_by_name(name)
@@ -134,11 +129,6 @@ def config_for(name: str) -> dict[str, Any]:
     return dict(entry(name).config)
 
 
-def shape_for(name: str) -> ModelShape:
-    """Return the sizes of a catalogue name."""
-    return entry(name).shape
-
-
 def published(name: str) -> list[PublishedRow]:
     """Return the published figures of a model, one row a precision; empty where there are none."""
     found = find(name)
@@ -147,19 +137,11 @@ def published(name: str) -> list[PublishedRow]:
 
 @cache
 def _entries() -> tuple[Entry, ...]:
+    text = files("qwenq.models").joinpath("catalogue.toml").read_text(encoding="utf-8")
     tables: dict[str, dict[str, Any]] = {}
-    for table in _read("catalogue.toml")["model"]:
+    for table in tomllib.loads(text)["model"]:
         tables[table["names"][0]] = tables.get(table.get("like"), {}) | table
     return tuple(map(_entry, tables.values()))
-
-
-@cache
-def _by_name() -> dict[str, Entry]:
-    return {key.lower(): item for item in _entries() for key in (*item.names, *item.hub)}
-
-
-def _read(file: str) -> dict[str, Any]:
-    return tomllib.loads(files("qwenq.models").joinpath(file).read_text(encoding="utf-8"))
 
 
 def _entry(table: dict[str, Any]) -> Entry:
@@ -168,7 +150,6 @@ def _entry(table: dict[str, Any]) -> Entry:
         hub=tuple(table["hub"]),
         parameters=table["parameters"],
         stored_head=table.get("stored_head", False),
-        is_v1=table["family"] == "v1",
         config=_config(table),
         vision_parameters=_vision_parameters(table),
     )

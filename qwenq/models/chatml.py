@@ -21,19 +21,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from qwenq.errors import ModelError, UsageError
-
-# Build ChatML prompts as Qwen v1's ``make_context`` does, and end answers.
-#
-# The layout, with every ``\n`` a token of its own and every role and content encoded on its own (so that
-# neither merges with its surroundings, and special tokens inside a content stay plain text)::
-#
-#     <|im_start|>system\n{system}<|im_end|>
-#     \n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>   (for each round)
-#     \n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n
-
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 DEFAULT_MAX_WINDOW = 6144  # tokens; generation_config.json of Qwen-1.8B-Chat
@@ -60,17 +50,8 @@ Message = Mapping[str, Any]
 class ChatmlTokenizer(Protocol):
     """What the layout needs of a tokenizer."""
 
-    @property
-    def im_start_id(self) -> int:
-        """Return id of ``<|im_start|>``."""
-
-    @property
-    def im_end_id(self) -> int:
-        """Return id of ``<|im_end|>``."""
-
-    @property
-    def eod_id(self) -> int:
-        """Return id of ``<|endoftext|>``."""
+    im_start_id: int
+    im_end_id: int
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Return ids of a text; by default special tokens inside it are plain text."""
@@ -78,12 +59,7 @@ class ChatmlTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """A prompt, and how much of the conversation did not fit.
-
-    Attributes:
-        ids: the prompt's token ids.
-        dropped_rounds: how many of the oldest rounds (question and answer) were left out.
-    """
+    """The ids of a prompt, and how many of the oldest rounds (question and answer) were left out."""
 
     ids: list[int]
     dropped_rounds: int
@@ -99,25 +75,28 @@ def build_context(
     """Build the prompt of a conversation; drop the oldest rounds until it fits the window.
 
     As in v1, the system prompt and the *earlier* rounds must together stay below ``max_window`` tokens;
-    the last round is always kept and not counted.
-
-    Args:
-        tokenizer: gives the ids.
-        messages: ``{"role", "content"}``; an optional system message (default: DEFAULT_SYSTEM), then user
-            and assistant in turn.
-        add_generation_prompt: end with the opening of the assistant's answer.
-        max_window: tokens; None keeps everything.
-
-    Raises:
-        UsageError: the roles do not alternate, a content is no text, or there is nothing to answer.
+    the last round is always kept and not counted. Messages are an optional system message (default:
+    DEFAULT_SYSTEM), then user and assistant in turn; ``add_generation_prompt`` opens the next answer.
     """
+    newline = tokenizer.encode("\n")
+
+    def turn(role: str, content: str) -> list[int]:
+        body = [*tokenizer.encode(role), *newline, *tokenizer.encode(content)]
+        return [tokenizer.im_start_id, *body, tokenizer.im_end_id]
+
     system, rounds = split_rounds(messages, must_end_with_user=add_generation_prompt)
-    head = _encode_turn(tokenizer, "system", system)
-    encoded = [_encode_round(tokenizer, turns) for turns in rounds]
-    first = _first_kept(len(head), [len(ids) for ids in encoded], max_window)
+    head = turn("system", system)
+    encoded = [
+        [token for m in turns for token in (*newline, *turn(m["role"], m["content"]))] for turns in rounds
+    ]
+    first = 0
+    if max_window is not None and rounds:
+        first, total = len(rounds) - 1, len(head)
+        while first > 0 and total + len(encoded[first - 1]) < max_window:
+            first -= 1
+            total += len(encoded[first])
     ids = head + [token for turns in encoded[first:] for token in turns]
     if add_generation_prompt:
-        newline = tokenizer.encode("\n")
         ids += [*newline, tokenizer.im_start_id, *tokenizer.encode("assistant"), *newline]
     return Context(ids, dropped_rounds=first)
 
@@ -127,7 +106,9 @@ def split_rounds(
 ) -> tuple[str, list[list[Message]]]:
     """Split a conversation into its system prompt and rounds that begin with a user message."""
     for place, message in enumerate(messages):
-        _check_message(place, message)
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise UsageError(f"a chat message has no text under {key!r}", where=f"message {place}")
     has_system = bool(messages) and messages[0]["role"] == "system"
     system = str(messages[0]["content"]) if has_system else DEFAULT_SYSTEM
     turns = messages[1:] if has_system else messages
@@ -142,42 +123,6 @@ def split_rounds(
     if must_end_with_user and len(turns) % 2 == 0:
         raise UsageError("the conversation does not end with a user message: there is nothing to answer")
     return system, [list(turns[i : i + 2]) for i in range(0, len(turns), 2)]
-
-
-def stop_ids(tokenizer: ChatmlTokenizer) -> tuple[int, int, int]:
-    """Return the ids that end an answer: ``<|im_end|>``, ``<|endoftext|>``, ``<|im_start|>``."""
-    return tokenizer.im_end_id, tokenizer.eod_id, tokenizer.im_start_id
-
-
-def _first_kept(head: int, rounds: Sequence[int], max_window: int | None) -> int:
-    """Return index of the oldest round that is kept, newest first while the total stays below the window."""
-    if max_window is None or not rounds:
-        return 0
-    total, first = head, len(rounds) - 1
-    while first > 0 and total + rounds[first - 1] < max_window:
-        first -= 1
-        total += rounds[first]
-    return first
-
-
-def _encode_round(tokenizer: ChatmlTokenizer, turns: Sequence[Message]) -> list[int]:
-    newline = tokenizer.encode("\n")
-    ids: list[int] = []
-    for message in turns:
-        ids += newline + _encode_turn(tokenizer, message["role"], message["content"])
-    return ids
-
-
-def _encode_turn(tokenizer: ChatmlTokenizer, role: str, content: str) -> list[int]:
-    newline = tokenizer.encode("\n")
-    body = [*tokenizer.encode(role), *newline, *tokenizer.encode(content)]
-    return [tokenizer.im_start_id, *body, tokenizer.im_end_id]
-
-
-def _check_message(place: int, message: Message) -> None:
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            raise UsageError(f"a chat message has no text under {key!r}", where=f"message {place}")
 
 
 # Render chat templates, which are programs from model folders, in a process with limits.
@@ -201,11 +146,7 @@ _START = f"import sys; sys.path.append({_PACKAGE!r}); from {__name__} import ser
 
 
 class TemplateProcess:
-    """One process for all templates of this one; started with the first prompt.
-
-    Args:
-        seconds: of CPU time for one prompt.
-    """
+    """One process for all templates of this one; started with the first prompt."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._seconds = seconds
@@ -216,13 +157,9 @@ class TemplateProcess:
     def render(
         self, template: str, messages: Sequence[Mapping[str, Any]], prompt: bool, special: Mapping[str, Any]
     ) -> str:
-        """Render the text of a conversation.
+        """Render the text of a conversation, with the opening of an answer if it is a ``prompt``.
 
-        Args:
-            template: Jinja.
-            messages: of the conversation.
-            prompt: end with the opening of the assistant's answer.
-            special: further variables of the template: the tokenizer's special tokens, tools.
+        ``special`` holds further variables of the template: the tokenizer's special tokens, tools.
 
         Raises:
             UsageError: the template refuses the messages, or takes too long or too much memory.
@@ -295,42 +232,31 @@ def serve() -> None:
     """Serve requests in that process: a request a line on stdin, an answer a line on stdout."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever else prints
+    import resource
+
+    import psutil
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _limit_memory()
+    with suppress(OSError, ValueError):  # some systems cannot
+        limit = int(psutil.Process().memory_info().vms) + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for line in sys.stdin:
         seconds, template, messages, prompt, special = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        _answer(answers, lambda: _render(render_jinja_template, template, messages, prompt, special))  # noqa: B023
+        answers.write(_answer(render_jinja_template, template, messages, prompt, special) + "\n")
+        answers.flush()
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _render(library: Any, template: str, messages: list[Any], prompt: bool, special: dict[str, Any]) -> str:
-    rendered, _ = library([messages], chat_template=template, add_generation_prompt=prompt, **special)
-    text = str(rendered[0])
-    if len(text) > LONGEST + TIMES * (len(str(messages)) + len(str(special))):
-        raise ValueError(f"it made {len(text):,} characters")
-    return text
-
-
-def _answer(answers: IO[str], make: Any) -> None:
+def _answer(library: Any, template: str, messages: list[Any], prompt: bool, special: dict[str, Any]) -> str:
     try:
-        said = json.dumps({"text": make()})
+        rendered, _ = library([messages], chat_template=template, add_generation_prompt=prompt, **special)
+        text = str(rendered[0])
+        if len(text) > LONGEST + TIMES * (len(str(messages)) + len(str(special))):
+            raise ValueError(f"it made {len(text):,} characters")
+        return json.dumps({"text": text})
     except MemoryError:
-        said = json.dumps({"error": f"it needs more than {MEMORY >> 20} MB of memory"})
+        return json.dumps({"error": f"it needs more than {MEMORY >> 20} MB of memory"})
     except Exception as error:  # whatever a template raises: its own complaint, or a sandbox violation
-        said = json.dumps({"error": f"{error or type(error).__name__}"[:1000]})
-    answers.write(said + "\n")
-    answers.flush()
-
-
-def _limit_memory() -> None:
-    """Limit memory on top of what Python and its libraries have taken; some systems cannot."""
-    import resource
-
-    import psutil
-
-    with suppress(OSError, ValueError):
-        limit = int(psutil.Process().memory_info().vms) + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return json.dumps({"error": f"{error or type(error).__name__}"[:1000]})

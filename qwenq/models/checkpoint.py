@@ -114,11 +114,8 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
     A GPTQ folder opens with its packed tensors, and so does one of AutoRound in that layout, whose settings
     are shown as GPTQ's; a notice is added where it has no qwenq.json, or where only AutoGPTQ's
     quantize_config.json has the settings. Weights that another tool quantised (AWQ, compressed-tensors, FP8)
-    are shown dequantised. A Qwen v1 folder opens in Qwen2's layout.
-
-    Args:
-        folder: where config.json and the weights are.
-        unfinished: open what `qwenq quantize` has staged and not yet published; its own check does.
+    are shown dequantised. A Qwen v1 folder opens in Qwen2's layout. ``unfinished`` opens what `qwenq
+    quantize` has staged and not yet published; its own check does.
 
     Raises:
         ModelError: not a model folder, a config that no model can have, or an unfinished quantisation.
@@ -164,19 +161,13 @@ def open_checkpoint(folder: Path, *, unfinished: bool = False) -> Checkpoint:
 
 def _view(folder: Path, config: dict[str, Any], source: TensorSource) -> TextView:
     """Return the view of the language model's tensors, under the names that transformers' model has."""
+    hidden = config.get("hidden_size")
     if not by_inspection(config):
-        return TextView(source, config.get("hidden_size"), folder)
+        return TextView(source, hidden, folder)
     from qwenq.models.tensor_names import model_names
 
-    drafts = config.get("num_nextn_predict_layers") or 0
-    layers = config["num_hidden_layers"] if drafts else None
-    return TextView(
-        source,
-        config.get("hidden_size"),
-        folder,
-        layers=layers,
-        rename=model_names(config["model_type"], folder),
-    )
+    layers = config["num_hidden_layers"] if config.get("num_nextn_predict_layers") else None
+    return TextView(source, hidden, folder, layers=layers, rename=model_names(config["model_type"], folder))
 
 
 def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[str]) -> dict[str, Any]:
@@ -217,10 +208,9 @@ def _untie(config: dict[str, Any], source: TensorSource, notices: list[str]) -> 
 
 
 def open_weights(folder: Path) -> tuple[TensorSource, list[str]]:
-    """Open a folder's tensors under the names in its files: safetensors first, else pickle, read safely.
+    """Open a folder's tensors under the names in its files; return notices on weights that are not read, too.
 
-    Returns:
-        The tensors, and notices on weights beside them that are not read.
+    Safetensors come first, else pickle, read safely.
     """
     from qwenq.models.pickles import open_pickles
     from qwenq.models.safetensors_files import open_safetensors, unread_files

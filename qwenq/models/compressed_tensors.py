@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from qwenq.errors import UnsupportedError
-from qwenq.models.gptq_config import patterns
+from qwenq.models.gptq_config import QuantConfig, patterns
+from qwenq.models.gptq_format import check_symmetric_zeros, quantised_modules
 from qwenq.models.source import TensorInfo, TensorSource
-
-if TYPE_CHECKING:
-    import torch
-
-    from qwenq.models.gptq_config import QuantConfig
 
 _NAMES = {"qweight": "weight_packed", "scales": "weight_scale", "g_idx": "weight_shape"}
 _BESIDE = re.compile(r"(^|\.)(visual|vision_tower|mtp)\.")
@@ -26,19 +24,11 @@ _NOT_LINEAR = re.compile(r"(embed_tokens|norm\w*|conv1d)$")
 
 
 class CompressedTensorsView:
-    """The tensors of a symmetric GPTQ checkpoint under the names of ``pack-quantized``.
-
-    Args:
-        source: the packed tensors, under their names in the files.
-        quant: their settings.
-
-    Raises:
-        UnsupportedError: free zero points, or columns in activation order.
-    """
+    """The tensors of a symmetric GPTQ checkpoint under the names of ``pack-quantized``."""
 
     def __init__(self, source: TensorSource, quant: QuantConfig) -> None:
         self._source = source
-        self._modules = [n.removesuffix(".qweight") for n in source.names() if n.endswith(".qweight")]
+        self._modules = quantised_modules(source)
         self._settings = {module: quant.of(module) for module in self._modules}
         for module, own in self._settings.items():
             if not own.sym or own.desc_act:
@@ -59,8 +49,6 @@ class CompressedTensorsView:
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype from the headers."""
-        import torch
-
         stored = self._source.info(self._stored[name])
         if name.endswith(".weight_shape"):
             return TensorInfo((2,), torch.int64)
@@ -69,15 +57,7 @@ class CompressedTensorsView:
         return stored
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in the form of ``pack-quantized``.
-
-        Raises:
-            QuantisationError: a zero point is not in the middle, against what config.json says.
-        """
-        import torch
-
-        from qwenq.models.gptq_format import check_symmetric_zeros
-
+        """Return a tensor in the form of ``pack-quantized``."""
         module, _, part = name.rpartition(".")
         if module not in self._settings or part not in _NAMES.values():
             return self._source.read(self._stored[name])
@@ -95,9 +75,8 @@ class CompressedTensorsView:
         for module, own in self._settings.items():
             kinds.setdefault((own.bits, own.group_size), []).append(_in_block(module))
         groups = {}
-        for number, ((bits, group_size), modules) in enumerate(
-            sorted(kinds.items(), key=lambda k: len(k[1]))
-        ):
+        ordered = sorted(kinds.items(), key=lambda kind: len(kind[1]))
+        for number, ((bits, group_size), modules) in enumerate(ordered):
             others = [m for other in kinds.values() if other is not modules for m in other]
             last = number == len(kinds) - 1
             targets = ["Linear"] if last else [f"re:{p}" for p in patterns(dict.fromkeys(modules), others)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_beside_decoder, missing_by_config
+from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_by_config, recognise, refuse_prefix
 
 # Read the language model's config inside the config.json of a larger model.
 
@@ -45,12 +44,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def whole_config(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json for a language model whose own config is now ``text``.
-
-    Args:
-        config: of the whole model, as published.
-        text: of its language model, from ``text_config``, with values that may have changed since.
-    """
+    """Return the published config.json with what has changed in ``text``, which was its ``text_config``."""
     if not is_nested(config):
         return dict(text)
     before = text_config(config)
@@ -88,7 +82,8 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
             hint=_COPY_AGAIN,
         )
     if kind_of(found) != "default":
-        _check_scaling({"partial_rotary_factor": config.get("partial_rotary_factor"), **found})
+        whole = config.get("model_type") not in HYBRIDS
+        _check_scaling({"partial_rotary_factor": config.get("partial_rotary_factor"), **found}, whole=whole)
     return found
 
 
@@ -103,8 +98,8 @@ def _whole(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
     return {**left_out, **rope, "rope_type": kind_of(rope), "type": None}
 
 
-def _check_scaling(rope: Mapping[str, Any]) -> None:
-    if rope["partial_rotary_factor"] not in (None, 1):
+def _check_scaling(rope: Mapping[str, Any], *, whole: bool) -> None:
+    if whole and rope["partial_rotary_factor"] not in (None, 1):
         raise ModelError(
             f"partial_rotary_factor {rope['partial_rotary_factor']!r} of config.json: heads of a Llama or "
             "Qwen model are rotated whole",
@@ -155,50 +150,47 @@ def class_in_transformers(model_type: str) -> str | None:
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 _HARMLESS_PRIVATE_KEYS = {"_name_or_path", "_model_name_or_path"}
-_HARMLESS_PRIVATE_COUNTS = {"_sliding_window_pattern"}
-"""Whole numbers that transformers itself saves, of Gemma 3."""
-_HARMLESS_PRIVATE_FLAGS = {"_attn_implementation_autoset", "_load_in_4bit", "_load_in_8bit"}
-"""True or false in what transformers itself has saved: 4.46 to 4.50, and with bitsandbytes."""
+_HARMLESS_PRIVATE_VALUES: dict[type, set[str]] = {
+    int: {"_sliding_window_pattern"},  # of Gemma 3
+    bool: {"_attn_implementation_autoset", "_load_in_4bit", "_load_in_8bit"},
+}
+"""What transformers itself has saved: flags by 4.46 to 4.50, and with bitsandbytes."""
 _OTHER_USE = re.compile(r"\w+For(?!CausalLM$)\w+|\w+(?<!LMHead)Model")
 """Classes of transformers that are no causal language models."""
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """Smallest and largest believable value of a count in config.json."""
-
-    low: int
-    high: int
-
-
+_Bound = tuple[int, int]
+"""Smallest and largest believable value of a count in config.json."""
 _LIMIT = 2**31 - 1
 _COUNTS: dict[str, _Bound] = {
-    "hidden_size": _Bound(1, 1 << 20),
-    "intermediate_size": _Bound(1, 1 << 24),
-    "num_hidden_layers": _Bound(1, 10_000),
-    "num_attention_heads": _Bound(1, 1 << 16),
-    "num_key_value_heads": _Bound(1, 1 << 16),
-    "head_dim": _Bound(1, 1 << 16),
-    "kv_channels": _Bound(1, 1 << 16),
-    "vocab_size": _Bound(1, 1 << 26),
-    "max_position_embeddings": _Bound(1, _LIMIT),
-    "seq_length": _Bound(1, _LIMIT),
-    "num_experts": _Bound(1, 1 << 16),
-    "num_local_experts": _Bound(1, 1 << 16),  # what transformers 5 calls them
-    "n_routed_experts": _Bound(1, 1 << 16),  # and what DeepSeek and GLM do
-    "num_nextn_predict_layers": _Bound(0, 100),
-    "num_experts_per_tok": _Bound(1, 1 << 16),
-    "moe_intermediate_size": _Bound(1, 1 << 24),
-    "shared_expert_intermediate_size": _Bound(0, 1 << 24),
-    "decoder_sparse_step": _Bound(1, 10_000),
-    "full_attention_interval": _Bound(1, 10_000),
-    "linear_num_key_heads": _Bound(1, 1 << 16),
-    "linear_num_value_heads": _Bound(1, 1 << 16),
-    "linear_key_head_dim": _Bound(1, 1 << 16),
-    "linear_value_head_dim": _Bound(1, 1 << 16),
-    "linear_conv_kernel_dim": _Bound(1, 1 << 10),
-    "num_labels": _Bound(0, 1 << 20),  # transformers makes a name for each
+    "hidden_size": (1, 1 << 20),
+    "intermediate_size": (1, 1 << 24),
+    "num_hidden_layers": (1, 10_000),
+    "num_attention_heads": (1, 1 << 16),
+    "num_key_value_heads": (1, 1 << 16),
+    "head_dim": (1, 1 << 16),
+    "kv_channels": (1, 1 << 16),
+    "vocab_size": (1, 1 << 26),
+    "max_position_embeddings": (1, _LIMIT),
+    "seq_length": (1, _LIMIT),
+    "num_experts": (1, 1 << 16),
+    "num_local_experts": (1, 1 << 16),  # what transformers 5 calls them
+    "n_routed_experts": (1, 1 << 16),  # and what DeepSeek and GLM do
+    "num_nextn_predict_layers": (0, 100),
+    "num_experts_per_tok": (1, 1 << 16),
+    "moe_intermediate_size": (1, 1 << 24),
+    "shared_expert_intermediate_size": (0, 1 << 24),
+    "decoder_sparse_step": (1, 10_000),
+    "full_attention_interval": (1, 10_000),
+    "linear_num_key_heads": (1, 1 << 16),
+    "linear_num_value_heads": (1, 1 << 16),
+    "linear_key_head_dim": (1, 1 << 16),
+    "linear_value_head_dim": (1, 1 << 16),
+    "linear_conv_kernel_dim": (1, 1 << 10),
+    "num_labels": (0, 1 << 20),  # transformers makes a name for each
 }
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+"""Types with linear attention in some layers, and an output gate and partly rotated heads in the others."""
 PLAIN_ROPE = ("llama", "qwen2", "qwen3", "qwen3_moe")
 """Types whose heads are rotated whole, in the same way in all layers."""
 LAYER_KINDS = ("full_attention", "sliding_attention", "linear_attention")
@@ -268,8 +260,6 @@ def require_layers(config: dict[str, Any], names: Iterable[str], folder: Path) -
             hint="name a causal language model",
         )
     if not any(name.startswith(last) for name in names):
-        from qwenq.models.unsupported import refuse_prefix
-
         refuse_prefix(names, folder)
         raise ModelError(
             f"config.json says {config['num_hidden_layers']} layers, but the last one has no weights",
@@ -283,16 +273,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _no_model(why: str, folder: Path) -> ModelError:
-    from qwenq.models.unsupported import recognise
-
-    holds = _listing(folder)
-    if known := recognise(folder):
-        return ModelError(f"not a model folder: {known.what}", where=folder, hint=known.hint)
-    return ModelError(
-        f"not a model folder: {why}",
-        where=folder,
-        hint=f"name a folder with config.json and *.safetensors; this one holds {holds}",
-    )
+    hint = f"name a folder with config.json and *.safetensors; this one holds {_listing(folder)}"
+    why, hint = recognise(folder) or (why, hint)
+    return ModelError(f"not a model folder: {why}", where=folder, hint=hint)
 
 
 def _listing(folder: Path, most: int = 8) -> str:
@@ -319,9 +302,8 @@ def _keys(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 def _refuse_private_keys(config: dict[str, Any], path: Path) -> None:
     """Refuse private keys: ``_attn_implementation_internal`` makes the loader fetch and run code."""
     for key, dotted, value in _keys(config):
-        harmless = _HARMLESS_PRIVATE_KEYS | (_HARMLESS_PRIVATE_FLAGS if isinstance(value, bool) else set())
-        counts = _HARMLESS_PRIVATE_COUNTS if type(value) is int else set()
-        if key.startswith("_") and key not in harmless | counts:
+        harmless = _HARMLESS_PRIVATE_KEYS | _HARMLESS_PRIVATE_VALUES.get(type(value), set())
+        if key.startswith("_") and key not in harmless:
             raise ModelError(
                 f"config.json holds the private key {dotted}, which could make a loader run foreign code",
                 where=path,
@@ -334,13 +316,19 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     model_type = config["model_type"]
     if model_type in KNOWN_ARCHITECTURES:
         _refuse_other_use(config, path)
-        _require_text(config, path)
+        whole = "ForConditionalGeneration" in KNOWN_ARCHITECTURES[model_type]
+        if whole and not is_nested(config):
+            raise ModelError(
+                f"config.json of a {model_type} has no text_config, which describes its language model",
+                where=path,
+                hint=_COPY_AGAIN,
+            )
         if "auto_map" in config:
             return [f"auto_map in config.json is ignored: {model_type} is built in, and its code is not run"]
         return []
     supported = ", ".join(KNOWN_ARCHITECTURES)
     hint = f"supported model types: {supported}, and decoders that transformers has built in"
-    plain = model_type not in NOT_SUPPORTED_YET and missing_beside_decoder(config) is None
+    plain = model_type not in NOT_SUPPORTED_YET and missing_by_config(config, experts=False) is None
     if plain and (built := class_in_transformers(model_type)):
         _refuse_other_use(config, path)
         return [
@@ -356,16 +344,6 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
     else:
         what = f"the model type {model_type!r} is unknown here"
     raise UnsupportedError(what, where=path, hint=hint)
-
-
-def _require_text(config: dict[str, Any], path: Path) -> None:
-    """Refuse a vision-language model's config.json that does not describe its language model."""
-    if "ForConditionalGeneration" in KNOWN_ARCHITECTURES[config["model_type"]] and not is_nested(config):
-        raise ModelError(
-            f"config.json of a {config['model_type']} has no text_config, which describes its language model",
-            where=path,
-            hint="copy the model's config.json again",
-        )
 
 
 def _refuse_other_use(config: dict[str, Any], path: Path) -> None:
@@ -395,20 +373,18 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
     widths = (
         () if not required or any(config.get(key) is not None for key in _MLP_WIDTHS) else _MLP_WIDTHS[:1]
     )
-    for key in (*required, *widths):
-        if config.get(key) is None and by_inspection(config):
+    if missing := [key for key in (*required, *widths) if config.get(key) is None]:
+        if by_inspection(config):
             raise UnsupportedError(
-                f"config.json of a {config['model_type']} has no {key}, by which decoders are inspected",
+                f"config.json of a {config['model_type']} has no {missing[0]}, by which decoders are "
+                "inspected",
                 where=path,
                 hint="this architecture is not supported yet",
             )
-        if config.get(key) is None:
-            raise ModelError(
-                f"config.json has no {key}", where=path, hint="copy the model's config.json again"
-            )
+        raise ModelError(f"config.json has no {missing[0]}", where=path, hint=_COPY_AGAIN)
     for key, bound in _COUNTS.items():
         if (value := config.get(key)) is not None and not _is_count(value, bound):
-            raise _absurd(key, value, f"a whole number from {bound.low} to {bound.high}", path)
+            raise _absurd(key, value, f"a whole number from {bound[0]} to {bound[1]}", path)
     for key in _POSITIVE_REALS:
         value = config.get(key)
         if value is not None and not _is_positive(value):
@@ -416,8 +392,18 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         raise _absurd("tie_word_embeddings", config["tie_word_embeddings"], "true or false", path)
     _check_nested(config, path)
-    _check_heads(config, path)
-    _check_experts(config, path)
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if hidden is not None and heads is not None:
+        if config.get("head_dim") is None and config.get("kv_lora_rank") is None and hidden % heads:
+            raise _absurd("hidden_size", hidden, f"a multiple of num_attention_heads ({heads})", path)
+        shared = config.get("num_key_value_heads")
+        if shared is not None and heads % shared:
+            raise _absurd("num_key_value_heads", shared, f"a divisor of num_attention_heads ({heads})", path)
+    named = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((config[key] for key in named if config.get(key)), None)
+    chosen = "num_experts_per_tok"
+    if experts is not None and (config.get(chosen) or 0) > experts:
+        raise _absurd(chosen, config[chosen], f"at most the number of experts ({experts})", path)
 
 
 def _check_nested(config: dict[str, Any], path: Path) -> None:
@@ -454,41 +440,19 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
     if config.get("use_sliding_window") and config.get("sliding_window") == 0:
         raise _absurd("sliding_window", 0, "1 or more where use_sliding_window is set", path)
     windows = config.get("max_window_layers")
-    if windows is not None and not _is_count(windows, _Bound(0, _LIMIT)):
+    if windows is not None and not _is_count(windows, (0, _LIMIT)):
         raise _absurd("max_window_layers", windows, "a whole number", path)
 
 
 def _is_count(value: Any, bound: _Bound) -> bool:
-    return type(value) is int and bound.low <= value <= bound.high  # `type is`: True is no count
+    return type(value) is int and bound[0] <= value <= bound[1]  # `type is`: True is no count
 
 
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e30
 
 
-def _check_heads(config: dict[str, Any], path: Path) -> None:
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if hidden is None or heads is None:
-        return
-    if config.get("head_dim") is None and config.get("kv_lora_rank") is None and hidden % heads:
-        raise _absurd("hidden_size", hidden, f"a multiple of num_attention_heads ({heads})", path)
-    shared = config.get("num_key_value_heads")
-    if shared is not None and heads % shared:
-        raise _absurd("num_key_value_heads", shared, f"a divisor of num_attention_heads ({heads})", path)
-
-
-def _check_experts(config: dict[str, Any], path: Path) -> None:
-    named = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((config[key] for key in named if config.get(key)), None)
-    chosen = "num_experts_per_tok"
-    if experts is not None and (config.get(chosen) or 0) > experts:
-        raise _absurd(chosen, config[chosen], f"at most the number of experts ({experts})", path)
-
-
 def _absurd(key: str, value: Any, expected: str, path: Path) -> ModelError:
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "…"
-    return ModelError(
-        f"config.json says {key} = {shown}; it has to be {expected}",
-        where=path,
-        hint="copy the model's config.json again",
-    )
+    what = f"config.json says {key} = {shown}; it has to be {expected}"
+    return ModelError(what, where=path, hint=_COPY_AGAIN)

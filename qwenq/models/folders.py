@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from qwenq.errors import CorruptFileError, ModelError, UsageError
@@ -15,11 +14,7 @@ from qwenq.storage import readable_bytes
 
 
 def local_path(text: str | Path, what: str) -> Path:
-    """Return the path, ``~`` expanded; nothing need be there.
-
-    Args:
-        text: as typed.
-        what: it stands for: MODEL, ``--out``.
+    """Return the path, ``~`` expanded, of what was typed for ``what``; nothing need be there.
 
     Raises:
         UsageError: a name that no disk takes, a folder that may not be searched, the home of nobody; a name
@@ -77,27 +72,23 @@ def refuse_foreign_links(folder: Path) -> None:
         return  # reading it raises the error
     try:
         root = folder.resolve(strict=True)
-        homes = (root, *_hub_blobs(root))
-        for entry in _entries(root):
+        repository = hub_repository(root)
+        homes = [root] if repository is None else [root, repository / "blobs"]
+        templates = root / _TEMPLATES
+        for entry in (*root.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
             _check(entry, homes)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise ModelError(f"the folder cannot be read: {error}", where=folder) from error
 
 
-def _entries(root: Path) -> Iterator[Path]:
-    yield from root.iterdir()
-    if (root / _TEMPLATES).is_dir():
-        yield from (root / _TEMPLATES).iterdir()
+def hub_repository(folder: Path) -> Path | None:
+    """Return ``models--owner--name`` of its snapshot in the hub's cache; None: the folder is none."""
+    repository = folder.parent.parent
+    is_snapshot = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository if is_snapshot else None
 
 
-def _hub_blobs(root: Path) -> tuple[Path, ...]:
-    """Return ``models--owner--name/blobs`` of ``models--owner--name/snapshots/commit``."""
-    repository = root.parent.parent
-    is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
-    return (repository / "blobs",) if is_snapshot else ()
-
-
-def _check(entry: Path, homes: tuple[Path, ...]) -> None:
+def _check(entry: Path, homes: list[Path]) -> None:
     mode = entry.lstat().st_mode
     if stat.S_ISLNK(mode):
         target = entry.resolve()
@@ -128,15 +119,7 @@ _LONGER = "." * 24  # what work folders have in their names besides
 
 
 def require_renameable(target: Path, option: str) -> None:
-    """Refuse a name that no finished folder can take, before any work is done for it.
-
-    Args:
-        target: what the user named.
-        option: how he named it, for the hint.
-
-    Raises:
-        UsageError: it is a link, where a disk is mounted, no name of its own, too long, or not UTF-8.
-    """
+    """Refuse a name, given by ``option``, that no finished folder can take, before any work is done."""
     require_utf8(target, option)
     if target.name == "..":
         raise UsageError(
@@ -164,12 +147,7 @@ def require_renameable(target: Path, option: str) -> None:
 
 
 def take_name(made: Path, target: Path) -> None:
-    """Give a finished folder its name, which an empty folder may have.
-
-    Raises:
-        UsageError: something has been put there since ``require_renameable``.
-        OSError: the disk refused.
-    """
+    """Give a finished folder its name, which an empty folder may have."""
     try:
         os.replace(made, target)  # noqa: PTH105  Path.replace refuses an empty folder on some systems
     except OSError as error:

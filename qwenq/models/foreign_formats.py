@@ -32,6 +32,7 @@ from qwenq.models.source import TensorInfo, TensorSource
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Nibble of a word that holds column 0, 1, … of its eight."""
+_OTHER_MODEL = "config.json and the weights are not of one model: copy the folder again"
 _ONE_BYTE = {"int-quantized", "float-quantized", "naive-quantized"}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -56,57 +57,39 @@ class ForeignFormat:
     name: str
     precision: str
     bits: int
-    group_size: int
-    symmetric: bool
-    integers: bool
-    activations: bool
     suffixes: tuple[str, ...]
     shape: Callable[[TensorSource, str], tuple[int, ...]]
     dequantise: Callable[[TensorSource, str], Tensor]
+    group_size: int = -1
+    symmetric: bool = True
+    integers: bool = True
+    activations: bool = False
 
 
 class ForeignSource:
     """A checkpoint of another tool that reads like a plain one: ``X.weight`` in place of what stands for it.
 
-    Args:
-        stored: the tensors under their names in the files.
-        found: their format.
-        dtype: of the weights that are shown.
+    Attributes:
+        stored: the tensors as they lie in the files.
+        format: how the weights were quantised.
+        modules: the names of the quantised modules.
     """
 
     def __init__(self, stored: TensorSource, found: ForeignFormat, dtype: torch.dtype) -> None:
-        self._stored, self._format, self._dtype = stored, found, dtype
+        self.stored, self.format, self._dtype = stored, found, dtype
         first = f".{found.suffixes[0]}"
-        self._modules = {
-            f"{name.removesuffix(first)}.weight": name.removesuffix(first)
-            for name in stored.names()
-            if name.endswith(first)
-        }
-        parts = {f"{m}.{suffix}": f"{m}.weight" for m in self._modules.values() for suffix in found.suffixes}
+        self.modules = [name.removesuffix(first) for name in stored.names() if name.endswith(first)]
+        self._module_of = {f"{module}.weight": module for module in self.modules}
+        parts = {f"{m}.{suffix}": f"{m}.weight" for m in self.modules for suffix in found.suffixes}
         self._names = list(dict.fromkeys(parts.get(name, name) for name in stored.names()))
-
-    @property
-    def format(self) -> ForeignFormat:
-        """Return how the weights were quantised."""
-        return self._format
-
-    @property
-    def stored(self) -> TensorSource:
-        """Return the tensors as they lie in the files."""
-        return self._stored
-
-    @property
-    def modules(self) -> list[str]:
-        """Return the names of the quantised modules."""
-        return list(self._modules.values())
 
     @property
     def notice(self) -> str:
         """Return a line for the user: what it is, how it is read, and what is left out by that."""
         left_out = "; engines quantise its activations, too, which is not done here"
         return (
-            f"quantised by another tool, {self._format.name}: read as the weights it stands for"
-            f"{left_out if self._format.activations else ''}"
+            f"quantised by another tool, {self.format.name}: read as the weights it stands for"
+            f"{left_out if self.format.activations else ''}"
         )
 
     def names(self) -> Iterable[str]:
@@ -115,23 +98,17 @@ class ForeignSource:
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype, without dequantising."""
-        if name not in self._modules:
-            return self._stored.info(name)
-        module = self._modules[name]
+        if (module := self._module_of.get(name)) is None:
+            return self.stored.info(name)
         with _fitting(module):
-            return TensorInfo(self._format.shape(self._stored, module), self._dtype)
+            return TensorInfo(self.format.shape(self.stored, module), self._dtype)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor; a quantised weight as [out, in], computed in float32 and rounded once.
-
-        Raises:
-            ModelError: tensors of a module are missing or their shapes do not fit each other.
-        """
-        if name not in self._modules:
-            return self._stored.read(name)
-        module = self._modules[name]
+        """Return a tensor; a quantised weight as [out, in], computed in float32 and rounded once."""
+        if (module := self._module_of.get(name)) is None:
+            return self.stored.read(name)
         with _fitting(module):
-            return self._format.dequantise(self._stored, module).to(self._dtype)
+            return self.format.dequantise(self.stored, module).to(self._dtype)
 
 
 @contextmanager
@@ -143,7 +120,7 @@ def _fitting(module: str) -> Iterator[None]:
         raise ModelError(
             f"the tensors of this module do not fit each other: {error}",
             where=module,
-            hint="config.json and the weights are not of one model: copy the folder again",
+            hint=_OTHER_MODEL,
         ) from error
 
 
@@ -177,14 +154,6 @@ def open_foreign(config: Mapping[str, Any], source: TensorSource, where: Path) -
     """Return a checkpoint of another tool that reads like a plain one; None: plain weights or GPTQ.
 
     Weights are shown in float32, which holds every product of an integer and a scale exactly.
-
-    Args:
-        config: config.json.
-        source: the tensors under their names in the files.
-        where: for messages.
-
-    Raises:
-        UnsupportedError, ModelError: see ``foreign_format``; or no tensor of that format is there.
     """
     found = foreign_format(config, where)
     if found is None:
@@ -192,20 +161,15 @@ def open_foreign(config: Mapping[str, Any], source: TensorSource, where: Path) -
     opened = ForeignSource(source, found, torch.float32)
     if not opened.modules:
         raise ModelError(
-            f"config.json names {found.name}, and no tensor has that form",
-            where=where,
-            hint="config.json and the weights are not of one model: copy the folder again",
+            f"config.json names {found.name}, and no tensor has that form", where=where, hint=_OTHER_MODEL
         )
     return opened
 
 
 def unpack_int32(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return integers of ``bits`` from int32 words, uint8 [rows, count]; the lowest bits come first.
+    """Return integers of 1 to 8 bits, uint8 [rows, count], from int32 [rows, ceil(count · bits / 32)].
 
-    Args:
-        words: int32 [rows, ceil(count · bits / 32)]; an integer may lie across two words.
-        bits: 1 to 8.
-        count: integers of a row.
+    The lowest bits come first; an integer may lie across two words.
     """
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32)
@@ -245,8 +209,6 @@ def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         bits=bits,
         group_size=group,
         symmetric=keys.get("zero_point", not keys.get("sym", False)) is False,
-        integers=True,
-        activations=False,
         suffixes=("qweight", "qzeros", "scales"),
         shape=shape,
         dequantise=dequantise,
@@ -285,18 +247,13 @@ def _width(bits: Any, where: Path) -> int:
 
 
 def _schemes(keys: Mapping[str, Any], where: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Return the settings of weights by group, that of most modules last, and whether activations have any.
-
-    Raises:
-        UnsupportedError: weights that are sparse or rotated, too.
-        ModelError: no group has settings of weights.
-    """
+    """Return the settings of weights by group, the commonest last, and whether activations have any."""
     sparsity, transform = (
         found if isinstance(found := keys.get(key), Mapping) else {}
         for key in ("sparsity_config", "transform_config")
     )
     if sparsity.get("format", "dense") != "dense" or transform.get("config_groups"):
-        kind = "rotated" if transform else "sparse"
+        kind = "rotated" if transform.get("config_groups") else "sparse"
         raise UnsupportedError(
             f"compressed-tensors with weights that are {kind}, too, is not read",
             where=where,
@@ -341,7 +298,7 @@ def _packed(schemes: list[dict[str, Any]], activations: bool) -> ForeignFormat:
             raise ModelError(
                 f"its weights have {bits} bits, and config.json has {', '.join(map(str, sorted(widths)))}",
                 where=module,
-                hint="config.json and the weights are not of one model: copy the folder again",
+                hint=_OTHER_MODEL,
             )
         values = unpack_int32(words, bits, columns).float()  # [out, in]
         scales = source.read(f"{module}.weight_scale").float()  # [out, groups]
@@ -367,7 +324,6 @@ def _packed(schemes: list[dict[str, Any]], activations: bool) -> ForeignFormat:
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
-        integers=True,
         activations=activations,
         suffixes=("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
         shape=shape,
@@ -379,22 +335,16 @@ def _eight_bits(scheme: Mapping[str, Any], activations: bool) -> ForeignFormat:
     """Return the format of weights that are stored as int8 or float8."""
     kind = "Int8" if scheme.get("type", "int") == "int" else "FP8"
 
-    def shape(source: TensorSource, module: str) -> tuple[int, ...]:
-        return source.info(f"{module}.weight").shape
-
     def dequantise(source: TensorSource, module: str) -> Tensor:
         values = source.read(f"{module}.weight")
         if values.dtype not in (*_FP8, torch.int8):
             raise ModelError(
-                f"{module}.weight is {values.dtype}, no weight of 8 bits",
-                where=module,
-                hint="config.json and the weights are not of one model: copy the folder again",
+                f"{module}.weight is {values.dtype}, no weight of 8 bits", where=module, hint=_OTHER_MODEL
             )
-        scales = source.read(f"{module}.weight_scale").float()
+        values, scales = values.float(), source.read(f"{module}.weight_scale").float()
         if f"{module}.weight_zero_point" in set(source.names()):
-            offset = source.read(f"{module}.weight_zero_point").float()
-            return _by_block(values.float(), scales, offset)
-        return _by_block(values.float(), scales, None)
+            values = _by_group(torch.sub, values, source.read(f"{module}.weight_zero_point").float())
+        return _by_group(torch.mul, values, scales)
 
     group_size = scheme.get("group_size") or -1
     return ForeignFormat(
@@ -406,7 +356,7 @@ def _eight_bits(scheme: Mapping[str, Any], activations: bool) -> ForeignFormat:
         integers=kind == "Int8",
         activations=activations,
         suffixes=("weight_scale", "weight", "weight_zero_point"),
-        shape=shape,
+        shape=_weight_shape,
         dequantise=dequantise,
     )
 
@@ -420,9 +370,6 @@ def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
             hint="read are blocks of two sizes, such as [128, 128]",
         )
 
-    def shape(source: TensorSource, module: str) -> tuple[int, ...]:
-        return source.info(f"{module}.weight").shape
-
     def dequantise(source: TensorSource, module: str) -> Tensor:
         values = source.read(f"{module}.weight")  # float8 [out, in]
         scales = source.read(f"{module}.weight_scale_inv").float()  # [out / rows, in / columns], rounded up
@@ -434,12 +381,10 @@ def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         name=f"FP8, blocks of {block[0]} × {block[1]}",
         precision="fp8",
         bits=8,
-        group_size=-1,
-        symmetric=True,
         integers=False,
         activations=keys.get("activation_scheme") is not None,
         suffixes=("weight_scale_inv", "weight"),
-        shape=shape,
+        shape=_weight_shape,
         dequantise=dequantise,
     )
 
@@ -448,17 +393,16 @@ def _groups(size: int) -> str:
     return "whole rows" if size == -1 else f"groups of {size}"
 
 
-def _by_block(values: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """Return (values − zeros) · scales, where scales are one, one a row, or [out, groups]."""
-    rows, columns = values.shape
-    if scales.ndim < 2 or scales.shape[1] == 1:
-        by_row = scales.reshape(-1, 1)
-        return ((values - zeros.reshape(-1, 1)) if zeros is not None else values) * by_row
-    size = columns // scales.shape[1]
-    grouped = values.view(rows, scales.shape[1], size)
-    if zeros is not None:
-        grouped = grouped - zeros.unsqueeze(-1)
-    return (grouped * scales.unsqueeze(-1)).flatten(1)
+def _weight_shape(source: TensorSource, module: str) -> tuple[int, ...]:
+    return source.info(f"{module}.weight").shape
+
+
+def _by_group(operation: Callable[[Tensor, Tensor], Tensor], values: Tensor, of_groups: Tensor) -> Tensor:
+    """Apply an operation to values [out, in] and one number, one a row, or [out, groups]."""
+    if of_groups.ndim < 2 or of_groups.shape[1] == 1:
+        return operation(values, of_groups.reshape(-1, 1))
+    grouped = values.view(len(values), of_groups.shape[1], -1)
+    return operation(grouped, of_groups.unsqueeze(-1)).flatten(1)
 
 
 def _integer(keys: Mapping[str, Any], key: str, where: Path) -> int:

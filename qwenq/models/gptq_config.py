@@ -10,12 +10,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from qwenq.errors import ModelError, UnsupportedError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""Tensors of a quantised linear."""
 
 # Say which modules of a checkpoint are quantised, and how: ``dynamic`` and its like.
 #
@@ -26,24 +30,22 @@ if TYPE_CHECKING:
 # under both names.
 
 
-_FUSED = {
+FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 """Modules of vLLM and SGLang, and those of the files that are one in them."""
-_ALWAYS = ("embed_tokens",)
-_EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+$")
+EXPERT = re.compile(r"(.*\.experts)\.\d+\.\w+$")
+"""A linear of an expert; the first group is the module that holds all experts of a block."""
 NESTED = "model.language_model."
 
 
 def rule_for(dynamic: Mapping[str, Mapping[str, Any]], module: str) -> tuple[str, Mapping[str, Any]] | None:
     """Return the first rule for a module, its pattern and its settings; None: no rule matches.
 
-    Args:
-        dynamic: patterns, in their order.
-        module: its name in the language model; in the files of a vision-language model it may be nested.
+    ``module`` is its name in the language model; in the files of a vision-language model it may be nested.
     """
     names = [module]
     if module.startswith("model.") and not module.startswith(NESTED):
@@ -73,7 +75,7 @@ def dynamic_rules(
         beside: what lies beside the language model: ``mtp``, ``visual``.
         block_bits: (full name, bits) of modules that differ from those of the same name in other blocks.
     """
-    rules: dict[str, dict[str, Any]] = {f"-:.*{name}.*": {} for name in (*beside, *_ALWAYS)}
+    rules: dict[str, dict[str, Any]] = {f"-:.*{name}.*": {} for name in (*beside, "embed_tokens")}
     rules |= {f"-:{pattern}": {} for pattern in patterns(kept, bits)}
     rules |= block_rules(block_bits, settings)
     for width in sorted(set(bits.values()) - {common}):
@@ -111,7 +113,7 @@ def patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
     leaves: dict[str, list[str]] = {}
     experts = set()
     for module in modules:
-        if (expert := _EXPERT.fullmatch(module)) is not None:
+        if (expert := EXPERT.fullmatch(module)) is not None:
             experts.add(expert[1])
             continue
         parent, _, leaf = module.rpartition(".")
@@ -120,10 +122,9 @@ def patterns(modules: Iterable[str], others: Iterable[str]) -> list[str]:
     found = [rf".*\.{re.escape(parent)}(\..*)?$" for parent in sorted(experts)]
     for parent, own in leaves.items():
         names = list(dict.fromkeys(own))
-        for fused, parts in _FUSED.items():
-            if any(part in names for part in parts) and not any(
-                f"{parent}.{part}" in taken for part in parts
-            ):
+        for fused, parts in FUSED.items():
+            mixed = any(f"{parent}.{part}" in taken for part in parts)
+            if not mixed and any(part in names for part in parts):
                 names.append(fused)
         inner = re.escape(names[0]) if len(names) == 1 else f"({'|'.join(map(re.escape, names))})"
         found.append(rf".*\.{re.escape(parent)}\.{inner}$" if parent else rf".*\.{inner}$")
@@ -135,10 +136,10 @@ def engine_layer(module: str) -> str:
 
     Modules of one layer have to be quantised alike: q, k and v, gate and up, all experts of a block.
     """
-    if (expert := _EXPERT.fullmatch(module)) is not None:
+    if (expert := EXPERT.fullmatch(module)) is not None:
         return expert[1]
     parent, _, leaf = module.rpartition(".")
-    fused = next((whole for whole, parts in _FUSED.items() if leaf in parts), leaf)
+    fused = next((whole for whole, parts in FUSED.items() if leaf in parts), leaf)
     return f"{parent}.{fused}" if parent else fused
 
 
@@ -149,20 +150,18 @@ def module_groups(groups: Iterable[Iterable[str]]) -> list[list[str]]:
     """
     found: list[list[str]] = []
     for group in groups:
-        names = list(dict.fromkeys(m[1] if (m := _EXPERT.fullmatch(name)) else name for name in group))
+        names = list(dict.fromkeys(m[1] if (m := EXPERT.fullmatch(name)) else name for name in group))
         if names not in found:
             found.append(names)
     return found
 
 
-# Read and write the settings of a GPTQ checkpoint as its JSON files hold them.
-#
-# Keys of ``quantization_config`` (config.json) and ``quantize_config.json``, in all published variants:
-# AutoGPTQ's nine keys (Qwen v1 and later), transformers' and optimum's (Qwen2.5), GPTQModel's (Qwen3).
+# Read and write the settings themselves.
 
 
 SUPPORTED_BITS = (2, 4, 8)
-CHECKPOINT_FORMATS = ("gptq", "gptq_v2")
+CheckpointFormat = Literal["gptq", "gptq_v2"]
+CHECKPOINT_FORMATS = get_args(CheckpointFormat)
 _MOST_RULES, _LONGEST_RULE = 10_000, 1000  # of dynamic, and characters of one
 _WIDEST = 1 << 24  # input columns of the widest linear that config.json may name
 
@@ -182,7 +181,7 @@ class QuantConfig:
         damp_percent: share of the Hessian's mean diagonal that was added to it; between 0 and 1.
         checkpoint_format: ``gptq`` stores zero points minus one, ``gptq_v2`` as they are.
         lm_head: whether the head is quantised too.
-        dynamic: rules for modules that are not quantised, or otherwise than the rest: see ``models.dynamic``.
+        dynamic: rules for modules that are not quantised, or otherwise than the rest.
         modules: ``modules_in_block_to_quantize``: names within a block; empty: the file does not say.
     """
 
@@ -193,7 +192,7 @@ class QuantConfig:
     static_groups: bool = False
     true_sequential: bool = True
     damp_percent: float = 0.01
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    checkpoint_format: CheckpointFormat = "gptq"
     lm_head: bool = False
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     modules: tuple[tuple[str, ...], ...] = ()
@@ -225,9 +224,19 @@ class QuantConfig:
         """Return number of groups along an input axis of that width."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
 
+    def packed_shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of ``LAYER_PARTS`` for a weight [rows, columns] = [out, in]."""
+        groups = self.groups(columns)
+        return {
+            "qweight": (columns * self.bits // 32, rows),
+            "qzeros": (groups, rows * self.bits // 32),
+            "scales": (groups, rows),
+            "g_idx": (columns,),
+        }
+
     def to_quantize_config_json(self) -> dict[str, Any]:
         """Return the contents of ``quantize_config.json``: AutoGPTQ's nine keys, and those of its 0.7."""
-        return {
+        found: dict[str, Any] = {
             "bits": self.bits,
             "group_size": self.group_size,
             "damp_percent": self.damp_percent,
@@ -239,10 +248,10 @@ class QuantConfig:
             "model_file_base_name": "model",
             "quant_method": "gptq",
             "checkpoint_format": self.checkpoint_format,
-            **(
-                {"dynamic": {key: dict(value) for key, value in self.dynamic.items()}} if self.dynamic else {}
-            ),
         }
+        if self.dynamic:
+            found["dynamic"] = {key: dict(value) for key, value in self.dynamic.items()}
+        return found
 
     def to_config_json(self) -> dict[str, Any]:
         """Return ``quantization_config`` as transformers, optimum, GPTQModel and vLLM read it."""
@@ -253,11 +262,7 @@ class QuantConfig:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], where: str | Path = "config.json") -> QuantConfig:
-        """Read a whole config.json, or the contents of quantize_config.json.
-
-        Args:
-            config: the contents.
-            where: the file, for messages about what is not there; values are named by their keys.
+        """Read a whole config.json, or the contents of quantize_config.json; ``where`` is for messages.
 
         Raises:
             ModelError: there is no quantisation config in it, or a value makes no sense.
@@ -287,14 +292,14 @@ class QuantConfig:
         )
 
 
-def settings_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> QuantConfig | None:
-    """Return the GPTQ settings of a folder, from either of its JSON files; None: plain weights.
+def packed_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+    """Return the bytes of a packed weight [rows, columns]: words of int32, scales of float16."""
+    shapes = QuantConfig(bits, group_size).packed_shapes(rows, columns)
+    return sum(prod(shape) * (2 if part == "scales" else 4) for part, shape in shapes.items())
 
-    Args:
-        folder: of the model.
-        config: its config.json.
-        names: of its tensors.
-    """
+
+def settings_of(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> QuantConfig | None:
+    """Return the GPTQ settings of a folder, from either of its JSON files; None: plain weights."""
     if config.get("quantization_config"):
         return QuantConfig.read(config, folder / "config.json")
     if not any(name.endswith(".qweight") for name in names):
@@ -338,18 +343,18 @@ def _dynamic(value: Any) -> dict[str, dict[str, Any]]:
     """Check rules by pattern: patterns that compile, settings that make sense."""
     if not value:
         return {}
-    where = "quantization_config.dynamic"
     if not isinstance(value, Mapping) or len(value) > _MOST_RULES:
-        raise _no_rules(f"dynamic is {_shown(value)}; it has to be an object of rules", where)
+        raise _wrong(f"dynamic is {_shown(value)}; it has to be an object of rules", "dynamic")
     for pattern, settings in value.items():
         if not isinstance(settings, Mapping):
-            raise _no_rules(f"the rule {_shown(pattern)} of dynamic is {_shown(settings)}, no object", where)
+            raise _wrong(f"the rule {_shown(pattern)} of dynamic is {_shown(settings)}, no object", "dynamic")
         try:
             if len(pattern) > _LONGEST_RULE:
                 raise ValueError("too long")
             re.compile(pattern.removeprefix("-:").removeprefix("+:"))
         except (re.error, ValueError, RecursionError, OverflowError) as error:
-            raise _no_rules(f"the rule {_shown(pattern)} of dynamic is no pattern: {error}", where) from error
+            what = f"the rule {_shown(pattern)} of dynamic is no pattern: {error}"
+            raise _wrong(what, "dynamic") from error
         if "bits" in settings:
             _bits(settings["bits"])
         if "group_size" in settings:
@@ -366,16 +371,17 @@ def _modules(value: Any) -> tuple[tuple[str, ...], ...]:
     groups = value if isinstance(value, list) else [value]
     groups = [group if isinstance(group, list) else [group] for group in groups]
     if not all(isinstance(name, str) for group in groups for name in group):
-        where = "quantization_config.modules_in_block_to_quantize"
-        raise _no_rules(f"modules_in_block_to_quantize is {_shown(value)}, no list of names", where)
+        key = "modules_in_block_to_quantize"
+        raise _wrong(f"{key} is {_shown(value)}, no list of names", key)
     return tuple(tuple(group) for group in groups)
 
 
-def _no_rules(what: str, where: str) -> ModelError:
-    return ModelError(what, where=where, hint="restore config.json from where the model came from")
+def _wrong(what: str, key: str) -> ModelError:
+    hint = "restore config.json from where the model came from"
+    return ModelError(what, where=f"quantization_config.{key}", hint=hint)
 
 
-def _checkpoint_format(keys: Mapping[str, Any]) -> Literal["gptq", "gptq_v2"]:
+def _checkpoint_format(keys: Mapping[str, Any]) -> CheckpointFormat:
     """Read ``checkpoint_format`` (AutoGPTQ, GPTQModel) or ``format`` (newer GPTQModel); absent: v1."""
     value = keys.get("checkpoint_format") or keys.get("format") or "gptq"
     if value not in CHECKPOINT_FORMATS:
@@ -384,7 +390,7 @@ def _checkpoint_format(keys: Mapping[str, Any]) -> Literal["gptq", "gptq_v2"]:
             where="quantization_config.checkpoint_format",
             hint=f"convert it to one of {', '.join(CHECKPOINT_FORMATS)} with the tool that wrote it",
         )
-    return cast("Literal['gptq', 'gptq_v2']", value)
+    return cast("CheckpointFormat", value)
 
 
 def _bits(value: Any) -> int:
@@ -400,11 +406,7 @@ def _bits(value: Any) -> int:
 def _group_size(value: Any) -> int:
     if type(value) is int and (value == -1 or 0 < value <= _WIDEST):
         return value
-    raise ModelError(
-        f"group_size is {_shown(value)}; it has to be -1 or a positive number",
-        where="quantization_config.group_size",
-        hint="restore config.json from where the model came from",
-    )
+    raise _wrong(f"group_size is {_shown(value)}; it has to be -1 or a positive number", "group_size")
 
 
 def _damp_percent(value: Any) -> float:
@@ -413,11 +415,7 @@ def _damp_percent(value: Any) -> float:
         return 0.01
     if type(value) in (int, float) and 0 <= value <= 1:
         return float(value) or 0.01
-    raise ModelError(
-        f"damp_percent is {_shown(value)}; it has to be a share between 0 and 1",
-        where="quantization_config.damp_percent",
-        hint="restore config.json from where the model came from",
-    )
+    raise _wrong(f"damp_percent is {_shown(value)}; it has to be a share between 0 and 1", "damp_percent")
 
 
 def _shown(value: Any) -> str:
@@ -429,8 +427,4 @@ def _flag(keys: Mapping[str, Any], key: str, default: bool) -> bool:
     value = keys.get(key, default)
     if isinstance(value, bool):
         return value
-    raise ModelError(
-        f"{key} is {_shown(value)}; it has to be true or false",
-        where=f"quantization_config.{key}",
-        hint="restore config.json from where the model came from",
-    )
+    raise _wrong(f"{key} is {_shown(value)}; it has to be true or false", key)

@@ -16,35 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwenq.errors import ModelError, QuantisationError
-from qwenq.models.gptq_config import QuantConfig, is_quantised
+from qwenq.models.gptq_config import (
+    LAYER_PARTS,
+    SUPPORTED_BITS,
+    CheckpointFormat,
+    QuantConfig,
+    is_quantised,
+)
 from qwenq.models.source import TensorInfo, TensorSource
 
-if TYPE_CHECKING:
-    pass
-
-# Pack and unpack one quantised linear in the AutoGPTQ layout.
-#
-# Tensors in, tensors out; no files. A weight ``[out, in]`` is stored transposed. Each int32 of ``qweight``
-# holds 32/bits consecutive *input* rows of one output column, each int32 of ``qzeros`` 32/bits consecutive
-# *output* columns of one group, the first in the lowest bits::
-#
-#     weight[o, i] = scales[g_idx[i], o] * (integer[o, i] - zero[g_idx[i], o])
-#
-# Two formats differ in the zero points alone: ``gptq`` (v1) stores ``zero - 1``, ``gptq_v2`` stores
-# ``zero``.
-#
-# Bits are moved as bytes: on a little-endian machine (all that torch is built for, and the byte order of
-# safetensors) four consecutive uint8 *are* the int32, so nothing is ever wider than the result.
-
-
-CheckpointFormat = Literal["gptq", "gptq_v2"]
-PACKABLE_BITS = (2, 4, 8)
+__all__ = ["CheckpointFormat", "QuantConfig", "is_quantised"]  # of gptq_config: importable from here, too
 
 _ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 temporary
 
@@ -80,14 +67,15 @@ class PackedLinear:
         """Return groups along the input axis."""
         return self.scales.shape[0]
 
+    def outputs(self, order: Tensor, bits: int, checkpoint_format: CheckpointFormat) -> PackedLinear:
+        """Return the linear of some of the outputs, int64 [chosen], in that order."""
+        zeros = unpack_zeros(self.qzeros, bits, checkpoint_format)[order]
+        qzeros = pack_zeros(zeros, bits, checkpoint_format)
+        return PackedLinear(self.qweight[:, order], qzeros, self.scales[:, order], self.g_idx)
+
     def tensors(self, module: str) -> dict[str, Tensor]:
         """Return the four tensors under their names in a checkpoint, for the module of that name."""
-        return {
-            f"{module}.qweight": self.qweight,
-            f"{module}.qzeros": self.qzeros,
-            f"{module}.scales": self.scales,
-            f"{module}.g_idx": self.g_idx,
-        }
+        return {f"{module}.{part}": getattr(self, part) for part in LAYER_PARTS}
 
 
 def trivial_g_idx(in_features: int, group_size: int) -> Tensor:
@@ -134,12 +122,6 @@ def pack(
     )
 
 
-def packed_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
-    """Return the bytes of the tensors of a packed weight [rows, columns]: integers, zeros, scales, g_idx."""
-    groups = 1 if group_size == -1 else columns // group_size
-    return rows * (columns + groups) * bits // 8 + rows * groups * 2 + columns * 4
-
-
 def unpack(
     packed: PackedLinear, bits: int, checkpoint_format: CheckpointFormat = "gptq"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,13 +148,13 @@ def dequantise(
     scales = packed.scales.t().to(torch.float32)  # [out, groups]
     zeros = unpack_zeros(packed.qzeros, bits, checkpoint_format).to(torch.float32)
     weight = torch.empty(packed.out_features, packed.in_features, dtype=dtype)
-    run = _run_length(packed)
+    runs = has_trivial_g_idx(packed.g_idx, packed.groups)
     columns = packed.g_idx.long()
     for start in range(0, packed.out_features, _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
         values = _from_int32(packed.qweight[:, block].t(), bits).to(torch.float32)
-        if run:
-            grouped = values.view(-1, packed.groups, run)  # [rows, groups, group_size]
+        if runs:
+            grouped = values.view(len(values), packed.groups, -1)  # [rows, groups, group_size]
             grouped.sub_(zeros[block].unsqueeze(-1)).mul_(scales[block].unsqueeze(-1))
         else:
             values.sub_(zeros[block][:, columns]).mul_(scales[block][:, columns])
@@ -209,13 +191,6 @@ def has_trivial_g_idx(g_idx: Tensor, groups: int) -> bool:
     return torch.equal(g_idx.to(torch.int32), natural.to(g_idx.device))
 
 
-def _run_length(packed: PackedLinear) -> int:
-    """Return the group size where groups are equal runs of columns, else 0."""
-    if not has_trivial_g_idx(packed.g_idx, packed.groups):
-        return 0
-    return packed.in_features // packed.groups
-
-
 def _to_int32(values: Tensor, bits: int) -> Tensor:
     """Pack uint8 ``[rows, n]``, each below ``2**bits``, to int32 ``[rows, n * bits / 32]``, first lowest.
 
@@ -243,8 +218,8 @@ def _from_int32(words: Tensor, bits: int) -> Tensor:
 
 def _check_unpacked(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
     """Check shapes, dtypes and ranges that ``pack`` relies on."""
-    if bits not in PACKABLE_BITS:
-        raise ValueError(f"bits must be one of {PACKABLE_BITS}, got {bits}")
+    if bits not in SUPPORTED_BITS:
+        raise ValueError(f"bits must be one of {SUPPORTED_BITS}, got {bits}")
     if integers.dtype != torch.uint8 or zeros.dtype != torch.uint8:
         raise ValueError(f"integers and zeros must be uint8, got {integers.dtype} and {zeros.dtype}")
     out_features, in_features = integers.shape
@@ -261,24 +236,6 @@ def _check_unpacked(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) 
 
 
 # Check GPTQ checkpoints, read their modules, and show them as plain checkpoints.
-#
-# The layout of one module's tensors is in ``packing``, the settings in ``gptq_config`` (shown here as
-# well).
-
-
-__all__ = [
-    "DequantisedSource",
-    "QuantConfig",
-    "check_module_shapes",
-    "is_quantised",
-    "quantised_modules",
-    "read_packed",
-    "stored_format",
-    "surplus_biases",
-    "validate_quantised",
-]
-
-PACKED_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def quantised_modules(source: TensorSource) -> list[str]:
@@ -291,13 +248,8 @@ def read_packed(
 ) -> PackedLinear:
     """Read the packed tensors of one module; without act-order a missing ``g_idx`` is trivial.
 
-    Args:
-        source: of the tensors.
-        module: whose.
-        quant: their settings.
-        names: of all tensors, for callers that read many modules; None: they are asked for.
+    ``names`` of all tensors are for callers that read many modules.
     """
-
     names = set(source.names()) if names is None else names
     quant = quant.of(module)
     check_module_shapes(source, names, module, quant)
@@ -312,14 +264,9 @@ def read_packed(
 class DequantisedSource:
     """A GPTQ checkpoint that reads like a plain one: ``X.weight`` in place of ``X.qweight`` and its company.
 
-    Weights are dequantised when they are read. All-zero biases that AutoGPTQ wrote beside modules which have
-    none (its releases up to 0.7.1) are hidden.
-
-    Args:
-        source: the packed tensors.
-        quant: their settings.
-        dtype: of the weights that are shown; None: that of the scales.
-        config: config.json: biases that it asks for are shown, also where they are zero.
+    Weights are dequantised when they are read, to ``dtype`` or else that of the scales. All-zero biases that
+    AutoGPTQ wrote beside modules which have none (its releases up to 0.7.1) are hidden, but those that
+    ``config``, the model's config.json, asks for.
     """
 
     def __init__(
@@ -340,7 +287,7 @@ class DequantisedSource:
     def names(self) -> Iterable[str]:
         """Return all names, in file order; a weight stands where the first of its packed tensors stood."""
         if self._names is None:
-            packed = {f"{m}.{part}": f"{m}.weight" for m in self._modules.values() for part in PACKED_PARTS}
+            packed = {f"{m}.{part}": f"{m}.weight" for m in self._modules.values() for part in LAYER_PARTS}
             hidden = surplus_biases(self._source, self._modules.values(), self._config)
             shown = (packed.get(name, name) for name in self._source.names() if name not in hidden)
             self._names = list(dict.fromkeys(shown))
@@ -357,7 +304,6 @@ class DequantisedSource:
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor; a quantised weight as ``[out, in]`` in the dtype that ``info`` names."""
-
         if name not in self._modules:
             return self._source.read(name)
         packed = read_packed(self._source, self._modules[name], self._quant, self._stored)
@@ -370,10 +316,7 @@ def surplus_biases(
 ) -> set[str]:
     """Return all-zero biases of quantised modules that have none in a Qwen or Llama block: o, gate, up, down.
 
-    Args:
-        source: the packed tensors.
-        modules: names of the quantised modules.
-        config: config.json, which may ask for some of these biases; nothing asks for any without it.
+    ``config``, the model's config.json, may ask for some of them.
     """
     config = config or {}
     names, kind = set(source.names()), config.get("model_type")
@@ -412,7 +355,7 @@ def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
 def check_module_shapes(source: TensorSource, names: Container[str], module: str, quant: QuantConfig) -> None:
     """Check that one module's tensors are all there, in the shapes of its bits and group size."""
     quant = quant.of(module)
-    required = PACKED_PARTS if quant.desc_act else PACKED_PARTS[:3]
+    required = LAYER_PARTS if quant.desc_act else LAYER_PARTS[:3]
     missing = [part for part in required if f"{module}.{part}" not in names]
     if missing:
         raise ModelError(
@@ -422,15 +365,9 @@ def check_module_shapes(source: TensorSource, names: Container[str], module: str
         )
     _check_types(source, names, module)
     words, out_features = source.info(f"{module}.qweight").shape
-    in_features = words * 32 // quant.bits
-    groups = quant.groups(in_features)
-    expected = {
-        "scales": (groups, out_features),
-        "qzeros": (groups, out_features * quant.bits // 32),
-        "g_idx": (in_features,),
-    }
-    for part, shape in expected.items():
-        name = f"{module}.{part}"
+    shapes = quant.packed_shapes(out_features, words * 32 // quant.bits)
+    for part in ("scales", "qzeros", "g_idx"):
+        name, shape = f"{module}.{part}", shapes[part]
         if name in names and source.info(name).shape != shape:
             raise ModelError(
                 f"{part} is {list(source.info(name).shape)}, but bits {quant.bits} and group_size "
@@ -442,7 +379,7 @@ def check_module_shapes(source: TensorSource, names: Container[str], module: str
 
 def _check_types(source: TensorSource, names: Container[str], module: str) -> None:
     """Check that words are int32, scales are real, and the weight is a matrix that is not empty."""
-    for part in PACKED_PARTS:
+    for part in LAYER_PARTS:
         name = f"{module}.{part}"
         if name not in names:
             continue
@@ -475,7 +412,6 @@ def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
     Files have been published that say ``gptq`` and hold zero points as ``gptq_v2`` does. Of a symmetric model
     every zero point is the middle, so its values tell.
     """
-
     module = next(iter(quantised_modules(source)), None)
     own = quant if module is None else quant.of(module)
     if module is None or not own.sym or f"{module}.qzeros" not in set(source.names()):
@@ -490,7 +426,6 @@ def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
     """Check that every zero point of a symmetric model is the middle; one off means the other format."""
-
     quant = quant.of(module)
     zeros = unpack_zeros(qzeros, quant.bits, quant.checkpoint_format)
     middle = 2 ** (quant.bits - 1)

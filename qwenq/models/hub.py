@@ -8,7 +8,6 @@ No ``*.py`` is ever fetched.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +16,6 @@ from qwenq.storage import guard_storage
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.hf_api import ModelInfo
-
-# Fetch models from the hub, through ``huggingface_hub``, with errors that say what to do.
-#
-# Environment, as that library documents it: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
-# A connection that drops is resumed by that library within the run; what was whole is kept for the next
-# run.
-# No ``*.py`` is ever fetched.
-
 
 _SAFETENSORS = ["*.safetensors", "*.safetensors.index.json"]
 _PICKLE = ["pytorch_model*.bin", "*.bin.index.json"]
@@ -42,60 +32,38 @@ _NEVER = ["*.py", "*/*"]
 _OR_LOCAL = "or download the model elsewhere and name its folder"
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A snapshot folder, its commit, and how it was obtained (one line for the user)."""
-
-    folder: Path
-    commit: str
-    notice: str
-
-
-def fetch(repo_id: str, revision: str | None = None) -> Fetched:
-    """Download what a model needs (or find it in the cache) and say which of the two happened.
+def fetch(repo_id: str) -> tuple[Path, str]:
+    """Download what a model needs, or find it in the cache; return its folder, and a line on how it was got.
 
     Safetensors are preferred; pickle weights are fetched only where there are no others. When the hub cannot
-    be reached or is out of order, a whole copy in the cache is used, and the notice says so.
+    be reached or is out of order, a whole copy in the cache is used, and the line says so.
 
     Raises:
         HubError: not found, no access, gated, out of order, no network, or a download that broke off.
         StorageError: the cache cannot be written.
     """
-    from huggingface_hub import constants
-
-    if constants.is_offline_mode():
-        return _from_cache(repo_id, revision, None)
-    try:
-        info = _model_info(repo_id, revision)
-    except _UnreachableError as error:
-        return _from_cache(repo_id, revision, error)
-    return _snapshot(repo_id, revision, info)
-
-
-class _UnreachableError(Exception):
-    """The hub did not answer, or with an error of its own; ``problem`` is what to raise without a cache."""
-
-    def __init__(self, problem: HubError) -> None:
-        super().__init__(problem.what)
-        self.problem = problem
-
-
-def _model_info(repo_id: str, revision: str | None) -> ModelInfo:
-    """Fetch commit and file list from the hub."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    if constants.is_offline_mode():
+        return _from_cache(repo_id, None)
     try:
-        return HfApi().model_info(repo_id, revision=revision)
+        info = HfApi().model_info(repo_id)
     except HFValidationError as error:
         raise HubError(f"{repo_id} is no hub id: {error}", hint="hub ids look like owner/name") from error
     except HfHubHTTPError as error:
-        problem = _explain(error, repo_id, revision)
-        if error.response.status_code >= 500:
-            raise _UnreachableError(problem) from error
-        raise problem from error
+        problem = _explain(error, repo_id)
+        if error.response.status_code < 500:
+            raise problem from error
+        return _from_cache(repo_id, problem)
     except network_errors() as error:
-        raise _UnreachableError(_no_network(repo_id, error)) from error
+        problem = HubError(
+            f"the hub could not be reached for {repo_id}: {error}",
+            where=constants.ENDPOINT,
+            hint=f"check the network, HF_ENDPOINT and the proxy settings, {_OR_LOCAL}",
+        )
+        return _from_cache(repo_id, problem)
+    return _snapshot(repo_id, [file.rfilename for file in info.siblings or []])
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -108,44 +76,33 @@ def network_errors() -> tuple[type[Exception], ...]:
     return (http_error, xet_error, ConnectionError, TimeoutError)
 
 
-def _snapshot(repo_id: str, revision: str | None, info: ModelInfo) -> Fetched:
+def _snapshot(repo_id: str, names: list[str]) -> tuple[Path, str]:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    names = [file.rfilename for file in info.siblings or []]
+    # OSError is the library's own check of the size.
+    broken: tuple[type[Exception], ...] = (*network_errors(), OSError)
     try:
         with guard_storage(Path(constants.HF_HUB_CACHE)):
-            folder = _call_library(repo_id, revision, names, offline=False)
-    except HfHubHTTPError as error:
-        if error.response.status_code >= 500:
-            raise _broke_off(repo_id, error) from error
-        raise _explain(error, repo_id, revision) from error
-    except network_errors() as error:
-        raise _broke_off(repo_id, error) from error
-    except OSError as error:  # the library's own check of the size
-        raise _broke_off(repo_id, error) from error
-    commit = folder.name
-    return Fetched(folder, commit, f"{repo_id} at {commit[:12]} from {constants.ENDPOINT}, in {folder}")
+            folder = _call_library(repo_id, names, offline=False)
+    except broken as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise _explain(error, repo_id) from error
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise HubError(
+            f"the download of {repo_id} broke off: {first_line}",
+            hint=f"run the same command again: files that came whole are kept; {_OR_LOCAL}",
+        ) from error
+    return folder, f"{repo_id} at {folder.name[:12]} from {constants.ENDPOINT}, in {folder}"
 
 
-def _call_library(repo_id: str, revision: str | None, names: list[str], *, offline: bool) -> Path:
-    """Call ``snapshot_download`` by the branch's name, so that the cache answers to it offline, too."""
+def _call_library(repo_id: str, names: list[str], *, offline: bool) -> Path:
+    """Call ``snapshot_download`` by the branch's name, so that the cache answers to it offline, too.
+
+    What it fetches is decided by the kind of weights among the files' names.
+    """
     from huggingface_hub import snapshot_download
 
-    allow, ignore = _patterns(names, repo_id)
-    return Path(
-        snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=allow,
-            ignore_patterns=ignore,
-            local_files_only=offline,
-        )
-    )
-
-
-def _patterns(names: list[str], repo_id: str) -> tuple[list[str], list[str]]:
-    """Return allowed and ignored patterns for ``snapshot_download``, by the kind of weights there are."""
     top = [name for name in names if "/" not in name]
     if any(name.endswith(".safetensors") for name in top):
         weights, others = _SAFETENSORS, _PICKLE
@@ -156,17 +113,20 @@ def _patterns(names: list[str], repo_id: str) -> tuple[list[str], list[str]]:
             f"{repo_id} holds no weights that can be read: no *.safetensors and no pytorch_model*.bin",
             hint="GGUF, ONNX and others are not read; name the repository of the original model",
         )
-    return [*weights, *_BESIDE_WEIGHTS], [*_NEVER, *others]
+    allow, ignore = [*weights, *_BESIDE_WEIGHTS], [*_NEVER, *others]
+    return Path(
+        snapshot_download(repo_id, allow_patterns=allow, ignore_patterns=ignore, local_files_only=offline)
+    )
 
 
-def _from_cache(repo_id: str, revision: str | None, error: _UnreachableError | None) -> Fetched:
-    """Return a whole snapshot of the cache, for when the hub is not asked or does not answer."""
+def _from_cache(repo_id: str, problem: HubError | None) -> tuple[Path, str]:
+    """Return a whole snapshot of the cache, where the hub did not answer (``problem``) or is not asked."""
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     partly = ""
     for weights in ("model.safetensors", "pytorch_model.bin"):
         try:
-            folder = _call_library(repo_id, revision, [weights], offline=True)
+            folder = _call_library(repo_id, [weights], offline=True)
         except IncompleteSnapshotError as gaps:
             found = re.search(r"\d+ file\(s\) are missing \(.*?\)", str(gaps))
             partly = partly or (found[0] if found else "files are missing")
@@ -177,14 +137,13 @@ def _from_cache(repo_id: str, revision: str | None, error: _UnreachableError | N
             continue
         missing = what_is_missing(folder)
         if missing is None:
-            why = "HF_HUB_OFFLINE is set" if error is None else error.problem.what
-            notice = f"{repo_id} at {folder.name[:12]} from the cache, {folder}: {why}"
-            return Fetched(folder, folder.name, notice)
+            why = "HF_HUB_OFFLINE is set" if problem is None else problem.what
+            return folder, f"{repo_id} at {folder.name[:12]} from the cache, {folder}: {why}"
         partly = missing
     gap = f"; what is in the cache is not whole: {partly}" if partly else ""
-    if error is not None:
-        error.problem.what += gap
-        raise error.problem from error
+    if problem is not None:
+        problem.what += gap
+        raise problem
     raise HubError(
         f"{repo_id} is not (wholly) in the cache, and HF_HUB_OFFLINE forbids to download it{gap}",
         where="HF_HUB_OFFLINE",
@@ -204,16 +163,14 @@ _ANSWERS: dict[int, tuple[str, str]] = {
 }
 
 
-def _explain(error: HfHubHTTPError, repo_id: str, revision: str | None) -> HubError:
+def _explain(error: HfHubHTTPError, repo_id: str) -> HubError:
     """Build the ``HubError`` for an HTTP answer of the hub."""
-    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
     status = error.response.status_code
     if isinstance(error, GatedRepoError):
         what = "{id} is gated: its owner gives access on request"
         hint = f"accept its terms on its page, then {_LOG_IN}"
-    elif isinstance(error, RevisionNotFoundError):
-        what, hint = f"{{id}} has no revision {revision}", "leave the revision out"
     elif status >= 500:
         what, hint = f"the hub is out of order ({status})", f"run the same command again later, {_OR_LOCAL}"
     else:
@@ -222,28 +179,9 @@ def _explain(error: HfHubHTTPError, repo_id: str, revision: str | None) -> HubEr
     return HubError(what.replace("{id}", repo_id), where=str(error.response.url), hint=hint)
 
 
-def _no_network(repo_id: str, error: Exception) -> HubError:
-    from huggingface_hub import constants
-
-    return HubError(
-        f"the hub could not be reached for {repo_id}: {error}",
-        where=constants.ENDPOINT,
-        hint=f"check the network, HF_ENDPOINT and the proxy settings, {_OR_LOCAL}",
-    )
-
-
-def _broke_off(repo_id: str, error: Exception) -> HubError:
-    first_line = (str(error) or type(error).__name__).splitlines()[0]
-    return HubError(
-        f"the download of {repo_id} broke off: {first_line}",
-        hint=f"run the same command again: files that came whole are kept; {_OR_LOCAL}",
-    )
-
-
 # Tell a whole snapshot in the hub's cache from what a download that died has left.
 #
-# The hub's library puts a file into a snapshot once it is whole, and keeps the list of the repository's
-# files
+# The hub's library puts a file into a snapshot once it is whole, and keeps the list of the repository's files
 # (since 2.4): a snapshot that lacks one of them is refused there. One that another program, or an older
 # version, has made may have no such list: then its own files have to agree with each other.
 
@@ -253,25 +191,20 @@ _SHARD = re.compile(r".*-\d+-of-(\d+)\.(?:safetensors|bin)")
 
 def what_is_missing(snapshot: Path) -> str | None:
     """Return why a snapshot cannot be used as it is; None: it is whole, as far as its files tell."""
+    from qwenq.models.safetensors_files import open_safetensors, read_index
+
     names = {path.name for path in snapshot.iterdir() if path.is_file()}  # a link into nowhere is none
     if "config.json" not in names:
         return "config.json is missing"
     try:
-        return _missing_weights(snapshot, names)
+        source = open_safetensors(snapshot)  # the index's files, and every header against its file's length
+        if source is not None:
+            return _missing_shard({file.name for file in source.files})
+        for index in snapshot.glob("*.bin.index.json"):
+            if absent := set(read_index(index).values()) - names:
+                return f"the shard {min(absent)} is missing"
     except QwenqError as error:
         return error.what
-
-
-def _missing_weights(snapshot: Path, names: set[str]) -> str | None:
-    from qwenq.models.safetensors_files import open_safetensors, read_index
-
-    source = open_safetensors(snapshot)  # the index's files, and every header against its file's length
-    if source is not None:
-        return _missing_shard({file.name for file in source.files})
-    for index in snapshot.glob("*.bin.index.json"):
-        absent = set(read_index(index).values()) - names
-        if absent:
-            return f"the shard {min(absent)} is missing"
     return _missing_shard({name for name in names if name.endswith(".bin")})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from contextlib import suppress
@@ -14,10 +13,11 @@ from qwenq.errors import CorruptFileError, QwenqError, UsageError
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.folders import MANIFEST, local_path
+from qwenq.models.folders import MANIFEST, hub_repository, local_path
 from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.random_weights import RANDOM_KEY, is_random
 from qwenq.results import Model
+from qwenq.storage import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -34,15 +34,8 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
     """Return what rows of results hold about a model.
 
     The family of a quantised model is the base that its qwenq.json names; without one, its own name less
-    ``-GPTQ-Int4`` and the like.
-
-    Args:
-        checkpoint: as opened.
-        dtype: what it is run in: an unquantised model's precision.
-        given: what the user typed: a folder, a hub id, or None for the bundled model.
-
-    Raises:
-        CorruptFileError: the manifest is no JSON object.
+    ``-GPTQ-Int4`` and the like. ``dtype``, what it is run in, is an unquantised model's precision; ``given``
+    is what the user typed: a folder, a hub id, or None for the bundled model.
     """
     name = model_name(given)
     if is_random(checkpoint.config):
@@ -51,15 +44,15 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         fingerprint = checkpoint.fingerprint
     if checkpoint.foreign is not None:
         stored = checkpoint.foreign.stored
-        infos = [stored.info(tensor) for tensor in stored.names()]
-        size = sum(info.numel * info.dtype.itemsize for info in infos)
+        size = sum(stored.info(tensor).nbytes for tensor in stored.names())
         found = checkpoint.foreign.format
         group = None if found.group_size == -1 else found.group_size
         return Model(name, fingerprint, found.precision, family_name(name), size, group)
     if not is_quantised(checkpoint.config):
         size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
-        return Model(name, fingerprint, precision_name(dtype), name, size)
-    size = sum(tensor_bytes(checkpoint, tensor) for tensor in checkpoint.names())
+        run_in = str(dtype).removeprefix("torch.")
+        return Model(name, fingerprint, _SHORT.get(run_in, run_in), name, size)
+    size = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint.names())
     quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
     base = base_of(checkpoint.folder)
     named = base.get("name") or (model_name(base["model"]) if "model" in base else None)
@@ -83,12 +76,6 @@ def served_identity(url: str, name: str, precision: str = "served") -> Model:
     return Model(short, f"endpoint:{digest}", precision, family_name(short))
 
 
-def precision_name(dtype: torch.dtype) -> str:
-    """Return ``fp32``, ``bf16`` or ``fp16``."""
-    name = str(dtype).removeprefix("torch.")
-    return _SHORT.get(name, name)
-
-
 def model_name(given: str | None) -> str:
     """Return the folder's name, the hub id's last part, or the bundled model's name."""
     return BUNDLED if given is None or is_bundled(given) else folder_name(Path(given).expanduser())
@@ -97,23 +84,16 @@ def model_name(given: str | None) -> str:
 def folder_name(folder: Path) -> str:
     """Return the name of a model's folder; of a snapshot in the hub's cache that of its repository."""
     folder = folder.absolute().resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.rsplit("--", 1)[-1]
-    return folder.name
+    repository = hub_repository(folder)
+    return folder.name if repository is None else repository.name.rsplit("--", 1)[-1]
 
 
 def base_facts(base: Checkpoint, given: str | None, target: Path) -> dict[str, str | None]:
     """Return what the manifest of a model records about the one that it was made from.
 
-    Args:
-        base: as opened.
-        given: what the user typed: a folder, a hub id, or None for the bundled model.
-        target: the folder that the manifest is for.
-
-    Returns:
-        ``model`` as typed, ``name``, ``fingerprint``; and of a folder that the user named its place from
-        ``target``: what was typed means something only where it was typed.
+    ``model`` as the user typed it (``given``; None: the bundled model), ``name``, ``fingerprint``; and of a
+    folder that the user named its place from ``target``, which the manifest is for: what was typed means
+    something only where it was typed.
     """
     facts = {"model": given, "name": model_name(given), "fingerprint": base.fingerprint}
     if given is None or not base.on_disk or not Path(given).expanduser().is_dir():
@@ -128,15 +108,7 @@ def base_of(folder: Path) -> dict[str, Any]:
     Older manifests have ``model`` and ``fingerprint`` alone.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the manifest is not JSON: {error}", where=path) from error
-    if not isinstance(manifest, dict):
-        raise CorruptFileError("the manifest is not a JSON object", where=path)
-    base = manifest.get("base")
+    base = read_json(path).get("base")
     if not isinstance(base, dict):
         return {}
     names = [base[key] for key in ("model", "name", "fingerprint", "folder") if base.get(key) is not None]
@@ -150,9 +122,6 @@ def local_base(named: dict[str, Any], quantised: Path) -> Path:
 
     Whichever is that very model; if neither is, one that is there. Neither is looked for on the hub, whatever
     it is spelt like.
-
-    Raises:
-        UsageError: neither is there.
     """
     typed = local_path(str(named.get("model")), "the base that qwenq.json names")
     beside = Path(os.path.normpath(quantised.resolve() / named["folder"]))
@@ -168,9 +137,3 @@ def local_base(named: dict[str, Any], quantised: Path) -> Path:
             hint="name it: --against BASE",
         )
     return there[-1]
-
-
-def tensor_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Return bytes of a tensor in the file."""
-    info = checkpoint.info(name)
-    return info.numel * info.dtype.itemsize

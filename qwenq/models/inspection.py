@@ -22,15 +22,7 @@ _HINT = "this architecture is not supported yet"
 
 
 def require_plain_stack(model: Any, folder: Path | None) -> None:
-    """Refuse a model that is more than an embedding, blocks, a norm, and a head without a bias.
-
-    Args:
-        model: a causal language model of transformers, on any device.
-        folder: for messages.
-
-    Raises:
-        UnsupportedError: names a part of it that would be left out.
-    """
+    """Refuse a language model that is more than an embedding, blocks, a norm, and a head without a bias."""
     surplus = (
         name
         for name in model.state_dict()
@@ -54,11 +46,7 @@ def attention_of(model_class: Any, config: Any) -> tuple[str, str]:
 
 
 def fill_computed(model: Any, device: torch.device) -> None:
-    """Give buffers that are in no file their values, by the model's own initialisation.
-
-    Raises:
-        UnsupportedError: that leaves one of them out.
-    """
+    """Give buffers that are in no file their values, by the model's own initialisation."""
     for name, module in model.named_modules():
         missing = {key: tensor for key, tensor in computed_buffers(module).items() if tensor.is_meta}
         for key, tensor in missing.items():

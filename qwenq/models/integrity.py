@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,8 @@ import torch
 from qwenq.errors import CorruptFileError, ModelError, StorageError, UnsupportedError
 from qwenq.models.folders import MANIFEST
 from qwenq.models.safetensors_files import INDEX_SUFFIX, shard_path
-from qwenq.models.source import MadeFromFacts, StoredInFiles, TensorSource
-from qwenq.storage import atomic_write_bytes, cache_folder, sha256_file
-
-# Tell sound bytes from damaged ones: checksums where there are some, NaN and Inf where there are none.
-
+from qwenq.models.source import TensorSource
+from qwenq.storage import atomic_write_bytes, cache_folder, read_json, sha256_file
 
 LARGEST = 65_504.0
 """Float16's largest number: what quantised models are computed in, and what their scales are stored in. Files
@@ -41,7 +38,9 @@ def verify_files(folder: Path) -> list[str]:
     path = folder / MANIFEST
     listed = _listed_files(path)
     for name, facts in listed.items():
-        file = _inside(folder, name, path)
+        file = folder
+        for part in name.split("/"):
+            file = shard_path(file, part, path)
         hint = "copy the folder again, or make it again with `qwenq quantize`"
         if not file.is_file():
             raise CorruptFileError(f"{name} is in the manifest but not in the folder", where=file, hint=hint)
@@ -60,32 +59,19 @@ def verify_files(folder: Path) -> list[str]:
     return list(listed)
 
 
-def _inside(folder: Path, name: str, manifest: Path) -> Path:
-    """Return the path of a file that the manifest names: in the folder or in one within it."""
-    for part in name.split("/"):
-        folder = shard_path(folder, part, manifest)
-    return folder
-
-
 def _listed_files(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise ModelError(
             f"there is no {MANIFEST}: an unfinished folder, or none that qwenq wrote",
             where=path.parent,
             hint="run the `qwenq quantize` command again: it resumes",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the manifest is not JSON: {error}", where=path) from error
-    listed = manifest.get("files") if isinstance(manifest, dict) else None
-    sound = isinstance(listed, dict) and all(
-        isinstance(facts, dict) and isinstance(facts.get("sha256"), str) for facts in listed.values()
-    )
-    if not sound or not listed:
+        )
+    listed = read_json(path).get("files")
+    known = listed.values() if isinstance(listed, dict) else ()
+    if not known or not all(isinstance(one, dict) and isinstance(one.get("sha256"), str) for one in known):
         raise CorruptFileError("the manifest lists no files with their sha256", where=path)
-    checked: dict[str, dict[str, Any]] = listed
-    return checked
+    found: dict[str, dict[str, Any]] = listed or {}
+    return found
 
 
 def require_numbers(name: str, tensor: torch.Tensor, where: Path | None = None) -> None:
@@ -93,9 +79,6 @@ def require_numbers(name: str, tensor: torch.Tensor, where: Path | None = None) 
 
     Those are codes that some scheme gives a meaning to, with scales that lie elsewhere. Converted as they
     stand, they would be a model, but another one.
-
-    Raises:
-        UnsupportedError: its dtype is none of float16, bfloat16, float32 and float64.
     """
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise UnsupportedError(
@@ -108,16 +91,9 @@ def require_numbers(name: str, tensor: torch.Tensor, where: Path | None = None) 
 def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> torch.Tensor:
     """Check that every element is a number that a weight can be; return the tensor itself.
 
-    Args:
-        name: of the tensor, for the message.
-        tensor: any shape and dtype; integers are finite by nature.
-        where: the file or folder it came from.
-
     Raises:
         CorruptFileError: how many elements are NaN and how many infinite, or the one beyond ``LARGEST``.
     """
-    import torch
-
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
     nan = infinite = 0
@@ -148,7 +124,6 @@ def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> 
 # Compute a short hash that names a model: over its weights, or what they follow from, and its config.
 
 
-_BYTES = 8  # 16 hex digits
 _BESIDE_THE_POINT = {
     "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
@@ -158,46 +133,36 @@ def fingerprint(config: dict[str, Any], source: TensorSource) -> str:
     """Return 16 hex digits of BLAKE2b over all tensors and the config keys that matter.
 
     Reads one tensor at a time. The result is kept in the user's cache under the paths, sizes and
-    modification times of the files, where the source is ``StoredInFiles``; a changed file is hashed again.
+    modification times of the files, where the source has some; a changed file is hashed again.
 
-    A source that is ``MadeFromFacts`` is not read: a model drawn at random is known by its seed.
+    A source that has ``decided_by`` is not read: a model drawn at random is known by its seed.
     """
-    if isinstance(source, MadeFromFacts):
-        return _hash_origin(config, source, source.decided_by)
     key = _cache_key(config, source)
     kept = cache_folder() / "fingerprints" / key if key else None
     if kept is not None:
         with suppress(OSError):
-            return _checked(kept.read_bytes().decode("ascii", "replace"))
-    value = _hash_all(config, source)
+            text = kept.read_bytes().decode("ascii", "replace")
+            if re.fullmatch("[0-9a-f]{16}", text):
+                return text
+    value = _hash(config, source)
     if kept is not None:
         with suppress(StorageError, OSError):  # the cache is a convenience: a read-only home is no failure
             atomic_write_bytes(kept, value.encode("ascii"))
     return value
 
 
-def _checked(text: str) -> str:
-    if len(text) != 2 * _BYTES or set(text) - set("0123456789abcdef"):
-        raise OSError("the cached fingerprint is damaged")
-    return text
-
-
-def _hash_all(config: dict[str, Any], source: TensorSource) -> str:
-    digest = hashlib.blake2b(digest_size=_BYTES)
+def _hash(config: dict[str, Any], source: TensorSource) -> str:
+    """Hash the config and all tensors; of those that follow from something short, that in place of bytes."""
+    digest = hashlib.blake2b(digest_size=8)  # 16 hex digits
     digest.update(_canonical(config))
+    decided_by = getattr(source, "decided_by", None)
+    if decided_by is not None:
+        digest.update(json.dumps(decided_by, sort_keys=True).encode())
     for name in sorted(source.names()):
         digest.update(_describe(source, name))
-        tensor = source.read(name).contiguous()
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash_origin(config: dict[str, Any], source: TensorSource, decided_by: Mapping[str, Any]) -> str:
-    digest = hashlib.blake2b(digest_size=_BYTES)
-    digest.update(_canonical(config))
-    digest.update(json.dumps(decided_by, sort_keys=True).encode())
-    for name in sorted(source.names()):
-        digest.update(_describe(source, name))
+        if decided_by is None:
+            tensor = source.read(name).contiguous()
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -212,12 +177,12 @@ def _canonical(config: dict[str, Any]) -> bytes:
 
 
 def _cache_key(config: dict[str, Any], source: TensorSource) -> str | None:
-    if not isinstance(source, StoredInFiles) or not source.files:
+    if not (files := getattr(source, "files", ())):
         return None
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{type(source).__module__}.{type(source).__qualname__}".encode())
     digest.update(_canonical(config))
-    for file in source.files:
+    for file in files:
         try:
             facts = file.stat()
         except OSError:

@@ -17,8 +17,6 @@ from qwenq.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-# Choose device and dtype: bfloat16 where the hardware has instructions for it, and gains by them.
-
 
 def compute_dtype(device: torch.device | str) -> torch.dtype:
     """Return the dtype in which torch runs a model fastest on ``device``, where reading its weights takes the
@@ -70,11 +68,7 @@ def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """Return the device that "auto" (a CUDA GPU if there is one), "cpu", "cuda:1" … stands for.
-
-    Raises:
-        UsageError: no such device here; says what is there.
-    """
+    """Return the device that "auto" (a CUDA GPU if there is one), "cpu", "cuda:1" … stands for."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -128,12 +122,7 @@ def memory_limit() -> int:
 
 
 def cgroup_memory_left(groups: Path = _GROUPS, mounted: Path = _MOUNTED) -> int | None:
-    """Return the bytes up to the nearest cgroup limit, page cache not counted as used; None: no limit.
-
-    Args:
-        groups: the groups of this process, as Linux lists them.
-        mounted: where control groups are mounted.
-    """
+    """Return the bytes up to the nearest cgroup limit, page cache not counted as used; None: no limit."""
     left = [free for folder in _folders(groups, mounted) if (free := _free(folder)) is not None]
     return min(left, default=None)
 
@@ -155,8 +144,12 @@ def _folders(groups: Path, mounted: Path) -> Iterator[Path]:
 def _free(folder: Path) -> int | None:
     for limit, used in _FILES:
         with suppress(OSError, ValueError):  # "max" is no number
-            most = int((folder / limit).read_text(encoding="ascii"))
-            return max(0, most - int((folder / used).read_text(encoding="ascii")) + _pages_of_files(folder))
+            most, taken = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+            lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+            counts = dict(line.split(" ", 1) for line in lines)
+            # Linux drops page cache before it ends a process.
+            cached = sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
+            return max(0, most - taken + cached)
     return None
 
 
@@ -165,13 +158,6 @@ def _granted(folder: Path) -> int | None:
         with suppress(OSError, ValueError):
             return int((folder / limit).read_text(encoding="ascii"))
     return None
-
-
-def _pages_of_files(folder: Path) -> int:
-    """Return the bytes of page cache, which Linux drops before it ends a process."""
-    lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-    counts = dict(line.split(" ", 1) for line in lines)
-    return sum(int(counts.get(name, 0)) for name in ("active_file", "inactive_file"))
 
 
 # Return freed memory to the system before it adds up.
@@ -206,23 +192,19 @@ def _glibc(name: str) -> Callable[..., int] | None:
 @cache
 def keep_freed_memory() -> None:
     """Let the allocator keep what is freed, of pieces up to 32 MB, until ``return_freed_memory``."""
-    set_option = _glibc("mallopt")
-    if set_option is not None:
+    if (set_option := _glibc("mallopt")) is not None:
         set_option(_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
         set_option(_TRIM_THRESHOLD, _NEVER)
 
 
 def return_freed_memory() -> None:
     """Give pages that nothing uses back to the system, where the allocator keeps them; milliseconds."""
-    trim = _glibc("malloc_trim")
-    if trim is not None:
+    if (trim := _glibc("malloc_trim")) is not None:
         trim(0)
 
 
 def anonymous_bytes() -> int:
     """Return the resident memory of this process that no file backs, or all of it where that is unknown."""
-    import psutil
-
     memory = psutil.Process().memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
 

@@ -14,9 +14,6 @@ from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import local_path
 from qwenq.models.unsupported import refuse_to_run
 
-# Open what the user named as a checkpoint: a folder, a hub id, the bundled model, or random weights.
-
-
 Weights = Literal["stored", "random"]
 
 
@@ -27,10 +24,6 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
         model: a folder, a hub id, None for the bundled model; with random weights a catalogue name.
         weights: "stored" or "random" (nothing is read or written: tensors are drawn as they are asked for).
         seed: of random weights.
-
-    Raises:
-        UsageError: no such model or catalogue name; ``weights`` is neither.
-        QwenqError: the model cannot be read.
     """
     if weights == "stored":
         resolved = resolve_model(model)
@@ -47,20 +40,13 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
 
 
 def refuse_random_weights(weights: str) -> None:
-    """Refuse ``--weights random`` in a command that judges a model: random ones have no accuracy.
-
-    Raises:
-        UsageError: ``weights`` is "random".
-    """
+    """Refuse ``--weights random`` in a command that judges a model: random ones have no accuracy."""
     if weights == "random":
         raise UsageError(
             "random weights: accuracy would mean nothing",
             where="--weights",
             hint="name a model with real weights; `qwenq profile` and `qwenq plan` take random ones",
         )
-
-
-# Find the model folder of what the user typed: a path, a hub id, or nothing.
 
 
 BUNDLED_NOTICE = (
@@ -115,7 +101,15 @@ def resolve_model(model: str | None) -> Resolved:
         )
     if _HUB_ID.fullmatch(model):
         refuse_to_run(model)
-        return _from_hub(model, path)
+        from qwenq.models.hub import fetch
+
+        try:
+            folder, notice = fetch(model)
+        except HubError as error:
+            if near := _did_you_mean(path):  # `models/qwem`, a typo, is shaped like a hub id
+                error.hint = f"{near} {error.hint or ''}".strip()
+            raise
+        return Resolved(folder, [notice])
     near = _did_you_mean(path)
     if near is None:
         refuse_to_run(model)
@@ -123,18 +117,6 @@ def resolve_model(model: str | None) -> Resolved:
     raise UsageError(
         f"no such model folder: {model}", where=path.absolute(), hint=" ".join(hints) or _NAME_ONE
     )
-
-
-def _from_hub(model: str, path: Path) -> Resolved:
-    from qwenq.models.hub import fetch
-
-    try:
-        fetched = fetch(model)
-    except HubError as error:
-        if near := _did_you_mean(path):  # `models/qwem` is shaped like a hub id, and was a typo for a folder
-            error.hint = f"{near} {error.hint or ''}".strip()
-        raise
-    return Resolved(fetched.folder, [fetched.notice])
 
 
 def _did_you_mean(path: Path) -> str | None:

@@ -76,9 +76,6 @@ def widened(checkpoint: Checkpoint, to: int | None) -> Checkpoint:
 
     Nothing is read for that. It is the checkpoint itself where it has that width already, or ``to`` is
     None: a mixture of experts has no MLP of one width.
-
-    Raises:
-        UsageError: the width is out of range: below the model's, or above twice that.
     """
     ffn = checkpoint.config.get("intermediate_size")
     if to is None or ffn is None or not _zeros(int(ffn), to):

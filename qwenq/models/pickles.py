@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from qwenq import stopping
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
-from qwenq.models.safetensors_files import read_index, shard_path
+from qwenq.models.safetensors_files import FileSource, shards
 from qwenq.models.source import TensorInfo
 
 _INDEX = "pytorch_model.bin.index.json"
@@ -22,7 +21,7 @@ _CONVERT = (
 )
 
 
-class PickleSource:
+class PickleSource(FileSource):
     """Tensors of pytorch_model.bin files, memory-mapped, so that only what is read becomes resident.
 
     Raises:
@@ -30,38 +29,12 @@ class PickleSource:
         CorruptFileError: the file is cut off or damaged.
     """
 
-    def __init__(self, files: Sequence[Path], owners: dict[str, str] | None = None) -> None:
-        self.files = list(files)
-        self._where: dict[str, tuple[Path, TensorInfo]] = {}
-        for file in self.files:
-            for name, tensor in load_pickle(file).items():
-                if owners is None or owners.get(name) == file.name:
-                    self._where[name] = (file, TensorInfo(tuple(tensor.shape), tensor.dtype))
-        for name, file_name in (owners or {}).items():
-            if name not in self._where:
-                raise CorruptFileError(
-                    f"the tensor {name} is in the index but not in {file_name}",
-                    where=self.files[0].parent,
-                    hint="download the model again, or convert it: " + _CONVERT,
-                )
-
-    def names(self) -> Iterable[str]:
-        """Return all tensor names, in file order."""
-        return list(self._where)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype."""
-        return self._find(name)[1]
+    def _header(self, file: Path) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in load_pickle(file).items()}
 
     def read(self, name: str) -> torch.Tensor:
         """Read a tensor as a copy on the CPU, so that the file's mapping can close."""
         return load_pickle(self._find(name)[0])[name].clone()
-
-    def _find(self, name: str) -> tuple[Path, TensorInfo]:
-        try:
-            return self._where[name]
-        except KeyError:
-            raise ModelError(f"there is no tensor named {name}", where=self.files[0].parent) from None
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -102,21 +75,10 @@ def _require_whole_zip(path: Path) -> None:
 
 
 def open_pickles(folder: Path) -> PickleSource:
-    """Open the pickle weights of a folder without safetensors.
-
-    Raises:
-        ModelError: there are no weights at all.
-    """
+    """Open the pickle weights of a folder without safetensors."""
     index = folder / _INDEX
     if index.exists():
-        owners = read_index(index)
-        files = [shard_path(folder, name, index) for name in dict.fromkeys(owners.values())]
-        for file in files:
-            if not file.is_file():
-                raise CorruptFileError(
-                    f"the shard {file.name} is missing", where=index, hint="download it again"
-                )
-        return PickleSource(files, owners)
+        return PickleSource(*shards(index))
     single = folder / "pytorch_model.bin"
     if single.is_file():
         return PickleSource([single])

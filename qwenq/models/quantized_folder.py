@@ -6,7 +6,6 @@
       layers/00007.json            {"file": …, "sha256": …, "modules": …, "seal": …}: the layer is finished
       layers/00007-3f2a….safetensors
       sensitivity.json             what choosing bits by module has measured, where a size was asked for
-      distilling.safetensors       how far the distillation of scales is, where one was asked for
 
 A layer counts only when its JSON names a file with the hash that it records, and the JSON is written after
 that file has reached the disk: at whatever moment the process is killed, a layer is whole or absent, and the
@@ -31,6 +30,7 @@ from torch import Tensor
 from qwenq.errors import AlreadyDoneError, StorageError, UsageError
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.folders import CARD, MANIFEST, PARTIAL, RUN, STAGED, require_renameable, take_name
+from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.safetensors_files import SafetensorsSource, write_shards
 from qwenq.storage import (
     atomic_write_bytes,
@@ -46,29 +46,20 @@ if TYPE_CHECKING:
     import torch
 
     from qwenq.models.checkpoint import Checkpoint
-    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.gptq_config import QuantConfig
     from qwenq.models.source import TensorSource
 
-# Keep finished layers on disk, so that a run that was stopped can be resumed.
 
-
-LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-"""Tensors of a quantised linear."""
 _LAYERS, _LOCK = "layers", "lock"
-DISTILLING = "distilling.safetensors"
-"""State of a distillation (``gptq.distill``)."""
 SENSITIVITY = "sensitivity.json"
 """What was measured to choose bits by module (``gptq.mixed_bits``)."""
-_OURS = {RUN, _LOCK, _LAYERS, STAGED, DISTILLING, SENSITIVITY}
+_OURS = {RUN, _LOCK, _LAYERS, STAGED, SENSITIVITY}
 
 
 class LayerStore:
-    """The work folder of one run.
+    """The work folder of one run, ``OUT.partial``.
 
-    Args:
-        folder: ``OUT.partial``.
-        run: JSON-able facts that decide the result; a store of another run is not resumed.
-        resume: False starts over.
+    ``run`` holds the facts that decide the result; a store of another run is not resumed.
 
     Raises:
         UsageError: the folder holds an unfinished run with other settings, or foreign files, or another
@@ -81,7 +72,15 @@ class LayerStore:
         self._layers = folder / _LAYERS
         with guard_storage(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._refuse_foreign()
+            names = sorted(entry.name for entry in folder.iterdir())
+        unfinished = f".{RUN}.", f".{SENSITIVITY}."
+        foreign = [name for name in names if name not in _OURS and not name.startswith(unfinished)]
+        if foreign:  # the folder is removed at the end
+            raise UsageError(
+                f"the work folder holds something else: {', '.join(foreign[:3])}",
+                where=folder,
+                hint="name another folder with --out, or move these files",
+            )
         self._lock = take_lock(folder, _LOCK)
         try:
             self._begin(run, resume=resume)
@@ -112,20 +111,6 @@ class LayerStore:
                 atomic_write_json(path, run)
             self._layers.mkdir(exist_ok=True)
 
-    def _refuse_foreign(self) -> None:
-        """Refuse a folder with foreign files: it is removed at the end."""
-        foreign = sorted(
-            entry.name
-            for entry in self.folder.iterdir()
-            if entry.name not in _OURS and not entry.name.startswith((f".{RUN}.", f".{SENSITIVITY}."))
-        )
-        if foreign:
-            raise UsageError(
-                f"the work folder holds something else: {', '.join(foreign[:3])}",
-                where=self.folder,
-                hint="name another folder with --out, or move these files",
-            )
-
     def finished(self) -> int:
         """Return how many layers, from the first on without a gap, are whole."""
         count = 0
@@ -144,11 +129,6 @@ class LayerStore:
         record = {"file": file.name, "sha256": digest, "modules": modules}
         record["seal"] = _seal(record)
         atomic_write_json(self._layers / f"{index:05d}.json", record)
-
-    def digest(self, count: int) -> str:
-        """Return a hash over the content of the first ``count`` layers."""
-        hashes = "".join(str(self._finished(index)["sha256"]) for index in range(count))
-        return hashlib.sha256(hashes.encode()).hexdigest()
 
     def modules(self, index: int) -> dict[str, Any]:
         """Return the statistics that were saved with a layer."""
@@ -251,12 +231,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def require_free(target: Path) -> None:
-    """Refuse an output folder that holds something or may not be made, before any work is done for it.
-
-    Raises:
-        UsageError: there is something, or no folder can take that name.
-        StorageError: no permission.
-    """
+    """Refuse an output folder that holds something or may not be made, before any work is done for it."""
     require_renameable(target, "--out")
     if target.exists() and not target.is_dir():
         raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
@@ -278,13 +253,7 @@ def require_free(target: Path) -> None:
 def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: str) -> None:
     """Remove the work folder of a run that was killed after its checkpoint got its name.
 
-    Args:
-        target: the output folder.
-        recipe: of this run, in the manifest's form.
-        fingerprint: of the base model.
-
-    Raises:
-        AlreadyDoneError: the same command had finished; its work folder is removed now.
+    It was this run if the manifest in ``target`` has this recipe, and this fingerprint of the base.
     """
     if not target.name:  # the root, which no run has made
         return
@@ -303,22 +272,12 @@ def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: st
 
 
 def stage(
-    checkpoint: Checkpoint,
-    store: LayerStore,
-    layers: int,
-    quant: QuantConfig,
-    tuned: Mapping[str, torch.Tensor] | None = None,
+    checkpoint: Checkpoint, store: LayerStore, layers: int, quant: QuantConfig
 ) -> tuple[Path, list[str]]:
-    """Write the quantised checkpoint, without its manifest, inside the work folder.
+    """Write the quantised checkpoint, without its manifest, inside the work folder of ``store``.
 
-    Tensors that are not quantised keep their stored dtype, bit for bit.
-
-    Args:
-        checkpoint: the base model.
-        store: holding ``layers`` finished layers.
-        layers: how many.
-        quant: for config.json and quantize_config.json.
-        tuned: scales that take the place of the layers', by name.
+    Its first ``layers`` layers are finished. Tensors of the base that are not quantised keep their stored
+    dtype, bit for bit.
 
     Returns:
         The staging folder, and notices for the user.
@@ -333,7 +292,7 @@ def stage(
 
     def read(name: str) -> torch.Tensor:
         source, inner = tensors[name]
-        return tuned[inner] if tuned and inner in tuned else source.read(inner)
+        return source.read(inner)
 
     write_shards(folder, entries, read)
     config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
@@ -346,11 +305,7 @@ def stage(
 def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     """Seal the staged folder with its manifest and give it its name, in one step.
 
-    Args:
-        staged: from ``stage``.
-        out: missing or an empty folder.
-        manifest: what was done; the size and sha256 of every file are added here, but for the model card,
-            which people edit.
+    The size and sha256 of every file but the model card, which people edit, are added to the manifest here.
     """
     files = {}
     with guard_storage(staged):

@@ -24,16 +24,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
-from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context, stop_ids
+from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context
 from qwenq.storage import atomic_write_bytes, atomic_write_json
-
-# Tokenize as Qwen v1 does: byte-level BPE over the ranks file ``qwen.tiktoken``, run by tiktoken.
-#
-# Text is brought to NFC by the ``tokenizers`` library, not by Python's own tables: so the ids depend
-# neither on the Python version nor on whether ``qwen.tiktoken`` or the exported ``tokenizer.json`` is read.
-# The two tables differ only on about a hundred combining marks that entered Unicode after version 9 (2016),
-# where these stand in a non-canonical order or would compose.
-
 
 RANKS_FILE = "qwen.tiktoken"
 RANK_COUNT = 151_643  # of every released v1 model
@@ -48,14 +40,9 @@ _NFC = normalizers.NFC()
 
 
 def read_ranks(path: Path, expected: int | None = RANK_COUNT) -> dict[bytes, int]:
-    """Read the ranks file: one ``base64(token) SP rank`` a line, LF or CRLF.
+    """Read the ranks file, one ``base64(token) SP rank`` a line, LF or CRLF: token bytes to rank.
 
-    Args:
-        path: the file.
-        expected: how many ranks there have to be; None takes any number.
-
-    Returns:
-        Token bytes to rank; the ranks are 0 … n-1 and hold all 256 single bytes.
+    The ranks are 0 … n-1, ``expected`` many (None: any number), and hold all 256 single bytes.
     """
     try:
         content = path.read_bytes()
@@ -72,7 +59,15 @@ def read_ranks(path: Path, expected: int | None = RANK_COUNT) -> dict[bytes, int
         if rank in line_of:
             raise _corrupt(f"rank {rank} already occurred on line {line_of[rank]}", f"{path}, line {number}")
         ranks[token], line_of[rank] = rank, number
-    _check_complete(ranks, expected, path)
+    found = len(ranks)
+    missing = next((rank for rank in range(found) if rank not in line_of), None)
+    if missing is not None:
+        raise _corrupt(f"rank {missing} is missing ({found} ranks, up to {max(line_of)})", path)
+    if expected is not None and found != expected:
+        raise _corrupt(f"{found} ranks instead of {expected}", path)
+    for value in range(256):
+        if bytes([value]) not in ranks:
+            raise _corrupt(f"{found} ranks, but none for the single byte 0x{value:02x}", path)
     return ranks
 
 
@@ -96,7 +91,7 @@ class StreamDecoder:
 
 
 class QwenTokenizer:
-    """Encodes as Qwen v1 does; satisfies `qwenq.models.tokenizer.Tokenizer`.
+    """Encodes as Qwen v1 does.
 
     Attributes:
         im_start_id, im_end_id, eod_id: ids of the three named special tokens.
@@ -120,7 +115,8 @@ class QwenTokenizer:
         self.im_end_id = self.special_ids["<|im_end|>"]
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         self.pad_id: int | None = self.eod_id
-        self.eos_ids: tuple[int, ...] = stop_ids(self) if chat_format == "chatml" else (self.eod_id,)
+        chats = chat_format == "chatml"
+        self.eos_ids = (self.im_end_id, self.eod_id, self.im_start_id) if chats else (self.eod_id,)
         self.max_window = max_window
         self.special_tokens: tuple[str, ...] = SPECIAL_TOKENS
         self.template: str | None = CHAT_TEMPLATE
@@ -144,7 +140,7 @@ class QwenTokenizer:
         return "never"
 
     def with_thinking(self, enabled: bool) -> QwenTokenizer:
-        """Return refuse: this chat format has no such switch."""
+        """Refuse: this chat format has no such switch."""
         raise UsageError("this model's chat format has no enable_thinking", hint="leave out --thinking")
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -155,16 +151,10 @@ class QwenTokenizer:
         Raises:
             UnsupportedError: about a million white-space characters in a row, on which tiktoken gives up.
         """
-        if special:
-            return self.encode_with_special(text)
-        return self._encode_ordinary(text)
-
-    def encode_with_special(self, text: str) -> list[int]:
-        """Encode a text in which the surface forms of special tokens become those tokens.
-
-        Special tokens are found before NFC, as in the exported tokenizer.json: what follows one can
-        therefore not compose with its last character and undo it.
-        """
+        if not special:
+            return self._encode_ordinary(text)
+        # Special tokens are found before NFC, as in the exported tokenizer.json: what follows one can
+        # therefore not compose with its last character and undo it.
         ids: list[int] = []
         for place, piece in enumerate(_ANY_SPECIAL.split(text)):
             ids += [self.special_ids[piece]] if place % 2 else self._encode_ordinary(piece)
@@ -175,11 +165,7 @@ class QwenTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the exact bytes, which may begin or end inside a UTF-8 character.
-
-        Raises:
-            ModelError: an id outside the vocabulary (the model's padded rows are outside).
-        """
+        """Return the exact bytes, which may begin or end inside a UTF-8 character."""
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ModelError(f"token id {token_id} is not in the vocabulary (0 … {self.vocab_size - 1})")
@@ -249,19 +235,6 @@ def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:
     return token, int(fields[1])
 
 
-def _check_complete(ranks: dict[bytes, int], expected: int | None, path: Path) -> None:
-    found = len(ranks)
-    present = set(ranks.values())
-    missing = next((rank for rank in range(found) if rank not in present), None)
-    if missing is not None:
-        raise _corrupt(f"rank {missing} is missing ({found} ranks, up to {max(present)})", path)
-    if expected is not None and found != expected:
-        raise _corrupt(f"{found} ranks instead of {expected}", path)
-    for value in range(256):
-        if bytes([value]) not in ranks:
-            raise _corrupt(f"{found} ranks, but none for the single byte 0x{value:02x}", path)
-
-
 def _corrupt(what: str, where: str | Path) -> CorruptFileError:
     return CorruptFileError(
         f"the ranks file is damaged: {what}", where=where, hint=f"fetch {RANKS_FILE} of the model again"
@@ -275,14 +248,9 @@ WRITTEN = ("tokenizer.json", "tokenizer_config.json")
 
 
 def write_tokenizer_json(tokenizer: QwenTokenizer, folder: Path, *, max_length: int | None = None) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``: the same ids as ``tokenizer``.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into a folder: the same ids as ``tokenizer``.
 
-    The chat template renders what `chatml.build_context` encodes.
-
-    Args:
-        tokenizer: the ranks, and whether the model chats.
-        folder: made if it is missing; files of these names are replaced.
-        max_length: the model's context in tokens, if known.
+    The chat template renders what `chatml.build_context` encodes. ``max_length`` is the model's context.
     """
     content = as_tokenizers(tokenizer).to_str()
     chats = tokenizer.im_end_id in tokenizer.eos_ids
@@ -334,7 +302,13 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
-        parts = _merge_below(token, rank, ranks)
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:  # merge the pair of the lowest rank, the leftmost first
+            pairs = ((ranks.get(parts[i] + parts[i + 1], rank), i) for i in range(len(parts) - 1))
+            lowest, at = min(pairs)
+            if lowest >= rank:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) != 2:
             raise UnsupportedError(
                 f"the token {token!r} (rank {rank}) cannot be built by merges of lower rank",
@@ -354,18 +328,3 @@ def byte_of_char() -> dict[str, int]:
     table = {chr(value): value for value in own}
     others = [value for value in range(256) if value not in set(own)]
     return table | {chr(0x100 + place): value for place, value in enumerate(others)}
-
-
-def _merge_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
-    """Return the token's bytes after all merges of a rank below ``limit``, lowest first, leftmost first."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        lowest, at = limit, -1
-        for i in range(len(parts) - 1):
-            rank = ranks.get(parts[i] + parts[i + 1], limit)
-            if rank < lowest:
-                lowest, at = rank, i
-        if at < 0:
-            break
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts

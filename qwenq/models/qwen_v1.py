@@ -8,14 +8,14 @@ which the Qwen2 config keeps under ``qwen_v1``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
-from qwenq.models.gptq_config import QuantConfig, settings_of
-from qwenq.models.source import StoredInFiles, TensorInfo, TensorSource, require_tensors
+from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig, settings_of
+from qwenq.models.source import TensorInfo, TensorSource, require_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -54,40 +54,41 @@ _SAMPLING_KEYS = ("do_sample", "top_k", "top_p", "temperature", "repetition_pena
 def qwen2_config(
     config: Mapping[str, Any], dtype: str | None = None, where: str | Path = "config.json"
 ) -> dict[str, Any]:
-    """Translate a Qwen v1 config to Qwen2; below ``seq_length`` tokens it is the very same model.
+    """Translate a Qwen v1 config, in either key set, to Qwen2.
 
-    Args:
-        config: config.json of a v1 model, in either key set. It is not changed.
-        dtype: of the weights, for ``torch_dtype``; None: what config.json says.
-        where: the file, for messages.
+    Below ``seq_length`` tokens it is the very same model. ``dtype`` of the weights becomes
+    ``torch_dtype``; None: what config.json says.
     """
-    keys = _Keys(config, where)
-    hidden, vocab = keys.count("hidden_size"), keys.vocab()
-    heads = keys.heads(hidden)
+
+    def wrong(what: str) -> ModelError:
+        hint = "copy the model's config.json again, or correct the key that is wrong"
+        return ModelError(what, where=where, hint=hint)
+
+    keys = _usual_keys(config, wrong)
     plain = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": keys.half("intermediate_size"),
-        "num_hidden_layers": keys.count("num_hidden_layers"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
+        "hidden_size": keys["hidden_size"],
+        "intermediate_size": keys["intermediate_size"] // 2,
+        "num_hidden_layers": keys["num_hidden_layers"],
+        "num_attention_heads": keys["num_attention_heads"],
+        "num_key_value_heads": keys["num_attention_heads"],
         "hidden_act": "silu",
-        "max_position_embeddings": keys.positions(),
-        "rms_norm_eps": keys.get("layer_norm_epsilon"),
-        "rope_theta": float(keys.get("rotary_emb_base")),
-        "vocab_size": vocab,
-        "tie_word_embeddings": keys.get("tie_word_embeddings"),
+        "max_position_embeddings": keys["max_position_embeddings"],
+        "rms_norm_eps": keys["layer_norm_epsilon"],
+        "rope_theta": float(keys["rotary_emb_base"]),
+        "vocab_size": keys["vocab_size"],
+        "tie_word_embeddings": keys["tie_word_embeddings"],
         "use_sliding_window": False,
         "attention_dropout": 0.0,
-        "initializer_range": keys.get("initializer_range"),
+        "initializer_range": keys["initializer_range"],
         "use_cache": True,
-        **_token_ids(config, vocab),
+        **_token_ids(config, keys["vocab_size"]),
         V1_KEY: {
-            "seq_length": keys.get("seq_length"),
-            "use_dynamic_ntk": keys.flag("use_dynamic_ntk"),
-            "use_logn_attn": keys.flag("use_logn_attn"),
-            "real_vocab": min(REAL_VOCAB, vocab),
+            "seq_length": keys["seq_length"],
+            "use_dynamic_ntk": keys["use_dynamic_ntk"],
+            "use_logn_attn": keys["use_logn_attn"],
+            "real_vocab": min(REAL_VOCAB, keys["vocab_size"]),
         },
     }
     stored = dtype or config.get("torch_dtype") or config.get("dtype")
@@ -95,13 +96,9 @@ def qwen2_config(
 
 
 def qwen2_generation_config(generation: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate generation_config.json to the keys of today's transformers.
+    """Translate v1's generation_config.json to the keys of today's transformers; ``config`` is Qwen2's.
 
     v1's own code stopped a chat by its ChatML ids; here they are among ``eos_token_id``.
-
-    Args:
-        generation: the v1 file's contents, ``{}`` where there is none.
-        config: the Qwen2 config (see ``qwen2_config``).
     """
     sampling = {key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None}
     ids: dict[str, Any] = {}
@@ -122,82 +119,37 @@ def _token_ids(config: Mapping[str, Any], vocab: int) -> dict[str, Any]:
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """Values of a v1 config.json, read key by key; errors name the file."""
-
-    config: Mapping[str, Any]
-    where: str | Path
-
-    def get(self, key: str) -> Any:
-        """Return the value, or QWenConfig's default."""
-        value = self.config.get(key)
-        return _DEFAULTS[key] if value is None else value
-
-    def count(self, key: str) -> int:
-        """Read a size under its usual or its GPT-2 name; both present have to agree."""
-        names = [name for name in (key, _KEYS[key]) if self.config.get(name) is not None]
-        if not names:
-            raise self._wrong(f"config.json of this Qwen v1 model has neither {key} nor {_KEYS[key]}")
-        value = self.config[names[0]]
-        if self.config[names[-1]] != value:
-            raise self._contradiction(f"{names[0]} is {value}", f"{names[-1]} is {self.config[names[-1]]}")
-        return self._whole(names[0], value)
-
-    def heads(self, hidden: int) -> int:
-        """Compute the heads, hidden_size / kv_channels; a head count that differs is an error."""
-        channels = self._whole("kv_channels", self.get("kv_channels"))
-        if any(self.config.get(name) is not None for name in ("num_attention_heads", "n_head")):
-            heads = self.count("num_attention_heads")
-        else:
-            heads = hidden // channels
-        if heads * channels != hidden:
-            raise self._contradiction(
-                f"num_attention_heads {heads} × kv_channels {channels} is {heads * channels}",
-                f"hidden_size is {hidden}",
-            )
-        return heads
-
-    def half(self, key: str) -> int:
-        """Halve a width: v1 counts w1 and w2 together."""
-        both = self.count(key)
-        if both % 2:
-            raise self._wrong(f"{key} of a Qwen v1 model counts w1 and w2 together, but {both} is odd")
-        return both // 2
-
-    def vocab(self) -> int:
-        """Return the rows of the embedding: the padded size where the first release names it."""
-        for key in ("padded_vocab_size", "vocab_size"):
-            if self.config.get(key) is not None:
-                return self._whole(key, self.config[key])
-        raise self._wrong("config.json has neither vocab_size nor padded_vocab_size")
-
-    def positions(self) -> int:
-        """Return the longest sequence; ``seq_length`` where nothing names it."""
-        names = ("max_position_embeddings", "n_positions")
-        if all(self.config.get(name) is None for name in names):
-            return int(self.get("seq_length"))
-        return self.count("max_position_embeddings")
-
-    def flag(self, key: str) -> bool:
-        """Read true or false."""
-        value = self.get(key)
-        if isinstance(value, bool):
-            return value
-        raise self._wrong(f"config.json says {key} = {value!r}; it has to be true or false")
-
-    def _whole(self, key: str, value: Any) -> int:
+def _usual_keys(config: Mapping[str, Any], wrong: Callable[[str], ModelError]) -> dict[str, Any]:
+    """Return a v1 config under the usual names, sizes checked, with QWenConfig's defaults."""
+    found = {**_DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    found["vocab_size"] = found.get("padded_vocab_size", found.get("vocab_size"))
+    if found["vocab_size"] is None:
+        raise wrong("config.json has neither vocab_size nor padded_vocab_size")
+    for key, old in _KEYS.items():
+        if old in found and found.setdefault(key, found[old]) != found[old]:
+            raise wrong(f"config.json contradicts itself: {key} is {found[key]}, but {old} is {found[old]}")
+    found.setdefault("max_position_embeddings", found["seq_length"])
+    if type(found["kv_channels"]) is int and found["kv_channels"] and type(found.get("hidden_size")) is int:
+        found.setdefault("num_attention_heads", found["hidden_size"] // found["kv_channels"])
+    for key in ("kv_channels", "vocab_size", *_KEYS):
+        value = found.get(key)
+        if value is None:
+            raise wrong(f"config.json of this Qwen v1 model has neither {key} nor {_KEYS[key]}")
         if type(value) is not int or value < 1:
-            raise self._wrong(f"config.json says {key} = {value!r}; it has to be a positive whole number")
-        return value
-
-    def _contradiction(self, one: str, other: str) -> ModelError:
-        return self._wrong(
-            f"config.json contradicts itself: {one}, but {other}", ", or correct the key that is wrong"
+            raise wrong(f"config.json says {key} = {value!r}; it has to be a positive whole number")
+    heads, channels, hidden = (found[key] for key in ("num_attention_heads", "kv_channels", "hidden_size"))
+    if heads * channels != hidden:
+        raise wrong(
+            f"config.json contradicts itself: num_attention_heads {heads} × kv_channels {channels} is "
+            f"{heads * channels}, but hidden_size is {hidden}"
         )
-
-    def _wrong(self, what: str, or_else: str = "") -> ModelError:
-        return ModelError(what, where=self.where, hint=f"copy the model's config.json again{or_else}")
+    if found["intermediate_size"] % 2:
+        both = found["intermediate_size"]
+        raise wrong(f"intermediate_size of a Qwen v1 model counts w1 and w2 together, but {both} is odd")
+    for key in ("use_dynamic_ntk", "use_logn_attn"):
+        if not isinstance(found[key], bool):
+            raise wrong(f"config.json says {key} = {found[key]!r}; it has to be true or false")
+    return found
 
 
 # Limit sequences to what is computed right: Qwen v1 changes its attention beyond ``seq_length``.
@@ -224,10 +176,7 @@ class LongContext:
 def long_context_of(config: Mapping[str, Any], where: str | Path = "config.json") -> LongContext | None:
     """Return Qwen v1's long-context flags, as the Qwen2 view of its config keeps them.
 
-    Args:
-        config: config.json in Llama's, Qwen2's or Qwen3's words.
-        where: the file, for messages. ``open_checkpoint`` names it, so that whatever it has opened has sound
-            flags or none.
+    ``open_checkpoint`` calls it, so that whatever it has opened has sound flags or none.
     """
     flags = config.get(V1_KEY)
     if flags is None:
@@ -250,23 +199,13 @@ def longest_plain(config: Mapping[str, Any]) -> int | None:
     """Return the longest sequence that transformers' blocks compute as this model does; None: no limit.
 
     That is ``max_position_embeddings``; of a Qwen v1 model whose flags are on, at most ``seq_length``.
-
-    Args:
-        config: config.json in Llama's, Qwen2's or Qwen3's words.
     """
     limits = [config.get("max_position_embeddings"), _stretched_from(config)]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 def require_plain(config: Mapping[str, Any], tokens: int, *, option: str, where: str | Path) -> None:
-    """Refuse sequences longer than ``longest_plain``.
-
-    Args:
-        config: config.json in Llama's, Qwen2's or Qwen3's words.
-        tokens: of each sequence.
-        option: what made them so long: ``--seq-len``, a file.
-        where: the model or the file.
-    """
+    """Refuse sequences longer than ``longest_plain``; ``option``, or a file, made them so long."""
     longest = longest_plain(config)
     if longest is None or tokens <= longest:
         return
@@ -285,14 +224,8 @@ def _stretched_from(config: Mapping[str, Any]) -> int | None:
     return context.seq_length if context is not None and (context.dynamic_ntk or context.logn) else None
 
 
-# Show Qwen v1 checkpoints (``QWenLMHeadModel``) as Qwen2, tensor by tensor, without remote code.
-#
-# Up to ``seq_length`` tokens v1 *is* a Qwen2 without grouped heads: the fused ``c_attn`` holds q, k and v
-# as three blocks of rows, ``w2`` is the gate and ``w1`` the up projection. Beyond, v1's long-context flags
-# matter, which the Qwen2 config keeps under ``qwen_v1``.
+# Show tensors.
 
-
-__all__ = ["V1_KEY", "QwenV1Source", "qwen2_config", "qwen2_generation_config", "qwen2_view"]
 
 _TOP = {
     "transformer.wte": "model.embed_tokens",
@@ -326,13 +259,7 @@ class _Origin:
 def qwen2_view(
     folder: Path, config: Mapping[str, Any], source: TensorSource
 ) -> tuple[dict[str, Any], QwenV1Source]:
-    """Show a v1 folder as a Qwen2 config and a lazy source, full precision or GPTQ.
-
-    Args:
-        folder: the model folder, for ``quantize_config.json`` where config.json lacks the settings.
-        config: config.json as it is on disk.
-        source: the tensors as they are on disk.
-    """
+    """Show a v1 folder, its config.json and its tensors as Qwen2's: full precision or GPTQ."""
     quant = settings_of(folder, config, source.names())
     names = set(source.names())
     embedding = "transformer.wte.weight"
@@ -346,17 +273,13 @@ def qwen2_view(
 class QwenV1Source:
     """The tensors of a Qwen v1 checkpoint under Qwen2's names; one v1 tensor is in memory at a time.
 
-    All-zero biases that AutoGPTQ wrote beside v1's bias-free linears are dropped.
-
-    Args:
-        source: the v1 tensors.
-        config: the Qwen2 config that belongs to them (see ``qwen2_config``).
-        quant: the GPTQ settings, None for full precision.
+    All-zero biases that AutoGPTQ wrote beside v1's bias-free linears are dropped. ``config`` is the Qwen2
+    config that belongs to the tensors (see ``qwen2_config``).
     """
 
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
         self._source = source
-        self.files = list(source.files) if isinstance(source, StoredInFiles) else []
+        self.files: list[Path] = list(getattr(source, "files", ()))
         require_tensors(source, dict(_expected(config, quant)), self.files[0].parent if self.files else None)
         if quant is not None:
             _refuse_activation_order(source, quant)
@@ -389,10 +312,9 @@ class QwenV1Source:
         return view.clone(memory_format=torch.contiguous_format)  # a view would keep the other two alive
 
     def _origin(self, name: str) -> _Origin:
-        try:
-            return self._origins[name]
-        except KeyError:
-            raise ModelError(f"there is no tensor named {name} in this Qwen v1 model") from None
+        if name not in self._origins:
+            raise ModelError(f"there is no tensor named {name} in this Qwen v1 model")
+        return self._origins[name]
 
 
 def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, _Origin]]:
@@ -408,36 +330,20 @@ def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, _Origin]]
         if found is None or int(found[1]) >= layers:
             raise _unknown(name)
         prefix = f"model.layers.{found[1]}"
-        if found[2] == _FUSED:
-            yield from _split(name, prefix, kind)
+        if found[2] == _FUSED and kind in (*_OUTPUT_AXIS, "g_idx"):
+            for part, module in enumerate(_SPLIT):  # g_idx runs along the input axis: all three share it
+                origin = _Origin(name, _OUTPUT_AXIS[kind], part) if kind != "g_idx" else _Origin(name)
+                yield f"{prefix}.{module}.{kind}", origin
         elif found[2] not in _IN_BLOCK:
             raise _unknown(name)
         elif kind != "bias":
             yield f"{prefix}.{_IN_BLOCK[found[2]]}.{kind}", _Origin(name)
-        else:
-            _require_zero(source, name)
-
-
-def _split(name: str, prefix: str, kind: str) -> Iterator[tuple[str, _Origin]]:
-    """Yield q, k and v of one of c_attn's tensors."""
-    if kind not in _OUTPUT_AXIS and kind != "g_idx":
-        raise _unknown(name)
-    for part, module in enumerate(_SPLIT):
-        shared = kind == "g_idx"  # it runs along the input axis
-        yield (
-            f"{prefix}.{module}.{kind}",
-            _Origin(name) if shared else _Origin(name, _OUTPUT_AXIS[kind], part),
-        )
-
-
-def _require_zero(source: TensorSource, name: str) -> None:
-    """Refuse a bias that is not zero: Qwen2's layout has none for o, gate, up or down."""
-    if bool(source.read(name).any()):
-        raise ModelError(
-            "a Qwen v1 model has no bias but c_attn's, yet this one is not zero",
-            where=name,
-            hint="the model was changed; Qwen2's layout has no place for this bias",
-        )
+        elif bool(source.read(name).any()):
+            raise ModelError(
+                "a Qwen v1 model has no bias but c_attn's, yet this one is not zero",
+                where=name,
+                hint="the model was changed; Qwen2's layout has no place for this bias",
+            )
 
 
 def _unknown(name: str) -> ModelError:
@@ -472,19 +378,11 @@ def _expected(config: Mapping[str, Any], quant: QuantConfig | None) -> Iterator[
         yield f"{block}.ln_2.weight", (hidden,)
         yield f"{block}.{_FUSED}.bias", (3 * hidden,)
         for module, size in sizes.items():
-            yield from _linear(f"{block}.{module}", *size, quant)
-
-
-def _linear(
-    module: str, n_out: int, n_in: int, quant: QuantConfig | None
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if quant is None:
-        yield f"{module}.weight", (n_out, n_in)
-        return
-    groups = quant.groups(n_in)
-    yield f"{module}.qweight", (n_in * quant.bits // 32, n_out)
-    yield f"{module}.qzeros", (groups, n_out * quant.bits // 32)
-    yield f"{module}.scales", (groups, n_out)
+            if quant is None:
+                yield f"{block}.{module}.weight", size
+            else:
+                shapes = quant.packed_shapes(*size)
+                yield from ((f"{block}.{module}.{part}", shapes[part]) for part in LAYER_PARTS[:3])
 
 
 def _refuse_activation_order(source: TensorSource, quant: QuantConfig) -> None:

@@ -8,10 +8,10 @@ tensor at a time in any order. Norms are ones; everything else is normal with th
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwenq.errors import ModelError, UsageError
+from qwenq.errors import CorruptFileError, ModelError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import local_path
 from qwenq.models.safetensors_files import write_shards
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorInfo
-from qwenq.storage import atomic_write_json, guard_storage
+from qwenq.storage import atomic_write_json, guard_storage, read_json
 
 RANDOM_KEY = "qwenq_random_weights"
 """Key of config.json that marks such a model: ``{"seed": …}``."""
@@ -44,11 +44,7 @@ def is_random(config: Mapping[str, Any]) -> bool:
 
 
 def refuse_random(config: dict[str, Any], what: str) -> None:
-    """Raise where ``what`` (such as "accuracy") would be measured on random weights.
-
-    Raises:
-        UsageError: the model has random weights.
-    """
+    """Raise where ``what`` (such as "accuracy") would be measured on random weights."""
     if is_random(config):
         raise UsageError(
             f"this model has random weights: {what} would mean nothing",
@@ -76,9 +72,7 @@ class RandomSource:
         std: float = 0.02,
         device: str | torch.device = "cpu",
     ) -> None:
-        self._infos = {
-            tensor.name: TensorInfo(tensor.shape, dtype) for tensor in shape.tensors(_dtype_name(dtype))
-        }
+        self._infos = {name: TensorInfo(size, dtype) for name, size in shape.tensors().items()}
         self.seed, self.std, self.device = seed, std, torch.device(device)
         self.decided_by = {"stream": _STREAM, "seed": seed, "std": std, "device": self.device.type}
 
@@ -185,17 +179,8 @@ def write_random_checkpoint(
 ) -> Checkpoint:
     """Write a model with random weights, one tensor in memory at a time; config.json comes last.
 
-    Args:
-        name_or_config: a catalogue name, or a config.json in Llama, Qwen2 or Qwen3 layout.
-        folder: made if missing. It may hold an earlier model of this kind, nothing else.
-        seed: of the weights.
-        dtype: ``bfloat16``, ``float16`` or ``float32``.
-        layers: overrides the depth.
-        max_bytes: of tensors in one file.
-
-    Raises:
-        UsageError: no such name, dtype or depth, or the folder holds something else.
-        StorageError: the disk is full or read-only.
+    The folder may hold an earlier model of this kind, nothing else. ``name_or_config`` is a catalogue name or
+    a config.json, whose depth ``layers`` overrides; a file holds ``max_bytes`` of tensors.
     """
     local_path(folder, "the folder")
     made = random_checkpoint(name_or_config, seed, dtype, layers=layers)
@@ -212,7 +197,9 @@ def _clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     marker, config = folder / _UNFINISHED, folder / "config.json"
     held = sorted(folder.iterdir())
-    ours = marker.exists() or _says_random(config)
+    ours = marker.exists()
+    with suppress(OSError, CorruptFileError):
+        ours |= is_random(read_json(config))
     if held and not ours:
         raise UsageError(
             "the folder holds something else than a model with random weights",
@@ -225,21 +212,8 @@ def _clear(folder: Path) -> None:
         item.unlink()
 
 
-def _says_random(config: Path) -> bool:
-    """Return whether a file is the config.json of a model with random weights."""
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and is_random(content)
-
-
 def _dtype(name: str) -> torch.dtype:
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if name not in known:
         raise UsageError(f"{name!r} is no dtype for weights", hint=f"use {', '.join(known)}")
     return known[name]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,21 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig
+from qwenq.models.gptq_format import PackedLinear, pack, pack_zeros, trivial_g_idx
+from qwenq.models.random_weights import RandomSource, tensor_seed
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorInfo, TensorSource
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwenq.models.gptq_format import PackedLinear
-    from qwenq.models.random_weights import RandomSource
-
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def group_size_for(shape: ModelShape) -> int:
@@ -39,15 +35,10 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
     """Return the checkpoint with the linears of its blocks rounded when read: symmetric, AutoGPTQ's layout.
 
     Linear attention has 8 bits, as after ``qwenq quantize``.
-
-    Raises:
-        UnsupportedError: its sizes cannot be packed.
     """
-    from qwenq.models.random_weights import RandomSource
-
     shape = ModelShape.from_config(checkpoint.config)
     group_size = group_size_for(shape)
-    shape.quantised_tensors(bits, group_size)  # raises where the sizes do not fit
+    shape.quantised_bytes(bits, group_size)  # raises where the sizes do not fit
     own = {linear.name: linear.bits(bits) for linear in shape.linears() if linear.bits(bits) != bits}
     dynamic = {rf"+:.*\.{re.escape(name)}$": {"bits": width} for name, width in own.items()}
     quant = QuantConfig(bits=bits, group_size=group_size, dynamic=dynamic)
@@ -60,10 +51,9 @@ def rounded(checkpoint: Checkpoint, bits: int) -> Checkpoint:
         for name in linear.names()
     }
     source = checkpoint.source
-    made = (
-        DrawnSource(source, modules) if isinstance(source, RandomSource) else RoundedSource(source, modules)
-    )
-    return replace(checkpoint, config=config, source=made)
+    if isinstance(source, RandomSource):
+        return replace(checkpoint, config=config, source=DrawnSource(source, modules))
+    return replace(checkpoint, config=config, source=RoundedSource(source, modules))
 
 
 class RoundedSource:
@@ -78,34 +68,22 @@ class RoundedSource:
         for name in self._source.names():
             module = name.removesuffix(".weight")
             if module in self._modules:
-                yield from (f"{module}.{part}" for part in _PARTS)
+                yield from (f"{module}.{part}" for part in LAYER_PARTS)
             else:
                 yield name
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype, without rounding anything."""
-        import torch
-
         module, _, part = name.rpartition(".")
-        if module not in self._modules or part not in _PARTS:
+        if module not in self._modules or part not in LAYER_PARTS:
             return self._source.info(name)
-        rows, columns = self._source.info(f"{module}.weight").shape
-        bits, groups = self._modules[module].bits, self._modules[module].groups(columns)
-        return {
-            "qweight": TensorInfo((columns * bits // 32, rows), torch.int32),
-            "qzeros": TensorInfo((groups, rows * bits // 32), torch.int32),
-            "scales": TensorInfo((groups, rows), torch.float16),
-            "g_idx": TensorInfo((columns,), torch.int32),
-        }[part]
+        shapes = self._modules[module].packed_shapes(*self._source.info(f"{module}.weight").shape)
+        return TensorInfo(shapes[part], torch.float16 if part == "scales" else torch.int32)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU."""
-        import torch
-
-        from qwenq.models.gptq_format import pack_zeros, trivial_g_idx
-
         module, _, part = name.rpartition(".")
-        if module not in self._modules or part not in _PARTS:
+        if module not in self._modules or part not in LAYER_PARTS:
             return self._source.read(name)
         quant = self._modules[module]
         if part == "g_idx":
@@ -133,10 +111,6 @@ class DrawnSource(RoundedSource):
 
     def read(self, name: str) -> Tensor:
         """Draw one tensor; it follows from the seed and its name alone."""
-        import torch
-
-        from qwenq.models.random_weights import tensor_seed
-
         module, _, part = name.rpartition(".")
         device = self._random.device
         if module not in self._modules or part not in ("qweight", "scales"):
@@ -154,10 +128,6 @@ class DrawnSource(RoundedSource):
 
 def _pack(weight: Tensor, quant: QuantConfig) -> PackedLinear:
     """Pack floats [out, in] with scale = largest of a group / (2^(bits-1) - 1)."""
-    import torch
-
-    from qwenq.models.gptq_format import pack
-
     bits, middle = quant.bits, 1 << (quant.bits - 1)
     out, width = weight.shape
     grouped = weight.float().reshape(out, quant.groups(width), -1)  # [out, groups, group_size]

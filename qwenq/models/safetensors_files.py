@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,6 @@ from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, requir
 
 if TYPE_CHECKING:
     from typing import BinaryIO
-
-# Read safetensors folders: every header is checked before a byte of a tensor is trusted.
 
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -71,23 +70,14 @@ def _state(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-class SafetensorsSource:
-    """Tensors of one or many safetensors files, read one at a time.
+class FileSource:
+    """Tensors of some files, by name. ``owners``, an index, say which file each tensor is taken from."""
 
-    A file is opened for one read and closed again: what is resident is the tensor that was asked for, so the
-    memory stays flat however large the checkpoint is. Only small tensors share an open file for a while, as
-    its header takes longer to read than they do.
-
-    Raises:
-        CorruptFileError: a header, an offset or a file's length is wrong; a shard or tensor is missing.
-    """
-
-    def __init__(self, files: Sequence[Path], owners: dict[str, str] | None = None) -> None:
+    def __init__(self, files: Sequence[Path], owners: Mapping[str, str] | None = None) -> None:
         self.files = list(files)
-        self._open: _OpenFile | None = None
         self._where: dict[str, tuple[Path, TensorInfo]] = {}
         for file in self.files:
-            for name, info in read_header(file).items():
+            for name, info in self._header(file).items():
                 if owners is not None and owners.get(name) != file.name:
                     continue
                 if name in self._where:
@@ -97,6 +87,13 @@ class SafetensorsSource:
                         hint="keep one of the two, or add the index file that says which one counts",
                     )
                 self._where[name] = (file, info)
+        if owners and (missing := [name for name in owners if name not in self._where]):
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            what = f"the tensor {missing[0]}{more} is in the index but not in {owners[missing[0]]}"
+            raise _damaged(what, self.files[0].parent)
+
+    def _header(self, file: Path) -> dict[str, TensorInfo]:
+        raise NotImplementedError
 
     def names(self) -> Iterable[str]:
         """Return all tensor names, in file order."""
@@ -106,12 +103,38 @@ class SafetensorsSource:
         """Return shape and dtype from the header."""
         return self._find(name)[1]
 
+    def _find(self, name: str) -> tuple[Path, TensorInfo]:
+        if name not in self._where:
+            where = self.files[0].parent if self.files else None
+            raise ModelError(f"there is no tensor named {name}", where=where)
+        return self._where[name]
+
+
+class SafetensorsSource(FileSource):
+    """Tensors of one or many safetensors files, read one at a time.
+
+    A file is opened for one read and closed again: what is resident is the tensor that was asked for, so the
+    memory stays flat however large the checkpoint is. Only small tensors share an open file for a while, as
+    its header takes longer to read than they do.
+    """
+
+    _open: _OpenFile | None = None
+
+    def _header(self, file: Path) -> dict[str, TensorInfo]:
+        return read_header(file)
+
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor on the CPU, in its stored dtype."""
         file, info = self._find(name)
-        nbytes = info.numel * info.dtype.itemsize
         with self._readable(file, name):
-            tensor = self._read_small(file, name, nbytes) if nbytes <= _SMALL else _read_alone(file, name)
+            if info.nbytes > _SMALL:
+                with safe_open(file, framework="pt") as opened:
+                    tensor: torch.Tensor = opened.get_tensor(name)
+            else:
+                if self._open is None or not self._open.serves(file):
+                    self.close()
+                    self._open = _OpenFile(file)
+                tensor = self._open.read(name, info.nbytes)
         _require_unchanged(tensor, name, info.shape, info.dtype, file)
         return tensor
 
@@ -129,27 +152,13 @@ class SafetensorsSource:
             yield
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             self.close()
-            raise CorruptFileError(
-                f"the tensor {name} cannot be read: {error}", where=file, hint=_REDOWNLOAD
-            ) from error
-
-    def _read_small(self, file: Path, name: str, nbytes: int) -> torch.Tensor:
-        if self._open is None or not self._open.serves(file):
-            self.close()
-            self._open = _OpenFile(file)
-        return self._open.read(name, nbytes)
+            raise _damaged(f"the tensor {name} cannot be read: {error}", file) from error
 
     def close(self) -> None:
         """Let the file go that is open, if one is; it is opened again when it is needed."""
         if self._open is not None:
             self._open.close()
             self._open = None
-
-    def _find(self, name: str) -> tuple[Path, TensorInfo]:
-        try:
-            return self._where[name]
-        except KeyError:
-            raise ModelError(f"there is no tensor named {name}", where=_folder_of(self.files)) from None
 
 
 def _require_unchanged(
@@ -159,27 +168,13 @@ def _require_unchanged(
         raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
 
 
-def _read_alone(file: Path, name: str) -> torch.Tensor:
-    with safe_open(file, framework="pt") as opened:
-        tensor: torch.Tensor = opened.get_tensor(name)
-    return tensor
-
-
-def _folder_of(files: Sequence[Path]) -> Path | None:
-    return files[0].parent if files else None
-
-
 def open_safetensors(folder: Path) -> SafetensorsSource | None:
     """Open the safetensors files of a folder; None when it holds none.
 
     An index decides where there is one; else ``model.safetensors``; else the only file there is.
     """
     if index := _find_index(folder):
-        owners = read_index(index)
-        files = [_shard(folder, name, index) for name in dict.fromkeys(owners.values())]
-        source = SafetensorsSource(files, owners)
-        _require_all(source, owners, index)
-        return source
+        return SafetensorsSource(*shards(index))
     files = sorted(folder / name for name in _weight_files(folder))
     if not files:
         return None
@@ -196,13 +191,9 @@ def open_safetensors(folder: Path) -> SafetensorsSource | None:
 
 
 def unread_files(folder: Path, read: Sequence[Path]) -> list[str]:
-    """Return a notice on safetensors files that lie beside those that are read.
+    """Return a notice on safetensors files of a folder that lie beside those that are read.
 
     Others may read them: transformers takes ``model.safetensors`` before an index, and an adapter beside it.
-
-    Args:
-        folder: of the model.
-        read: the files of its source.
     """
     known = {file.name for file in read}
     others = [name for name in sorted(_weight_files(folder)) if name not in known]
@@ -234,10 +225,10 @@ def read_index(path: Path) -> dict[str, str]:
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the index is not JSON: {error}", where=path, hint=_REDOWNLOAD) from error
+        raise _damaged(f"the index is not JSON: {error}", path) from error
     owners = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(owners, dict) or not owners or not all(isinstance(v, str) for v in owners.values()):
-        raise CorruptFileError("the index has no weight_map of file names", where=path, hint=_REDOWNLOAD)
+        raise _damaged("the index has no weight_map of file names", path)
     return owners
 
 
@@ -252,33 +243,27 @@ def shard_path(folder: Path, name: str, index: Path) -> Path:
     return folder / name
 
 
-def _shard(folder: Path, name: str, index: Path) -> Path:
-    path = shard_path(folder, name, index)
-    try:
-        there = path.is_file()
-    except OSError as error:  # a name that no disk takes
-        raise CorruptFileError(
-            f"the index names a shard that cannot be opened: {error.strerror}", where=index, hint=_REDOWNLOAD
-        ) from error
-    if not there:
-        raise CorruptFileError(
-            f"the shard {name} is missing",
-            where=index,
-            hint="download it again; an interrupted download resumes where it stopped",
-        )
-    return path
+def shards(index: Path) -> tuple[list[Path], dict[str, str]]:
+    """Return the files that an index names, all of which are there, and its ``weight_map``."""
+    owners = read_index(index)
+    files = [shard_path(index.parent, name, index) for name in dict.fromkeys(owners.values())]
+    for path in files:
+        try:
+            there = path.is_file()
+        except OSError as error:  # a name that no disk takes
+            what = f"the index names a shard that cannot be opened: {error.strerror}"
+            raise _damaged(what, index) from error
+        if not there:
+            raise CorruptFileError(
+                f"the shard {path.name} is missing",
+                where=index,
+                hint="download it again; an interrupted download resumes where it stopped",
+            )
+    return files, owners
 
 
-def _require_all(source: SafetensorsSource, owners: dict[str, str], index: Path) -> None:
-    found = set(source.names())
-    missing = [name for name in owners if name not in found]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CorruptFileError(
-            f"the tensor {missing[0]}{more} is in the index but not in {owners[missing[0]]}",
-            where=index,
-            hint=_REDOWNLOAD,
-        )
+def _damaged(what: str, where: Path) -> CorruptFileError:
+    return CorruptFileError(what, where=where, hint=_REDOWNLOAD)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -295,10 +280,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CorruptFileError(
-                    f"not a whole safetensors file: {size} bytes, and the header would be {length}",
-                    where=path,
-                    hint=_REDOWNLOAD,
+                raise _damaged(
+                    f"not a whole safetensors file: {size} bytes, and the header would be {length}", path
                 )
             raw = file.read(length)
     except OSError as error:
@@ -313,17 +296,13 @@ def _parse(raw: bytes, path: Path) -> dict[str, dict[str, Any]]:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError("the header is not JSON", where=path, hint=_REDOWNLOAD) from error
+        raise _damaged("the header is not JSON", path) from error
     if not isinstance(header, dict):
-        raise CorruptFileError("the header is not an object", where=path, hint=_REDOWNLOAD)
+        raise _damaged("the header is not an object", path)
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if not _sound(entry):
-            raise CorruptFileError(
-                f"the header's entry of {name} is damaged, or of a dtype unknown here",
-                where=path,
-                hint=_REDOWNLOAD,
-            )
+            raise _damaged(f"the header's entry of {name} is damaged, or of a dtype unknown here", path)
     return header
 
 
@@ -346,20 +325,17 @@ def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Pat
         start, stop = entry["data_offsets"]
         expected = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize
         if start != end or stop - start != expected:
-            raise CorruptFileError(
+            raise _damaged(
                 f"{name} does not lie where its shape says: bytes {start} to {stop}, {expected} expected",
-                where=path,
-                hint=_REDOWNLOAD,
+                path,
             )
         end = stop
         if stop > data_bytes:
-            raise CorruptFileError(
-                f"the file is cut off inside {name}: {data_bytes} bytes of tensors, {stop} needed",
-                where=path,
-                hint=_REDOWNLOAD,
+            raise _damaged(
+                f"the file is cut off inside {name}: {data_bytes} bytes of tensors, {stop} needed", path
             )
     if end != data_bytes:
-        raise CorruptFileError(f"{data_bytes - end} bytes too many at the end", where=path, hint=_REDOWNLOAD)
+        raise _damaged(f"{data_bytes - end} bytes too many at the end", path)
 
 
 # Write safetensors as a stream: one tensor in memory, however large the checkpoint.
@@ -367,12 +343,6 @@ def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Pat
 
 Entry = tuple[str, TensorInfo]
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_ALIGNMENT = 8
-
-
-def tensor_bytes(info: TensorInfo) -> int:
-    """Return bytes that a tensor takes in a file."""
-    return info.numel * info.dtype.itemsize
 
 
 def plan_shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
@@ -380,7 +350,7 @@ def plan_shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
-        size = tensor_bytes(entry[1])
+        size = entry[1].nbytes
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
@@ -397,14 +367,8 @@ def write_shards(
 ) -> list[Path]:
     """Write tensors to ``model.safetensors``, or to numbered shards and their index, and flush them.
 
-    ``read`` is called once a tensor, in the order of ``entries``, and what it returned is forgotten before
-    the next call. Each file appears under its name only when it is whole.
-
-    Args:
-        folder: made if missing.
-        entries: names with shapes and dtypes, in the order in which they are to lie in the files.
-        read: returns the tensor of a name, on the CPU or a device, in the announced shape and dtype.
-        max_bytes: of tensors in one file.
+    ``read`` is called once a tensor, in the order of ``entries``, and what it returned, on any device, is
+    forgotten before the next call. Each file appears under its name only when it is whole.
 
     Returns:
         The safetensors files written, in order (the index is not among them).
@@ -413,16 +377,20 @@ def write_shards(
         StorageError: the disk is full, read-only or forbids it; says how much was needed and is free.
         ModelError: a name comes twice, or a tensor is not what its entry announced.
     """
-    _refuse_duplicates(entries, folder)
-    total = sum(tensor_bytes(info) for _, info in entries)
+    if twice := [name for name, count in Counter(name for name, _ in entries).items() if count > 1]:
+        raise ModelError(f"the tensor {twice[0]} is to be written twice", where=folder)
+    total = sum(info.nbytes for _, info in entries)
     with guard_storage(folder, total):
         folder.mkdir(parents=True, exist_ok=True)
         require_space(folder, total)
         shards = plan_shards(entries, max_bytes)
-        names = _file_names(len(shards))
+        count = len(shards)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        if count == 1:
+            names = ["model.safetensors"]
         for name, shard in zip(names, shards, strict=True):
             _write_file(folder / name, shard, read)
-        if len(shards) > 1:
+        if count > 1:
             owners = {e[0]: name for name, shard in zip(names, shards, strict=True) for e in shard}
             index = {"metadata": {"total_size": total}, "weight_map": owners}
             atomic_write_json(folder / f"model{INDEX_SUFFIX}", index)
@@ -430,34 +398,16 @@ def write_shards(
     return [folder / name for name in names]
 
 
-def _refuse_duplicates(entries: Sequence[Entry], folder: Path) -> None:
-    seen: set[str] = set()
-    for name, _ in entries:
-        if name in seen:
-            raise ModelError(f"the tensor {name} is to be written twice", where=folder)
-        seen.add(name)
-
-
-def _file_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
 def _header(entries: Sequence[Entry]) -> bytes:
     """Build the safetensors header: length, JSON of names to dtype, shape and offsets, padded to 8 bytes."""
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in entries:
-        end = offset + tensor_bytes(info)
-        described[name] = {
-            "dtype": _CODES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        place = [offset, offset + info.nbytes]
+        described[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": place}
+        offset += info.nbytes
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -7,8 +7,8 @@ attention. It always speaks the Qwen2 layout (v1's fused ``c_attn`` is seen as q
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -26,7 +26,8 @@ from qwenq.models.block_shapes import (
     mixture_linears,
     mlp_linears,
 )
-from qwenq.models.config import check_architecture, check_numbers, text_config
+from qwenq.models.config import HYBRIDS, check_architecture, check_numbers, text_config
+from qwenq.models.gptq_config import packed_bytes
 from qwenq.models.qwen_v1 import V1_KEY, qwen2_config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
@@ -35,8 +36,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 DENSE = ("llama", "qwen", "qwen2", "qwen3")
 """Model types whose blocks are all alike: attention of all earlier tokens and a dense MLP."""
 _MIXTURES = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text")
-_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
-KNOWN_SIZES = (*DENSE, "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+KNOWN_SIZES = (*DENSE, "qwen3_moe", *HYBRIDS)
 """Model types whose sizes are known here."""
 GROUP_SIZES = (128, 64, 32)
 """What ``--group-size auto`` tries, in order."""
@@ -46,25 +46,6 @@ def fitting_group_sizes(widths: Iterable[int]) -> list[int]:
     """Return those of ``GROUP_SIZES`` that divide every input width."""
     every = set(widths)
     return [size for size in GROUP_SIZES if not any(width % size for width in every)]
-
-
-@dataclass(frozen=True)
-class TensorShape:
-    """One tensor of a checkpoint: its name, shape and dtype (a key of ``ITEMSIZE``)."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def numel(self) -> int:
-        """Return number of elements."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Return bytes of the elements, without any file header."""
-        return self.numel * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -130,17 +111,15 @@ class ModelShape:
         if kind == "qwen":
             config = qwen2_config(config)
             kind = config["model_type"]
-        heads, hidden, layers = (
-            config[key] for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
-        )
+        heads = config["num_attention_heads"]
         attention_bias = bool(config.get("attention_bias", False))
         experts = _experts(config, where) if kind in _MIXTURES else None
         dense = experts is None or bool(experts.dense_layers)
-        linear_attention = _linear_attention(config, where) if kind in _HYBRIDS else None
+        linear_attention = _linear_attention(config, where) if kind in HYBRIDS else None
         return cls(
             architecture=kind,
-            hidden=hidden,
-            layers=layers,
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=_head_dim(config),
@@ -153,7 +132,7 @@ class ModelShape:
             mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
             qk_norm=kind not in ("llama", "qwen2"),
             fused_qkv=V1_KEY in config,
-            output_gate=kind in _HYBRIDS,
+            output_gate=kind in HYBRIDS,
             experts=experts,
             linear_attention=linear_attention,
             attending=_attending(config) if linear_attention else (),
@@ -206,54 +185,30 @@ class ModelShape:
             Linear("self_attn.o_proj", self.hidden, queries, self.o_bias),
         )
 
-    def tensors(self, dtype: str = "bfloat16") -> list[TensorShape]:
-        """Return all tensors of the unquantised checkpoint, in layer order."""
-        blocks = (
-            TensorShape(f"model.layers.{layer}.{name}", size, dtype)
-            for layer, block in self._by_layer()
-            for name, size in block.tensors()
-        )
-        return [*self._before(dtype), *blocks, *self._after(dtype)]
-
-    def quantised_tensors(
-        self,
-        bits: int,
-        group_size: int,
-        dtype: str = "float16",
-        *,
-        zero_biases: bool = False,
-        fused_qkv: bool = False,
-    ) -> list[TensorShape]:
-        """Return all tensors of a GPTQ checkpoint (AutoGPTQ v1 layout).
-
-        Args:
-            bits: 4 or 8.
-            group_size: columns that share a scale; -1 for all columns of a row.
-            dtype: of what is not quantised: embedding, norms, biases, head. `qwenq quantize` keeps the stored
-                one, published files have float16.
-            zero_biases: every quantised module carries a bias, as AutoGPTQ before 0.7.1 wrote.
-            fused_qkv: q, k and v are one module, as in Qwen v1's own files.
-        """
-        self._check_quantisable(bits, group_size)
-        blocks = [
-            TensorShape(f"model.layers.{layer}.{name}", size, stored)
-            for layer, block in self._by_layer()
-            for module in (_fuse_qkv(block.linears) if fused_qkv else block.linears)
-            for copy in module.names()
-            for name, size, stored in _packed(module, copy, bits, group_size, dtype, zero_biases)
-        ]
-        kept = [
-            TensorShape(f"model.layers.{layer}.{name}", size, dtype)
-            for layer, block in self._by_layer()
-            for name, size in block.kept
-        ]
-        return [*self._before(dtype), *blocks, *kept, *self._after(dtype)]
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors of the unquantised checkpoint by name, in layer order."""
+        matrix = (self.vocab, self.hidden)
+        layers = sorted((layer, number) for number, block in enumerate(self.blocks) for layer in block.layers)
+        return {
+            "model.embed_tokens.weight": matrix,
+            **{
+                f"model.layers.{layer}.{name}": size
+                for layer, number in layers
+                for name, size in self.blocks[number].tensors()
+            },
+            "model.norm.weight": (self.hidden,),
+            **({} if self.tied else {"lm_head.weight": matrix}),
+        }
 
     @property
     def parameters(self) -> int:
         """Return exact number of parameters; a tied head is counted once."""
-        outside = sum(tensor.numel for tensor in (*self._before("bfloat16"), *self._after("bfloat16")))
-        return outside + sum(block.parameters * len(block.layers) for block in self.blocks)
+        return self._outside + sum(block.parameters * len(block.layers) for block in self.blocks)
+
+    @property
+    def _outside(self) -> int:
+        """Return the elements of embedding, head and last norm."""
+        return self.embedding_parameters * (1 if self.tied else 2) + self.hidden
 
     @property
     def active_parameters(self) -> int:
@@ -274,9 +229,18 @@ class ModelShape:
         zero_biases: bool = False,
         fused_qkv: bool = False,
     ) -> int:
-        """Return bytes of the GPTQ tensors: ``total_size`` of an index, headers excluded."""
+        """Return bytes of the tensors of a GPTQ checkpoint: ``total_size`` of an index, headers excluded.
+
+        Args:
+            bits: 4 or 8.
+            group_size: columns that share a scale; -1 for all columns of a row.
+            dtype: of what is not quantised: embedding, norms, biases, head. `qwenq quantize` keeps the stored
+                one, published files have float16.
+            zero_biases: every quantised module carries a bias, as AutoGPTQ before 0.7.1 wrote.
+            fused_qkv: q, k and v are one module, as in Qwen v1's own files.
+        """
         self._check_quantisable(bits, group_size)
-        total = sum(tensor.nbytes for tensor in (*self._before(dtype), *self._after(dtype)))
+        total = self._outside * ITEMSIZE[dtype]
         for block in self.blocks:
             one = sum(prod(size) for _, size in block.kept) * ITEMSIZE[dtype]
             for module in _fuse_qkv(block.linears) if fused_qkv else block.linears:
@@ -289,25 +253,18 @@ class ModelShape:
     ) -> int:
         """Return the bytes of experts that a step of that many tokens does not read.
 
-        Args:
-            dtype: of the weights, or of what is not quantised.
-            tokens: one of each sequence; they choose their experts evenly and on their own.
-            bits: None: nothing is quantised.
-            group_size: of the quantised modules.
+        Tokens choose their experts evenly and on their own. ``bits`` None: nothing is quantised.
         """
         if self.experts is None:
             return 0
         share = 1 - self.experts.distinct(tokens) / self.experts.count
         nbytes = 0
         for block in self.blocks:
-            for module in block.linears:
-                if module.copies > 1:
-                    one = (
-                        module.elements * ITEMSIZE[dtype]
-                        if bits is None
-                        else _packed_bytes(module, bits, group_size, dtype, False)
-                    )
-                    nbytes += one * module.copies * len(block.layers)
+            for module in (module for module in block.linears if module.copies > 1):
+                one = module.elements * ITEMSIZE[dtype]
+                if bits is not None:
+                    one = _packed_bytes(module, bits, group_size, dtype, False)
+                nbytes += one * module.copies * len(block.layers)
         return int(nbytes * share)
 
     def kv_bytes_per_token(self, dtype: str = "bfloat16") -> int:
@@ -317,16 +274,14 @@ class ModelShape:
 
     def state_bytes(self, dtype: str = "bfloat16") -> int:
         """Return bytes of one sequence's recurrent states, whatever its length."""
-        if self.linear_attention is None:
-            return 0
-        return self._recurrent_layers * self.linear_attention.state_bytes(ITEMSIZE[dtype])
+        linear = self.linear_attention
+        return self._recurrent_layers * linear.state_bytes(ITEMSIZE[dtype]) if linear else 0
 
     @property
     def float32_parameters(self) -> int:
         """Return elements that files of Qwen3.5 store in float32, and those of 3.6 and 3.8 do not."""
-        if self.linear_attention is None:
-            return 0
-        return self._recurrent_layers * self.linear_attention.float32_parameters
+        linear = self.linear_attention
+        return self._recurrent_layers * linear.float32_parameters if linear else 0
 
     @property
     def _recurrent_layers(self) -> int:
@@ -350,10 +305,6 @@ class ModelShape:
         """Return elements of the largest decoder block."""
         return max(block.parameters for block in self.blocks)
 
-    def with_ffn(self, ffn: int) -> ModelShape:
-        """Return the same model with an MLP of another width."""
-        return replace(self, ffn=ffn)
-
     def auto_group_size(self) -> int:
         """Return the group size ``auto`` takes: the largest of 128, 64, 32 that divides every input width."""
         if fitting := fitting_group_sizes(module.columns for module in self.linears()):
@@ -362,19 +313,6 @@ class ModelShape:
             f"no group size of {GROUP_SIZES} divides every input width of this model",
             hint="use --group-size -1 (one group per row)",
         )
-
-    def _by_layer(self) -> Iterator[tuple[int, Block]]:
-        yield from sorted(
-            ((layer, block) for block in self.blocks for layer in block.layers), key=lambda pair: pair[0]
-        )
-
-    def _before(self, dtype: str) -> list[TensorShape]:
-        return [TensorShape("model.embed_tokens.weight", (self.vocab, self.hidden), dtype)]
-
-    def _after(self, dtype: str) -> list[TensorShape]:
-        norm = TensorShape("model.norm.weight", (self.hidden,), dtype)
-        head = TensorShape("lm_head.weight", (self.vocab, self.hidden), dtype)
-        return [norm] if self.tied else [norm, head]
 
     def _check_quantisable(self, bits: int, group_size: int) -> None:
         if bits not in (4, 8):
@@ -398,24 +336,10 @@ class ModelShape:
                 )
 
 
-def _packed(
-    module: Linear, name: str, bits: int, group_size: int, dtype: str, zero_biases: bool
-) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yield the tensors of one quantised module; the published layout is [in, out], packed along ``in``."""
-    bits = module.bits(bits)
-    groups = 1 if group_size == -1 else module.columns // group_size
-    yield f"{name}.qweight", (module.columns * bits // 32, module.rows), "int32"
-    yield f"{name}.qzeros", (groups, module.rows * bits // 32), "int32"
-    yield f"{name}.scales", (groups, module.rows), "float16"
-    yield f"{name}.g_idx", (module.columns,), "int32"
-    if module.bias or zero_biases:
-        yield f"{name}.bias", (module.rows,), dtype
-
-
 def _packed_bytes(module: Linear, bits: int, group_size: int, dtype: str, zero_biases: bool) -> int:
     """Return the bytes of one copy of a quantised module."""
-    parts = _packed(module, module.name, bits, group_size, dtype, zero_biases)
-    return sum(prod(size) * ITEMSIZE[stored] for _, size, stored in parts)
+    size = packed_bytes(module.rows, module.columns, module.bits(bits), group_size)
+    return size + (module.rows * ITEMSIZE[dtype] if module.bias or zero_biases else 0)
 
 
 def _fuse_qkv(modules: tuple[Linear, ...]) -> tuple[Linear, ...]:

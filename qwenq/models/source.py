@@ -9,16 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qwenq.errors import ModelError
+from qwenq.models.gptq_config import NESTED
 
 if TYPE_CHECKING:
     import torch
-
-# Define where tensors come from, and check them against those that a config asks for.
-
 
 OTHER_MODEL = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
 """What to do where tensors and config.json disagree."""
@@ -33,15 +32,22 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """Return number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        """Return the number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that it takes in a file."""
+        return self.numel * self.dtype.itemsize
 
 
 class TensorSource(Protocol):
-    """Lazy access to named tensors. ``read`` raises ``ModelError`` for an unknown name."""
+    """Lazy access to named tensors. ``read`` raises ``ModelError`` for an unknown name.
+
+    A source may have more: ``files``, whose tensors it holds (as long as those stay the same, so do they;
+    empty: not known); ``decided_by``, all that its values follow from, as JSON can hold it, so that it need
+    not be read to be known; ``read_part(name, index)``, one step along a tensor's first dimension.
+    """
 
     def names(self) -> Iterable[str]:
         """Return all tensor names, in file order."""
@@ -56,46 +62,13 @@ class TensorSource(Protocol):
         ...
 
 
-@runtime_checkable
-class StoredInFiles(Protocol):
-    """A source whose tensors are what some files hold: as long as those stay the same, so do they."""
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """Return all of them; empty where that is not known."""
-        ...
-
-
-@runtime_checkable
-class MadeFromFacts(Protocol):
-    """A source whose tensors follow from something short: it need not be read to be known."""
-
-    @property
-    def decided_by(self) -> Mapping[str, Any]:
-        """Return all that the values follow from, as JSON can hold it."""
-        ...
-
-
-@runtime_checkable
-class ReadsParts(Protocol):
-    """A source that reads a part of a tensor without the rest of it."""
-
-    def read_part(self, name: str, index: int) -> torch.Tensor:
-        """Return ``read(name)[index]``: one step along the first dimension."""
-        ...
-
-
 def require_tensors(
     source: TensorSource, expected: Mapping[str, Sequence[int]], where: str | Path | None
 ) -> None:
     """Check that a source has the tensors that its config.json asks for, and no others in its blocks.
 
-    Only names and headers are read.
-
-    Args:
-        source: of the tensors. Biases of zeros that it hides from its names, but reads, count as there.
-        expected: shapes by name.
-        where: the model's folder.
+    Only names and headers are read. Biases of zeros that the source hides from its names, but reads, count as
+    there.
 
     Raises:
         ModelError: names the first tensor that is missing, of another shape, or unknown to the architecture.
@@ -135,7 +108,6 @@ def require_shape(
 # the files as they are: what is published is written from it.
 
 
-_NESTED = "model.language_model."
 _NOT_RUN = re.compile(r"(mtp|visual|model\.visual)\.")
 """Draft heads and vision towers: published as they are, and no part of the language model."""
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
@@ -165,7 +137,6 @@ class TextView:
     Args:
         whole: the tensors as the files name them.
         hidden: the width of the hidden states, which tells how fused experts are oriented.
-        folder: for messages.
         layers: how many blocks run; None: all that there are. DeepSeek and GLM store draft heads behind them.
         rename: the name in transformers' model of a name in the files, where these differ.
     """
@@ -184,7 +155,7 @@ class TextView:
         self._stored_modules: dict[str, str] = {}
         self._drafts: dict[str, str] = {}
         names = list(whole.names())
-        self.nested = any(name.startswith(_NESTED) for name in names)
+        self.nested = any(name.startswith(NESTED) for name in names)
         stored = self._by_model_name(names, layers, rename)
         for shown, name in stored.items():
             if (fused := _FUSED.fullmatch(shown)) is None:
@@ -209,8 +180,8 @@ class TextView:
         for name in names:
             if name.startswith("lm_head.") or (not self.nested and not _NOT_RUN.match(name)):
                 shown = name
-            elif self.nested and name.startswith(_NESTED):
-                shown = "model." + name.removeprefix(_NESTED)
+            elif self.nested and name.startswith(NESTED):
+                shown = "model." + name.removeprefix(NESTED)
             else:
                 continue
             if layers is not None and (m := _LAYER.match(shown)) is not None and int(m[1]) >= layers:
@@ -224,7 +195,7 @@ class TextView:
     @property
     def files(self) -> Sequence[Path]:
         """Return the files of the whole checkpoint; empty where they are not known."""
-        return self.whole.files if isinstance(self.whole, StoredInFiles) else ()
+        return getattr(self.whole, "files", ())
 
     def names(self) -> Iterable[str]:
         """Return all names of the language model, in file order."""
@@ -251,7 +222,7 @@ class TextView:
         if (stored := self._stored_modules.get(module)) is not None:
             shown = f"{stored}.{leaf}"
         if self.nested and shown.startswith("model."):
-            return _NESTED + shown.removeprefix("model.")
+            return NESTED + shown.removeprefix("model.")
         return shown
 
     def info(self, name: str) -> TensorInfo:
@@ -268,19 +239,17 @@ class TextView:
         part = self._part(name)
         if part.expert is None:
             return self.whole.read(part.stored)
-        if isinstance(self.whole, ReadsParts):
-            matrix = self.whole.read_part(part.stored, part.expert)
+        if (read_part := getattr(self.whole, "read_part", None)) is not None:  # without the other experts
+            matrix: torch.Tensor = read_part(part.stored, part.expert)
         else:
             matrix = self.whole.read(part.stored)[part.expert]
         return (matrix.T if part.transposed else matrix)[slice(*part.rows)].contiguous()
 
     def _part(self, name: str) -> Part:
-        try:
-            return self._parts[name]
-        except KeyError:
-            files = self.files
-            where = files[0].parent if files else None
-            raise ModelError(f"there is no tensor named {name}", where=where) from None
+        if name not in self._parts:
+            where = self.files[0].parent if self.files else None
+            raise ModelError(f"there is no tensor named {name}", where=where)
+        return self._parts[name]
 
 
 def _is_transposed(whole: TensorSource, both: Sequence[str], hidden: Any, folder: Path | None) -> bool:

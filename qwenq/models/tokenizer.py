@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tokenizers import decoders
 
@@ -31,8 +31,10 @@ from qwenq.models.qwen_tokenizer import (
     QwenTokenizer,
     StreamDecoder,
     byte_of_char,
+    read_ranks,
     without_surrogates,
 )
+from qwenq.storage import read_json
 
 # Refuse tokenizer files that blow up: a text, by their rules, or the tokenizer, by its ids.
 #
@@ -48,12 +50,7 @@ HOLES = 1_000_000
 
 
 def refuse_holes(loaded: Any, path: Path) -> None:
-    """Compare the largest id with the number of tokens.
-
-    Args:
-        loaded: transformers' tokenizer.
-        path: for the message.
-    """
+    """Compare the largest id of transformers' tokenizer with the number of tokens."""
     ids = loaded.get_vocab().values()
     largest = max(ids, default=0)
     if largest > len(ids) + HOLES:
@@ -65,12 +62,7 @@ def refuse_holes(loaded: Any, path: Path) -> None:
 
 
 def refuse_growth(loaded: Any, path: Path) -> None:
-    """Multiply how much each rule can lengthen a text, in normalizer and decoder; count its copies.
-
-    Args:
-        loaded: transformers' tokenizer.
-        path: for the message.
-    """
+    """Multiply how much each rule can lengthen a text, in normalizer and decoder; count its copies."""
     backend = getattr(loaded, "backend_tokenizer", None)
     for part in ("normalizer", "decoder"):
         rules = getattr(backend, part, None)
@@ -117,10 +109,7 @@ def _growth(rule: Any) -> float:
     return times
 
 
-# Load one tokenizer for all rooms: Qwen v1's own, or what transformers loads from the folder.
-#
-# What decides who reads: a folder that holds ``qwen.tiktoken`` is read by `QwenTokenizer`, every other by
-# transformers' AutoTokenizer, never with remote code.
+# Load a tokenizer.
 
 
 _SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
@@ -128,87 +117,6 @@ _SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
 
 TemplateThinking = Literal["never", "switch", "always"]
 """``switch``: the template reads ``enable_thinking``; ``always``: it opens ``<think>`` in every prompt."""
-
-
-class TextStream(Protocol):
-    """Text of one answer as it grows."""
-
-    def push(self, token_id: int) -> str:
-        """Return the text that became certain with this id; empty inside a character."""
-
-    def finish(self) -> str:
-        """Return what was held back because a character was never completed."""
-
-
-class Tokenizer(Protocol):
-    """What the other rooms need of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Return number of ids that decode: 0 … vocab_size-1 (a model may have more, padded rows)."""
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Return ids that end a generation: the generation config's, and the tokenizer's own."""
-
-    @property
-    def bos_id(self) -> int | None:
-        """Return the id that begins a text, if the model has one; `encode` never adds it."""
-
-    @property
-    def pad_id(self) -> int | None:
-        """Return the id to fill batches with, if there is one."""
-
-    @property
-    def max_window(self) -> int | None:
-        """Return tokens of history that v1's generation config allows in a chat prompt; None elsewhere."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Return 16 hex digits over all that decides the ids."""
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """Return surface forms of the tokens that ``encode(…, special=True)`` parses besides plain text."""
-
-    @property
-    def template(self) -> str | None:
-        """Return source of the chat template, whose names tell which keys of a message it reads."""
-
-    @property
-    def thinking(self) -> TemplateThinking:
-        """Return whether prompts of its chat template let the model think before it answers."""
-
-    def with_thinking(self, enabled: bool) -> Tokenizer:
-        """Return a tokenizer whose chat template gets ``enable_thinking``; only for ``switch``."""
-
-    def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Encode without BOS or EOS; surface forms of special tokens are parsed only if ``special``."""
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text, ``special=False``."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text, special tokens spelled out, U+FFFD where the bytes are no UTF-8."""
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the exact bytes; UnsupportedError where the tokenizer does not work on bytes."""
-
-    def stream(self) -> TextStream:
-        """Return a decoder for one answer as it grows."""
-
-    def chat(
-        self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = True,
-        *,
-        max_window: int | None = None,
-        tools: Sequence[Any] = (),
-    ) -> list[int]:
-        """Return the prompt of a conversation that may call ``tools``.
-
-        The oldest rounds are dropped until it fits ``max_window`` tokens.
-        """
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -231,7 +139,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
             where=path,
             hint=f"one of {', '.join(_SUFFICIENT)} has to be there",
         )
-
     return HfTokenizer(path, read_json(path / "generation_config.json") if path.is_dir() else {})
 
 
@@ -243,8 +150,9 @@ def load_qwen_tokenizer(folder: Path) -> QwenTokenizer:
     generation = read_json(folder / "generation_config.json")
     vocab_size = read_json(folder / "config.json").get("vocab_size")
     small = isinstance(vocab_size, int) and vocab_size < RANK_COUNT + len(SPECIAL_TOKENS)
-    ranks = QwenTokenizer.from_file(folder / RANKS_FILE, expected_ranks=None if small else RANK_COUNT).ranks
-    chats = _is_chat(generation, len(ranks))
+    ranks = read_ranks(folder / RANKS_FILE, None if small else RANK_COUNT)
+    im_end = len(ranks) + 2  # among the end ids of a chat model after conversion
+    chats = generation.get("chat_format") == "chatml" or im_end in eos_ids_of(generation, None)
     window = generation.get("max_window_size", DEFAULT_MAX_WINDOW if chats else None)
     if window is not None and (type(window) is not int or window < 1):
         raise CorruptFileError(
@@ -258,19 +166,6 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SUFFICIENT)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"not JSON: {error}", where=path) from error
-    if not isinstance(content, dict):
-        raise CorruptFileError("not a JSON object", where=path)
-    return content
-
-
 def eos_ids_of(generation: dict[str, Any], own: int | None) -> tuple[int, ...]:
     """Return the generation config's end ids (one or a list), then the tokenizer's own, each once."""
     named = generation.get("eos_token_id")
@@ -278,29 +173,16 @@ def eos_ids_of(generation: dict[str, Any], own: int | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in [*listed, own] if type(token) is int and token >= 0))
 
 
-def digest(*parts: str) -> str:
-    """Return 16 hex digits over texts, each set apart from the next; JSON may hold half a surrogate pair."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(len(part).to_bytes(8, "little") + part.encode("utf-8", errors="surrogatepass"))
-    return whole.hexdigest()[:16]
-
-
-def _is_chat(generation: dict[str, Any], im_start: int) -> bool:
-    """Return whether a v1 model answers in ChatML: by its chat_format, or by its end ids after conversion."""
-    return generation.get("chat_format") == "chatml" or im_start + 2 in eos_ids_of(generation, None)
-
-
-# Load the tokenizer of any newer generation through transformers.
-#
-# Chat templates are Jinja programs from the model folder; transformers renders them in Jinja's immutable
-# sandbox, in a process with limits (`template_process`). The rendered text is then encoded with special
-# tokens parsed: a special token that a *user* typed becomes that token here. Only Qwen v1's own path
-# (`chatml`) is safe against that; filter untrusted input.
-
-
 class HfTokenizer:
-    """transformers' tokenizer behind the `qwenq.models.tokenizer.Tokenizer` protocol."""
+    """transformers' tokenizer, with the methods of `QwenTokenizer`.
+
+    Attributes:
+        vocab_size: number of ids that decode: 0 … vocab_size-1 (a model may have more, padded rows).
+        eos_ids: ids that end a generation: the generation config's, and the tokenizer's own.
+        bos_id: the id that begins a text, if the model has one; `encode` never adds it.
+        pad_id: the id to fill batches with, if there is one.
+        max_window: None: only Qwen v1's generation config limits the history in a chat prompt.
+    """
 
     max_window: int | None = None
     _template_args: Mapping[str, bool] = MappingProxyType({})
@@ -320,7 +202,11 @@ class HfTokenizer:
         backend = getattr(self._hf, "backend_tokenizer", None)
         definition = backend.to_str() if backend is not None else repr(sorted(self._hf.get_vocab().items()))
         args = [json.dumps(dict(self._template_args), sort_keys=True)] if self._template_args else []
-        return digest(definition, str(self._hf.chat_template), *args)
+        digest = hashlib.sha256()
+        for part in (definition, str(self._hf.chat_template), *args):
+            text = part.encode("utf-8", errors="surrogatepass")  # JSON may hold half a surrogate pair
+            digest.update(len(part).to_bytes(8, "little") + text)
+        return digest.hexdigest()[:16]
 
     @cached_property
     def thinking(self) -> TemplateThinking:
@@ -340,7 +226,7 @@ class HfTokenizer:
         return "always" if prompt.rstrip().endswith("<think>") else "never"
 
     def with_thinking(self, enabled: bool) -> HfTokenizer:
-        """Return a tokenizer whose chat template is rendered with ``enable_thinking``."""
+        """Return a tokenizer whose chat template gets ``enable_thinking``; only for ``switch``."""
         if self.thinking != "switch":
             raise UsageError(
                 "this model's chat template does not read enable_thinking",
@@ -371,13 +257,11 @@ class HfTokenizer:
         With ``special=False``, tokens marked special stay plain text; added tokens that are not so marked
         (such as Qwen3's ``<think>``) are always parsed, as everywhere in transformers.
         """
-        ids: list[int] = self._call(without_surrogates(text), special)
-        return ids
+        return self._call(without_surrogates(text), special)  # type: ignore[no-any-return]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text, in parallel."""
-        rows: list[list[int]] = self._call([without_surrogates(text) for text in texts], False)
-        return rows
+        return self._call([without_surrogates(text) for text in texts], False)  # type: ignore[no-any-return]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text, special tokens spelled out. ModelError names an unknown id."""
@@ -398,7 +282,7 @@ class HfTokenizer:
 
     def stream(self) -> TextStream:
         """Return a decoder for one answer as it grows."""
-        return StreamDecoder(self.decode_bytes) if self._byte_level else _PieceStream(self._hf)
+        return StreamDecoder(self.decode_bytes) if self._byte_level else PieceStream(self._hf)
 
     def chat(
         self,
@@ -412,16 +296,13 @@ class HfTokenizer:
 
         With ``max_window``, the oldest rounds are left out until the prompt is shorter than that, the
         system message and the last round always kept.
-
-        Raises:
-            UsageError: the folder has no chat template, or its template refuses the messages.
         """
         ids = self._render(messages, add_generation_prompt, tools)
         while max_window is not None and len(ids) >= max_window:
-            shorter = _without_oldest_round(messages)
-            if shorter is None:
+            starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
+            if len(starts) < 2:
                 break
-            messages = shorter
+            messages = [*messages[: starts[0]], *messages[starts[1] :]]
             ids = self._render(messages, add_generation_prompt, tools)
         return ids
 
@@ -488,8 +369,8 @@ class HfTokenizer:
         return result
 
 
-class _PieceStream:
-    """`TextStream` for tokenizers whose pieces depend on their neighbours (SentencePiece)."""
+class PieceStream:
+    """Text of one answer as it grows, where pieces depend on their neighbours (SentencePiece)."""
 
     def __init__(self, hf: Any) -> None:
         self._hf = hf
@@ -497,19 +378,24 @@ class _PieceStream:
         self._shown = 0
 
     def push(self, token_id: int) -> str:
+        """Return the text that became certain with this id; empty inside a character."""
         self._ids.append(token_id)
-        text = self._text()
-        return "" if text.endswith("\ufffd") else self._take(text)
+        return self._more(whole_characters=True)
 
     def finish(self) -> str:
-        return self._take(self._text())
+        """Return what was held back because a character was never completed."""
+        return self._more(whole_characters=False)
 
-    def _text(self) -> str:
-        return str(self._hf.decode(self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def _take(self, text: str) -> str:
+    def _more(self, *, whole_characters: bool) -> str:
+        text = str(self._hf.decode(self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if whole_characters and text.endswith("\ufffd"):
+            return ""
         piece, self._shown = text[self._shown :], len(text)
         return piece
+
+
+Tokenizer = QwenTokenizer | HfTokenizer
+TextStream = StreamDecoder | PieceStream
 
 
 def _load(path: Path) -> Any:
@@ -569,11 +455,3 @@ def _refuse_foreign_names(path: Path) -> None:
             where=path,
             hint="do not trust this model; an honest list holds plain file names",
         )
-
-
-def _without_oldest_round(messages: Sequence[Message]) -> list[Message] | None:
-    """Return the messages without the oldest round; None if it is the last."""
-    starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
-    if len(starts) < 2:
-        return None
-    return [*messages[: starts[0]], *messages[starts[1] :]]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,16 +48,7 @@ def as_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: str | None = None) -> Any:
-    """Build transformers' config of a config.json, without keys that steer the loader or serve other models.
-
-    Args:
-        config: as `qwenq.models.config.read_config` passed it.
-        folder, hint: for messages.
-
-    Raises:
-        UnsupportedError: transformers does not know the model type.
-        ModelError: it refuses a value; says which, in its words.
-    """
+    """Build transformers' config of a config.json, without what steers the loader or serves other models."""
     from transformers import CONFIG_MAPPING
 
     left_out = _STEERS_THE_LOADER | _OF_OTHER_USES
@@ -118,7 +110,7 @@ class Expert(nn.Module):
     """A gated MLP.
 
     Attributes:
-        routed: what the linear that is about to run was routed; for the hooks of ``gptq.walk``.
+        routed: what the linear that is about to run was routed; for the hooks of ``gptq.sequential``.
     """
 
     def __init__(
@@ -159,12 +151,9 @@ class RoutedExperts(nn.ModuleList):
         self._every = every
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sum of the chosen experts' outputs.
+        """Return the weighted sum of the chosen experts' outputs, [tokens, width] as ``hidden`` is.
 
-        Args:
-            hidden: [tokens, width].
-            chosen: int64 [tokens, k].
-            weights: [tokens, k].
+        ``chosen``, int64, and ``weights`` are [tokens, k].
         """
         out = torch.zeros_like(hidden)
         numbers = range(len(self)) if self._every else chosen.unique().tolist()
@@ -247,17 +236,9 @@ def kept_of(block: nn.Module) -> dict[str, str]:
 
 def summary(kept: Iterable[dict[str, str]]) -> str | None:
     """Return one line for the user on what stays unquantised in all blocks; None: nothing does."""
-    counts: dict[str, int] = {}
-    reasons: dict[str, str] = {}
-    for of_block in kept:
-        for name, reason in of_block.items():
-            short = name.removesuffix(".weight")
-            counts[short] = counts.get(short, 0) + 1
-            reasons[short] = reason
-    if not counts:
-        return None
-    parts = [f"{name} in {count} layers ({reasons[name]})" for name, count in counts.items()]
-    return f"not quantised: {'; '.join(parts)}"
+    counts = Counter((name.removesuffix(".weight"), why) for block in kept for name, why in block.items())
+    parts = [f"{name} in {count} layers ({why})" for (name, why), count in counts.items()]
+    return f"not quantised: {'; '.join(parts)}" if parts else None
 
 
 def _reason(module: str) -> str | None:
@@ -278,13 +259,8 @@ def build_whole_model(
 ) -> Any:
     """Build a causal language model for inference, on the CPU unless ``options`` say otherwise.
 
-    Args:
-        checkpoint: for messages.
-        config: of it, from ``hf_config.transformers_config``.
-        tensors: by name; tied ones once.
-        dtype: of the weights.
-        hint: what to do about an architecture that transformers does not know.
-        options: further ones of transformers' ``from_pretrained``.
+    ``config`` is from ``transformers_config``; tied tensors are given once; ``hint`` says what to do about an
+    architecture that transformers does not know.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -324,14 +300,7 @@ def assemble_unfused(
 
     transformers' own loader would stack experts into tensors of three dimensions, also those that only stand
     for packed weights. Here the model is made on the meta device, its experts are taken apart, and tensors
-    are put in their places as they are.
-
-    Args:
-        checkpoint: for messages.
-        config: of it, from ``hf_config.transformers_config``.
-        tensors: by name, each expert's apart; tied ones once.
-        dtype: of the weights.
-        options: further ones of transformers' ``from_config``.
+    are put in their places as they are, each expert's apart.
     """
     from transformers import AutoModelForCausalLM
 
@@ -346,16 +315,11 @@ def assemble_unfused(
     state = {name: tensors[name].to(place.dtype) for name, place in wanted.items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    _fill_computed(model)
-    return model.eval().requires_grad_(False)
-
-
-def _fill_computed(model: Any) -> None:
-    """Give buffers that are in no file their values: rotary frequencies, which follow from the config."""
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules()):  # rotary frequencies, which follow from the config
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)) and not list(module.parameters()):
             model.set_submodule(name, type(module)(config=model.config))
     fill_computed(model, torch.device("cpu"))
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager

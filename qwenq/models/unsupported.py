@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import ModelError, UnsupportedError
+from qwenq.errors import ModelError, QwenqError, UnsupportedError
+from qwenq.storage import read_json
 
 # Recognise related models that are not supported: by model type, by name, or by their config.json.
 
@@ -48,37 +48,24 @@ _TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
 
 
 def missing_by_name(name: str) -> str | None:
-    """Return what a Qwen model lacks here, by its published name; None where nothing is known.
-
-    Args:
-        name: as typed: ``qwen3-30b-a3b``, ``Qwen/Qwen3-Next-80B-A3B-Instruct``.
-    """
+    """Return what a Qwen model lacks here, by its published name; None where nothing is known."""
     short = name.lower().rsplit("/", 1)[-1]
     if not _FAMILY.match(short) or _SIZES_KNOWN.match(short):
         return None
     return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
 
 
-def missing_beside_decoder(config: dict[str, Any]) -> str | None:
-    """Return what a model needs beside the blocks of its decoder, by the keys of its config.json."""
-    return _listed(part for part in _missing_parts(config) if part != _ROUTING)
-
-
-def missing_by_config(config: dict[str, Any]) -> str | None:
-    """Return what a model of an unknown type needs at least, by the keys of its config.json."""
-    return _listed(_missing_parts(config))
-
-
-def _missing_parts(config: dict[str, Any]) -> list[str]:
+def missing_by_config(config: dict[str, Any], *, experts: bool = True) -> str | None:
+    """Return what a model of an unknown type needs at least, by its config.json; experts may be left out."""
     text = config.get("text_config")
     of_text = {**config, **text} if isinstance(text, dict) else config
     kinds = of_text.get("layer_types")
     found = []
     if isinstance(kinds, list) and "linear_attention" in kinds:
         found.append(_LINEAR)
-    if any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
+    if experts and any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
         found.append(_ROUTING)
-    return found + [part for key, part in _TOWERS if config.get(key)]
+    return _listed(found + [part for key, part in _TOWERS if config.get(key)])
 
 
 def refuse_to_run(name: str) -> None:
@@ -123,31 +110,20 @@ _MERGE = (
 )
 
 
-@dataclass(frozen=True)
-class Known:
-    """What a folder is, and what to do."""
-
-    what: str
-    hint: str
+Known = tuple[str, str]
+"""What a folder is, and what to do."""
 
 
 def recognise(folder: Path) -> Known | None:
     """Return what a folder without a usable config.json is; None: nothing that is known here."""
     if not folder.is_dir():
         return None
-    finders: tuple[Callable[[Path], Known | None], ...] = (
-        _adapter, _trainer, _cache, _other_format, _data_set, _above_a_model,
-    )  # fmt: skip
+    finders = (_adapter, _trainer, _cache, _other_format, _above_a_model)
     return next((known for find in finders if (known := find(folder))), None)
 
 
 def refuse_prefix(names: Iterable[str], folder: Path) -> None:
-    """Refuse tensors that have a language model's names with something before them.
-
-    Args:
-        names: of the tensors, none of which is ``model.layers.…`` of the last layer.
-        folder: of the model.
-    """
+    """Refuse tensors that have a language model's names with something before them."""
     names = list(names)
     example = next((name for name in names if "model.layers." in name), None)
     if example is None:
@@ -178,9 +154,11 @@ def _adapter(folder: Path) -> Known | None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         return None
-    base = _read(path).get("base_model_name_or_path")
+    base = None
+    with suppress(OSError, QwenqError):
+        base = read_json(path).get("base_model_name_or_path")
     of = f" of {base}" if isinstance(base, str) and base else ""
-    return Known(f"it is a LoRA adapter{of}, which holds no model", _MERGE)
+    return f"it is a LoRA adapter{of}, which holds no model", _MERGE
 
 
 def _trainer(folder: Path) -> Known | None:
@@ -188,17 +166,17 @@ def _trainer(folder: Path) -> Known | None:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
     whole = [path for path in checkpoints if (path / "config.json").is_file()]
     if whole:
-        return Known("it is a trainer's output", f"name one of its checkpoints, such as {whole[-1]}")
+        return "it is a trainer's output", f"name one of its checkpoints, such as {whole[-1]}"
     adapters = [path for path in checkpoints if (path / "adapter_config.json").is_file()]
     if adapters:
-        return Known("it is a trainer's output of LoRA adapters", _MERGE)
+        return "it is a trainer's output of LoRA adapters", _MERGE
     if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*")):
-        return Known(
+        return (
             "it is a DeepSpeed checkpoint, in pieces",
             "join it with its own zero_to_fp32.py, and put the model's config.json and tokenizer beside it",
         )
     if any(folder.glob("*.distcp")) or any(folder.glob("pytorch_model_fsdp*")):
-        return Known(
+        return (
             "it is an FSDP checkpoint, in pieces",
             "join it, e.g. with `accelerate merge-weights`, and put config.json and tokenizer beside it",
         )
@@ -208,14 +186,14 @@ def _trainer(folder: Path) -> Known | None:
 def _cache(folder: Path) -> Known | None:
     snapshots = sorted(folder.glob("snapshots/*/config.json"))
     if snapshots:
-        return Known(
+        return (
             "it is a model's folder in the hub's cache, whose files lie deeper",
             f"name its hub id, or {snapshots[-1].parent}",
         )
     root = folder / "hub" if (folder / "hub").is_dir() else folder
     models = [path.name.removeprefix("models--").replace("--", "/") for path in root.glob("models--*")]
     if models:
-        return Known(
+        return (
             f"it is the hub's cache, with {', '.join(sorted(models)[:5])}{' …' * (len(models) > 5)}",
             "name one of them by its hub id",
         )
@@ -225,22 +203,18 @@ def _cache(folder: Path) -> Known | None:
 def _other_format(folder: Path) -> Known | None:
     name_source = "name the folder of the model it was made from: config.json and *.safetensors"
     if any(folder.glob("*.gguf")):
-        return Known("it holds GGUF files, which are not read here", name_source)
+        return "it holds GGUF files, which are not read here", name_source
     if any(folder.glob("*.onnx")) or any(folder.glob("*.engine")):
-        return Known("it holds a model built for another engine, which is not read here", name_source)
+        return "it holds a model built for another engine, which is not read here", name_source
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return "it is a data set", "name a model; texts go to --calibration or --text"
     if (folder / "model_index.json").is_file():
-        return Known("it is a diffusion pipeline, not a language model", "name a causal language model")
+        return "it is a diffusion pipeline, not a language model", "name a causal language model"
     if (folder / "params.json").is_file() and any(folder.glob("consolidated*")):
-        return Known(
+        return (
             "it is in the original layout of its publisher, params.json and consolidated files",
             "name its copy in the layout of transformers, with config.json",
         )
-    return None
-
-
-def _data_set(folder: Path) -> Known | None:
-    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return Known("it is a data set", "name a model; texts go to --calibration or --text")
     return None
 
 
@@ -249,12 +223,4 @@ def _above_a_model(folder: Path) -> Known | None:
     if not inside:
         return None
     names = ", ".join(str(path) for path in inside[:3])
-    return Known("the model's files are not in it but in a folder below", f"name {names}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return "the model's files are not in it but in a folder below", f"name {names}"

@@ -1,3 +1,1 @@
 """Plan a quantised model: bytes, memory, speed bounds, and GPUs that can share it."""
-
-from __future__ import annotations

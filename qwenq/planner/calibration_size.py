@@ -41,21 +41,16 @@ class CalibrationSize:
         return f"{self.samples} × {self.seq_len} tokens"
 
     def notices(self, kind: str) -> Iterator[str]:
-        """Yield which defaults were made smaller and why, and that memory may not suffice.
-
-        Args:
-            kind: of memory: RAM or GPU memory.
-        """
+        """Yield which defaults were made smaller and why, and that memory of this kind may not suffice."""
         if self.limit is None:
             return
-        there = f"here are {self.limit / GIB:.1f} GiB of {kind}"
-        if self.usual is not None:
-            peak = f"{self.usual.memory.peak / GIB:.1f} GiB by estimate"
-            usual = f"{self.usual.samples} × {self.usual.seq_len}"
-            yield f"calibration: {self.tokens} instead of {usual}, which take {peak}; {there}"
+        there = f"by estimate; here are {self.limit / GIB:.1f} GiB of {kind}"
+        if (usual := self.usual) is not None:
+            sizes, peak = f"{usual.samples} × {usual.seq_len}", f"{usual.memory.peak / GIB:.1f} GiB"
+            yield f"calibration: {self.tokens} instead of {sizes}, which take {peak} {there}"
         if not self.fits:
-            peak = f"{self.memory.peak / GIB:.1f} GiB by estimate"
-            yield f"memory may not suffice: quantising with {self.tokens} takes {peak}; {there}"
+            peak = f"{self.memory.peak / GIB:.1f} GiB"
+            yield f"memory may not suffice: quantising with {self.tokens} takes {peak} {there}"
 
 
 def calibration_size(

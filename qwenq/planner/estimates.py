@@ -31,11 +31,7 @@ class Gpu:
 
 
 def gpu(name: str) -> Gpu:
-    """Return the GPU of a short name such as ``h200``.
-
-    Raises:
-        UsageError: no such name; suggests the nearest.
-    """
+    """Return the GPU of a short name such as ``h200``."""
     found = _known().get(name.lower())
     if found is None:
         from rapidfuzz import process
@@ -70,8 +66,6 @@ def _known() -> dict[str, Gpu]:
 
 GIB = 2**30
 FLOAT32 = ITEMSIZE["float32"]
-DISTILLED_AT_ONCE = 512  # tokens of a step of distilling, at least
-LOGITS = 8 * FLOAT32 << 23  # of a part of a step, two models', with what their divergence needs
 PROCESS = 550_000_000  # resident after the imports of `qwenq quantize`, no weights read
 
 
@@ -177,7 +171,7 @@ def quantisation_memory(
         (
             ((4 * width + min(rows, width)) * width * FLOAT32, 2 * rows * width * FLOAT32)
             for block in shape.blocks
-            for rows, width in block.input_groups()
+            for rows, width, _, _ in block.solved_groups()
         ),
         key=sum,
     )
@@ -197,29 +191,6 @@ def quantisation_memory(
         embedding=embedding,
         peak=PROCESS + activations + max(embedding, block + file + hessians + weights + inside),
     )
-
-
-def distillation_memory(
-    shape: ModelShape, *, samples: int, seq_len: int, group_size: int, dtype: str = "bfloat16"
-) -> int:
-    """Return the peak bytes of distilling scales after the last block (``gptq.distill``), in 4 bits.
-
-    The packed model but for an untied embedding; eleven floats for each scale; hidden states before the first
-    and behind the last block, and between blocks of a step; a block's weights, gradients and activations; and
-    some logits.
-    """
-    itemsize = ITEMSIZE[dtype]
-    outside = 0 if shape.tied else shape.embedding_parameters * itemsize
-    packed = shape.quantised_bytes(4, group_size, dtype) - outside
-    scales = sum(
-        len(block.layers) * linear.copies * linear.rows * max(1, linear.columns // group_size)  # -1: one
-        for block in shape.blocks
-        for linear in block.linears
-    )
-    step = max(DISTILLED_AT_ONCE, seq_len)
-    between = (2 * samples * seq_len + shape.layers * step) * shape.hidden * itemsize
-    block = 2 * shape.block_parameters * itemsize + 3 * activation_bytes(shape, step, itemsize)
-    return PROCESS + packed + 11 * scales * FLOAT32 + between + block + LOGITS
 
 
 def _held(shape: ModelShape, block: Block) -> int:
@@ -267,10 +238,7 @@ def quantisation_operations(shape: ModelShape, tokens: int) -> tuple[float, floa
 def quantisation_seconds(shape: ModelShape, tokens: int, gpu: Gpu | None = None) -> float | None:
     """Return the seconds that the layers take, without the check; None: no rate was measured.
 
-    Args:
-        shape: of the model.
-        tokens: of calibration.
-        gpu: None: two cores of a CPU, as ``CPU_RATES`` says.
+    Without a GPU it is two cores of a CPU, as ``CPU_RATES`` says.
     """
     products, solving = quantisation_operations(shape, tokens)
     if gpu is None:
@@ -311,13 +279,10 @@ class SpeedBound:
 
 
 def weight_bytes_per_step(shape: ModelShape, weights: int, dtype: str, idle: int = 0) -> int:
-    """Return the weight bytes that one decoding step reads.
+    """Return the weight bytes that one decoding step reads, of all ``weights``.
 
-    Args:
-        shape: of the model.
-        weights: bytes of all weights.
-        dtype: of the embedding, of which an untied one is only looked up.
-        idle: bytes of experts that no sequence is routed to (``ModelShape.idle_bytes``).
+    An untied embedding, of ``dtype``, is only looked up; ``idle`` are bytes of experts that no sequence is
+    routed to (``ModelShape.idle_bytes``).
     """
     return weights - idle - (0 if shape.tied else shape.embedding_parameters * ITEMSIZE[dtype])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from qwenq.planner.estimates import (
     GenerationMemory,
     Gpu,
     SpeedBound,
-    distillation_memory,
     generation_memory,
     quantisation_seconds,
     speed_bound,
@@ -57,9 +56,7 @@ class PlannedModel:
 def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
     """Find a catalogue name, a folder (or its config.json), or a hub id; None is the bundled model.
 
-    Args:
-        model: as typed.
-        weights: "random": a catalogue name only, with the bfloat16 weights of `--weights random`.
+    With ``weights`` "random" it is a catalogue name, with the bfloat16 weights of `--weights random`.
 
     Raises:
         UsageError: no such catalogue name, with suggestions; unknown ``weights``.
@@ -118,21 +115,18 @@ def _stored_beside(files: list[Path], language_model: int) -> tuple[int, str | N
     """Return the bytes of a folder's tensors beyond the language model's; None: not all of them are there."""
     if not files:
         return None
-    from qwenq.models.safetensors_files import read_header, tensor_bytes
+    from qwenq.models.safetensors_files import read_header
 
-    beside = sum(tensor_bytes(info) for file in files for info in read_header(file).values()) - language_model
+    beside = sum(info.nbytes for file in files for info in read_header(file).values()) - language_model
     if beside < 0:
         return None
     return beside, "lie beside the language model in its files, and are copied" if beside else None
 
 
 def _beside(shape: ModelShape, dtype: str, vision: int | None, more: int) -> tuple[int, str | None]:
-    """Return the bytes that lie beside the language model, and a note about them.
+    """Return the bytes of the draft layers and ``more`` that lie beside the language model, and a note.
 
-    Args:
-        shape, dtype: of the language model.
-        vision: elements of the vision tower; None: it has one of unknown size.
-        more: bytes beside the draft layers.
+    ``vision`` are the elements of the vision tower; None: it has one of unknown size.
     """
     drafts = shape.draft_parameters * ITEMSIZE[dtype]
     parts = [name for name, there in (("draft layers (mtp)", drafts), ("the vision tower", vision)) if there]
@@ -144,9 +138,9 @@ def _beside(shape: ModelShape, dtype: str, vision: int | None, more: int) -> tup
 
 def _hub_config(model: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    known: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+    known: tuple[type[Exception], ...] = (HFValidationError, LocalEntryNotFoundError, OSError)
     known += network_errors()
     try:
         return Path(hf_hub_download(model, "config.json"))
@@ -222,7 +216,6 @@ class Quantisation:
 
     Attributes:
         size: of the calibration as ``quantize`` chooses it there, and its memory.
-        distilling: peak bytes of ``distill``, where it is asked for, after all blocks.
         fits: None where the memory is not known.
         fitting: the most sequences that fit, where those asked for do not: a power of two, and their peak.
         hours: that the layers take, an estimate from a measured rate; None: no rate was measured.
@@ -230,7 +223,6 @@ class Quantisation:
 
     gpu: str | None
     size: CalibrationSize
-    distilling: int
     fits: bool | None = None
     fitting: tuple[int, int] | None = None
     hours: float | None = None
@@ -272,11 +264,7 @@ class Plan:
 
 
 def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
-    """Work out a plan.
-
-    Raises:
-        UsageError: an option out of bounds, or one that does not suit the model.
-    """
+    """Work out a plan."""
     _check_bounds(options)
     shape = model.shape
     group_size = options.group_size if options.group_size is not None else shape.auto_group_size()
@@ -300,7 +288,7 @@ def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
         copied_note=model.copied_note,
         precisions=precisions,
         generation=generation,
-        quantisation=[_quantisation(model, options, group_size, gpu) for gpu in options.gpus or (None,)],
+        quantisation=[_quantisation(model, options, gpu) for gpu in options.gpus or (None,)],
         deployments=[
             _deployment(shape, item, generation[item.label], gpu, count, options)
             for gpu in options.gpus
@@ -323,22 +311,14 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
     def precision(
         label: str, bits: int | None, loaded_in: str, size: int, loaded: int, published: int | None
     ) -> Precision:
-        chosen = -1 if bits is None else group_size
+        chosen = None if bits is None else group_size
         one, idle = (
-            shape.idle_bytes(loaded_in, tokens, bits=bits, group_size=chosen) for tokens in (1, options.batch)
+            shape.idle_bytes(loaded_in, tokens, bits=bits, group_size=chosen or -1)
+            for tokens in (1, options.batch)
         )
         active = weight_bytes_per_step(shape, loaded, loaded_in, one)
-        return Precision(
-            label=label,
-            dtype=loaded_in,
-            group_size=None if bits is None else group_size,
-            bytes=size + model.copied,
-            loaded=loaded,
-            active=active,
-            idle=idle,
-            published_bytes=published,
-            published_note=note,
-        )
+        size += model.copied
+        return Precision(label, loaded_in, chosen, size, loaded, active, idle, published, note)
 
     found = [precision(_LABELS[dtype], None, dtype, size, size, size + head if twice else None)]
     for bits in sorted(options.bits, reverse=True):
@@ -352,9 +332,7 @@ def _precisions(model: PlannedModel, options: PlanOptions, group_size: int) -> l
     return found
 
 
-def _quantisation(
-    model: PlannedModel, options: PlanOptions, group_size: int, gpu: Gpu | None
-) -> Quantisation:
+def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) -> Quantisation:
     def sized(samples: int | None) -> CalibrationSize:
         return calibration_size(
             model.shape,
@@ -367,16 +345,13 @@ def _quantisation(
         )
 
     size, name = sized(options.samples), gpu.name if gpu else None
-    distilling = distillation_memory(
-        model.shape, samples=size.samples, seq_len=size.seq_len, group_size=group_size, dtype=model.dtype
-    )
     seconds = quantisation_seconds(model.shape, size.samples * size.seq_len, gpu)
     hours = None if seconds is None else seconds / 3600
     if size.fits is not False or options.samples is None:
-        return Quantisation(name, size, distilling, size.fits, hours=hours)
+        return Quantisation(name, size, size.fits, hours=hours)
     fewer = (sized(1 << n) for n in range((size.samples - 1).bit_length() - 1, -1, -1))
     fitting = next(((one.samples, one.memory.peak) for one in fewer if one.fits), None)
-    return Quantisation(name, size, distilling, False, fitting)
+    return Quantisation(name, size, False, fitting)
 
 
 def _deployment(
@@ -404,28 +379,27 @@ def _deployment(
 def _padded_bytes(model: PlannedModel, padded: Padding | None, found: list[Precision]) -> dict[str, int]:
     if padded is None:
         return {}
-    wider = model.shape.with_ffn(padded.to)
-    return {
-        item.label: model.copied
-        + (
-            wider.bytes(item.dtype)
-            if item.group_size is None
-            else wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
-        )
-        for item in found
-    }
+    wider = replace(model.shape, ffn=padded.to)
+    sizes = {}
+    for item in found:
+        if item.group_size is None:
+            size = wider.bytes(item.dtype)
+        else:
+            size = wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
+        sizes[item.label] = size + model.copied
+    return sizes
 
 
 def _check_bounds(options: PlanOptions) -> None:
-    numbers = {
-        "--context": (options.context,),
-        "--batch": (options.batch,),
-        "--samples": () if options.samples is None else (options.samples,),
-        "--seq-len": () if options.seq_len is None else (options.seq_len,),
-        "--tp": options.tensor_parallel,
-    }
-    for option, values in numbers.items():
-        if any(value < 1 for value in values):
-            raise UsageError(f"{option} has to be at least 1, not {min(values)}", where=option)
-        if any(value > _MOST for value in values):
+    numbers = [
+        ("--context", options.context),
+        ("--batch", options.batch),
+        ("--samples", options.samples),
+        ("--seq-len", options.seq_len),
+        *(("--tp", count) for count in sorted(options.tensor_parallel)),
+    ]
+    for option, value in numbers:
+        if value is not None and value < 1:
+            raise UsageError(f"{option} has to be at least 1, not {value}", where=option)
+        if value is not None and value > _MOST:
             raise UsageError(f"{option} is at most {_MOST:,}", where=option)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -64,28 +64,26 @@ def _sizes(plan: Plan) -> str:
 
 
 def _disk(plan: Plan) -> RenderableType:
-    table = _Section("On disk (tensor bytes)", "precision", "group size", "bytes", "GiB", "published file")
+    rows = []
     for item in plan.precisions:
         group = "" if item.group_size is None else str(item.group_size)
         published = "" if item.published_bytes is None else f"{item.published_bytes:,} (*)"
-        table.row(item.label, group, f"{item.bytes:,}", _gib(item.bytes), published)
+        rows.append((item.label, group, f"{item.bytes:,}", _gib(item.bytes), published))
     notes = {f"(*) {item.published_note}" for item in plan.precisions if item.published_note}
     if plan.copied_note:
         size = f"{_gib(plan.copied_bytes)} GiB " if plan.copied_bytes else ""
         notes.add(f"{size}{plan.copied_note}")
     if plan.shape.linear_attention is not None and any(item.label == "Int4" for item in plan.precisions):
         notes.add("linear attention has 8 bits in Int4, too")
-    table.note = "; ".join(sorted(notes))
-    return table.render()
+    columns = ("precision", "group size", "bytes", "GiB", "published file")
+    return _section("On disk (tensor bytes)", columns, rows, "; ".join(sorted(notes)))
 
 
 def _generation(plan: Plan) -> RenderableType:
     options = plan.options
-    table = _Section(
-        f"Memory, GiB: {options.context} tokens of context, batch {options.batch}",
-        *("precision", "weights", "load", "cache" if plan.shape.linear_attention else "KV cache"),
-        *("prefill", "decode", "peak", "peak from 1 token"),
-    )
+    cache = "cache" if plan.shape.linear_attention else "KV cache"
+    columns = ("precision", "weights", "load", cache, "prefill", "decode", "peak", "peak from 1 token")
+    rows = []
     for label, memory in plan.generation.items():
         parts = (
             memory.weights,
@@ -96,13 +94,14 @@ def _generation(plan: Plan) -> RenderableType:
             memory.peak,
             memory.decode_peak,
         )
-        table.row(label, *(_gib(part) for part in parts))
-    table.note = "peak: weights, one copy of the cache, activations"
+        rows.append((label, *map(_gib, parts)))
+    note = "peak: weights, one copy of the cache, activations"
     if plan.shape.linear_attention is not None:
         memory = plan.generation[plan.precisions[-1].label]
         states = f"{_gib(memory.states)} GiB are recurrent states"
-        table.note += f"; of the cache, {states}, which do not grow with the context"
-    return table.render()
+        note += f"; of the cache, {states}, which do not grow with the context"
+    title = f"Memory, GiB: {options.context} tokens of context, batch {options.batch}"
+    return _section(title, columns, rows, note)
 
 
 def answer(plan: Plan) -> Iterator[str]:
@@ -162,25 +161,17 @@ def _running(row: Deployment, gpu: Gpu, context: int) -> str:
 
 def _quantisation(quantisation: Quantisation) -> RenderableType:
     kind = "RAM" if quantisation.gpu is None else "GPU memory"
-    calibration = f"calibration with {quantisation.size.tokens}"
-    table = _Section(f"{kind} while quantising, GiB: {calibration}", "part", "GiB")
-    for part in fields(quantisation.size.memory):
-        size = getattr(quantisation.size.memory, part.name)
-        if part.name == "file" and not size:
-            continue
-        table.row(_QUANTISATION_PARTS[part.name], _gib(size), style="bold" if part.name == "peak" else "")
-    distilling = f"with --distill, {_gib(quantisation.distilling)} GiB after the last block"
-    table.note = f"block by block; the rest of the model stays on disk; {distilling}"
-    return table.render()
+    title = f"{kind} while quantising, GiB: calibration with {quantisation.size.tokens}"
+    sizes = asdict(quantisation.size.memory)
+    rows = [(_QUANTISATION_PARTS[part], _gib(size)) for part, size in sizes.items() if size or part != "file"]
+    return _section(title, ("part", "GiB"), rows, "block by block; the rest of the model stays on disk")
 
 
 def _deployments(plan: Plan) -> Iterator[RenderableType]:
     for gpu in plan.options.gpus:
-        table = _Section(
-            f"{gpu.title}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:,.0f} GB/s",
-            *("precision", "GPUs", "possible", "GiB per GPU", "fits"),
-            *("tok/s, empty cache", f"tok/s at {plan.options.context}"),
-        )
+        rates = ("tok/s, empty cache", f"tok/s at {plan.options.context}")
+        columns = ("precision", "GPUs", "possible", "GiB per GPU", "fits", *rates)
+        rows = []
         refused: dict[str, list[str]] = {}
         for row in plan.deployments:
             if row.speed.gpu != gpu.name:
@@ -193,14 +184,14 @@ def _deployments(plan: Plan) -> Iterator[RenderableType]:
                 (f"{row.speed.empty:,.0f}", f"{row.speed.full:,.0f}") if row.split.possible else ("", "")
             )
             fits = ("yes" if row.fits else "[red]no[/red]") if row.split.possible else ""
-            table.row(row.precision, str(row.split.gpus), possible, _gib(row.memory), fits, *figures)
-        table.note = f"upper bound: bytes read per token over peak bandwidth. {gpu.source}"
+            rows.append((row.precision, str(row.split.gpus), possible, _gib(row.memory), fits, *figures))
         reasons = "".join(f"{', '.join(labels)}: {why}.\n" for why, labels in refused.items())
-        table.note = reasons + table.note
+        note = f"{reasons}upper bound: bytes read per token over peak bandwidth. {gpu.source}"
         if plan.shape.experts is not None:
             active = ", ".join(f"{item.label} {_gib(item.active)}" for item in plan.precisions)
-            table.note += f". Weights that a token reads, GiB: {active}"
-        yield table.render()
+            note += f". Weights that a token reads, GiB: {active}"
+        title = f"{gpu.title}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:,.0f} GB/s"
+        yield _section(title, columns, rows, note)
 
 
 def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
@@ -216,34 +207,24 @@ def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
     if not wanted:
         yield f"`qwenq quantize --pad-ffn {found.to}` would help: {summary}"
         return
-    table = _Section(f"--pad-ffn: {summary}", "precision", "bytes", "padded", "change")
-    for item in plan.precisions:
-        padded = plan.padded_bytes[item.label]
-        table.row(item.label, f"{item.bytes:,}", f"{padded:,}", f"{padded / item.bytes - 1:+.2%}")
-    zeros = found.to - found.ffn
-    table.note = (
-        f"one zero channel after each of the first {zeros} channels, {found.parameters:,} parameters more; "
-        "the model's output stays the same"
+    sizes = [(item.label, item.bytes, plan.padded_bytes[item.label]) for item in plan.precisions]
+    rows = [(label, f"{a:,}", f"{b:,}", f"{b / a - 1:+.2%}") for label, a, b in sizes]
+    note = (
+        f"one zero channel after each of the first {found.to - found.ffn} channels, {found.parameters:,} "
+        "parameters more; the model's output stays the same"
     )
-    yield table.render()
+    yield _section(f"--pad-ffn: {summary}", ("precision", "bytes", "padded", "change"), rows, note)
 
 
-class _Section:
-    """A table with a title above and a note below, which wrap at the width of the screen."""
-
-    def __init__(self, title: str, *columns: str) -> None:
-        self.title, self.note = title, ""
-        self._table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, column in enumerate(columns):
-            left = number == 0 or column == "possible"
-            self._table.add_column(column, justify="left" if left else "right")
-
-    def row(self, *cells: str, style: str = "") -> None:
-        self._table.add_row(*cells, style=style)
-
-    def render(self) -> RenderableType:
-        note = [Text(self.note + "\n", style="dim")] if self.note else []
-        return Group(Text(self.title, style="bold"), self._table, *note)
+def _section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> RenderableType:
+    """Return a table with a title above and a note below, which wrap at the width of the screen."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 or column == "possible" else "right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "peak" else "")
+    below = [Text(note + "\n", style="dim")] if note else []
+    return Group(Text(title, style="bold"), table, *below)
 
 
 def _gib(size: int) -> str:

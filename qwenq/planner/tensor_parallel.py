@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwenq.errors import UnsupportedError
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.recipe import QuantizeRecipe
 
-# Tell which numbers of GPUs can share a model, and what a wider MLP would change.
-#
 # Row-parallel modules (``o_proj``, ``down_proj``, of each expert, too) are split along their inputs, so a GPU
 # needs whole groups of a quantised one; heads and the MLP's channels are split evenly too. Key/value heads
 # are split evenly or, where there are fewer heads than GPUs, replicated evenly. ``publishing.engines`` has
@@ -75,7 +73,9 @@ def split(shape: ModelShape, gpus: int, group_size: int | None) -> Split:
             continue
         if group_size is None or group_size == -1:
             if module.leaf == "down_proj" and module.columns % gpus:
-                obstacles.append(f"{module.columns} {_channels(module)}")
+                dense = module.name == "mlp.down_proj"
+                channels = "FFN channels" if dense else f"channels of {_short(module)}"
+                obstacles.append(f"{module.columns} {channels}")
         elif module.columns % gpus or module.columns // gpus % group_size:
             obstacles.append(f"{module.columns // group_size} groups of {_short(module)}")
     return Split(gpus, tuple(obstacles))
@@ -86,10 +86,6 @@ def _short(module: Linear) -> str:
     if module.copies > 1:
         return f"an expert's {module.leaf}"
     return f"the shared expert's {module.leaf}" if owner.endswith("shared_expert") else module.leaf
-
-
-def _channels(module: Linear) -> str:
-    return {"mlp": "FFN channels"}.get(module.name.rpartition(".")[0], f"channels of {_short(module)}")
 
 
 def possible_splits(shape: ModelShape, gpus: tuple[int, ...], group_size: int | None) -> tuple[int, ...]:
@@ -113,11 +109,11 @@ def padding(shape: ModelShape, group_size: int, gpus: tuple[int, ...]) -> Paddin
     to = padded_width(shape.ffn, group_size, within_reach or (1,))
     if to == shape.ffn or to > 2 * shape.ffn:
         return None
-    padded = shape.with_ffn(to)
+    padded = replace(shape, ffn=to)
     return Padding(
         ffn=shape.ffn,
         to=to,
-        groups_before=_groups(shape.ffn, group_size),
+        groups_before=shape.ffn // group_size,
         groups_after=padded_groups(to, group_size),
         parameters=padded.parameters - shape.parameters,
         possible_before=possible_splits(shape, gpus, group_size),
@@ -139,10 +135,6 @@ def kv_share(shape: ModelShape, gpus: int) -> float:
     return 1 / min(gpus, shape.kv_heads)
 
 
-def _groups(width: int, group_size: int) -> int:
-    return 1 if group_size == -1 else width // group_size
-
-
 # Widen the MLP of a checkpoint before it is quantised (``--pad-ffn``).
 
 
@@ -153,20 +145,11 @@ def padded(
 
     As in a plan the group size comes first: ``auto`` takes the one for the model without padding, and the
     width then makes its groups shareable. Otherwise a wider MLP could lead to larger groups, of which there
-    are fewer.
-
-    Args:
-        base: the unquantised model.
-        wanted: ``pad_ffn`` and ``group_size`` are used.
-        listener: receives what was chosen, and why.
+    are fewer. The listener receives what was chosen, and why.
 
     Returns:
         The checkpoint, ``base`` itself where nothing is padded; and the input widths by module for an
         automatic group size, None where those of the checkpoint are to be used.
-
-    Raises:
-        UsageError: a width below the model's, above twice that, or no multiple of the group size; or no
-            automatic group size fits.
     """
     if wanted.pad_ffn == "none":
         return base, None

@@ -27,6 +27,7 @@ from qwenq.profiling.meters import (
     cache_bytes,
     copy_bandwidth,
     meter_for,
+    state_bytes,
     step_bytes,
     synchronise,
     weight_bytes,
@@ -379,9 +380,11 @@ def _bandwidth(bench: Bench, found: Decoding, cache: int) -> Row:
     position, seconds = found.positions[0], 1 / found.curve[0]
     slots = bench.point.context + bench.point.tokens
     try:
-        read = step_bytes(bench.engine) + cache * position // slots
+        read = step_bytes(bench.engine)
     except UnsupportedError as error:
         return bench.absent("bandwidth.share", error.what)
+    states = state_bytes(bench.engine.new_cache(1, 1))
+    read += (cache - states) * position // slots + 2 * states
     copied, achieved = copy_bandwidth(bench.engine.device), read / seconds
     details = {
         "bytes_per_step": read,

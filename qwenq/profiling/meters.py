@@ -211,7 +211,12 @@ def synchronise(device: torch.device) -> None:
 
 def cache_bytes(cache: KVCache) -> int:
     """Return the bytes of a cache in its present form: some engines rearrange it for decoding."""
-    return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values)) + state_bytes(cache)
+
+
+def state_bytes(cache: KVCache) -> int:
+    """Return the bytes of a cache's recurrent states, which every step reads and writes whole."""
+    return sum(tensor.nbytes for pair in cache.states for tensor in pair)
 
 
 def weight_bytes(engine: Engine) -> int:

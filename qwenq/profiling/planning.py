@@ -165,7 +165,8 @@ def _planned(point: Point, shape: ModelShape, device: Device) -> Planned:
     weights = _weight_bytes(point, shape, dtype) // point.tp
     rearranged = device.kind == "cpu" and point.engine == "fast" and point.attention in _STEP_LAYOUT
     cache_dtype = "float32" if rearranged else dtype
-    cache = shape.kv_bytes_per_token(cache_dtype) * (point.context + point.tokens) // point.tp
+    tokens = point.context + point.tokens
+    cache = (shape.kv_bytes_per_token(cache_dtype) * tokens + shape.state_bytes(dtype)) // point.tp
     flying = shape.embedding_parameters * ITEMSIZE[dtype]  # one large tensor, while loading
     nbytes = weights + cache + max(flying, _prompt_bytes(point, shape, dtype, device.kind) // point.tp)
     needed = nbytes + _OVERHEAD_BYTES[device.kind]

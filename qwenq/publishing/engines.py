@@ -8,32 +8,24 @@ is imported; only the headers of the files are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.autoround import is_autoround
+from qwenq.models.block_shapes import ROW_PARALLEL
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.gptq_config import QuantConfig, rule_for
+from qwenq.models.gptq_config import EXPERT, FUSED, QuantConfig, engine_layer, rule_for
 from qwenq.models.gptq_format import quantised_modules
-from qwenq.models.tokenizer import read_json
+from qwenq.storage import read_json
 
 GPUS = (1, 2, 4, 8)
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-}
-"""Layers of vLLM and SGLang, and the modules of the files that are one in them."""
-_ROW_PARALLEL = re.compile(r"\.(o_proj|out_proj|down_proj)$")
-_EXPERTS = re.compile(r"(.*\.experts)\.\d+\.\w+$")
 _NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm\w*|visual|vision_tower|conv1d|mtp)(\.|$)")
 _GROUPS = (-1, 32, 64, 128)
 _TORCH_INT4_GROUPS = (32, 64, 128, 256)
 """What torch's Int4 product takes on a CPU, which gptqmodel chooses for whole rows."""
-_REQUANTISE = "quantise the model without --asym"
 
 
 @dataclass(frozen=True)
@@ -105,15 +97,11 @@ class GptqFolder:
     @property
     def has_experts(self) -> bool:
         """Return whether it is a mixture of experts."""
-        return any(_EXPERTS.match(name) for name in self.modules)
+        return any(EXPERT.match(name) for name in self.modules)
 
 
 def read_gptq_folder(checkpoint: Checkpoint) -> GptqFolder:
-    """Return what the rules ask of a quantised checkpoint.
-
-    Raises:
-        UsageError: it is not quantised with GPTQ.
-    """
+    """Return what the rules ask of a quantised checkpoint."""
     if checkpoint.foreign is not None:
         raise UsageError(
             f"the rules are about GPTQ files, and this is {checkpoint.foreign.format.name}",
@@ -141,11 +129,9 @@ def read_gptq_folder(checkpoint: Checkpoint) -> GptqFolder:
         own = quant.of(name)
         packed, rows = source.info(f"{name}.qweight").shape
         modules[name] = Module(own, rows, packed * 32 // own.bits)
-    plain = tuple(
-        module
-        for module in (name.removesuffix(".weight") for name in names if name.endswith(".weight"))
-        if not _NOT_LINEAR.search(module) and len(source.info(f"{module}.weight").shape) == 2
-    )
+    weights = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    linears = (module for module in weights if not _NOT_LINEAR.search(module))
+    plain = tuple(module for module in linears if len(source.info(f"{module}.weight").shape) == 2)
     return GptqFolder(config, quant, modules, plain, names)
 
 
@@ -154,11 +140,8 @@ def planned_gptq_folder(
 ) -> GptqFolder:
     """Return what the rules ask of a checkpoint that is not written yet.
 
-    Args:
-        config: of the model.
-        quant: the settings that config.json will have.
-        linears: [out, in] of the linears to quantise, by their names in a block.
-        kept: names in a block of the modules that are not quantised.
+    ``linears`` are [out, in] of those to quantise, by their names in a block; ``kept`` are the names of the
+    modules that are not.
     """
     block = "model.layers.0."
     modules = {
@@ -172,15 +155,9 @@ def planned_gptq_folder(
 def engine_verdicts(
     folder: GptqFolder, engines: Iterable[str] = (), gpus: Iterable[int] = (1,)
 ) -> list[Verdict]:
-    """Return a verdict by engine and number of GPUs.
+    """Return a verdict by engine (names of ``ENGINES``; none: all of them) and number of GPUs.
 
-    Args:
-        folder: of ``read_gptq_folder``.
-        engines: names of ``ENGINES``; none: all of them.
-        gpus: tensor-parallel sizes; engines without tensor parallelism are asked about one GPU only.
-
-    Raises:
-        UsageError: an engine whose rules are not known here.
+    Engines without tensor parallelism are asked about one GPU only.
     """
     found = []
     for name in tuple(engines) or tuple(ENGINES):
@@ -201,26 +178,22 @@ def engine_verdicts(
 
 def _marlin_settings(folder: GptqFolder) -> Iterator[Problem]:
     """Symmetric 4 and 8 bits, groups of 32, 64, 128 or whole rows, in the order of the file."""
-    wrong = [m for m in folder.modules.values() if not m.quant.sym]
-    if wrong:
+    quants = [module.quant for module in folder.modules.values()]
+    if wrong := [quant for quant in quants if not quant.sym]:
         yield Problem(
-            f"{_count(wrong, folder)} free zero points; its kernels take symmetric weights", _REQUANTISE
+            f"{_count(wrong, folder)} free zero points; its kernels take symmetric weights",
+            "quantise the model without --asym",
         )
-    wrong = [m for m in folder.modules.values() if m.quant.bits not in (4, 8)]
-    if wrong:
-        widths = sorted({m.quant.bits for m in wrong})
+    if wrong := [quant for quant in quants if quant.bits not in (4, 8)]:
+        widths = _listed({quant.bits for quant in wrong})
+        yield Problem(f"{_count(wrong, folder)} {widths} bits; it takes 4 and 8", "use --bits 4 or 8")
+    if wrong := [quant for quant in quants if quant.group_size not in _GROUPS]:
+        sizes = _listed({quant.group_size for quant in wrong})
         yield Problem(
-            f"{_count(wrong, folder)} {_listed(widths)} bits; it takes 4 and 8", "use --bits 4 or 8"
-        )
-    wrong = [m for m in folder.modules.values() if m.quant.group_size not in _GROUPS]
-    if wrong:
-        sizes = sorted({m.quant.group_size for m in wrong})
-        yield Problem(
-            f"{_count(wrong, folder)} groups of {_listed(sizes)}; it takes 32, 64, 128 and whole rows",
+            f"{_count(wrong, folder)} groups of {sizes}; it takes 32, 64, 128 and whole rows",
             "use --group-size 32, 64 or 128",
         )
-    wrong = [m for m in folder.modules.values() if m.quant.desc_act and m.quant.group_size != -1]
-    if wrong:
+    if wrong := [quant for quant in quants if quant.desc_act and quant.group_size != -1]:
         yield Problem(
             f"{_count(wrong, folder)} their columns in activation order (desc_act)",
             "quantise it with --act-order static, which keeps the columns in the order of the file",
@@ -241,7 +214,7 @@ def _fused_alike(folder: GptqFolder) -> Iterator[Problem]:
                 mixed.append(f"{parent}.{fused}")
     experts: dict[str, set[Any]] = {}
     for name, module in folder.modules.items():
-        if found := _EXPERTS.match(name):
+        if found := EXPERT.match(name):
             experts.setdefault(found[1], set()).add(_settings(module.quant))
     mixed += [name for name, settings in experts.items() if len(settings) > 1]
     if partly:
@@ -262,9 +235,7 @@ def _dynamic_by_fused_names(folder: GptqFolder) -> Iterator[Problem]:
         return
     wrong = []
     for name, module in folder.modules.items():
-        parent, _, leaf = name.rpartition(".")
-        expert = _EXPERTS.match(name)
-        fused = expert[1] if expert else next((f"{parent}.{f}" for f, p in FUSED.items() if leaf in p), name)
+        fused = engine_layer(name)
         try:
             found = folder.quant.of(fused)
         except ModelError:  # a rule says that it is not quantised
@@ -289,12 +260,8 @@ def _draft_layers_excluded(folder: GptqFolder) -> Iterator[Problem]:
 
 def _plain_layers_excluded(folder: GptqFolder) -> Iterator[Problem]:
     """Every unquantised linear needs a negative rule: nothing is detected from the files."""
-    missing = []
-    for name in folder.plain:
-        rule = rule_for(folder.quant.dynamic, name)
-        if rule is None or not rule[0].startswith("-:"):
-            missing.append(name)
-    if missing:
+    rules = {name: rule_for(folder.quant.dynamic, name) for name in folder.plain}
+    if missing := [name for name, rule in rules.items() if rule is None or not rule[0].startswith("-:")]:
         yield Problem(
             f"dynamic has no negative rule for {_some(missing)}, which it then takes as quantised",
             'add a rule "-:…": {} for each to dynamic of config.json',
@@ -352,7 +319,7 @@ def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
     split, rows = set(), set()
     for name, module in folder.modules.items():
         leaf = name.rpartition(".")[2]
-        if _ROW_PARALLEL.search(name):
+        if leaf in ROW_PARALLEL:
             group = module.quant.group_size
             if module.columns % gpus or (group != -1 and module.columns // gpus % group):
                 split.add((leaf, module.columns, group))
@@ -405,15 +372,15 @@ def _settings(quant: QuantConfig) -> tuple[int, int, bool, bool]:
     return quant.bits, quant.group_size, quant.sym, quant.desc_act
 
 
-def _count(modules: list[Module], folder: GptqFolder) -> str:
+def _count(modules: Sized, folder: GptqFolder) -> str:
     """Return such as ``3 modules of each block have``."""
     one = len(modules) == 1
     part = f" of {folder.counted_in}" if folder.counted_in else ""
     return f"{len(modules)} module{'' if one else 's'}{part} {'has' if one else 'have'}"
 
 
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(map(str, values))
+def _listed(values: set[int]) -> str:
+    return ", ".join(map(str, sorted(values)))
 
 
 def _some(names: list[str]) -> str:

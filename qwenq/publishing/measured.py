@@ -29,7 +29,7 @@ _PLOT = re.compile(rf'<img src="{CARD_PLOTS}/([\w.-]+\.png)"')
 def fill_cards(
     runs: Sequence[Path], page: Path, folders: Sequence[Path] | None = None, listener: Listener = silent
 ) -> list[Path]:
-    """Write what a report shows into the cards of the quantised folders that its rows describe.
+    """Write what a report shows into the cards of the quantised folders that its rows describe; return those.
 
     Args:
         runs: run folders of the report.
@@ -37,14 +37,6 @@ def fill_cards(
         folders: whose cards are filled; None: those that the rows' commands name, as far as they are there
             and their cards can be written.
         listener: receives a notice for each folder of a command whose card is left as it is.
-
-    Returns:
-        The cards that were written.
-
-    Raises:
-        UsageError: no row is of a folder that was named.
-        ModelError: a folder that was named is not qwenq's, or its README.md has no place for the tables.
-        StorageError: the disk refused.
     """
     collection = collect(list(runs))
     if folders is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import CARD, MANIFEST
 from qwenq.publishing.engines import Verdict, engine_verdicts, read_gptq_folder
 from qwenq.reporting.text import code, markdown
-from qwenq.storage import atomic_write_bytes, readable_bytes
+from qwenq.storage import atomic_write_bytes, read_json, readable_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -63,11 +64,9 @@ def write_model_card(folder: Path, base: Path | None = None, measured: Measured 
         base: the folder of the base, whose card names licence and languages; None: not at hand.
         measured: from a report; None: a section that is there stays, and so do scores.
 
-    Returns:
-        The path of the card.
-
     Raises:
-        ModelError: qwenq.json is missing or no manifest, or README.md cannot be renewed.
+        ModelError: qwenq.json is missing or no manifest; README.md is not UTF-8, has one half of a mark only,
+            or a front matter that is no YAML.
     """
     text = model_card(folder.name, _manifest(folder), open_checkpoint(folder), base, measured)
     atomic_write_bytes(folder / CARD, text.encode("utf-8"))
@@ -81,25 +80,17 @@ def model_card(
     base: Path | None = None,
     measured: Measured | None = None,
 ) -> str:
-    """Return the card of a quantised model: the one in its folder, if any, with its marked sections renewed.
-
-    Args:
-        name: of the folder.
-        manifest: the contents of qwenq.json.
-        checkpoint: the quantised model.
-        base: the folder of the base.
-        measured: from a report.
-
-    Raises:
-        ModelError: README.md is not UTF-8, has one half of a mark only, or a front matter that is no YAML.
-    """
-    existing = _existing(checkpoint.folder / CARD)
-    origin = _front_matter(_text(base / CARD) if base else existing)
+    """Return the card of a quantised model: the one in its folder, if any, with marked sections renewed."""
+    existing, of_base = _existing(checkpoint.folder / CARD), ""
+    if base is not None:
+        with suppress(OSError, UnicodeDecodeError):
+            of_base = (base / CARD).read_text(encoding="utf-8")
+    origin = _front_matter(of_base if base else existing)
     verdicts = engine_verdicts(read_gptq_folder(checkpoint), gpus=(1, 2, 4, 8))
     text = measured.text.strip() if measured else ""
     sections = {
         "about": _about(name, manifest),
-        "cost": _cost(manifest, _weight_bytes(manifest)),
+        "cost": _cost(manifest),
         "load": _load(name, verdicts),
         "measured": f"## Measured\n\n{text}" if text else "",
         "licence": _licence(manifest, origin),
@@ -111,11 +102,7 @@ def model_card(
 
 
 def require_place(folder: Path) -> None:
-    """Require a card that can take what a report adds: none yet, or one with the marks of that section.
-
-    Raises:
-        ModelError: the marks were removed, or README.md is somebody's own.
-    """
+    """Require a card that can take what a report adds: none yet, or one with the marks of that section."""
     begin, end = _MARK.format("measured"), _END.format("measured")
     existing = _existing(folder / CARD)
     if existing and begin not in existing:
@@ -144,6 +131,7 @@ def _new(
 
     original = base_id(manifest)
     languages = origin.get("language")
+    family = ["qwen"] if str(config.get("model_type", "")).startswith("qwen") else []
     data = ModelCardData(
         base_model=original,
         base_model_relation="quantized" if original else None,
@@ -153,7 +141,7 @@ def _new(
         license_name=origin.get("license_name"),
         license_link=origin.get("license_link"),
         language=[languages] if isinstance(languages, str) else languages,
-        tags=["gptq", f"int{manifest['quantization']['bits']}", "qwenq", *_family_tags(config)],
+        tags=["gptq", f"int{manifest['quantization']['bits']}", "qwenq", *family],
     )
     index = _model_index(name, scores) if scores else ""
     body = "\n\n".join(_marked(key, sections[key]) for key in SECTIONS)
@@ -289,7 +277,9 @@ def quantize_command(manifest: Mapping[str, Any], folder_name: str) -> str:
     return " ".join([*parts, f"--out {folder_name}"])
 
 
-def _cost(manifest: Mapping[str, Any], weights: int) -> str:
+def _cost(manifest: Mapping[str, Any]) -> str:
+    files = manifest["files"].items()
+    weights = sum(facts["bytes"] for name, facts in files if name.endswith(".safetensors"))
     lines = ["## What quantising cost", "", f"The weights take {readable_bytes(weights)}."]
     check = manifest.get("check")
     if not check:
@@ -301,27 +291,19 @@ def _cost(manifest: Mapping[str, Any], weights: int) -> str:
         ("same most likely token", check["same_top"], "{:.1%}"),
         ("perplexity, × the unquantised model's", check["perplexity_ratio"], "{:.4f}"),
     ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"| beside the unquantised model, {check['tokens']:,} held-out tokens | | 95 % interval |",
-            "| --- | ---: | ---: |",
-            *(
-                f"| {name} | {form.format(found['value'])} | {_interval(found, form)} |"
-                for name, found, form in rows
-            ),
-            "",
-            f"Verdict: **{markdown(check['verdict']['word'])}**. {markdown(check['verdict']['sentence'])}.",
-        ]
-    )
-
-
-def _interval(found: Mapping[str, Any], form: str) -> str:
-    """Return an interval; of a single held-out sequence there is none."""
-    if found["low"] is None or found["high"] is None:
-        return "–"
-    return f"{form.format(found['low'])} to {form.format(found['high'])}"
+    lines += [
+        "",
+        f"| beside the unquantised model, {check['tokens']:,} held-out tokens | | 95 % interval |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, found, form in rows:
+        interval = "–"  # of a single held-out sequence there is none
+        if found["low"] is not None and found["high"] is not None:
+            interval = f"{form.format(found['low'])} to {form.format(found['high'])}"
+        lines.append(f"| {name} | {form.format(found['value'])} | {interval} |")
+    verdict = check["verdict"]
+    lines += ["", f"Verdict: **{markdown(verdict['word'])}**. {markdown(verdict['sentence'])}."]
+    return "\n".join(lines)
 
 
 def _load(name: str, verdicts: Sequence[Verdict]) -> str:
@@ -336,17 +318,14 @@ def _load(name: str, verdicts: Sequence[Verdict]) -> str:
     able = {verdict.engine for verdict in verdicts if verdict.loads}
     quoted = json.dumps(name)
     examples = {
-        "vllm": ("python", f'from vllm import LLM\n\nmodel = LLM({quoted}, dtype="bfloat16")'),
-        "transformers": (
-            "python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({quoted})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
-        ),
+        "vllm": f'from vllm import LLM\n\nmodel = LLM({quoted}, dtype="bfloat16")',
+        "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({quoted})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
     }
-    for engine, (language, text) in examples.items():
+    for engine, text in examples.items():
         if engine in able:
-            lines += [f"```{language}", text, "```", ""]
+            lines += ["```python", text, "```", ""]
     return "\n".join([*lines, "```sh", f"qwenq chat {name}", "```"])
 
 
@@ -361,16 +340,6 @@ def _licence(manifest: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _family_tags(config: Mapping[str, Any]) -> list[str]:
-    kind = str(config.get("model_type", ""))
-    return ["qwen"] if kind.startswith("qwen") else []
-
-
-def _weight_bytes(manifest: Mapping[str, Any]) -> int:
-    files: Iterable[tuple[str, Any]] = manifest["files"].items()
-    return sum(facts["bytes"] for name, facts in files if name.endswith(".safetensors"))
-
-
 def _front_matter(text: str) -> dict[str, Any]:
     """Return the YAML block of a card; of one that is damaged or missing, nothing."""
     from huggingface_hub import ModelCard
@@ -381,20 +350,10 @@ def _front_matter(text: str) -> dict[str, Any]:
         found: dict[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
     except Exception:  # whatever a stranger's card does to the parser, it only costs its licence line
         return {}
-    keep = {}
-    for key in ("license", "license_name", "license_link", "pipeline_tag"):
-        if isinstance(found.get(key), str):
-            keep[key] = found[key]
-    if isinstance(found.get("language"), str | list):
-        keep["language"] = found["language"]
-    return keep
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
+    texts = ("license", "license_name", "license_link", "pipeline_tag")
+    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(texts, (str,))
+    kinds["language"] = (str, list)
+    return {key: found[key] for key, kind in kinds.items() if isinstance(found.get(key), kind)}
 
 
 def _existing(card: Path) -> str:
@@ -410,14 +369,10 @@ def _existing(card: Path) -> str:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    found = read_json(folder / MANIFEST)
+    if not {"base", "quantization", "calibration", "files"} <= set(found):
+        missing = "is no manifest of qwenq" if found else "is missing"
         raise ModelError(
-            f"{MANIFEST} cannot be read: {error}",
-            where=folder,
-            hint="a card is made of what `qwenq quantize` wrote",
-        ) from error
-    if not isinstance(found, dict) or not {"base", "quantization", "calibration", "files"} <= set(found):
-        raise ModelError(f"{MANIFEST} is no manifest of qwenq", where=folder, hint="quantise the model again")
+            f"{MANIFEST} {missing}", where=folder, hint="a card is made of what `qwenq quantize` wrote"
+        )
     return found

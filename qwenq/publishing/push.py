@@ -6,7 +6,6 @@ had brought there, and makes the commit last, so that a repository never has hal
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from qwenq.models.folders import CARD, MANIFEST
 from qwenq.models.hub import network_errors
 from qwenq.models.integrity import verify_files
 from qwenq.publishing.model_card import write_model_card
-from qwenq.storage import readable_bytes
+from qwenq.storage import read_json, readable_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -37,7 +36,6 @@ class Upload:
 
     Attributes:
         repo: owner/name.
-        branch: of the repository.
         private: whether a new repository is private.
         files: name → bytes, of all that goes there.
         url: of the commit; None: nothing was sent.
@@ -73,7 +71,7 @@ def push(
         repo: owner/name on the hub; it is made where it is missing.
         private: make a new repository private.
         branch: of the repository; it is made where it is missing.
-        dry_run: say what would be published, and send nothing.
+        dry_run: return what would be published, and send nothing.
         base: folder of the base, for the card's licence and languages.
 
     Raises:
@@ -86,12 +84,20 @@ def push(
     if not _REPO.fullmatch(repo):
         raise UsageError(f"{repo!r} is no OWNER/NAME", where="push", hint="like my-name/Qwen3-0.6B-GPTQ-Int4")
     names = [*verify_files(folder), MANIFEST]
-    _require_check(folder)
+    manifest = read_json(folder / MANIFEST)
+    if not (check := manifest.get("check")):
+        raise VerificationError(
+            "this folder was never compared with the model it was made from",
+            where=folder,
+            hint="only a checked model is published: quantise real weights, without --weights random",
+        )
+    if check.get("broken"):
+        raise VerificationError("its check found this model broken", where=folder, hint="quantise it again")
     if not (folder / CARD).exists():
         write_model_card(folder, base)
     names += [CARD, *_images(folder)]
     files = {name: (folder / name).stat().st_size for name in sorted(set(names))}
-    paths = _local_paths(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    paths = _local_paths(manifest)
     notices = [f"{MANIFEST} holds paths of this machine: {', '.join(sorted(paths))}"] if paths else []
     planned = Upload(repo, branch, private, files, None, tuple(notices))
     if dry_run:
@@ -105,7 +111,7 @@ def push(
             repo_id=repo,
             folder_path=folder,
             revision=branch,
-            allow_patterns=[_literal(name) for name in files],
+            allow_patterns=[re.sub(r"([*?\[])", r"[\1]", name) for name in files],  # these names alone
             commit_message=f"{folder.name}, quantised with qwenq",
         )
     return Upload(repo, branch, private, files, str(done.commit_url), (*notices, *made))
@@ -161,46 +167,27 @@ def _explained(planned: Upload, notices: list[str]) -> Iterator[None]:
     """Turn what the hub's client raises into one message that says what was, or was not, published."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    login = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write there"
-    again = "run the same command again: files that reached the hub are not sent twice"
+    known: tuple[type[Exception], ...] = (LocalTokenNotFoundError, *network_errors())
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise _failure("no token for the hub", planned, notices, login) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        refused = {
-            401: "the hub wants a token that it knows (401)",
-            403: "the hub does not let this token write (403)",
-        }
-        why = refused.get(status, f"the hub answered {status}")
-        raise _failure(why, planned, notices, login if status in refused else again) from error
-    except network_errors() as error:
-        why = f"the hub cannot be reached ({type(error).__name__})"
-        raise _failure(why, planned, notices, again) from error
-
-
-def _failure(why: str, planned: Upload, notices: list[str], hint: str) -> HubError:
-    """Return an error that says what was not published, and what had been made before."""
-    files = f"{len(planned.files)} files, {readable_bytes(planned.nbytes)}"
-    before = f", but it {' and '.join(notices)}" if notices else ""
-    return HubError(
-        f"{why}; nothing was published{before}; it would have been {files}", where=planned.repo, hint=hint
-    )
-
-
-def _require_check(folder: Path) -> None:
-    check = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("check")
-    if not check:
-        raise VerificationError(
-            "this folder was never compared with the model it was made from",
-            where=folder,
-            hint="only a checked model is published: quantise real weights, without --weights random",
-        )
-    if check.get("broken"):
-        raise VerificationError("its check found this model broken", where=folder, hint="quantise it again")
-
-
-def _literal(name: str) -> str:
-    """Return a pattern of fnmatch that matches this name alone."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
+    except known as error:
+        login = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write there"
+        hint = "run the same command again: files that reached the hub are not sent twice"
+        if isinstance(error, LocalTokenNotFoundError):
+            why, hint = "no token for the hub", login
+        elif isinstance(error, HfHubHTTPError):
+            status = error.response.status_code if error.response is not None else 0
+            refused = {
+                401: "the hub wants a token that it knows (401)",
+                403: "the hub does not let this token write (403)",
+            }
+            why, hint = (
+                refused.get(status, f"the hub answered {status}"),
+                login if status in refused else hint,
+            )
+        else:
+            why = f"the hub cannot be reached ({type(error).__name__})"
+        files = f"{len(planned.files)} files, {readable_bytes(planned.nbytes)}"
+        before = f", but it {' and '.join(notices)}" if notices else ""
+        what = f"{why}; nothing was published{before}; it would have been {files}"
+        raise HubError(what, where=planned.repo, hint=hint) from error

@@ -14,11 +14,12 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import silu, softplus
 
 from qwenq.compute import block as ops
-from qwenq.compute import dense
+from qwenq.compute import delta_rule, dense
 from qwenq.compute import step as compute
+from qwenq.models import block_shapes
 from qwenq.runtime.attention.plain import Attention, grouped_attention
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.linear import Linear
@@ -64,12 +65,14 @@ class Mixture:
         experts: of one width.
         active: how many a token takes.
         normalised: whether their shares are made to add up to one.
+        shared: what every token takes besides.
     """
 
     router: Tensor
     experts: tuple[GatedMLP, ...]
     active: int
     normalised: bool
+    shared: SharedExpert | None = None
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return the weighted sum of each token's experts, [..., hidden]; no other expert is read."""
@@ -83,6 +86,8 @@ class Mixture:
         for number, mine, share in zip(*each, strict=True):
             found = self.experts[number](rows[mine], operations)
             total.index_add_(0, mine, found.float().mul_(share))
+        if self.shared is not None:
+            total += self.shared(rows, operations)
         return total.to(x.dtype).view(x.shape)
 
     def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,39 +99,142 @@ class Mixture:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Return the linear layers of all experts."""
-        return tuple(linear for expert in self.experts for linear in expert.linears)
+        shared = () if self.shared is None else self.shared.mlp.linears
+        return (*(linear for expert in self.experts for linear in expert.linears), *shared)
 
     @property
     def step_bytes(self) -> int:
         """Return the bytes that a token reads."""
-        return self.router.nbytes + self.active * self.experts[0].step_bytes
+        shared = 0 if self.shared is None else self.shared.mlp.step_bytes + self.shared.gate.nbytes
+        return self.router.nbytes + self.active * self.experts[0].step_bytes + shared
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The expert of all tokens; ``gate`` [1, hidden] gives its share of each."""
+
+    mlp: GatedMLP
+    gate: Tensor
+
+    def __call__(self, rows: Tensor, operations: Operations) -> Tensor:
+        """Return float32 [rows, hidden]."""
+        share = dense.multiply(rows, self.gate).float().sigmoid_()
+        return self.mlp(rows, operations).float().mul_(share)
+
+
+@dataclass(frozen=True)
+class FullAttention:
+    """Attention to all earlier tokens.
+
+    Attributes:
+        qkv: hidden → (heads + 2 · key/value heads) · d, and the gate where there is one.
+        qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
+        layer: its number among those with keys and values in the cache.
+        gate: width of what gates the heads' output (hybrids), else 0.
+    """
+
+    qkv: Linear
+    qk_norm: Tensor | None
+    out: Linear
+    layer: int
+    gate: int = 0
+
+    def __call__(self, x: Tensor, operations: Operations) -> Tensor:
+        """Return [..., hidden] for [..., hidden]."""
+        qkv = self.qkv(x)
+        if not self.gate:
+            return self.out(operations.attention(qkv, self.qk_norm, self.layer))
+        qkv, gate = qkv.split([qkv.shape[-1] - self.gate, self.gate], dim=-1)
+        mixed = operations.attention(qkv, self.qk_norm, self.layer)
+        return self.out(mixed.mul_(gate.sigmoid()))
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return the linear layers."""
+        return self.qkv, self.out
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """Attention with a recurrent state (``compute.delta_rule``), in float32 between its linear layers.
+
+    Attributes:
+        shape: its sizes.
+        qkvz: hidden → queries, keys, values, and z, which gates the output.
+        rates: hidden → strength and decay of each value head, before they are bounded.
+        convolution: float32 [width, channels].
+        speed: float32 [value heads], the least logarithm of the decay.
+        bias: float32 [value heads], of the decay.
+        norm: float32 [value width].
+        eps: of the norm.
+        layer: its number among those with states in the cache.
+    """
+
+    shape: block_shapes.LinearAttention
+    qkvz: Linear
+    rates: Linear
+    convolution: Tensor
+    speed: Tensor
+    bias: Tensor
+    norm: Tensor
+    eps: float
+    out: Linear
+    layer: int
+
+    def __call__(self, x: Tensor, operations: Operations) -> Tensor:
+        """Return [..., hidden] for [..., hidden]."""
+        (convolution, recurrent), counts = operations.states(self.layer)
+        shape, rows = self.shape, x if x.ndim == 3 else x.unsqueeze(1)  # [batch, tokens, hidden]
+        qkv, z = self.qkvz(rows).split([shape.channels, shape.values], dim=-1)
+        qkv = delta_rule.convolve(qkv, convolution, self.convolution, counts)
+        qk, v = qkv.split([shape.channels - shape.values, shape.values], dim=-1)
+        qk = _unit_length(qk.unflatten(-1, (-1, shape.key_dim)))  # [batch, tokens, 2 · key heads, d]
+        q, k = qk.repeat_interleave(shape.value_heads // shape.key_heads, dim=2).chunk(2, dim=2)
+        strength, decay = self.rates(rows).float().chunk(2, dim=-1)  # [batch, tokens, value heads]
+        strength, decay = strength.sigmoid(), self.speed * softplus(decay + self.bias)
+        if counts is not None:  # padding leaves the state as it is
+            real = (torch.arange(rows.shape[1], device=x.device) < counts.unsqueeze(1)).unsqueeze(2)
+            strength, decay = strength * real, decay * real
+        mixed = delta_rule.delta_rule(
+            q * shape.key_dim**-0.5,
+            k,
+            v.unflatten(-1, (-1, shape.value_dim)),
+            decay,
+            strength,
+            recurrent,
+        )
+        mixed = ops.rms_norm(mixed, self.norm, self.eps).flatten(2).mul_(silu(z.float()))
+        return self.out(mixed.to(x.dtype)).view(x.shape)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Return the linear layers."""
+        return self.qkvz, self.rates, self.out
+
+
+def _unit_length(x: Tensor) -> Tensor:
+    """Return vectors [..., d] of length one; the added number is that of the reference implementation."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt_()
 
 
 @dataclass(frozen=True)
 class Block:
-    """Weights of one decoder block.
-
-    Attributes:
-        qkv: hidden → (heads + 2 · key/value heads) · d.
-        qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
-    """
+    """Weights of one decoder block."""
 
     attention_norm: Tensor
-    qkv: Linear
-    qk_norm: Tensor | None
-    out: Linear
+    attention: FullAttention | LinearAttention
     mlp_norm: Tensor
     mlp: GatedMLP | Mixture
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """Return the linear layers, but for a router."""
-        return self.qkv, self.out, *self.mlp.linears
+        return *self.attention.linears, *self.mlp.linears
 
     @property
     def step_bytes(self) -> int:
         """Return the bytes of the linear layers, and of a router, that a token reads."""
-        return self.qkv.nbytes + self.out.nbytes + self.mlp.step_bytes
+        return sum(linear.nbytes for linear in self.attention.linears) + self.mlp.step_bytes
 
 
 class Operations(Protocol):
@@ -141,12 +249,16 @@ class Operations(Protocol):
 
         Args:
             qkv: [..., (heads + 2 · key/value heads) · d].
-            qk_norm: see `Block`.
-            layer: of the cache.
+            qk_norm: see `FullAttention`.
+            layer: likewise.
 
         Returns:
             [..., heads · d].
         """
+        ...
+
+    def states(self, layer: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Return a layer's states (convolution, recurrence), and each row's tokens where some are padded."""
         ...
 
     def gated(self, gate_up: Tensor) -> Tensor:
@@ -157,10 +269,9 @@ class Operations(Protocol):
 def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Operations) -> Tensor:
     """Run embedded tokens, [..., hidden], through all blocks and the final norm; ``x`` is overwritten."""
     added = None
-    for layer, block in enumerate(blocks):
+    for block in blocks:
         normed = operations.add_norm(x, added, block.attention_norm)
-        mixed = operations.attention(block.qkv(normed), block.qk_norm, layer)
-        normed = operations.add_norm(x, block.out(mixed), block.mlp_norm)
+        normed = operations.add_norm(x, block.attention(normed, operations), block.mlp_norm)
         added = block.mlp(normed, operations)
     return operations.add_norm(x, added, norm)
 
@@ -204,6 +315,10 @@ class PlainOperations:
         keys, values = self.cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2), self.span)
         mixed = self.attend(queries.transpose(1, 2), keys, values, self.span)  # [batch, heads, tokens, d]
         return mixed.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def states(self, layer: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """See `Operations`."""
+        return self.cache.states[layer], self.span.counts
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """See `Operations`."""
@@ -249,6 +364,10 @@ class StepOperations:
         queries = rotated[:, :heads].reshape(batch * shared, heads // shared, d)
         mixed = grouped_attention(queries, step.keys[layer], step.values[layer], step.mask)
         return mixed.view(batch, heads * d).to(dtype)
+
+    def states(self, layer: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """See `Operations`."""
+        return self._cache.states[layer], None
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """See `Operations`."""
@@ -319,8 +438,10 @@ class CompiledStep:
     @staticmethod
     def unsupported_reason(spec: DecoderSpec, blocks: Sequence[Block]) -> str | None:
         """Return why C cannot run these blocks, in words that follow "because"; None: it can."""
+        if spec.shape.linear_attention is not None:
+            return "it has no linear attention"
         linears: list[Any] = [linear for block in blocks for linear in block.linears]
-        qkv = {id(block.qkv) for block in blocks}
+        qkv = {id(block.linears[0]) for block in blocks}
         if not all(isinstance(linear, CpuNative) and linear.order is None for linear in linears):
             return f"not every linear layer is a {CpuNative.name} with its columns as they come"
         if any(linear.offsets is not None for linear in linears):
@@ -357,11 +478,12 @@ def _step_block(block: Block) -> compute.StepBlock:
     qkv, out, *inner = (cast(CpuNative, linear).layer for linear in block.linears)
     mlps = tuple(zip(inner[::2], inner[1::2], strict=True))
     router = block.mlp.router if isinstance(block.mlp, Mixture) else None
-    bias = cast(CpuNative, block.qkv).bias
+    attention = cast(FullAttention, block.attention)
+    bias = cast(CpuNative, attention.qkv).bias
     vectors = (
         block.attention_norm.float(),
         block.mlp_norm.float(),
         None if bias is None else bias.float(),
-        None if block.qk_norm is None else block.qk_norm.float().contiguous(),
+        None if attention.qk_norm is None else attention.qk_norm.float().contiguous(),
     )
     return compute.StepBlock((qkv, out), mlps, vectors, router)

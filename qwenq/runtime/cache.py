@@ -32,6 +32,7 @@ class Span:
         mask: bool [batch or 1, 1, tokens, end], true where a query may look; None: causal, or one query that
             sees everything.
         rows, steps: int64 [written] row and step of each real token, None unless rows differ.
+        counts: int64 [batch], the real tokens of each row; None: no row is padded.
     """
 
     positions: Tensor
@@ -41,6 +42,7 @@ class Span:
     mask: Tensor | None
     rows: Tensor | None = None
     steps: Tensor | None = None
+    counts: Tensor | None = None
 
 
 def plan(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> Span:
@@ -54,10 +56,13 @@ def plan(lengths: Sequence[int], counts: Sequence[int], device: torch.device) ->
         return Span(positions, first, ends[0], from_zero, mask)
     starts = torch.tensor(lengths, device=device).unsqueeze(1)
     steps = torch.arange(tokens, device=device).unsqueeze(0)
-    rows, kept = (steps < torch.tensor(counts, device=device).unsqueeze(1)).nonzero(as_tuple=True)
+    each = torch.tensor(counts, device=device)
+    rows, kept = (steps < each.unsqueeze(1)).nonzero(as_tuple=True)
     positions = (starts + steps).clamp_max(max(ends) - 1)  # [batch, tokens]
     mask = None if from_zero else _visible(positions, max(ends))
-    return Span(positions, None, max(ends), from_zero, mask, rows, kept)
+    return Span(
+        positions, None, max(ends), from_zero, mask, rows, kept, each if min(counts) < tokens else None
+    )
 
 
 def _visible(positions: Tensor, end: int) -> Tensor:

@@ -117,6 +117,8 @@ class Graphs:
             return f"CUDA graphs need a CUDA GPU, and this is a {decoder.device.type}"
         if decoder.attend.name not in _CAPTURABLE and not getattr(decoder.attend, "capturable", False):
             return f"attention {decoder.attend.name} asks the device for lengths, which a graph cannot"
+        if decoder.spec.shape.linear_attention is not None:
+            return "steps with recurrent states were not tested in graphs"
         if decoder.spec.shape.experts is not None:
             return "which experts a step reads is known only as it runs"
         scaling = decoder.spec.rope_scaling or {}

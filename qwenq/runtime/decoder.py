@@ -1,4 +1,4 @@
-"""Decode Llama, Qwen2 (also Qwen v1), Qwen3 and Qwen3-MoE models: load the weights, run new tokens."""
+"""Decode Llama and Qwen models, from Qwen v1 to Qwen3.5: load the weights, run new tokens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.functional import embedding
 
 from qwenq.compute import block as ops
 from qwenq.errors import UsageError
+from qwenq.models import block_shapes
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
 from qwenq.runtime.attention.backends import Autotuned
@@ -20,18 +21,21 @@ from qwenq.runtime.attention.plain import GroupedDecode
 from qwenq.runtime.block import (
     Block,
     CompiledStep,
+    FullAttention,
     GatedMLP,
+    LinearAttention,
     Mixture,
     Operations,
     PlainOperations,
+    SharedExpert,
     StepOperations,
     run_blocks,
 )
-from qwenq.runtime.cache import KVCache, Span
+from qwenq.runtime.cache import KVCache, Span, StateShape
 from qwenq.runtime.linear import Dense, Linear, float32_logits
 from qwenq.runtime.quantised_linear import CpuNative, Int8Head
 from qwenq.runtime.spec import DecoderSpec, Rope, logn_scales, read_spec
-from qwenq.runtime.weights import Weights
+from qwenq.runtime.weights import Rows, Weights
 
 _MEASURED, _STEPS = 256, 5
 """Slots of a cache whose last steps are measured, and how many."""
@@ -84,8 +88,8 @@ class Decoder:
         if notice := ops.fallback_notice(what, device, dtype, widths):
             self.notes = (*self.notes, notice)
         self.embedding = weights.tensor("model.embed_tokens.weight")
-        self.blocks = [_load_block(weights, self.spec, layer) for layer in range(self.spec.shape.layers)]
-        self.norm = weights.tensor("model.norm.weight")
+        self.blocks = _load_blocks(weights, self.spec)
+        self.norm = _load_norm(weights, self.spec, "model.norm")
         self.head: Linear = (
             Dense(self.embedding, shared=True) if checkpoint.tied else weights.linear("lm_head")
         )
@@ -113,8 +117,14 @@ class Decoder:
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens."""
-        shape = self.spec.shape
-        return KVCache(shape.layers, batch, shape.kv_heads, capacity, shape.head_dim, self.device, self.dtype)
+        shape, linear = self.spec.shape, self.spec.shape.linear_attention
+        layers, states = shape.layers, list[StateShape]()
+        if linear is not None:
+            layers = len(shape.attending)
+            recurrent = linear.value_heads, linear.key_dim, linear.value_dim
+            states = [StateShape((linear.channels, linear.kernel), recurrent)] * (shape.layers - layers)
+        sizes = layers, batch, shape.kv_heads, capacity, shape.head_dim
+        return KVCache(*sizes, self.device, self.dtype, states)
 
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run new tokens through all blocks and add them to the cache.
@@ -199,24 +209,93 @@ def _milliseconds(decoder: Decoder) -> float:
     return min(found[1:])
 
 
-def _load_block(weights: Weights, spec: DecoderSpec, layer: int) -> Block:
-    prefix = f"model.layers.{layer}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+def _load_blocks(weights: Weights, spec: DecoderSpec) -> list[Block]:
+    blocks: list[Block] = []
+    done = {True: 0, False: 0}  # layers so far that attend to all earlier tokens, and those that do not
+    for number in range(spec.shape.layers):
+        prefix = f"model.layers.{number}"
+        full = spec.shape.linear_attention is None or number in spec.shape.attending
+        load, part = (_load_attention, "self_attn") if full else (_load_linear_attention, "linear_attn")
+        mlp = _load_mixture if spec.shape.is_mixed(number) else _load_mlp
+        blocks.append(
+            Block(
+                attention_norm=_load_norm(weights, spec, f"{prefix}.input_layernorm"),
+                attention=load(weights, spec, f"{prefix}.{part}", done[full]),
+                mlp_norm=_load_norm(weights, spec, f"{prefix}.post_attention_layernorm"),
+                mlp=mlp(weights, spec, f"{prefix}.mlp"),
+            )
+        )
+        done[full] += 1
+    return blocks
+
+
+def _load_norm(weights: Weights, spec: DecoderSpec, name: str) -> Tensor:
+    """Return a norm's weight; one that is stored less one is float32, or it would be rounded once more."""
+    if spec.centres_norms:
+        return 1 + weights.tensor(f"{name}.weight", torch.float32)
+    return weights.tensor(f"{name}.weight")
+
+
+def _load_attention(weights: Weights, spec: DecoderSpec, prefix: str, layer: int) -> FullAttention:
+    heads, shared, d = spec.shape.heads, spec.shape.kv_heads, spec.shape.head_dim
+    q, k, v = (f"{prefix}.{name}_proj" for name in "qkv")
+    out, order = weights.linear(f"{prefix}.o_proj"), spec.head_order
     qk_norm = None
     if spec.shape.qk_norm:
-        q, k = weights.tensor(f"{attention}.q_norm.weight"), weights.tensor(f"{attention}.k_norm.weight")
-        qk_norm = torch.cat([q.expand(spec.shape.heads, -1), k.expand(spec.shape.kv_heads, -1)])
-    return Block(
-        attention_norm=weights.tensor(f"{prefix}.input_layernorm.weight"),
-        qkv=weights.linear(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
-        qk_norm=qk_norm,
-        out=weights.linear(f"{attention}.o_proj"),
-        mlp_norm=weights.tensor(f"{prefix}.post_attention_layernorm.weight"),
-        mlp=_load_mixture(weights, spec, mlp) if spec.shape.is_mixed(layer) else _load_mlp(weights, mlp),
+        norms = (_load_norm(weights, spec, f"{prefix}.{name}_norm")[order] for name in "qk")
+        qk_norm = torch.cat(
+            [norm.expand(many, -1) for norm, many in zip(norms, (heads, shared), strict=True)]
+        )
+    if not spec.shape.output_gate:
+        return FullAttention(weights.linear(q, k, v), qk_norm, out, layer)
+    # A head's rows of q_proj are its queries, then its gate.
+    queries, gates = torch.arange(2 * heads * d).view(heads, 2, d).unbind(1)
+    keys = torch.arange(shared * d).view(shared, d)
+    parts = (
+        Rows(q, queries[:, order].flatten()),
+        Rows(k, keys[:, order].flatten()),
+        v,
+        Rows(q, gates.flatten()),
+    )
+    return FullAttention(weights.linear(*parts), qk_norm, out, layer, heads * d)
+
+
+def _load_linear_attention(weights: Weights, spec: DecoderSpec, prefix: str, layer: int) -> LinearAttention:
+    shape = spec.shape.linear_attention
+    assert shape is not None  # noqa: S101 - the layer is one
+    if shape.fused:  # the rows of a key head lie together: its q, k, v and z; its b and a
+        own = shape.value_heads // shape.key_heads
+        values = own * shape.value_dim
+        qkvz = [_regrouped(f"{prefix}.in_proj_qkvz", shape, (shape.key_dim, shape.key_dim, values, values))]
+        rates = [_regrouped(f"{prefix}.in_proj_ba", shape, (own, own))]
+    else:
+        qkvz, rates = ([Rows(f"{prefix}.in_proj_{name}") for name in names] for names in (("qkv", "z"), "ba"))
+    decay, bias, norm, convolution = (
+        weights.tensor(f"{prefix}.{name}", torch.float32)
+        for name in ("A_log", "dt_bias", "norm.weight", "conv1d.weight")
+    )
+    return LinearAttention(
+        shape=shape,
+        qkvz=weights.linear(*qkvz),
+        rates=weights.linear(*rates),
+        convolution=convolution.squeeze(1).T.contiguous(),
+        speed=-decay.exp(),
+        bias=bias,
+        norm=norm,
+        eps=spec.eps,
+        out=weights.linear(f"{prefix}.out_proj"),
+        layer=layer,
     )
 
 
-def _load_mlp(weights: Weights, prefix: str) -> GatedMLP:
+def _regrouped(module: str, shape: block_shapes.LinearAttention, widths: Sequence[int]) -> Rows:
+    """Return rows that lie by key head by what they are: ``widths`` are those of each kind in a head."""
+    rows = torch.arange(shape.key_heads * sum(widths)).view(shape.key_heads, -1)
+    return Rows(module, torch.cat([kind.flatten() for kind in rows.split(list(widths), dim=1)]))
+
+
+def _load_mlp(weights: Weights, spec: DecoderSpec, prefix: str) -> GatedMLP:
+    del spec
     gate_up = weights.linear(f"{prefix}.gate_proj", f"{prefix}.up_proj")
     return GatedMLP(gate_up, weights.linear(f"{prefix}.down_proj"))
 
@@ -224,5 +303,10 @@ def _load_mlp(weights: Weights, prefix: str) -> GatedMLP:
 def _load_mixture(weights: Weights, spec: DecoderSpec, prefix: str) -> Mixture:
     experts = spec.shape.experts
     assert experts is not None  # noqa: S101 - the layer is one
-    each = tuple(_load_mlp(weights, f"{prefix}.experts.{number}") for number in range(experts.count))
-    return Mixture(weights.tensor(f"{prefix}.gate.weight"), each, experts.active, spec.normalises_experts)
+    each = tuple(_load_mlp(weights, spec, f"{prefix}.experts.{number}") for number in range(experts.count))
+    shared = None
+    if experts.shared_width:
+        gate = weights.tensor(f"{prefix}.shared_expert_gate.weight")
+        shared = SharedExpert(_load_mlp(weights, spec, f"{prefix}.shared_expert"), gate)
+    router = weights.tensor(f"{prefix}.gate.weight")
+    return Mixture(router, each, experts.active, spec.normalises_experts, shared)

@@ -58,8 +58,8 @@ def fastest(device: torch.device, dtype: torch.dtype) -> str:
 def _engines() -> list[Part]:
     version = metadata.version("transformers")
     return [
-        Part("engine", "fast", "dense Qwen (v1 to Qwen3) and Llama", None),
-        Part("engine", "transformers", f"architectures of transformers {version} with full attention", None),
+        Part("engine", "fast", "Qwen (v1 to Qwen3.8), with mixtures and hybrids, and Llama", None),
+        Part("engine", "transformers", f"decoders of transformers {version}", None),
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.config import DEFAULT_THETA, kind_of, rope_parameters
@@ -25,11 +26,12 @@ _COPY_AGAIN = "copy the model's config.json again"
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes and constants of a Llama, Qwen2, Qwen3 or Qwen3-MoE decoder.
+    """Sizes and constants of a Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next or Qwen3.5 decoder.
 
     Attributes:
         shape: all sizes.
         eps: of every RMSNorm.
+        rotated: width of a head's part that is rotated, its first columns.
         rope_theta: base of the rotary frequencies.
         rope_scaling: transformers' rope parameters where they are not the default, else None.
         long_context: Qwen v1's own way beyond ``seq_length``; None for all newer models.
@@ -40,6 +42,7 @@ class DecoderSpec:
 
     shape: ModelShape
     eps: float
+    rotated: int
     rope_theta: float
     rope_scaling: dict[str, Any] | None
     long_context: LongContext | None
@@ -52,9 +55,21 @@ class DecoderSpec:
         """Whether it rotates in float32, as Qwen v1 does; newer models in the dtype of the activations."""
         return V1_KEY in self.config
 
+    @property
+    def centres_norms(self) -> bool:
+        """Whether norms are stored less one."""
+        return self.shape.linear_attention is not None
+
+    @property
+    def head_order(self) -> Tensor:
+        """Return the columns of a head, int64 [d], such that those rotated together are half a head apart."""
+        d, half = self.shape.head_dim, self.rotated // 2
+        pairs, rest = torch.arange(self.rotated).view(2, half), torch.arange(self.rotated, d)
+        return torch.cat([pairs, rest.view(2, d // 2 - half)], dim=1).flatten()
+
 
 def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """Return the spec of a config.json of Llama, Qwen2, Qwen3 or Qwen3-MoE.
+    """Return the spec of a config.json of a model that `DecoderSpec` describes.
 
     Raises:
         UnsupportedError: an activation, a rope scaling or a sliding window that the decoder does not have.
@@ -63,13 +78,12 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
     """
     config = dict(config)
     shape = ModelShape.from_config(config)
-    if shape.linear_attention is not None:
-        raise UnsupportedError(
-            f"{shape.architecture} has linear attention, which this engine does not compute",
-            hint=_USE_TRANSFORMERS,
-        )
-    if shape.head_dim % 2:
-        raise UnsupportedError(f"heads of {shape.head_dim} cannot be rotated: they have no halves")
+    rotated = _rotated(config, shape)
+    if shape.head_dim % 2 or rotated % 2:
+        width = rotated if rotated % 2 else shape.head_dim
+        raise UnsupportedError(f"heads of {width} cannot be rotated: they have no halves")
+    if shape.linear_attention is not None and not shape.attending:
+        raise UnsupportedError("no layer attends to all earlier tokens", hint=_USE_TRANSFORMERS)
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UnsupportedError(f"the activation {activation!r} is not supported here", hint=_USE_TRANSFORMERS)
     _refuse_sliding_window(config, shape.layers)
@@ -78,12 +92,34 @@ def read_spec(config: Mapping[str, Any]) -> DecoderSpec:
     return DecoderSpec(
         shape=shape,
         eps=float(config.get("rms_norm_eps") or 1e-6),
+        rotated=rotated,
         rope_theta=theta,
         rope_scaling=scaling,
         long_context=long_context_of(config),
         real_vocab=min(int(real), shape.vocab),
-        normalises_experts=bool(config.get("norm_topk_prob", False)),
+        normalises_experts=_normalises_experts(config, shape.architecture),
         config=config,
+    )
+
+
+def _rotated(config: Mapping[str, Any], shape: ModelShape) -> int:
+    """Return the width of a head's rotated part; a quarter where a hybrid's config says nothing."""
+    if shape.linear_attention is None:
+        return shape.head_dim
+    named = (part.get("partial_rotary_factor") for part in (rope_parameters(config), config))
+    factor = next((value for value in named if value is not None), 0.25)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
+        raise ModelError(
+            f"config.json has partial_rotary_factor {factor!r}; it has to be above 0 and at most 1",
+            hint=_COPY_AGAIN,
+        )
+    return int(shape.head_dim * factor)
+
+
+def _normalises_experts(config: Mapping[str, Any], architecture: str) -> bool:
+    """Return whether experts' shares add up to one: with Qwen3.5 they do by its code, whatever is said."""
+    return architecture == "qwen3_5_moe_text" or bool(
+        config.get("norm_topk_prob", architecture == "qwen3_next")
     )
 
 
@@ -95,7 +131,7 @@ def _refuse_sliding_window(config: Mapping[str, Any], layers: int) -> None:
             raise ModelError(
                 f"config.json has {layers} layers, and layer_types of {len(explicit)}", hint=_COPY_AGAIN
             )
-        slides = any(kind != "full_attention" for kind in explicit)
+        slides = any(kind not in ("full_attention", "linear_attention") for kind in explicit)
     else:
         first = config.get("max_window_layers")
         first = 28 if first is None else first  # transformers' default
@@ -119,8 +155,10 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
 
 # Compute rotary position embeddings: tables of cosines and sines.
 #
-# Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Scaled variants take their
-# frequencies from transformers; Qwen v1's dynamic NTK, which transformers does not know, is here.
+# Pairs are halves (x[i], x[i + d/2]) as in Llama's transformers layout. Where only a part of a head is
+# rotated, the rows of its weights are put in that order (`head_order`), and the rest has cosines of one.
+# Scaled variants take their frequencies from transformers; Qwen v1's dynamic NTK, which transformers does not
+# know, is here.
 
 
 def ntk_alpha(tokens: int, seq_length: int) -> int:
@@ -142,10 +180,10 @@ def logn_scales(positions: Tensor, seq_length: int) -> Tensor:
 
 
 def inverse_frequencies(spec: DecoderSpec, alpha: int = 1) -> tuple[Tensor, float]:
-    """Return the frequencies, float32 [d / 2] on the CPU, and a factor for the tables (1 except for YaRN)."""
+    """Return the frequencies, float32 [rotated / 2] on the CPU, and a factor for tables (YaRN's, else 1)."""
     if spec.rope_scaling is not None:
         return _scaled_frequencies(spec)
-    d = spec.shape.head_dim
+    d = spec.rotated
     base = spec.rope_theta * alpha ** (d / (d - 2)) if alpha > 1 else spec.rope_theta
     return 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.float32) / d), 1.0
 
@@ -233,6 +271,8 @@ class Rope:
         frequencies, factor = inverse_frequencies(self._spec, alpha)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # [positions, d / 2]
         cos, sin = angles.cos() * factor, angles.sin() * factor
+        rest = 0, (self._spec.shape.head_dim - self._spec.rotated) // 2
+        cos, sin = pad(cos, rest, value=1.0), pad(sin, rest)
         # The sign of the rotation's off-diagonal lies in the table, so that `rotate` needs no negation.
         halves = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         self._tables[alpha] = tuple(half.to(self._device, self._dtype) for half in halves)  # type: ignore[assignment]

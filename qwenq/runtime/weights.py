@@ -95,6 +95,18 @@ class LazyTensor:
         return self.read()[part].clone()  # the rest of it is freed
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Outputs of a linear module, int64 [chosen], in this order; None: all, as they come."""
+
+    module: str
+    order: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these rows of the module's weight or bias."""
+        return tensor if self.order is None else tensor[self.order]
+
+
 class Weights:
     """Reads a checkpoint's tensors onto a device, in one dtype; packed linears become the chosen kernel.
 
@@ -179,15 +191,15 @@ class Weights:
         Raises:
             ModelError: names the first tensor that is missing, surplus, or of another shape.
         """
-        expected = {tensor.name: tensor.shape for tensor in shape.tensors()}
+        expected = shape.tensors()
         expected.pop("lm_head.weight", None)
         if not tied:
             expected["lm_head.weight"] = (shape.vocab, shape.hidden)
         require_tensors(self._source, expected, self._folder)
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor onto the device."""
-        return self._read(name).to(self._device, self._dtype)
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Read one tensor onto the device, in the dtype of the activations or in another."""
+        return self._read(name).to(self._device, dtype or self._dtype)
 
     def plain(self) -> dict[str, Tensor]:
         """Return all tensors by name; in the place of a packed weight, one number expanded to its shape."""
@@ -204,21 +216,21 @@ class Weights:
             name: LazyTensor(self._source.info(name).shape, partial(self._read, name)) for name in self._names
         }
 
-    def linear(self, *modules: str) -> Linear:
-        """Return the modules as one linear layer, their outputs one after the other."""
-        packed = [module for module in modules if module in self.quantised]
+    def linear(self, *modules: str | Rows) -> Linear:
+        """Return modules, or rows of them, as one linear layer, their outputs one after the other."""
+        parts = [Rows(part) if isinstance(part, str) else part for part in modules]
+        packed = [part.module for part in parts if part.module in self.quantised]
         if not packed:
-            weight = self._stacked([f"{module}.weight" for module in modules])
-            return Dense(weight, self._bias(modules))
+            return Dense(self._stacked("weight", parts), self._bias(parts))
         needs = {self._needs[module] for module in packed}
-        if len(packed) == len(modules) and len(needs) == 1:
+        if len(packed) == len(parts) and len(needs) == 1:
             (need,) = needs
-            parts = [self._packed(module) for module in modules]
-            if (whole := stacked(parts)) is not None:
-                return self._kernels[need](whole, need, self._bias(modules))
-        return SideBySide([self.linear(module) for module in modules])
+            if (whole := stacked([self._packed(part) for part in parts])) is not None:
+                return self._kernels[need](whole, need, self._bias(parts))
+        return SideBySide([self.linear(part) for part in parts])
 
-    def _packed(self, module: str) -> PackedLinear:
+    def _packed(self, part: Rows) -> PackedLinear:
+        module = part.module
         packed = read_packed(self._packed_source, module, self._quant, self._stored)
         # Values are checked here, where they are read anyway.
         check_finite(f"{module}.scales", packed.scales, self._folder)
@@ -231,16 +243,16 @@ class Weights:
         check_g_idx(packed.g_idx, module, self._quant)
         if self._quant.of(module).sym:
             check_symmetric_zeros(packed.qzeros, module, self._quant)
-        return packed
+        if part.order is None:
+            return packed
+        return packed.outputs(part.order, self._quant.of(module).bits, self._quant.checkpoint_format)
 
-    def _bias(self, modules: Sequence[str]) -> Tensor | None:
-        biases = [f"{module}.bias" for module in modules]
-        return self._stacked(biases) if biases[0] in self._names else None
+    def _bias(self, parts: Sequence[Rows]) -> Tensor | None:
+        return self._stacked("bias", parts) if f"{parts[0].module}.bias" in self._names else None
 
-    def _stacked(self, names: Sequence[str]) -> Tensor:
-        if len(names) == 1:
-            return self.tensor(names[0])
-        return torch.cat([self._read(name).to(self._dtype) for name in names]).to(self._device)
+    def _stacked(self, kind: str, parts: Sequence[Rows]) -> Tensor:
+        each = [part.of(self._read(f"{part.module}.{kind}").to(self._dtype)) for part in parts]
+        return (each[0] if len(each) == 1 else torch.cat(each)).to(self._device)
 
     def _read(self, name: str) -> Tensor:
         tensor = self._source.read(name)

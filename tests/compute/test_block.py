@@ -75,6 +75,18 @@ def test_a_norm_is_transformers(dtype: torch.dtype, rows: int, d: int, scale: fl
     torch.testing.assert_close(got.double(), exact, rtol=4 * LAST[dtype], atol=1e-30)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=20)
+@given(rows=st.integers(1, 70), d=WIDTHS)
+def test_a_norm_with_float32_weights_rounds_once(dtype: torch.dtype, rows: int, d: int) -> None:
+    x, weights = drawn(0, rows, 3, d, dtype=dtype), drawn(1, 3, d)
+    exact = functional.rms_norm(x.double(), (d,), None, 1e-6) * weights.double()
+    got = rms_norm(x, weights, 1e-6)
+    assert got.dtype is dtype
+    assert (got != exact.to(dtype)).sum() <= 2 + 0.005 * x.numel()
+    torch.testing.assert_close(got.double(), exact, rtol=LAST.get(dtype, 2.0**-10), atol=1e-7)
+
+
 @in_both
 def test_a_norm_takes_any_strides_and_keeps_its_input(dtype: torch.dtype) -> None:
     whole = drawn(0, 6, 5, 96, dtype=dtype)

@@ -69,8 +69,8 @@ def test_blocks_give_what_transformers_give(
             added = (plain - hidden).double().norm()
             assert (fused - plain).double().norm() <= LAST[dtype] * added
             hidden = plain
-    assert "FusedAttention" in kinds(decoders[0].template)
-    assert "FusedAttention" not in kinds(decoders[1].template)
+    assert "FusedAttention" in kinds(decoders[0].blocks[0])
+    assert "FusedAttention" not in kinds(decoders[1].blocks[0])
 
 
 @pytest.mark.parametrize(("family", "changes"), MODELS)
@@ -78,7 +78,7 @@ def test_parameters_and_linears_keep_names_and_order(
     tmp_path: Path, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fused, plain = (
-        decoder.template
+        decoder.blocks[0]
         for decoder in two_decoders(write_family(tmp_path / "m", family, **changes), monkeypatch)
     )
     shapes = [{name: tensor.shape for name, tensor in block.named_parameters()} for block in (fused, plain)]
@@ -126,7 +126,7 @@ def test_a_walk_pauses_where_it_did(
 
 def test_keys_of_earlier_tokens_are_refused(tmp_path: Path) -> None:
     decoder = BlockwiseDecoder(open_checkpoint(write_family(tmp_path / "m")), CPU, torch.float32)
-    attention: Any = decoder.template.get_submodule("self_attn")
+    attention: Any = decoder.blocks[0].get_submodule("self_attn")
     with pytest.raises(ValueError, match="keep no keys"):
         attention(torch.zeros(1, 1, 64), (torch.zeros(1), torch.zeros(1)), None, past_key_values=object())
 
@@ -145,7 +145,7 @@ def test_other_architectures_keep_transformers_modules_with_a_notice(
     decoder = BlockwiseDecoder(open_checkpoint(folder), CPU, torch.bfloat16)
     assert because in str(decoder.fallback_notice)
     assert "norms and activations run in torch" in str(decoder.fallback_notice)
-    assert not any(kind.startswith("Fused") for kind in kinds(decoder.template))
+    assert not any(kind.startswith("Fused") for kind in kinds(decoder.blocks[0]))
 
 
 def test_blocks_of_unknown_structure_stay(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_blocks_of_unknown_structure_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_in_other_dtypes_blocks_are_transformers(tmp_path: Path, dtype: torch.dtype) -> None:
     decoder = BlockwiseDecoder(open_checkpoint(write_family(tmp_path / "m")), CPU, dtype)
-    assert not any(kind.startswith("Fused") for kind in kinds(decoder.template))
+    assert not any(kind.startswith("Fused") for kind in kinds(decoder.blocks[0]))
     assert decoder.fallback_notice is None
 
 

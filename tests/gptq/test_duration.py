@@ -21,7 +21,7 @@ AMD = RATES["bfloat16"] * 1e9, RATES["float32"] * 1e9
 
 
 def seconds(name: str, tokens: int, rates: tuple[float, float], done: int = 0) -> float:
-    return seconds_of_layers(catalogue.shape_for(name), tokens, SETTINGS, rates, done)
+    return seconds_of_layers(catalogue.entry(name).shape, tokens, SETTINGS, rates, done)
 
 
 def measured(file: str) -> float:

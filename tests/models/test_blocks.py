@@ -77,10 +77,10 @@ def test_any_stored_dtype_in_any_computed_one(tmp_path: Path, stored: str, compu
 
 def test_only_one_block_has_weights_at_a_time(tmp_path: Path) -> None:
     decoder = open_decoder(write_family(tmp_path / "m"))
-    assert all(p.is_meta for p in decoder.template.parameters())
+    assert all(p.is_meta for p in decoder.blocks[0].parameters())
     with decoder.block(1) as block:
         assert not any(p.is_meta for p in block.parameters())
-        assert all(p.is_meta for p in decoder.template.parameters())
+        assert all(p.is_meta for p in decoder.blocks[0].parameters())
     assert all(p.is_meta for p in block.parameters())
 
 

@@ -32,7 +32,7 @@ def test_transformers_reads_the_config(name: str) -> None:
         assert getattr(read, key) == config[key], key
     assert {key: read.rope_parameters[key] for key in rotary} == {key: config[key] for key in rotary}
     kinds = getattr(read, "layer_types", None) or ["full_attention"] * read.num_hidden_layers
-    shape = catalogue.shape_for(name)
+    shape = catalogue.entry(name).shape
     attending = [layer for block in shape.blocks if block.attends for layer in block.layers]
     assert attending == [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
 
@@ -41,7 +41,7 @@ def test_transformers_reads_the_config(name: str) -> None:
 def test_sizes_give_the_totals_in_the_names(name: str) -> None:
     """Also where sizes come from secondary sources: 122B-A10B has 122 billion, of which 10 are active."""
     total, unit, active = re.search(r"(?<=-)(\d+(?:\.\d+)?)([bt])(?:-a(\d+)b)?", name).groups()  # type: ignore[union-attr]
-    shape = catalogue.shape_for(name)
+    shape = catalogue.entry(name).shape
     said = float(total) * (1e12 if unit == "t" else 1e9)
     assert shape.parameters == pytest.approx(said, rel=0.07)
     if active and active != "3":  # 3.35, 3.45 and 3.87 billion are all called 3

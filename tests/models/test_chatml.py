@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import UsageError
-from qwenq.models.chatml import DEFAULT_SYSTEM, build_context, split_rounds, stop_ids
+from qwenq.models.chatml import DEFAULT_SYSTEM, build_context, split_rounds
 from qwenq.models.qwen_tokenizer import QwenTokenizer
 
 GOLDEN = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198, 108386]
@@ -39,7 +39,7 @@ def test_golden_ids(real: QwenTokenizer) -> None:
     assert build_context(real, [user("你好")]).ids == GOLDEN
     assert real.chat([user("你好")]) == GOLDEN
     assert real.chat([{"role": "system", "content": DEFAULT_SYSTEM}, user("你好")]) == GOLDEN
-    assert stop_ids(real) == (151645, 151643, 151644)
+    assert real.eos_ids == (151645, 151643, 151644)
 
 
 def test_layout_of_several_rounds(plain: QwenTokenizer) -> None:

@@ -117,7 +117,7 @@ def test_special_ids_and_size(real: QwenTokenizer) -> None:
     assert real.eos_ids == (151645, 151643, 151644)
     assert QwenTokenizer(real.ranks, chat_format="raw").eos_ids == (151643,)
     for token, token_id in named.items():
-        assert real.encode_with_special(f"a{token}b") == [64, token_id, 65]
+        assert real.encode(f"a{token}b", special=True) == [64, token_id, 65]
 
 
 def corpus(shared_data: Path) -> list[str]:
@@ -170,7 +170,7 @@ TRICKY = st.text(
 def test_exported_json_gives_the_same_ids_on_any_unicode(
     real: QwenTokenizer, real_fast: FastTokenizer, text: str
 ) -> None:
-    assert real_fast.encode(text).ids == real.encode_with_special(text)
+    assert real_fast.encode(text).ids == real.encode(text, special=True)
 
 
 # --- any ranks file ----------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_exported_json_gives_the_same_ids_on_any_unicode(
 @given(TRICKY)
 @settings(max_examples=300)
 def test_small_export_gives_the_same_ids(small: QwenTokenizer, small_fast: FastTokenizer, text: str) -> None:
-    assert small_fast.encode(text).ids == small.encode_with_special(text)
+    assert small_fast.encode(text).ids == small.encode(text, special=True)
 
 
 @given(st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SPECIAL_TOKENS)), max_size=8).map("".join))
@@ -193,7 +193,7 @@ def test_user_text_never_becomes_a_special_token(small: QwenTokenizer, text: str
 def test_special_tokens_are_parsed_on_request_only(small: QwenTokenizer, small_fast: FastTokenizer) -> None:
     text = "the<|im_start|>the<|extra_204|><|extra_205|>"
     ids = small.encode(text, special=True)
-    assert ids == small.encode_with_special(text) == small_fast.encode(text).ids
+    assert ids == small_fast.encode(text).ids
     assert [i for i in ids if i >= len(small.ranks)] == [small.im_start_id, small.vocab_size - 1]
     assert small.decode(ids) == small.decode(small.encode(text)) == text
 
@@ -202,8 +202,8 @@ def test_a_mark_after_a_special_token_leaves_it_whole(
     small: QwenTokenizer, small_fast: FastTokenizer
 ) -> None:
     text = "<|im_end|>\u0338x"  # '>' and the overlay would compose to U+226F
-    assert small.encode_with_special(text)[0] == small.im_end_id
-    assert small_fast.encode(text).ids == small.encode_with_special(text)
+    assert small.encode(text, special=True)[0] == small.im_end_id
+    assert small_fast.encode(text).ids == small.encode(text, special=True)
 
 
 def test_composed_and_decomposed_text_have_the_same_ids(small: QwenTokenizer) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qwenq.errors import ModelError, StorageError
-from qwenq.models.safetensors_files import open_safetensors, plan_shards, tensor_bytes, write_shards
+from qwenq.models.safetensors_files import open_safetensors, plan_shards, write_shards
 from qwenq.models.source import TensorInfo
 
 TENSORS = {
@@ -49,7 +49,7 @@ def test_shards_and_index_read_back_whatever_the_limit(
     assert all(torch.equal(source.read(name), tensor) for name, tensor in TENSORS.items())
     if len(files) > 1:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
-        assert index["metadata"]["total_size"] == sum(tensor_bytes(info) for _, info in ENTRIES)
+        assert index["metadata"]["total_size"] == sum(info.nbytes for _, info in ENTRIES)
         assert set(index["weight_map"].values()) == {file.name for file in files}
         assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
 
@@ -60,7 +60,7 @@ def test_shards_keep_the_order_and_the_limit(sizes: list[int], max_bytes: int) -
     shards = plan_shards(entries, max_bytes)
     assert [entry for shard in shards for entry in shard] == entries
     for shard in shards:
-        assert sum(tensor_bytes(info) for _, info in shard) <= max_bytes or len(shard) == 1
+        assert sum(info.nbytes for _, info in shard) <= max_bytes or len(shard) == 1
 
 
 def test_each_tensor_is_asked_for_once_in_order(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from qwenq.models import catalogue
 from qwenq.planner.calibration_size import LEAST, USABLE, CalibrationSize, calibration_size
 from qwenq.planner.estimates import GIB
 
-SHAPE = catalogue.shape_for("qwen2.5-7b-instruct")
+SHAPE = catalogue.entry("qwen2.5-7b-instruct").shape
 
 
 def sized(

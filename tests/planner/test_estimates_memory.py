@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from qwenq.models.shapes import ModelShape
 from qwenq.planner.estimates import (
     GIB,
     activation_bytes,
-    distillation_memory,
     generation_memory,
     quantisation_memory,
 )
@@ -31,7 +31,7 @@ def published_bytes(shape: ModelShape, precision: str) -> int:
 @pytest.mark.parametrize("model", ["qwen-1.8b-chat", "qwen-7b-chat", "qwen-14b-chat"])
 def test_weights_and_twice_the_cache_are_the_published_peaks(model: str) -> None:
     """The cards' cache was held twice at its peak; of 8192 tokens that is within 2 % of what they printed."""
-    shape, rows = catalogue.shape_for(model), catalogue.published(model)
+    shape, rows = catalogue.entry(model).shape, catalogue.published(model)
     assert {row.precision for row in rows} >= {"BF16", "Int8", "Int4"}
     for row in rows:
         weights = published_bytes(shape, row.precision)
@@ -43,14 +43,14 @@ def test_weights_and_twice_the_cache_are_the_published_peaks(model: str) -> None
 @pytest.mark.parametrize(("precision", "published"), [("Int8", 3.48), ("Int4", 2.91)])
 def test_loading_explains_the_cards_2048_token_cells(precision: str, published: float) -> None:
     """Weights and one more float16 embedding and head, to the digit that was printed."""
-    shape = catalogue.shape_for("qwen-1.8b-chat")
+    shape = catalogue.entry("qwen-1.8b-chat").shape
     found = published_bytes(shape, precision) + 2 * 2 * shape.embedding_parameters
     assert round(found / GIB, 2) == published
 
 
 def test_the_cache_is_held_once_today() -> None:
     """1.8B in BF16, 8192 tokens: about 4.9 GiB and not 6.48."""
-    shape = catalogue.shape_for("qwen-1.8b-chat")
+    shape = catalogue.entry("qwen-1.8b-chat").shape
     memory = generation_memory(shape, shape.bytes(), dtype="bfloat16", context=8192)
     assert memory.kv_cache == int(1.5 * GIB)
     assert memory.decode_peak / GIB == pytest.approx(4.92, abs=0.01)
@@ -58,7 +58,7 @@ def test_the_cache_is_held_once_today() -> None:
 
 
 def test_batch_multiplies_the_cache_and_not_the_weights() -> None:
-    shape = catalogue.shape_for("qwen3-8b")
+    shape = catalogue.entry("qwen3-8b").shape
     one, eight = (
         generation_memory(shape, shape.bytes(), dtype="bfloat16", context=1000, batch=batch)
         for batch in (1, 8)
@@ -69,14 +69,14 @@ def test_batch_multiplies_the_cache_and_not_the_weights() -> None:
 
 
 def test_activations_by_hand() -> None:
-    qwen = catalogue.shape_for("qwen-7b")  # MLP wins: 2 × 4096 + 3 × 11008 values a token
+    qwen = catalogue.entry("qwen-7b").shape  # MLP wins: 2 × 4096 + 3 × 11008 values a token
     assert activation_bytes(qwen, 10, 2) == 10 * (2 * 4096 + 3 * 11008) * 2
-    narrow = qwen.with_ffn(128)  # attention wins: q, rotated q, output, k, rotated k, v
+    narrow = replace(qwen, ffn=128)  # attention wins: q, rotated q, output, k, rotated k, v
     assert activation_bytes(narrow, 10, 4) == 10 * (2 * 4096 + 6 * 4096) * 4
 
 
 def test_quantisation_holds_one_block() -> None:
-    shape = catalogue.shape_for("qwen-7b")
+    shape = catalogue.entry("qwen-7b").shape
     found = quantisation_memory(shape, samples=4, seq_len=256)
     assert found.block == (4 * 4096**2 + 3 * 4096 * 11008 + 3 * 4096 + 2 * 4096) * 2
     assert found.file == found.block
@@ -88,7 +88,7 @@ def test_quantisation_holds_one_block() -> None:
     assert found.block_activations == 2 * 4 * 256 * (4096 + 11008) * 2
     assert found.activations == 2 * 4 * 256 * 4096 * 2
     assert found.peak < 6e9  # of 15.4 GB
-    deeper = quantisation_memory(catalogue.shape_for("qwen-7b").with_ffn(11008), samples=8, seq_len=256)
+    deeper = quantisation_memory(replace(catalogue.entry("qwen-7b").shape, ffn=11008), samples=8, seq_len=256)
     assert deeper.peak - found.peak == found.activations + found.block_activations
 
 
@@ -109,16 +109,6 @@ def test_quantisation_takes_what_was_measured() -> None:
     rows = [row for row in report["rows"] if (row["layers"], row["recipe"]) == (1, "default")]
     assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
     for row in rows:
-        measured, shape = row["peak_rss_mib"] * 2**20, catalogue.shape_for("qwen-7b")
+        measured, shape = row["peak_rss_mib"] * 2**20, catalogue.entry("qwen-7b").shape
         planned = quantisation_memory(shape, samples=4, seq_len=256, dtype=row["dtype"]).peak
         assert 0.9 * measured < planned < 1.25 * measured
-
-
-def test_distilling_takes_what_was_measured_and_holds_one_block() -> None:
-    """A peak in MiB of `qwenq.gptq.distill` on the bundled model, bfloat16, 32 × 512 tokens, groups of 64."""
-    small = catalogue.shape_for("smollm2-135m-instruct")
-    planned = distillation_memory(small, samples=32, seq_len=512, group_size=64) / 2**20
-    assert planned == pytest.approx(1068, rel=0.15)
-    large = catalogue.shape_for("qwen-7b")
-    planned = distillation_memory(large, samples=48, seq_len=256, group_size=128)
-    assert planned < 0.6 * large.bytes("bfloat16")

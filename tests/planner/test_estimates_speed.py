@@ -11,13 +11,13 @@ ONE_TB = Gpu("test", "test", 80, 1000, "test")
 
 
 def test_an_untied_embedding_is_looked_up_and_not_read() -> None:
-    untied, tied = catalogue.shape_for("qwen-7b"), catalogue.shape_for("qwen3-4b")
+    untied, tied = catalogue.entry("qwen-7b").shape, catalogue.entry("qwen3-4b").shape
     assert weight_bytes_per_step(untied, untied.bytes(), "bfloat16") == untied.bytes() - 151936 * 4096 * 2
     assert weight_bytes_per_step(tied, tied.bytes(), "bfloat16") == tied.bytes()
 
 
 def test_the_bound_by_hand() -> None:
-    shape = catalogue.shape_for("qwen3-4b")
+    shape = catalogue.entry("qwen3-4b").shape
     bound = speed_bound(shape, 8_000_000_000, ONE_TB, dtype="bfloat16", context=1000)
     assert bound.empty == pytest.approx(125)
     kv = shape.kv_bytes_per_token()
@@ -27,7 +27,7 @@ def test_the_bound_by_hand() -> None:
 
 
 def test_a_batch_reads_the_weights_once_and_its_caches_all() -> None:
-    shape = catalogue.shape_for("qwen3-4b")
+    shape = catalogue.entry("qwen3-4b").shape
     one, many = (
         speed_bound(shape, shape.bytes(), ONE_TB, dtype="bfloat16", context=8192, batch=b) for b in (1, 64)
     )
@@ -41,7 +41,7 @@ def test_published_speeds_stay_below_the_bound() -> None:
     """What an A100 was measured at, card for card, never exceeds what it could read."""
     a100 = gpu("a100-80g")
     for model in ("qwen-1.8b-chat", "qwen-7b-chat", "qwen-14b-chat"):
-        shape = catalogue.shape_for(model)
+        shape = catalogue.entry(model).shape
         for row in catalogue.published(model):
             bits = int(row.precision[3:]) if row.precision.startswith("Int") else None
             dtype = {"FP32": "float32", "BF16": "bfloat16"}.get(row.precision, "float16")

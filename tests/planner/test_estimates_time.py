@@ -19,21 +19,21 @@ REPORTS = Path(__file__).resolve().parents[2] / "reports"
 def test_a_whole_run_on_a_cpu_took_about_as_long() -> None:
     report = json.loads((REPORTS / "benchmarks" / "quantize.json").read_text())
     measured = median(row["phases_s"]["layers"] for row in report["rows"] if row["tool"] == "qwenq")
-    estimated = quantisation_seconds(catalogue.shape_for(catalogue.BUNDLED), 32 * 512)
+    estimated = quantisation_seconds(catalogue.entry(catalogue.BUNDLED).shape, 32 * 512)
     assert estimated == pytest.approx(measured, rel=0.15)
 
 
 def test_layers_on_a_gpu_took_about_as_long() -> None:
     rows = json.loads((REPORTS / "gpu" / "quantize.json").read_text())["rows"]
     (measured,) = (median(row["layer_seconds"]) for row in rows if row["shape"] == "Qwen2.5-7B")
-    shape = catalogue.shape_for("qwen2.5-7b-instruct")
+    shape = catalogue.entry("qwen2.5-7b-instruct").shape
     estimated = quantisation_seconds(shape, 128 * 2048, gpu("h200"))
     assert estimated == pytest.approx(measured * shape.layers, rel=0.02)
 
 
 def test_an_expert_is_solved_whole_and_sees_its_share_of_the_text() -> None:
     """Qwen3-30B-A3B, no text: gate and up [1536, 2048], down [2048, 768] of 6144 experts, and attention."""
-    shape = catalogue.shape_for("qwen3-30b-a3b")
+    shape = catalogue.entry("qwen3-30b-a3b").shape
     _, solving = quantisation_operations(shape, 0)
     groups = [(1536, 2048, 128), (2048, 768, 128), (4096 + 2 * 512, 2048, 1), (2048, 4096, 1)]
     assert solving == pytest.approx(48 * sum(n * w**2 * (2 / 3 * w + 6 * r) for r, w, n in groups))

@@ -25,7 +25,7 @@ def test_bytes_of_qwen_7b_chat() -> None:
     assert found["BF16"] == (15_442_649_088, None)
     assert found["Int8"][1] == 9_123_864_576
     assert found["Int4"][1] == 5_860_564_992
-    assert found["Int4"][0] == catalogue.shape_for("qwen-7b").quantised_bytes(4, 128)
+    assert found["Int4"][0] == catalogue.entry("qwen-7b").shape.quantised_bytes(4, 128)
 
 
 def test_a_tied_head_stored_twice_has_a_note() -> None:
@@ -122,7 +122,7 @@ def test_a_folder_and_its_config_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     for named in (tmp_path, tmp_path / "config.json"):
         plan = make_plan(find_model(str(named)), PlanOptions(bits=(4,), group_size=64))
-        assert plan.shape == catalogue.shape_for("qwen3-4b")
+        assert plan.shape == catalogue.entry("qwen3-4b").shape
         assert [item.label for item in plan.precisions] == ["FP32", "Int4"]
         assert plan.precisions[1].bytes == plan.shape.quantised_bytes(4, 64, "float32")
 
@@ -226,7 +226,7 @@ def test_a_hub_id_whose_config_is_cached(tmp_path: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert find_model("someone/tiny").shape == catalogue.shape_for("qwen3-8b")
+    assert find_model("someone/tiny").shape == catalogue.entry("qwen3-8b").shape
     for name in ("someone/missing", "someone/qwen3-30b-a3b"):  # which may be anything
         with pytest.raises(HubError, match=name):
             find_model(name)

@@ -42,35 +42,35 @@ GPUS = (1, 2, 4, 8)
     ],
 )
 def test_group_counts_of_public_models(model: str, groups: int, possible: tuple[int, ...]) -> None:
-    shape = catalogue.shape_for(model)
+    shape = catalogue.entry(model).shape
     assert shape.ffn // 128 == groups
     assert possible_splits(shape, GPUS, 128) == possible
 
 
 def test_the_output_projection_has_groups_too() -> None:
     """Qwen2.5-0.5B: 38 groups of the MLP could be halved, the 7 of o_proj can not."""
-    shape = catalogue.shape_for("qwen2.5-0.5b-instruct")
+    shape = catalogue.entry("qwen2.5-0.5b-instruct").shape
     assert split(shape, 2, 128).obstacles == ("7 groups of o_proj",)
     assert split(shape, 2, 64).possible
     assert split(shape, 2, None).possible
 
 
 def test_obstacles_are_named() -> None:
-    found = split(catalogue.shape_for("qwen2.5-7b-instruct"), 8, 128)
+    found = split(catalogue.entry("qwen2.5-7b-instruct").shape, 8, 128)
     assert not found.possible
     assert found.obstacles == ("28 heads", "28 groups of o_proj", "148 groups of down_proj")
-    assert split(catalogue.shape_for("qwen2.5-7b-instruct"), 3, None).obstacles[0] == "28 heads"
+    assert split(catalogue.entry("qwen2.5-7b-instruct").shape, 3, None).obstacles[0] == "28 heads"
 
 
 def test_few_key_value_heads_are_repeated() -> None:
-    shape = catalogue.shape_for("qwen2.5-3b-instruct")  # 16 heads, 2 key/value heads
+    shape = catalogue.entry("qwen2.5-3b-instruct").shape  # 16 heads, 2 key/value heads
     assert "key/value heads" not in str(split(shape, 8, None).obstacles)
     assert [kv_share(shape, gpus) for gpus in GPUS] == [1, 0.5, 0.5, 0.5]
 
 
 def test_padding_of_the_72b() -> None:
     """Qwen's own fix: 29568 → 29696, 231 → 232 groups."""
-    shape = catalogue.shape_for("qwen2.5-72b-instruct")
+    shape = catalogue.entry("qwen2.5-72b-instruct").shape
     found = padding(shape, 128, GPUS)
     assert found is not None
     assert (found.ffn, found.to, found.groups_before, found.groups_after) == (29568, 29696, 231, 232)
@@ -79,20 +79,20 @@ def test_padding_of_the_72b() -> None:
 
 
 def test_padding_of_the_14b() -> None:
-    found = padding(catalogue.shape_for("qwen1.5-14b-chat"), 128, GPUS)
+    found = padding(catalogue.entry("qwen1.5-14b-chat").shape, 128, GPUS)
     assert found is not None
     assert (found.to, found.groups_after) == (14336, 112)
 
 
 def test_no_padding_where_it_would_not_help() -> None:
-    assert padding(catalogue.shape_for("qwen3-8b"), 128, GPUS) is None  # fits already
-    assert padding(catalogue.shape_for("qwen2.5-7b-instruct"), 128, GPUS) is None  # 28 heads stand in the way
-    assert padding(catalogue.shape_for("qwen2.5-72b-instruct"), -1, GPUS) is None
+    assert padding(catalogue.entry("qwen3-8b").shape, 128, GPUS) is None  # fits already
+    assert padding(catalogue.entry("qwen2.5-7b-instruct").shape, 128, GPUS) is None  # 28 heads are in the way
+    assert padding(catalogue.entry("qwen2.5-72b-instruct").shape, -1, GPUS) is None
 
 
 @given(name=st.sampled_from(catalogue.names()), gpus=st.lists(st.integers(1, 8), min_size=1, unique=True))
 def test_padding_only_ever_adds_possibilities(name: str, gpus: list[int]) -> None:
-    shape = catalogue.shape_for(name)
+    shape = catalogue.entry(name).shape
     found = padding(shape, shape.auto_group_size(), tuple(gpus))
     if found is not None:
         assert set(found.possible_before) < set(found.possible_after)
@@ -112,11 +112,11 @@ def test_padding_only_ever_adds_possibilities(name: str, gpus: list[int]) -> Non
     ],
 )
 def test_experts_have_groups_of_their_own(model: str, group_size: int, possible: tuple[int, ...]) -> None:
-    assert possible_splits(catalogue.shape_for(model), GPUS, group_size) == possible
+    assert possible_splits(catalogue.entry(model).shape, GPUS, group_size) == possible
 
 
 def test_obstacles_of_a_mixture_are_named() -> None:
-    shape = catalogue.shape_for("qwen3.5-35b-a3b")
+    shape = catalogue.entry("qwen3.5-35b-a3b").shape
     assert split(shape, 8, 128).obstacles == (
         "4 groups of an expert's down_proj",
         "4 groups of the shared expert's down_proj",

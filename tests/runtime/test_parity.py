@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runtime.small_models import FAMILIES, random_ids, reference_logits, small_model
+from runtime.small_models import FAMILIES, HYBRIDS, random_ids, reference_logits, small_model
 from runtime.test_long_context import v1_engine
 
 from qwenq.runtime.engine import Engine, load
@@ -24,7 +24,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_one_row(family: str, engine: str) -> None:
     model, checkpoint = small_model(family)
     runner = float32_engine(checkpoint, engine)
@@ -35,7 +35,7 @@ def test_one_row(family: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_ragged_batch_prefilled_then_decoded(family: str, engine: str) -> None:
     model, checkpoint = small_model(family)
     runner = float32_engine(checkpoint, engine)
@@ -119,7 +119,7 @@ def test_finished_rows_make_room_for_the_next_prompts(engine: str) -> None:
     assert cache.lengths == [7, 5, 16]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_greedy_tokens_are_those_of_transformers_generate(family: str) -> None:
     model, checkpoint = small_model(family)
     prompt = random_ids(12)

@@ -11,12 +11,13 @@
 
 enum { DTYPE = 1, FIRST = 2 };  // of every kernel's arguments: the dtype of its activations, then its own
 
-ALWAYS_INLINE void norm_rows(Args args, int dtype) {
-    const char *x = POINTER(char, FIRST);
-    const void *weights = POINTER(void, FIRST + 1);
-    void *out = POINTER(void, FIRST + 2);
-    long rows = args[FIRST + 3], d = args[FIRST + 4], weight_rows = args[FIRST + 5], first, end;
-    float eps = float_of(args[FIRST + 6]);
+// `weight_dtype`: with float32 weights the result alone is rounded.
+ALWAYS_INLINE void norm_rows(Args args, int dtype, int weight_dtype) {
+    const char *x = POINTER(char, FIRST + 1);
+    const void *weights = POINTER(void, FIRST + 2);
+    void *out = POINTER(void, FIRST + 3);
+    long rows = args[FIRST + 4], d = args[FIRST + 5], weight_rows = args[FIRST + 6], first, end;
+    float eps = float_of(args[FIRST + 7]);
     thread_share(rows, &first, &end);
     for (long row = first; row < end; row++) {
         long at = row * d, weight = row % weight_rows * d;
@@ -35,17 +36,21 @@ ALWAYS_INLINE void norm_rows(Args args, int dtype) {
         Floats scale = spread(1 / sqrtf(total(squares) / (float)d + eps));
 #pragma GCC unroll 4
         for (i = 0; i < d; i += LANES) {
-            Floats normed = rounded_as(dtype, load_as(dtype, x, at + i) * scale);
-            store_as(dtype, out, at + i, normed * load_as(dtype, weights, weight + i));
+            Floats normed = rounded_as(weight_dtype, load_as(dtype, x, at + i) * scale);
+            store_as(dtype, out, at + i, normed * load_as(weight_dtype, weights, weight + i));
         }
     }
 }
-static void norm_bf16(Args args) { norm_rows(args, BFLOAT16); }
-static void norm_f32(Args args) { norm_rows(args, FLOAT32); }
+static void norm_bf16(Args args) { norm_rows(args, BFLOAT16, BFLOAT16); }
+static void norm_bf16_f32(Args args) { norm_rows(args, BFLOAT16, FLOAT32); }
+static void norm_f32(Args args) { norm_rows(args, FLOAT32, FLOAT32); }
 
-// dtype, x [rows, d], weight [weight_rows, d] (row r has weight r % weight_rows), out [rows, d], rows, d, weight_rows,
-// eps
-void rms_norm(Args args) { on_threads(args[DTYPE] == BFLOAT16 ? norm_bf16 : norm_f32, args); }
+// dtype, dtype of the weights, x [rows, d], weight [weight_rows, d] (row r has weight r % weight_rows), out [rows, d],
+// rows, d, weight_rows, eps
+void rms_norm(Args args) {
+    if (args[DTYPE] == FLOAT32) on_threads(norm_f32, args);
+    else on_threads(args[FIRST] == FLOAT32 ? norm_bf16_f32 : norm_bf16, args);
+}
 
 ALWAYS_INLINE void swiglu_rows(Args args, int dtype) {
     const void *gates = POINTER(void, FIRST), *ups = POINTER(void, FIRST + 1);
