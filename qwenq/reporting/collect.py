@@ -39,10 +39,13 @@ class Run:
     Attributes:
         name: the folder's own name; never its path, which may name a machine or its owner.
         environment: what it was measured on (``qwenq.environment``).
+        kernels: instructions of all its figures of a CPU; empty where they differ. A point that was never
+            begun names none, and stands in the line of the others.
     """
 
     name: str
     environment: dict[str, Any]
+    kernels: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ class Measured:
         device = row.point.get("device", row.settings.get("device"))
         found = measured_on(self.run.environment, row.settings)
         shown = hardware(found, device)
-        return f"{shown}{_kernels(found, row)}" if row.point.get("device") == "cpu" else shown
+        if row.point.get("device") != "cpu":
+            return shown
+        never_begun = row.value is None and not row.implementation
+        return f"{shown}{(never_begun and self.run.kernels) or _kernels(found, row)}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,13 @@ def collect(folders: list[Path]) -> Collection:
     measured: list[Measured] = []
     for folder, rows, environment in each_run(folders):
         _refuse_depths([environment, *([row.settings, row.details] for row in rows)], folder)
-        run = Run(_name(folder, [other.name for other in runs]), environment)
+        named = {
+            _kernels(measured_on(environment, row.settings), row)
+            for row in rows
+            if row.value is not None and row.point.get("device") == "cpu"
+        }
+        kernels = named.pop() if len(named) == 1 else ""
+        run = Run(_name(folder, [other.name for other in runs]), environment, kernels)
         runs.append(run)
         measured += [Measured(row, run) for row in rows]
     if not measured:
@@ -197,22 +209,16 @@ _VARIANTS = {
     "neon": "NEON",
 }
 _WIDEST = {"avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
-_FLAGS = {"avx512_bf16": "avx512-bf16", "avx512_vnni": "avx512-vnni", "avx_vnni": "avx-vnni", "avx2": "avx2"}
-"""Features of a CPU, the best first, and the variant of the kernels that is chosen for them."""
 
 
 def _kernels(environment: dict[str, Any], row: Row) -> str:
-    """Return the instructions of a CPU's figure: the variant that the row names, else the CPU's widest.
-
-    A point that was never begun names nothing: its line is that of the points beside it.
-    """
+    """Return the instructions of a CPU's figure: the variant that the row names, else the CPU's widest."""
     if named := re.search(r"\bC for ([\w-]+)", row.implementation):
         return f", {_VARIANTS.get(named[1], clean(named[1]))}"
     cpu = environment.get("cpu")
     features = cpu.get("features") if isinstance(cpu, dict) else None
     has = features if isinstance(features, list) else []
-    best = {} if row.implementation else {flag: _VARIANTS[variant] for flag, variant in _FLAGS.items()}
-    return next((f", {name}" for flag, name in (best | _WIDEST).items() if flag in has), "")
+    return next((f", {name}" for flag, name in _WIDEST.items() if flag in has), "")
 
 
 # Decide whether two figures come from the same kind of machine.
