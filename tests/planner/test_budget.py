@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwenq.errors import UsageError
-from qwenq.models.catalogue import shape_for
+from qwenq.models import catalogue
 from qwenq.planner.budget import Sizes, allowed_bytes
 
 SIZES = Sizes(elements=1_000_000, least=525_000, most=1_025_000, fixed=300_000)
@@ -42,7 +42,7 @@ def test_more_than_eight_bits_take_is_refused(budget: str | float) -> None:
 
 
 def test_a_gpu_has_to_hold_the_cache_too() -> None:
-    shape = shape_for("qwen3-14b")
+    shape = catalogue.entry("qwen3-14b").shape
     sizes = Sizes(elements=26_000_000_000, least=13 * 10**9, most=26 * 10**9, fixed=3 * 10**9)
     short, long = (allowed_bytes(f"rtx-4090:{tokens}", sizes, shape) for tokens in (2048, 16384))
     assert short - long > shape.kv_bytes_per_token("float16") * (16384 - 2048)
