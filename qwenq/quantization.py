@@ -440,7 +440,7 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
 
     def on_layer(done: LayerDone) -> None:
         job.listener(Advance(LAYERS, done.index + 1, done.total, done))
-        raised = {} if done.resumed else done.raised_damping()
+        raised = {} if done.resumed else done.raised_damping(job.settings.damp)
         for damp, names in raised.items():
             at = f"layer {done.index + 1}, {', '.join(names)}"
             job.listener(Notice(f"{at}: damping raised to {damp:.3g}"))

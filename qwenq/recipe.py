@@ -170,10 +170,9 @@ class QuantizeRecipe:
         "How a group's scale is chosen: hessian: least error weighted by the Hessian's diagonal; mse: least "
         "error; none: from the largest weight.",
     )
-    damp: Annotated[float, Bounds(gt=0, lt=1)] | Literal["auto"] = setting(
-        "auto",
-        "Damping: share of the Hessian's mean diagonal that is added to it; auto: 0.1, or 3.2 × input width "
-        "/ calibration tokens where that is more, at most 0.5.",
+    damp: Annotated[float, Bounds(gt=0, lt=1)] = setting(
+        0.1,
+        "Damping: share of the Hessian's mean diagonal that is added to it.",
         "It keeps the solver from following what is chance in the text; raised, with a notice, where the "
         "factorisation fails.",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +34,6 @@ class ModuleStats:
         damp: the share of the mean diagonal that was added to the Hessian.
         dead: input columns that were always zero.
         tokens: of an expert: how many were routed to it; None: not an expert, it sees all of them.
-        raised: whether the factorisation needed more damping than the settings have.
     """
 
     error: float
@@ -42,11 +41,10 @@ class ModuleStats:
     damp: float
     dead: int
     tokens: int | None = None
-    raised: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that are set, for JSON."""
-        return {key: value for key, value in asdict(self).items() if value is not None and value is not False}
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,6 @@ def quantise_group(
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
         stats = _stats(solved.figures[rows], measured[rows], damp, int(dead))
-        stats = replace(stats, raised=damp > settings.damp)
         if not stats.error <= stats.rtn_error + SLACK:  # also when it is NaN
             raise QuantisationError(
                 f"GPTQ's error {stats.error:.3g} is above round-to-nearest's {stats.rtn_error:.3g}",

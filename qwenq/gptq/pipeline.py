@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # Quantise a model block by block: load, measure, solve, pack, write, forget.
 
 
-ALGORITHM = 13  # raise it when the same settings give other integers: unfinished runs are then not resumed
+ALGORITHM = 12  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; few enough that a batch's activations stay small
 LAYER_IS_STORED = "this layer is on the disk"
 
@@ -71,11 +71,11 @@ class LayerDone:
         """Return the same for round-to-nearest."""
         return sum(stats.rtn_error for stats in self.modules.values()) / max(1, len(self.modules))
 
-    def raised_damping(self) -> dict[float, list[str]]:
-        """Return the modules whose Hessian needed more damping than their settings, by the damping used."""
+    def raised_damping(self, asked: float) -> dict[float, list[str]]:
+        """Return the modules whose Hessian needed more damping than was asked for, by the damping used."""
         raised: dict[float, list[str]] = {}
         for name, stats in self.modules.items():
-            if stats.raised:
+            if stats.damp > asked:
                 raised.setdefault(stats.damp, []).append(name)
         return raised
 
@@ -179,7 +179,7 @@ def quantise_layers(
             started = time.perf_counter()
             if streams is not None:  # None: all layers are done, nothing reads hidden states any more
                 with decoder.block(index) as block:
-                    layer = _Layer(decoder, block, index, settings, tokens.numel(), team)
+                    layer = _Layer(decoder, block, index, settings, team)
                     if index < finished:
                         layer.load(store.tensors(index) if store is not None else {}, streams)
                     else:
@@ -238,16 +238,9 @@ class _Layer:
     """One block while it is being quantised."""
 
     def __init__(
-        self,
-        decoder: BlockwiseDecoder,
-        block: nn.Module,
-        index: int,
-        settings: Settings,
-        tokens: int,
-        team: Team,
+        self, decoder: BlockwiseDecoder, block: nn.Module, index: int, settings: Settings, team: Team
     ) -> None:
-        self._block, self._prefix = block, decoder.names[index]
-        self._tokens, self._team = tokens, team
+        self._block, self._prefix, self._team = block, decoder.names[index], team
         self._settings, self._decoder = settings.of_block(self._prefix), decoder
         self._linears = quantised_linears(block, self._settings)
         self.tensors: dict[str, Tensor] = {}
@@ -313,7 +306,7 @@ class _Layer:
             H = hessian(inputs, self._team)
             deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team)
         try:
-            own = self._settings.of_module(names[0], len(H), self._tokens)
+            own = replace(self._settings, bits=self._settings.bits_of(names[0]))
             results = quantise_group(weights, H, deviation, own, self._team)
         except QuantisationError as error:
             where = f"{self._prefix}.{error.where or names[0]}"

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.recipe import QuantizeRecipe
 
-DAMP = 0.1
-WIDE, WIDE_AT_MOST = 3.2, 0.5
-"""Damping "auto" of an input that is wide beside the number of tokens: WIDE · width / tokens."""
 UNQUANTISED = 16
 """Bits, in ``module_bits``, of modules that are left as they are."""
 
@@ -35,8 +32,6 @@ class Settings:
     Attributes:
         bits: of all modules that no pattern of ``module_bits`` matches.
         group_size: -1: one group a row.
-        damp: the least share of the mean diagonal that is added to a Hessian.
-        wide_damp: this much times width / tokens is added where that is more; 0: never.
         asymmetric_calibration: 0 … 1, the strength of ``shift_targets``.
         module_bits: (pattern, bits) of modules that differ from the rest; 16: they are not quantised.
         block_bits: (full name, bits) of modules that differ from those of the same name in other blocks.
@@ -51,7 +46,6 @@ class Settings:
     asymmetric_calibration: float
     coordinate_descent: bool
     module_bits: tuple[tuple[str, int], ...] = ()
-    wide_damp: float = 0.0
     block_bits: tuple[tuple[str, int], ...] = ()
 
     @classmethod
@@ -65,8 +59,7 @@ class Settings:
             sym=recipe.sym,
             act_order=recipe.act_order == "static",
             scale_search=recipe.scale_search,
-            damp=DAMP if recipe.damp == "auto" else recipe.damp,
-            wide_damp=WIDE if recipe.damp == "auto" else 0.0,
+            damp=recipe.damp,
             asymmetric_calibration=recipe.asymmetric_calibration,
             coordinate_descent=recipe.refine,
             module_bits=module_bits,
@@ -75,17 +68,6 @@ class Settings:
     def bits_of(self, module: str) -> int:
         """Return the bits of a module by its name in a block: those of the first pattern found in it."""
         return next((bits for pattern, bits in self.module_bits if re.search(pattern, module)), self.bits)
-
-    def of_module(self, module: str, width: int, tokens: int) -> Settings:
-        """Return the settings of a module, with its own bits and damping.
-
-        Args:
-            module: its name in a block.
-            width: columns of its input.
-            tokens: of the calibration text, all of them.
-        """
-        wide = min(WIDE_AT_MOST, self.wide_damp * width / tokens)
-        return replace(self, bits=self.bits_of(module), damp=max(self.damp, wide), wide_damp=0.0)
 
     def has_rule(self, module: str) -> bool:
         """Return whether ``module_bits`` names a module, by its name in a block."""
@@ -122,8 +104,7 @@ def describe(settings: Settings) -> str:
             f"coordinate descent, {SWEEPS} sweeps"
             if settings.coordinate_descent
             else "no coordinate descent",
-            f"damping {settings.damp:g}"
-            + (f", up to {WIDE_AT_MOST:g} for wide inputs" if settings.wide_damp else ""),
+            f"damping {settings.damp:g}",
         ]
     )
 

@@ -15,13 +15,12 @@ from qwenq.errors import CalibrationError, CorruptFileError, QuantisationError, 
 from qwenq.gptq import pipeline
 from qwenq.gptq.linears import ModuleStats
 from qwenq.gptq.pipeline import LayerDone, check_tokens, module_errors, quantise_layers, run_facts
-from qwenq.gptq.settings import DAMP, WIDE, WIDE_AT_MOST, Settings, check_packable, choose_group_size
+from qwenq.gptq.settings import Settings, check_packable, choose_group_size
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.quantized_folder import LayerStore
 from qwenq.models.shapes import fitting_group_sizes
-from qwenq.recipe import QuantizeRecipe
 
 USUAL = usual()
 
@@ -129,37 +128,16 @@ def test_raised_damping_is_reported(tmp_path: Path) -> None:
     done: list[LayerDone] = []
     tokens = torch.full((2, 8), 7)
     store = LayerStore(tmp_path / "w", {}, resume=True)
-    quantise_layers(decoder, tokens, replace(USUAL, damp=1e-9, wide_damp=0.0), store, done.append)
-    raised = done[0].raised_damping()
+    quantise_layers(decoder, tokens, replace(USUAL, damp=1e-9), store, done.append)
+    raised = done[0].raised_damping(1e-9)
     assert raised
     assert all(damp > 1e-9 for damp in raised)
     assert "self_attn.q_proj" in next(iter(raised.values()))
 
 
-def test_damping_rises_with_width_over_tokens_unless_the_recipe_has_a_number() -> None:
-    automatic = Settings.from_recipe(QuantizeRecipe(), 32)
-    damps = [automatic.of_module("mlp.down_proj", 1000, tokens).damp for tokens in (2000, 10_000, 10**6)]
-    assert damps == [WIDE_AT_MOST, WIDE / 10, DAMP]
-    fixed = Settings.from_recipe(QuantizeRecipe(damp=0.02), 32)
-    assert fixed.of_module("mlp.down_proj", 1000, 2000).damp == 0.02
-
-
-def test_each_module_is_damped_by_its_width(tmp_path: Path) -> None:
-    """The tiny model's widths are 64 and, of down_proj, 96."""
-    decoder = open_decoder(write_family(tmp_path / "m"))
-    store, done = LayerStore(tmp_path / "w", {}, resume=True), []
-    tokens = random_tokens(decoder.checkpoint.folder, 20, 64)
-    quantise_layers(decoder, tokens, USUAL, store, done.append)
-    for layer in done:
-        assert layer.raised_damping() == {}
-        for name, stats in layer.modules.items():
-            width = 96 if name == "mlp.down_proj" else 64
-            assert stats.damp == pytest.approx(max(DAMP, WIDE * width / tokens.numel()))
-
-
 def test_damping_that_was_not_raised_is_not_reported() -> None:
     stats = ModuleStats(0.01, 0.02, 0.01, 0)
-    assert LayerDone(0, 1, 0.0, {"q": stats}, False).raised_damping() == {}
+    assert LayerDone(0, 1, 0.0, {"q": stats}, False).raised_damping(0.01) == {}
 
 
 @pytest.mark.parametrize(("widths", "size"), [
